@@ -1,0 +1,89 @@
+"""What the training loop asks of an engine; each host serves it in a room of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    data_rank: int  # among the ranks that read different samples
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that talks and writes metrics."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one optimizer step, the same on every rank, already reduced over the global batch."""
+
+    lm_loss: float  # nats per token
+    aux_loss: float  # load-balancing loss before its coefficient, mean over layers and micro-batches (1 when uniform)
+    z_loss: float  # router z-loss before its coefficient, mean over layers and micro-batches
+    grad_norm: float  # before clipping
+    entropy_L: tuple[float, ...]  # mean router entropy of each MoE layer, in nats
+    load_max_over_mean_L: tuple[float, ...]
+    stop: bool  # some rank asked to stop
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sums over the tokens of an evaluation, the same on every rank."""
+
+    loss_sum: float  # nats
+    tokens: int
+    target_bytes: int  # UTF-8 bytes of the target tokens; 0 where the tokenizer cannot tell
+
+
+class Engine(Protocol):
+    """A host that trains the model; ``step`` counts completed optimizer steps."""
+
+    place: Place
+
+    def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+        """One optimizer step over this rank's micro-batches of the global batch; ``stop`` is told to all ranks."""
+        ...
+
+    def evaluate(self, batches: Iterator[Batch], *, topk: int) -> EvalResult:
+        """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes nothing."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights, optimizer and random state into ``folder``; called by every rank."""
+        ...
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        """Read what :meth:`save` wrote."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on all ranks when ``flag`` is true on one."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this rank."""
+
+    tokens_BS: object  # int64 tensor
+    labels_BS: object  # int64 tensor, tokens shifted by one

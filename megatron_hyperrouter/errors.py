@@ -1,0 +1,61 @@
+"""The errors a user can meet, each with the exit status of the public contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class HyperRouterError(Exception):
+    """Base of every error that is the user's to mend: one message, one remedy, one exit status."""
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        self.message = message
+        self.remedy = remedy
+        super().__init__(f"{message}\n  remedy: {remedy}" if remedy else message)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the settings: field, value, rule, remedy."""
+
+    field: str  # the flag, as the user writes it: ``--num-experts``
+    value: object
+    rule: str  # what must hold: "must be divisible by --expert-model-parallel-size = 2"
+    remedy: str  # what to do: "use 2, 4 or 8 experts"
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value}: {self.rule}; {self.remedy}"
+
+
+class ConfigError(HyperRouterError):
+    """Settings that cannot run; lists every problem at once (exit status 2)."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} in the settings:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class DataError(HyperRouterError):
+    """Unusable data: names the file, the place in it and the remedy (exit status 3)."""
+
+    exit_status = 3
+
+
+class CheckpointError(HyperRouterError):
+    """A checkpoint that cannot be written or read (exit status 4)."""
+
+    exit_status = 4
+
+
+class HostError(HyperRouterError):
+    """A missing library or a wrong version of one, with what to install (exit status 5)."""
+
+    exit_status = 5

@@ -1,0 +1,132 @@
+"""What a router is: its result, its registry, and the flow that every method shares.
+
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts.
+Words: *logits* raw scores ``_TE``; *weights* what multiplies expert outputs ``_TK``; *experts* chosen ids ``_TK``;
+*load* tokens per expert ``_E``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from megatron_hyperrouter.ops.balance import switch_loss, z_loss
+from megatron_hyperrouter.ops.topk import topk_softmax
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.routers.topk import TopKRouter
+
+ROUTERS: dict[str, type[Router]] = {}
+
+
+class Routing(NamedTuple):
+    """A router's decision for the tokens of one micro-batch on one rank."""
+
+    logits_TE: Tensor  # float32
+    weights_TK: Tensor  # float32; a row sums to 1 unless the method says otherwise
+    experts_TK: Tensor  # int64 ids of experts in the whole model
+    losses: dict[str, Tensor]  # name -> scalar, already multiplied by its coefficient
+
+
+class ExpertBank(Protocol):
+    """The one bridge from router maths to experts that may live on other ranks; each engine serves it."""
+
+    def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """``score`` of every expert's output for every token of this rank."""
+        ...
+
+
+class Router(nn.Module):
+    """Base of all routers; a subclass registers itself: ``class Mine(Router, name="mine")``.
+
+    It needs no process group, no GPU and no engine.  ``forward`` keeps no state, so activation checkpointing may repeat it.
+    """
+
+    name: ClassVar[str]
+    needs_experts: ClassVar[bool] = False  # True: ``refine`` consults an ExpertBank
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of the method; each becomes ``--router.OPTION``."""
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is None:  # an abstract family
+            return
+        if other := ROUTERS.get(name):
+            raise TypeError(f"router {name!r} is claimed by {other.__qualname__} and {cls.__qualname__}")
+        cls.name = name
+        ROUTERS[name] = cls
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        hidden_size: int,
+        num_experts: int,
+        topk: int | Callable[[int], int],
+        layer_number: int = 1,
+        seed: int = 1234,
+        aux_loss_coeff: float = 0.0,
+        z_loss_coeff: float = 0.0,
+    ) -> None:
+        """``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1."""
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.topk = topk
+        self.layer_number = layer_number
+        self.seed = seed
+        self.aux_loss_coeff = aux_loss_coeff
+        self.z_loss_coeff = z_loss_coeff
+
+    @abstractmethod
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Score each token against each expert; returns ``_TE`` in float32."""
+
+    def refine(self, first: Routing, x_TD: Tensor, *, step: int, experts: ExpertBank | None) -> Routing:
+        """A method that consults experts changes the first decision here."""
+        return first
+
+    def topk_at(self, step: int) -> int:
+        """k after ``step`` completed optimizer steps."""
+        return self.topk(step) if callable(self.topk) else self.topk
+
+    def forward(self, x_TD: Tensor, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None) -> Routing:
+        """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does."""
+        k = self.topk_at(step) if topk is None else topk
+        if not 1 <= k <= self.num_experts:
+            raise ValueError(f"topk = {k}: must be from 1 to num_experts = {self.num_experts}")
+        logits_TE = self.logits(x_TD)
+        weights_TK, experts_TK = topk_softmax(logits_TE, k)
+        first = Routing(logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK))
+        return self.refine(first, x_TD, step=step, experts=experts)
+
+    def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor) -> dict[str, Tensor]:
+        """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are switched on."""
+        losses: dict[str, Tensor] = {}
+        if self.aux_loss_coeff:
+            losses["aux"] = self.aux_loss_coeff * switch_loss(logits_TE.softmax(-1), experts_TK)
+        if self.z_loss_coeff:
+            losses["z"] = self.z_loss_coeff * z_loss(logits_TE)
+        return losses
+
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """The router as a plain linear map ``(W_ED, b_E or None)``; raises where the method is not one."""
+        raise NotImplementedError(f"router {self.name!r} is not a linear map of its input")
+
+    def fold(self) -> TopKRouter:
+        """The ``topk`` router with the weights of :meth:`linear`: same routing, nothing generated any more."""
+        raise NotImplementedError(f"router {self.name!r} does not fold into a plain router")
+
+    def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the name alone."""
+        raise NotImplementedError
+
+    def begin_step(self) -> None:
+        """The trained weights may have changed: an engine calls this after each optimizer step and each load."""
