@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_hyperrouter.config.tree import RunConfig
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]  # tokens_BS, labels_BS: int64, labels are the tokens shifted by one
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,19 @@ class Engine(Protocol):
 
     place: Place
 
+    def topk_at(self, step: int) -> int:
+        """Active experts k after ``step`` completed steps: what step ``step + 1`` trains with."""
+        ...
+
     def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
         """One optimizer step over this rank's micro-batches of the global batch; ``stop`` is told to all ranks."""
         ...
 
-    def evaluate(self, batches: Iterator[Batch], *, topk: int) -> EvalResult:
-        """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes nothing."""
+    def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
+        """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes nothing.
+
+        Every rank brings the same number of batches.  ``token_bytes_V``: UTF-8 bytes of each token id.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -80,10 +89,3 @@ class Engine(Protocol):
         """Leave the process groups."""
         ...
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of this rank."""
-
-    tokens_BS: object  # int64 tensor
-    labels_BS: object  # int64 tensor, tokens shifted by one

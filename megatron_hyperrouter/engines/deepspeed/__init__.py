@@ -1,0 +1,11 @@
+"""The DeepSpeed engine: megatron-core layers, DeepSpeed-MoE in their MLP slot, ZeRO and pipeline stages around them."""
+
+from __future__ import annotations
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.deepspeed.engine import DeepSpeedEngine
+
+
+def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> DeepSpeedEngine:
+    """See :func:`megatron_hyperrouter.engines.open_engine`."""
+    return DeepSpeedEngine(config, vocab_size=vocab_size, for_training=for_training)

@@ -1,0 +1,165 @@
+"""The model as a list of layers: stages of DeepSpeed's ``PipelineModule``, or one after the other without it.
+
+Legend: ``B`` batch, ``S`` sequence, ``D`` hidden size, ``V`` vocabulary (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.model.spec import RMSNorm, layer_spec
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
+
+
+def model_layers(run: RunConfig, config: TransformerConfig, moe: ModuleSpec, vocab_size: int) -> list[LayerSpec]:
+    """Embedding, transformer layers, final norm, output; ``vocab_size`` is the padded one."""
+    tied = not run.model.untie_embeddings_and_output_weights
+    embedding_args = (run, config, vocab_size, tied)
+    if tied:
+        first = TiedLayerSpec("embed", Embedding, *embedding_args, tied_weight_attr=[WORD_EMBEDDINGS])
+        last = TiedLayerSpec("embed", Embedding, *embedding_args, forward_fn=Embedding.logits, tied_weight_attr=[WORD_EMBEDDINGS])
+    else:
+        first = LayerSpec(Embedding, *embedding_args)
+        last = LayerSpec(Output, config, vocab_size)
+    submodules = layer_spec(run, moe).submodules
+    blocks = [LayerSpec(Block, run, config, submodules, number + 1) for number in range(run.model.num_layers)]
+    return [first, *blocks, LayerSpec(RMSNorm, config, config.hidden_size, config.layernorm_epsilon), last]
+
+
+class Block(TransformerLayer):
+    """A transformer layer as a pipeline layer: one tensor in, one out; its rotary table is its own, its mask the core attention's."""
+
+    def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
+        super().__init__(config, submodules, layer_number=layer_number)
+        self.recompute = run.train.recompute_granularity == "full"
+        self.rotary = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=run.model.rotary_base,
+            use_cpu_initialization=not torch.cuda.is_available(),
+            cp_group=parallel_state.get_context_parallel_group(),
+        )
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        """``[S, B, D]`` to ``[S, B, D]``."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            output: Tensor = checkpoint(self._layer, hidden_SBD, use_reentrant=False)
+            return output
+        return self._layer(hidden_SBD)
+
+    def _layer(self, hidden_SBD: Tensor) -> Tensor:
+        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(hidden_SBD.size(0)))
+        return output
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors; where the output matrix is tied to the embedding, also vectors to logits."""
+
+    def __init__(self, run: RunConfig, config: TransformerConfig, vocab_size: int, tied: bool) -> None:
+        super().__init__()
+        self.embedding = LanguageModelEmbedding(config, vocab_size, run.model.seq_length, position_embedding_type="rope")
+        if tied:
+            self.output_layer = _output_layer(config, vocab_size, own_weight=False)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Returns ``[S, B, D]``."""
+        hidden_SBD: Tensor = self.embedding(tokens_BS, None)
+        return hidden_SBD
+
+    @staticmethod
+    def logits(self: Embedding, hidden_SBD: Tensor) -> Tensor:
+        """Returns ``[S, B, V]``; the form that TiedLayerSpec asks for."""
+        logits_SBV, _ = self.output_layer(hidden_SBD, weight=self.embedding.word_embeddings.weight)
+        return logits_SBV
+
+
+class Output(nn.Module):
+    """Vectors to logits by a matrix of its own."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.output_layer = _output_layer(config, vocab_size, own_weight=True)
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        """Returns ``[S, B, V]``."""
+        logits_SBV, _ = self.output_layer(hidden_SBD)
+        return logits_SBV
+
+
+class Sequence(nn.Module):
+    """The layers one after the other, for what PipelineModule refuses (ZeRO-2) or does not need (one stage)."""
+
+    def __init__(self, layers: list[LayerSpec], loss: LanguageModelLoss) -> None:
+        super().__init__()
+        self.tied_modules = nn.ModuleDict()  # PipelineModule's name, so that both kinds of model share one map of names
+        self.loss = loss
+        self.calls: list[Callable[[Tensor], Tensor]] = []
+        for position, layer in enumerate(layers):
+            self.calls.append(self._add(position, layer))
+
+    def _add(self, position: int, layer: LayerSpec) -> Callable[[Tensor], Tensor]:
+        if not isinstance(layer, TiedLayerSpec):
+            module: nn.Module = layer.build()
+            self.add_module(str(position), module)
+            return module
+        if layer.key not in self.tied_modules:
+            self.tied_modules[layer.key] = layer.build()
+        tied = self.tied_modules[layer.key]
+        return tied if layer.forward_fn is None else partial(layer.forward_fn, tied)
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """Returns the mean loss of the micro-batch, in nats per token."""
+        value = tokens_BS
+        for call in self.calls:
+            value = call(value)
+        return self.loss(value, labels_BS)
+
+
+class LanguageModelLoss:
+    """Cross-entropy in float32; keeps the sums of the current step, or of the current evaluation."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of the targets
+        self.token_bytes_V: Tensor | None = None
+
+    def __call__(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Mean over the micro-batch, in nats per token."""
+        labels_SB = labels_BS.t().contiguous()
+        loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB)
+        with torch.no_grad():
+            bytes_ = 0 if self.token_bytes_V is None else self.token_bytes_V[labels_SB].sum()
+            row = (loss_SB.sum(dtype=torch.float64), labels_SB.numel(), bytes_)
+            self.sums = self.sums.to(loss_SB.device) + torch.stack([torch.as_tensor(x, dtype=torch.float64, device=loss_SB.device) for x in row])
+        return loss_SB.mean()
+
+    def take(self) -> Tensor:
+        """The sums so far; starts afresh."""
+        sums, self.sums = self.sums, torch.zeros_like(self.sums)
+        return sums
+
+
+def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: bool) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        config.hidden_size,
+        vocab_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_weight_param_allocation=not own_weight,
+    )

@@ -1,0 +1,86 @@
+"""DeepSpeed-MoE in the MLP slot of megatron-core's transformer layer."""
+
+from __future__ import annotations
+
+import copy
+
+from deepspeed.moe.layer import MoE
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, make_router
+
+
+class MoESlot(MegatronModule):
+    """DeepSpeed's MoE layer with megatron-core's SwiGLU experts and one of our routers.
+
+    The routers' losses join the graph where they arise (``MoEAuxLossAutoScaler``), so no pipeline stage has to carry them.
+    """
+
+    def __init__(self, config: TransformerConfig, *, run: RunConfig, clock: Clock, statistics: RouterStatistics) -> None:
+        super().__init__(config)
+        model, parallel = run.model, run.parallel
+        self.moe = MoE(
+            model.hidden_size,
+            Expert(config),
+            num_experts=model.num_experts,
+            ep_size=parallel.expert_model_parallel_size,
+            k=1,  # DeepSpeed's own gate, which is replaced below
+            use_rts=False,
+        )
+        # The layer number is known when the transformer layer calls set_layer_number().
+        self._run, self._clock, self._statistics = run, clock, statistics
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the whole model)."""
+        self.moe.deepspeed_moe.gate = RouterGate(
+            make_router(self._run, layer_number),
+            clock=self._clock,
+            statistics=self._statistics,
+            capacity_factor=self._run.model.moe_expert_capacity_factor,
+        )
+
+    def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+        """Returns (output ``[S, B, D]``, no bias)."""
+        output_SBD, loss, _ = self.moe(hidden_SBD)
+        if self.training:
+            output_SBD = MoEAuxLossAutoScaler.apply(output_SBD, loss)
+        return output_SBD, None
+
+
+class Expert(MLP):
+    """megatron-core's SwiGLU MLP as DeepSpeed calls it."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        own = copy.copy(config)
+        own.sequence_parallel = False  # DeepSpeed gathers the tokens before it dispatches them
+        super().__init__(
+            own,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            is_expert=True,
+            ffn_hidden_size=config.moe_ffn_hidden_size,
+            tp_group=parallel_state.get_expert_tensor_parallel_group(),
+        )
+        self._config_given = config
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Expert:
+        """DeepSpeed copies one expert E times; megatron-core's layers hold a process group, which cannot be copied: build another."""
+        return Expert(self._config_given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [groups, 1, slots, D]; megatron-core's weight gradient wants two dimensions (tensor_parallel/layers.py:614)."""
+        output, _ = super().forward(x.reshape(-1, x.shape[-1]))
+        return output.view(x.shape)
+
+
+def moe_spec(run: RunConfig, clock: Clock, statistics: RouterStatistics) -> ModuleSpec:
+    """Spec of the MLP slot."""
+    return ModuleSpec(module=MoESlot, params={"run": run, "clock": clock, "statistics": statistics})

@@ -1,0 +1,27 @@
+"""DeepSpeed's parameter names and the global ones (``model/names.py``)."""
+
+from __future__ import annotations
+
+import re
+
+_EMBEDDING = re.compile(r"^(?:tied_modules\.embed|0)\.embedding\.")
+_LAYER = re.compile(r"^(\d+)\.")
+_EXPERT = re.compile(r"\.mlp\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
+_ROUTER = ".mlp.moe.deepspeed_moe.gate.router."
+
+
+def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
+    """``name`` is that of the layer list (position.rest); ``first_expert`` the number of this rank's first expert."""
+    if _EMBEDDING.match(name):
+        return _EMBEDDING.sub("embedding.", name)
+    match = _LAYER.match(name)
+    if match is None:
+        raise ValueError(f"parameter {name!r} belongs to no layer of the model")
+    position, rest = int(match[1]), name[match.end() :]
+    if position == num_layers + 1:
+        return f"decoder.final_layernorm.{rest}"
+    if position == num_layers + 2:
+        return rest
+    rest = f"decoder.layers.{position - 1}.{rest}"
+    rest = rest.replace(_ROUTER, ".mlp.router.")
+    return _EXPERT.sub(lambda found: f".mlp.experts.local_experts.{first_expert + int(found[1])}.", rest)

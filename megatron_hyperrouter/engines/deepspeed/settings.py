@@ -1,0 +1,43 @@
+"""The JSON configuration that DeepSpeed is given, made from a run's settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+
+def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[str, Any]:
+    """Our settings, with the user's ``--deepspeed-config`` merged in (``config.check`` has refused contradictions)."""
+    train = config.train
+    global_batch = train.global_batch_size or train.micro_batch_size * data_parallel_size
+    made: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": global_batch // (train.micro_batch_size * data_parallel_size),
+        "gradient_clipping": config.optimizer.clip_grad,
+        "steps_per_print": 10**9,  # the console is ours
+        "bf16": {"enabled": train.bf16},
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        # torch's AdamW, not one of the optimizers that DeepSpeed compiles.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Carrying partitioned activations breaks with tied layers (pipe/engine.py:736).
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if train.bf16:
+        made["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.engine.deepspeed_config:
+        return merged(made, json.loads(Path(config.engine.deepspeed_config).read_text(encoding="utf-8")))
+    return made
+
+
+def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """``theirs`` over ``ours``, section by section."""
+    result = dict(ours)
+    for key, value in theirs.items():
+        mine = result.get(key)
+        result[key] = merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return result

@@ -1,0 +1,37 @@
+"""Global parameter names: those of megatron-core's ``GPTModel``, with layer and expert numbers of the whole model.
+
+    embedding.word_embeddings.weight
+    decoder.layers.{layer}.input_layernorm.weight
+    decoder.layers.{layer}.self_attention.linear_qkv.weight
+    decoder.layers.{layer}.mlp.router.{parameter of the router}
+    decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight
+    decoder.final_layernorm.weight
+    output_layer.weight
+
+Initial weights, weight decay and checkpoints depend on these names alone, so that they mean the same on every layout and engine.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+_ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.(.+)$")
+
+
+def is_expert(name: str) -> bool:
+    """True for the parameters of one expert, which live on one expert-parallel rank only."""
+    return ".mlp.experts." in name
+
+
+def router_parameter(name: str) -> tuple[int, str] | None:
+    """(layer from 0, parameter's name inside the router), or None for a parameter of something else."""
+    match = _ROUTER.match(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay as Megatron-LM has it: matrices, not vectors (norms, biases, a HyperRouter's embedding)."""
+    return parameter.ndim > 1

@@ -1,0 +1,107 @@
+"""One megatron-core layer spec for both engines; what fills the MoE slot is an argument.
+
+RMSNorm, rotary positions, grouped-query attention through torch's ``scaled_dot_product_attention``, SwiGLU experts, no biases,
+optional norms on queries and keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.model.attention import ScaledDotProductAttention
+
+
+def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerConfig:
+    """megatron-core's own configuration for the model of ``config``; an engine adds its parallel sizes by name."""
+    model, dtype = config.model, parameter_dtype(config)
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels,
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "moe_ffn_hidden_size": expert_width(config),
+        "num_moe_experts": model.num_experts,
+        # megatron-core refuses k = 1 with softmax after top-k (transformer_config.py); k is the router's business here anyway.
+        "moe_router_topk": max(2, model.moe_router_topk),
+        "moe_router_load_balancing_type": "none",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "qk_layernorm": model.qk_layernorm,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        # Weights come from ``model.init``, by name; megatron-core only sets the marks that describe their sharding.
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "use_cpu_initialization": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": config.train.bf16,
+        # Fusions need apex or Transformer Engine.
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+    }
+    return TransformerConfig(**(fields | engine_fields))
+
+
+def parameter_dtype(config: RunConfig) -> torch.dtype:
+    """dtype of weights and activations; the optimizer works in float32 either way."""
+    return torch.bfloat16 if config.train.bf16 else torch.float32
+
+
+def expert_width(config: RunConfig) -> int:
+    """Hidden units of one expert."""
+    model = config.model
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
+    """Rows of the embedding: a multiple that does not depend on the layout, so that the loss does not either."""
+    multiple = config.model.make_vocab_size_divisible_by
+    return -(-vocab_size // multiple) * multiple
+
+
+def layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
+    """Spec of one transformer layer with ``moe`` in its MLP slot."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_layernorm)
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = ModuleSpec(
+        module=ScaledDotProductAttention, params={"recompute": config.train.recompute_granularity == "selective"}
+    )
+    if config.model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    parts.mlp = moe
+    return spec
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm behind megatron-core's constructor, with its ``sequence_parallel`` mark on the weight.
+
+    megatron-core's own wrapper of torch's norms refuses sequence parallelism for want of that mark (torch_norm.py:32).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight

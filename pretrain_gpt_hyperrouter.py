@@ -1,0 +1,51 @@
+"""Pretrain a GPT-style mixture-of-experts model with any router of this project.
+
+    deepspeed --num_nodes 8 pretrain_gpt_hyperrouter.py --config FILE.yaml [--flag value ...]     # a cluster
+    torchrun --nproc_per_node 2 pretrain_gpt_hyperrouter.py --config FILE.yaml                    # any launcher that sets RANK
+    python pretrain_gpt_hyperrouter.py --config FILE.yaml                                         # one process, a laptop
+
+``bash examples/quickstart.sh`` shows the whole way from text files to a trained and evaluated model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.config.check import warnings
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.data.dataset import build_splits
+from megatron_hyperrouter.data.tokenizer import build_tokenizer
+from megatron_hyperrouter.engines import open_engine
+from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.hooks import hooks_for
+from megatron_hyperrouter.train.loop import samples_needed, train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Settings -> data -> engine -> training; each stage refuses what the next one could not run."""
+    config = parse(sys.argv[1:] if argv is None else argv, routers=ROUTERS, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    for warning in warnings(config):
+        console.warn(warning)
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
+    splits = build_splits(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        vocab_size=tokenizer.vocab_size,
+        **samples_needed(config),
+    )
+    engine = open_engine(config, vocab_size=tokenizer.vocab_size)
+    try:
+        bytes_V = tokenizer.token_bytes_V()
+        train(engine, config, splits, hooks_for(config, engine.place), token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V))
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

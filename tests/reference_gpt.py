@@ -1,0 +1,115 @@
+"""The whole model once more, in plain torch and float64: no host, no dispatch, a loop over experts.  The oracle of the engines.
+
+Legend: ``B`` batch, ``S`` sequence, ``D`` hidden size, ``C`` channels of a head, ``T = B * S`` tokens, ``E`` experts, ``K`` active ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+RouterMatrix = Callable[[dict[str, Tensor], int], Tensor]  # weights by global name, layer -> W_ED
+
+
+class ReferenceGPT:
+    """Weights are float64 leaves by global name; ``router_matrix`` gives a layer's routing matrix from them."""
+
+    def __init__(self, config: RunConfig, weights: dict[str, Tensor], router_matrix: RouterMatrix) -> None:
+        self.config, self.router_matrix = config, router_matrix
+        self.weights = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in weights.items()}
+
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """(mean cross-entropy, sum over layers of the balance loss before its coefficient)."""
+        w, model = self.weights, self.config.model
+        x_BSD = w["embedding.word_embeddings.weight"][tokens_BS]
+        aux = torch.zeros((), dtype=torch.float64)
+        for layer in range(model.num_layers):
+            prefix = f"decoder.layers.{layer}."
+            x_BSD = x_BSD + self._attention(self._norm(x_BSD, prefix + "input_layernorm.weight"), prefix + "self_attention.")
+            routed_BSD, layer_aux = self._moe(self._norm(x_BSD, prefix + "pre_mlp_layernorm.weight"), layer, topk)
+            x_BSD, aux = x_BSD + routed_BSD, aux + layer_aux
+        x_BSD = self._norm(x_BSD, "decoder.final_layernorm.weight")
+        logits = x_BSD @ w.get("output_layer.weight", w["embedding.word_embeddings.weight"]).t()
+        return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten()), aux
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + self.config.model.norm_epsilon).sqrt() * self.weights[name]
+
+    def _attention(self, x_BSD: Tensor, prefix: str) -> Tensor:
+        model, w = self.config.model, self.weights
+        heads = model.num_attention_heads
+        groups = model.num_query_groups or heads
+        channels = model.kv_channels or model.hidden_size // heads
+        batch, seq, _ = x_BSD.shape
+        # megatron-core's layout: for each group its query heads, then its key, then its value.
+        mixed = (x_BSD @ w[prefix + "linear_qkv.weight"].t()).view(batch, seq, groups, heads // groups + 2, channels)
+        query, key, value = mixed[..., :-2, :], mixed[..., -2:-1, :], mixed[..., -1:, :]
+        if model.qk_layernorm:
+            query, key = self._norm(query, prefix + "q_layernorm.weight"), self._norm(key, prefix + "k_layernorm.weight")
+        query, key = self._rotate(query), self._rotate(key)
+        out = torch.empty(batch, seq, groups, heads // groups, channels, dtype=torch.float64)
+        future = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+        rows = []
+        for group in range(groups):
+            for head in range(heads // groups):
+                scores = query[:, :, group, head] @ key[:, :, group, 0].transpose(1, 2) / math.sqrt(channels)
+                rows.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ value[:, :, group, 0])
+        out = torch.cat(rows, -1)
+        return out @ w[prefix + "linear_proj.weight"].t()
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary positions: channel i turns with channel i + C/2."""
+        seq, channels = x.size(1), x.size(-1)
+        rates = self.config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+        angles = torch.outer(torch.arange(seq, dtype=torch.float64), rates)
+        cos, sin = (torch.cat([part, part], -1).view(1, seq, 1, 1, channels) for part in (angles.cos(), angles.sin()))
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    def _moe(self, x_BSD: Tensor, layer: int, topk: int) -> tuple[Tensor, Tensor]:
+        model, w = self.config.model, self.weights
+        x_TD = x_BSD.flatten(0, 1)
+        logits_TE = x_TD @ self.router_matrix(w, layer).t()
+        outputs, counts = [], torch.zeros(model.num_experts, dtype=torch.float64)
+        for token in range(x_TD.size(0)):  # a loop over tokens and experts: slow, and plainly right
+            chosen = sorted(range(model.num_experts), key=lambda e: -logits_TE[token, e].item())[:topk]
+            weights = torch.stack([logits_TE[token, e] for e in chosen]).softmax(0)
+            counts[chosen] += 1
+            outputs.append(sum(weights[i] * self._expert(x_TD[token], layer, e) for i, e in enumerate(chosen)))
+        shares = counts / counts.sum()
+        aux = model.num_experts * (shares * logits_TE.softmax(-1).mean(0)).sum()
+        return torch.stack(outputs).view(x_BSD.shape), aux
+
+    def _expert(self, x_D: Tensor, layer: int, expert: int) -> Tensor:
+        prefix = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}."
+        gate, up = (self.weights[prefix + "linear_fc1.weight"] @ x_D).chunk(2)
+        return self.weights[prefix + "linear_fc2.weight"] @ (F.silu(gate) * up)
+
+
+def train_reference(model: ReferenceGPT, steps: Iterable[list[tuple[Tensor, Tensor]]], learning_rate: float, topk: int) -> list[tuple[float, float]]:
+    """(lm_loss, grad_norm before clipping) of each step, given its micro-batches; AdamW as the engines have it."""
+    settings, coefficient = model.config.optimizer, model.config.model.moe_aux_loss_coeff
+    parameters = list(model.weights.values())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
+    told = []
+    for micro_batches in steps:
+        optimizer.zero_grad()
+        total = 0.0
+        for tokens_BS, labels_BS in micro_batches:
+            lm_loss, aux = model.loss(tokens_BS, labels_BS, topk)
+            ((lm_loss + coefficient * aux) / len(micro_batches)).backward()
+            total += lm_loss.item() / len(micro_batches)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or torch.inf)
+        optimizer.step()
+        told.append((total, norm.item()))
+    return told
