@@ -1,0 +1,139 @@
+"""Small stand-ins for tests: ranks, an engine that really trains, and data that needs no files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+
+
+class Alone:
+    """The only rank."""
+
+    place = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+class ThreadRanks:
+    """One of several ranks that are threads of this process."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, flags: list[bool]) -> None:
+        self.place = Place(rank=rank, world_size=len(flags), data_rank=rank, data_size=len(flags))
+        self._meeting, self._flags = meeting, flags
+
+    def any_rank(self, flag: bool) -> bool:
+        self._flags[self.place.rank] = flag
+        self._meeting.wait(timeout=20)
+        answer = any(self._flags)
+        self._meeting.wait(timeout=20)  # nobody may write the next flag before all have read this one
+        return answer
+
+    @staticmethod
+    def run(world_size: int, work: Callable[[ThreadRanks], object]) -> list[object]:
+        """What ``work`` returned on each rank, or the exception that it raised."""
+        meeting, flags = threading.Barrier(world_size), [False] * world_size
+        answers: list[object] = [None] * world_size
+
+        def one(rank: int) -> None:
+            try:
+                answers[rank] = work(ThreadRanks(rank, meeting, flags))
+            except Exception as error:
+                answers[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return answers
+
+
+class FakeEngine:
+    """A bigram table under Adam with dropout on its logits: the least that has weights, optimizer and random state.
+
+    More active experts sharpen its predictions a little, so that k shows in the losses.
+    """
+
+    def __init__(self, vocab_size: int, *, topk_at: Callable[[int], int] = lambda step: 2, seed: int = 0) -> None:
+        self.place = Alone.place
+        self.topk_at = topk_at
+        torch.manual_seed(seed)
+        self.table_VV = torch.nn.Parameter(torch.randn(vocab_size, vocab_size) * 0.1)
+        self.optimizer = torch.optim.Adam([self.table_VV])
+        self.steps_taken: list[int] = []
+        self.micro_batches: list[int] = []
+        self.loss_offset = 0.0  # nan: a run that diverged
+
+    def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+        self.steps_taken.append(step)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        losses = [self._loss(batch, self.topk_at(step), dropout=0.1) for batch in batches]
+        self.micro_batches.append(len(losses))
+        loss = torch.stack(losses).mean() + self.loss_offset
+        loss.backward()
+        assert self.table_VV.grad is not None
+        norm = self.table_VV.grad.norm().item()
+        self.optimizer.step()
+        return StepResult(loss.item(), 1.0, 0.5, norm, (1.25, 0.75), (1.5, 2.0), self.any_rank(stop))
+
+    def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
+        loss_sum, tokens, target_bytes = 0.0, 0, 0
+        for tokens_BS, labels_BS in batches:
+            with torch.no_grad():
+                loss_sum += self._loss((tokens_BS, labels_BS), topk, dropout=0.0).item() * labels_BS.numel()
+            tokens += labels_BS.numel()
+            target_bytes += 0 if token_bytes_V is None else int(token_bytes_V[labels_BS].sum())
+        return EvalResult(loss_sum, tokens, target_bytes)
+
+    def save(self, folder: Path) -> None:
+        state = {"table": self.table_VV.data, "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
+        torch.save(state, folder / "rank0.pt")
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        state = torch.load(folder / "rank0.pt", weights_only=True)
+        self.table_VV.data.copy_(state["table"])
+        if not weights_only:
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"])
+
+    def barrier(self) -> None:
+        pass
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def close(self) -> None:
+        pass
+
+    def _loss(self, batch: Batch, topk: int, *, dropout: float) -> Tensor:
+        tokens_BS, labels_BS = batch
+        logits_NV = F.dropout(self.table_VV[tokens_BS.flatten()], dropout) * (1 + 0.1 * topk)
+        return F.cross_entropy(logits_NV, labels_BS.flatten())
+
+
+class FakeDataset:
+    """Samples of ``seq_length + 1`` tokens from a fixed noisy cycle: a bigram table can learn it."""
+
+    def __init__(self, num_samples: int, *, seq_length: int = 8, vocab_size: int = 16, seed: int = 0) -> None:
+        self._shape = (num_samples, seq_length, vocab_size, seed)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        num_samples, seq_length, vocab_size, seed = self._shape
+        if not 0 <= index < num_samples:
+            raise IndexError(index)
+        random = np.random.default_rng((seed, index))
+        steps = 1 + (random.random(seq_length + 1) < 0.2)
+        return (np.cumsum(steps) % vocab_size).astype(np.int64)
