@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 Count = Annotated[int, Ge(1)]  # 1, 2, 3, ...
 Natural = Annotated[int, Ge(0)]  # 0, 1, 2, ...
@@ -42,14 +42,14 @@ class ModelConfig:
     moe_router_topk: Annotated[Count, "active experts k; with --topk-schedule the k that the schedule ends on"] = 2
     moe_aux_loss_coeff: Annotated[NonNegative, "coefficient of the load-balancing loss"] = 0.0
     moe_z_loss_coeff: Annotated[NonNegative, "coefficient of the router z-loss"] = 0.0
-    moe_expert_capacity_factor: Annotated[float | None, Gt(0.0), "drop tokens over this multiple of an even load; default: drop none"] = None
+    moe_expert_capacity_factor: Annotated[float | None, Gt(0.0), "drop tokens over this multiple of an even load; default: none"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKScheduleConfig:
     """How k grows: a pure function of the number of completed steps."""
 
-    topk_schedule: Annotated[Literal["constant", "linear", "cosine", "exponential", "multistep"], "how k changes during training"] = "constant"
+    topk_schedule: Annotated[Literal["constant", "linear", "cosine", "exponential", "multistep"], "how k changes in time"] = "constant"
     topk_start: Annotated[Count | None, "k at step 0; default: --moe-router-topk"] = None
     topk_schedule_steps: Annotated[Count | None, "steps until --moe-router-topk is reached; default: --train-iters"] = None
 
@@ -79,8 +79,8 @@ class OptimizerConfig:
     lr_wsd_decay_iters: Annotated[Count | None, "WSD: steps of the final decay; default: a tenth of the decay steps"] = None
     weight_decay: Annotated[NonNegative, "decoupled weight decay; vectors (norms, router embeddings) have none"] = 0.01
     clip_grad: Annotated[NonNegative, "largest global gradient norm; 0: no clipping"] = 1.0
-    adam_beta1: Annotated[float, Ge(0.0), "Adam's first decay"] = 0.9
-    adam_beta2: Annotated[float, Ge(0.0), "Adam's second decay"] = 0.999
+    adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), "Adam's first decay"] = 0.9
+    adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), "Adam's second decay"] = 0.999
     adam_eps: Annotated[float, Gt(0.0), "Adam's epsilon"] = 1e-8
     use_distributed_optimizer: Annotated[bool, "megatron engine: optimizer state split over data-parallel ranks"] = False
 
@@ -92,9 +92,9 @@ class TrainConfig:
     micro_batch_size: Annotated[Count, "samples in one forward pass on one rank"] = 4
     global_batch_size: Annotated[Count | None, "samples in one optimizer step; default: micro-batch x data-parallel ranks"] = None
     train_iters: Annotated[Count, "optimizer steps of the run"] = 100
-    seed: Annotated[Natural, "of initial weights, sample order and dropout"] = 1234
+    seed: Annotated[Natural, Le(2**32 - 1), "of initial weights, sample order and dropout"] = 1234
     bf16: Annotated[bool, "bfloat16 weights and activations, float32 optimizer"] = False
-    recompute_granularity: Annotated[Literal["full", "selective"] | None, "activation checkpointing: whole layers, or attention only"] = None
+    recompute_granularity: Annotated[Literal["full", "selective"] | None, "activation checkpointing: all, or attention only"] = None
     eval_interval: Annotated[Natural, "steps between evaluations; 0: none"] = 1000
     eval_iters: Annotated[Natural, "global batches in one evaluation; 0: none"] = 10
     exit_on_signal: Annotated[bool, "SIGTERM saves a checkpoint and stops"] = True

@@ -1,0 +1,88 @@
+"""Runs every rule that joins settings, and names what a run may do without having been meant to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, cast
+
+from megatron_hyperrouter.config.derived import decay_iters, smallest_topk
+from megatron_hyperrouter.config.rules import data, deepspeed_json, engine, layout, model, training
+from megatron_hyperrouter.config.rules.base import Rule
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import Problem
+
+RULES: tuple[Rule, ...] = (*model.RULES, *layout.RULES, *training.RULES, *data.RULES, *engine.RULES, *deepspeed_json.RULES)
+SOFTMAX_OVER_KEPT = frozenset({"hyper", "topk"})  # routers whose weight is 1 at k = 1, whatever the logit
+
+
+def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[str] = ()) -> list[Problem]:
+    """Everything that cannot run; ``world_size`` None leaves out the rules that need it.
+
+    ``unsure``: names of settings that hold a default because their own value was bad.  What a rule says after
+    looking at one of them is a consequence, not a problem of its own, and is left out.
+    """
+    found: list[Problem] = []
+    for rule in RULES:
+        seen: set[str] = set()
+        watched = cast(RunConfig, _Watched(config, seen))
+        for problem in rule(watched, world_size):
+            if seen.isdisjoint(unsure):
+                found.append(problem)
+    return found
+
+
+def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
+    """What can run but was probably not meant so; ``has_gpu`` None where that is not known."""
+    return [*_about_training(config), *_about_ignored(config), *_about_hardware(config, has_gpu)]
+
+
+def _about_training(config: RunConfig) -> Iterator[str]:
+    model, train, checkpoint = config.model, config.train, config.checkpoint
+    if smallest_topk(config) == 1 < model.num_experts and config.router.name in SOFTMAX_OVER_KEPT:
+        rest = "only the balancing losses train it" if model.moe_aux_loss_coeff or model.moe_z_loss_coeff else "nothing trains it"
+        yield (
+            f"at k = 1 the softmax over the kept logits is always 1, so the language-model loss gives router {config.router.name} "
+            f"no gradient, and {rest}; use --moe-router-topk 2 or more, or a schedule that starts there"
+        )
+    if train.eval_iters and train.eval_interval > train.train_iters:
+        yield f"no evaluation during training: --eval-interval = {train.eval_interval} is more than --train-iters = {train.train_iters}"
+    if checkpoint.save_interval > train.train_iters:
+        yield f"one checkpoint, at the end: --save-interval = {checkpoint.save_interval} is more than --train-iters = {train.train_iters}"
+    if (config.topk.topk_schedule_steps or 0) > train.train_iters:
+        yield f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is more than --train-iters = {train.train_iters}"
+    if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and train.train_iters > decay_iters(config):
+        yield f"the last {train.train_iters - decay_iters(config)} steps run at --min-lr: --lr-decay-iters is less than --train-iters"
+
+
+def _about_ignored(config: RunConfig) -> Iterator[str]:
+    """Settings that nothing reads, given the others."""
+    if config.data.tokenizer_model is not None and config.data.tokenizer_type != "HuggingFaceTokenizer":
+        yield f"--tokenizer-model is ignored: {config.data.tokenizer_type} needs none"
+    if config.data.vocab_size is not None and config.data.tokenizer_type != "NullTokenizer":
+        yield f"--vocab-size is ignored: {config.data.tokenizer_type} knows its own"
+    if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
+        yield f"--lr-wsd-decay-iters is ignored: --lr-decay-style is {config.optimizer.lr_decay_style}"
+    if config.optimizer.lr_decay_style == "constant" and (config.optimizer.min_lr or config.optimizer.lr_decay_iters):
+        yield "--min-lr and --lr-decay-iters are ignored: --lr-decay-style is constant"
+
+
+def _about_hardware(config: RunConfig, has_gpu: bool | None) -> Iterator[str]:
+    if config.train.bf16 and has_gpu is False:
+        yield "--bf16 on a CPU is slower than float32, and less exact"
+
+
+class _Watched:
+    """Reads like a RunConfig, and notes the flat name of every setting that is looked at."""
+
+    def __init__(self, config: Any, seen: set[str], prefix: str | None = None) -> None:
+        self._config, self._seen, self._prefix = config, seen, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        if self._prefix is None:
+            return _Watched(value, self._seen, "router." if name == "router" else "")
+        if self._prefix == "router." and name == "options":
+            self._seen.update(f"router.{option}" for option in getattr(value, "__dataclass_fields__", ()))
+        else:
+            self._seen.add(self._prefix + name)
+        return value

@@ -1,0 +1,98 @@
+"""Builds the settings of a run: defaults < YAML < flags, checked, with every problem in one error.
+
+``routers`` is always the registry, passed as an argument: name -> class with a nested frozen dataclass ``Config``.
+It is an argument because this room knows no torch, and a new router brings its own flags.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hyperrouter.config.draft import Draft
+from megatron_hyperrouter.config.help import help_text
+from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, sections, tree_leaves, value_of
+from megatron_hyperrouter.config.sources import YamlFile, read_flags, read_yaml
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.config.values import BadValue, convert
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+
+def parse(
+    argv: Sequence[str], *, routers: Mapping[str, Any], world_size: int | None = None, prog: str = "pretrain_gpt_hyperrouter.py"
+) -> RunConfig:
+    """The settings of a command line, merged over those of its ``--config`` file.
+
+    ``world_size``: ranks of the run, see :func:`launched_world_size`; None where it is not known, which leaves out the
+    rules that need it.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with every problem at once.
+    """
+    line = read_flags(argv)
+    if "--help" in line.flags:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(help_text(routers, prog=prog))
+        raise SystemExit(0)
+    words = line.pop("--config")
+    file = YamlFile("") if words is None else read_yaml(" ".join(words))
+    return Draft(routers, file, flags=line.flags, problems=line.problems).finish(world_size=world_size)
+
+
+def load_file(
+    path: str | Path, *, routers: Mapping[str, Any], overrides: Mapping[str, object] | None = None, world_size: int | None = None
+) -> RunConfig:
+    """The settings of a YAML file such as a run's ``config.yaml``; ``overrides`` by flat name (``num_workers``, ``router.seed``)."""
+    return Draft(routers, read_yaml(str(path)), overrides=overrides).finish(world_size=world_size)
+
+
+def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
+    """Ranks that the launcher started: WORLD_SIZE, as deepspeed and torchrun set it; 1 without a launcher."""
+    return int((os.environ if environ is None else environ).get("WORLD_SIZE", "1"))
+
+
+def dump(config: RunConfig) -> str:
+    """The settings as YAML text, from which ``parse(["--config", file])`` makes an equal RunConfig."""
+    parts = []
+    for section in sections():
+        values = {leaf.name: value_of(config, leaf.name) for leaf in tree_leaves().values() if leaf.section == section}
+        parts.append(_yaml(section, values))
+    options = _option_leaves(config)
+    router = {name.removeprefix(ROUTER_PREFIX): value_of(config, name) for name in options}
+    parts.append(_yaml("router", {"router": {"name": config.router.name, **router}}))
+    return "\n".join(parts)
+
+
+def replace_leaves(config: RunConfig, **leaves: object) -> RunConfig:
+    """A copy with other values, by flat name: ``replace_leaves(config, num_layers=2, **{"router.seed": 7})``.
+
+    Each value is checked by itself (ConfigError); rules that join fields are not, see ``check.problems``.
+    """
+    known = {**tree_leaves(), **_option_leaves(config)}
+    changes: dict[str, dict[str, object]] = {}
+    problems = []
+    for name, value in leaves.items():
+        if name not in known:
+            raise KeyError(f"no setting is called {name!r}")
+        try:
+            changes.setdefault(known[name].section, {})[name.removeprefix(ROUTER_PREFIX)] = convert(known[name], value)
+        except BadValue as bad:
+            problems.append(Problem(flag(name), value, bad.rule, bad.remedy))
+    if problems:
+        raise ConfigError(problems)
+    if own := changes.pop("router", None):
+        config = replace(config, router=replace(config.router, options=replace(config.router.options, **own)))
+    return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changes.items()})
+
+
+def _option_leaves(config: RunConfig) -> Mapping[str, Leaf]:
+    options_type: type = type(config.router.options)
+    return {} if config.router.options is None else router_leaves(options_type)
+
+
+def _yaml(title: str, values: Mapping[str, object]) -> str:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return f"# {title}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)}"

@@ -1,0 +1,68 @@
+"""Values that follow from several settings; each is written down once, here."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+
+def query_groups(config: RunConfig) -> int:
+    """Key/value heads."""
+    return config.model.num_query_groups or config.model.num_attention_heads
+
+
+def head_width(config: RunConfig) -> int:
+    """Channels of one attention head."""
+    return config.model.kv_channels or config.model.hidden_size // config.model.num_attention_heads
+
+
+def expert_tensor_size(config: RunConfig) -> int:
+    """Ranks that share one expert."""
+    return config.parallel.expert_tensor_parallel_size or config.parallel.tensor_model_parallel_size
+
+
+def model_parallel_size(config: RunConfig) -> int:
+    """Ranks that work on the same samples: TP x PP x CP."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Groups of ranks that read different samples; 0 where the layout does not fit the ranks."""
+    size = model_parallel_size(config)
+    return 0 if world_size % size else world_size // size
+
+
+def global_batch_size(config: RunConfig, world_size: int) -> int:
+    """Samples in one optimizer step."""
+    return config.train.global_batch_size or config.train.micro_batch_size * data_parallel_size(config, world_size)
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches of one data-parallel rank in one optimizer step."""
+    return global_batch_size(config, world_size) // (config.train.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def decay_iters(config: RunConfig) -> int:
+    """The step at which the learning-rate decay ends."""
+    return config.optimizer.lr_decay_iters or config.train.train_iters
+
+
+def smallest_topk(config: RunConfig) -> int:
+    """The smallest k of the whole run; every schedule is monotone."""
+    return min(config.model.moe_router_topk, config.topk.topk_start or config.model.moe_router_topk)
+
+
+def split_shares(split: str) -> tuple[float, float, float]:
+    """``969,30,1`` -> shares of training, validation and test that sum to 1; missing ones are 0, as in Megatron-LM.
+
+    Raises ValueError with the rule that is broken.
+    """
+    words = [word.strip() for word in split.split(",")]
+    if not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) for word in words) or len(words) > 3:
+        raise ValueError("must be up to three non-negative numbers with commas between them")
+    shares = [float(word) for word in words] + [0.0] * (3 - len(words))
+    if not sum(shares) > 0:
+        raise ValueError("must have a share greater than 0")
+    return (shares[0] / sum(shares), shares[1] / sum(shares), shares[2] / sum(shares))

@@ -1,0 +1,152 @@
+"""Walks the tree of settings: one :class:`Leaf` a setting, from which flags, YAML keys, validation and ``--help`` are made."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+ROUTER_PREFIX = "router."
+WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+SIGNS = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: where it stands in the tree, what it may be, and what it means."""
+
+    section: str  # field of RunConfig: "model"; "router" for a router's own option
+    name: str  # "num_experts"; with the prefix "router." for a router's own option
+    base: Any  # int, float, bool, str, Literal[...] or tuple[X, ...]; never None
+    rules: tuple[object, ...]  # annotated_types on one value
+    optional: bool  # None is allowed
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """The flag as a user writes it: ``--num-experts``."""
+        return flag(self.name)
+
+    @property
+    def off_flag(self) -> str | None:
+        """The flag that switches a bool off: ``--no-bf16``, ``--router.no-bias``; None for other types."""
+        if self.base is not bool:
+            return None
+        option = self.name.removeprefix(ROUTER_PREFIX)
+        return flag(f"{self.name[: -len(option)]}no_{option}")
+
+    @property
+    def kind(self) -> Any:
+        """The annotation that pydantic validates, without None."""
+        parts = (self.base, *self.rules)
+        return Annotated[parts] if self.rules else self.base
+
+    @property
+    def is_tuple(self) -> bool:
+        """True where one flag takes several words."""
+        return get_origin(self.base) is tuple
+
+    @property
+    def choices(self) -> tuple[object, ...]:
+        """The allowed values of a ``Literal``; empty otherwise."""
+        return get_args(self.base) if get_origin(self.base) is Literal else ()
+
+    def describe(self) -> str:
+        """What a value must be, in words: ``an integer >= 1 or none``."""
+        if self.choices:
+            text = "one of " + ", ".join(map(str, self.choices))
+        elif self.is_tuple:
+            text = "one or more words"
+        else:
+            text = " ".join(filter(None, [WORDS.get(self.base, str(self.base)), self.bounds()]))
+        return f"{text}, or none" if self.optional else text
+
+    def bounds(self) -> str:
+        """The range in words: ``>= 0 and <= 2``; empty where any value goes."""
+        signs = ((sign, getattr(rule, name)) for rule in self.rules for kind, (name, sign) in SIGNS.items() if isinstance(rule, kind))
+        return " and ".join(f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}" for sign, bound in signs)
+
+
+def flag(name: str) -> str:
+    """``num_experts`` -> ``--num-experts``; ``router.hypernet_width`` -> ``--router.hypernet-width``."""
+    return "--" + name.replace("_", "-")
+
+
+@lru_cache(maxsize=1)
+def sections() -> Mapping[str, type]:
+    """Name and dataclass of each section of the tree, in order, without the router."""
+    kinds = get_type_hints(RunConfig)
+    return types.MappingProxyType({f.name: kinds[f.name] for f in fields(RunConfig) if f.name != "router"})
+
+
+@lru_cache(maxsize=1)
+def tree_leaves() -> Mapping[str, Leaf]:
+    """Every setting but the router's, by name."""
+    found: dict[str, Leaf] = {}
+    for section, config_type in sections().items():
+        for leaf in _leaves_of(config_type, section, ""):
+            if other := found.get(leaf.name):
+                raise TypeError(f"setting {leaf.name!r} stands in two sections: {other.section} and {section}")
+            found[leaf.name] = leaf
+    return types.MappingProxyType(found)
+
+
+@lru_cache(maxsize=64)
+def router_leaves(config_type: type) -> Mapping[str, Leaf]:
+    """A router's own options, by prefixed name: ``router.hypernet_width``."""
+    found = {leaf.name: leaf for leaf in _leaves_of(config_type, "router", ROUTER_PREFIX)}
+    if f"{ROUTER_PREFIX}name" in found:
+        raise TypeError(f"{config_type.__qualname__}.name: an option cannot be called name, which chooses the router")
+    return types.MappingProxyType(found)
+
+
+def value_of(config: RunConfig, name: str) -> Any:
+    """The value of one setting by its flat name."""
+    if name == "router.name":
+        return config.router.name
+    if name.startswith(ROUTER_PREFIX):
+        return getattr(config.router.options, name.removeprefix(ROUTER_PREFIX))
+    return getattr(getattr(config, tree_leaves()[name].section), name)
+
+
+def _leaves_of(config_type: type, section: str, prefix: str) -> Iterator[Leaf]:
+    hints = get_type_hints(config_type, include_extras=True)
+    for entry in fields(config_type):
+        base, metadata, optional = _unwrap(hints[entry.name])
+        texts = [item for item in metadata if isinstance(item, str)]
+        rules = tuple(item for item in metadata if not isinstance(item, str))
+        where = f"{config_type.__qualname__}.{entry.name}"
+        if not texts:
+            raise TypeError(f"{where} needs a help text: Annotated[type, rules..., 'help'] = default")
+        yield Leaf(section, prefix + entry.name, base, rules, optional, _default(entry, where), texts[-1])
+
+
+def _default(entry: Field[Any], where: str) -> Any:
+    if entry.default is not MISSING:
+        return entry.default
+    if entry.default_factory is not MISSING:
+        return entry.default_factory()
+    raise TypeError(f"{where} needs a default: every setting can be left out")
+
+
+def _unwrap(hint: Any) -> tuple[Any, tuple[object, ...], bool]:
+    """Take ``Annotated`` and ``| None`` off a hint: (type, metadata from inside out, None allowed)."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        inner, *metadata = get_args(hint)
+        base, rules, optional = _unwrap(inner)
+        return base, (*rules, *metadata), optional
+    if origin in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        if len(members) != 1 or len(get_args(hint)) != 2:
+            raise TypeError(f"a setting is of one type, or of one type and None; got {hint}")
+        base, rules, _ = _unwrap(members[0])
+        return base, rules, True
+    return hint, (), False

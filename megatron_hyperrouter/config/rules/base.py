@@ -1,0 +1,32 @@
+"""What all rules share: the type of a rule, and the words of its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megatron_hyperrouter.config.leaves import flag, value_of
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import Problem
+
+Rule = Callable[[RunConfig, "int | None"], Iterator[Problem]]
+
+
+def broken(config: RunConfig, name: str, rule: str, remedy: str) -> Problem:
+    """The problem of one setting, named as its flag."""
+    value = value_of(config, name)
+    return Problem(flag(name), " ".join(value) if isinstance(value, tuple) else value, rule, remedy)
+
+
+def indivisible(config: RunConfig, name: str, by: str, *, value: int | None = None, divisor: int | None = None) -> Iterator[Problem]:
+    """A problem where setting ``name`` is no multiple of setting ``by``; pass numbers where those in force are not the settings' own."""
+    value = value_of(config, name) if value is None else value
+    divisor = value_of(config, by) if divisor is None else divisor
+    if value % divisor:
+        rule, remedy = f"must be divisible by {flag(by)} = {divisor}", f"use {multiples(value, divisor)}, or change {flag(by)}"
+        yield Problem(flag(name), value, rule, remedy)
+
+
+def multiples(value: int, base: int) -> str:
+    """The multiples of ``base`` around ``value``: ``248 or 252``."""
+    below = value // base * base
+    return f"{below} or {below + base}" if below else str(base)

@@ -1,0 +1,72 @@
+"""Rules about where tokens come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_hyperrouter.config.derived import split_shares
+from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import Problem
+
+PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """There is something to train on."""
+    if not config.data.data_path and not config.data.train_data_path:
+        remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
+        yield broken(config, "data_path", "no training data: needs --data-path or --train-data-path", remedy)
+
+
+def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """--data-path is split into three parts; the other three are those parts already."""
+    if not config.data.data_path:
+        return
+    for name in PATHS[1:]:
+        if getattr(config.data, name):
+            yield broken(config, name, "cannot stand beside --data-path, which --split divides", "give --data-path alone, or without it")
+
+
+def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Prefixes stand alone, or each after its weight."""
+    for name in PATHS:
+        words = getattr(config.data, name)
+        weights = [number(word) for word in words[0::2]]
+        if not words or weights[0] is None:
+            continue
+        if len(words) % 2 or None in weights:
+            yield broken(config, name, "must alternate weights and prefixes", "write 0.3 prefix-a 0.7 prefix-b, or prefixes alone")
+        elif min(weight for weight in weights if weight is not None) <= 0:
+            yield broken(config, name, "must have weights greater than 0", "leave out the prefix that is not wanted")
+
+
+def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Shares for training, validation and test; training needs one."""
+    try:
+        shares = split_shares(config.data.split)
+    except ValueError as error:
+        yield broken(config, "split", str(error), "write training, validation and test shares: 969,30,1")
+        return
+    if shares[0] == 0 and config.data.data_path:
+        yield broken(config, "split", "leaves nothing to train on", "give the first number a share: 969,30,1")
+
+
+def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each tokenizer has what it needs to know its vocabulary."""
+    kind = config.data.tokenizer_type
+    if kind == "HuggingFaceTokenizer" and config.data.tokenizer_model is None:
+        yield broken(config, "tokenizer_type", "needs --tokenizer-model", "name tokenizer.json; tools/train_tokenizer.py makes one")
+    if kind == "NullTokenizer" and config.data.vocab_size is None:
+        yield broken(config, "tokenizer_type", "needs --vocab-size", "give the number of token ids")
+
+
+def number(word: str) -> float | None:
+    """The word as a number; None where it is none."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+RULES: tuple[Rule, ...] = (some_data, one_source_of_data, blends, split_is_three_shares, tokenizer_is_complete)

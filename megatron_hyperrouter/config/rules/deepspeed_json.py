@@ -1,0 +1,79 @@
+"""Rules about ``--deepspeed-config``: a JSON file that is merged into our own settings for DeepSpeed, and may not contradict them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.config.derived import accumulation_steps, data_parallel_size, global_batch_size
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import Problem
+
+ABSENT = object()
+
+
+def load_document(path: str) -> dict[str, Any]:
+    """The JSON object in ``path``; raises ValueError with the rule that is broken."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start})") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"must hold a JSON object, holds {type(document).__name__}")
+    return document
+
+
+def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The file is there, and sets nothing that a flag sets otherwise."""
+    path = config.engine.deepspeed_config
+    if path is None or config.engine.engine != "deepspeed":
+        return
+    try:
+        document = load_document(path)
+    except ValueError as error:
+        yield broken(config, "deepspeed_config", str(error), "name a JSON file of DeepSpeed settings")
+        return
+    for key in ("optimizer", "scheduler"):
+        if key in document:
+            yield Problem(f"{key} in {path}", document[key], "is made from the flags alone", "leave it out, and use --lr and its kin")
+    for key, expected, name in expectations(config, world_size):
+        value = at(document, key)
+        if value is not ABSENT and value != expected:
+            remedy = f"leave it out, or make the two agree ({flag(name)})"
+            yield Problem(f"{key} in {path}", json.dumps(value), f"contradicts the flags, which make it {json.dumps(expected)}", remedy)
+    if at(document, "zero_optimization.contiguous_gradients") is False and config.parallel.expert_model_parallel_size > 1:
+        name = f"zero_optimization.contiguous_gradients in {path}"
+        yield Problem(name, "false", "gives wrong gradients with expert parallelism", "leave it out")
+
+
+def expectations(config: RunConfig, world_size: int | None) -> Iterator[tuple[str, object, str]]:
+    """Dotted keys that our settings decide: (key, value, name of the setting)."""
+    yield "train_micro_batch_size_per_gpu", config.train.micro_batch_size, "micro_batch_size"
+    yield "gradient_clipping", config.optimizer.clip_grad, "clip_grad"
+    yield "zero_optimization.stage", config.engine.zero_stage, "zero_stage"
+    yield "bf16.enabled", config.train.bf16, "bf16"
+    yield "fp16.enabled", False, "bf16"
+    if world_size is not None and data_parallel_size(config, world_size):
+        yield "train_batch_size", global_batch_size(config, world_size), "global_batch_size"
+        yield "gradient_accumulation_steps", accumulation_steps(config, world_size), "global_batch_size"
+
+
+def at(document: dict[str, Any], dotted: str) -> Any:
+    """The value below a dotted key; ABSENT where there is none."""
+    value: Any = document
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return ABSENT
+        value = value[key]
+    return value
+
+
+RULES: tuple[Rule, ...] = (deepspeed_json,)

@@ -1,0 +1,136 @@
+"""Rules about how work is spread over ranks: what must divide what.
+
+Words: TP tensor, PP pipeline, VPP virtual pipeline, CP context, EP expert, ETP expert-tensor parallelism, DP data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_hyperrouter.config.derived import data_parallel_size, expert_tensor_size, model_parallel_size, query_groups
+from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible, multiples
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import Problem
+
+
+def world_by_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The ranks form whole copies of the model."""
+    size = model_parallel_size(config)
+    if world_size is not None and world_size % size:
+        sizes = config.parallel
+        parts = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
+        rule = "must be divisible by tensor x pipeline x context parallelism = " + " x ".join(map(str, parts))
+        yield Problem("ranks started", world_size, rule, f"start a multiple of {size} ranks, or make these sizes smaller")
+
+
+def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """DeepSpeed cuts each expert-parallel group out of the data-parallel ranks."""
+    if world_size is None or config.engine.engine != "deepspeed":
+        return
+    ranks = data_parallel_size(config, world_size)
+    if ranks % config.parallel.expert_model_parallel_size:
+        rule = f"must divide the {ranks} data-parallel rank{'s' if ranks > 1 else ''} of the {world_size} started"
+        yield broken(config, "expert_model_parallel_size", rule, f"use {divisors(ranks)}, or start more ranks")
+
+
+def world_by_expert_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Megatron lays the experts out over all ranks, beside the layout of the dense layers."""
+    if world_size is None or config.engine.engine != "megatron":
+        return
+    parallel = config.parallel
+    sizes = (parallel.expert_model_parallel_size, expert_tensor_size(config), parallel.pipeline_model_parallel_size)
+    if world_size % math.prod(sizes):
+        rule = f"x expert tensor x pipeline parallelism = {' x '.join(map(str, sizes))} must divide the {world_size} ranks"
+        yield broken(config, "expert_model_parallel_size", rule, "make these sizes smaller, or start more ranks")
+
+
+def experts_by_expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each rank holds as many experts as the others."""
+    yield from indivisible(config, "num_experts", "expert_model_parallel_size")
+
+
+def heads_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """TP cuts attention between heads, and between key/value heads."""
+    yield from indivisible(config, "num_attention_heads", "tensor_model_parallel_size")
+    if config.model.num_query_groups is not None:
+        yield from indivisible(config, "num_query_groups", "tensor_model_parallel_size", value=query_groups(config))
+
+
+def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """TP cuts the padded vocabulary into equal parts."""
+    yield from indivisible(config, "make_vocab_size_divisible_by", "tensor_model_parallel_size")
+
+
+def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """ETP cuts the width of an expert."""
+    model = config.model
+    name = "moe_ffn_hidden_size" if model.moe_ffn_hidden_size else "ffn_hidden_size" if model.ffn_hidden_size else "hidden_size"
+    width = model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
+    if width % expert_tensor_size(config):
+        rule = f"gives experts of width {width}, which must be divisible by their tensor parallelism = {expert_tensor_size(config)}"
+        yield broken(config, name, rule, "set --moe-ffn-hidden-size to a multiple, or --expert-tensor-parallel-size 1")
+
+
+def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Sequence parallelism spreads over the TP ranks."""
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        yield broken(config, "sequence_parallel", "needs --tensor-model-parallel-size > 1", "leave it out, or set tensor parallelism")
+
+
+def tensor_parallel_experts_need_sequence_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """megatron-core trains MoE layers under TP only with sequence parallelism (moe_layer.py raises)."""
+    parallel = config.parallel
+    if config.engine.engine == "megatron" and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        yield broken(config, "sequence_parallel", "must be on with tensor parallelism on the megatron engine", "add --sequence-parallel")
+
+
+def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """CP gives each rank two slices, one from either end; sequence parallelism cuts what is left by TP."""
+    parallel = config.parallel
+    slices = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    slices *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    if config.model.seq_length % slices:
+        rule = f"must be divisible by {slices}: 2 x context parallelism, x tensor parallelism under sequence parallelism"
+        yield broken(config, "seq_length", rule, f"use a multiple of {slices}")
+
+
+def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Every pipeline stage has a layer; megatron's stages, and interleaved chunks, have equally many."""
+    layers, stages = config.model.num_layers, config.parallel.pipeline_model_parallel_size
+    chunks = stages * (config.parallel.virtual_pipeline_model_parallel_size or 1)
+    if chunks > 1 and layers < chunks:
+        yield broken(config, "num_layers", f"must be at least one for each of {chunks} pipeline stages", f"use {chunks} or more layers")
+    elif layers % chunks and (config.engine.engine == "megatron" or chunks > stages):
+        rule = f"must be divisible by pipeline x virtual pipeline stages = {chunks}"
+        yield broken(config, "num_layers", rule, f"use {multiples(layers, chunks)}")
+
+
+def virtual_pipeline_needs_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """There is nothing to interleave on one stage."""
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    if chunks is not None and chunks > 1 and config.parallel.pipeline_model_parallel_size == 1:
+        name = "virtual_pipeline_model_parallel_size"
+        yield broken(config, name, "needs --pipeline-model-parallel-size > 1", "leave it out, or set pipeline parallelism")
+
+
+def divisors(number: int) -> str:
+    """All divisors, for a remedy: ``1, 2 or 4``."""
+    *firsts, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(firsts)} or {last}" if firsts else last
+
+
+RULES: tuple[Rule, ...] = (
+    world_by_layout,
+    data_ranks_by_experts,
+    world_by_expert_layout,
+    experts_by_expert_parallel,
+    heads_by_tensor_parallel,
+    vocabulary_by_tensor_parallel,
+    expert_width_by_tensor_parallel,
+    sequence_parallel_needs_tensor_parallel,
+    tensor_parallel_experts_need_sequence_parallel,
+    sequence_by_ranks,
+    layers_by_pipeline,
+    virtual_pipeline_needs_pipeline,
+)

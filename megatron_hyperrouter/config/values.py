@@ -1,0 +1,93 @@
+"""Turns a raw value - words of a flag, or a YAML value - into the typed value of its leaf, or says what it must be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_hyperrouter.config.leaves import Leaf
+
+
+class BadValue(ValueError):
+    """A value that its leaf refuses: the rule and the remedy of the problem to report."""
+
+    def __init__(self, rule: str, remedy: str) -> None:
+        super().__init__(rule)
+        self.rule = rule
+        self.remedy = remedy
+
+
+def from_words(leaf: Leaf, words: list[str]) -> Any:
+    """The value of a flag that was given with ``words``; raises :class:`BadValue`."""
+    if leaf.base is bool and not words:
+        return True
+    if not words:
+        raise BadValue("needs a value", f"give {leaf.describe()}")
+    if leaf.is_tuple and not (len(words) == 1 and _is_none(leaf, words[0])):
+        return convert(leaf, words)
+    if len(words) > 1:
+        raise BadValue(f"takes one value, got {len(words)}", "leave the others out, or quote a value with spaces")
+    return convert(leaf, words[0])
+
+
+def switched_off(leaf: Leaf, on: list[str] | None, off: list[str]) -> bool:
+    """The value of a bool whose ``--no-`` flag was given with the words ``off``; raises :class:`BadValue`."""
+    if off:
+        raise BadValue("takes no value", f"write {leaf.off_flag} alone, or {leaf.flag} false")
+    if on is not None:
+        raise BadValue(f"contradicts {leaf.flag}", "keep one of the two flags")
+    return False
+
+
+def convert(leaf: Leaf, raw: object) -> Any:
+    """The typed value of ``raw``, which is a word, a YAML value or already of the right type; raises :class:`BadValue`."""
+    if _is_none(leaf, raw):
+        return None
+    try:
+        return _adapter(leaf).validate_python(_prepared(leaf, raw))
+    except ValidationError as error:
+        raise BadValue(f"must be {leaf.describe()}", _remedy(leaf, raw)) from error
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that ``word`` was probably meant to be."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _is_none(leaf: Leaf, raw: object) -> bool:
+    return leaf.optional and (raw is None or (isinstance(raw, str) and raw.strip().lower() == "none"))
+
+
+@lru_cache(maxsize=512)
+def _adapter(leaf: Leaf) -> TypeAdapter[Any]:
+    return TypeAdapter(leaf.kind, config=ConfigDict(allow_inf_nan=False))
+
+
+def _prepared(leaf: Leaf, raw: object) -> object:
+    """Undo what YAML's own typing does to words, and what Python lets pass: True is an int, 0.3 in a blend is a word."""
+    if leaf.is_tuple:
+        items = [raw] if isinstance(raw, str) else raw
+        if not isinstance(items, (list, tuple)):
+            return None
+        return [str(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else item for item in items]
+    if leaf.choices:
+        return {str(choice): choice for choice in leaf.choices}.get(str(raw), raw)
+    if isinstance(raw, bool) and leaf.base is not bool:
+        return None
+    return raw
+
+
+def _remedy(leaf: Leaf, raw: object) -> str:
+    if close := nearest(str(raw), map(str, leaf.choices)):
+        return f"did you mean {close}?"
+    default = "" if leaf.default is None or leaf.is_tuple else f", or leave it out for {leaf.default}"
+    if leaf.base is str:
+        return "put it in quotes"
+    if leaf.choices:
+        return f"choose one of them{default}"
+    return f"give {leaf.describe()}{default}"

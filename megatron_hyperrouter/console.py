@@ -1,0 +1,96 @@
+"""The one place of the package that talks to a person, and that turns errors into exit statuses.
+
+Every rank of a run goes through :func:`run`, but one rank speaks: an error in the settings happens on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.text import Text
+
+from megatron_hyperrouter.errors import HostError, HyperRouterError
+
+PATIENCE = 3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
+
+
+def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
+    """Call ``main`` and return the exit status of the public contract; errors are reported once, by rank 0.
+
+    Another rank waits ``patience`` seconds before it speaks: if rank 0 met the same error, the launcher ends this
+    process first; if the error is this rank's own, it is told after all.
+    """
+    try:
+        main()
+    except HyperRouterError as error:
+        _take_turn(patience)
+        report(error)
+        return error.exit_status
+    except ModuleNotFoundError as error:
+        _take_turn(patience)
+        return _missing_module(error)
+    except KeyboardInterrupt:
+        warn("interrupted")
+        return 1
+    except Exception:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
+        _take_turn(patience)
+        _say(stderr(), "error", traceback.format_exc().rstrip(), "bold red")
+        return 1
+    return 0
+
+
+def report(error: HyperRouterError) -> None:
+    """Tell an error of the user's, with its remedy, on stderr."""
+    _say(stderr(), "error", str(error), "bold red")
+
+
+def note(text: str) -> None:
+    """Tell something worth knowing, once: on rank 0, on stdout."""
+    if speaks():
+        _say(Console(), "note", text, "bold")
+
+
+def warn(text: str) -> None:
+    """Tell something that is probably not meant so, once: on rank 0, on stderr."""
+    if speaks():
+        _say(stderr(), "warning", text, "bold yellow")
+
+
+def speaks() -> bool:
+    """True on the one rank that talks; without a launcher, always."""
+    return _rank() == "0"
+
+
+def stderr() -> Console:
+    """A console that writes to the error stream as it is now."""
+    return Console(stderr=True)
+
+
+def _say(console: Console, kind: str, text: str, style: str) -> None:
+    who = kind if speaks() else f"{kind} (rank {_rank()})"
+    console.print(Text.assemble((f"{who}: ", style), text), soft_wrap=True, highlight=False)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+
+
+def _take_turn(patience: float) -> None:
+    if not speaks():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would outlive the launcher's request
+        time.sleep(patience)
+
+
+def _missing_module(error: ModuleNotFoundError) -> int:
+    library = (error.name or "").split(".")[0]
+    if library in ("", "megatron_hyperrouter"):  # our own mistake
+        _say(stderr(), "error", traceback.format_exc().rstrip(), "bold red")
+        return 1
+    missing = HostError(f"the library {library} is not installed ({error})", remedy="run: bash tools/setup_env.sh")
+    report(missing)
+    return missing.exit_status

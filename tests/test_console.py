@@ -1,0 +1,132 @@
+"""console.py: one message, the right exit status, on the right rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError, HostError, HyperRouterError, Problem
+
+
+def failing(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_success_is_silent(capsys):
+    assert console.run(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError([Problem("--lr", -1, "must be a number >= 0", "use 3e-4")]), 2),
+        (DataError("a.idx: byte 7", remedy="write it again"), 3),
+        (CheckpointError("disk full", remedy="make room"), 4),
+        (HostError("deepspeed 0.1"), 5),
+        (HyperRouterError("other"), 1),
+    ],
+)
+def test_each_error_has_its_status_and_its_whole_message(error, status, capsys):
+    assert console.run(failing(error)) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: {error}\n"  # brackets, long lines and all, exactly once
+    assert "Traceback" not in err
+
+
+def test_long_lines_and_brackets_arrive_unchanged(capsys):
+    text = "[bold]not markup[/bold] " + "x" * 300
+    console.report(DataError(text))
+    assert capsys.readouterr().err == f"error: {text}\n"
+
+
+def test_an_unexpected_error_shows_its_traceback(capsys):
+    assert console.run(failing(ZeroDivisionError("oops"))) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "ZeroDivisionError: oops" in err and "raise error" in err
+
+
+def test_a_missing_library_is_the_host(capsys):
+    assert console.run(failing(ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed.moe"))) == 5
+    err = capsys.readouterr().err
+    assert "deepspeed" in err and "setup_env.sh" in err and "Traceback" not in err
+
+
+def test_a_missing_module_of_ours_is_a_bug(capsys):
+    assert console.run(failing(ModuleNotFoundError("No module named 'x'", name="megatron_hyperrouter.x"))) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_system_exit_passes():
+    with pytest.raises(SystemExit) as leaving:
+        console.run(failing(SystemExit(0)))
+    assert leaving.value.code == 0
+
+
+def test_interrupt(capsys):
+    assert console.run(failing(KeyboardInterrupt())) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
+def test_another_rank_waits_and_then_speaks(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "3")
+    before = signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    try:
+        assert console.run(failing(DataError("mine alone")), patience=0.3) == 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - started >= 0.3
+    assert capsys.readouterr().err == "error (rank 3): mine alone\n"
+
+
+def test_global_rank_counts_on_several_nodes(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "4")
+    assert not console.speaks()
+
+
+def test_notes_and_warnings_are_told_once(monkeypatch, capsys):
+    console.note("a")
+    console.warn("b")
+    monkeypatch.setenv("RANK", "1")
+    console.note("c")
+    console.warn("d")
+    assert capsys.readouterr() == ("note: a\n", "warning: b\n")
+
+
+def test_a_waiting_rank_dies_by_the_launchers_sigterm_even_where_the_run_handles_it():
+    program = (
+        "import signal, sys\n"
+        "from megatron_hyperrouter import console\n"
+        "from megatron_hyperrouter.errors import DataError\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "def main():\n"
+        "    print('started', flush=True)\n"
+        "    raise DataError('the same everywhere')\n"
+        "sys.exit(console.run(main, patience=60))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "RANK": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        deadline = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < deadline:  # the first ones may still meet the run's own handler
+            process.terminate()
+            time.sleep(0.1)
+        process.kill()
+        _, err = process.communicate()
+    assert process.returncode == -signal.SIGTERM
+    assert err == ""
