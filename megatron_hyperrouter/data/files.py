@@ -1,0 +1,130 @@
+"""Text files: read as one stream of bytes, decompressed by their name's end (plain, .gz, .zst); written whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from megatron_hyperrouter.errors import DataError, HostError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+SUFFIXES = (".gz", ".zst")
+_FILE_BUFFER = 1 << 18
+_ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot fill memory with one call
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A binary file to write, that takes the name ``path`` when the block ends well and vanishes when it does not.
+
+    DataError where the disk refuses.
+    """
+    partial = Path(f"{path}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        remedy = "free space, or choose another output; what was there before is untouched"
+        raise DataError(f"{error.filename or path}: cannot be written: {error.strerror or error}", remedy=remedy) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class ByteStream(io.BufferedReader):
+    """The decompressed bytes of a file; damage is a DataError that names the file."""
+
+    def __init__(self, path: str) -> None:
+        self._file = _DecompressedFile(path)
+        super().__init__(self._file, buffer_size=_FILE_BUFFER)
+
+    def disk_position(self) -> int:
+        """Bytes read so far of the file as it lies on disk."""
+        return self._file.on_disk.tell()
+
+
+class _DecompressedFile(io.RawIOBase):
+    """Raw half of ByteStream: turns every library's way to say "damaged" into one error."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self.on_disk = io.FileIO(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file") from error
+        self._inner: gzip.GzipFile | io.RawIOBase = self.on_disk
+        if path.endswith(".gz"):
+            self._inner = gzip.GzipFile(fileobj=self.on_disk)
+        elif path.endswith(".zst"):
+            self._inner = _ZstdFile(self.on_disk)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            return self._inner.readinto(buffer) or 0
+        except (OSError, EOFError, zlib.error) as error:
+            message = f"{self._path}, byte {self.on_disk.tell()}: cannot be read further: {error}"
+            raise DataError(message, remedy="the file is truncated or damaged: fetch or compress it again") from error
+
+    def close(self) -> None:
+        self.on_disk.close()
+        super().close()
+
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file of any number of frames; unlike the library's own reader it refuses a truncated one (EOFError)."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise HostError("reading .zst files needs the library zstandard", remedy="pip install zstandard") from error
+        self._raw = raw
+        self._library = zstandard
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False  # the present frame has begun
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer).cast("B")
+        while not self._ready:
+            if not self._fill():
+                return 0
+        size = min(len(target), len(self._ready))
+        target[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def _fill(self) -> bool:
+        """Decompress some more into ``_ready``; False at the end of the file."""
+        data = b""
+        if self._frame.eof:
+            data = self._frame.unused_data
+            self._frame, self._inside = self._library.ZstdDecompressor().decompressobj(), False
+        data = data or self._raw.read(_ZSTD_INPUT)
+        if not data:
+            if self._inside:
+                raise EOFError("the file ended before its last frame did")
+            return False
+        self._inside = True
+        try:
+            self._ready = memoryview(self._frame.decompress(data))
+        except self._library.ZstdError as error:
+            raise OSError(str(error)) from error
+        return True

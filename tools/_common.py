@@ -1,0 +1,117 @@
+"""What every tool shares: the import path, exit statuses, stopping on signals, and progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:  # a tool runs from any folder, whether the package is installed or not
+    sys.path.insert(1, _ROOT)
+
+from megatron_hyperrouter.errors import HyperRouterError  # noqa: E402 - needs the path
+
+_SECONDS_BETWEEN_LINES = 5.0
+_MISSING_LIBRARY = 5
+
+
+class Stopped(BaseException):
+    """A signal asks the tool to stop; no ``except Exception`` holds it up, every ``finally`` runs."""
+
+
+def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run ``main(arguments)`` and end the process with the status of the public contract, telling errors on stderr.
+
+    0 done, 2 settings, 3 data, 4 checkpoint, 5 missing library, 1 anything else.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # started by nohup, or in the background of a script
+            signal.signal(number, _stop)
+    name = Path(sys.argv[0]).name
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except HyperRouterError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except ModuleNotFoundError as error:
+        print(f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh", file=sys.stderr)
+        sys.exit(_MISSING_LIBRARY)
+    except Stopped as reason:
+        print(f"{name}: stopped by {reason}; unfinished files were removed", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has gone, as in "inspect_data.py P | head -1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(again, signal.SIG_IGN)  # a second signal must not cut the cleaning up short
+    raise Stopped(signal.Signals(number).name)
+
+
+def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A command-line parser in the style of all tools; a wrong flag ends with status 2."""
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+class Bar:
+    """Progress on stderr: a bar with speed and remaining time on a terminal, a line now and then elsewhere.
+
+    ``unit``: "MB" (``done`` and ``total`` are bytes) or a plural noun.
+    """
+
+    def __init__(self, name: str, unit: str = "MB") -> None:
+        self._name, self._unit = name, unit
+        self._scale = 1e6 if unit == "MB" else 1
+        self._start = self._told = time.monotonic()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Bar:
+        self._show: Callable[[float, float], None] | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (TextColumn(self._name), BarColumn(), TextColumn("{task.fields[status]}"))
+            bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+            task = bar.add_task(self._name, status="")
+            self._show = lambda done, total: bar.update(task, completed=done, total=total, status=self._status(done, total))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def update(self, done: float, total: float) -> None:
+        """Show that ``done`` of ``total`` are finished."""
+        if self._show is not None:
+            self._show(done, total)
+        elif time.monotonic() - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            print(f"{self._name}: {self._status(done, total)}", file=sys.stderr, flush=True)
+
+    def speed(self, done: float) -> float:
+        """Units a second since the start."""
+        return done / self._scale / self.seconds()
+
+    def seconds(self) -> float:
+        """Time since the start, never 0."""
+        return max(time.monotonic() - self._start, 1e-9)
+
+    def _status(self, done: float, total: float) -> str:
+        left = round((total - done) / max(done, 1) * self.seconds())
+        digits = 1 if self._unit == "MB" else 0
+        amounts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"
+        return f"{amounts}, {self.speed(done):,.1f} {self._unit}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
