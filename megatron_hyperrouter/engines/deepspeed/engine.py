@@ -21,11 +21,10 @@ from megatron_hyperrouter.engines.deepspeed.launch import join
 from megatron_hyperrouter.engines.deepspeed.layers import LanguageModelLoss, Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
-from megatron_hyperrouter.engines.deepspeed.optimizer import adamw
+from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
 from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
 from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, topk_schedule
 from megatron_hyperrouter.model.init import initialise
-from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.routers.base import Router
@@ -80,6 +79,7 @@ class DeepSpeedEngine:
         self.micro_batches: int = settings["gradient_accumulation_steps"]
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / self.micro_batches))
         optimizer = adamw(self.named_parameters(), self.config.optimizer)
+        self._clipper = Clipper(optimizer, self.config.optimizer.clip_grad) if self.config.engine.zero_stage == 0 else None
         host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings)
         return host
 
@@ -154,7 +154,7 @@ class DeepSpeedEngine:
             lm_loss=loss / tokens,
             aux_loss=sum(layers["aux"]) / count,
             z_loss=sum(layers["z"]) / count,
-            grad_norm=float(self.host.get_global_grad_norm()),
+            grad_norm=self._clipper.norm if self._clipper else float(self.host.get_global_grad_norm()),
             entropy_L=tuple(layers["entropy"]),
             load_max_over_mean_L=tuple(layers["load_max_over_mean"]),
             stop=stopped,

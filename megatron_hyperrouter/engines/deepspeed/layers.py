@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
-from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.model.spec import RMSNorm, layer_spec
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
+from megatron_hyperrouter.model.rotary import RotaryTable
+from megatron_hyperrouter.model.spec import RMSNorm, layer_spec
 
 
 def model_layers(run: RunConfig, config: TransformerConfig, moe: ModuleSpec, vocab_size: int) -> list[LayerSpec]:
@@ -47,13 +46,7 @@ class Block(TransformerLayer):
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
         self.recompute = run.train.recompute_granularity == "full"
-        self.rotary = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=run.model.rotary_base,
-            use_cpu_initialization=not torch.cuda.is_available(),
-            cp_group=parallel_state.get_context_parallel_group(),
-        )
+        self.rotary = RotaryTable(config.kv_channels, run.model.rotary_base)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """``[S, B, D]`` to ``[S, B, D]``."""
@@ -63,7 +56,7 @@ class Block(TransformerLayer):
         return self._layer(hidden_SBD)
 
     def _layer(self, hidden_SBD: Tensor) -> Tensor:
-        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(hidden_SBD.size(0)))
+        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(hidden_SBD.size(0), hidden_SBD.device))
         return output
 
 

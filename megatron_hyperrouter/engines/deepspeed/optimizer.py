@@ -25,3 +25,20 @@ def adamw(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig) 
     return torch.optim.AdamW(
         split, lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=torch.cuda.is_available()
     )
+
+
+class Clipper:
+    """Gradient norm and clipping without ZeRO, where DeepSpeed tells no norm and clips experts and stages apart.
+
+    Each rank holds all gradients here: ``config.check`` keeps ZeRO-0 to one expert-parallel rank and one stage.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, limit: float) -> None:
+        """``limit``: largest norm; 0 clips nothing."""
+        self.limit = limit or torch.inf
+        self.norm = 0.0  # of the last step, before clipping
+        optimizer.register_step_pre_hook(self._clip)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.limit))

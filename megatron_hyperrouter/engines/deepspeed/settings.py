@@ -17,7 +17,7 @@ def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[st
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": global_batch // (train.micro_batch_size * data_parallel_size),
-        "gradient_clipping": config.optimizer.clip_grad,
+        "gradient_clipping": config.optimizer.clip_grad if config.engine.zero_stage else 0.0,  # without ZeRO: optimizer.Clipper
         "steps_per_print": 10**9,  # the console is ours
         "bf16": {"enabled": train.bf16},
         "zero_optimization": {"stage": config.engine.zero_stage},
