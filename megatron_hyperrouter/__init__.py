@@ -1,0 +1,29 @@
+"""Pretraining of sparse mixture-of-experts language models whose routers are the subject: HyperRouter and its peers.
+
+The names below are imported when they are first used: ``import megatron_hyperrouter`` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.routers import ROUTERS as ROUTERS
+    from megatron_hyperrouter.routers import build_router as build_router
+
+__version__ = "0.1.0"
+
+_HOMES = {"ROUTERS": "megatron_hyperrouter.routers", "build_router": "megatron_hyperrouter.routers"}
+
+__all__ = ["ROUTERS", "__version__", "build_router"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

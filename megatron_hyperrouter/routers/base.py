@@ -8,19 +8,23 @@ Words: *logits* raw scores ``_TE``; *weights* what multiplies expert outputs ``_
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
+import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
+from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
 from megatron_hyperrouter.ops.topk import topk_softmax
 
-if TYPE_CHECKING:
-    from megatron_hyperrouter.routers.topk import TopKRouter
-
 ROUTERS: dict[str, type[Router]] = {}
+
+Count = Annotated[int, Ge(1)]  # 1, 2, 3, ...
+Natural = Annotated[int, Ge(0)]  # 0, 1, 2, ...
 
 
 class Routing(NamedTuple):
@@ -43,7 +47,8 @@ class ExpertBank(Protocol):
 class Router(nn.Module):
     """Base of all routers; a subclass registers itself: ``class Mine(Router, name="mine")``.
 
-    It needs no process group, no GPU and no engine.  ``forward`` keeps no state, so activation checkpointing may repeat it.
+    It needs no process group, no GPU and no engine.  ``forward`` changes nothing that a second forward could notice, so
+    activation checkpointing may repeat it.  A constructor ends with ``self.reset()``, once its parameters exist.
     """
 
     name: ClassVar[str]
@@ -52,6 +57,14 @@ class Router(nn.Module):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of the method; each becomes ``--router.OPTION``."""
+
+        def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
+            """What is wrong with these options for a model of this size, beyond the rules on each value."""
+            return iter(())
+
+        def warnings(self, *, topk: int) -> Iterator[str]:
+            """What the user of these options should know before a run whose smallest k is ``topk``."""
+            return iter(())
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -89,6 +102,10 @@ class Router(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         """Score each token against each expert; returns ``_TE`` in float32."""
 
+    def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them, unless a method weighs otherwise."""
+        return topk_softmax(logits_TE, k)
+
     def refine(self, first: Routing, x_TD: Tensor, *, step: int, experts: ExpertBank | None) -> Routing:
         """A method that consults experts changes the first decision here."""
         return first
@@ -98,14 +115,18 @@ class Router(nn.Module):
         return self.topk(step) if callable(self.topk) else self.topk
 
     def forward(self, x_TD: Tensor, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None) -> Routing:
-        """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does."""
+        """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does.
+
+        Raises ValueError unless 1 <= k <= E.  Computes in float32 whatever the dtype of ``x_TD``, under autocast too.
+        """
         k = self.topk_at(step) if topk is None else topk
         if not 1 <= k <= self.num_experts:
             raise ValueError(f"topk = {k}: must be from 1 to num_experts = {self.num_experts}")
-        logits_TE = self.logits(x_TD)
-        weights_TK, experts_TK = topk_softmax(logits_TE, k)
-        first = Routing(logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK))
-        return self.refine(first, x_TD, step=step, experts=experts)
+        with float32_maths(x_TD.device):
+            logits_TE = self.logits(x_TD)
+            weights_TK, experts_TK = self.choose(logits_TE, k)
+            first = Routing(logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK))
+            return self.refine(first, x_TD, step=step, experts=experts)
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor) -> dict[str, Tensor]:
         """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are switched on."""
@@ -117,16 +138,53 @@ class Router(nn.Module):
         return losses
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
-        """The router as a plain linear map ``(W_ED, b_E or None)``; raises where the method is not one."""
+        """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises where the method is not one."""
         raise NotImplementedError(f"router {self.name!r} is not a linear map of its input")
 
-    def fold(self) -> TopKRouter:
+    def fold(self) -> Router:
         """The ``topk`` router with the weights of :meth:`linear`: same routing, nothing generated any more."""
-        raise NotImplementedError(f"router {self.name!r} does not fold into a plain router")
+        with torch.no_grad():
+            W_ED, b_E = self.linear()
+        plain_class: Any = ROUTERS["topk"]
+        plain = plain_class(
+            plain_class.Config(bias=b_E is not None),
+            hidden_size=self.hidden_size,
+            num_experts=self.num_experts,
+            topk=self.topk,
+            layer_number=self.layer_number,
+            seed=self.seed,
+            aux_loss_coeff=self.aux_loss_coeff,
+            z_loss_coeff=self.z_loss_coeff,
+        ).to(W_ED.device)
+        assert isinstance(plain, Router)
+        plain.load_state_dict({"weight_ED": W_ED} if b_E is None else {"weight_ED": W_ED, "bias_E": b_E})
+        return plain
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the name alone."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Fill trained parameters from (seed, layer number) alone, as the constructor does."""
+        prefix = f"router.{self.layer_number}."
+        self.reset_parameters(lambda name, shape: keyed.normal(shape, seed=self.seed, name=prefix + name))
+
+    def hold(self, on: bool = True) -> None:
+        """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a router may keep what it derives."""
+
     def begin_step(self) -> None:
         """The trained weights may have changed: an engine calls this after each optimizer step and each load."""
+
+
+def float32_maths(device: torch.device) -> torch.autocast:
+    """Keeps autocast from rounding the inputs of a matrix product."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
+    """The warning of the methods that take the softmax over the kept logits."""
+    if topk == 1:
+        yield (
+            f"router {name!r} with k = 1: the softmax over one kept logit is 1, so the language-model loss gives the router no gradient; "
+            "only --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
+        )

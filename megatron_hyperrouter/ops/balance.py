@@ -1,0 +1,39 @@
+"""How evenly tokens spread over experts: losses to train with, numbers to watch.
+
+Legend: ``T`` tokens, ``E`` experts of the whole model, ``K`` active experts.  Means are over the tokens given, so the caller's
+micro-batch on its rank is the group that is balanced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def switch_loss(probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4), for any k.
+
+    ``f_i`` is the share of the T*K routes that go to expert i (no gradient), ``P_i`` the mean of ``probs_TE[:, i]``.
+    A scalar: 1 when routes or probabilities are uniform, E when all tokens go to one expert with certainty.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    share_E = load(experts_TK, num_experts).to(probs_TE.dtype) / max(experts_TK.numel(), 1)
+    return num_experts / max(num_tokens, 1) * (share_E * probs_TE.sum(0)).sum()
+
+
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return logits_TE.logsumexp(-1).square().mean()
+
+
+def entropy(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of the entropy of the softmax over all E experts, in nats: from 0 to ln E."""
+    entropy_TE: Tensor = torch.special.entr(logits_TE.softmax(-1))
+    return entropy_TE.sum(-1).mean()
+
+
+def load(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Routes to each expert, int64 ``_E``; they sum to T*K."""
+    routes = experts_TK.reshape(-1)
+    # not bincount: on a GPU it waits for the largest id, and its output size is unknown to a compiler
+    return torch.zeros(num_experts, dtype=torch.int64, device=routes.device).scatter_add_(0, routes, torch.ones_like(routes))

@@ -1,0 +1,14 @@
+"""Chance that steers collectives: drawn alike on every rank, with no communication."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def shared_coin(*, seed: int, step: int, layer: int) -> float:
+    """A uniform draw in [0, 1) from (seed, step, layer) alone, so that all ranks take the same branch or none does.
+
+    The first 53 bits of a SHA-256: no generator's state, no device and no library version has a say.
+    """
+    word = hashlib.sha256(f"coin:{seed}:{step}:{layer}".encode()).digest()[:8]
+    return (int.from_bytes(word, "big") >> 11) * 2.0**-53

@@ -1,0 +1,126 @@
+"""Tensors that are drawn from a seed, never trained and never saved: a checkpoint holds their seed and hash.
+
+They are no parameters and no buffers, so no engine can cast, reduce, decay or shard them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.ops import keyed
+from megatron_hyperrouter.routers.base import Router
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """All that decides the bytes of some frozen tensors; equal recipes give equal tensors."""
+
+    seed: int
+    name: str  # prefix of the names of their streams
+
+    @abstractmethod
+    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The tensors, float32, on ``device``."""
+
+    def normal(self, part: str, shape: tuple[int, ...], std: float, device: torch.device) -> Tensor:
+        """N(0, std^2) numbers of the stream ``name.part``."""
+        return keyed.normal(shape, seed=self.seed, name=f"{self.name}.{part}", device=device).mul_(std)
+
+
+class Frozen:
+    """The tensors of one recipe on one device: an immutable value, shared by all who ask for it, copied by none."""
+
+    def __init__(self, recipe: Recipe, tensors: tuple[Tensor, ...], digest: str) -> None:
+        self.recipe = recipe
+        self.tensors = tensors
+        self.digest = digest
+        self.device = tensors[0].device
+
+    def to(self, device: torch.device) -> Frozen:
+        """The same tensors on ``device``; itself where they are there already, or where ``device`` holds no numbers (meta)."""
+        if device == self.device or device.type == "meta":
+            return self
+        return _shared(self.recipe, device, lambda: self._copied(device))
+
+    def _copied(self, device: torch.device) -> Frozen:
+        with torch.inference_mode(False), torch.no_grad():
+            return Frozen(self.recipe, tuple(tensor.to(device) for tensor in self.tensors), self.digest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return frozen, (self.recipe, self.device)  # a pickle holds the recipe alone
+
+
+# A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; entries die with their last user.
+_ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], Frozen] = WeakValueDictionary()
+
+
+def frozen(recipe: Recipe, device: torch.device) -> Frozen:
+    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or those that somebody holds already."""
+    device = torch.device("cpu") if device.type == "meta" else device
+    return _shared(recipe, device, lambda: _drawn(recipe, device))
+
+
+def _shared(recipe: Recipe, device: torch.device, make: Callable[[], Frozen]) -> Frozen:
+    value = _ALIVE.get((recipe, device))
+    if value is None:
+        _ALIVE[recipe, device] = value = make()
+    return value
+
+
+def _drawn(recipe: Recipe, device: torch.device) -> Frozen:
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = recipe.draw(device)
+    return Frozen(recipe, tensors, keyed.digest(tensors))
+
+
+class FrozenRouter(Router):
+    """A router with a frozen part.  Its ``state_dict`` holds that part's seed and hash, and loading compares them."""
+
+    frozen_seed: Tensor  # int64 [1]
+    frozen_hash: Tensor  # uint8 [32], SHA-256
+
+    def freeze(self, recipe: Recipe) -> None:
+        """Draw the frozen part on the device that new tensors are made on; the constructor calls it once."""
+        seed = torch.tensor([recipe.seed], dtype=torch.int64)
+        self.frozen = frozen(recipe, seed.device)
+        self.register_buffer("frozen_seed", seed)
+        self.register_buffer("frozen_hash", torch.tensor(list(bytes.fromhex(self.frozen.digest)), dtype=torch.uint8))
+
+    def frozen_tensors(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The frozen part on ``device``."""
+        if self.frozen.device != device:  # the module moved without ``to``, as unpickling with a map_location does
+            self.frozen = self.frozen.to(device)
+        return self.frozen.tensors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenRouter:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # moves parameters and the two buffers; a dtype cannot touch the frozen part
+        self.frozen = self.frozen.to(self.frozen_hash.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}frozen_hash")
+        if saved is not None and (saved_hash := bytes(saved.flatten().tolist()).hex()) != self.frozen.digest:
+            self._refuse(saved_hash, state_dict.get(f"{prefix}frozen_seed"), prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refuse(self, saved_hash: str, saved_seed: Tensor | None, prefix: str) -> None:
+        seed, drawn = self.frozen.recipe.seed, self.frozen.digest
+        other = "an unknown seed" if saved_seed is None else f"seed {int(saved_seed)}"
+        raise CheckpointError(
+            f"{prefix}frozen_hash: the checkpoint was trained with frozen weights of {other} and hash {saved_hash[:16]}..., "
+            f"this run drew those of seed {seed}, layer {self.layer_number}, hash {drawn[:16]}...",
+            remedy="use the seed, the sizes and the router options of the run that wrote it: its config.yaml has them"
+            if saved_seed is None or int(saved_seed) == seed
+            else f"set --router.seed {int(saved_seed)}",
+        )

@@ -1,0 +1,194 @@
+"""HyperRouter: a frozen hypernetwork makes the router out of a trained embedding (arXiv 2312.07035).
+
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``S`` size of the embedding, ``H`` hypernetwork width,
+``P`` generated numbers: E*(D+1) with a bias, else E*D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_hyperrouter.ops.hypernet import active_units, generate, transposed
+from megatron_hyperrouter.routers.base import Count, Natural, float32_maths, no_gradient_at_k1
+from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
+
+
+@dataclass(frozen=True)
+class HypernetRecipe(Recipe):
+    """The frozen layers of a hypernetwork; their biases are zero."""
+
+    num_experts: int
+    hidden_size: int
+    embedding_size: int
+    width: int
+    bias: bool
+    init: str
+
+    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        """``(w1_HS, b1_H, w2_PH, b2_P)``.  The rows for the router's bias are a stream of their own: W does not depend on ``bias``."""
+        E, D, H = self.num_experts, self.hidden_size, self.width
+        w1_std, w2_std = self.stds()
+        w1_HS = self.normal("w1", (H, self.embedding_size), w1_std, device)
+        w2_PH = self.normal("w2", (E, D, H), w2_std, device)
+        if self.bias:
+            w2_PH = torch.cat((w2_PH, self.normal("w2_bias", (E, 1, H), w2_std, device)), 1)
+        w2_PH = w2_PH.view(-1, H)
+        return w1_HS, w1_HS.new_zeros(H), w2_PH, w2_PH.new_zeros(w2_PH.size(0))
+
+    def stds(self) -> tuple[float, float]:
+        """Standard deviations of both layers, given an embedding ~ N(0, 1).
+
+        ``paper``: 0.02.  ``width``: a hidden unit's input is N(0, S std1^2), so std1 = S^-1/2 makes it N(0, 1), and the ReLU
+        leaves a mean square of 1/2; a generated number has variance H std2^2 / 2, and a logit that of D of them (and the bias)
+        for x of unit variance: std2 = (2 / (H (D + bias)))^1/2 makes it 1.
+        """
+        if self.init == "paper":
+            return 0.02, 0.02
+        return self.embedding_size**-0.5, math.sqrt(2.0 / (self.width * (self.hidden_size + self.bias)))
+
+
+class Generated(NamedTuple):
+    """A router made from the present embedding, and what its gradient needs."""
+
+    W_ED: Tensor
+    b_E: Tensor | None
+    active_H: Tensor
+
+
+class HyperRouter(FrozenRouter, name="hyper"):
+    """``logits = W x + b`` with ``(W, b)`` generated from a trained embedding by a frozen hypernetwork.
+
+    By itself it generates in every forward pass, which is always right.  An engine that keeps the promise of :meth:`hold` has it
+    generate once per optimizer step; the way back to the embedding then runs once for each micro-batch that reaches the router.
+    """
+
+    config: Config
+    _held: bool
+    _stale: bool
+    _generated: Generated | None
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(FrozenRouter.Config):
+        """The published method has ``bias`` on and ``init`` = ``paper``."""
+
+        hypernet_width: Annotated[Count, "hidden units of the hypernetwork"] = 256
+        embedding_size: Annotated[Count | None, "trained numbers in a layer; default: the hidden size"] = None
+        bias: Annotated[bool, "generate a bias as well"] = False
+        init: Annotated[Literal["width", "paper"], "width: logits start with unit standard deviation; paper: linears N(0, 0.02^2)"] = (
+            "width"
+        )
+        seed: Annotated[Natural | None, "of the frozen hypernetwork; default: --seed"] = None
+        shared: Annotated[Literal["layer", "model"], "a hypernetwork for each layer, or one for all (each has its own embedding)"] = "layer"
+
+        def warnings(self, *, topk: int) -> Iterator[str]:
+            """At k = 1 the embedding does not learn."""
+            return no_gradient_at_k1("hyper", topk)
+
+    def __init__(self, config: Config, **common: Any) -> None:
+        """``common``: the keywords of :class:`Router`."""
+        super().__init__(config, **common)
+        embedding_size = config.embedding_size or self.hidden_size
+        recipe = HypernetRecipe(
+            seed=self.seed if config.seed is None else config.seed,
+            name="hypernet.model" if config.shared == "model" else f"hypernet.layer{self.layer_number}",
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            embedding_size=embedding_size,
+            width=config.hypernet_width,
+            bias=config.bias,
+            init=config.init,
+        )
+        self.freeze(recipe)
+        self.embedding_S = nn.Parameter(torch.empty(embedding_size))
+        self.hold(False)
+        self.reset()
+
+    def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """The embedding ~ N(0, 1)."""
+        with torch.no_grad():
+            self.embedding_S.copy_(draw("embedding_S", tuple(self.embedding_S.shape)))
+        self.begin_step()
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``W x + b``."""
+        return F.linear(x_TD.float(), *self.linear())
+
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """The generated router; its gradient goes to the embedding."""
+        w1_HS, b1_H, w2_PH, b2_P = self.frozen_tensors(self.embedding_S.device)
+        if not self._held:
+            with float32_maths(self.embedding_S.device):
+                return generate(self.embedding_S.float(), w1_HS, b1_H, w2_PH, b2_P, self.num_experts, bias=self.config.bias)
+        if self._stale or self._generated is None:
+            self._generated = self._regenerate()
+            self._stale = False
+        W_ED, b_E, active_H = self._generated
+        if torch.is_grad_enabled():
+            W_ED, b_E = _Reuse.apply(self.embedding_S.float(), W_ED, b_E, active_H, w1_HS, w2_PH)  # type: ignore[no-untyped-call]
+        return W_ED, b_E
+
+    def hold(self, on: bool = True) -> None:
+        """Generate once per step: from now on the caller calls :meth:`begin_step` after each change of the embedding."""
+        self._held = on
+        self._generated = None
+        self._stale = True
+
+    def begin_step(self) -> None:
+        """What was generated is out of date; the next forward pass generates, when an engine has gathered the weights."""
+        self._stale = True
+
+    def _regenerate(self) -> Generated:
+        """Generate outside any graph, and not as inference tensors: evaluation may come first, training later."""
+        device = self.embedding_S.device
+        w1_HS, b1_H, w2_PH, b2_P = self.frozen_tensors(device)
+        with torch.inference_mode(False), torch.no_grad(), float32_maths(device):
+            embedding_S = self.embedding_S.detach().float()
+            W_ED, b_E = generate(embedding_S, w1_HS, b1_H, w2_PH, b2_P, self.num_experts, bias=self.config.bias)
+            new = Generated(W_ED, b_E, active_units(embedding_S, w1_HS, b1_H))
+            old = self._generated
+            if old is None or old.W_ED.device != device:
+                return new
+            # In place: addresses stay for compiled graphs, and a backward pass that still waits for the old weights raises.
+            for kept, made in zip(old, new, strict=True):
+                if kept is not None and made is not None:
+                    kept.copy_(made)
+            return old
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperRouter:
+        self.begin_step()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.begin_step()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (deepcopy, pickle) generates in every forward: no engine has promised it anything."""
+        return {**self.__dict__, "_held": False, "_generated": None, "_stale": True}
+
+
+class _Reuse(torch.autograd.Function):
+    """Hands out the generated router; backward is the transposed pass through the hypernetwork."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, embedding_S: Tensor, W_ED: Tensor, b_E: Tensor | None, active_H: Tensor, w1_HS: Tensor, w2_PH: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(active_H)
+        ctx.w1_HS, ctx.w2_PH = w1_HS, w2_PH  # not saved tensors: hooks that offload activations would move them
+        return W_ED.detach(), None if b_E is None else b_E.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_W_ED: Tensor, grad_b_E: Tensor | None) -> tuple[Tensor | None, ...]:
+        (active_H,) = ctx.saved_tensors
+        return transposed(grad_W_ED, grad_b_E, active_H, ctx.w1_HS, ctx.w2_PH), None, None, None, None, None

@@ -1,0 +1,61 @@
+"""SMoE-Dropout: a random linear router that is never trained, and a k that grows (arXiv 2303.01610).
+
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor
+
+from megatron_hyperrouter.routers.base import Natural
+from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
+
+
+@dataclass(frozen=True)
+class LinearRecipe(Recipe):
+    """A fixed W ~ N(0, std^2)."""
+
+    num_experts: int
+    hidden_size: int
+    std: float
+
+    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+        """``(W_ED,)``."""
+        return (self.normal("weight", (self.num_experts, self.hidden_size), self.std, device),)
+
+
+class SMoEDropoutRouter(FrozenRouter, name="smoe_dropout"):
+    """``logits = W x`` with a frozen W; routing still drifts because x does.  It has no parameters."""
+
+    config: Config
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(FrozenRouter.Config):
+        """The published router; raise ``init_std`` to match another router's logits."""
+
+        init_std: Annotated[float, Ge(0.0), "standard deviation of the frozen weights"] = 0.02
+        seed: Annotated[Natural | None, "of the frozen weights; default: --seed"] = None
+
+    def __init__(self, config: Config, **common: Any) -> None:
+        """``common``: the keywords of :class:`Router`."""
+        super().__init__(config, **common)
+        seed = self.seed if config.seed is None else config.seed
+        self.freeze(LinearRecipe(seed, f"smoe_dropout.layer{self.layer_number}", self.num_experts, self.hidden_size, config.init_std))
+
+    def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """Nothing is trained."""
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``W x``."""
+        return F.linear(x_TD.float(), *self.frozen_tensors(x_TD.device))
+
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """A copy of the frozen weights."""
+        return self.frozen.tensors[0].clone(), None
