@@ -28,7 +28,8 @@ class Problem:
     remedy: str  # what to do: "use 2, 4 or 8 experts"
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value}: {self.rule}; {self.remedy}"
+        given = "" if self.value == "" else f" = {self.value}"  # a flag without a word
+        return f"{self.field}{given}: {self.rule}; {self.remedy}"
 
 
 class ConfigError(HyperRouterError):

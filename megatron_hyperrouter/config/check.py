@@ -12,7 +12,6 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
 RULES: tuple[Rule, ...] = (*model.RULES, *layout.RULES, *training.RULES, *data.RULES, *engine.RULES, *deepspeed_json.RULES)
-SOFTMAX_OVER_KEPT = frozenset({"hyper", "topk"})  # routers whose weight is 1 at k = 1, whatever the logit
 
 
 def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[str] = ()) -> list[Problem]:
@@ -33,17 +32,18 @@ def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[st
 
 def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
     """What can run but was probably not meant so; ``has_gpu`` None where that is not known."""
-    return [*_about_training(config), *_about_ignored(config), *_about_hardware(config, has_gpu)]
+    return [*_about_router(config), *_about_training(config), *_about_ignored(config), *_about_hardware(config, has_gpu)]
+
+
+def _about_router(config: RunConfig) -> Iterator[str]:
+    """What the router's own options have to say, at the smallest k of the run."""
+    own_warnings = getattr(config.router.options, "warnings", None)
+    if own_warnings is not None and config.model.num_experts > 1:
+        yield from own_warnings(topk=smallest_topk(config))
 
 
 def _about_training(config: RunConfig) -> Iterator[str]:
     model, train, checkpoint = config.model, config.train, config.checkpoint
-    if smallest_topk(config) == 1 < model.num_experts and config.router.name in SOFTMAX_OVER_KEPT:
-        rest = "only the balancing losses train it" if model.moe_aux_loss_coeff or model.moe_z_loss_coeff else "nothing trains it"
-        yield (
-            f"at k = 1 the softmax over the kept logits is always 1, so the language-model loss gives router {config.router.name} "
-            f"no gradient, and {rest}; use --moe-router-topk 2 or more, or a schedule that starts there"
-        )
     if train.eval_iters and train.eval_interval > train.train_iters:
         yield f"no evaluation during training: --eval-interval = {train.eval_interval} is more than --train-iters = {train.train_iters}"
     if checkpoint.save_interval > train.train_iters:

@@ -41,7 +41,8 @@ def help_text(routers: Mapping[str, Any], *, prog: str) -> str:
 
 def _rows(leaves: Iterable[Leaf]) -> Iterator[str]:
     for leaf in leaves:
-        yield from _row(_usage(leaf), f"{leaf.help} ({_range(leaf)}default: {_default(leaf)})")
+        notes = "; ".join(filter(None, [_range(leaf), _default(leaf)]))
+        yield from _row(_usage(leaf), f"{leaf.help} ({notes})" if notes else leaf.help)
 
 
 def _row(left: str, text: str) -> Iterator[str]:
@@ -60,14 +61,16 @@ def _usage(leaf: Leaf) -> str:
 
 
 def _range(leaf: Leaf) -> str:
-    """What one glance at the default does not tell."""
-    return f"{leaf.describe()}; " if leaf.choices or leaf.rules else ""
+    """What a value must be, where its type does not say all of it."""
+    return leaf.describe() if leaf.choices or leaf.rules else ""
 
 
 def _default(leaf: Leaf) -> str:
-    if leaf.is_tuple:
-        return " ".join(map(str, leaf.default)) or "none"
-    return str(leaf.default).lower() if leaf.default is None or leaf.base is bool else str(leaf.default)
+    if leaf.default in (None, ()):
+        return "" if "default:" in leaf.help else "default: none"
+    if isinstance(leaf.default, tuple):
+        return "default: " + " ".join(map(str, leaf.default))
+    return f"default: {str(leaf.default).lower() if leaf.base is bool else leaf.default}"
 
 
 def _summary(documented: type) -> str:

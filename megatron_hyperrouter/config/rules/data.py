@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import split_shares
@@ -37,8 +38,8 @@ def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             continue
         if len(words) % 2 or None in weights:
             yield broken(config, name, "must alternate weights and prefixes", "write 0.3 prefix-a 0.7 prefix-b, or prefixes alone")
-        elif min(weight for weight in weights if weight is not None) <= 0:
-            yield broken(config, name, "must have weights greater than 0", "leave out the prefix that is not wanted")
+        elif not all(0 < weight < math.inf for weight in weights if weight is not None):
+            yield broken(config, name, "must have finite weights greater than 0", "leave out the prefix that is not wanted")
 
 
 def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

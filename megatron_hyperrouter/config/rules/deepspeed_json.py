@@ -46,7 +46,8 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
             yield Problem(f"{key} in {path}", document[key], "is made from the flags alone", "leave it out, and use --lr and its kin")
     for key, expected, name in expectations(config, world_size):
         value = at(document, key)
-        if value is not ABSENT and value != expected:
+        agrees = value == expected and isinstance(value, bool) == isinstance(expected, bool)  # 1 == True in Python
+        if value is not ABSENT and not agrees:
             remedy = f"leave it out, or make the two agree ({flag(name)})"
             yield Problem(f"{key} in {path}", json.dumps(value), f"contradicts the flags, which make it {json.dumps(expected)}", remedy)
     if at(document, "zero_optimization.contiguous_gradients") is False and config.parallel.expert_model_parallel_size > 1:

@@ -1,0 +1,358 @@
+"""cli.py: defaults < YAML < flags; every problem in one error; what is dumped starts the same run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hyperrouter.config import check
+from megatron_hyperrouter.config.cli import dump, launched_world_size, load_file, parse, replace_leaves
+from megatron_hyperrouter.config.leaves import Leaf, router_leaves, tree_leaves, value_of
+from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
+from megatron_hyperrouter.errors import ConfigError
+
+DATA = ["--data-path", "corpus"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a YAML file and returns its path."""
+
+    def writer(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return writer
+
+
+def problems_of(routers, *argv: str, **keywords) -> list:
+    with pytest.raises(ConfigError) as error:
+        parse(argv, routers=routers, **keywords)
+    return list(error.value.problems)
+
+
+class TestPrecedence:
+    def test_defaults(self, routers):
+        config = parse(DATA, routers=routers)
+        expected = RunConfig()
+        assert config.router == RouterChoice(name="hyper", options=routers["hyper"].Config())
+        assert config.data == dataclasses.replace(expected.data, data_path=("corpus",))
+        assert dataclasses.replace(config, router=expected.router, data=expected.data) == expected
+
+    def test_flags_over_yaml_over_defaults(self, routers, write):
+        path = write("num_layers: 6\nhidden_size: 128\nlr: 1e-4\ndata_path: [0.3, a, 0.7, b]\nrouter: {name: hyper, hypernet_width: 32}\n")
+        config = parse(["--hidden-size", "64", "--config", path, "--router.init=paper"], routers=routers)
+        assert (config.model.num_layers, config.model.hidden_size, config.model.num_experts) == (6, 64, 8)
+        assert config.optimizer.lr == 1e-4
+        assert config.data.data_path == ("0.3", "a", "0.7", "b")
+        assert config.router.options == routers["hyper"].Config(hypernet_width=32, init="paper")
+
+    def test_the_last_of_equal_flags_wins(self, routers):
+        assert parse([*DATA, "--num-layers", "1", "--num-layers=2"], routers=routers).model.num_layers == 2
+
+    def test_a_bad_value_that_is_overridden_does_no_harm(self, routers, write):
+        path = write("num_layers: many\ndata_path: a\n")
+        assert parse(["--config", path, "--num-layers", "2"], routers=routers).model.num_layers == 2
+
+    def test_booleans(self, routers, write):
+        path = write("bf16: true\ndata_path: a\nrouter: {bias: yes}")
+        for argv, value in [
+            (["--bf16"], True),
+            (["--bf16", "true"], True),
+            (["--bf16=false"], False),
+            (["--no-bf16"], False),
+            (["--config", path], True),
+            (["--config", path, "--no-bf16"], False),
+        ]:
+            assert parse([*DATA, *argv], routers=routers).train.bf16 is value, argv
+        assert parse(["--config", path], routers=routers).router.options.bias is True
+        assert parse(["--config", path, "--router.no-bias"], routers=routers).router.options.bias is False
+
+    def test_the_launchers_flag_is_ignored(self, routers):
+        for first in (["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "0"]):
+            assert parse([*first, *DATA], routers=routers) == parse(DATA, routers=routers)
+
+    def test_negative_numbers_are_values(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--lr", "-1e-4")
+        assert (problem.field, problem.value) == ("--lr", "-1e-4")
+
+
+class TestRouter:
+    def test_the_name_decides_on_the_options(self, routers):
+        config = parse([*DATA, "--router.init-std", "0.5", "--router.name", "plain"], routers=routers)
+        assert config.router == RouterChoice(name="plain", options=routers["plain"].Config(init_std=0.5))
+
+    def test_another_name_on_the_command_line_replaces_the_files_router(self, routers, write):
+        path = write("data_path: a\nrouter: {name: hyper, hypernet_width: 64, seed: 7}")
+        config = parse(["--config", path, "--router.name", "plain"], routers=routers)
+        assert config.router.options == routers["plain"].Config()  # not seed 7, which was said to another router
+        same = parse(["--config", path, "--router.name", "hyper"], routers=routers)
+        assert same.router.options == routers["hyper"].Config(hypernet_width=64, seed=7)
+
+    def test_a_typing_mistake_in_the_replaced_router_is_still_told(self, routers, write):
+        path = write("data_path: a\nrouter: {name: hyper, hypernet_widht: 64}")
+        (problem,) = problems_of(routers, "--config", path, "--router.name", "plain")
+        assert "hypernet_widht" in problem.field
+
+    def test_unknown_router_is_one_problem(self, routers, write):
+        path = write("data_path: a\nrouter: {name: hypr, hypernet_width: 64}")
+        (problem,) = problems_of(routers, "--config", path, "--router.bias")
+        assert problem.remedy == "did you mean hyper?"
+        assert "--router.name" in problem.field
+
+    def test_an_option_of_another_router(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--router.name", "plain", "--router.hypernet-width", "3")
+        assert problem.field == "--router.hypernet-width"
+        assert "option of router hyper" in problem.rule
+
+    def test_the_routers_own_rules(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--router.hypernet-width", "999999")
+        assert problem.rule == "is wider than what it makes"
+
+    @pytest.mark.parametrize("text", ["router: hyper", "router: [hyper]", "router: 3"])
+    def test_router_must_be_a_mapping(self, routers, write, text):
+        (problem,) = problems_of(routers, "--config", write(f"data_path: a\n{text}"))
+        assert "must be a mapping" in problem.rule
+
+
+class TestEveryProblemAtOnce:
+    def test_unknown_names_bad_values_and_rules_together(self, routers, write):
+        path = write("data_path: a\nnum_layer: 3\nlr: fast\n")
+        found = problems_of(
+            routers,
+            "--config",
+            path,
+            "--hiden-size",
+            "64",
+            "--num-experts",
+            "6",
+            "--expert-model-parallel-size",
+            "4",
+            "--router.bias",
+            "7",
+            "stray",
+        )
+        text = str(ConfigError(found))
+        assert text.startswith("5 problems in the settings:")
+        for expected in (
+            "--hiden-size = 64: unknown flag; did you mean --hidden-size?",
+            f"num_layer in {path} = 3: unknown setting; did you mean num_layers?",
+            f"--lr (lr in {path}) = fast: must be a number >= 0",
+            "--num-experts = 6: must be divisible by --expert-model-parallel-size = 4",
+            "--router.bias = 7 stray: takes one value, got 2",
+        ):
+            assert expected in text, text
+
+    def test_words_before_any_flag(self, routers):
+        (problem,) = problems_of(routers, "train", *DATA)
+        assert (problem.field, problem.value) == ("command line", "train")
+
+    @pytest.mark.parametrize(
+        ("written", "meant"),
+        [
+            ("--hidden_size", "--hidden-size"),
+            ("--no-bf61", "--no-bf16"),
+            ("--router.nam", "--router.name"),
+            ("--confg", "--config"),
+            ("--router.hypernet-widht", "--router.hypernet-width"),
+        ],
+    )
+    def test_nearest_flag(self, routers, written, meant):
+        (problem,) = problems_of(routers, *DATA, written, "1")
+        assert (problem.field, problem.remedy) == (written, f"did you mean {meant}?")
+
+    def test_a_flag_like_no_other(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--zzzzzz")
+        assert "--help" in problem.remedy
+
+    def test_consequences_of_a_mistake_are_not_told(self, routers):
+        # seven heads do not divide the default width either, but nobody asked for that width
+        (problem,) = problems_of(routers, *DATA, "--hidden-size", "wide", "--num-attention-heads", "7")
+        assert problem.field == "--hidden-size"
+        (problem,) = problems_of(routers, "--data-pth", "a")  # and not also: no training data
+        assert problem.field == "--data-pth"
+
+    def test_both_flags_of_a_boolean(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--bf16", "--no-bf16")
+        assert "contradicts --bf16" in problem.rule
+        (problem,) = problems_of(routers, *DATA, "--no-bf16", "true")
+        assert "takes no value" in problem.rule
+
+    def test_world_size_is_checked_where_it_is_known(self, routers):
+        argv = [*DATA, "--expert-model-parallel-size", "2"]
+        assert parse(argv, routers=routers, world_size=2) == parse(argv, routers=routers)
+        (problem,) = problems_of(routers, *argv, world_size=3)
+        assert problem.field == "--expert-model-parallel-size"
+
+
+class TestFile:
+    def problem_with(self, routers, path: str):
+        (problem,) = problems_of(routers, "--config", path)
+        assert path in f"{problem.field} {problem.value}"
+        return problem
+
+    def test_missing(self, routers, tmp_path):
+        assert "No such file" in self.problem_with(routers, str(tmp_path / "none.yaml")).rule
+
+    def test_a_folder(self, routers, tmp_path):
+        assert "cannot be read" in self.problem_with(routers, str(tmp_path)).rule
+
+    def test_not_text(self, routers, tmp_path):
+        (tmp_path / "x.yaml").write_bytes(b"a: \xff\xfe")
+        assert "UTF-8" in self.problem_with(routers, str(tmp_path / "x.yaml")).rule
+
+    def test_broken_yaml_names_the_line(self, routers, write):
+        assert "line 3" in self.problem_with(routers, write("num_layers: 2\nhidden_size: 64\nlr: [1, 2]]\nseed: 1\n")).rule
+
+    def test_not_a_mapping(self, routers, write):
+        assert "must be a mapping" in self.problem_with(routers, write("- num_layers: 2\n")).rule
+
+    def test_duplicated_keys(self, routers, write):
+        problem = self.problem_with(routers, write("data_path: a\nnum_layers: 2\nlr: 1.0\nnum_layers: 3\n"))
+        assert (problem.value, problem.rule) == ("lines 2 and 4", "stands twice")
+
+    def test_duplicated_option_of_the_router(self, routers, write):
+        problem = self.problem_with(routers, write("data_path: a\nrouter:\n  seed: 1\n  seed: 2\n"))
+        assert problem.value == "lines 3 and 4"
+
+    def test_an_option_inside_and_outside_the_mapping(self, routers, write):
+        problem = self.problem_with(routers, write("data_path: a\nrouter.seed: 1\nrouter: {seed: 2}\n"))
+        assert problem.rule == "stands twice"
+
+    def test_keys_that_are_no_names(self, routers, write):
+        assert self.problem_with(routers, write("data_path: a\n12: b\n")).rule == "unknown setting"
+
+    def test_config_without_a_file(self, routers):
+        (problem,) = problems_of(routers, *DATA, "--config")
+        assert problem.field == "--config"
+
+    def test_an_empty_file_sets_nothing(self, routers, write):
+        assert parse([*DATA, "--config", write("# nothing\n")], routers=routers) == parse(DATA, routers=routers)
+
+
+def value_strategy(leaf: Leaf) -> st.SearchStrategy:
+    """Good values of a leaf, as its rules have it."""
+    low = max([rule.ge for rule in leaf.rules if hasattr(rule, "ge")] + [rule.gt for rule in leaf.rules if hasattr(rule, "gt")], default=0)
+    high = min(
+        [rule.le for rule in leaf.rules if hasattr(rule, "le")] + [rule.lt for rule in leaf.rules if hasattr(rule, "lt")], default=2**40
+    )
+    excluded = {"exclude_min": any(hasattr(r, "gt") for r in leaf.rules), "exclude_max": any(hasattr(r, "lt") for r in leaf.rules)}
+    text = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda word: not leaf.optional or word.strip().lower() != "none")
+    if leaf.choices:
+        values = st.sampled_from(leaf.choices)
+    elif leaf.base is bool:
+        values = st.booleans()
+    elif leaf.base is int:
+        values = st.integers(low, high)
+    elif leaf.base is float:
+        values = st.floats(low, high, **excluded)
+    elif leaf.is_tuple:
+        values = st.lists(st.integers() if "milestones" in leaf.name else text, max_size=3).map(tuple)
+    else:
+        values = text
+    return st.none() | values if leaf.optional else values
+
+
+@given(data=st.data())
+def test_what_is_dumped_parses_to_an_equal_tree(data, routers, tmp_path_factory):
+    name = data.draw(st.sampled_from(sorted(routers)))
+    config = RunConfig(router=RouterChoice(name=name, options=routers[name].Config()))
+    leaves = {**tree_leaves(), **router_leaves(routers[name].Config)}
+    chosen = data.draw(st.sets(st.sampled_from(sorted(leaves)), max_size=12))
+    values = {each: data.draw(value_strategy(leaves[each]), label=each) for each in chosen}
+    config = replace_leaves(config, **values)
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    with mock.patch.object(check, "problems", return_value=[]):  # rules that join settings may object; that is another matter
+        again = parse(["--config", str(path)], routers=routers)
+    assert again == config
+    for leaf in leaves:  # 1 == 1.0 == True
+        assert type(value_of(again, leaf)) is type(value_of(config, leaf)), leaf
+
+
+def test_dump_is_readable(routers):
+    config = parse([*DATA, "--router.hypernet-width", "64", "--lr", "1e-5"], routers=routers)
+    document = yaml.safe_load(dump(config))
+    assert document["router"] == {"name": "hyper", "hypernet_width": 64, "init": "width", "bias": False, "seed": None}
+    assert document["lr"] == 1e-5
+    assert document["data_path"] == ["corpus"]
+    assert set(document) == {*tree_leaves(), "router"}
+
+
+class TestHelpers:
+    def test_replace_leaves(self, routers):
+        config = parse(DATA, routers=routers)
+        changed = replace_leaves(config, num_layers=2, lr=0.5, **{"router.seed": 7})
+        assert (changed.model.num_layers, changed.optimizer.lr, changed.router.options.seed) == (2, 0.5, 7)
+        assert replace_leaves(changed, num_layers=4, lr=3e-4, **{"router.seed": None}) == config
+
+    def test_replace_leaves_refuses_bad_values_all_at_once(self, routers):
+        with pytest.raises(ConfigError) as error:
+            replace_leaves(parse(DATA, routers=routers), num_layers=0, zero_stage=9)
+        assert [problem.field for problem in error.value.problems] == ["--num-layers", "--zero-stage"]
+
+    def test_replace_leaves_refuses_unknown_names(self, routers):
+        with pytest.raises(KeyError, match="widht"):
+            replace_leaves(parse(DATA, routers=routers), widht=1)
+
+    def test_load_file(self, routers, write):
+        path = write("data_path: a\nnum_layers: 3\nexpert_model_parallel_size: 2\nrouter: {name: hyper, bias: true}")
+        config = load_file(path, routers=routers, overrides={"expert_model_parallel_size": 1, "num_workers": 0, "router.bias": False})
+        assert (config.model.num_layers, config.parallel.expert_model_parallel_size, config.data.num_workers) == (3, 1, 0)
+        assert config.router.options.bias is False
+
+    def test_load_file_reports_bad_overrides(self, routers, write):
+        with pytest.raises(ConfigError) as error:
+            load_file(write("data_path: a"), routers=routers, overrides={"num_wokers": 0, "num_layers": 0})
+        assert [problem.field for problem in error.value.problems] == ["--num-layers", "--num-wokers"]
+
+    def test_launched_world_size(self):
+        assert launched_world_size({}) == 1
+        assert launched_world_size({"WORLD_SIZE": "8"}) == 8
+
+
+class TestHelp:
+    def text(self, routers, capsys) -> str:
+        with pytest.raises(SystemExit) as leaving:
+            parse(["--help"], routers=routers, prog="train.py")
+        assert leaving.value.code == 0
+        return capsys.readouterr().out
+
+    def test_every_flag_is_there_once_with_its_help(self, routers, capsys):
+        text = self.text(routers, capsys)
+        flat = " ".join(text.split())
+        assert "usage: train.py" in text
+        for leaf in tree_leaves().values():
+            assert len([line for line in text.splitlines() if line.split() and line.split()[0].rstrip(",") == leaf.flag]) == 1, leaf.flag
+            assert " ".join(leaf.help.split()) in flat
+        assert max(map(len, text.splitlines())) <= 140
+
+    def test_every_router_lists_its_own_options(self, routers, capsys):
+        text = self.text(routers, capsys)
+        hyper, plain = text.split("router hyper: A generated router.")[1].split("router plain: A trained router.")
+        assert "--router.hypernet-width" in hyper and "one of width, paper; default: width" in hyper
+        assert "--router.init-std" in plain and "--router.init-std" not in hyper
+
+    def test_it_wins_over_problems_and_one_rank_speaks(self, routers, capsys, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(SystemExit):
+            parse(["--no-such-flag", "-h"], routers=routers)
+        assert capsys.readouterr().out == ""
+
+
+def test_the_room_needs_no_torch():
+    program = (
+        "import sys; import megatron_hyperrouter.config.cli, megatron_hyperrouter.config.check\n"
+        "heavy = {'torch', 'deepspeed', 'megatron', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=Path(__file__).parents[2])

@@ -1,0 +1,62 @@
+"""derived.py: values that follow from several settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hyperrouter.config import derived
+from megatron_hyperrouter.config.cli import replace_leaves
+from megatron_hyperrouter.config.tree import RunConfig
+
+
+def config(**leaves) -> RunConfig:
+    return replace_leaves(RunConfig(), **leaves)
+
+
+def test_attention():
+    assert (derived.query_groups(config()), derived.head_width(config())) == (4, 64)
+    assert derived.query_groups(config(num_query_groups=2)) == 2
+    assert derived.head_width(config(kv_channels=16)) == 16
+
+
+def test_expert_tensor_size_follows_tp():
+    assert derived.expert_tensor_size(config(tensor_model_parallel_size=4)) == 4
+    assert derived.expert_tensor_size(config(tensor_model_parallel_size=4, expert_tensor_parallel_size=1)) == 1
+
+
+@pytest.mark.parametrize(("world", "tp", "pp", "cp", "ranks"), [(8, 1, 1, 1, 8), (8, 2, 2, 1, 2), (8, 2, 2, 2, 1), (6, 2, 2, 1, 0)])
+def test_data_parallel_size(world, tp, pp, cp, ranks):
+    layout = config(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
+    assert derived.data_parallel_size(layout, world) == ranks
+
+
+def test_batches():
+    assert derived.global_batch_size(config(micro_batch_size=3), 4) == 12
+    assert derived.accumulation_steps(config(micro_batch_size=3), 4) == 1
+    assert derived.accumulation_steps(config(micro_batch_size=3, global_batch_size=24), 4) == 2
+
+
+def test_smallest_topk():
+    assert derived.smallest_topk(config(moe_router_topk=4)) == 4
+    assert derived.smallest_topk(config(moe_router_topk=4, topk_start=1, topk_schedule="linear")) == 1
+    assert derived.smallest_topk(config(moe_router_topk=2, topk_start=8, topk_schedule="linear")) == 2
+
+
+@pytest.mark.parametrize(
+    ("split", "shares"),
+    [
+        ("969,30,1", (0.969, 0.03, 0.001)),
+        (" 8 , 1 , 1 ", (0.8, 0.1, 0.1)),
+        ("98,2", (0.98, 0.02, 0)),
+        ("100", (1, 0, 0)),
+        (".5,0.5,0", (0.5, 0.5, 0)),
+    ],
+)
+def test_split_shares(split, shares):
+    assert derived.split_shares(split) == pytest.approx(shares, abs=1e-15)
+
+
+@pytest.mark.parametrize("split", ["", "a", "1;2;3", "-1,2,3", "1,2,3,4", "0,0,0", "1,,2", "1e3,2,3", "nan,1,1"])
+def test_bad_splits(split):
+    with pytest.raises(ValueError, match="must"):
+        derived.split_shares(split)
