@@ -65,13 +65,13 @@ def in_this_version(config: RunConfig, world_size: int | None) -> Iterator[Probl
             yield broken(config, row.name, f"this version does not do {row.what}", row.remedy)
 
 
-def zero_0_clips_wrongly(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed's ZeRO-0 takes a wrong gradient norm for experts and for pipelines (seen in 0.19.8)."""
+def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Without ZeRO, DeepSpeed 0.19.8 takes the gradient norm of experts and of stages apart, and clips by it."""
     parallel = config.parallel
     spread = parallel.expert_model_parallel_size > 1 or parallel.pipeline_model_parallel_size > 1
-    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.optimizer.clip_grad > 0 and spread:
-        rule = "clips gradients wrongly with expert or pipeline parallelism"
-        yield broken(config, "zero_stage", rule, "use --zero-stage 1, or --clip-grad 0")
+    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and spread:
+        rule = "takes wrong gradient norms with expert or pipeline parallelism"
+        yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 
 def zero_2_without_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -92,4 +92,4 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
             yield broken(config, name, "belongs to the deepspeed engine, and the engine is megatron", "leave it out")
 
 
-RULES: tuple[Rule, ...] = (in_this_version, zero_0_clips_wrongly, zero_2_without_pipeline, settings_of_the_other_engine)
+RULES: tuple[Rule, ...] = (in_this_version, zero_0_alone, zero_2_without_pipeline, settings_of_the_other_engine)
