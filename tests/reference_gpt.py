@@ -24,19 +24,19 @@ class ReferenceGPT:
         self.config, self.router_matrix = config, router_matrix
         self.weights = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in weights.items()}
 
-    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """(mean cross-entropy, sum over layers of the balance loss before its coefficient)."""
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean cross-entropy, sums over layers of the balance loss and of the z-loss, before their coefficients)."""
         w, model = self.weights, self.config.model
         x_BSD = w["embedding.word_embeddings.weight"][tokens_BS]
-        aux = torch.zeros((), dtype=torch.float64)
+        aux, z = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for layer in range(model.num_layers):
             prefix = f"decoder.layers.{layer}."
             x_BSD = x_BSD + self._attention(self._norm(x_BSD, prefix + "input_layernorm.weight"), prefix + "self_attention.")
-            routed_BSD, layer_aux = self._moe(self._norm(x_BSD, prefix + "pre_mlp_layernorm.weight"), layer, topk)
-            x_BSD, aux = x_BSD + routed_BSD, aux + layer_aux
+            routed_BSD, layer_aux, layer_z = self._moe(self._norm(x_BSD, prefix + "pre_mlp_layernorm.weight"), layer, topk)
+            x_BSD, aux, z = x_BSD + routed_BSD, aux + layer_aux, z + layer_z
         x_BSD = self._norm(x_BSD, "decoder.final_layernorm.weight")
         logits = x_BSD @ w.get("output_layer.weight", w["embedding.word_embeddings.weight"]).t()
-        return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten()), aux
+        return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten()), aux, z
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + self.config.model.norm_epsilon).sqrt() * self.weights[name]
@@ -53,7 +53,6 @@ class ReferenceGPT:
         if model.qk_layernorm:
             query, key = self._norm(query, prefix + "q_layernorm.weight"), self._norm(key, prefix + "k_layernorm.weight")
         query, key = self._rotate(query), self._rotate(key)
-        out = torch.empty(batch, seq, groups, heads // groups, channels, dtype=torch.float64)
         future = torch.ones(seq, seq, dtype=torch.bool).triu(1)
         rows = []
         for group in range(groups):
@@ -72,29 +71,33 @@ class ReferenceGPT:
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
-    def _moe(self, x_BSD: Tensor, layer: int, topk: int) -> tuple[Tensor, Tensor]:
+    def _moe(self, x_BSD: Tensor, layer: int, topk: int) -> tuple[Tensor, Tensor, Tensor]:
         model, w = self.config.model, self.weights
         x_TD = x_BSD.flatten(0, 1)
         logits_TE = x_TD @ self.router_matrix(w, layer).t()
-        outputs, counts = [], torch.zeros(model.num_experts, dtype=torch.float64)
-        for token in range(x_TD.size(0)):  # a loop over tokens and experts: slow, and plainly right
-            chosen = sorted(range(model.num_experts), key=lambda e: -logits_TE[token, e].item())[:topk]
-            weights = torch.stack([logits_TE[token, e] for e in chosen]).softmax(0)
-            counts[chosen] += 1
-            outputs.append(sum(weights[i] * self._expert(x_TD[token], layer, e) for i, e in enumerate(chosen)))
+        rank_TE = (logits_TE[:, None, :] > logits_TE[:, :, None]).sum(-1)  # how many experts a token prefers to this one
+        chosen_TE = rank_TE < topk
+        weights_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
+        out_TD = torch.zeros_like(x_TD)
+        for expert in range(model.num_experts):  # every expert sees every token: slow, and plainly right
+            out_TD = out_TD + weights_TE[:, expert, None] * self._expert(x_TD, layer, expert)
+        counts = chosen_TE.double().sum(0)
         shares = counts / counts.sum()
         aux = model.num_experts * (shares * logits_TE.softmax(-1).mean(0)).sum()
-        return torch.stack(outputs).view(x_BSD.shape), aux
+        z = logits_TE.exp().sum(-1).log().pow(2).mean()
+        return out_TD.view(x_BSD.shape), aux, z
 
-    def _expert(self, x_D: Tensor, layer: int, expert: int) -> Tensor:
+    def _expert(self, x_TD: Tensor, layer: int, expert: int) -> Tensor:
         prefix = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}."
-        gate, up = (self.weights[prefix + "linear_fc1.weight"] @ x_D).chunk(2)
-        return self.weights[prefix + "linear_fc2.weight"] @ (F.silu(gate) * up)
+        gate, up = (x_TD @ self.weights[prefix + "linear_fc1.weight"].t()).chunk(2, -1)
+        return (F.silu(gate) * up) @ self.weights[prefix + "linear_fc2.weight"].t()
 
 
-def train_reference(model: ReferenceGPT, steps: Iterable[list[tuple[Tensor, Tensor]]], learning_rate: float, topk: int) -> list[tuple[float, float]]:
-    """(lm_loss, grad_norm before clipping) of each step, given its micro-batches; AdamW as the engines have it."""
-    settings, coefficient = model.config.optimizer, model.config.model.moe_aux_loss_coeff
+def train_reference(
+    model: ReferenceGPT, steps: Iterable[tuple[list[tuple[Tensor, Tensor]], int]], learning_rate: float
+) -> list[tuple[float, float]]:
+    """(lm_loss, grad_norm before clipping) of each step, given its micro-batches and its k; AdamW as the engines have it."""
+    settings, sizes = model.config.optimizer, model.config.model
     parameters = list(model.weights.values())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -102,12 +105,13 @@ def train_reference(model: ReferenceGPT, steps: Iterable[list[tuple[Tensor, Tens
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
     told = []
-    for micro_batches in steps:
+    for micro_batches, topk in steps:
         optimizer.zero_grad()
         total = 0.0
         for tokens_BS, labels_BS in micro_batches:
-            lm_loss, aux = model.loss(tokens_BS, labels_BS, topk)
-            ((lm_loss + coefficient * aux) / len(micro_batches)).backward()
+            lm_loss, aux, z = model.loss(tokens_BS, labels_BS, topk)
+            extra = sizes.moe_aux_loss_coeff * aux + sizes.moe_z_loss_coeff * z
+            ((lm_loss + extra) / len(micro_batches)).backward()
             total += lm_loss.item() / len(micro_batches)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or torch.inf)
         optimizer.step()

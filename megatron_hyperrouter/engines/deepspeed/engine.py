@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Batch, EvalResult, StepResult
 from megatron_hyperrouter.engines.deepspeed import checkpoint
-from megatron_hyperrouter.engines.deepspeed.launch import join
+from megatron_hyperrouter.engines.deepspeed.launch import join, leave
 from megatron_hyperrouter.engines.deepspeed.layers import LanguageModelLoss, Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
@@ -36,6 +36,7 @@ class DeepSpeedEngine:
     def __init__(self, config: RunConfig, *, vocab_size: int, for_training: bool) -> None:
         """``vocab_size``: ids of the tokenizer, before padding."""
         self.config = config
+        self._found_world = dist.is_initialized()
         self.place = join(config)
         self.clock = Clock()
         self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
@@ -214,6 +215,5 @@ class DeepSpeedEngine:
         return bool(told)
 
     def close(self) -> None:
-        """Leave the process groups."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the process groups; those that stood before this engine stay."""
+        leave(keep_world=self._found_world)

@@ -45,6 +45,16 @@ def join(config: RunConfig) -> Place:
     return place
 
 
+def leave(*, keep_world: bool) -> None:
+    """Forget the parallel groups, and end torch.distributed unless it is somebody else's."""
+    from deepspeed.utils import groups
+
+    parallel_state.destroy_model_parallel()
+    groups._release_process_group_references(None)
+    if not keep_world and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _alone_without_launcher() -> None:
     """Plain ``python program.py`` is one rank of one."""
     if "RANK" in os.environ:

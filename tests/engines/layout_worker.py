@@ -1,0 +1,109 @@
+"""One rank of the layout tests: trains each case of the task for a few steps on made-up tokens and reports what it saw.
+
+A case: ``flags`` of the program, and optionally ``folder`` for its weights, ``topk_eval``, ``start`` for the first step's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines import open_engine
+from megatron_hyperrouter.engines.base import Batch, Engine, Place
+from megatron_hyperrouter.routers import ROUTERS
+
+VOCABULARY = 61
+TINY = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 48 --seq-length 16 --num-experts 4 "
+    "--make-vocab-size-divisible-by 8 --init-method-std 0.06 --lr 3e-3 --micro-batch-size 2 --global-batch-size 8 --train-iters 10 "
+    "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --data-path unused --tokenizer-type NullTokenizer --vocab-size 61"
+).split()
+
+
+def tiny_config(flags: list[str], world_size: int = 1) -> RunConfig:
+    """The settings of a case."""
+    return parse([*TINY, *flags], routers=ROUTERS, world_size=world_size)
+
+
+def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
+    """This rank's part of the global batch of ``step``, which is the same on every layout."""
+    size, seq = config.train.micro_batch_size, config.model.seq_length
+    whole = config.train.global_batch_size or size * place.data_size
+    generator = torch.Generator().manual_seed(1000 + step)
+    rows = torch.randint(0, VOCABULARY, (whole, seq + 1), generator=generator)
+    for first in range(place.data_rank * size, whole, place.data_size * size):
+        part = rows[first : first + size]
+        yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
+
+
+def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Train the case and tell its numbers."""
+    config = tiny_config(case["flags"], world_size)
+    engine = open_engine(config, vocab_size=VOCABULARY)
+    try:
+        told = [step_numbers(engine, config, step) for step in range(case.get("steps", 3))]
+        evaluations = {}
+        for topk in case.get("topk_eval", ()):
+            result = engine.evaluate(micro_batches(config, engine.place, 99), topk=topk)
+            evaluations[topk] = result.loss_sum / result.tokens
+        if folder := case.get("folder"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            engine.barrier()
+            engine.save(Path(folder))
+            engine.barrier()
+        if case.get("resume"):
+            told += resume(engine, config, Path(case["folder"]), len(told))
+    finally:
+        engine.close()
+    return {"steps": told, "evaluations": evaluations}
+
+
+def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]:
+    """One optimizer step."""
+    result = engine.train_step(micro_batches(config, engine.place, step), step=step, learning_rate=config.optimizer.lr)
+    return {
+        "lm_loss": result.lm_loss,
+        "aux_loss": result.aux_loss,
+        "z_loss": result.z_loss,
+        "grad_norm": result.grad_norm,
+        "entropy": result.entropy_L,
+        "load": result.load_max_over_mean_L,
+    }
+
+
+def resume(engine: Engine, config: RunConfig, folder: Path, start: int) -> list[dict[str, Any]]:
+    """Two more steps, then the same two again from the checkpoint."""
+    more = [step_numbers(engine, config, step) for step in (start, start + 1)]
+    engine.load(folder)
+    return more + [step_numbers(engine, config, step) for step in (start, start + 1)]
+
+
+def main() -> None:
+    """Run all cases of the task in one process, so that the hosts are imported once."""
+    task, answer = (Path(argument) for argument in sys.argv[1:])
+    torch.set_num_threads(1)
+    skip_shm_build()
+    told = []
+    for number, case in enumerate(json.loads(task.read_text(encoding="utf-8"))["cases"]):
+        # A world of its own for each case: ending it is what frees the threads of all its process groups.
+        store = f"file://{task.parent.resolve()}/store-{number}"
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        deepspeed.init_distributed("gloo", verbose=False, init_method=store, rank=rank, world_size=world_size)
+        told.append(run_case(case, world_size))
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        answer.write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
