@@ -1,0 +1,77 @@
+"""What --data-path and --split mean: which files, in which shares, and which of their documents each split reads.
+
+Equal to megatron-core 0.16's ``get_blend_from_list``, ``BlendedMegatronDatasetConfig`` and ``BlendedMegatronDatasetBuilder``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from megatron_hyperrouter.config.derived import split_shares
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+_SURPLUS = 0.005  # samples that megatron-core builds over those that a set's weight asks for; they change the number of epochs
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes of ``.bin/.idx`` pairs and their weights, which sum to 1; None: in proportion to the samples that each holds."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
+    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  ConfigError where weights and prefixes do not alternate."""
+    weights = [_number(word) for word in words[0::2]]
+    if len(words) % 2 or not any(weight is not None for weight in weights):
+        if len(words) > 1 and weights[0] is not None:
+            raise _mixed(flag, words)
+        return Blend(tuple(word.strip() for word in words), None)
+    numbers = [weight for weight in weights if weight is not None and 0 < weight < math.inf]
+    if len(numbers) < len(weights):
+        raise _mixed(flag, words)
+    return Blend(tuple(word.strip() for word in words[1::2]), normalise(numbers))
+
+
+def normalise(weights: Sequence[float]) -> tuple[float, ...]:
+    """Shares that sum to 1, by the float64 operations of megatron-core: another rounding could turn a tie in a blend."""
+    array = np.array(weights, np.float64)
+    return tuple((array / np.sum(array)).tolist())
+
+
+def split_documents(split: str, num_documents: int) -> tuple[range, range, range]:
+    """The documents of training, validation and test: neighbouring ranges in the shares of ``split``, each possibly empty.
+
+    ConfigError for a split that is not up to three shares.
+    """
+    try:
+        shares = split_shares(split)
+    except ValueError as error:
+        raise ConfigError([Problem("--split", split, str(error), "write training, validation and test shares: 969,30,1")]) from None
+    bounds = [round(bound * num_documents) for bound in accumulate(shares, initial=0.0)]
+    train, valid, test = (range(begin, end) for begin, end in pairwise(bounds))
+    return train, valid, test
+
+
+def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[int, tuple[int, ...]]:
+    """Samples in a blend of at least ``num_samples``, and how many each set is built with (a little over its part)."""
+    parts = [math.ceil(num_samples * weight) for weight in weights]
+    return sum(parts), tuple(math.ceil(part * (1 + _SURPLUS)) for part in parts)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _mixed(flag: str, words: Sequence[str]) -> ConfigError:
+    rule = "must be prefixes alone, or each prefix after its weight, a number above 0"
+    return ConfigError([Problem(flag, " ".join(words), rule, "write 0.3 prefix-a 0.7 prefix-b, or prefix-a prefix-b")])

@@ -1,0 +1,215 @@
+"""Samples of token files: fixed-length pieces in a random order that depends on the seed alone, from one file or a blend of several.
+
+``S`` is the sequence length; a sample is S + 1 tokens: positions 0 .. S - 1 are the inputs, 1 .. S their labels.
+Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same files, split and seed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.data import index
+from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
+from megatron_hyperrouter.data.index import Implementation
+from megatron_hyperrouter.data.order import build_order
+from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+Sample = npt.NDArray[np.int64]
+SPLITS = ("train", "valid", "test")
+
+
+class Dataset(Protocol):
+    """Samples by number."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run reads; None: no samples were asked for, or the split has no documents."""
+
+    train: Dataset | None
+    valid: Dataset | None
+    test: Dataset | None
+
+
+class SequenceDataset:
+    """At least ``num_samples`` samples (None: one epoch) of ``documents`` of one file, in random order, by any number of threads."""
+
+    def __init__(
+        self,
+        store: IndexedDataset,
+        documents: range,
+        *,
+        seq_length: int,
+        num_samples: int | None,
+        seed: int,
+        vocab_size: int,
+        impl: Implementation | None = None,
+    ) -> None:
+        self.store, self.seq_length, self.vocab_size = store, seq_length, vocab_size
+        self.order = build_order(store.sizes, documents, seq_length=seq_length, num_samples=num_samples, seed=seed, impl=impl)
+        self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
+        span, store, sample = self.order.span(i), self.store, np.empty(self.seq_length + 1, np.int64)
+        bad = self._impl.gather(store.tokens, store.pointers, store.sizes, self.order.document_index, *span, self.vocab_size, sample)
+        if bad >= 0:
+            raise self._foreign_token(span, bad, int(sample[bad]))
+        return sample
+
+    def _foreign_token(self, span: tuple[int, int, int, int], bad: int, token: int) -> DataError:
+        """Find the document and the byte of token number ``bad`` of a sample."""
+        first, begin, last, _ = span
+        offset = begin + bad
+        for position in range(first, last + 1):
+            sequence = int(self.order.document_index[position])
+            if offset < self.store.sizes[sequence]:
+                break
+            offset -= int(self.store.sizes[sequence])
+        byte = int(self.store.pointers[sequence]) + offset * self.store.dtype.itemsize
+        place = f"{self.store.bin_path}, byte {byte}, document {self.store.document_of(sequence)}"
+        return DataError(
+            f"{place}: token id {token}, but the vocabulary has {self.vocab_size} ids: 0 to {self.vocab_size - 1}",
+            remedy="train with the tokenizer that made this file (--tokenizer-type, --tokenizer-model), or preprocess it again",
+        )
+
+
+class BlendedDataset:
+    """Samples of several datasets, mixed: sample i is sample ``sample_index[i]`` of dataset ``dataset_index[i]``."""
+
+    def __init__(self, datasets: Sequence[Dataset], dataset_index: npt.NDArray[np.int16], sample_index: npt.NDArray[np.int64]) -> None:
+        self.datasets, self.dataset_index, self.sample_index = tuple(datasets), dataset_index, sample_index
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset_index)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i}: there are {len(self)}")
+        return self.datasets[int(self.dataset_index[i])][int(self.sample_index[i])]
+
+
+def build_splits(
+    data: DataConfig,
+    *,
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    train_samples: int | None,
+    valid_samples: int | None,
+    test_samples: int | None,
+    impl: Implementation | None = None,
+) -> Splits:
+    """The datasets of a run, each with at least the samples asked for (None: one epoch; 0: no dataset).
+
+    ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation and test may have
+    no documents at all, and are None then.  DataError for files that are unusable, empty, or shorter than one sample.
+    """
+    if not data.data_path and not data.train_data_path:
+        remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
+        raise ConfigError([Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)])
+    builder = _Builder(data, seq_length, seed, vocab_size, impl)
+    samples = (train_samples, valid_samples, test_samples)
+    return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
+
+
+@dataclass
+class _Builder:
+    """Builds the datasets of one run; a file that several splits read is opened once."""
+
+    data: DataConfig
+    seq_length: int
+    seed: int
+    vocab_size: int
+    impl: Implementation | None
+    stores: dict[str, IndexedDataset] = field(default_factory=dict)
+
+    def build(self, number: int, num_samples: int | None) -> Dataset | None:
+        """Dataset of split ``number``."""
+        own = (self.data.train_data_path, self.data.valid_data_path, self.data.test_data_path)[number]
+        flag, words = ("--data-path", self.data.data_path) if self.data.data_path else (f"--{SPLITS[number]}-data-path", own)
+        if num_samples == 0 or not words:
+            return None
+        blend = parse_blend(words, flag=flag)
+        if number > 0 and not any(self.documents(prefix, number) for prefix in blend.prefixes):
+            return None
+        # megatron-core treats one prefix with a weight as a blend of one, but only where --split divides it.
+        if len(blend.prefixes) == 1 and (blend.weights is None or not self.data.data_path):
+            return self.one(blend.prefixes[0], number, num_samples)
+        return self.blended(blend, number, num_samples)
+
+    def blended(self, blend: Blend, number: int, num_samples: int | None) -> BlendedDataset:
+        """Several files in the shares of their weights; without weights each sample at most once, as far as they reach."""
+        weights = blend.weights
+        if weights is None:
+            parts = [self.one(prefix, number, None) for prefix in blend.prefixes]
+            lengths = [len(part) for part in parts]
+            if num_samples is None:
+                return BlendedDataset(parts, *index.exhaustive_blending_indices(lengths, impl=self.impl))
+            weights = normalise(lengths)
+            if num_samples <= sum(lengths):
+                return BlendedDataset(parts, *index.blending_indices(weights, num_samples, impl=self.impl))
+            # More than one epoch: megatron-core stops here; the same shares go on.
+        elif num_samples is None:
+            raise ValueError("a blend with weights needs a number of samples: its sets would end at different times")
+        size, built = blend_sizes(weights, num_samples)
+        sets, samples = index.blending_indices(normalise(weights), size, impl=self.impl)
+        # The surplus can be too small for many small sets, where megatron-core gives up.
+        needed = np.maximum(built, np.bincount(sets, minlength=len(built))).tolist()
+        parts = [self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)]
+        return BlendedDataset(parts, sets, samples)
+
+    def one(self, prefix: str, number: int, num_samples: int | None) -> SequenceDataset:
+        """One file, or its part in this split."""
+        store, documents = self.open(prefix), self.documents(prefix, number)
+        tokens = int(store.sizes[documents.start : documents.stop].sum(dtype=np.int64))
+        if tokens < self.seq_length + 1:
+            part = f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with {tokens} tokens"
+            raise DataError(
+                f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length {self.seq_length} and the last label",
+                remedy="use more text, a smaller --seq-length, or another --split",
+            )
+        return SequenceDataset(
+            store,
+            documents,
+            seq_length=self.seq_length,
+            num_samples=num_samples,
+            seed=self.seed,
+            vocab_size=self.vocab_size,
+            impl=self.impl,
+        )
+
+    def documents(self, prefix: str, number: int) -> range:
+        """The documents of a file that split ``number`` reads."""
+        count = len(self.open(prefix))
+        return split_documents(self.data.split, count)[number] if self.data.data_path else range(count)
+
+    def open(self, prefix: str) -> IndexedDataset:
+        """The file, checked."""
+        if prefix not in self.stores:
+            self.stores[prefix] = IndexedDataset(prefix)
+            if not len(self.stores[prefix]):
+                raise DataError(f"{os.fspath(prefix)}.idx: the corpus is empty: 0 documents", remedy="preprocess a file that holds text")
+        return self.stores[prefix]

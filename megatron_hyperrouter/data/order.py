@@ -1,0 +1,74 @@
+"""The order in which one file's documents become samples: a pure function of sizes, sequence length, number of samples and seed.
+
+Equal to megatron-core 0.16's ``GPTDataset`` for the same seed: documents are shuffled and laid end to end, epoch after epoch; that
+stream is cut into samples; the samples are shuffled again.  Nothing is stored on disk: it is built at every start, in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hyperrouter.data import index
+from megatron_hyperrouter.data.index import Implementation, Integers
+
+# A last epoch of which fewer samples than this share are asked for is shuffled by itself: otherwise samples of documents that
+# are read once more than others would be spread over the whole run.
+_SEPARATE_BELOW = 0.80
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """``document_index`` [M]: documents in reading order; ``sample_index`` [N + 1, 2]: where each sample begins in it;
+    ``shuffle_index`` [N]: the sample that is read at each position."""
+
+    document_index: Integers
+    sample_index: Integers
+    shuffle_index: Integers
+
+    def __len__(self) -> int:
+        """Number of samples N."""
+        return len(self.shuffle_index)
+
+    def span(self, i: int) -> tuple[int, int, int, int]:
+        """Sample ``i`` as (first, begin, last, end): from token ``begin`` of ``document_index[first]`` to before token ``end`` of
+        ``document_index[last]``; it holds one token more than the sequence, its last label.  IndexError outside 0 .. N - 1."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i}: there are {len(self)}")
+        row = int(self.shuffle_index[i])
+        (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
+        return first, begin, last, end + 1
+
+
+def build_order(
+    sizes: npt.NDArray[np.int32],
+    documents: range,
+    *,
+    seq_length: int,
+    num_samples: int | None,
+    seed: int,
+    impl: Implementation | None = None,
+) -> SampleOrder:
+    """At least ``num_samples`` samples (None: one epoch) of ``documents``, whose tokens ``sizes`` counts.
+
+    As many whole epochs as are needed.  Raises ValueError where one epoch holds no whole sample (``seq_length + 1`` tokens).
+    """
+    tokens_per_epoch = int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
+    per_epoch = (tokens_per_epoch - 1) // seq_length
+    if per_epoch < 1:
+        raise ValueError(f"{tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label")
+    epochs, separate = 1, False
+    if num_samples is not None:
+        epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
+    before_last = ((epochs - 1) * tokens_per_epoch - 1) // seq_length  # samples that are complete without the last epoch
+    if num_samples is not None and epochs > 1:
+        separate = num_samples - before_last < int(_SEPARATE_BELOW * per_epoch)
+
+    random_state = np.random.RandomState(seed)  # drawn from by documents first, samples second
+    ids = np.arange(documents.start, documents.stop, dtype=np.int32 if documents.stop < 2**31 else np.int64)
+    order = index.document_index(ids, epochs, random_state, separate, impl=impl)
+    samples = index.sample_index(sizes, order, seq_length, epochs, tokens_per_epoch, impl=impl)
+    total = len(samples) - 1
+    return SampleOrder(order, samples, index.shuffle_index(before_last if separate else total, total, random_state, impl=impl))
