@@ -1,0 +1,86 @@
+"""The k best experts, against a Python sort and megatron-core."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_hyperrouter.ops.topk import best_experts, softmax_topk, topk_softmax
+
+LOGITS = st.sampled_from([-math.inf, -2.5, -1.0, 0.0, 0.5, 1.0, 3.0])  # few values, so that ties are common
+
+
+def chosen_by_sort(row: list[float], k: int) -> list[int]:
+    return sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+
+
+def softmax_loop(values: list[float]) -> list[float]:
+    top = max(values)
+    powers = [math.exp(value - top) for value in values]
+    return [power / math.fsum(powers) for power in powers]
+
+
+@given(st.data(), st.sampled_from([1, 3, 8, 40]), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_equal_logits_go_to_the_lower_id(data, num_experts, num_tokens):
+    k = data.draw(st.integers(1, num_experts))
+    rows = data.draw(st.lists(st.lists(LOGITS, min_size=num_experts, max_size=num_experts), min_size=num_tokens, max_size=num_tokens))
+    assert best_experts(torch.tensor(rows), k).tolist() == [chosen_by_sort(row, k) for row in rows]
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(16, 1), (32, 2), (48, 3)])
+def test_rounds_agree_with_the_sort_on_any_floats(num_experts, k):
+    """Where E >= 16 k the choice is made by rounds of argmax."""
+    logits_TE = torch.randn(200, num_experts, generator=torch.Generator().manual_seed(1)).mul(3).round()  # ties in every row
+    logits_TE[0], logits_TE[1, 5], logits_TE[2] = -math.inf, math.nan, torch.finfo(torch.float32).min
+    by_sort = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(best_experts(logits_TE, k), by_sort)
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(5, 1), (8, 3), (8, 8), (33, 2)])
+@pytest.mark.parametrize("function", [topk_softmax, softmax_topk])
+def test_weights_against_loops(function, num_experts, k):
+    logits_TE = torch.randn(20, num_experts, generator=torch.Generator().manual_seed(2))
+    weights_TK, experts_TK = function(logits_TE, k)
+    assert weights_TK.dtype == torch.float32
+    assert experts_TK.dtype == torch.int64
+    for row, weights, experts in zip(logits_TE.double().tolist(), weights_TK.tolist(), experts_TK.tolist(), strict=True):
+        assert experts == chosen_by_sort(row, k)
+        kept = softmax_loop([row[i] for i in experts]) if function is topk_softmax else [softmax_loop(row)[i] for i in experts]
+        assert weights == pytest.approx(kept, abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(6, 2), (6, 6), (32, 2)])
+@pytest.mark.parametrize("function", [topk_softmax, softmax_topk])
+def test_gradient_against_finite_differences(function, num_experts, k):
+    logits_TE = torch.randn(3, num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda logits: function(logits, k)[0], logits_TE)
+
+
+def test_one_kept_logit_gets_no_gradient_but_switch_does():
+    logits_TE = torch.randn(4, 6, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    (kept,) = torch.autograd.grad(topk_softmax(logits_TE, 1)[0].sum(), logits_TE)
+    (switch,) = torch.autograd.grad(softmax_topk(logits_TE, 1)[0].sum(), logits_TE)
+    assert not kept.any()
+    assert switch.any(1).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_megatron_core_chooses_and_weighs_alike(k, pre_softmax):
+    moe_utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
+    logits_TE = torch.randn(64, 8, generator=torch.Generator().manual_seed(5))
+    probs_TE, map_TE = moe_utils.topk_routing_with_score_function(logits_TE, k, use_pre_softmax=pre_softmax)
+    weights_TK, experts_TK = (softmax_topk if pre_softmax else topk_softmax)(logits_TE, k)
+    assert torch.equal(torch.zeros(64, 8, dtype=torch.bool).scatter(1, experts_TK, True), map_TE)
+    torch.testing.assert_close(torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 5, -1])
+def test_k_out_of_range(k):
+    with pytest.raises(ValueError, match=f"k = {k}: must be from 1 to E = 4"):
+        topk_softmax(torch.zeros(2, 4), k)

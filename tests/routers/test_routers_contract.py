@@ -1,0 +1,250 @@
+"""The contract that every router keeps: one test each over the registry, so a new router is under test when its file exists."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hyperrouter import ROUTERS, build_router
+from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.ops.balance import switch_loss, z_loss
+from megatron_hyperrouter.ops.schedule import topk_at
+from megatron_hyperrouter.routers import Router, Routing
+
+T, D, E = 12, 16, 8
+NAMES = sorted(ROUTERS)
+
+
+class LocalExperts:
+    """A bank of E linear experts on this rank."""
+
+    def __init__(self) -> None:
+        self.experts_EDD = torch.randn(E, D, D, generator=torch.Generator().manual_seed(1)) / D**0.5
+
+    def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        return score(torch.einsum("td,edf->tef", x_TD.float(), self.experts_EDD))
+
+
+def small(name: str, **changes: Any) -> Router:
+    return build_router(name, **{"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 3, "seed": 5, **changes})
+
+
+def tokens(**options: Any) -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(2), **options)
+
+
+def route(router: Callable[..., Routing], x_TD: Tensor, **arguments: Any) -> Routing:
+    return router(x_TD, experts=LocalExperts(), **arguments)
+
+
+def objective(routing: Routing) -> Tensor:
+    """Something that reaches weights, logits and losses."""
+    total = (routing.weights_TK * torch.arange(1.0, routing.weights_TK.size(1) + 1)).sum() + routing.logits_TE.square().mean()
+    return total + sum(routing.losses.values())
+
+
+def gradients(router: Router, x_TD: Tensor, loss: Tensor) -> list[Tensor]:
+    wanted = [x_TD, *(parameter for parameter in router.parameters() if parameter.requires_grad)]
+    return [g for g in torch.autograd.grad(loss, wanted, allow_unused=True) if g is not None]
+
+
+def same(a: Routing, b: Routing) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(a[:3], b[:3], strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_routing_has_the_promised_shapes(name):
+    routing = route(small(name), tokens())
+    assert routing.logits_TE.shape == (T, E)
+    assert routing.weights_TK.shape == routing.experts_TK.shape == (T, 2)
+    assert (routing.logits_TE.dtype, routing.weights_TK.dtype, routing.experts_TK.dtype) == (torch.float32, torch.float32, torch.int64)
+    assert all(len(set(row)) == 2 and min(row) >= 0 and max(row) < E for row in routing.experts_TK.tolist())
+    assert all(loss.shape == () for loss in routing.losses.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_k_follows_the_schedule_and_evaluation_overrides_it(name):
+    router = small(name, topk=partial(topk_at, start=1, end=5, steps=4))
+    assert [route(router, tokens(), step=step).experts_TK.size(1) for step in range(6)] == [1, 2, 3, 4, 5, 5]
+    for k in (1, 7, E):
+        routing = route(router, tokens(), step=2, topk=k)
+        assert routing.weights_TK.shape == (T, k)
+    for k in (0, E + 1):
+        with pytest.raises(ValueError, match=f"topk = {k}: must be from 1 to num_experts = {E}"):
+            route(router, tokens(), topk=k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_training_step_leaves_state_keys_alone(name):
+    router = small(name)
+    before = {key: tensor.clone() for key, tensor in router.state_dict().items()}
+    x_TD = tokens(requires_grad=True)
+    objective(route(router, x_TD)).backward()
+    trained = {key for key, parameter in router.named_parameters() if parameter.grad is not None}
+    if trained:
+        torch.optim.AdamW(router.parameters(), lr=0.1).step()
+    router.begin_step()
+    route(router, x_TD)
+    after = router.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if key not in trained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_reload_gives_the_same_routing(name):
+    trained, fresh = small(name), small(name)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    if list(trained.parameters()):
+        assert not same(route(trained, tokens()), route(fresh, tokens()))
+    fresh.load_state_dict(trained.state_dict(), strict=True)
+    assert same(route(trained, tokens()), route(fresh, tokens()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_depend_on_seed_and_layer_alone(name):
+    torch.manual_seed(1)
+    first = route(small(name), tokens())
+    torch.manual_seed(2)
+    assert same(first, route(small(name), tokens()))
+    assert not same(first, route(small(name, seed=6), tokens()))
+    assert not same(first, route(small(name, layer_number=4), tokens()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_fills_every_parameter_from_the_draws(name):
+    """An engine redraws by global name, whatever the constructor did and wherever the parameters are."""
+    router, asked = small(name), []
+
+    def draw(parameter: str, shape: tuple[int, ...]) -> Tensor:
+        asked.append(parameter)
+        return torch.full(shape, 2.0)
+
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.fill_(torch.nan)
+    router.reset_parameters(draw)
+    assert all(torch.isfinite(parameter).all() for parameter in router.parameters())
+    assert {name: list(router.get_parameter(name).shape) for name in asked}.keys() <= dict(router.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_routes_alike_and_is_independent(name, copier):
+    router = small(name)
+    route(router, tokens(requires_grad=True))  # a forward pass must not leave anything behind that cannot be copied
+    before = route(router, tokens())
+    twin = copier(router)
+    assert same(before, route(twin, tokens()))
+    assert list(twin.state_dict()) == list(router.state_dict())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert same(before, route(router, tokens()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_routing_and_gradients(name):
+    router, x_TD = small(name, aux_loss_coeff=0.1), tokens(requires_grad=True)
+    plain = route(router, x_TD)
+    torch._dynamo.reset()
+    compiled = route(torch.compile(router, backend="aot_eager"), x_TD)
+    for left, right in zip(plain[:3], compiled[:3], strict=True):
+        torch.testing.assert_close(left, right)
+    for left, right in zip(gradients(router, x_TD, objective(plain)), gradients(router, x_TD, objective(compiled)), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
+    router = small(name, aux_loss_coeff=0.1, z_loss_coeff=0.1)
+    results = []
+    for recompute in (False, True):
+        router.zero_grad()
+        x_TD = tokens(requires_grad=True)
+        total = (
+            checkpoint(lambda x: objective(route(router, x)), x_TD, use_reentrant=reentrant)
+            if recompute
+            else objective(route(router, x_TD))
+        )
+        total.backward()
+        results.append([x_TD.grad, *(parameter.grad for parameter in router.parameters())])
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True) if left is not None)
+    assert all((left is None) == (right is None) for left, right in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_maths_for_bfloat16_tokens_and_under_autocast(name):
+    router, x_TD = small(name), tokens().bfloat16()
+    expected = route(router, x_TD.float())
+    assert same(expected, route(router, x_TD))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(expected, route(router, x_TD))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bfloat16_module_still_routes_in_float32(name):
+    router = small(name).bfloat16()
+    x_TD = tokens().bfloat16().requires_grad_()
+    routing = route(router, x_TD)
+    assert routing.logits_TE.dtype == routing.weights_TK.dtype == torch.float32
+    objective(routing).backward()
+    assert all(p.grad is None or p.grad.dtype == torch.bfloat16 for p in router.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_in_inference_mode_before_training_changes_nothing(name):
+    fresh, evaluated, x_TD = small(name), small(name), tokens(requires_grad=True)
+    evaluated.hold()
+    with torch.inference_mode():
+        route(evaluated, tokens())
+    for left, right in zip(*(gradients(router, x_TD, objective(route(router, x_TD))) for router in (fresh, evaluated)), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_balance_losses_are_multiplied_and_only_there_when_switched_on(name):
+    plain = route(small(name), tokens())
+    both = route(small(name, aux_loss_coeff=0.25, z_loss_coeff=0.5), tokens())
+    assert {"aux", "z"}.isdisjoint(plain.losses)
+    expected = {"aux": 0.25 * switch_loss(both.logits_TE.softmax(-1), both.experts_TK), "z": 0.5 * z_loss(both.logits_TE)}
+    for key, value in expected.items():
+        torch.testing.assert_close(both.losses[key], value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folding(name):
+    router = small(name, aux_loss_coeff=0.1)
+    try:
+        W_ED, b_E = router.linear()
+    except NotImplementedError:
+        pytest.skip(f"{name} is no linear map of its input")
+    assert W_ED.shape == (E, D)
+    plain = router.fold()
+    assert plain.name == "topk"
+    routing = route(plain, tokens())
+    assert same(route(router, tokens()), routing)
+    torch.testing.assert_close(routing.logits_TE, torch.nn.functional.linear(tokens(), W_ED, b_E), rtol=0, atol=0)
+    assert routing.losses.keys() == {"aux"}
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert not same(route(router, tokens()), route(plain, tokens()))  # its weights are its own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_options_and_sizes_are_reported_together(name):
+    with pytest.raises(ConfigError) as caught:
+        small(name, topk=E + 1, num_experts=E, hidden_size=0, no_such_option=3)
+    assert [problem.field for problem in caught.value.problems] == ["--hidden-size", "--moe-router-topk", "--router.no_such_option"]
+    assert caught.value.exit_status == 2
