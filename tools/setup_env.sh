@@ -90,7 +90,7 @@ up_to_date() {
 }
 
 install() {
-  local pip=("$env/bin/python" -m pip --disable-pip-version-check --quiet --no-input) built
+  local pip=("$env/bin/python" -m pip --disable-pip-version-check -qq --no-input) built
   "${pip[@]}" --version >/dev/null 2>&1 || die "$env has no pip; run: $env/bin/python -m ensurepip, then this again"
   say "installing the requirements into $env (minutes the first time)"
   "${pip[@]}" install -r requirements.txt >&2 || die "pip could not install requirements.txt (above); check the network and the disk, then run this again"
