@@ -35,12 +35,12 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests aloud where there is no GPU, and keep tests that start processes on one worker."""
+    """Skip GPU tests aloud where there is no GPU, and keep tests that start ranks on one worker: they would fight for the cores."""
     has_gpu = _has_gpu() if any("gpu" in item.keywords for item in items) else False
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "processes" in item.keywords:
+        if "processes" in item.keywords or hasattr(getattr(item, "module", None), "run_ranks"):
             item.add_marker(pytest.mark.xdist_group("processes"))
 
 

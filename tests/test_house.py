@@ -1,0 +1,460 @@
+"""The rules of the house, executable: sizes, who may import whom, annotations, docstrings, and what no file may hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "megatron_hyperrouter"
+
+FILE_LINES, FILE_MEDIAN = 500, 200
+FUNCTION_LINES, FUNCTION_P90 = 80, 40
+README_LINES = 200
+
+# What a room may import: rooms or single files of ours, then libraries beside the standard one. All rooms may import those in OPEN.
+HOST_ROOM = {"engines", "engines/base", "model", "routers", "ops", "checkpoint", "data", "config", "compat"}
+LATE_ROOM = {"config", "model", "routers", "ops", "checkpoint", "data", "train.metrics", "train.hooks", "engines/base"}
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "errors": (set(), set()),
+    "console": (set(), {"rich"}),
+    "config": (set(), {"annotated_types", "pydantic", "yaml"}),
+    "ops": (set(), {"torch"}),
+    "routers": ({"ops"}, {"torch", "annotated_types", "pydantic"}),
+    "data": ({"config"}, {"numpy", "torch", "tokenizers", "zstandard"}),
+    "model": ({"config"}, {"torch", "megatron"}),
+    "compat": (set(), {"torch", "deepspeed", "megatron"}),
+    "checkpoint": ({"config"}, {"torch", "safetensors"}),
+    "engines/base": ({"config"}, {"torch"}),
+    "engines": (HOST_ROOM, {"torch"}),  # what both hosts share: nothing of either
+    "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
+    "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
+    "train": ({"engines/base", "data", "config"}, {"torch", "numpy", "rich", "tensorboard", "wandb"}),
+    "evaluate": (LATE_ROOM, {"torch", "numpy"}),
+    "export": (LATE_ROOM, {"torch", "numpy", "safetensors"}),
+    "analysis": (LATE_ROOM, {"torch", "numpy"}),
+    "plan": (LATE_ROOM, set()),
+    "": ({"routers", "engines/deepspeed", "engines/megatron"}, set()),  # the package's own __init__, which hands out names
+}
+OPEN = {"errors", "console"}
+
+# Names that hold what a file registers or a process has found out, filled once and only read afterwards.
+REGISTRIES = {"megatron_hyperrouter/routers/base.py": {"ROUTERS"}}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement of a file."""
+
+    module: str
+    line: int
+    for_types: bool  # under ``if TYPE_CHECKING``
+    at_top: bool  # executed when the file is imported
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file of the repository."""
+
+    path: Path
+
+    @cached_property
+    def name(self) -> str:
+        """The path from the repository's root."""
+        return self.path.relative_to(ROOT).as_posix()
+
+    @cached_property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def module(self) -> str:
+        """``megatron_hyperrouter.ops.topk``."""
+        return self.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    @property
+    def room(self) -> str:
+        """The room of a file of the package: ``ops``, ``engines/deepspeed``; "" for the package's own ``__init__``."""
+        return room_of(self.module)
+
+    def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+    def imports(self) -> Iterator[Import]:
+        yield from _imports(self.tree.body, for_types=False, at_top=True)
+
+
+def _imports(body: list[ast.stmt], *, for_types: bool, at_top: bool) -> Iterator[Import]:
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, for_types, at_top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            # "from package import module" imports the module; a name that is none stays with its file
+            yield from (Import(f"{node.module}.{alias.name}", node.lineno, for_types, at_top) for alias in node.names)
+        else:
+            inside = at_top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            typed = for_types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+            for field in ("body", "orelse", "handlers", "finalbody"):
+                yield from _imports(getattr(node, field, []), for_types=typed, at_top=inside)
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted name of ours, which may go on with a class or a function."""
+    parts = module.split(".")[1:]
+    if not parts or parts[0].startswith("_"):
+        return ""
+    if parts[0] == "engines" and len(parts) > 1 and (parts[1] == "base" or (ROOT / PACKAGE / "engines" / parts[1]).is_dir()):
+        return f"engines/{parts[1]}"
+    return parts[0]
+
+
+@lru_cache(maxsize=1)
+def tracked() -> tuple[Path, ...]:
+    """All files of the repository: those in git, and new ones that git does not ignore."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        names = (ROOT / name for name in listed.stdout.split("\0") if name)
+    else:  # an unpacked archive
+        names = (path for path in ROOT.rglob("*") if not {".venv", "build", "runs", "__pycache__"} & set(path.relative_to(ROOT).parts))
+    return tuple(sorted(path for path in names if path.is_file()))
+
+
+@lru_cache(maxsize=1)
+def sources() -> tuple[Source, ...]:
+    return tuple(Source(path) for path in tracked() if path.suffix == ".py")
+
+
+def package() -> list[Source]:
+    return [source for source in sources() if source.name.startswith(f"{PACKAGE}/")]
+
+
+def programs() -> list[Source]:
+    """All but the tests."""
+    return [source for source in sources() if not source.name.startswith("tests/")]
+
+
+def fail_with(rule: str, guilty: list[str]) -> None:
+    assert not guilty, f"{rule}:\n  " + "\n  ".join(guilty)
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+class TestSizes:
+    def test_files(self):
+        sizes = {source.name: source.text.count("\n") for source in sources()}
+        fail_with(f"files over {FILE_LINES} lines", [f"{name}: {size}" for name, size in sizes.items() if size > FILE_LINES])
+        median = statistics.median(source.text.count("\n") for source in programs())
+        assert median <= FILE_MEDIAN
+
+    def test_functions(self):
+        sizes = {f"{source.name}:{node.lineno} {node.name}": length(node) for source in sources() for node in source.functions()}
+        fail_with(f"functions over {FUNCTION_LINES} lines", [f"{name}: {size}" for name, size in sizes.items() if size > FUNCTION_LINES])
+
+    def test_most_functions_are_short(self):
+        sizes = sorted(length(node) for source in programs() for node in source.functions())
+        assert sizes[int(0.9 * len(sizes))] <= FUNCTION_P90
+
+    def test_readme(self):
+        readme = ROOT / "README.md"
+        if readme.exists():
+            assert len(readme.read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+class TestImports:
+    def test_every_room_is_in_the_table(self):
+        fail_with("rooms that the table does not know", sorted({source.room for source in package()} - set(ROOMS)))
+
+    def test_rooms_import_only_what_the_table_allows(self):
+        guilty = []
+        for source in package():
+            ours, libraries = ROOMS[source.room]
+            for found in source.imports():
+                top = found.module.split(".")[0]
+                if top == PACKAGE:
+                    allowed = room_of(found.module) in ours | OPEN | {source.room, ""} or in_files(found.module, ours)
+                else:
+                    allowed = top in libraries or top in standard_library()
+                if not allowed:
+                    guilty.append(f"{source.name}:{found.line} imports {found.module}")
+        fail_with("imports that the table does not allow", guilty)
+
+    def test_only_the_main_program_tools_and_tests_stand_outside(self):
+        guilty = []
+        outside = {path.name.split(".")[0] for path in ROOT.glob("*") if path.is_dir() or path.suffix == ".py"} - {PACKAGE}
+        for source in package():
+            guilty += [f"{source.name}:{found.line} {found.module}" for found in source.imports() if found.module.split(".")[0] in outside]
+        fail_with("the package imports programs, tools or tests", guilty)
+
+    def test_rooms_do_not_import_each_other_both_ways(self):
+        arrows = {
+            (source.room, room_of(found.module))
+            for source in package()
+            for found in source.imports()
+            if found.module.startswith(f"{PACKAGE}.")
+        }
+        both = sorted({tuple(sorted(pair)) for pair in arrows if pair[0] != pair[1] and pair[::-1] in arrows and "" not in pair})
+        fail_with("rooms that import each other", [f"{a} <-> {b}" for a, b in both])
+
+    def test_no_import_cycles(self):
+        modules = {source.module for source in package()}
+
+        def owner(module: str) -> str | None:
+            while module not in modules:
+                module, _, rest = module.rpartition(".")
+                if not rest:
+                    return None
+            return module
+
+        graph: dict[str, set[str]] = {module: set() for module in modules}
+        for source in package():
+            for found in source.imports():
+                target = owner(found.module)
+                # a package's __init__ gathers its own files, which import its siblings and not it
+                if target and target != source.module and found.at_top and not found.for_types and source.path.name != "__init__.py":
+                    graph[source.module].add(target)
+        fail_with("import cycles", cycles(graph))
+
+    def test_fan_out(self):
+        guilty = []
+        for source in package():
+            ours = {
+                found.module.rpartition(".")[0] for found in source.imports() if found.module.startswith(PACKAGE) and not found.for_types
+            }
+            if len(ours) > 8:
+                guilty.append(f"{source.name}: {len(ours)}")
+        fail_with("files that import too many others", guilty)
+
+
+class TestWriting:
+    def test_everything_is_annotated(self):
+        guilty = []
+        for source in programs():
+            for node in source.functions():
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+                bare = [
+                    each.arg for each in arguments if each and each.annotation is None and each.arg not in ("self", "cls", "ctx", "mcs")
+                ]
+                if node.returns is None:
+                    bare.append("return")
+                if bare and source.name != "setup.py":
+                    guilty.append(f"{source.name}:{node.lineno} {node.name}: {', '.join(bare)}")
+        fail_with("functions that are not annotated", guilty)
+
+    def test_public_names_have_docstrings(self):
+        guilty = []
+        for source in programs():
+            if source.text.strip() and not ast.get_docstring(source.tree):
+                guilty.append(f"{source.name}: the file")
+            for node, owner in public(source.tree):
+                if not ast.get_docstring(node):
+                    guilty.append(f"{source.name}:{node.lineno} {owner}{node.name}")
+        fail_with("public names without a docstring", guilty)
+
+    def test_annotations_are_postponed(self):
+        with_code = [s for s in sources() if len(s.tree.body) > bool(ast.get_docstring(s.tree))]
+        guilty = [s.name for s in with_code if "from __future__ import annotations" not in s.text]
+        fail_with("files without 'from __future__ import annotations'", [name for name in guilty if name != "setup.py"])
+
+    def test_nothing_prints_but_the_console_and_the_tools(self):
+        guilty = []
+        for source in package():
+            if source.name == f"{PACKAGE}/console.py":
+                continue
+            for node in ast.walk(source.tree):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint", "breakpoint"):
+                    guilty.append(f"{source.name}:{node.lineno}")
+        fail_with("prints in the package", guilty)
+
+    def test_no_bare_except(self):
+        nodes = [(source, node) for source in sources() for node in ast.walk(source.tree)]
+        guilty = [f"{s.name}:{n.lineno}" for s, n in nodes if isinstance(n, ast.ExceptHandler) and n.type is None]
+        fail_with("bare except", guilty)
+
+    def test_no_mutable_globals(self):
+        guilty = []
+        for source in package():
+            guilty += [f"{source.name}:{node.lineno} global" for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
+            for node in source.tree.body:
+                value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+                if value is None or not is_mutable(value):
+                    continue
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = {target.id for target in targets if isinstance(target, ast.Name)}
+                if not names <= REGISTRIES.get(source.name, set()) | {"__all__"} and written_to(source.tree, names):
+                    guilty.append(f"{source.name}:{node.lineno} {', '.join(names)}")
+        fail_with("globals that change", guilty)
+
+
+class TestContents:
+    # written so that this file does not hold what it looks for
+    FORBIDDEN = (
+        r"/wo" + r"rk/",
+        r"/ho" + r"me/\w",
+        r"/ro" + r"ot\b",
+        r"/opt" + r"/\w",
+        r"\.\./sha" + r"red",
+        r"py" + r"pi\.org",
+        r"pythonhos" + r"ted",
+        r"download\.py" + r"torch",
+        r"index" + r"-url",
+    )
+
+    @pytest.mark.parametrize("pattern", FORBIDDEN)
+    def test_no_file_names_a_machine(self, pattern):
+        guilty = []
+        for path in tracked():
+            if path.suffix in (".png", ".bin", ".idx", ".gz", ".zst"):
+                continue
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+                if re.search(pattern, line):
+                    guilty.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+        fail_with(f"machine paths or package registries ({pattern})", guilty)
+
+    def test_no_leftovers(self):
+        endings = (".pyc", ".so", ".orig", ".rej", ".log", ".pt", ".safetensors")
+        fail_with("files that do not belong in the repository", [str(p.relative_to(ROOT)) for p in tracked() if p.name.endswith(endings)])
+
+    def test_no_debugger_and_no_pending_notes(self):
+        word = r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|pd" + r"b)\b"
+        guilty = [f"{s.name}:{n}" for s in sources() for n, line in enumerate(s.text.splitlines(), 1) if re.search(word, line)]
+        fail_with("pending notes and debuggers", guilty)
+
+    def test_tests_mirror_the_package(self):
+        rooms = {source.room.split("/")[0] for source in package()} - {"", *OPEN}
+        folders = {
+            path.parent.relative_to(ROOT / "tests").as_posix().split("/")[0] for path in tracked() if path.match("tests/*/test_*.py")
+        }
+        fail_with("folders of tests without a room", sorted(folders - rooms - {"tools", "examples", "benchmarks"}))
+
+
+def in_files(module: str, allowed: set[str]) -> bool:
+    """True where the table allows the single file that ``module`` stands in: ``train.hooks``."""
+    return any("." in each and f"{module}.".startswith(f"{PACKAGE}.{each}.") for each in allowed)
+
+
+def standard_library() -> frozenset[str]:
+    """Names of the standard library's modules, and the annotations of it that type checkers bring."""
+    import sys
+
+    return frozenset(sys.stdlib_module_names) | {"_typeshed", "typing_extensions"}
+
+
+def public(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, str]]:
+    """Public functions and classes of a file, and the public methods of its public classes."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node, ""
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    named = isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not inner.name.startswith("_")
+                    if named and not any(ast.unparse(each).endswith(".setter") for each in inner.decorator_list):
+                        yield inner, f"{node.name}."
+
+
+def is_mutable(value: ast.expr) -> bool:
+    """True for a literal list, dict or set, or a call that makes one."""
+    if isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)):
+        return True
+    return (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Name)
+        and value.func.id in ("list", "dict", "set", "defaultdict", "deque")
+    )
+
+
+def written_to(tree: ast.Module, names: set[str]) -> bool:
+    """True where something in the file changes one of the names: an item of it is set, or a method that changes it is called."""
+    methods = {
+        "append",
+        "extend",
+        "update",
+        "add",
+        "clear",
+        "pop",
+        "popitem",
+        "setdefault",
+        "remove",
+        "discard",
+        "insert",
+        "sort",
+        "appendleft",
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            changed = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in methods:
+            changed = node.func.value
+        elif isinstance(node, ast.AugAssign):
+            changed = node.target
+        else:
+            continue
+        if isinstance(changed, ast.Name) and changed.id in names:
+            return True
+    return False
+
+
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """One line for each cycle that a depth-first walk meets."""
+    found: list[str] = []
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            found.append(" -> ".join([*path[path.index(module) :], module]))
+            return
+        if module in done:
+            return
+        for target in sorted(graph[module]):
+            walk(target, (*path, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        walk(module, ())
+    return found
+
+
+class TestTheseTests:
+    """The checks above see what they are meant to see."""
+
+    def test_rooms(self):
+        assert room_of(f"{PACKAGE}.ops.topk.topk_softmax") == "ops"
+        assert room_of(f"{PACKAGE}.engines.base.Place") == "engines/base"
+        assert room_of(f"{PACKAGE}.engines.deepspeed.engine") == "engines/deepspeed"
+        assert room_of(f"{PACKAGE}.engines.open_engine") == "engines"
+        assert room_of(PACKAGE) == room_of(f"{PACKAGE}.__version__") == ""
+        assert in_files(f"{PACKAGE}.train.hooks.Hook", LATE_ROOM)
+        assert not in_files(f"{PACKAGE}.train.loop.train", LATE_ROOM)
+
+    def test_imports_are_found_wherever_they_stand(self):
+        text = "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    try:\n        import c\n    except E:\n        from d import e\n"
+        found = [(i.module, i.for_types, i.at_top) for i in _imports(ast.parse(text).body, for_types=False, at_top=True)]
+        assert found == [("a", False, True), ("b", True, True), ("c", False, False), ("d.e", False, False)]
+
+    def test_cycles(self):
+        assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+        assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a -> b -> c -> a"]
+
+    def test_globals_that_change(self):
+        assert written_to(ast.parse("A = {}\ndef f():\n    A[1] = 2\n"), {"A"})
+        assert written_to(ast.parse("A = []\ndef f():\n    A.append(2)\n"), {"A"})
+        assert not written_to(ast.parse("A = {1: 2}\ndef f():\n    return A[1]\n"), {"A"})
+
+    def test_handlers_and_with_blocks_count_as_code(self):
+        (found,) = _imports(ast.parse("with x:\n    import a\n").body, for_types=False, at_top=True)
+        assert found.at_top
