@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hyperrouter.data.files import SUFFIXES, ByteStream
+from megatron_hyperrouter.data.tokenizer import SAFE_CUT
 from megatron_hyperrouter.errors import DataError
 
 Kind = Literal["json", "text"]
@@ -22,8 +23,10 @@ BATCH_BYTES = 1 << 18
 PIECE_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-# A line end between two ASCII non-spaces: every usual pre-tokenizer ends a word there, so that pieces encode as the whole would.
-_SAFE_CUT = re.compile(rb"[!-~]\n(?=[!-~])")
+# Best: a line end between two ASCII characters that are no spaces (the second no slash, which some patterns let follow a line end).
+# Words end there too; next best is any place where they surely do.
+_SAFE_LINE_END = re.compile(rb"[!-~]\n(?=[!-.0-~])")
+_SAFE_CUT = re.compile(SAFE_CUT.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,8 @@ def documents(batch: Batch, keys: Sequence[str]) -> Iterator[tuple[list[str], ..
     """
     byte = batch.first_byte
     for number, piece in enumerate(batch.pieces, start=batch.first_line):
-        where = f"{batch.path}, line {number}" if batch.kind == "json" else f"{batch.path}, byte {byte}"
-        text = _utf8(piece, batch.path, byte)
+        where = f"{batch.path}, line {number}" if batch.kind == "json" else batch.path
+        text = _utf8(piece, where, byte)
         if batch.kind == "text":
             yield tuple([text] for _ in keys)
         elif not text.isspace():
@@ -132,26 +135,26 @@ def _skip_bom(stream: ByteStream) -> int:
 
 
 def _cut(data: bytes) -> int:
-    """Where to cut ``data`` (longer than PIECE_BYTES): at a line end if there is one, else before a space, else between characters."""
-    window = data[: PIECE_BYTES + 1]  # one byte more than the piece, to see what follows the line end
-    safe = max((match.end() for match in _SAFE_CUT.finditer(window)), default=0)
-    if safe:
-        return safe
-    for cut in (window.rfind(b"\n", 0, PIECE_BYTES) + 1, window.rfind(b" ", 1, PIECE_BYTES)):
-        if cut > 0:
-            return cut
-    cut = PIECE_BYTES
+    """Where to cut ``data`` (longer than PIECE_BYTES): the last line end or space where a word surely ends, else the last line end,
+    else between two characters.
+    """
+    window = data[: PIECE_BYTES + 2]  # two bytes more than the piece, to see what follows the cut
+    for places in (_SAFE_LINE_END.finditer(window), _SAFE_CUT.finditer(window)):
+        last = max((match.end() for match in places if match.end() <= PIECE_BYTES), default=0)
+        if last:
+            return last
+    cut = window.rfind(b"\n", 0, PIECE_BYTES) + 1 or PIECE_BYTES
     while cut > PIECE_BYTES - 3 and data[cut] & 0xC0 == 0x80:  # a byte inside a UTF-8 character
         cut -= 1
     return cut
 
 
-def _utf8(piece: bytes, path: str, byte: int) -> str:
+def _utf8(piece: bytes, where: str, byte: int) -> str:
     try:
         return piece.decode()
     except UnicodeDecodeError as error:
-        remedy = f"convert it, for example: iconv -f LATIN1 -t UTF-8 {path}"
-        raise DataError(f"{path}, byte {byte + error.start}: not UTF-8 ({error.reason})", remedy=remedy) from error
+        message = f"{where}, byte {byte + error.start}: not UTF-8 ({error.reason})"
+        raise DataError(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
 
 
 def _parse(line: str, where: str, keys: Sequence[str]) -> tuple[list[str], ...]:

@@ -184,7 +184,7 @@ def _encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Ite
     under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
     try:
         for batch in batches:
-            under_way.append((batch, pool.submit(_encode, encoder.recipe, batch)))
+            under_way.append((batch, _submit(pool, encoder.recipe, batch)))
             if len(under_way) >= _BATCHES_PER_WORKER * workers:
                 done, future = under_way.popleft()
                 yield done, future.result()
@@ -202,14 +202,22 @@ def _encoder(recipe: Recipe) -> Encoder:
     return Encoder(recipe)
 
 
+def _submit(pool: ProcessPoolExecutor, recipe: Recipe, batch: Batch) -> Future[list[Encoded]]:
+    """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who cleans up."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode, recipe, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _encode(recipe: Recipe, batch: Batch) -> list[Encoded]:
     return _encoder(recipe)(batch)
 
 
 def _start_worker() -> None:
-    """Leave parallelism and signals to the parent, and end when it has died (kill -9), for no one else would end this process."""
+    """Leave parallelism to the parent, and end when it has died (kill -9), for no one else would end this process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,0 +1,56 @@
+"""What inspect_data.py says, against the arrays that were written."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hyperrouter.data.describe import describe
+from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.tokenizer import build_tokenizer
+from megatron_hyperrouter.errors import DataError
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    with IndexedWriter(tmp_path / "p", np.uint16) as writer:
+        writer.add_document([*b"hello", 256])
+        writer.add_document(list(b"one two"), [3, 4])
+        writer.add_document([], [])
+        writer.add_document(list(b"x" * 1234))
+    return str(tmp_path / "p")
+
+
+def test_numbers(prefix: str) -> None:
+    found = describe(prefix, num_first=3)
+    assert found["documents"] == "4"
+    assert found["sequences"] == "4"
+    assert found["tokens"] == "1,247"
+    assert found["dtype"] == "uint16"
+    assert found["lengths"] == "min 0, median 6.5, max 1,234"
+    assert found["empty documents"] == "1"
+    assert found["first tokens"] == "104 101 108"
+    for ending in ("bin", "idx"):
+        assert found[f"sha256 .{ending}"] == hashlib.sha256(Path(f"{prefix}.{ending}").read_bytes()).hexdigest()
+    assert "first text" not in found
+
+
+def test_a_name_with_an_ending_is_the_same(prefix: str) -> None:
+    assert describe(prefix + ".bin") == describe(prefix + ".idx") == describe(prefix)
+
+
+def test_text(prefix: str) -> None:
+    assert describe(prefix, num_first=9, tokenizer=build_tokenizer("ByteTokenizer"))["first text"] == "'hello<|endoftext|>one'"
+
+
+def test_a_tokenizer_of_other_data(prefix: str) -> None:
+    with pytest.raises(DataError, match=r"p\.bin: token id 256 is outside the tokenizer's vocabulary of 99"):
+        describe(prefix, tokenizer=build_tokenizer("NullTokenizer", vocab_size=99))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.idx"):
+        describe(str(tmp_path / "gone"))
