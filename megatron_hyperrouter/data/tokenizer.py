@@ -260,7 +260,7 @@ def _byte_alphabet(backend: Backend) -> frozenset[str] | None:
     tree = json.loads(backend.to_str())
     marked = tree["model"].get("end_of_word_suffix") or tree["model"].get("continuing_subword_prefix")
     if marked or not (_has_byte_level(tree["pre_tokenizer"]) or _has_byte_level(tree["normalizer"])):
-        return
+        return None
     return frozenset(ByteLevel.alphabet())
 
 
