@@ -40,7 +40,9 @@ class Ranks(Protocol):
     """The processes that save together; every engine is one."""
 
     @property
-    def place(self) -> _Place: ...
+    def place(self) -> _Place:
+        """Which of the ranks this one is."""
+        ...
 
     def any_rank(self, flag: bool) -> bool:
         """True on all ranks when ``flag`` is true on one; waits for every rank."""
@@ -84,8 +86,8 @@ class CheckpointFolders:
     def rewind(self, step: int) -> Path | None:
         """Make ``step`` the end of this run's history (collective), as 0 when it starts afresh.
 
-        What killed saves left behind is removed.  Later checkpoints are not part of the run any more; they are moved to a
-        folder beside ``root``, which the main rank gets back (None when there were none).
+        What killed saves left behind is removed.  Later checkpoints that ``latest`` counted belong to another course of the
+        run; they are moved to a folder beside ``root``, which the main rank gets back (None when there were none).
         """
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
@@ -161,31 +163,39 @@ class CheckpointFolders:
         if not self._is_main or not self.root.is_dir():
             return []
         self._sweep()
+        published = _latest_name(self.root)
+        later = [folder for folder in self.root.glob("step_*") if (_step_of(folder) or 0) > step]
+        if published == folder_name(step):  # so a later one was renamed by a save that was killed before it was published
+            for folder in later:
+                self._remove(folder)
+            return []
         if step in self.steps():
             latest = self.root / f"{_NEW_LATEST}{folder_name(step)}"
             _write_synced(latest, folder_name(step) + "\n")
             os.replace(latest, self.root / LATEST)
         else:
             (self.root / LATEST).unlink(missing_ok=True)
-        later = [folder for folder in self.root.glob("step_*") if (_step_of(folder) or 0) > step]
-        if not later:
-            return []
+        return self._set_aside(later) if later else []
+
+    def _set_aside(self, checkpoints: list[Path]) -> list[Path]:
         number = 1
         while (aside := self.root.with_name(f"{self.root.name}-earlier-{number}")).exists():
             number += 1
         aside.mkdir()
-        for folder in later:
+        for folder in checkpoints:
             folder.rename(aside / folder.name)
         return [aside]
 
     def _prune(self) -> None:
-        """Remove the oldest; renamed first, so that a kill leaves no half of a checkpoint under its real name."""
         for step in self.steps()[: -self.keep] if self.keep else []:
-            name = folder_name(step)
-            doomed = self.root / f"{_REMOVING}{name}"
             with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to stop a run
-                (self.root / name).rename(doomed)
-                shutil.rmtree(doomed)
+                self._remove(self.root / folder_name(step))
+
+    def _remove(self, folder: Path) -> None:
+        """Renamed first, so that a kill leaves no half of a checkpoint under its real name."""
+        doomed = folder.with_name(f"{_REMOVING}{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
     def _sweep(self) -> None:
         for path in self.root.iterdir():
@@ -270,7 +280,7 @@ def _attempt(work: Callable[[], None]) -> Exception | None:
     """The exception that ``work`` raised.  Any kind: a rank that left here alone would hang the others in a collective."""
     try:
         work()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - handed to the caller, which raises it
         return error
     return None
 

@@ -1,0 +1,46 @@
+"""The loss of one set of weights at several k: what routing to fewer or more experts costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_hyperrouter.data.dataset import Dataset
+from megatron_hyperrouter.engines.base import Engine
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.train.metrics import Record, evaluation_record, score
+
+
+def check_topks(topks: Sequence[int], num_experts: int) -> None:
+    """ConfigError that names every k out of range."""
+    problems = [
+        Problem("--topk", topk, f"must be from 1 to the {num_experts} experts of the model", "leave it out or change it")
+        for topk in topks
+        if not 1 <= topk <= num_experts
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def loss_by_topk(
+    engine: Engine,
+    dataset: Dataset,
+    topks: Sequence[int],
+    *,
+    micro_batch_size: int,
+    num_batches: int | None = None,
+    token_bytes_V: Tensor | None = None,
+) -> list[Record]:
+    """Score ``dataset`` once for each k (collective).
+
+    Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None where bytes are
+    unknown) and ``tokens``.  ``num_batches``: micro-batches of each rank; None: all whole ones.
+    """
+    results = []
+    for topk in topks:
+        sums = score(engine, dataset, topk=topk, micro_batch_size=micro_batch_size, num_batches=num_batches, token_bytes_V=token_bytes_V)
+        record = evaluation_record(sums, step=0, split="", topk=topk)
+        fields = ("topk", "lm_loss", "perplexity", "bits_per_byte")
+        results.append({**{name: record[name] for name in fields}, "tokens": sums.tokens})
+    return results

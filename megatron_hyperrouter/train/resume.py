@@ -1,0 +1,109 @@
+"""Where a run begins: from scratch, or after the step of a checkpoint that fits its settings."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_manifest, verify
+from megatron_hyperrouter.config.derived import global_batch_size, head_width, query_groups
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.base import Engine
+from megatron_hyperrouter.errors import CheckpointError
+
+
+def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int:
+    """Load what ``--load`` names into ``engine`` (collective); returns the number of completed steps."""
+    step = 0
+    if folder := _checkpoint_to_load(config, folders.root, is_main=engine.place.is_main):
+        manifest, ours = read_manifest(folder), run_meta(config, engine)
+        _refuse_misfit(folder, manifest["meta"], ours, weights_only=config.checkpoint.finetune)
+        verify(folder, engine)
+        engine.load(folder, weights_only=config.checkpoint.finetune)
+        step = 0 if config.checkpoint.finetune else int(manifest["step"])
+        if engine.place.is_main:
+            console.note(f"continuing after step {step} of {folder}" if step else f"starting from the weights of {folder}")
+            for line in _differences("order", manifest["meta"], ours) if step else ():
+                console.warn(f"{line}: the run goes on with other samples than the one that was stopped")
+    if aside := folders.rewind(step):
+        metrics = folders.root.with_name("metrics.jsonl")
+        if metrics.exists():
+            shutil.copy2(metrics, aside)
+        console.warn(f"{folders.root.parent} holds checkpoints after step {step}: moved to {aside}, with a copy of the metrics")
+    return step
+
+
+def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it: model sizes, what orders the samples, and the layout."""
+    world_size = engine.place.world_size
+    order = {
+        "seed": config.train.seed,
+        "global_batch_size": global_batch_size(config, world_size),
+        "seq_length": config.model.seq_length,
+    }
+    layout = {
+        "engine": config.engine.engine,
+        "world_size": world_size,
+        **asdict(config.parallel),
+        "zero_stage": config.engine.zero_stage,
+        "bf16": config.train.bf16,
+    }
+    return {"sizes": model_sizes(config), "order": order, "layout": layout}
+
+
+def model_sizes(config: RunConfig) -> dict[str, Any]:
+    """What must be equal in a checkpoint and in the settings; defaults that depend on other sizes are worked out."""
+    model = config.model
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": query_groups(config),
+        "kv_channels": head_width(config),
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size,
+        "num_experts": model.num_experts,
+        "qk_layernorm": model.qk_layernorm,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "router.name": config.router.name,
+    }
+
+
+def _checkpoint_to_load(config: RunConfig, own_root: Path, *, is_main: bool) -> Path | None:
+    if config.checkpoint.load is None:
+        return None
+    load = Path(config.checkpoint.load)
+    folder = find(load)
+    if folder is None:
+        # The same command with --load must also continue a run that was killed before its first checkpoint.
+        if load.resolve() not in (own_root.resolve(), own_root.parent.resolve()):
+            raise CheckpointError(
+                f"--load {load}: there is no finished checkpoint",
+                remedy="name a run folder, its checkpoints/ or one folder in it, or leave --load out",
+            )
+        if is_main:
+            console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
+    return folder
+
+
+def _refuse_misfit(folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, weights_only: bool) -> None:
+    if lines := list(_differences("sizes", saved, ours)):
+        raise CheckpointError(
+            "\n  - ".join([f"{folder} holds a model of other sizes:", *lines]),
+            remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
+        )
+    if not weights_only and (lines := list(_differences("layout", saved, ours))):
+        raise CheckpointError(
+            "\n  - ".join([f"the optimizer state in {folder} is spread in another way:", *lines]),
+            remedy="resume with the layout of the run that wrote it, or load the weights alone with --finetune",
+        )
+
+
+def _differences(part: str, saved: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+    theirs = saved.get(part, {})
+    for name, value in ours[part].items():
+        if (before := theirs.get(name)) != value:
+            yield f"--{name.replace('_', '-')} was {before} in the checkpoint and is {value} now"

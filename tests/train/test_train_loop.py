@@ -1,0 +1,392 @@
+"""The loop: what it records, when it evaluates and saves, and that a resumed run is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import environment
+from fakes import FakeDataset, FakeEngine
+from tiny_run import VOCAB_SIZE, settings, splits
+
+from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.base import Batch, StepResult
+from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
+from megatron_hyperrouter.train.hooks import Hook, MetricsHook
+from megatron_hyperrouter.train.loop import samples_needed, stop_signal, train
+from megatron_hyperrouter.train.lr import learning_rate_at
+from megatron_hyperrouter.train.metrics import Record, score
+
+TESTS = Path(__file__).parents[1]
+TIMES = ("step_time", "tokens_per_second")
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL where a real one is not needed."""
+
+
+class KillAt(Hook):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, record: Record) -> None:
+        if record["step"] == self.step:
+            raise Killed
+
+
+class Diary(Hook):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_start(self, step: int) -> None:
+        self.events.append(f"start {step}")
+
+    def on_evaluation(self, record: Record) -> None:
+        self.events.append(f"{record['split']} {record['step']}")
+
+    def on_save(self, step: int, folder: Path) -> None:
+        assert find(folder.parent) == folder  # it is complete by now
+        self.events.append(f"save {step}")
+
+    def on_end(self) -> None:
+        self.events.append("end")
+
+
+def run(config: RunConfig, *hooks: Hook, engine: FakeEngine | None = None, data: Any = None) -> FakeEngine:
+    engine = engine or FakeEngine(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5)
+    metrics = MetricsHook(Path(config.logging.run_dir) / "metrics.jsonl")
+    bytes_V = torch.arange(VOCAB_SIZE, dtype=torch.int32)
+    train(engine, config, data or splits(), [metrics, *hooks], token_bytes_V=bytes_V)
+    return engine
+
+
+def lines(config: RunConfig, *, timeless: bool = True) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (Path(config.logging.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if not timeless or name not in TIMES} for record in records]
+
+
+def change(config: RunConfig, section: str, **values: object) -> RunConfig:
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return settings(tmp_path / "run")
+
+
+@pytest.fixture
+def again(config: RunConfig) -> RunConfig:
+    """The same command with --load."""
+    return change(config, "checkpoint", load=config.logging.run_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Metrics of the run that was never stopped."""
+    config = settings(tmp_path_factory.mktemp("whole") / "run")
+    run(config)
+    return lines(config)
+
+
+class TestRecords:
+    def test_steps_and_evaluations_stand_in_order(self, whole: list[dict[str, Any]]) -> None:
+        written = [(record["step"], record.get("split")) for record in whole]
+        evaluated = {4: ["valid"], 8: ["valid"], 12: ["valid", "test"]}
+        assert written == [(step, split) for step in range(1, 13) for split in [None, *evaluated.get(step, [])]]
+
+    def test_numbers_of_a_step(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
+        for record in (record for record in whole if "split" not in record):
+            step = record["step"]
+            assert record["consumed_samples"] == 4 * step and record["consumed_tokens"] == 32 * step
+            assert record["learning_rate"] == learning_rate_at(step, config.optimizer, 12)
+            assert record["topk"] == 1 + (step - 1) // 5  # k of the step: after step - 1 completed ones
+        run(config)
+        for record in lines(config, timeless=False)[:3]:
+            assert record["tokens_per_second"] == pytest.approx(32 / record["step_time"])
+
+    def test_evaluation_is_that_of_the_weights_at_that_moment(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
+        engine = run(config)
+        data = splits().test
+        tokens_NS = torch.from_numpy(np.stack([data[index] for index in range(8)]))
+        logits_NSV = engine.table_VV[tokens_NS[:, :-1]].double() * (1 + 0.1 * 3)  # k = 1 + 12 // 5
+        expected = -logits_NSV.log_softmax(-1).gather(-1, tokens_NS[:, 1:, None]).mean().item()
+        record = whole[-1]
+        assert record["split"] == "test" and record["topk"] == 3
+        assert record["lm_loss"] == pytest.approx(expected, rel=1e-6)
+        assert record["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+        bytes_a_token = tokens_NS[:, 1:].double().mean().item()  # token id n counts n bytes in this test
+        assert record["bits_per_byte"] == pytest.approx(expected / math.log(2) / bytes_a_token, rel=1e-6)
+
+    def test_evaluation_changes_no_step(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
+        silent = change(config, "train", eval_interval=0)
+        run(silent, data=SimpleNamespace(train=splits().train, valid=None, test=None))
+        assert lines(silent) == [record for record in whole if "split" not in record]
+
+    def test_a_run_without_valid_and_test(self, config: RunConfig) -> None:
+        run(config, data=SimpleNamespace(train=splits().train, valid=None, test=None))
+        assert len(lines(config)) == 12
+
+    def test_the_model_learns(self, whole: list[dict[str, Any]]) -> None:
+        losses = [record["lm_loss"] for record in whole if record.get("split") == "valid"]
+        assert losses[0] > losses[1] > losses[2]
+
+    def test_samples_come_in_order_and_in_micro_batches(self, config: RunConfig) -> None:
+        asked: list[int] = []
+
+        class Noted(FakeDataset):
+            def __getitem__(self, index: int) -> np.ndarray:
+                asked.append(index)
+                return super().__getitem__(index)
+
+        engine = run(change(config, "train", eval_interval=0), data=SimpleNamespace(train=Noted(48), valid=None, test=None))
+        assert asked == list(range(48))
+        assert engine.steps_taken == list(range(12))
+        assert engine.micro_batches == [2] * 12
+
+
+class TestMoments:
+    def test_evaluates_then_saves(self, config: RunConfig) -> None:
+        diary = Diary()
+        run(config, diary)
+        assert diary.events == [
+            *["start 0", "save 3", "valid 4", "save 6", "valid 8", "save 9"],
+            *["valid 12", "test 12", "save 12", "end"],
+        ]
+
+    def test_no_interval_saves_at_the_end(self, config: RunConfig) -> None:
+        diary = Diary()
+        run(change(change(config, "checkpoint", save_interval=0), "train", eval_iters=0), diary)
+        assert diary.events == ["start 0", "save 12", "end"]
+
+    def test_keeps_the_newest(self, config: RunConfig) -> None:
+        run(change(config, "checkpoint", keep_checkpoints=2))
+        names = sorted(path.name for path in (Path(config.logging.run_dir) / "checkpoints").iterdir())
+        assert names == ["latest", "step_0000009", "step_0000012"]
+
+    def test_a_rank_that_asks_to_stop_stops_all_after_a_save(self, config: RunConfig) -> None:
+        class AskedElsewhere(FakeEngine):
+            def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+                result = super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
+                return replace(result, stop=step == 3)
+
+        diary = Diary()
+        assert train(AskedElsewhere(VOCAB_SIZE), config, splits(), [diary]) == 4
+        assert diary.events == ["start 0", "save 3", "save 4", "valid 4", "end"]  # saved before it takes time to evaluate
+
+    def test_hooks_end_when_the_run_breaks(self, config: RunConfig) -> None:
+        diary = Diary()
+        with pytest.raises(Killed):
+            run(config, diary, KillAt(2))
+        assert diary.events == ["start 0", "end"]
+
+
+class TestLostLoss:
+    def test_is_recorded_told_and_not_saved(self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]]) -> None:
+        class Diverging(FakeEngine):
+            def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+                self.loss_offset = math.nan if step == 5 else 0.0
+                return super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
+
+        with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan") as caught:
+            run(config, engine=Diverging(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5))
+        assert f"continue after step 3 with --load {config.logging.run_dir}" in caught.value.remedy
+        assert lines(config)[-1]["step"] == 6 and lines(config)[-1]["lm_loss"] is None
+        assert find(Path(config.logging.run_dir)) == Path(config.logging.run_dir) / "checkpoints" / folder_name(3)
+        run(again)
+        assert lines(config) == whole
+
+
+class TestResume:
+    @pytest.mark.parametrize("step", range(1, 13))
+    def test_equals_the_run_that_was_never_stopped(
+        self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]], step: int
+    ) -> None:
+        with pytest.raises(Killed):
+            run(config, KillAt(step))
+        (Path(config.logging.run_dir) / "metrics.jsonl").open("a").write('{"step": 1')
+        engine = run(again)
+        assert engine.steps_taken[0] == (step - 1) // 3 * 3
+        assert lines(config) == whole
+
+    def test_of_a_finished_run_does_nothing(
+        self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run(config)
+        assert run(again).steps_taken == []
+        assert lines(config) == whole
+        assert "nothing to do" in capsys.readouterr().out
+
+    def test_one_older_checkpoint_by_name(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
+        run(config)
+        root = Path(config.logging.run_dir) / "checkpoints"
+        back = change(config, "checkpoint", load=str(root / folder_name(6)))
+        assert run(back).steps_taken[0] == 6
+        assert lines(config) == whole
+        assert sorted(path.name for path in root.with_name("checkpoints-earlier-1").iterdir()) == [
+            "metrics.jsonl",
+            "step_0000009",
+            "step_0000012",
+        ]
+
+    def test_into_another_run_folder(self, config: RunConfig, tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+        run(change(config, "train", train_iters=12), KillAt(99))
+        other = change(
+            change(config, "logging", run_dir=str(tmp_path / "other")),
+            "checkpoint",
+            load=f"{config.logging.run_dir}/checkpoints/{folder_name(9)}",
+        )
+        run(other)
+        assert lines(other) == [record for record in whole if record["step"] > 9]
+        assert lines(config) == whole  # the source is left alone
+
+    def test_finetune_takes_weights_alone(self, config: RunConfig, tmp_path: Path) -> None:
+        trained = run(config).table_VV.detach().clone()
+        tuned = change(change(config, "logging", run_dir=str(tmp_path / "tuned")), "checkpoint", load=config.logging.run_dir, finetune=True)
+        seen: list[torch.Tensor] = []
+
+        class Watched(FakeEngine):
+            def load(self, folder: Path, *, weights_only: bool = False) -> None:
+                super().load(folder, weights_only=weights_only)
+                seen.append(self.table_VV.detach().clone())
+                assert not self.optimizer.state
+
+        engine = run(tuned, engine=Watched(VOCAB_SIZE, seed=5))
+        assert torch.equal(seen[0], trained)
+        assert engine.steps_taken == list(range(12))
+
+    def test_a_used_run_folder_without_load_starts_again(
+        self, config: RunConfig, whole: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for _ in range(2):
+            run(config)
+        assert lines(config) == whole
+        aside = Path(config.logging.run_dir) / "checkpoints-earlier-1"
+        assert find(aside / folder_name(12)) is not None and (aside / "metrics.jsonl").exists()
+        assert "checkpoints-earlier-1" in capsys.readouterr().err
+
+    def test_own_run_without_a_checkpoint_starts_from_scratch(
+        self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(Killed):
+            run(config, KillAt(2))
+        run(again)
+        assert lines(config) == whole
+        assert "starts from scratch" in capsys.readouterr().out
+
+    def test_anything_else_without_a_checkpoint_is_an_error(self, config: RunConfig, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="no finished checkpoint") as caught:
+            run(change(config, "checkpoint", load=str(tmp_path / "nowhere")))
+        assert caught.value.exit_status == 4 and caught.value.remedy
+
+    def test_other_sizes_are_all_named(self, config: RunConfig, again: RunConfig) -> None:
+        run(config)
+        with pytest.raises(CheckpointError, match="other sizes") as caught:
+            run(change(again, "model", hidden_size=512, num_experts=4))
+        for words in ("--hidden-size was 256 in the checkpoint and is 512 now", "--num-experts was 8 in", "--kv-channels was 64"):
+            assert words in caught.value.message
+        run(change(again, "model", num_query_groups=4, moe_ffn_hidden_size=1024))  # the defaults, written out
+
+    def test_another_layout_needs_finetune(self, config: RunConfig, again: RunConfig, tmp_path: Path) -> None:
+        run(config)
+        other = change(again, "engine", zero_stage=2)
+        with pytest.raises(CheckpointError, match="--zero-stage was 1 in the checkpoint and is 2 now") as caught:
+            run(other)
+        assert "--finetune" in caught.value.remedy
+        run(change(change(other, "checkpoint", finetune=True), "logging", run_dir=str(tmp_path / "tuned")))
+
+    def test_another_order_of_samples_is_told(self, config: RunConfig, again: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(Killed):
+            run(config, KillAt(4))
+        run(change(again, "train", seed=99, global_batch_size=2))
+        told = capsys.readouterr().err
+        assert "--seed was 1234 in the checkpoint and is 99 now" in told and "--global-batch-size was 4" in told
+
+    @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+    def test_damage_is_told(self, config: RunConfig, again: RunConfig, damage: Callable[[Path], object]) -> None:
+        run(config)
+        damage(Path(config.logging.run_dir) / "checkpoints" / folder_name(12) / "rank0.pt")
+        with pytest.raises(CheckpointError, match=r"rank0\.pt") as caught:
+            run(again)
+        assert folder_name(9) in caught.value.remedy
+
+    def test_meta_says_what_wrote_it(self, config: RunConfig) -> None:
+        run(config)
+        meta = read_meta(find(Path(config.logging.run_dir)) or Path())
+        assert meta["sizes"]["num_experts"] == 8 and meta["layout"]["world_size"] == 1 and meta["order"]["global_batch_size"] == 4
+
+
+class TestScore:
+    def test_counts_whole_batches_of_the_whole_split(self) -> None:
+        engine, data = FakeEngine(VOCAB_SIZE), FakeDataset(11, vocab_size=VOCAB_SIZE)
+        assert score(engine, data, topk=1, micro_batch_size=4).tokens == 8 * 8
+        assert score(engine, data, topk=1, micro_batch_size=4, num_batches=1).tokens == 4 * 8
+        assert score(engine, data, topk=1, micro_batch_size=4, num_batches=9).tokens == 8 * 8
+
+    def test_too_few_samples(self) -> None:
+        with pytest.raises(DataError, match="3 samples; an evaluation needs 4"):
+            score(FakeEngine(VOCAB_SIZE), FakeDataset(3), topk=1, micro_batch_size=4)
+
+
+def test_samples_needed(config: RunConfig) -> None:
+    assert samples_needed(config) == {"train_samples": 48, "valid_samples": 8, "test_samples": 8}
+    whole_layout = change(config, "train", global_batch_size=None)
+    assert samples_needed(whole_layout, world_size=3)["train_samples"] == 12 * 2 * 3
+    assert samples_needed(change(config, "train", eval_interval=0)) == {"train_samples": 48, "valid_samples": 0, "test_samples": 0}
+
+
+class TestSignal:
+    def test_is_noted_and_the_old_handler_comes_back(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with stop_signal(enabled=True) as request:
+            assert not request.came
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.came
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_is_left_alone_when_not_asked_for(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with stop_signal(enabled=False):
+            assert signal.getsignal(signal.SIGTERM) == before
+
+    @pytest.mark.processes
+    @pytest.mark.parametrize(("num_workers", "whole_group"), [(0, False), (1, True)])
+    def test_sigterm_saves_and_stops(self, tmp_path: Path, num_workers: int, whole_group: bool) -> None:
+        """``whole_group``: launchers send it to the reading processes, too."""
+        command = [sys.executable, str(TESTS / "tiny_run.py"), str(tmp_path / "run"), "--endless", "--workers", str(num_workers)]
+        trainer = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment()
+        )
+        assert trainer.stdout is not None
+        for line in trainer.stdout:
+            if "step 5/" in line:
+                break
+        (os.killpg if whole_group else os.kill)(trainer.pid, signal.SIGTERM)
+        _, errors = trainer.communicate(timeout=60)
+        assert trainer.returncode == 0, errors
+        folder = find(tmp_path / "run")
+        last = lines(settings(tmp_path / "run"))[-1]["step"]
+        assert folder is not None and folder.name == folder_name(last) and last >= 5
+
+    @pytest.mark.processes
+    def test_killed_at_random_moments_and_resumed(self, tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+        """Real SIGKILLs, also during saves; every attempt is the same command with --load."""
+        result = subprocess.run(
+            [sys.executable, str(TESTS / "tiny_run.py"), str(tmp_path / "run"), "--kill"],
+            check=False, capture_output=True, text=True, timeout=120, env=environment(),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert int(result.stdout.split()[-1]) >= 5  # attempts that were killed
+        assert lines(settings(tmp_path / "run")) == whole
