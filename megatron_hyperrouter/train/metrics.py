@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,12 @@ def score(
         return engine.evaluate(batches, topk=topk, token_bytes_V=token_bytes_V)
 
 
-def check_finite(record: Record, *, remedy: str) -> None:
+def check_finite(record: Record, *, remedy: Callable[[], str]) -> None:
     """Stop a run whose loss or gradient is lost: its weights are, too, and must not become a checkpoint."""
     for name in ("lm_loss", "grad_norm"):
         value = record[name]
         if not isinstance(value, float) or not math.isfinite(value):
-            raise HyperRouterError(f"step {record['step']}: {name} is {value}; the run stops before it saves such weights", remedy=remedy)
+            raise HyperRouterError(f"step {record['step']}: {name} is {value}; the run stops before it saves such weights", remedy=remedy())
 
 
 def to_json(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,114 @@
+"""One run and the things that it does: take a step, evaluate, save; the loop says when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
+from megatron_hyperrouter.data.loader import Batches
+from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.train.lr import learning_rate_at
+from megatron_hyperrouter.train.metrics import Record, evaluation_record, score, training_record
+from megatron_hyperrouter.train.resume import run_meta
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.dataset import Splits
+    from megatron_hyperrouter.engines.base import Batch, Engine
+    from megatron_hyperrouter.train.hooks import Hook
+
+
+@dataclass
+class Run:
+    """What the loop acts on; every method but the properties is called by all ranks together."""
+
+    engine: Engine
+    config: RunConfig
+    splits: Splits
+    hooks: Sequence[Hook]
+    token_bytes_V: Tensor | None
+
+    def __post_init__(self) -> None:
+        world_size = self.engine.place.world_size
+        self.global_batch_size = global_batch_size(self.config, world_size)
+        self.micro_batches = accumulation_steps(self.config, world_size)
+        root = Path(self.config.logging.run_dir) / "checkpoints"
+        self.folders = CheckpointFolders(root, self.engine, keep=self.config.checkpoint.keep_checkpoints)
+
+    @property
+    def evaluates(self) -> bool:
+        """True where the settings ask for evaluations."""
+        return self.config.train.eval_interval > 0 and self.config.train.eval_iters > 0
+
+    def batches(self, first: int) -> Batches:
+        """This rank's micro-batches from step ``first + 1`` on: their position is ``step * global batch size``."""
+        if self.splits.train is None:
+            raise DataError("there are no samples to train on", remedy="give training a share with --split, or --train-data-path")
+        place = self.engine.place
+        return Batches(
+            self.splits.train,
+            micro_batch_size=self.config.train.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            data_rank=place.data_rank,
+            data_size=place.data_size,
+            start_step=first,
+            num_steps=max(self.config.train.train_iters - first, 0),
+            num_workers=self.config.data.num_workers,
+        )
+
+    def step(self, step: int, batches: Iterator[Batch], *, stop: bool) -> tuple[Record, bool]:
+        """Take step ``step``, counted from 1; returns its record and whether some rank was asked to stop."""
+        learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
+        started = time.perf_counter()
+        result = self.engine.train_step(islice(batches, self.micro_batches), step=step - 1, learning_rate=learning_rate, stop=stop)
+        record = training_record(
+            result,
+            step=step,
+            learning_rate=learning_rate,
+            topk=self.engine.topk_at(step - 1),
+            global_batch_size=self.global_batch_size,
+            seq_length=self.config.model.seq_length,
+            step_time=time.perf_counter() - started,
+        )
+        for hook in self.hooks:
+            hook.on_step(record)
+        return record, result.stop
+
+    def evaluate(self, split: str, step: int) -> None:
+        """Score a split, if there is one, after ``step`` steps with the k that the next step would have."""
+        dataset = self.splits.valid if split == "valid" else self.splits.test
+        if dataset is None:
+            return
+        topk = self.engine.topk_at(step)
+        micro_batches = self.config.train.eval_iters * self.micro_batches
+        result = score(
+            self.engine,
+            dataset,
+            topk=topk,
+            micro_batch_size=self.config.train.micro_batch_size,
+            num_batches=micro_batches,
+            token_bytes_V=self.token_bytes_V,
+        )
+        record = evaluation_record(result, step=step, split=split, topk=topk)
+        for hook in self.hooks:
+            hook.on_evaluation(record)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of ``step`` steps."""
+        folder = self.folders.save(step, self.engine.save, run_meta(self.config, self.engine))
+        for hook in self.hooks:
+            hook.on_save(step, folder)
+
+    def remedy(self) -> str:
+        """What to do when the loss is lost."""
+        steps = self.folders.steps()
+        back = f"continue after step {steps[-1]} with --load {self.config.logging.run_dir}" if steps else "start again"
+        return f"{back}, and use a lower --lr, more --lr-warmup-iters, or a --clip-grad greater than 0"
