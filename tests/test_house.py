@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines": (HOST_ROOM, {"torch"}),  # what both hosts share: nothing of either
     "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
-    "train": ({"engines/base", "data", "config", "checkpoint/folder"}, {"torch", "numpy", "rich", "tensorboard", "wandb"}),
+    "train": ({"engines/base", "data", "config", "checkpoint.folder"}, {"torch", "numpy", "rich", "tensorboard", "wandb"}),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
