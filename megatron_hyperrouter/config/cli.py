@@ -66,6 +66,21 @@ def dump(config: RunConfig) -> str:
     return "\n".join(parts)
 
 
+def write_settings(config: RunConfig) -> Path:
+    """Put ``config.yaml`` into the run folder, whole or not at all; it starts the same run again.
+
+    A run that goes on from its own checkpoints is still the same run: its ``--load`` is left out.
+    """
+    folder = Path(config.logging.run_dir)
+    load = config.checkpoint.load
+    if load is not None and Path(load).resolve() == folder.resolve():
+        config = replace_leaves(config, load=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / ".config.yaml.unfinished"
+    unfinished.write_text(dump(config), encoding="utf-8")
+    return unfinished.replace(folder / "config.yaml")
+
+
 def replace_leaves(config: RunConfig, **leaves: object) -> RunConfig:
     """A copy with other values, by flat name: ``replace_leaves(config, num_layers=2, **{"router.seed": 7})``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from megatron_hyperrouter.compat.quiet import hush
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
@@ -13,6 +14,7 @@ def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True
 
     The host is imported here and not before, so that settings are checked without it.
     """
+    hush()
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
     engine: Engine = room.open_engine(config, vocab_size=vocab_size, for_training=for_training)
     return engine

@@ -62,6 +62,7 @@ class Expert(MLP):
     def __init__(self, config: TransformerConfig) -> None:
         own = copy.copy(config)
         own.sequence_parallel = False  # DeepSpeed gathers the tokens before it dispatches them
+        own.ffn_hidden_size = config.moe_ffn_hidden_size  # mlp.py sizes linear_fc2 by it
         super().__init__(
             own,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# From nothing to a trained and evaluated HyperRouter GPT: environment, corpus, tokenizer, tokens, training on 2 ranks, evaluation.
+#
+#   bash examples/quickstart.sh                          # about 5 minutes on 2 CPU cores, the first install included
+#   bash examples/quickstart.sh --train-iters 1000       # any flag of pretrain_gpt_hyperrouter.py
+#   bash examples/quickstart.sh --load runs/quickstart/run    # go on after an interruption
+#
+# Everything is written under runs/quickstart/; steps that are done already are not done again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+echo "== 1/6 environment"
+bash tools/setup_env.sh
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+
+out=runs/quickstart
+data=$out/data
+mkdir -p "$data"
+
+echo "== 2/6 corpus: the sources of the Python standard library"
+[ -s $data/corpus.jsonl ] || python tools/make_corpus.py --output $data/corpus.jsonl
+
+echo "== 3/6 tokenizer: a byte-level BPE of 1024 tokens"
+[ -s $data/tokenizer.json ] || python tools/train_tokenizer.py --input $data/corpus.jsonl --vocab-size 1024 --output $data/tokenizer.json
+
+echo "== 4/6 tokens"
+[ -s $data/stdlib_text_document.idx ] || python tools/preprocess_data.py --input $data/corpus.jsonl --output-prefix $data/stdlib \
+  --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json --append-eod --workers 2
+
+echo "== 5/6 training"
+# Two ranks, each with half of the experts: on GPUs where there are two or more, else on CPU cores.  A lone GPU holds all of them.
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=2
+layout=()
+if [ "$gpus" = 1 ]; then
+  ranks=1
+  layout=(--expert-model-parallel-size 1)
+fi
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 # one core for each rank
+# A port of its own: two runs on one machine must not meet.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain_gpt_hyperrouter.py --config examples/quickstart.yaml \
+  --data-path $data/stdlib_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json \
+  --run-dir $out/run "${layout[@]}" "$@"
+
+echo "== 6/6 evaluation with 1, 2, 4 and 8 of 8 experts"
+unset OMP_NUM_THREADS
+python tools/evaluate.py --load $out/run --topk 1 2 4 8 --output $out/evaluation.json
+python tools/baselines.py --load $out/run --results $out/evaluation.json --output $out/table.json

@@ -1,0 +1,21 @@
+"""Hosts that talk: what they say at import or at each layer, and what no user of ours can act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def hush() -> None:
+    """Call it before the hosts are imported.
+
+    megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing; both are optional here.
+    Its transformer_layer.py:364 warns for each layer of an "Unknown MLP type": the MLP slot is ours by design.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|deepspeed)\.")
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_not_the_slot)
+
+
+def _not_the_slot(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Unknown MLP type")
