@@ -147,6 +147,7 @@ def test_a_copy_of_a_held_router_is_not_held(copier):
     router.hold()
     before = router(x_TD).logits_TE
     twin = copier(router)
+    assert torch.equal(twin(x_TD).logits_TE, before)
     with torch.no_grad():
         twin.embedding_S.mul_(2)
     torch.testing.assert_close(twin(x_TD).logits_TE, 2 * before)
@@ -161,6 +162,19 @@ def test_a_backward_pass_that_waits_for_old_weights_raises():
     router(x_TD)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         late.backward()
+
+
+def test_generated_weights_stay_at_one_address():
+    """What a captured graph needs."""
+    router = small()
+    router.hold()
+    with torch.no_grad():
+        addresses = []
+        for _ in range(3):
+            addresses.append([tensor.data_ptr() for tensor in router.linear()])
+            router.embedding_S.add_(1)
+            router.begin_step()
+    assert addresses[0] == addresses[1] == addresses[2]
 
 
 def test_held_bfloat16_embedding_gets_a_bfloat16_gradient():
