@@ -110,4 +110,5 @@ def _option_leaves(config: RunConfig) -> Mapping[str, Leaf]:
 
 def _yaml(title: str, values: Mapping[str, object]) -> str:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return f"# {title}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)}"
+    text = yaml.safe_dump(plain, sort_keys=False, width=100)  # not allow_unicode: PyYAML then loses the character U+0085
+    return f"# {title}\n{text}"

@@ -204,7 +204,9 @@ CASES = [
         {"virtual_pipeline_model_parallel_size": 1},
     ),
     case("zero_0_alone", {"zero_stage": 0, "expert_model_parallel_size": 2}, "--zero-stage", "norms", {"zero_stage": 1}),
-    case("zero_0_alone", {"zero_stage": 0, "pipeline_model_parallel_size": 2}, "--zero-stage", "norms", {"pipeline_model_parallel_size": 1}),
+    case(
+        "zero_0_alone", {"zero_stage": 0, "pipeline_model_parallel_size": 2}, "--zero-stage", "norms", {"pipeline_model_parallel_size": 1}
+    ),
     case("zero_2_without_pipeline", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, "--zero-stage", "pipeline", {"zero_stage": 1}),
     case("settings_of_the_other_engine", {"use_distributed_optimizer": True}, "--use-distributed-optimizer", "megatron engine", MEGATRON),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 2}, "--zero-stage", "deepspeed engine", {"engine": "deepspeed"}),
@@ -353,7 +355,7 @@ class TestDeepSpeedJson:
         assert "wrong gradients" in problem.rule
 
     def test_a_document_that_is_no_json(self, base, tmp_path):
-        (problem,) = self.found(base, tmp_path, '{\n "a": 1,\n}')
+        (problem,) = self.found(base, tmp_path, '{\n "a": 1\n "b"}')
         assert "not JSON" in problem.rule and "line 3" in problem.rule
         (problem,) = self.found(base, tmp_path, "[1]")
         assert "JSON object" in problem.rule

@@ -279,6 +279,12 @@ def test_what_is_dumped_parses_to_an_equal_tree(data, routers, tmp_path_factory)
         assert type(value_of(again, leaf)) is type(value_of(config, leaf)), leaf
 
 
+@pytest.mark.parametrize("name", ["a\x85b", "a: b", "# no comment", "1e5", "yes", "~", "", " ", "a\n b", "\u2028", "läuft", "\U0001f600"])
+def test_names_that_yaml_could_take_for_something_else(name, routers, write):
+    config = parse([*DATA, f"--run-dir={name}"], routers=routers)
+    assert parse(["--config", write(dump(config))], routers=routers).logging.run_dir == name
+
+
 def test_dump_is_readable(routers):
     config = parse([*DATA, "--router.hypernet-width", "64", "--lr", "1e-5"], routers=routers)
     document = yaml.safe_load(dump(config))
