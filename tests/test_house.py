@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "compat": (set(), {"torch", "deepspeed", "megatron"}),
     "checkpoint": ({"config"}, {"torch", "safetensors"}),
     "engines/base": ({"config"}, {"torch"}),
-    "engines": (HOST_ROOM, {"torch"}),  # what both hosts share: nothing of either
+    "engines": (HOST_ROOM, {"torch", "numpy"}),  # what both hosts share: nothing of either
     "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
     "train": ({"engines/base", "data", "config", "checkpoint.folder"}, {"torch", "numpy", "rich", "tensorboard", "wandb"}),

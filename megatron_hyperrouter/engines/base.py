@@ -88,4 +88,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Leave the process groups."""
         ...
-

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 class ScaledDotProductAttention(MegatronModule):
     """megatron-core's core-attention slot: causal, grouped-query, never materialises the score matrix where torch can avoid it."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *, recompute: bool = False, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *, recompute: bool = False, **_: object
+    ) -> None:
         """``recompute``: selective activation checkpointing, attention alone is computed again in the backward pass."""
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
@@ -46,7 +48,5 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend(self, query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC))  # [B, heads, S, C]
         dropout = self.config.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=key.size(1) != query.size(1)
-        )
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=key.size(1) != query.size(1))
         return out.permute(2, 0, 1, 3).flatten(2)

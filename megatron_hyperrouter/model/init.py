@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.config.tree import ModelConfig
 from megatron_hyperrouter.model.names import router_parameter
+from megatron_hyperrouter.model.sharding import shard_of
 
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -33,4 +34,7 @@ def initialise(named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, dr
             if "layernorm" in name:
                 parameter.fill_(1.0)
             else:
-                parameter.copy_(draw(name, tuple(parameter.shape)) * initial_std(name, model))
+                shard = shard_of(name, parameter)
+                shape = tuple(parameter.shape) if shard is None else shard.whole_shape(parameter.shape)
+                whole = draw(name, shape) * initial_std(name, model)
+                parameter.copy_(whole if shard is None else shard.cut(whole))

@@ -18,13 +18,17 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Batch, EvalResult, StepResult
 from megatron_hyperrouter.engines.deepspeed import checkpoint
 from megatron_hyperrouter.engines.deepspeed.launch import join, leave
-from megatron_hyperrouter.engines.deepspeed.layers import LanguageModelLoss, Sequence, model_layers
+from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
 from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
+from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, topk_schedule
+from megatron_hyperrouter.engines.state import Holding
+from megatron_hyperrouter.engines.totals import any_rank, eval_result, step_result
 from megatron_hyperrouter.model.init import initialise
+from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.routers.base import Router
@@ -38,6 +42,7 @@ class DeepSpeedEngine:
         self.config = config
         self._found_world = dist.is_initialized()
         self.place = join(config)
+        self.device = device()
         self.clock = Clock()
         self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
         self.loss = LanguageModelLoss()
@@ -91,11 +96,6 @@ class DeepSpeedEngine:
                 module.set_deepspeed_parallelism()
         self.model.to(self.device, torch.bfloat16 if self.config.train.bf16 else torch.float32)
 
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
     # --------------------------------------------------------------------------------------------------- names
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of what this rank holds."""
@@ -113,15 +113,15 @@ class DeepSpeedEngine:
         found = {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
         return {self._global_name(f"{name}."): router for name, router in found.items()}
 
-    @property
-    def owns_dense(self) -> bool:
-        """True on the rank that writes this stage's dense weights."""
-        return self.place.data_rank == 0
-
-    @property
-    def owns_experts(self) -> bool:
-        """True on one rank of each expert-parallel place."""
-        return parallel_state.get_expert_data_parallel_rank() == 0
+    def holding(self) -> Holding:
+        """What this rank saves and loads."""
+        return Holding(
+            named=list(self.named_parameters()),
+            routers=self.routers,
+            first_dense=self.place.data_rank == 0,
+            first_expert=parallel_state.get_expert_data_parallel_rank() == 0,
+            first_stage=parallel_state.get_pipeline_model_parallel_rank() == 0,
+        )
 
     # ---------------------------------------------------------------------------------------------------- work
     def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
@@ -135,7 +135,8 @@ class DeepSpeedEngine:
             self.host.train_batch(batches)
         for router in self.routers.values():
             router.begin_step()
-        return self._step_result(stop)
+        norm = self._clipper.norm if self._clipper else float(self.host.get_global_grad_norm())
+        return step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
 
     def _accumulate(self, batches: Iterator[Batch]) -> None:
         self.host.train()
@@ -143,31 +144,6 @@ class DeepSpeedEngine:
             tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in next(batches))
             self.host.backward(self.host(tokens_BS, labels_BS))
             self.host.step()
-
-    def _step_result(self, stop: bool) -> StepResult:
-        """One all-reduce carries everything that a step reports."""
-        rows = self.statistics.take()
-        sums, rows = self._summed(torch.tensor([float(stop)], dtype=torch.float64), rows)
-        (loss, tokens, _), stopped = sums[:3].tolist(), bool(sums[3])
-        layers = self.statistics.summary(rows)
-        count = self.config.model.num_layers
-        return StepResult(
-            lm_loss=loss / tokens,
-            aux_loss=sum(layers["aux"]) / count,
-            z_loss=sum(layers["z"]) / count,
-            grad_norm=self._clipper.norm if self._clipper else float(self.host.get_global_grad_norm()),
-            entropy_L=tuple(layers["entropy"]),
-            load_max_over_mean_L=tuple(layers["load_max_over_mean"]),
-            stop=stopped,
-        )
-
-    def _summed(self, extra: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss sums and ``extra``, router rows), added up over all ranks; a stage brings zeros for what it does not hold."""
-        own = torch.cat([self.loss.take().to(self.device), extra.to(self.device), rows.to(self.device).flatten()])
-        dist.all_reduce(own)
-        split = own.numel() - rows.numel()
-        own = own.cpu()
-        return own[:split], own[split:].view(rows.shape)
 
     def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
@@ -180,9 +156,7 @@ class DeepSpeedEngine:
         finally:
             self.model.train(was_training)
             self.clock.topk, self.statistics.enabled, self.loss.token_bytes_V = None, True, None
-        sums, _ = self._summed(torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64))
-        loss, tokens, bytes_ = sums.tolist()
-        return EvalResult(loss_sum=loss, tokens=int(tokens), target_bytes=int(bytes_))
+        return eval_result(self.loss.take(), replicas=self.config.parallel.tensor_model_parallel_size)
 
     @torch.no_grad()
     def _forward_all(self, batches: Iterator[Batch]) -> None:
@@ -210,9 +184,7 @@ class DeepSpeedEngine:
 
     def any_rank(self, flag: bool) -> bool:
         """True on all ranks when ``flag`` is true on one."""
-        told = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told)
+        return any_rank(flag, self.device)
 
     def close(self) -> None:
         """Leave the process groups; those that stood before this engine stay."""

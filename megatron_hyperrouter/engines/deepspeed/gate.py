@@ -70,7 +70,11 @@ class RouterGate(nn.Module):
             chosen_TE = chosen_TE & _heaviest(routing.weights_TK, routing.experts_TK, chosen_TE, capacity)
         kept_TK = chosen_TE.gather(1, routing.experts_TK)
         slots_TK = (chosen_TE.cumsum(0, dtype=torch.int32) - 1).gather(1, routing.experts_TK)
-        loss = torch.stack([value.float() for value in routing.losses.values()]).sum() if routing.losses else x_TD.new_zeros((), dtype=torch.float32)
+        loss = (
+            torch.stack([value.float() for value in routing.losses.values()]).sum()
+            if routing.losses
+            else x_TD.new_zeros((), dtype=torch.float32)
+        )
         return SparseRoutes(
             loss=loss,
             capacity=capacity,

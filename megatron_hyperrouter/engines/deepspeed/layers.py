@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.rotary import RotaryTable
 from megatron_hyperrouter.model.spec import RMSNorm, layer_spec
@@ -121,29 +122,6 @@ class Sequence(nn.Module):
         for call in self.calls:
             value = call(value)
         return self.loss(value, labels_BS)
-
-
-class LanguageModelLoss:
-    """Cross-entropy in float32; keeps the sums of the current step, or of the current evaluation."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of the targets
-        self.token_bytes_V: Tensor | None = None
-
-    def __call__(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Mean over the micro-batch, in nats per token."""
-        labels_SB = labels_BS.t().contiguous()
-        loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB)
-        with torch.no_grad():
-            bytes_ = 0 if self.token_bytes_V is None else self.token_bytes_V[labels_SB].sum()
-            row = (loss_SB.sum(dtype=torch.float64), labels_SB.numel(), bytes_)
-            self.sums = self.sums.to(loss_SB.device) + torch.stack([torch.as_tensor(x, dtype=torch.float64, device=loss_SB.device) for x in row])
-        return loss_SB.mean()
-
-    def take(self) -> Tensor:
-        """The sums so far; starts afresh."""
-        sums, self.sums = self.sums, torch.zeros_like(self.sums)
-        return sums
 
 
 def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: bool) -> ColumnParallelLinear:

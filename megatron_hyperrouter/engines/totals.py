@@ -1,0 +1,47 @@
+"""What ranks add up after a step or an evaluation: one all-reduce carries all of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hyperrouter.engines.base import EvalResult, StepResult
+from megatron_hyperrouter.engines.routing import RouterStatistics
+
+
+def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: float, stop: bool) -> StepResult:
+    """Add up the loss, what the routers chose, and who wants to stop (collective).
+
+    Ratios are taken afterwards, so ranks that saw the same tokens (tensor parallelism) may all be counted.
+    """
+    rows = statistics.take()
+    own = torch.cat([loss_sums, rows.new_tensor([float(stop)]).to(loss_sums.device), rows.to(loss_sums.device).flatten()])
+    dist.all_reduce(own)
+    own = own.cpu()
+    loss, tokens, _, stopped = own[:4].tolist()
+    layers = statistics.summary(own[4:].view(rows.shape))
+    return StepResult(
+        lm_loss=loss / tokens,
+        aux_loss=sum(layers["aux"]) / statistics.num_layers,
+        z_loss=sum(layers["z"]) / statistics.num_layers,
+        grad_norm=grad_norm,
+        entropy_L=tuple(layers["entropy"]),
+        load_max_over_mean_L=tuple(layers["load_max_over_mean"]),
+        stop=bool(stopped),
+    )
+
+
+def eval_result(loss_sums: Tensor, *, replicas: int) -> EvalResult:
+    """Add up an evaluation (collective); ``replicas`` ranks counted each token."""
+    total = loss_sums.clone()
+    dist.all_reduce(total)
+    loss, tokens, bytes_ = (total / replicas).tolist()
+    return EvalResult(loss_sum=loss, tokens=round(tokens), target_bytes=round(bytes_))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on all ranks when ``flag`` is true on one (collective)."""
+    told = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)

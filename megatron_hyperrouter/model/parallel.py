@@ -1,0 +1,37 @@
+"""megatron-core's parallel groups, which both engines lay their ranks out by."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_hyperrouter.config.derived import expert_tensor_size
+from megatron_hyperrouter.config.tree import RunConfig
+
+
+def make_groups(config: RunConfig) -> None:
+    """Cut the ranks of torch.distributed into tensor, pipeline, context, expert and data-parallel groups."""
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(config),
+        create_gloo_process_groups=False,
+    )
+
+
+def seed_dropout(config: RunConfig) -> None:
+    """Dropout alone draws from torch's generators: weights, data and routing have streams of their own."""
+    seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    if torch.cuda.is_available() or config.engine.engine == "megatron":
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)  # megatron-core's tracker; on the CPU the compat room serves it
+    torch.manual_seed(seed + 10_000 * data_rank)
+
+
+def forget_groups() -> None:
+    """The opposite of :func:`make_groups`, as far as megatron-core's own records go."""
+    parallel_state.destroy_model_parallel()
