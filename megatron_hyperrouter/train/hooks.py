@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_hyperrouter.config.cli import write_settings
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.errors import HostError
@@ -36,6 +37,17 @@ class Hook:
 
     def on_end(self) -> None:
         """The run ends, in whatever way; may come without :meth:`on_start`."""
+
+
+class SettingsHook(Hook):
+    """Writes ``config.yaml`` once the run has begun: a ``--load`` that was refused leaves the settings of the run as they were."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def on_start(self, step: int) -> None:
+        """Write the settings."""
+        write_settings(self._config)
 
 
 class MetricsHook(Hook):
@@ -202,6 +214,7 @@ def hooks_for(config: RunConfig, place: Place) -> list[Hook]:
     Raises HostError on every rank when a library is missing, so that no rank waits for one that has left.
     """
     asked: list[Callable[[], Hook]] = [
+        lambda: SettingsHook(config),
         lambda: MetricsHook(Path(config.logging.run_dir) / "metrics.jsonl"),
         lambda: ConsoleHook(config.train.train_iters, log_interval=config.logging.log_interval),
     ]

@@ -106,4 +106,5 @@ def _differences(part: str, saved: dict[str, Any], ours: dict[str, Any]) -> Iter
     theirs = saved.get(part, {})
     for name, value in ours[part].items():
         if (before := theirs.get(name)) != value:
-            yield f"--{name.replace('_', '-')} was {before} in the checkpoint and is {value} now"
+            label = "the number of ranks" if name == "world_size" else f"--{name.replace('_', '-')}"
+            yield f"{label} was {before} in the checkpoint and is {value} now"

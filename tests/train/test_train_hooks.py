@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_hyperrouter.config.tree import LoggingConfig, RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.train.hooks import ConsoleHook, MetricsHook, TensorBoardHook, WandbHook, duration, hooks_for
+from megatron_hyperrouter.train.hooks import ConsoleHook, MetricsHook, SettingsHook, TensorBoardHook, WandbHook, duration, hooks_for
 
 MAIN, OTHER = Place(0, 2, 0, 2), Place(1, 2, 1, 2)
 
@@ -178,5 +178,5 @@ def test_only_the_main_rank_has_hooks(tmp_path: Path) -> None:
     config = config_with(tmp_path, tensorboard_dir=str(tmp_path / "events"))
     assert hooks_for(config, OTHER) == []
     assert not (tmp_path / "run").exists()
-    assert [type(hook) for hook in hooks_for(config, MAIN)] == [MetricsHook, ConsoleHook, TensorBoardHook]
+    assert [type(hook) for hook in hooks_for(config, MAIN)] == [SettingsHook, MetricsHook, ConsoleHook, TensorBoardHook]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

@@ -25,7 +25,7 @@ from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Batch, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
-from megatron_hyperrouter.train.hooks import Hook, MetricsHook
+from megatron_hyperrouter.train.hooks import Hook, MetricsHook, hooks_for
 from megatron_hyperrouter.train.loop import samples_needed, stop_signal, train
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import Record, score
@@ -298,6 +298,16 @@ class TestResume:
         for words in ("--hidden-size was 256 in the checkpoint and is 512 now", "--num-experts was 8 in", "--kv-channels was 64"):
             assert words in caught.value.message
         run(change(again, "model", num_query_groups=4, moe_ffn_hidden_size=1024))  # the defaults, written out
+
+    def test_a_refused_load_leaves_the_run_as_it_was(self, config: RunConfig, again: RunConfig) -> None:
+        engine, files = FakeEngine(VOCAB_SIZE), [Path(config.logging.run_dir) / name for name in ("config.yaml", "metrics.jsonl")]
+        train(engine, config, splits(), hooks_for(config, engine.place))
+        before = [path.read_bytes() for path in files]
+        other = change(again, "model", hidden_size=512)
+        with pytest.raises(CheckpointError, match="other sizes"):
+            train(engine, other, splits(), hooks_for(other, engine.place))
+        assert [path.read_bytes() for path in files] == before
+        assert "hidden_size: 256" in files[0].read_text()
 
     def test_another_layout_needs_finetune(self, config: RunConfig, again: RunConfig, tmp_path: Path) -> None:
         run(config)
