@@ -17,7 +17,7 @@ import torch
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.check import warnings
-from megatron_hyperrouter.config.cli import parse, write_settings
+from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.data.dataset import build_splits
 from megatron_hyperrouter.data.tokenizer import build_tokenizer
 from megatron_hyperrouter.engines import open_engine
@@ -41,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     engine = open_engine(config, vocab_size=tokenizer.vocab_size)
     try:
-        if engine.place.is_main:
-            write_settings(config)
         bytes_V = tokenizer.token_bytes_V()
         train(engine, config, splits, hooks_for(config, engine.place), token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V))
     finally:

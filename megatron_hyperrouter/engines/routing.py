@@ -50,6 +50,18 @@ def make_router(config: RunConfig, layer_number: int) -> Router:
     return router
 
 
+def total_loss(routing: Routing, device: torch.device) -> Tensor:
+    """Sum of a router's losses, which carry their coefficients; a float32 scalar."""
+    if not routing.losses:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    return torch.stack([value.float() for value in routing.losses.values()]).sum()
+
+
+def draw_by_name(seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """Initial numbers of a weight, N(0, 1): a function of (seed, global name) alone."""
+    return lambda name, shape: keyed.normal(shape, seed=seed, name=name)
+
+
 @dataclass
 class Clock:
     """The step that routers follow: set by the engine before each step, read by the layers."""

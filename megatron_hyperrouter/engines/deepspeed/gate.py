@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, total_loss
 from megatron_hyperrouter.ops.balance import load
 from megatron_hyperrouter.routers.base import Router
 
@@ -70,11 +70,7 @@ class RouterGate(nn.Module):
             chosen_TE = chosen_TE & _heaviest(routing.weights_TK, routing.experts_TK, chosen_TE, capacity)
         kept_TK = chosen_TE.gather(1, routing.experts_TK)
         slots_TK = (chosen_TE.cumsum(0, dtype=torch.int32) - 1).gather(1, routing.experts_TK)
-        loss = (
-            torch.stack([value.float() for value in routing.losses.values()]).sum()
-            if routing.losses
-            else x_TD.new_zeros((), dtype=torch.float32)
-        )
+        loss = total_loss(routing, x_TD.device)
         return SparseRoutes(
             loss=loss,
             capacity=capacity,

@@ -1,0 +1,55 @@
+"""The model of a run under DeepSpeed: layers in a row or in pipeline stages, with initial weights and global names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core import parallel_state
+from torch import nn
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
+from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
+from megatron_hyperrouter.engines.deepspeed.names import global_name
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
+from megatron_hyperrouter.model.loss import LanguageModelLoss
+from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
+from megatron_hyperrouter.routers.base import Router
+
+
+def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics, loss: LanguageModelLoss) -> nn.Module:
+    """``vocab_size``: ids of the tokenizer, before padding.  Weights are left as they come."""
+    parallel = run.parallel
+    core = transformer_config(
+        run,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers (transformer_layer.py:48).
+        pipeline_model_parallel_size=1,
+    )
+    layers = model_layers(run, core, moe_spec(run, clock, statistics), padded_vocab_size(vocab_size, run))
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return Sequence(layers, loss)
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=1, num_dp=parallel_state.get_data_parallel_world_size())
+    return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="type:Block")
+
+
+def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """(global name, parameter) of what this rank holds and trains."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield _global(name, run), parameter
+
+
+def routers(model: nn.Module, run: RunConfig) -> dict[str, Router]:
+    """Prefix of the global names -> router."""
+    return {_global(f"{name}.", run): module for name, module in model.named_modules() if isinstance(module, Router)}
+
+
+def _global(name: str, run: RunConfig) -> str:
+    experts = run.model.num_experts // run.parallel.expert_model_parallel_size
+    first = parallel_state.get_expert_model_parallel_rank() * experts
+    return global_name(name, num_layers=run.model.num_layers, first_expert=first)

@@ -1,0 +1,113 @@
+"""What the engines of both hosts have in common: the clock, the statistics, and everything that needs no host."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+from megatron_hyperrouter.engines.launch import device
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, topk_schedule
+from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
+from megatron_hyperrouter.engines.totals import any_rank, eval_result, step_result
+from megatron_hyperrouter.model.loss import LanguageModelLoss
+from megatron_hyperrouter.routers.base import Router
+
+
+class SharedEngine(ABC):
+    """Serves ``engines.base.Engine``, but for what a host does in its own way."""
+
+    routers: dict[str, Router]  # prefix of the global names -> router
+
+    def __init__(self, config: RunConfig, place: Place) -> None:
+        """To be called when the process groups stand."""
+        self.config = config
+        self.place = place
+        self.device = device()
+        self.clock = Clock()
+        self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
+        self.loss = LanguageModelLoss()
+        self.topk_at = topk_schedule(config)
+
+    def hold_routers(self, routers: dict[str, Router]) -> None:
+        """Keep the routers of this rank, and promise them to tell when their weights change."""
+        self.routers = routers
+        for router in routers.values():
+            router.hold(True)
+
+    # ---------------------------------------------------------------------------------------------------- work
+    def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        self.clock.step, self.clock.topk, self.statistics.enabled = step, None, True
+        norm = self.optimize(batches, learning_rate)
+        self._weights_changed()
+        return step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
+
+    @abstractmethod
+    def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
+        """One optimizer step; returns the gradient norm before clipping."""
+
+    def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        self.clock.topk, self.statistics.enabled = topk, False
+        self.loss.token_bytes_V = None if token_bytes_V is None else token_bytes_V.to(self.device)
+        modules = self.modules()
+        were_training = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        try:
+            self.forward_all(batches)
+        finally:
+            for module, training in zip(modules, were_training, strict=True):
+                module.train(training)
+            self.clock.topk, self.statistics.enabled, self.loss.token_bytes_V = None, True, None
+        return eval_result(self.loss.take(), replicas=self.config.parallel.tensor_model_parallel_size)
+
+    @abstractmethod
+    def forward_all(self, batches: Iterator[Batch]) -> None:
+        """Forward passes alone; the loss counts what it sees."""
+
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """The model, or its chunks on this rank."""
+
+    def _weights_changed(self) -> None:
+        for router in self.routers.values():
+            router.begin_step()
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+    def save(self, folder: Path) -> None:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        save_weights(folder, self.place.rank, self.holding())
+        self.save_optimizer(folder)
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        load_weights(folder, self.holding())
+        self.load_optimizer(folder, weights_only=weights_only)
+        self._weights_changed()
+
+    @abstractmethod
+    def holding(self) -> Holding:
+        """What this rank saves and loads."""
+
+    @abstractmethod
+    def save_optimizer(self, folder: Path) -> None:
+        """Write this rank's optimizer and random state."""
+
+    @abstractmethod
+    def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
+        """Read what :meth:`save_optimizer` wrote; ``weights_only``: take the new weights over into the optimizer's copies."""
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on all ranks when ``flag`` is true on one."""
+        return any_rank(flag, self.device)
