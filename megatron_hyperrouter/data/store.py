@@ -303,4 +303,4 @@ class IndexedWriter:
 
     def _refused(self, error: OSError) -> DataError:
         message = f"{error.filename or self.prefix}: cannot be written: {error.strerror or error}"
-        return DataError(message, remedy="free space, or choose another --output-prefix; files that were there before are untouched")
+        return DataError(message, remedy="free space on that disk, or choose another --output-prefix")
