@@ -340,7 +340,7 @@ class TestContents:
         folders = {
             path.parent.relative_to(ROOT / "tests").as_posix().split("/")[0] for path in tracked() if path.match("tests/*/test_*.py")
         }
-        fail_with("folders of tests without a room", sorted(folders - rooms - {"tools", "examples", "benchmarks"}))
+        fail_with("folders of tests without a room", sorted(folders - rooms - {"tools", "examples", "benchmarks", "program"}))
 
 
 def in_files(module: str, allowed: set[str]) -> bool:

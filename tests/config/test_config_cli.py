@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.config import check
-from megatron_hyperrouter.config.cli import dump, launched_world_size, load_file, parse, replace_leaves
+from megatron_hyperrouter.config.cli import dump, launched_world_size, load_file, parse, replace_leaves, write_settings
 from megatron_hyperrouter.config.leaves import Leaf, router_leaves, tree_leaves, value_of
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 from megatron_hyperrouter.errors import ConfigError
@@ -324,6 +324,20 @@ class TestHelpers:
     def test_launched_world_size(self):
         assert launched_world_size({}) == 1
         assert launched_world_size({"WORLD_SIZE": "8"}) == 8
+
+
+class TestWriteSettings:
+    def test_a_runs_own_file_starts_the_same_run_again(self, routers, tmp_path):
+        config = parse([*DATA, "--run-dir", str(tmp_path / "run"), "--load", str(tmp_path / "other"), "--router.bias"], routers=routers)
+        path = write_settings(config)
+        assert path == tmp_path / "run/config.yaml"
+        assert parse(["--config", str(path)], routers=routers) == config
+        assert [each.name for each in path.parent.iterdir()] == ["config.yaml"]  # nothing unfinished beside it
+
+    def test_a_run_that_goes_on_is_still_the_same_run(self, routers, tmp_path):
+        first = parse([*DATA, "--run-dir", str(tmp_path)], routers=routers)
+        resumed = replace_leaves(first, load=f"{tmp_path}/../{tmp_path.name}")
+        assert load_file(write_settings(resumed), routers=routers) == first
 
 
 class TestHelp:
