@@ -250,6 +250,7 @@ def verify(folder: Path, ranks: Ranks) -> None:
     """
     error = _attempt(lambda: _verify_share(folder, ranks.place.rank, ranks.place.world_size))
     if ranks.any_rank(error is not None):
+        error = error or _attempt(lambda: _verify_share(folder, 0, 1))  # one rank tells of it, so that one has to know the file
         if isinstance(error, HyperRouterError):
             raise error
         raise CheckpointError(f"{folder} cannot be read: {error or 'another rank found a damaged file'}", remedy=_older(folder)) from error

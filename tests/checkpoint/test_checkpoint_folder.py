@@ -278,7 +278,7 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     (tmp_path / "step_0000007/rank2").write_bytes(b"")
     answers = ThreadRanks.run(3, lambda ranks: verify(tmp_path / "step_0000007", ranks))
     assert all(isinstance(answer, CheckpointError) for answer in answers)
-    assert sum("rank2" in str(answer) for answer in answers) == 1
+    assert all("rank2" in str(answer) for answer in answers)  # rank 0 tells it, whoever read the file
 
 
 KILLED_AT_EACH_CALL = """
