@@ -1,0 +1,102 @@
+"""Imports the hosts once, then forks ranks of a program on request: a start takes a fraction of a second instead of many.
+
+One JSON object a line on stdin, one answer a line on stdout: ``{"start": {...}}`` gives ``{"pid": N}``, ``{"poll": [N, ...]}`` gives
+``{"N": exit status, or null while it runs}`` (negative: the signal that ended it).  The end of stdin ends every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HOSTS = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.moe.ep_count",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "numpy.ctypeslib",
+    "rich.progress",
+    "torch.utils.checkpoint",
+    "torch.utils.data",
+    "megatron_hyperrouter.data.ngram",
+    "megatron_hyperrouter.data.tokenizer",
+    "megatron_hyperrouter.engines.deepspeed",
+    "megatron_hyperrouter.evaluate.perplexity",
+    "megatron_hyperrouter.train.hooks",
+    "megatron_hyperrouter.train.loop",
+)
+
+
+def import_hosts() -> None:
+    """All that a run imports; nothing here may start a thread, which a fork would lose."""
+    from megatron_hyperrouter.compat.quiet import hush
+
+    hush()
+    for name in HOSTS:
+        importlib.import_module(name)
+
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"{threads} threads after the imports: a fork would lose all but one")
+    gc.freeze()  # otherwise each fork copies all of it, only to find at its end that none of it is garbage
+
+
+def become(request: dict[str, Any]) -> None:
+    """Turn this fresh fork into the rank that was asked for."""
+    os.setsid()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+        file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, number)
+        os.close(file)
+    if limit := request.get("largest_file"):  # bytes; writing more fails as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if delay := request.get("slow_disk"):  # seconds that each fsync takes longer, so that a kill finds a save under way
+        quick = os.fsync
+        os.fsync = lambda file: (time.sleep(delay), quick(file))[1]
+    sys.argv = [request["program"], *request["arguments"]]
+    sys.path[0] = str(Path(request["program"]).parent)
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    import_hosts()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    alive: set[int] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            pid = os.fork()
+            if pid == 0:
+                become(request["start"])
+                runpy.run_path(request["start"]["program"], run_name="__main__")
+                return
+            alive.add(pid)
+            answer: dict[str, Any] = {"pid": pid}
+        else:
+            answer = {}
+            for pid in request["poll"]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                answer[str(pid)] = os.waitstatus_to_exitcode(status) if ended else None
+                alive.discard(ended)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
