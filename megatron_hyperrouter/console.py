@@ -17,6 +17,8 @@ from rich.text import Text
 from megatron_hyperrouter.errors import HostError, HyperRouterError
 
 PATIENCE = 3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
+# What gloo and NCCL say where a collective broke off because another rank has ended.
+_LOST_A_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exit")
 
 
 def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
@@ -37,8 +39,9 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     except KeyboardInterrupt:
         warn("interrupted")
         return 1
-    except Exception:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
-        _take_turn(patience)
+    except Exception as error:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
+        # A rank that was left alone does not know why; the one that left does, and may be waiting for its own turn.
+        _take_turn(patience, left_alone=any(words in str(error) for words in _LOST_A_RANK))
         _say(stderr(), "error", traceback.format_exc().rstrip(), "bold red")
         return 1
     return 0
@@ -80,10 +83,10 @@ def _rank() -> str:
     return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
 
 
-def _take_turn(patience: float) -> None:
-    if not speaks():
+def _take_turn(patience: float, *, left_alone: bool = False) -> None:
+    if left_alone or not speaks():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would outlive the launcher's request
-        time.sleep(patience)
+        time.sleep(3 * patience if left_alone else patience)
 
 
 def _missing_module(error: ModuleNotFoundError) -> int:

@@ -56,6 +56,14 @@ def test_an_unexpected_error_shows_its_traceback(capsys):
     assert "Traceback" in err and "ZeroDivisionError: oops" in err and "raise error" in err
 
 
+def test_a_rank_that_was_left_alone_waits_for_the_one_that_knows_why(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    begun = time.monotonic()
+    assert console.run(failing(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1")), patience=0.1) == 1
+    assert time.monotonic() - begun >= 0.3  # longer than the other one, which waits for rank 0
+    assert "Connection closed by peer" in capsys.readouterr().err  # no launcher came
+
+
 def test_a_missing_library_is_the_host(capsys):
     assert console.run(failing(ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed.moe"))) == 5
     err = capsys.readouterr().err
