@@ -95,7 +95,10 @@ class RouterGate(nn.Module):
 
 
 def _heaviest(weights_TK: Tensor, experts_TK: Tensor, chosen_TE: Tensor, capacity: int) -> Tensor:
-    """True for the ``capacity`` routes of each expert that have the largest weights (Megatron's "probs" policy)."""
+    """True for the ``capacity`` routes of each expert that have the largest weights (Megatron's "probs" policy).
+
+    Equal weights, which k = 1 gives to all, go to the earlier tokens; ``torch.topk`` would leave the choice to the device.
+    """
     weights_TE = torch.zeros(chosen_TE.shape, dtype=weights_TK.dtype, device=weights_TK.device).scatter_(1, experts_TK, weights_TK.detach())
-    heaviest_CE = weights_TE.topk(min(capacity, weights_TE.size(0)), dim=0).indices
+    heaviest_CE = weights_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
     return torch.zeros_like(chosen_TE).scatter_(0, heaviest_CE, True)
