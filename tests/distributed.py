@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def environment(**more: str) -> dict[str, str]:
 def run_ranks(worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300) -> Any:
     """Start ``ranks`` processes of ``worker TASK.json ANSWER.json``; rank 0 writes the answer, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    store = tempfile.mkdtemp(dir=folder)  # a new one: a file store keeps the addresses of ranks that are gone
+    (folder / "task.json").write_text(json.dumps(task | {"store": store}), encoding="utf-8")
     port = str(free_port())
     processes, logs = [], []
     for rank in range(ranks):

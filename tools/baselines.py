@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         valid_samples=0,
         test_samples=None,
     )
-    rows = {name: bits for name, bits in baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size).items()}
+    rows = baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size)
     rows |= {f"model, k = {row['topk']} of {config.model.num_experts}": row["bits_per_byte"] for row in results}
     show(rows, results[0]["tokens"])
     if args.output is not None:

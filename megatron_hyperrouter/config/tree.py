@@ -83,6 +83,8 @@ class OptimizerConfig:
     adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), "Adam's second decay"] = 0.999
     adam_eps: Annotated[float, Gt(0.0), "Adam's epsilon"] = 1e-8
     use_distributed_optimizer: Annotated[bool, "megatron engine: optimizer state split over data-parallel ranks"] = False
+    overlap_grad_reduce: Annotated[bool, "megatron engine: reduce gradients while the backward pass goes on"] = False
+    overlap_param_gather: Annotated[bool, "megatron engine: gather weights while the forward pass goes on"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,9 @@ class EngineConfig:
     """Which engine trains, and its own settings."""
 
     engine: Annotated[Literal["deepspeed", "megatron"], "training engine"] = "deepspeed"
+    moe_token_dispatcher_type: Annotated[Literal["alltoall", "allgather", "flex"], "megatron engine: how tokens reach their experts"] = (
+        "alltoall"
+    )
     zero_stage: Annotated[int, Ge(0), Le(2), "deepspeed engine: ZeRO stage"] = 1
     deepspeed_config: Annotated[str | None, "JSON file merged into the settings made for DeepSpeed; a contradiction is an error"] = None
 

@@ -84,17 +84,29 @@ class RouterStatistics:
         self.enabled = True
 
     @torch.no_grad()
-    def record(self, layer_number: int, routing: Routing) -> None:
-        """Add one micro-batch; the second forward pass of activation checkpointing is left out."""
+    def record(self, layer_number: int, routing: Routing, over_shards: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Add one micro-batch; the second forward pass of activation checkpointing is left out.
+
+        ``over_shards`` sums over the ranks that share the micro-batch: each then adds its part of the means.
+        """
         if not self.enabled or torch._C._current_graph_task_id() != -1:  # inside backward(): a recomputation
             return
         logits_TE, experts_TK = routing.logits_TE.detach(), routing.experts_TK
-        tokens = logits_TE.size(0)
         if self.sums.device != logits_TE.device:
             self.sums = self.sums.to(logits_TE.device)
+        load_E = load(experts_TK, self.num_experts)
+        whole_E = load_E if over_shards is None else over_shards(load_E)
+        part = load_E.sum(dtype=torch.float64) / whole_E.sum()  # of the micro-batch's tokens
+        tokens = logits_TE.size(0)
+        tail = (
+            entropy(logits_TE) * tokens,
+            tokens,
+            switch_loss(logits_TE.softmax(-1), experts_TK, lambda _: whole_E),
+            z_loss(logits_TE) * part,
+            part,
+        )
         row = self.sums[layer_number - 1]
-        row[: self.num_experts] += load(experts_TK, self.num_experts)
-        tail = (entropy(logits_TE) * tokens, tokens, switch_loss(logits_TE.softmax(-1), experts_TK), z_loss(logits_TE), 1)
+        row[: self.num_experts] += load_E
         row[self.num_experts :] += torch.stack([torch.as_tensor(value, dtype=torch.float64, device=row.device) for value in tail])
 
     def take(self) -> Tensor:

@@ -6,24 +6,40 @@ micro-batch on its rank is the group that is balanced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+OverShards = Callable[[Tensor], Tensor]
 
-def switch_loss(probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
+
+def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | None = None) -> Tensor:
     """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4), for any k.
 
     ``f_i`` is the share of the T*K routes that go to expert i (no gradient), ``P_i`` the mean of ``probs_TE[:, i]``.
     A scalar: 1 when routes or probabilities are uniform, E when all tokens go to one expert with certainty.
+
+    ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, this is the rank's part of the whole
+    micro-batch's loss: the parts add up to the value that one rank with all the tokens would have, and so do their gradients.
     """
-    num_tokens, num_experts = probs_TE.shape
-    share_E = load(experts_TK, num_experts).to(probs_TE.dtype) / max(experts_TK.numel(), 1)
-    return num_experts / max(num_tokens, 1) * (share_E * probs_TE.sum(0)).sum()
+    num_experts = probs_TE.size(1)
+    load_E = load(experts_TK, num_experts)
+    load_E = (load_E if over_shards is None else over_shards(load_E)).to(probs_TE.dtype)
+    num_routes = load_E.sum().clamp(min=1)
+    mean_E = probs_TE.sum(0) * (experts_TK.size(1) / num_routes)  # T = routes / K
+    return num_experts * (load_E / num_routes * mean_E).sum()
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return logits_TE.logsumexp(-1).square().mean()
+def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
+    """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5).
+
+    ``over_shards``: as in :func:`switch_loss`.
+    """
+    square_T = logits_TE.logsumexp(-1).square()
+    if over_shards is None:
+        return square_T.mean()
+    return square_T.sum() / over_shards(square_T.new_tensor([float(square_T.numel())]))[0]
 
 
 def entropy(logits_TE: Tensor) -> Tensor:

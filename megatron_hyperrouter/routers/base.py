@@ -97,6 +97,8 @@ class Router(nn.Module):
         self.seed = seed
         self.aux_loss_coeff = aux_loss_coeff
         self.z_loss_coeff = z_loss_coeff
+        # An engine that spreads one micro-batch over several ranks sets this to the sum over them.
+        self.over_shards: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -132,9 +134,9 @@ class Router(nn.Module):
         """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are switched on."""
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:
-            losses["aux"] = self.aux_loss_coeff * switch_loss(logits_TE.softmax(-1), experts_TK)
+            losses["aux"] = self.aux_loss_coeff * switch_loss(logits_TE.softmax(-1), experts_TK, self.over_shards)
         if self.z_loss_coeff:
-            losses["z"] = self.z_loss_coeff * z_loss(logits_TE)
+            losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
         return losses
 
     def linear(self) -> tuple[Tensor, Tensor | None]:

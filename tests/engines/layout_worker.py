@@ -94,9 +94,10 @@ def main() -> None:
     torch.set_num_threads(1)
     skip_shm_build()
     told = []
-    for number, case in enumerate(json.loads(task.read_text(encoding="utf-8"))["cases"]):
+    asked = json.loads(task.read_text(encoding="utf-8"))
+    for number, case in enumerate(asked["cases"]):
         # A world of its own for each case: ending it is what frees the threads of all its process groups.
-        store = f"file://{task.parent.resolve()}/store-{number}"
+        store = f"file://{asked['store']}/{number}"
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         deepspeed.init_distributed("gloo", verbose=False, init_method=store, rank=rank, world_size=world_size)
         told.append(run_case(case, world_size))

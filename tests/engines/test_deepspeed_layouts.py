@@ -43,7 +43,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, tuple[dict[str, 
         keys = [(router, name) for router in THREE for name, (need, _) in table.items() if need == ranks]
         folders = [root / f"{ranks}-{index}" for index in range(len(keys))]
         cases = [
-            {"flags": ["--router.name", router, *COMMON, *table[name][1].split()], "steps": STEPS, "folder": str(folder), "topk_eval": [1, 3]}
+            {
+                "flags": ["--router.name", router, *COMMON, *table[name][1].split()],
+                "steps": STEPS,
+                "folder": str(folder),
+                "topk_eval": [1, 3],
+            }
             for (router, name), folder in zip(keys, folders, strict=True)
         ]
         answers = run_ranks(WORKER, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}")

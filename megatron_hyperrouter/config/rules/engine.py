@@ -24,7 +24,6 @@ def _on_deepspeed(asked_for: Callable[[RunConfig], bool]) -> Callable[[RunConfig
 
 
 MISSING: tuple[Missing, ...] = (
-    Missing("engine", lambda c: c.engine.engine == "megatron", "the megatron engine", "use --engine deepspeed"),
     Missing(
         "tensor_model_parallel_size",
         _on_deepspeed(lambda c: c.parallel.tensor_model_parallel_size > 1),

@@ -1,0 +1,207 @@
+"""Patches of megatron-core, tested with 0.16.1: what lets it train on CPU with gloo, and without Transformer Engine.
+
+None of the CPU patches acts where there is a GPU.  Each one changes calls that would raise, so no program that worked changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TESTED = "0.16.1"
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Patch what this machine needs; idempotent, to be called before a model is built."""
+    name_te_general_gemm()
+    keep_adam_step()
+    if torch.cuda.is_available() or getattr(torch.cuda, "_hyperrouter_cpu", False):
+        return
+    serve_cuda_calls()
+    serve_cuda_devices()
+    serve_random_state()
+    serve_gloo()
+    # moe_utils.py and others compile small helpers: correct on CPU, but 15 s of compiler at the first step.
+    torch.compiler.set_stance("force_eager")
+    torch.cuda._hyperrouter_cpu = True  # type: ignore[attr-defined]
+
+
+def serve_cuda_calls() -> None:
+    """``torch.cuda`` calls that are made unconditionally (tensor_parallel/random.py:235, rotary_pos_embedding.py:162, p2p, DDP streams)."""
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,  # used as device=torch.cuda.current_device()
+        "synchronize": lambda *args, **kwargs: None,
+        "Stream": InOrder,
+        "Event": InOrder,
+        "current_stream": lambda *args: InOrder(),
+        "default_stream": lambda *args: InOrder(),
+        "stream": lambda *args: contextlib.nullcontext(),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": torch.default_generator.manual_seed,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+
+class InOrder:
+    """Stands for a CUDA stream or event: on the CPU all work is done when a call returns, so there is nothing to wait for."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Whatever a stream is made with."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InOrder)
+
+    __hash__ = object.__hash__
+
+    def nothing(self, *args: object) -> None:
+        """All orders between streams hold already."""
+
+    wait_stream = wait_event = record = wait = synchronize = nothing
+
+    def record_event(self, event: object = None) -> InOrder:
+        """An event that has happened."""
+        return InOrder()
+
+    def query(self) -> bool:
+        """Done."""
+        return True
+
+
+def serve_cuda_devices() -> None:
+    """``device="cuda"`` literals and CUDA type names (optimizer.py:907, transformer/utils.py:35, clip_grads.py:167).
+
+    Not a TorchFunctionMode: a mode is off inside ``Tensor.backward()``, hence during activation recomputation.
+    """
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    tensor_type = torch.Tensor.type
+
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = tensor_type(self, *args, **kwargs)
+        # megatron's optimizers take 'torch.cuda.*Tensor' only; so they are told, and nobody else.
+        if isinstance(found, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+            return found.replace("torch.", "torch.cuda.", 1)
+        return found
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        asked = kwargs.get("device")
+        if isinstance(asked, str | torch.device) and str(asked).startswith("cuda"):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return made
+
+
+def serve_random_state() -> None:
+    """The tracker of random states keeps them in the CUDA generator (tensor_parallel/random.py:55).
+
+    Dropout on CPU draws from the default generator, so that is the one to switch.  The host sets states through ``_lazy_call``,
+    which queues for ever without CUDA.
+    """
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).addFilter(_not_about_cpu_state)
+
+
+def _not_about_cpu_state(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def serve_gloo() -> None:
+    """Collectives that gloo takes in another form.
+
+    The dispatcher turns split sizes into numpy only when they lie on a GPU (moe_utils.py:1092); mappings.py:444 refuses tensors.
+    gloo's all_gather and reduce_scatter want equal shards; MoE with expert-TP > 1 has unequal ones (mappings.py:150, 192).
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+    dist.all_gather = functools.partial(_all_gather, dist.all_gather)
+    dist.reduce_scatter = functools.partial(_reduce_scatter, dist.reduce_scatter)
+    torch.distributed.all_gather, torch.distributed.reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _all_gather(host: Callable[..., Any], tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+    if len({piece.shape for piece in tensor_list}) == 1:
+        return host(tensor_list, tensor, group=group, async_op=async_op)
+    longest = max(piece.shape[0] for piece in tensor_list)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    buffers = [torch.empty_like(padded) for _ in tensor_list]
+    host(buffers, padded, group=group)
+    for piece, buffer in zip(tensor_list, buffers, strict=True):
+        piece.copy_(buffer[: piece.shape[0]])
+    return None
+
+
+def _reduce_scatter(
+    host: Callable[..., Any],
+    output: Tensor,
+    input_list: list[Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    if len({piece.shape for piece in input_list}) == 1:
+        return host(output, input_list, op=op, group=group, async_op=async_op)
+    whole = torch.cat([piece.contiguous() for piece in input_list])
+    dist.all_reduce(whole, op=op, group=group)
+    output.copy_(whole.split([piece.shape[0] for piece in input_list])[dist.get_rank(group)])
+    return None
+
+
+def name_te_general_gemm() -> None:
+    """moe_utils.py:1192 reads ``te_general_gemm``, a name that is bound only where Transformer Engine imports."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def keep_adam_step() -> None:
+    """Resuming the distributed optimizer with torch's AdamW, which keeps a ``step`` tensor for each parameter.
+
+    distrib_optimizer.py:825 gives all parameters one and the same tensor, so AdamW would advance it once for each; :940 copies every
+    key of the state from the checkpoint, which stores no ``step`` for each parameter.  Needed wherever apex and TE are missing.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    host = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(host, "_hyperrouter", False):
+        return
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> Any:
+        group_index, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        return host(self, model_param, tensors)
+
+    set_states._hyperrouter = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

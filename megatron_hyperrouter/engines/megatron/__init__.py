@@ -1,0 +1,15 @@
+"""The Megatron engine: megatron-core's GPTModel and MoELayer, with our routers in their router slot."""
+
+from __future__ import annotations
+
+from megatron_hyperrouter.compat.megatron import install
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.base import Engine
+
+
+def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> Engine:
+    """See :func:`megatron_hyperrouter.engines.open_engine`."""
+    install()  # before anything of megatron-core binds what it patches
+    from megatron_hyperrouter.engines.megatron.engine import MegatronEngine
+
+    return MegatronEngine(config, vocab_size=vocab_size, for_training=for_training)

@@ -1,0 +1,214 @@
+"""The Megatron engine: tensor, sequence, pipeline, context, expert and expert-tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
+from megatron_hyperrouter.engines.megatron import host_state, model
+from megatron_hyperrouter.engines.routing import draw_by_name
+from megatron_hyperrouter.engines.shared import SharedEngine
+from megatron_hyperrouter.engines.state import Holding
+from megatron_hyperrouter.model.init import initialise
+from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Batch
+
+
+class MegatronEngine(SharedEngine):
+    """Serves ``engines.base.Engine``."""
+
+    def __init__(self, config: RunConfig, *, vocab_size: int, for_training: bool) -> None:
+        """``vocab_size``: ids of the tokenizer, before padding."""
+        self._found_world = dist.is_initialized()
+        super().__init__(config, _join(config))
+        self.core: TransformerConfig = model.core_config(config)
+        self.chunks = model.build(config, self.core, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics)
+        initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
+        for chunk in self.chunks:
+            chunk.to(self.device)
+        wrapped = [Float16Module(self.core, chunk) if config.train.bf16 else chunk for chunk in self.chunks]
+        self.optimizer: Any = None
+        self.wrapped: list[nn.Module] = self._for_training(wrapped) if for_training else wrapped
+        self.hold_routers(model.routers(self.chunks, config))
+        self._forward_backward = get_forward_backward_func()
+
+    def _for_training(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        run = self.config
+        distributed = run.optimizer.use_distributed_optimizer
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
+            overlap_param_gather=run.optimizer.overlap_param_gather,
+        )
+        wrapped: list[nn.Module] = [
+            DistributedDataParallel(self.core, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(run, self.core), wrapped, use_gloo_process_groups=False)
+        for group in self.optimizer.param_groups:  # wd_mult is a note to megatron's scheduler; without one, norms would decay
+            group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]
+        self.core.finalize_model_grads_func = finalize_model_grads
+        self.core.grad_scale_func = self.optimizer.scale_loss
+        if run.optimizer.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in wrapped]
+            self.core.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        return wrapped
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(global name, parameter) of what this rank holds."""
+        return model.named_parameters(self.chunks, self.config)
+
+    def modules(self) -> list[nn.Module]:
+        """The chunks, wrapped."""
+        return self.wrapped
+
+    # ---------------------------------------------------------------------------------------------------- work
+    def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
+        """See :class:`SharedEngine`."""
+        for chunk in self.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._set_topk(self.topk_at(self.clock.step))
+        train = self.config.train
+        whole = train.global_batch_size or train.micro_batch_size * self.place.data_size
+        self._schedule(batches, whole // (train.micro_batch_size * self.place.data_size), train.micro_batch_size, forward_only=False)
+        _, norm, _ = self.optimizer.step()
+        return float(norm)
+
+    def forward_all(self, batches: Iterator[Batch]) -> None:
+        """See :class:`SharedEngine`."""
+        held = list(batches)
+        self._set_topk(self.clock.topk or self.config.model.moe_router_topk)
+        with torch.no_grad():
+            self._schedule(iter(held), len(held), held[0][0].size(0), forward_only=True)
+
+    def _schedule(self, batches: Iterator[Batch], count: int, size: int, *, forward_only: bool) -> None:
+        held = [self._on_this_rank(batch) for _, batch in zip(range(count), batches, strict=False)]
+        iterators = [iter(held) for _ in self.wrapped]  # each chunk reads its own
+        several = len(self.wrapped) > 1
+        self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=self.wrapped if several else self.wrapped[0],
+            num_microbatches=count,
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=size,
+            decoder_seq_length=self.config.model.seq_length,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, iterator: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Any]:
+        tokens_BS, labels_BS = next(iterator)
+        output = chunk(tokens_BS, None, None, labels=labels_BS)
+
+        def loss_of(loss_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            # The schedule multiplies by the context-parallel size, and DDP averages over it: a mean of equal parts is the mean.
+            mean = self.loss.mean(loss_BS, labels_BS)
+            return mean / self.config.parallel.context_parallel_size, {}
+
+        return output, loss_of
+
+    def _on_this_rank(self, batch: Batch) -> Batch:
+        """The slices of the sequence that this context-parallel rank has: one from either end, so that all have equal work."""
+        tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
+        size = self.config.parallel.context_parallel_size
+        if size == 1:
+            return tokens_BS, labels_BS
+        rank = parallel_state.get_context_parallel_rank()
+        return _two_slices(tokens_BS, rank, size), _two_slices(labels_BS, rank, size)
+
+    def _set_topk(self, topk: int) -> None:
+        """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487, 1161)."""
+        self.core.moe_router_topk = topk
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                dispatcher = getattr(module, "token_dispatcher", None)
+                for holder in (dispatcher, getattr(dispatcher, "_comm_manager", None)):
+                    if hasattr(holder, "router_topk"):
+                        holder.router_topk = topk
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+    def holding(self) -> Holding:
+        """See :class:`SharedEngine`."""
+        return Holding(
+            named=list(self.named_parameters()),
+            routers=self.routers,
+            first_dense=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+            first_expert=parallel_state.get_expert_data_parallel_rank() == 0,
+            first_stage=parallel_state.get_pipeline_model_parallel_rank() == 0,
+        )
+
+    def save_optimizer(self, folder: Path) -> None:
+        """See :class:`SharedEngine`."""
+        if self.optimizer is not None:
+            host_state.save(self.optimizer, folder, self.place.rank)
+
+    def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
+        """See :class:`SharedEngine`."""
+        if self.optimizer is None:
+            return
+        self.optimizer.reload_model_params()
+        if not weights_only:
+            host_state.load(self.optimizer, folder, self.place.rank)
+
+    def close(self) -> None:
+        """Leave the process groups; those that stood before this engine stay."""
+        forget_groups()
+        if not self._found_world and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(config: RunConfig) -> Place:
+    alone_without_launcher()
+    host_backend = backend()
+    if not dist.is_initialized():
+        dist.init_process_group(host_backend)
+    make_groups(config)
+    seed_dropout(config)
+    return Place(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _optimizer_config(run: RunConfig, core: TransformerConfig) -> OptimizerConfig:
+    settings = run.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        bf16=run.train.bf16,
+        params_dtype=core.params_dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+
+
+def _two_slices(whole_BS: Tensor, rank: int, size: int) -> Tensor:
+    slices = whole_BS.chunk(2 * size, dim=1)
+    return torch.cat([slices[rank], slices[2 * size - 1 - rank]], dim=1).contiguous()

@@ -1,0 +1,70 @@
+"""The optimizer state that megatron-core keeps on one rank: float32 weights and Adam's moments, plain or distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.engines.state import load_state, save_state
+from megatron_hyperrouter.errors import CheckpointError
+
+
+def save(optimizer: Any, folder: Path, rank: int) -> None:
+    """Write this rank's file into ``folder``."""
+    save_state(folder, rank, [_state(part) for part in _parts(optimizer)])
+
+
+def load(optimizer: Any, folder: Path, rank: int) -> None:
+    """Read what :func:`save` wrote, on the same layout; the model's weights must be there already."""
+    saved = load_state(folder, rank)
+    parts = list(_parts(optimizer))
+    if len(saved) != len(parts):
+        raise CheckpointError(
+            f"{folder}: {len(saved)} optimizers in the checkpoint, {len(parts)} in this run",
+            remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
+        )
+    for part, state in zip(parts, saved, strict=True):
+        _restore(part, state)
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """megatron-core chains one optimizer for dense and one for expert parameters; a part without parameters has no torch optimizer."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "optimizer", None) is not None and not getattr(part, "is_stub_optimizer", False):
+            yield part
+
+
+def _state(part: Any) -> list[dict[str, Any]]:
+    """For each parameter that torch's optimizer updates (float32, this rank's piece): its value and its moments, in order."""
+    adam = part.optimizer
+    return [
+        {"value": parameter.detach().cpu().clone(), **{key: _copied(value) for key, value in adam.state[parameter].items()}}
+        for group in adam.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def _restore(part: Any, saved: list[dict[str, Any]]) -> None:
+    adam = part.optimizer
+    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    shapes = [tuple(state["value"].shape) for state in saved]
+    if shapes != [tuple(parameter.shape) for parameter in parameters]:
+        raise CheckpointError(
+            "the optimizer's parameters in the checkpoint have other shapes than in this run",
+            remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
+        )
+    for parameter, state in zip(parameters, saved, strict=True):
+        value = state.pop("value")
+        with torch.no_grad():
+            parameter.copy_(value)
+        adam.state[parameter] = {
+            key: moved.to(parameter.device) if isinstance(moved, Tensor) and key != "step" else moved for key, moved in state.items()
+        }
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value

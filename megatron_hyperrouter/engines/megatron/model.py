@@ -1,0 +1,119 @@
+"""The model of a run under megatron-core: its chunks on this rank, with initial weights and global names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_hyperrouter.config.derived import expert_tensor_size
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.megatron.router import MegatronRouter
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
+from megatron_hyperrouter.model.spec import RMSNorm, layer_spec, padded_vocab_size, transformer_config
+from megatron_hyperrouter.routers.base import Router
+
+
+def core_config(run: RunConfig) -> TransformerConfig:
+    """megatron-core's configuration with this run's layout."""
+    parallel, train = run.parallel, run.train
+    interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size if interleaved else None,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_size(run),
+        "sequence_parallel": parallel.sequence_parallel,
+        "moe_token_dispatcher_type": run.engine.moe_token_dispatcher_type,
+        # With the defaults, the interleaved schedule is silently wrong on gloo (gradient norm 2.19 for 1.04).
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+    if run.model.moe_expert_capacity_factor is not None:
+        fields |= {"moe_expert_capacity_factor": run.model.moe_expert_capacity_factor, "moe_token_drop_policy": "probs"}
+    if train.recompute_granularity == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return transformer_config(run, **fields)
+
+
+def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> list[nn.Module]:
+    """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they come."""
+    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    router = partial(MegatronRouter, run=run, clock=clock, statistics=statistics)
+    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    spec = layer_spec(run, moe)
+    chunks: list[nn.Module] = []
+    stages = core.virtual_pipeline_model_parallel_size
+    for number in range(stages or 1):
+        chunk = number if stages else None
+        block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(core, chunk), layer_norm=RMSNorm)
+        model = GPTModel(
+            config=core,
+            transformer_layer_spec=block,
+            vocab_size=padded_vocab_size(vocab_size, run),
+            max_sequence_length=run.model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            position_embedding_type="rope",
+            rotary_base=run.model.rotary_base,
+            share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+            vp_stage=chunk,
+        )
+        if stages:
+            model.model_type = None  # read by the interleaved schedule
+        chunks.append(model)
+    mark_experts(chunks, run)
+    return chunks
+
+
+def mark_experts(chunks: list[nn.Module], run: RunConfig) -> None:
+    """Tell megatron-core which parameters are experts' where it does not see it itself.
+
+    It marks them only when EP > 1 (tensor_parallel/layers.py:886, 1209); with TP 2, EP 1 and expert-TP 1 their gradients would not be
+    summed over TP: silently wrong by 1e-1.
+    """
+    if expert_tensor_size(run) == run.parallel.tensor_model_parallel_size:
+        return
+    for name, parameter in named_parameters(chunks, run):
+        if is_expert(name):
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def named_parameters(chunks: list[nn.Module], run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """(global name, parameter) of what this rank holds and trains."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                yield _global(name, chunk, run), parameter
+
+
+def routers(chunks: list[nn.Module], run: RunConfig) -> dict[str, Router]:
+    """Prefix of the global names -> router."""
+    return {
+        _global(f"{name}.", chunk, run): module for chunk in chunks for name, module in chunk.named_modules() if isinstance(module, Router)
+    }
+
+
+def _global(name: str, chunk: Any, run: RunConfig) -> str:
+    name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{chunk.decoder.layers[int(m[1])].layer_number - 1}.", name)
+    experts = run.model.num_experts // run.parallel.expert_model_parallel_size
+    first = parallel_state.get_expert_model_parallel_rank() * experts
+    name = re.sub(r"\.local_experts\.(\d+)\.", lambda m: f".local_experts.{first + int(m[1])}.", name)
+    if name == "output_layer.weight" and not run.model.untie_embeddings_and_output_weights:
+        return WORD_EMBEDDINGS  # the last stage's copy of the tied matrix
+    return name.replace(".mlp.router.router.", ".mlp.router.")
