@@ -198,8 +198,12 @@ def test_a_killed_worker_is_an_error_not_a_hang(records_file: str, tmp_path: Pat
 
     monkeypatch.setattr(corpus, "BATCH_BYTES", 1)
 
+    killed: list[int] = []
+
     def kill_one(done: int, total: int) -> None:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        if not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(HyperRouterError, match="a worker process died"):
         preprocess.preprocess([records_file] * 20, str(tmp_path / "p"), Recipe("ByteTokenizer"), workers=2, progress=kill_one)

@@ -39,6 +39,25 @@ def corpus(path: Path, num_bytes: int, text: str = STORY) -> Path:
     return path
 
 
+@pytest.fixture
+def slow(tmp_path: Path) -> tuple[object, ...]:
+    """Arguments of a preprocess_data that takes several seconds at least: time to interrupt it."""
+    from megatron_hyperrouter.data.bpe import train_bpe
+
+    corpus(tmp_path / "big.jsonl", 60_000_000)
+    train_bpe(iter([STORY]), 300, str(tmp_path / "tokenizer.json"))
+    return (
+        "--input",
+        "big.jsonl",
+        "--output-prefix",
+        "p",
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        "tokenizer.json",
+    )
+
+
 @pytest.mark.processes
 def test_from_folder_to_described_tokens(tmp_path: Path) -> None:
     """The four tools in a row, from another working folder, with relative paths."""
@@ -125,10 +144,8 @@ def test_a_missing_library_has_status_5(tmp_path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, workers: int) -> None:
-    corpus(tmp_path / "big.jsonl", 60_000_000)
-    arguments = ("--input", "big.jsonl", "--output-prefix", "p", "--tokenizer-type", "ByteTokenizer", "--workers", workers)
-    process = start("preprocess_data", *arguments, cwd=tmp_path, start_new_session=True)
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, slow: tuple[object, ...], number: signal.Signals, workers: int) -> None:
+    process = start("preprocess_data", *slow, "--workers", workers, cwd=tmp_path, start_new_session=True)
     _wait_for(
         lambda: (tmp_path / "p_text_document.bin.partial").exists() and os.path.getsize(tmp_path / "p_text_document.bin.partial"), process
     )
@@ -137,14 +154,12 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, 
     assert process.returncode == 1
     assert f"stopped by {number.name}" in err
     assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["big.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl", "tokenizer.json"]
 
 
 @pytest.mark.processes
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    corpus(tmp_path / "big.jsonl", 60_000_000)
-    arguments = ("--input", "big.jsonl", "--output-prefix", "p", "--tokenizer-type", "ByteTokenizer", "--workers", 2)
-    process = start("preprocess_data", *arguments, cwd=tmp_path)
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path, slow: tuple[object, ...]) -> None:
+    process = start("preprocess_data", *slow, "--workers", 2, cwd=tmp_path)
     partial = tmp_path / "p_text_document.bin.partial"
     _wait_for(lambda: partial.exists() and os.path.getsize(partial), process)
     children = psutil.Process(process.pid).children(recursive=True)
