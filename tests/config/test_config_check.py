@@ -207,6 +207,7 @@ CASES = [
     case(
         "zero_0_alone", {"zero_stage": 0, "pipeline_model_parallel_size": 2}, "--zero-stage", "norms", {"pipeline_model_parallel_size": 1}
     ),
+    case("zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "bfloat16", {"zero_stage": 1}),
     case("zero_2_without_pipeline", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, "--zero-stage", "pipeline", {"zero_stage": 1}),
     case("settings_of_the_other_engine", {"use_distributed_optimizer": True}, "--use-distributed-optimizer", "megatron engine", MEGATRON),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 2}, "--zero-stage", "deepspeed engine", {"engine": "deepspeed"}),

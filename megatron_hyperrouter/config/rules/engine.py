@@ -73,6 +73,12 @@ def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 
+def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Without ZeRO, DeepSpeed 0.19.8 adds up bfloat16 gradients in bfloat16, and refuses float32 (runtime/engine.py:2323)."""
+    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.train.bf16:
+        yield broken(config, "zero_stage", "adds up gradients in bfloat16 with --bf16", "use --zero-stage 1")
+
+
 def zero_2_without_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """DeepSpeed's pipeline engine asserts ZeRO < 2 (pipe/engine.py)."""
     if config.engine.engine == "deepspeed" and config.engine.zero_stage == 2 and config.parallel.pipeline_model_parallel_size > 1:
@@ -91,4 +97,4 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
             yield broken(config, name, "belongs to the deepspeed engine, and the engine is megatron", "leave it out")
 
 
-RULES: tuple[Rule, ...] = (in_this_version, zero_0_alone, zero_2_without_pipeline, settings_of_the_other_engine)
+RULES: tuple[Rule, ...] = (in_this_version, zero_0_alone, zero_0_in_float32, zero_2_without_pipeline, settings_of_the_other_engine)
