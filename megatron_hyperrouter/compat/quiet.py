@@ -14,7 +14,6 @@ def hush() -> None:
     torch 2.13 says at each collective of DeepSpeed 0.19.8 (comm/torch.py) that it has a newer name.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|deepspeed)\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_not_the_slot)
 
