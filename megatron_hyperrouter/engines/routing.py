@@ -57,6 +57,15 @@ def total_loss(routing: Routing, device: torch.device) -> Tensor:
     return torch.stack([value.float() for value in routing.losses.values()]).sum()
 
 
+def heaviest(score_TE: Tensor, capacity: int) -> Tensor:
+    """True for the ``capacity`` largest scores of each expert (Megatron's "probs" policy); boolean ``_TE``.
+
+    Equal scores, which k = 1 gives to all routes, go to the earlier tokens; ``torch.topk`` would leave the choice to the device.
+    """
+    first_CE = score_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
+    return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, first_CE, True)
+
+
 def draw_by_name(seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
     """Initial numbers of a weight, N(0, 1): a function of (seed, global name) alone."""
     return lambda name, shape: keyed.normal(shape, seed=seed, name=name)

@@ -6,13 +6,14 @@ Legend: ``T`` tokens on this rank, ``E`` experts of the whole model, ``K`` activ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, total_loss
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, heaviest, total_loss
 from megatron_hyperrouter.ops.balance import load
 from megatron_hyperrouter.routers.base import Router
 
@@ -42,14 +43,20 @@ class RouterGate(nn.Module):
         clock: Clock | None = None,
         statistics: RouterStatistics | None = None,
         capacity_factor: float | None = None,
-        capacity_multiple: int = 1,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 0,
+        capacity_multiple: int | Callable[[], int] = 1,
     ) -> None:
-        """``capacity_factor``: None drops nothing; ``capacity_multiple``: MOELayer cuts the slots over this many TP ranks."""
+        """``capacity_factor``: slots as a multiple of an even load, None drops nothing; ``eval_capacity_factor``: outside training, by
+        default the same; ``min_capacity``: slots at least; ``capacity_multiple``: MOELayer cuts the slots over this many TP ranks.
+        """
         super().__init__()
         self.router = router
         self.clock = clock or Clock()
         self.statistics = statistics
         self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
+        self.min_capacity = min_capacity
         self.capacity_multiple = capacity_multiple
         self.ep_group: dist.ProcessGroup | None = None
 
@@ -65,9 +72,11 @@ class RouterGate(nn.Module):
             self.statistics.record(self.router.layer_number, routing)
         load_E = load(routing.experts_TK, self.router.num_experts)
         chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
-        capacity = self._capacity(routing.experts_TK, load_E)
-        if self.capacity_factor is not None:
-            chosen_TE = chosen_TE & _heaviest(routing.weights_TK, routing.experts_TK, chosen_TE, capacity)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        capacity = self._capacity(factor, routing.experts_TK, load_E)
+        if factor is not None:
+            weights_TE = torch.zeros_like(routing.logits_TE).scatter_(1, routing.experts_TK, routing.weights_TK.detach())
+            chosen_TE = chosen_TE & heaviest(weights_TE, capacity)
         kept_TK = chosen_TE.gather(1, routing.experts_TK)
         slots_TK = (chosen_TE.cumsum(0, dtype=torch.int32) - 1).gather(1, routing.experts_TK)
         loss = total_loss(routing, x_TD.device)
@@ -81,24 +90,15 @@ class RouterGate(nn.Module):
             load_E=load_E,
         )
 
-    def _capacity(self, experts_TK: Tensor, load_E: Tensor) -> int:
+    def _capacity(self, factor: float | None, experts_TK: Tensor, load_E: Tensor) -> int:
         """Slots an expert: the largest load in the expert-parallel group, or the capacity that was set."""
-        if self.capacity_factor is not None:
+        if factor is not None:
             tokens, topk = experts_TK.shape
-            slots = math.ceil(tokens * topk / self.router.num_experts * self.capacity_factor)
+            slots = max(math.ceil(tokens * topk / self.router.num_experts * factor), self.min_capacity)
         else:
             largest = load_E.max()
             if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.ep_group)
             slots = int(largest)
-        return -(-slots // self.capacity_multiple) * self.capacity_multiple
-
-
-def _heaviest(weights_TK: Tensor, experts_TK: Tensor, chosen_TE: Tensor, capacity: int) -> Tensor:
-    """True for the ``capacity`` routes of each expert that have the largest weights (Megatron's "probs" policy).
-
-    Equal weights, which k = 1 gives to all, go to the earlier tokens; ``torch.topk`` would leave the choice to the device.
-    """
-    weights_TE = torch.zeros(chosen_TE.shape, dtype=weights_TK.dtype, device=weights_TK.device).scatter_(1, experts_TK, weights_TK.detach())
-    heaviest_CE = weights_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
-    return torch.zeros_like(chosen_TE).scatter_(0, heaviest_CE, True)
+        multiple = self.capacity_multiple() if callable(self.capacity_multiple) else self.capacity_multiple
+        return -(-slots // multiple) * multiple

@@ -21,7 +21,7 @@ from torch import nn
 from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
+from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, make_router
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 from megatron_hyperrouter.model.spec import RMSNorm, layer_spec, padded_vocab_size, transformer_config
 from megatron_hyperrouter.routers.base import Router
@@ -54,7 +54,7 @@ def core_config(run: RunConfig) -> TransformerConfig:
 def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> list[nn.Module]:
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they come."""
     experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    router = partial(MegatronRouter, run=run, clock=clock, statistics=statistics)
+    router = partial(MegatronRouter, make=partial(make_router, run), clock=clock, statistics=statistics)
     moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
     spec = layer_spec(run, moe)
     chunks: list[nn.Module] = []
