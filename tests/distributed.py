@@ -26,7 +26,9 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment for a child that imports the project: one thread, no launcher's leftovers."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), kept.get("PYTHONPATH", "")])
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"} | more
 

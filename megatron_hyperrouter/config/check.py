@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 from megatron_hyperrouter.config.derived import decay_iters, smallest_topk
-from megatron_hyperrouter.config.rules import data, deepspeed_json, engine, layout, model, training
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.rules import data, deepspeed_json, engine, layout, megatron, model, training
 from megatron_hyperrouter.config.rules.base import Rule
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
-RULES: tuple[Rule, ...] = (*model.RULES, *layout.RULES, *training.RULES, *data.RULES, *engine.RULES, *deepspeed_json.RULES)
+RULES: tuple[Rule, ...] = (*model.RULES, *layout.RULES, *training.RULES, *data.RULES, *engine.RULES, *deepspeed_json.RULES, *megatron.RULES)
 
 
 def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[str] = ()) -> list[Problem]:
@@ -32,7 +33,13 @@ def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[st
 
 def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
     """What can run but was probably not meant so; ``has_gpu`` None where that is not known."""
-    return [*_about_router(config), *_about_training(config), *_about_ignored(config), *_about_hardware(config, has_gpu)]
+    return [
+        *_about_router(config),
+        *_about_training(config),
+        *_about_dropout(config),
+        *_about_ignored(config),
+        *_about_hardware(config, has_gpu),
+    ]
 
 
 def _about_router(config: RunConfig) -> Iterator[str]:
@@ -52,6 +59,15 @@ def _about_training(config: RunConfig) -> Iterator[str]:
         yield f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is more than --train-iters = {train.train_iters}"
     if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and train.train_iters > decay_iters(config):
         yield f"the last {train.train_iters - decay_iters(config)} steps run at --min-lr: --lr-decay-iters is less than --train-iters"
+
+
+def _about_dropout(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+    spread = [flag(name) for name in sizes if getattr(parallel, name) > 1]
+    for name in ("hidden_dropout", "attention_dropout"):
+        if spread and getattr(config.model, name):
+            yield f"{flag(name)} draws other numbers on another layout: with {spread[0]}, losses differ from those of one process"
 
 
 def _about_ignored(config: RunConfig) -> Iterator[str]:

@@ -145,7 +145,7 @@ class EngineConfig:
     moe_token_dispatcher_type: Annotated[Literal["alltoall", "allgather", "flex"], "megatron engine: how tokens reach their experts"] = (
         "alltoall"
     )
-    zero_stage: Annotated[int, Ge(0), Le(2), "deepspeed engine: ZeRO stage"] = 1
+    zero_stage: Annotated[int, Ge(0), Le(3), "deepspeed engine: ZeRO stage, 0 to 2; stage 3 has no mixture of experts"] = 1
     deepspeed_config: Annotated[str | None, "JSON file merged into the settings made for DeepSpeed; a contradiction is an error"] = None
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_hyperrouter.config.check import RULES, problems, warnings
 from megatron_hyperrouter.config.cli import parse, replace_leaves
+from megatron_hyperrouter.config.rules import megatron
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 
 BY_NAME = {rule.__name__: rule for rule in RULES}
@@ -68,6 +69,36 @@ CASES = [
         "must divide the 2 data-parallel ranks of the 4",
         {"pipeline_model_parallel_size": 1},
         4,
+    ),
+    case(
+        "data_ranks_by_experts",
+        {**TP2, "expert_model_parallel_size": 4},
+        "--expert-model-parallel-size",
+        "must divide the 2 data-parallel ranks of the 4",
+        {"expert_tensor_parallel_size": 1},
+        4,
+    ),
+    case(
+        "world_by_expert_layout",
+        {**TP2, "expert_tensor_parallel_size": 1, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4},
+        "--expert-model-parallel-size",
+        "4 x 1 x 2 must divide the 4 ranks",
+        {"expert_model_parallel_size": 2},
+        4,
+    ),
+    case(
+        "expert_tensor_parallel_is_all_or_none",
+        {"expert_tensor_parallel_size": 2},
+        "--expert-tensor-parallel-size",
+        "must be 1 or --tensor-model-parallel-size = 1",
+        TP2,
+    ),
+    case(
+        "expert_tensor_parallel_is_all_or_none",
+        {"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2},
+        "--expert-tensor-parallel-size",
+        "on the deepspeed engine",
+        {"expert_tensor_parallel_size": 1},
     ),
     case(
         "world_by_expert_layout",
@@ -178,23 +209,6 @@ CASES = [
         {"tokenizer_model": "t.json"},
     ),
     case("tokenizer_is_complete", {"tokenizer_type": "NullTokenizer"}, "--tokenizer-type", "needs --vocab-size", {"vocab_size": 99}),
-    case("in_this_version", MEGATRON, "--engine", "megatron engine", {"engine": "deepspeed"}),
-    case(
-        "in_this_version",
-        {**MEGATRON, **TP2, "context_parallel_size": 2},
-        "--engine",
-        "megatron engine",
-        {"engine": "deepspeed"} | {"tensor_model_parallel_size": 1, "context_parallel_size": 1},
-    ),
-    case("in_this_version", TP2, "--tensor-model-parallel-size", "tensor parallelism", {"tensor_model_parallel_size": 1}),
-    case(
-        "in_this_version",
-        {"expert_tensor_parallel_size": 2},
-        "--expert-tensor-parallel-size",
-        "inside experts",
-        {"expert_tensor_parallel_size": 1},
-    ),
-    case("in_this_version", {"sequence_parallel": True}, "--sequence-parallel", "sequence parallelism", {"sequence_parallel": False}),
     case("in_this_version", {"context_parallel_size": 2}, "--context-parallel-size", "context", {"context_parallel_size": 1}),
     case(
         "in_this_version",
@@ -203,14 +217,29 @@ CASES = [
         "interleaved",
         {"virtual_pipeline_model_parallel_size": 1},
     ),
+    case("in_this_version", {"context_parallel_size": 2}, "--context-parallel-size", "context", MEGATRON),
+    case("zero_3_with_experts", {"zero_stage": 3}, "--zero-stage", "mixture-of-experts", {"zero_stage": 2}),
+    case("zero_3_with_experts", {"zero_stage": 3, "pipeline_model_parallel_size": 2}, "--zero-stage", "refused", {"zero_stage": 1}),
+    case("zero_2_without_pipeline", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, "--zero-stage", "pipeline", {"zero_stage": 1}),
     case("zero_0_alone", {"zero_stage": 0, "expert_model_parallel_size": 2}, "--zero-stage", "norms", {"zero_stage": 1}),
+    case("zero_0_alone", {"zero_stage": 0, **TP2}, "--zero-stage", "norms", {"tensor_model_parallel_size": 1}),
     case(
         "zero_0_alone", {"zero_stage": 0, "pipeline_model_parallel_size": 2}, "--zero-stage", "norms", {"pipeline_model_parallel_size": 1}
     ),
     case("zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "bfloat16", {"zero_stage": 1}),
-    case("zero_2_without_pipeline", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, "--zero-stage", "pipeline", {"zero_stage": 1}),
+    case("zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "wrong norms", {"bf16": False}),
     case("settings_of_the_other_engine", {"use_distributed_optimizer": True}, "--use-distributed-optimizer", "megatron engine", MEGATRON),
+    case("settings_of_the_other_engine", {"overlap_grad_reduce": True}, "--overlap-grad-reduce", "megatron engine", MEGATRON),
+    case("settings_of_the_other_engine", {"overlap_param_gather": True}, "--overlap-param-gather", "megatron engine", MEGATRON),
+    case(
+        "settings_of_the_other_engine",
+        {"moe_token_dispatcher_type": "allgather"},
+        "--moe-token-dispatcher-type",
+        "megatron engine, and the engine is deepspeed",
+        {"moe_token_dispatcher_type": "alltoall"},
+    ),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 2}, "--zero-stage", "deepspeed engine", {"engine": "deepspeed"}),
+    case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 3}, "--zero-stage", "deepspeed engine", {"zero_stage": 1}),
     case(
         "settings_of_the_other_engine",
         {**MEGATRON, "deepspeed_config": "x"},
@@ -218,8 +247,56 @@ CASES = [
         "deepspeed engine",
         {"deepspeed_config": None},
     ),
+    case(
+        "param_gather_has_parts_to_gather",
+        {**MEGATRON, "overlap_param_gather": True},
+        "--overlap-param-gather",
+        "needs --use-distributed-optimizer and --overlap-grad-reduce",
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+    ),
+    case(
+        "param_gather_has_parts_to_gather",
+        {**MEGATRON, "overlap_param_gather": True, "use_distributed_optimizer": True},
+        "--overlap-param-gather",
+        "needs --overlap-grad-reduce",
+        {"overlap_param_gather": False},
+    ),
+    case(
+        "capacity_of_whole_samples",
+        {**MEGATRON, **TP2, "sequence_parallel": True, "moe_expert_capacity_factor": 1.0},
+        "--moe-expert-capacity-factor",
+        "tokens of one rank",
+        {"engine": "deepspeed"},
+    ),
+    case(
+        "capacity_of_whole_samples",
+        {**MEGATRON, "context_parallel_size": 2, "moe_expert_capacity_factor": 1.0},
+        "--moe-expert-capacity-factor",
+        "cuts samples",
+        {"moe_expert_capacity_factor": None},
+    ),
+    case(
+        "flex_has_its_kernels",
+        {**MEGATRON, "moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2},
+        "--moe-token-dispatcher-type",
+        "deep_ep, which is not installed",
+        {"moe_token_dispatcher_type": "alltoall"},
+    ),
+    case(
+        "flex_has_ranks_to_dispatch_to",
+        {**MEGATRON, "moe_token_dispatcher_type": "flex"},
+        "--moe-token-dispatcher-type",
+        "several ranks",
+        {"expert_model_parallel_size": 2},
+    ),
     case("deepspeed_json", {"deepspeed_config": "/no/such.json"}, "--deepspeed-config", "No such file", {"deepspeed_config": None}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_deep_ep(monkeypatch):
+    """The same answers where it is installed."""
+    monkeypatch.setattr(megatron, "installed", lambda library: library != "deep_ep")
 
 
 @pytest.fixture
@@ -292,6 +369,50 @@ def test_warnings(settings, words, base):
 
 def test_no_warning_where_there_is_nothing_to_route(base):
     assert warnings(replace_leaves(base, eval_interval=0, num_experts=1, moe_router_topk=1)) == []
+
+
+@pytest.mark.parametrize(
+    "layout", [TP2, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}]
+)
+def test_dropout_on_a_layout(layout, base):
+    config = replace_leaves(base, eval_interval=0, hidden_dropout=0.1, attention_dropout=0.1)
+    assert warnings(config) == []
+    found = warnings(replace_leaves(config, **layout))
+    assert [warning.split()[0] for warning in found] == ["--hidden-dropout", "--attention-dropout"]
+    assert all(f"with --{next(iter(layout)).replace('_', '-')}," in warning for warning in found)
+    assert warnings(replace_leaves(config, **layout, hidden_dropout=0.0, attention_dropout=0.0)) == []
+
+
+def test_flex_where_its_kernels_are(base, monkeypatch):
+    monkeypatch.setattr(megatron, "installed", lambda library: library == "deep_ep")
+    flex = replace_leaves(base, engine="megatron", moe_token_dispatcher_type="flex", expert_model_parallel_size=2)
+    assert problems(flex, world_size=2) == []
+
+
+def test_installed_finds_without_importing():
+    assert megatron.installed("json") and not megatron.installed("no_such_library")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**TP2},
+        {**TP2, "sequence_parallel": True, "zero_stage": 2},
+        {**TP2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 4},
+        {**TP2, "pipeline_model_parallel_size": 2},
+        {**TP2, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2, "moe_expert_capacity_factor": 1.0},
+        {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "bf16": True, "recompute_granularity": "full"},
+        {**MEGATRON, **TP2, "sequence_parallel": True, "pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
+        {**MEGATRON, **TP2, "sequence_parallel": True, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 4, "bf16": True},
+        {**MEGATRON, "context_parallel_size": 2, "expert_model_parallel_size": 4, "moe_token_dispatcher_type": "allgather"},
+        {**MEGATRON, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 16},
+        {**MEGATRON, "expert_model_parallel_size": 4, "moe_expert_capacity_factor": 1.0, "recompute_granularity": "selective"},
+        {**MEGATRON, "overlap_grad_reduce": True, "overlap_param_gather": True, "use_distributed_optimizer": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_layouts_that_run_on_four_ranks(settings, base):
+    assert problems(replace_leaves(base, **settings), world_size=4) == []
 
 
 def test_bf16_without_a_gpu(base):

@@ -51,7 +51,7 @@ def test_good_values(name, raw, value):
         ("num_layers", 0, "an integer >= 1"),
         ("num_layers", None, "an integer >= 1"),
         ("num_layers", [1], "an integer >= 1"),
-        ("zero_stage", "3", "an integer >= 0 and <= 2"),
+        ("zero_stage", "4", "an integer >= 0 and <= 3"),
         ("lr", "nan", "a number >= 0"),
         ("lr", float("inf"), "a number >= 0"),
         ("lr", "-1e-4", "a number >= 0"),

@@ -31,4 +31,6 @@ def test_resumes_bit_for_bit(zygote: Zygote, text: Path, tmp_path: Path, ranks: 
     assert rest == whole[2:]
     last = "checkpoints/step_0000004"
     names = sorted(path.name for path in (tmp_path / "whole" / last).glob("weights-*"))
-    assert names and all((tmp_path / "rest" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes() for name in names)
+    assert names and all(
+        (tmp_path / "rest" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes() for name in names
+    )

@@ -44,7 +44,7 @@ class TestSettings:
             ("--global-batch-size 9", ["--global-batch-size = 9", "--micro-batch-size", "use 8 or 10"]),
             ("--hidden-size 30", ["--hidden-size = 30", "--num-attention-heads = 4", "use 28 or 32"]),
             ("--lr fast", ["--lr = fast"]),
-            ("--zero-stage 3", ["--zero-stage = 3"]),
+            ("--zero-stage 3", ["--zero-stage = 3: is refused by DeepSpeed's mixture-of-experts layers", "use --zero-stage 2"]),
             ("--expert-model-parallel-size 2", ["--expert-model-parallel-size = 2", "1 data-parallel rank"]),
             ("--load nowhere --finetune --engine quick", ["--engine = quick", "deepspeed"]),
         ],

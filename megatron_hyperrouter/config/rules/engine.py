@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.rules.base import Rule, broken
-from megatron_hyperrouter.config.tree import EngineConfig, RunConfig
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
 
@@ -24,24 +25,6 @@ def _on_deepspeed(asked_for: Callable[[RunConfig], bool]) -> Callable[[RunConfig
 
 
 MISSING: tuple[Missing, ...] = (
-    Missing(
-        "tensor_model_parallel_size",
-        _on_deepspeed(lambda c: c.parallel.tensor_model_parallel_size > 1),
-        "tensor parallelism on the deepspeed engine",
-        "use 1, and expert or pipeline parallelism",
-    ),
-    Missing(
-        "expert_tensor_parallel_size",
-        _on_deepspeed(lambda c: (c.parallel.expert_tensor_parallel_size or 1) > 1),
-        "tensor parallelism inside experts on the deepspeed engine",
-        "use 1, or leave it out",
-    ),
-    Missing(
-        "sequence_parallel",
-        _on_deepspeed(lambda c: c.parallel.sequence_parallel),
-        "sequence parallelism on the deepspeed engine",
-        "leave it out",
-    ),
     Missing(
         "context_parallel_size",
         _on_deepspeed(lambda c: c.parallel.context_parallel_size > 1),
@@ -64,37 +47,58 @@ def in_this_version(config: RunConfig, world_size: int | None) -> Iterator[Probl
             yield broken(config, row.name, f"this version does not do {row.what}", row.remedy)
 
 
-def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without ZeRO, DeepSpeed 0.19.8 takes the gradient norm of experts and of stages apart, and clips by it."""
-    parallel = config.parallel
-    spread = parallel.expert_model_parallel_size > 1 or parallel.pipeline_model_parallel_size > 1
-    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and spread:
-        rule = "takes wrong gradient norms with expert or pipeline parallelism"
-        yield broken(config, "zero_stage", rule, "use --zero-stage 1")
-
-
-def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without ZeRO, DeepSpeed 0.19.8 adds up bfloat16 gradients in bfloat16, and refuses float32 (runtime/engine.py:2323)."""
-    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.train.bf16:
-        yield broken(config, "zero_stage", "adds up gradients in bfloat16 with --bf16", "use --zero-stage 1")
+def zero_3_with_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """DeepSpeed 0.19.8 asserts that its own MoE layers are not used with ZeRO-3 (runtime/engine.py:2215)."""
+    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 3:
+        best = 1 if config.parallel.pipeline_model_parallel_size > 1 else 2
+        yield broken(config, "zero_stage", "is refused by DeepSpeed's mixture-of-experts layers", f"use --zero-stage {best}")
 
 
 def zero_2_without_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed's pipeline engine asserts ZeRO < 2 (pipe/engine.py)."""
+    """DeepSpeed's pipeline engine asserts ZeRO < 2 (runtime/pipe/engine.py:76)."""
     if config.engine.engine == "deepspeed" and config.engine.zero_stage == 2 and config.parallel.pipeline_model_parallel_size > 1:
         yield broken(config, "zero_stage", "does not go with pipeline parallelism", "use --zero-stage 1")
 
 
+def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Without ZeRO, gradient norms are taken of what one rank holds (DeepSpeed 0.19.8 mixes them up: 4.32783 for 4.32807)."""
+    if config.engine.engine != "deepspeed" or config.engine.zero_stage != 0:
+        return
+    parallel = config.parallel
+    if max(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size) > 1:
+        rule = "takes wrong gradient norms with tensor, pipeline or expert parallelism"
+        yield broken(config, "zero_stage", rule, "use --zero-stage 1")
+
+
+def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Without ZeRO, DeepSpeed 0.19.8 adds up bfloat16 gradients in bfloat16 (norm 0.6097 for 0.6525; runtime/engine.py:2323)."""
+    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.train.bf16:
+        rule = "adds up gradients in bfloat16 with --bf16, and takes wrong norms of them"
+        yield broken(config, "zero_stage", rule, "use --zero-stage 1")
+
+
 def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A setting that only the other engine reads would be silently ignored."""
-    if config.engine.engine == "deepspeed":
-        if config.optimizer.use_distributed_optimizer:
-            rule = "belongs to the megatron engine, and the engine is deepspeed"
-            yield broken(config, "use_distributed_optimizer", rule, "use --zero-stage 1, which does the same")
-        return
-    for name in ("zero_stage", "deepspeed_config"):
-        if getattr(config.engine, name) != getattr(EngineConfig(), name):
-            yield broken(config, name, "belongs to the deepspeed engine, and the engine is megatron", "leave it out")
+    engine = config.engine.engine
+    for name, owner, remedy in OWNED:
+        if owner != engine and value_of(config, name) != value_of(RunConfig(), name):
+            yield broken(config, name, f"belongs to the {owner} engine, and the engine is {engine}", remedy)
 
 
-RULES: tuple[Rule, ...] = (in_this_version, zero_0_alone, zero_0_in_float32, zero_2_without_pipeline, settings_of_the_other_engine)
+OWNED: tuple[tuple[str, str, str], ...] = (  # setting, the engine that reads it, what to do on the other one
+    ("zero_stage", "deepspeed", "leave it out; --use-distributed-optimizer does the same as stage 1"),
+    ("deepspeed_config", "deepspeed", "leave it out"),
+    ("use_distributed_optimizer", "megatron", "use --zero-stage 1, which does the same"),
+    ("overlap_grad_reduce", "megatron", "leave it out"),
+    ("overlap_param_gather", "megatron", "leave it out"),
+    ("moe_token_dispatcher_type", "megatron", "leave it out; DeepSpeed's layers dispatch by all-to-all"),
+)
+
+RULES: tuple[Rule, ...] = (
+    in_this_version,
+    zero_3_with_experts,
+    zero_2_without_pipeline,
+    zero_0_alone,
+    zero_0_in_float32,
+    settings_of_the_other_engine,
+)

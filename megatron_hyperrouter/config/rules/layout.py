@@ -24,9 +24,18 @@ def world_by_layout(config: RunConfig, world_size: int | None) -> Iterator[Probl
         yield Problem("ranks started", world_size, rule, f"start a multiple of {size} ranks, or make these sizes smaller")
 
 
+def expert_tensor_parallel_is_all_or_none(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """DeepSpeed shares an expert between all TP ranks, or gives it to one."""
+    tensor, expert = config.parallel.tensor_model_parallel_size, expert_tensor_size(config)
+    if config.engine.engine == "deepspeed" and expert not in (1, tensor):
+        allowed = "1" if tensor == 1 else f"1 or {tensor}"
+        rule = f"must be 1 or --tensor-model-parallel-size = {tensor} on the deepspeed engine"
+        yield broken(config, "expert_tensor_parallel_size", rule, f"use {allowed}, or the megatron engine")
+
+
 def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed cuts each expert-parallel group out of the data-parallel ranks."""
-    if world_size is None or config.engine.engine != "deepspeed":
+    """DeepSpeed cuts expert-parallel groups out of the data-parallel ranks, unless TP ranks have experts of their own."""
+    if world_size is None or not _experts_over_data_ranks(config):
         return
     ranks = data_parallel_size(config, world_size)
     if ranks % config.parallel.expert_model_parallel_size:
@@ -35,14 +44,18 @@ def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def world_by_expert_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Megatron lays the experts out over all ranks, beside the layout of the dense layers."""
-    if world_size is None or config.engine.engine != "megatron":
+    """Experts are laid out over all ranks, beside the layout of the dense layers."""
+    if world_size is None or _experts_over_data_ranks(config):
         return
     parallel = config.parallel
     sizes = (parallel.expert_model_parallel_size, expert_tensor_size(config), parallel.pipeline_model_parallel_size)
     if world_size % math.prod(sizes):
         rule = f"x expert tensor x pipeline parallelism = {' x '.join(map(str, sizes))} must divide the {world_size} ranks"
         yield broken(config, "expert_model_parallel_size", rule, "make these sizes smaller, or start more ranks")
+
+
+def _experts_over_data_ranks(config: RunConfig) -> bool:
+    return config.engine.engine == "deepspeed" and expert_tensor_size(config) == config.parallel.tensor_model_parallel_size
 
 
 def experts_by_expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -76,13 +89,6 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int |
     """Sequence parallelism spreads over the TP ranks."""
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield broken(config, "sequence_parallel", "needs --tensor-model-parallel-size > 1", "leave it out, or set tensor parallelism")
-
-
-def tensor_parallel_experts_need_sequence_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """megatron-core trains MoE layers under TP only with sequence parallelism (moe_layer.py raises)."""
-    parallel = config.parallel
-    if config.engine.engine == "megatron" and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        yield broken(config, "sequence_parallel", "must be on with tensor parallelism on the megatron engine", "add --sequence-parallel")
 
 
 def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -122,6 +128,7 @@ def divisors(number: int) -> str:
 
 RULES: tuple[Rule, ...] = (
     world_by_layout,
+    expert_tensor_parallel_is_all_or_none,
     data_ranks_by_experts,
     world_by_expert_layout,
     experts_by_expert_parallel,
@@ -129,7 +136,6 @@ RULES: tuple[Rule, ...] = (
     vocabulary_by_tensor_parallel,
     expert_width_by_tensor_parallel,
     sequence_parallel_needs_tensor_parallel,
-    tensor_parallel_experts_need_sequence_parallel,
     sequence_by_ranks,
     layers_by_pipeline,
     virtual_pipeline_needs_pipeline,
