@@ -61,7 +61,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_hyperrouter", "megatron_hyperrouter.*"]),
-    package_data={"megatron_hyperrouter": ["py.typed"], "megatron_hyperrouter.data": ["_index.pyi", "csrc/*"]},
+    package_data={"megatron_hyperrouter.data": ["_index.pyi", "csrc/*"]},
     install_requires=[
         "annotated-types>=0.6",
         "deepspeed>=0.19.8,<0.20",

@@ -247,6 +247,7 @@ def test_an_idx_without_marks_is_refused(tmp_path):
     [
         (34, struct.pack("<i", 9), 0),
         (34, struct.pack("<i", 2**31 - 1), 0),
+        (58, struct.pack("<q", 100), 1),  # an empty one
         (74, struct.pack("<q", 14), 3),
         (74, struct.pack("<q", 2**63 - 2), 3),
     ],

@@ -53,8 +53,8 @@ void sample_index(View<int32_t> sizes, View<Document> order, const SampleCut& cu
     }
   }
   if (row > cut.num_samples) return;
-  const bool last_is_short = cut.num_samples * cut.seq_length + cut.extra > cut.num_tokens;
-  if (row < cut.num_samples || !last_is_short || before < cut.num_tokens) {
+  // Only a last sample that is shorter than the others can be left.
+  if (row < cut.num_samples || before < cut.num_tokens) {
     throw std::invalid_argument("the documents of document_index hold " + std::to_string(before) + " tokens, not " +
                                 std::to_string(cut.num_tokens));
   }
