@@ -12,10 +12,11 @@ from megatron_hyperrouter.config.tree import RunConfig
 def make_groups(config: RunConfig) -> None:
     """Cut the ranks of torch.distributed into tensor, pipeline, context, expert and data-parallel groups."""
     parallel = config.parallel
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,  # one chunk is the plain schedule, not an interleaved one
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(config),
@@ -27,7 +28,7 @@ def seed_dropout(config: RunConfig) -> None:
     """Dropout alone draws from torch's generators: weights, data and routing have streams of their own."""
     seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    if torch.cuda.is_available() or config.engine.engine == "megatron":
+    if torch.cuda.is_available() or config.engine.engine == "megatron" or config.parallel.sequence_parallel:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)  # megatron-core's tracker; on the CPU the compat room serves it
     torch.manual_seed(seed + 10_000 * data_rank)
 
