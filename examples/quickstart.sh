@@ -10,11 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 echo "== 1/6 environment"
-bash tools/setup_env.sh
-if [ -z "${VIRTUAL_ENV:-}" ]; then
-  # shellcheck disable=SC1091
-  source .venv/bin/activate
-fi
+# shellcheck source=/dev/null
+source "$(bash tools/setup_env.sh)/bin/activate"
 
 out=runs/quickstart
 data=$out/data
