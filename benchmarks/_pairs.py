@@ -1,0 +1,111 @@
+"""What every benchmark shares: the import path, flags, timing two things in turn, and the table of ratios.
+
+A ratio is taken within a pair of runs that follow each other, so that what else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:  # a benchmark runs from any folder, whether the package is installed or not
+    sys.path.insert(1, _ROOT)
+
+
+class Seconds(NamedTuple):
+    """How long a piece of work took."""
+
+    wall: float
+    cpu: float  # of this process, all threads
+
+
+def stopwatch(work: Callable[[], object]) -> Seconds:
+    """Time ``work``, and what it left to a GPU."""
+    import torch
+
+    wait: Callable[[], object] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    wait()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: ``ours`` against ``base``, as many pairs of each."""
+
+    case: str
+    goal: float
+    base: list[Seconds]
+    ours: list[Seconds]
+
+    def ratios(self, clock: str) -> list[float]:
+        """Of each pair; ``clock`` is a field of :class:`Seconds`."""
+        pairs = zip(self.base, self.ours, strict=True)
+        return [getattr(ours, clock) / getattr(base, clock) for base, ours in pairs]
+
+    def cells(self, clock: str) -> list[str]:
+        """The line's text, one string a column; ``clock`` decides whether the goal is met."""
+        ratios = self.ratios(clock)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        times = [f"{statistics.median(getattr(each, clock) for each in side) * 1e3:.2f}" for side in (self.base, self.ours)]
+        wall = f"{statistics.median(self.ratios('wall')):.3f}"
+        verdict = "met" if middle <= self.goal else "missed"
+        return [self.case, str(len(ratios)), *times, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", wall, f"<= {self.goal:.2f}", verdict]
+
+
+def deciding_clock() -> str:
+    """``cpu`` where all work is this process's own, which its neighbours then cannot change; ``wall`` where a GPU works."""
+    import torch
+
+    return "wall" if torch.cuda.is_available() else "cpu"
+
+
+def in_turn(base: Callable[[], Seconds], ours: Callable[[], Seconds], *, pairs: int) -> tuple[list[Seconds], list[Seconds]]:
+    """Run both ``pairs`` times: base first, ours first, and so on, so that neither profits from its place."""
+    times: tuple[list[Seconds], list[Seconds]] = ([], [])
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[which].append((base, ours)[which]())
+    return times
+
+
+def print_table(rows: Iterable[Row], *, base: str, ours: str) -> None:
+    """The rows under their headings, on stdout, each printed as soon as it is measured."""
+    clock = deciding_clock()
+    print(f"Times and ratios: median of {clock} time; a ratio is taken within a pair.  For comparison: the ratio of wall time.")
+    head = ["case", "pairs", f"{base} ms", f"{ours} ms", "ratio", "quartiles", "wall ratio", "goal", ""]
+    widths = [32, 5, 9, 9, 7, 14, 10, 7, 6]
+    _line(head, widths)
+    for row in rows:
+        _line(row.cells(clock), widths)
+
+
+def _line(cells: list[str], widths: list[int]) -> None:
+    first, *rest = zip(cells, widths, strict=True)
+    print("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip(), flush=True)
+
+
+def flags(description: str, *, pairs: int) -> argparse.ArgumentParser:
+    """The flags of every benchmark; a wrong one ends with status 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=_at_least_two, default=pairs, metavar="N", help=f"measured pairs of a case (default: {pairs})")
+    parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="pairs before that, which do not count (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few pairs: shows that it runs, measures nothing")
+    return parser
+
+
+def _at_least_two(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{number}: at least 2, or there is no spread")
+    return number

@@ -1,0 +1,79 @@
+"""The benchmarks run and print their table; what they measure on a busy machine says nothing and is not looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import REPOSITORY, environment
+
+NUMBER = r"\d+\.\d+"
+ROW = re.compile(rf"(?P<case>.+?) +(?P<pairs>\d+) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} to {NUMBER} +{NUMBER} +<= 1\.\d\d +(met|missed)")
+
+
+def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / name), *flags]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd="/")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("router_step.py", ["D=32"]),
+        ("moe_layer.py", [f"{router} k={k}," for router in ("topk", "hyper") for k in (1, 2, 4)]),
+    ],
+)
+def test_quick_run_prints_a_row_for_each_case(name: str, cases: list[str]) -> None:
+    told = run(name, "--quick")
+    assert told.returncode == 0, told.stderr
+    rows = [match for line in told.stdout.splitlines() if (match := ROW.fullmatch(line.strip()))]
+    assert len(rows) == len(cases), told.stdout
+    for row, case in zip(rows, cases, strict=True):
+        assert row["case"].startswith(case)
+        assert row["pairs"] == "2"
+
+
+@pytest.mark.parametrize("name", ["router_step.py", "moe_layer.py"])
+def test_flags(name: str) -> None:
+    told = run(name, "--help")
+    assert told.returncode == 0 and "--quick" in told.stdout and "goal" in told.stdout
+    assert run(name, "--pairs", "1").returncode == 2
+
+
+def test_the_table_s_arithmetic() -> None:
+    """Ratios are taken pair by pair: a pair in which the whole machine was slow does not shift them."""
+    pairs = load("_pairs")
+    base = [pairs.Seconds(wall=2.0, cpu=1.0), pairs.Seconds(wall=40.0, cpu=10.0), pairs.Seconds(wall=2.0, cpu=1.0)]
+    ours = [pairs.Seconds(wall=3.0, cpu=1.1), pairs.Seconds(wall=60.0, cpu=11.0), pairs.Seconds(wall=3.0, cpu=1.3)]
+    cells = pairs.Row("case", 1.1000001, base, ours).cells("cpu")
+    assert cells == ["case", "3", "1000.00", "1300.00", "1.100", "1.100 to 1.200", "1.500", "<= 1.10", "met"]
+    assert pairs.Row("case", 1.4, base, ours).cells("wall")[-1] == "missed"
+
+
+def test_runs_take_turns() -> None:
+    pairs = load("_pairs")
+    order: list[str] = []
+
+    def one(name: str) -> Any:
+        order.append(name)
+        return pairs.Seconds(wall=float(len(order)), cpu=0.0)
+
+    base, ours = pairs.in_turn(lambda: one("base"), lambda: one("ours"), pairs=3)
+    assert order == ["base", "ours", "ours", "base", "base", "ours"]
+    assert [each.wall for each in base] == [1, 4, 5] and [each.wall for each in ours] == [2, 3, 6]
+
+
+def load(name: str) -> Any:
+    path = Path(REPOSITORY, "benchmarks", f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
