@@ -13,23 +13,25 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.check import warnings
-from megatron_hyperrouter.config.cli import parse
-from megatron_hyperrouter.data.dataset import build_splits
-from megatron_hyperrouter.data.tokenizer import build_tokenizer
-from megatron_hyperrouter.engines import open_engine
-from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.train.hooks import hooks_for
-from megatron_hyperrouter.train.loop import samples_needed, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings -> data -> engine -> training; each stage refuses what the next one could not run."""
+    # Imported here, where console.run() turns a library that is missing into a message and an exit status.
+    import torch
+
+    from megatron_hyperrouter.config.check import warnings
+    from megatron_hyperrouter.config.cli import parse
+    from megatron_hyperrouter.data.dataset import build_splits
+    from megatron_hyperrouter.data.tokenizer import build_tokenizer
+    from megatron_hyperrouter.engines import open_engine
+    from megatron_hyperrouter.routers import ROUTERS
+    from megatron_hyperrouter.train.hooks import hooks_for
+    from megatron_hyperrouter.train.loop import samples_needed, train
+
     config = parse(sys.argv[1:] if argv is None else argv, routers=ROUTERS, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    for warning in warnings(config):
+    for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
     splits = build_splits(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
-
-from rich.console import Console
-from rich.text import Text
+from typing import TextIO
 
 from megatron_hyperrouter.errors import HostError, HyperRouterError
 
@@ -42,26 +41,26 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     except Exception as error:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
         # A rank that was left alone does not know why; the one that left does, and may be waiting for its own turn.
         _take_turn(patience, left_alone=any(words in str(error) for words in _LOST_A_RANK))
-        _say(stderr(), "error", traceback.format_exc().rstrip(), "bold red")
+        _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
     return 0
 
 
 def report(error: HyperRouterError) -> None:
     """Tell an error of the user's, with its remedy, on stderr."""
-    _say(stderr(), "error", str(error), "bold red")
+    _say(sys.stderr, "error", str(error), "bold red")
 
 
 def note(text: str) -> None:
     """Tell something worth knowing, once: on rank 0, on stdout."""
     if speaks():
-        _say(Console(), "note", text, "bold")
+        _say(sys.stdout, "note", text, "bold")
 
 
 def warn(text: str) -> None:
     """Tell something that is probably not meant so, once: on rank 0, on stderr."""
     if speaks():
-        _say(stderr(), "warning", text, "bold yellow")
+        _say(sys.stderr, "warning", text, "bold yellow")
 
 
 def speaks() -> bool:
@@ -69,14 +68,15 @@ def speaks() -> bool:
     return _rank() == "0"
 
 
-def stderr() -> Console:
-    """A console that writes to the error stream as it is now."""
-    return Console(stderr=True)
-
-
-def _say(console: Console, kind: str, text: str, style: str) -> None:
+def _say(stream: TextIO, kind: str, text: str, style: str) -> None:
     who = kind if speaks() else f"{kind} (rank {_rank()})"
-    console.print(Text.assemble((f"{who}: ", style), text), soft_wrap=True, highlight=False)
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ModuleNotFoundError:  # that it is missing has to be told as well
+        stream.write(f"{who}: {text}\n")
+    else:
+        Console(file=stream).print(Text.assemble((f"{who}: ", style), text), soft_wrap=True, highlight=False)
 
 
 def _rank() -> str:
@@ -92,7 +92,7 @@ def _take_turn(patience: float, *, left_alone: bool = False) -> None:
 def _missing_module(error: ModuleNotFoundError) -> int:
     library = (error.name or "").split(".")[0]
     if library in ("", "megatron_hyperrouter"):  # our own mistake
-        _say(stderr(), "error", traceback.format_exc().rstrip(), "bold red")
+        _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
     missing = HostError(f"the library {library} is not installed ({error})", remedy="run: bash tools/setup_env.sh")
     report(missing)

@@ -75,6 +75,13 @@ def test_a_missing_module_of_ours_is_a_bug(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_without_rich_the_words_are_the_same(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert console.run(failing(DataError("[a] b", remedy="c"))) == 3
+    console.note("d")
+    assert capsys.readouterr() == ("note: d\n", "error: [a] b\n  remedy: c\n")
+
+
 def test_system_exit_passes():
     with pytest.raises(SystemExit) as leaving:
         console.run(failing(SystemExit(0)))

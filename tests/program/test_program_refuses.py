@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from program.launched import Zygote, one_message
+from distributed import environment
+from program.launched import PROGRAM, Zygote, one_message
 from program.settings import flags_of
 
 from megatron_hyperrouter.data.store import IndexedWriter
@@ -118,6 +121,24 @@ class TestCheckpoint:
     def test_nothing_to_load(self, refused: Refused, tmp_path: Path) -> None:
         message = refused("--load", tmp_path / "nowhere", status=4)
         assert f"--load {tmp_path / 'nowhere'}: there is no finished checkpoint" in message
+
+
+class TestLibraries:
+    """Exit status 5, with what to run."""
+
+    def message(self, command: list[str]) -> str:
+        done = subprocess.run([sys.executable, *command], check=False, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 5 and done.stdout == "", done.stderr
+        return one_message(done.stderr)
+
+    def test_an_interpreter_without_any(self) -> None:
+        message = self.message(["-E", "-S", str(PROGRAM), "--help"])
+        assert message.startswith("error: the library ") and "is not installed" in message and "bash tools/setup_env.sh" in message
+
+    @pytest.mark.parametrize("library", ["torch", "pydantic", "numpy"])
+    def test_one_that_is_missing(self, library: str) -> None:
+        program = f"import runpy, sys; sys.modules[{library!r}] = None; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+        assert f"the library {library} is not installed" in self.message(["-c", program])
 
 
 def numbers(prefix: Path, *, wrong: int | None = None) -> Path:
