@@ -9,14 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.engines.deepspeed.plug import plug_into_deepspeed as plug_into_deepspeed
+    from megatron_hyperrouter.engines.megatron.plug import megatron_router_builder as megatron_router_builder
     from megatron_hyperrouter.routers import ROUTERS as ROUTERS
     from megatron_hyperrouter.routers import build_router as build_router
 
 __version__ = "0.1.0"
 
-_HOMES = {"ROUTERS": "megatron_hyperrouter.routers", "build_router": "megatron_hyperrouter.routers"}
+_HOMES = {
+    "ROUTERS": "megatron_hyperrouter.routers",
+    "build_router": "megatron_hyperrouter.routers",
+    "megatron_router_builder": "megatron_hyperrouter.engines.megatron.plug",
+    "plug_into_deepspeed": "megatron_hyperrouter.engines.deepspeed.plug",
+}
 
-__all__ = ["ROUTERS", "__version__", "build_router"]
+__all__ = ["ROUTERS", "__version__", "build_router", "megatron_router_builder", "plug_into_deepspeed"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ HOSTS = (
     "torch.utils.data",
     "megatron_hyperrouter.data.ngram",
     "megatron_hyperrouter.data.tokenizer",
-    "megatron_hyperrouter.engines.deepspeed",
+    "megatron_hyperrouter.engines.deepspeed.engine",
     "megatron_hyperrouter.evaluate.perplexity",
     "megatron_hyperrouter.train.hooks",
     "megatron_hyperrouter.train.loop",

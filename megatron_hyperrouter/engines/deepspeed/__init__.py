@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.deepspeed.engine import DeepSpeedEngine
+from megatron_hyperrouter.engines.base import Engine
 
 
-def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> DeepSpeedEngine:
+def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> Engine:
     """See :func:`megatron_hyperrouter.engines.open_engine`."""
+    # Not at the top: plug_into_deepspeed stands in this room too, and needs no megatron-core.
+    from megatron_hyperrouter.engines.deepspeed.engine import DeepSpeedEngine
+
     return DeepSpeedEngine(config, vocab_size=vocab_size, for_training=for_training)

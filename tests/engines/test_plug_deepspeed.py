@@ -1,0 +1,272 @@
+"""Our routers in DeepSpeed MoE layers that a caller built: against plain loops, and in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from program.launched import Zygote
+from torch import Tensor, nn
+
+from megatron_hyperrouter import plug_into_deepspeed
+from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+from megatron_hyperrouter.errors import ConfigError
+
+T, D, E = 24, 8, 4
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "library" / "deepspeed_moe.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A world of this process alone; DeepSpeed's groups are forgotten afterwards."""
+    from deepspeed.utils import groups
+
+    skip_shm_build()
+    store = f"file://{tmp_path_factory.mktemp('world')}/store"
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, init_method=store, rank=0, world_size=1)
+    yield
+    groups._release_process_group_references(None)
+    torch.distributed.destroy_process_group()
+
+
+class Odd(nn.Module):
+    """An expert that is no MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_D = nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * self.scale_D) + x.flip(-1)
+
+
+def layer(k: int = 2, *, ready: bool = True, expert: nn.Module | None = None, **options: Any) -> MoE:
+    """DeepSpeed's own layer, as a caller builds it."""
+    moe = MoE(D, expert or nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)), num_experts=E, k=k, **options)
+    for parameter in moe.deepspeed_moe.experts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    if ready:
+        moe.set_deepspeed_parallelism()
+    return moe
+
+
+def loop(moe: MoE, x_TD: Tensor, W_ED: Tensor, k: int, capacity: int) -> tuple[Tensor, int]:
+    """Token by token; an expert keeps its heaviest tokens.  Returns the output and how many routes were dropped."""
+    experts = moe.deepspeed_moe.experts.deepspeed_experts
+    routes: list[list[tuple[Tensor, int]]] = [[] for _ in range(E)]
+    for t, row in enumerate(x_TD @ W_ED.t()):
+        ids = sorted(range(E), key=lambda e: -row[e].item())[:k]
+        for e, weight in zip(ids, row[ids].softmax(0), strict=True):
+            routes[e].append((weight, t))
+    out, dropped = [torch.zeros(D) for _ in x_TD], 0
+    for e, found in enumerate(routes):
+        found.sort(key=lambda route: (-route[0].item(), route[1]))
+        dropped += max(len(found) - capacity, 0)
+        for weight, t in found[:capacity]:
+            out[t] = out[t] + weight * experts[e](x_TD[t])
+    return torch.stack(out), dropped
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["before the groups", "after the groups"])
+@pytest.mark.parametrize("expert", [None, Odd()], ids=["mlp", "odd"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("name", ["topk", "smoe_dropout", "hyper"])
+def test_layer_is_a_loop_over_experts(name: str, k: int, expert: nn.Module | None, ready: bool) -> None:
+    moe = layer(k, ready=ready, expert=expert, drop_tokens=False)
+    router = plug_into_deepspeed(moe, name)
+    if not ready:
+        moe.set_deepspeed_parallelism()
+    x = torch.randn(2, T // 2, D, requires_grad=True)
+    output, _, counts = moe(x)
+    W_ED, _ = router.linear()
+    expected, _ = loop(moe, x.flatten(0, 1), W_ED, k, capacity=T)
+    torch.testing.assert_close(output.flatten(0, 1), expected, rtol=1e-5, atol=1e-6)
+    assert counts.sum() == T * k
+    probe = torch.randn(2, T // 2, D)
+    parameters = {"x": x, **dict(moe.named_parameters())}
+    grads = [
+        torch.autograd.grad((value.flatten() * probe.flatten()).sum(), parameters.values(), allow_unused=True)
+        for value in (output, expected)
+    ]
+    for label, found, wanted in zip(parameters, *grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6, msg=label)
+    assert moe.deepspeed_moe.gate.ep_group is moe.deepspeed_moe.ep_group is not None
+
+
+@pytest.mark.parametrize(("training", "capacity"), [(True, math.ceil(T * 2 / E * 0.5)), (False, math.ceil(T * 2 / E * 0.8))])
+def test_capacities_are_those_of_the_layer(training: bool, capacity: int) -> None:
+    moe = layer(drop_tokens=True, capacity_factor=0.5, eval_capacity_factor=0.8, min_capacity=2).train(training)
+    router = plug_into_deepspeed(moe, "topk", init_std=1.0)
+    assert router.training is training
+    x_TD = torch.randn(T, D)
+    expected, dropped = loop(moe, x_TD, router.linear()[0], 2, capacity)
+    assert dropped
+    torch.testing.assert_close(moe(x_TD)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_least_capacity() -> None:
+    moe = layer(drop_tokens=True, capacity_factor=0.01, min_capacity=5)
+    router = plug_into_deepspeed(moe, "topk")
+    x_TD = torch.randn(T, D)
+    torch.testing.assert_close(moe(x_TD)[0], loop(moe, x_TD, router.linear()[0], 2, 5)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("aux", "z"), [(0.3, 0.2), (0.0, 0.5), (0.0, 0.0), (None, None)])
+def test_second_value_is_the_sum_of_weighted_losses(aux: float | None, z: float | None) -> None:
+    moe = layer()
+    given = {} if aux is None else {"aux_loss_coeff": aux, "z_loss_coeff": z}
+    router = plug_into_deepspeed(moe, "topk", init_std=1.0, **given)
+    x_TD = torch.randn(T, D)
+    logits_TE = x_TD @ router.linear()[0].t()
+    share_E = torch.bincount(logits_TE.topk(2).indices.flatten(), minlength=E) / (2 * T)
+    switch = E * (share_E * logits_TE.softmax(-1).mean(0)).sum()
+    expected = (1.0 if aux is None else aux) * switch + (z or 0.0) * logits_TE.exp().sum(-1).log().square().mean()
+    torch.testing.assert_close(moe(x_TD)[1], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_state_dict_holds_the_embedding_and_no_generated_weight() -> None:
+    moe = layer()
+    router = plug_into_deepspeed(moe, "hyper")
+    before = set(moe.state_dict())
+    moe(torch.randn(T, D))[0].sum().backward()
+    own = {name.removeprefix("deepspeed_moe.gate.") for name in before if "gate" in name}
+    assert set(moe.state_dict()) == before and own == {f"router.{name}" for name in router.state_dict()}
+    assert "router.embedding_S" in own and sum(parameter.numel() for parameter in router.parameters()) == D
+    twin = layer()
+    plug_into_deepspeed(twin, "hyper")
+    twin.load_state_dict(moe.state_dict(), strict=True)
+    x_TD = torch.randn(T, D)
+    assert torch.equal(twin(x_TD)[0], moe(x_TD)[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_changed_embedding_is_seen_at_once(training: bool) -> None:
+    moe = layer(drop_tokens=False).train(training)
+    router = plug_into_deepspeed(moe, "hyper")
+    x_TD = torch.randn(T, D)
+    before = moe(x_TD)[0]
+    with torch.no_grad():
+        router.get_parameter("embedding_S").neg_().add_(0.5)
+        after = moe(x_TD)[0]
+        expected, _ = loop(moe, x_TD, router.linear()[0], 2, T)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_k_that_grows_follows_the_clock() -> None:
+    moe = layer()
+    plug_into_deepspeed(moe, "topk", topk=lambda step: 1 + step)
+    routes = []
+    for step in range(E):
+        moe.deepspeed_moe.gate.clock.step = step
+        routes.append(int(moe(torch.randn(T, D))[2].sum()))
+    assert routes == [T, 2 * T, 3 * T, 4 * T]
+
+
+def test_layers_start_by_their_number_and_seed() -> None:
+    embeddings = [
+        plug_into_deepspeed(layer(), "hyper", seed=seed, layer_number=number).get_parameter("embedding_S")
+        for seed, number in ((1, 1), (1, 1), (1, 2), (2, 1))
+    ]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[0], embeddings[2]) and not torch.equal(embeddings[0], embeddings[3])
+
+
+def plugged() -> MoE:
+    moe = layer()
+    plug_into_deepspeed(moe, "topk")
+    return moe
+
+
+def with_tutel() -> MoE:
+    moe = layer()
+    moe.deepspeed_moe.use_tutel = True
+    return moe
+
+
+def with_own_gate() -> MoE:
+    moe = layer()
+    moe.deepspeed_moe.gate = nn.Linear(D, E)
+    return moe
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "words"),
+    [
+        (lambda: nn.Linear(2, 2), {}, TypeError, "must be a deepspeed.moe.layer.MoE, not Linear$"),
+        (lambda: nn.Sequential(layer()), {}, TypeError, "not Sequential; give its layers one by one"),
+        (plugged, {}, ValueError, "has the router 'topk' already"),
+        (with_own_gate, {}, TypeError, "gate of this MoE layer is a Linear"),
+        (with_tutel, {}, ValueError, "use_tutel=False"),
+        (layer, {"name": "hyperr"}, ConfigError, "did you mean hyper"),
+        (layer, {"hypernet_with": 3}, ConfigError, "did you mean hypernet_width"),
+        (layer, {"hypernet_width": 0}, ConfigError, "hypernet_width = 0"),
+        (layer, {"hidden_size": 8}, TypeError, "hidden_size is the layer's own"),
+        (layer, {"layer_number": 0}, ValueError, "layers count from 1"),
+        (layer, {"topk": E + 1}, ConfigError, "must be from 1 to --num-experts = 4"),
+    ],
+)
+def test_refusals(make: Any, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        plug_into_deepspeed(make(), arguments.pop("name", "hyper"), **arguments)
+
+
+class TestUnderTheEngine:
+    CONFIG: dict[str, Any] = {  # noqa: RUF012
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+
+    @pytest.fixture(autouse=True)
+    def _rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
+
+    def start(self, moe: MoE) -> Any:
+        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(moe.parameters()), "name": "all"})
+        engine, *_ = deepspeed.initialize(model=nn.Sequential(moe), optimizer=torch.optim.AdamW(groups, lr=0.1), config=self.CONFIG)
+        return engine
+
+    def test_trains_the_embedding_saves_and_loads_it(self, tmp_path: Path) -> None:
+        moe = layer(ready=False)
+        router = plug_into_deepspeed(moe, "hyper")
+        engine = self.start(moe)
+        first = router.get_parameter("embedding_S").detach().clone()
+
+        def step() -> Tensor:
+            torch.manual_seed(3)
+            output, loss, _ = engine(torch.randn(1, T, D))
+            engine.backward(output.square().mean() + loss)
+            engine.step()
+            return router.get_parameter("embedding_S").detach().clone()
+
+        trained = step()
+        assert ((trained - first).abs() > 0.01).all()  # Adam's first step has the size of the learning rate
+        engine.save_checkpoint(str(tmp_path))
+        more = step()
+        engine.load_checkpoint(str(tmp_path))
+        assert torch.equal(router.get_parameter("embedding_S"), trained)
+        assert torch.equal(step(), more)
+
+    def test_too_late_for_zero(self) -> None:
+        moe = layer(ready=False)
+        self.start(moe)
+        with pytest.raises(ValueError, match=r"before deepspeed\.initialize"):
+            plug_into_deepspeed(moe, "hyper")
+        plug_into_deepspeed(moe, "smoe_dropout")  # which has nothing to train
+        assert moe(torch.randn(T, D))[0].shape == (T, D)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_example(zygote: Zygote, ranks: int) -> None:
+    lines = [line for line in zygote.run([], program=EXAMPLE, ranks=ranks).stdout.splitlines() if line.startswith("step ")]
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
+    assert len(losses) == 6 and losses[-1] < losses[0] < 3 and losses[-1] < 0.1, lines
