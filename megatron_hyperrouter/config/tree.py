@@ -114,7 +114,7 @@ class DataConfig:
     tokenizer_type: Annotated[Literal["ByteTokenizer", "HuggingFaceTokenizer", "NullTokenizer"], "how ids map to text"] = "ByteTokenizer"
     tokenizer_model: Annotated[str | None, "HuggingFaceTokenizer: tokenizer.json or its folder"] = None
     vocab_size: Annotated[Count | None, "NullTokenizer: number of token ids"] = None
-    num_workers: Annotated[Natural, "processes that read ahead; 0: read in the training process"] = 2
+    num_workers: Annotated[Natural, "threads that read ahead; 0: read when a batch is needed"] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
