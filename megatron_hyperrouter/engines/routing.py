@@ -109,14 +109,14 @@ class RouterStatistics:
         tokens = logits_TE.size(0)
         tail = (
             entropy(logits_TE) * tokens,
-            tokens,
+            part.new_full((), tokens),  # filled where it is: a number copied to a GPU would make the host wait
             switch_loss(logits_TE.softmax(-1), experts_TK, lambda _: whole_E),
             z_loss(logits_TE) * part,
             part,
         )
         row = self.sums[layer_number - 1]
         row[: self.num_experts] += load_E
-        row[self.num_experts :] += torch.stack([torch.as_tensor(value, dtype=torch.float64, device=row.device) for value in tail])
+        row[self.num_experts :] += torch.stack([value.double() for value in tail])
 
     def take(self) -> Tensor:
         """The sums so far; starts afresh."""
