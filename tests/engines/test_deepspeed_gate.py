@@ -140,6 +140,14 @@ def test_slots_are_cut_evenly_over_tensor_parallel_ranks() -> None:
     assert routes.capacity % 7 == 0 and routes.load_E.max() <= routes.capacity < routes.load_E.max() + 7
 
 
+def test_padding_for_tensor_parallel_ranks_takes_no_more_routes() -> None:
+    x_TD = torch.randn(T, D)
+    whole, cut = (RouterGate(router_of("topk", 2), capacity_factor=0.5, capacity_multiple=ranks)(x_TD) for ranks in (1, 7))
+    assert cut.capacity % 7 == 0 and cut.capacity > whole.capacity
+    assert torch.equal(cut.experts_KT, whole.experts_KT) and torch.equal(cut.slots_KT, whole.slots_KT)
+    assert (whole.experts_KT < 0).any()
+
+
 def test_what_deepspeed_may_not_ask_for() -> None:
     gate = RouterGate(router_of("topk", 2))
     with pytest.raises(NotImplementedError, match="sparse routes"):

@@ -73,16 +73,17 @@ class RouterGate(nn.Module):
         load_E = load(routing.experts_TK, self.router.num_experts)
         chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        capacity = self._capacity(factor, routing.experts_TK, load_E)
+        slots = self._slots(factor, routing.experts_TK, load_E)
+        multiple = self.capacity_multiple() if callable(self.capacity_multiple) else self.capacity_multiple
         if factor is not None:
             weights_TE = torch.zeros_like(routing.logits_TE).scatter_(1, routing.experts_TK, routing.weights_TK.detach())
-            chosen_TE = chosen_TE & heaviest(weights_TE, capacity)
+            chosen_TE = chosen_TE & heaviest(weights_TE, slots)  # not the padding: TP drops no fewer
         kept_TK = chosen_TE.gather(1, routing.experts_TK)
         slots_TK = (chosen_TE.cumsum(0, dtype=torch.int32) - 1).gather(1, routing.experts_TK)
         loss = total_loss(routing, x_TD.device)
         return SparseRoutes(
             loss=loss,
-            capacity=capacity,
+            capacity=-(-slots // multiple) * multiple,
             num_experts=self.router.num_experts,
             experts_KT=torch.where(kept_TK, routing.experts_TK, -1).to(torch.int32).t().contiguous(),
             slots_KT=(slots_TK * kept_TK).to(torch.int32).t().contiguous(),
@@ -90,15 +91,12 @@ class RouterGate(nn.Module):
             load_E=load_E,
         )
 
-    def _capacity(self, factor: float | None, experts_TK: Tensor, load_E: Tensor) -> int:
+    def _slots(self, factor: float | None, experts_TK: Tensor, load_E: Tensor) -> int:
         """Slots an expert: the largest load in the expert-parallel group, or the capacity that was set."""
         if factor is not None:
             tokens, topk = experts_TK.shape
-            slots = max(math.ceil(tokens * topk / self.router.num_experts * factor), self.min_capacity)
-        else:
-            largest = load_E.max()
-            if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.ep_group)
-            slots = int(largest)
-        multiple = self.capacity_multiple() if callable(self.capacity_multiple) else self.capacity_multiple
-        return -(-slots // multiple) * multiple
+            return max(math.ceil(tokens * topk / self.router.num_experts * factor), self.min_capacity)
+        largest = load_E.max()
+        if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return int(largest)

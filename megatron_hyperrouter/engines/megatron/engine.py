@@ -149,6 +149,9 @@ class MegatronEngine(SharedEngine):
     # ---------------------------------------------------------------------------------------------- checkpoints
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""
+        if self.optimizer is not None and self.config.optimizer.overlap_param_gather:
+            for chunk in self.wrapped:  # weights of the last step lie in pieces until the next forward pass
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
         return Holding(
             named=list(self.named_parameters()),
             routers=self.routers,

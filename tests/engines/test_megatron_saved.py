@@ -1,0 +1,34 @@
+"""What the Megatron engine saves is what the optimizer has just written, wherever the pieces of it lie at that moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
+
+pytestmark = pytest.mark.processes
+WORKER = Path(__file__).with_name("layout_worker.py")
+SPLIT = "--engine megatron --use-distributed-optimizer"
+
+
+def test_overlapping_gathers_leave_no_stale_weights(tmp_path: Path) -> None:
+    """The last step's weights are gathered in the next forward pass, which a checkpoint must not wait for."""
+    overlap = f"{SPLIT} --overlap-grad-reduce --overlap-param-gather"
+    folders = [tmp_path / "plain", tmp_path / "overlapped"]
+    cases = [
+        {"flags": flags.split(), "steps": 2, "folder": str(folder), "resume": True}
+        for flags, folder in zip((SPLIT, overlap), folders, strict=True)
+    ]
+    answers = run_ranks(WORKER, {"cases": cases}, ranks=2, folder=tmp_path / "ranks")
+    names = sorted(weight_names(folders[0]))
+    assert names and names == sorted(weight_names(folders[1]))
+    plain, overlapped = (read_tensors(folder, names) for folder in folders)
+    for name in names:
+        torch.testing.assert_close(overlapped[name], plain[name], rtol=0, atol=1e-7, msg=name)
+    losses = [[step["lm_loss"] for step in answer["steps"]] for answer in answers]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[1][2:4] == losses[1][4:]  # two more steps, and the same two from the checkpoint
