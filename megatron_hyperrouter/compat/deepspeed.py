@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import torch
+from torch import Tensor
 
 TESTED = "0.19.8"
 
@@ -20,6 +21,29 @@ def skip_shm_build() -> None:
         return
     # `import deepspeed.comm.torch as x` would bind the real torch: the package re-exports that name.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = _no_shm_op
+
+
+def shape_gathered_tokens() -> None:
+    """Gather the slots of experts over TP ranks into a buffer that gloo takes.
+
+    DeepSpeed 0.19.8, moe/mappings.py:_gather_tokens hands all_gather_into_tensor a flat output; gloo wants ``(ranks * rows, ...)``.
+    """
+    if torch.cuda.is_available():
+        return
+    importlib.import_module("deepspeed.moe.mappings")._gather_tokens = _gather_tokens
+
+
+def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
+    import deepspeed
+    from deepspeed.utils import bwc, groups
+
+    x = x.contiguous()
+    ranks = bwc.bwc_tensor_model_parallel_world_size(groups.mpu)
+    if ranks == 1:
+        return x
+    gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
+    deepspeed.comm.all_gather_into_tensor(gathered, x, group=bwc.bwc_tensor_model_parallel_group(groups.mpu))
+    return gathered if dim == 0 else torch.cat(gathered.chunk(ranks, 0), dim=dim).contiguous()
 
 
 def _no_shm_op() -> None:

@@ -25,6 +25,7 @@ from megatron_hyperrouter.routers import ROUTERS
 VOCABULARY = 61
 TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --moe-ffn-hidden-size 48 --seq-length 16 --num-experts 4 "
+    "--qk-layernorm "
     "--make-vocab-size-divisible-by 8 --init-method-std 0.06 --lr 3e-3 --micro-batch-size 2 --global-batch-size 8 --train-iters 10 "
     "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --data-path unused --tokenizer-type NullTokenizer --vocab-size 61"
 ).split()

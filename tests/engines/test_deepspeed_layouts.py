@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from engines.layout_table import COMMON, WORKER, Layout, Run, assert_same_run, run_table
 from engines.layout_worker import micro_batches, tiny_config
 from reference_gpt import ReferenceGPT, train_reference
 
@@ -15,66 +16,52 @@ from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.routers import ROUTERS
 
-WORKER = Path(__file__).with_name("layout_worker.py")
 THREE = ("topk", "smoe_dropout", "hyper")
-# k = 1, 2, 4 of 4 experts, two steps each; Adam's epsilon keeps rounding noise in tiny gradients from becoming whole steps.
-COMMON = "--moe-router-topk 4 --topk-start 1 --topk-schedule multistep --topk-schedule-steps 6 --adam-eps 1e-4".split()
-STEPS = 6
+REFERENCE = Layout(1, "")  # ZeRO-1
+TP2 = "--tensor-model-parallel-size 2"
 LAYOUTS = {
-    "1 rank, ZeRO-0": (1, "--zero-stage 0"),
-    "1 rank, ZeRO-2": (1, "--zero-stage 2"),
-    "DP2, ZeRO-1": (2, "--zero-stage 1"),
-    "DP2, ZeRO-2": (2, "--zero-stage 2"),
-    "EP2, ZeRO-1": (2, "--expert-model-parallel-size 2"),
-    "EP2, ZeRO-2": (2, "--expert-model-parallel-size 2 --zero-stage 2"),
-    "EP2, recompute": (2, "--expert-model-parallel-size 2 --recompute-granularity full"),
-    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "1 rank, ZeRO-0": Layout(1, "--zero-stage 0"),
+    "1 rank, ZeRO-2": Layout(1, "--zero-stage 2"),
+    "DP2, ZeRO-1": Layout(2, "--zero-stage 1"),
+    "DP2, ZeRO-2": Layout(2, "--zero-stage 2"),
+    "EP2, ZeRO-1": Layout(2, "--expert-model-parallel-size 2"),
+    "EP2, ZeRO-2": Layout(2, "--expert-model-parallel-size 2 --zero-stage 2"),
+    "EP2, recompute": Layout(2, "--expert-model-parallel-size 2 --recompute-granularity full"),
+    "PP2": Layout(2, "--pipeline-model-parallel-size 2"),
+    "TP2": Layout(2, TP2),
+    "TP2, expert-TP 1": Layout(2, f"{TP2} --expert-tensor-parallel-size 1"),
+}
+FOUR_RANKS = {
+    "TP2 x EP2, expert-TP 2": Layout(4, f"{TP2} --expert-model-parallel-size 2"),
+    "TP2 x EP2, expert-TP 1, SP": Layout(4, f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --sequence-parallel"),
+    "TP2 x PP2": Layout(4, f"{TP2} --pipeline-model-parallel-size 2"),
+    "PP2 x EP2": Layout(4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
 }
 Key = tuple[str, str]  # router, layout
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, tuple[dict[str, Any], Path]]:
-    """Every router x layout: (numbers, folder of the final weights)."""
-    root = tmp_path_factory.mktemp("layouts")
-    table = {"1 rank, ZeRO-1": (1, ""), **LAYOUTS}
-    found: dict[Key, tuple[dict[str, Any], Path]] = {}
-    for ranks in (1, 2):
-        keys = [(router, name) for router in THREE for name, (need, _) in table.items() if need == ranks]
-        folders = [root / f"{ranks}-{index}" for index in range(len(keys))]
-        cases = [
-            {
-                "flags": ["--router.name", router, *COMMON, *table[name][1].split()],
-                "steps": STEPS,
-                "folder": str(folder),
-                "topk_eval": [1, 3],
-            }
-            for (router, name), folder in zip(keys, folders, strict=True)
-        ]
-        answers = run_ranks(WORKER, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}")
-        found.update({key: (answer, folder) for key, answer, folder in zip(keys, answers, folders, strict=True)})
-    return found
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Run]:
+    """Every router in every layout of up to two ranks, HyperRouter in those of four."""
+    rows = [(router, name, layout) for router in THREE for name, layout in {"reference": REFERENCE, **LAYOUTS}.items()]
+    rows += [("hyper", name, layout) for name, layout in FOUR_RANKS.items()]
+    return run_table(rows, tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", THREE)
-def test_layout_gives_the_run_of_one_process(runs: dict[Key, tuple[dict[str, Any], Path]], router: str, layout: str) -> None:
-    (found, folder), (expected, reference) = runs[router, layout], runs[router, "1 rank, ZeRO-1"]
-    for step, (one, other) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
-        for number in ("lm_loss", "grad_norm", "aux_loss", "z_loss", "entropy", "load"):
-            assert one[number] == pytest.approx(other[number], rel=1e-5), (step, number)
-    names = weight_names(reference)
-    assert weight_names(folder) == names
-    weights, others = read_tensors(folder, names), read_tensors(reference, names)
-    for name in names:  # six Adam steps of up to 3e-3
-        torch.testing.assert_close(weights[name], others[name], rtol=0, atol=1e-6, msg=name)
-    # Evaluation has one micro-batch of its own on each data-parallel rank, and still the same tokens in all.
-    assert found["evaluations"] == pytest.approx(expected["evaluations"], rel=1e-5)
+def test_layout_gives_the_run_of_one_process(runs: dict[Key, Run], router: str, layout: str) -> None:
+    assert_same_run(runs[router, layout], runs[router, "reference"])
+
+
+@pytest.mark.parametrize("layout", FOUR_RANKS)
+def test_four_ranks_give_the_run_of_one_process(runs: dict[Key, Run], layout: str) -> None:
+    assert_same_run(runs["hyper", layout], runs["hyper", "reference"])
 
 
 @pytest.mark.parametrize("router", THREE)
-def test_one_process_is_the_plain_model(runs: dict[Key, tuple[dict[str, Any], Path]], router: str, tmp_path: Path) -> None:
-    answer, _ = runs[router, "1 rank, ZeRO-1"]
+def test_one_process_is_the_plain_model(runs: dict[Key, Run], router: str, tmp_path: Path) -> None:
+    answer = runs[router, "reference"].told
     flags = ["--router.name", router, *COMMON]
     run_ranks(WORKER, {"cases": [{"flags": flags, "steps": 0, "folder": str(tmp_path / "initial")}]}, ranks=1, folder=tmp_path)
     config = tiny_config(flags)

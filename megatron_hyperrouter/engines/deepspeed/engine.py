@@ -18,6 +18,7 @@ from megatron_hyperrouter.engines.deepspeed import host_state, model
 from megatron_hyperrouter.engines.deepspeed.launch import join, leave
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
 from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
+from megatron_hyperrouter.engines.deepspeed.tensor import ModelParallelUnit, sum_partial_gradients
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.shared import SharedEngine
 from megatron_hyperrouter.engines.state import Holding
@@ -47,10 +48,15 @@ class DeepSpeedEngine(SharedEngine):
 
         settings = deepspeed_settings(self.config, data_parallel_size=self.place.data_size)
         self.micro_batches: int = settings["gradient_accumulation_steps"]
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / self.micro_batches))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / self.micro_batches))  # of the shape that the Megatron engine sets
         optimizer = adamw(self.named_parameters(), self.config.optimizer)
         self._clipper = Clipper(optimizer, self.config.optimizer.clip_grad) if self.config.engine.zero_stage == 0 else None
-        host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings)
+        spread = self.config.parallel.tensor_model_parallel_size > 1
+        if spread:
+            sum_partial_gradients(self.named_parameters())
+        # A PipelineModule brings its own topology.
+        mpu = ModelParallelUnit() if spread and self.stages == 1 else None
+        host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
         return host
 
     def _place_without_optimizer(self) -> None:

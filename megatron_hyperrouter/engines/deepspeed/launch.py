@@ -7,7 +7,8 @@ import logging
 import torch
 from megatron.core import parallel_state
 
-from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+from megatron_hyperrouter.compat.deepspeed import shape_gathered_tokens, skip_shm_build
+from megatron_hyperrouter.compat.megatron import install as serve_megatron
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
@@ -18,6 +19,9 @@ def join(config: RunConfig) -> Place:
     """Initialise torch.distributed, DeepSpeed's view of it and megatron-core's parallel groups."""
     alone_without_launcher()
     skip_shm_build()
+    shape_gathered_tokens()
+    if config.parallel.sequence_parallel:  # megatron-core's scatter and gather ask for the CUDA device
+        serve_megatron()
     import deepspeed
     from deepspeed.utils import logger
 

@@ -57,7 +57,8 @@ class Block(TransformerLayer):
         return self._layer(hidden_SBD)
 
     def _layer(self, hidden_SBD: Tensor) -> Tensor:
-        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(hidden_SBD.size(0), hidden_SBD.device))
+        length = hidden_SBD.size(0) * (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length, hidden_SBD.device))
         return output
 
 

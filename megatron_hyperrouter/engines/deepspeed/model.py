@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
@@ -22,7 +23,10 @@ def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterSt
     parallel = run.parallel
     core = transformer_config(
         run,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(run),
         # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers (transformer_layer.py:48).
         pipeline_model_parallel_size=1,
     )
@@ -33,7 +37,9 @@ def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterSt
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=1, num_dp=parallel_state.get_data_parallel_world_size())
+    topology = PipeModelDataParallelTopology(
+        num_pp=stages, num_mp=parallel.tensor_model_parallel_size, num_dp=parallel_state.get_data_parallel_world_size()
+    )
     return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="type:Block")
 
 

@@ -6,7 +6,12 @@ import copy
 
 from deepspeed.moe.layer import MoE
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -14,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
 from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, make_router
@@ -28,14 +34,19 @@ class MoESlot(MegatronModule):
     def __init__(self, config: TransformerConfig, *, run: RunConfig, clock: Clock, statistics: RouterStatistics) -> None:
         super().__init__(config)
         model, parallel = run.model, run.parallel
+        shared_experts = expert_tensor_size(run) > 1
         self.moe = MoE(
             model.hidden_size,
-            Expert(config),
+            Expert(config, shared=shared_experts),
             num_experts=model.num_experts,
             ep_size=parallel.expert_model_parallel_size,
             k=1,  # DeepSpeed's own gate, which is replaced below
             use_rts=False,
+            enable_expert_tensor_parallelism=shared_experts,
         )
+        for parameter in self.moe.deepspeed_moe.experts.parameters():
+            # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
+            parameter.model_parallel = parallel.tensor_model_parallel_size > 1
         # The layer number is known when the transformer layer calls set_layer_number().
         self._run, self._clock, self._statistics = run, clock, statistics
 
@@ -46,35 +57,42 @@ class MoESlot(MegatronModule):
             clock=self._clock,
             statistics=self._statistics,
             capacity_factor=self._run.model.moe_expert_capacity_factor,
+            capacity_multiple=self._run.parallel.tensor_model_parallel_size,
         )
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
+        if self.config.sequence_parallel:  # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
         output_SBD, loss, _ = self.moe(hidden_SBD)
         if self.training:
             output_SBD = MoEAuxLossAutoScaler.apply(output_SBD, loss)
+        if self.config.sequence_parallel:
+            output_SBD = scatter_to_sequence_parallel_region(output_SBD)
         return output_SBD, None
 
 
 class Expert(MLP):
     """megatron-core's SwiGLU MLP as DeepSpeed calls it."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, shared: bool) -> None:
+        """``shared``: the TP ranks share each expert; DeepSpeed then leaves the sum over them to the expert."""
         own = copy.copy(config)
         own.sequence_parallel = False  # DeepSpeed gathers the tokens before it dispatches them
         own.ffn_hidden_size = config.moe_ffn_hidden_size  # mlp.py sizes linear_fc2 by it
         super().__init__(
             own,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            is_expert=True,
+            is_expert=not shared,
             ffn_hidden_size=config.moe_ffn_hidden_size,
-            tp_group=parallel_state.get_expert_tensor_parallel_group(),
+            tp_group=parallel_state.get_tensor_model_parallel_group() if shared else parallel_state.get_expert_tensor_parallel_group(),
         )
-        self._config_given = config
+        self._given = (config, shared)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Expert:
         """DeepSpeed copies one expert E times; megatron-core's layers hold a process group, which cannot be copied: build another."""
-        return Expert(self._config_given)
+        config, shared = self._given
+        return Expert(config, shared=shared)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: [groups, 1, slots, D]; megatron-core's weight gradient wants two dimensions (tensor_parallel/layers.py:614)."""
