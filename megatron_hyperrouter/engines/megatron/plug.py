@@ -33,7 +33,9 @@ _STOCK_ONLY: tuple[tuple[str, object], ...] = (
 
 
 def megatron_router_builder(name: str, *, seed: int = 1234, **options: Any) -> RouterBuilder:
-    """What megatron-core calls to build the router of each MoE layer: ``MoESubmodules(experts=..., router=megatron_router_builder("hyper"))``.
+    """What megatron-core calls to build the router of each MoE layer.
+
+    ``MoESubmodules(experts=..., router=megatron_router_builder("hyper"))`` puts it into a layer spec.
 
     The model's ``TransformerConfig`` says the rest: ``hidden_size``, ``num_moe_experts``, ``moe_router_topk``, ``moe_aux_loss_coeff``
     (with ``moe_router_load_balancing_type`` "aux_loss" or "none"), ``moe_z_loss_coeff``, ``moe_expert_capacity_factor`` and how to drop.
