@@ -13,6 +13,7 @@ from megatron_hyperrouter.config.cli import parse, replace_leaves
 from megatron_hyperrouter.config.rules import megatron
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 
+INSTALLED = megatron.installed  # before a test replaces it
 BY_NAME = {rule.__name__: rule for rule in RULES}
 MEGATRON = {"engine": "megatron"}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -390,7 +391,7 @@ def test_flex_where_its_kernels_are(base, monkeypatch):
 
 
 def test_installed_finds_without_importing():
-    assert megatron.installed("json") and not megatron.installed("no_such_library")
+    assert INSTALLED("json") and not INSTALLED("no_such_library")
 
 
 @pytest.mark.parametrize(
@@ -456,6 +457,7 @@ class TestDeepSpeedJson:
             ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "1"),
             ({"bf16": {"enabled": True}}, "bf16.enabled", "false"),
             ({"fp16": {"enabled": True}}, "fp16.enabled", "false"),
+            ({"amp": {"enabled": True}}, "amp.enabled", "false"),
             ({"gradient_clipping": "auto"}, "gradient_clipping", "1.0"),
             ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps", "1"),
         ],
@@ -475,6 +477,20 @@ class TestDeepSpeedJson:
         assert self.found(base, tmp_path, document) == []
         (problem,) = self.found(base, tmp_path, document, expert_model_parallel_size=2)
         assert "wrong gradients" in problem.rule
+
+    def test_gradients_are_added_up_in_float32(self, base, tmp_path):
+        document = {"data_types": {"grad_accum_dtype": "bf16"}}
+        assert self.found(base, tmp_path, document) == []
+        (problem,) = self.found(base, tmp_path, document, bf16=True)
+        assert problem.rule == 'contradicts the flags, which make it "fp32"'
+
+    @pytest.mark.parametrize("key", ["pipe_partitioned", "grad_partitioned"])
+    def test_partitioned_activations(self, base, tmp_path, key):
+        document = {"pipeline": {key: True}}
+        assert self.found(base, tmp_path, document) == []
+        (problem,) = self.found(base, tmp_path, document, pipeline_model_parallel_size=2)
+        assert problem.field.startswith(f"pipeline.{key} in ") and "breaks" in problem.rule
+        assert self.found(base, tmp_path, {"pipeline": {key: False}}, pipeline_model_parallel_size=2) == []
 
     def test_a_document_that_is_no_json(self, base, tmp_path):
         (problem,) = self.found(base, tmp_path, '{\n "a": 1\n "b"}')

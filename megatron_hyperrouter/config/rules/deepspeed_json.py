@@ -50,6 +50,10 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         if value is not ABSENT and not agrees:
             remedy = f"leave it out, or make the two agree ({flag(name)})"
             yield Problem(f"{key} in {path}", json.dumps(value), f"contradicts the flags, which make it {json.dumps(expected)}", remedy)
+    for key in ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"):
+        if at(document, key) not in (ABSENT, False) and config.parallel.pipeline_model_parallel_size > 1:
+            rule = "breaks with what our stages hand on (DeepSpeed, runtime/pipe/engine.py:736)"
+            yield Problem(f"{key} in {path}", json.dumps(at(document, key)), rule, "leave it out")
     if at(document, "zero_optimization.contiguous_gradients") is False and config.parallel.expert_model_parallel_size > 1:
         name = f"zero_optimization.contiguous_gradients in {path}"
         yield Problem(name, "false", "gives wrong gradients with expert parallelism", "leave it out")
@@ -62,6 +66,9 @@ def expectations(config: RunConfig, world_size: int | None) -> Iterator[tuple[st
     yield "zero_optimization.stage", config.engine.zero_stage, "zero_stage"
     yield "bf16.enabled", config.train.bf16, "bf16"
     yield "fp16.enabled", False, "bf16"
+    yield "amp.enabled", False, "bf16"
+    if config.train.bf16:
+        yield "data_types.grad_accum_dtype", "fp32", "bf16"
     if world_size is not None and data_parallel_size(config, world_size):
         yield "train_batch_size", global_batch_size(config, world_size), "global_batch_size"
         yield "gradient_accumulation_steps", accumulation_steps(config, world_size), "global_batch_size"
