@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -424,80 +423,3 @@ def test_bf16_without_a_gpu(base):
 
 def test_warnings_of_a_tree_without_a_registry():
     assert warnings(RunConfig(router=RouterChoice(name="hyper"))) == [warnings(RunConfig())[0]]
-
-
-class TestDeepSpeedJson:
-    def found(self, base, tmp_path, document, world_size=None, **settings):
-        path = tmp_path / "ds.json"
-        path.write_text(document if isinstance(document, str) else json.dumps(document), encoding="utf-8")
-        return problems(replace_leaves(base, deepspeed_config=str(path), **settings), world_size=world_size)
-
-    def test_what_the_flags_do_not_set_is_free(self, base, tmp_path):
-        assert self.found(base, tmp_path, {"steps_per_print": 10, "zero_optimization": {"reduce_bucket_size": 5}}) == []
-
-    def test_what_agrees_with_the_flags_passes(self, base, tmp_path):
-        document = {
-            "train_batch_size": 16,
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 2,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 1},
-            "bf16": {"enabled": False},
-            "fp16": {"enabled": False},
-        }
-        assert self.found(base, tmp_path, document, world_size=2, global_batch_size=16) == []
-
-    @pytest.mark.parametrize(
-        ("document", "field", "expected"),
-        [
-            ({"train_batch_size": 32}, "train_batch_size", "8"),
-            ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu", "4"),
-            ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps", "1"),
-            ({"gradient_clipping": 0.5}, "gradient_clipping", "1.0"),
-            ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "1"),
-            ({"bf16": {"enabled": True}}, "bf16.enabled", "false"),
-            ({"fp16": {"enabled": True}}, "fp16.enabled", "false"),
-            ({"amp": {"enabled": True}}, "amp.enabled", "false"),
-            ({"gradient_clipping": "auto"}, "gradient_clipping", "1.0"),
-            ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps", "1"),
-        ],
-    )
-    def test_contradictions(self, base, tmp_path, document, field, expected):
-        (problem,) = self.found(base, tmp_path, document, world_size=2)
-        assert problem.field.startswith(f"{field} in ")
-        assert problem.rule == f"contradicts the flags, which make it {expected}"
-
-    @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
-    def test_sections_that_are_ours(self, base, tmp_path, key):
-        (problem,) = self.found(base, tmp_path, {key: {"type": "Adam"}})
-        assert "flags alone" in problem.rule
-
-    def test_contiguous_gradients(self, base, tmp_path):
-        document = {"zero_optimization": {"contiguous_gradients": False}}
-        assert self.found(base, tmp_path, document) == []
-        (problem,) = self.found(base, tmp_path, document, expert_model_parallel_size=2)
-        assert "wrong gradients" in problem.rule
-
-    def test_gradients_are_added_up_in_float32(self, base, tmp_path):
-        document = {"data_types": {"grad_accum_dtype": "bf16"}}
-        assert self.found(base, tmp_path, document) == []
-        (problem,) = self.found(base, tmp_path, document, bf16=True)
-        assert problem.rule == 'contradicts the flags, which make it "fp32"'
-
-    @pytest.mark.parametrize("key", ["pipe_partitioned", "grad_partitioned"])
-    def test_partitioned_activations(self, base, tmp_path, key):
-        document = {"pipeline": {key: True}}
-        assert self.found(base, tmp_path, document) == []
-        (problem,) = self.found(base, tmp_path, document, pipeline_model_parallel_size=2)
-        assert problem.field.startswith(f"pipeline.{key} in ") and "breaks" in problem.rule
-        assert self.found(base, tmp_path, {"pipeline": {key: False}}, pipeline_model_parallel_size=2) == []
-
-    def test_a_document_that_is_no_json(self, base, tmp_path):
-        (problem,) = self.found(base, tmp_path, '{\n "a": 1\n "b"}')
-        assert "not JSON" in problem.rule and "line 3" in problem.rule
-        (problem,) = self.found(base, tmp_path, "[1]")
-        assert "JSON object" in problem.rule
-
-    def test_several_contradictions_at_once(self, base, tmp_path):
-        document = {"optimizer": {}, "gradient_clipping": 3, "bf16": {"enabled": True}}
-        assert len(self.found(base, tmp_path, document)) == 3
