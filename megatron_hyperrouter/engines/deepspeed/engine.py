@@ -14,11 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
-from megatron_hyperrouter.engines.deepspeed import host_state, model
+from megatron_hyperrouter.engines.deepspeed import host_state, model, tensor
 from megatron_hyperrouter.engines.deepspeed.launch import join, leave
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
 from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
-from megatron_hyperrouter.engines.deepspeed.tensor import ModelParallelUnit, sum_partial_gradients
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.shared import SharedEngine
 from megatron_hyperrouter.engines.state import Holding
@@ -53,9 +52,9 @@ class DeepSpeedEngine(SharedEngine):
         self._clipper = Clipper(optimizer, self.config.optimizer.clip_grad) if self.config.engine.zero_stage == 0 else None
         spread = self.config.parallel.tensor_model_parallel_size > 1
         if spread:
-            sum_partial_gradients(self.named_parameters())
+            tensor.sum_partial_gradients(self.named_parameters())
         # A PipelineModule brings its own topology.
-        mpu = ModelParallelUnit() if spread and self.stages == 1 else None
+        mpu = tensor.ModelParallelUnit() if spread and self.stages == 1 else None
         host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
         return host
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megatron.core import parallel_state
 from torch import nn
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
-from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
@@ -16,6 +16,9 @@ from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
 from megatron_hyperrouter.routers.base import Router
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
 
 
 def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics, loss: LanguageModelLoss) -> nn.Module:
