@@ -86,7 +86,8 @@ class TestHypernetwork:
         assert 0 <= padding < 64 and told["kept"] == told["given"]
         width, hidden, experts, vocabulary = 48, 32, 4, 64
         router = 0 if case == "frozen" else hidden
-        layer = 2 * hidden + hidden * (hidden + 2 * 16) + hidden * hidden + experts * 3 * width * hidden + router
+        norms = 2 * hidden + 2 * 8  # of the residual stream, of queries and keys
+        layer = norms + hidden * (hidden + 2 * 16) + hidden * hidden + experts * 3 * width * hidden + router
         assert told["trained"] == LAYERS * layer + hidden + vocabulary * hidden
 
 
