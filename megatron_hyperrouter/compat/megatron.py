@@ -29,9 +29,9 @@ def install() -> None:
     serve_cuda_calls()
     serve_cuda_devices()
     serve_random_state()
-    serve_gloo()
-    # moe_utils.py and others compile small helpers: correct on CPU, but 15 s of compiler at the first step.
-    torch.compiler.set_stance("force_eager")
+    serve_splits()
+    serve_unequal_shards()
+    run_helpers_eagerly()
     torch.cuda._hyperrouter_cpu = True  # type: ignore[attr-defined]
 
 
@@ -128,18 +128,23 @@ def _not_about_cpu_state(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
-def serve_gloo() -> None:
-    """Collectives that gloo takes in another form.
-
-    The dispatcher turns split sizes into numpy only when they lie on a GPU (moe_utils.py:1092); mappings.py:444 refuses tensors.
-    gloo's all_gather and reduce_scatter want equal shards; MoE with expert-TP > 1 has unequal ones (mappings.py:150, 192).
-    """
+def serve_splits() -> None:
+    """The dispatcher turns split sizes into numpy only when they lie on a GPU (moe_utils.py:1092); mappings.py:444 refuses tensors."""
     from megatron.core.transformer.moe import token_dispatcher
 
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+
+
+def serve_unequal_shards() -> None:
+    """gloo's all_gather and reduce_scatter want equal shards; MoE with expert-TP > 1 has unequal ones (mappings.py:150, 192)."""
     dist.all_gather = functools.partial(_all_gather, dist.all_gather)
     dist.reduce_scatter = functools.partial(_reduce_scatter, dist.reduce_scatter)
     torch.distributed.all_gather, torch.distributed.reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+
+def run_helpers_eagerly() -> None:
+    """The host compiles small helpers (jit.py:24): correct on CPU, but 15 s of compiler at the first step."""
+    torch.compiler.set_stance("force_eager")
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

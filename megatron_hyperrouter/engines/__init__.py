@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from megatron_hyperrouter.compat.quiet import hush
+from megatron_hyperrouter.compat.versions import check
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
@@ -12,9 +13,10 @@ from megatron_hyperrouter.engines.base import Engine
 def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> Engine:
     """Build the model of ``config`` in its engine; ``for_training=False`` leaves the optimizer out.
 
-    The host is imported here and not before, so that settings are checked without it.
+    The host is imported here and not before, so that settings are checked without it.  Raises HostError where it is missing.
     """
     hush()
+    check(config.engine.engine)
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
     engine: Engine = room.open_engine(config, vocab_size=vocab_size, for_training=for_training)
     return engine

@@ -1,0 +1,198 @@
+"""One rank of the tests of the host patches: with every patch but one, the host's own call has to fail; with that one too, it works.
+
+Called with a folder and the name of a patch; writes ``RANK.json``: the error without the patch, and with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_hyperrouter.compat import deepspeed as for_deepspeed
+from megatron_hyperrouter.compat import megatron as for_megatron
+
+MEGATRON = {
+    patch.__name__: patch
+    for patch in (
+        for_megatron.name_te_general_gemm,
+        for_megatron.keep_adam_step,
+        for_megatron.serve_cuda_calls,
+        for_megatron.serve_cuda_devices,
+        for_megatron.serve_random_state,
+        for_megatron.serve_splits,
+        for_megatron.serve_unequal_shards,
+        for_megatron.run_helpers_eagerly,
+    )
+}
+DEEPSPEED = {patch.__name__: patch for patch in (for_deepspeed.skip_shm_build, for_deepspeed.shape_gathered_tokens)}
+PATCHES: dict[str, Callable[[], None]] = MEGATRON | DEEPSPEED
+
+
+def name_te_general_gemm() -> None:
+    """The stock router with moe_router_dtype."""
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    out = router_gating_linear(torch.ones(3, 4), torch.ones(2, 4), None, torch.float32)
+    assert out.tolist() == [[4.0, 4.0]] * 3
+
+
+def keep_adam_step() -> None:
+    """Loading the state of the distributed optimizer."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    module = DistributedDataParallel(config, ddp, torch.nn.Linear(4, 3))
+    whole = get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [module], use_gloo_process_groups=False)
+    (optimizer,) = whole.chained_optimizers
+    module.module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    for parameter in module.parameters():
+        group, order = optimizer.model_param_group_index_map[parameter]
+        size = optimizer.optimizer.param_groups[group]["params"][order].shape
+        saved = {"param": torch.full(size, 2.0), "exp_avg": torch.full(size, 3.0), "exp_avg_sq": torch.full(size, 4.0)}
+        with torch.no_grad():
+            optimizer._set_main_param_and_optimizer_states(parameter, saved)
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        assert (state["exp_avg"] == 3).all() and (state["exp_avg_sq"] == 4).all()
+
+
+def serve_cuda_calls() -> None:
+    """Rotary positions, made where the GPU would be."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding(kv_channels=4, rotary_percent=1.0)
+
+
+def serve_cuda_devices() -> None:
+    """Gradient clipping."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 2.0)
+    norm = get_grad_norm_fp32([weight.grad], grad_stats_parallel_group=dist.group.WORLD)
+    clip_grad_by_total_norm_fp32([weight], max_norm=1.0, total_norm=norm)
+    torch.testing.assert_close(weight.grad, torch.full((4,), 0.5))
+
+
+def serve_random_state() -> None:
+    """Dropout inside the tracker has a stream of its own, which a second seeding repeats."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+    drawn = []
+    for outside in (1, 2):
+        model_parallel_cuda_manual_seed(5, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
+        torch.manual_seed(outside)
+        before = torch.get_rng_state()
+        with get_cuda_rng_tracker().fork():
+            drawn.append(torch.rand(3).tolist())
+        assert torch.equal(torch.get_rng_state(), before), "the default stream went on"
+    assert drawn[0] == drawn[1], "the stream is not that of its seed"
+
+
+def serve_splits() -> None:
+    """The exchange of tokens between two ranks, with split sizes as the dispatcher hands them over."""
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2] if dist.get_rank() == 0 else [2, 4]), as_numpy=True)
+    sent = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2] if dist.get_rank() == 0 else [2, 4]), as_numpy=True)
+    out = tensor_parallel.all_to_all(dist.group.WORLD, torch.ones(int(sum(sent)), 2), sizes, sent)
+    assert out.sum() == 2 * sum(sizes)
+
+
+def serve_unequal_shards() -> None:
+    """Tokens of two ranks with different counts."""
+    from megatron.core.tensor_parallel import mappings
+
+    rank, sizes = dist.get_rank(), [1, 3]
+    whole = mappings._gather_along_first_dim(torch.full((sizes[rank], 2), 1.0 + rank), dist.group.WORLD, sizes)
+    assert whole[:, 0].tolist() == [1.0, 2.0, 2.0, 2.0]
+    own = mappings._reduce_scatter_along_first_dim(whole, dist.group.WORLD, sizes)
+    assert own.tolist() == (2 * whole.split(sizes)[rank]).tolist()
+
+
+def run_helpers_eagerly() -> None:
+    """Any helper that the host compiles."""
+    from megatron.core.jit import jit_fuser
+
+    # Compiling counts as well; unless the patch has been here, which this would undo.
+    stance = contextlib.nullcontext()
+    if torch._dynamo.eval_frame._stance.stance != "force_eager":
+        stance = torch.compiler.set_stance("fail_on_recompile")  # type: ignore[assignment]
+    with stance:
+        assert jit_fuser(lambda x: x + 1)(torch.zeros(1)) == 1
+
+
+def skip_shm_build() -> None:
+    """DeepSpeed's start, where its compiler is as good as missing."""
+    from deepspeed.accelerator import get_accelerator
+
+    def load(self: object) -> None:
+        raise RuntimeError("DeepSpeed compiles its shared-memory collectives")
+
+    type(get_accelerator().create_op_builder("ShareMemCommBuilder")).load = load
+    importlib.import_module("deepspeed.comm.torch").TorchBackend("gloo", None, None)
+
+
+def shape_gathered_tokens() -> None:
+    """The slots of experts from two tensor-parallel ranks."""
+    import deepspeed
+    from deepspeed.moe.mappings import gather_tokens
+    from deepspeed.utils import groups
+
+    class Mpu:
+        """Both ranks are tensor-parallel."""
+
+        get_tensor_model_parallel_world_size = staticmethod(dist.get_world_size)
+        get_tensor_model_parallel_rank = staticmethod(dist.get_rank)
+        get_tensor_model_parallel_group = staticmethod(lambda: dist.group.WORLD)
+
+    for_deepspeed.skip_shm_build()
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    groups.mpu = Mpu()
+    own = torch.full((3, 2, 4), 1.0 + dist.get_rank())
+    expected = torch.cat([torch.full((3, 2, 4), 1.0), torch.full((3, 2, 4), 2.0)], dim=1)
+    assert torch.equal(gather_tokens(own, dim=1), expected)
+
+
+def error_of(probe: Callable[[], None]) -> str | None:
+    """What the probe raises, in words."""
+    try:
+        probe()
+    except Exception as error:  # noqa: BLE001 - any failure counts
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main() -> None:
+    """Try one patch."""
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for other, patch in MEGATRON.items():
+        if other != name and name in MEGATRON:
+            patch()
+    probe = globals()[name]
+    without = error_of(probe)
+    PATCHES[name]()
+    (folder / f"{rank}.json").write_text(json.dumps([without, error_of(probe)]), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

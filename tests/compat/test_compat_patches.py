@@ -1,0 +1,50 @@
+"""Each patch of a host is still needed: all the others alone leave a call of the host's failing.  A failure here says: drop the patch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from program.launched import Zygote
+
+WORKER = Path(__file__).with_name("patch_worker.py")
+# What the host says without the patch.
+NEEDED = {
+    "name_te_general_gemm": (1, "NameError: name 'te_general_gemm'"),
+    "keep_adam_step": (1, "KeyError: 'step'"),
+    "serve_cuda_calls": (1, "not compiled with CUDA|NVIDIA|CUDA"),
+    "serve_cuda_devices": (1, "not compiled with CUDA|NVIDIA|CUDA|AssertionError"),
+    "serve_random_state": (1, "not compiled with CUDA|NVIDIA|default stream went on|not that of its seed"),
+    "serve_splits": (2, "TypeError|RuntimeError"),
+    "serve_unequal_shards": (2, "RuntimeError|ValueError"),
+    "run_helpers_eagerly": (1, "RuntimeError.*fail_on_recompile"),
+    "skip_shm_build": (1, "DeepSpeed compiles"),
+    "shape_gathered_tokens": (2, "RuntimeError|ValueError"),
+}
+WITHOUT_TE = ("name_te_general_gemm", "keep_adam_step")  # needed on any machine, where Transformer Engine and apex are missing
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("patch", NEEDED)
+def test_patch_is_needed_and_enough(zygote: Zygote, tmp_path: Path, patch: str) -> None:
+    if patch in WITHOUT_TE and any(map(importlib.util.find_spec, ("transformer_engine", "apex"))):
+        pytest.skip("a patch for machines without Transformer Engine and apex")
+    if patch not in WITHOUT_TE and torch.cuda.is_available():
+        pytest.skip("a patch for machines without a GPU")
+    ranks, words = NEEDED[patch]
+    zygote.run([tmp_path, patch], program=WORKER, ranks=ranks)
+    for rank in range(ranks):
+        without, with_it = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert without is not None, f"the host no longer needs {patch}"
+        assert re.search(words, without, re.DOTALL), without
+        assert with_it is None, with_it
+
+
+def test_every_patch_is_tried() -> None:
+    from compat.patch_worker import PATCHES
+
+    assert set(PATCHES) == set(NEEDED)
