@@ -50,6 +50,7 @@ def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
         "world_size": world_size,
         **asdict(config.parallel),
         "zero_stage": config.engine.zero_stage,
+        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
         "bf16": config.train.bf16,
     }
     return {"sizes": model_sizes(config), "order": order, "layout": layout}

@@ -142,9 +142,11 @@ class MegatronEngine(SharedEngine):
         for chunk in self.chunks:
             for module in chunk.modules():
                 dispatcher = getattr(module, "token_dispatcher", None)
-                for holder in (dispatcher, getattr(dispatcher, "_comm_manager", None)):
-                    if hasattr(holder, "router_topk"):
-                        holder.router_topk = topk
+                if hasattr(dispatcher, "router_topk"):
+                    dispatcher.router_topk = topk
+                manager = getattr(dispatcher, "_comm_manager", None)  # flex: each expert counts once for each of its TP ranks (:1351)
+                if hasattr(manager, "router_topk"):
+                    manager.router_topk = topk * dispatcher.tp_size
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def holding(self) -> Holding:
