@@ -36,7 +36,7 @@ if [ "$gpus" = 1 ]; then
   ranks=1
   layout=(--expert-model-parallel-size 1)
 fi
-[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 # one core for each rank
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu # one core for each rank; DeepSpeed need not look for GPUs
 # A port of its own: two runs on one machine must not meet.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain_gpt_hyperrouter.py --config examples/quickstart.yaml \
@@ -44,6 +44,6 @@ deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain
   --run-dir $out/run "${layout[@]}" "$@"
 
 echo "== 6/6 evaluation with 1, 2, 4 and 8 of 8 experts"
-unset OMP_NUM_THREADS
+unset OMP_NUM_THREADS # one process has all cores
 python tools/evaluate.py --load $out/run --topk 1 2 4 8 --output $out/evaluation.json
 python tools/baselines.py --load $out/run --results $out/evaluation.json --output $out/table.json
