@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+
+import torch
 
 
 def hush() -> None:
@@ -11,8 +14,11 @@ def hush() -> None:
 
     megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing; both are optional here.
     Its transformer_layer.py:364 warns for each layer of an "Unknown MLP type": the MLP slot is ours by design.
+    DeepSpeed 0.19.8 warns at import, on every rank, that it found no accelerator (real_accelerator.py:213): it is told where we compute.
     torch 2.13 says at each collective of DeepSpeed 0.19.8 (comm/torch.py) that it has a newer name.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_not_the_slot)
