@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart.sh                          # about 5 minutes on 2 CPU cores, the first install included
 #   bash examples/quickstart.sh --train-iters 1000       # any flag of pretrain_gpt_hyperrouter.py
-#   bash examples/quickstart.sh --load runs/quickstart/run    # go on after an interruption
+#   bash examples/quickstart.sh --load runs/quickstart        # go on after an interruption
 #
 # Everything is written under runs/quickstart/; steps that are done already are not done again.
 set -euo pipefail
@@ -41,9 +41,9 @@ fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain_gpt_hyperrouter.py --config examples/quickstart.yaml \
   --data-path $data/stdlib_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json \
-  --run-dir $out/run "${layout[@]}" "$@"
+  --run-dir $out "${layout[@]}" "$@"
 
 echo "== 6/6 evaluation with 1, 2, 4 and 8 of 8 experts"
 unset OMP_NUM_THREADS # one process has all cores
-python tools/evaluate.py --load $out/run --topk 1 2 4 8 --output $out/evaluation.json
-python tools/baselines.py --load $out/run --results $out/evaluation.json --output $out/table.json
+python tools/evaluate.py --load $out --topk 1 2 4 8 --output $out/evaluation.json
+python tools/baselines.py --load $out --results $out/evaluation.json --output $out/table.json
