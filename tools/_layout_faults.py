@@ -1,0 +1,66 @@
+"""Faults that tools/verify_layouts.py must find: its own tests seed them with ``fault=NAME`` in a layout.
+
+Each is one that a distributed trainer can have.  None of them touches the one-process reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+
+FAULTS = {
+    "expert-gradient": "gradients of experts multiplied by EP",
+    "embedding-reduce": "the first and last pipeline stage do not add up the gradients of the embedding that they share",
+    "aux-loss": "the auxiliary loss multiplied by TP",
+    "hypernetwork": "the last rank draws another hypernetwork",
+}
+
+
+def settings_with(fault: str, config: RunConfig, *, rank: int, world_size: int) -> RunConfig:
+    """The settings of this rank."""
+    from megatron_hyperrouter.config.cli import replace_leaves
+
+    if fault == "hypernetwork" and rank == world_size - 1:
+        return replace_leaves(config, **{"router.seed": config.train.seed + 1})
+    return config
+
+
+@contextlib.contextmanager
+def around(fault: str, config: RunConfig) -> Iterator[None]:
+    """To be held while the engine is built and works."""
+    with contextlib.ExitStack() as stack:
+        if fault == "embedding-reduce" and config.engine.engine == "megatron":
+            # A name that is both a function of the package and a module
+            module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+            stack.enter_context(patch.object(module, "_allreduce_word_embedding_grads", lambda *args, **kwargs: None))
+        elif fault == "embedding-reduce":
+            from deepspeed.runtime.pipe.module import PipelineModule
+
+            stack.enter_context(patch.object(PipelineModule, "get_tied_weights_and_groups", lambda self: []))
+        elif fault == "aux-loss":
+            from megatron_hyperrouter.engines import routing
+            from megatron_hyperrouter.ops.balance import switch_loss
+            from megatron_hyperrouter.routers import base
+
+            def too_large(*args: Any, **kwargs: Any) -> Any:
+                return config.parallel.tensor_model_parallel_size * switch_loss(*args, **kwargs)
+
+            stack.enter_context(patch.object(routing, "switch_loss", too_large))
+            stack.enter_context(patch.object(base, "switch_loss", too_large))
+        yield
+
+
+def inside(fault: str, config: RunConfig, engine: Any) -> None:
+    """Once the engine stands."""
+    from megatron_hyperrouter.model.names import is_expert
+
+    if fault == "expert-gradient":
+        for name, parameter in engine.named_parameters():
+            if is_expert(name):
+                parameter.register_hook(lambda gradient: gradient * config.parallel.expert_model_parallel_size)
