@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import TextIO
 
-from megatron_hyperrouter.errors import HostError, HyperRouterError
+from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
 
 PATIENCE = 3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
 # What gloo and NCCL say where a collective broke off because another rank has ended.
@@ -29,7 +29,8 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     try:
         main()
     except HyperRouterError as error:
-        _take_turn(patience)
+        # Settings are the same on all ranks: if rank 0 has said nothing yet, it is still importing, as on a slow disk.
+        _take_turn(10 * patience if isinstance(error, ConfigError) else patience)
         report(error)
         return error.exit_status
     except ModuleNotFoundError as error:

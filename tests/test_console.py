@@ -94,16 +94,20 @@ def test_interrupt(capsys):
 
 
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
-def test_another_rank_waits_and_then_speaks(variable, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [(DataError("mine alone"), 0.1), (ConfigError([Problem("--lr", -1, "must be >= 0", "use 3e-4")]), 1.0)],  # settings are everybody's
+)
+def test_another_rank_waits_and_then_speaks(variable, error, seconds, monkeypatch, capsys):
     monkeypatch.setenv(variable, "3")
     before = signal.getsignal(signal.SIGTERM)
     started = time.monotonic()
     try:
-        assert console.run(failing(DataError("mine alone")), patience=0.3) == 3
+        assert console.run(failing(error), patience=0.1) == error.exit_status
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert time.monotonic() - started >= 0.3
-    assert capsys.readouterr().err == "error (rank 3): mine alone\n"
+    assert time.monotonic() - started >= seconds
+    assert capsys.readouterr().err == f"error (rank 3): {error}\n"
 
 
 def test_global_rank_counts_on_several_nodes(monkeypatch):

@@ -66,7 +66,7 @@ class Job:
             if time.monotonic() > end:
                 self.kill()
                 raise AssertionError(f"ranks still run after {timeout} s:\n{self.stderr[-3000:]}")
-            time.sleep(0.003)
+            time.sleep(0.01)
 
     @property
     def status(self) -> int:

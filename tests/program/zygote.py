@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import glob
 import importlib
 import json
 import os
@@ -62,11 +63,22 @@ def become(request: dict[str, Any]) -> None:
     if limit := request.get("largest_file"):  # bytes; writing more fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if delay := request.get("slow_disk"):  # seconds that each fsync takes longer, so that a kill finds a save under way
+    if pace := request.get("pace"):  # seconds that each optimizer step takes longer, so that a signal comes in time
+        from megatron_hyperrouter.train.run import Run
+
+        step = Run.step
+        Run.step = lambda *args, **kwargs: (time.sleep(pace), step(*args, **kwargs))[1]
+    if pattern := request.get("stall_at"):  # the first fsync of a file while such a path is there does not come back
         quick = os.fsync
-        os.fsync = lambda file: (time.sleep(delay), quick(file))[1]
+        os.fsync = lambda file: stall() if glob.glob(pattern) else quick(file)
     sys.argv = [request["program"], *request["arguments"]]
     sys.path[0] = str(Path(request["program"]).parent)
+
+
+def stall() -> None:
+    """Tell that this rank has come to the place, and stay there."""
+    Path("stalled").touch()
+    time.sleep(600)
 
 
 def main() -> None:
