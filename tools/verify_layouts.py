@@ -65,6 +65,7 @@ def main(arguments: Sequence[str]) -> None:
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in args.layouts)]
     check_faults(layouts)
+    check_alone()
     samples = samples_for(layouts, settings_of(args, layouts[0], args.engines[0], samples=None).train.micro_batch_size)
     reference = Row(layouts[0], args.engines[0], settings_of(args, layouts[0], args.engines[0], samples))  # its ConfigError is the user's
     rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
@@ -108,6 +109,17 @@ def check_faults(layouts: Sequence[Layout]) -> None:
     unknown = [layout.text for layout in layouts if layout.fault and layout.fault not in FAULTS]
     if unknown:
         raise ConfigError([Problem("--layouts", text, "no such fault", f"seed one of {', '.join(FAULTS)}") for text in unknown])
+
+
+def check_alone() -> None:
+    """Under a launcher each rank would start all ranks; raises ConfigError."""
+    from megatron_hyperrouter.config.cli import launched_world_size
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    if (ranks := launched_world_size()) > 1:
+        raise ConfigError(
+            [Problem("ranks started", ranks, "this tool starts its ranks itself", "start it once on one machine, without a launcher")]
+        )
 
 
 def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | None) -> RunConfig:
@@ -260,8 +272,12 @@ def show(rows: Sequence[Row], reference: Row) -> None:
     console.print(table)
     refused, failed = sum(bool(row.refused) for row in rows), [row for row in rows if not row.ok]
     for row in failed:
-        numbers = ", ".join(found.number for found in row.differences if not found.ok)
-        console.print(f"[bold red]FAIL[/] {row.layout.text} on {row.engine}: {numbers}", highlight=False)
+        console.print(f"[bold red]FAIL[/] {row.layout.text} on {row.engine}", highlight=False)
+        for found in row.differences:
+            if not found.ok:
+                console.print(
+                    f"  {found.number}: {found.value:.1e} > {found.tolerance:.0e}; {found.where}", highlight=False, soft_wrap=True
+                )
     console.print(f"{len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} refused by the settings", highlight=False)
 
 

@@ -1,0 +1,122 @@
+"""The proof that layouts agree: it passes right runs, catches and names what is seeded, and refuses what cannot run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from distributed import REPOSITORY, environment
+
+SETTINGS = """
+num_layers: 2
+hidden_size: 32
+num_attention_heads: 4
+num_query_groups: 2
+moe_ffn_hidden_size: 48
+seq_length: 16
+qk_layernorm: true
+make_vocab_size_divisible_by: 8
+init_method_std: 0.06
+num_experts: 4
+router: {name: hyper}
+moe_router_topk: 2
+topk_schedule: linear
+topk_start: 1
+moe_aux_loss_coeff: 0.01
+micro_batch_size: 2
+lr: 3.0e-3
+"""
+FAULTS = ("ep=2,fault=expert-gradient", "pp=2,fault=embedding-reduce", "tp=2,fault=aux-loss", "dp=2,fault=hypernetwork")
+RIGHT = ("tp=2,ep=2,etp=1", "cp=2")
+ENGINES = ("deepspeed", "megatron")
+
+
+class Proof(NamedTuple):
+    """What one call of the tool gave."""
+
+    status: int
+    out: str
+    rows: dict[tuple[str, str], dict[str, Any]]  # (layout, engine) -> the row of --output
+
+    def failed(self, layout: str, engine: str) -> dict[str, tuple[float, str]]:
+        """number -> (difference, where) of what exceeds its tolerance."""
+        found = self.rows[layout, engine]["differences"]
+        return {each["number"]: (each["value"], each["where"]) for each in found if not each["ok"]}
+
+
+def call(folder: Path, *arguments: str, settings: str = SETTINGS, **env: str) -> subprocess.CompletedProcess[str]:
+    (folder / "run.yaml").write_text(settings, encoding="utf-8")
+    command = [sys.executable, str(REPOSITORY / "tools" / "verify_layouts.py"), "--config", str(folder / "run.yaml"), *arguments]
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
+    """All layouts of this file in one call: one start of one rank, one start of two."""
+    folder = tmp_path_factory.mktemp("verify")
+    ended = call(folder, "--steps", "2", "--layouts", *RIGHT, *FAULTS, "--output", str(folder / "found.json"))
+    assert ended.returncode in (0, 1), ended.stderr
+    rows = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return Proof(ended.returncode, ended.stdout, {(row["layout"], row["engine"]): row for row in rows})
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine"), [("1 process", "megatron"), (RIGHT[0], "deepspeed"), (RIGHT[0], "megatron"), (RIGHT[1], "megatron")]
+)
+def test_right_layouts_agree(proof: Proof, layout: str, engine: str) -> None:
+    row = proof.rows[layout, engine]
+    assert row["ok"] and not row["refused"] and len(row["differences"]) == 6
+    assert all(each["value"] <= each["tolerance"] for each in row["differences"])
+
+
+def test_a_layout_that_the_settings_rule_out_is_no_failure(proof: Proof) -> None:
+    row = proof.rows["cp=2", "deepspeed"]
+    assert "--context-parallel-size" in row["refused"] and row["ok"] and row["differences"] == []
+    assert "refused" in proof.out and "1 refused by the settings" in proof.out
+
+
+def test_faults_fail_the_call(proof: Proof) -> None:
+    assert proof.status == 1
+    assert "4 agree, 8 differ" in proof.out
+    assert all(f"FAIL {layout} on {engine}" in proof.out for layout in FAULTS for engine in ENGINES)
+
+
+NAMED: dict[str, Callable[[dict[str, tuple[float, str]]], bool]] = {
+    # The whole gradient of an expert is added once more
+    FAULTS[0]: lambda told: told["gradients"][0] == pytest.approx(1.0, rel=1e-3) and ".mlp.experts." in told["gradients"][1],
+    FAULTS[1]: lambda told: told["gradients"][1] == told["weights"][1] == "embedding.word_embeddings.weight",
+    FAULTS[2]: lambda told: told["aux_loss"][0] == pytest.approx(1.0, rel=1e-3) and ".mlp.router." in told["gradients"][1],
+    FAULTS[3]: lambda told: told["frozen parts"][0] == 1 and told["frozen parts"][1].startswith("rank 1 has another decoder.layers.0."),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", FAULTS)
+def test_a_fault_is_caught_and_named(proof: Proof, layout: str, engine: str) -> None:
+    told = proof.failed(layout, engine)
+    assert NAMED[layout](told), told
+    assert told["gradients"][1] in proof.out
+
+
+@pytest.mark.parametrize("layout", FAULTS[:3])
+def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -> None:
+    assert "frozen parts" not in proof.failed(layout, "megatron")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "world", "says"),
+    [
+        (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "no such fault"),
+        (("--layouts", "tp=none"), SETTINGS, "1", "tp=none: needs a whole number"),
+        ((), SETTINGS.replace("moe_router_topk: 2", "moe_router_topk: 5"), "1", "--moe-router-topk"),
+        ((), SETTINGS, "2", "starts its ranks itself"),
+    ],
+)
+def test_bad_settings_end_with_status_2(tmp_path: Path, arguments: tuple[str, ...], settings: str, world: str, says: str) -> None:
+    ended = call(tmp_path, *arguments, settings=settings, WORLD_SIZE=world)
+    assert ended.returncode == 2 and says in ended.stderr, ended.stderr
