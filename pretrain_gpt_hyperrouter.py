@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from megatron_hyperrouter.config.check import warnings
-    from megatron_hyperrouter.config.cli import parse
+    from megatron_hyperrouter.config.cli import make_folders, parse
     from megatron_hyperrouter.data.dataset import build_splits
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocab_size=tokenizer.vocab_size,
         **samples_needed(config),
     )
+    if console.speaks():
+        make_folders(config)
     engine = open_engine(config, vocab_size=tokenizer.vocab_size)
     try:
         bytes_V = tokenizer.token_bytes_V()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,21 @@ def dump(config: RunConfig) -> str:
     router = {name.removeprefix(ROUTER_PREFIX): value_of(config, name) for name in options}
     parts.append(_yaml("router", {"router": {"name": config.router.name, **router}}))
     return "\n".join(parts)
+
+
+def make_folders(config: RunConfig) -> None:
+    """Create the folders that a run writes to; ConfigError names all that cannot be made or written."""
+    problems = []
+    for name in ("run_dir", "tensorboard_dir"):
+        folder = value_of(config, name)
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problems.append(Problem(flag(name), folder, f"cannot be written ({error.strerror})", "give another folder"))
+    if problems:
+        raise ConfigError(problems)
 
 
 def write_settings(config: RunConfig) -> Path:

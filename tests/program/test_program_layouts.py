@@ -1,10 +1,12 @@
-"""Runs under other optimizers and in bfloat16 go on from a checkpoint bit for bit, in processes that never saw the first half."""
+"""Runs on other layouts go on from a checkpoint bit for bit, and are evaluated, in processes that never saw the first half."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from distributed import REPOSITORY
 from program.launched import Zygote, metrics
 from program.settings import flags_of
 
@@ -18,10 +20,11 @@ SHORT = "--train-iters 4 --save-interval 2 --eval-interval 4 --eval-iters 1 --hi
         (1, "--router.name smoe_dropout --zero-stage 0"),
         (2, "--router.name topk --zero-stage 2 --expert-model-parallel-size 2 --recompute-granularity full"),
         (2, "--router.name hyper --zero-stage 1 --expert-model-parallel-size 2 --bf16"),
+        (2, "--router.name hyper --pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights"),
         (2, "--router.name hyper --router.shared model --router.bias --zero-stage 1 --moe-expert-capacity-factor 1.0"),
     ],
 )
-def test_resumes_bit_for_bit(zygote: Zygote, text: Path, tmp_path: Path, ranks: int, layout: str) -> None:
+def test_resumes_bit_for_bit_and_is_evaluated_where_it_trained(zygote: Zygote, text: Path, tmp_path: Path, ranks: int, layout: str) -> None:
     words = [*SHORT.split(), *layout.split()]
     zygote.run(flags_of(text, tmp_path / "whole", layout=words), ranks=ranks)
     middle = tmp_path / "whole/checkpoints/step_0000002"
@@ -34,3 +37,8 @@ def test_resumes_bit_for_bit(zygote: Zygote, text: Path, tmp_path: Path, ranks: 
     assert names and all(
         (tmp_path / "rest" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes() for name in names
     )
+    output = tmp_path / "scores.json"
+    evaluate = ["--load", tmp_path / "rest", "--topk", 2, "--eval-iters", 1, "--output", output]
+    zygote.run(evaluate, program=REPOSITORY / "tools/evaluate.py", ranks=ranks)
+    (score,) = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert whole[-1]["split"] == "test" and score["lm_loss"] == pytest.approx(whole[-1]["lm_loss"], rel=1e-6)

@@ -78,6 +78,12 @@ class TestSettings:
         assert f"zero_optimization.stage in {path} = 2: contradicts the flags, which make it 1" in message
         assert f"gradient_clipping in {path} = 3.0: contradicts the flags, which make it 1.0" in message
 
+    def test_folders_that_cannot_be_written(self, refused: Refused, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        message = refused("--run-dir", tmp_path / "file/run", "--tensorboard-dir", tmp_path / "file", status=2)
+        assert "2 problems" in message and f"--run-dir = {tmp_path / 'file/run'}: cannot be written (Not a directory)" in message
+        assert f"--tensorboard-dir = {tmp_path / 'file'}: cannot be written (File exists)" in message
+
 
 class TestData:
     """Exit status 3, with the file."""

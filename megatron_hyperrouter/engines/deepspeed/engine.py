@@ -39,7 +39,8 @@ class DeepSpeedEngine(SharedEngine):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
             self.model = model.build(config, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics, loss=self.loss)
             initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
-            self.host: Any = self._wrap() if for_training else self._place_without_optimizer()
+            # DeepSpeed's engine alone runs pipeline stages, in an evaluation too.
+            self.host: Any = self._wrap() if for_training or self.stages > 1 else self._place_without_optimizer()
         self.hold_routers(model.routers(self.model, config))
 
     def _wrap(self) -> Any:
