@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from distributed import REPOSITORY, environment
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = """
 num_layers: 2
 hidden_size: 32
