@@ -25,12 +25,12 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment for a child that imports the project: one thread, no launcher's leftovers."""
+    """This process's environment for a child that imports the project: one thread, no GPU (two ranks cannot share one), no leftovers."""
     kept = {
         key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), kept.get("PYTHONPATH", "")])
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"} | more
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"} | more
 
 
 def run_ranks(worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300) -> Any:
