@@ -37,6 +37,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Run]
     rows = [(router, "reference", Layout(1, "")) for router in THREE]
     rows += [(router, name, on_megatron(layout)) for router in THREE for name, layout in ALL_ROUTERS.items()]
     rows += [("hyper", name, on_megatron(layout)) for name, layout in HYPER.items()]
+    rows += [
+        ("hyper", "deepspeed, no clipping", Layout(1, "--clip-grad 0")),
+        ("hyper", "no clipping", on_megatron(Layout(1, "--clip-grad 0"))),
+    ]
     return run_table(rows, tmp_path_factory.mktemp("layouts"), more=FOUR_LAYERS)
 
 
@@ -53,3 +57,10 @@ def test_every_router(runs: dict[tuple[str, str], Run], router: str, layout: str
 @pytest.mark.parametrize("layout", HYPER)
 def test_hyperrouter_on_any_layout(runs: dict[tuple[str, str], Run], layout: str) -> None:
     assert_same_run(runs["hyper", layout], runs["hyper", "reference"])
+
+
+def test_the_norm_is_told_without_clipping(runs: dict[tuple[str, str], Run]) -> None:
+    assert_same_run(runs["hyper", "no clipping"], runs["hyper", "deepspeed, no clipping"])
+    clipped = runs["hyper", "reference"].told["steps"]
+    assert runs["hyper", "no clipping"].told["steps"][0]["grad_norm"] == pytest.approx(clipped[0]["grad_norm"], rel=1e-5)
+    assert runs["hyper", "no clipping"].told["steps"][1]["lm_loss"] != clipped[1]["lm_loss"]

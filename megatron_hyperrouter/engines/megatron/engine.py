@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,7 +204,7 @@ def _optimizer_config(run: RunConfig, core: TransformerConfig) -> OptimizerConfi
         optimizer="adam",
         lr=settings.lr,
         weight_decay=settings.weight_decay,
-        clip_grad=settings.clip_grad,
+        clip_grad=settings.clip_grad or math.inf,  # 0 would leave out the norm as well
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
