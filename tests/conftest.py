@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "processes" in item.keywords or hasattr(getattr(item, "module", None), "run_ranks"):
+        module = getattr(item, "module", None)
+        if "processes" in item.keywords or hasattr(module, "run_ranks") or hasattr(module, "run_table"):
             item.add_marker(pytest.mark.xdist_group("processes"))
 
 

@@ -24,6 +24,8 @@ STORY = "".join(f"Line {n} of a story about żółw number {n * n}.\n" for n in 
 
 def start(tool: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
+    # Tests that a shell started in the background ignore SIGINT, and so would the tool, on purpose.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
