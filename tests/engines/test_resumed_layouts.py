@@ -1,0 +1,35 @@
+"""A run that goes on from its checkpoint repeats its losses bit for bit, on the layouts that the program tests leave out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distributed import run_ranks
+
+WORKER = Path(__file__).with_name("layout_worker.py")
+TP2 = "--tensor-model-parallel-size 2"
+LAYOUTS = {
+    1: ["--engine megatron --bf16"],
+    2: [
+        "--engine megatron --expert-model-parallel-size 2 --use-distributed-optimizer",
+        "--engine megatron --pipeline-model-parallel-size 2",
+        TP2,
+    ],
+    4: [
+        f"--engine megatron {TP2} --sequence-parallel --expert-model-parallel-size 2 --use-distributed-optimizer",
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2",
+    ],
+}
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_resumes_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+    cases = [
+        {"flags": ["--router.name", "hyper", *flags.split()], "steps": 2, "folder": str(tmp_path / str(number)), "resume": True}
+        for number, flags in enumerate(LAYOUTS[ranks])
+    ]
+    for flags, answer in zip(LAYOUTS[ranks], run_ranks(WORKER, {"cases": cases}, ranks=ranks, folder=tmp_path), strict=True):
+        first, again = answer["steps"][2:4], answer["steps"][4:6]
+        assert first == again, flags
+        assert first[0]["lm_loss"] != first[1]["lm_loss"]
