@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def free_port() -> int:
     """A port that nobody listens on now."""
-    return free_ports(1)[0]
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -42,12 +36,12 @@ def environment(**more: str) -> dict[str, str]:
 def run_ranks(worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300) -> Any:
     """Start ``ranks`` processes of ``worker TASK.json ANSWER.json``; rank 0 writes the answer, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A port for each case, which is a world of its own.  Not a file store: its readers poll the file, by the thousand a second.
-    port, *ports = free_ports(1 + len(task.get("cases", ())))
-    (folder / "task.json").write_text(json.dumps(task | {"ports": ports}), encoding="utf-8")
+    store = tempfile.mkdtemp(dir=folder)  # a new one: a file store keeps the addresses of ranks that are gone
+    (folder / "task.json").write_text(json.dumps(task | {"store": store}), encoding="utf-8")
+    port = str(free_port())
     processes, logs = [], []
     for rank in range(ranks):
-        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         log = (folder / f"rank{rank}.log").open("w+", encoding="utf-8")
         command = [sys.executable, str(worker), str(folder / "task.json"), str(folder / "answer.json")]
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))

@@ -98,7 +98,7 @@ def main() -> None:
     asked = json.loads(task.read_text(encoding="utf-8"))
     for number, case in enumerate(asked["cases"]):
         # A world of its own for each case: ending it is what frees the threads of all its process groups.
-        store = f"tcp://127.0.0.1:{asked['ports'][number]}"
+        store = f"file://{asked['store']}/{number}"
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         deepspeed.init_distributed("gloo", verbose=False, init_method=store, rank=rank, world_size=world_size)
         told.append(run_case(case, world_size))
