@@ -36,10 +36,14 @@ def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
 
     ``over_shards``: as in :func:`switch_loss`.
     """
-    square_T = logits_TE.logsumexp(-1).square()
+    return token_mean(logits_TE.logsumexp(-1).square(), over_shards)
+
+
+def token_mean(values_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
+    """Mean over the micro-batch's tokens; with ``over_shards`` the rank's part of it, as in :func:`switch_loss`."""
     if over_shards is None:
-        return square_T.mean()
-    return square_T.sum() / over_shards(square_T.new_tensor([float(square_T.numel())]))[0]
+        return values_T.mean()
+    return values_T.sum() / over_shards(values_T.new_tensor([float(values_T.numel())]))[0]
 
 
 def entropy(logits_TE: Tensor) -> Tensor:

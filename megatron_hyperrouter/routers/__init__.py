@@ -7,13 +7,13 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from megatron_hyperrouter.routers.base import ROUTERS, Router, Routing
+from megatron_hyperrouter.routers.base import ROUTERS, Router, Routing, RunFacts
 from megatron_hyperrouter.routers.options import make_options, router_class
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
 
-__all__ = ["ROUTERS", "Router", "Routing", "build_router"]
+__all__ = ["ROUTERS", "Router", "Routing", "RunFacts", "build_router"]
 
 
 def build_router(
@@ -26,12 +26,14 @@ def build_router(
     seed: int = 1234,
     aux_loss_coeff: float = 0.0,
     z_loss_coeff: float = 0.0,
+    facts: RunFacts | None = None,
     **options: Any,
 ) -> Router:
     """The router ``name`` for one layer, with its trained parameters drawn from (seed, layer number).
 
-    ``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1; ``options``: fields of the router's
-    ``Config``.  Raises ConfigError, with every problem at once, for an unknown name or option or a value out of range.
+    ``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1; ``facts``: of the run, for methods whose
+    schedule or features depend on it; ``options``: fields of the router's ``Config``.  Raises ConfigError, with every problem at
+    once, for an unknown name or option or a value out of range.
     """
     cls = router_class(name)
     config = make_options(cls, options, hidden_size=hidden_size, num_experts=num_experts, topk=topk)
@@ -44,4 +46,5 @@ def build_router(
         seed=seed,
         aux_loss_coeff=aux_loss_coeff,
         z_loss_coeff=z_loss_coeff,
+        facts=facts,
     )

@@ -40,8 +40,46 @@ class ExpertBank(Protocol):
     """The one bridge from router maths to experts that may live on other ranks; each engine serves it."""
 
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """``score`` of every expert's output for every token of this rank."""
+        """``score`` (``[..., D]`` to ``[...]``) of every expert's output for every token of this rank: float32, no gradient.
+
+        Collective over the ranks that share the experts.  Outputs stay where they are made; scores alone travel.
+        """
         ...
+
+
+class Tokens(NamedTuple):
+    """What an engine knows of the tokens of a micro-batch beside their vectors, in the order of ``x_TD``."""
+
+    ids_T: Tensor  # int64, ids of the vocabulary
+    places_T: Tensor  # int64, sample * seq_length + position, counted over the global batch: the same on every layout
+    seq_length: int
+
+
+class RunFacts(NamedTuple):
+    """What a router may ask of the run that it is built for, beyond its own layer."""
+
+    num_layers: int = 1  # of the whole model
+    train_iters: int = 1000  # optimizer steps of the run
+    vocab_size: int = 256  # token ids
+
+
+class Pass(NamedTuple):
+    """One pass of a micro-batch through a router."""
+
+    step: int  # completed optimizer steps
+    k: int
+    training: bool  # the module's mode, so that the first pass of activation checkpointing (no gradients) and the second agree
+    tokens: Tokens | None = None
+    experts: ExpertBank | None = None
+
+
+class StepCounts(NamedTuple):
+    """What one layer's router did in an optimizer step: sums over the global batch, the same on every rank."""
+
+    step: int  # completed optimizer steps, this one included
+    tokens: float
+    load_E: Tensor  # float64 routes to each expert
+    extra: Tensor  # float64 sums of :meth:`Router.extra_counts`
 
 
 class Router(nn.Module):
@@ -52,7 +90,7 @@ class Router(nn.Module):
     """
 
     name: ClassVar[str]
-    needs_experts: ClassVar[bool] = False  # True: ``refine`` consults an ExpertBank
+    needs_experts: ClassVar[bool] = False  # True: ``refine`` consults an ExpertBank, or ``combine`` the experts' outputs
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -86,9 +124,11 @@ class Router(nn.Module):
         seed: int = 1234,
         aux_loss_coeff: float = 0.0,
         z_loss_coeff: float = 0.0,
+        facts: RunFacts | None = None,
     ) -> None:
         """``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1."""
         super().__init__()
+        self.facts = facts or RunFacts()
         self.config = config
         self.hidden_size = hidden_size
         self.num_experts = num_experts
@@ -97,8 +137,15 @@ class Router(nn.Module):
         self.seed = seed
         self.aux_loss_coeff = aux_loss_coeff
         self.z_loss_coeff = z_loss_coeff
-        # An engine that spreads one micro-batch over several ranks sets this to the sum over them.
+        # An engine that spreads one micro-batch over several ranks sets these: the sum over them (no gradient), and all their rows one
+        # after the other, whose gradient is this rank's rows of the gradient.
         self.over_shards: Callable[[Tensor], Tensor] | None = None
+        self.gather_shards: Callable[[Tensor], Tensor] | None = None
+
+    # ------------------------------------------------------------------------------- what a method is: override these
+    def view(self, x_TD: Tensor, now: Pass) -> Tensor:
+        """What of its input the router sees; noise goes here."""
+        return x_TD
 
     @abstractmethod
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -108,29 +155,7 @@ class Router(nn.Module):
         """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them, unless a method weighs otherwise."""
         return topk_softmax(logits_TE, k)
 
-    def refine(self, first: Routing, x_TD: Tensor, *, step: int, experts: ExpertBank | None) -> Routing:
-        """A method that consults experts changes the first decision here."""
-        return first
-
-    def topk_at(self, step: int) -> int:
-        """k after ``step`` completed optimizer steps."""
-        return self.topk(step) if callable(self.topk) else self.topk
-
-    def forward(self, x_TD: Tensor, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None) -> Routing:
-        """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does.
-
-        Raises ValueError unless 1 <= k <= E.  Computes in float32 whatever the dtype of ``x_TD``, under autocast too.
-        """
-        k = self.topk_at(step) if topk is None else topk
-        if not 1 <= k <= self.num_experts:
-            raise ValueError(f"topk = {k}: must be from 1 to num_experts = {self.num_experts}")
-        with float32_maths(x_TD.device):
-            logits_TE = self.logits(x_TD)
-            weights_TK, experts_TK = self.choose(logits_TE, k)
-            first = Routing(logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK))
-            return self.refine(first, x_TD, step=step, experts=experts)
-
-    def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor) -> dict[str, Tensor]:
+    def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
         """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are switched on."""
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:
@@ -138,6 +163,57 @@ class Router(nn.Module):
         if self.z_loss_coeff:
             losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
         return losses
+
+    def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
+        """A method that decides by more than its logits changes the first decision here."""
+        return first
+
+    def wants_outputs(self, now: Pass) -> bool:
+        """True: this pass ends with :meth:`combine`.  Must not depend on the tokens: all ranks have to agree."""
+        return False
+
+    def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
+        """Weights and further losses from the chosen experts' unweighted outputs, which have their gradients; ids must stay."""
+        return routing
+
+    # ------------------------------------------------------------------------------------ what it counts over a step
+    @property
+    def num_extra_counts(self) -> int:
+        """Numbers that :meth:`extra_counts` gives; 0: none."""
+        return 0
+
+    def extra_counts(self, routing: Routing) -> Tensor:
+        """Sums over this rank's tokens of whatever the method counts: float64 ``[num_extra_counts]``."""
+        raise NotImplementedError
+
+    def end_step(self, counts: StepCounts) -> None:
+        """Engines call this after each optimizer step, on every rank alike; the place where buffers change."""
+
+    # ------------------------------------------------------------------------------------------------ what all share
+    def topk_at(self, step: int) -> int:
+        """k after ``step`` completed optimizer steps."""
+        return self.topk(step) if callable(self.topk) else self.topk
+
+    def at(self, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None, tokens: Tokens | None = None) -> Pass:
+        """The pass that :meth:`forward` makes of these arguments; raises ValueError unless 1 <= k <= E."""
+        k = self.topk_at(step) if topk is None else topk
+        if not 1 <= k <= self.num_experts:
+            raise ValueError(f"topk = {k}: must be from 1 to num_experts = {self.num_experts}")
+        return Pass(step, k, self.training, tokens, experts)
+
+    def forward(
+        self, x_TD: Tensor, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None, tokens: Tokens | None = None
+    ) -> Routing:
+        """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does.
+
+        Raises ValueError unless 1 <= k <= E.  Computes in float32 whatever the dtype of ``x_TD``, under autocast too.
+        """
+        now = self.at(step=step, topk=topk, experts=experts, tokens=tokens)
+        with float32_maths(x_TD.device):
+            logits_TE = self.logits(self.view(x_TD, now))
+            weights_TK, experts_TK = self.choose(logits_TE, now.k)
+            first = Routing(logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK, now))
+            return self.refine(first, x_TD, now)
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises where the method is not one."""
@@ -157,6 +233,7 @@ class Router(nn.Module):
             seed=self.seed,
             aux_loss_coeff=self.aux_loss_coeff,
             z_loss_coeff=self.z_loss_coeff,
+            facts=self.facts,
         ).to(W_ED.device)
         assert isinstance(plain, Router)
         plain.load_state_dict({"weight_ED": W_ED} if b_E is None else {"weight_ED": W_ED, "bias_E": b_E})
@@ -170,6 +247,16 @@ class Router(nn.Module):
         """Fill trained parameters from (seed, layer number) alone, as the constructor does."""
         prefix = f"router.{self.layer_number}."
         self.reset_parameters(lambda name, shape: keyed.normal(shape, seed=self.seed, name=prefix + name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Buffers move with the module but keep their dtype: a count in bfloat16 would stand still."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != before[name].dtype:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, before[name].to(buffer.device))
+        return self
 
     def hold(self, on: bool = True) -> None:
         """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a router may keep what it derives."""

@@ -104,7 +104,7 @@ class FrozenRouter(Router):
         return self.frozen.tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenRouter:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # moves parameters and the two buffers; a dtype cannot touch the frozen part
+        super()._apply(fn, recurse)  # moves parameters and the two buffers; a dtype cannot touch the frozen part
         self.frozen = self.frozen.to(self.frozen_hash.device)
         return self
 
