@@ -43,6 +43,9 @@ class ModelConfig:
     moe_aux_loss_coeff: Annotated[NonNegative, "coefficient of the load-balancing loss"] = 0.0
     moe_z_loss_coeff: Annotated[NonNegative, "coefficient of the router z-loss"] = 0.0
     moe_expert_capacity_factor: Annotated[float | None, Gt(0.0), "drop tokens over this multiple of an even load; default: none"] = None
+    mlp_type: Annotated[Literal["standard", "residual"], "deepspeed engine: residual gives MoE layers a dense MLP beside the experts"] = (
+        "standard"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

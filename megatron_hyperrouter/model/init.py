@@ -33,6 +33,8 @@ def initialise(named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, dr
                 continue
             if "layernorm" in name:
                 parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
             else:
                 shard = shard_of(name, parameter)
                 shape = tuple(parameter.shape) if shard is None else shard.whole_shape(parameter.shape)

@@ -5,6 +5,8 @@
     decoder.layers.{layer}.self_attention.linear_qkv.weight
     decoder.layers.{layer}.mlp.router.{parameter of the router}
     decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight
+    decoder.layers.{layer}.mlp.residual.linear_fc1.weight            --mlp-type residual
+    decoder.layers.{layer}.mlp.coefficient.weight                    --mlp-type residual
     decoder.final_layernorm.weight
     output_layer.weight
 

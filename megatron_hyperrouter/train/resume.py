@@ -68,6 +68,7 @@ def model_sizes(config: RunConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size,
         "num_experts": model.num_experts,
         "qk_layernorm": model.qk_layernorm,
+        "mlp_type": model.mlp_type,
         "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "router.name": config.router.name,
     }

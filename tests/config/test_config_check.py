@@ -127,6 +127,13 @@ CASES = [
         "width 1024",
         {"moe_ffn_hidden_size": 1023},
     ),
+    case(
+        "expert_width_by_tensor_parallel",
+        {**TP2, "expert_tensor_parallel_size": 1, "moe_ffn_hidden_size": 33, "mlp_type": "residual"},
+        "--moe-ffn-hidden-size",
+        "a residual MLP of width 33",
+        {"mlp_type": "standard"},
+    ),
     case("sequence_parallel_needs_tensor_parallel", {"sequence_parallel": True}, "--sequence-parallel", "parallel-size > 1", TP2),
     case(
         "tensor_parallel_experts_need_sequence_parallel",
@@ -239,6 +246,7 @@ CASES = [
         {"moe_token_dispatcher_type": "alltoall"},
     ),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 2}, "--zero-stage", "deepspeed engine", {"engine": "deepspeed"}),
+    case("settings_of_the_other_engine", {**MEGATRON, "mlp_type": "residual"}, "--mlp-type", "deepspeed engine", {"engine": "deepspeed"}),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 3}, "--zero-stage", "deepspeed engine", {"zero_stage": 1}),
     case(
         "settings_of_the_other_engine",

@@ -18,6 +18,8 @@ MOE = "mlp.moe.deepspeed_moe"
         ("12.self_attention.linear_qkv.weight", "decoder.layers.11.self_attention.linear_qkv.weight"),
         (f"12.{MOE}.gate.router.embedding_S", "decoder.layers.11.mlp.router.embedding_S"),
         (f"2.{MOE}.experts.deepspeed_experts.3.linear_fc1.weight", "decoder.layers.1.mlp.experts.local_experts.7.linear_fc1.weight"),
+        ("3.mlp.moe.mlp.linear_fc1.weight", "decoder.layers.2.mlp.residual.linear_fc1.weight"),
+        ("3.mlp.moe.coefficient.bias", "decoder.layers.2.mlp.coefficient.bias"),
         ("13.weight", "decoder.final_layernorm.weight"),
         ("14.output_layer.weight", "output_layer.weight"),
     ],

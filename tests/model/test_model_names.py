@@ -12,7 +12,13 @@ ROUTER = "decoder.layers.11.mlp.router.embedding_S"
 DENSE = "decoder.layers.0.self_attention.linear_qkv.weight"
 
 
-@pytest.mark.parametrize(("name", "expert", "router"), [(EXPERT, True, None), (ROUTER, False, (11, "embedding_S")), (DENSE, False, None)])
+RESIDUAL = "decoder.layers.0.mlp.residual.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "expert", "router"),
+    [(EXPERT, True, None), (ROUTER, False, (11, "embedding_S")), (DENSE, False, None), (RESIDUAL, False, None)],
+)
 def test_kinds(name: str, expert: bool, router: tuple[int, str] | None) -> None:
     assert is_expert(name) == expert
     assert router_parameter(name) == router

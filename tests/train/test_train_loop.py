@@ -294,8 +294,13 @@ class TestResume:
     def test_other_sizes_are_all_named(self, config: RunConfig, again: RunConfig) -> None:
         run(config)
         with pytest.raises(CheckpointError, match="other sizes") as caught:
-            run(change(again, "model", hidden_size=512, num_experts=4))
-        for words in ("--hidden-size was 256 in the checkpoint and is 512 now", "--num-experts was 8 in", "--kv-channels was 64"):
+            run(change(again, "model", hidden_size=512, num_experts=4, mlp_type="residual"))
+        for words in (
+            "--hidden-size was 256 in the checkpoint and is 512 now",
+            "--mlp-type was standard",
+            "--num-experts was 8 in",
+            "--kv-channels was 64",
+        ):
             assert words in caught.value.message
         run(change(again, "model", num_query_groups=4, moe_ffn_hidden_size=1024))  # the defaults, written out
 

@@ -88,6 +88,7 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
 OWNED: tuple[tuple[str, str, str], ...] = (  # setting, the engine that reads it, what to do on the other one
     ("zero_stage", "deepspeed", "leave it out; --use-distributed-optimizer does the same as stage 1"),
     ("deepspeed_config", "deepspeed", "leave it out"),
+    ("mlp_type", "deepspeed", "leave it out, or use --engine deepspeed"),
     ("use_distributed_optimizer", "megatron", "use --zero-stage 1, which does the same"),
     ("overlap_grad_reduce", "megatron", "leave it out"),
     ("overlap_param_gather", "megatron", "leave it out"),

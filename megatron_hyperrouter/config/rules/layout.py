@@ -76,13 +76,16 @@ def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> 
 
 
 def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """ETP cuts the width of an expert."""
+    """ETP cuts the width of an expert; TP that of a residual MLP, which is as wide."""
     model = config.model
     name = "moe_ffn_hidden_size" if model.moe_ffn_hidden_size else "ffn_hidden_size" if model.ffn_hidden_size else "hidden_size"
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
-    if width % expert_tensor_size(config):
-        rule = f"gives experts of width {width}, which must be divisible by their tensor parallelism = {expert_tensor_size(config)}"
-        yield broken(config, name, rule, "set --moe-ffn-hidden-size to a multiple, or --expert-tensor-parallel-size 1")
+    residual = model.mlp_type == "residual"
+    ranks = config.parallel.tensor_model_parallel_size if residual else expert_tensor_size(config)
+    if width % ranks:
+        who, other = ("a residual MLP", "--mlp-type standard") if residual else ("experts", "--expert-tensor-parallel-size 1")
+        rule = f"gives {who} of width {width}, which must be divisible by their tensor parallelism = {ranks}"
+        yield broken(config, name, rule, f"set --moe-ffn-hidden-size to a multiple, or {other}")
 
 
 def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

@@ -29,12 +29,15 @@ class MoESlot(MegatronModule):
     """DeepSpeed's MoE layer with megatron-core's SwiGLU experts and one of our routers.
 
     The routers' losses join the graph where they arise (``MoEAuxLossAutoScaler``), so no pipeline stage has to carry them.
+
+    ``--mlp-type residual`` is the Residual-MoE of PR-MoE (DeepSpeed-MoE, 2201.05596, section 4.1), as DeepSpeed computes it
+    (moe/layer.py:124): ``c_0 MoE(x) + c_1 MLP(x)`` with ``c = softmax(W x + b)``, and an MLP as wide as one expert.
     """
 
     def __init__(self, config: TransformerConfig, *, run: RunConfig, clock: Clock, statistics: RouterStatistics) -> None:
         super().__init__(config)
         model, parallel = run.model, run.parallel
-        shared_experts = expert_tensor_size(run) > 1
+        shared_experts, residual = expert_tensor_size(run) > 1, model.mlp_type == "residual"
         self.moe = MoE(
             model.hidden_size,
             Expert(config, shared=shared_experts),
@@ -43,7 +46,10 @@ class MoESlot(MegatronModule):
             k=1,  # DeepSpeed's own gate, which is replaced below
             use_rts=False,
             enable_expert_tensor_parallelism=shared_experts,
+            use_residual=residual,
         )
+        if residual:  # DeepSpeed takes the first expert; ours is cut over all TP ranks, and is no expert to the data-parallel sums
+            self.moe.mlp = Expert(config, shared=True)
         for parameter in self.moe.deepspeed_moe.experts.parameters():
             # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
             parameter.model_parallel = parallel.tensor_model_parallel_size > 1
@@ -73,10 +79,10 @@ class MoESlot(MegatronModule):
 
 
 class Expert(MLP):
-    """megatron-core's SwiGLU MLP as DeepSpeed calls it."""
+    """megatron-core's SwiGLU MLP as DeepSpeed calls it: an expert, or the dense MLP beside the experts."""
 
     def __init__(self, config: TransformerConfig, *, shared: bool) -> None:
-        """``shared``: the TP ranks share each expert; DeepSpeed then leaves the sum over them to the expert."""
+        """``shared``: the TP ranks share it; DeepSpeed then leaves the sum over them to the expert."""
         own = copy.copy(config)
         own.sequence_parallel = False  # DeepSpeed gathers the tokens before it dispatches them
         own.ffn_hidden_size = config.moe_ffn_hidden_size  # mlp.py sizes linear_fc2 by it
@@ -95,7 +101,10 @@ class Expert(MLP):
         return Expert(config, shared=shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: [groups, 1, slots, D]; megatron-core's weight gradient wants two dimensions (tensor_parallel/layers.py:614)."""
+        """``x``: [groups, 1, slots, D], or [S, B, D] beside the experts.
+
+        megatron-core's weight gradient wants two dimensions (tensor_parallel/layers.py:614).
+        """
         output, _ = super().forward(x.reshape(-1, x.shape[-1]))
         return output.view(x.shape)
 

@@ -8,6 +8,7 @@ _EMBEDDING = re.compile(r"^(?:tied_modules\.embed|0)\.embedding\.")
 _LAYER = re.compile(r"^(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 _ROUTER = ".mlp.moe.deepspeed_moe.gate.router."
+_RESIDUAL, _COEFFICIENT = ".mlp.moe.mlp.", ".mlp.moe.coefficient."
 
 
 def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
@@ -23,5 +24,5 @@ def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
     if position == num_layers + 2:
         return rest
     rest = f"decoder.layers.{position - 1}.{rest}"
-    rest = rest.replace(_ROUTER, ".mlp.router.")
+    rest = rest.replace(_ROUTER, ".mlp.router.").replace(_RESIDUAL, ".mlp.residual.").replace(_COEFFICIENT, ".mlp.coefficient.")
     return _EXPERT.sub(lambda found: f".mlp.experts.local_experts.{first_expert + int(found[1])}.", rest)
