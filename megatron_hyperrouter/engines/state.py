@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, write_weights
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, router_parameter
+from megatron_hyperrouter.model.parallel import dropout_states, set_dropout_states
 from megatron_hyperrouter.model.sharding import gathered, shard_of, tensor_parallel_place
 from megatron_hyperrouter.routers.base import Router
 
@@ -100,6 +101,7 @@ def _state_file(folder: Path, rank: int) -> Path:
 
 def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state["tracker"] = dropout_states()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -109,5 +111,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
+    if states := state.get("tracker"):  # none in a run that seeded no tracker, or in an older checkpoint
+        set_dropout_states(states)
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.config.tree import RunConfig
@@ -31,6 +32,17 @@ def seed_dropout(config: RunConfig) -> None:
     if torch.cuda.is_available() or config.engine.engine == "megatron" or config.parallel.sequence_parallel:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)  # megatron-core's tracker; on the CPU the compat room serves it
     torch.manual_seed(seed + 10_000 * data_rank)
+
+
+def dropout_states() -> dict[str, Tensor]:
+    """The generators of megatron-core's tracker, which dropout in tensor-parallel regions draws from; none where nobody seeded it."""
+    states: dict[str, Tensor] = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return states
+
+
+def set_dropout_states(states: dict[str, Tensor]) -> None:
+    """Go on where :func:`dropout_states` was told."""
+    tensor_parallel.get_cuda_rng_tracker().set_states(states)
 
 
 def forget_groups() -> None:
