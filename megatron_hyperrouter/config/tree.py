@@ -117,6 +117,10 @@ class DataConfig:
     tokenizer_type: Annotated[Literal["ByteTokenizer", "HuggingFaceTokenizer", "NullTokenizer"], "how ids map to text"] = "ByteTokenizer"
     tokenizer_model: Annotated[str | None, "HuggingFaceTokenizer: tokenizer.json or its folder"] = None
     vocab_size: Annotated[Count | None, "NullTokenizer: number of token ids"] = None
+    data_index: Annotated[
+        Literal["auto", "materialised", "on-demand"],
+        "order of samples: built at the start, as megatron-core's; or looked up, for huge files; auto: on-demand from 2**25 documents on",
+    ] = "auto"
     num_workers: Annotated[Natural, "threads that read ahead; 0: read when a batch is needed"] = 2
 
 

@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
+Words = npt.NDArray[np.uint64]
 Blend = tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]
 
 _MOST_SETS = 32767  # the set's number is an int16
+_ROUNDS = 6  # of the Feistel network
+_WORD = 2**64 - 1
 
 
 def sample_index(
@@ -84,6 +87,20 @@ def exhaustive_blending_indices(sizes: npt.NDArray[np.int64]) -> Blend:
     return _blend(sizes / float(max(total, 1)), sizes, total)
 
 
+def permuted(position: int, size: int, key: int) -> int:
+    """Element ``position`` of the permutation of 0 .. size - 1 that ``key`` names."""
+    if not 0 <= position < size:
+        _check_size(size)
+        raise IndexError(f"position {position} of {size}")
+    return int(_permute(np.array([position], np.uint64), size, key)[0])
+
+
+def permutation(size: int, key: int) -> npt.NDArray[np.int64]:
+    """All elements of that permutation in order: int64 [size]."""
+    _check_size(size)
+    return _permute(np.arange(size, dtype=np.uint64), size, key).astype(np.int64)
+
+
 def gather(
     tokens: Integers,
     pointers: npt.NDArray[np.int64],
@@ -117,6 +134,37 @@ def gather(
     if not len(out) or 0 <= out.min() <= out.max() < limit:
         return -1
     return int(np.flatnonzero((out < 0) | (out >= limit))[0])
+
+
+def _check_size(size: int) -> None:
+    if not 1 <= size <= 2**62:
+        raise ValueError(f"size must be 1 to 2**62, got {size}")
+
+
+def _permute(values: Words, size: int, key: int) -> Words:
+    """A Feistel network over the bits that ``size`` needs; what falls outside goes through it again."""
+    _check_size(size)
+    bits = max(1, (size - 1).bit_length())
+    low_bits = np.uint64(bits - bits // 2)
+    low_mask, high_mask = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << (bits // 2)) - 1)
+    words = np.array([(key + (i + 1) * 0x9E3779B97F4A7C15) & _WORD for i in range(_ROUNDS)], np.uint64)
+    keys = _mix(words)
+    walking = np.ones(len(values), bool)
+    while walking.any():
+        low, high = values[walking] & low_mask, values[walking] >> low_bits
+        for i in range(0, _ROUNDS, 2):
+            high ^= _mix(low ^ keys[i]) & high_mask
+            low ^= _mix(high ^ keys[i + 1]) & low_mask
+        values[walking] = high << low_bits | low
+        walking[walking] = values[walking] >= size
+    return values
+
+
+def _mix(words: Words) -> Words:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Words = words ^ (words >> np.uint64(31))
+    return mixed
 
 
 def _check_count(count: int, name: str) -> None:

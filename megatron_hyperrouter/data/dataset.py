@@ -1,7 +1,8 @@
 """Samples of token files: fixed-length pieces in a random order that depends on the seed alone, from one file or a blend of several.
 
 ``S`` is the sequence length; a sample is S + 1 tokens: positions 0 .. S - 1 are the inputs, 1 .. S their labels.
-Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same files, split and seed.
+Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same files, split and seed, unless
+the file's index is an on-demand one (``--data-index``).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data import index
 from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
 from megatron_hyperrouter.data.index import Implementation
-from megatron_hyperrouter.data.order import build_order
+from megatron_hyperrouter.data.on_demand import OnDemandOrder
+from megatron_hyperrouter.data.order import Order, Span, build_order
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 Sample = npt.NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
+ON_DEMAND_FROM = 2**25  # sequences of a file; an epoch of that many takes a second and a gigabyte to shuffle
 
 
 class Dataset(Protocol):
@@ -48,21 +51,12 @@ class Splits:
 
 
 class SequenceDataset:
-    """At least ``num_samples`` samples (None: one epoch) of ``documents`` of one file, in random order, by any number of threads."""
+    """The samples of one file in the order that is given, by any number of threads."""
 
     def __init__(
-        self,
-        store: IndexedDataset,
-        documents: range,
-        *,
-        seq_length: int,
-        num_samples: int | None,
-        seed: int,
-        vocab_size: int,
-        impl: Implementation | None = None,
+        self, store: IndexedDataset, order: Order, *, seq_length: int, vocab_size: int, impl: Implementation | None = None
     ) -> None:
-        self.store, self.seq_length, self.vocab_size = store, seq_length, vocab_size
-        self.order = build_order(store.sizes, documents, seq_length=seq_length, num_samples=num_samples, seed=seed, impl=impl)
+        self.store, self.order, self.seq_length, self.vocab_size = store, order, seq_length, vocab_size
         self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
 
     def __len__(self) -> int:
@@ -72,17 +66,17 @@ class SequenceDataset:
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
         span, store, sample = self.order.span(i), self.store, np.empty(self.seq_length + 1, np.int64)
-        bad = self._impl.gather(store.tokens, store.pointers, store.sizes, self.order.document_index, *span, self.vocab_size, sample)
+        store.check_length()
+        bad = self._impl.gather(store.tokens, store.pointers, store.sizes, *span, self.vocab_size, sample)
         if bad >= 0:
             raise self._foreign_token(span, bad, int(sample[bad]))
         return sample
 
-    def _foreign_token(self, span: tuple[int, int, int, int], bad: int, token: int) -> DataError:
+    def _foreign_token(self, span: Span, bad: int, token: int) -> DataError:
         """Find the document and the byte of token number ``bad`` of a sample."""
-        first, begin, last, _ = span
-        offset = begin + bad
-        for position in range(first, last + 1):
-            sequence = int(self.order.document_index[position])
+        offset = span.begin + bad
+        for position in range(span.first, span.last + 1):
+            sequence = int(span.documents[position])
             if offset < self.store.sizes[sequence]:
                 break
             offset -= int(self.store.sizes[sequence])
@@ -184,22 +178,33 @@ class _Builder:
     def one(self, prefix: str, number: int, num_samples: int | None) -> SequenceDataset:
         """One file, or its part in this split."""
         store, documents = self.open(prefix), self.documents(prefix, number)
-        tokens = int(store.sizes[documents.start : documents.stop].sum(dtype=np.int64))
+        tokens = self.tokens(store, documents)
         if tokens < self.seq_length + 1:
             part = f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with {tokens} tokens"
             raise DataError(
                 f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length {self.seq_length} and the last label",
                 remedy="use more text, a smaller --seq-length, or another --split",
             )
-        return SequenceDataset(
-            store,
-            documents,
-            seq_length=self.seq_length,
-            num_samples=num_samples,
-            seed=self.seed,
-            vocab_size=self.vocab_size,
-            impl=self.impl,
-        )
+        order = self.order(store, documents, num_samples)
+        return SequenceDataset(store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl)
+
+    def order(self, store: IndexedDataset, documents: range, num_samples: int | None) -> Order:
+        """The samples of these documents, by the kind of index that the file has."""
+        if self.on_demand(store):
+            return OnDemandOrder(store, documents, seq_length=self.seq_length, num_samples=num_samples, seed=self.seed, impl=self.impl)
+        return build_order(store.sizes, documents, seq_length=self.seq_length, num_samples=num_samples, seed=self.seed, impl=self.impl)
+
+    def on_demand(self, store: IndexedDataset) -> bool:
+        """Whether the index of this file is looked up rather than built: the same for all its splits and whatever the run's length."""
+        kind = self.data.data_index
+        return kind == "on-demand" or (kind == "auto" and len(store) >= ON_DEMAND_FROM)
+
+    def tokens(self, store: IndexedDataset, documents: range) -> int:
+        """Tokens that these documents hold."""
+        if self.on_demand(store):
+            begin, end = store.first_tokens((documents.start, documents.stop)).tolist()
+            return int(end - begin)
+        return int(store.sizes[documents.start : documents.stop].sum(dtype=np.int64))
 
     def documents(self, prefix: str, number: int) -> range:
         """The documents of a file that split ``number`` reads."""
@@ -209,7 +214,9 @@ class _Builder:
     def open(self, prefix: str) -> IndexedDataset:
         """The file, checked."""
         if prefix not in self.stores:
-            self.stores[prefix] = IndexedDataset(prefix)
-            if not len(self.stores[prefix]):
+            store = self.stores[prefix] = IndexedDataset(prefix, whole=False)
+            if not self.on_demand(store):
+                store.check()
+            if not len(store):
                 raise DataError(f"{os.fspath(prefix)}.idx: the corpus is empty: 0 documents", remedy="preprocess a file that holds text")
         return self.stores[prefix]

@@ -6,6 +6,7 @@ Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -45,6 +46,14 @@ class Implementation(Protocol):
 
     def exhaustive_blending_indices(self, sizes: npt.NDArray[np.int64]) -> Blend:
         """The same until every set is used up."""
+        ...
+
+    def permuted(self, position: int, size: int, key: int) -> int:
+        """One element of a keyed permutation of 0 .. size - 1."""
+        ...
+
+    def permutation(self, size: int, key: int) -> npt.NDArray[np.int64]:
+        """All of them in order."""
         ...
 
     def gather(
@@ -171,6 +180,12 @@ def blending_indices(weights: npt.ArrayLike, size: int, *, impl: Implementation 
 def exhaustive_blending_indices(sizes: npt.ArrayLike, *, impl: Implementation | None = None) -> Blend:
     """As :func:`blending_indices`, with every sample of every set exactly once: ``sizes[i]`` samples of set i."""
     return (impl or IMPLEMENTATIONS[implementation()]).exhaustive_blending_indices(_exact(sizes, np.int64, "sizes"))
+
+
+def key_of(*numbers: int) -> int:
+    """A 64-bit key for :meth:`Implementation.permutation` from whole numbers, each of which changes all of it."""
+    digest = hashlib.blake2b(b"".join(number.to_bytes(16, "little", signed=True) for number in numbers), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _exact(values: npt.ArrayLike, dtype: Any, name: str) -> npt.NDArray[Any]:

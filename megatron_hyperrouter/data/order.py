@@ -1,12 +1,13 @@
 """The order in which one file's documents become samples: a pure function of sizes, sequence length, number of samples and seed.
 
 Equal to megatron-core 0.16's ``GPTDataset`` for the same seed: documents are shuffled and laid end to end, epoch after epoch; that
-stream is cut into samples; the samples are shuffled again.  Nothing is stored on disk: it is built at every start, in memory.
+stream is cut into samples; the samples are shuffled again.  :mod:`on_demand` is the other order, for corpora too large for this one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,28 @@ from megatron_hyperrouter.data.index import Implementation, Integers
 # A last epoch of which fewer samples than this share are asked for is shuffled by itself: otherwise samples of documents that
 # are read once more than others would be spread over the whole run.
 _SEPARATE_BELOW = 0.80
+
+
+class Span(NamedTuple):
+    """From token ``begin`` of ``documents[first]`` to before token ``end`` of ``documents[last]``: one sample and its last label."""
+
+    documents: Integers
+    first: int
+    begin: int
+    last: int
+    end: int
+
+
+class Order(Protocol):
+    """Which tokens each sample holds."""
+
+    def __len__(self) -> int:
+        """Number of samples N."""
+        ...
+
+    def span(self, i: int) -> Span:
+        """Where sample ``i`` lies.  IndexError outside 0 .. N - 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,14 +55,13 @@ class SampleOrder:
         """Number of samples N."""
         return len(self.shuffle_index)
 
-    def span(self, i: int) -> tuple[int, int, int, int]:
-        """Sample ``i`` as (first, begin, last, end): from token ``begin`` of ``document_index[first]`` to before token ``end`` of
-        ``document_index[last]``; it holds one token more than the sequence, its last label.  IndexError outside 0 .. N - 1."""
+    def span(self, i: int) -> Span:
+        """Where sample ``i`` lies.  IndexError outside 0 .. N - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: there are {len(self)}")
         row = int(self.shuffle_index[i])
         (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
-        return first, begin, last, end + 1
+        return Span(self.document_index, first, begin, last, end + 1)
 
 
 def build_order(

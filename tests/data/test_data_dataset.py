@@ -202,9 +202,9 @@ def test_a_set_never_runs_out_of_samples(tmp_path):
 def test_a_file_in_several_splits_is_opened_once(three, monkeypatch):
     opened = []
 
-    def counting(prefix):
+    def counting(prefix, **how):
         opened.append(prefix)
-        return IndexedDataset(prefix)
+        return IndexedDataset(prefix, **how)
 
     monkeypatch.setattr(dataset, "IndexedDataset", counting)
     ours(DataConfig(data_path=tuple(three), split="6,2,2"), (5, 5, 5))

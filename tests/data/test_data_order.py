@@ -90,9 +90,9 @@ def test_each_token_is_read_once_an_epoch(impl, sizes, epochs):
     read = np.zeros(total, int)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     for i in range(len(order)):
-        first, begin, last, end = order.span(i)
+        documents, first, begin, last, end = order.span(i)
         for position in range(first, last + 1):
-            document = order.document_index[position]
+            document = documents[position]
             low = begin if position == first else 0
             high = end if position == last else sizes[document]
             if position == last:

@@ -13,6 +13,7 @@
 
 #include "blending.h"
 #include "gather.h"
+#include "permutation.h"
 #include "sample_index.h"
 #include "shuffle.h"
 #include "view.h"
@@ -148,6 +149,32 @@ int64_t bind_gather(const Array<Token>& tokens, const Array<int64_t>& pointers, 
   return gather(tokens_view, pointers_view, sizes_view, order_view, Span{first, begin, last, end}, limit, data, length);
 }
 
+KeyedPermutation keyed_permutation(int64_t size, uint64_t key) {
+  if (size < 1 || size > int64_t{1} << 62) {
+    throw std::invalid_argument("size must be 1 to 2**62, got " + std::to_string(size));
+  }
+  return KeyedPermutation(size, key);
+}
+
+int64_t bind_permuted(int64_t position, int64_t size, uint64_t key) {
+  const KeyedPermutation permutation = keyed_permutation(size, key);
+  if (position < 0 || position >= size) {
+    throw std::out_of_range("position " + std::to_string(position) + " of " + std::to_string(size));
+  }
+  return permutation(position);
+}
+
+py::array bind_permutation(int64_t size, uint64_t key) {
+  const KeyedPermutation permutation = keyed_permutation(size, key);
+  Array<int64_t> out(size);
+  int64_t* data = out.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    for (int64_t i = 0; i < size; ++i) data[i] = permutation(i);
+  }
+  return std::move(out);
+}
+
 template <typename Document>
 void define_sample_index(py::module_& module, const char* doc) {
   module.def("sample_index", &bind_sample_index<Document>, py::arg("sizes").noconvert(),
@@ -210,6 +237,12 @@ PYBIND11_MODULE(_index, module) {
              "0: none).\n\n"
              "As in megatron-core 0.16 `build_exhaustive_blending_indices`.  ValueError for a negative size or over "
              "32767 sets.");
+
+  module.def("permuted", &bind_permuted, py::arg("position"), py::arg("size"), py::arg("key"),
+             "Element `position` of the permutation of 0 .. size - 1 that `key` (uint64) names; size is 1 to 2**62.\n\n"
+             "Always the same for the same arguments.  ValueError for another size, IndexError for another position.");
+  module.def("permutation", &bind_permutation, py::arg("size"), py::arg("key"),
+             "All elements of that permutation in order: int64 [size].");
 
   const char* gather_doc =
       "Copies one sample into out (int64 [length]): document_index[first] from token `begin`, ..., "
