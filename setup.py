@@ -74,7 +74,11 @@ setup(
         "tokenizers>=0.19",
         "torch>=2.8,<3",
     ],
-    extras_require={"tensorboard": ["tensorboard>=2.14"], "wandb": ["wandb>=0.17"]},
+    extras_require={
+        "data": ["gigatoken>=0.10,<0.11", "pyarrow>=15", "zstandard>=0.20"],  # faster encoding, Parquet, .zst
+        "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.17"],
+    },
     ext_modules=[
         Extension(
             "megatron_hyperrouter.data._index",

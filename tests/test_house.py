@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), {"annotated_types", "pydantic", "yaml"}),
     "ops": (set(), {"torch"}),
     "routers": ({"ops"}, {"torch", "annotated_types", "pydantic"}),
-    "data": ({"config"}, {"numpy", "torch", "tokenizers", "zstandard"}),
+    "data": ({"config"}, {"numpy", "torch", "tokenizers", "gigatoken", "pyarrow", "zstandard"}),
     "model": ({"config"}, {"torch", "megatron"}),
     "compat": (set(), {"torch", "deepspeed", "megatron"}),
     "checkpoint": ({"config"}, {"torch", "safetensors"}),

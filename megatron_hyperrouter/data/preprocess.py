@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hyperrouter.data.backends import Backend, build_encoder, choose_backend
 from megatron_hyperrouter.data.corpus import Batch, documents, read_batches, total_bytes
 from megatron_hyperrouter.data.store import IndexedWriter, smallest_dtype
-from megatron_hyperrouter.data.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError, Problem
 
+_CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
 _BATCHES_PER_WORKER = 3  # one in work, one waiting for the worker, one waiting for the writer
 
 
@@ -39,6 +40,7 @@ class Recipe:
     tokenizer_model: str | None = None
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
+    backend: str = "auto"  # one of backends.BACKENDS; changes no byte of the output
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,18 @@ def preprocess(
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> list[Written]:
     """Write ``{output_prefix}_{key}_document.bin/.idx`` for each key of the recipe, under temporary names until all is done.
 
     ``workers``: processes that encode; 1 encodes in this one.  ``progress(bytes done, all bytes)`` of the inputs on disk.
+    ``report``: told which back end encodes, and why not a faster one.
     Raises DataError (file, and line or byte, of bad input), ConfigError, HostError; nothing is left in place then, nor when a
     signal interrupts.
     """
     _check(recipe, workers)
     size = total_bytes(inputs)
+    recipe = with_backend(recipe, inputs, report)
     encoder = Encoder(recipe)
     with ExitStack() as stack:
         prefixes = [f"{output_prefix}_{key}_document" for key in recipe.keys]
@@ -95,12 +100,33 @@ def preprocess(
         return [Written(w.prefix, w.num_documents, w.num_sequences, w.num_tokens, w.dtype) for w in writers]
 
 
+def with_backend(recipe: Recipe, inputs: Sequence[str], report: Callable[[str], None] | None = None) -> Recipe:
+    """The recipe with the back end that encodes, after a check on the first documents; as :func:`choose_backend`."""
+    backend = choose_backend(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, _first_documents(inputs, recipe.keys), report)
+    return replace(recipe, backend=backend)
+
+
+def _first_documents(inputs: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and texts of the first documents: those of the first batch."""
+    batch = next(read_batches(inputs), None)
+    if batch is None:
+        return
+    size = 0
+    for number, document in enumerate(documents(batch, keys), start=1):
+        for key, sequences in zip(keys, document, strict=True):
+            for text in sequences:
+                yield f"{batch.path}, document {number}, key {key!r}", text
+                size += len(text)
+        if size > _CHECKED_CHARACTERS:
+            return
+
+
 class Encoder:
     """Batches of undecoded text to tokens; one in each process."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._tokenizer = build_tokenizer(recipe.tokenizer_type, recipe.tokenizer_model)
+        self._tokenizer = build_encoder(recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend))
         self._eod = np.array([self._tokenizer.eod], dtype=np.int32) if recipe.append_eod else None
         self.dtype = smallest_dtype(self._tokenizer.vocab_size)
 

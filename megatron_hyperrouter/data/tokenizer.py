@@ -158,6 +158,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, pieces: list[str]) -> list[NDArray[np.int32]]:
         return [np.array(found.ids, dtype=np.int32) for found in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
 
+    def json(self) -> str:
+        """The ``tokenizer.json`` as the library writes it, with truncation and padding off."""
+        return str(self._backend.to_str())
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens included."""
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=False))
