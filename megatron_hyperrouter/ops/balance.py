@@ -31,6 +31,18 @@ def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | 
     return num_experts * (load_E / num_routes * mean_E).sum()
 
 
+def overload_loss(values_TK: Tensor, experts_TK: Tensor, num_experts: int, over_shards: OverShards | None = None) -> Tensor:
+    """Balance loss of StableMoE (arXiv 2204.08396), ``1/T sum_i (n_i - n)/n sum_(routes to i) value``, for any k.
+
+    ``n_i`` counts the routes to expert i (no gradient), ``n = T K / E`` is their mean.  The paper writes the sum over all tokens, at
+    k = 1: T times this.  0 when the routes are uniform.  ``over_shards``: as in :func:`switch_loss`.
+    """
+    load_E = load(experts_TK, num_experts)
+    load_E = (load_E if over_shards is None else over_shards(load_E)).to(values_TK.dtype)
+    excess_E = load_E * num_experts / load_E.sum().clamp(min=1) - 1.0
+    return token_mean((excess_E[experts_TK] * values_TK).sum(-1), over_shards)
+
+
 def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
     """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5).
 

@@ -1,0 +1,177 @@
+"""StableMoE: learn to route, teach it to a small router on word embeddings, then follow that one for ever (arXiv 2204.08396).
+
+``s = E x`` with trained centroids E; ``D(w)`` is a table of word embeddings of its own, ``s' = E' D(w)`` the distilled router.
+
+Stage 1, the first ``stage1_steps`` optimizer steps: ids = top-k of s, weights ``sigmoid(s_chosen)``, which are not normalised; losses
+
+    balance        alpha / T * sum_i (n_i - n) / n * sum_(routes to i) sigmoid(s_ti),   n_i routes to i, n = T K / E
+    distillation   mean over tokens and their chosen ids a of -log softmax(s')_a; trains D and E' alone
+
+Stage 2, and evaluation after the switch: ids = top-k of s' with D and E' as they were at the switch; the weights are still
+``sigmoid(s_chosen)``, whose centroids go on learning; none of the losses above, nor ``aux`` and ``z``.  Evaluation before the switch
+routes by the centroids.
+
+The switch copies D and E' into buffers, in the first pass after ``stage1_steps`` completed steps: later passes, repeated ones and resumed
+runs find the copy there.  The optimizer still holds the trained D and E', whose gradients are zero in stage 2 (hosts wait for every
+gradient); momentum and decay may move them, which nobody reads.  A training pass of stage 1 forgets the copy: a run that goes back,
+or on with a longer first stage, distils anew.
+
+Differences from the paper: its balance loss is a sum over the tokens of a batch and ours their mean in each micro-batch, which is
+the same beside a language-model loss taken likewise; k may exceed 1, where the distillation averages over the chosen ids and weights do
+not sum to 1; every MoE layer has its own D, the paper's one MoE layer too; the paper drops the optimizer's state of D and E'.  Initial
+values are ours: the paper's text has none.  The routers called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the
+sigmoid, nor distillation, nor a second stage.
+
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``V`` token ids, ``W`` features of a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+
+from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.ops.balance import overload_loss, token_mean
+from megatron_hyperrouter.ops.topk import best_experts
+from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing
+
+
+class StableMoERouter(Router, name="stablemoe"):
+    """Trained centroids with sigmoid weights; from the second stage on a frozen table from token ids to experts decides."""
+
+    config: Config
+    frozen_word_VW: Tensor
+    frozen_centroid_EW: Tensor
+    frozen_at: Tensor  # int64 [1]: completed steps at the switch, -1 before
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Router.Config):
+        """The published values; the paper's k is 1."""
+
+        stage1_share: Annotated[float, Gt(0.0), Le(1.0), "share of --train-iters before routing is frozen; 1: it never is"] = 0.1
+        stage1_steps: Annotated[Count | None, "optimizer steps before routing is frozen; default: by stage1-share"] = None
+        word_size: Annotated[Count, "features of a token id in the distilled router"] = 50
+        balance_coeff: Annotated[float, Ge(0.0), "of the first stage's balance loss"] = 0.3
+        distillation_coeff: Annotated[float, Ge(0.0), "of the first stage's distillation loss"] = 1.0
+        init_std: Annotated[float, Ge(0.0), "standard deviation of the initial centroids"] = 0.02
+
+        def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
+            """Two lengths of the first stage."""
+            if self.stage1_steps is not None and self.stage1_share != type(self).stage1_share:
+                rule = f"does nothing beside --router.stage1-steps {self.stage1_steps}"
+                yield Problem("--router.stage1-share", self.stage1_share, rule, "give one of the two")
+
+        def warnings(self, *, topk: int) -> Iterator[str]:
+            """A second stage that follows what was never taught."""
+            if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
+                yield "router 'stablemoe' with --router.distillation-coeff 0: the second stage follows random ids for each token id"
+
+    def __init__(self, config: Config, **common: Any) -> None:
+        """``common``: the keywords of :class:`Router`; ``facts`` has the size of the vocabulary and the steps of the run."""
+        super().__init__(config, **common)
+        words, experts, size = self.facts.vocab_size, self.num_experts, config.word_size
+        self.centroid_ED = nn.Parameter(torch.empty(experts, self.hidden_size))
+        self.word_VW = nn.Parameter(torch.empty(words, size))
+        self.word_centroid_EW = nn.Parameter(torch.empty(experts, size))
+        self.register_buffer("frozen_word_VW", torch.zeros(words, size))
+        self.register_buffer("frozen_centroid_EW", torch.zeros(experts, size))
+        self.register_buffer("frozen_at", torch.full((1,), -1, dtype=torch.int64))
+        self.reset()
+
+    def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """Centroids ~ N(0, init_std^2); D ~ N(0, 1) and E' ~ N(0, 1/W), so that s' starts with unit standard deviation."""
+        stds = {"centroid_ED": self.config.init_std, "word_VW": 1.0, "word_centroid_EW": self.config.word_size**-0.5}
+        with torch.no_grad():
+            for name, std in stds.items():
+                parameter = self.get_parameter(name)
+                parameter.copy_(draw(name, tuple(parameter.shape)) * std)
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether ``step`` completed steps are the second stage; the same on every rank."""
+        first = self.config.stage1_steps
+        if first is None:
+            if self.config.stage1_share == 1.0:
+                return False
+            first = max(1, round(self.config.stage1_share * self.facts.train_iters))
+        return step >= first
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``s = E x``, in both stages."""
+        return F.linear(x_TD.float(), self.centroid_ED.float())
+
+    def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The first stage's decision."""
+        experts_TK = best_experts(logits_TE, k)
+        return logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK
+
+    def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
+        """The first stage's losses; distillation where the token ids are known."""
+        if self.is_frozen(now.step):
+            return {}
+        losses, config = super().balance_losses(logits_TE, experts_TK, now), self.config
+        if config.balance_coeff:
+            values_TK = logits_TE.gather(-1, experts_TK).sigmoid()
+            losses["balance"] = config.balance_coeff * overload_loss(values_TK, experts_TK, self.num_experts, self.over_shards)
+        if config.distillation_coeff and now.training and now.tokens is not None:
+            distilled_TE = F.linear(F.embedding(now.tokens.ids_T, self.word_VW).float(), self.word_centroid_EW.float())
+            wrong_T = -distilled_TE.log_softmax(-1).gather(-1, experts_TK).mean(-1)
+            losses["distillation"] = config.distillation_coeff * token_mean(wrong_T, self.over_shards)
+        return losses
+
+    def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
+        """The second stage's decision; raises ValueError where it does not know the token ids."""
+        if self.is_frozen(now.step):
+            experts_TK = self._frozen_experts(now)
+            first = first._replace(weights_TK=first.logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK=experts_TK)
+        elif now.training:
+            self.frozen_at.fill_(-1)
+        if now.training and "distillation" not in first.losses:
+            weights_TK: Tensor = _Touch.apply(first.weights_TK, self.word_VW, self.word_centroid_EW)  # type: ignore[no-untyped-call]
+            first = first._replace(weights_TK=weights_TK)
+        return first
+
+    def _frozen_experts(self, now: Pass) -> Tensor:
+        if now.tokens is None:
+            raise ValueError(
+                f"router 'stablemoe' at step {now.step} is in its second stage and routes by token ids: call it with tokens=Tokens(...), "
+                "or with --router.stage1-share 1 to stay in the first stage"
+            )
+        with torch.no_grad():
+            self._freeze(now.step)
+            return best_experts(F.linear(F.embedding(now.tokens.ids_T, self.frozen_word_VW), self.frozen_centroid_EW), now.k)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _freeze(self, step: int) -> None:
+        """Copy D and E' unless that is done."""
+        if self.frozen_at.device.type == "cpu" and int(self.frozen_at) >= 0:
+            return
+        done = self.frozen_at >= 0  # decided on the device: the host of a GPU need not wait for the number
+        for kept, live in ((self.frozen_word_VW, self.word_VW), (self.frozen_centroid_EW, self.word_centroid_EW)):
+            kept.copy_(torch.where(done, kept, live.float()))
+        self.frozen_at.copy_(torch.where(done, self.frozen_at, step))
+
+    def linear(self) -> tuple[Tensor, Tensor | None]:
+        """Refused."""
+        raise NotImplementedError(
+            "router 'stablemoe' does not fold: its weights are sigmoids that are not normalised, and its second stage routes by token ids"
+        )
+
+
+class _Touch(torch.autograd.Function):
+    """Hands its first argument on; the others get zero gradients, which hosts that reduce gradients wait for."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters  # not saved tensors: hooks that offload activations would move them
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        return gradient, *(torch.zeros_like(each) if need else None for each, need in zip(ctx.parameters, wanted, strict=True))
