@@ -1,7 +1,7 @@
 """How evenly tokens spread over experts: losses to train with, numbers to watch.
 
-Legend: ``T`` tokens, ``E`` experts of the whole model, ``K`` active experts.  Means are over the tokens given, so the caller's
-micro-batch on its rank is the group that is balanced.
+Legend: ``T`` tokens, ``N`` sequences, ``E`` experts of the whole model, ``K`` active experts.  Means are over the tokens given, so
+the caller's micro-batch on its rank is the group that is balanced.
 """
 
 from __future__ import annotations
@@ -41,6 +41,37 @@ def overload_loss(values_TK: Tensor, experts_TK: Tensor, num_experts: int, over_
     load_E = (load_E if over_shards is None else over_shards(load_E)).to(values_TK.dtype)
     excess_E = load_E * num_experts / load_E.sum().clamp(min=1) - 1.0
     return token_mean((excess_E[experts_TK] * values_TK).sum(-1), over_shards)
+
+
+def sequence_loss(probs_TE: Tensor, experts_TK: Tensor, sequence_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
+    """:func:`switch_loss` of each sequence by itself, averaged over the sequences (DeepSeek-V3, arXiv 2412.19437, equation 17).
+
+    ``sequence_T``: any integer that says to which sequence a token belongs.  ``over_shards``: as in :func:`switch_loss`; every
+    rank holds tokens of every sequence of the micro-batch, as under sequence and context parallelism.
+    """
+    num_experts, topk = probs_TE.size(1), experts_TK.size(1)
+    names_N, place_T = torch.unique(sequence_T, return_inverse=True)  # sorted: the same order on all ranks
+    num_sequences = names_N.numel()
+    load_NE = load(place_T[:, None] * num_experts + experts_TK, num_sequences * num_experts).view(num_sequences, num_experts)
+    load_NE = (load_NE if over_shards is None else over_shards(load_NE)).to(probs_TE.dtype)
+    routes_N1 = load_NE.sum(-1, keepdim=True).clamp(min=1)
+    sum_NE = probs_TE.new_zeros(num_sequences, num_experts).index_add(0, place_T, probs_TE)
+    loss_N = num_experts * (load_NE / routes_N1 * sum_NE * (topk / routes_N1)).sum(-1)
+    total: Tensor = loss_N.sum() / max(num_sequences, 1)
+    return total
+
+
+def known_load_loss(probs_TE: Tensor, share_E: Tensor, over_shards: OverShards | None = None) -> Tensor:
+    """``E * sum_i f_i P_i`` with shares ``f_i`` that are given (they sum to 1), so that it is 1 when they are uniform.
+
+    ``over_shards``: as in :func:`switch_loss`.
+    """
+    return token_mean(probs_TE @ (probs_TE.size(1) * share_E.to(probs_TE.dtype)), over_shards)
+
+
+def bias_step(load_E: Tensor, rate: float) -> Tensor:
+    """What balancing without a loss adds to the choice bias: ``rate * sign(mean load - load)`` (arXiv 2408.15664, algorithm 1)."""
+    return rate * torch.sign(load_E.sum() - load_E.numel() * load_E)  # integers: exact, where a mean would round
 
 
 def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:

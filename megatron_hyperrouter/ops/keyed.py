@@ -54,6 +54,14 @@ def uniform(shape: Sequence[int], *, seed: int, name: str, device: torch.device 
     return _fill(shape, _upper_24_bits, seed=seed, name=name, device=device, start=start)
 
 
+def bits(counters: Tensor, *, seed: int, name: str) -> Tensor:
+    """64 random bits, as int64, for each counter of an int64 tensor, in place: word c of the stream (seed, name) for the counter c.
+
+    Unlike :func:`uniform`, for numbers whose indices are data, such as places of tokens.  Integers alone: a compiler may have it.
+    """
+    return _mix(counters, *_key(seed, name))
+
+
 def digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256, in hexadecimal, of the tensors' bytes one after the other."""
     total = hashlib.sha256()
@@ -67,8 +75,7 @@ def _fill(
 ) -> Tensor:
     if torch.compiler.is_compiling():
         raise RuntimeError(f"draw {name!r} outside torch.compile: a compiler changes how float64 rounds")
-    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    offset, twist = (int.from_bytes(key[i : i + 8], "little", signed=True) for i in (0, 8))
+    offset, twist = _key(seed, name)
     here = torch.device(device)
     place = here if here.type in ("cpu", "cuda") else torch.device("cpu")  # others may lack float64
     size = _CHUNK if place.type == "cpu" else _CHUNK << 5
@@ -80,6 +87,11 @@ def _fill(
             counter = torch.arange(start + first + 1, start + first + 1 + chunk.numel(), dtype=torch.int64, device=place)
             chunk.copy_(transform(_mix(counter, offset, twist)))
         return out.to(here)
+
+
+def _key(seed: int, name: str) -> tuple[int, int]:
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(key[:8], "little", signed=True), int.from_bytes(key[8:16], "little", signed=True)
 
 
 def _mix(counter: Tensor, offset: int, twist: int) -> Tensor:

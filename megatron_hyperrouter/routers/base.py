@@ -226,7 +226,7 @@ class Router(nn.Module):
             W_ED, b_E = self.linear()
         plain_class: Any = ROUTERS["topk"]
         plain = plain_class(
-            plain_class.Config(bias=b_E is not None),
+            plain_class.Config(bias=b_E is not None, **self.folded_options()),
             hidden_size=self.hidden_size,
             num_experts=self.num_experts,
             topk=self.topk,
@@ -239,6 +239,10 @@ class Router(nn.Module):
         assert isinstance(plain, Router)
         plain.load_state_dict({"weight_ED": W_ED} if b_E is None else {"weight_ED": W_ED, "bias_E": b_E})
         return plain
+
+    def folded_options(self) -> dict[str, Any]:
+        """Options of the ``topk`` router that choose and weigh as this method does; none: the softmax over the kept logits."""
+        return {}
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the name alone."""

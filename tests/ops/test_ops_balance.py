@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_hyperrouter.ops.balance import entropy, load, switch_loss, z_loss
+from megatron_hyperrouter.ops.balance import bias_step, entropy, known_load_loss, load, sequence_loss, switch_loss, z_loss
 from megatron_hyperrouter.ops.topk import topk_softmax
 
 
@@ -16,14 +16,19 @@ def random_routing(num_tokens: int, num_experts: int, k: int) -> tuple[torch.Ten
     return logits_TE, topk_softmax(logits_TE, k)[1]
 
 
+def aux_loop(probs: list[list[float]], experts: list[list[int]]) -> float:
+    num_experts, topk = len(probs[0]), len(experts[0])
+    total = 0.0
+    for expert in range(num_experts):
+        share = sum(row.count(expert) for row in experts) / (len(experts) * topk)
+        total += num_experts * share * sum(row[expert] for row in probs) / len(probs)
+    return total
+
+
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 4, 1), (17, 4, 2), (30, 9, 9)])
 def test_switch_loss_against_loops(num_tokens, num_experts, k):
     logits_TE, experts_TK = random_routing(num_tokens, num_experts, k)
-    probs = logits_TE.softmax(-1).double().tolist()
-    expected = 0.0
-    for expert in range(num_experts):
-        routes = sum(row.count(expert) for row in experts_TK.tolist())
-        expected += num_experts * (routes / (num_tokens * k)) * (sum(row[expert] for row in probs) / num_tokens)
+    expected = aux_loop(logits_TE.softmax(-1).double().tolist(), experts_TK.tolist())
     assert float(switch_loss(logits_TE.softmax(-1), experts_TK)) == pytest.approx(expected, rel=1e-6)
 
 
@@ -75,3 +80,63 @@ def test_load_counts_routes_of_experts_nobody_chose_too():
     flat = experts_TK.flatten().tolist()
     assert load(experts_TK, 9).tolist() == [flat.count(expert) for expert in range(9)]
     assert load(experts_TK, 9).dtype == torch.int64
+
+
+def test_sequence_loss_is_the_mean_of_each_sequence_by_itself():
+    logits_TE, experts_TK = random_routing(24, 6, 2)
+    sequence_T = torch.tensor([9, 4, 9, 7] * 6)  # 12, 6 and 6 tokens, interleaved
+    probs, experts = logits_TE.softmax(-1).double().tolist(), experts_TK.tolist()
+    expected = 0.0
+    for name in (4, 7, 9):
+        rows = [t for t, own in enumerate(sequence_T.tolist()) if own == name]
+        expected += aux_loop([probs[t] for t in rows], [experts[t] for t in rows]) / 3
+    whole = sequence_loss(logits_TE.softmax(-1), experts_TK, sequence_T)
+    assert float(whole) == pytest.approx(expected, rel=1e-6)
+    assert float(whole) != pytest.approx(float(switch_loss(logits_TE.softmax(-1), experts_TK)), rel=1e-3)
+    one = sequence_loss(logits_TE.softmax(-1), experts_TK, torch.full((24,), 5))
+    assert float(one) == pytest.approx(float(switch_loss(logits_TE.softmax(-1), experts_TK)), rel=1e-6)
+
+
+def test_known_load_loss_against_a_loop_and_one_when_uniform():
+    logits_TE, _ = random_routing(15, 6, 2)
+    share = [0.5, 0.25, 0.125, 0.125, 0.0, 0.0]
+    probs = logits_TE.softmax(-1).double().tolist()
+    expected = 6 * sum(share[e] * sum(row[e] for row in probs) / 15 for e in range(6))
+    assert float(known_load_loss(logits_TE.softmax(-1), torch.tensor(share))) == pytest.approx(expected, rel=1e-6)
+    assert float(known_load_loss(logits_TE.softmax(-1), torch.full((6,), 1 / 6))) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["switch", "sequence", "known"])
+def test_parts_of_shards_add_up_to_the_whole_loss_and_gradient(kind):
+    """Two ranks hold 8 and 4 tokens of each of two sequences; their parts sum to what one rank has."""
+    logits_TE, experts_TK = random_routing(24, 6, 2)
+    probs_TE, sequence_T = logits_TE.softmax(-1), torch.arange(24) % 2
+    share_E = torch.tensor([0.5, 0.25, 0.125, 0.125, 0.0, 0.0])
+
+    def loss(probs, experts, sequences, over_shards=None):
+        if kind == "switch":
+            return switch_loss(probs, experts, over_shards)
+        if kind == "sequence":
+            return sequence_loss(probs, experts, sequences, over_shards)
+        return known_load_loss(probs, share_E, over_shards)
+
+    whole_TE = probs_TE.clone().requires_grad_()
+    whole = loss(whole_TE, experts_TK, sequence_T)
+    (expected_TE,) = torch.autograd.grad(whole, whole_TE)
+    totals: list[torch.Tensor] = []
+    ranks = [slice(0, 16), slice(16, 24)]
+    for rows in ranks:  # what each rank would contribute to its all-reduce
+        loss(probs_TE[rows], experts_TK[rows], sequence_T[rows], lambda values: totals.append(values) or values)
+    parts, gradients = [], []
+    for rows in ranks:
+        own_TE = probs_TE[rows].clone().requires_grad_()
+        part = loss(own_TE, experts_TK[rows], sequence_T[rows], lambda values: totals[0] + totals[1])
+        parts.append(float(part))
+        gradients.append(torch.autograd.grad(part, own_TE)[0])
+    assert sum(parts) == pytest.approx(float(whole), rel=1e-6)
+    torch.testing.assert_close(torch.cat(gradients), expected_TE)
+
+
+def test_bias_step_lifts_who_has_less_than_the_mean():
+    assert bias_step(torch.tensor([1.0, 7.0, 4.0, 4.0], dtype=torch.float64), 0.5).tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert not bias_step(torch.full((7,), 3.0, dtype=torch.float64), 0.5).any()

@@ -109,3 +109,10 @@ def test_digest_is_that_of_the_bytes():
     a, b = torch.arange(6, dtype=torch.float32).view(2, 3), torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
     raw = struct.pack("<6f", 0, 3, 1, 4, 2, 5) + struct.pack("<2H", 0x3FC0, 0xC000) + struct.pack("<q", 7)
     assert keyed.digest([a.t(), b, torch.tensor(7)]) == hashlib.sha256(raw).hexdigest()
+
+
+def test_bits_are_the_words_that_uniform_numbers_are_made_of():
+    places = torch.tensor([4, 1, 9])
+    words = keyed.bits(places + 1, seed=3, name="a")  # element i of a stream is word i + 1
+    expected = keyed.uniform((10,), seed=3, name="a")[places]
+    assert torch.equal(((words >> 40) & (2**24 - 1)) * 2.0**-24, expected)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.ops.topk import best_experts, softmax_topk, topk_softmax
+from megatron_hyperrouter.ops.topk import best_experts, scored_topk, softmax_topk, topk_softmax
 
 LOGITS = st.sampled_from([-math.inf, -2.5, -1.0, 0.0, 0.5, 1.0, 3.0])  # few values, so that ties are common
 
@@ -84,3 +84,50 @@ def test_megatron_core_chooses_and_weighs_alike(k, pre_softmax):
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k = {k}: must be from 1 to E = 4"):
         topk_softmax(torch.zeros(2, 4), k)
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_scores_weigh_and_the_biased_scores_choose(score, renormalise, with_bias):
+    generator = torch.Generator().manual_seed(6)
+    logits_TE = torch.randn(30, 7, generator=generator)
+    choice_bias_E = 0.3 * torch.randn(7, generator=generator) if with_bias else None
+    weights_TK, experts_TK = scored_topk(logits_TE, 3, score=score, renormalise=renormalise, choice_bias_E=choice_bias_E)
+    moved = 0
+    for row, weights, experts in zip(logits_TE.double().tolist(), weights_TK.tolist(), experts_TK.tolist(), strict=True):
+        own = softmax_loop(row) if score == "softmax" else [sigmoid(value) for value in row]
+        compared = [s + b for s, b in zip(own, choice_bias_E.tolist() if with_bias else [0.0] * 7, strict=True)]
+        assert experts == chosen_by_sort(compared, 3)
+        moved += experts != chosen_by_sort(own, 3)
+        total = sum(own[i] for i in experts) if renormalise else 1.0
+        assert weights == pytest.approx([own[i] / total for i in experts], abs=1e-6)
+    assert bool(moved) == with_bias
+
+
+def test_renormalised_sigmoids_that_underflow_are_still_weights():
+    weights_TK, _ = scored_topk(torch.tensor([[-200.0, -201.0, -300.0]]), 2, score="sigmoid")
+    assert weights_TK[0].tolist() == pytest.approx(softmax_loop([0.0, -1.0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_gradient_of_scores_against_finite_differences(score, renormalise):
+    logits_TE = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    bias_E = torch.linspace(-0.3, 0.3, 6, dtype=torch.float64)
+    weigh = lambda logits: scored_topk(logits, 2, score=score, renormalise=renormalise, choice_bias_E=bias_E)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(weigh, logits_TE)
+
+
+def test_megatron_core_has_deepseek_v3s_choice():
+    moe_utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
+    generator = torch.Generator().manual_seed(8)
+    logits_TE, bias_E = torch.randn(64, 8, generator=generator), 0.2 * torch.randn(8, generator=generator)
+    probs_TE, map_TE = moe_utils.topk_routing_with_score_function(logits_TE, 3, score_function="sigmoid", expert_bias=bias_E)
+    weights_TK, experts_TK = scored_topk(logits_TE, 3, score="sigmoid", choice_bias_E=bias_E)
+    assert torch.equal(torch.zeros(64, 8, dtype=torch.bool).scatter(1, experts_TK, True), map_TE)
+    torch.testing.assert_close(torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6)
