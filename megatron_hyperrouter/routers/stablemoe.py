@@ -7,7 +7,7 @@ Stage 1, the first ``stage1_steps`` optimizer steps: ids = top-k of s, weights `
     balance        alpha / T * sum_i (n_i - n) / n * sum_(routes to i) sigmoid(s_ti),   n_i routes to i, n = T K / E
     distillation   mean over tokens and their chosen ids a of -log softmax(s')_a; trains D and E' alone
 
-Stage 2, and evaluation after the switch: ids = top-k of s' with D and E' as they were at the switch; the weights are still
+Stage 2, and evaluation with a frozen copy at hand: ids = top-k of s' with D and E' as they were at the switch; the weights are still
 ``sigmoid(s_chosen)``, whose centroids go on learning; none of the losses above, nor ``aux`` and ``z``.  Evaluation before the switch
 routes by the centroids.
 
@@ -18,8 +18,8 @@ or on with a longer first stage, distils anew.
 
 Differences from the paper: its balance loss is a sum over the tokens of a batch and ours their mean in each micro-batch, which is
 the same beside a language-model loss taken likewise; k may exceed 1, where the distillation averages over the chosen ids and weights do
-not sum to 1; every MoE layer has its own D, the paper's one MoE layer too; the paper drops the optimizer's state of D and E'.  Initial
-values are ours: the paper's text has none.  The routers called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the
+not sum to 1; every MoE layer has a D of its own, where the paper has one such layer; the optimizer keeps its state of D and E' for the
+whole run.  Initial values are ours.  The routers called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the
 sigmoid, nor distillation, nor a second stage.
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``V`` token ids, ``W`` features of a word.
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
 from megatron_hyperrouter.ops.topk import best_experts
-from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing
+from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Routing
 
 
 class StableMoERouter(Router, name="stablemoe"):
@@ -55,7 +55,10 @@ class StableMoERouter(Router, name="stablemoe"):
         """The published values; the paper's k is 1."""
 
         stage1_share: Annotated[float, Gt(0.0), Le(1.0), "share of --train-iters before routing is frozen; 1: it never is"] = 0.1
-        stage1_steps: Annotated[Count | None, "optimizer steps before routing is frozen; default: by stage1-share"] = None
+        stage1_steps: Annotated[
+            Natural | None,
+            "optimizer steps before routing is frozen; 0: at once, to finetune from a checkpoint's frozen copy; default: by stage1-share",
+        ] = None
         word_size: Annotated[Count, "features of a token id in the distilled router"] = 50
         balance_coeff: Annotated[float, Ge(0.0), "of the first stage's balance loss"] = 0.3
         distillation_coeff: Annotated[float, Ge(0.0), "of the first stage's distillation loss"] = 1.0
@@ -93,13 +96,17 @@ class StableMoERouter(Router, name="stablemoe"):
                 parameter.copy_(draw(name, tuple(parameter.shape)) * std)
 
     def is_frozen(self, step: int) -> bool:
-        """Whether ``step`` completed steps are the second stage; the same on every rank."""
+        """Whether training after ``step`` completed steps is in the second stage; the same on every rank."""
         first = self.config.stage1_steps
         if first is None:
             if self.config.stage1_share == 1.0:
                 return False
             first = max(1, round(self.config.stage1_share * self.facts.train_iters))
         return step >= first
+
+    def _by_words(self, now: Pass) -> bool:
+        """The second stage; evaluation knows it by the copy too, as a reader of a checkpoint may not know the step."""
+        return self.is_frozen(now.step) or (not now.training and int(self.frozen_at) >= 0)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``s = E x``, in both stages."""
@@ -112,7 +119,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
         """The first stage's losses; distillation where the token ids are known."""
-        if self.is_frozen(now.step):
+        if self._by_words(now):
             return {}
         losses, config = super().balance_losses(logits_TE, experts_TK, now), self.config
         if config.balance_coeff:
@@ -126,7 +133,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
         """The second stage's decision; raises ValueError where it does not know the token ids."""
-        if self.is_frozen(now.step):
+        if self._by_words(now):
             experts_TK = self._frozen_experts(now)
             first = first._replace(weights_TK=first.logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK=experts_TK)
         elif now.training:
@@ -140,7 +147,7 @@ class StableMoERouter(Router, name="stablemoe"):
         if now.tokens is None:
             raise ValueError(
                 f"router 'stablemoe' at step {now.step} is in its second stage and routes by token ids: call it with tokens=Tokens(...), "
-                "or with --router.stage1-share 1 to stay in the first stage"
+                "or build it with stage1_share=1.0 to stay in the first stage"
             )
         with torch.no_grad():
             self._freeze(now.step)

@@ -194,6 +194,24 @@ def test_evaluation_follows_the_stage_of_its_step():
     train(router, adam(router), range(SWITCH, SWITCH + 2))
 
 
+def test_a_checkpoint_of_the_second_stage_is_evaluated_and_finetuned_by_its_frozen_copy():
+    """Whatever the step: evaluation may not know it, finetuning starts from 0."""
+    router, tokens = small(), words(77)
+    train(router, adam(router), range(SWITCH + 4))
+    expected = frozen_ids(router.frozen_word_VW, router.frozen_centroid_EW, tokens, 2)
+    assert expected != frozen_ids(router.word_VW, router.word_centroid_EW, tokens, 2)
+    evaluated, finetuned = small().eval(), small(stage1_steps=0)
+    for reader in (evaluated, finetuned):
+        reader.load_state_dict(router.state_dict())
+    found = evaluated(numbers(), tokens=tokens)
+    assert found.experts_TK.tolist() == expected
+    assert found.losses == {}
+    assert train(finetuned, adam(finetuned), range(3))[0] == frozen_ids(router.frozen_word_VW, router.frozen_centroid_EW, words(0), 2)
+    assert finetuned(numbers(), step=3, tokens=tokens).experts_TK.tolist() == expected
+    with pytest.raises(ValueError, match="routes by token ids"):
+        evaluated(numbers())
+
+
 @pytest.mark.parametrize("cut", [2, SWITCH, SWITCH + 1, SWITCH + 3])
 def test_resuming_in_either_stage_and_at_the_switch_is_bit_equal(cut):
     whole, begun, resumed = small(), small(), small()
