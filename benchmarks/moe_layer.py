@@ -11,6 +11,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from _pairs import Row, Seconds, flags, in_turn, print_table, stopwatch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.routing import RouterStatistics
+    from megatron_hyperrouter.engines.statistics import RouterStatistics
 
 GOAL = 1.05
 BALANCE = 0.01  # coefficient of the balance loss
@@ -117,15 +118,18 @@ def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:
     from deepspeed.moe.layer import MoE
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from megatron_hyperrouter.engines.clock import Clock
     from megatron_hyperrouter.engines.deepspeed.moe import MoESlot
-    from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
+    from megatron_hyperrouter.engines.routing import make_router
+    from megatron_hyperrouter.engines.statistics import RouterStatistics
     from megatron_hyperrouter.model.spec import transformer_config
 
     model = config.model
     core = transformer_config(config)
     statistics = RouterStatistics(1, model.num_experts)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
-        slot: Any = MoESlot(core, run=config, clock=Clock(), statistics=statistics)
+        make = partial(make_router, config, vocab_size=256)
+        slot: Any = MoESlot(core, run=config, make=make, clock=Clock(), statistics=statistics)
         slot.set_layer_number(1)
         options = {"k": model.moe_router_topk, "drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
         expert = slot.moe.deepspeed_moe.experts.deepspeed_experts[0]  # MoE makes copies of it

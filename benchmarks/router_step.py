@@ -159,7 +159,7 @@ def take_folded_weights(engine: Any, hyper: RunConfig) -> None:
 
     with torch.no_grad():
         for plain in engine.routers.values():
-            plain.weight_ED.copy_(make_router(hyper, plain.layer_number).linear()[0])
+            plain.weight_ED.copy_(make_router(hyper, plain.layer_number, vocab_size=VOCABULARY).linear()[0])
     host_state.take_weights_over(engine.host.optimizer)  # ZeRO writes its own copy back after a step
 
 

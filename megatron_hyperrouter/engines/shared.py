@@ -5,18 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.launch import device
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, topk_schedule
+from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
+from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import any_rank, eval_result, step_result
 from megatron_hyperrouter.model.loss import LanguageModelLoss
-from megatron_hyperrouter.routers.base import Router
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+    from megatron_hyperrouter.routers.base import Router
 
 
 class SharedEngine(ABC):
@@ -39,14 +44,27 @@ class SharedEngine(ABC):
         self.routers = routers
         for router in routers.values():
             router.hold(True)
+        self.statistics.make_room(max(router.num_extra_counts for router in routers.values()))
 
     # ---------------------------------------------------------------------------------------------------- work
     def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        self.clock.step, self.clock.topk, self.statistics.enabled = step, None, True
+        self.clock.begin(step=step)
+        self.statistics.enabled = True
         norm = self.optimize(batches, learning_rate)
+        result, sums = step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
+        tokens = self.global_batch_size * self.config.model.seq_length
+        for router in self.routers.values():
+            router.end_step(self.statistics.counts(sums, router.layer_number, step=step + 1, tokens=tokens))
         self._weights_changed()
-        return step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
+        self.clock.step = step + 1  # an evaluation may follow
+        return result
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one optimizer step."""
+        train = self.config.train
+        return train.global_batch_size or train.micro_batch_size * self.place.data_size
 
     @abstractmethod
     def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
@@ -54,7 +72,8 @@ class SharedEngine(ABC):
 
     def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        self.clock.topk, self.statistics.enabled = topk, False
+        self.clock.begin(step=self.clock.step, topk=topk)
+        self.statistics.enabled = False
         self.loss.token_bytes_V = None if token_bytes_V is None else token_bytes_V.to(self.device)
         modules = self.modules()
         were_training = [module.training for module in modules]

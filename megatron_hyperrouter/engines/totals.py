@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hyperrouter.engines.base import EvalResult, StepResult
-from megatron_hyperrouter.engines.routing import RouterStatistics
+from megatron_hyperrouter.engines.statistics import RouterStatistics
 
 
-def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: float, stop: bool) -> StepResult:
-    """Add up the loss, what the routers chose, and who wants to stop (collective).
+def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: float, stop: bool) -> tuple[StepResult, Tensor]:
+    """Add up the loss, what the routers chose, and who wants to stop (collective); also returns the statistics' sums.
 
     Ratios are taken afterwards, so ranks that saw the same tokens (tensor parallelism) may all be counted.
     """
@@ -20,8 +20,9 @@ def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: f
     dist.all_reduce(own)
     own = own.cpu()
     loss, tokens, _, stopped = own[:4].tolist()
-    layers = statistics.summary(own[4:].view(rows.shape))
-    return StepResult(
+    sums = own[4:].view(rows.shape)
+    layers = statistics.summary(sums)
+    result = StepResult(
         lm_loss=loss / tokens,
         aux_loss=sum(layers["aux"]) / statistics.num_layers,
         z_loss=sum(layers["z"]) / statistics.num_layers,
@@ -30,6 +31,7 @@ def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: f
         load_max_over_mean_L=tuple(layers["load_max_over_mean"]),
         stop=bool(stopped),
     )
+    return result, sums
 
 
 def eval_result(loss_sums: Tensor, *, replicas: int) -> EvalResult:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
+from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.routers import build_router
 from megatron_hyperrouter.routers.base import Router, Routing
 
@@ -161,7 +162,7 @@ class TestStatistics:
         routed = {1: [routing(10, 1)], 2: [routing(6, 3), routing(14, 2)]}
         for layer, routings in routed.items():
             for one in routings:
-                statistics.record(layer, one)
+                statistics.record(router_of("topk", 1, layer_number=layer), one)
         found = statistics.summary(statistics.take())
         for layer, routings in routed.items():
             loads, entropies, aux, z = np.zeros(E), [], [], []
@@ -183,7 +184,7 @@ class TestStatistics:
     def test_are_silent_while_evaluating(self) -> None:
         statistics = RouterStatistics(1, E)
         statistics.enabled = False
-        statistics.record(1, routing(5, 2))
+        statistics.record(router_of("topk", 2), routing(5, 2))
         assert not statistics.take().any()
 
     @pytest.mark.parametrize(

@@ -82,10 +82,11 @@ class DeepSpeedEngine(SharedEngine):
             self.host.train()
             for _ in range(self.micro_batches):
                 tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in next(batches))
+                self.clock.arrive(tokens_BS, self.place)
                 self.host.backward(self.host(tokens_BS, labels_BS))
                 self.host.step()
         else:
-            self.host.train_batch(batches)
+            self.host.train_batch(iter(self._told([next(batches) for _ in range(self.micro_batches)])))
         return self._clipper.norm if self._clipper else float(self.host.get_global_grad_norm())
 
     @torch.no_grad()
@@ -93,10 +94,17 @@ class DeepSpeedEngine(SharedEngine):
         """See :class:`SharedEngine`."""
         if self.stages == 1:
             for tokens_BS, labels_BS in batches:
+                self.clock.arrive(tokens_BS.to(self.device), self.place)
                 self.model(tokens_BS.to(self.device), labels_BS.to(self.device))
             return
-        held = list(batches)
+        held = self._told(list(batches))
         self.host.eval_batch(iter(held), num_micro_batches=len(held))
+
+    def _told(self, held: list[Batch]) -> list[Batch]:
+        """The same; the layers of every stage know the tokens now, of which DeepSpeed gives the middle ones nothing."""
+        for tokens_BS, _ in held:
+            self.clock.arrive(tokens_BS.to(self.device, non_blocking=True), self.place)
+        return held
 
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, heaviest, total_loss
+from megatron_hyperrouter.engines.clock import Clock, RouterSite
+from megatron_hyperrouter.engines.routing import heaviest, total_loss
+from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.ops.balance import load
 from megatron_hyperrouter.routers.base import Router
 
@@ -52,8 +54,9 @@ class RouterGate(nn.Module):
         """
         super().__init__()
         self.router = router
-        self.clock = clock or Clock()
-        self.statistics = statistics
+        self.site = RouterSite(router, clock=clock, statistics=statistics)
+        self.clock = self.site.clock
+        self.dropless = False  # whatever the capacity: as long as a router waits for the outputs of all its choices
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
         self.min_capacity = min_capacity
@@ -67,12 +70,10 @@ class RouterGate(nn.Module):
         """Route the tokens of this rank; the optional arguments are DeepSpeed's and have to keep these values."""
         if used_token is not None or not sparse_routes or use_tutel:
             raise NotImplementedError("RouterGate serves sparse routes of all tokens only")
-        routing = self.router(x_TD, step=self.clock.step, topk=self.clock.topk)
-        if self.statistics is not None:
-            self.statistics.record(self.router.layer_number, routing)
+        routing = self.site.routing(x_TD)
         load_E = load(routing.experts_TK, self.router.num_experts)
         chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        factor = None if self.dropless else self.capacity_factor if self.training else self.eval_capacity_factor
         slots = self._slots(factor, routing.experts_TK, load_E)
         multiple = self.capacity_multiple() if callable(self.capacity_multiple) else self.capacity_multiple
         if factor is not None:

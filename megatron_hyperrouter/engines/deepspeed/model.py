@@ -12,13 +12,14 @@ from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics
-from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
 from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.clock import Clock
+    from megatron_hyperrouter.engines.statistics import RouterStatistics
+    from megatron_hyperrouter.model.loss import LanguageModelLoss
 
 
 def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics, loss: LanguageModelLoss) -> nn.Module:
@@ -33,7 +34,9 @@ def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterSt
         # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers (transformer_layer.py:48).
         pipeline_model_parallel_size=1,
     )
-    layers = model_layers(run, core, moe_spec(run, clock, statistics), padded_vocab_size(vocab_size, run))
+    layers = model_layers(
+        run, core, moe_spec(run, vocab_size=vocab_size, clock=clock, statistics=statistics), padded_vocab_size(vocab_size, run)
+    )
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         return Sequence(layers, loss)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 from deepspeed.moe.layer import MoE
 from megatron.core import parallel_state
@@ -21,8 +23,12 @@ from torch import Tensor
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, make_router
+from megatron_hyperrouter.engines.deepspeed.routed import consult_experts
+from megatron_hyperrouter.engines.routing import make_router
+from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.routers.base import Router
 
 
 class MoESlot(MegatronModule):
@@ -34,7 +40,10 @@ class MoESlot(MegatronModule):
     (moe/layer.py:124): ``c_0 MoE(x) + c_1 MLP(x)`` with ``c = softmax(W x + b)``, and an MLP as wide as one expert.
     """
 
-    def __init__(self, config: TransformerConfig, *, run: RunConfig, clock: Clock, statistics: RouterStatistics) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, run: RunConfig, make: Callable[[int], Router], clock: Clock, statistics: RouterStatistics
+    ) -> None:
+        """``make``: the router of the layer of this number, counted from 1 over the whole model."""
         super().__init__(config)
         model, parallel = run.model, run.parallel
         shared_experts, residual = expert_tensor_size(run) > 1, model.mlp_type == "residual"
@@ -54,17 +63,18 @@ class MoESlot(MegatronModule):
             # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
             parameter.model_parallel = parallel.tensor_model_parallel_size > 1
         # The layer number is known when the transformer layer calls set_layer_number().
-        self._run, self._clock, self._statistics = run, clock, statistics
+        self._run, self._make, self._clock, self._statistics = run, make, clock, statistics
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the whole model)."""
         self.moe.deepspeed_moe.gate = RouterGate(
-            make_router(self._run, layer_number),
+            self._make(layer_number),
             clock=self._clock,
             statistics=self._statistics,
             capacity_factor=self._run.model.moe_expert_capacity_factor,
             capacity_multiple=self._run.parallel.tensor_model_parallel_size,
         )
+        consult_experts(self.moe.deepspeed_moe)
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
@@ -109,6 +119,7 @@ class Expert(MLP):
         return output.view(x.shape)
 
 
-def moe_spec(run: RunConfig, clock: Clock, statistics: RouterStatistics) -> ModuleSpec:
-    """Spec of the MLP slot."""
-    return ModuleSpec(module=MoESlot, params={"run": run, "clock": clock, "statistics": statistics})
+def moe_spec(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> ModuleSpec:
+    """Spec of the MLP slot; ``vocab_size``: ids of the tokenizer."""
+    make = partial(make_router, run, vocab_size=vocab_size)
+    return ModuleSpec(module=MoESlot, params={"run": run, "make": make, "clock": clock, "statistics": statistics})

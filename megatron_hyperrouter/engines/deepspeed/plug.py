@@ -12,6 +12,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
+from megatron_hyperrouter.engines.deepspeed.routed import consult_experts
 from megatron_hyperrouter.routers import build_router
 from megatron_hyperrouter.routers.base import Router
 
@@ -78,6 +79,7 @@ def plug_into_deepspeed(
     if old.ep_group is not None:  # set_deepspeed_parallelism() was there already
         gate._set_ep_group(old.ep_group)
     moe.deepspeed_moe.gate = gate
+    consult_experts(moe.deepspeed_moe)
     return router
 
 

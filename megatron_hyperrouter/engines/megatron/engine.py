@@ -88,17 +88,17 @@ class MegatronEngine(SharedEngine):
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._set_topk(self.topk_at(self.clock.step))
+        model.set_topk(self.chunks, self.topk_at(self.clock.step))
         train = self.config.train
-        whole = train.global_batch_size or train.micro_batch_size * self.place.data_size
-        self._schedule(batches, whole // (train.micro_batch_size * self.place.data_size), train.micro_batch_size, forward_only=False)
+        count = self.global_batch_size // (train.micro_batch_size * self.place.data_size)
+        self._schedule(batches, count, train.micro_batch_size, forward_only=False)
         _, norm, _ = self.optimizer.step()
         return float(norm)
 
     def forward_all(self, batches: Iterator[Batch]) -> None:
         """See :class:`SharedEngine`."""
         held = list(batches)
-        self._set_topk(self.clock.topk or self.config.model.moe_router_topk)
+        model.set_topk(self.chunks, self.clock.topk or self.config.model.moe_router_topk)
         with torch.no_grad():
             self._schedule(iter(held), len(held), held[0][0].size(0), forward_only=True)
 
@@ -129,25 +129,23 @@ class MegatronEngine(SharedEngine):
         return output, loss_of
 
     def _on_this_rank(self, batch: Batch) -> Batch:
-        """The slices of the sequence that this context-parallel rank has: one from either end, so that all have equal work."""
+        """The part of a micro-batch that this rank computes with; its layers know the tokens now, on every pipeline stage."""
         tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
-        size = self.config.parallel.context_parallel_size
-        if size == 1:
-            return tokens_BS, labels_BS
-        rank = parallel_state.get_context_parallel_rank()
-        return _two_slices(tokens_BS, rank, size), _two_slices(labels_BS, rank, size)
+        self.clock.arrive(tokens_BS, self.place, self._routed_part)
+        return self._slices(tokens_BS), self._slices(labels_BS)
 
-    def _set_topk(self, topk: int) -> None:
-        """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487, 1161)."""
-        self.core.moe_router_topk = topk
-        for chunk in self.chunks:
-            for module in chunk.modules():
-                dispatcher = getattr(module, "token_dispatcher", None)
-                if hasattr(dispatcher, "router_topk"):
-                    dispatcher.router_topk = topk
-                manager = getattr(dispatcher, "_comm_manager", None)  # flex: each expert counts once for each of its TP ranks (:1351)
-                if hasattr(manager, "router_topk"):
-                    manager.router_topk = topk * dispatcher.tp_size
+    def _slices(self, whole_BS: Tensor) -> Tensor:
+        """The slices of the sequence that this context-parallel rank has: one from either end, so that all have equal work."""
+        size = self.config.parallel.context_parallel_size
+        return whole_BS if size == 1 else _two_slices(whole_BS, parallel_state.get_context_parallel_rank(), size)
+
+    def _routed_part(self, whole_BS: Tensor) -> Tensor:
+        """The positions whose vectors reach this rank's routers; sequence parallelism cuts once more."""
+        own_BS = self._slices(whole_BS)
+        parallel = self.config.parallel
+        if not parallel.sequence_parallel:
+            return own_BS
+        return own_BS.chunk(parallel.tensor_model_parallel_size, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def holding(self) -> Holding:

@@ -5,26 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
-from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, make_router
+from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 from megatron_hyperrouter.model.spec import RMSNorm, layer_spec, padded_vocab_size, transformer_config
 from megatron_hyperrouter.routers.base import Router
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.clock import Clock
+    from megatron_hyperrouter.engines.statistics import RouterStatistics
 
 
 def core_config(run: RunConfig) -> TransformerConfig:
@@ -54,8 +59,8 @@ def core_config(run: RunConfig) -> TransformerConfig:
 def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> list[nn.Module]:
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they come."""
     experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    router = partial(MegatronRouter, make=partial(make_router, run), clock=clock, statistics=statistics)
-    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    router = partial(MegatronRouter, make=partial(make_router, run, vocab_size=vocab_size), clock=clock, statistics=statistics)
+    moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=router))
     spec = layer_spec(run, moe)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
@@ -100,6 +105,14 @@ def named_parameters(chunks: list[nn.Module], run: RunConfig) -> Iterator[tuple[
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad:
                 yield _global(name, chunk, run), parameter
+
+
+def set_topk(chunks: list[nn.Module], topk: int) -> None:
+    """Tell the dispatchers of all layers how many experts a token has."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, RoutedMoELayer):
+                module.set_topk(topk)
 
 
 def routers(chunks: list[nn.Module], run: RunConfig) -> dict[str, Router]:

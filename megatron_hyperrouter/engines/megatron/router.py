@@ -11,19 +11,24 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_hyperrouter.engines.routing import Clock, RouterStatistics, heaviest, total_loss
-from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.engines.clock import Clock, RouterSite
+from megatron_hyperrouter.engines.routing import heaviest, total_loss
+from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.errors import HostError
+from megatron_hyperrouter.routers.base import Router, Routing
 
 
 class MegatronRouter(MegatronModule):
     """Serves megatron-core's ``RouterInterface``: ``forward`` and ``set_layer_number`` (moe_layer.py:36)."""
 
     router: Router
+    site: RouterSite
 
     def __init__(
         self,
@@ -37,45 +42,59 @@ class MegatronRouter(MegatronModule):
         """``make``: the router of the layer of this number, counted from 1 over the whole model."""
         super().__init__(config=config)
         self.make, self.clock, self.statistics = make, clock or Clock(), statistics
+        self.dropless = False  # whatever the capacity: as long as a router waits for the outputs of all its choices
         # Under sequence and context parallelism the ranks of this group share one micro-batch.
         self.group = None if pg_collection is None else pg_collection.tp_cp
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the whole model)."""
         self.router = self.make(layer_number)
-        self.router.over_shards = self.over_shards
+        self.site = RouterSite(self.router, clock=self.clock, statistics=self.statistics)
+        if self.group is not None and self.group.size() > 1:
+            self.router.over_shards, self.router.gather_shards = self.over_shards, self.gather_shards
         for parameter in self.router.parameters():
             # Each TP rank sees its part of the tokens: finalize_model_grads sums what they found, as for the stock router.
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def over_shards(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over the ranks that share this micro-batch."""
-        if self.group is None or self.group.size() == 1:
-            return values
         total = values.clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def gather_shards(self, rows: Tensor) -> Tensor:
+        """The rows of all these ranks; the gradient of this rank's rows comes back."""
+        gathered: Tensor = gather_from_sequence_parallel_region(rows.contiguous(), tensor_parallel_output_grad=False, group=self.group)
+        return gathered
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (weights, dense and zero off the chosen experts, ``_TE``; chosen, boolean ``_TE``)."""
         if padding_mask is not None:
             raise NotImplementedError("padding masks are not provided: samples are full")
         x_TD = hidden_SBD.flatten(0, -2)
-        routing = self.router(x_TD, step=self.clock.step, topk=self.clock.topk)
-        if self.statistics is not None:
-            self.statistics.record(self.router.layer_number, routing, self.over_shards)
+        if self.router.needs_experts and not self.site.decided:
+            raise HostError(
+                f"router {self.router.name!r} consults the experts, which megatron-core's own MoELayer does not let it",
+                remedy="use megatron_hyperrouter.engines.megatron.routed.RoutedMoELayer as the module of the layer spec",
+            )
+        routing = self.site.routing(x_TD)
         zeros_TE = torch.zeros_like(routing.logits_TE)
         weights_TE = zeros_TE.scatter(1, routing.experts_TK, routing.weights_TK)
         chosen_TE = zeros_TE.bool().scatter(1, routing.experts_TK, True)
-        if self.config.moe_expert_capacity_factor is not None:
+        if self.config.moe_expert_capacity_factor is not None and not self.dropless:
             chosen_TE = self._kept(weights_TE.detach(), chosen_TE, routing.experts_TK.numel())
             weights_TE = weights_TE * chosen_TE
-        if self.training and routing.losses:
-            loss = total_loss(routing, x_TD.device)
-            # A host that divides the gradients by the number of tokens divides this loss, a mean already, as well (router.py:417).
-            loss = loss * x_TD.size(0) if self.config.calculate_per_token_loss else loss
-            weights_TE = MoEAuxLossAutoScaler.apply(weights_TE, loss)
-        return weights_TE, chosen_TE
+        return self.with_losses(weights_TE, routing), chosen_TE
+
+    def with_losses(self, value: Tensor, routing: Routing) -> Tensor:
+        """``value``, through which the router's losses join the graph."""
+        if not (self.training and routing.losses):
+            return value
+        loss = total_loss(routing, value.device)
+        # A host that divides the gradients by the number of tokens divides this loss, a mean already, as well (router.py:417).
+        loss = loss * routing.logits_TE.size(0) if self.config.calculate_per_token_loss else loss
+        joined: Tensor = MoEAuxLossAutoScaler.apply(value, loss)
+        return joined
 
     def _kept(self, weights_TE: Tensor, chosen_TE: Tensor, routes: int) -> Tensor:
         """What the capacity of each expert leaves of this rank's routes: in this host it is the router that drops (router.py:587)."""

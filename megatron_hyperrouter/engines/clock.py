@@ -1,0 +1,102 @@
+"""What a layer's router is told from outside: the step, k while evaluating, and the tokens behind the vectors.
+
+Legend: ``B`` batch, ``S`` sequence, ``T = S * B`` tokens of a micro-batch on this rank, ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.statistics import RouterStatistics, recomputing
+from megatron_hyperrouter.routers.base import ExpertBank, Pass, Router, Routing, Tokens
+
+
+@dataclass
+class Clock:
+    """Set by the engine before each step, read by the layers."""
+
+    step: int = 0  # completed optimizer steps
+    topk: int | None = None  # overrides the schedule while evaluating
+    turn: int = 0  # steps and evaluations begun: with each of them layers count their passes anew
+    arrived: list[Tokens] = field(default_factory=list)  # of this rank's micro-batches, in order; empty where nobody tells
+
+    def begin(self, *, step: int, topk: int | None = None) -> None:
+        """A step, or an evaluation with ``topk``, begins."""
+        self.step, self.topk = step, topk
+        self.turn += 1
+        self.arrived = []
+
+    def arrive(self, tokens_BS: Tensor, place: Place, part: Callable[[Tensor], Tensor] | None = None) -> None:
+        """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers see."""
+        size, length = tokens_BS.shape
+        first = (len(self.arrived) * place.data_size + place.data_rank) * size
+        places_BS = torch.arange(first * length, (first + size) * length, device=tokens_BS.device).view(size, length)
+        if part is not None:
+            tokens_BS, places_BS = part(tokens_BS), part(places_BS)
+        self.arrived.append(Tokens(tokens_BS.t().flatten(), places_BS.t().flatten(), length))
+
+
+class RouterSite:
+    """A router in its layer, with what an engine adds to it."""
+
+    def __init__(self, router: Router, *, clock: Clock | None = None, statistics: RouterStatistics | None = None) -> None:
+        self.router = router
+        self.clock = clock or Clock()
+        self.statistics = statistics
+        self._turn = -1
+        self._passes = [0, 0]  # first passes, and those that activation checkpointing repeats
+        self._given: Routing | None = None
+
+    def route(self, x_TD: Tensor, experts: ExpertBank | None = None) -> tuple[Routing, Pass]:
+        """Route the next micro-batch, and count what was chosen."""
+        asked = {"step": self.clock.step, "topk": self.clock.topk, "experts": experts, "tokens": self._tokens()}
+        routing: Routing = self.router(x_TD, **asked)
+        if self.statistics is not None:
+            self.statistics.record(self.router, routing)
+        return routing, self.router.at(**asked)
+
+    def routing(self, x_TD: Tensor) -> Routing:
+        """What was given, or what the router decides."""
+        return self.route(x_TD)[0] if self._given is None else self._given
+
+    @property
+    def decided(self) -> bool:
+        """True where a decision was given."""
+        return self._given is not None
+
+    @contextmanager
+    def given(self, routing: Routing) -> Iterator[None]:
+        """Inside, the host dispatches by ``routing``."""
+        self._given = routing
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def _tokens(self) -> Tokens | None:
+        """Micro-batches come in order, on every pipeline stage; so do their repeats."""
+        if self._turn != self.clock.turn:
+            self._turn, self._passes = self.clock.turn, [0, 0]
+        again = recomputing()
+        index = self._passes[again]
+        self._passes[again] += 1
+        return self.clock.arrived[index] if self.clock.arrived else None
+
+
+def single_routes(routing: Routing) -> Routing:
+    """Each route as a token of its own (``[T * K, 1]``) with weight 1: what brings unweighted outputs to the token's home rank."""
+    experts_R1 = routing.experts_TK.reshape(-1, 1)
+    ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
+    logits_RE = routing.logits_TE.detach().repeat_interleave(routing.experts_TK.size(1), 0)
+    return Routing(logits_RE, ones_R1, experts_R1, {})
+
+
+def weighted_sum(weights_TK: Tensor, outputs_TKD: Tensor) -> Tensor:
+    """The layer's output ``_TD``, in the outputs' dtype."""
+    return (weights_TK.unsqueeze(-1) * outputs_TKD.float()).sum(1).to(outputs_TKD.dtype)

@@ -1,0 +1,83 @@
+"""DeepSpeed's ``MOELayer`` for routers that consult the experts.
+
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts, ``G`` expert-parallel
+ranks, ``L`` experts on each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.sharded_moe import MOELayer
+from torch import Tensor
+
+from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
+from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
+from megatron_hyperrouter.engines.routing import total_loss
+
+
+def consult_experts(layer: MOELayer) -> None:
+    """Give ``layer`` the forward pass that its router needs, if the router needs more than its own logits."""
+    if layer.gate.router.needs_experts:
+        # Its parameters stay where the optimizer found them.
+        layer.__class__ = RoutedMOELayer
+
+
+class RoutedMOELayer(MOELayer):
+    """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
+
+    gate: RouterGate
+
+    def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
+        """As ``MOELayer.forward`` (sharded_moe.py:632), whose host dispatches once, by the router's decision."""
+        hidden, site = given[0], self.gate.site
+        x_TD = hidden.reshape(-1, hidden.size(-1))
+        routing, now = site.route(x_TD, experts=self)
+        if not site.router.wants_outputs(now):
+            with site.given(routing):
+                output: Tensor = super().forward(*given, **kwargs)
+            return output
+        routes_RD = x_TD.repeat_interleave(routing.experts_TK.size(1), 0)
+        with site.given(single_routes(routing)), self._dropping_nothing():
+            outputs_RD = super().forward(routes_RD, None)
+        outputs_TKD = outputs_RD.view(*routing.experts_TK.shape, -1)
+        routing = site.router.combine(routing, x_TD, outputs_TKD, now)
+        self.l_aux = total_loss(routing, x_TD.device)
+        return weighted_sum(routing.weights_TK, outputs_TKD).view(hidden.shape)
+
+    @torch.no_grad()
+    def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
+        ranks = self.ep_size
+        all_GTD = x_TD.new_empty(ranks, *x_TD.shape)
+        if ranks == 1:
+            all_GTD[0] = x_TD
+        else:
+            dist.all_gather_into_tensor(all_GTD, x_TD.contiguous(), group=self.ep_group)
+        rows = all_GTD.view(-1, 1, 1, x_TD.size(1)).transpose(0, 2)  # as the experts get their tokens: [groups, 1, slots, D]
+        columns = [score(_output(expert, rows).float()).reshape(ranks, -1) for expert in self.experts.deepspeed_experts]
+        local_GTL = torch.stack(columns, -1)
+        if ranks == 1:
+            return local_GTL[0]
+        mine_GTL = torch.empty_like(local_GTL)
+        dist.all_to_all_single(mine_GTL, local_GTL, group=self.ep_group)
+        return mine_GTL.transpose(0, 1).flatten(1)
+
+    @contextmanager
+    def _dropping_nothing(self) -> Iterator[None]:
+        self.gate.dropless = True
+        try:
+            yield
+        finally:
+            self.gate.dropless = False
+
+
+def _output(expert: Any, rows: Tensor) -> Tensor:
+    """A caller's own expert may return its bias as well."""
+    made = expert(rows)
+    output: Tensor = made[0] if isinstance(made, tuple) else made
+    return output

@@ -1,0 +1,90 @@
+"""megatron-core's ``MoELayer`` for routers that consult the experts.
+
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts, ``R = T * K`` routes,
+``N`` ranks that share the experts, ``G`` expert-parallel ranks among them, ``L`` experts on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
+from megatron_hyperrouter.engines.megatron.router import MegatronRouter
+
+
+class RoutedMoELayer(MoELayer):
+    """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
+
+    router: MegatronRouter
+
+    def forward(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
+        """As ``MoELayer.forward`` (moe_layer.py:383), whose dispatcher works once, by the router's decision."""
+        router = self.router
+        if not router.router.needs_experts:
+            return super().forward(hidden_states, *more, **kwargs)
+        x_TD = hidden_states.flatten(0, -2)
+        routing, now = router.site.route(x_TD, experts=self)
+        if not router.router.wants_outputs(now):
+            with router.site.given(routing):
+                return super().forward(hidden_states, *more, **kwargs)
+        routes_R1D = x_TD.repeat_interleave(routing.experts_TK.size(1), 0).unsqueeze(1)
+        with router.site.given(single_routes(routing)), self._one_expert_each():
+            outputs_R1D, _ = super().forward(routes_R1D)
+        outputs_TKD = outputs_R1D.view(*routing.experts_TK.shape, -1)
+        routing = router.router.combine(routing, x_TD, outputs_TKD, now)
+        output_TD = router.with_losses(weighted_sum(routing.weights_TK, outputs_TKD), routing)
+        return output_TD.view(hidden_states.shape), None
+
+    @torch.no_grad()
+    def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
+        sharers, parts = self.token_dispatcher.tp_ep_group, self.token_dispatcher.tp_group
+        all_TD = _rows_of_all(x_TD, sharers)
+        columns = []
+        for expert in self.experts.local_experts:
+            output_TD, _ = expert(all_TD)
+            if parts.size() > 1:  # each rank has a partial sum: it must be whole before a score, which is not linear
+                dist.all_reduce(output_TD, group=parts)
+            columns.append(score(output_TD.float()))
+        local_TL = torch.stack(columns, -1)
+        all_GTL = _rows_of_all(local_TL.unsqueeze(0), self.token_dispatcher.ep_group)
+        first = sharers.rank() * x_TD.size(0)
+        return all_GTL[:, first : first + x_TD.size(0)].transpose(0, 1).flatten(1)
+
+    @contextmanager
+    def _one_expert_each(self) -> Iterator[None]:
+        """Inside, the dispatcher expects one route a token, and nothing is dropped."""
+        topk = self.config.moe_router_topk
+        self.set_topk(1)
+        self.router.dropless = True
+        try:
+            yield
+        finally:
+            self.set_topk(topk)
+            self.router.dropless = False
+
+    def set_topk(self, topk: int) -> None:
+        """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487, 1161)."""
+        self.config.moe_router_topk = topk
+        dispatcher = self.token_dispatcher
+        if hasattr(dispatcher, "router_topk"):
+            dispatcher.router_topk = topk
+        manager = getattr(dispatcher, "_comm_manager", None)  # flex: each expert counts once for each of its TP ranks (:1351)
+        if hasattr(manager, "router_topk"):
+            manager.router_topk = topk * dispatcher.tp_size
+
+
+def _rows_of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks of ``group``, one rank after the other."""
+    if group.size() == 1:
+        return rows
+    gathered = rows.new_empty(group.size() * rows.size(0), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
