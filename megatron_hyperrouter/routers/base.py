@@ -282,3 +282,24 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
             f"router {name!r} with k = 1: the softmax over one kept logit is 1, so the language-model loss gives the router no gradient; "
             "only --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
         )
+
+
+def reaching(value: Tensor, *parameters: Tensor) -> Tensor:
+    """``value``, on the way back from which ``parameters`` get zero gradients.
+
+    A method that leaves a parameter out of some passes needs it: hosts that reduce gradients while the backward pass goes on wait for
+    every parameter's (megatron-core's overlap raises, param_and_grad_buffer.py:206).
+    """
+    reached: Tensor = _Reaching.apply(value, *parameters)  # type: ignore[no-untyped-call]
+    return reached
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors))

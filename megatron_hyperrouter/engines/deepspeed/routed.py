@@ -1,7 +1,7 @@
 """DeepSpeed's ``MOELayer`` for routers that consult the experts.
 
 Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts, ``G`` expert-parallel
-ranks, ``L`` experts on each of them.
+ranks, ``L`` experts on each of them, ``R = G * T``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
 from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
+from megatron_hyperrouter.engines.gathering import rows_of_all
 from megatron_hyperrouter.engines.routing import total_loss
 
 
@@ -53,13 +54,9 @@ class RoutedMOELayer(MOELayer):
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
         """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
         ranks = self.ep_size
-        all_GTD = x_TD.new_empty(ranks, *x_TD.shape)
-        if ranks == 1:
-            all_GTD[0] = x_TD
-        else:
-            dist.all_gather_into_tensor(all_GTD, x_TD.contiguous(), group=self.ep_group)
-        rows = all_GTD.view(-1, 1, 1, x_TD.size(1)).transpose(0, 2)  # as the experts get their tokens: [groups, 1, slots, D]
-        columns = [score(_output(expert, rows).float()).reshape(ranks, -1) for expert in self.experts.deepspeed_experts]
+        all_RD = x_TD if ranks == 1 else rows_of_all(x_TD, self.ep_group)
+        given = all_RD.view(1, 1, *all_RD.shape)  # as the experts get their tokens: [groups, 1, slots, D]
+        columns = [score(_output(expert, given).float()).view(ranks, -1) for expert in self.experts.deepspeed_experts]
         local_GTL = torch.stack(columns, -1)
         if ranks == 1:
             return local_GTL[0]

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
+from megatron_hyperrouter.engines.gathering import rows_of_all
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 
 
@@ -46,7 +47,7 @@ class RoutedMoELayer(MoELayer):
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
         """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
         sharers, parts = self.token_dispatcher.tp_ep_group, self.token_dispatcher.tp_group
-        all_TD = _rows_of_all(x_TD, sharers)
+        all_TD = rows_of_all(x_TD, sharers)
         columns = []
         for expert in self.experts.local_experts:
             output_TD, _ = expert(all_TD)
@@ -54,7 +55,7 @@ class RoutedMoELayer(MoELayer):
                 dist.all_reduce(output_TD, group=parts)
             columns.append(score(output_TD.float()))
         local_TL = torch.stack(columns, -1)
-        all_GTL = _rows_of_all(local_TL.unsqueeze(0), self.token_dispatcher.ep_group)
+        all_GTL = rows_of_all(local_TL.unsqueeze(0), self.token_dispatcher.ep_group)
         first = sharers.rank() * x_TD.size(0)
         return all_GTL[:, first : first + x_TD.size(0)].transpose(0, 1).flatten(1)
 
@@ -79,12 +80,3 @@ class RoutedMoELayer(MoELayer):
         manager = getattr(dispatcher, "_comm_manager", None)  # flex: each expert counts once for each of its TP ranks (:1351)
         if hasattr(manager, "router_topk"):
             manager.router_topk = topk * dispatcher.tp_size
-
-
-def _rows_of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks of ``group``, one rank after the other."""
-    if group.size() == 1:
-        return rows
-    gathered = rows.new_empty(group.size() * rows.size(0), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-    return gathered

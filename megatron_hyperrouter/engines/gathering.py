@@ -1,0 +1,16 @@
+"""Rows of several ranks in one tensor, where no gradient is wanted."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rows_of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks of ``group``, one rank after the other (collective); every rank brings as many."""
+    if group.size() == 1:
+        return rows
+    # gloo takes the ranks' rows one after the other, not stacked.
+    gathered = rows.new_empty(group.size() * rows.size(0), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
