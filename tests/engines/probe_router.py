@@ -52,7 +52,7 @@ class ProbeRouter(Router, name="probe"):
         assert now.experts is not None
         scores_TE = now.experts.scores_TE(x_TD, lambda output: output.square().mean(-1))
         assert not scores_TE.requires_grad
-        target_TE = (scores_TE / scores_TE.mean()).softmax(-1)
+        target_TE = (50 * scores_TE).softmax(-1)
         losses = {**first.losses, "distil": token_mean((first.logits_TE.softmax(-1) - target_TE).square().mean(-1), self.over_shards)}
         if not self.wants_outputs(now):
             return first._replace(losses=losses, weights_TK=reaching(first.weights_TK, self.head_PD))
