@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import pytest
 import torch
 
 from megatron_hyperrouter import build_router
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.ops import keyed
+from megatron_hyperrouter.ops.schedule import topk_at
 
 
 def small(**changes):
@@ -42,3 +46,37 @@ def test_other_frozen_weights_are_refused(change, remedy):
     with pytest.raises(CheckpointError, match="frozen_hash: the checkpoint was trained with frozen weights of seed 9") as caught:
         small(**change).load_state_dict(small().state_dict())
     assert remedy in caught.value.remedy
+
+
+def test_weights_against_loops_and_layers_differ():
+    router, x_TD = small(init_std=0.5), torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    routing = router(x_TD)
+    W = router.linear()[0].double().tolist()
+    for x, weights, experts in zip(x_TD.double().tolist(), routing.weights_TK.tolist(), routing.experts_TK.tolist(), strict=True):
+        logits = [math.fsum(w * v for w, v in zip(row, x, strict=True)) for row in W]
+        assert experts == sorted(range(8), key=lambda e: -logits[e])[:2]
+        powers = [math.exp(logits[e]) for e in experts]
+        assert weights == pytest.approx([power / sum(powers) for power in powers], abs=1e-6)
+    assert not torch.equal(small(layer_number=1).linear()[0], small(layer_number=2).linear()[0])
+
+
+def published(kind: str, step: int, start: int, end: int, steps: int) -> int:
+    """k by the formulas of SMoE-Dropout's code, as functions of completed steps."""
+    if step >= steps:
+        return end
+    if kind == "linear":
+        return min(max(round((end - start) * step / steps) + start, start), end)
+    if kind == "cosine":
+        return round((start - end) * math.cos(math.pi * step / (2 * steps))) + end
+    if kind == "exponential":
+        return round((start - end) * 0.99 ** (step // (steps // 300))) + end
+    return {"multistep": [1, 2, 4, 8][4 * step // steps], "constant": end}[kind]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "exponential", "multistep"])
+def test_every_schedule_of_k_is_followed_and_evaluation_leaves_it_alone(kind):
+    router = small(topk=partial(topk_at, start=1, end=8, steps=600, kind=kind))
+    x_TD = torch.ones(1, 16)
+    for step in range(0, 640, 7):
+        assert router(x_TD, step=step, topk=2).experts_TK.size(1) == 2
+        assert router(x_TD, step=step).experts_TK.size(1) == published(kind, step, 1, 8, 600), step
