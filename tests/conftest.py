@@ -47,14 +47,11 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests aloud where there is no GPU, and keep tests that start ranks on one worker: they would fight for the cores."""
+    """Skip GPU tests aloud where there is no GPU."""
     has_gpu = _has_gpu() if any("gpu" in item.keywords for item in items) else False
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        module = getattr(item, "module", None)
-        if "processes" in item.keywords or hasattr(module, "run_ranks") or hasattr(module, "run_table"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 def _has_gpu() -> bool:

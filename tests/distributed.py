@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from program.launched import Zygote
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,44 +33,32 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"} | more
 
 
-def run_ranks(worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300) -> Any:
-    """Start ``ranks`` processes of ``worker TASK.json ANSWER.json``; rank 0 writes the answer, which is returned."""
+def meeting_store() -> Any:
+    """A store that this process serves and ranks meet at; its ``port`` is bound already, so nobody else can take it."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def run_ranks(zygote: Zygote, worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300) -> Any:
+    """Fork ``ranks`` processes of ``worker TASK.json ANSWER.json``; rank 0 writes the answer, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = tempfile.mkdtemp(dir=folder)  # a new one: a file store keeps the addresses of ranks that are gone
-    (folder / "task.json").write_text(json.dumps(task | {"store": store}), encoding="utf-8")
-    port = str(free_port())
-    processes, logs = [], []
-    for rank in range(ranks):
-        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        log = (folder / f"rank{rank}.log").open("w+", encoding="utf-8")
-        command = [sys.executable, str(worker), str(folder / "task.json"), str(folder / "answer.json")]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
-        logs.append(log)
-    try:
-        _wait(processes, timeout)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    codes = [process.returncode for process in processes]
-    if any(codes):
-        tails = []
-        for rank, log in enumerate(logs):
-            log.seek(0)
-            tails.append(f"--- rank {rank}, exit status {codes[rank]}\n{log.read()[-3000:]}")
-        raise AssertionError("\n".join(tails))
+    (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    zygote.run([folder / "task.json", folder / "answer.json"], program=worker, ranks=ranks, launched=True, timeout=timeout)
     return json.loads((folder / "answer.json").read_text(encoding="utf-8"))
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
-    """Until all have ended, one has failed, or the time is over."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
-        if all(code is not None for code in codes):
-            return
-        if any(codes):  # one failed: the others would wait for it in a collective
-            time.sleep(1.0)
-            return
-        time.sleep(0.05)
+@contextmanager
+def world(name: str) -> Iterator[None]:
+    """In a rank: a world of its own under ``name``, through DeepSpeed; its end frees the threads of all its process groups."""
+    import deepspeed
+    import torch.distributed as dist
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=ranks)
+    deepspeed.init_distributed("gloo", verbose=False)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

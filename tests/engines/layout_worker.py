@@ -1,6 +1,7 @@
 """One rank of the layout tests: trains each case of the task for a few steps on made-up tokens and reports what it saw.
 
-A case: ``flags`` of the program, and optionally ``folder`` for its weights, ``topk_eval``, ``start`` for the first step's tokens.
+A case: ``flags`` of the program, and optionally ``steps``, ``folder`` for its weights, ``topk_eval``, ``resume``, and ``probe``: at which
+weights (``start``) and with the k of which ``step`` it tells gradients, in ``folder/probed``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+from distributed import world
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
@@ -23,6 +24,11 @@ from megatron_hyperrouter.engines.base import Batch, Engine, Place
 from megatron_hyperrouter.routers import ROUTERS
 
 VOCABULARY = 61
+# A step of Adam whose epsilon drowns its normalisation tells gradients: weight -= SCALE x gradient.  SCALE is so large that the
+# weight itself, to which the result is rounded, does not matter.
+SCALE = 2.0**20
+DROWNING_EPSILON = 1e6
+PROBE_TOKENS = 98  # the step whose tokens are those of the probe
 TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --moe-ffn-hidden-size 48 --seq-length 16 --num-experts 4 "
     "--qk-layernorm "
@@ -58,12 +64,13 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             result = engine.evaluate(micro_batches(config, engine.place, 99), topk=topk)
             evaluations[topk] = result.loss_sum / result.tokens
         if folder := case.get("folder"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            engine.barrier()
-            engine.save(Path(folder))
-            engine.barrier()
+            save(engine, Path(folder))
         if case.get("resume"):
             told += resume(engine, config, Path(case["folder"]), len(told))
+        if asked := case.get("probe"):
+            engine.load(Path(asked["start"]), weights_only=True)
+            probe(engine, config, asked["step"])
+            save(engine, Path(case["folder"]) / "probed")
     finally:
         engine.close()
     return {"steps": told, "evaluations": evaluations}
@@ -82,6 +89,22 @@ def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]
     }
 
 
+def save(engine: Engine, folder: Path) -> None:
+    """A folder for all ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.barrier()
+    engine.save(folder)
+    engine.barrier()
+
+
+def probe(engine: Any, config: RunConfig, step: int) -> None:
+    """Move each weight by SCALE times its gradient, whatever Adam remembers; nothing can be trained afterwards."""
+    optimizer = engine.optimizer if config.engine.engine == "megatron" else engine.host.optimizer
+    for group in optimizer.param_groups:
+        group.update(betas=(0.0, group["betas"][1]), eps=DROWNING_EPSILON, weight_decay=0.0)
+    engine.train_step(micro_batches(config, engine.place, PROBE_TOKENS), step=step, learning_rate=SCALE * DROWNING_EPSILON)
+
+
 def resume(engine: Engine, config: RunConfig, folder: Path, start: int) -> list[dict[str, Any]]:
     """Two more steps, then the same two again from the checkpoint."""
     more = [step_numbers(engine, config, step) for step in (start, start + 1)]
@@ -97,13 +120,9 @@ def main() -> None:
     told = []
     asked = json.loads(task.read_text(encoding="utf-8"))
     for number, case in enumerate(asked["cases"]):
-        # A world of its own for each case: ending it is what frees the threads of all its process groups.
-        store = f"file://{asked['store']}/{number}"
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        deepspeed.init_distributed("gloo", verbose=False, init_method=store, rank=rank, world_size=world_size)
-        told.append(run_case(case, world_size))
-        torch.distributed.destroy_process_group()
-    if rank == 0:
+        with world(str(number)):
+            told.append(run_case(case, int(os.environ["WORLD_SIZE"])))
+    if os.environ["RANK"] == "0":
         answer.write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -2,76 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from engines.layout_table import COMMON, WORKER, Layout, Run, assert_same_run, run_table
-from engines.layout_worker import micro_batches, tiny_config
+from engines.layout_table import COMMON, PROBED, STEPS, THREE, WORKER, Layout, Table, assert_same_run, gradients, run_table
+from engines.layout_worker import PROBE_TOKENS, SCALE, micro_batches, tiny_config
+from program.launched import Zygote
 from reference_gpt import ReferenceGPT, train_reference
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.routers import ROUTERS
 
-THREE = ("topk", "smoe_dropout", "hyper")
-REFERENCE = Layout(1, "")  # ZeRO-1
 TP2 = "--tensor-model-parallel-size 2"
-LAYOUTS = {
-    "1 rank, ZeRO-0": Layout(1, "--zero-stage 0"),
-    "1 rank, ZeRO-2": Layout(1, "--zero-stage 2"),
-    "DP2, ZeRO-1": Layout(2, "--zero-stage 1"),
-    "DP2, ZeRO-2": Layout(2, "--zero-stage 2"),
-    "EP2, ZeRO-1": Layout(2, "--expert-model-parallel-size 2"),
-    "EP2, ZeRO-2": Layout(2, "--expert-model-parallel-size 2 --zero-stage 2"),
-    "EP2, recompute": Layout(2, "--expert-model-parallel-size 2 --recompute-granularity full"),
-    "PP2": Layout(2, "--pipeline-model-parallel-size 2"),
+EP2 = "--expert-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+ETP1 = "--expert-tensor-parallel-size 1"
+ZERO_1 = {  # the default; pipelines have no other
+    "DP2": Layout(2),
+    "EP2": Layout(2, EP2),
+    "EP2, recompute": Layout(2, f"{EP2} --recompute-granularity full"),
     "TP2": Layout(2, TP2),
-    "TP2, expert-TP 1": Layout(2, f"{TP2} --expert-tensor-parallel-size 1"),
+    "TP2, SP": Layout(2, f"{TP2} --sequence-parallel"),
+    "TP2, expert-TP 1": Layout(2, f"{TP2} {ETP1}"),
+    "PP2": Layout(2, PP2),
+    "TP2 x EP2, expert-TP 2": Layout(4, f"{TP2} {EP2}"),
+    "TP2 x EP2, expert-TP 1, SP": Layout(4, f"{TP2} {EP2} {ETP1} --sequence-parallel"),
+    "TP2 x PP2": Layout(4, f"{TP2} {PP2}"),
+    "PP2 x EP2": Layout(4, f"{PP2} {EP2}"),
 }
-FOUR_RANKS = {
-    "TP2 x EP2, expert-TP 2": Layout(4, f"{TP2} --expert-model-parallel-size 2"),
-    "TP2 x EP2, expert-TP 1, SP": Layout(4, f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --sequence-parallel"),
-    "TP2 x PP2": Layout(4, f"{TP2} --pipeline-model-parallel-size 2"),
-    "PP2 x EP2": Layout(4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+NOT_TWICE = ("EP2, recompute", "TP2, SP")
+LAYOUTS = {
+    "1 rank, ZeRO-0": Layout(1, "--zero-stage 0"),  # with ZeRO-1 it is the reference
+    "1 rank, ZeRO-2": Layout(1, "--zero-stage 2"),
+    **{f"{name}, ZeRO-1": layout for name, layout in ZERO_1.items()},
+    **{
+        f"{name}, ZeRO-2": layout._replace(flags=f"{layout.flags} --zero-stage 2")
+        for name, layout in ZERO_1.items()
+        if PP2 not in layout.flags and name not in NOT_TWICE
+    },
 }
-Key = tuple[str, str]  # router, layout
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Run]:
-    """Every router in every layout of up to two ranks, HyperRouter in those of four."""
-    rows = [(router, name, layout) for router in THREE for name, layout in {"reference": REFERENCE, **LAYOUTS}.items()]
-    rows += [("hyper", name, layout) for name, layout in FOUR_RANKS.items()]
-    return run_table(rows, tmp_path_factory.mktemp("layouts"))
+def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """Every router in every layout."""
+    return run_table(zygote, LAYOUTS, THREE, tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", THREE)
-def test_layout_gives_the_run_of_one_process(runs: dict[Key, Run], router: str, layout: str) -> None:
-    assert_same_run(runs[router, layout], runs[router, "reference"])
-
-
-@pytest.mark.parametrize("layout", FOUR_RANKS)
-def test_four_ranks_give_the_run_of_one_process(runs: dict[Key, Run], layout: str) -> None:
-    assert_same_run(runs["hyper", layout], runs["hyper", "reference"])
+def test_layout_gives_the_run_of_one_process(
+    table: Table, router: str, layout: str, record_property: Callable[[str, object], None]
+) -> None:
+    assert_same_run(table, router, layout, record_property)
 
 
 @pytest.mark.parametrize("router", THREE)
-def test_one_process_is_the_plain_model(runs: dict[Key, Run], router: str, tmp_path: Path) -> None:
-    answer = runs[router, "reference"].told
+def test_one_process_is_the_plain_model(table: Table, router: str, tmp_path: Path, zygote: Zygote) -> None:
+    found = table.references[router, ""]
     flags = ["--router.name", router, *COMMON]
-    run_ranks(WORKER, {"cases": [{"flags": flags, "steps": 0, "folder": str(tmp_path / "initial")}]}, ranks=1, folder=tmp_path)
+    initial = tmp_path / "initial"
+    run_ranks(zygote, WORKER, {"cases": [{"flags": flags, "steps": 0, "folder": str(initial)}]}, ranks=1, folder=tmp_path)
     config = tiny_config(flags)
-    initial = read_tensors(tmp_path / "initial", weight_names(tmp_path / "initial"))
-    weights = {name: tensor for name, tensor in initial.items() if tensor.is_floating_point()}
-    model = ReferenceGPT(config, weights, lambda weights, layer: router_matrix(router, config, weights, layer))
-    here = Place(rank=0, world_size=1, data_rank=0, data_size=1)
-    steps = [(list(micro_batches(config, here, step)), topk) for step, topk in enumerate((1, 1, 2, 2, 4, 4))]
+    model = plain_model(router, config, initial)
+    steps = [(list(micro_batches(config, HERE, step)), topk) for step, topk in enumerate((1, 2, 4))]
     expected = train_reference(model, steps, config.optimizer.lr)
-    assert [(step["lm_loss"], step["grad_norm"]) for step in answer["steps"]] == [pytest.approx(pair, rel=1e-5) for pair in expected]
+    assert len(expected) == STEPS
+    assert [(step["lm_loss"], step["grad_norm"]) for step in found.told["steps"]] == [pytest.approx(pair, rel=1e-5) for pair in expected]
+
+
+@pytest.mark.parametrize("router", THREE)
+def test_gradients_of_one_process_are_those_of_the_plain_model(table: Table, router: str) -> None:
+    found = table.references[router, ""]
+    config = tiny_config(["--router.name", router, *COMMON])
+    model = plain_model(router, config, found.weights)
+    ((_, norm),) = train_reference(model, [(list(micro_batches(config, HERE, PROBE_TOKENS)), (1, 2, 4)[PROBED])], 0.0)
+    told = gradients(found, found.weights)
+    assert told.keys() == model.weights.keys()
+    for name, weight in model.weights.items():
+        assert weight.grad is not None
+        expected = weight.grad * SCALE  # clipped already
+        assert float((told[name] - expected).abs().max() / expected.abs().max()) <= 1e-5, name
+    assert norm > config.optimizer.clip_grad  # so clipping is in it
+
+
+HERE = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+
+
+def plain_model(router: str, config: Any, folder: Path) -> ReferenceGPT:
+    """With the weights in ``folder``."""
+    saved = read_tensors(folder, weight_names(folder))
+    weights = {name: tensor for name, tensor in saved.items() if tensor.is_floating_point()}
+    return ReferenceGPT(config, weights, lambda weights, layer: router_matrix(router, config, weights, layer))
 
 
 def router_matrix(name: str, config: Any, weights: dict[str, torch.Tensor], layer: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_ranks
+from program.launched import Zygote
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
 
@@ -15,7 +16,7 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 SPLIT = "--engine megatron --use-distributed-optimizer"
 
 
-def test_overlapping_gathers_leave_no_stale_weights(tmp_path: Path) -> None:
+def test_overlapping_gathers_leave_no_stale_weights(tmp_path: Path, zygote: Zygote) -> None:
     """The last step's weights are gathered in the next forward pass, which a checkpoint must not wait for."""
     overlap = f"{SPLIT} --overlap-grad-reduce --overlap-param-gather"
     folders = [tmp_path / "plain", tmp_path / "overlapped"]
@@ -23,7 +24,7 @@ def test_overlapping_gathers_leave_no_stale_weights(tmp_path: Path) -> None:
         {"flags": flags.split(), "steps": 2, "folder": str(folder), "resume": True}
         for flags, folder in zip((SPLIT, overlap), folders, strict=True)
     ]
-    answers = run_ranks(WORKER, {"cases": cases}, ranks=2, folder=tmp_path / "ranks")
+    answers = run_ranks(zygote, WORKER, {"cases": cases}, ranks=2, folder=tmp_path / "ranks")
     names = sorted(weight_names(folders[0]))
     assert names and names == sorted(weight_names(folders[1]))
     plain, overlapped = (read_tensors(folder, names) for folder in folders)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
+from program.launched import Zygote
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 TP2 = "--tensor-model-parallel-size 2"
@@ -24,12 +25,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_resumes_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit(ranks: int, tmp_path: Path, zygote: Zygote) -> None:
     cases = [
         {"flags": ["--router.name", "hyper", *flags.split()], "steps": 2, "folder": str(tmp_path / str(number)), "resume": True}
         for number, flags in enumerate(LAYOUTS[ranks])
     ]
-    for flags, answer in zip(LAYOUTS[ranks], run_ranks(WORKER, {"cases": cases}, ranks=ranks, folder=tmp_path), strict=True):
+    for flags, answer in zip(LAYOUTS[ranks], run_ranks(zygote, WORKER, {"cases": cases}, ranks=ranks, folder=tmp_path), strict=True):
         first, again = answer["steps"][2:4], answer["steps"][4:6]
         assert first == again, flags
         assert first[0]["lm_loss"] != first[1]["lm_loss"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distributed import REPOSITORY, environment, free_port
+from distributed import REPOSITORY, environment, meeting_store
 
 PROGRAM = REPOSITORY / "pretrain_gpt_hyperrouter.py"
 TIMES = ("step_time", "tokens_per_second")
@@ -29,6 +29,7 @@ class Job:
     pids: list[int]
     folder: Path
     statuses: list[int | None] = field(default_factory=list)
+    store: object = None  # at which its ranks meet
 
     def poll(self) -> list[int | None]:
         """Exit status of each rank; negative: the signal that ended it."""
@@ -106,29 +107,36 @@ class Zygote:
         answer: dict[str, Any] = json.loads(self._read())
         return answer
 
-    def start(self, arguments: Sequence[object], *, ranks: int = 1, program: Path = PROGRAM, **more: Any) -> Job:
-        """Start ``program`` as a launcher would; plain ``python program`` when ``ranks`` is 1.  ``more``: see ``zygote.become``."""
+    def start(self, arguments: Sequence[object], *, ranks: int = 1, program: Path = PROGRAM, launched: bool = False, **more: Any) -> Job:
+        """Start ``program`` as a launcher would; plain ``python program`` when ``ranks`` is 1, unless ``launched``.
+
+        ``more``: see ``zygote.become``.
+        """
         self.jobs += 1
         folder = self.folder / f"job-{self.jobs}"
         folder.mkdir()
-        port, pids = str(free_port()), []
+        store: Any = meeting_store() if ranks > 1 or launched else None
+        job = Job(self, [], folder, [None] * ranks, store)
         for rank in range(ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place: dict[str, object] = {}
+            if store:  # of this process, as under torchrun
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                place["TORCHELASTIC_USE_AGENT_STORE"] = True
             request = {
                 "program": str(program),
                 "arguments": [str(argument) for argument in arguments],
-                "env": {name: str(value) for name, value in place.items()} if ranks > 1 else {},
+                "env": {name: str(value) for name, value in place.items()},
                 "cwd": str(folder),
                 "stdout": str(folder / "stdout.txt"),
                 "stderr": str(folder / "stderr.txt"),
                 **more,
             }
-            pids.append(self.ask({"start": request})["pid"])
-        return Job(self, pids, folder, [None] * ranks)
+            job.pids.append(self.ask({"start": request})["pid"])
+        return job
 
-    def run(self, arguments: Sequence[object], *, expect: int = 0, **more: Any) -> Job:
+    def run(self, arguments: Sequence[object], *, expect: int = 0, timeout: float = 240, **more: Any) -> Job:
         """Start and wait; the exit status has to be ``expect``."""
-        job = self.start(arguments, **more).wait()
+        job = self.start(arguments, **more).wait(timeout)
         assert job.status == expect, f"exit status {job.statuses}, not {expect}:\n{job.stderr[-4000:]}"
         return job
 
