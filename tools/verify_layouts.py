@@ -153,6 +153,7 @@ NOT_OF_DEEPSPEED: Mapping[str, object] = {
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
     "moe_token_dispatcher_type": "alltoall",
+    "transformer_impl": "auto",
 }
 NOT_OF_MEGATRON: Mapping[str, object] = {"zero_stage": 1, "deepspeed_config": None}
 

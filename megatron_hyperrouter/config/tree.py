@@ -152,6 +152,10 @@ class EngineConfig:
     moe_token_dispatcher_type: Annotated[Literal["alltoall", "allgather", "flex"], "megatron engine: how tokens reach their experts"] = (
         "alltoall"
     )
+    transformer_impl: Annotated[
+        Literal["auto", "local", "transformer_engine"],
+        "megatron engine: whose layers; auto: Transformer Engine's in bfloat16 on GPUs where it is installed, else torch's",
+    ] = "auto"
     zero_stage: Annotated[int, Ge(0), Le(3), "deepspeed engine: ZeRO stage, 0 to 2; stage 3 has no mixture of experts"] = 1
     deepspeed_config: Annotated[str | None, "JSON file merged into the settings made for DeepSpeed; a contradiction is an error"] = None
 

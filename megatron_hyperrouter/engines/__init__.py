@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 from megatron_hyperrouter.compat.quiet import hush
+from megatron_hyperrouter.compat.transformer_engine import implementation
 from megatron_hyperrouter.compat.versions import check
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
@@ -17,6 +19,9 @@ def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True
     """
     hush()
     check(config.engine.engine)
+    if config.engine.engine == "megatron":
+        chosen = implementation(config.engine.transformer_impl, bf16=config.train.bf16)
+        config = replace(config, engine=replace(config.engine, transformer_impl=chosen))
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
     engine: Engine = room.open_engine(config, vocab_size=vocab_size, for_training=for_training)
     return engine

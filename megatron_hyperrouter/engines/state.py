@@ -41,7 +41,7 @@ def save_weights(folder: Path, rank: int, holding: Holding) -> None:
             continue
         if not (holding.first_expert if is_expert(name) else holding.first_dense):
             continue  # the same for all ranks of a tensor-parallel group
-        shard = shard_of(name, parameter)
+        shard = shard_of(name)
         whole = parameter.detach() if shard is None else gathered(name, parameter, shard)
         if tensor_parallel_place(name)[1] == 0:
             owned[name] = whole.cpu()
@@ -54,7 +54,7 @@ def save_weights(folder: Path, rank: int, holding: Holding) -> None:
 def load_weights(folder: Path, holding: Holding) -> None:
     """Read this rank's part from what any layout of any engine wrote."""
     named = {name: parameter for name, parameter in holding.named if router_parameter(name) is None}
-    shards = {name: shard_of(name, parameter) for name, parameter in named.items()}
+    shards = {name: shard_of(name) for name, parameter in named.items()}
     targets: dict[str, Tensor] = {}
     for name, parameter in named.items():
         shard = shards[name]

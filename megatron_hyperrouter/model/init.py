@@ -36,7 +36,7 @@ def initialise(named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, dr
             elif name.endswith(".bias"):
                 parameter.zero_()
             else:
-                shard = shard_of(name, parameter)
+                shard = shard_of(name)
                 shape = tuple(parameter.shape) if shard is None else shard.whole_shape(parameter.shape)
                 whole = draw(name, shape) * initial_std(name, model)
                 parameter.copy_(whole if shard is None else shard.cut(whole))

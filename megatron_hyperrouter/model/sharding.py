@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_hyperrouter.model.names import is_expert
 
@@ -36,14 +36,23 @@ class Shard:
         return torch.cat([piece[part] for part in range(self.parts) for piece in split], self.dim)
 
 
-def shard_of(name: str, parameter: nn.Parameter) -> Shard | None:
-    """The piece that this rank holds of the parameter with this global name; None where it holds the whole.
+# Matrices that tensor parallelism cuts, by the end of their names: along which dimension. Everything else is whole on every rank.
+# Not megatron-core's mark on the weight (``partition_dim``): Transformer Engine's is wrong on the second matrix of an expert.
+_CUT = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_proj.weight": 1,
+    "linear_fc1.weight": 0,
+    "linear_fc2.weight": 1,
+}
 
-    megatron-core marks its column- and row-parallel weights with ``tensor_model_parallel`` and ``partition_dim``.
-    """
+
+def shard_of(name: str) -> Shard | None:
+    """The piece that this rank holds of the parameter with this global name; None where it holds the whole."""
     size, rank = tensor_parallel_place(name)
-    dim = getattr(parameter, "partition_dim", -1)
-    if size == 1 or dim < 0 or not getattr(parameter, "tensor_model_parallel", False):
+    dim = next((dim for end, dim in _CUT.items() if name.endswith(end)), None)
+    if size == 1 or dim is None:
         return None
     return Shard(dim, rank, size, parts=2 if name.endswith("linear_fc1.weight") else 1)  # SwiGLU: [gate; up]
 

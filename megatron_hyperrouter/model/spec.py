@@ -1,7 +1,7 @@
 """One megatron-core layer spec for both engines; what fills the MoE slot is an argument.
 
 RMSNorm, rotary positions, grouped-query attention through torch's ``scaled_dot_product_attention``, SwiGLU experts, no biases,
-optional norms on queries and keys.
+optional norms on queries and keys.  The Megatron engine can have the same layers from Transformer Engine.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention import ScaledDotProductAttention
+from megatron_hyperrouter.model.transformer_engine import fused_layer_spec, fused_norm, grouped_expert_spec
 
 
 def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerConfig:
@@ -57,7 +61,16 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
     }
+    if uses_transformer_engine(config):
+        fields |= {"moe_grouped_gemm": True}
+        if config.train.recompute_granularity == "selective":  # our own attention does it itself
+            fields |= {"recompute_granularity": "selective"}
     return TransformerConfig(**(fields | engine_fields))
+
+
+def uses_transformer_engine(config: RunConfig) -> bool:
+    """True where Transformer Engine makes the layers; an engine is opened with ``auto`` decided already."""
+    return config.engine.transformer_impl == "transformer_engine"
 
 
 def parameter_dtype(config: RunConfig) -> torch.dtype:
@@ -79,6 +92,8 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
 
 def layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
     """Spec of one transformer layer with ``moe`` in its MLP slot."""
+    if uses_transformer_engine(config):
+        return fused_layer_spec(config, moe)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_layernorm)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -90,6 +105,18 @@ def layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     parts.mlp = moe
     return spec
+
+
+def expert_spec(config: RunConfig) -> ModuleSpec:
+    """Spec of the experts of a rank, for megatron-core's MoE layer."""
+    if uses_transformer_engine(config):
+        return grouped_expert_spec(config)
+    return ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+
+
+def last_norm(config: RunConfig) -> type:
+    """Class of the norm after the last layer."""
+    return fused_norm() if uses_transformer_engine(config) else RMSNorm
 
 
 class RMSNorm(nn.RMSNorm):

@@ -246,6 +246,7 @@ CASES = [
         {"moe_token_dispatcher_type": "alltoall"},
     ),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 2}, "--zero-stage", "deepspeed engine", {"engine": "deepspeed"}),
+    case("settings_of_the_other_engine", {"transformer_impl": "transformer_engine"}, "--transformer-impl", "megatron engine", MEGATRON),
     case("settings_of_the_other_engine", {**MEGATRON, "mlp_type": "residual"}, "--mlp-type", "deepspeed engine", {"engine": "deepspeed"}),
     case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 3}, "--zero-stage", "deepspeed engine", {"zero_stage": 1}),
     case(

@@ -92,6 +92,7 @@ OWNED: tuple[tuple[str, str, str], ...] = (  # setting, the engine that reads it
     ("use_distributed_optimizer", "megatron", "use --zero-stage 1, which does the same"),
     ("overlap_grad_reduce", "megatron", "leave it out"),
     ("overlap_param_gather", "megatron", "leave it out"),
+    ("transformer_impl", "megatron", "leave it out; the layers are torch's"),
     ("moe_token_dispatcher_type", "megatron", "leave it out; DeepSpeed's layers dispatch by all-to-all"),
 )
 

@@ -164,7 +164,7 @@ class MegatronEngine(SharedEngine):
     def save_optimizer(self, folder: Path) -> None:
         """See :class:`SharedEngine`."""
         if self.optimizer is not None:
-            host_state.save(self.optimizer, folder, self.place.rank)
+            host_state.save(self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl)
 
     def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
         """See :class:`SharedEngine`."""
@@ -172,7 +172,7 @@ class MegatronEngine(SharedEngine):
             return
         self.optimizer.reload_model_params()
         if not weights_only:
-            host_state.load(self.optimizer, folder, self.place.rank)
+            host_state.load(self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl)
 
     def close(self) -> None:
         """Leave the process groups; those that stood before this engine stay."""

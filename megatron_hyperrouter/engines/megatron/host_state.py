@@ -13,15 +13,20 @@ from megatron_hyperrouter.engines.state import load_state, save_state
 from megatron_hyperrouter.errors import CheckpointError
 
 
-def save(optimizer: Any, folder: Path, rank: int) -> None:
-    """Write this rank's file into ``folder``."""
-    save_state(folder, rank, [_state(part) for part in _parts(optimizer)])
+def save(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
+    """Write this rank's file into ``folder``; ``layers``: whose layers the model has, which decides the order of its parameters."""
+    save_state(folder, rank, {"layers": layers, "parts": [_state(part) for part in _parts(optimizer)]})
 
 
-def load(optimizer: Any, folder: Path, rank: int) -> None:
+def load(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
     """Read what :func:`save` wrote, on the same layout; the model's weights must be there already."""
-    saved = load_state(folder, rank)
-    parts = list(_parts(optimizer))
+    state = load_state(folder, rank)
+    if state["layers"] != layers:
+        raise CheckpointError(
+            f"{folder} was written with --transformer-impl {state['layers']}, and this run has {layers}",
+            remedy=f"add --transformer-impl {state['layers']}, or load weights alone with --finetune",
+        )
+    saved, parts = state["parts"], list(_parts(optimizer))
     if len(saved) != len(parts):
         raise CheckpointError(
             f"{folder}: {len(saved)} optimizers in the checkpoint, {len(parts)} in this run",
@@ -38,18 +43,22 @@ def _parts(optimizer: Any) -> Iterator[Any]:
             yield part
 
 
-def _state(part: Any) -> list[dict[str, Any]]:
-    """For each parameter that torch's optimizer updates (float32, this rank's piece): its value and its moments, in order."""
+def _state(part: Any) -> dict[str, Any]:
+    """For each parameter that the optimizer updates (float32, this rank's piece) its value and its moments, in order.
+
+    torch's AdamW counts steps for each parameter; apex's and Transformer Engine's, which megatron-core prefers, for each group.
+    """
     adam = part.optimizer
-    return [
+    parameters = [
         {"value": parameter.detach().cpu().clone(), **{key: _copied(value) for key, value in adam.state[parameter].items()}}
         for group in adam.param_groups
         for parameter in group["params"]
     ]
+    return {"parameters": parameters, "steps": [_copied(group.get("step")) for group in adam.param_groups]}
 
 
-def _restore(part: Any, saved: list[dict[str, Any]]) -> None:
-    adam = part.optimizer
+def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
+    adam, saved = part.optimizer, state_of_part["parameters"]
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     shapes = [tuple(state["value"].shape) for state in saved]
     if shapes != [tuple(parameter.shape) for parameter in parameters]:
@@ -57,6 +66,9 @@ def _restore(part: Any, saved: list[dict[str, Any]]) -> None:
             "the optimizer's parameters in the checkpoint have other shapes than in this run",
             remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
         )
+    for group, step in zip(adam.param_groups, state_of_part["steps"], strict=True):
+        if step is not None:
+            group["step"] = step
     for parameter, state in zip(parameters, saved, strict=True):
         value = state.pop("value")
         with torch.no_grad():

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -23,7 +20,8 @@ from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
-from megatron_hyperrouter.model.spec import RMSNorm, layer_spec, padded_vocab_size, transformer_config
+from megatron_hyperrouter.model.spec import expert_spec, last_norm, layer_spec, padded_vocab_size, transformer_config
+from megatron_hyperrouter.model.transformer_engine import plain_name
 from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
@@ -58,15 +56,14 @@ def core_config(run: RunConfig) -> TransformerConfig:
 
 def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> list[nn.Module]:
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they come."""
-    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     router = partial(MegatronRouter, make=partial(make_router, run, vocab_size=vocab_size), clock=clock, statistics=statistics)
-    moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=expert_spec(run), router=router))
     spec = layer_spec(run, moe)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
     for number in range(stages or 1):
         chunk = number if stages else None
-        block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(core, chunk), layer_norm=RMSNorm)
+        block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(core, chunk), layer_norm=last_norm(run))
         model = GPTModel(
             config=core,
             transformer_layer_spec=block,
@@ -123,6 +120,7 @@ def routers(chunks: list[nn.Module], run: RunConfig) -> dict[str, Router]:
 
 
 def _global(name: str, chunk: Any, run: RunConfig) -> str:
+    name = plain_name(name)
     name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{chunk.decoder.layers[int(m[1])].layer_number - 1}.", name)
     experts = run.model.num_experts // run.parallel.expert_model_parallel_size
     first = parallel_state.get_expert_model_parallel_rank() * experts

@@ -1,0 +1,67 @@
+"""Transformer Engine, where it is: whether this machine can use it, and what to say where it cannot.
+
+Its CUDA kernels cannot run without a GPU, so the tests that train with it do so over a stand-in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib import metadata
+
+import torch
+
+from megatron_hyperrouter.console import warn
+from megatron_hyperrouter.errors import HostError
+
+OLDEST = (
+    1,
+    9,
+)  # with grouped matrices for experts, and norms that are good enough for queries and keys (transformer_engine_spec_provider.py)
+
+
+def implementation(wanted: str, *, bf16: bool) -> str:
+    """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError where that cannot be had.
+
+    ``auto`` leaves float32 to torch: Transformer Engine's fast attention is for 16 bits, and float32 is there for comparisons.
+    """
+    if wanted == "local" or (wanted == "auto" and not bf16):
+        return "local"
+    reason = obstacle()
+    if reason is None:
+        warn(f"transformer-engine {_version()} was not tested; if something breaks: --transformer-impl local")
+        return "transformer_engine"
+    if wanted == "transformer_engine":
+        raise HostError(
+            f"--transformer-impl transformer_engine: Transformer Engine {reason}",
+            remedy="with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or use --transformer-impl local",
+        )
+    if present() and torch.cuda.is_available():
+        warn(f"Transformer Engine {reason}: torch's own layers take its place")
+    return "local"
+
+
+def obstacle() -> str | None:
+    """Why Transformer Engine cannot be used here; None where it can."""
+    if not present():
+        return "is not installed"
+    if not torch.cuda.is_available():
+        return "needs a GPU, and there is none"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:  # OSError: a CUDA library of another version
+        return f"cannot be imported ({error})"
+    version = _version()
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"{version} is older than {OLDEST[0]}.{OLDEST[1]}, the first that has what this project uses"
+    return None
+
+
+def present() -> bool:
+    """Whether an import would find it, without importing it."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _version() -> str:
+    module = importlib.import_module("transformer_engine")
+    return str(getattr(module, "__version__", None) or metadata.version("transformer-engine"))

@@ -1,0 +1,46 @@
+"""The layer spec of machines with Transformer Engine: megatron-core's own, with our router in it.
+
+Not exercised by the tests on hardware: they run it on CPU over a stand-in that has Transformer Engine's classes and attributes.
+megatron-core 0.16.1, models/gpt/gpt_layer_specs.py (``get_gpt_layer_with_transformer_engine_spec``).
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+_FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
+_GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+
+
+def fused_layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
+    """Spec of one transformer layer with ``moe`` in its MLP slot; the input norm is a part of the first matrix."""
+    model = config.model
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm)
+    spec.submodules.mlp = moe
+    return spec
+
+
+def grouped_expert_spec(config: RunConfig) -> ModuleSpec:
+    """Spec of all experts of a rank, each matrix of theirs in one grouped multiplication."""
+    experts: ModuleSpec = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=True).submodules.experts
+    return experts
+
+
+def fused_norm() -> type:
+    """Class of the norm after the last layer."""
+    # Not at the top: where Transformer Engine is missing, nothing of this is a class.
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter of this spec has in the spec without Transformer Engine."""
+    name = _FUSED_NORM.sub(".input_layernorm.weight", name)
+    return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)

@@ -1,0 +1,152 @@
+"""A stand-in for Transformer Engine on machines without a GPU: its classes, arguments and parameter names, computed by torch.
+
+Written after the calls that megatron-core 0.16.1 makes (extensions/transformer_engine.py).  It claims to be version 1.12.
+``partition_dim`` is wrong on the second matrix of experts that are cut, as in the original, which knows nothing of their parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def matrix(rows: int, columns: int, dim: int, **made: Any) -> nn.Parameter:
+    """A weight, filled with a number that no test survives, marked as Transformer Engine marks it."""
+    weight = nn.Parameter(torch.full((rows, columns), 1e3, dtype=made["params_dtype"], device=made["device"]))
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
+    return weight
+
+
+def scale(length: int, sequence_parallel: bool, **made: Any) -> nn.Parameter:
+    """A norm's weight."""
+    weight = nn.Parameter(torch.full((length,), 1e3, dtype=made["params_dtype"], device=made["device"]))
+    weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class Linear(nn.Module):
+    def __init__(
+        self, *, in_features: int, out_features: int, parallel_mode: str | None, tp_size: int, tp_group: Any, sequence_parallel: bool,
+        bias: bool, return_bias: bool, init_method: Any, **made: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert not bias and not return_bias and made["fuse_wgrad_accumulation"] is False
+        self.mode, self.group, self.sequence = parallel_mode if tp_size > 1 else None, tp_group, sequence_parallel
+        out_features //= tp_size if parallel_mode == "column" else 1
+        in_features //= tp_size if parallel_mode == "row" else 1
+        self.weight = matrix(out_features, in_features, 1 if parallel_mode == "row" else 0, **made)
+        init_method(self.weight)
+
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        from megatron.core.tensor_parallel import mappings
+
+        if self.mode == "column":
+            into = mappings.gather_from_sequence_parallel_region if self.sequence else mappings.copy_to_tensor_model_parallel_region
+            x = into(x, group=self.group)
+        x = x @ self.weight.t()
+        if self.mode == "row":
+            to = mappings.reduce_scatter_to_sequence_parallel_region if self.sequence else mappings.reduce_from_tensor_model_parallel_region
+            x = to(x, group=self.group)
+        return x
+
+
+class LayerNormLinear(Linear):
+    def __init__(self, *, eps: float, normalization: str, zero_centered_gamma: bool, return_layernorm_output: bool, **made: Any) -> None:
+        assert normalization == "RMSNorm" and not zero_centered_gamma and not return_layernorm_output
+        super().__init__(**made)
+        self.eps = eps
+        self.layer_norm_weight = scale(made["in_features"], **made)
+
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        return super().forward(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, *, hidden_size: int, eps: float, zero_centered_gamma: bool, **made: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = scale(hidden_size, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class GroupedLinear(nn.Module):
+    def __init__(
+        self, *, num_gemms: int, in_features: int, out_features: int, tp_size: int, bias: bool, init_method: Any,
+        parallel_mode: str | None, **made: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert tp_size == 1 and not bias
+        self.num_gemms, self.use_bias = num_gemms, bias
+        for number in range(num_gemms):
+            self.register_parameter(f"weight{number}", matrix(out_features, in_features, 1 if parallel_mode == "row" else 0, **made))
+            init_method(self.get_parameter(f"weight{number}"))
+
+    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
+        parts = x.split(m_splits)
+        return torch.cat([part @ self.get_parameter(f"weight{number}").t() for number, part in enumerate(parts)])
+
+
+class DotProductAttention(nn.Module):
+    def __init__(self, *, attn_mask_type: str, attention_dropout: float, num_gqa_groups: int, kv_channels: int, **_: Any) -> None:
+        super().__init__()
+        assert attn_mask_type == "causal" and isinstance(kv_channels, int) and "cp_group" not in _
+        self.dropout, self.groups = attention_dropout, num_gqa_groups
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, attn_mask_type: str) -> Tensor:
+        assert attention_mask is None and attn_mask_type == "causal"
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, dropout_p=self.dropout)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class Tracker:
+    """Of random states; nothing here draws from it."""
+
+
+def install() -> None:
+    """Make ``import transformer_engine`` find this; before megatron-core is imported."""
+    parts = "common common.recipe pytorch pytorch.distributed pytorch.fp8 pytorch.float8_tensor pytorch.cpp_extensions".split()
+    names = ["transformer_engine", *(f"transformer_engine.{part}" for part in parts)]
+    for name in names:
+        module = ModuleType(name)
+        module.__spec__, module.__path__ = ModuleSpec(name, None, is_package=True), []
+        sys.modules[name] = module
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)
+    te = sys.modules["transformer_engine"]
+    te.__version__ = "1.12.0"  # type: ignore[attr-defined]
+    given: dict[str, list[Any]] = {
+        "pytorch": [Linear, LayerNormLinear, RMSNorm, GroupedLinear, DotProductAttention],
+        "common.recipe": [type("DelayedScaling", (), {})],
+        "pytorch.distributed": [type("CudaRNGStatesTracker", (Tracker,), {}), activation_recompute_forward],
+        "pytorch.fp8": [type("FP8GlobalStateManager", (), {}), fp8_autocast],
+        "pytorch.cpp_extensions": [cast_to_fp8],
+        "pytorch.float8_tensor": [type("Float8Tensor", (), {})],
+    }
+    for name, things in given.items():
+        for thing in things:
+            setattr(sys.modules[f"transformer_engine.{name}"], thing.__name__, thing)
+
+
+def cast_to_fp8(*args: Any) -> None:
+    raise NotImplementedError
+
+
+@contextlib.contextmanager
+def activation_recompute_forward(*args: Any, **kwargs: Any) -> Any:
+    yield
+
+
+@contextlib.contextmanager
+def fp8_autocast(*args: Any, **kwargs: Any) -> Any:
+    yield
