@@ -22,30 +22,40 @@ class Alone:
     def any_rank(self, flag: bool) -> bool:
         return flag
 
+    def first_word(self, word: str) -> str:
+        return word
+
 
 class ThreadRanks:
     """One of several ranks that are threads of this process."""
 
-    def __init__(self, rank: int, meeting: threading.Barrier, flags: list[bool]) -> None:
-        self.place = Place(rank=rank, world_size=len(flags), data_rank=rank, data_size=len(flags))
-        self._meeting, self._flags = meeting, flags
+    def __init__(self, rank: int, meeting: threading.Barrier, told: list[object]) -> None:
+        self.place = Place(rank=rank, world_size=len(told), data_rank=rank, data_size=len(told))
+        self._meeting, self._told = meeting, told
 
     def any_rank(self, flag: bool) -> bool:
-        self._flags[self.place.rank] = flag
+        return any(self._all(flag))
+
+    def first_word(self, word: str) -> str:
+        return next((str(each) for each in self._all(word) if each), "")
+
+    def _all(self, own: object) -> list[object]:
+        self._told[self.place.rank] = own
         self._meeting.wait(timeout=20)
-        answer = any(self._flags)
-        self._meeting.wait(timeout=20)  # nobody may write the next flag before all have read this one
+        answer = list(self._told)
+        self._meeting.wait(timeout=20)  # nobody may tell the next thing before all have read this one
         return answer
 
     @staticmethod
     def run(world_size: int, work: Callable[[ThreadRanks], object]) -> list[object]:
         """What ``work`` returned on each rank, or the exception that it raised."""
-        meeting, flags = threading.Barrier(world_size), [False] * world_size
+        meeting = threading.Barrier(world_size)
+        told: list[object] = [None] * world_size
         answers: list[object] = [None] * world_size
 
         def one(rank: int) -> None:
             try:
-                answers[rank] = work(ThreadRanks(rank, meeting, flags))
+                answers[rank] = work(ThreadRanks(rank, meeting, told))
             except Exception as error:  # noqa: BLE001 - handed to the test
                 answers[rank] = error
 
@@ -111,6 +121,9 @@ class FakeEngine:
 
     def any_rank(self, flag: bool) -> bool:
         return flag
+
+    def first_word(self, word: str) -> str:
+        return word
 
     def close(self) -> None:
         pass

@@ -48,6 +48,10 @@ class Ranks(Protocol):
         """True on all ranks when ``flag`` is true on one; waits for every rank."""
         ...
 
+    def first_word(self, word: str) -> str:
+        """On all ranks, the word of the first rank that has one; waits for every rank."""
+        ...
+
 
 class CheckpointFolders:
     """The checkpoints of one run, on a file system that every rank sees; methods marked collective need every rank."""
@@ -75,10 +79,11 @@ class CheckpointFolders:
         for phase in phases:
             error = _attempt(phase)
             if self.ranks.any_rank(error is not None):
+                reason = _reason(self.ranks, error)
                 if self._is_main:
                     shutil.rmtree(writing, ignore_errors=True)
                     (self.root / f"{_NEW_LATEST}{final.name}").unlink(missing_ok=True)
-                raise self._save_error(step, error) from error
+                raise self._save_error(step, error, reason) from error
         if self._is_main:
             self._prune()
         return final
@@ -92,7 +97,7 @@ class CheckpointFolders:
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
         if self.ranks.any_rank(error is not None):
-            message = f"{self.root} cannot be prepared: {error or 'another rank failed'}"
+            message = f"{self.root} cannot be prepared: {_reason(self.ranks, error)}"
             raise CheckpointError(message, remedy="check its permissions, or give another --run-dir") from error
         return aside[0] if aside else None
 
@@ -146,7 +151,7 @@ class CheckpointFolders:
             raise
         _sync(self.root)
 
-    def _save_error(self, step: int, error: Exception | None) -> HyperRouterError:
+    def _save_error(self, step: int, error: Exception | None, reason: str) -> HyperRouterError:
         if isinstance(error, HyperRouterError):
             return error
         free = ""
@@ -154,7 +159,7 @@ class CheckpointFolders:
             free = f" ({shutil.disk_usage(self.root).free / 1e6:.0f} MB are free)"
         last = _latest_name(self.root)
         return CheckpointError(
-            f"the checkpoint of step {step} could not be saved in {self.root}: {error or 'another rank could not write its part'}",
+            f"the checkpoint of step {step} could not be saved in {self.root}: {reason}",
             remedy=f"make room on that disk{free} or give another --run-dir; "
             + (f"{last} is untouched, continue from it with --load {self.root / last}" if last else "no earlier checkpoint exists"),
         )
@@ -250,10 +255,10 @@ def verify(folder: Path, ranks: Ranks) -> None:
     """
     error = _attempt(lambda: _verify_share(folder, ranks.place.rank, ranks.place.world_size))
     if ranks.any_rank(error is not None):
-        error = error or _attempt(lambda: _verify_share(folder, 0, 1))  # one rank tells of it, so that one has to know the file
+        reason = _reason(ranks, error)
         if isinstance(error, HyperRouterError):
             raise error
-        raise CheckpointError(f"{folder} cannot be read: {error or 'another rank found a damaged file'}", remedy=_older(folder)) from error
+        raise CheckpointError(f"{folder} cannot be read: {reason}", remedy=_older(folder)) from error
 
 
 def _verify_share(folder: Path, rank: int, world_size: int) -> None:
@@ -284,6 +289,13 @@ def _attempt(work: Callable[[], None]) -> Exception | None:
     except Exception as error:  # noqa: BLE001 - handed to the caller, which raises it
         return error
     return None
+
+
+def _reason(ranks: Ranks, error: Exception | None) -> str:
+    """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the one that failed."""
+    own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)
+    found = ranks.first_word("" if error is None else f"rank {ranks.place.rank}: {own}")
+    return found if error is None else own
 
 
 def _step_of(folder: Path) -> int | None:

@@ -85,6 +85,10 @@ class Engine(Protocol):
         """True on all ranks when ``flag`` is true on one."""
         ...
 
+    def first_word(self, word: str) -> str:
+        """On all ranks, the word of the first rank that has one; empty where none has."""
+        ...
+
     def close(self) -> None:
         """Leave the process groups."""
         ...

@@ -15,7 +15,7 @@ from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.engines.totals import any_rank, eval_result, step_result
+from megatron_hyperrouter.engines.totals import any_rank, eval_result, first_word, step_result
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 
 if TYPE_CHECKING:
@@ -130,3 +130,7 @@ class SharedEngine(ABC):
     def any_rank(self, flag: bool) -> bool:
         """True on all ranks when ``flag`` is true on one."""
         return any_rank(flag, self.device)
+
+    def first_word(self, word: str) -> str:
+        """On all ranks, the word of the first rank that has one."""
+        return first_word(word)

@@ -47,3 +47,10 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     told = torch.tensor([float(flag)], device=device)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return bool(told)
+
+
+def first_word(word: str) -> str:
+    """On all ranks, the word of the first rank that has one (collective, of any length: for what is rare)."""
+    words = [""] * dist.get_world_size()
+    dist.all_gather_object(words, word)
+    return next((each for each in words if each), "")

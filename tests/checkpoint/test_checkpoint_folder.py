@@ -221,7 +221,20 @@ class TestFailedSave:
         answers = ThreadRanks.run(3, work)
         for answer in answers:
             self.check(tmp_path, answer)
-        assert "No space left" in str(answers[1]) and "another rank" in str(answers[0])
+        assert "rank 1" not in str(answers[1])
+        for answer in answers:  # rank 0 tells it, whoever it happened to
+            assert "No space left on device" in str(answer)
+        assert all("rank 1: [Errno 28] No space left" in str(answers[rank]) for rank in (0, 2))
+
+    def test_a_reason_without_words(self, tmp_path: Path) -> None:
+        def work(ranks: ThreadRanks) -> Path:
+            def write(folder: Path) -> None:
+                if ranks.place.rank == 1:
+                    raise AssertionError
+
+            return CheckpointFolders(tmp_path, ranks).save(100, write, {})
+
+        assert "rank 1: AssertionError()" in str(ThreadRanks.run(2, work)[0])
 
     def test_by_a_real_limit_on_file_sizes(self, tmp_path: Path) -> None:
         saved(tmp_path, 50)
@@ -232,7 +245,7 @@ class TestFailedSave:
             from types import SimpleNamespace
             from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
             from megatron_hyperrouter.errors import HyperRouterError
-            alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1), any_rank=bool)  # without torch: starts at once
+            alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1), any_rank=bool, first_word=str)  # without torch
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             try:
                 CheckpointFolders(Path(sys.argv[1]), alone).save(100, lambda f: torch.save(torch.zeros(100_000), f / "weights.pt"), {})
@@ -278,7 +291,8 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     (tmp_path / "step_0000007/rank2").write_bytes(b"")
     answers = ThreadRanks.run(3, lambda ranks: verify(tmp_path / "step_0000007", ranks))
     assert all(isinstance(answer, CheckpointError) for answer in answers)
-    assert all("rank2" in str(answer) for answer in answers)  # rank 0 tells it, whoever read the file
+    assert all("rank2 has 0 bytes, 1000 were saved" in str(answer) for answer in answers)  # rank 0 tells it, whoever read the file
+    assert all(str(answer).count("remedy") == 1 for answer in answers)
 
 
 KILLED_AT_EACH_CALL = """
