@@ -5,8 +5,9 @@ Names do not depend on the layout, so any layout reads what another one wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,20 +19,49 @@ from megatron_hyperrouter.errors import CheckpointError
 _PATTERN = "weights-*.safetensors"
 
 
+class Piece(Protocol):
+    """The part of a whole tensor that this rank holds."""
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the whole, given that of the part."""
+        ...
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The part."""
+        ...
+
+
 def write_weights(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors that ``rank`` owns; a rank that owns none writes nothing."""
     if tensors:
-        on_cpu = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, folder / f"weights-{rank:05d}.safetensors")
+        save_file(_apart(tensors), folder / f"weights-{rank:05d}.safetensors")
 
 
-def read_weights(folder: Path, targets: Mapping[str, Tensor]) -> None:
-    """Copy each target's tensor from ``folder`` into it; reports every missing or misshapen one at once."""
-    found = read_tensors(folder, targets)
-    problems = [f"{name}: not in the checkpoint" for name in targets if name not in found]
-    for name, tensor in found.items():
-        if tensor.shape != targets[name].shape:
-            problems.append(f"{name}: {list(tensor.shape)} in the checkpoint, {list(targets[name].shape)} in this model")
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none in the memory of another, which safetensors refuses; what lies there by itself is not copied."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        if own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.data_ptr())
+        found[name] = own
+    return found
+
+
+def read_weights(folder: Path, targets: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None = None) -> None:
+    """Copy each target's tensor from ``folder`` into it, one after another; reports every missing or misshapen one at once.
+
+    ``pieces``: of which tensors this rank holds only a part, and which; the file has the whole.
+    """
+    pieces, files = pieces or {}, _files_by_name(folder)
+    problems = [f"{name}: not in the checkpoint" for name in targets if name not in files]
+    for name, file in _opened(files, targets):
+        found, shape = file.get_slice(name).get_shape(), tuple(targets[name].shape)
+        needed = pieces[name].whole_shape(shape) if name in pieces else shape
+        if tuple(found) != needed:
+            problems.append(f"{name}: {list(found)} in the checkpoint, {list(needed)} in this model")
     if problems:
         shown = "\n".join(f"  {line}" for line in problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(
@@ -39,27 +69,31 @@ def read_weights(folder: Path, targets: Mapping[str, Tensor]) -> None:
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
     with torch.no_grad():
-        for name, tensor in found.items():
-            targets[name].copy_(tensor)
+        for name, file in _opened(files, targets):
+            whole = file.get_tensor(name)
+            targets[name].copy_(pieces[name].cut(whole) if name in pieces else whole)
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """Those of ``names`` that ``folder`` holds; each file is opened once."""
-    files = _files_by_name(folder)
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        if name in files:
-            by_file.setdefault(files[name], []).append(name)
-    found: dict[str, Tensor] = {}
-    for path, inside in by_file.items():
-        with safe_open(path, framework="pt") as file:
-            found.update({name: file.get_tensor(name) for name in inside})
-    return found
+    return {name: file.get_tensor(name) for name, file in _opened(_files_by_name(folder), names)}
 
 
 def weight_names(folder: Path) -> set[str]:
     """Global names of all tensors in ``folder``."""
     return set(_files_by_name(folder))
+
+
+def _opened(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """(name, open file that has it) for those of ``names`` that are in ``files``, file by file."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        if name in files:
+            by_file.setdefault(files[name], []).append(name)
+    for path, inside in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in inside:
+                yield name, file
 
 
 def _files_by_name(folder: Path) -> dict[str, Path]:

@@ -34,17 +34,24 @@ class Holding(NamedTuple):
 
 
 def save_weights(folder: Path, rank: int, holding: Holding) -> None:
-    """Write what this rank has the first copy of (collective: tensor-parallel pieces are joined one after another)."""
+    """Write what this rank has the first copy of (collective: tensor-parallel pieces are joined one after another).
+
+    The ranks of a tensor-parallel group take turns in keeping what was joined, so that all of them write, and none holds it all.
+    """
     owned: dict[str, Tensor] = {}
+    turns = {True: 0, False: 0}  # experts and dense weights: their tensor-parallel groups differ, and may have other turns
     for name, parameter in holding.named:
         if router_parameter(name) is not None or (name == WORD_EMBEDDINGS and not holding.first_stage):
             continue
-        if not (holding.first_expert if is_expert(name) else holding.first_dense):
+        expert = is_expert(name)
+        if not (holding.first_expert if expert else holding.first_dense):
             continue  # the same for all ranks of a tensor-parallel group
         shard = shard_of(name)
         whole = parameter.detach() if shard is None else gathered(name, parameter, shard)
-        if tensor_parallel_place(name)[1] == 0:
+        size, place = tensor_parallel_place(name)
+        if turns[expert] % size == place:
             owned[name] = whole.cpu()
+        turns[expert] += 1
     if holding.first_dense and tensor_parallel_place("")[1] == 0:
         for prefix, router in holding.routers.items():
             owned.update({prefix + name: tensor for name, tensor in router.state_dict().items()})
@@ -54,20 +61,12 @@ def save_weights(folder: Path, rank: int, holding: Holding) -> None:
 def load_weights(folder: Path, holding: Holding) -> None:
     """Read this rank's part from what any layout of any engine wrote."""
     named = {name: parameter for name, parameter in holding.named if router_parameter(name) is None}
-    shards = {name: shard_of(name) for name, parameter in named.items()}
-    targets: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        shard = shards[name]
-        targets[name] = parameter if shard is None else torch.empty(shard.whole_shape(parameter.shape), dtype=parameter.dtype)
+    shards = {name: shard for name in named if (shard := shard_of(name)) is not None}
+    targets: dict[str, Tensor] = dict(named)
     for prefix, router in holding.routers.items():  # frozen hashes are compared by the router itself
         state = router.state_dict()
         targets.update({prefix + name: tensor for name, tensor in state.items() if tensor.is_floating_point()})
-    read_weights(folder, targets)
-    with torch.no_grad():
-        for name, parameter in named.items():
-            shard = shards[name]
-            if shard is not None:
-                parameter.copy_(shard.cut(targets[name]))
+    read_weights(folder, targets, shards)
     for prefix, router in holding.routers.items():
         found = read_tensors(folder, [prefix + name for name in router.state_dict()])
         router.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in found.items()})

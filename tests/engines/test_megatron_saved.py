@@ -8,12 +8,28 @@ import pytest
 import torch
 from distributed import run_ranks
 from program.launched import Zygote
+from safetensors import safe_open
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
 
 pytestmark = pytest.mark.processes
 WORKER = Path(__file__).with_name("layout_worker.py")
 SPLIT = "--engine megatron --use-distributed-optimizer"
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_tensor_parallel_ranks_share_the_writing(tmp_path: Path, zygote: Zygote, experts: int) -> None:
+    """Each tensor is in one file, and no rank writes much more than the other."""
+    flags = f"--engine megatron --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size {experts}"
+    run_ranks(zygote, WORKER, {"cases": [{"flags": flags.split(), "steps": 0, "folder": str(tmp_path)}]}, ranks=2, folder=tmp_path / "ranks")
+    names, sizes = [], []
+    for path in sorted(tmp_path.glob("weights-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+            sizes.append(sum(file.get_tensor(name).nbytes for name in file.keys()))  # noqa: SIM118 - no mapping
+    assert len(names) == len(set(names)) and len(sizes) == 2
+    if experts == 2:  # else a rank has experts that the other has not
+        assert min(sizes) > max(sizes) / 3
 
 
 def test_overlapping_gathers_leave_no_stale_weights(tmp_path: Path, zygote: Zygote) -> None:

@@ -15,6 +15,9 @@ LAYOUTS = {
     2: [
         "--engine megatron --expert-model-parallel-size 2 --use-distributed-optimizer",
         "--engine megatron --pipeline-model-parallel-size 2",
+        "--engine megatron --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2 --num-layers 4",
+        "--engine megatron --context-parallel-size 2 --use-distributed-optimizer",
+        f"--engine megatron {TP2} --sequence-parallel --expert-tensor-parallel-size 1",
         TP2,
     ],
     4: [
