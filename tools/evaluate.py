@@ -104,7 +104,7 @@ def settings_of(folder: Path, *, world_size: int) -> RunConfig:
         raise CheckpointError(f"{path} is missing: it says what model {folder} holds", remedy="put the run's config.yaml there")
     # What only training needs must not stand in the way.
     neutral: dict[str, object] = {"load": None, "global_batch_size": None, "deepspeed_config": None, "recompute_granularity": None}
-    neutral["moe_token_dispatcher_type"] = "alltoall"  # the others give the same, and may want GPUs
+    neutral |= {"moe_token_dispatcher_type": "alltoall", "transformer_impl": "auto"}  # others give the same, and may want GPUs
     if world_size > 1:
         try:
             return load_file(path, routers=ROUTERS, overrides=neutral, world_size=world_size)
