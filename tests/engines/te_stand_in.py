@@ -31,7 +31,23 @@ def scale(length: int, sequence_parallel: bool, **made: Any) -> nn.Parameter:
     return weight
 
 
-class Linear(nn.Module):
+class Stateful(nn.Module):
+    """Has the state that Transformer Engine keeps for 8-bit floats, which is empty without them."""
+
+    fp8 = fp8_calibration = False
+    fp8_meta = {"fp8_checkpoint": False}  # noqa: RUF012
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        assert state is None or state.numel() == 0
+
+    def init_fp8_metadata(self, num_gemms: int) -> None:
+        pass
+
+
+class Linear(Stateful):
     def __init__(
         self, *, in_features: int, out_features: int, parallel_mode: str | None, tp_size: int, tp_group: Any, sequence_parallel: bool,
         bias: bool, return_bias: bool, init_method: Any, **made: Any,
@@ -78,7 +94,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Stateful):
     def __init__(
         self, *, num_gemms: int, in_features: int, out_features: int, tp_size: int, bias: bool, init_method: Any,
         parallel_mode: str | None, **made: Any,
@@ -95,7 +111,7 @@ class GroupedLinear(nn.Module):
         return torch.cat([part @ self.get_parameter(f"weight{number}").t() for number, part in enumerate(parts)])
 
 
-class DotProductAttention(nn.Module):
+class DotProductAttention(Stateful):
     def __init__(self, *, attn_mask_type: str, attention_dropout: float, num_gqa_groups: int, kv_channels: int, **_: Any) -> None:
         super().__init__()
         assert attn_mask_type == "causal" and isinstance(kv_channels, int) and "cp_group" not in _

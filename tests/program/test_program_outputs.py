@@ -196,6 +196,16 @@ class TestTools:
         zygote.run(["--load", tmp_path, "--topk", 1, "--output", output], program=program, expect=4)
         assert not output.exists()
 
+    def test_export_to_megatron_core(self, zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+        """A DeepSpeed run of two ranks; that the weights serve in megatron-core's model is tested with the engine."""
+        program, output = REPOSITORY / "tools/export_megatron.py", tmp_path / "megatron"
+        job = zygote.run(["--load", whole, "--output", output], program=program)
+        assert (output / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "12\n"
+        assert str(output / "iter_0000012") in job.stdout and "--num-experts 4" in job.stdout
+        assert list((output / "iter_0000012").glob("*.distcp"))
+        again = zygote.run(["--load", whole, "--output", output], program=program, expect=4)
+        assert "is already there" in again.stderr
+
 
 def tensors_under(tree: Any, key: str) -> list[torch.Tensor]:
     """All tensors that stand under ``key`` anywhere in nested containers."""

@@ -1,0 +1,164 @@
+"""A checkpoint's weights for users who go on in plain megatron-core: its ``dist_checkpointing`` format, its own router.
+
+The names of the sharded tensors are those that megatron-core 0.16.1 gives a ``GPTModel`` of Transformer Engine's layers, or of local
+ones (models/gpt/gpt_layer_specs.py, ``sharded_state_dict_keys_map``), so both load them, on any layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, weight_names
+from megatron_hyperrouter.compat.megatron import install
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
+from megatron_hyperrouter.engines.routing import make_router
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
+from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
+from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, layer_spec, transformer_config
+from megatron_hyperrouter.ops.topk import topk_softmax
+from megatron_hyperrouter.routers.base import Router
+
+
+def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> Path:
+    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; to be called inside :func:`alone`.
+
+    A router that is a linear map of its input becomes megatron-core's ``TopKRouter``, which takes the softmax over the chosen logits
+    as well (``moe_router_pre_softmax`` False).  CheckpointError where that would be another model.
+    """
+    if run.model.moe_router_topk < 2:
+        raise CheckpointError(
+            f"{folder} is of a run with k = 1", remedy="megatron-core's router takes the softmax of chosen logits for k > 1 alone"
+        )
+    if run.model.mlp_type != "standard":
+        raise CheckpointError(
+            f"{folder} has --mlp-type {run.model.mlp_type}", remedy="megatron-core's layers are of the standard type alone"
+        )
+    model = plain_model(run, rows=_rows(folder))
+    named = dict(model.named_parameters())
+    routers = routing_matrices(run, folder)
+    read_weights(folder, {name: parameter for name, parameter in named.items() if name not in routers})
+    with torch.no_grad():
+        for name, matrix_ED in routers.items():
+            named[name].copy_(matrix_ED)
+    target = output / f"iter_{step:07d}"
+    if target.exists():
+        raise CheckpointError(f"{target} is already there", remedy="give another --output, or move that folder away")
+    target.mkdir(parents=True)
+    state = {"model": model.sharded_state_dict(), "iteration": step, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, str(target))
+    (output / "latest_checkpointed_iteration.txt").write_text(f"{step}\n", encoding="utf-8")
+    return target
+
+
+def plain_model(run: RunConfig, *, rows: int) -> GPTModel:
+    """The model with megatron-core's own router; ``rows``: of the embedding."""
+    spec = layer_spec(run, ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=expert_spec(run))))
+    # Of the local spec's names only this one differs from Transformer Engine's where all layers are MoE layers.
+    spec.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return GPTModel(
+        config=transformer_config(run),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * run.model.num_layers, layer_norm=RMSNorm),
+        vocab_size=rows,
+        max_sequence_length=run.model.seq_length,
+        position_embedding_type="rope",
+        rotary_base=run.model.rotary_base,
+        share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+    )
+
+
+def routing_matrices(run: RunConfig, folder: Path) -> Mapping[str, Tensor]:
+    """``decoder.layers.N.mlp.router.weight`` -> ``W_ED`` in float32."""
+    found: dict[str, Tensor] = {}
+    for layer in range(run.model.num_layers):
+        router, prefix = make_router(run, layer + 1), f"decoder.layers.{layer}.mlp.router."
+        state = read_tensors(folder, [prefix + name for name in router.state_dict()])
+        router.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+        try:
+            matrix_ED, bias_E = router.linear()
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{folder}: {error}", remedy="only routers that are linear have a counterpart in megatron-core"
+            ) from error
+        if bias_E is not None or not chooses_by_softmax(router):
+            what = (
+                "adds a bias to its logits" if bias_E is not None else "weighs experts otherwise than by the softmax over the chosen logits"
+            )
+            raise CheckpointError(f"{folder}: router {run.router.name!r} {what}", remedy="megatron-core's router has no counterpart of it")
+        found[f"{prefix}weight"] = matrix_ED.detach()
+    return found
+
+
+def chooses_by_softmax(router: Router) -> bool:
+    """Whether it weighs experts as megatron-core's router does, asked on made-up logits."""
+    logits_TE = torch.linspace(-3, 3, 64 * router.num_experts).sin().view(64, router.num_experts) * 4
+    k = router.topk_at(0)
+    plain, own = topk_softmax(logits_TE, k), router.choose(logits_TE, k)
+    return all(torch.equal(a, b) for a, b in zip(plain, own, strict=True))
+
+
+def model_flags(run: RunConfig) -> list[str]:
+    """Megatron-LM's command line for the exported model, but for data and training; most of our names are its names."""
+    model, core = run.model, transformer_config(run)
+    sizes = {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "num-attention-heads": model.num_attention_heads,
+        "num-query-groups": core.num_query_groups,
+        "kv-channels": core.kv_channels,
+        "ffn-hidden-size": core.ffn_hidden_size,
+        "moe-ffn-hidden-size": core.moe_ffn_hidden_size,
+        "num-experts": model.num_experts,
+        "moe-router-topk": model.moe_router_topk,
+        "moe-router-dtype": "fp32",
+        "normalization": "RMSNorm",
+        "norm-epsilon": model.norm_epsilon,
+        "position-embedding-type": "rope",
+        "rotary-base": model.rotary_base,
+        "seq-length": model.seq_length,
+        "max-position-embeddings": model.seq_length,
+        "make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,
+    }
+    switches = {
+        "group-query-attention": True,
+        "swiglu": True,
+        "disable-bias-linear": True,
+        "qk-layernorm": model.qk_layernorm,
+        "untie-embeddings-and-output-weights": model.untie_embeddings_and_output_weights,
+        "bf16": run.train.bf16,
+    }
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    return words + [f"--{name}" for name, on in switches.items() if on]
+
+
+@contextlib.contextmanager
+def alone(run: RunConfig) -> Iterator[None]:
+    """The parallel groups of one process, on the CPU or on one GPU."""
+    install()
+    alone_without_launcher()
+    dist.init_process_group(backend())
+    make_groups(run)
+    seed_dropout(run)
+    try:
+        yield
+    finally:
+        forget_groups()
+        dist.destroy_process_group()
+
+
+def _rows(folder: Path) -> int:
+    if WORD_EMBEDDINGS not in weight_names(folder):
+        raise CheckpointError(f"{folder} has no {WORD_EMBEDDINGS}", remedy="name a checkpoint of this project")
+    return read_tensors(folder, [WORD_EMBEDDINGS])[WORD_EMBEDDINGS].size(0)

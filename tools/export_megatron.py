@@ -1,0 +1,39 @@
+"""Write the weights of a run as a megatron-core checkpoint, to go on in Megatron-LM with its own router and its own layers.
+
+The folder has the form of Megatron-LM's (--load FOLDER --finetune --no-load-optim --no-load-rng), any layout loads it.
+The router becomes a plain matrix: a HyperRouter's is the one that it generates.  Prints the model's flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from _common import parser, run_tool
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings of the run -> megatron-core's own model with its weights -> files."""
+    flags = parser(__doc__ or "")
+    flags.add_argument("--load", type=Path, required=True, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
+    flags.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+    args = flags.parse_args(arguments)
+    from evaluate import checkpoint_of, settings_of
+
+    from megatron_hyperrouter.checkpoint.folder import read_manifest
+    from megatron_hyperrouter.compat.quiet import hush
+    from megatron_hyperrouter.compat.versions import check
+
+    folder = checkpoint_of(args.load)
+    run = settings_of(folder, world_size=1)
+    hush()
+    check("megatron")
+    from megatron_hyperrouter.engines.megatron.export import alone, export_weights, model_flags
+
+    with alone(run):
+        target = export_weights(run, folder, args.output, step=read_manifest(folder)["step"])
+    print(f"{target}\n{' '.join(model_flags(run))}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
