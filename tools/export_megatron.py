@@ -1,7 +1,8 @@
 """Write the weights of a run as a megatron-core checkpoint, to go on in Megatron-LM with its own router and its own layers.
 
-The folder has the form of Megatron-LM's (--load FOLDER --finetune --no-load-optim --no-load-rng), any layout loads it.
-The router becomes a plain matrix: a HyperRouter's is the one that it generates.  Prints the model's flags.
+Tested with megatron-core's GPTModel of Transformer Engine's layers; the folder has the form that Megatron-LM's --load takes
+(with --finetune --no-load-optim --no-load-rng).  The router becomes a plain matrix: a HyperRouter's is the one that it generates.
+Prints the folder and the model's flags.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def main(arguments: Sequence[str]) -> None:
     run = settings_of(folder, world_size=1)
     hush()
     check("megatron")
-    from megatron_hyperrouter.engines.megatron.export import alone, export_weights, model_flags
+    from megatron_hyperrouter.engines.megatron.alone import one_process
+    from megatron_hyperrouter.engines.megatron.export import export_weights, model_flags
 
-    with alone(run):
+    with one_process(run):
         target = export_weights(run, folder, args.output, step=read_manifest(folder)["step"])
     print(f"{target}\n{' '.join(model_flags(run))}")
 

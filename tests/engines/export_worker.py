@@ -55,13 +55,14 @@ def plain_loss(run: RunConfig, folder: Path) -> float:
 
 def one(flags: list[str], folder: Path) -> dict[str, Any]:
     """Train, export, load, compare; or tell why it was refused."""
-    from megatron_hyperrouter.engines.megatron.export import alone, export_weights
+    from megatron_hyperrouter.engines.megatron.alone import one_process
+    from megatron_hyperrouter.engines.megatron.export import export_weights
     from megatron_hyperrouter.errors import CheckpointError
 
     trained = run_case({"flags": flags, "steps": 2, "folder": str(folder / "ours"), "topk_eval": [2]}, 1)
     run = tiny_config(flags)
     torch.distributed.destroy_process_group()
-    with alone(run):
+    with one_process(run):
         try:
             told = {"loss": plain_loss(run, export_weights(run, folder / "ours", folder / "theirs", step=2))}
         except CheckpointError as error:

@@ -1,39 +1,30 @@
 """A checkpoint's weights for users who go on in plain megatron-core: its ``dist_checkpointing`` format, its own router.
 
-The names of the sharded tensors are those that megatron-core 0.16.1 gives a ``GPTModel`` of Transformer Engine's layers, or of local
-ones (models/gpt/gpt_layer_specs.py, ``sharded_state_dict_keys_map``), so both load them, on any layout.
+The names of the sharded tensors are those that megatron-core 0.16.1 gives a ``GPTModel`` of Transformer Engine's layers, which are
+Megatron-LM's default (models/gpt/gpt_layer_specs.py).  Its local layers give the norm before the experts another name.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, weight_names
-from megatron_hyperrouter.compat.megatron import install
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
-from megatron_hyperrouter.engines.routing import make_router
+from megatron_hyperrouter.engines.megatron.matrices import routing_matrices
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
-from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, layer_spec, transformer_config
-from megatron_hyperrouter.ops.topk import topk_softmax
-from megatron_hyperrouter.routers.base import Router
 
 
 def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> Path:
-    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; to be called inside :func:`alone`.
+    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; to be called inside ``one_process``.
 
     A router that is a linear map of its input becomes megatron-core's ``TopKRouter``, which takes the softmax over the chosen logits
     as well (``moe_router_pre_softmax`` False).  CheckpointError where that would be another model.
@@ -79,36 +70,6 @@ def plain_model(run: RunConfig, *, rows: int) -> GPTModel:
     )
 
 
-def routing_matrices(run: RunConfig, folder: Path) -> Mapping[str, Tensor]:
-    """``decoder.layers.N.mlp.router.weight`` -> ``W_ED`` in float32."""
-    found: dict[str, Tensor] = {}
-    for layer in range(run.model.num_layers):
-        router, prefix = make_router(run, layer + 1), f"decoder.layers.{layer}.mlp.router."
-        state = read_tensors(folder, [prefix + name for name in router.state_dict()])
-        router.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-        try:
-            matrix_ED, bias_E = router.linear()
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{folder}: {error}", remedy="only routers that are linear have a counterpart in megatron-core"
-            ) from error
-        if bias_E is not None or not chooses_by_softmax(router):
-            what = (
-                "adds a bias to its logits" if bias_E is not None else "weighs experts otherwise than by the softmax over the chosen logits"
-            )
-            raise CheckpointError(f"{folder}: router {run.router.name!r} {what}", remedy="megatron-core's router has no counterpart of it")
-        found[f"{prefix}weight"] = matrix_ED.detach()
-    return found
-
-
-def chooses_by_softmax(router: Router) -> bool:
-    """Whether it weighs experts as megatron-core's router does, asked on made-up logits."""
-    logits_TE = torch.linspace(-3, 3, 64 * router.num_experts).sin().view(64, router.num_experts) * 4
-    k = router.topk_at(0)
-    plain, own = topk_softmax(logits_TE, k), router.choose(logits_TE, k)
-    return all(torch.equal(a, b) for a, b in zip(plain, own, strict=True))
-
-
 def model_flags(run: RunConfig) -> list[str]:
     """Megatron-LM's command line for the exported model, but for data and training; most of our names are its names."""
     model, core = run.model, transformer_config(run)
@@ -141,21 +102,6 @@ def model_flags(run: RunConfig) -> list[str]:
     }
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     return words + [f"--{name}" for name, on in switches.items() if on]
-
-
-@contextlib.contextmanager
-def alone(run: RunConfig) -> Iterator[None]:
-    """The parallel groups of one process, on the CPU or on one GPU."""
-    install()
-    alone_without_launcher()
-    dist.init_process_group(backend())
-    make_groups(run)
-    seed_dropout(run)
-    try:
-        yield
-    finally:
-        forget_groups()
-        dist.destroy_process_group()
 
 
 def _rows(folder: Path) -> int:

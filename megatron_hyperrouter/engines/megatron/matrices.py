@@ -1,0 +1,49 @@
+"""Routers as the matrices that megatron-core's own router has, and which of them are no more than that.
+
+Legend: ``T`` tokens, ``E`` experts, ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.checkpoint.weights import read_tensors
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.routing import make_router
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.ops.topk import topk_softmax
+from megatron_hyperrouter.routers.base import Router
+
+
+def routing_matrices(run: RunConfig, folder: Path) -> Mapping[str, Tensor]:
+    """``decoder.layers.N.mlp.router.weight`` -> ``W_ED`` in float32."""
+    found: dict[str, Tensor] = {}
+    for layer in range(run.model.num_layers):
+        router, prefix = make_router(run, layer + 1), f"decoder.layers.{layer}.mlp.router."
+        state = read_tensors(folder, [prefix + name for name in router.state_dict()])
+        router.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+        try:
+            matrix_ED, bias_E = router.linear()
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{folder}: {error}", remedy="only routers that are linear have a counterpart in megatron-core"
+            ) from error
+        if bias_E is not None or not chooses_by_softmax(router):
+            what = (
+                "adds a bias to its logits" if bias_E is not None else "weighs experts otherwise than by the softmax over the chosen logits"
+            )
+            raise CheckpointError(f"{folder}: router {run.router.name!r} {what}", remedy="megatron-core's router has no counterpart of it")
+        found[f"{prefix}weight"] = matrix_ED.detach()
+    return found
+
+
+def chooses_by_softmax(router: Router) -> bool:
+    """Whether it weighs experts as megatron-core's router does, asked on made-up logits."""
+    logits_TE = torch.linspace(-3, 3, 64 * router.num_experts).sin().view(64, router.num_experts) * 4
+    k = router.topk_at(0)
+    plain, own = topk_softmax(logits_TE, k), router.choose(logits_TE, k)
+    return all(torch.equal(a, b) for a, b in zip(plain, own, strict=True))
