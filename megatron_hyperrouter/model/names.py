@@ -20,6 +20,9 @@ import re
 from torch import Tensor
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+# Transformer Engine's: the input norm is a part of the first matrix, and a matrix of all experts is one module.
+_FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
+_GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 _ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.(.+)$")
 
 
@@ -37,3 +40,9 @@ def router_parameter(name: str) -> tuple[int, str] | None:
 def decays(name: str, parameter: Tensor) -> bool:
     """Weight decay as Megatron-LM has it: matrices, not vectors (norms, biases, a HyperRouter's embedding)."""
     return parameter.ndim > 1
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter of Transformer Engine's layers has without it."""
+    name = _FUSED_NORM.sub(".input_layernorm.weight", name)
+    return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention import ScaledDotProductAttention
-from megatron_hyperrouter.model.transformer_engine import fused_layer_spec, fused_norm, grouped_expert_spec
+from megatron_hyperrouter.model.transformer_engine import fused_expert_spec, fused_layer_spec, fused_norm
 
 
 def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerConfig:
@@ -107,10 +107,10 @@ def layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
     return spec
 
 
-def expert_spec(config: RunConfig) -> ModuleSpec:
-    """Spec of the experts of a rank, for megatron-core's MoE layer."""
+def expert_spec(config: RunConfig, *, apart: bool = False) -> ModuleSpec:
+    """Spec of the experts of a rank, for megatron-core's MoE layer; ``apart``: each is a module of its own that can be called."""
     if uses_transformer_engine(config):
-        return grouped_expert_spec(config)
+        return fused_expert_spec(config, grouped=not apart)
     return ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
 
 

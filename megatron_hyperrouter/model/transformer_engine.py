@@ -6,16 +6,11 @@ megatron-core 0.16.1, models/gpt/gpt_layer_specs.py (``get_gpt_layer_with_transf
 
 from __future__ import annotations
 
-import re
-
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hyperrouter.config.tree import RunConfig
-
-_FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
-_GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def fused_layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
@@ -26,9 +21,10 @@ def fused_layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
     return spec
 
 
-def grouped_expert_spec(config: RunConfig) -> ModuleSpec:
-    """Spec of all experts of a rank, each matrix of theirs in one grouped multiplication."""
-    experts: ModuleSpec = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=True).submodules.experts
+def fused_expert_spec(config: RunConfig, *, grouped: bool) -> ModuleSpec:
+    """Spec of the experts of a rank; ``grouped``: each of their two matrices in one multiplication for all of them."""
+    moe = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=grouped)
+    experts: ModuleSpec = moe.submodules.experts
     return experts
 
 
@@ -38,9 +34,3 @@ def fused_norm() -> type:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
-
-
-def plain_name(name: str) -> str:
-    """The name that a parameter of this spec has in the spec without Transformer Engine."""
-    name = _FUSED_NORM.sub(".input_layernorm.weight", name)
-    return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)

@@ -11,8 +11,8 @@ from engines import te_stand_in
 
 te_stand_in.install()
 
-import deepspeed  # noqa: E402
 import torch  # noqa: E402
+from distributed import world  # noqa: E402
 from engines.layout_worker import VOCABULARY, micro_batches, run_case, tiny_config  # noqa: E402
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build  # noqa: E402
@@ -59,9 +59,9 @@ def one(flags: list[str], folder: Path) -> dict[str, Any]:
     from megatron_hyperrouter.engines.megatron.export import export_weights
     from megatron_hyperrouter.errors import CheckpointError
 
-    trained = run_case({"flags": flags, "steps": 2, "folder": str(folder / "ours"), "topk_eval": [2]}, 1)
+    with world(folder.name):
+        trained = run_case({"flags": flags, "steps": 2, "folder": str(folder / "ours"), "topk_eval": [2]}, 1)
     run = tiny_config(flags)
-    torch.distributed.destroy_process_group()
     with one_process(run):
         try:
             told = {"loss": plain_loss(run, export_weights(run, folder / "ours", folder / "theirs", step=2))}
@@ -79,7 +79,6 @@ def main() -> None:
     asked = json.loads(task.read_text(encoding="utf-8"))
     told = []
     for number, flags in enumerate(asked["cases"]):
-        deepspeed.init_distributed("gloo", verbose=False, init_method=f"file://{asked['store']}/{number}", rank=0, world_size=1)
         told.append(one(flags, answer.parent / str(number)))
     assert VOCABULARY <= 64
     answer.write_text(json.dumps(told), encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import run_ranks
 from engines.layout_worker import tiny_config
+from engines.te_ranks import run_afresh
 
 pytestmark = pytest.mark.processes
 WORKER = Path(__file__).with_name("export_worker.py")
@@ -31,7 +31,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What came of each case."""
     cases = [*LOADED.values(), *REFUSED]
     task = {"cases": [shlex.split(flags) for flags in cases]}
-    return dict(zip(cases, run_ranks(WORKER, task, ranks=1, folder=tmp_path_factory.mktemp("export")), strict=True))
+    return dict(zip(cases, run_afresh(WORKER, task, ranks=1, folder=tmp_path_factory.mktemp("export")), strict=True))
 
 
 @pytest.mark.parametrize("case", LOADED)

@@ -21,7 +21,8 @@ SPLIT = "--engine megatron --use-distributed-optimizer"
 def test_tensor_parallel_ranks_share_the_writing(tmp_path: Path, zygote: Zygote, experts: int) -> None:
     """Each tensor is in one file, and no rank writes much more than the other."""
     flags = f"--engine megatron --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size {experts}"
-    run_ranks(zygote, WORKER, {"cases": [{"flags": flags.split(), "steps": 0, "folder": str(tmp_path)}]}, ranks=2, folder=tmp_path / "ranks")
+    case = {"flags": flags.split(), "steps": 0, "folder": str(tmp_path)}
+    run_ranks(zygote, WORKER, {"cases": [case]}, ranks=2, folder=tmp_path / "ranks")
     names, sizes = [], []
     for path in sorted(tmp_path.glob("weights-*.safetensors")):
         with safe_open(path, framework="pt") as file:

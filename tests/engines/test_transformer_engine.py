@@ -5,60 +5,74 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import environment, run_ranks
-from engines.layout_table import COMMON, STEPS, WORKER, Run, assert_same_run
+from engines.layout_table import STEPS, WORKER, Layout, Run, Table, assert_same_run, case_of
+from engines.te_ranks import run_afresh
+from program.launched import Zygote
 
 pytestmark = pytest.mark.processes
 OVER_STAND_IN = Path(__file__).with_name("te_worker.py")
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+TE = "--engine megatron --transformer-impl transformer_engine"
+TP2 = f"{TE} --tensor-model-parallel-size 2 --sequence-parallel"
+UNTIED = "--untie-embeddings-and-output-weights"
 LAYOUTS = {
-    1: {"1 rank": "", "untied": "--untie-embeddings-and-output-weights"},
-    2: {
-        "TP2": TP2,
-        "TP2, expert-TP 1": f"{TP2} --expert-tensor-parallel-size 1",
-        "EP2, distributed optimizer": "--expert-model-parallel-size 2 --use-distributed-optimizer",
-        "PP2": "--pipeline-model-parallel-size 2",
-    },
+    "1 rank": Layout(1, TE),
+    "1 rank, untied": Layout(1, TE, UNTIED),
+    "TP2": Layout(2, TP2),
+    "TP2, expert-TP 1": Layout(2, f"{TP2} --expert-tensor-parallel-size 1"),
+    "EP2, distributed optimizer": Layout(2, f"{TE} --expert-model-parallel-size 2 --use-distributed-optimizer"),
+    "PP2": Layout(2, f"{TE} --pipeline-model-parallel-size 2"),
 }
-FUSED = [layout for layouts in LAYOUTS.values() for layout in layouts]
+ROUTER = "hyper"
+RESUMED = 4  # steps told beyond the first: two more, and the same two from the checkpoint
+
+
+def cases_over(layouts: dict[str, Layout], root: Path) -> list[dict[str, Any]]:
+    return [case_of(ROUTER, layout, str(root / name), start=str(root / f"reference{layout.settings}")) for name, layout in layouts.items()]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """The layouts over the stand-in, and two references with torch's layers."""
+def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """The layouts over the stand-in; the references are DeepSpeed's, with torch's layers."""
     root = tmp_path_factory.mktemp("te")
+
+    def runs_of(layouts: dict[str, Layout], answers: list[dict[str, Any]]) -> dict[str, Run]:
+        return {name: Run(answer, root / name, root / name / "probed") for name, answer in zip(layouts, answers, strict=True)}
+
+    references = {f"reference{settings}": Layout(1, "", settings) for settings in ("", UNTIED)}
+    told = run_ranks(zygote, WORKER, {"cases": cases_over(references, root)}, ranks=1, folder=root / "references")
+    expected = runs_of(references, told)
     found: dict[str, Run] = {}
-
-    def start(worker: Path, ranks: int, layouts: dict[str, str], impl: str) -> None:
-        folders = [root / f"{worker.stem}-{name}" for name in layouts]
-        common = ["--engine", "megatron", "--transformer-impl", impl, "--router.name", "hyper", *COMMON]
-        cases = [
-            {"flags": [*common, *flags.split()], "steps": STEPS, "folder": str(folder), "topk_eval": [1, 3], "resume": True}
-            for flags, folder in zip(layouts.values(), folders, strict=True)
-        ]
-        answers = run_ranks(worker, {"cases": cases}, ranks=ranks, folder=root / f"{worker.stem}{ranks}")
-        for name, answer, folder in zip(layouts, answers, folders, strict=True):
-            found[f"{impl} {name}"] = Run(answer, folder)
-
-    start(WORKER, 1, LAYOUTS[1], "local")
-    for ranks, layouts in LAYOUTS.items():
-        start(OVER_STAND_IN, ranks, layouts, "transformer_engine")
-    return found
+    for ranks in (1, 2):
+        layouts = {name: layout for name, layout in LAYOUTS.items() if layout.ranks == ranks}
+        cases = [case | {"resume": True} for case in cases_over(layouts, root)]
+        found |= runs_of(layouts, run_afresh(OVER_STAND_IN, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}"))
+    for run in found.values():
+        run.told["resumed"] = [run.told["steps"].pop() for _ in range(RESUMED)]
+    return Table(
+        LAYOUTS,
+        {(ROUTER, name): run for name, run in found.items()},
+        {(ROUTER, layout.settings): expected[name] for name, layout in references.items()},
+    )
 
 
-@pytest.mark.parametrize("layout", FUSED)
-def test_the_run_is_that_of_local_layers(runs: dict[str, Run], layout: str) -> None:
-    """Initial weights, names, cuts and the order of gradients: final weights by global name to 1e-6."""
-    assert_same_run(runs[f"transformer_engine {layout}"], runs["local untied" if layout == "untied" else "local 1 rank"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_run_is_that_of_local_layers(table: Table, layout: str, record_property: Callable[[str, object], None]) -> None:
+    """Initial weights, names, cuts, gradients."""
+    assert_same_run(table, ROUTER, layout, record_property)
 
 
-@pytest.mark.parametrize("layout", FUSED)
-def test_a_resumed_run_repeats_its_losses(runs: dict[str, Run], layout: str) -> None:
-    steps = runs[f"transformer_engine {layout}"].told["steps"]
-    assert steps[STEPS : STEPS + 2] == steps[STEPS + 2 :]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_repeats_its_losses(table: Table, layout: str) -> None:
+    run = table.runs[ROUTER, layout]
+    assert len(run.told["steps"]) == STEPS
+    last, before, again_last, again_before = run.told["resumed"]
+    assert (last, before) == (again_last, again_before) and last != before
 
 
 CLASSES = """
@@ -70,10 +84,12 @@ from engines.layout_worker import tiny_config
 from megatron_hyperrouter.model.spec import expert_spec, last_norm, layer_spec, transformer_config
 run = tiny_config("--engine megatron --transformer-impl transformer_engine --recompute-granularity selective".split())
 parts, experts, config = layer_spec(run, ModuleSpec(module=int)).submodules, expert_spec(run), transformer_config(run)
+apart = expert_spec(run, apart=True)
 attention = parts.self_attention.submodules
 classes = [
     parts.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.core_attention, attention.linear_proj,
     parts.pre_mlp_layernorm, parts.mlp.module, experts.module, experts.submodules.linear_fc1, experts.submodules.linear_fc2, last_norm(run),
+    apart.module, apart.submodules.linear_fc1, apart.submodules.linear_fc2,
 ]
 print(json.dumps([[found.__name__ for found in classes], config.moe_grouped_gemm, config.recompute_granularity, config.recompute_modules]))
 """
@@ -86,5 +102,6 @@ def test_classes_of_the_spec() -> None:
     assert names == [
         "IdentityOp", "TELayerNormColumnParallelLinear", "TENorm", "TEDotProductAttention", "TERowParallelLinear",
         "TENorm", "int", "TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear", "TENorm",
+        "SequentialMLP", "TEColumnParallelLinear", "TERowParallelLinear",
     ]  # fmt: skip
     assert (grouped, recompute, modules) == (True, "selective", ["core_attn"])

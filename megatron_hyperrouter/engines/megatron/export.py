@@ -37,9 +37,10 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
         raise CheckpointError(
             f"{folder} has --mlp-type {run.model.mlp_type}", remedy="megatron-core's layers are of the standard type alone"
         )
-    model = plain_model(run, rows=_rows(folder))
+    rows = _rows(folder)
+    model = plain_model(run, rows=rows)
     named = dict(model.named_parameters())
-    routers = routing_matrices(run, folder)
+    routers = routing_matrices(run, folder, vocab_size=rows)
     read_weights(folder, {name: parameter for name, parameter in named.items() if name not in routers})
     with torch.no_grad():
         for name, matrix_ED in routers.items():

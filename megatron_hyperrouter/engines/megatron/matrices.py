@@ -19,11 +19,11 @@ from megatron_hyperrouter.ops.topk import topk_softmax
 from megatron_hyperrouter.routers.base import Router
 
 
-def routing_matrices(run: RunConfig, folder: Path) -> Mapping[str, Tensor]:
+def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mapping[str, Tensor]:
     """``decoder.layers.N.mlp.router.weight`` -> ``W_ED`` in float32."""
     found: dict[str, Tensor] = {}
     for layer in range(run.model.num_layers):
-        router, prefix = make_router(run, layer + 1), f"decoder.layers.{layer}.mlp.router."
+        router, prefix = make_router(run, layer + 1, vocab_size=vocab_size), f"decoder.layers.{layer}.mlp.router."
         state = read_tensors(folder, [prefix + name for name in router.state_dict()])
         router.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         try:

@@ -19,9 +19,9 @@ from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
-from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_name
 from megatron_hyperrouter.model.spec import expert_spec, last_norm, layer_spec, padded_vocab_size, transformer_config
-from megatron_hyperrouter.model.transformer_engine import plain_name
+from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ def core_config(run: RunConfig) -> TransformerConfig:
 
 def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> list[nn.Module]:
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they come."""
+    experts = expert_spec(run, apart=ROUTERS[run.router.name].needs_experts)
     router = partial(MegatronRouter, make=partial(make_router, run, vocab_size=vocab_size), clock=clock, statistics=statistics)
-    moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=expert_spec(run), router=router))
+    moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=router))
     spec = layer_spec(run, moe)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
