@@ -13,7 +13,7 @@ TESTED = "0.19.8"
 def skip_shm_build() -> None:
     """Start on CPU without compiling the shared-memory collectives.
 
-    DeepSpeed 0.19.8, comm/torch.py:33 (``build_shm_op``), called by ``TorchBackend``: on CPU it compiles an extension for 77 s at the
+    DeepSpeed 0.19.8, comm/torch.py:47 (``build_shm_op``), called by ``TorchBackend``: on CPU it compiles an extension for 77 s at the
     first start, and a build that was killed leaves a lock file on which every later run hangs in silence.  gloo does the work instead.
     Call it before DeepSpeed's own ``init_distributed``.
     """
@@ -26,7 +26,8 @@ def skip_shm_build() -> None:
 def shape_gathered_tokens() -> None:
     """Gather the slots of experts over TP ranks into a buffer that gloo takes.
 
-    DeepSpeed 0.19.8, moe/mappings.py:_gather_tokens hands all_gather_into_tensor a flat output; gloo wants ``(ranks * rows, ...)``.
+    DeepSpeed 0.19.8, moe/mappings.py:39 (``_gather_tokens``) hands all_gather_into_tensor a flat output;
+    gloo wants ``(ranks * rows, ...)``.
     """
     if torch.cuda.is_available():
         return

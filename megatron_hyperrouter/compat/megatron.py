@@ -143,7 +143,7 @@ def serve_unequal_shards() -> None:
 
 
 def run_helpers_eagerly() -> None:
-    """The host compiles small helpers (jit.py:24): correct on CPU, but 15 s of compiler at the first step."""
+    """The host compiles small helpers (jit.py:21): correct on CPU, but 15 s of compiler at the first step."""
     torch.compiler.set_stance("force_eager")
 
 

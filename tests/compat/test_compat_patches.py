@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -48,3 +49,21 @@ def test_every_patch_is_tried() -> None:
     from compat.patch_worker import PATCHES
 
     assert set(PATCHES) == set(NEEDED)
+
+
+@pytest.mark.parametrize("patch", NEEDED)
+def test_patch_names_version_file_and_line(patch: str) -> None:
+    """The line is there: a new version of the host moves it, and asks for another look."""
+    from compat.patch_worker import DEEPSPEED, PATCHES
+
+    module = importlib.import_module(PATCHES[patch].__module__)
+    text = PATCHES[patch].__doc__ or ""
+    assert module.TESTED in f"{module.__doc__} {text}"
+    cited = re.findall(r"([\w/]+\.py):(\d+)", text)
+    assert cited, "no file and line of the host"
+    host = importlib.util.find_spec("deepspeed" if patch in DEEPSPEED else "megatron.core")
+    assert host is not None and host.submodule_search_locations
+    root = Path(host.submodule_search_locations[0])
+    for file, line in cited:
+        found = [path for path in root.rglob(Path(file).name) if path.as_posix().endswith(f"/{file}")]
+        assert any(len(path.read_text(encoding="utf-8").splitlines()) >= int(line) for path in found), f"{file}:{line}"

@@ -25,7 +25,7 @@ from megatron_hyperrouter.routers.base import Router, Routing
 
 
 class MegatronRouter(MegatronModule):
-    """Serves megatron-core's ``RouterInterface``: ``forward`` and ``set_layer_number`` (moe_layer.py:36)."""
+    """Serves megatron-core's ``RouterInterface``: ``forward`` and ``set_layer_number`` (moe_layer.py:42)."""
 
     router: Router
     site: RouterSite

@@ -1,0 +1,65 @@
+"""Optimizer state of the Megatron engine: optimizers that count steps by group, and checkpoints of other layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hyperrouter.engines.megatron import host_state
+from megatron_hyperrouter.errors import CheckpointError
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """Adam as apex and Transformer Engine have it: one step count for a group, moments for each parameter."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                for name, decay, power in (("exp_avg", 0.9, 1), ("exp_avg_sq", 0.99, 2)):
+                    state[name] = decay * state.get(name, 0.0) + (1 - decay) * parameter.grad**power
+                first = state["exp_avg"] / (1 - 0.9 ** group["step"])
+                parameter -= group["lr"] * first / ((state["exp_avg_sq"] / (1 - 0.99 ** group["step"])).sqrt() + 1e-8)
+
+
+def host(optimizer: type[torch.optim.Optimizer]) -> Any:
+    """As megatron-core chains it."""
+    torch.manual_seed(1)
+    inner = optimizer([torch.nn.Parameter(torch.randn(4))])  # type: ignore[call-arg]
+    return SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=inner)])
+
+
+def steps(chained: Any, first: int, last: int) -> torch.Tensor:
+    (part,) = chained.chained_optimizers
+    (parameter,) = part.optimizer.param_groups[0]["params"]
+    for number in range(first, last):
+        parameter.grad = torch.linspace(-1, number, 4)
+        part.optimizer.step()
+    return parameter.detach().clone()
+
+
+@pytest.mark.parametrize("optimizer", [GroupAdam, torch.optim.AdamW])
+def test_goes_on_bit_for_bit(tmp_path: Path, optimizer: type[torch.optim.Optimizer]) -> None:
+    first = host(optimizer)
+    steps(first, 0, 3)
+    host_state.save(first, tmp_path, 0, layers="local")
+    second = host(optimizer)
+    host_state.load(second, tmp_path, 0, layers="local")
+    assert torch.equal(steps(second, 3, 6), steps(first, 3, 6))
+
+
+def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    """Their parameters stand in another order, and some have the same shapes."""
+    host_state.save(host(GroupAdam), tmp_path, 0, layers="transformer_engine")
+    with pytest.raises(CheckpointError, match="written with --transformer-impl transformer_engine, and this run has local") as caught:
+        host_state.load(host(GroupAdam), tmp_path, 0, layers="local")
+    assert "--finetune" in caught.value.remedy
