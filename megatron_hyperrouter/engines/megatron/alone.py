@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_hyperrouter.compat.megatron import install
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
+from megatron_hyperrouter.engines.launch import backend
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 
 
@@ -17,8 +17,7 @@ from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed
 def one_process(run: RunConfig) -> Iterator[None]:
     """The parallel groups of one process, on the CPU or on one GPU."""
     install()
-    alone_without_launcher()
-    dist.init_process_group(backend())
+    dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     make_groups(run)
     seed_dropout(run)
     try:
