@@ -19,12 +19,14 @@ if _ROOT not in sys.path:  # a tool runs from any folder, whether the package is
 
 from megatron_hyperrouter.errors import HyperRouterError  # noqa: E402 - needs the path
 
-_SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 5.0, 120.0
 _MISSING_LIBRARY = 5
 
 
 class Stopped(BaseException):
     """A signal asks the tool to stop; no ``except Exception`` holds it up, every ``finally`` runs."""
+
+    left = "unfinished files were removed"
 
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -46,7 +48,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh", file=sys.stderr)
         sys.exit(_MISSING_LIBRARY)
     except Stopped as reason:
-        print(f"{name}: stopped by {reason}; unfinished files were removed", file=sys.stderr)
+        print(f"{name}: stopped by {reason}; {reason.left}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has gone, as in "inspect_data.py P | head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,10 +79,12 @@ class Bar:
         self._name, self._unit = name, unit
         self._scale = 1e6 if unit == "MB" else 1
         self._start = self._told = time.monotonic()
+        self._pause = _SECONDS_BETWEEN_LINES  # grows: a run of days tells hundreds of lines, not tens of thousands
+        self._before = 0.0
         self._stack = ExitStack()
 
     def __enter__(self) -> Bar:
-        self._show: Callable[[float, float], None] | None = None
+        self._show: Callable[[float, float, str], None] | None = None
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
@@ -88,30 +92,37 @@ class Bar:
             columns = (TextColumn(self._name), BarColumn(), TextColumn("{task.fields[status]}"))
             bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
             task = bar.add_task(self._name, status="")
-            self._show = lambda done, total: bar.update(task, completed=done, total=total, status=self._status(done, total))
+            self._show = lambda done, total, note: bar.update(task, completed=done, total=total, status=self._status(done, total, note))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def update(self, done: float, total: float) -> None:
-        """Show that ``done`` of ``total`` are finished."""
+    def begin_at(self, done: float) -> None:
+        """So much was done before the start: it counts for what is left, and not for the speed."""
+        self._before = done
+
+    def update(self, done: float, total: float, note: str = "") -> None:
+        """Show that ``done`` of ``total`` are finished; ``note``: what else to say."""
         if self._show is not None:
-            self._show(done, total)
-        elif time.monotonic() - self._told >= _SECONDS_BETWEEN_LINES:
+            self._show(done, total, note)
+        elif time.monotonic() - self._told >= self._pause:
             self._told = time.monotonic()
-            print(f"{self._name}: {self._status(done, total)}", file=sys.stderr, flush=True)
+            self._pause = min(1.5 * self._pause, _MOST_SECONDS_BETWEEN_LINES)
+            print(f"{self._name}: {self._status(done, total, note)}", file=sys.stderr, flush=True)
 
     def speed(self, done: float) -> float:
         """Units a second since the start."""
-        return done / self._scale / self.seconds()
+        return (done - self._before) / self._scale / self.seconds()
 
     def seconds(self) -> float:
         """Time since the start, never 0."""
         return max(time.monotonic() - self._start, 1e-9)
 
-    def _status(self, done: float, total: float) -> str:
-        left = round((total - done) / max(done, 1) * self.seconds())
+    def _status(self, done: float, total: float, note: str = "") -> str:
+        passed = done - self._before
+        left = round((total - done) / passed * self.seconds()) if passed > 0 else None
+        left_text = "? left (ETA)" if left is None else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
         digits = 1 if self._unit == "MB" else 0
         amounts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"
-        return f"{amounts}, {self.speed(done):,.1f} {self._unit}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
+        return f"{amounts}, {self.speed(done):,.1f} {self._unit}/s, {note}{', ' if note else ''}{left_text}"

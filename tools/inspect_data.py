@@ -18,9 +18,12 @@ def main(arguments: Sequence[str]) -> None:
     flags.add_argument("--tokenizer-type", choices=types, help="decode the first tokens with this tokenizer")
     flags.add_argument("--tokenizer-model", metavar="FILE", help="HuggingFaceTokenizer: the tokenizer.json, or its folder")
     flags.add_argument("--tokens", type=int, default=64, metavar="N", help="how many of the first tokens to show (default: 64)")
+    flags.add_argument(
+        "--verify", action="store_true", help="compare counts, sizes and checksums with P.manifest.json; status 3 if they differ"
+    )
     args = flags.parse_args(arguments)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model) if args.tokenizer_type else None
-    for name, value in describe(args.prefix, num_first=args.tokens, tokenizer=tokenizer).items():
+    for name, value in describe(args.prefix, num_first=args.tokens, tokenizer=tokenizer, verify=args.verify).items():
         print(f"{name + ':':<18} {value}")
 
 

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer (Hugging Face format) on JSON lines or plain text."""
+"""Train a byte-level BPE tokenizer (Hugging Face format) on JSON lines, plain text or Parquet."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ Words are cut as in GPT-2; <|endoftext|> is id 0.  Same input, same file, byte f
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, train, say what was written."""
     from megatron_hyperrouter.data.bpe import train_bpe
-    from megatron_hyperrouter.data.corpus import texts, total_bytes
+    from megatron_hyperrouter.data.corpus import texts
+    from megatron_hyperrouter.data.inputs import expand, total_bytes
 
     flags = parser(__doc__ or "", EPILOG)
-    flags.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines or plain text, also .gz and .zst")
+    flags.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs"
+    )
     flags.add_argument("--vocab-size", type=int, required=True, metavar="N", help="token ids, at least 257: bytes, merges, <|endoftext|>")
     flags.add_argument("--output", required=True, metavar="tokenizer.json", help="file to write; appears when it is whole")
     flags.add_argument("--json-key", default="text", metavar="KEY", help="key that holds the text (default: text)")
     flags.add_argument("--max-bytes", type=int, metavar="N", help="train on the first N bytes of text alone (default: on all)")
     args = flags.parse_args(arguments)
-    total_bytes(args.input)
+    inputs = expand(args.input)
+    total_bytes(inputs)
     bar = Bar("train_tokenizer")
-    size = train_bpe(texts(args.input, args.json_key, args.max_bytes), args.vocab_size, args.output)
+    size = train_bpe(texts(inputs, args.json_key, args.max_bytes), args.vocab_size, args.output)
     fewer = "" if size == args.vocab_size else f" of the {args.vocab_size:,} asked for: the text has no more pairs to merge"
     print(f"{args.output}: {size:,} tokens{fewer}; {bar.seconds():.1f} s", file=sys.stderr)
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 import numpy as np
 
+from megatron_hyperrouter.data.manifest import compare, file_sum, read_manifest
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.data.tokenizer import Tokenizer
 from megatron_hyperrouter.errors import DataError
 
-_BLOCK = 1 << 20
 
-
-def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = None, verify: bool = False) -> dict[str, str]:
     """Names and values, in the order in which to show them.
 
     ``prefix``: with or without .bin or .idx.  ``num_first``: tokens to show; with a ``tokenizer`` also as text.
-    Lengths are those of documents, in tokens.  DataError for files that are unusable, or hold ids that the tokenizer has not.
+    Lengths are those of documents, in tokens.  ``verify``: compare all with the manifest beside the files.
+    DataError for files that are unusable, differ from their manifest, or hold ids that the tokenizer has not.
     """
     root, ending = os.path.splitext(prefix)
-    data = IndexedDataset(root if ending in (".bin", ".idx") else prefix)
+    prefix = root if ending in (".bin", ".idx") else prefix
+    manifest = read_manifest(prefix) if verify else None
+    sums = {name: file_sum(f"{prefix}.{name}") for name in (("bin", "idx") if manifest else ())}
+    if manifest:  # before the index is read: a damaged file is told by its checksum
+        compare(prefix, manifest, {}, sums)
+    data = IndexedDataset(prefix)
     ends = np.concatenate([[0], np.cumsum(data.sizes, dtype=np.int64)])[data.document_indices]
     lengths = np.diff(ends)
     first = data.tokens[:num_first]
@@ -32,10 +36,13 @@ def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = 
         "dtype": data.dtype.name,
         "lengths": "none" if not lengths.size else f"min {lengths.min():,}, median {np.median(lengths):,.1f}, max {lengths.max():,}",
         "empty documents": f"{int((lengths == 0).sum()):,}",
-        "sha256 .bin": _sha256(str(data.bin_path)),
-        "sha256 .idx": _sha256(str(data.idx_path)),
+        **{f"sha256 .{name}": (sums.get(name) or file_sum(f"{prefix}.{name}")).sha256 for name in ("bin", "idx")},
         "first tokens": " ".join(map(str, first.tolist())),
     }
+    if manifest:
+        counts = {"documents": lengths.size, "sequences": len(data), "tokens": data.num_tokens, "dtype": data.dtype.name}
+        compare(prefix, manifest, counts, {})
+        found["manifest"] = "verified: counts, sizes and checksums are those of the files"
     if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:
@@ -43,11 +50,3 @@ def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = 
             raise DataError(message, remedy="give the tokenizer that made the data")
         found["first text"] = repr(tokenizer.decode(first.tolist()))
     return found
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,46 +1,35 @@
-"""Text files to token files: read, encode in worker processes, write in order.
+"""Text files to token files: read, encode in worker processes, write in order; a run that dies is gone on with by the next.
 
 Memory is bounded: a few batches are under way at a time, and the results of a batch are written before the next is read.  What is
-written depends on the inputs and the tokenizer alone, not on the number of workers.  Documents are Megatron-LM's: an empty text is an
-empty document, and the end-of-document token joins the last sequence of a document that holds any token.
+written depends on the inputs and the tokenizer alone, not on the number of workers or of machines, nor on how often the run has died.
+Documents are Megatron-LM's: an empty text is an empty document, and the end-of-document token joins the last sequence of a document that
+holds any token.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
 import os
-import signal
-import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, cast
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_hyperrouter.data.backends import Backend, build_encoder, choose_backend
-from megatron_hyperrouter.data.corpus import Batch, documents, read_batches, total_bytes
-from megatron_hyperrouter.data.store import IndexedWriter, smallest_dtype
-from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError, Problem
+from megatron_hyperrouter.data.backends import choose_backend
+from megatron_hyperrouter.data.corpus import Place, documents, read_batches
+from megatron_hyperrouter.data.encode import Encoder, Recipe, encode_all
+from megatron_hyperrouter.data.inputs import WHOLE, Part, total_bytes
+from megatron_hyperrouter.data.journal import Journal
+from megatron_hyperrouter.data.manifest import Manifest, write_manifest
+from megatron_hyperrouter.data.pair_writer import Counts, DiskRefused, FileSum, PairWriter, holds, put_in_place, remove_partial
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
+__all__ = ["Job", "Recipe", "Written", "preprocess"]
 _CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
-_BATCHES_PER_WORKER = 3  # one in work, one waiting for the worker, one waiting for the writer
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How text becomes tokens: all that a worker must know."""
-
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    backend: str = "auto"  # one of backends.BACKENDS; changes no byte of the output
+SAVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,13 +43,22 @@ class Written:
     dtype: np.dtype[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The tokens of a batch under one key: sequences end to end, the length of each, and how many each document has."""
+@dataclass(frozen=True)
+class Job:
+    """What to read, what of it, and where to write."""
 
-    tokens: NDArray[np.integer]
-    lengths: NDArray[np.int32]
-    sequences: NDArray[np.int32]
+    inputs: tuple[str, ...]
+    output_prefix: str
+    recipe: Recipe
+    part: Part = WHOLE
+
+    def stem(self) -> str:
+        """The output prefix, with the number of the shard where there are several."""
+        return self.output_prefix if self.part == WHOLE else f"{self.output_prefix}.shard-{self.part.number:05}-of-{self.part.of:05}"
+
+    def prefixes(self) -> list[str]:
+        """Of each key's pair."""
+        return [f"{self.stem()}_{key}_document" for key in self.recipe.keys]
 
 
 def preprocess(
@@ -69,113 +67,154 @@ def preprocess(
     recipe: Recipe,
     *,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    part: Part = WHOLE,
+    overwrite: bool = False,
+    save_seconds: float = SAVE_SECONDS,
+    progress: Callable[[int, int, int], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Written]:
-    """Write ``{output_prefix}_{key}_document.bin/.idx`` for each key of the recipe, under temporary names until all is done.
+    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the recipe, whole or not at all.
 
-    ``workers``: processes that encode; 1 encodes in this one.  ``progress(bytes done, all bytes)`` of the inputs on disk.
-    ``report``: told which back end encodes, and why not a faster one.
-    Raises DataError (file, and line or byte, of bad input), ConfigError, HostError; nothing is left in place then, nor when a
-    signal interrupts.
+    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do this part alone, as ``{output_prefix}.shard-I-of-N``.
+    ``overwrite``: discard what an unfinished run has left, instead of going on with it.  ``save_seconds``: seconds between two moments
+    at which what is done is made durable.  ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start.
+    ``report``: told which back end was passed over and why.
+    Raises DataError (file, and line or byte, of bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and
+    a full disk leave what was saved, beside the output, under temporary names.
     """
     _check(recipe, workers)
-    size = total_bytes(inputs)
-    recipe = with_backend(recipe, inputs, report)
-    encoder = Encoder(recipe)
-    with ExitStack() as stack:
-        prefixes = [f"{output_prefix}_{key}_document" for key in recipe.keys]
-        writers = [_Writer(prefix, encoder.dtype) for prefix in prefixes]
-        for writer in writers:
-            stack.callback(writer.abort)  # harmless once the writer is closed
-        for batch, results in _encode_all(read_batches(inputs), encoder, workers):
-            for writer, encoded in zip(writers, results, strict=True):
-                writer.add(encoded, batch.closes)
-            if progress:
-                progress(batch.position, size)
-        for key, writer in zip(recipe.keys, writers, strict=True):
-            _check_not_empty(writer, key, inputs)
-        for writer in writers:
-            writer.close()
-        return [Written(w.prefix, w.num_documents, w.num_sequences, w.num_tokens, w.dtype) for w in writers]
+    job = Job(tuple(inputs), output_prefix, recipe, part)
+    total_bytes(inputs)
+    run = _Run(job, overwrite, save_seconds, progress)
+    try:
+        if not run.complete:
+            run.encode(replace(recipe, backend=_backend(job, report)), workers)
+        written = run.finish()
+    except BaseException as error:
+        bad_input = isinstance(error, DataError) and not isinstance(error, DiskRefused)
+        run.close(forget=bad_input or not run.saved)
+        raise
+    run.close(forget=True)
+    return written
 
 
-def with_backend(recipe: Recipe, inputs: Sequence[str], report: Callable[[str], None] | None = None) -> Recipe:
-    """The recipe with the back end that encodes, after a check on the first documents; as :func:`choose_backend`."""
-    backend = choose_backend(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, _first_documents(inputs, recipe.keys), report)
-    return replace(recipe, backend=backend)
+class _Run:
+    """The journal, what it says, and the steps from there to the finished files."""
 
+    def __init__(self, job: Job, overwrite: bool, save_seconds: float, progress: Callable[[int, int, int], None] | None) -> None:
+        self._job, self._save_seconds, self._progress = job, save_seconds, progress
+        self._low, self._high = job.part.stretch(total_bytes(job.inputs))
+        files = [(path, status.st_size, status.st_mtime_ns) for path in job.inputs for status in [os.stat(path)]]
+        self._tokenizer = _tokenizer_facts(job.recipe)
+        self.dtype = np.dtype(self._tokenizer.pop("dtype"))
+        self._journal = Journal(f"{job.stem()}.journal", self._settings(), files, overwrite=overwrite)
+        self._record: dict[str, Any] = next((record for record in reversed(self._journal.records) if self._usable(record)), {})
 
-def _first_documents(inputs: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and texts of the first documents: those of the first batch."""
-    batch = next(read_batches(inputs), None)
-    if batch is None:
-        return
-    size = 0
-    for number, document in enumerate(documents(batch, keys), start=1):
-        for key, sequences in zip(keys, document, strict=True):
-            for text in sequences:
-                yield f"{batch.path}, document {number}, key {key!r}", text
-                size += len(text)
-        if size > _CHECKED_CHARACTERS:
-            return
+    @property
+    def complete(self) -> bool:
+        """All is encoded; only names are to be given."""
+        return bool(self._record.get("complete"))
 
+    @property
+    def saved(self) -> bool:
+        """There is something to go on with."""
+        return bool(self._record)
 
-class Encoder:
-    """Batches of undecoded text to tokens; one in each process."""
+    def encode(self, recipe: Recipe, workers: int) -> None:
+        """Encode what is not yet encoded, and save it."""
+        encoder = Encoder(recipe)
+        start = Place(*self._record.get("place", ()))
+        position = int(self._record.get("position", 0))
+        writers = [PairWriter(prefix, self.dtype, counts) for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)]
+        told = time.monotonic()
+        try:
+            self._show(position, writers[0])
+            batches = read_batches(self._job.inputs, recipe.keys, part=self._job.part, start=start)
+            for batch, results in encode_all(batches, encoder, workers):
+                for writer, encoded in zip(writers, results, strict=True):
+                    writer.write(encoded.tokens, encoded.lengths, encoded.sequences, closes=batch.closes)
+                start, position = batch.end, batch.position
+                self._show(position, writers[0])
+                if time.monotonic() - told >= self._save_seconds:
+                    self._save(writers, start, position)
+                    told = time.monotonic()
+            if self._job.part == WHOLE:
+                for writer, key in zip(writers, recipe.keys, strict=True):
+                    check_not_empty(writer.counts, key, self._job.inputs)
+            self._save(writers, start, position, complete=True)
+        finally:
+            for writer in writers:
+                writer.close()
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self._tokenizer = build_encoder(recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend))
-        self._eod = np.array([self._tokenizer.eod], dtype=np.int32) if recipe.append_eod else None
-        self.dtype = smallest_dtype(self._tokenizer.vocab_size)
-
-    def __call__(self, batch: Batch) -> list[Encoded]:
-        """One result for each key; DataError for bad input."""
-        found = list(documents(batch, self.recipe.keys))
-        return [self._encode([document[column] for document in found], batch.closes) for column in range(len(self.recipe.keys))]
-
-    def _encode(self, found: list[list[str]], closes: bool) -> Encoded:
-        encoded = iter(self._tokenizer.encode_batch([text for sequences in found for text in sequences]))
-        parts: list[NDArray[np.int32]] = []
-        lengths: list[int] = []
-        counts: list[int] = []
-        for sequences in found:
-            before = len(lengths)
-            for _ in sequences:
-                tokens = next(encoded)
-                if tokens.size:
-                    parts.append(tokens)
-                    lengths.append(tokens.size)
-            if self._eod is not None and closes and len(lengths) > before:
-                parts.append(self._eod)
-                lengths[-1] += 1
-            counts.append(len(lengths) - before)
-        tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        if tokens.size and int(tokens.max()) >= self._tokenizer.vocab_size:
-            raise DataError(
-                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of {self._tokenizer.vocab_size}",
-                remedy="its file is inconsistent: train or fetch it again",
+    def finish(self) -> list[Written]:
+        """Give the files their names and write the manifests."""
+        written = []
+        for prefix, key, state, counts in zip(
+            self._job.prefixes(), self._job.recipe.keys, self._record["pairs"], self._counts(), strict=True
+        ):
+            assert counts is not None
+            manifest = Manifest(
+                counts.documents,
+                counts.sequences,
+                counts.tokens,
+                self.dtype.name,
+                bin=FileSum(**state["bin"]),
+                idx=put_in_place(prefix, self.dtype, counts),
+                tokenizer=self._tokenizer,
+                settings={"key": key, "append_eod": self._job.recipe.append_eod},
+                inputs=[{"path": path, "bytes": os.path.getsize(path)} for path in self._job.inputs],
+                part=str(self._job.part),
             )
-        return Encoded(tokens.astype(self.dtype), np.array(lengths, dtype=np.int32), np.array(counts, dtype=np.int32))
+            write_manifest(prefix, manifest)
+            written.append(Written(prefix, counts.documents, counts.sequences, counts.tokens, self.dtype))
+        return written
+
+    def close(self, *, forget: bool) -> None:
+        """``forget``: remove the journal and the growing files; else they stay for the next run."""
+        self._journal.close(remove=forget)
+        for prefix in self._job.prefixes() if forget else ():
+            remove_partial(prefix)
+
+    def _save(self, writers: list[PairWriter], place: Place, position: int, *, complete: bool = False) -> None:
+        pairs = [{"counts": writer.save().as_dict(), "bin": asdict(writer.bin_sum())} for writer in writers]
+        record = {"place": list(asdict(place).values()), "position": position, "pairs": pairs, "complete": complete}
+        self._journal.append(record)
+        self._record = record
+
+    def _usable(self, record: dict[str, Any]) -> bool:
+        """Whether the files hold what the record says; a complete run's tokens may have their name already."""
+        pairs = zip(self._job.prefixes(), record["pairs"], strict=True)
+        return all(holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"]) for prefix, pair in pairs)
+
+    def _counts(self) -> list[Counts | None]:
+        pairs = self._record.get("pairs")
+        return [Counts(**pair["counts"]) for pair in pairs] if pairs else [None] * len(self._job.recipe.keys)
+
+    def _settings(self) -> dict[str, object]:
+        recipe = self._job.recipe
+        return {
+            "--tokenizer-type": recipe.tokenizer_type,
+            "--tokenizer-model": f"a file of SHA-256 {self._tokenizer['sha256'][:16]}..." if self._tokenizer["sha256"] else None,
+            "--json-keys": " ".join(recipe.keys),
+            "--append-eod": recipe.append_eod,
+            "--shard": str(self._job.part),
+        }
+
+    def _show(self, position: int, writer: PairWriter) -> None:
+        if self._progress:
+            total = self._high - self._low
+            self._progress(min(max(0, position - self._low), total), total, writer.counts.documents)
 
 
-class _Writer(IndexedWriter):
-    """A writer that takes whole batches, and a plain-text document piece by piece."""
-
-    _open_sequences = 0  # sequences so far of the document that is not yet complete
-
-    def add(self, encoded: Encoded, closes: bool) -> None:
-        """Append the documents of a batch; ``closes`` false: the last of them goes on in the next batch."""
-        if closes and not self._open_sequences and (encoded.sequences == 1).all():
-            self.add_documents(encoded.tokens, encoded.lengths)
-            return
-        self._append(self._as_tokens(encoded.tokens), *self._checked_lengths(encoded.lengths, encoded.tokens.size))
-        for number, count in enumerate(encoded.sequences.tolist(), start=1):
-            self._open_sequences += count
-            if closes or number < len(encoded.sequences):
-                self._mark_documents(1, self._open_sequences)
-                self._open_sequences = 0
+def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
+    """DataError where there is nothing to train on."""
+    names = ", ".join(inputs)
+    if not counts.documents:
+        raise DataError(f"{names}: no documents", remedy='give JSON lines {"text": "..."}, or plain text that is not empty')
+    if not counts.tokens:
+        raise DataError(
+            f"{names}: {counts.documents} documents, and each is empty under the key {key!r}", remedy="name another key: --json-keys KEY"
+        )
 
 
 def _check(recipe: Recipe, workers: int) -> None:
@@ -188,67 +227,32 @@ def _check(recipe: Recipe, workers: int) -> None:
         raise ConfigError(problems)
 
 
-def _check_not_empty(writer: IndexedWriter, key: str, inputs: Sequence[str]) -> None:
-    names = ", ".join(inputs)
-    if not writer.num_documents:
-        raise DataError(f"{names}: no documents", remedy='give JSON lines {"text": "..."}, or plain text that is not empty')
-    if not writer.num_tokens:
-        raise DataError(
-            f"{names}: {writer.num_documents} documents, and each is empty under the key {key!r}",
-            remedy="name another key: --json-keys KEY",
-        )
+def _backend(job: Job, report: Callable[[str], None] | None) -> str:
+    recipe = job.recipe
+    return choose_backend(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, _first_documents(job), report)
 
 
-def _encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, list[Encoded]]]:
-    """Each batch with its tokens, in the order of the batches."""
-    if workers == 1:
-        for batch in batches:
-            yield batch, encoder(batch)
+def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
+    """Names and texts of the first documents: those of the first batch."""
+    batch = next(read_batches(job.inputs, job.recipe.keys, part=job.part), None)
+    if batch is None:
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that has threads (progress, tokenizers) can hang
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
-    try:
-        for batch in batches:
-            under_way.append((batch, _submit(pool, encoder.recipe, batch)))
-            if len(under_way) >= _BATCHES_PER_WORKER * workers:
-                done, future = under_way.popleft()
-                yield done, future.result()
-        for done, future in under_way:
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise HyperRouterError("a worker process died, killed or out of memory", remedy="use fewer --workers, or free memory") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    size = 0
+    for number, document in enumerate(documents(batch, job.recipe.keys), start=1):
+        for key, sequences in zip(job.recipe.keys, document, strict=True):
+            for text in sequences:
+                yield f"{batch.path}, document {number}, key {key!r}", text
+                size += len(text)
+        if size > _CHECKED_CHARACTERS:
+            return
 
 
-@lru_cache(maxsize=1)
-def _encoder(recipe: Recipe) -> Encoder:
-    """The encoder of this worker: loading a tokenizer for each batch would cost more than encoding it."""
-    return Encoder(recipe)
-
-
-def _submit(pool: ProcessPoolExecutor, recipe: Recipe, batch: Batch) -> Future[list[Encoded]]:
-    """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who cleans up."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_encode, recipe, batch)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _encode(recipe: Recipe, batch: Batch) -> list[Encoded]:
-    return _encoder(recipe)(batch)
-
-
-def _start_worker() -> None:
-    """Leave parallelism to the parent, and end when it has died (kill -9), for no one else would end this process."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _tokenizer_facts(recipe: Recipe) -> dict[str, Any]:
+    """What a manifest says of the tokenizer, and the type of its ids."""
+    encoder = Encoder(replace(recipe, backend="tokenizers"))
+    file = None
+    if recipe.tokenizer_model and recipe.tokenizer_type == "HuggingFaceTokenizer":
+        named = Path(recipe.tokenizer_model)
+        file = named / "tokenizer.json" if named.is_dir() else named
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    return {"type": recipe.tokenizer_type, "sha256": digest, "vocab_size": encoder.vocab_size, "dtype": encoder.dtype.name}

@@ -49,6 +49,11 @@ def smallest_dtype(vocab_size: int | None) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size is not None and vocab_size < 65500 else "<i4")
 
 
+def index_header(dtype: npt.DTypeLike, num_sequences: int, num_documents: int) -> bytes:
+    """The bytes with which ``.idx`` begins."""
+    return _HEADER.pack(_MAGIC, 1, _CODES[np.dtype(dtype).newbyteorder("<")], num_sequences, num_documents + 1)
+
+
 class IndexedDataset:
     """Memory-mapped reader of ``prefix.bin`` and ``prefix.idx``; checks the whole index once, when it opens.
 
@@ -347,7 +352,7 @@ class IndexedWriter:
     def _write_index(self) -> None:
         """Fill in the header, and append pointers and marks chunk by chunk after the sizes that are already there."""
         self._idx.seek(0)
-        self._idx.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.num_sequences, self.num_documents + 1))
+        self._idx.write(index_header(self.dtype, self.num_sequences, self.num_documents))
         pointer = 0
         for begin in range(0, self.num_sequences, _CHUNK):
             count = min(_CHUNK, self.num_sequences - begin)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.data import corpus
-from megatron_hyperrouter.data.corpus import documents, kind_of, read_batches, texts, total_bytes
+from megatron_hyperrouter.data.corpus import documents, read_batches, texts
+from megatron_hyperrouter.data.inputs import Part, kind_of, total_bytes
 from megatron_hyperrouter.errors import DataError, HostError
 
 
@@ -184,3 +185,59 @@ def test_texts_stop_at_the_limit(tmp_path: Path) -> None:
     assert list(texts([one, two])) == ["żż", "bbb", "c", "plain"]
     assert list(texts([one, two], max_bytes=4)) == ["żż"]
     assert list(texts([one, two], max_bytes=5)) == ["żż", "bbb"]
+
+
+LINES = st.lists(st.sampled_from(['{"text": "a"}', '{"text": "longer żółw"}', "", " "]), max_size=12)
+
+
+@given(files=st.lists(LINES, min_size=1, max_size=3), of=st.integers(1, 9), mark=st.booleans(), end=st.sampled_from(["", "\n"]))
+def test_parts_hold_each_line_once(tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], of: int, mark: bool, end: str) -> None:
+    folder = tmp_path_factory.mktemp("parts")
+    start = "\ufeff" if mark else ""
+    paths = [written(folder, f"{number}.jsonl", start + "\n".join(lines) + end) for number, lines in enumerate(files)]
+    paths.append(written(folder, "z.jsonl.gz", gzip.compress(b'{"text": "packed"}\n')))
+    paths.append(written(folder, "z.txt", "plain text"))
+    whole = [document for batch in read_batches(paths) for document in documents(batch, ("text",))]
+    parts = [read_batches(paths, part=Part(number, of)) for number in range(1, of + 1)]
+    assert [document for part in parts for batch in part for document in documents(batch, ("text",))] == whole
+
+
+@pytest.mark.parametrize("ending", PACK)
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_reading_goes_on_from_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, kind: str) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 90)
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 31)
+    stories = [f"story {number} — żółw, and more of it. " * (1 + number % 3) for number in range(40)]
+    lines = [json.dumps({"text": story}) if kind == "jsonl" else story for story in stories]
+    first = written(tmp_path, f"a.{kind}{ending}", PACK[ending](("\ufeff" + "\n".join(lines)).encode()))
+    paths = [first, written(tmp_path, "b.jsonl", '{"text": "after"}\n')]
+    batches = list(read_batches(paths))
+    assert len(batches) > 20
+    for number, batch in enumerate(batches, start=1):
+        rest = list(read_batches(paths, start=batch.end))
+        assert [(b.path, b.pieces, b.first_line, b.first_byte, b.closes, b.end) for b in rest] == [
+            (b.path, b.pieces, b.first_line, b.first_byte, b.closes, b.end) for b in batches[number:]
+        ]
+
+
+def test_a_bad_line_is_named_in_every_part(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"text": "good"}\n' * 50 + "broken\n" + '{"text": "good"}\n' * 50)
+    messages = []
+    for number in range(1, 8):
+        try:
+            [list(documents(batch, ("text",))) for batch in read_batches([path], part=Part(number, 7))]
+        except DataError as error:
+            messages.append(error.message)
+    assert len(messages) == 1
+    assert "a.jsonl, line 51: broken JSON" in messages[0]
+
+
+def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MOST_LINE_BYTES", 100)
+    path = written(tmp_path, "a.jsonl", '{"text": "good"}\n' + "x" * 101 + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: a line of more than 100 bytes") as caught:
+        list(read_batches([path]))
+    assert "one JSON object a line" in caught.value.remedy
+    exact = written(tmp_path, "b.jsonl", json.dumps({"text": "x" * 87}) + "\n")
+    assert Path(exact).stat().st_size == 100
+    assert found(exact) == [(["x" * 87],)]

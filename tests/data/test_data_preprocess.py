@@ -133,7 +133,7 @@ def test_inputs_join_in_the_order_given_whatever_their_compression(records_file:
     recipe = Recipe("ByteTokenizer", append_eod=True)
     places: list[tuple[int, int]] = []
     parts = [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.jsonl.zst"), records_file]
-    preprocess.preprocess(parts, str(tmp_path / "parts"), recipe, progress=lambda done, total: places.append((done, total)))
+    preprocess.preprocess(parts, str(tmp_path / "parts"), recipe, progress=lambda done, total, _: places.append((done, total)))
     preprocess.preprocess([str(tmp_path / "all.jsonl")], str(tmp_path / "all"), recipe)
     assert both(tmp_path / "parts_text_document") == both(tmp_path / "all_text_document")
     size = sum(os.path.getsize(part) for part in parts)
@@ -200,8 +200,8 @@ def test_a_killed_worker_is_an_error_not_a_hang(records_file: str, tmp_path: Pat
 
     killed: list[int] = []
 
-    def kill_one(done: int, total: int) -> None:
-        if not killed:
+    def kill_one(done: int, total: int, documents: int) -> None:
+        if not killed and done:
             killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 

@@ -1,0 +1,109 @@
+"""What an unfinished run has done, on disk, so that another can go on: one line of JSON when it starts, and one at each save.
+
+A line counts once all of it is there; the files that it speaks of are durable before it is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.data.pair_writer import refusing, sync_folder
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+_AFRESH = "or give --overwrite to start afresh"
+
+
+class Journal:
+    """The journal at ``path``, locked against a second process.
+
+    ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of change of each file.
+    ``records`` holds what an earlier run saved, oldest first.  ``overwrite``: forget that.
+    Raises ConfigError where that run had other settings, DataError where an input has changed since, or another process is at work.
+    """
+
+    def __init__(self, path: str, settings: Mapping[str, object], inputs: list[tuple[str, int, int]], *, overwrite: bool = False) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        with refusing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(path, "a+b")  # noqa: SIM115 - holds the lock until close()
+        try:
+            self._lock()
+            head = {"version": 1, "settings": dict(settings), "inputs": [list(each) for each in inputs]}
+            lines = [] if overwrite else self._read()
+            if lines:
+                self._check(lines[0], json.loads(json.dumps(head)))
+                self.records = lines[1:]
+            else:
+                with refusing(path):
+                    self._stream.truncate(0)
+                self.append(head)
+                sync_folder(path)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Add a line, durably."""
+        with refusing(self.path):
+            self._stream.write(json.dumps(record).encode() + b"\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self, *, remove: bool) -> None:
+        """Release the lock; ``remove``: nothing is left to go on with."""
+        if remove:
+            Path(self.path).unlink(missing_ok=True)
+        self._stream.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{self.path}: another process is writing these files"
+            raise DataError(message, remedy="wait for it, or choose another --output-prefix") from error
+        except OSError:
+            return  # a file system without locks
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The whole lines; what a death left of the last is cut off."""
+        self._stream.seek(0)
+        lines: list[dict[str, Any]] = []
+        whole = 0
+        for line in self._stream:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                break
+            lines.append(record)
+            whole += len(line)
+        with refusing(self.path):
+            self._stream.truncate(whole)
+        return lines
+
+    def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        before, now = old.get("settings", {}), new["settings"]
+        problems = []
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                rule = f"was {before.get(name)} in the unfinished run that left {self.path}"
+                problems.append(Problem(name, now.get(name), rule, f"give the same again to go on, {_AFRESH}"))
+        if problems:
+            raise ConfigError(problems)
+        for was, found in zip(old["inputs"], new["inputs"], strict=False):
+            if was != found:
+                what = f"{found[0]}: the input has changed" if was[0] == found[0] else f"{found[0]}: the input was {was[0]}"
+                sizes = f" (it had {was[1]} bytes, and has {found[1]})" if was[0] == found[0] and was[1] != found[1] else ""
+                raise DataError(f"{what} since the unfinished run that left {self.path}{sizes}", remedy=f"restore it, {_AFRESH}")
+        if len(old["inputs"]) != len(new["inputs"]):
+            message = f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that left {self.path}"
+            raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
+        if old.get("version") != new["version"]:
+            raise DataError(f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh")

@@ -1,0 +1,95 @@
+"""The journal: what was saved comes back, half a line does not count, and differences are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperrouter.data.journal import Journal
+from megatron_hyperrouter.errors import ConfigError, DataError
+
+SETTINGS = {"--append-eod": False, "--json-keys": "text"}
+INPUTS = [("a.jsonl", 10, 111), ("b.jsonl", 20, 222)]
+RECORDS = [{"n": 1}, {"n": 2, "żółw": [1, None]}]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    made = str(tmp_path / "folder" / "p.journal")
+    journal = Journal(made, SETTINGS, INPUTS)
+    assert journal.records == []
+    for record in RECORDS:
+        journal.append(record)
+    journal.close(remove=False)
+    return made
+
+
+def records(path: str, **options: bool) -> list[dict]:
+    journal = Journal(path, SETTINGS, INPUTS, **options)
+    journal.close(remove=False)
+    return journal.records
+
+
+def test_records_come_back_until_they_are_forgotten(path: str) -> None:
+    assert records(path) == RECORDS
+    assert records(path, overwrite=True) == []
+    assert records(path) == []
+    Journal(path, SETTINGS, INPUTS).close(remove=True)
+    assert not Path(path).exists()
+
+
+def test_every_way_to_cut_the_last_line_loses_that_line_alone(path: str) -> None:
+    whole = Path(path).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(len(whole)):
+        Path(path).write_bytes(whole[:cut])
+        kept = sum(len(b"".join(lines[: number + 2])) <= cut for number in range(2)) if cut >= len(lines[0]) else 0
+        assert records(path) == RECORDS[:kept], cut
+        journal = Journal(path, SETTINGS, INPUTS)
+        journal.append({"n": 3})
+        journal.close(remove=False)
+        assert records(path) == [*RECORDS[:kept], {"n": 3}]
+
+
+def test_garbage_after_a_crash_of_the_machine(path: str) -> None:
+    with open(path, "ab") as stream:
+        stream.write(b"\0" * 100 + b"\n" + b'{"n": 9}\n')
+    assert records(path) == RECORDS
+
+
+def test_other_settings_are_named(path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Journal(path, {"--append-eod": True, "--json-keys": "body"}, INPUTS)
+    assert "--append-eod = True: was False in the unfinished run" in str(caught.value)
+    assert "--json-keys = body: was text" in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    assert records(path) == RECORDS  # nothing is lost by the attempt
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([INPUTS[0], ("b.jsonl", 21, 222)], r"b\.jsonl: the input has changed since .*had 20 bytes, and has 21"),
+        ([INPUTS[0], ("b.jsonl", 20, 223)], r"b\.jsonl: the input has changed since"),
+        ([INPUTS[0], ("c.jsonl", 20, 222)], r"c\.jsonl: the input was b\.jsonl"),
+        (INPUTS[:1], "1 inputs, and 2 in the unfinished run"),
+        ([*INPUTS, INPUTS[0]], "3 inputs, and 2 in the unfinished run"),
+    ],
+)
+def test_changed_inputs_are_named(path: str, inputs: list[tuple[str, int, int]], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        Journal(path, SETTINGS, inputs)
+    assert "--overwrite" in caught.value.remedy
+    journal = Journal(path, SETTINGS, inputs, overwrite=True)
+    assert journal.records == []
+    journal.close(remove=False)
+
+
+def test_a_second_process_is_refused(path: str) -> None:
+    journal = Journal(path, SETTINGS, INPUTS)
+    with pytest.raises(DataError, match="another process is writing these files"):
+        Journal(path, SETTINGS, INPUTS, overwrite=True)
+    assert Path(path).read_bytes().count(b"\n") == 3
+    journal.close(remove=False)
+    assert records(path) == RECORDS

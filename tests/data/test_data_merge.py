@@ -1,0 +1,146 @@
+"""Shards made apart and joined are the bytes of one run; manifests tell what is missing, damaged or of other settings."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperrouter.data import merge as merging
+from megatron_hyperrouter.data.describe import describe
+from megatron_hyperrouter.data.inputs import Part
+from megatron_hyperrouter.data.manifest import read_manifest
+from megatron_hyperrouter.data.merge import find_shards, merge
+from megatron_hyperrouter.data.preprocess import Recipe, preprocess
+from megatron_hyperrouter.errors import DataError
+
+RECIPE = Recipe("ByteTokenizer", keys=("text", "note"), append_eod=True)
+ENDINGS = (".bin", ".idx", ".manifest.json")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    records = [{"text": [f"document {n}", "", "x" * (n % 5)] if n % 3 else "", "note": f"note {n}"} for n in range(40)]
+    lines = ["".join(json.dumps(record) + "\n" for record in records[begin : begin + 20]).encode() for begin in (0, 20)]
+    (tmp_path / "a.jsonl").write_bytes(lines[0])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines[1]))
+    (tmp_path / "c.txt").write_text("plain text\n")
+    return [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
+
+
+def contents(prefix: Path, keys: tuple[str, ...] = ("text", "note")) -> list[bytes]:
+    return [Path(f"{prefix}_{key}_document{ending}").read_bytes() for key in keys for ending in ENDINGS]
+
+
+def shards(tmp_path: Path, inputs: list[str], of: int, recipe: Recipe = RECIPE) -> str:
+    for number in range(1, of + 1):
+        preprocess(inputs, str(tmp_path / "p"), recipe, part=Part(number, of))
+    return str(tmp_path / "p")
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 11, 64])
+def test_shards_end_to_end_are_one_run(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, of: int) -> None:
+    monkeypatch.setattr(merging, "_CHUNK", 3)
+    preprocess(inputs, str(tmp_path / "whole"), RECIPE)
+    before = set(tmp_path.iterdir())
+    prefix = shards(tmp_path, inputs, of)
+    if of == 1:
+        assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+        return
+    passed: list[tuple[int, int]] = []
+    written = merge(prefix, remove_shards=True, progress=lambda done, total: passed.append((done, total)))
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {f"p_{key}_document{e}" for key in RECIPE.keys for e in ENDINGS}
+    assert sorted(pair.documents for pair in written) == [41, 41]
+    assert passed[-1][0] == passed[-1][1] == sum(len(content) for content in contents(tmp_path / "p")[::3])
+
+
+def test_the_manifest_says_what_is_there(tmp_path: Path, inputs: list[str]) -> None:
+    (pair, _) = preprocess(inputs, str(tmp_path / "p"), RECIPE)
+    manifest = read_manifest(pair.prefix)
+    for ending in ("bin", "idx"):
+        content = Path(f"{pair.prefix}.{ending}").read_bytes()
+        assert asdict(getattr(manifest, ending)) == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert (manifest.documents, manifest.sequences, manifest.tokens) == (pair.documents, pair.sequences, pair.tokens)
+    assert [(each["path"], each["bytes"]) for each in manifest.inputs] == [(path, Path(path).stat().st_size) for path in inputs]
+    assert manifest.settings == {"key": "text", "append_eod": True}
+    assert manifest.tokenizer == {"type": "ByteTokenizer", "sha256": None, "vocab_size": 257}
+    assert "verified" in describe(pair.prefix, verify=True)["manifest"]
+    assert "manifest" not in describe(pair.prefix)
+
+
+DAMAGE = {
+    "changed token": ("bin", lambda data: data[:10] + b"\x01" + data[11:], r"p_text_document\.bin: SHA-256 \w+\.\.\., and"),
+    "cut tokens": ("bin", lambda data: data[:-2], r"p_text_document\.bin, byte \d+: \d+ bytes, and \d+ in"),
+    "longer tokens": ("bin", lambda data: data + b"\0\0", r"p_text_document\.bin, byte \d+"),
+    "changed index": ("idx", lambda data: data[:-1] + b"\x01", r"p_text_document\.idx: SHA-256"),
+    "no manifest": ("manifest.json", None, r"manifest\.json: no such manifest"),
+    "broken manifest": ("manifest.json", lambda data: data[:-9], r"manifest\.json: cannot be read"),
+    "foreign manifest": ("manifest.json", lambda data: b'{"version": 1}', r"not a manifest of token files"),
+    "list": ("manifest.json", lambda data: b"[1]", r"not a manifest of token files"),
+    "newer manifest": ("manifest.json", lambda data: data.replace(b'"version": 1', b'"version": 2'), "version 2, expected 1"),
+    "other counts": (
+        "manifest.json",
+        lambda data: data.replace(b'"documents": 41', b'"documents": 42'),
+        "documents 42, and 41 in the files",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_pair_is_not_verified(tmp_path: Path, inputs: list[str], damage: str) -> None:
+    ending, change, message = DAMAGE[damage]
+    (pair, _) = preprocess(inputs, str(tmp_path / "p"), RECIPE)
+    path = Path(f"{pair.prefix}.{ending}")
+    content = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(content))
+    with pytest.raises(DataError, match=message) as caught:
+        describe(pair.prefix, verify=True)
+    assert caught.value.remedy
+
+
+def test_shards_that_do_not_fit(tmp_path: Path, inputs: list[str]) -> None:
+    with pytest.raises(DataError, match="no shards"):
+        merge(str(tmp_path / "p"))
+    prefix = shards(tmp_path, inputs, 3)
+    name = f"{prefix}.shard-00002-of-00003_text_document"
+    manifest = Path(f"{name}.manifest.json")
+    content = manifest.read_bytes()
+    manifest.unlink()
+    with pytest.raises(DataError, match="no shard 2/3 under the key 'text'") as caught:
+        merge(prefix)
+    assert "--shard" in caught.value.remedy
+    manifest.write_bytes(content.replace(b'"append_eod": true', b'"append_eod": false'))
+    with pytest.raises(DataError, match=r"shard-00002-of-00003.*settings .*False.*, and .*True.* in .*shard-00001"):
+        merge(prefix)
+    manifest.write_bytes(content)
+    tokens = Path(f"{name}.bin").read_bytes()
+    Path(f"{name}.bin").write_bytes(tokens[:-1] + b"\x07")
+    with pytest.raises(DataError, match=r"shard-00002-of-00003_text_document\.bin: not the file that"):
+        merge(prefix)
+    Path(f"{name}.bin").write_bytes(tokens)
+    shards(tmp_path, inputs, 2)
+    with pytest.raises(DataError, match="shards of 2 and of 3"):
+        merge(prefix)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("p_") or "partial" in path.name]
+
+
+def test_a_name_with_odd_characters(tmp_path: Path, inputs: list[str]) -> None:
+    odd = str(tmp_path / "p[1].shard-x")
+    for number in (1, 2):
+        preprocess(inputs, odd, RECIPE, part=Part(number, 2))
+    assert set(find_shards(odd)) == {"text", "note"}
+
+
+def test_empty_shards_join_and_an_empty_whole_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n\n\n')
+    recipe = Recipe("ByteTokenizer")
+    for number in (1, 2):
+        preprocess([str(path)], str(tmp_path / "p"), recipe, part=Part(number, 2))
+    with pytest.raises(DataError, match=r"a\.jsonl: 1 documents, and each is empty"):
+        merge(str(tmp_path / "p"))

@@ -1,0 +1,97 @@
+"""Parquet against the rows that were written: every row once, bounded batches, parts, and a place in every message."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperrouter.data import corpus
+from megatron_hyperrouter.data.corpus import documents, read_batches
+from megatron_hyperrouter.data.inputs import Part, total_bytes
+from megatron_hyperrouter.errors import DataError, HostError
+
+arrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402 - after the check that it is there
+
+TEXTS = [f"row {number} żółw " + "x" * (number * 37 % 90) for number in range(50)]
+
+
+def table(path: Path, values: object, kind: object = None, rows: int = 7, name: str = "text") -> str:
+    column = arrow.array(values, type=kind)
+    parquet.write_table(arrow.table({name: column, "n": list(range(len(column)))}), path, row_group_size=rows)
+    return str(path)
+
+
+def found(path: str, keys: tuple[str, ...] = ("text",), **options: object) -> list[tuple[list[str], ...]]:
+    return [document for batch in read_batches([path], keys, **options) for document in documents(batch, keys)]
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 300, 1 << 18])
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_rows_arrive_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batch_bytes: int) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
+    path = table(tmp_path / "a.parquet", TEXTS, rows=rows)
+    assert found(path) == [([text],) for text in TEXTS]
+    batches = list(read_batches([path]))
+    assert [batch.first_line for batch in batches] == [1, *(batch.end.offset + 1 for batch in batches[:-1])]
+    assert batches[-1].position == total_bytes([path])
+    assert len(batches) >= 50 // rows
+    for batch in batches:  # reading goes on from each place with the rows that follow
+        rest = found(path, start=batch.end)
+        assert rest == [([text],) for text in TEXTS[batch.end.offset :]]
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 9, 60])
+def test_parts_hold_whole_row_groups(tmp_path: Path, of: int) -> None:
+    path = table(tmp_path / "a.parquet", TEXTS)
+    parts = [found(path, part=Part(number, of)) for number in range(1, of + 1)]
+    assert [row for part in parts for row in part] == [([text],) for text in TEXTS]
+    assert all(len(part) % 7 in (0, 1) for part in parts)  # 7 groups of 7 rows, and one of 1
+
+
+def test_kinds_of_columns(tmp_path: Path) -> None:
+    assert found(table(tmp_path / "a.parquet", [b"bytes", "żółw".encode()], arrow.binary())) == [(["bytes"],), (["żółw"],)]
+    assert found(table(tmp_path / "b.parquet", ["large"], arrow.large_string())) == [(["large"],)]
+    assert found(table(tmp_path / "c.parquet", [["one", "two"], [], ["three"]])) == [(["one", "two"],), ([],), (["three"],)]
+    encoded = arrow.array(["same"] * 9).dictionary_encode()
+    parquet.write_table(arrow.table({"title": encoded, "text": TEXTS[:9]}), tmp_path / "d.parquet")
+    assert found(str(tmp_path / "d.parquet"), ("text", "title")) == [([text], ["same"]) for text in TEXTS[:9]]
+
+
+def test_bad_rows_and_columns(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; columns present: 'body', 'n'"):
+        found(table(tmp_path / "a.parquet", TEXTS, name="body"))
+    with pytest.raises(DataError, match=r"b\.parquet, row 9: the value of 'text' is a NoneType, not a string"):
+        found(table(tmp_path / "b.parquet", [*TEXTS[:8], None]))
+    with pytest.raises(DataError, match=r"c\.parquet, row 1: the value of 'n' is a int"):
+        found(table(tmp_path / "c.parquet", TEXTS), ("n",))
+    with pytest.raises(DataError, match=r"d\.parquet, row 2, byte 3: not UTF-8"):
+        found(table(tmp_path / "d.parquet", [b"fine", b"caf\xe9"], arrow.binary()))
+    latin = arrow.array([b"fine", b"caf\xe9"], arrow.binary()).view(arrow.string())
+    with pytest.raises(DataError, match=r"e\.parquet, rows 1 to \d+: not UTF-8"):
+        found(table(tmp_path / "e.parquet", latin))
+
+
+def test_truncated_damaged_and_foreign(tmp_path: Path) -> None:
+    whole = Path(table(tmp_path / "a.parquet", TEXTS * 20, rows=100)).read_bytes()
+    for name, data in {"cut": whole[:-9], "half": whole[: len(whole) // 2], "foreign": b'{"text": "x"}\n' * 9}.items():
+        path = tmp_path / f"{name}.parquet"
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=rf"{name}\.parquet, footer: cannot be read") as caught:
+            found(str(path))
+        assert "truncated, damaged or no Parquet" in caught.value.remedy
+    damaged = bytearray(whole)
+    damaged[4:60] = b"\xff" * 56  # the first page's header
+    (tmp_path / "damaged.parquet").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"damaged\.parquet, row group 0: cannot be read"):
+        found(str(tmp_path / "damaged.parquet"))
+
+
+def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = table(tmp_path / "a.parquet", TEXTS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(HostError, match=r"a\.parquet: reading Parquet files needs the library pyarrow") as caught:
+        found(path)
+    assert caught.value.remedy == "pip install pyarrow"

@@ -1,0 +1,147 @@
+"""A run that dies at any step and is started again writes the bytes of one that did not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperrouter.data import bpe, corpus
+from megatron_hyperrouter.data.preprocess import Recipe, preprocess
+from megatron_hyperrouter.errors import ConfigError, DataError
+
+STEPS = ("fsync", "replace", "unlink", "truncate")
+KILLED = 77
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Recipe]:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 700)
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 500)
+    source = inspect.getsource(json.decoder)
+    records = [{"text": [source[n * 90 : n * 90 + 200], f"żółw {n}"] if n % 4 else "", "note": source[: n * 9]} for n in range(25)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "b.txt").write_text(source[:3000])
+    bpe.train_bpe(iter([source]), 400, str(tmp_path / "tokenizer.json"))
+    recipe = Recipe("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), ("text", "note"), append_eod=True)
+    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], recipe
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def until_death(step: int, inputs: list[str], prefix: str, recipe: Recipe) -> int | None:
+    """Run in a process that is gone at its ``step``-th durable step, before or after it in turn; how it ended, None: whole."""
+    child = os.fork()
+    if not child:
+        left = step
+
+        def dying(name: str, real):
+            def call(*arguments, **options):
+                nonlocal left
+                left -= 1
+                if left == 0 and step % 2:
+                    os._exit(KILLED)
+                result = real(*arguments, **options)
+                if left == 0:
+                    os._exit(KILLED)
+                return result
+
+            return call
+
+        for name in STEPS:
+            if hasattr(os, name):
+                setattr(os, name, dying(name, getattr(os, name)))
+        status = 1
+        try:
+            preprocess(inputs, prefix, recipe, save_seconds=0)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, KILLED), code
+    return code or None
+
+
+@pytest.mark.processes
+def test_a_death_at_every_durable_step(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    inputs, recipe = job
+    preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
+    expected = outputs(tmp_path / "whole")
+    assert len(expected) == 6
+    deaths = 0
+    for step in [*range(1, 40), *range(40, 1000, 17)]:
+        folder = tmp_path / f"at-{step}"
+        if until_death(step, inputs, str(folder / "p"), recipe) is None:
+            break
+        deaths += 1
+        for path in folder.glob("*.idx"):  # an index in place means that the pair is whole
+            assert path.read_bytes() == expected[path.name]
+            assert path.with_suffix(".bin").read_bytes() == expected[path.with_suffix(".bin").name]
+        preprocess(inputs, str(folder / "p"), recipe, save_seconds=0)
+        assert outputs(folder) == expected, step
+    assert deaths > 20
+
+
+@pytest.mark.processes
+def test_many_deaths_of_one_run(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    """Each life gets a few steps further; with the bytes of one run, in fewer lives than it has steps."""
+    inputs, recipe = job
+    preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
+    lives = 0
+    while until_death(25, inputs, str(tmp_path / "out" / "p"), recipe):
+        lives += 1
+        assert lives < 100
+    assert lives > 3
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_what_was_done_is_not_done_again(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    inputs, recipe = job
+    until_death(60, inputs, str(tmp_path / "out" / "p"), recipe)
+    places: list[int] = []
+    documents: list[int] = []
+    preprocess(
+        inputs, str(tmp_path / "out" / "p"), recipe, progress=lambda done, total, count: (places.append(done), documents.append(count))
+    )
+    assert places[0] > 0 and documents[0] > 0
+    assert places == sorted(places) and places[-1] == sum(os.path.getsize(path) for path in inputs)
+
+
+def test_other_settings_and_changed_inputs_are_refused_until_overwritten(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    inputs, recipe = job
+    prefix = str(tmp_path / "out" / "p")
+    until_death(60, inputs, prefix, recipe)
+    left = outputs(tmp_path / "out")
+    other = Recipe(recipe.tokenizer_type, recipe.tokenizer_model, recipe.keys, append_eod=False)
+    with pytest.raises(ConfigError, match=r"--append-eod = False: was True in the unfinished run that left .*p\.journal"):
+        preprocess(inputs, prefix, other)
+    Path(recipe.tokenizer_model or "").write_text(Path(recipe.tokenizer_model or "").read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"--tokenizer-model = a file of SHA-256 \w+\.\.\.: was a file of SHA-256"):
+        preprocess(inputs, prefix, recipe)
+    bpe.train_bpe(iter([inspect.getsource(json.decoder)]), 400, recipe.tokenizer_model or "")
+    text = Path(inputs[0]).read_text()
+    Path(inputs[0]).write_text(text + '{"text": "more", "note": ""}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: the input has changed since the unfinished run") as caught:
+        preprocess(inputs, prefix, recipe)
+    assert "--overwrite" in caught.value.remedy
+    assert outputs(tmp_path / "out") == left
+    preprocess(inputs, prefix, recipe, overwrite=True)
+    preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_another_number_of_workers_or_back_end_goes_on(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    inputs, recipe = job
+    until_death(60, inputs, str(tmp_path / "out" / "p"), recipe)
+    slower = Recipe(recipe.tokenizer_type, recipe.tokenizer_model, recipe.keys, recipe.append_eod, "tokenizers")
+    starts: list[int] = []
+    preprocess(inputs, str(tmp_path / "out" / "p"), slower, progress=lambda done, total, count: starts.append(done))
+    assert starts[0] > 0
+    preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
