@@ -58,8 +58,8 @@ def _finish(writer: PairWriter, shard: Manifest) -> Written:
     """Give a pair that is all written its names and its manifest, which is that of a shard but for what was counted."""
     counts = writer.save()
     idx = put_in_place(writer.prefix, writer.dtype, counts)
-    numbers = {name: value for name, value in counts.as_dict().items() if name != "open_sequences"}
-    write_manifest(writer.prefix, replace(shard, part=str(Part()), bin=writer.bin_sum(), idx=idx, **numbers))
+    counted = replace(shard, documents=counts.documents, sequences=counts.sequences, tokens=counts.tokens)
+    write_manifest(writer.prefix, replace(counted, part=str(Part()), bin=writer.bin_sum(), idx=idx))
     return Written(writer.prefix, counts.documents, counts.sequences, counts.tokens, writer.dtype)
 
 

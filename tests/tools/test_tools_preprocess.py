@@ -1,0 +1,202 @@
+"""preprocess_data.py on a bad day: kills, full disks, bad inputs; on many machines; and what it tells."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+BYTES = ("--output-prefix", "p", "--tokenizer-type", "ByteTokenizer")
+
+
+def start(tool: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(tool: str, *arguments: object, **options: object) -> tuple[int, str, str]:
+    process = start(tool, *arguments, **options)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("p")}
+
+
+def lines(count: int) -> str:
+    return "".join(json.dumps({"text": f"line {n} of a story about żółw number {n * n} " * (n % 7)}) + "\n" for n in range(count))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("seed", "kills"), [(0, 3), pytest.param(1, 10, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: int, kills: int) -> None:
+    generator = random.Random(seed)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    data = lines(60_000)
+    (tmp_path / "a.jsonl").write_text(data)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data[: len(data) // 2].rsplit("\n", 1)[0].encode(), 1))
+    arguments = ("--input", "../*.jsonl*", *BYTES, "--append-eod", "--save-seconds", 0)
+    began = time.monotonic()
+    status, _, err = run("preprocess_data", *arguments, cwd=tmp_path / "whole")
+    assert status == 0, err
+    seconds = time.monotonic() - began
+    done = resumed = 0
+    for _ in range(20 * kills):
+        workers = generator.choice([1, 1, 2])
+        process = start("preprocess_data", *arguments, "--workers", workers, cwd=tmp_path / "killed")
+        try:
+            _, err = process.communicate(timeout=generator.uniform(0.1, 0.9) * seconds if done < kills else 240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, err = process.communicate()
+            done += 1
+        else:
+            assert process.returncode == 0, err
+        resumed += "goes on from" in err
+        if process.returncode == 0:
+            if done >= kills:
+                break
+            for path in (tmp_path / "killed").iterdir():  # whole before the last kill: once more from the start
+                path.unlink()
+    assert done >= kills and resumed
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sorted(contents(tmp_path / "killed")) == [f"p_text_document.{ending}" for ending in ("bin", "idx", "manifest.json")]
+
+
+@pytest.mark.processes
+def test_a_full_disk_and_a_signal_keep_what_was_saved(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(30_000))
+    size = (tmp_path / "a.jsonl").stat().st_size
+    arguments = ("--input", "a.jsonl", *BYTES, "--save-seconds", 0)
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # the tokens are twice as long
+
+    status, _, err = run("preprocess_data", *arguments, cwd=tmp_path, preexec_fn=small_files)
+    assert status == 3
+    assert "p_text_document: cannot be written: File too large\n  remedy: free space" in err
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith((".bin", ".idx", ".json"))]
+    process = start("preprocess_data", *arguments, cwd=tmp_path)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    status, _, err = run("preprocess_data", *arguments, cwd=tmp_path)
+    assert status == 0 and ("goes on from" in err or process.returncode == 0), err
+    killed = contents(tmp_path)
+    status, _, err = run("preprocess_data", *arguments, cwd=tmp_path)
+    assert contents(tmp_path) == killed
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
+    """Arguments and the message they end in."""
+    good = lines(3000).encode()
+    whole = {"cut.jsonl.gz": gzip.compress(good)[:-20], "cut.jsonl.zst": zstandard.compress(good)[:-20]}
+    files = {
+        **whole,
+        "latin.jsonl": b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+        "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+        "tokens.jsonl": b"MMIDIDX\x00\x00" + bytes(50),
+        "binary.txt": b"\x7fELF\x00\x01",
+        "empty.jsonl": b"",
+        "hollow.parquet": b"",
+        "foreign.parquet": b"no table",
+        "key.jsonl": b'{"body": "a"}\n',
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return {
+        "cut.jsonl.gz": ("cut.jsonl.gz", r"cut\.jsonl\.gz, byte \d+: cannot be read further"),
+        "cut.jsonl.zst": ("cut.jsonl.zst", r"cut\.jsonl\.zst, byte \d+: cannot be read further"),
+        "latin": ("latin.jsonl", r"latin\.jsonl, line 2, byte 27: not UTF-8"),
+        "broken": ("broken.jsonl", r"broken\.jsonl, line 2: broken JSON at column"),
+        "tokens": ("tokens.jsonl", r"tokens\.jsonl, byte 0: the file is the index of a pair of token files already"),
+        "binary": ("binary.txt", r"binary\.txt, byte 4: a NUL"),
+        "empty": ("empty.jsonl", r"empty\.jsonl: no documents"),
+        "hollow": ("hollow.parquet", r"0 bytes, without even a header: hollow\.parquet"),
+        "foreign": ("foreign.parquet", r"foreign\.parquet, footer: cannot be read"),
+        "key": ("key.jsonl", r"key\.jsonl, line 1: no key 'text'; keys present: 'body'"),
+        "glob": ("nothing-*.jsonl", r"no input file matches: nothing-\*\.jsonl"),
+    }
+
+
+BAD = ("cut.jsonl.gz", "cut.jsonl.zst", "latin", "broken", "tokens", "binary", "empty", "hollow", "foreign", "key", "glob")
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, bad: str) -> None:
+    name, message = bad_inputs(tmp_path)[bad]
+    before = {path.name for path in tmp_path.iterdir()}
+    status, out, err = run("preprocess_data", "--input", name, *BYTES, "--save-seconds", 0, cwd=tmp_path)
+    assert status == 3
+    assert re.match(rf"preprocess_data\.py: error: .*{message}.*\n  remedy: \S.*\n$", err), err
+    assert not out
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.processes
+def test_three_machines_and_a_merge(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(500))
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"text": [f"row {n}" for n in range(90)]}), tmp_path / "b.parquet", row_group_size=20)
+    common = ("--input", "a.jsonl", "b.parquet", "--tokenizer-type", "ByteTokenizer", "--append-eod")
+    for shard in (("--shard", "1/3"), ("--shard", "2", "--partitions", 3), ("--shard", "3/3")):
+        status, _, err = run("preprocess_data", *common, "--output-prefix", "p", *shard, cwd=tmp_path)
+        assert status == 0, err
+    status, _, err = run("merge_data", "p", "--remove-shards", cwd=tmp_path)
+    assert status == 0 and "590 documents" in err, err
+    merged = contents(tmp_path)
+    assert run("preprocess_data", *common, "--output-prefix", "p", cwd=tmp_path)[0] == 0
+    assert contents(tmp_path) == merged
+    assert len(merged) == 3
+    status, out, err = run("inspect_data", "p_text_document", "--verify", cwd=tmp_path)
+    assert status == 0 and "verified" in out
+    with open(tmp_path / "p_text_document.bin", "r+b") as stream:
+        stream.write(b"\x01\x01")
+    status, out, err = run("inspect_data", "p_text_document", "--verify", cwd=tmp_path)
+    assert status == 3 and not out
+    assert "p_text_document.bin: SHA-256" in err and "remedy: copy the files again" in err
+    assert run("inspect_data", "p_text_document", cwd=tmp_path)[0] == 0
+    status, _, err = run("merge_data", "p", cwd=tmp_path)
+    assert status == 3 and "p: no shards" in err
+    status, _, err = run("preprocess_data", *common, "--output-prefix", "p", "--partitions", 3, cwd=tmp_path)
+    assert status == 2 and "--partitions = 3: says in how many parts" in err
+
+
+def test_progress_tells_speeds_and_the_time_left(tmp_path: Path) -> None:
+    """Lines elsewhere than on a terminal: speed, documents, and the time left; a few, ever further apart."""
+    script = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import _common
+from preprocess_data import Progress
+clock = [100.0]
+time.monotonic = lambda: clock[0]
+with Progress() as progress:
+    for second in range(1001):
+        clock[0] = 100.0 + second
+        progress.show(50_000_000 + second * 1_000_000, 1_050_000_000, 10 + 7 * second)
+print(progress.summary(), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(TOOLS)], capture_output=True, text=True, check=True, env=os.environ)
+    told = done.stderr.splitlines()
+    assert told[0] == "preprocess_data: goes on from 50.0 of 1,050.0 MB"
+    assert told[1] == "preprocess_data: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left (ETA)"
+    assert told[-1] == "1,000.0 MB in 1000.0 s, 1.0 MB/s, 7 documents/s"
+    assert 8 <= len(told) <= 20
