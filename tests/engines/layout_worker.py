@@ -1,7 +1,8 @@
 """One rank of the layout tests: trains each case of the task for a few steps on made-up tokens and reports what it saw.
 
-A case: ``flags`` of the program, and optionally ``steps``, ``folder`` for its weights, ``topk_eval``, ``resume``, and ``probe``: at which
-weights (``start``) and with the k of which ``step`` it tells gradients, in ``folder/probed``.
+A case: ``flags`` of the program, and optionally ``steps`` and the ``first`` of them, ``load`` (a folder) or ``load_weights``, ``watch``,
+``save_at`` (a step), ``folder`` for its weights, ``topk_eval``, ``resume``, and ``probe``: at which weights (``start``) and with the k of
+which ``step`` it tells gradients, in ``folder/probed``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from distributed import world
+from engines.watched import Watched
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
@@ -58,12 +60,12 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     config = tiny_config(case["flags"], world_size)
     engine = open_engine(config, vocab_size=VOCABULARY)
     try:
-        told = [step_numbers(engine, config, step) for step in range(case.get("steps", 3))]
+        told = train(engine, config, case)
         evaluations = {}
         for topk in case.get("topk_eval", ()):
             result = engine.evaluate(micro_batches(config, engine.place, 99), topk=topk)
             evaluations[topk] = result.loss_sum / result.tokens
-        if folder := case.get("folder"):
+        if (folder := case.get("folder")) and "save_at" not in case:
             save(engine, Path(folder))
         if case.get("resume"):
             told += resume(engine, config, Path(case["folder"]), len(told))
@@ -74,6 +76,22 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     finally:
         engine.close()
     return {"steps": told, "evaluations": evaluations}
+
+
+def train(engine: Engine, config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The case's steps; ``watch``: with what a step did as seen from outside the engine."""
+    if folder := case.get("load") or case.get("load_weights"):
+        engine.load(Path(folder), weights_only="load" not in case)
+    watched = Watched(engine) if case.get("watch") else None
+    told = []
+    first = case.get("first", 0)
+    for step in range(first, first + case.get("steps", 3)):
+        told.append(step_numbers(engine, config, step))
+        if watched:
+            told[-1]["watched"] = watched.take()
+        if step + 1 == case.get("save_at"):
+            save(engine, Path(case["folder"]))
+    return told
 
 
 def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]:
