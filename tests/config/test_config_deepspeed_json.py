@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from megatron_hyperrouter.config.check import problems
 from megatron_hyperrouter.config.cli import parse, replace_leaves
+from megatron_hyperrouter.config.rules.deepspeed_json import REMOVED
 from megatron_hyperrouter.config.tree import RunConfig
+
+KEYS = re.compile(r'^    "(\w+)":', re.MULTILINE).findall
 
 
 @pytest.fixture
@@ -47,7 +53,6 @@ class TestDeepSpeedJson:
             ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "1"),
             ({"bf16": {"enabled": True}}, "bf16.enabled", "false"),
             ({"fp16": {"enabled": True}}, "fp16.enabled", "false"),
-            ({"amp": {"enabled": True}}, "amp.enabled", "false"),
             ({"gradient_clipping": "auto"}, "gradient_clipping", "1.0"),
             ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps", "1"),
         ],
@@ -81,6 +86,41 @@ class TestDeepSpeedJson:
         (problem,) = self.found(base, tmp_path, document, pipeline_model_parallel_size=2)
         assert problem.field.startswith(f"pipeline.{key} in ") and "breaks" in problem.rule
         assert self.found(base, tmp_path, {"pipeline": {key: False}}, pipeline_model_parallel_size=2) == []
+
+    @pytest.mark.parametrize(
+        ("document", "key", "words"),
+        [
+            ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size", "our own flag"),
+            ({"sequence_parallel_size": 2}, "sequence_parallel_size", "cuts sequences"),
+            ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled", "mixes types"),
+            ({"zero_optimization": {"reduce_scatter": False}}, "zero_optimization.reduce_scatter", "must be on"),
+            ({"eigenvalue": {"enabled": False}}, "eigenvalue", "no longer part of DeepSpeed"),
+            ({"sparse_gradients": True}, "sparse_gradients", "no longer part of DeepSpeed"),
+            ({"amp": {"enabled": True}}, "amp", "no longer part of DeepSpeed"),
+        ],
+    )
+    def test_keys_that_cannot_run(self, base, tmp_path, document, key, words):
+        (problem,) = self.found(base, tmp_path, document)
+        assert problem.field.startswith(f"{key} in ") and words in problem.rule
+
+    def test_what_deepspeed_has_removed_is_known(self):
+        """Read, not imported: this room's tests know no torch."""
+        spec = find_spec("deepspeed")
+        if spec is None or spec.origin is None:
+            pytest.skip("no DeepSpeed here")
+        text = (Path(spec.origin).parent / "runtime" / "config.py").read_text(encoding="utf-8")
+        keys = [
+            key for table in re.findall(r"_REMOVED_(?:TOP_LEVEL|ZERO)_CONFIG_KEYS = \{(.*?)\n\}", text, re.DOTALL) for key in KEYS(table)
+        ]
+        assert len(keys) > 10 and {key.rpartition(".")[2] for key in REMOVED} == set(keys)
+
+    def test_the_same_keys_where_they_change_nothing(self, base, tmp_path):
+        document = {
+            "tensor_parallel": {"autotp_size": 1},
+            "torch_autocast": {"enabled": False},
+            "zero_optimization": {"reduce_scatter": True},
+        }
+        assert self.found(base, tmp_path, document | {"sequence_parallel_size": 1}) == []
 
     def test_a_document_that_is_no_json(self, base, tmp_path):
         (problem,) = self.found(base, tmp_path, '{\n "a": 1\n "b"}')

@@ -14,6 +14,22 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
 ABSENT = object()
+REMOVED = (  # DeepSpeed 0.19.8 stops at them, whatever they hold (runtime/config.py:81, 119)
+    "nebula",
+    "compression_training",
+    "amp",
+    "quantize_training",
+    "sparse_gradients",
+    "eigenvalue",
+    "sparse_attention",
+    "elasticity",
+    "graph_harvesting",
+    "curriculum_learning",
+    "progressive_layer_drop",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zeropp_loco_param",
+)
 
 
 def load_document(path: str) -> dict[str, Any]:
@@ -50,6 +66,7 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         if value is not ABSENT and not agrees:
             remedy = f"leave it out, or make the two agree ({flag(name)})"
             yield Problem(f"{key} in {path}", json.dumps(value), f"contradicts the flags, which make it {json.dumps(expected)}", remedy)
+    yield from _keys_that_cannot_run(document, path)
     for key in ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"):
         if at(document, key) not in (ABSENT, False) and config.parallel.pipeline_model_parallel_size > 1:
             rule = "breaks with what our stages hand on (DeepSpeed, runtime/pipe/engine.py:736)"
@@ -59,6 +76,30 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield Problem(name, "false", "gives wrong gradients with expert parallelism", "leave it out")
 
 
+def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Problem]:
+    """Whatever the flags say: DeepSpeed would stop at them, or cut the model a second time."""
+    for key in REMOVED:
+        if (value := at(document, key)) is not ABSENT:
+            yield Problem(f"{key} in {path}", json.dumps(value), "is no longer part of DeepSpeed", "leave it out")
+    for key, allowed, rule, remedy in UNFIT:
+        value = at(document, key)
+        if value is not ABSENT and value != allowed:
+            yield Problem(f"{key} in {path}", json.dumps(value), rule, remedy)
+
+
+UNFIT: tuple[tuple[str, object, str, str], ...] = (  # key, the value that changes nothing, rule, remedy
+    ("tensor_parallel.autotp_size", 1, "cuts layers that are cut by our own flag", "use --tensor-model-parallel-size"),
+    (
+        "sequence_parallel_size",
+        1,
+        "cuts sequences, which the deepspeed engine does not",
+        "use the megatron engine's --context-parallel-size",
+    ),
+    ("torch_autocast.enabled", False, "mixes types inside of experts, which are of one type", "use --bf16"),
+    ("zero_optimization.reduce_scatter", True, "must be on with mixture-of-experts layers (stage_1_and_2.py)", "leave it out"),
+)
+
+
 def expectations(config: RunConfig, world_size: int | None) -> Iterator[tuple[str, object, str]]:
     """Dotted keys that our settings decide: (key, value, name of the setting)."""
     yield "train_micro_batch_size_per_gpu", config.train.micro_batch_size, "micro_batch_size"
@@ -66,7 +107,6 @@ def expectations(config: RunConfig, world_size: int | None) -> Iterator[tuple[st
     yield "zero_optimization.stage", config.engine.zero_stage, "zero_stage"
     yield "bf16.enabled", config.train.bf16, "bf16"
     yield "fp16.enabled", False, "bf16"
-    yield "amp.enabled", False, "bf16"
     if config.train.bf16:
         yield "data_types.grad_accum_dtype", "fp32", "bf16"
     if world_size is not None and data_parallel_size(config, world_size):
