@@ -21,6 +21,7 @@ from megatron_hyperrouter.errors import HyperRouterError  # noqa: E402 - needs t
 
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 5.0, 120.0
 _MISSING_LIBRARY = 5
+_PATIENCE = 3.0  # seconds
 
 
 class Stopped(BaseException):
@@ -42,6 +43,8 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         main(sys.argv[1:])
         sys.stdout.flush()
     except HyperRouterError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_PATIENCE)  # if rank 0 met the same error, its launcher ends this process before it repeats it
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
@@ -64,9 +67,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A command-line parser in the style of all tools; a wrong flag ends with status 2."""
-    return argparse.ArgumentParser(
+    flags = argparse.ArgumentParser(
         description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher puts it in front
+    return flags
 
 
 class Bar:

@@ -1,7 +1,8 @@
-"""One rank of tools/verify_layouts.py: trains each case of its task on made-up tokens and leaves what it saw.
+"""One rank of tools/verify_layouts.py: trains each case of its task and leaves what it saw.
 
-Started with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON).  A case: ``settings`` (YAML file),
-``steps``, ``folder`` for weights and ``fault``; two runs of it tell gradients (see ``evaluate.layouts``) and losses.
+Started by the tool with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON); under a launcher the tool
+calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``, ``folder`` for weights, ``fault``, and ``own_data``: the data of
+the settings instead of made-up tokens.  Two runs of it tell gradients (see ``evaluate.layouts``) and losses.
 """
 
 from __future__ import annotations
@@ -10,41 +11,64 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import _common  # noqa: F401 - the import path
 import _layout_faults
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.dataset import Dataset
     from megatron_hyperrouter.engines.base import Batch, Engine, Place, StepResult
 
 
+class World(NamedTuple):
+    """This rank among those that run the cases; they meet in ``store``."""
+
+    rank: int
+    size: int
+    store: Store
+    patience: timedelta
+
+
 def main() -> None:
-    """All cases in one process, so that the hosts are imported once."""
-    import torch
+    """The task of this process."""
+    import torch.distributed as dist
 
     task_file, answer = (Path(argument) for argument in sys.argv[1:])
     task = json.loads(task_file.read_text(encoding="utf-8"))
-    torch.set_num_threads(1)
-    told = [run_case(case, task_file.parent / f"{task['name']}-store-{number}") for number, case in enumerate(task["cases"])]
-    if os.environ["RANK"] == "0":
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # A file, because a port that is free now may be taken when the ranks have imported their libraries
+    store = dist.FileStore(str(task_file.parent / f"store-{size}"), size)
+    told = run_cases(task["cases"], World(rank, size, store, timedelta(seconds=task["timeout"])))
+    if rank == 0:
         answer.write_text(json.dumps(told), encoding="utf-8")
 
 
-def run_case(case: dict[str, Any], store: Path) -> dict[str, Any]:
+def run_cases(cases: Sequence[dict[str, Any]], world: World) -> list[dict[str, Any]]:
+    """All cases in one process, so that the hosts are imported once; what each told."""
+    import torch
+
+    torch.set_num_threads(1)
+    return [run_case(case, world, name=f"{world.size}-{number}") for number, case in enumerate(cases)]
+
+
+def run_case(case: dict[str, Any], world: World, name: str) -> dict[str, Any]:
     """The numbers of its steps, and the frozen parts of each rank's routers."""
     import torch.distributed as dist
 
     folder = Path(case["folder"])
-    probe = _Run(case, "gradients", Path(f"{store}-gradients"))
+    probe = _Run(case, "gradients", world, f"{name}-gradients")
     with probe as engine:
         _save(engine, folder / "before")
         probe.step(engine, case["steps"] - 1)  # not the first k: with k = 1 a router may have no gradient
         _save(engine, folder / "after")
-    run = _Run(case, "settings", Path(f"{store}-settings"))
+    run = _Run(case, "settings", world, f"{name}-settings")
     with run as engine:
         routers: list[Any] = [None] * engine.place.world_size
         dist.all_gather_object(routers, _frozen_parts(engine))
@@ -57,25 +81,22 @@ def run_case(case: dict[str, Any], store: Path) -> dict[str, Any]:
 class _Run:
     """An engine in a world of its own: ending it frees the threads of all its process groups."""
 
-    def __init__(self, case: dict[str, Any], settings: str, store: Path) -> None:
+    def __init__(self, case: dict[str, Any], settings: str, world: World, name: str) -> None:
         from megatron_hyperrouter.config.cli import load_file
         from megatron_hyperrouter.routers import ROUTERS
 
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.config = load_file(case[settings], routers=ROUTERS, world_size=self.world_size)
-        self.store, self.fault = store, case["fault"]
+        self.config = load_file(case[settings], routers=ROUTERS, world_size=world.size)
+        self.vocab_size, self.dataset = read_data(self.config, case["steps"], own=case["own_data"])
+        self.world, self.name, self.fault = world, name, case["fault"]
         self._around = _layout_faults.around(self.fault, self.config)
 
     def __enter__(self) -> Engine:
         from megatron_hyperrouter.engines import open_engine
 
-        place = {"rank": self.rank, "world_size": self.world_size}
-        _join(f"file://{self.store}", **place)
+        join(self.world, self.name)
         self._around.__enter__()
-        own = _layout_faults.settings_with(self.fault, self.config, **place)
-        vocab_size = self.config.data.vocab_size
-        assert vocab_size is not None  # of the NullTokenizer
-        self.engine = open_engine(own, vocab_size=vocab_size)
+        own = _layout_faults.settings_with(self.fault, self.config, rank=self.world.rank, world_size=self.world.size)
+        self.engine = open_engine(own, vocab_size=self.vocab_size)
         _layout_faults.inside(self.fault, self.config, self.engine)
         return self.engine
 
@@ -88,25 +109,62 @@ class _Run:
 
     def step(self, engine: Engine, step: int) -> StepResult:
         """One step of the settings' full learning rate."""
-        batches = made_up_batches(self.config, engine.place, step)
-        return engine.train_step(batches, step=step, learning_rate=self.config.optimizer.lr)
+        batches = made_up_batches if self.dataset is None else self._own_batches
+        return engine.train_step(batches(self.config, engine.place, step), step=step, learning_rate=self.config.optimizer.lr)
+
+    def _own_batches(self, config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
+        from megatron_hyperrouter.data.loader import Batches
+
+        assert self.dataset is not None and config.train.global_batch_size is not None
+        return Batches(
+            self.dataset,
+            micro_batch_size=config.train.micro_batch_size,
+            global_batch_size=config.train.global_batch_size,
+            data_rank=place.data_rank,
+            data_size=place.data_size,
+            start_step=step,
+            num_steps=1,
+            num_workers=0,
+        )
 
 
-def _join(store: str, *, rank: int, world_size: int) -> None:
-    """DeepSpeed, where it is installed, wants to have made the world itself."""
+def join(world: World, name: str) -> None:
+    """Make torch.distributed's world of one case, and tell DeepSpeed, where it is installed, that there is one."""
     import torch.distributed as dist
 
     from megatron_hyperrouter.engines.launch import backend
 
-    if importlib.util.find_spec("deepspeed") is None:
-        dist.init_process_group(backend(), init_method=store, rank=rank, world_size=world_size)
-        return
-    import deepspeed
+    store = dist.PrefixStore(name, world.store)
+    dist.init_process_group(backend(), store=store, rank=world.rank, world_size=world.size, timeout=world.patience)
+    if importlib.util.find_spec("deepspeed") is not None:
+        import deepspeed
 
-    from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+        from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 
-    skip_shm_build()
-    deepspeed.init_distributed(backend(), verbose=False, init_method=store, rank=rank, world_size=world_size)
+        skip_shm_build()
+        deepspeed.init_distributed(backend(), verbose=False)
+
+
+def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset | None]:
+    """Size of the vocabulary, and the training data of the settings (None: made-up tokens); raises what the program would raise."""
+    from megatron_hyperrouter.data.dataset import build_splits
+    from megatron_hyperrouter.data.tokenizer import build_tokenizer
+
+    vocab_size = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size).vocab_size
+    if not own:
+        return vocab_size, None
+    samples = steps * (config.train.global_batch_size or 0)
+    model, seed = config.model, config.train.seed
+    splits = build_splits(
+        config.data,
+        seq_length=model.seq_length,
+        seed=seed,
+        vocab_size=vocab_size,
+        train_samples=samples,
+        valid_samples=0,
+        test_samples=0,
+    )
+    return vocab_size, splits.train
 
 
 def made_up_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:

@@ -6,8 +6,8 @@ A run that is judged left a folder (see :class:`Evidence`); nothing is trained h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ ROUNDED_SHARE = 1e-2  # of a weight, that is added to the path of its steps: flo
 
 
 @dataclass(frozen=True)
+class Tolerances:
+    """Largest relative differences; of weights, relative to the longest path that Adam can have gone and a hundredth of the weight."""
+
+    numbers: float = 1e-5
+    gradients: float = 1e-5
+    weights: float = 1e-4
+
+
+BFLOAT16_UNIT = 2.0**-7  # the step from 1 to the next number
+BFLOAT16_GRADIENTS = (2.0**-4, 2.0**-2)  # least and most that is allowed: a part of a gradient that is missing is more
+
+
+@dataclass(frozen=True)
 class Layout:
     """How ``text`` (``tp=2,ep=2``) lays a run out: settings by flat name, ranks, and the fault to seed, if any."""
 
@@ -54,6 +67,7 @@ class Layout:
     data_size: int  # ranks that read different samples
     stages: int
     fault: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)  # EP -> 2
 
 
 @dataclass(frozen=True)
@@ -85,18 +99,21 @@ class Difference:
         return self.value <= self.tolerance
 
 
-@dataclass(frozen=True)
-class Tolerances:
-    """Largest relative differences; of weights, relative to the longest path that Adam can have gone and a hundredth of the weight."""
+def in_bfloat16(rounding: Sequence[Difference]) -> Tolerances:
+    """``rounding``: how the bfloat16 reference differs from the same run in float32.
 
-    numbers: float = 1e-5
-    gradients: float = 1e-5
-    weights: float = 1e-4
-
-
-def tolerances(*, bf16: bool) -> Tolerances:
-    """In bfloat16 each layout rounds in its own way, and a rounding may send a token to another expert."""
-    return Tolerances(numbers=2e-2, gradients=0.2, weights=1.0) if bf16 else Tolerances()
+    Both sides of a comparison are roundings of that float32 run, each in its own order: where bfloat16 takes numbers by d from it, two
+    such runs are at most 2 d apart.  Gradients of one expert jump by more where rounded weights send it another token; layouts share
+    those weights, so they stay within d (a tiny GPT: 0.03 of 0.3 to 0.4), and a quarter tells a gradient that lacks a part whatever d is.
+    Weights say little: Adam makes a whole step of a gradient's sign, also where the gradient is rounding.
+    """
+    found = {difference.number: difference.value for difference in rounding}
+    least, most = BFLOAT16_GRADIENTS
+    return Tolerances(
+        numbers=max(BFLOAT16_UNIT, 2 * max(found[number] for number in STEP_NUMBERS)),
+        gradients=min(max(least, found["gradients"]), most),
+        weights=1.5,  # of 2, a whole path in the wrong direction
+    )
 
 
 def parse_layout(text: str) -> Layout:
@@ -126,7 +143,9 @@ def parse_layout(text: str) -> Layout:
         overrides["sequence_parallel"] = True
     experts = sizes.get("ep", 1) * sizes.get("etp", tensor)
     ranks = stages * math.lcm(tensor * context * sizes.get("dp", 1), experts)
-    return Layout(text or "1 process", overrides, ranks, ranks // (tensor * stages * context), stages, fault)
+    data_size = ranks // (tensor * stages * context)
+    named = {"TP": tensor, "PP": stages, "CP": context, "EP": sizes.get("ep", 1), "DP": data_size}
+    return Layout(text or "1 process", overrides, ranks, data_size, stages, fault, named)
 
 
 def _typed(value: str) -> object:
@@ -146,6 +165,7 @@ def samples_for(layouts: Sequence[Layout], micro_batch_size: int) -> int:
 def compare(found: Evidence, reference: Evidence, *, config: RunConfig, allowed: Tolerances) -> list[Difference]:
     """All differences of two runs, the largest of each number."""
     told = [_steps(number, found, reference, allowed.numbers) for number in STEP_NUMBERS]
+    told_gradients = ((name, difference, scale) for name, difference, _, scale in gradients(found, reference))
     path = config.optimizer.lr * len(reference.steps)
     # A step that is short beside its weight is rounded with the weight
     weights = (
@@ -153,7 +173,7 @@ def compare(found: Evidence, reference: Evidence, *, config: RunConfig, allowed:
     )
     return [
         *told,
-        _worst("gradients", _gradients(found, reference), allowed.gradients),
+        _worst("gradients", told_gradients, allowed.gradients),
         _worst("weights", weights, allowed.weights),
         _frozen_parts(found, reference),
     ]
@@ -169,14 +189,15 @@ def _steps(number: str, found: Evidence, reference: Evidence, tolerance: float) 
     return worst
 
 
-def _gradients(found: Evidence, reference: Evidence) -> Iterator[tuple[str, Tensor, float]]:
+def gradients(found: Evidence, reference: Evidence) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(parameter, difference, the reference's gradients, what a difference is relative to), all of them times SCALE."""
     largest = 0.0
     for _, after, before in _pairs(reference.after, reference.before):
         largest = max(largest, float((before - after).abs().max()))
     steps = zip(_pairs(found.after, found.before), _pairs(reference.after, reference.before), strict=True)
     for (name, after, before), (_, reference_after, reference_before) in steps:
         expected = reference_before - reference_after
-        yield name, (before - after) - expected, max(float(expected.abs().max()), GRADIENT_FLOOR * largest)
+        yield name, (before - after) - expected, expected, max(float(expected.abs().max()), GRADIENT_FLOOR * largest)
 
 
 def _worst(number: str, differences: Iterator[tuple[str, Tensor, float]], tolerance: float) -> Difference:

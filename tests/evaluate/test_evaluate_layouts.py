@@ -12,7 +12,15 @@ from torch import Tensor
 from megatron_hyperrouter.checkpoint.weights import write_weights
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import ConfigError
-from megatron_hyperrouter.evaluate.layouts import Evidence, Tolerances, compare, parse_layout, samples_for
+from megatron_hyperrouter.evaluate.layouts import (
+    Difference,
+    Evidence,
+    Tolerances,
+    compare,
+    in_bfloat16,
+    parse_layout,
+    samples_for,
+)
 
 STEP = {"lm_loss": 5.0, "aux_loss": 1.0, "grad_norm": 2.0}
 ROUTER = "decoder.layers.0.mlp.router."
@@ -113,3 +121,17 @@ def test_all_layouts_share_a_global_batch() -> None:
     samples = samples_for(layouts, micro_batch_size=5)
     for layout in layouts:
         assert samples % (5 * layout.data_size * layout.stages) == 0 and samples >= 10 * layout.data_size
+
+
+def test_sizes_are_named() -> None:
+    assert parse_layout("tp=2,pp=3,ep=2,cp=1,etp=1,dp=2").sizes == {"TP": 2, "PP": 3, "CP": 1, "EP": 2, "DP": 2}
+
+
+def test_tolerances_follow_what_bfloat16_changes() -> None:
+    def told(lm_loss: float, gradients: float) -> Tolerances:
+        values = {"lm_loss": lm_loss, "aux_loss": 0.0, "grad_norm": 0.001, "gradients": gradients, "weights": 0.5}
+        return in_bfloat16([Difference(number, value, 0.0, "") for number, value in values.items()])
+
+    assert told(0.01, 0.1) == Tolerances(numbers=0.02, gradients=0.1, weights=1.5)
+    assert told(0.0, 0.001) == Tolerances(numbers=2.0**-7, gradients=0.0625, weights=1.5)
+    assert told(0.0, 3.0).gradients == 0.25

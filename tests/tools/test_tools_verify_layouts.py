@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from distributed import REPOSITORY, environment
+from distributed import REPOSITORY, environment, free_port
+from program.settings import write_text
 
 pytestmark = pytest.mark.processes
 
@@ -97,12 +100,22 @@ NAMED: dict[str, Callable[[dict[str, tuple[float, str]]], bool]] = {
 }
 
 
+CAUSES = {
+    FAULTS[0]: "gradients of experts, and no others, are 2 times (EP = 2 or DP = 2)",
+    FAULTS[1]: "only the embedding's gradient is wrong",
+    FAULTS[2]: "the auxiliary loss is 2 times (TP = 2)",
+    FAULTS[3]: "rank 1 has another frozen part",
+}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("layout", FAULTS)
 def test_a_fault_is_caught_and_named(proof: Proof, layout: str, engine: str) -> None:
     told = proof.failed(layout, engine)
     assert NAMED[layout](told), told
     assert told["gradients"][1] in proof.out
+    (cause,) = proof.rows[layout, engine]["causes"]
+    assert cause.startswith(CAUSES[layout]) and f"looks like this: {cause}" in proof.out
 
 
 @pytest.mark.parametrize("layout", FAULTS[:3])
@@ -114,11 +127,62 @@ def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -
     ("arguments", "settings", "world", "says"),
     [
         (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "no such fault"),
-        (("--layouts", "tp=none"), SETTINGS, "1", "tp=none: needs a whole number"),
+        (("--local_rank=0", "--layouts", "tp=none"), SETTINGS, "1", "tp=none: needs a whole number"),  # as the deepspeed launcher starts it
         ((), SETTINGS.replace("moe_router_topk: 2", "moe_router_topk: 5"), "1", "--moe-router-topk"),
-        ((), SETTINGS, "2", "starts its ranks itself"),
+        (("--layouts", "tp=2,ep=2", "ep=2"), SETTINGS, "2", "--layouts = tp=2,ep=2: needs more ranks than the 2 that the launcher started"),
+        (("--layouts", "ep=2,hiden_size=3"), SETTINGS, "1", "there is no setting hiden_size"),
+        (("--layouts", "cp=2", "tp=3", "--engines", "deepspeed"), SETTINGS, "1", "2 problems in the settings"),
     ],
 )
 def test_bad_settings_end_with_status_2(tmp_path: Path, arguments: tuple[str, ...], settings: str, world: str, says: str) -> None:
-    ended = call(tmp_path, *arguments, settings=settings, WORLD_SIZE=world)
-    assert ended.returncode == 2 and says in ended.stderr, ended.stderr
+    launcher = {"RANK": "0", "WORLD_SIZE": world} if world != "1" else {}
+    ended = call(tmp_path, *arguments, settings=settings, **launcher)
+    assert ended.returncode == 2 and says in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
+def test_own_data_that_is_not_there_ends_with_status_3(tmp_path: Path) -> None:
+    ended = call(tmp_path, "--own-data", settings=f"{SETTINGS}data_path: [{tmp_path / 'nowhere'}]\n")
+    assert ended.returncode == 3 and "nowhere" in ended.stderr and "ranks ..." not in ended.stderr, ended.stderr
+
+
+FAULTS_IN_BF16 = ("ep=2,fault=expert-gradient", "tp=2,fault=aux-loss")
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    """Right layouts pass within what bfloat16 itself changes, faults do not, and the tolerance is no wider than that."""
+    layouts = ("ep=2", "pp=2", "tp=2,ep=2,etp=1", *FAULTS_IN_BF16)
+    output = tmp_path / "found.json"
+    ended = call(tmp_path, "--layouts", *layouts, "--output", str(output), settings=f"{SETTINGS}bf16: true\n")
+    assert ended.returncode == 1, ended.stderr
+    for row in json.loads(output.read_text(encoding="utf-8")):
+        failed = {each["number"]: each for each in row["differences"] if not each["ok"]}
+        if row["layout"] not in FAULTS_IN_BF16:
+            assert row["ok"] and failed == {}, row
+        else:
+            (cause,) = row["causes"]
+            factor = re.search(r"(?:are|is) ([\d.]+) times", cause)
+            assert failed and factor and float(factor[1]) == pytest.approx(2, rel=0.05), row
+        allowed = {each["number"]: each["tolerance"] for each in row["differences"]}
+        assert allowed["lm_loss"] < 0.03 and allowed["gradients"] <= 0.25 and allowed["frozen parts"] == 0
+
+
+@pytest.mark.skipif(shutil.which("torchrun", path=str(Path(sys.executable).parent)) is None, reason="no torchrun beside this Python")
+def test_under_a_launcher_on_the_runs_own_data(tmp_path: Path) -> None:
+    """Four ranks of torchrun: ZeRO-2, VPP, distributed optimizer, TP2 x EP2, PP2 x EP2, on real text; one answer, from rank 0."""
+    prefix = write_text(tmp_path / "text")
+    settings = SETTINGS.replace("num_layers: 2", "num_layers: 4") + f'data_path: [{prefix}]\nsplit: "8,1,1"\n'
+    layouts = ("dp=2,zero=2", "pp=2,vpp=2", "dp=2,use_distributed_optimizer=true", "tp=2,ep=2", "pp=2,ep=2")
+    (tmp_path / "run.yaml").write_text(settings, encoding="utf-8")
+    start = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "4", "--master_port", str(free_port())]
+    tool = [str(REPOSITORY / "tools" / "verify_layouts.py"), "--config", "run.yaml", "--own-data", "--steps", "2", "--output", "found.json"]
+    ended = subprocess.run(
+        [*start, *tool, "--layouts", *layouts], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    rows = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    right = {(row["layout"], row["engine"]) for row in rows if row["ok"] and len(row["differences"]) == 6}
+    refused = {(layouts[0], "megatron"), (layouts[1], "deepspeed"), (layouts[2], "deepspeed")}
+    assert {(row["layout"], row["engine"]) for row in rows if row["refused"]} == refused
+    assert right == {("1 process", "megatron"), *((layout, engine) for layout in layouts for engine in ENGINES)} - refused
+    assert ended.stdout.count("8 agree, 0 differ, 3 refused by the settings") == 1
+    assert [path.name for path in tmp_path.glob("runs/*")] == []
