@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_hyperrouter.checkpoint.folder import MANIFEST, read_manifest
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.routing import topk_schedule
@@ -108,6 +109,8 @@ class SharedEngine(ABC):
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         load_weights(folder, self.holding())
+        if (folder / MANIFEST).is_file():  # an evaluation may follow, of a router that goes by the step
+            self.clock.step = int(read_manifest(folder)["step"])
         self.load_optimizer(folder, weights_only=weights_only)
         self._weights_changed()
 
