@@ -56,11 +56,15 @@ class Table(NamedTuple):
         return worst
 
 
-def run_table(zygote: Zygote, layouts: dict[str, Layout], routers: Iterable[str], root: Path) -> Table:
-    """Every router in every layout; all that need as many ranks run in one start of those ranks."""
+def run_table(zygote: Zygote, layouts: dict[str, Layout], routers: Iterable[str], root: Path, *, worker: Path = WORKER) -> Table:
+    """Every router in every layout; all that need as many ranks run in one start of those ranks.
+
+    A router is its name, and after it flags of its own.
+    """
+    routers = list(routers)
     references = {
-        (router, settings): f"{root}/reference-{router}-{number}"
-        for router in routers
+        (router, settings): f"{root}/reference-{place}-{number}"
+        for place, router in enumerate(routers)
         for number, settings in enumerate(dict.fromkeys(layout.settings for layout in layouts.values()))
     }
     cases: list[tuple[int, dict[str, Any]]] = [
@@ -75,7 +79,7 @@ def run_table(zygote: Zygote, layouts: dict[str, Layout], routers: Iterable[str]
     for ranks in sorted({ranks for ranks, _ in cases}):  # the references come first
         numbers = [number for number, (needed, _) in enumerate(cases) if needed == ranks]
         task = {"cases": [cases[number][1] for number in numbers]}
-        answers = run_ranks(zygote, WORKER, task, ranks=ranks, folder=root / f"ranks{ranks}", timeout=900)
+        answers = run_ranks(zygote, worker, task, ranks=ranks, folder=root / f"ranks{ranks}", timeout=900)
         for number, answer in zip(numbers, answers, strict=True):
             folder = Path(cases[number][1]["folder"])
             told[number] = Run(answer, folder, folder / "probed")
@@ -86,7 +90,7 @@ def run_table(zygote: Zygote, layouts: dict[str, Layout], routers: Iterable[str]
 def case_of(router: str, layout: Layout, folder: str, *, start: str) -> dict[str, Any]:
     """``start``: weights at which gradients are told, the same for all that are compared."""
     return {
-        "flags": ["--router.name", router, *COMMON, *layout.settings.split(), *layout.flags.split()],
+        "flags": ["--router.name", *router.split(), *COMMON, *layout.settings.split(), *layout.flags.split()],
         "steps": STEPS,
         "folder": folder,
         "topk_eval": [1, 3],
