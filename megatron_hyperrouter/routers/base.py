@@ -297,9 +297,10 @@ def reaching(value: Tensor, *parameters: Tensor) -> Tensor:
 class _Reaching(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+        ctx.parameters = parameters  # not saved tensors: hooks that offload activations would move them
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return (grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors))
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[1:]
+        return gradient, *(torch.zeros_like(each) if need else None for each, need in zip(ctx.parameters, wanted, strict=True))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
-from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing, StepCounts, float32_maths, no_gradient_at_k1
+from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing, StepCounts, float32_maths, no_gradient_at_k1, reaching
 
 
 class SimSMoERouter(Router, name="simsmoe"):
@@ -84,7 +84,6 @@ class SimSMoERouter(Router, name="simsmoe"):
         self.head_in_WD = nn.Parameter(torch.empty(config.head_width, D)) if mlp else None
         self.head_in_bias_W = nn.Parameter(torch.empty(config.head_width)) if mlp else None
         self.head_out_FW = nn.Parameter(torch.empty(features, config.head_width if mlp else D))
-        self.head_out_bias_F = nn.Parameter(torch.empty(features))
         self.register_buffer("pair_counts_P", torch.zeros(self.num_pairs, dtype=torch.float64))
         self._due: tuple[tuple[int, int], ...] | None = None  # to be read from the buffer
         self.reset()
@@ -106,8 +105,7 @@ class SimSMoERouter(Router, name="simsmoe"):
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
         """The same; the head takes part with a gradient of zero, which hosts wait for in passes that compare nothing too."""
-        nothing = torch.stack([part.reshape(-1)[:0].sum() for part in self._head_parameters()]).sum()
-        return first._replace(weights_TK=first.weights_TK + nothing)
+        return first._replace(weights_TK=reaching(first.weights_TK, *self._head_parameters()))
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The trained weights themselves."""
@@ -148,7 +146,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         hidden = outputs_ND.float()
         if self.head_in_WD is not None and self.head_in_bias_W is not None:
             hidden = F.gelu(F.linear(hidden, self.head_in_WD.float(), self.head_in_bias_W.float()))
-        return F.linear(hidden, self.head_out_FW.float(), self.head_out_bias_F.float())
+        return F.linear(hidden, self.head_out_FW.float())  # no bias: CKA would give it no gradient
 
     def similarity(self, x_RNF: Tensor, y_RNF: Tensor, valid_RN: Tensor) -> Tensor:
         """CKA of each of R pairs of features, ``_R``."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
 from megatron_hyperrouter.ops.topk import best_experts
-from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Routing
+from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Routing, reaching
 
 
 class StableMoERouter(Router, name="stablemoe"):
@@ -139,7 +139,7 @@ class StableMoERouter(Router, name="stablemoe"):
         elif now.training:
             self.frozen_at.fill_(-1)
         if now.training and "distillation" not in first.losses:
-            weights_TK: Tensor = _Touch.apply(first.weights_TK, self.word_VW, self.word_centroid_EW)  # type: ignore[no-untyped-call]
+            weights_TK = reaching(first.weights_TK, self.word_VW, self.word_centroid_EW)
             first = first._replace(weights_TK=weights_TK)
         return first
 
@@ -168,17 +168,3 @@ class StableMoERouter(Router, name="stablemoe"):
         raise NotImplementedError(
             "router 'stablemoe' does not fold: its weights are sigmoids that are not normalised, and its second stage routes by token ids"
         )
-
-
-class _Touch(torch.autograd.Function):
-    """Hands its first argument on; the others get zero gradients, which hosts that reduce gradients wait for."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters  # not saved tensors: hooks that offload activations would move them
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        return gradient, *(torch.zeros_like(each) if need else None for each, need in zip(ctx.parameters, wanted, strict=True))

@@ -103,7 +103,8 @@ def assert_same_run(table: Table, router: str, name: str, record: Any) -> None:
     found = table.differences(router, name)
     record("differences", {number: value for number, (value, _) in found.items()})
     assert set(found) == set(TOLERANCES)
-    assert {number: told for number, told in found.items() if not told[0] <= TOLERANCES[number]} == {}
+    beyond = {number: told for number, told in found.items() if not told[0] <= TOLERANCES[number]}
+    assert beyond == {}, beyond
 
 
 def gradients(run: Run, start: Path) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ def head_in_loops(router: SimSMoERouter, outputs: Matrix) -> Matrix:
     if router.config.head == "mlp":
         hidden = layer(outputs, weights["head_in_WD"], weights["head_in_bias_W"])
         outputs = [[v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in hidden]
-    return layer(outputs, weights["head_out_FW"], weights["head_out_bias_F"])
+    return layer(outputs, weights["head_out_FW"], [0.0] * len(weights["head_out_FW"]))
 
 
 def sides_in_loops(router: SimSMoERouter, experts_TK: Tensor, outputs_TKD: Tensor, pair: tuple[int, int]) -> tuple[Matrix, Matrix]:
@@ -133,7 +133,7 @@ def test_gradients_against_one_pair_at_a_time_in_float64(options):
             side = torch.stack([exact_TKD[t, routing.experts_TK[t].tolist().index(expert)] for t in shared_T])
             if "head_in_WD" in exact:
                 side = torch.nn.functional.gelu(side @ exact["head_in_WD"].T + exact["head_in_bias_W"])
-            side = side @ exact["head_out_FW"].T + exact["head_out_bias_F"]
+            side = side @ exact["head_out_FW"].T
             relative = router.config.kernel == "rbf" and router.config.bandwidth == "median"
             sides.append(side / median_distance(side) if relative else side)
         loss = loss + 0.25 * (linear_cka(*sides) if router.config.kernel == "linear" else rbf_cka(*sides, router.config.sigma))
