@@ -13,6 +13,8 @@ OPTIONS = {
     "--router.aux-loss sequence --router.init-std 0.2",
     "switch": "--router.pre-softmax --router.jitter-eps 0.1 --router.aux-loss global_batch --router.init-std 0.2",
 }
+# In two dimensions, half of four experts, tokens near the origin of the projection would turn rounding into directions.
+XMOE = "xmoe --router.projection-size 16"
 TP2, PP2, EP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--expert-model-parallel-size 2"
 LAYOUTS = {
     "deepspeed, EP2": Layout(2, EP2),
@@ -36,7 +38,7 @@ def topk(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 @pytest.fixture(scope="module")
 def xmoe(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
-    return run_table(zygote, LAYOUTS, ["xmoe"], tmp_path_factory.mktemp("xmoe"))
+    return run_table(zygote, LAYOUTS, [XMOE], tmp_path_factory.mktemp("xmoe"))
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
@@ -46,4 +48,4 @@ def test_topk_gives_the_run_of_one_process(topk: Table, name: str, record_proper
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_xmoe_gives_the_run_of_one_process(xmoe: Table, name: str, record_property: Callable[[str, object], None]) -> None:
-    assert_same_run(xmoe, "xmoe", name, record_property)
+    assert_same_run(xmoe, XMOE, name, record_property)
