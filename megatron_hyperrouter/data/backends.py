@@ -66,6 +66,10 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
         encode = self._fast.encode
         return [encode(text).view(np.int32) for text in texts]
 
+    def encode_batch_exactly(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The ids as the library ``tokenizers`` gives them."""
+        return super().encode_batch(texts)
+
     def _empty_a_full_cache(self) -> None:
         resident = _resident_bytes()
         if resident is None or self._base is None:
@@ -92,20 +96,20 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
 
 
 def build_encoder(tokenizer_type: str, tokenizer_model: str | None, backend: Backend) -> Tokenizer:
-    """The tokenizer that encodes a corpus, with the back end that :func:`choose_backend` named."""
+    """The tokenizer that encodes a corpus, with the back end that :func:`choose_encoder` named."""
     if backend == "gigatoken" and tokenizer_type == "HuggingFaceTokenizer" and tokenizer_model:
         return GigatokenTokenizer(tokenizer_model)
     return build_tokenizer(tokenizer_type, tokenizer_model)
 
 
-def choose_backend(
+def choose_encoder(
     tokenizer_type: str,
     tokenizer_model: str | None,
     wanted: str,
     first: Iterable[tuple[str, str]],
     report: Callable[[str], None] | None = None,
-) -> Backend:
-    """The back end to encode with.
+) -> tuple[Tokenizer, Backend]:
+    """The tokenizer to encode with, and the name of its back end.
 
     ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, knows the tokenizer and agrees with ``tokenizers``.
     ``first``: names and texts of the first documents.  ``report``: told why ``auto`` passed over a back end.
@@ -113,43 +117,42 @@ def choose_backend(
     """
     if wanted not in BACKENDS:
         raise ConfigError([Problem(_FLAG, wanted, "is not a back end", f"use {', '.join(BACKENDS)}")])
-    if tokenizer_type != "HuggingFaceTokenizer":
-        if wanted != "auto":
-            raise ConfigError(
-                [Problem(_FLAG, wanted, f"is for HuggingFaceTokenizer; {tokenizer_type} has one way to encode", "leave it out")]
-            )
-        return "tokenizers"
-    if wanted == "tokenizers":
-        return "tokenizers"
-    exact = build_tokenizer(tokenizer_type, tokenizer_model)
-    assert tokenizer_model is not None  # build_tokenizer has refused that
+    if tokenizer_type != "HuggingFaceTokenizer" and wanted != "auto":
+        raise ConfigError([Problem(_FLAG, wanted, f"is for HuggingFaceTokenizer; {tokenizer_type} has one way to encode", "leave it out")])
+    if tokenizer_type != "HuggingFaceTokenizer" or wanted == "tokenizers" or not tokenizer_model:
+        return build_tokenizer(tokenizer_type, tokenizer_model), "tokenizers"
     try:
-        check_same_ids(GigatokenTokenizer(tokenizer_model), exact, first)
-    except (HostError, ConfigError, DataError) as error:
+        fast = GigatokenTokenizer(tokenizer_model)
+    except (HostError, ConfigError) as error:
         if wanted == "gigatoken":
             raise
-        if report and not isinstance(error, HostError):  # nothing to tell where it is not installed
-            told = error.problems[0].rule if isinstance(error, ConfigError) else error.message
-            report(f"encoding with tokenizers, not with gigatoken: {told}")
-        return "tokenizers"
-    return "gigatoken"
+        plain = build_tokenizer(tokenizer_type, tokenizer_model)
+        if report and isinstance(error, ConfigError):  # nothing to tell where it is not installed
+            report(f"encoding with tokenizers, not with gigatoken: {error.problems[0].rule}")
+        return plain, "tokenizers"
+    found = difference(fast, first)
+    if found is None:
+        return fast, "gigatoken"
+    if wanted == "gigatoken":
+        raise DataError(found, remedy=f"use {_FLAG} tokenizers; the two must give the same ids")
+    if report:
+        report(f"encoding with tokenizers, not with gigatoken: {found}")
+    return build_tokenizer(tokenizer_type, tokenizer_model), "tokenizers"
 
 
-def check_same_ids(fast: Tokenizer, exact: Tokenizer, first: Iterable[tuple[str, str]]) -> None:
-    """DataError unless both give the same ids for ``PROBES`` and for each (name, text) of ``first``."""
+def difference(fast: GigatokenTokenizer, first: Iterable[tuple[str, str]]) -> str | None:
+    """Where the ids of ``PROBES`` or of a (name, text) of ``first`` are not those of ``tokenizers``, in words; None: nowhere."""
     texts = [*((f"the text {text[:60]!r}", text) for text in PROBES), *first]
     for name, text in texts:
-        (found,), (expected,) = fast.encode_batch([text]), exact.encode_batch([text])
+        (found,), (expected,) = fast.encode_batch([text]), fast.encode_batch_exactly([text])
         if found.shape == expected.shape and (found == expected).all():
             continue
         shared = min(found.size, expected.size)
         differs = np.flatnonzero(found[:shared] != expected[:shared])
         place = int(differs[0]) if differs.size else shared
         ids = [str(side[place]) if place < side.size else "the end" for side in (found, expected)]
-        raise DataError(
-            f"{name}: id {place} is {ids[0]} from gigatoken and {ids[1]} from tokenizers",
-            remedy=f"use {_FLAG} tokenizers; the two must give the same ids",
-        )
+        return f"{name}: id {place} is {ids[0]} from gigatoken and {ids[1]} from tokenizers"
+    return None
 
 
 def _resident_bytes() -> int | None:

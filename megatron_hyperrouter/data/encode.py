@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_hyperrouter.data.backends import Backend, build_encoder
 from megatron_hyperrouter.data.corpus import Batch, documents
 from megatron_hyperrouter.data.store import smallest_dtype
+from megatron_hyperrouter.data.tokenizer import Tokenizer
 from megatron_hyperrouter.errors import DataError, HyperRouterError
 
 _BATCHES_PER_WORKER = 3  # one in work, one waiting for the worker, one waiting for the writer
@@ -48,9 +49,10 @@ class Encoded:
 class Encoder:
     """Batches of undecoded text to tokens; one in each process."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
+        """``tokenizer``: that of the recipe, where it is loaded already."""
         self.recipe = recipe
-        self._tokenizer = build_encoder(recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend))
+        self._tokenizer = tokenizer or build_encoder(recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend))
         self._eod = np.array([self._tokenizer.eod], dtype=np.int32) if recipe.append_eod else None
         self.vocab_size = self._tokenizer.vocab_size
         self.dtype = smallest_dtype(self.vocab_size)

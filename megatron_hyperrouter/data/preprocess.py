@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hyperrouter.data.backends import choose_backend
+from megatron_hyperrouter.data.backends import choose_encoder
 from megatron_hyperrouter.data.corpus import Place, documents, read_batches
 from megatron_hyperrouter.data.encode import Encoder, Recipe, encode_all
 from megatron_hyperrouter.data.inputs import WHOLE, Part, total_bytes
@@ -85,10 +85,13 @@ def preprocess(
     _check(recipe, workers)
     job = Job(tuple(inputs), output_prefix, recipe, part)
     total_bytes(inputs)
-    run = _Run(job, overwrite, save_seconds, progress)
+    first = _first_documents(job)
+    tokenizer, backend = choose_encoder(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, first, report)
+    encoder = Encoder(replace(recipe, backend=backend), tokenizer)
+    run = _Run(job, encoder, overwrite, save_seconds, progress)
     try:
         if not run.complete:
-            run.encode(replace(recipe, backend=_backend(job, report)), workers)
+            run.encode(workers)
         written = run.finish()
     except BaseException as error:
         bad_input = isinstance(error, DataError) and not isinstance(error, DiskRefused)
@@ -101,12 +104,14 @@ def preprocess(
 class _Run:
     """The journal, what it says, and the steps from there to the finished files."""
 
-    def __init__(self, job: Job, overwrite: bool, save_seconds: float, progress: Callable[[int, int, int], None] | None) -> None:
-        self._job, self._save_seconds, self._progress = job, save_seconds, progress
+    def __init__(
+        self, job: Job, encoder: Encoder, overwrite: bool, save_seconds: float, progress: Callable[[int, int, int], None] | None
+    ) -> None:
+        self._job, self._encoder, self._save_seconds, self._progress = job, encoder, save_seconds, progress
         self._low, self._high = job.part.stretch(total_bytes(job.inputs))
         files = [(path, status.st_size, status.st_mtime_ns) for path in job.inputs for status in [os.stat(path)]]
-        self._tokenizer = _tokenizer_facts(job.recipe)
-        self.dtype = np.dtype(self._tokenizer.pop("dtype"))
+        self._tokenizer = _tokenizer_facts(job.recipe, encoder)
+        self.dtype = encoder.dtype
         self._journal = Journal(f"{job.stem()}.journal", self._settings(), files, overwrite=overwrite)
         self._record: dict[str, Any] = next((record for record in reversed(self._journal.records) if self._usable(record)), {})
 
@@ -120,17 +125,17 @@ class _Run:
         """There is something to go on with."""
         return bool(self._record)
 
-    def encode(self, recipe: Recipe, workers: int) -> None:
+    def encode(self, workers: int) -> None:
         """Encode what is not yet encoded, and save it."""
-        encoder = Encoder(recipe)
+        keys = self._job.recipe.keys
         start = Place(*self._record.get("place", ()))
         position = int(self._record.get("position", 0))
         writers = [PairWriter(prefix, self.dtype, counts) for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)]
         told = time.monotonic()
         try:
             self._show(position, writers[0])
-            batches = read_batches(self._job.inputs, recipe.keys, part=self._job.part, start=start)
-            for batch, results in encode_all(batches, encoder, workers):
+            batches = read_batches(self._job.inputs, keys, part=self._job.part, start=start)
+            for batch, results in encode_all(batches, self._encoder, workers):
                 for writer, encoded in zip(writers, results, strict=True):
                     writer.write(encoded.tokens, encoded.lengths, encoded.sequences, closes=batch.closes)
                 start, position = batch.end, batch.position
@@ -139,7 +144,7 @@ class _Run:
                     self._save(writers, start, position)
                     told = time.monotonic()
             if self._job.part == WHOLE:
-                for writer, key in zip(writers, recipe.keys, strict=True):
+                for writer, key in zip(writers, keys, strict=True):
                     check_not_empty(writer.counts, key, self._job.inputs)
             self._save(writers, start, position, complete=True)
         finally:
@@ -227,11 +232,6 @@ def _check(recipe: Recipe, workers: int) -> None:
         raise ConfigError(problems)
 
 
-def _backend(job: Job, report: Callable[[str], None] | None) -> str:
-    recipe = job.recipe
-    return choose_backend(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, _first_documents(job), report)
-
-
 def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
     """Names and texts of the first documents: those of the first batch."""
     batch = next(read_batches(job.inputs, job.recipe.keys, part=job.part), None)
@@ -241,18 +241,16 @@ def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
     for number, document in enumerate(documents(batch, job.recipe.keys), start=1):
         for key, sequences in zip(job.recipe.keys, document, strict=True):
             for text in sequences:
-                yield f"{batch.path}, document {number}, key {key!r}", text
+                yield f"{batch.path}, document {number}, key {key!r}", text[:_CHECKED_CHARACTERS]
                 size += len(text)
         if size > _CHECKED_CHARACTERS:
             return
 
 
-def _tokenizer_facts(recipe: Recipe) -> dict[str, Any]:
-    """What a manifest says of the tokenizer, and the type of its ids."""
-    encoder = Encoder(replace(recipe, backend="tokenizers"))
-    file = None
+def _tokenizer_facts(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
+    """What a manifest says of the tokenizer."""
+    digest = None
     if recipe.tokenizer_model and recipe.tokenizer_type == "HuggingFaceTokenizer":
         named = Path(recipe.tokenizer_model)
-        file = named / "tokenizer.json" if named.is_dir() else named
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
-    return {"type": recipe.tokenizer_type, "sha256": digest, "vocab_size": encoder.vocab_size, "dtype": encoder.dtype.name}
+        digest = hashlib.sha256((named / "tokenizer.json" if named.is_dir() else named).read_bytes()).hexdigest()
+    return {"type": recipe.tokenizer_type, "sha256": digest, "vocab_size": encoder.vocab_size}
