@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megatron_hyperrouter.config.check import warnings
     from megatron_hyperrouter.config.cli import make_folders, parse
+    from megatron_hyperrouter.data.cache import Cache
     from megatron_hyperrouter.data.dataset import build_splits
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seq_length=config.model.seq_length,
         seed=config.train.seed,
         vocab_size=tokenizer.vocab_size,
+        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
         **samples_needed(config),
     )
     if console.speaks():

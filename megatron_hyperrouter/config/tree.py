@@ -121,6 +121,9 @@ class DataConfig:
         Literal["auto", "materialised", "on-demand"],
         "order of samples: built at the start, as megatron-core's; or looked up, for huge files; auto: on-demand from 2**25 documents on",
     ] = "auto"
+    data_cache_path: Annotated[
+        str | None, "folder of index files, which one process of a node builds for all; default: cache/hyperrouter beside the data"
+    ] = None
     num_workers: Annotated[Natural, "threads that read ahead; 0: read when a batch is needed"] = 2
 
 

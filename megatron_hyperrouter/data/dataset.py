@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,9 +18,10 @@ import numpy.typing as npt
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data import index
 from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
+from megatron_hyperrouter.data.cache import Arrays, Cache, file_identity
 from megatron_hyperrouter.data.index import Implementation
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
-from megatron_hyperrouter.data.order import Order, Span, build_order
+from megatron_hyperrouter.data.order import Order, SampleOrder, Span, order_of, plan_order
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
@@ -114,17 +115,19 @@ def build_splits(
     train_samples: int | None,
     valid_samples: int | None,
     test_samples: int | None,
+    cache: Cache | None = None,
     impl: Implementation | None = None,
 ) -> Splits:
     """The datasets of a run, each with at least the samples asked for (None: one epoch; 0: no dataset).
 
     ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation and test may have
-    no documents at all, and are None then.  DataError for files that are unusable, empty, or shorter than one sample.
+    no documents at all, and are None then.  ``cache``: where index files lie; by default as ``data`` says.
+    DataError for files that are unusable, empty, or shorter than one sample.
     """
     if not data.data_path and not data.train_data_path:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
         raise ConfigError([Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)])
-    builder = _Builder(data, seq_length, seed, vocab_size, impl)
+    builder = _Builder(data, seq_length, seed, vocab_size, impl, cache or Cache(data.data_cache_path), {})
     samples = (train_samples, valid_samples, test_samples)
     return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
 
@@ -138,7 +141,8 @@ class _Builder:
     seed: int
     vocab_size: int
     impl: Implementation | None
-    stores: dict[str, IndexedDataset] = field(default_factory=dict)
+    cache: Cache
+    stores: dict[str, IndexedDataset]
 
     def build(self, number: int, num_samples: int | None) -> Dataset | None:
         """Dataset of split ``number``."""
@@ -161,19 +165,34 @@ class _Builder:
             parts = [self.one(prefix, number, None) for prefix in blend.prefixes]
             lengths = [len(part) for part in parts]
             if num_samples is None:
-                return BlendedDataset(parts, *index.exhaustive_blending_indices(lengths, impl=self.impl))
+                return BlendedDataset(parts, *self.mix(blend, lengths, None))
             weights = normalise(lengths)
             if num_samples <= sum(lengths):
-                return BlendedDataset(parts, *index.blending_indices(weights, num_samples, impl=self.impl))
+                return BlendedDataset(parts, *self.mix(blend, weights, num_samples))
             # More than one epoch: megatron-core stops here; the same shares go on.
         elif num_samples is None:
             raise ValueError("a blend with weights needs a number of samples: its sets would end at different times")
         size, built = blend_sizes(weights, num_samples)
-        sets, samples = index.blending_indices(normalise(weights), size, impl=self.impl)
+        sets, samples = self.mix(blend, normalise(weights), size)
         # The surplus can be too small for many small sets, where megatron-core gives up.
         needed = np.maximum(built, np.bincount(sets, minlength=len(built))).tolist()
         parts = [self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)]
         return BlendedDataset(parts, sets, samples)
+
+    def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.Blend:
+        """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are used up."""
+
+        def build() -> Arrays:
+            made = (
+                index.exhaustive_blending_indices(shares, impl=self.impl)
+                if size is None
+                else index.blending_indices(shares, size, impl=self.impl)
+            )
+            return {"sets": made[0], "samples": made[1]}
+
+        key = {"kind": "megatron-core 0.16 BlendedDataset", "shares": [float(share).hex() for share in shares], "size": size}
+        found = self.cache.arrays(key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size))
+        return found["sets"], found["samples"]
 
     def one(self, prefix: str, number: int, num_samples: int | None) -> SequenceDataset:
         """One file, or its part in this split."""
@@ -192,7 +211,21 @@ class _Builder:
         """The samples of these documents, by the kind of index that the file has."""
         if self.on_demand(store):
             return OnDemandOrder(store, documents, seq_length=self.seq_length, num_samples=num_samples, seed=self.seed, impl=self.impl)
-        return build_order(store.sizes, documents, seq_length=self.seq_length, num_samples=num_samples, seed=self.seed, impl=self.impl)
+        plan = plan_order(self.tokens(store, documents), seq_length=self.seq_length, num_samples=num_samples)
+        key = {
+            "kind": "megatron-core 0.16 GPTDataset",
+            "file": file_identity(store.idx_path),
+            "documents": [documents.start, documents.stop],
+            "seed": self.seed,
+            "seq_length": self.seq_length,
+            **asdict(plan),
+        }
+
+        def build() -> Arrays:
+            return vars(order_of(plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl))
+
+        numbers = plan.epochs * (len(documents) + 3 * plan.tokens_per_epoch // self.seq_length)
+        return SampleOrder(**self.cache.arrays(key, build, beside=store.prefix, numbers=numbers))
 
     def on_demand(self, store: IndexedDataset) -> bool:
         """Whether the index of this file is looked up rather than built: the same for all its splits and whatever the run's length."""

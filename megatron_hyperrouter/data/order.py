@@ -64,6 +64,29 @@ class SampleOrder:
         return Span(self.document_index, first, begin, last, end + 1)
 
 
+@dataclass(frozen=True)
+class OrderPlan:
+    """What an order is made of, as far as it follows from counts: ``epochs`` whole epochs of ``tokens_per_epoch``; ``apart``: samples
+    before those of the last epoch, where that is shuffled by itself, else None."""
+
+    epochs: int
+    tokens_per_epoch: int
+    apart: int | None
+
+
+def plan_order(tokens_per_epoch: int, *, seq_length: int, num_samples: int | None) -> OrderPlan:
+    """As many whole epochs as ``num_samples`` need (None: one).  ValueError where one epoch holds no whole sample."""
+    per_epoch = (tokens_per_epoch - 1) // seq_length
+    if per_epoch < 1:
+        raise ValueError(f"{tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label")
+    if num_samples is None:
+        return OrderPlan(1, tokens_per_epoch, None)
+    epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
+    before_last = ((epochs - 1) * tokens_per_epoch - 1) // seq_length  # samples that are complete without the last epoch
+    apart = epochs > 1 and num_samples - before_last < int(_SEPARATE_BELOW * per_epoch)
+    return OrderPlan(epochs, tokens_per_epoch, before_last if apart else None)
+
+
 def build_order(
     sizes: npt.NDArray[np.int32],
     documents: range,
@@ -78,19 +101,17 @@ def build_order(
     As many whole epochs as are needed.  Raises ValueError where one epoch holds no whole sample (``seq_length + 1`` tokens).
     """
     tokens_per_epoch = int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
-    per_epoch = (tokens_per_epoch - 1) // seq_length
-    if per_epoch < 1:
-        raise ValueError(f"{tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label")
-    epochs, separate = 1, False
-    if num_samples is not None:
-        epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
-    before_last = ((epochs - 1) * tokens_per_epoch - 1) // seq_length  # samples that are complete without the last epoch
-    if num_samples is not None and epochs > 1:
-        separate = num_samples - before_last < int(_SEPARATE_BELOW * per_epoch)
+    plan = plan_order(tokens_per_epoch, seq_length=seq_length, num_samples=num_samples)
+    return order_of(plan, sizes, documents, seq_length=seq_length, seed=seed, impl=impl)
 
+
+def order_of(
+    plan: OrderPlan, sizes: npt.NDArray[np.int32], documents: range, *, seq_length: int, seed: int, impl: Implementation | None = None
+) -> SampleOrder:
+    """The order that was planned."""
     random_state = np.random.RandomState(seed)  # drawn from by documents first, samples second
     ids = np.arange(documents.start, documents.stop, dtype=np.int32 if documents.stop < 2**31 else np.int64)
-    order = index.document_index(ids, epochs, random_state, separate, impl=impl)
-    samples = index.sample_index(sizes, order, seq_length, epochs, tokens_per_epoch, impl=impl)
+    order = index.document_index(ids, plan.epochs, random_state, plan.apart is not None, impl=impl)
+    samples = index.sample_index(sizes, order, seq_length, plan.epochs, plan.tokens_per_epoch, impl=impl)
     total = len(samples) - 1
-    return SampleOrder(order, samples, index.shuffle_index(before_last if separate else total, total, random_state, impl=impl))
+    return SampleOrder(order, samples, index.shuffle_index(total if plan.apart is None else plan.apart, total, random_state, impl=impl))

@@ -270,6 +270,7 @@ def test_blending_indices_are_megatron_cores(impl, weights, size):
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=80))
 @example(sizes=[3] * 70)
 @example(sizes=[1, 1, 1, 200])
+@example(sizes=[*range(1, 40), 2000, *range(40, 1, -1)])
 def test_exhaustive_blending_indices_are_megatron_cores(impl, sizes):
     sets, samples = index.exhaustive_blending_indices(sizes, impl=impl)
     expected_sets, expected_samples = np.zeros(sum(sizes), np.int16), np.zeros(sum(sizes), np.int64)
@@ -299,6 +300,26 @@ def test_many_sets_and_many_samples_in_every_implementation(impl):
     weights = random.random(300) + 0.01
     weights /= weights.sum()
     for found, expected in zip(index.blending_indices(weights, 5000, impl=impl), megatron_blend(weights.tolist(), 5000), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@native
+@pytest.mark.parametrize("kind", ["equal", "random", "few heavy", "one heavy", "not normalised", "tiny sum"])
+@pytest.mark.parametrize("count", [16, 17, 64, 200])
+def test_what_the_candidates_leave_out_is_never_furthest_behind(kind, count):
+    """The extension looks at a few sets only; the weights here make their number grow, shrink and run out."""
+    random = np.random.default_rng(count)
+    weights = {
+        "equal": np.full(count, 1 / count),
+        "random": random.random(count) + 0.01,
+        "few heavy": 1 / np.arange(1, count + 1) ** 1.5,
+        "one heavy": np.r_[np.full(count - 1, 1e-4), 1.0],
+        "not normalised": random.random(count) * 50 + 1,
+        "tiny sum": np.full(count, 1e-9) * random.random(count) + 1e-12,
+    }[kind]
+    if kind in ("random", "few heavy", "one heavy"):
+        weights /= weights.sum()
+    for found, expected in zip(index.blending_indices(weights, 60_000), megatron_blend(weights.tolist(), 60_000), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 

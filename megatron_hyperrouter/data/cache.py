@@ -1,0 +1,205 @@
+"""Index files: arrays that one process of a node builds and all of them map; a later run finds them there.
+
+Nobody waits in a collective: a process that needs a file takes a lock of its own machine, builds the file if it is still missing,
+and lets go.  A file appears under its name whole, so that a builder which was killed leaves nothing that could be read, and the next
+one in line takes over.  Names are digests of all that the content depends on; a damaged or foreign file is built again.
+
+    bytes 0-7     b"MHRINDEX"
+    bytes 8-15    uint64  length of the header
+    then          header, JSON: {"key": ..., "arrays": [{"name", "dtype", "shape", "offset", "sum"}, ...], "size": bytes of the file}
+    from there    the arrays, little-endian, each from a multiple of 64 bytes on; "sum": its bytes as uint64 words, modulo 2**64
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import DataError
+
+Arrays = dict[str, npt.NDArray[Any]]
+Key = Mapping[str, Any]
+
+CACHED_FROM = 2**20  # numbers; what is smaller is built by every process in less time than it takes to open a file
+_MAGIC = b"MHRINDEX"
+_START = struct.Struct("<8sQ")
+_ALIGN = 64
+_CHUNK = 1 << 20
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+@dataclass
+class Cache:
+    """Where index files lie: in ``folder``, else in ``cache/hyperrouter`` beside the data, else in ``fallback``, else nowhere.
+
+    ``used``: the files that were found or built, in order.
+    """
+
+    folder: str | None = None
+    fallback: str | None = None
+    cached_from: int = CACHED_FROM
+    used: list[Path] = field(default_factory=list)
+
+    def arrays(self, key: Key, build: Callable[[], Arrays], *, beside: str, numbers: int) -> Arrays:
+        """What ``build`` makes of ``key`` (values that JSON knows): ``numbers`` of them, for the data file ``beside``."""
+        if numbers < self.cached_from:
+            return build()
+        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest() + ".index"
+        paths = [folder / name for folder in self._folders(beside)]
+        for path in paths:  # no lock and no right to write is needed for what is there
+            found = _load(path, key)
+            if found is not None:
+                self.used.append(path)
+                return found
+        for path in paths:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with _locked(path.with_suffix(".lock")):
+                    found = _load(path, key) or _build(path, key, build)
+                self.used.append(path)
+                return found
+            except PermissionError:
+                continue
+            except OSError as error:
+                console.warn(f"{path}: cannot be written: {error.strerror or error}; this process keeps the index in its own memory")
+                break
+        return build()
+
+    def _folders(self, beside: str) -> list[Path]:
+        if self.folder is not None:
+            return [Path(self.folder)]
+        own = Path(beside).resolve().parent / "cache" / "hyperrouter"
+        return [own] if self.fallback is None else [own, Path(self.fallback)]
+
+
+def file_identity(path: Path) -> Key:
+    """What changes when a file does: its name, size, time of change, and a digest of its first and last bytes."""
+    try:
+        with open(path, "rb") as stream:
+            state = os.fstat(stream.fileno())
+            ends = stream.read(4096)
+            stream.seek(max(state.st_size - 4096, 0))
+            ends += stream.read(4096)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk") from error
+    digest = hashlib.blake2b(ends, digest_size=16).hexdigest()
+    return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
+
+
+def _build(path: Path, key: Key, build: Callable[[], Arrays]) -> Arrays:
+    """Make the arrays and put them in place; only the holder of the lock comes here."""
+    mine = f".{path.stem}.{socket.gethostname()}-"
+    for dead in path.parent.glob(f"{mine}*.partial"):  # a machine's other builders would hold the lock
+        dead.unlink(missing_ok=True)
+    arrays = build()
+    partial = path.with_name(f"{mine}{os.getpid()}.partial")
+    try:
+        _write(partial, key, arrays)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return _load(path, key) or arrays
+
+
+def _write(path: Path, key: Key, arrays: Arrays) -> None:
+    entries: list[dict[str, Any]] = []
+    offset = 0
+    for name, array in arrays.items():
+        offset += -offset % _ALIGN
+        kind = array.dtype.newbyteorder("<").str
+        entries.append({"name": name, "dtype": kind, "shape": array.shape, "offset": offset, "sum": _sum(_bytes(array))})
+        offset += array.nbytes
+    header = json.dumps({"key": key, "arrays": entries, "size": offset}).encode()
+    with open(path, "wb", buffering=0) as stream:
+        stream.write(_START.pack(_MAGIC, len(header)) + header)
+        base = _base(len(header))
+        for entry, array in zip(entries, arrays.values(), strict=True):
+            stream.seek(base + entry["offset"])
+            content = _bytes(array)
+            while len(content):
+                content = content[stream.write(content) or 0 :]
+        stream.truncate(base + offset)
+        os.fsync(stream.fileno())
+
+
+def _load(path: Path, key: Key) -> Arrays | None:
+    """The arrays of a file, mapped; None where it is missing, damaged, or of another key."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            magic, length = _START.unpack(stream.read(_START.size))
+            if magic != _MAGIC or length > min(size, _CHUNK):
+                return None
+            header = json.loads(stream.read(length))
+            base = _base(length)
+            if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
+                return None
+            if not all(_is_sound(stream, base, entry) for entry in header["arrays"]):
+                return None
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return {
+            entry["name"]: np.frombuffer(mapped, entry["dtype"], int(np.prod(entry["shape"])), base + entry["offset"]).reshape(
+                entry["shape"]
+            )
+            for entry in header["arrays"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return None
+
+
+def _is_sound(stream: Any, base: int, entry: Mapping[str, Any]) -> bool:
+    """Whether an array is what was written; read, not mapped, for what is mapped counts as memory of this process."""
+    left = int(np.prod(entry["shape"])) * np.dtype(entry["dtype"]).itemsize
+    total, buffer = 0, memoryview(bytearray(_CHUNK))
+    stream.seek(base + entry["offset"])
+    while left:
+        wanted = min(left, _CHUNK)
+        if stream.readinto(buffer[:wanted]) != wanted:  # regular files are never read in part
+            return False
+        total, left = total + _sum(buffer[:wanted]), left - wanted
+    return bool(total % 2**64 == entry["sum"])
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _sum(content: memoryview) -> int:
+    words = np.frombuffer(content, "<u8", len(content) // 8)
+    rest = int.from_bytes(content[8 * len(words) :], "little")
+    return (int(words.sum(dtype=np.uint64)) + rest) % 2**64
+
+
+def _base(length: int) -> int:
+    return -(-(_START.size + length) // _ALIGN) * _ALIGN
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The only process of this machine that holds this lock; the system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks here: two processes may build the same file, and one of them wins
+        yield
+        return
+    with open(path, "ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield

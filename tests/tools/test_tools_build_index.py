@@ -1,0 +1,51 @@
+"""tools/build_index.py makes the files that a run then finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpora import write_corpus
+
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.data.cache import Cache
+from megatron_hyperrouter.data.dataset import build_splits
+from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.loop import samples_needed
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "build_index.py"
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_finds_what_was_built_ahead(tmp_path):
+    prefix = write_corpus(tmp_path / "corpus", [40] * 500)
+    flags = ["--data-path", prefix, "--seq-length", "16", "--train-iters", "30000", "--micro-batch-size", "4", "--split", "9,1"]
+    told = tool(*flags, "--data-cache-path", tmp_path / "cache", "--world-size", 3)
+    assert told.returncode == 0, told.stderr
+    paths = [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".index"]
+    assert paths and all(str(path) in told.stdout for path in paths) and "train:  361,124 samples" in told.stdout
+
+    config = parse(flags, routers=ROUTERS)
+    cache = Cache(str(tmp_path / "cache"))
+    states = {path: os.stat(path).st_mtime_ns for path in paths}
+    build_splits(config.data, seq_length=16, seed=config.train.seed, vocab_size=1000, cache=cache, **samples_needed(config, 3))
+    assert set(cache.used) == set(paths)
+    assert {path: os.stat(path).st_mtime_ns for path in (tmp_path / "cache").iterdir() if path.suffix == ".index"} == states
+
+
+def test_small_data_needs_no_file(tmp_path):
+    prefix = write_corpus(tmp_path / "corpus", [40] * 50)
+    told = tool("--data-path", prefix, "--seq-length", 16, "--train-iters", 3, "--split", "1")
+    assert told.returncode == 0 and "no index file is needed" in told.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx"]
+
+
+@pytest.mark.parametrize(("flags", "status"), [(["--data-path", "nothing-here"], 3), (["--no-such-flag", "1"], 2), (["--help"], 0)])
+def test_exit_statuses(flags, status):
+    assert tool(*flags).returncode == status
