@@ -78,12 +78,12 @@ def in_turn(base: Callable[[], Seconds], ours: Callable[[], Seconds], *, pairs: 
     return times
 
 
-def print_table(rows: Iterable[Row], *, base: str, ours: str) -> None:
-    """The rows under their headings, on stdout, each printed as soon as it is measured."""
-    clock = deciding_clock()
+def print_table(rows: Iterable[Row], *, base: str, ours: str, clock: str | None = None) -> None:
+    """The rows under their headings, on stdout, each printed as soon as it is measured; ``clock``: other than the deciding one."""
+    clock = clock or deciding_clock()
     print(f"Times and ratios: median of {clock} time; a ratio is taken within a pair.  For comparison: the ratio of wall time.")
     head = ["case", "pairs", f"{base} ms", f"{ours} ms", "ratio", "quartiles", "wall ratio", "goal", ""]
-    widths = [32, 5, 9, 9, 7, 14, 10, 7, 6]
+    widths = [38, 5, 9, 9, 7, 14, 10, 7, 6]
     _line(head, widths)
     for row in rows:
         _line(row.cells(clock), widths)

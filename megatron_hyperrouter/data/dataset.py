@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data import index
 from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
 from megatron_hyperrouter.data.cache import Arrays, Cache, file_identity
@@ -24,6 +23,9 @@ from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import Order, SampleOrder, Span, order_of, plan_order
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import DataConfig
 
 Sample = npt.NDArray[np.int64]
 SPLITS = ("train", "valid", "test")

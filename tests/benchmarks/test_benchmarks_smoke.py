@@ -27,6 +27,15 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     [
         ("router_step.py", ["D=32"]),
         ("preprocess.py", ["preprocess_data.py", "preprocess_data_fast.py"]),
+        (
+            "data.py",
+            ["sample index"] * 2
+            + ["shuffle"] * 2
+            + ["fresh dataset"] * 2
+            + ["blend"] * 2
+            + ["exhaustive blend"]
+            + ["20 samples of 2048"] * 2,
+        ),
         ("moe_layer.py", [f"{router} k={k}," for router in ("topk", "hyper") for k in (1, 2, 4)]),
     ],
 )

@@ -1,0 +1,55 @@
+"""One dataset in a process of its own, which tells its times and its memory: ``_data_process.py KIND PREFIX EPOCHS``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _token_files import SEQ_LENGTH, megatron_dataset, our_dataset
+
+
+def in_a_process(kind: str, prefix: Path, *, epochs: int) -> dict[str, float]:
+    """``wall`` and ``cpu`` seconds, ``import_mb`` before and ``peak_mb`` above that; ``kind``: megatron, ours or cold."""
+    command = [sys.executable, "-W", "ignore", __file__, kind, str(prefix), str(epochs)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise RuntimeError(told.stderr)
+    result: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """The process."""
+    kind, prefix, epochs = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    modules = ("megatron.core.datasets.gpt_dataset",) if kind == "megatron" else ("megatron_hyperrouter.data.dataset", "torch")
+    for name in modules:  # imports are not what is measured
+        importlib.import_module(name)
+    documents = int(np.fromfile(f"{prefix}.idx", "<u8", 1, offset=18)[0])
+    samples = max(epochs * documents * 990 // SEQ_LENGTH, 16)  # a little less than the epochs hold: no separate last epoch
+    with tempfile.TemporaryDirectory() as cache:
+        before, wall, cpu = peak_mb(), time.perf_counter(), time.process_time()
+        if kind == "megatron":
+            dataset = megatron_dataset(prefix, samples, cache=cache)
+        else:
+            dataset = our_dataset(prefix, samples, data_cache_path=cache, data_index="on-demand" if kind == "cold" else "materialised")
+        for i in range(10):
+            dataset[i]
+        told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "import_mb": before, "peak_mb": peak_mb() - before}
+    print(json.dumps(told))
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had, mapped files included."""
+    with open(f"/proc/{os.getpid()}/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+if __name__ == "__main__":
+    main()
