@@ -83,7 +83,7 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
 
     def _load_fast(self) -> Any:
         try:
-            import gigatoken
+            import gigatoken  # type: ignore[import]
         except ImportError as error:
             raise HostError(f"{_FLAG} gigatoken needs the library gigatoken", remedy="pip install gigatoken") from error
         try:

@@ -6,9 +6,9 @@ import os
 
 import numpy as np
 
-from megatron_hyperrouter.data.manifest import compare, file_sum, read_manifest
+from megatron_hyperrouter.data.manifest import compare, file_sum, read_manifest, tokenizer_sum
 from megatron_hyperrouter.data.store import IndexedDataset
-from megatron_hyperrouter.data.tokenizer import Tokenizer
+from megatron_hyperrouter.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_hyperrouter.errors import DataError
 
 
@@ -43,6 +43,9 @@ def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = 
         counts = {"documents": lengths.size, "sequences": len(data), "tokens": data.num_tokens, "dtype": data.dtype.name}
         compare(prefix, manifest, counts, {})
         found["manifest"] = "verified: counts, sizes and checksums are those of the files"
+        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer_sum(tokenizer.path) != manifest.tokenizer.get("sha256"):
+            message = f"{tokenizer.path}: not the tokenizer that made {prefix}, by the SHA-256 in its manifest"
+            raise DataError(message, remedy="give the tokenizer that made the data")
     if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:

@@ -73,6 +73,11 @@ def read_manifest(prefix: str) -> Manifest:
         raise DataError(f"{path}: not a manifest of token files ({error})", remedy=_AGAIN) from error
 
 
+def tokenizer_sum(path: str) -> str:
+    """SHA-256 of a ``tokenizer.json``, or of the one in a folder."""
+    return file_sum(str(Path(path) / "tokenizer.json") if Path(path).is_dir() else path).sha256
+
+
 def compare(prefix: str, manifest: Manifest, found: Mapping[str, object], sums: dict[str, FileSum]) -> None:
     """DataError for the first difference between a pair and its manifest: counts ``found`` by name, sizes and checksums."""
     name = prefix + ENDING

@@ -8,12 +8,10 @@ holds any token.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from megatron_hyperrouter.data.corpus import Place, documents, read_batches
 from megatron_hyperrouter.data.encode import Encoder, Recipe, encode_all
 from megatron_hyperrouter.data.inputs import WHOLE, Part, total_bytes
 from megatron_hyperrouter.data.journal import Journal
-from megatron_hyperrouter.data.manifest import Manifest, write_manifest
+from megatron_hyperrouter.data.manifest import Manifest, tokenizer_sum, write_manifest
 from megatron_hyperrouter.data.pair_writer import Counts, DiskRefused, FileSum, PairWriter, holds, put_in_place, remove_partial
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
@@ -249,8 +247,6 @@ def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
 
 def _tokenizer_facts(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
     """What a manifest says of the tokenizer."""
-    digest = None
-    if recipe.tokenizer_model and recipe.tokenizer_type == "HuggingFaceTokenizer":
-        named = Path(recipe.tokenizer_model)
-        digest = hashlib.sha256((named / "tokenizer.json" if named.is_dir() else named).read_bytes()).hexdigest()
+    has_file = recipe.tokenizer_model and recipe.tokenizer_type == "HuggingFaceTokenizer"
+    digest = tokenizer_sum(recipe.tokenizer_model or "") if has_file else None
     return {"type": recipe.tokenizer_type, "sha256": digest, "vocab_size": encoder.vocab_size}

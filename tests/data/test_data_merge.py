@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hyperrouter.data import merge as merging
+from megatron_hyperrouter.data.bpe import train_bpe
 from megatron_hyperrouter.data.describe import describe
 from megatron_hyperrouter.data.inputs import Part
 from megatron_hyperrouter.data.manifest import read_manifest
 from megatron_hyperrouter.data.merge import find_shards, merge
 from megatron_hyperrouter.data.preprocess import Recipe, preprocess
+from megatron_hyperrouter.data.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import DataError
 
 RECIPE = Recipe("ByteTokenizer", keys=("text", "note"), append_eod=True)
@@ -127,6 +129,18 @@ def test_shards_that_do_not_fit(tmp_path: Path, inputs: list[str]) -> None:
     with pytest.raises(DataError, match="shards of 2 and of 3"):
         merge(prefix)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("p_") or "partial" in path.name]
+
+
+def test_another_tokenizer_is_told_by_its_checksum(tmp_path: Path, inputs: list[str]) -> None:
+    models = [str(tmp_path / f"{size}.json") for size in (300, 310)]
+    for size, model in zip((300, 310), models, strict=True):
+        train_bpe(iter([Path(inputs[0]).read_text()]), size, model)
+    (pair,) = preprocess(inputs, str(tmp_path / "p"), Recipe("HuggingFaceTokenizer", models[0]))
+    right, wrong = (build_tokenizer("HuggingFaceTokenizer", model) for model in models)
+    assert "verified" in describe(pair.prefix, tokenizer=right, verify=True)["manifest"]
+    describe(pair.prefix, tokenizer=wrong)
+    with pytest.raises(DataError, match=r"310\.json: not the tokenizer that made .*p_text_document"):
+        describe(pair.prefix, tokenizer=wrong, verify=True)
 
 
 def test_a_name_with_odd_characters(tmp_path: Path, inputs: list[str]) -> None:
