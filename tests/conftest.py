@@ -46,12 +46,14 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     started.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests aloud where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip aloud GPU tests where there is no GPU, and tests on eight ranks unless they are asked for by name."""
     has_gpu = _has_gpu() if any("gpu" in item.keywords for item in items) else False
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "eight_ranks" in item.keywords and "eight_ranks" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="eight processes on a few cores: pytest -m eight_ranks"))
 
 
 def _has_gpu() -> bool:
