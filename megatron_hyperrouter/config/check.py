@@ -43,10 +43,12 @@ def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
 
 
 def _about_router(config: RunConfig) -> Iterator[str]:
-    """What the router's own options have to say, at the smallest k of the run."""
-    own_warnings = getattr(config.router.options, "warnings", None)
-    if own_warnings is not None and config.model.num_experts > 1:
-        yield from own_warnings(topk=smallest_topk(config))
+    """What the router's own options have to say, at the smallest k of the run and beside its other settings."""
+    model, options = config.model, config.router.options
+    if options is None or model.num_experts == 1:
+        return
+    yield from options.warnings(topk=smallest_topk(config))
+    yield from options.lost(num_layers=model.num_layers, aux_loss_coeff=model.moe_aux_loss_coeff)
 
 
 def _about_training(config: RunConfig) -> Iterator[str]:

@@ -105,6 +105,10 @@ class Router(nn.Module):
             """What the user of these options should know before a run whose smallest k is ``topk``."""
             return iter(())
 
+        def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
+            """What of these options a run with these settings cannot follow; warnings as well."""
+            return iter(())
+
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is None:  # an abstract family

@@ -106,6 +106,15 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                     "competitions, --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
                 )
 
+        def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
+            """Draws for which no step has room."""
+            rate, most = self.chosen("rate"), self.max_competing
+            if self.chosen("schedule") == "capped" and rate * num_layers > most:
+                yield (
+                    f"router 'competesmoe' with --router.rate {rate:g} on --num-layers {num_layers} asks for {rate * num_layers:.3g} "
+                    f"competing layers a step; --router.max-competing {most} leaves a rate of {most / num_layers:.3g}"
+                )
+
         def chosen(self, option: str) -> Any:
             """The value of an option, or the published one of this version."""
             value = getattr(self, option)

@@ -84,6 +84,11 @@ class TopKRouter(Router, name="topk"):
             """A router that is trained, whose weights sum to 1, learns nothing from the task at k = 1."""
             return iter(()) if self.freeze or not self.sums_to_one else no_gradient_at_k1("topk", topk)
 
+        def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
+            """A kind of loss that is multiplied by 0."""
+            if self.aux_loss != type(self).aux_loss and not aux_loss_coeff:
+                yield f"--router.aux-loss {self.aux_loss} does nothing: --moe-aux-loss-coeff is 0"
+
         @property
         def renormalised_anyway(self) -> bool:
             """Weights come from the softmax over the kept logits."""

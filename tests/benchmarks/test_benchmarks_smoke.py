@@ -13,7 +13,9 @@ import pytest
 from distributed import REPOSITORY, environment
 
 NUMBER = r"\d+\.\d+"
-ROW = re.compile(rf"(?P<case>.+?) +(?P<pairs>\d+) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} to {NUMBER} +{NUMBER} +<= \d\.\d\d +(met|missed)")
+ROW = re.compile(
+    rf"(?P<case>.+?) +(?P<pairs>\d+) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} to {NUMBER} +{NUMBER}( +<= \d\.\d\d +(met|missed))?"
+)
 
 
 def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -36,11 +38,19 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
             + ["exhaustive blend"]
             + ["20 samples of 2048"] * 2,
         ),
+        (
+            "router_methods.py --method v2 --method simsmoe --method stablemoe",
+            [
+                *(f"competesmoe v2, {row}" for row in ("layer", "experts", "ordinary", "competing", "average")),
+                *(f"simsmoe, {row}" for row in ("ordinary", "comparing a pair", "average")),
+                *(f"stablemoe, {row}" for row in ("stage 1", "stage 2", "average")),
+            ],
+        ),
         ("moe_layer.py", [f"{router} k={k}," for router in ("topk", "hyper") for k in (1, 2, 4)]),
     ],
 )
 def test_quick_run_prints_a_row_for_each_case(name: str, cases: list[str]) -> None:
-    told = run(name, "--quick")
+    told = run(*name.split(), "--quick")
     assert told.returncode == 0, told.stderr
     rows = [match for line in told.stdout.splitlines() if (match := ROW.fullmatch(line.strip()))]
     assert len(rows) == len(cases), told.stdout
@@ -49,7 +59,7 @@ def test_quick_run_prints_a_row_for_each_case(name: str, cases: list[str]) -> No
         assert row["pairs"] == "2"
 
 
-@pytest.mark.parametrize("name", ["router_step.py", "moe_layer.py", "preprocess.py"])
+@pytest.mark.parametrize("name", ["router_step.py", "router_methods.py", "moe_layer.py", "preprocess.py"])
 def test_flags(name: str) -> None:
     told = run(name, "--help")
     assert told.returncode == 0 and "--quick" in told.stdout and "goal" in told.stdout
@@ -64,6 +74,7 @@ def test_the_table_s_arithmetic() -> None:
     cells = pairs.Row("case", 1.1000001, base, ours).cells("cpu")
     assert cells == ["case", "3", "1000.00", "1300.00", "1.100", "1.100 to 1.200", "1.500", "<= 1.10", "met"]
     assert pairs.Row("case", 1.4, base, ours).cells("wall")[-1] == "missed"
+    assert pairs.Row("case", None, base, ours).cells("cpu")[-2:] == ["", ""]
 
 
 def test_runs_take_turns() -> None:
@@ -77,6 +88,22 @@ def test_runs_take_turns() -> None:
     base, ours = pairs.in_turn(lambda: one("base"), lambda: one("ours"), pairs=3)
     assert order == ["base", "ours", "ours", "base", "base", "ours"]
     assert [each.wall for each in base] == [1, 4, 5] and [each.wall for each in ours] == [2, 3, 6]
+
+
+def test_a_run_s_average_is_taken_pair_by_pair() -> None:
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        methods, pairs = load("router_methods"), sys.modules["_pairs"]
+    finally:
+        del sys.path[0]
+    kinds = (pairs.Seconds(wall=1.0, cpu=10.0), pairs.Seconds(wall=5.0, cpu=50.0))
+    assert methods.mean([0.75, 0.25], kinds) == pytest.approx((2.0, 20.0))
+    assert {key: method.kinds[-1].share for key, method in methods.METHODS.items() if method.goal} == {
+        "v1": 0.07,
+        "v2": 0.07,
+        "simsmoe": 1 / 16,
+    }
+    assert all(sum(kind.share for kind in method.kinds) == pytest.approx(1.0) for method in methods.METHODS.values())
 
 
 def load(name: str) -> Any:

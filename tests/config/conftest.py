@@ -30,6 +30,10 @@ class Hyper:
             if topk == 1:
                 yield "the router gets no gradient"
 
+        def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
+            if self.seed == num_layers and not aux_loss_coeff:
+                yield f"no loss in {num_layers} layers"
+
 
 class Plain:
     """A trained router."""
@@ -39,6 +43,12 @@ class Plain:
         init_std: Annotated[float, Ge(0.0), "of the weights"] = 0.02
         milestones: Annotated[tuple[int, ...], "steps"] = (1, 2)
         seed: Annotated[int | None, Ge(0), "unused"] = None
+
+        def warnings(self, *, topk: int) -> Iterator[str]:
+            return iter(())
+
+        def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
+            return iter(())
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_hyperrouter import build_router
+from megatron_hyperrouter import ROUTERS, build_router
+from megatron_hyperrouter.config.check import warnings
+from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
 from megatron_hyperrouter.ops.coin import shared_coin
-from megatron_hyperrouter.ops.competition import Capped
+from megatron_hyperrouter.ops.competition import WINDOW, Capped, planned
 from megatron_hyperrouter.routers import RunFacts
 
 T, D, E, K = 9, 6, 5, 2
@@ -369,3 +371,31 @@ def test_warnings():
     assert not list(make().config.warnings(topk=2))
     assert "k = 1" in next(make().config.warnings(topk=1))
     assert "no layer ever competes" in next(make(rate=0.0).config.warnings(topk=2))
+
+
+@pytest.mark.parametrize(
+    ("layers", "rate", "warns"), [(8, 0.5, True), (8, 0.375, False), (7, 0.4, False), (60, 0.07, True), (3, 1.0, False)]
+)
+def test_warning_where_the_cap_cuts_the_rate(layers, rate, warns):
+    """Where it warns, steps are full from end to end, and the rate that it tells is the plan's own."""
+    told = list(small(rate=rate).config.lost(num_layers=layers, aux_loss_coeff=0.0))
+    assert len(told) == warns
+    plan = planned(Capped(5, rate, warm_up=0, num_layers=layers, max_competing=3), 0)
+    real = sum(map(len, plan)) / WINDOW / layers
+    assert real <= 3 / layers
+    assert not warns or f"a rate of {3 / layers:.3g}" in told[0]
+    assert (rate > 3 / layers) == warns
+    if warns:
+        assert real == pytest.approx(3 / layers, rel=0.05)
+
+
+def test_only_a_capped_schedule_has_a_cap():
+    fixed = build_router("competesmoe", hidden_size=D, num_experts=E, topk=K, schedule="fixed", rate=1.0).config
+    assert not list(fixed.lost(num_layers=60, aux_loss_coeff=0.0))
+
+
+def test_the_settings_of_a_run_are_checked_against_the_cap():
+    words = "--data-path a --router.name competesmoe --router.rate 0.9 --eval-interval 0 --num-layers"
+    few, many = (warnings(parse([*words.split(), str(layers)], routers=ROUTERS, world_size=1)) for layers in (3, 4))
+    assert not few
+    assert len(many) == 1 and "3.6 competing layers a step" in many[0]

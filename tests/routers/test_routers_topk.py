@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter import ROUTERS, build_router
+from megatron_hyperrouter.config.check import warnings
 from megatron_hyperrouter.config.cli import load_file, parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.ops.balance import load
@@ -271,3 +272,12 @@ def test_options_come_as_flags_and_from_yaml(tmp_path):
     assert config.router.options == TopKRouter.Config(jitter_eps=0.01, aux_loss="global_batch", freeze=True)
     with pytest.raises(ConfigError, match=r"--router\.renormalise = True: changes nothing"):
         parse(["--data-path", "corpus", "--router.name", "topk", "--router.renormalise"], routers=ROUTERS)
+
+
+@pytest.mark.parametrize("kind", ["micro_batch", "global_batch", "sequence"])
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_warning_where_the_chosen_loss_is_multiplied_by_zero(kind, coefficient):
+    words = f"--data-path a --router.name topk --router.aux-loss {kind} --moe-aux-loss-coeff {coefficient} --eval-interval 0"
+    told = warnings(parse(words.split(), routers=ROUTERS, world_size=1))
+    assert len(told) == (kind != "micro_batch" and not coefficient)
+    assert all(f"--router.aux-loss {kind} does nothing" in line for line in told)
