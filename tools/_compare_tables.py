@@ -1,0 +1,161 @@
+"""Tables and plots of tools/compare_routers.py, from what its runs have told."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
+Interval = tuple[float, float | None]  # mean, half of the 95 % interval
+Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
+HEADS = {"entropy": "router entropy", "load_max_over_mean": "load max/mean", "expert_similarity": "similarity", "step_time": "step, ms"}
+POINTS = 60  # of a training curve: each the mean of the steps between
+
+
+def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Path) -> None:
+    """runs.csv, table.csv, table.md and, where matplotlib is, the plots; the table goes to stdout as well."""
+    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for label, seed, results in finished:
+        runs.setdefault(label, {})[seed] = results
+    table = intervals(runs)
+    measures = list(next(iter(table.values())))
+    write_csv(
+        output / "runs.csv",
+        ["router", "seed", *measures],
+        [[label, seed, *measures_of(results).values()] for label, seeds in runs.items() for seed, results in seeds.items()],
+    )
+    heads = [f"{measure}{ending}" for measure in measures for ending in ("", "_half95")]
+    rows = [[label, len(runs[label]), *(part for pair in row.values() for part in pair)] for label, row in table.items()]
+    write_csv(output / "table.csv", ["router", "seeds", *heads], rows)
+    text = markdown(table, runs)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    try:
+        plot(runs, table, output)
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        print("no plots: matplotlib is not installed\n  remedy: bash tools/setup_env.sh", file=sys.stderr)
+
+
+def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one run: ``bits_per_byte_kN`` (``lm_loss_kN``, nats per token, where bytes are unknown), then those of HEADS."""
+    scored = results["results"]
+    unit = "lm_loss" if any(row["bits_per_byte"] is None for row in scored) else "bits_per_byte"
+    return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {name: results[name] for name in HEADS}
+
+
+def intervals(runs: Runs) -> dict[str, dict[str, Interval]]:
+    """label -> measure -> (mean, half) over seeds."""
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    table = {}
+    for label, seeds in runs.items():
+        columns = [measures_of(results) for results in seeds.values()]
+        table[label] = {name: mean_and_half([column[name] for column in columns]) for name in columns[0]}
+    return table
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Full precision; None is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def markdown(table: Mapping[str, Mapping[str, Interval]], runs: Runs) -> str:
+    """A table for a person, and what its columns are."""
+    measures = list(next(iter(table.values())))
+    scored = [name for name in measures if name not in HEADS]
+    unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
+    heads = ["router", *(f"k = {name.rpartition('_k')[2]}" for name in scored), *HEADS.values()]
+    lines = [heads, [":--", *["--:"] * (len(heads) - 1)]]
+    lines += [[label, *(cell(name, *row[name]) for name in measures)] for label, row in table.items()]
+    seeds = sorted({len(each) for each in runs.values()})
+    steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
+    about = (
+        f"{unit} of the test split with k experts; router entropy (nats) and load of the last steps; similarity: mean linear CKA of two "
+        f"experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); {_listed(steps)} steps."
+    )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{about[0].upper()}{about[1:]}\n"
+
+
+def cell(measure: str, mean: float, half: float | None) -> str:
+    """``mean ± half``, with as many digits as the measure deserves."""
+    digits, scale = {"step_time": (1, 1e3), "entropy": (3, 1), "load_max_over_mean": (2, 1), "expert_similarity": (3, 1)}.get(
+        measure, (4, 1)
+    )
+    shown = f"{mean * scale:.{digits}f}"
+    return shown if half is None else f"{shown} ± {half * scale:.{digits}f}"
+
+
+def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Curve]:
+    """label -> a curve's means and halves over seeds; ``points``: of that many pieces, each the mean of its steps."""
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    found = {}
+    for label, seeds in runs.items():
+        thinned = [_pieces(results[name], points) for results in seeds.values()]
+        steps = [step for step, _ in thinned[0]]
+        if not steps:
+            continue
+        pairs = [mean_and_half([curve[at][1] for curve in thinned]) for at in range(len(steps))]
+        found[label] = (steps, [mean for mean, _ in pairs], [half or 0.0 for _, half in pairs])
+    return found
+
+
+def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) -> None:
+    """bits_per_byte.png: score against k; learning_curves.png: training and validation loss against steps."""
+    from matplotlib.figure import Figure
+
+    scored = [name for name in next(iter(table.values())) if name not in HEADS]
+    unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
+    ks = [int(name.rpartition("_k")[2]) for name in scored]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, row) in enumerate(table.items()):
+        shift = 1 + 0.015 * (number - (len(table) - 1) / 2)  # so that intervals do not hide one another
+        means, halves = ([row[name][part] or 0.0 for name in scored] for part in (0, 1))
+        axes.errorbar([k * shift for k in ks], means, halves, label=label, marker="osD^vPX*"[number % 8], capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.set(xlabel="active experts k", ylabel=f"test, {unit}", title="Score against k: mean and 95 % interval over seeds")
+    _finish(figure, output / "bits_per_byte.png")
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = (
+        (left, curves(runs, "train_curve", points=POINTS), "training, nats per token"),
+        (right, curves(runs, "valid_curve"), f"validation, {unit}"),
+    )
+    for axes, found, title in shown:
+        for label, (steps, means, halves) in found.items():
+            (drawn,) = axes.plot(steps, means, label=label)
+            low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, alpha=0.15, color=drawn.get_color())
+        axes.set(xlabel="step", ylabel=title)
+    _finish(figure, output / "learning_curves.png")
+
+
+def _finish(figure: Any, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _pieces(curve: Sequence[tuple[int, float]], points: int | None) -> list[tuple[int, float]]:
+    if points is None or len(curve) <= points:
+        return list(curve)
+    size = -(-len(curve) // points)
+    parts = [curve[first : first + size] for first in range(0, len(curve), size)]
+    return [(part[-1][0], statistics.fmean(value for _, value in part)) for part in parts]
+
+
+def _listed(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))
