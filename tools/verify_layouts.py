@@ -208,11 +208,12 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "global_batch_size": samples,
-        "topk_schedule_steps": args.steps,
         **({} if args.own_data else MADE_UP | {"vocab_size": args.vocab_size}),
         **(NOT_OF_DEEPSPEED if engine == "deepspeed" else NOT_OF_MEGATRON),
     }
     config = load_file(args.config, routers=ROUTERS, overrides=overrides | layout.overrides, world_size=layout.ranks if samples else None)
+    if config.topk.topk_schedule != "constant" and "topk_schedule_steps" not in layout.overrides:
+        config = replace_leaves(config, topk_schedule_steps=args.steps)
     return replace_leaves(config, adam_eps=max(config.optimizer.adam_eps, 1e-4))
 
 

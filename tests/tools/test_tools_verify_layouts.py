@@ -140,8 +140,9 @@ def test_bad_settings_end_with_status_2(tmp_path: Path, arguments: tuple[str, ..
     assert ended.returncode == 2 and says in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 
-def test_own_data_that_is_not_there_ends_with_status_3(tmp_path: Path) -> None:
-    ended = call(tmp_path, "--own-data", settings=f"{SETTINGS}data_path: [{tmp_path / 'nowhere'}]\n")
+@pytest.mark.parametrize("settings", [SETTINGS, re.sub("topk_s.*\n", "", SETTINGS)], ids=["k grows", "k is constant"])
+def test_own_data_that_is_not_there_ends_with_status_3(tmp_path: Path, settings: str) -> None:
+    ended = call(tmp_path, "--own-data", settings=f"{settings}data_path: [{tmp_path / 'nowhere'}]\n")
     assert ended.returncode == 3 and "nowhere" in ended.stderr and "ranks ..." not in ended.stderr, ended.stderr
 
 
