@@ -10,12 +10,12 @@ they are.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Batches(Iterator[Batch]):
     """This rank's ``(tokens_BS, labels_BS)``, int64, contiguous, for ``num_steps`` steps from ``start_step`` on; close it when done.
 
     ``num_workers``: threads that read ahead; 0: each batch is read when it is asked for.  No earlier sample is ever read.
+    ``waited``: seconds that whoever asked for batches has waited for them, all together.  ``pin``: in page-locked memory, from
+    which a GPU copies while it computes; None: where there is a GPU.
     ValueError for sizes that do not divide; DataError for a dataset that ends too soon, or whatever reading a sample raises.
     """
 
@@ -45,6 +47,7 @@ class Batches(Iterator[Batch]):
         start_step: int,
         num_steps: int,
         num_workers: int,
+        pin: bool | None = None,
     ) -> None:
         together = micro_batch_size * data_size
         if micro_batch_size < 1 or data_size < 1 or global_batch_size < together or global_batch_size % together:
@@ -55,7 +58,8 @@ class Batches(Iterator[Batch]):
         if num_steps and needed > len(dataset):
             message = f"the dataset has {len(dataset)} samples; steps {start_step} to {start_step + num_steps} need {needed}"
             raise DataError(message, remedy="use more text, or a smaller --train-iters or --global-batch-size")
-        self._dataset, self._batch_size = dataset, micro_batch_size
+        self.waited = 0.0
+        self._dataset, self._batch_size, self._pin = dataset, micro_batch_size, torch.cuda.is_available() if pin is None else pin
         begin, end = start_step * global_batch_size, needed
         self._starts = iter(range(begin + data_rank * micro_batch_size, end, together))
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="read-ahead") if num_workers else None
@@ -64,6 +68,13 @@ class Batches(Iterator[Batch]):
             self._read_ahead()
 
     def __next__(self) -> Batch:
+        asked = time.perf_counter()
+        try:
+            return self._next()
+        finally:
+            self.waited += time.perf_counter() - asked
+
+    def _next(self) -> Batch:
         if self._pool is None:
             return self._read(next(self._starts))
         if not self._ahead:
@@ -93,7 +104,9 @@ class Batches(Iterator[Batch]):
     def _read(self, start: int) -> Batch:
         samples = [self._dataset[i] for i in range(start, start + self._batch_size)]
         shape = (len(samples), len(samples[0]) - 1)
-        tokens_BS, labels_BS = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        for row, sample in enumerate(samples):
-            tokens_BS[row], labels_BS[row] = sample[:-1], sample[1:]
-        return torch.from_numpy(tokens_BS), torch.from_numpy(labels_BS)
+        # PyTorch keeps page-locked memory and hands it out again once the copies from it are done: no call of the driver for each batch.
+        tokens_BS, labels_BS = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
+        for into, first in ((tokens_BS.numpy(), 0), (labels_BS.numpy(), 1)):
+            for row, sample in enumerate(samples):
+                into[row] = sample[first : first + shape[1]]
+        return tokens_BS, labels_BS

@@ -150,14 +150,15 @@ class OnDemandOrder:
         return Shard(documents[order], starts)
 
     def _sizes(self, block: int, documents: range) -> npt.NDArray[np.int32]:
-        """Tokens of each document of a block, which must fill the block's part of ``.bin``."""
-        sizes = self._store.sizes[documents.start : documents.stop]
-        room = int(self._block_starts[block + 1] - self._block_starts[block])
-        if sizes.min() < 0 or int(sizes.sum(dtype=np.int64)) != room:
+        """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after another."""
+        sizes, pointers = (each[documents.start : documents.stop] for each in (self._store.sizes, self._store.pointers))
+        begin, end = self._block_starts[block : block + 2].tolist()
+        bounds = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        if sizes.min() < 0 or bounds[-1] != end or not np.array_equal(pointers, bounds[:-1] * self._store.dtype.itemsize):
             place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
             raise DataError(
-                f"{place} do not fill the {room} tokens between the first of them and the next",
-                remedy="an on-demand index needs documents that lie one after another: use --data-index materialised, or preprocess again",
+                f"{place} do not fill the {end - begin} tokens between the first of them and the next, one after another",
+                remedy="an on-demand index needs documents in the order of the file: use --data-index materialised, or preprocess again",
             )
         return sizes
 

@@ -129,10 +129,14 @@ class ConsoleHook(Hook):
 
     def _summary(self, step: int) -> str:
         last, count = self._recent[-1], len(self._recent)
-        mean = {name: sum(float(record[name] or 0.0) for record in self._recent) / count for name in ("step_time", "lm_loss")}
+        mean = {
+            name: sum(float(record.get(name) or 0.0) for record in self._recent) / count for name in ("step_time", "data_time", "lm_loss")
+        }
         speed = float(last["tokens_per_second"] or 0.0) * float(last["step_time"] or 0.0) / mean["step_time"]
         left = duration((self._train_iters - step) * mean["step_time"])
-        return f"loss {mean['lm_loss']:.4f}  lr {last['learning_rate']:.2e}  k {last['topk']}  {speed:,.0f} tokens/s  {left} left"
+        waits = mean["data_time"] / mean["step_time"]
+        late = f"  {waits:.0%} of the time waiting for data" if waits >= 0.01 else ""
+        return f"loss {mean['lm_loss']:.4f}  lr {last['learning_rate']:.2e}  k {last['topk']}  {speed:,.0f} tokens/s  {left} left{late}"
 
 
 class TensorBoardHook(Hook):

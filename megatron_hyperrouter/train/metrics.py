@@ -23,9 +23,21 @@ Record = dict[str, float | int | str | None]
 
 
 def training_record(
-    result: StepResult, *, step: int, learning_rate: float, topk: int, global_batch_size: int, seq_length: int, step_time: float
+    result: StepResult,
+    *,
+    step: int,
+    learning_rate: float,
+    topk: int,
+    global_batch_size: int,
+    seq_length: int,
+    step_time: float,
+    data_time: float,
 ) -> Record:
-    """The record of step ``step``, counted from 1; ``step_time`` in seconds, ``N`` in ``router/entropy/N`` a MoE layer from 1."""
+    """The record of step ``step``, counted from 1.
+
+    ``step_time`` in seconds, ``data_time`` the part of it in which this rank waited for its batches, ``N`` in ``router/entropy/N``
+    a MoE layer from 1.
+    """
     samples = step * global_batch_size
     record: Record = {
         "step": step,
@@ -38,6 +50,7 @@ def training_record(
         "consumed_samples": samples,
         "consumed_tokens": samples * seq_length,
         "step_time": step_time,
+        "data_time": data_time,
         "tokens_per_second": global_batch_size * seq_length / step_time,
     }
     for name, values_L in (("entropy", result.entropy_L), ("load_max_over_mean", result.load_max_over_mean_L)):

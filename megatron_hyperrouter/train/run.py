@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from megatron_hyperrouter.train.resume import run_meta
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.dataset import Splits
-    from megatron_hyperrouter.engines.base import Batch, Engine
+    from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.train.hooks import Hook
 
 
@@ -64,10 +64,10 @@ class Run:
             num_workers=self.config.data.num_workers,
         )
 
-    def step(self, step: int, batches: Iterator[Batch], *, stop: bool) -> tuple[Record, bool]:
+    def step(self, step: int, batches: Batches, *, stop: bool) -> tuple[Record, bool]:
         """Take step ``step``, counted from 1; returns its record and whether some rank was asked to stop."""
         learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), batches.waited
         result = self.engine.train_step(islice(batches, self.micro_batches), step=step - 1, learning_rate=learning_rate, stop=stop)
         record = training_record(
             result,
@@ -77,6 +77,7 @@ class Run:
             global_batch_size=self.global_batch_size,
             seq_length=self.config.model.seq_length,
             step_time=time.perf_counter() - started,
+            data_time=batches.waited - waited,
         )
         for hook in self.hooks:
             hook.on_step(record)

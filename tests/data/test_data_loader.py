@@ -166,6 +166,58 @@ def test_workers_read_at_the_same_time():
         assert len(list(stream)) == 12
 
 
+class Slow(Numbered):
+    """A sample takes 20 ms to read."""
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        time.sleep(0.02)
+        return super().__getitem__(i)
+
+
+def test_the_wait_for_a_batch_is_counted():
+    with batches(Slow(24), num_workers=0) as stream:
+        assert stream.waited == 0
+        next(stream)
+        assert 0.04 <= stream.waited < 1
+        before = stream.waited
+        time.sleep(0.1)
+        assert stream.waited == before, "the time between batches is the reader's own"
+
+
+def test_a_training_step_longer_than_reading_never_waits():
+    with batches(Slow(80), num_steps=10, num_workers=2) as stream:
+        next(stream)
+        before = stream.waited
+        for _ in range(10):
+            time.sleep(0.15)  # a step; its two samples take two threads 20 ms each
+            next(stream)
+        assert stream.waited - before < 0.05
+
+
+def test_batches_are_page_locked_where_a_gpu_copies_from_them(monkeypatch):
+    asked, empty = [], torch.empty
+
+    def recording(*shape, pin_memory, **how):
+        asked.append(pin_memory)
+        return empty(*shape, **how)
+
+    monkeypatch.setattr(torch, "empty", recording)
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        with batches(Numbered(24)) as stream:
+            assert numbers(next(stream)[0]) == [0, 1]
+    assert asked == [False, False, True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_page_locked_batches_reach_the_gpu_whole():
+    with batches(Numbered(2400), num_steps=300, num_workers=2) as stream:
+        for number, (tokens, labels) in enumerate(stream):
+            assert tokens.is_pinned() and labels.is_pinned()
+            assert numbers(tokens.to("cuda", non_blocking=True).cpu()) == [4 * number, 4 * number + 1]
+
+
 def test_closing_ends_the_threads_and_the_batches():
     stream = batches(Numbered(8000), num_steps=1000, num_workers=3)
     next(stream)

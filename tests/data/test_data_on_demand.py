@@ -31,7 +31,12 @@ class Sizes:
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = np.array(sizes, np.int32)
+        self.dtype = np.dtype(np.int32)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    @property
+    def pointers(self) -> np.ndarray:
+        return 4 * self.starts[:-1]
 
     def first_tokens(self, sequences) -> np.ndarray:
         return self.starts[list(sequences)]
@@ -222,11 +227,13 @@ def test_a_split_too_short_is_named(tmp_path):
         splits_of(prefix, data_index="on-demand")
 
 
-def test_documents_that_do_not_lie_one_after_another_are_refused(tmp_path):
+@pytest.mark.parametrize(("place", "number"), [(34 + 4 * 2, struct.pack("<i", 39)), (34 + 4 * 20 + 8 * 2, struct.pack("<q", 4))])
+def test_documents_that_do_not_lie_one_after_another_are_refused(tmp_path, place, number):
+    """Some tokens belong to two documents, and some to none."""
     prefix = write_corpus(tmp_path / "corpus", [40] * 20)
-    with open(f"{prefix}.idx", "r+b") as stream:  # two documents share their tokens, and some belong to none
-        stream.seek(34 + 4 * 2)
-        stream.write(struct.pack("<i", 39))
+    with open(f"{prefix}.idx", "r+b") as stream:
+        stream.seek(place)
+        stream.write(number)
     found = splits_of(prefix, data_index="on-demand").train
     with pytest.raises(DataError, match="do not fill the 640 tokens") as caught:
         found[0]
@@ -251,7 +258,6 @@ def test_little_of_the_index_is_read_before_it_is_needed(tmp_path, monkeypatch):
     asked: list[int] = []
     reader = store.first_tokens
     monkeypatch.setattr(store, "first_tokens", lambda sequences: asked.extend(sequences) or reader(asked))
-    store.pointers = None  # only to gather tokens
     order = OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4)
     order.span(0)
     assert asked == [*range(0, 4000, 100), 4000]

@@ -17,7 +17,7 @@ from typing import Any
 from distributed import REPOSITORY, environment, meeting_store
 
 PROGRAM = REPOSITORY / "pretrain_gpt_hyperrouter.py"
-TIMES = ("step_time", "tokens_per_second")
+TIMES = ("step_time", "data_time", "tokens_per_second")
 Record = dict[str, Any]
 
 

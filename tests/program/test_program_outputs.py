@@ -44,9 +44,10 @@ class TestMetrics:
         per_layer = {f"router/{name}/{layer}" for name in ("entropy", "load_max_over_mean") for layer in range(1, LAYERS + 1)}
         named = {"step", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "topk", "consumed_samples", "consumed_tokens"}
         for step, record in enumerate(steps, start=1):
-            assert record.keys() - {"z_loss"} == named | per_layer | {"step_time", "tokens_per_second"}
+            assert record.keys() - {"z_loss"} == named | per_layer | {"step_time", "data_time", "tokens_per_second"}
             assert record["step"] == step
             assert record["consumed_samples"] == step * BATCH and record["consumed_tokens"] == step * BATCH * SEQ
+            assert 0 < record["data_time"] < record["step_time"]
             assert record["tokens_per_second"] == pytest.approx(BATCH * SEQ / record["step_time"])
             for layer in range(1, LAYERS + 1):
                 assert 0 < record[f"router/entropy/{layer}"] <= math.log(EXPERTS) + 1e-6

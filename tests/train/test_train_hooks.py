@@ -56,6 +56,16 @@ class TestConsole:
         hook.on_step({**step_record(2), "step_time": 1.0, "tokens_per_second": 300.0})
         assert "150 tokens/s" in self.lines(hook, screen)[0]  # 600 tokens in 4 s
 
+    @pytest.mark.parametrize(("waits", "said"), [((0.0, 0.0), None), ((0.004, 0.004), None), ((0.5, 0.5), "25%"), ((0.0, 0.04), "1%")])
+    def test_waiting_for_data_is_told_where_it_matters(self, waits: tuple[float, float], said: str | None) -> None:
+        screen = Console(file=io.StringIO(), width=200)
+        hook = ConsoleHook(2, log_interval=2, screen=screen)
+        for step, (wait, time) in enumerate(zip(waits, (1.0, 3.0), strict=True), start=1):
+            hook.on_step({**step_record(step), "step_time": time, "data_time": wait})
+        (line,) = self.lines(hook, screen)
+        assert ("waiting" in line) == (said is not None)
+        assert said is None or line.endswith(f"left  {said} of the time waiting for data")
+
     def test_evaluations_and_saves_have_their_lines(self) -> None:
         screen = Console(file=io.StringIO(), width=20)
         hook = ConsoleHook(7, log_interval=3, screen=screen)

@@ -31,7 +31,7 @@ from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import Record, score
 
 TESTS = Path(__file__).parents[1]
-TIMES = ("step_time", "tokens_per_second")
+TIMES = ("step_time", "data_time", "tokens_per_second")
 
 
 class Killed(Exception):
@@ -116,6 +116,7 @@ class TestRecords:
         run(config)
         for record in lines(config, timeless=False)[:3]:
             assert record["tokens_per_second"] == pytest.approx(32 / record["step_time"])
+            assert 0 < record["data_time"] < record["step_time"]
 
     def test_evaluation_is_that_of_the_weights_at_that_moment(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
         engine = run(config)

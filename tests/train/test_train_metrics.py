@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def test_training_record_holds_the_fields_of_the_contract() -> None:
     result = StepResult(2.5, 1.1, 0.3, 0.9, (1.0, 0.5), (1.5, 2.0), stop=False)
-    record = training_record(result, step=3, learning_rate=0.01, topk=2, global_batch_size=4, seq_length=10, step_time=0.5)
+    record = training_record(result, step=3, learning_rate=0.01, topk=2, global_batch_size=4, seq_length=10, step_time=0.5, data_time=0.125)
     assert record == {
         "step": 3,
         "lm_loss": 2.5,
@@ -40,6 +40,7 @@ def test_training_record_holds_the_fields_of_the_contract() -> None:
         "consumed_samples": 12,
         "consumed_tokens": 120,
         "step_time": 0.5,
+        "data_time": 0.125,
         "tokens_per_second": 80.0,
         "router/entropy/1": 1.0,
         "router/entropy/2": 0.5,
