@@ -151,7 +151,8 @@ class OnDemandOrder:
 
     def _sizes(self, block: int, documents: range) -> npt.NDArray[np.int32]:
         """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after another."""
-        sizes, pointers = (each[documents.start : documents.stop] for each in (self._store.sizes, self._store.pointers))
+        sizes = self._store.sizes[documents.start : documents.stop]
+        pointers = self._store.pointers[documents.start : documents.stop]
         begin, end = self._block_starts[block : block + 2].tolist()
         bounds = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if sizes.min() < 0 or bounds[-1] != end or not np.array_equal(pointers, bounds[:-1] * self._store.dtype.itemsize):
