@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megatron_hyperrouter.config.check import warnings
     from megatron_hyperrouter.config.cli import make_folders, parse
+    from megatron_hyperrouter.config.derived import minds_documents
     from megatron_hyperrouter.data.cache import Cache
     from megatron_hyperrouter.data.dataset import build_splits
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if console.speaks():
         make_folders(config)
-    engine = open_engine(config, vocab_size=tokenizer.vocab_size)
+    eod = tokenizer.eod if minds_documents(config) else None
+    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     try:
         bytes_V = tokenizer.token_bytes_V()
         train(engine, config, splits, hooks_for(config, engine.place), token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V))

@@ -20,12 +20,14 @@ RouterMatrix = Callable[[dict[str, Tensor], int], Tensor]  # weights by global n
 class ReferenceGPT:
     """Weights are float64 leaves by global name; ``router_matrix`` gives a layer's routing matrix from them."""
 
-    def __init__(self, config: RunConfig, weights: dict[str, Tensor], router_matrix: RouterMatrix) -> None:
-        self.config, self.router_matrix = config, router_matrix
+    def __init__(self, config: RunConfig, weights: dict[str, Tensor], router_matrix: RouterMatrix, *, eod: int | None = None) -> None:
+        """``eod``: the id that ends a document, for settings that mind documents."""
+        self.config, self.router_matrix, self.eod = config, router_matrix, eod
         self.weights = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in weights.items()}
 
     def loss(self, tokens_BS: Tensor, labels_BS: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean cross-entropy, sums over layers of the balance loss and of the z-loss, before their coefficients)."""
+        """(sum of the cross-entropy, sums over layers of the balance loss and of the z-loss, before their coefficients)."""
+        self.documents_BS, self.positions_BS = self._borders(tokens_BS)
         w, model = self.weights, self.config.model
         x_BSD = w["embedding.word_embeddings.weight"][tokens_BS]
         aux, z = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -36,7 +38,25 @@ class ReferenceGPT:
             x_BSD, aux, z = x_BSD + routed_BSD, aux + layer_aux, z + layer_z
         x_BSD = self._norm(x_BSD, "decoder.final_layernorm.weight")
         logits = x_BSD @ w.get("output_layer.weight", w["embedding.word_embeddings.weight"]).t()
-        return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten()), aux, z
+        each_BS = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view(labels_BS.shape)
+        return each_BS[self.counted(tokens_BS)].sum(), aux, z
+
+    def counted(self, tokens_BS: Tensor) -> Tensor:
+        """True where a loss is asked for."""
+        return tokens_BS != self.eod if self.config.data.eod_mask_loss else torch.ones_like(tokens_BS, dtype=torch.bool)
+
+    def _borders(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The number of each token's document as far as attention goes, and its rotary position: counted token by token."""
+        documents, positions = [], []
+        for tokens in tokens_BS.tolist():
+            document = position = 0
+            for token in tokens:
+                documents.append(document)
+                positions.append(position)
+                ends = token == self.eod
+                document += ends and self.config.data.reset_attention_mask
+                position = 0 if ends and self.config.data.reset_position_ids else position + 1
+        return torch.tensor(documents).view(tokens_BS.shape), torch.tensor(positions).view(tokens_BS.shape)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + self.config.model.norm_epsilon).sqrt() * self.weights[name]
@@ -53,21 +73,21 @@ class ReferenceGPT:
         if model.qk_layernorm:
             query, key = self._norm(query, prefix + "q_layernorm.weight"), self._norm(key, prefix + "k_layernorm.weight")
         query, key = self._rotate(query), self._rotate(key)
-        future = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+        hidden = torch.ones(seq, seq, dtype=torch.bool).triu(1) | (self.documents_BS[:, :, None] != self.documents_BS[:, None, :])
         rows = []
         for group in range(groups):
             for head in range(heads // groups):
                 scores = query[:, :, group, head] @ key[:, :, group, 0].transpose(1, 2) / math.sqrt(channels)
-                rows.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ value[:, :, group, 0])
+                rows.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, :, group, 0])
         out = torch.cat(rows, -1)
         return out @ w[prefix + "linear_proj.weight"].t()
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary positions: channel i turns with channel i + C/2."""
-        seq, channels = x.size(1), x.size(-1)
+        channels = x.size(-1)
         rates = self.config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angles = torch.outer(torch.arange(seq, dtype=torch.float64), rates)
-        cos, sin = (torch.cat([part, part], -1).view(1, seq, 1, 1, channels) for part in (angles.cos(), angles.sin()))
+        angles = self.positions_BS.double()[:, :, None, None, None] * rates
+        cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -107,12 +127,12 @@ def train_reference(
     told = []
     for micro_batches, topk in steps:
         optimizer.zero_grad()
-        total = 0.0
+        total, targets = 0.0, sum(int(model.counted(tokens_BS).sum()) for tokens_BS, _ in micro_batches)
         for tokens_BS, labels_BS in micro_batches:
             lm_loss, aux, z = model.loss(tokens_BS, labels_BS, topk)
             extra = sizes.moe_aux_loss_coeff * aux + sizes.moe_z_loss_coeff * z
-            ((lm_loss + extra) / len(micro_batches)).backward()
-            total += lm_loss.item() / len(micro_batches)
+            (lm_loss / targets + extra / len(micro_batches)).backward()
+            total += lm_loss.item() / targets
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or torch.inf)
         optimizer.step()
         told.append((total, norm.item()))

@@ -96,7 +96,7 @@ class _Run:
         join(self.world, self.name)
         self._around.__enter__()
         own = _layout_faults.settings_with(self.fault, self.config, rank=self.world.rank, world_size=self.world.size)
-        self.engine = open_engine(own, vocab_size=self.vocab_size)
+        self.engine = open_engine(own, vocab_size=self.vocab_size, eod=self.vocab_size - 1)
         _layout_faults.inside(self.fault, self.config, self.engine)
         return self.engine
 

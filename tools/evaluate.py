@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
     from megatron_hyperrouter.config.cli import launched_world_size
-    from megatron_hyperrouter.config.derived import data_parallel_size
+    from megatron_hyperrouter.config.derived import data_parallel_size, minds_documents
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     ranks = data_parallel_size(config, launched_world_size())
     micro_batch_size = min(config.train.micro_batch_size, max(len(dataset) // ranks, 1))
     bytes_V = tokenizer.token_bytes_V()
-    engine = open_engine(config, vocab_size=tokenizer.vocab_size, for_training=False)
+    eod = tokenizer.eod if minds_documents(config) else None
+    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod, for_training=False)
     try:
         verify(folder, engine)
         engine.load(folder, weights_only=True)

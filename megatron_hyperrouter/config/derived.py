@@ -44,6 +44,16 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return global_batch_size(config, world_size) // (config.train.micro_batch_size * data_parallel_size(config, world_size))
 
 
+def resets_documents(config: RunConfig) -> bool:
+    """Whether attention or positions start anew with each document."""
+    return config.data.reset_attention_mask or config.data.reset_position_ids
+
+
+def minds_documents(config: RunConfig) -> bool:
+    """Whether the engine has to know which token id ends a document."""
+    return resets_documents(config) or config.data.eod_mask_loss
+
+
 def decay_iters(config: RunConfig) -> int:
     """The step at which the learning-rate decay ends."""
     return config.optimizer.lr_decay_iters or config.train.train_iters

@@ -8,20 +8,27 @@ from dataclasses import replace
 from megatron_hyperrouter.compat.quiet import hush
 from megatron_hyperrouter.compat.transformer_engine import implementation
 from megatron_hyperrouter.compat.versions import check
+from megatron_hyperrouter.config.derived import minds_documents, resets_documents
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
 
-def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> Engine:
+def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> Engine:
     """Build the model of ``config`` in its engine; ``for_training=False`` leaves the optimizer out.
 
+    ``vocab_size``: ids of the tokenizer; ``eod``: the one that ends a document, needed where the settings mind documents.
     The host is imported here and not before, so that settings are checked without it.  Raises HostError where it is missing.
     """
+    if eod is None and minds_documents(config):
+        raise ValueError("the settings mind documents: eod, the id that ends one, must be given")
     hush()
     check(config.engine.engine)
     if config.engine.engine == "megatron":
-        chosen = implementation(config.engine.transformer_impl, bf16=config.train.bf16)
+        wanted = config.engine.transformer_impl
+        if wanted == "auto" and resets_documents(config):  # Transformer Engine's attention knows no documents here
+            wanted = "local"
+        chosen = implementation(wanted, bf16=config.train.bf16)
         config = replace(config, engine=replace(config.engine, transformer_impl=chosen))
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
-    engine: Engine = room.open_engine(config, vocab_size=vocab_size, for_training=for_training)
+    engine: Engine = room.open_engine(config, vocab_size=vocab_size, eod=eod, for_training=for_training)
     return engine

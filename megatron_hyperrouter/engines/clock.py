@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.statistics import RouterStatistics, recomputing
+from megatron_hyperrouter.model.documents import document_starts
 from megatron_hyperrouter.routers.base import ExpertBank, Pass, Router, Routing, Tokens
 
 
@@ -25,21 +26,53 @@ class Clock:
     topk: int | None = None  # overrides the schedule while evaluating
     turn: int = 0  # steps and evaluations begun: with each of them layers count their passes anew
     arrived: list[Tokens] = field(default_factory=list)  # of this rank's micro-batches, in order; empty where nobody tells
+    eod: int | None = None  # ends a document; None where nobody asks for documents
+    starts: list[Tensor] = field(default_factory=list)  # of these micro-batches: where the document of each token begins, _BS, uncut
 
     def begin(self, *, step: int, topk: int | None = None) -> None:
         """A step, or an evaluation with ``topk``, begins."""
         self.step, self.topk = step, topk
         self.turn += 1
-        self.arrived = []
+        self.arrived, self.starts = [], []
 
     def arrive(self, tokens_BS: Tensor, place: Place, part: Callable[[Tensor], Tensor] | None = None) -> None:
         """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers see."""
         size, length = tokens_BS.shape
+        if self.eod is not None:
+            self.starts.append(document_starts(tokens_BS, self.eod))
         first = (len(self.arrived) * place.data_size + place.data_rank) * size
         places_BS = torch.arange(first * length, (first + size) * length, device=tokens_BS.device).view(size, length)
         if part is not None:
             tokens_BS, places_BS = part(tokens_BS), part(places_BS)
         self.arrived.append(Tokens(tokens_BS.t().flatten(), places_BS.t().flatten(), length))
+
+
+class Passes:
+    """Which micro-batch a layer has before it: they come in order, on every pipeline stage; so do their repeats."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._turn = -1
+        self._passes = [0, 0]  # first passes, and those that activation checkpointing repeats
+
+    def next(self) -> int:
+        """The number of the micro-batch, from 0; to be asked once in each pass."""
+        if self._turn != self.clock.turn:
+            self._turn, self._passes = self.clock.turn, [0, 0]
+        again = recomputing()
+        self._passes[again] += 1
+        return self._passes[again] - 1
+
+
+class StartsSite:
+    """Tells one layer's attention where the documents of its next micro-batch begin."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._passes = Passes(clock)
+
+    def __call__(self) -> Tensor:
+        """``_BS``, of the whole sequence."""
+        return self._passes.clock.starts[self._passes.next()]
 
 
 class RouterSite:
@@ -49,8 +82,7 @@ class RouterSite:
         self.router = router
         self.clock = clock or Clock()
         self.statistics = statistics
-        self._turn = -1
-        self._passes = [0, 0]  # first passes, and those that activation checkpointing repeats
+        self._passes = Passes(self.clock)
         self._given: Routing | None = None
 
     def route(self, x_TD: Tensor, experts: ExpertBank | None = None) -> tuple[Routing, Pass]:
@@ -80,12 +112,7 @@ class RouterSite:
             self._given = None
 
     def _tokens(self) -> Tokens | None:
-        """Micro-batches come in order, on every pipeline stage; so do their repeats."""
-        if self._turn != self.clock.turn:
-            self._turn, self._passes = self.clock.turn, [0, 0]
-        again = recomputing()
-        index = self._passes[again]
-        self._passes[again] += 1
+        index = self._passes.next()
         return self.clock.arrived[index] if self.clock.arrived else None
 
 

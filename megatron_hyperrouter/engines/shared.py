@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hyperrouter.checkpoint.folder import MANIFEST, read_manifest
+from megatron_hyperrouter.config.derived import resets_documents
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.engines.totals import any_rank, eval_result, first_word, step_result
-from megatron_hyperrouter.model.loss import LanguageModelLoss
+from megatron_hyperrouter.engines.totals import any_rank, eval_result, first_word, mean_scale, step_result
+from megatron_hyperrouter.model.loss import UNCOUNTED, LanguageModelLoss
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -30,12 +31,13 @@ class SharedEngine(ABC):
 
     routers: dict[str, Router]  # prefix of the global names -> router
 
-    def __init__(self, config: RunConfig, place: Place) -> None:
-        """To be called when the process groups stand."""
+    def __init__(self, config: RunConfig, place: Place, *, eod: int | None = None) -> None:
+        """To be called when the process groups stand; ``eod``: the id that ends a document, where the settings ask for documents."""
         self.config = config
         self.place = place
         self.device = device()
-        self.clock = Clock()
+        self.eod = eod
+        self.clock = Clock(eod=eod if resets_documents(config) else None)
         self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
         self.loss = LanguageModelLoss()
         self.topk_at = topk_schedule(config)
@@ -52,6 +54,10 @@ class SharedEngine(ABC):
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         self.clock.begin(step=step)
         self.statistics.enabled = True
+        if self.config.data.eod_mask_loss:
+            held = [self._counted(batch) for batch in batches]
+            self.loss.scale = mean_scale([labels_BS for _, labels_BS in held], self.place, self.device)
+            batches = iter(held)
         norm = self.optimize(batches, learning_rate)
         result, sums = step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
         tokens = self.global_batch_size * self.config.model.seq_length
@@ -81,7 +87,7 @@ class SharedEngine(ABC):
         for module in modules:
             module.eval()
         try:
-            self.forward_all(batches)
+            self.forward_all(map(self._counted, batches))
         finally:
             for module, training in zip(modules, were_training, strict=True):
                 module.train(training)
@@ -91,6 +97,13 @@ class SharedEngine(ABC):
     @abstractmethod
     def forward_all(self, batches: Iterator[Batch]) -> None:
         """Forward passes alone; the loss counts what it sees."""
+
+    def _counted(self, batch: Batch) -> Batch:
+        """The same, without the labels that no loss is asked for."""
+        tokens_BS, labels_BS = batch
+        if not self.config.data.eod_mask_loss:
+            return batch
+        return tokens_BS, labels_BS.masked_fill(tokens_BS == self.eod, UNCOUNTED)
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hyperrouter.engines.base import EvalResult, StepResult
+from megatron_hyperrouter.engines.base import EvalResult, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 
 
@@ -23,7 +23,7 @@ def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: f
     sums = own[4:].view(rows.shape)
     layers = statistics.summary(sums)
     result = StepResult(
-        lm_loss=loss / tokens,
+        lm_loss=loss / max(tokens, 1.0),
         aux_loss=sum(layers["aux"]) / statistics.num_layers,
         z_loss=sum(layers["z"]) / statistics.num_layers,
         grad_norm=grad_norm,
@@ -40,6 +40,15 @@ def eval_result(loss_sums: Tensor, *, replicas: int) -> EvalResult:
     dist.all_reduce(total)
     loss, tokens, bytes_ = (total / replicas).tolist()
     return EvalResult(loss_sum=loss, tokens=round(tokens), target_bytes=round(bytes_))
+
+
+def mean_scale(labels: list[Tensor], place: Place, device: torch.device) -> Tensor:
+    """Positions of the global batch / labels of it that count, from this rank's ``_BS`` of a step (collective): a float32 scalar."""
+    counted = torch.stack([(part_BS >= 0).sum() for part_BS in labels]).sum().to(device, torch.float64)
+    positions = sum(part_BS.numel() for part_BS in labels) * place.data_size
+    dist.all_reduce(counted)
+    replicas = place.world_size // place.data_size  # ranks that brought the same labels
+    return (positions * replicas / counted.clamp(min=1)).float()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -5,6 +5,8 @@ Legend: ``S`` sequence, ``B`` batch, ``N`` query heads and ``G`` key/value heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,6 +16,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from megatron_hyperrouter.model.documents import same_document, turned_back
+
+NextStarts = Callable[[], Tensor]  # of a layer's next micro-batch: where the document of each token of the whole sequence begins, _BS
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -26,10 +32,16 @@ class ScaledDotProductAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         *,
         recompute: bool = False,
+        starts: Callable[[], NextStarts] | None = None,
+        rotary_base: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ) -> None:
         """``recompute``: selective activation checkpointing, attention alone is computed again in the backward pass.
+
+        ``starts`` makes what tells this layer where documents begin: attention then stays within them.  With ``rotary_base``, the
+        base of the rotary positions, it crosses them, and positions alone count from the beginning of each document.  Within one
+        document both are the same, since rotary attention goes by differences of positions.
 
         Under context parallelism keys and values are gathered: each rank then attends from its own queries to all of them.
         """
@@ -38,6 +50,8 @@ class ScaledDotProductAttention(MegatronModule):
             raise NotImplementedError(f"attention mask {attn_mask_type}: only causal attention is provided")
         self.recompute = recompute
         self.cp_group = getattr(pg_collection, "cp", None)
+        self.next_starts = None if starts is None else starts()
+        self.rotary_base = rotary_base
 
     def forward(
         self,
@@ -52,16 +66,26 @@ class ScaledDotProductAttention(MegatronModule):
         """Returns ``[S, B, N * C]``."""
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError("attention masks, biases and packed sequences are not provided")
-        inputs = (query_SBNC, key_SBGC, value_SBGC)
+        # Asked here, for a recomputation of attention alone is of the same micro-batch.
+        inputs = (query_SBNC, key_SBGC, value_SBGC, None if self.next_starts is None else self.next_starts())
         if self.recompute and self.training and torch.is_grad_enabled():
             result: Tensor = checkpoint(self._attend, *inputs, use_reentrant=False)
             return result
         return self._attend(*inputs)
 
-    def _attend(self, query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor) -> Tensor:
-        mask = None
-        if self.cp_group is not None and self.cp_group.size() > 1:
-            mask = visible(query_SBNC.size(0), self.cp_group.rank(), self.cp_group.size(), query_SBNC.device)
+    def _attend(self, query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor, starts_BS: Tensor | None) -> Tensor:
+        length, device = query_SBNC.size(0), query_SBNC.device
+        rank, size = (0, 1) if self.cp_group is None else (self.cp_group.rank(), self.cp_group.size())
+        mask = visible(length, rank, size, device) if size > 1 else None
+        if starts_BS is not None:
+            keys = gathered_positions(length, size, device)
+            own = keys[rank * length : (rank + 1) * length]
+            if self.rotary_base is None:
+                mask = same_document(starts_BS, own, keys) & visible(length, rank, size, device)
+            else:
+                starts_SB = starts_BS[:, own].t()
+                query_SBNC, key_SBGC = (turned_back(x, starts_SB, self.rotary_base) for x in (query_SBNC, key_SBGC))
+        if size > 1:
             key_SBGC, value_SBGC = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key_SBGC, value_SBGC)
             )
@@ -79,11 +103,18 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 def visible(length: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """True where a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size * length]``.
+    """True where a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size * length]``."""
+    keys = gathered_positions(length, size, device)
+    return keys[rank * length : (rank + 1) * length, None] >= keys[None, :]
 
-    Each of ``size`` ranks has ``length`` positions: a slice from either end of the sequence, so that all have equal work.
+
+def gathered_positions(length: int, size: int, device: torch.device) -> Tensor:
+    """Positions in the sequence of keys that were gathered from ``size`` context-parallel ranks: ``[size * length]``.
+
+    Each rank has ``length`` positions: a slice from either end of the sequence, so that all have equal work.
     """
+    if size == 1:
+        return torch.arange(length, device=device)
     half = length // 2
     inside = torch.arange(half, device=device)
-    places = [torch.cat([inside + half * part, inside + half * (2 * size - 1 - part)]) for part in range(size)]
-    return places[rank][:, None] >= torch.cat(places)[None, :]
+    return torch.cat([inside + half * part for rank in range(size) for part in (rank, 2 * size - 1 - rank)])

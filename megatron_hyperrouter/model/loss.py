@@ -9,28 +9,37 @@ import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+UNCOUNTED = -1  # a label that no loss is asked for
+
 
 class LanguageModelLoss:
-    """Cross-entropy in float32; keeps the sums of the current step, or of the current evaluation."""
+    """Cross-entropy in float32 over the labels that count; keeps the sums of the current step, or of the current evaluation.
+
+    ``scale``: what the mean over all positions of a micro-batch is multiplied by.  Micro-batches differ in how many labels count;
+    with positions / counted labels of the global batch, the mean over micro-batches is the mean over all labels that count.
+    """
 
     def __init__(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of the targets
         self.token_bytes_V: Tensor | None = None
+        self.scale: Tensor | None = None
 
     def __call__(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Mean over the micro-batch, in nats per token; logits may be cut over tensor-parallel ranks."""
+        """The micro-batch's part of the mean, in nats per token; logits may be cut over tensor-parallel ranks."""
         labels_SB = labels_BS.t().contiguous()
-        loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB)
+        loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB.clamp(min=0))
         return self.mean(loss_SB, labels_SB)
 
     def mean(self, loss: Tensor, labels: Tensor) -> Tensor:
-        """Mean of per-token losses, of the same shape as ``labels``; counts them."""
+        """Mean of per-token losses, of the same shape as ``labels``, times ``scale``; counts them."""
+        counted = labels >= 0
+        loss = torch.where(counted, loss, 0.0)
         with torch.no_grad():
-            bytes_ = 0 if self.token_bytes_V is None else self.token_bytes_V[labels].sum()
-            row = (loss.sum(dtype=torch.float64), labels.numel(), bytes_)
+            bytes_ = 0 if self.token_bytes_V is None else (self.token_bytes_V[labels.clamp(min=0)] * counted).sum()
+            row = (loss.sum(dtype=torch.float64), counted.sum(), bytes_)
             added = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in row])
             self.sums = self.sums.to(loss.device) + added
-        return loss.mean()
+        return loss.mean() if self.scale is None else loss.mean() * self.scale
 
     def take(self) -> Tensor:
         """The sums so far; starts afresh."""

@@ -6,6 +6,7 @@ optional norms on queries and keys.  The Megatron engine can have the same layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.model.attention import ScaledDotProductAttention
+from megatron_hyperrouter.model.attention import NextStarts, ScaledDotProductAttention
 from megatron_hyperrouter.model.transformer_engine import fused_expert_spec, fused_layer_spec, fused_norm
 
 
@@ -90,17 +91,21 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
-    """Spec of one transformer layer with ``moe`` in its MLP slot."""
+def layer_spec(config: RunConfig, moe: ModuleSpec, *, starts: Callable[[], NextStarts] | None = None) -> ModuleSpec:
+    """Spec of one transformer layer with ``moe`` in its MLP slot; ``starts`` as in :class:`ScaledDotProductAttention`."""
     if uses_transformer_engine(config):
         return fused_layer_spec(config, moe)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_layernorm)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.core_attention = ModuleSpec(
-        module=ScaledDotProductAttention, params={"recompute": config.train.recompute_granularity == "selective"}
-    )
+    params: dict[str, Any] = {"recompute": config.train.recompute_granularity == "selective"}
+    if config.data.reset_attention_mask or config.data.reset_position_ids:
+        if starts is None:
+            raise ValueError("--reset-attention-mask and --reset-position-ids need to know where documents begin")
+        crosses = not config.data.reset_attention_mask
+        params |= {"starts": starts, "rotary_base": config.model.rotary_base if crosses else None}
+    attention.core_attention = ModuleSpec(module=ScaledDotProductAttention, params=params)
     if config.model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     parts.mlp = moe

@@ -20,12 +20,14 @@ from engines.watched import Watched
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.derived import minds_documents
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, Engine, Place
 from megatron_hyperrouter.routers import ROUTERS
 
 VOCABULARY = 61
+EOD = 60  # ends a document, where the settings mind documents; ids from 54 on become it, so that samples have several
 # A step of Adam whose epsilon drowns its normalisation tells gradients: weight -= SCALE x gradient.  SCALE is so large that the
 # weight itself, to which the result is rounded, does not matter.
 SCALE = 2.0**20
@@ -50,6 +52,8 @@ def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]
     whole = config.train.global_batch_size or size * place.data_size
     generator = torch.Generator().manual_seed(1000 + step)
     rows = torch.randint(0, VOCABULARY, (whole, seq + 1), generator=generator)
+    if minds_documents(config):
+        rows[rows >= 54] = EOD
     for first in range(place.data_rank * size, whole, place.data_size * size):
         part = rows[first : first + size]
         yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
@@ -58,7 +62,7 @@ def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Train the case and tell its numbers."""
     config = tiny_config(case["flags"], world_size)
-    engine = open_engine(config, vocab_size=VOCABULARY)
+    engine = open_engine(config, vocab_size=VOCABULARY, eod=EOD)
     try:
         told = train(engine, config, case)
         evaluations = {}

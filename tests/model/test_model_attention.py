@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig
 from megatron_hyperrouter.model.attention import ScaledDotProductAttention, visible
+from megatron_hyperrouter.model.documents import turned_back
 from megatron_hyperrouter.model.spec import transformer_config
 
 S, B, C = 7, 2, 6
@@ -98,3 +99,36 @@ def test_visible_keys_of_a_context_parallel_rank(size: int) -> None:
     for rank in range(size):
         expected = [[key <= query for part in held for key in part] for query in held[rank]]
         assert visible(2 * half, rank, size, torch.device("cpu")).tolist() == expected
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_stays_within_documents_whatever_the_origin_of_positions(recompute: bool) -> None:
+    """Each document by itself gives the same as all of them in one sample; so rotary positions need no reset there."""
+    starts_BS = torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 5, 5]])
+    given = inputs(4, 2)
+    module = attention(4, 2, recompute=recompute)
+    module.next_starts = lambda: starts_BS
+    output = module(*given)
+    plain = attention(4, 2)
+    for b in range(B):
+        for start in starts_BS[b].unique().tolist():
+            inside = starts_BS[b] == start
+            alone = plain(*(x[inside, b : b + 1] for x in given))
+            torch.testing.assert_close(output[inside, b], alone[:, 0], rtol=1e-5, atol=1e-6)
+    # The same queries and keys with positions counted from the beginning of their documents
+    turned = [turned_back(x, starts_BS.t(), 100.0) for x in given[:2]]
+    torch.testing.assert_close(module(*turned, given[2]), output, rtol=1e-5, atol=1e-5)
+    assert (plain(*turned, given[2]) - plain(*given)).abs().max() > 1e-2  # where attention crosses documents it matters
+    probe = torch.randn_like(output)
+    again = module(*given)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad((again * probe).sum(), given))
+
+
+def test_positions_alone_start_anew() -> None:
+    starts_BS = torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 5, 5]])
+    query, key, value = inputs(4, 2)
+    module = attention(4, 2)
+    module.next_starts, module.rotary_base = (lambda: starts_BS), 100.0
+    expected = by_loop(turned_back(query, starts_BS.t(), 100.0), turned_back(key, starts_BS.t(), 100.0), value)
+    torch.testing.assert_close(module(query, key, value), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - by_loop(query, key, value)).abs().max() > 1e-2

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hyperrouter.model.loss import LanguageModelLoss
+from megatron_hyperrouter.model.loss import UNCOUNTED, LanguageModelLoss
 
 S, B, V = 5, 3, 11
 
@@ -31,3 +31,22 @@ def test_is_the_mean_cross_entropy_and_counts_what_it_saw(dtype: torch.dtype) ->
     sums = loss.take()
     assert sums.tolist() == [pytest.approx(total, rel=1e-6), 2 * S * B, count]
     assert not loss.take().any()
+
+
+@pytest.mark.usefixtures("groups")
+def test_labels_that_do_not_count() -> None:
+    """Scaled by positions over counted labels of all micro-batches, their mean is the mean over all labels that count."""
+    loss, bytes_V = LanguageModelLoss(), torch.arange(V)
+    loss.token_bytes_V = bytes_V
+    logits = [torch.randn(S, B, V, requires_grad=True) for _ in range(2)]
+    labels = [torch.randint(1, V, (B, S)) for _ in range(2)]
+    labels[0][0, 1:], labels[1][2, 0] = UNCOUNTED, UNCOUNTED
+    counted = sum(int((part >= 0).sum()) for part in labels)
+    loss.scale = torch.tensor(2 * B * S / counted)
+    value = torch.stack([loss(x.clone(), part) for x, part in zip(logits, labels, strict=True)]).mean()
+    pairs = [(x[s, b], part[b, s]) for x, part in zip(logits, labels, strict=True) for b in range(B) for s in range(S) if part[b, s] >= 0]
+    expected = torch.stack([-x_V.log_softmax(0)[label] for x_V, label in pairs]).mean()
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(torch.autograd.grad(value, logits), torch.autograd.grad(expected, logits), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+    assert loss.take().tolist() == [pytest.approx(expected.item() * counted, rel=1e-6), counted, sum(int(label) for _, label in pairs)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_hyperrouter.config.derived import expert_tensor_size
+from megatron_hyperrouter.config.derived import expert_tensor_size, resets_documents
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
@@ -52,6 +52,13 @@ def flex_has_ranks_to_dispatch_to(config: RunConfig, world_size: int | None) -> 
         yield broken(config, "moe_token_dispatcher_type", "needs experts on several ranks", "use alltoall, or --expert-model-parallel-size")
 
 
+def documents_need_attention_of_ours(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Transformer Engine's attention is given no borders of documents."""
+    if config.engine.engine == "megatron" and config.engine.transformer_impl == "transformer_engine" and resets_documents(config):
+        rule = "has attention that knows no documents, which --reset-attention-mask and --reset-position-ids ask for"
+        yield broken(config, "transformer_impl", rule, "use --transformer-impl local, or leave those two out")
+
+
 def installed(library: str) -> bool:
     """Whether an import would find it, without importing it."""
     return find_spec(library) is not None
@@ -63,4 +70,5 @@ RULES: tuple[Rule, ...] = (
     capacity_of_whole_samples,
     flex_has_its_kernels,
     flex_has_ranks_to_dispatch_to,
+    documents_need_attention_of_ours,
 )

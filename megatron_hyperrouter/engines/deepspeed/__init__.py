@@ -6,9 +6,9 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
 
-def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool = True) -> Engine:
+def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> Engine:
     """See :func:`megatron_hyperrouter.engines.open_engine`."""
     # Not at the top: plug_into_deepspeed stands in this room too, and needs no megatron-core.
     from megatron_hyperrouter.engines.deepspeed.engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(config, vocab_size=vocab_size, for_training=for_training)
+    return DeepSpeedEngine(config, vocab_size=vocab_size, eod=eod, for_training=for_training)

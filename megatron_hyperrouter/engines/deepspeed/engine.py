@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 class DeepSpeedEngine(SharedEngine):
     """Serves ``engines.base.Engine``."""
 
-    def __init__(self, config: RunConfig, *, vocab_size: int, for_training: bool) -> None:
-        """``vocab_size``: ids of the tokenizer, before padding."""
+    def __init__(self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> None:
+        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document."""
         self._found_world = dist.is_initialized()
-        super().__init__(config, join(config))
+        super().__init__(config, join(config), eod=eod)
         self.stages = config.parallel.pipeline_model_parallel_size
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
             self.model = model.build(config, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics, loss=self.loss)

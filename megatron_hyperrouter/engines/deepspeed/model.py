@@ -34,9 +34,8 @@ def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterSt
         # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers (transformer_layer.py:48).
         pipeline_model_parallel_size=1,
     )
-    layers = model_layers(
-        run, core, moe_spec(run, vocab_size=vocab_size, clock=clock, statistics=statistics), padded_vocab_size(vocab_size, run)
-    )
+    moe = moe_spec(run, vocab_size=vocab_size, clock=clock, statistics=statistics)
+    layers = model_layers(run, core, moe, padded_vocab_size(vocab_size, run), clock=clock)
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         return Sequence(layers, loss)

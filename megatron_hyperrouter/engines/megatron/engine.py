@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 class MegatronEngine(SharedEngine):
     """Serves ``engines.base.Engine``."""
 
-    def __init__(self, config: RunConfig, *, vocab_size: int, for_training: bool) -> None:
-        """``vocab_size``: ids of the tokenizer, before padding."""
+    def __init__(self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> None:
+        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document."""
         self._found_world = dist.is_initialized()
-        super().__init__(config, _join(config))
+        super().__init__(config, _join(config), eod=eod)
         self.core: TransformerConfig = model.core_config(config)
         self.chunks = model.build(config, self.core, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics)
         initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
@@ -119,7 +119,7 @@ class MegatronEngine(SharedEngine):
 
     def _forward_step(self, iterator: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Any]:
         tokens_BS, labels_BS = next(iterator)
-        output = chunk(tokens_BS, None, None, labels=labels_BS)
+        output = chunk(tokens_BS, None, None, labels=labels_BS.clamp(min=0))
 
         def loss_of(loss_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             # The schedule multiplies by the context-parallel size, and DDP averages over it: a mean of equal parts is the mean.
