@@ -93,10 +93,37 @@ class OnDemandOrder:
         """Where sample ``i`` lies.  IndexError outside 0 .. len - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: there are {len(self)}")
-        epoch, number, begin = self._place(i)
+        return self._span(*self._place(i), self._seq_length + 1)
+
+    def between(self, token: int, length: int) -> Span:
+        """Where ``length`` tokens of the stream lie, from ``token`` of all epochs on."""
+        epoch, number = self.shard_at(token)
+        begin, _ = self.borders(epoch, number)
+        return self._span(epoch, number, token - begin, length)
+
+    def shard_at(self, token: int) -> tuple[int, int]:
+        """Epoch and shard that hold ``token`` of the stream of all epochs."""
+        epoch, inside = divmod(token, self.tokens_per_epoch)
+        return epoch, int(np.searchsorted(self.epoch(epoch).shard_starts, inside, "right")) - 1
+
+    def borders(self, epoch: int, number: int) -> tuple[int, int]:
+        """The tokens of the stream of all epochs between which a shard lies."""
+        begin, end = self.epoch(epoch).shard_starts[number : number + 2].tolist()
+        return epoch * self.tokens_per_epoch + begin, epoch * self.tokens_per_epoch + end
+
+    def among(self, position: int, count: int, epoch: int, number: int) -> int:
+        """Which of the ``count`` samples that begin in a shard is read at ``position`` among them."""
+        return self._impl.permuted(position, count, self._key(_SAMPLES, epoch, number))
+
+    def first_among(self, read: int, count: int, epoch: int, number: int) -> Int64s:
+        """The first ``read`` of them."""
+        return self._impl.permutation(count, self._key(_SAMPLES, epoch, number))[:read]
+
+    def _span(self, epoch: int, number: int, begin: int, length: int) -> Span:
+        """``length`` tokens from token ``begin`` of a shard on."""
         shard = self.shard(epoch, number)
         first = int(np.searchsorted(shard.starts, begin, "right")) - 1
-        last_token = begin + self._seq_length
+        last_token = begin + length - 1
         if last_token < shard.starts[-1]:
             last = int(np.searchsorted(shard.starts, last_token, "right")) - 1
             return Span(shard.documents, first, begin - int(shard.starts[first]), last, last_token - int(shard.starts[last]) + 1)
@@ -121,15 +148,12 @@ class OnDemandOrder:
 
     def _place(self, i: int) -> tuple[int, int, int]:
         """Epoch and shard in which sample ``i`` begins, and the token of that shard."""
-        epoch, token = divmod(i * self._seq_length, self.tokens_per_epoch)
-        starts = self.epoch(epoch).shard_starts
-        number = int(np.searchsorted(starts, token, "right")) - 1
-        before = epoch * self.tokens_per_epoch
-        begin, end = before + int(starts[number]), before + int(starts[number + 1])
+        epoch, number = self.shard_at(i * self._seq_length)
+        begin, end = self.borders(epoch, number)
         first, until = -(-begin // self._seq_length), -(-end // self._seq_length)  # the samples that begin in this shard
         if self._end is not None:
             until = min(until, self._end)
-        sample = first + self._impl.permuted(i - first, until - first, self._key(_SAMPLES, epoch, number))
+        sample = first + self.among(i - first, until - first, epoch, number)
         return epoch, number, sample * self._seq_length - begin
 
     def _make_epoch(self, number: int) -> Epoch:

@@ -35,6 +35,10 @@ class Clock:
         self.turn += 1
         self.arrived, self.starts = [], []
 
+    def starts_site(self) -> StartsSite:
+        """What tells one more layer's attention where documents begin."""
+        return StartsSite(self)
+
     def arrive(self, tokens_BS: Tensor, place: Place, part: Callable[[Tensor], Tensor] | None = None) -> None:
         """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers see."""
         size, length = tokens_BS.shape

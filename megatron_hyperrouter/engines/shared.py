@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hyperrouter.checkpoint.folder import MANIFEST, read_manifest
-from megatron_hyperrouter.config.derived import resets_documents
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.routing import topk_schedule
@@ -37,7 +36,8 @@ class SharedEngine(ABC):
         self.place = place
         self.device = device()
         self.eod = eod
-        self.clock = Clock(eod=eod if resets_documents(config) else None)
+        resets = config.data.reset_attention_mask or config.data.reset_position_ids
+        self.clock = Clock(eod=eod if resets else None)
         self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
         self.loss = LanguageModelLoss()
         self.topk_at = topk_schedule(config)

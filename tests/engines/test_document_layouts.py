@@ -88,7 +88,7 @@ def test_the_runs_differ_and_micro_batches_do(table: Table) -> None:
     assert len(losses) == 2
     config = tiny_config(["--router.name", ROUTER, *COMMON, *APART.split()])
     assert len({int((tokens_BS == EOD).sum()) for tokens_BS, _ in micro_batches(config, HERE, 0)}) > 1
-    assert all(bool(((tokens_BS == EOD).sum(1) > 1).any()) for tokens_BS, _ in micro_batches(config, HERE, 0))
+    assert any(bool(((tokens_BS == EOD).sum(1) > 1).any()) for tokens_BS, _ in micro_batches(config, HERE, 0))
 
 
 def plain_model(config: object, folder: Path) -> ReferenceGPT:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.clock import Clock, StartsSite
+from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.rotary import RotaryTable
@@ -37,7 +37,7 @@ def model_layers(run: RunConfig, config: TransformerConfig, moe: ModuleSpec, voc
     else:
         first = LayerSpec(Embedding, *embedding_args)
         last = LayerSpec(Output, config, vocab_size)
-    submodules = layer_spec(run, moe, starts=partial(StartsSite, clock)).submodules
+    submodules = layer_spec(run, moe, starts=clock.starts_site).submodules
     blocks = [LayerSpec(Block, run, config, submodules, number + 1) for number in range(run.model.num_layers)]
     return [first, *blocks, LayerSpec(RMSNorm, config, config.hidden_size, config.layernorm_epsilon), last]
 

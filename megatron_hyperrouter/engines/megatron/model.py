@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
-from megatron_hyperrouter.engines.clock import Clock, StartsSite
 from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
@@ -27,6 +26,7 @@ from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.clock import Clock
     from megatron_hyperrouter.engines.statistics import RouterStatistics
 
 
@@ -59,7 +59,7 @@ def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Cl
     experts = expert_spec(run, apart=ROUTERS[run.router.name].needs_experts)
     router = partial(MegatronRouter, make=partial(make_router, run, vocab_size=vocab_size), clock=clock, statistics=statistics)
     moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=router))
-    spec = layer_spec(run, moe, starts=partial(StartsSite, clock))
+    spec = layer_spec(run, moe, starts=clock.starts_site)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
     for number in range(stages or 1):
