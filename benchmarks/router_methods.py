@@ -248,9 +248,9 @@ def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Ite
         engine.clock.begin(step=prepare(only_router(engine), kind, 0))
         slot.zero_grad(set_to_none=True)
         x_SBD = hidden_SBD.clone().requires_grad_()
-        meter.cpu = 0.0
+        meter.spent = Seconds(0.0, 0.0)
         whole = stopwatch(lambda: slot(x_SBD)[0].backward(probe_SBD))
-        return whole, Seconds(wall=meter.cpu, cpu=meter.cpu)
+        return whole, meter.spent
 
     told: dict[str, list[tuple[Seconds, Seconds]]] = {"ordinary": [], "competing": []}
 
@@ -265,25 +265,28 @@ def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Ite
 
 
 class ExpertMeter:
-    """CPU seconds between the beginning and the end of each expert's forward and backward pass."""
+    """Seconds between the beginning and the end of each expert's forward and backward pass."""
 
     def __init__(self, experts: Any) -> None:
-        self.cpu = 0.0
-        self._since = 0.0
+        self.spent = self._since = Seconds(0.0, 0.0)
         for expert in experts:
             expert.register_forward_pre_hook(self._start), expert.register_forward_hook(self._stop)
             expert.register_full_backward_pre_hook(self._start), expert.register_full_backward_hook(self._stop)
 
     def _start(self, *_: object) -> None:
-        self._since = cpu_now()
+        self._since = now()
 
     def _stop(self, *_: object) -> None:
-        self.cpu += cpu_now() - self._since
+        self.spent = Seconds(*(spent + end - start for spent, end, start in zip(self.spent, now(), self._since, strict=True)))
 
 
-def cpu_now() -> float:
-    """CPU time of this process so far, seconds."""
-    return time.process_time()
+def now() -> Seconds:
+    """Both clocks, once a GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Seconds(time.perf_counter(), time.process_time())
 
 
 def mean(shares: list[float], seconds: tuple[Seconds, ...]) -> Seconds:
