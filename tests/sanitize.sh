@@ -11,7 +11,7 @@ rm -f "$copy"/megatron_hyperrouter/data/_index*.so
 
 read -r -a includes <<<"$(python -m pybind11 --includes)"
 suffix=$(python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off "-fsanitize=address,undefined" -fno-sanitize-recover=all)
+flags=(-std=c++17 -O0 -g1 -fno-omit-frame-pointer -ffp-contract=off "-fsanitize=address,undefined" -fno-sanitize-recover=all)
 g++ "${flags[@]}" -shared -fPIC "${includes[@]}" megatron_hyperrouter/data/csrc/bindings.cpp -o "$copy/megatron_hyperrouter/data/_index$suffix"
 
 # Python itself is not instrumented, so the runtimes come first; what it keeps until the end is no leak.
