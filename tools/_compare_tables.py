@@ -6,6 +6,7 @@ import csv
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ POINTS = 60  # of a training curve: each the mean of the steps between
 
 
 def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Path) -> None:
-    """runs.csv, table.csv, table.md and, where matplotlib is, the plots; the table goes to stdout as well."""
+    """runs.csv, table.csv, differences.csv, table.md and, where matplotlib is, the plots; the table goes to stdout as well."""
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for label, seed, results in finished:
         runs.setdefault(label, {})[seed] = results
@@ -28,10 +29,11 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
         ["router", "seed", *measures],
         [[label, seed, *measures_of(results).values()] for label, seeds in runs.items() for seed, results in seeds.items()],
     )
-    heads = [f"{measure}{ending}" for measure in measures for ending in ("", "_half95")]
-    rows = [[label, len(runs[label]), *(part for pair in row.values() for part in pair)] for label, row in table.items()]
-    write_csv(output / "table.csv", ["router", "seeds", *heads], rows)
-    text = markdown(table, runs)
+    heads = ["router", "seeds", *(f"{measure}{ending}" for measure in measures for ending in ("", "_half95"))]
+    apart = differences(runs)
+    for name, part in (("table.csv", table), ("differences.csv", apart)):
+        write_csv(output / name, heads, [[label, len(runs[label]), *chain.from_iterable(row.values())] for label, row in part.items()])
+    text = markdown(table, apart, runs)
     (output / "table.md").write_text(text, encoding="utf-8")
     print(text, end="")
     try:
@@ -60,35 +62,55 @@ def intervals(runs: Runs) -> dict[str, dict[str, Interval]]:
     return table
 
 
+def differences(runs: Runs) -> dict[str, dict[str, Interval]]:
+    """As :func:`intervals`, of each router's numbers less those of the first with the same seed.
+
+    Runs of one seed share data and initial weights, so a difference varies less than either number.
+    """
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    (_, first), *others = runs.items()
+    base = {seed: measures_of(results) for seed, results in first.items()}
+    found = {}
+    for label, seeds in others:
+        columns = [(measures_of(results), base[seed]) for seed, results in seeds.items()]
+        found[label] = {name: mean_and_half([own[name] - other[name] for own, other in columns]) for name in columns[0][0]}
+    return found
+
+
 def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Full precision; None is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
 
 
-def markdown(table: Mapping[str, Mapping[str, Interval]], runs: Runs) -> str:
-    """A table for a person, and what its columns are."""
-    measures = list(next(iter(table.values())))
+def markdown(table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: Runs) -> str:
+    """Tables for a person, and what their columns are."""
+    first, measures = next(iter(table)), list(next(iter(table.values())))
     scored = [name for name in measures if name not in HEADS]
     unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
-    heads = ["router", *(f"k = {name.rpartition('_k')[2]}" for name in scored), *HEADS.values()]
-    lines = [heads, [":--", *["--:"] * (len(heads) - 1)]]
-    lines += [[label, *(cell(name, *row[name]) for name in measures)] for label, row in table.items()]
+    heads = [*(f"k = {name.rpartition('_k')[2]}" for name in scored), *HEADS.values()]
+
+    def lines(corner: str, rows: Mapping[str, Mapping[str, Interval]], sign: str) -> str:
+        body = [[label, *(cell(name, *row[name], sign) for name in measures)] for label, row in rows.items()]
+        return "".join(f"| {' | '.join(line)} |\n" for line in ([corner, *heads], [":--", *["--:"] * len(heads)], *body))
+
     seeds = sorted({len(each) for each in runs.values()})
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
     about = (
-        f"{unit} of the test split with k experts; router entropy (nats) and load of the last steps; similarity: mean linear CKA of two "
-        f"experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); {_listed(steps)} steps."
+        f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last steps; similarity: mean linear "
+        f"CKA of two experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); {_listed(steps)} steps."
     )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{about[0].upper()}{about[1:]}\n"
+    text = f"{lines('router', table, '')}\n{about}\n"
+    return text if not apart else f"{text}\n{lines(f'less {first}, seed by seed', apart, '+')}"
 
 
-def cell(measure: str, mean: float, half: float | None) -> str:
-    """``mean ± half``, with as many digits as the measure deserves."""
+def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
+    """``mean ± half``, with as many digits as the measure deserves; ``sign`` "+" shows it of positive numbers as well."""
     digits, scale = {"step_time": (1, 1e3), "entropy": (3, 1), "load_max_over_mean": (2, 1), "expert_similarity": (3, 1)}.get(
         measure, (4, 1)
     )
-    shown = f"{mean * scale:.{digits}f}"
+    shown = f"{mean * scale:{sign}.{digits}f}"
     return shown if half is None else f"{shown} ± {half * scale:.{digits}f}"
 
 

@@ -1,9 +1,9 @@
 """Train routers alike and compare them: same data in the same order, same initial experts and trunk, same steps, several seeds.
 
 Each router is trained with each seed in a process of its own, then scored at every k on the test split.  --output gets a folder for
-each run, table.md, runs.csv (a row for each run), table.csv (mean and half of the 95 % t-interval over seeds), bits_per_byte.png and
-learning_curves.png.  The same command again goes on after an interruption: finished runs are kept, others continue from their last
-checkpoint (--save-interval says how often there is one).
+each run, runs.csv (a row for each run), table.csv (mean and half of the 95 % t-interval over seeds), differences.csv (each router less
+the first, seed by seed), table.md with both, bits_per_byte.png and learning_curves.png.  The same command again goes on after an
+interruption: finished runs are kept, others continue from their last checkpoint (--save-interval says how often there is one).
 """
 
 from __future__ import annotations
@@ -82,7 +82,12 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     )
     flags.add_argument("--topk-eval", type=int, nargs="+", metavar="K", help="active experts to score with (default: powers of 2)")
     flags.add_argument("--options", metavar="FILE", help="options of each router (YAML), see below")
-    flags.add_argument("--test-iters", type=int, metavar="N", help="global batches of the test split to score (default: all of it)")
+    flags.add_argument(
+        "--test-iters",
+        type=int,
+        metavar="N",
+        help="global batches of the test split to score, of another order for each seed (default: all of it)",
+    )
     flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="where runs, table and plots go")
     args, rest = flags.parse_known_args(arguments)

@@ -179,6 +179,18 @@ def test_table_against_loops(compared: Compared) -> None:
     assert compared.out == (compared.folder / "out" / "table.md").read_text(encoding="utf-8")
 
 
+def test_differences_are_paired_by_seed(compared: Compared) -> None:
+    (row,) = compared.rows("differences.csv")
+    assert (row["router"], row["seeds"]) == (LABELS[1], "2")
+    for at, k in enumerate(TOPKS):
+        first, other = ([compared.results(label, seed)["results"][at]["bits_per_byte"] for seed in SEEDS] for label in LABELS)
+        apart = [other[0] - first[0], other[1] - first[1]]
+        assert float(row[f"bits_per_byte_k{k}"]) == pytest.approx(sum(apart) / 2, rel=1e-9)
+        assert float(row[f"bits_per_byte_k{k}_half95"]) == pytest.approx(ONE_DEGREE * abs(apart[0] - apart[1]) / 2, rel=1e-6)
+        assert f"{sum(apart) / 2:+.4f} ± " in compared.out
+    assert f"| less {LABELS[0]}, seed by seed |" in compared.out
+
+
 def test_plots_are_there(compared: Compared) -> None:
     pytest.importorskip("matplotlib")
     for name in ("bits_per_byte", "learning_curves"):
