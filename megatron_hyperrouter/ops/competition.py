@@ -90,7 +90,7 @@ class Capped(NamedTuple):
         return step >= self.warm_up and layer in planned(self, step // WINDOW)[step % WINDOW]
 
 
-@lru_cache(maxsize=4)  # shared by the layers of a process; 60 layers: 40 ms in 256 steps
+@lru_cache(maxsize=256)  # shared by the layers of a process, unless each counts its own; 60 layers: 40 ms in 256 steps
 def planned(schedule: Capped, window: int) -> tuple[frozenset[int], ...]:
     """The layers that compete in each of the steps from ``window * WINDOW`` on; a pure function, alike on every rank.
 

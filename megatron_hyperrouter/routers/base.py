@@ -109,6 +109,10 @@ class Router(nn.Module):
             """What of these options a run with these settings cannot follow; warnings as well."""
             return iter(())
 
+        def unserved(self) -> Iterator[str]:
+            """What of these options does nothing, or something else, where nobody tells ``tokens`` or calls :meth:`Router.end_step`."""
+            return iter(())
+
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is None:  # an abstract family
@@ -267,6 +271,10 @@ class Router(nn.Module):
                 setattr(self.get_submodule(owner), leaf, before[name].to(buffer.device))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (deepcopy, pickle) shares no micro-batch with other ranks: their groups cannot be copied, and it sees what it is given."""
+        return {**self.__dict__, "over_shards": None, "gather_shards": None}
+
     def hold(self, on: bool = True) -> None:
         """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a router may keep what it derives."""
 
@@ -286,6 +294,22 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
             f"router {name!r} with k = 1: the softmax over one kept logit is 1, so the language-model loss gives the router no gradient; "
             "only --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
         )
+
+
+def without_counts(what: str) -> str:
+    """The warning that ``what`` waits for :meth:`Router.end_step`."""
+    return (
+        f"{what} follows what all ranks chose in an optimizer step, and stands still until somebody calls "
+        "router.end_step(StepCounts(...)) after each step, on every rank with the same sums"
+    )
+
+
+def without_tokens(what: str, instead: str) -> str:
+    """The warning that ``what`` asks for ``Tokens``; ``instead``: what happens without."""
+    return (
+        f"{what} goes by the ids or places of tokens; without them {instead}. Begin each step with clock.begin(step=...), and append a "
+        "Tokens(...) to clock.arrived before each micro-batch"
+    )
 
 
 def reaching(value: Tensor, *parameters: Tensor) -> Tensor:

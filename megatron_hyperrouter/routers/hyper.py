@@ -181,7 +181,7 @@ class HyperRouter(FrozenRouter, name="hyper"):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (deepcopy, pickle) generates in every forward: no engine has promised it anything."""
-        return {**self.__dict__, "_held": False, "_generated": None, "_stale": True}
+        return {**super().__getstate__(), "_held": False, "_generated": None, "_stale": True}
 
 
 class _Reuse(torch.autograd.Function):

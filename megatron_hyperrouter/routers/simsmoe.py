@@ -32,7 +32,17 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
-from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing, StepCounts, float32_maths, no_gradient_at_k1, reaching
+from megatron_hyperrouter.routers.base import (
+    Count,
+    Pass,
+    Router,
+    Routing,
+    StepCounts,
+    float32_maths,
+    no_gradient_at_k1,
+    reaching,
+    without_counts,
+)
 
 
 class SimSMoERouter(Router, name="simsmoe"):
@@ -72,6 +82,11 @@ class SimSMoERouter(Router, name="simsmoe"):
             yield from no_gradient_at_k1("simsmoe", topk)
             if topk == 1:
                 yield "router 'simsmoe' with k = 1: no two experts share a token, so the similarity loss does nothing"
+
+        def unserved(self) -> Iterator[str]:
+            """The counts of pairs."""
+            if self.similarity_coeff:
+                yield without_counts("the similarity loss of router 'simsmoe'")
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""
@@ -186,9 +201,11 @@ class SimSMoERouter(Router, name="simsmoe"):
     def due_pairs(self) -> tuple[tuple[int, int], ...]:
         """The pairs to compare in this step, from the buffer alone."""
         if self._due is None:
-            counts = self.pair_counts_P.tolist()
-            over = [(-count, pair) for count, pair in zip(counts, self._pairs(), strict=True) if count > self.config.frequency]
-            self._due = tuple(pair for _, pair in sorted(over)[: self.config.max_pairs])
+            counts_P = self.pair_counts_P.cpu()
+            over_R = (counts_P > self.config.frequency).nonzero().flatten()
+            first_R = over_R[counts_P[over_R].sort(descending=True, stable=True).indices[: self.config.max_pairs]]
+            pairs_R2 = torch.triu_indices(self.num_experts, self.num_experts, 1, device="cpu")[:, first_R].t()
+            self._due = tuple((i, j) for i, j in pairs_R2.tolist())
         return self._due
 
     def begin_step(self) -> None:
@@ -201,9 +218,6 @@ class SimSMoERouter(Router, name="simsmoe"):
         self._due = None
 
     # ------------------------------------------------------------------------------------------------------ helpers
-    def _pairs(self) -> Iterator[tuple[int, int]]:
-        return ((i, j) for i in range(self.num_experts) for j in range(i + 1, self.num_experts))
-
     def _index(self, i: int, j: int) -> int:
         return i * (2 * self.num_experts - i - 1) // 2 + j - i - 1
 

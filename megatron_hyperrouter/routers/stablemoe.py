@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
 from megatron_hyperrouter.ops.topk import best_experts
-from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Routing, reaching
+from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Routing, reaching, without_tokens
 
 
 class StableMoERouter(Router, name="stablemoe"):
@@ -74,6 +74,10 @@ class StableMoERouter(Router, name="stablemoe"):
             """A second stage that follows what was never taught."""
             if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
                 yield "router 'stablemoe' with --router.distillation-coeff 0: the second stage follows random ids for each token id"
+
+        def unserved(self) -> Iterator[str]:
+            """The word embeddings."""
+            yield without_tokens("router 'stablemoe'", "nothing is distilled, and the second stage raises ValueError")
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`; ``facts`` has the size of the vocabulary and the steps of the run."""

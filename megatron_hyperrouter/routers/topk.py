@@ -35,7 +35,7 @@ from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import bias_step, known_load_loss, sequence_loss, switch_loss, z_loss
 from megatron_hyperrouter.ops.jitter import jitter
 from megatron_hyperrouter.ops.topk import log_scores, scored_topk
-from megatron_hyperrouter.routers.base import Pass, Router, StepCounts, no_gradient_at_k1
+from megatron_hyperrouter.routers.base import Pass, Router, StepCounts, no_gradient_at_k1, without_counts, without_tokens
 
 _UPDATE_RATE = 0.001  # arXiv 2408.15664, section 4.1
 
@@ -88,6 +88,17 @@ class TopKRouter(Router, name="topk"):
             """A kind of loss that is multiplied by 0."""
             if self.aux_loss != type(self).aux_loss and not aux_loss_coeff:
                 yield f"--router.aux-loss {self.aux_loss} does nothing: --moe-aux-loss-coeff is 0"
+
+        def unserved(self) -> Iterator[str]:
+            """Options that look at the global batch or at places of tokens."""
+            if self.expert_bias and self.update_rate:
+                yield without_counts("--router.expert-bias")
+            if self.aux_loss == "global_batch":
+                yield without_counts("--router.aux-loss global_batch")
+            if self.aux_loss == "sequence":
+                yield without_tokens("--router.aux-loss sequence", "all tokens of a pass are one sequence")
+            if self.jitter_eps:
+                yield without_tokens("--router.jitter-eps", "all passes of a step have the same noise, on every rank")
 
         @property
         def renormalised_anyway(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_hyperrouter import plug_into_deepspeed
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.routers.base import RunFacts, StepCounts
 
 T, D, E = 24, 8, 4
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "library" / "deepspeed_moe.py"
@@ -216,6 +217,53 @@ def with_own_gate() -> MoE:
 def test_refusals(make: Any, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         plug_into_deepspeed(make(), arguments.pop("name", "hyper"), **arguments)
+
+
+def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> None:
+    moe = layer(drop_tokens=False)
+    with pytest.warns(UserWarning, match=r"similarity loss of router 'simsmoe' .* router.end_step\(StepCounts"):
+        router = plug_into_deepspeed(moe, "simsmoe", frequency=0.1, threshold=0.0, min_tokens=3, aux_loss_coeff=0.0)
+    x_TD = torch.randn(T, D)
+    assert float(moe(x_TD)[1]) == 0.0
+    router.end_step(StepCounts(1, float(T), torch.zeros(E), torch.full((router.num_extra_counts,), T / 2)))
+    assert float(moe(x_TD)[1]) > 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["topk", "hyper", "smoe_dropout", "xmoe", "competesmoe"])
+def test_a_method_that_lacks_nothing_is_silent(name: str) -> None:
+    moe = layer()
+    plug_into_deepspeed(moe, name)
+
+
+def competing(**facts: int) -> MoE:
+    moe = layer(drop_tokens=False)
+    plug_into_deepspeed(moe, "competesmoe", schedule="capped", rate=1.0, warm_up=0.5, facts=RunFacts(**facts))
+    return moe
+
+
+def test_facts_of_the_run_reach_the_router() -> None:
+    moe = competing(train_iters=4)
+    losses = []
+    for step in range(4):
+        moe.deepspeed_moe.gate.clock.step = step
+        losses.append(set(moe.deepspeed_moe.gate.router(torch.randn(T, D), step=step, experts=moe.deepspeed_moe).losses))
+    assert losses == [{"aux"}, {"aux"}, {"competition"}, {"competition"}]
+
+
+def test_a_competition_under_autocast_scores_in_the_dtype_of_the_experts() -> None:
+    moe = competing(train_iters=1)
+    x_TD = torch.randn(T, D)
+    expected = moe(x_TD)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = moe(x_TD.bfloat16())[0]
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_used_token_is_refused_in_a_competition_too() -> None:
+    moe = competing(train_iters=1)
+    with pytest.raises(NotImplementedError, match="used_token"):
+        moe(torch.randn(T, D), used_token=torch.ones(T))
 
 
 class TestUnderTheEngine:

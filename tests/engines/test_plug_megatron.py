@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from program.launched import Zygote
 
 from megatron_hyperrouter import megatron_router_builder
-from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
+from megatron_hyperrouter.errors import ConfigError, HostError
+from megatron_hyperrouter.routers.base import RunFacts
 
 WORKER = Path(__file__).with_name("plug_worker.py")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "library" / "megatron_core.py"
@@ -88,6 +91,34 @@ class TestTheBuilder:
         slot = megatron_router_builder("hyper")(config=config(), pg_collection=None)
         slot.set_layer_number(1)
         assert "router.embedding_S" in slot.state_dict() and sum(parameter.numel() for parameter in slot.parameters()) == 8
+
+    def test_layers_of_the_model_reach_the_router_and_other_facts_by_hand(self) -> None:
+        for facts, expected in ((None, (2, 1000)), (RunFacts(num_layers=5, train_iters=9), (5, 9))):
+            slot = megatron_router_builder("competesmoe", facts=facts)(config=config(), pg_collection=None)
+            slot.set_layer_number(1)
+            assert slot.router.facts[:2] == expected
+
+    def test_a_method_that_follows_the_step_warns(self) -> None:
+        slot = megatron_router_builder("topk", expert_bias=True)(config=config(), pg_collection=None)
+        with pytest.warns(UserWarning, match=r"--router.expert-bias follows .* router.end_step\("):
+            slot.set_layer_number(1)
+
+    @pytest.mark.parametrize(
+        ("fields", "recompute", "words"),
+        [
+            ({"moe_shared_expert_intermediate_size": 16}, False, "moe_shared_expert_intermediate_size"),
+            ({"moe_latent_size": 4}, False, "moe_latent_size"),
+            ({"moe_pad_expert_input_to_capacity": True}, True, 'capacity, recompute_modules with "moe"'),
+        ],
+    )
+    def test_layers_in_which_experts_cannot_be_consulted_are_refused(self, fields: dict[str, Any], recompute: bool, words: str) -> None:
+        plain = {"moe_shared_expert_intermediate_size": None, "moe_latent_size": None, "moe_pad_expert_input_to_capacity": False}
+        slot = megatron_router_builder("competesmoe")(config=config(), pg_collection=None)
+        slot.set_layer_number(1)
+        moe = SimpleNamespace(config=SimpleNamespace(**(plain | fields)), moe_layer_recompute=recompute, router=slot)
+        with pytest.raises(HostError, match=words):
+            RoutedMoELayer._refuse(moe)  # type: ignore[arg-type]
+        RoutedMoELayer._refuse(SimpleNamespace(config=SimpleNamespace(**plain), moe_layer_recompute=False, router=slot))  # type: ignore[arg-type]
 
     def test_unknown_router(self) -> None:
         with pytest.raises(ConfigError, match="did you mean hyper"):

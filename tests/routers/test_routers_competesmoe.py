@@ -399,3 +399,12 @@ def test_the_settings_of_a_run_are_checked_against_the_cap():
     few, many = (warnings(parse([*words.split(), str(layers)], routers=ROUTERS, world_size=1)) for layers in (3, 4))
     assert not few
     assert len(many) == 1 and "3.6 competing layers a step" in many[0]
+
+
+def test_layers_that_do_not_know_the_model_plan_once_each():
+    """Without facts each layer counts itself and those before it: 24 plans, none of which pushes another out."""
+    planned.cache_clear()
+    routers = [build_router("competesmoe", hidden_size=D, num_experts=E, topk=2, layer_number=number) for number in range(1, 25)]
+    for step in (60, 61):
+        assert len([router.competes(step) for router in routers]) == 24
+    assert planned.cache_info().misses == 24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
 from megatron_hyperrouter.ops.schedule import topk_at
 from megatron_hyperrouter.routers import Router, Routing
+from megatron_hyperrouter.routers.base import StepCounts, Tokens
 
 T, D, E = 12, 16, 8
 NAMES = sorted(ROUTERS)
@@ -248,3 +250,56 @@ def test_unknown_options_and_sizes_are_reported_together(name):
         small(name, topk=E + 1, num_experts=E, hidden_size=0, no_such_option=3)
     assert [problem.field for problem in caught.value.problems] == ["--hidden-size", "--moe-router-topk", "--router.no_such_option"]
     assert caught.value.exit_status == 2
+
+
+class Group:
+    """Stands for a layer whose process group cannot be copied."""
+
+    def __init__(self) -> None:
+        self.group = threading.Lock()
+
+    def over(self, values: Tensor) -> Tensor:
+        return values.clone()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_leaves_the_layer_and_its_ranks_behind(name):
+    router, layer = small(name, aux_loss_coeff=0.1), Group()
+    router.over_shards = router.gather_shards = layer.over
+    for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
+        assert (twin.over_shards, twin.gather_shards) == (None, None)
+        assert same(route(twin, tokens()), route(router, tokens()))
+    assert router.over_shards is not None
+    try:
+        plain = router.fold()
+    except NotImplementedError:
+        return
+    assert plain.over_shards is None
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    ("topk", {"expert_bias": True}),
+    ("topk", {"expert_bias": True, "bias_update_rate": 0.0}),
+    ("topk", {"aux_loss": "global_batch"}),
+    ("topk", {"aux_loss": "sequence"}),
+    ("topk", {"jitter_eps": 0.1}),
+    ("simsmoe", {"similarity_coeff": 0.0}),
+    ("competesmoe", {"warm_up": 0.0, "rate": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+def test_what_needs_tokens_or_counts_says_so(name, options):
+    """Where nobody brings them, as in a layer that a caller built, the method would be another one in silence."""
+    told = Tokens(torch.arange(T) % 5, 7 + torch.arange(T), T // 2)
+    router = small(name, aux_loss_coeff=0.1, **options)
+    with_them, without = route(router, tokens(), tokens=told), route(router, tokens())
+    needs_tokens = not same(with_them, without) or with_them.losses != without.losses
+    router.end_step(StepCounts(1, float(T), torch.arange(E).double(), torch.ones(router.num_extra_counts).double()))
+    changed = small(name, **options).state_dict()
+    needs_counts = any(not torch.equal(tensor, changed[key]) for key, tensor in router.state_dict().items())
+    warned = " ".join(router.config.unserved())
+    # Without a loss that they belong to, simsmoe's counts serve nothing.
+    assert ("end_step(" in warned) == (needs_counts and options != {"similarity_coeff": 0.0})
+    assert ("Tokens(" in warned) == needs_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
 from megatron_hyperrouter.engines.deepspeed.routed import consult_experts
 from megatron_hyperrouter.routers import build_router
-from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers.base import Router, RunFacts
 
 
 def plug_into_deepspeed(
@@ -26,6 +27,7 @@ def plug_into_deepspeed(
     topk: int | Callable[[int], int] | None = None,
     aux_loss_coeff: float = 1.0,
     z_loss_coeff: float = 0.0,
+    facts: RunFacts | None = None,
     **options: Any,
 ) -> Router:
     """Put the router ``name`` in the place of the gate of ``moe``; returns the router.
@@ -40,7 +42,11 @@ def plug_into_deepspeed(
     - ``aux_loss_coeff``, ``z_loss_coeff``: the second value that ``moe`` returns is the sum of the router's losses, each multiplied
       by its coefficient.  By default that is the Switch loss, 1 when the load is even, as of the old gate at k = 1: a caller who
       multiplies it by a coefficient of his own goes on to do so.
-    - ``options``: fields of the router's ``Config``.
+    - ``facts``: layers, steps and vocabulary of the model's run, for routers that go by them (``competesmoe``, ``stablemoe``).
+    - ``options``: fields of the router's ``Config``.  A few need more than forward passes: the ids or places of tokens, or what all
+      ranks chose in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another ``aux_loss``).  The
+      caller has to bring that; a warning says how.
+    - ``competesmoe`` asks for as many tokens on each rank of the expert-parallel group.
 
     Hidden size, experts, process group, device, dtype, ``drop_tokens``, both capacity factors and ``min_capacity`` stay those of the
     old gate.  Over capacity an expert keeps its heaviest tokens.  Noise, random token selection and the sampling of second experts go
@@ -65,9 +71,12 @@ def plug_into_deepspeed(
         seed=seed,
         aux_loss_coeff=aux_loss_coeff,
         z_loss_coeff=z_loss_coeff,
+        facts=facts,
         **options,
     ).to(weight.device, weight.dtype)
     _refuse_too_late(old, router)
+    for lost in router.config.unserved():
+        warnings.warn(lost, stacklevel=2)
     gate = RouterGate(
         router,
         capacity_factor=old.capacity_factor if old.drop_tokens else None,

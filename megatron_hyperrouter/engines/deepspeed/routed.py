@@ -32,16 +32,20 @@ class RoutedMOELayer(MOELayer):
     """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
 
     gate: RouterGate
+    _autocast: bool = False  # of the pass that is going on
 
     def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
         """As ``MOELayer.forward`` (sharded_moe.py:632), whose host dispatches once, by the router's decision."""
         hidden, site = given[0], self.gate.site
+        self._autocast = torch.is_autocast_enabled(hidden.device.type)
         x_TD = hidden.reshape(-1, hidden.size(-1))
         routing, now = site.route(x_TD, experts=self)
         if not site.router.wants_outputs(now):
             with site.given(routing):
                 output: Tensor = super().forward(*given, **kwargs)
             return output
+        if given[1] is not None:
+            raise NotImplementedError("RouterGate serves all tokens only: used_token is not provided")
         routes_RD = x_TD.repeat_interleave(routing.experts_TK.size(1), 0)
         with site.given(single_routes(routing)), self._dropping_nothing():
             outputs_RD = super().forward(routes_RD, None)
@@ -56,7 +60,11 @@ class RoutedMOELayer(MOELayer):
         ranks = self.ep_size
         all_RD = x_TD if ranks == 1 else rows_of_all(x_TD, self.ep_group)
         given = all_RD.view(1, 1, *all_RD.shape)  # as the experts get their tokens: [groups, 1, slots, D]
-        columns = [score(_output(expert, given).float()).view(ranks, -1) for expert in self.experts.deepspeed_experts]
+        columns = []
+        for expert in self.experts.deepspeed_experts:
+            with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
+                output = _output(expert, given)
+            columns.append(score(output.float()).view(ranks, -1))
         local_GTL = torch.stack(columns, -1)
         if ranks == 1:
             return local_GTL[0]

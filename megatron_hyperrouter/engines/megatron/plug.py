@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.routers import build_router
-from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers.base import Router, RunFacts
 from megatron_hyperrouter.routers.options import router_class
 
 RouterBuilder = Callable[..., MegatronRouter]
@@ -32,7 +33,7 @@ _STOCK_ONLY: tuple[tuple[str, object], ...] = (
 )
 
 
-def megatron_router_builder(name: str, *, seed: int = 1234, **options: Any) -> RouterBuilder:
+def megatron_router_builder(name: str, *, seed: int = 1234, facts: RunFacts | None = None, **options: Any) -> RouterBuilder:
     """What megatron-core calls to build the router of each MoE layer.
 
     ``MoESubmodules(experts=..., router=megatron_router_builder("hyper"))`` puts it into a layer spec.
@@ -40,7 +41,13 @@ def megatron_router_builder(name: str, *, seed: int = 1234, **options: Any) -> R
     The model's ``TransformerConfig`` says the rest: ``hidden_size``, ``num_moe_experts``, ``moe_router_topk``, ``moe_aux_loss_coeff``
     (with ``moe_router_load_balancing_type`` "aux_loss" or "none"), ``moe_z_loss_coeff``, ``moe_expert_capacity_factor`` and how to drop.
     The losses join the graph by themselves, as those of the stock router do.  Layers differ by their number in the whole model.
-    ``options``: fields of the router's ``Config``.
+    ``options``: fields of the router's ``Config``.  ``facts``: layers, steps and vocabulary of the model's run, for routers that go by
+    them (``competesmoe``, ``stablemoe``); by default the model's layers.
+
+    ``competesmoe`` and ``simsmoe`` consult the experts: they need ``engines.megatron.routed.RoutedMoELayer`` in the place of ``MoELayer``,
+    and experts that are modules of their own (``SequentialMLP``).  A few options need more than forward passes: the ids or places
+    of tokens, or what all ranks chose in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another
+    ``aux_loss``).  The caller has to bring that; a warning says how.
 
     The router derives its weights in each forward pass, so they are never stale.  Where it follows the step (schedules), set
     ``layer.mlp.router.clock.step`` before each step: it counts completed ones and stays 0 by itself.
@@ -52,12 +59,12 @@ def megatron_router_builder(name: str, *, seed: int = 1234, **options: Any) -> R
     def builder(*, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **_: object) -> MegatronRouter:
         if problems := list(_problems(config)):
             raise ConfigError(problems)
-        return MegatronRouter(config, pg_collection, make=partial(_make, config, name, seed, options))
+        return MegatronRouter(config, pg_collection, make=partial(_make, config, name, seed, facts, options))
 
     return builder
 
 
-def _make(config: TransformerConfig, name: str, seed: int, options: dict[str, Any], layer_number: int) -> Router:
+def _make(config: TransformerConfig, name: str, seed: int, facts: RunFacts | None, options: dict[str, Any], layer_number: int) -> Router:
     balanced = config.moe_router_load_balancing_type == "aux_loss"
     router = build_router(
         name,
@@ -68,8 +75,11 @@ def _make(config: TransformerConfig, name: str, seed: int, options: dict[str, An
         seed=seed,
         aux_loss_coeff=config.moe_aux_loss_coeff if balanced else 0.0,
         z_loss_coeff=config.moe_z_loss_coeff or 0.0,
+        facts=facts or RunFacts(num_layers=config.num_layers),
         **options,
     )
+    for lost in router.config.unserved():
+        warnings.warn(lost, stacklevel=2)
     # megatron-core makes its parameters where they are used, unless it is told not to.
     return router if config.use_cpu_initialization else router.to(device())
 

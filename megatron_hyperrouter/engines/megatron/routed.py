@@ -18,23 +18,29 @@ from torch import Tensor
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
 from megatron_hyperrouter.engines.gathering import rows_of_all
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
+from megatron_hyperrouter.errors import HostError
 
 
 class RoutedMoELayer(MoELayer):
     """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
 
     router: MegatronRouter
+    _autocast: bool = False  # of the pass that is going on
 
     def forward(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
         """As ``MoELayer.forward`` (moe_layer.py:383), whose dispatcher works once, by the router's decision."""
         router = self.router
         if not router.router.needs_experts:
             return super().forward(hidden_states, *more, **kwargs)
+        self._refuse()
+        self._autocast = torch.is_autocast_enabled(hidden_states.device.type)
         x_TD = hidden_states.flatten(0, -2)
         routing, now = router.site.route(x_TD, experts=self)
         if not router.router.wants_outputs(now):
             with router.site.given(routing):
                 return super().forward(hidden_states, *more, **kwargs)
+        if any(value is not None for value in (*more, *kwargs.values())):
+            raise NotImplementedError("padding masks and partial passes are not provided: samples are full")
         routes_R1D = x_TD.repeat_interleave(routing.experts_TK.size(1), 0).unsqueeze(1)
         with router.site.given(single_routes(routing)), self._one_expert_each():
             outputs_R1D, _ = super().forward(routes_R1D)
@@ -50,7 +56,8 @@ class RoutedMoELayer(MoELayer):
         all_TD = rows_of_all(x_TD, sharers)
         columns = []
         for expert in self.experts.local_experts:
-            output_TD, _ = expert(all_TD)
+            with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
+                output_TD, _ = expert(all_TD)
             if parts.size() > 1:  # each rank has a partial sum: it must be whole before a score, which is not linear
                 dist.all_reduce(output_TD, group=parts)
             columns.append(score(output_TD.float()))
@@ -58,6 +65,20 @@ class RoutedMoELayer(MoELayer):
         all_GTL = rows_of_all(local_TL.unsqueeze(0), self.token_dispatcher.ep_group)
         first = sharers.rank() * x_TD.size(0)
         return all_GTL[:, first : first + x_TD.size(0)].transpose(0, 1).flatten(1)
+
+    def _refuse(self) -> None:
+        """Settings of a caller's own model under which a decision that is given would be lost, or an output be more than an expert's."""
+        found = {
+            "moe_shared_expert_intermediate_size": self.config.moe_shared_expert_intermediate_size is not None,
+            "moe_latent_size": bool(self.config.moe_latent_size),
+            "moe_pad_expert_input_to_capacity": self.config.moe_pad_expert_input_to_capacity,
+            'recompute_modules with "moe"': self.moe_layer_recompute,
+        }
+        if names := [name for name, there in found.items() if there]:
+            raise HostError(
+                f"router {self.router.router.name!r} consults the experts, which does not go with {', '.join(names)}",
+                remedy="leave it out, or take a router that needs no experts",
+            )
 
     @contextmanager
     def _one_expert_each(self) -> Iterator[None]:
