@@ -25,24 +25,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.config.cli import make_folders, parse
     from megatron_hyperrouter.config.derived import minds_documents
     from megatron_hyperrouter.data.cache import Cache
-    from megatron_hyperrouter.data.dataset import build_splits
+    from megatron_hyperrouter.data.course import splits_of_run
+    from megatron_hyperrouter.data.dataset import Builder
+    from megatron_hyperrouter.data.schedule import mixes_of
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.routers import ROUTERS
     from megatron_hyperrouter.train.hooks import hooks_for
     from megatron_hyperrouter.train.loop import samples_needed, train
+    from megatron_hyperrouter.train.resume import past_of
 
     config = parse(sys.argv[1:] if argv is None else argv, routers=ROUTERS, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
-    splits = build_splits(
-        config.data,
-        seq_length=config.model.seq_length,
-        seed=config.train.seed,
-        vocab_size=tokenizer.vocab_size,
-        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
-        **samples_needed(config),
+    ledger, step = past_of(config)
+    needed = samples_needed(config)
+    splits = splits_of_run(
+        Builder(
+            config.data,
+            seq_length=config.model.seq_length,
+            seed=config.train.seed,
+            vocab_size=tokenizer.vocab_size,
+            cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+        ),
+        mixes_of(config.data),
+        ledger,
+        step=step,
+        train_iters=config.train.train_iters,
+        batch=needed["train_samples"] // config.train.train_iters,
+        valid_samples=needed["valid_samples"],
+        test_samples=needed["test_samples"],
     )
     if console.speaks():
         make_folders(config)

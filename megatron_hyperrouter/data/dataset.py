@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -68,7 +68,11 @@ class SequenceDataset:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
-        span, store, sample = self.order.span(i), self.store, np.empty(self.seq_length + 1, np.int64)
+        return self.read(self.order.span(i), self.seq_length + 1)
+
+    def read(self, span: Span, length: int) -> Sample:
+        """The ``length`` tokens of a span."""
+        store, sample = self.store, np.empty(length, np.int64)
         store.check_length()
         bad = self._impl.gather(store.tokens, store.pointers, store.sizes, *span, self.vocab_size, sample)
         if bad >= 0:
@@ -129,22 +133,23 @@ def build_splits(
     if not data.data_path and not data.train_data_path:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
         raise ConfigError([Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)])
-    builder = _Builder(data, seq_length, seed, vocab_size, impl, cache or Cache(data.data_cache_path), {})
+    builder = Builder(data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl)
     samples = (train_samples, valid_samples, test_samples)
     return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
 
 
 @dataclass
-class _Builder:
+class Builder:
     """Builds the datasets of one run; a file that several splits read is opened once."""
 
     data: DataConfig
     seq_length: int
     seed: int
     vocab_size: int
-    impl: Implementation | None
     cache: Cache
-    stores: dict[str, IndexedDataset]
+    impl: Implementation | None = None
+    stores: dict[str, IndexedDataset] = field(default_factory=dict)
+    asked: dict[str, int | None] = field(default_factory=dict)  # file -> the number of samples that its last index was made for
 
     def build(self, number: int, num_samples: int | None) -> Dataset | None:
         """Dataset of split ``number``."""
@@ -155,6 +160,10 @@ class _Builder:
         blend = parse_blend(words, flag=flag)
         if number > 0 and not any(self.documents(prefix, number) for prefix in blend.prefixes):
             return None
+        return self.mixed(blend, number, num_samples)
+
+    def mixed(self, blend: Blend, number: int, num_samples: int | None) -> Dataset:
+        """The files of a blend, or the one file."""
         # megatron-core treats one prefix with a weight as a blend of one, but only where --split divides it.
         if len(blend.prefixes) == 1 and (blend.weights is None or not self.data.data_path):
             return self.one(blend.prefixes[0], number, num_samples)
@@ -206,6 +215,7 @@ class _Builder:
                 f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length {self.seq_length} and the last label",
                 remedy="use more text, a smaller --seq-length, or another --split",
             )
+        self.asked[prefix] = num_samples
         order = self.order(store, documents, num_samples)
         return SequenceDataset(store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl)
 

@@ -80,8 +80,11 @@ class UnreadOrder:
         *,
         seq_length: int,
         seed: int,
+        limit: int | None = None,
         impl: Implementation | None = None,
     ) -> None:
+        """``limit``: samples in all, where the order was made for so many."""
+        self._limit = limit
         self.unread, self._stream, self._built, self._seq_length = unread, stream, built, seq_length
         self._ends = list(accumulate((piece.end - piece.begin for piece in unread.pieces), initial=0))  # 0, then each piece's
         self._left = self._ends[-1]  # tokens of all pieces
@@ -132,7 +135,8 @@ class UnreadOrder:
         shift = self._left - self.unread.following  # from a token of the stream to its place in what is unread
         epoch, shard = self._stream.shard_at(i * self._seq_length - shift)
         begin, end = (border + shift for border in self._stream.borders(epoch, shard))
-        return epoch, shard, max(-(-begin // self._seq_length), self._from_left), -(-end // self._seq_length)
+        until = -(-end // self._seq_length)
+        return epoch, shard, max(-(-begin // self._seq_length), self._from_left), min(until, self._limit or until)
 
     def _located(self, begin: int, end: int) -> Iterator[Piece]:
         """The tokens ``begin`` to before ``end`` of what is unread, where they lie."""

@@ -28,13 +28,25 @@ def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int
         if engine.place.is_main:
             console.note(f"continuing after step {step} of {folder}" if step else f"starting from the weights of {folder}")
             for line in _differences("order", manifest["meta"], ours) if step else ():
-                console.warn(f"{line}: the run goes on with other samples than the one that was stopped")
+                if "data" in manifest["meta"]:
+                    console.note(f"{line}: the run goes on with what it has not read yet")
+                else:
+                    console.warn(f"{line}: the run goes on with other samples than the one that was stopped")
     if aside := folders.rewind(step):
         metrics = folders.root.with_name("metrics.jsonl")
         if metrics.exists():
             shutil.copy2(metrics, aside)
         console.warn(f"{folders.root.parent} holds checkpoints after step {step}: moved to {aside}, with a copy of the metrics")
     return step
+
+
+def past_of(config: RunConfig) -> tuple[list[dict[str, Any]], int]:
+    """The ledger of what the checkpoint to continue from had read (see ``data.course``), and its steps; empty and 0 for a new run."""
+    folder = find(Path(config.checkpoint.load)) if config.checkpoint.load and not config.checkpoint.finetune else None
+    if folder is None:
+        return [], 0
+    manifest = read_manifest(folder)
+    return list(manifest["meta"].get("data", [])), int(manifest["step"])
 
 
 def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
+from megatron_hyperrouter.data.course import Course
 from megatron_hyperrouter.data.loader import Batches
 from megatron_hyperrouter.errors import DataError
 from megatron_hyperrouter.train.lr import learning_rate_at
@@ -104,7 +105,10 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint of ``step`` steps."""
-        folder = self.folders.save(step, self.engine.save, run_meta(self.config, self.engine))
+        meta = run_meta(self.config, self.engine)
+        if isinstance(self.splits.train, Course):
+            meta["data"] = self.splits.train.ledger(step)
+        folder = self.folders.save(step, self.engine.save, meta)
         for hook in self.hooks:
             hook.on_save(step, folder)
 

@@ -1,0 +1,233 @@
+"""The training samples of a run whose mix, sequence length or batch changes on the way, and the ledger of what it has read.
+
+A run is a row of segments.  Inside one, everything that orders samples stays the same; where one ends, each of its files has been read
+up to some sample, and the next segment that reads the file goes on with what is left (:mod:`unread`).  A ledger is the list of these
+segments, as JSON: settings, and the samples that each file has given.  What follows from it is a pure function of it and of the
+settings of the next segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hyperrouter.data.blend import normalise, parse_blend
+from megatron_hyperrouter.data.dataset import BlendedDataset, Builder, Dataset, Sample, SequenceDataset, Splits
+from megatron_hyperrouter.data.on_demand import OnDemandOrder
+from megatron_hyperrouter.data.order import SampleOrder
+from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.unread import BuiltStream, Unread, UnreadOrder
+from megatron_hyperrouter.errors import CheckpointError
+
+Ledger = list[dict[str, Any]]
+Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
+
+
+class UnreadDataset:
+    """Samples of what is unread of one file."""
+
+    def __init__(self, order: UnreadOrder, *, size: int, whole: SequenceDataset) -> None:
+        """``whole``: reads the spans of the file."""
+        self._order, self._size, self._whole = order, size, whole
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._size
+
+    def __getitem__(self, i: int) -> Sample:
+        """See :class:`Dataset`."""
+        if not 0 <= i < self._size:
+            raise IndexError(f"sample {i}: there are {self._size}")
+        sample: Sample = np.concatenate([self._whole.read(span, length) for span, length in self._order.spans(i)])
+        return sample
+
+
+@dataclass
+class _Set:
+    """One file: what is unread of it, and the streams that this refers to."""
+
+    store: IndexedDataset
+    stream: OnDemandOrder
+    seed: int
+    built: BuiltStream | None = None
+    unread: Unread | None = None  # None: nothing was read yet
+
+
+class Course:
+    """The training samples of all steps; sample ``i`` is number ``i - step * global batch`` of step ``step``, counted from 0."""
+
+    def __init__(self, segments: list[tuple[int, Dataset, dict[str, Any]]], past: Ledger, *, num_samples: int, batch: int) -> None:
+        self._segments, self._past, self._num_samples, self._batch = segments, past, num_samples, batch
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> Sample:
+        """See :class:`Dataset`."""
+        for first_step, dataset, _ in reversed(self._segments):
+            if i >= first_step * self._batch:
+                sample: Sample = dataset[i - first_step * self._batch]
+                return sample
+        raise IndexError(f"sample {i} was read before this run was resumed")
+
+    def ledger(self, step: int) -> Ledger:
+        """What has been read after ``step`` steps."""
+        told = list(self._past)
+        for number, (first_step, dataset, settings) in enumerate(self._segments):
+            if step <= first_step and number:
+                break
+            ends = [start for start, _, _ in self._segments[number + 1 :]]
+            until = min([step, *ends])
+            counts = _counts(dataset, (until - first_step) * self._batch, len(settings["sets"]))
+            sets = [{**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)]
+            told.append({**settings, "until_step": until, "sets": sets})
+        return told
+
+
+def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int) -> Course:
+    """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says was read before.
+
+    ``mixes``: what is read from which step on, the first from 0.  CheckpointError where a file is not the one that was read.
+    """
+    past, sets = list(ledger), dict[str, _Set]()
+    if not past:  # of no run, or of one that kept no ledger
+        step = 0
+    first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
+    end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
+    now, last = _settings(builder, mixes[first][1], batch), past[-1] if past else None
+    # A longer run than was planned may need a longer index, which would be in another order.
+    if last is not None and now == {name: last[name] for name in now} and (end - last["from_step"]) * batch <= last["planned"]:
+        past.pop()
+    else:
+        last = None
+    for segment in past:
+        _replay(segment, builder, sets)
+    segments: list[tuple[int, Dataset, dict[str, Any]]] = []
+    starts = [int(last["from_step"]) if last else step, *(start for start, _ in mixes[first + 1 :])]
+    for number, (start, (_, words)) in enumerate(zip(starts, mixes[first:], strict=True)):
+        if start >= train_iters and number:
+            break
+        end = min([train_iters, *starts[number + 1 :]])
+        dataset, settings = _segment(builder, words, sets, last if number == 0 else None, samples=(end - start) * batch)
+        segments.append((start, dataset, {"from_step": start, **_settings(builder, words, batch), **settings}))
+        if number + 1 < len(starts):  # another one follows, which reads on
+            counts = _counts(dataset, (end - start) * batch, len(settings["sets"]))
+            done = [{**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)]
+            _replay({**segments[-1][2], "sets": done}, builder, sets)
+    return Course(segments, past, num_samples=train_iters * batch, batch=batch)
+
+
+def splits_of_run(
+    builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int, valid_samples: int, test_samples: int
+) -> Splits:
+    """As ``build_splits``, with the course of a run for training."""
+    course = build_course(builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch)
+    return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
+
+
+def _settings(builder: Builder, words: Sequence[str], batch: int) -> dict[str, Any]:
+    """What orders the samples of a segment."""
+    return {
+        "mix": list(words),
+        "split": builder.data.split if builder.data.data_path else None,
+        "seq_length": builder.seq_length,
+        "global_batch_size": batch,
+        "seed": builder.seed,
+        "data_index": builder.data.data_index,
+    }
+
+
+def _segment(
+    builder: Builder, words: Sequence[str], sets: Mapping[str, _Set], last: Mapping[str, Any] | None, *, samples: int
+) -> tuple[Dataset, dict[str, Any]]:
+    """``samples`` samples of a mix, and what a ledger says about them; ``last``: the segment in the ledger that goes on."""
+    blend, planned = parse_blend(words, flag="--data-path"), samples if last is None else int(last["planned"])
+    recorded = {} if last is None else {entry["path"]: entry for entry in last["sets"]}
+    if not sets and not recorded:  # the order of megatron-core, as of a run that never changes
+        builder.asked.clear()
+        dataset = builder.mixed(blend, 0, samples)
+        return dataset, {"planned": planned, "sets": [_entry(builder, prefix, builder.asked[prefix]) for prefix in blend.prefixes]}
+    tokens = [builder.tokens(builder.open(prefix), builder.documents(prefix, 0)) for prefix in blend.prefixes]
+    lengths = [(count - 1) // builder.seq_length for count in tokens]
+    shares = normalise(lengths) if blend.weights is None else blend.weights
+    if blend.weights is not None or planned > sum(lengths):
+        shares = normalise(shares)
+    numbers, places = builder.mix(blend, shares, samples)
+    counts = np.bincount(numbers, minlength=len(blend.prefixes)).tolist()
+    parts: list[Dataset] = []
+    entries = []
+    for prefix, count in zip(blend.prefixes, counts, strict=True):
+        asked = recorded[prefix]["asked"] if prefix in recorded else count
+        entries.append(_entry(builder, prefix, asked))
+        parts.append(_part(builder, prefix, sets.get(prefix), asked=asked, size=count))
+    dataset = parts[0] if len(parts) == 1 else BlendedDataset(parts, numbers, places)
+    return dataset, {"planned": planned, "sets": entries}
+
+
+def _part(builder: Builder, prefix: str, known: _Set | None, *, asked: int | None, size: int) -> Dataset:
+    """The samples of one file."""
+    if known is None or known.unread is None:
+        return builder.one(prefix, 0, asked)
+    order = UnreadOrder(known.unread, known.stream, known.built, seq_length=builder.seq_length, seed=known.seed, impl=builder.impl)
+    whole = SequenceDataset(known.store, known.stream, seq_length=builder.seq_length, vocab_size=builder.vocab_size, impl=builder.impl)
+    return UnreadDataset(order, size=size, whole=whole)
+
+
+def _entry(builder: Builder, prefix: str, asked: int | None) -> dict[str, Any]:
+    """What a ledger says about a file, but for the samples read; ``asked``: for how many its index was built."""
+    store, documents = builder.open(prefix), builder.documents(prefix, 0)
+    return {
+        "path": prefix,
+        "documents": [documents.start, documents.stop],
+        "tokens": builder.tokens(store, documents),
+        "on_demand": builder.on_demand(store),
+        "asked": asked,
+    }
+
+
+def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set]) -> None:
+    """Bring ``sets`` to where they are after a segment."""
+    length, seen = int(segment["seq_length"]), set()
+    for entry in segment["sets"]:
+        prefix, read = entry["path"], int(entry["samples"])
+        found = _entry(builder, prefix, entry["asked"])
+        if prefix in seen or any(found[name] != entry[name] for name in ("documents", "tokens")):
+            raise CheckpointError(
+                f"{prefix}: the checkpoint has read documents {entry['documents']} with {entry['tokens']} tokens,"
+                f" and these are {found['documents']} with {found['tokens']}, or the file stands twice in one mix",
+                remedy="use the files and the --split of that run, or start a new epoch with --finetune",
+            )
+        seen.add(prefix)
+        if not read:
+            continue
+        if prefix not in sets:
+            store, documents, seed = builder.open(prefix), builder.documents(prefix, 0), int(segment["seed"])
+            stream = OnDemandOrder(store, documents, seq_length=1, num_samples=1, seed=seed, impl=builder.impl)
+            sets[prefix] = _Set(store, stream, seed)
+            if not entry["on_demand"]:
+                index_of = replace(builder, seq_length=length, seed=seed).order(store, documents, entry["asked"])
+                assert isinstance(index_of, SampleOrder)
+                sets[prefix].built = BuiltStream(index_of, store.sizes)
+        known = sets[prefix]
+        if known.unread is None and known.built is not None:
+            known.unread = known.built.after(read, length)
+        else:
+            # The samples of one epoch were shuffled without those that begin in it and end in the next.
+            limit = (entry["tokens"] - 1) // length if known.unread is None and entry["asked"] is None else None
+            before = known.unread or Unread()
+            order = UnreadOrder(before, known.stream, known.built, seq_length=length, seed=known.seed, limit=limit, impl=builder.impl)
+            known.unread = order.after(read)
+
+
+def _counts(dataset: Dataset, read: int, sets: int) -> list[int]:
+    """How many of the first ``read`` samples each file gives."""
+    if not isinstance(dataset, BlendedDataset):
+        return [read]
+    first: npt.NDArray[np.int16] = dataset.dataset_index[:read]
+    counts: list[int] = np.bincount(first, minlength=sets).tolist()
+    return counts

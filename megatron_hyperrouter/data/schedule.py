@@ -1,0 +1,63 @@
+"""``--data-schedule``: a YAML file that says which files are read from which step on.
+
+- from_step: 0
+  data_path: [0.7, web, 0.3, code]
+- from_step: 8000
+  data_path: [0.2, web, 0.8, books]
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.data.blend import parse_blend
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+Mix = tuple[int, tuple[str, ...]]  # completed steps from which on, words of --data-path
+_REMEDY = "write a list of entries with from_step and data_path, the first from step 0, steps rising"
+
+
+def mixes_of(data: DataConfig) -> tuple[Mix, ...]:
+    """What is read from which step on: by the schedule, or one mix for the whole run.  ConfigError for a schedule that is none."""
+    if data.data_schedule is None:
+        return ((0, data.data_path or data.train_data_path),)
+    try:
+        entries = yaml.safe_load(Path(data.data_schedule).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _refused(data, f"cannot be read: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise _refused(data, "is no list of mixes")
+    mixes = tuple(_mix(data, number, entry) for number, entry in enumerate(entries, start=1))
+    steps = [step for step, _ in mixes]
+    if steps[0] != 0:
+        raise _refused(data, f"begins at step {steps[0]}, not 0")
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        raise _refused(data, f"has steps that do not rise: {', '.join(map(str, steps))}")
+    return mixes
+
+
+def _mix(data: DataConfig, number: int, entry: Any) -> Mix:
+    if not isinstance(entry, dict) or set(entry) != {"from_step", "data_path"}:
+        raise _refused(data, f"entry {number} must have from_step and data_path, and nothing else")
+    step, words = entry["from_step"], entry["data_path"]
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise _refused(data, f"entry {number}: from_step must be a whole number from 0, got {step!r}")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str | int | float) for word in words):
+        raise _refused(data, f"entry {number}: data_path must be a list of prefixes, each optionally after its weight")
+    path = tuple(str(word) for word in words)
+    prefixes = parse_blend(path, flag=f"--data-schedule, entry {number}").prefixes
+    if len(set(prefixes)) < len(prefixes):
+        raise _refused(data, f"entry {number} names a file twice")
+    for prefix in prefixes:
+        if missing := [end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]:
+            raise _refused(data, f"entry {number}: {prefix}{missing[0]} is not there")
+    return step, path
+
+
+def _refused(data: DataConfig, rule: str) -> ConfigError:
+    return ConfigError([Problem("--data-schedule", data.data_schedule, rule, _REMEDY)])
