@@ -110,3 +110,11 @@ def _duplicates(root: yaml.Node | None, path: str) -> Iterator[Problem]:
             yield Problem(f"{key.value} in {path}", f"lines {first_line[key.value]} and {line}", "stands twice", "keep one of them")
         first_line.setdefault(str(key.value), line)
         yield from _duplicates(value, path)
+
+
+def load_yaml(path: str) -> Any:
+    """What a YAML file holds.  OSError where it cannot be read, ValueError where it is no YAML."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -12,8 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_hyperrouter.config.sources import load_yaml
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.blend import parse_blend
 from megatron_hyperrouter.errors import ConfigError, Problem
@@ -27,8 +26,8 @@ def mixes_of(data: DataConfig) -> tuple[Mix, ...]:
     if data.data_schedule is None:
         return ((0, data.data_path or data.train_data_path),)
     try:
-        entries = yaml.safe_load(Path(data.data_schedule).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = load_yaml(data.data_schedule)
+    except (OSError, ValueError) as error:
         raise _refused(data, f"cannot be read: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise _refused(data, "is no list of mixes")
