@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
     from megatron_hyperrouter.routers.base import Router
+
+
+_EVALUATED_TOGETHER = 16  # micro-batches for each pipeline stage
 
 
 class SharedEngine(ABC):
@@ -104,6 +108,13 @@ class SharedEngine(ABC):
         if not self.config.data.eod_mask_loss:
             return batch
         return tokens_BS, labels_BS.masked_fill(tokens_BS == self.eod, UNCOUNTED)
+
+    def in_parts(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+        """An evaluation's micro-batches, a few at a time: the clock, and a host that wants them all at once, hold no more."""
+        size = _EVALUATED_TOGETHER * self.config.parallel.pipeline_model_parallel_size
+        while part := list(islice(batches, size)):
+            self.clock.begin(step=self.clock.step, topk=self.clock.topk)
+            yield part
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:

@@ -92,13 +92,14 @@ class DeepSpeedEngine(SharedEngine):
     @torch.no_grad()
     def forward_all(self, batches: Iterator[Batch]) -> None:
         """See :class:`SharedEngine`."""
-        if self.stages == 1:
-            for tokens_BS, labels_BS in batches:
-                self.clock.arrive(tokens_BS.to(self.device), self.place)
-                self.model(tokens_BS.to(self.device), labels_BS.to(self.device))
-            return
-        held = self._told(list(batches))
-        self.host.eval_batch(iter(held), num_micro_batches=len(held))
+        for held in self.in_parts(batches):
+            if self.stages > 1:
+                self.host.eval_batch(iter(self._told(held)), num_micro_batches=len(held))
+                continue
+            for batch in held:
+                tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
+                self.clock.arrive(tokens_BS, self.place)
+                self.model(tokens_BS, labels_BS)
 
     def _told(self, held: list[Batch]) -> list[Batch]:
         """The same; the layers of every stage know the tokens now, of which DeepSpeed gives the middle ones nothing."""

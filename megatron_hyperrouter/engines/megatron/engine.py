@@ -97,10 +97,10 @@ class MegatronEngine(SharedEngine):
 
     def forward_all(self, batches: Iterator[Batch]) -> None:
         """See :class:`SharedEngine`."""
-        held = list(batches)
         model.set_topk(self.chunks, self.clock.topk or self.config.model.moe_router_topk)
         with torch.no_grad():
-            self._schedule(iter(held), len(held), held[0][0].size(0), forward_only=True)
+            for held in self.in_parts(batches):
+                self._schedule(iter(held), len(held), held[0][0].size(0), forward_only=True)
 
     def _schedule(self, batches: Iterator[Batch], count: int, size: int, *, forward_only: bool) -> None:
         held = [self._on_this_rank(batch) for _, batch in zip(range(count), batches, strict=False)]
