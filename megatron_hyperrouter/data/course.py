@@ -75,6 +75,13 @@ class Course:
                 return sample
         raise IndexError(f"sample {i} was read before this run was resumed")
 
+    def consumed(self, step: int) -> tuple[int, int]:
+        """Samples, and tokens of their inputs, that the whole run has read after ``step`` steps, whatever changed on the way."""
+        first_step, _, now = self._segments[0]
+        parts = [(entry["until_step"] - entry["from_step"], entry) for entry in self._past] + [(step - first_step, now)]
+        samples = [steps * entry["global_batch_size"] for steps, entry in parts]
+        return sum(samples), sum(count * entry["seq_length"] for count, (_, entry) in zip(samples, parts, strict=True))
+
     def ledger(self, step: int) -> Ledger:
         """What has been read after ``step`` steps."""
         told = list(self._past)

@@ -28,17 +28,16 @@ def training_record(
     step: int,
     learning_rate: float,
     topk: int,
-    global_batch_size: int,
-    seq_length: int,
+    tokens: int,
+    consumed: tuple[int, int],
     step_time: float,
     data_time: float,
 ) -> Record:
     """The record of step ``step``, counted from 1.
 
-    ``step_time`` in seconds, ``data_time`` the part of it in which this rank waited for its batches, ``N`` in ``router/entropy/N``
-    a MoE layer from 1.
+    ``tokens`` of this step; ``consumed``: samples and tokens of all steps so far; ``step_time`` in seconds, ``data_time`` the part of
+    it in which this rank waited for its batches; ``N`` in ``router/entropy/N`` a MoE layer from 1.
     """
-    samples = step * global_batch_size
     record: Record = {
         "step": step,
         "lm_loss": result.lm_loss,
@@ -47,11 +46,11 @@ def training_record(
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         "topk": topk,
-        "consumed_samples": samples,
-        "consumed_tokens": samples * seq_length,
+        "consumed_samples": consumed[0],
+        "consumed_tokens": consumed[1],
         "step_time": step_time,
         "data_time": data_time,
-        "tokens_per_second": global_batch_size * seq_length / step_time,
+        "tokens_per_second": tokens / step_time,
     }
     for name, values_L in (("entropy", result.entropy_L), ("load_max_over_mean", result.load_max_over_mean_L)):
         record |= {f"router/{name}/{layer}": value for layer, value in enumerate(values_L, start=1)}

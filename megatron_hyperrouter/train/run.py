@@ -75,14 +75,21 @@ class Run:
             step=step,
             learning_rate=learning_rate,
             topk=self.engine.topk_at(step - 1),
-            global_batch_size=self.global_batch_size,
-            seq_length=self.config.model.seq_length,
+            tokens=self.global_batch_size * self.config.model.seq_length,
+            consumed=self.consumed(step),
             step_time=time.perf_counter() - started,
             data_time=batches.waited - waited,
         )
         for hook in self.hooks:
             hook.on_step(record)
         return record, result.stop
+
+    def consumed(self, step: int) -> tuple[int, int]:
+        """Samples and tokens that the run has read after ``step`` steps, with those of other settings before a checkpoint."""
+        if isinstance(self.splits.train, Course):
+            return self.splits.train.consumed(step)
+        samples = step * self.global_batch_size
+        return samples, samples * self.config.model.seq_length
 
     def evaluate(self, split: str, step: int) -> None:
         """Score a split, if there is one, after ``step`` steps with the k that the next step would have."""

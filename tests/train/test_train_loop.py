@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +19,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import write_corpus
 from distributed import environment
 from fakes import FakeDataset, FakeEngine
 from tiny_run import VOCAB_SIZE, settings, splits
 
 from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.cache import Cache
+from megatron_hyperrouter.data.course import build_course
+from megatron_hyperrouter.data.dataset import Builder
 from megatron_hyperrouter.engines.base import Batch, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
 from megatron_hyperrouter.train.hooks import Hook, MetricsHook, hooks_for
 from megatron_hyperrouter.train.loop import samples_needed, stop_signal, train
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import Record, score
+from megatron_hyperrouter.train.resume import past_of
 
 TESTS = Path(__file__).parents[1]
 TIMES = ("step_time", "data_time", "tokens_per_second")
@@ -117,6 +124,28 @@ class TestRecords:
         for record in lines(config, timeless=False)[:3]:
             assert record["tokens_per_second"] == pytest.approx(32 / record["step_time"])
             assert 0 < record["data_time"] < record["step_time"]
+
+    def test_what_was_consumed_before_batch_and_length_changed(self, config: RunConfig, again: RunConfig, tmp_path: Path) -> None:
+        words = (write_corpus(tmp_path / "corpus", [700], vocab_size=VOCAB_SIZE),)
+        batches, lengths = [4] * 6 + [6] * 3 + [2] * 3, [8] * 6 + [5] * 3 + [10] * 3  # of each step
+        for last in (6, 9, 12):
+            now = change(change(again, "train", global_batch_size=batches[last - 1]), "model", seq_length=lengths[last - 1])
+            data = change(now, "data", data_path=words, split="1,0,0").data
+            ledger, step = past_of(now)
+            course = build_course(
+                Builder(data, lengths[last - 1], 7, VOCAB_SIZE, Cache()),
+                ((0, words), (8, words)),  # the schedule cuts a segment, the counts go on
+                ledger,
+                step=step,
+                train_iters=12,
+                batch=batches[last - 1],
+            )
+            with contextlib.suppress(Killed):
+                run(now, KillAt(last + 1), data=SimpleNamespace(train=course, valid=None, test=None))
+        told = lines(config)
+        samples = list(accumulate(batches))
+        tokens = list(accumulate(batch * length for batch, length in zip(batches, lengths, strict=True)))
+        assert [(record["consumed_samples"], record["consumed_tokens"]) for record in told] == list(zip(samples, tokens, strict=True))
 
     def test_evaluation_is_that_of_the_weights_at_that_moment(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
         engine = run(config)

@@ -28,7 +28,8 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def test_training_record_holds_the_fields_of_the_contract() -> None:
     result = StepResult(2.5, 1.1, 0.3, 0.9, (1.0, 0.5), (1.5, 2.0), stop=False)
-    record = training_record(result, step=3, learning_rate=0.01, topk=2, global_batch_size=4, seq_length=10, step_time=0.5, data_time=0.125)
+    times = {"step_time": 0.5, "data_time": 0.125}
+    record = training_record(result, step=3, learning_rate=0.01, topk=2, tokens=40, consumed=(12, 120), **times)
     assert record == {
         "step": 3,
         "lm_loss": 2.5,
