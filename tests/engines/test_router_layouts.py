@@ -28,14 +28,19 @@ LAYOUTS = {
     "deepspeed, EP2, recompute": Layout(2, f"{EP2} --recompute-granularity full"),
     "deepspeed, TP2, SP": Layout(2, f"{TP2} --sequence-parallel"),
     "deepspeed, PP2": Layout(2, PP2),
-    "deepspeed, TP2 x EP2": Layout(4, f"{TP2} {EP2}"),
     "megatron, 1 rank, recompute": Layout(1, f"{MEGATRON} --recompute-granularity full"),
     "megatron, EP2": Layout(2, f"{MEGATRON} {EP2}"),
-    "megatron, EP2, allgather": Layout(2, f"{MEGATRON} {EP2} --moe-token-dispatcher-type allgather"),
     "megatron, TP2": Layout(2, f"{MEGATRON} {TP2} --sequence-parallel"),
     "megatron, PP2": Layout(2, f"{MEGATRON} {PP2}"),
     "megatron, CP2": Layout(2, f"{MEGATRON} --context-parallel-size 2"),
     "megatron, DP2, overlap": Layout(2, f"{MEGATRON} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    **{
+        f"{name}, capacity": layout._replace(settings="--moe-expert-capacity-factor 0.7")
+        for name, layout in {
+            "megatron, 1 rank": Layout(1, MEGATRON),
+            "megatron, PP2": Layout(2, f"{MEGATRON} {PP2}"),
+        }.items()
+    },
     "megatron, TP2 x EP2, expert-TP 2": Layout(4, f"{MEGATRON} {TP2} {EP2} --sequence-parallel"),
 }
 

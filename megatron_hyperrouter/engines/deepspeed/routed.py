@@ -59,12 +59,15 @@ class RoutedMOELayer(MOELayer):
         """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
         ranks = self.ep_size
         all_RD = x_TD if ranks == 1 else rows_of_all(x_TD, self.ep_group)
-        given = all_RD.view(1, 1, *all_RD.shape)  # as the experts get their tokens: [groups, 1, slots, D]
         columns = []
         for expert in self.experts.deepspeed_experts:
-            with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
-                output = _output(expert, given)
-            columns.append(score(output.float()).view(ranks, -1))
+            parts = []
+            for rows_TD in all_RD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
+                given = rows_TD.view(1, 1, *rows_TD.shape)  # as the experts get their tokens: [groups, 1, slots, D]
+                with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
+                    output = _output(expert, given)
+                parts.append(score(output.float()).flatten())
+            columns.append(torch.stack(parts))
         local_GTL = torch.stack(columns, -1)
         if ranks == 1:
             return local_GTL[0]

@@ -56,11 +56,14 @@ class RoutedMoELayer(MoELayer):
         all_TD = rows_of_all(x_TD, sharers)
         columns = []
         for expert in self.experts.local_experts:
-            with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
-                output_TD, _ = expert(all_TD)
-            if parts.size() > 1:  # each rank has a partial sum: it must be whole before a score, which is not linear
-                dist.all_reduce(output_TD, group=parts)
-            columns.append(score(output_TD.float()))
+            scores = []
+            for rows_TD in all_TD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
+                with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
+                    output_TD, _ = expert(rows_TD)
+                if parts.size() > 1:  # each rank has a partial sum: it must be whole before a score, which is not linear
+                    dist.all_reduce(output_TD, group=parts)
+                scores.append(score(output_TD.float()))
+            columns.append(torch.cat(scores))
         local_TL = torch.stack(columns, -1)
         all_GTL = rows_of_all(local_TL.unsqueeze(0), self.token_dispatcher.ep_group)
         first = sharers.rank() * x_TD.size(0)
