@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
+    eod = tokenizer.eod if minds_documents(config) else None
     ledger, step = past_of(config)
     needed = samples_needed(config)
     splits = splits_of_run(
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=config.train.seed,
             vocab_size=tokenizer.vocab_size,
             cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+            eod=eod,
         ),
         mixes_of(config.data),
         ledger,
@@ -59,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if console.speaks():
         make_folders(config)
-    eod = tokenizer.eod if minds_documents(config) else None
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     try:
         bytes_V = tokenizer.token_bytes_V()

@@ -150,7 +150,8 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset
     from megatron_hyperrouter.data.dataset import build_splits
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
 
-    vocab_size = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size).vocab_size
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
+    vocab_size = tokenizer.vocab_size
     if not own:
         return vocab_size, None
     samples = steps * (config.train.global_batch_size or 0)
@@ -160,6 +161,7 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset
         seq_length=model.seq_length,
         seed=seed,
         vocab_size=vocab_size,
+        eod=tokenizer.eod if config.data.pack_documents else None,
         train_samples=samples,
         valid_samples=0,
         test_samples=0,

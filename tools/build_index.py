@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         seq_length=config.model.seq_length,
         seed=config.train.seed,
         vocab_size=2**31,  # no token is read
+        eod=0,
         cache=cache,
         **samples_needed(config, max(args.world_size, 1)),
     )

@@ -42,11 +42,11 @@ def main(arguments: Sequence[str]) -> None:
     check_topks(args.topk, config.model.num_experts)
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
     samples = args.eval_iters and args.eval_iters * manifest["meta"]["order"]["global_batch_size"]
-    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples)
+    eod = tokenizer.eod if minds_documents(config) else None
+    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)
     ranks = data_parallel_size(config, launched_world_size())
     micro_batch_size = min(config.train.micro_batch_size, max(len(dataset) // ranks, 1))
     bytes_V = tokenizer.token_bytes_V()
-    eod = tokenizer.eod if minds_documents(config) else None
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod, for_training=False)
     try:
         verify(folder, engine)
@@ -115,7 +115,7 @@ def settings_of(folder: Path, *, world_size: int) -> RunConfig:
     return load_file(path, routers=ROUTERS, overrides=neutral | alone | {"sequence_parallel": False}, world_size=world_size)
 
 
-def dataset_of(config: RunConfig, args: Namespace, *, vocab_size: int, samples: int | None) -> Dataset:
+def dataset_of(config: RunConfig, args: Namespace, *, vocab_size: int, samples: int | None, eod: int | None = None) -> Dataset:
     """The split to score: ``samples`` of it, or all of it."""
     from megatron_hyperrouter.data.dataset import build_splits
     from megatron_hyperrouter.errors import DataError
@@ -123,7 +123,8 @@ def dataset_of(config: RunConfig, args: Namespace, *, vocab_size: int, samples: 
     split = args.split or "test"
     data = data_of(config, args)
     wanted: dict[str, Any] = {f"{name}_samples": 0 for name in ("train", "valid", "test")} | {f"{split}_samples": samples}
-    splits = build_splits(data, seq_length=config.model.seq_length, seed=config.train.seed, vocab_size=vocab_size, **wanted)
+    sizes = {"seq_length": config.model.seq_length, "vocab_size": vocab_size}
+    splits = build_splits(data, seed=config.train.seed, eod=eod, **sizes, **wanted)
     dataset: Dataset | None = getattr(splits, split)
     if dataset is None:
         raise DataError(f"the {split} split has no documents", remedy="name another one with --split, or other data with --data-path")

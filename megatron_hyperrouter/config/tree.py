@@ -129,6 +129,9 @@ class DataConfig:
     reset_attention_mask: Annotated[bool, "attention does not cross the end of a document (the tokenizer's end-of-document id)"] = False
     reset_position_ids: Annotated[bool, "positions count from the beginning of each document"] = False
     eod_mask_loss: Annotated[bool, "no loss where the input is the end of a document: nothing foretells the next one"] = False
+    pack_documents: Annotated[
+        bool, "samples of whole documents, the rest filled up without loss; only longer ones than a sample are cut"
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,8 +107,12 @@ def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, t
     first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
     end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
     now, last = _settings(builder, mixes[first][1], batch), past[-1] if past else None
+    same = last is not None and now == {name: last.get(name, False) for name in now}
+    if last is not None and (now["pack_documents"] or last.get("pack_documents")):
+        _check_packed(now, last, longer=(end - last["from_step"]) * batch > last["planned"])
+        past, last, step = [], None, int(last["from_step"])  # nothing was built for a number of samples
     # A longer run than was planned may need a longer index, which would be in another order.
-    if last is not None and now == {name: last[name] for name in now} and (end - last["from_step"]) * batch <= last["planned"]:
+    elif last is not None and same and (end - last["from_step"]) * batch <= last["planned"]:
         past.pop()
     else:
         last = None
@@ -129,6 +133,18 @@ def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, t
     return Course(segments, past, num_samples=train_iters * batch, batch=batch)
 
 
+def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bool) -> None:
+    """Packed samples are no pieces of a stream: what is unread of them cannot be cut anew, and what is unread of a stream not packed."""
+    changed = [f"{name} was {last.get(name, False)} and is {value}" for name, value in now.items() if last.get(name, False) != value]
+    if longer and parse_blend(now["mix"], flag="--data-path").weights is None and len(now["mix"]) > 1:
+        changed.append(f"it was planned for {last['planned']} samples, by which files without weights are mixed, and is longer now")
+    if changed:
+        raise CheckpointError(
+            f"a run with --pack-documents cannot change what orders its samples: {'; '.join(changed)}",
+            remedy="use the settings of that run, or start a new epoch with --finetune",
+        )
+
+
 def splits_of_run(
     builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int, valid_samples: int, test_samples: int
 ) -> Splits:
@@ -146,6 +162,7 @@ def _settings(builder: Builder, words: Sequence[str], batch: int) -> dict[str, A
         "global_batch_size": batch,
         "seed": builder.seed,
         "data_index": builder.data.data_index,
+        "pack_documents": builder.data.pack_documents,
     }
 
 

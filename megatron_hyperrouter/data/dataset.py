@@ -18,14 +18,15 @@ import numpy.typing as npt
 from megatron_hyperrouter.data import index
 from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
 from megatron_hyperrouter.data.cache import Arrays, Cache, file_identity
-from megatron_hyperrouter.data.index import Implementation
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import Order, SampleOrder, Span, order_of, plan_order
+from megatron_hyperrouter.data.packed import PackedDataset, Packing, pack
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import DataConfig
+    from megatron_hyperrouter.data.index import Implementation
 
 Sample = npt.NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
@@ -87,12 +88,7 @@ class SequenceDataset:
             if offset < self.store.sizes[sequence]:
                 break
             offset -= int(self.store.sizes[sequence])
-        byte = int(self.store.pointers[sequence]) + offset * self.store.dtype.itemsize
-        place = f"{self.store.bin_path}, byte {byte}, document {self.store.document_of(sequence)}"
-        return DataError(
-            f"{place}: token id {token}, but the vocabulary has {self.vocab_size} ids: 0 to {self.vocab_size - 1}",
-            remedy="train with the tokenizer that made this file (--tokenizer-type, --tokenizer-model), or preprocess it again",
-        )
+        return self.store.foreign_token(sequence, offset, token, self.vocab_size)
 
 
 class BlendedDataset:
@@ -121,19 +117,21 @@ def build_splits(
     train_samples: int | None,
     valid_samples: int | None,
     test_samples: int | None,
+    eod: int | None = None,
     cache: Cache | None = None,
     impl: Implementation | None = None,
 ) -> Splits:
     """The datasets of a run, each with at least the samples asked for (None: one epoch; 0: no dataset).
 
     ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation and test may have
-    no documents at all, and are None then.  ``cache``: where index files lie; by default as ``data`` says.
+    no documents at all, and are None then.  ``eod``: the id that ends a document, for ``--pack-documents``.  ``cache``: where
+    index files lie; by default as ``data`` says.
     DataError for files that are unusable, empty, or shorter than one sample.
     """
     if not data.data_path and not data.train_data_path:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
         raise ConfigError([Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)])
-    builder = Builder(data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl)
+    builder = Builder(data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod)
     samples = (train_samples, valid_samples, test_samples)
     return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
 
@@ -148,6 +146,7 @@ class Builder:
     vocab_size: int
     cache: Cache
     impl: Implementation | None = None
+    eod: int | None = None  # the id that ends a document; what packs them needs it
     stores: dict[str, IndexedDataset] = field(default_factory=dict)
     asked: dict[str, int | None] = field(default_factory=dict)  # file -> the number of samples that its last index was made for
 
@@ -205,7 +204,7 @@ class Builder:
         found = self.cache.arrays(key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size))
         return found["sets"], found["samples"]
 
-    def one(self, prefix: str, number: int, num_samples: int | None) -> SequenceDataset:
+    def one(self, prefix: str, number: int, num_samples: int | None) -> Dataset:
         """One file, or its part in this split."""
         store, documents = self.open(prefix), self.documents(prefix, number)
         tokens = self.tokens(store, documents)
@@ -216,8 +215,30 @@ class Builder:
                 remedy="use more text, a smaller --seq-length, or another --split",
             )
         self.asked[prefix] = num_samples
+        if self.data.pack_documents:
+            return self.packed(store, documents, num_samples)
         order = self.order(store, documents, num_samples)
         return SequenceDataset(store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl)
+
+    def packed(self, store: IndexedDataset, documents: range, num_samples: int | None) -> PackedDataset:
+        """Samples of whole documents."""
+        if self.eod is None:
+            raise ValueError("documents are packed by the id that ends one: eod must be given")
+        length = self.seq_length + 1
+        key = {
+            "kind": "packed documents",
+            "file": file_identity(store.idx_path),
+            "documents": [documents.start, documents.stop],
+            "seed": self.seed,
+            "length": length,
+        }
+
+        def build() -> Arrays:
+            return vars(pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl))
+
+        packing = Packing(**self.cache.arrays(key, build, beside=store.prefix, numbers=3 * len(documents)))
+        sizes = {"seq_length": self.seq_length, "vocab_size": self.vocab_size, "num_samples": num_samples}
+        return PackedDataset(store, packing, **sizes, eod=self.eod, seed=self.seed, impl=self.impl)
 
     def order(self, store: IndexedDataset, documents: range, num_samples: int | None) -> Order:
         """The samples of these documents, by the kind of index that the file has."""
@@ -241,6 +262,8 @@ class Builder:
 
     def on_demand(self, store: IndexedDataset) -> bool:
         """Whether the index of this file is looked up rather than built: the same for all its splits and whatever the run's length."""
+        if self.data.pack_documents:
+            return False
         kind = self.data.data_index
         return kind == "on-demand" or (kind == "auto" and len(store) >= ON_DEMAND_FROM)
 

@@ -154,6 +154,14 @@ class IndexedDataset:
         """The document that sequence ``i`` is a part of."""
         return int(np.searchsorted(self.document_indices, i, side="right")) - 1
 
+    def foreign_token(self, i: int, offset: int, token: int, vocab_size: int) -> DataError:
+        """What to raise for the id at token ``offset`` of sequence ``i``."""
+        place = f"{self.bin_path}, byte {int(self.pointers[i]) + offset * self.dtype.itemsize}, document {self.document_of(i)}"
+        return DataError(
+            f"{place}: token id {token}, but the vocabulary has {vocab_size} ids: 0 to {vocab_size - 1}",
+            remedy="train with the tokenizer that made this file (--tokenizer-type, --tokenizer-model), or preprocess it again",
+        )
+
     def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
         if len(index) < _HEADER.size:
             raise self._bad_index(len(index), f"a header of {_HEADER.size} bytes", f"the end of the file after {len(index)} bytes")

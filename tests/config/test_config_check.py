@@ -14,6 +14,7 @@ from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 
 INSTALLED = megatron.installed  # before a test replaces it
 BY_NAME = {rule.__name__: rule for rule in RULES}
+PACKED = {"pack_documents": True, "reset_attention_mask": True, "eod_mask_loss": True}
 MEGATRON = {"engine": "megatron"}
 TP2 = {"tensor_model_parallel_size": 2}
 
@@ -259,6 +260,26 @@ CASES = [
         "--transformer-impl",
         "knows no documents",
         {"reset_position_ids": False},
+    ),
+    case(
+        "packed_documents_stay_apart",
+        {"pack_documents": True, "eod_mask_loss": True},
+        "--pack-documents",
+        "--reset-attention-mask",
+        {"reset_attention_mask": True},
+    ),
+    case(
+        "packed_documents_stay_apart",
+        {"pack_documents": True, "reset_attention_mask": True},
+        "--pack-documents",
+        "--eod-mask-loss",
+        {"eod_mask_loss": True},
+    ),
+    case(
+        "packing_knows_all_documents", {**PACKED, "data_index": "on-demand"}, "--data-index", "sort all documents", {"data_index": "auto"}
+    ),
+    case(
+        "packing_knows_all_documents", {**PACKED, "data_schedule": "mixes.yaml"}, "--data-schedule", "another mix", {"data_schedule": None}
     ),
     case("settings_of_the_other_engine", {"transformer_impl": "transformer_engine"}, "--transformer-impl", "megatron engine", MEGATRON),
     case("settings_of_the_other_engine", {**MEGATRON, "mlp_type": "residual"}, "--mlp-type", "deepspeed engine", {"engine": "deepspeed"}),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import split_shares
+from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -62,6 +63,28 @@ def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator
         yield broken(config, "tokenizer_type", "needs --vocab-size", "give the number of token ids")
 
 
+def packed_documents_stay_apart(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """What shares a sample by chance must not see each other, and what fills it up is no text."""
+    for name in ("reset_attention_mask", "eod_mask_loss"):
+        if config.data.pack_documents and not getattr(config.data, name):
+            remedy = f"add {flag(name)}, or leave --pack-documents out"
+            yield broken(
+                config, "pack_documents", f"needs {flag(name)}, for what shares a sample has nothing to do with each other", remedy
+            )
+
+
+def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Packing sorts the documents; and the ledger tells tokens of a stream, which packed samples are not cut from."""
+    if not config.data.pack_documents:
+        return
+    if config.data.data_index == "on-demand":
+        rule = "builds no order, and --pack-documents must sort all documents"
+        yield broken(config, "data_index", rule, "use --data-index auto, or leave --pack-documents out")
+    if config.data.data_schedule is not None:
+        rule = "reads on where another mix stopped, which is not known for samples of --pack-documents"
+        yield broken(config, "data_schedule", rule, "use one mix with --data-path, or leave --pack-documents out")
+
+
 def number(word: str) -> float | None:
     """The word as a number; None where it is none."""
     try:
@@ -70,4 +93,12 @@ def number(word: str) -> float | None:
         return None
 
 
-RULES: tuple[Rule, ...] = (some_data, one_source_of_data, blends, split_is_three_shares, tokenizer_is_complete)
+RULES: tuple[Rule, ...] = (
+    some_data,
+    one_source_of_data,
+    blends,
+    split_is_three_shares,
+    tokenizer_is_complete,
+    packed_documents_stay_apart,
+    packing_knows_all_documents,
+)
