@@ -110,7 +110,8 @@ def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, t
     same = last is not None and now == {name: last.get(name, False) for name in now}
     if last is not None and (now["pack_documents"] or last.get("pack_documents")):
         _check_packed(now, last, longer=(end - last["from_step"]) * batch > last["planned"])
-        past, last, step = [], None, int(last["from_step"])  # nothing was built for a number of samples
+        step = int(last["from_step"])
+        past, last = [], None  # nothing was built for a number of samples
     # A longer run than was planned may need a longer index, which would be in another order.
     elif last is not None and same and (end - last["from_step"]) * batch <= last["planned"]:
         past.pop()

@@ -237,8 +237,16 @@ class Builder:
             return vars(pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl))
 
         packing = Packing(**self.cache.arrays(key, build, beside=store.prefix, numbers=3 * len(documents)))
-        sizes = {"seq_length": self.seq_length, "vocab_size": self.vocab_size, "num_samples": num_samples}
-        return PackedDataset(store, packing, **sizes, eod=self.eod, seed=self.seed, impl=self.impl)
+        return PackedDataset(
+            store,
+            packing,
+            seq_length=self.seq_length,
+            vocab_size=self.vocab_size,
+            eod=self.eod,
+            seed=self.seed,
+            num_samples=num_samples,
+            impl=self.impl,
+        )
 
     def order(self, store: IndexedDataset, documents: range, num_samples: int | None) -> Order:
         """The samples of these documents, by the kind of index that the file has."""

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from engines.layout_worker import EOD as ENDS
+from engines.layout_worker import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_gpt import ReferenceGPT
 
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data import index
@@ -149,6 +153,43 @@ def test_a_foreign_token_is_found_in_a_piece_of_a_document(tmp_path: Path) -> No
     with pytest.raises(DataError, match=rf"byte {2 * (2 + 17)}, document 1: token id {VOCABULARY + 1}"):
         for i in range(len(packed)):
             packed[i]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> None:
+    """By the float64 model to which the engines are held; and not where attention goes across."""
+    flags = ["--router.name", "topk", "--eod-mask-loss", *(["--reset-attention-mask", "--pack-documents"] if apart else [])]
+    config, random = tiny_config(flags), np.random.default_rng(5)
+    shapes = {
+        "input_layernorm": (32,),
+        "self_attention.linear_qkv": (64, 32),
+        "self_attention.q_layernorm": (8,),
+        "self_attention.k_layernorm": (8,),
+        "self_attention.linear_proj": (32, 32),
+        "pre_mlp_layernorm": (32,),
+        "router": (4, 32),
+        **{f"mlp.experts.local_experts.{expert}.linear_fc1": (96, 32) for expert in range(4)},
+        **{f"mlp.experts.local_experts.{expert}.linear_fc2": (32, 48) for expert in range(4)},
+    }
+    named = {f"decoder.layers.{layer}.{name}.weight": shape for layer in range(2) for name, shape in shapes.items()}
+    named |= {"embedding.word_embeddings.weight": (64, 32), "decoder.final_layernorm.weight": (32,)}
+    weights = {name: torch.from_numpy(random.normal(0, 0.3, shape)) for name, shape in named.items()}
+    model = ReferenceGPT(config, weights, lambda w, layer: w[f"decoder.layers.{layer}.router.weight"], eod=ENDS)
+    documents = [[*random.integers(0, ENDS, size - 1).tolist(), ENDS][-size:] for size in (5, 1, 40, 9, 17, 3, 7)]
+    with IndexedWriter(tmp_path / "p", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(np.array(document))
+    packed = builder(str(tmp_path / "p"), length=16)
+    packed.eod = ENDS
+    samples = packed.one(str(tmp_path / "p"), 0, None)
+
+    def total(rows: list[list[int]]) -> float:
+        with torch.no_grad():
+            return sum(float(model.loss(torch.tensor([row[:-1]]), torch.tensor([row[1:]]), 2)[0]) for row in rows)
+
+    alone = [document[begin : begin + 17] for document in documents for begin in range(0, len(document), 17)]
+    found = total([samples[i].tolist() for i in range(len(samples))])
+    assert (found == pytest.approx(total([piece for piece in alone if len(piece) > 1]), rel=1e-12)) is apart
 
 
 def course_of(first: Builder, ledger: Any, *, step: int, train_iters: int, batch: int = 2) -> Course:
