@@ -1,6 +1,7 @@
 """Data against megatron-core's own helpers and datasets, bit-equal and in turn; goals in the table, as ratios of CPU time.
 
-Preprocessing has a program of its own.  The last lines are a cold start over the sizes of 10**8 documents, which has no peer.
+Preprocessing, the first row of the goals, has a program of its own: benchmarks/preprocess.py.  The last lines are a cold start over the
+sizes of 10**8 documents, which has no peer.
 """
 
 from __future__ import annotations

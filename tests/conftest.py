@@ -15,6 +15,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # b
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", settings.get_profile("house"), max_examples=10)  # tests/sanitize.sh
 settings.register_profile("deep", settings.get_profile("house"), derandomize=False, max_examples=2000)  # pytest --hypothesis-profile deep
 settings.load_profile("house")
 

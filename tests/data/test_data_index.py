@@ -126,6 +126,24 @@ def test_counts_beyond_32_bits_are_exact(impl):
 
 
 @every
+@pytest.mark.parametrize("tokens", [510, 511, 512, 513, 20_000])
+def test_a_result_of_whole_pages_and_parts_of_them_is_complete_and_its_own(impl, tokens):
+    sizes, order = np.full(tokens, 1, np.int32), np.arange(tokens, dtype=np.int32)
+    found = index.sample_index(sizes, order, 1, 1, tokens, True, 0, impl=impl)
+    expected = helpers.build_sample_idx_int32(sizes, order, 1, 1, tokens, True, 0)
+    np.testing.assert_array_equal(found, expected)
+    found += 1  # writable, and nobody else's
+    np.testing.assert_array_equal(index.sample_index(sizes, order, 1, 1, tokens, True, 0, impl=impl), found - 1)
+
+
+@native
+def test_a_result_that_no_memory_holds_is_refused():
+    for samples in (2**61 - 1, 2**55):
+        with pytest.raises(MemoryError):
+            index.IMPLEMENTATIONS["C++"].sample_index(SIZES, ORDER, 1, samples, 5, 1, False)
+
+
+@every
 def test_no_sample_is_lost_to_float32(impl):
     """megatron-core counts in float32 where the last sample may be short, and loses that sample here."""
     seq_length, samples = 2048, 976_562

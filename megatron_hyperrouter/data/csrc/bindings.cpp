@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,6 +15,7 @@
 
 #include "blending.h"
 #include "gather.h"
+#include "pages.h"
 #include "permutation.h"
 #include "sample_index.h"
 #include "shuffle.h"
@@ -37,11 +40,16 @@ View<T> view(const Array<T>& array, const char* name) {
 
 template <typename Out, typename Document>
 py::array build_sample_index(View<int32_t> sizes, View<Document> order, const SampleCut& cut) {
-  Array<Out> out({static_cast<py::ssize_t>(cut.num_samples + 1), static_cast<py::ssize_t>(2)});
-  Out* rows = out.mutable_data();
-  const py::gil_scoped_release released;
-  sample_index(sizes, order, cut, rows);
-  return std::move(out);
+  if (cut.num_samples > int64_t{1} << 60) throw std::bad_alloc();
+  std::unique_ptr<Out[]> rows;
+  {
+    const py::gil_scoped_release released;
+    rows = unfilled<Out>(2 * (cut.num_samples + 1));
+    sample_index(sizes, order, cut, rows.get());
+  }
+  const py::capsule owner(rows.get(), [](void* data) { delete[] static_cast<Out*>(data); });
+  return Array<Out>({static_cast<py::ssize_t>(cut.num_samples + 1), static_cast<py::ssize_t>(2)}, rows.release(),
+                    owner);
 }
 
 template <typename Document>
