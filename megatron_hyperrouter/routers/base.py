@@ -34,7 +34,6 @@ class Routing(NamedTuple):
     weights_TK: Tensor  # float32; a row sums to 1 unless the method says otherwise
     experts_TK: Tensor  # int64 ids of experts in the whole model
     losses: dict[str, Tensor]  # name -> scalar, already multiplied by its coefficient
-    scores_TE: Tensor | None = None  # of all experts' outputs, where ``refine`` asked for them and ``combine`` needs them
 
 
 class ExpertBank(Protocol):

@@ -51,6 +51,12 @@ from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing, floa
 Coefficient = Annotated[float, Ge(0.0)]
 
 
+class Competition(Routing):
+    """A decision, and the scores of all experts that it was made by: what ``refine`` leaves for ``combine``."""
+
+    scores_TE: Tensor
+
+
 class CompeteSMoERouter(Router, name="competesmoe"):
     """A trained linear router that learns from competitions between all experts; by itself, without a bank, it is a plain one."""
 
@@ -175,11 +181,13 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         experts_TK = best_experts(scores_TE, now.k)
         distance = token_mean(self._distances(first.logits_TE, scores_TE, experts_TK), self.over_shards)
         losses = {"competition": self.config.chosen("router_coeff") * distance}
-        return Routing(first.logits_TE, self._mix(scores_TE.gather(-1, experts_TK)), experts_TK, losses, scores_TE)
+        routing = Competition(first.logits_TE, self._mix(scores_TE.gather(-1, experts_TK)), experts_TK, losses)
+        routing.scores_TE = scores_TE
+        return routing
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
         """Weights and losses again from the winners' outputs, which they train."""
-        assert routing.scores_TE is not None, "combine() follows a competing pass alone"
+        assert isinstance(routing, Competition), "combine() follows a competing pass alone"
         losses, experts_TK = dict(routing.losses), routing.experts_TK
         with float32_maths(x_TD.device):
             scores_TK = self.score(outputs_TKD)

@@ -65,6 +65,7 @@ def same(a: Routing, b: Routing) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_routing_has_the_promised_shapes(name):
     routing = route(small(name), tokens())
+    assert len(routing) == 4  # callers may take it apart
     assert routing.logits_TE.shape == (T, E)
     assert routing.weights_TK.shape == routing.experts_TK.shape == (T, 2)
     assert (routing.logits_TE.dtype, routing.weights_TK.dtype, routing.experts_TK.dtype) == (torch.float32, torch.float32, torch.int64)
