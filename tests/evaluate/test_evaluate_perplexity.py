@@ -66,7 +66,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def open_engine(config: RunConfig, *, vocab_size: int, for_training: bool) -> FakeEngine:
+    def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None, for_training: bool) -> FakeEngine:
         assert not for_training and config.parallel.expert_model_parallel_size == 1
         return FakeEngine(vocab_size, seed=99)
 
