@@ -16,8 +16,8 @@ namespace hyperrouter {
 // An array of `count` elements, not filled; std::bad_alloc where there is no room for it.
 //
 // NumPy asks for huge pages, and each of them can take milliseconds where memory is in pieces or where the host of a
-// virtual machine has taken it back: up to as long as the work itself. One call for ordinary pages always takes little,
-// and less than a fault for each.
+// virtual machine has taken it back: up to as long as the work itself. One call for ordinary pages was seen to
+// take less than huge ones, and than a fault for each.
 template <typename T>
 std::unique_ptr<T[]> unfilled(int64_t count) {
   if (count < 0 || count > PTRDIFF_MAX / static_cast<int64_t>(sizeof(T))) throw std::bad_alloc();
