@@ -32,13 +32,16 @@ from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import DataError
 
 Arrays = dict[str, npt.NDArray[Any]]
+Named = Iterator[tuple[str, npt.NDArray[Any]]]
 Key = Mapping[str, Any]
 
 CACHED_FROM = 2**20  # numbers; what is smaller is built by every process in less time than it takes to open a file
 _MAGIC = b"MHRINDEX"
 _START = struct.Struct("<8sQ")
 _ALIGN = 64
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # bytes at a time: what is summed is still in a core's cache when it is written
+_ROOM = 1 << 12  # bytes for the description of the arrays
+_LONGEST_HEADER = 1 << 24
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -54,10 +57,13 @@ class Cache:
     cached_from: int = CACHED_FROM
     used: list[Path] = field(default_factory=list)
 
-    def arrays(self, key: Key, build: Callable[[], Arrays], *, beside: str, numbers: int) -> Arrays:
-        """What ``build`` makes of ``key`` (values that JSON knows): ``numbers`` of them, for the data file ``beside``."""
+    def arrays(self, key: Key, build: Callable[[], Named], *, beside: str, numbers: int) -> Arrays:
+        """What ``build`` makes of ``key`` (values that JSON knows): ``numbers`` of them, for the data file ``beside``.
+
+        An array that ``build`` yields is written before the next one is asked for, so that they need not all be in memory.
+        """
         if numbers < self.cached_from:
-            return build()
+            return dict(build())
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest() + ".index"
         paths = [folder / name for folder in self._folders(beside)]
         for path in paths:  # no lock and no right to write is needed for what is there
@@ -77,7 +83,7 @@ class Cache:
             except OSError as error:
                 console.warn(f"{path}: cannot be written: {error.strerror or error}; this process keeps the index in its own memory")
                 break
-        return build()
+        return dict(build())
 
     def _folders(self, beside: str) -> list[Path]:
         if self.folder is not None:
@@ -100,55 +106,65 @@ def file_identity(path: Path) -> Key:
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
 
 
-def _build(path: Path, key: Key, build: Callable[[], Arrays]) -> Arrays:
+def _build(path: Path, key: Key, build: Callable[[], Named]) -> Arrays:
     """Make the arrays and put them in place; only the holder of the lock comes here."""
     mine = f".{path.stem}.{socket.gethostname()}-"
     for dead in path.parent.glob(f"{mine}*.partial"):  # a machine's other builders would hold the lock
         dead.unlink(missing_ok=True)
-    arrays = build()
     partial = path.with_name(f"{mine}{os.getpid()}.partial")
     try:
-        _write(partial, key, arrays)
+        _write(partial, key, build())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return _load(path, key) or arrays
+    return _load(path, key, written_here=True) or dict(build())
 
 
-def _write(path: Path, key: Key, arrays: Arrays) -> None:
+def _write(path: Path, key: Key, arrays: Named) -> None:
+    """Not forced to the disk: what a crash of the machine leaves shows in the sums, and is built again."""
     entries: list[dict[str, Any]] = []
-    offset = 0
-    for name, array in arrays.items():
-        offset += -offset % _ALIGN
-        kind = array.dtype.newbyteorder("<").str
-        entries.append({"name": name, "dtype": kind, "shape": array.shape, "offset": offset, "sum": _sum(_bytes(array))})
-        offset += array.nbytes
-    header = json.dumps({"key": key, "arrays": entries, "size": offset}).encode()
+    offset, length = 0, -(-len(json.dumps(key)) // _ROOM) * _ROOM + _ROOM  # of the header, which is known last
+    base = _base(length)
     with open(path, "wb", buffering=0) as stream:
-        stream.write(_START.pack(_MAGIC, len(header)) + header)
-        base = _base(len(header))
-        for entry, array in zip(entries, arrays.values(), strict=True):
-            stream.seek(base + entry["offset"])
-            content = _bytes(array)
-            while len(content):
-                content = content[stream.write(content) or 0 :]
+        for name, array in arrays:
+            offset += -offset % _ALIGN
+            stream.seek(base + offset)
+            entry = {"name": name, "dtype": array.dtype.newbyteorder("<").str, "shape": array.shape, "offset": offset}
+            entries.append(entry | {"sum": _write_array(stream, array)})
+            offset += array.nbytes
+            del array
         stream.truncate(base + offset)
-        os.fsync(stream.fileno())
+        header = json.dumps({"key": key, "arrays": entries, "size": offset}).encode().ljust(length)
+        if len(header) > length:
+            raise ValueError(f"{len(entries)} arrays: their description is longer than {_ROOM} bytes")
+        stream.seek(0)
+        stream.write(_START.pack(_MAGIC, length) + header)
 
 
-def _load(path: Path, key: Key) -> Arrays | None:
-    """The arrays of a file, mapped; None where it is missing, damaged, or of another key."""
+def _write_array(stream: Any, array: npt.NDArray[Any]) -> int:
+    """Write the bytes; their sum."""
+    content, total = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
+    for begin in range(0, len(content), _CHUNK):
+        piece = content[begin : begin + _CHUNK]
+        total += _sum(piece)
+        while len(piece):
+            piece = piece[stream.write(piece) or 0 :]
+    return total % 2**64
+
+
+def _load(path: Path, key: Key, *, written_here: bool = False) -> Arrays | None:
+    """The arrays of a file, mapped; None where it is missing, damaged, or of another key.  ``written_here``: by this very process."""
     try:
         with open(path, "rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
             magic, length = _START.unpack(stream.read(_START.size))
-            if magic != _MAGIC or length > min(size, _CHUNK):
+            if magic != _MAGIC or length > min(size, _LONGEST_HEADER):
                 return None
             header = json.loads(stream.read(length))
             base = _base(length)
             if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
                 return None
-            if not all(_is_sound(stream, base, entry) for entry in header["arrays"]):
+            if not written_here and not all(_is_sound(stream, base, entry) for entry in header["arrays"]):
                 return None
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return {
@@ -172,10 +188,6 @@ def _is_sound(stream: Any, base: int, entry: Mapping[str, Any]) -> bool:
             return False
         total, left = total + _sum(buffer[:wanted]), left - wanted
     return bool(total % 2**64 == entry["sum"])
-
-
-def _bytes(array: npt.NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _sum(content: memoryview) -> int:

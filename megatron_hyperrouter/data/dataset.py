@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megatron_hyperrouter.data import index
 from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
-from megatron_hyperrouter.data.cache import Arrays, Cache, file_identity
+from megatron_hyperrouter.data.cache import Cache, Named, file_identity
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import Order, SampleOrder, Span, order_of, plan_order
 from megatron_hyperrouter.data.packed import PackedDataset, Packing, pack
@@ -192,13 +192,13 @@ class Builder:
     def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.Blend:
         """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are used up."""
 
-        def build() -> Arrays:
+        def build() -> Named:
             made = (
                 index.exhaustive_blending_indices(shares, impl=self.impl)
                 if size is None
                 else index.blending_indices(shares, size, impl=self.impl)
             )
-            return {"sets": made[0], "samples": made[1]}
+            yield from zip(("sets", "samples"), made, strict=True)
 
         key = {"kind": "megatron-core 0.16 BlendedDataset", "shares": [float(share).hex() for share in shares], "size": size}
         found = self.cache.arrays(key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size))
@@ -233,8 +233,8 @@ class Builder:
             "length": length,
         }
 
-        def build() -> Arrays:
-            return vars(pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl))
+        def build() -> Named:
+            yield from vars(pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl)).items()
 
         packing = Packing(**self.cache.arrays(key, build, beside=store.prefix, numbers=3 * len(documents)))
         return PackedDataset(
@@ -262,8 +262,8 @@ class Builder:
             **asdict(plan),
         }
 
-        def build() -> Arrays:
-            return vars(order_of(plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl))
+        def build() -> Named:
+            return order_of(plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl)
 
         numbers = plan.epochs * (len(documents) + 3 * plan.tokens_per_epoch // self.seq_length)
         return SampleOrder(**self.cache.arrays(key, build, beside=store.prefix, numbers=numbers))

@@ -6,6 +6,7 @@ stream is cut into samples; the samples are shuffled again.  :mod:`on_demand` is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -102,16 +103,22 @@ def build_order(
     """
     tokens_per_epoch = int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
     plan = plan_order(tokens_per_epoch, seq_length=seq_length, num_samples=num_samples)
-    return order_of(plan, sizes, documents, seq_length=seq_length, seed=seed, impl=impl)
+    return SampleOrder(**dict(order_of(plan, sizes, documents, seq_length=seq_length, seed=seed, impl=impl)))
 
 
 def order_of(
     plan: OrderPlan, sizes: npt.NDArray[np.int32], documents: range, *, seq_length: int, seed: int, impl: Implementation | None = None
-) -> SampleOrder:
-    """The order that was planned."""
+) -> Iterator[tuple[str, Integers]]:
+    """The arrays of the order that was planned, by the names of :class:`SampleOrder`; each is forgotten as soon as it can be."""
     random_state = np.random.RandomState(seed)  # drawn from by documents first, samples second
-    ids = np.arange(documents.start, documents.stop, dtype=np.int32 if documents.stop < 2**31 else np.int64)
-    order = index.document_index(ids, plan.epochs, random_state, plan.apart is not None, impl=impl)
+    kind = np.int32 if documents.stop < 2**31 else np.int64
+    order = index.document_index(
+        np.arange(documents.start, documents.stop, dtype=kind), plan.epochs, random_state, plan.apart is not None, impl=impl
+    )
+    yield "document_index", order
     samples = index.sample_index(sizes, order, seq_length, plan.epochs, plan.tokens_per_epoch, impl=impl)
+    del order
+    yield "sample_index", samples
     total = len(samples) - 1
-    return SampleOrder(order, samples, index.shuffle_index(total if plan.apart is None else plan.apart, total, random_state, impl=impl))
+    del samples
+    yield "shuffle_index", index.shuffle_index(total if plan.apart is None else plan.apart, total, random_state, impl=impl)

@@ -41,6 +41,8 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 20  # sequences handled at a time: memory stays a few MB whatever the corpus
+_CHECKED = 1 << 16  # sequences checked at a time: what is computed of them stays in a core's cache
+_AROUND = 1 << 17  # bytes; Linux maps 64 kB where one of them is read
 _AGAIN = "make the pair of files again with tools/preprocess_data.py"
 
 
@@ -186,9 +188,10 @@ class IndexedDataset:
         for bad, want in ((0, 0), (len(marks) - 1, last)):
             if marks[bad] != want:
                 raise self._bad_index(place + 8 * bad, f"document mark {bad} to be {want}", f"{marks[bad]}")
-        for begin in range(0, len(marks) - 1, _CHUNK):
-            some = marks[begin : begin + _CHUNK + 1]
+        for begin in range(0, len(marks) - 1, _CHECKED):
+            some = marks[begin : begin + _CHECKED + 1]
             falls = np.flatnonzero(some[1:] < some[:-1])
+            self._idx.let_go(place + 8 * begin, some.nbytes)
             if len(falls):
                 bad = begin + int(falls[0]) + 1
                 raise self._bad_index(place + 8 * bad, f"document mark {bad} to be at least {marks[bad - 1]}", f"{marks[bad]}")
@@ -196,8 +199,16 @@ class IndexedDataset:
     def _check_pointers(self, bin_bytes: int) -> None:
         """Every sequence lies inside ``.bin``, and the last of them ends where ``.bin`` ends."""
         item, end = self.dtype.itemsize, 0
-        for begin in range(0, len(self), _CHUNK):
-            sizes, pointers = self.sizes[begin : begin + _CHUNK].astype(np.int64), self.pointers[begin : begin + _CHUNK]
+        for begin in range(0, len(self), _CHECKED):
+            few, pointers = self.sizes[begin : begin + _CHECKED], self.pointers[begin : begin + _CHECKED]
+            # Nearly always each begins where the one before it ends, which takes a third of the time to see.
+            ends = np.cumsum(few, dtype=np.int64) * item + end
+            in_line = pointers[0] == end and np.array_equal(pointers[1:], ends[:-1])
+            self._idx.let_go(_HEADER.size + 4 * len(self) + 8 * begin, pointers.nbytes)
+            if in_line and few.min() >= 0 and ends[-1] <= bin_bytes:
+                end = int(ends[-1])
+                continue
+            sizes = few.astype(np.int64)
             negative, odd = np.flatnonzero(sizes < 0), np.flatnonzero((pointers < 0) | (pointers % item != 0))
             if len(negative):
                 bad = begin + int(negative[0])
@@ -241,6 +252,13 @@ class _Mapped:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{path}: cannot be read: {reason}", remedy="check its permissions and its disk") from error
         self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
+
+    def let_go(self, begin: int, length: int) -> None:
+        """Count these bytes as this process's memory no longer; they are mapped again when they are next read."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            before = max(begin - _AROUND, 0)  # reading a page brings in those around it, too
+            start = before // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, begin + length - start)
 
     def size_now(self) -> int:
         """Bytes that the file has by now."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,30 +21,28 @@ from distributed import environment
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data import cache
-from megatron_hyperrouter.data.cache import Cache, file_identity
+from megatron_hyperrouter.data.cache import Cache, Named, file_identity
 from megatron_hyperrouter.data.dataset import SequenceDataset, Splits, build_splits
 
 KEY = {"kind": "test", "numbers": [1, 2], "share": None}
 
 
-def made() -> dict[str, np.ndarray]:
-    return {
-        "odd": np.arange(13, dtype=np.int16),  # 26 bytes: no whole number of words
-        "rows": np.arange(2 * 200_000, dtype=np.int64).reshape(-1, 2),
-        "none": np.zeros((0, 2), np.int32),
-        "words": np.arange(400_000, dtype=np.uint32),
-    }
+def made() -> Named:
+    yield "odd", np.arange(13, dtype=np.int16)  # 26 bytes: no whole number of words
+    yield "rows", np.arange(2 * 200_000, dtype=np.int64).reshape(-1, 2)
+    yield "none", np.zeros((0, 2), np.int32)
+    yield "words", np.arange(400_000, dtype=np.uint32)
 
 
 def assert_made(arrays) -> None:
-    expected = made()
+    expected = dict(made())
     assert list(arrays) == list(expected)
     for name, array in arrays.items():
         assert array.dtype == expected[name].dtype
         np.testing.assert_array_equal(array, expected[name])
 
 
-def never() -> dict[str, np.ndarray]:
+def never() -> Named:
     raise AssertionError("built again")
 
 
@@ -112,7 +111,7 @@ def test_a_damaged_or_foreign_file_is_built_again(tmp_path, damage):
 def test_many_at_once_build_it_once(tmp_path):
     built = []
 
-    def build() -> dict[str, np.ndarray]:
+    def build() -> Named:
         built.append(1)
         time.sleep(0.2)
         return made()
@@ -123,8 +122,24 @@ def test_many_at_once_build_it_once(tmp_path):
     assert built == [1]
 
 
+def test_no_array_is_kept_while_the_next_one_is_made(tmp_path):
+    class Watched(np.ndarray):  # a plain array takes no weak reference on all versions
+        pass
+
+    def build() -> Named:
+        one = np.arange(1000).view(Watched)
+        seen = weakref.ref(one)
+        yield "one", one
+        del one
+        assert seen() is None
+        yield "two", np.arange(3)
+
+    found = arrays(tmp_path, build)
+    np.testing.assert_array_equal(found["one"], np.arange(1000))
+
+
 def test_a_builder_that_fails_leaves_nothing_and_the_next_one_builds(tmp_path):
-    def fail() -> dict[str, np.ndarray]:
+    def fail() -> Named:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

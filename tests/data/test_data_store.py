@@ -8,6 +8,8 @@ import io
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,7 @@ def test_chunks_join_without_a_seam(tmp_path, monkeypatch):
     shape = [[3], [0], [2, 2], [1], [], [4, 1, 1], [2]] * 5
     write_megatrons(tmp_path / "theirs", shape, np.uint16)
     monkeypatch.setattr(store, "_CHUNK", 4)
+    monkeypatch.setattr(store, "_CHECKED", 4)
     write_ours(tmp_path / "ours", shape, np.uint16)
     assert pair(tmp_path / "ours") == pair(tmp_path / "theirs")
     assert IndexedDataset(tmp_path / "ours").num_tokens == 5 * 16
@@ -225,7 +228,7 @@ def test_a_foreign_idx_is_refused(prefix, content):
 )
 @pytest.mark.parametrize("chunk", [1, 2, 3, 1 << 20])
 def test_an_inconsistent_idx_is_refused(prefix, byte, content, words, chunk, monkeypatch):
-    monkeypatch.setattr(store, "_CHUNK", chunk)
+    monkeypatch.setattr(store, "_CHECKED", chunk)
     overwrite(prefix, ".idx", byte, content)
     refuses(prefix, ".idx", byte, *words)
 
@@ -254,7 +257,7 @@ def test_an_idx_without_marks_is_refused(tmp_path):
 )
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
 def test_a_sequence_beyond_the_bin_is_refused(prefix, byte, content, sequence, chunk, monkeypatch):
-    monkeypatch.setattr(store, "_CHUNK", chunk)
+    monkeypatch.setattr(store, "_CHECKED", chunk)
     overwrite(prefix, ".idx", byte, content)
     refuses(prefix, ".bin", 16, f"sequence {sequence} to reach byte")
 
@@ -379,3 +382,27 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="file"):
         IndexedWriter(tmp_path / "file" / "corpus", np.uint16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_checking_an_index_does_not_keep_it_in_memory(tmp_path):
+    """The index of 2 million sequences has 40 MB, of which their sizes, 8 MB, stay mapped: a sample index reads them next."""
+    sizes = np.full(2_000_000, 3, np.int32)
+    with open(tmp_path / "c.idx", "wb") as stream:
+        stream.write(store.index_header("<u2", len(sizes), len(sizes)))
+        for part in (sizes, np.arange(len(sizes), dtype=np.int64) * 6, np.arange(len(sizes) + 1, dtype=np.int64)):
+            part.tofile(stream)
+    with open(tmp_path / "c.bin", "wb") as stream:
+        stream.truncate(6 * len(sizes))
+    program = """
+import sys
+from megatron_hyperrouter.data.store import IndexedDataset
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+store = IndexedDataset(sys.argv[1], whole=False)
+before = peak()
+store.check()
+print(peak() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True, check=True)
+    assert float(told.stdout) < 16
