@@ -9,6 +9,7 @@ from typing import Any
 from megatron_hyperrouter.errors import DataError, HostError
 
 _MOST_ROWS = 4096  # in one batch
+_BUFFER = 1 << 20  # bytes of the file read ahead for a column; without it the reader takes the whole column of a row group at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _open(path: str) -> Any:
     except ImportError as error:
         raise HostError(f"{path}: reading Parquet files needs the library pyarrow", remedy="pip install pyarrow") from error
     try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
     except (OSError, ValueError, NotImplementedError) as error:
         raise _damaged(path, "footer", error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_parts_hold_whole_row_groups(tmp_path: Path, of: int) -> None:
     parts = [found(path, part=Part(number, of)) for number in range(1, of + 1)]
     assert [row for part in parts for row in part] == [([text],) for text in TEXTS]
     assert all(len(part) % 7 in (0, 1) for part in parts)  # 7 groups of 7 rows, and one of 1
+
+
+def test_a_row_group_of_any_size_is_read_a_few_pages_at_a_time(tmp_path: Path) -> None:
+    """Many writers put the whole file into one row group; its column as it lies on disk must not come into memory at once."""
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("abcdefghijklmnop", k=1000)) for _ in range(4000)] * 6  # 24 MB
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"text": texts}), path, row_group_size=len(texts), compression="none", use_dictionary=False)
+    assert parquet.ParquetFile(path).num_row_groups == 1
+    before, most, rows = arrow.total_allocated_bytes(), 0, 0
+    for batch in read_batches([str(path)]):
+        most = max(most, arrow.total_allocated_bytes() - before)
+        rows += sum(1 for _ in documents(batch, ("text",)))
+    assert rows == len(texts)
+    assert most < path.stat().st_size / 4
 
 
 def test_kinds_of_columns(tmp_path: Path) -> None:
