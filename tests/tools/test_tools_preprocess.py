@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -43,37 +45,76 @@ def lines(count: int) -> str:
 @pytest.mark.processes
 @pytest.mark.parametrize(("seed", "kills"), [(0, 3), pytest.param(1, 10, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: int, kills: int) -> None:
+    """``kills`` that hit a run which has saved something, and others from its start on.
+
+    The process is stopped whenever it is looked at, so that none gets away between the look and the kill, however fast the machine.
+    """
     generator = random.Random(seed)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     data = lines(60_000)
     (tmp_path / "a.jsonl").write_text(data)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data[: len(data) // 2].rsplit("\n", 1)[0].encode(), 1))
+    total = sum(path.stat().st_size for path in tmp_path.glob("*.jsonl*"))
     arguments = ("--input", "../*.jsonl*", *BYTES, "--append-eod", "--save-seconds", 0)
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path / "whole")
-    assert status == 0, err
-    total = (tmp_path / "whole" / "p_text_document.bin").stat().st_size
-    done = resumed = 0
-    while True:
-        here = written_so_far(tmp_path / "killed", total)
-        moment = generator.uniform(max(here, 0.05), 1.1) * total if done < kills else float("inf")
-        process = start("preprocess_data", *arguments, "--workers", generator.choice([1, 1, 2]), cwd=tmp_path / "killed")
-        while process.poll() is None and written_so_far(tmp_path / "killed", total) * total < moment:
-            time.sleep(generator.uniform(0, 0.01))
-        if done < kills:
-            process.kill()
+    assert status == 0 and "goes on" not in err, err
+    folder, whole = tmp_path / "killed", contents(tmp_path / "whole")
+    hits = 0
+    for attempt in range(8 * kills):
+        before = saved(folder)
+        position = before[-1]["position"] if before else 0
+        moment = generator.uniform(position, (position + total) / 2)
+        seconds = generator.uniform(0, 0.5) if attempt % 2 else 60.0  # every other one soon after it starts, wherever that is
+        finishes = hits == kills
+        process = start("preprocess_data", *arguments, "--workers", generator.choice([1, 1, 2]), cwd=folder)
+        if not finishes:
+            kill_later(process, lambda at=moment: bool(now := saved(folder)) and now[-1]["position"] > at, seconds, generator)
         _, err = process.communicate(timeout=240)
-        resumed += "goes on from" in err
-        if process.returncode == 0 and done >= kills:
+        assert process.returncode == 0 if finishes else process.returncode in (0, -signal.SIGKILL), err
+        after = saved(folder)
+        if process.returncode == 0 or len(after) > len(before):
+            goes_on = bool(before) and not before[-1]["complete"]
+            assert (f"goes on from {position / 1e6:,.1f} of {total / 1e6:,.1f} MB" in err) == goes_on, err
+        if finishes:
             break
-        assert process.returncode in (0, -signal.SIGKILL), err
-        done += 1
-        if process.returncode == 0:  # whole before the kill: once more from the start
-            for path in (tmp_path / "killed").iterdir():
+        if (folder / "p.journal").exists():
+            assert after[: len(before)] == before  # nothing that was saved is done again
+            hits += process.returncode != 0 and len(after) > len(before)
+        elif (folder / "p_text_document.manifest.json").exists():  # whole before the kill: once more from the start
+            assert {name: folder.joinpath(name).read_bytes() for name in whole} == whole
+            for path in folder.iterdir():
                 path.unlink()
-    assert resumed >= 1
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert sorted(contents(tmp_path / "killed")) == [f"p_text_document.{ending}" for ending in ("bin", "idx", "manifest.json")]
+        else:
+            assert not before and not contents(folder)
+    assert hits == kills, "the other runs ended before they were hit"
+    assert contents(folder) == whole
+    assert sorted(whole) == [f"p_text_document.{ending}" for ending in ("bin", "idx", "manifest.json")]
+
+
+def saved(folder: Path) -> list[dict[str, Any]]:
+    """What the journal of an unfinished run says that is done, one record a save."""
+    try:
+        journal = (folder / "p.journal").read_bytes()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in journal[: journal.rfind(b"\n") + 1].splitlines()[1:]]
+
+
+def kill_later(process: subprocess.Popen[str], hit: Callable[[], bool], seconds: float, generator: random.Random) -> None:
+    """Let the process run a few milliseconds at a time; kill it when ``hit()``, or after so many seconds of that, unless it ends before."""
+    while True:
+        slice_of_time = min(generator.uniform(0, 0.01), seconds)
+        time.sleep(slice_of_time)
+        process.send_signal(signal.SIGSTOP)
+        state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if state is not None and state.si_code != os.CLD_STOPPED:
+            return
+        seconds -= slice_of_time
+        if seconds <= 0 or hit():
+            process.kill()
+            return
+        process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.processes
@@ -99,16 +140,6 @@ def test_a_full_disk_and_a_signal_keep_what_was_saved(tmp_path: Path) -> None:
     killed = contents(tmp_path)
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path)
     assert contents(tmp_path) == killed
-
-
-def written_so_far(folder: Path, total: int) -> float:
-    """The tokens on disk, as a part of all; more than 1 once they have their name."""
-    for ending, factor in (("bin.partial", 1.0), ("bin", 1.2)):
-        try:
-            return (folder / f"p_text_document.{ending}").stat().st_size / total * factor
-        except FileNotFoundError:
-            continue
-    return 0.0
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
