@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_hyperrouter.data import index
-from megatron_hyperrouter.data.index import Implementation
+from megatron_hyperrouter.data.index import Implementation, Integers
 from megatron_hyperrouter.data.order import Span
-from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.store import IndexedDataset, Int32s, Int64s
 from megatron_hyperrouter.errors import DataError
 
-Int64s = npt.NDArray[np.int64]
 Made = TypeVar("Made")
 
 BLOCK = 2048  # documents; part of what the order is, as is the next number
@@ -46,10 +44,25 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Shard:
-    """``documents`` [D] in reading order; ``starts`` [D + 1]: token of the shard at which each begins, and where the shard ends."""
+    """``documents`` [D] in reading order, int32 where that can name them; ``starts`` [D + 1]: token of the shard at which each begins,
+    and where the shard ends."""
 
-    documents: Int64s
+    documents: Integers
     starts: Int64s
+
+
+@dataclass(frozen=True)
+class Window:
+    """The samples that begin in a shard: numbers ``first`` to before ``until``, in the permutation of ``key``; ``begin``: the token
+    of the stream of all epochs at which the shard begins."""
+
+    first: int
+    until: int
+    key: int
+    epoch: int
+    number: int
+    begin: int
+    shard: Shard
 
 
 class OnDemandOrder:
@@ -84,6 +97,7 @@ class OnDemandOrder:
         self._num_samples = whole if num_samples is None else num_samples
         self._epochs: _Recent[Epoch] = _Recent(_EPOCHS_KEPT)
         self._shards: _Recent[Shard] = _Recent(_SHARDS_KEPT)
+        self._window: Window | None = None  # of the last sample; most of the next ones are of the same
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -93,13 +107,17 @@ class OnDemandOrder:
         """Where sample ``i`` lies.  IndexError outside 0 .. len - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: there are {len(self)}")
-        return self._span(*self._place(i), self._seq_length + 1)
+        window = self._window  # once: another thread may put its own in place
+        if window is None or not window.first <= i < window.until:
+            window = self._window = self._make_window(i)
+        sample = window.first + self._impl.permuted(i - window.first, window.until - window.first, window.key)
+        return self._span(window.shard, window.epoch, window.number, sample * self._seq_length - window.begin, self._seq_length + 1)
 
     def between(self, token: int, length: int) -> Span:
         """Where ``length`` tokens of the stream lie, from ``token`` of all epochs on."""
         epoch, number = self.shard_at(token)
         begin, _ = self.borders(epoch, number)
-        return self._span(epoch, number, token - begin, length)
+        return self._span(self.shard(epoch, number), epoch, number, token - begin, length)
 
     def shard_at(self, token: int) -> tuple[int, int]:
         """Epoch and shard that hold ``token`` of the stream of all epochs."""
@@ -119,21 +137,21 @@ class OnDemandOrder:
         """The first ``read`` of them."""
         return self._impl.permutation(count, self._key(_SAMPLES, epoch, number))[:read]
 
-    def _span(self, epoch: int, number: int, begin: int, length: int) -> Span:
+    def _span(self, shard: Shard, epoch: int, number: int, begin: int, length: int) -> Span:
         """``length`` tokens from token ``begin`` of a shard on."""
-        shard = self.shard(epoch, number)
-        first = int(np.searchsorted(shard.starts, begin, "right")) - 1
+        first = int(shard.starts.searchsorted(begin, "right")) - 1
         last_token = begin + length - 1
+        head = begin - int(shard.starts[first])
         if last_token < shard.starts[-1]:
-            last = int(np.searchsorted(shard.starts, last_token, "right")) - 1
-            return Span(shard.documents, first, begin - int(shard.starts[first]), last, last_token - int(shard.starts[last]) + 1)
-        pieces, head = [shard.documents[first:]], begin - int(shard.starts[first])
+            last = int(shard.starts.searchsorted(last_token, "right")) - 1
+            return Span(shard.documents, first, head, last, last_token - int(shard.starts[last]) + 1)
+        pieces = [shard.documents[first:]]
         while last_token >= shard.starts[-1]:  # the sample goes on in the next shard, or in the one after that
             last_token -= int(shard.starts[-1])
             epoch, number = (epoch, number + 1) if number + 2 < len(self.epoch(epoch).shard_starts) else (epoch + 1, 0)
             shard = self.shard(epoch, number)
             pieces.append(shard.documents)
-        last = int(np.searchsorted(shard.starts, last_token, "right")) - 1
+        last = int(shard.starts.searchsorted(last_token, "right")) - 1
         pieces[-1] = shard.documents[: last + 1]
         documents = np.concatenate(pieces)
         return Span(documents, 0, head, len(documents) - 1, last_token - int(shard.starts[last]) + 1)
@@ -146,15 +164,14 @@ class OnDemandOrder:
         """The order of documents in a shard of an epoch."""
         return self._shards.get((epoch, number), lambda: self._make_shard(epoch, number))
 
-    def _place(self, i: int) -> tuple[int, int, int]:
-        """Epoch and shard in which sample ``i`` begins, and the token of that shard."""
+    def _make_window(self, i: int) -> Window:
+        """The window of sample ``i``."""
         epoch, number = self.shard_at(i * self._seq_length)
         begin, end = self.borders(epoch, number)
-        first, until = -(-begin // self._seq_length), -(-end // self._seq_length)  # the samples that begin in this shard
+        first, until = -(-begin // self._seq_length), -(-end // self._seq_length)
         if self._end is not None:
             until = min(until, self._end)
-        sample = first + self.among(i - first, until - first, epoch, number)
-        return epoch, number, sample * self._seq_length - begin
+        return Window(first, until, self._key(_SAMPLES, epoch, number), epoch, number, begin, self.shard(epoch, number))
 
     def _make_epoch(self, number: int) -> Epoch:
         blocks = self._impl.permutation(len(self._block_starts) - 1, self._key(_BLOCKS, number))
@@ -166,17 +183,18 @@ class OnDemandOrder:
         blocks = self.epoch(epoch).blocks[number * self._shard : (number + 1) * self._shard].tolist()
         firsts = [self._documents.start + block * self._block for block in blocks]
         ranges = [range(first, min(first + self._block, self._documents.stop)) for first in firsts]
-        sizes = np.concatenate([self._sizes(block, documents) for block, documents in zip(blocks, ranges, strict=True)])
-        documents = np.concatenate([np.arange(each.start, each.stop, dtype=np.int64) for each in ranges])
+        found = self._store.read_sequences(ranges)
+        sizes = np.concatenate([self._checked(*each) for each in zip(blocks, ranges, found, strict=True)])
+        kind = np.int32 if self._documents.stop < 2**31 else np.int64
+        documents = np.concatenate([np.arange(each.start, each.stop, dtype=kind) for each in ranges])
         order = self._impl.permutation(len(documents), self._key(_DOCUMENTS, epoch, number))
         starts = np.zeros(len(documents) + 1, np.int64)
         np.cumsum(sizes[order], out=starts[1:])
         return Shard(documents[order], starts)
 
-    def _sizes(self, block: int, documents: range) -> npt.NDArray[np.int32]:
+    def _checked(self, block: int, documents: range, found: tuple[Int32s, Int64s]) -> Int32s:
         """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after another."""
-        sizes = self._store.sizes[documents.start : documents.stop]
-        pointers = self._store.pointers[documents.start : documents.stop]
+        sizes, pointers = found
         begin, end = self._block_starts[block : block + 2].tolist()
         bounds = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if sizes.min() < 0 or bounds[-1] != end or not np.array_equal(pointers, bounds[:-1] * self._store.dtype.itemsize):

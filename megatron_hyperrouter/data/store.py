@@ -16,11 +16,10 @@ Most corpora hold one sequence a document; sample indices count in sequences, as
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_hyperrouter.data.mapped import Mapped
 from megatron_hyperrouter.errors import DataError
 
 Tokens = npt.NDArray[np.integer[Any]]
@@ -42,7 +42,6 @@ _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 20  # sequences handled at a time: memory stays a few MB whatever the corpus
 _CHECKED = 1 << 16  # sequences checked at a time: what is computed of them stays in a core's cache
-_AROUND = 1 << 17  # bytes; Linux maps 64 kB where one of them is read
 _AGAIN = "make the pair of files again with tools/preprocess_data.py"
 
 
@@ -68,13 +67,13 @@ class IndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str], *, whole: bool = True) -> None:
         self.prefix = os.fspath(prefix)
         self.idx_path, self.bin_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
-        self._idx = _Mapped(self.idx_path)
+        self._idx = Mapped(self.idx_path)
         index = self._idx.content
         self.dtype, num_sequences, num_marks = self._read_header(index)
         self.sizes: Int32s = np.frombuffer(index, "<i4", num_sequences, _HEADER.size)
         self.pointers: Int64s = np.frombuffer(index, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
         self.document_indices: Int64s = np.frombuffer(index, "<i8", num_marks, _HEADER.size + 12 * num_sequences)
-        self._bin = _Mapped(self.bin_path)
+        self._bin = Mapped(self.bin_path)
         if whole:
             self.check()
         rest = len(self._bin.content) % self.dtype.itemsize
@@ -95,10 +94,7 @@ class IndexedDataset:
         for mapped in (self._bin, self._idx):
             now = mapped.size_now()
             if now < len(mapped.content):
-                raise DataError(
-                    f"{mapped.path}, byte {now}: the file ends here now, and had {len(mapped.content)} bytes when it was opened",
-                    remedy="leave token files alone while a run reads them; copy both again, and continue with --load",
-                )
+                raise mapped.cut(now)
 
     def first_tokens(self, sequences: Iterable[int]) -> Int64s:
         """Position in ``tokens`` at which each of these sequences begins; for number N, where the last one ends.
@@ -108,15 +104,8 @@ class IndexedDataset:
         """
         place, last = _HEADER.size + 4 * len(self), len(self._bin.content)
         wanted = list(sequences)
-        with open(self.idx_path, "rb", buffering=0) as stream:
-            file = stream.fileno()
-            if hasattr(os, "posix_fadvise"):  # lets a cold disk work on all of them at once: six times as fast
-                for i in wanted:
-                    os.posix_fadvise(file, place + 8 * i, 8, os.POSIX_FADV_WILLNEED)
-            found = b"".join(os.pread(file, 8, place + 8 * i) if i < len(self) else last.to_bytes(8, "little") for i in wanted)
-        if len(found) != 8 * len(wanted):
-            raise self._bad_index(place, f"{len(self)} starts of sequences", "the end of the file: it was cut while it was read")
-        starts = np.frombuffer(found, "<i8")
+        found = iter(self._idx.read([(place + 8 * i, 8) for i in wanted if i < len(self)]))
+        starts = np.frombuffer(b"".join(next(found) if i < len(self) else last.to_bytes(8, "little") for i in wanted), "<i8")
         item = self.dtype.itemsize
         wrong = np.flatnonzero((starts < 0) | (starts > last) | (starts % item != 0) | (np.diff(starts, prepend=0) < 0))
         if len(wrong):
@@ -124,6 +113,13 @@ class IndexedDataset:
             expected = f"the start of sequence {bad} to be a multiple of {item} from the start before to {last}"
             raise self._bad_index(place + 8 * bad, expected, f"{starts[wrong[0]]}")
         return starts // item
+
+    def read_sequences(self, ranges: Sequence[range]) -> Iterator[tuple[Int32s, Int64s]]:
+        """The part of ``sizes`` and of ``pointers`` of each of these ranges of sequences, read as :meth:`first_tokens` does."""
+        places = ((_HEADER.size, 4), (_HEADER.size + 4 * len(self), 8))
+        found = self._idx.read([(place + each.start * item, len(each) * item) for each in ranges for place, item in places])
+        for sizes, pointers in zip(found[::2], found[1::2], strict=True):
+            yield np.frombuffer(sizes, "<i4"), np.frombuffer(pointers, "<i8")
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -233,36 +229,6 @@ class IndexedDataset:
     def _bad_bin(self, byte: int, expected: str, found: str) -> DataError:
         remedy = f"copy both files again, or {_AGAIN}"
         return DataError(f"{self.bin_path}, byte {byte}: expected {expected}, found {found}", remedy=remedy)
-
-
-class _Mapped:
-    """A file as read-only bytes of memory, ``content``; a plain array, because slices of ``np.memmap`` cost 10 times as much."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map: mmap.mmap | None = None
-        try:
-            with open(path, "rb") as stream:
-                if os.fstat(stream.fileno()).st_size:  # an empty file cannot be mapped
-                    self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            remedy = "give the path without .bin or .idx, as tools/preprocess_data.py printed it"
-            raise DataError(f"{path}: no such file", remedy=remedy) from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{path}: cannot be read: {reason}", remedy="check its permissions and its disk") from error
-        self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
-
-    def let_go(self, begin: int, length: int) -> None:
-        """Count these bytes as this process's memory no longer; they are mapped again when they are next read."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            before = max(begin - _AROUND, 0)  # reading a page brings in those around it, too
-            start = before // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, begin + length - start)
-
-    def size_now(self) -> int:
-        """Bytes that the file has by now."""
-        return self._map.size() if self._map is not None else 0
 
 
 class IndexedWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,6 +41,10 @@ class Sizes:
 
     def first_tokens(self, sequences) -> np.ndarray:
         return self.starts[list(sequences)]
+
+    def read_sequences(self, ranges) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for each in ranges:
+            yield self.sizes[each.start : each.stop], self.pointers[each.start : each.stop]
 
 
 def tokens_of(order: OnDemandOrder, store: Sizes, i: int) -> list[int]:
@@ -261,3 +266,29 @@ def test_little_of_the_index_is_read_before_it_is_needed(tmp_path, monkeypatch):
     order = OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4)
     order.span(0)
     assert asked == [*range(0, 4000, 100), 4000]
+
+
+@pytest.mark.parametrize("fate", ["deleted", "replaced", "cut"])
+def test_files_that_change_while_they_are_read(tmp_path, fate):
+    """What was opened goes on being read, even under another name; what is no longer there is one message."""
+    prefix = write_corpus(tmp_path / "corpus", [40] * 4000)
+    orders = []
+    for _ in range(2):
+        store = IndexedDataset(prefix, whole=False)
+        orders.append(OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4))
+    expected = [orders[0].span(i) for i in range(1000)]
+    if fate == "deleted":
+        (tmp_path / "corpus.idx").unlink()
+    elif fate == "replaced":
+        write_corpus(tmp_path / "other", [5] * 32000)
+        (tmp_path / "other.idx").replace(tmp_path / "corpus.idx")
+    else:
+        with open(tmp_path / "corpus.idx", "r+b") as stream:
+            stream.truncate(9000)
+        with pytest.raises(DataError, match=r"corpus\.idx, byte \d+: the file ends here now"):
+            for i in range(1000):
+                orders[1].span(i)
+        return
+    for span, wanted in zip((orders[1].span(i) for i in range(1000)), expected, strict=True):
+        assert span[1:] == wanted[1:]
+        np.testing.assert_array_equal(span.documents, wanted.documents)

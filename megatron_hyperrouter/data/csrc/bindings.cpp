@@ -259,8 +259,11 @@ PYBIND11_MODULE(_index, module) {
       "tokens [all tokens], pointers int64 [N] bytes and sizes int32 [N] as in an .idx file.  Returns the first "
       "position in out\n"
       "of an id outside 0 .. limit - 1, or -1.  IndexError rather than read outside a document or fill out in part.";
-  define_gathers<int32_t, uint8_t, int8_t, uint16_t, int16_t, int32_t, int64_t>(module, gather_doc);
-  define_gathers<int64_t, uint8_t, int8_t, uint16_t, int16_t, int32_t, int64_t>(module, gather_doc);
+  // The usual ones first, since they are tried one after another.
+  define_gathers<int32_t, uint16_t, int32_t>(module, gather_doc);
+  define_gathers<int64_t, uint16_t, int32_t>(module, gather_doc);
+  define_gathers<int32_t, uint8_t, int8_t, int16_t, int64_t>(module, gather_doc);
+  define_gathers<int64_t, uint8_t, int8_t, int16_t, int64_t>(module, gather_doc);
 }
 
 }  // namespace hyperrouter

@@ -1,0 +1,76 @@
+"""A file of a corpus as memory, or read in parts."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hyperrouter.errors import DataError
+
+_AROUND = 1 << 17  # bytes; Linux maps 64 kB where one of them is read
+
+
+class Mapped:
+    """A file as read-only bytes of memory, ``content``; a plain array, because slices of ``np.memmap`` cost 10 times as much."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+        try:
+            with open(path, "rb") as stream:
+                state = os.fstat(stream.fileno())
+                self._identity = _identity(state)
+                if state.st_size:  # an empty file cannot be mapped
+                    self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            remedy = "give the path without .bin or .idx, as tools/preprocess_data.py printed it"
+            raise DataError(f"{path}: no such file", remedy=remedy) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{path}: cannot be read: {reason}", remedy="check its permissions and its disk") from error
+        self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
+
+    def read(self, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Parts of the file: from which byte on, and how many.  Of the map where the file under this name is no longer this one."""
+        try:
+            with open(self.path, "rb", buffering=0) as stream:
+                file = stream.fileno()
+                if self._map is None or _identity(os.fstat(file)) != self._identity:
+                    raise FileNotFoundError(self.path)
+                if hasattr(os, "posix_fadvise"):  # lets a cold disk work on all of them at once: six times as fast
+                    for begin, length in parts:
+                        os.posix_fadvise(file, begin, length, os.POSIX_FADV_WILLNEED)
+                found = [os.pread(file, length, begin) for begin, length in parts]
+        except OSError:
+            return [self.content[begin : begin + length].tobytes() for begin, length in parts]
+        for (begin, length), content in zip(parts, found, strict=True):
+            if len(content) != length:
+                raise self.cut(begin + len(content))
+        return found
+
+    def let_go(self, begin: int, length: int) -> None:
+        """Count these bytes as this process's memory no longer; they are mapped again when they are next read."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            before = max(begin - _AROUND, 0)  # reading a page brings in those around it, too
+            start = before // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, begin + length - start)
+
+    def cut(self, byte: int) -> DataError:
+        """What to raise where the file now ends at ``byte``."""
+        return DataError(
+            f"{self.path}, byte {byte}: the file ends here now, and had {len(self.content)} bytes when it was opened",
+            remedy="leave token files alone while a run reads them; copy both again, and continue with --load",
+        )
+
+    def size_now(self) -> int:
+        """Bytes that the file has by now."""
+        return self._map.size() if self._map is not None else 0
+
+
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
