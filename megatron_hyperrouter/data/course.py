@@ -177,7 +177,7 @@ def _segment(
         builder.asked.clear()
         dataset = builder.mixed(blend, 0, samples)
         return dataset, {"planned": planned, "sets": [_entry(builder, prefix, builder.asked[prefix]) for prefix in blend.prefixes]}
-    tokens = [builder.tokens(builder.open(prefix), builder.documents(prefix, 0)) for prefix in blend.prefixes]
+    tokens = [builder.check_length(builder.open(prefix), builder.documents(prefix, 0), 0) for prefix in blend.prefixes]
     lengths = [(count - 1) // builder.seq_length for count in tokens]
     shares = normalise(lengths) if blend.weights is None else blend.weights
     if blend.weights is not None or planned > sum(lengths):
@@ -235,7 +235,8 @@ def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set])
             stream = OnDemandOrder(store, documents, seq_length=1, num_samples=1, seed=seed, impl=builder.impl)
             sets[prefix] = _Set(store, stream, seed)
             if not entry["on_demand"]:
-                index_of = replace(builder, seq_length=length, seed=seed).order(store, documents, entry["asked"])
+                data = replace(builder.data, data_index="materialised")
+                index_of = replace(builder, data=data, seq_length=length, seed=seed).order(store, documents, entry["asked"])
                 assert isinstance(index_of, SampleOrder)
                 sets[prefix].built = BuiltStream(index_of, store.sizes)
         known = sets[prefix]

@@ -207,6 +207,15 @@ class Builder:
     def one(self, prefix: str, number: int, num_samples: int | None) -> Dataset:
         """One file, or its part in this split."""
         store, documents = self.open(prefix), self.documents(prefix, number)
+        self.check_length(store, documents, number)
+        self.asked[prefix] = num_samples
+        if self.data.pack_documents:
+            return self.packed(store, documents, num_samples)
+        order = self.order(store, documents, num_samples)
+        return SequenceDataset(store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl)
+
+    def check_length(self, store: IndexedDataset, documents: range, number: int) -> int:
+        """Tokens that these documents hold; DataError where they are fewer than one sample."""
         tokens = self.tokens(store, documents)
         if tokens < self.seq_length + 1:
             part = f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with {tokens} tokens"
@@ -214,11 +223,7 @@ class Builder:
                 f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length {self.seq_length} and the last label",
                 remedy="use more text, a smaller --seq-length, or another --split",
             )
-        self.asked[prefix] = num_samples
-        if self.data.pack_documents:
-            return self.packed(store, documents, num_samples)
-        order = self.order(store, documents, num_samples)
-        return SequenceDataset(store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl)
+        return tokens
 
     def packed(self, store: IndexedDataset, documents: range, num_samples: int | None) -> PackedDataset:
         """Samples of whole documents."""

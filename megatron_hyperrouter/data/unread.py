@@ -103,14 +103,16 @@ class UnreadOrder:
 
     def after(self, read: int) -> Unread:
         """What is left when the first ``read`` samples have been read."""
+        epoch = shard = 0
+        first, until = 0, self._from_left
+        if read >= until:
+            epoch, shard, first, until = self._window(read)
+        if read == first:  # nothing of this window has been read, and where samples are limited, it may hold none
+            return Unread(() if first else self.unread.pieces, self._following(first), self.unread.changes + 1)
         if read < self._from_left:
-            first, until = 0, self._from_left
             numbers = self._impl.permutation(until, self._key)[:read]
         else:
-            epoch, shard, first, until = self._window(read)
             numbers = self._stream.first_among(read - first, until - first, epoch, shard) + first
-        if read == first:  # nothing of this window has been read
-            return Unread(() if first else self.unread.pieces, self._following(first), self.unread.changes + 1)
         unread = np.ones(until - first, bool)
         unread[numbers - first] = False
         ranges = [((first + begin) * self._seq_length, (first + end) * self._seq_length) for begin, end in _runs(unread)]

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from data.test_data_unread import left_in, tokens_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.cache import Cache
-from megatron_hyperrouter.data.course import Ledger, _replay, _Set, build_course, splits_of_run
+from megatron_hyperrouter.data.course import Ledger, build_course, splits_of_run
 from megatron_hyperrouter.data.dataset import Builder, build_splits
+from megatron_hyperrouter.data.loader import Batches
+from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.store import IndexedWriter
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, DataError
 
 VOCABULARY = 60_000
+MOST = 20_000  # tokens of a file
 
 
 @pytest.fixture(scope="module")
@@ -64,59 +67,113 @@ def test_without_a_change_it_is_the_dataset_as_before(files: dict[str, str], kin
     assert sum(entry["samples"] for entry in ledger[0]["sets"]) == 44
 
 
-changes = st.lists(
-    st.tuples(
-        st.integers(1, 9),  # sequence length
-        st.integers(1, 5),  # batch
-        st.integers(1, 12),  # steps
-        st.sampled_from(["a", "b", "ab", "ca", "abc"]),
-        st.booleans(),  # weights
-    ),
-    min_size=1,
-    max_size=5,
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[list[list[int]], list[Part]]:
+    """Sizes of the documents of each file, and the parts of a run over them."""
+    sizes = draw(st.lists(st.lists(st.one_of(st.integers(0, 2), st.integers(0, 20)), max_size=12), min_size=1, max_size=3))
+    sizes = [[*each, max(3 - sum(each), 0)] for each in sizes]
+    kinds = draw(st.sampled_from([["materialised"], ["on-demand"], ["materialised", "on-demand"]]))
+    parts: list[Part] = []
+    for _ in range(draw(st.integers(1, 5))):
+        steps = {"steps": draw(st.integers(0, 12)), "planned": draw(st.integers(0, 9))}
+        if parts and draw(st.booleans()):  # goes on as before, perhaps for longer than was planned
+            parts.append(replace(parts[-1], **steps))
+            continue
+        mixes = draw(st.lists(st.permutations(range(len(sizes))).flatmap(_some), min_size=1, max_size=3))
+        longest = min(sum(sizes[file]) for mix in mixes for file in mix) - 1
+        micro, ranks, accumulated = (draw(st.integers(1, 2)) for _ in range(3))
+        parts.append(
+            Part(
+                mixes,
+                weighted=draw(st.booleans()),
+                kind=draw(st.sampled_from(kinds)),
+                length=min(draw(st.integers(1, 12)), longest),
+                micro=micro,
+                ranks=ranks,
+                batch=micro * ranks * accumulated,
+                seed=draw(st.sampled_from([7, 7, 8])),
+                **steps,
+            )
+        )
+    return sizes, parts
+
+
+def _some(order: list[int]) -> st.SearchStrategy[list[int]]:
+    return st.integers(1, len(order)).map(lambda count: order[:count])
+
+
+@dataclass
+class Part:
+    """What a run does until it is stopped: a mix, or several that follow each other after a third of the steps each."""
+
+    mixes: list[list[int]]
+    weighted: bool
+    kind: str
+    length: int
+    micro: int
+    ranks: int
+    batch: int
+    steps: int
+    planned: int  # steps more that it would have taken
+    seed: int
+
+    def read(self, paths: list[str], ledger: Ledger, step: int, counts: list[Counter[int]]) -> Ledger:
+        """The ledger after these steps, whose inputs on all ranks are counted."""
+        words = [tuple(word for file in mix for word in ([str(file + 1)] if self.weighted else []) + [paths[file]]) for mix in self.mixes]
+        third = -(-(self.steps + self.planned) // 3) or 1
+        schedule = tuple((step + number * third if number else 0, mix) for number, mix in enumerate(words))
+        now = builder(words[0], length=self.length, kind=self.kind, seed=self.seed)
+        made = course_of(now, schedule, ledger, step=step, train_iters=step + self.steps + self.planned, batch=self.batch)
+        sizes = {"micro_batch_size": self.micro, "global_batch_size": self.batch, "data_size": self.ranks, "num_workers": 0}
+        for rank in range(self.ranks):
+            with Batches(made, start_step=step, num_steps=self.steps, data_rank=rank, **sizes) as batches:
+                for tokens_BS, labels_BS in batches:
+                    assert tokens_BS.shape == labels_BS.shape == (self.micro, self.length)
+                    for token in tokens_BS.flatten().tolist():
+                        file, place = divmod(token, MOST)
+                        counts[file][place] += 1
+        told: Ledger = made.ledger(step + self.steps)
+        return told
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(run=runs())
+@example(  # read to the last sample of a limited order, behind which a shard begins
+    run=(
+        [[3], [0, 0, 0, 1, 2]],
+        [Part([[0, 1], [0]], weighted=False, kind="on-demand", length=2, micro=1, ranks=1, batch=2, seed=7, steps=0, planned=1)],
+    )
 )
+def test_each_token_is_read_once_an_epoch(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, run: tuple[list[list[int]], list[Part]]
+) -> None:
+    """Counted by hand, whatever changes on the way: once the run has read on to the end of an epoch, all counts are equal."""
+    for name, value in (("block", 2), ("shard", 2)):  # else a shard would be the whole file
+        monkeypatch.setitem(OnDemandOrder.__init__.__kwdefaults__, name, value)
+    sizes, parts = run
+    folder = tmp_path_factory.mktemp("counted")
+    paths = [numbered(folder / str(file), each, first=file * MOST) for file, each in enumerate(sizes)]
+    counts, ledger, step = [Counter[int]() for _ in paths], [], 0
+    for part in parts:
+        ledger = part.read(paths, ledger, step, counts)
+        step += part.steps
+    reach = sum((part.steps + part.planned) * part.batch * part.length for part in parts)  # no index was made for more
+    for file, each in enumerate(sizes):
+        tokens, read = sum(each), counts[file].total()
+        epochs = -(-max(read, 2 * reach) // tokens) + 2
+        # An index for a number of samples would stop anywhere in its last epoch.
+        end = Part([[file]], False, "on-demand", 1, 1, 1, 1, epochs * tokens - read, 0, 7)
+        end.read(paths, ledger, step, counts)
+        assert counts[file] == dict.fromkeys(range(tokens), epochs)
 
 
-@pytest.mark.parametrize("kind", ["materialised", "on-demand"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=25)
-@given(course=changes)
-def test_each_token_is_read_once_an_epoch(files: dict[str, str], kind: Any, course: list[tuple[int, int, int, str, bool]]) -> None:
-    ledger: Ledger = []
-    step, read = 0, Counter[int]()
-    for length, batch, steps, names, weighed in course:
-        words = tuple(word for n, name in enumerate(names) for word in ([str(n + 1)] if weighed else []) + [files[name]])
-        # The run is planned to go on for three more steps, and stopped
-        now, mixes = builder(words, length=length, kind=kind), ((0, words),)
-        made = course_of(now, mixes, ledger, step=step, train_iters=step + steps + 3, batch=batch)
-        for i in range(step * batch, (step + steps) * batch):
-            sample = made[i]
-            assert len(sample) == length + 1
-            read.update(sample[:-1].tolist())
-        step += steps
-        ledger = made.ledger(step)
-    sets: dict[str, _Set] = {}
-    for segment in json.loads(json.dumps(ledger)):
-        _replay(segment, builder(tuple(files.values()), kind=kind), sets)
-    expected = Counter[int]()
-    for known in sets.values():
-        store = known.store
-        places = _Places(store)
-        assert known.unread is not None
-        left = left_in(known.unread, known.stream, known.built, places)
-        whole = Counter(tokens_of(known.stream.between(0, known.unread.following), places)) if known.unread.following else Counter[int]()
-        if known.built is not None:
-            epochs = len(known.built.order.document_index) // len(store)
-            whole.update(dict.fromkeys(range(len(store.tokens)), epochs))
-        expected.update({int(store.tokens[token]): count for token, count in (whole - left).items()})
-        assert not left - whole
-    assert read == expected
-
-
-class _Places:
-    """Where documents lie, for ``tokens_of``."""
-
-    def __init__(self, store: Any) -> None:
-        self.sizes, self.starts = store.sizes, store.pointers // store.dtype.itemsize
+def numbered(prefix: Path, sizes: list[int], *, first: int) -> str:
+    """Documents of these sizes whose tokens count up from ``first``."""
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for size in sizes:
+            writer.add_document(np.arange(first, first + size))
+            first += size
+    return str(prefix)
 
 
 def test_a_schedule_switches_at_its_steps_and_comes_back(files: dict[str, str]) -> None:
@@ -141,3 +198,13 @@ def test_another_file_of_that_name_is_refused(files: dict[str, str]) -> None:
     other = builder(words, length=5)
     with pytest.raises(CheckpointError, match="has read documents"):
         course_of(replace(other, data=replace(other.data, split="1,1,0")), ((0, words),), ledger, step=3, train_iters=5, batch=2)
+
+
+@pytest.mark.parametrize("kind", ["materialised", "on-demand"])
+def test_samples_longer_than_a_file_are_refused_after_a_change_too(tmp_path: Path, kind: Any) -> None:
+    words = (numbered(tmp_path / "a", [4, 0, 5], first=0),)
+    ledger = course_of(builder(words, length=4, kind=kind), ((0, words),), [], step=0, train_iters=3, batch=1).ledger(1)
+    whole = course_of(builder(words, length=8, kind=kind), ((0, words),), ledger, step=1, train_iters=3, batch=1)
+    assert len(whole[1]) == len(whole[2]) == 9
+    with pytest.raises(DataError, match=r"a\.bin: the train split .*, with 9 tokens, and one sample needs 10: --seq-length 9"):
+        course_of(builder(words, length=9, kind=kind), ((0, words),), ledger, step=1, train_iters=3, batch=1)
