@@ -55,7 +55,8 @@ def left_in(unread: Unread, stream: OnDemandOrder, built: BuiltStream | None, st
 
 def make(sizes: list[int], block: int, shard: int, impl: Any) -> tuple[Sizes, OnDemandOrder]:
     store = Sizes(sizes)
-    assume(sum(sizes) >= 2)
+    if sum(sizes) < 2:
+        assume(condition=False)
     stream = OnDemandOrder(
         store, range(len(sizes)), seq_length=1, num_samples=1, seed=5, block=block, shard=shard, impl=impl  # type: ignore[arg-type]
     )  # fmt: skip
