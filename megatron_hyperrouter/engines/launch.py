@@ -1,11 +1,22 @@
-"""What a process knows of its launcher, and where it computes."""
+"""What a process knows of its launcher, how it meets the other ranks, and where it computes."""
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
+from datetime import timedelta
 
 import torch
+from torch import distributed as dist
+from torch.distributed import constants
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import HyperRouterError
+
+_PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
+_SILENCE = 60.0  # seconds of waiting before a person is told
 
 
 def alone_without_launcher() -> None:
@@ -16,6 +27,42 @@ def alone_without_launcher() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
+    """Initialise torch.distributed once every rank has come.
+
+    Until here a rank reads its data by itself, and may have to build an index, or wait for the process that builds it.  torch waits for
+    the slowest rank no longer than for a collective: 10 minutes with NCCL, else 30.  ``timeout``: of collectives; None: torch's own.
+    """
+    if timeout is None:
+        timeout = (constants.default_pg_nccl_timeout if host_backend == "nccl" else None) or constants.default_pg_timeout
+    words = "one of them may be building an index file, which tools/build_index.py does ahead, or has ended"
+    waiting = threading.Timer(_SILENCE, console.note, [f"waiting for all {os.environ['WORLD_SIZE']} ranks: {words}"])
+    waiting.daemon = True
+    waiting.start()
+    begin = time.monotonic()
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        _wait_for_all(store, size)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        if time.monotonic() - begin < _PATIENCE.total_seconds():
+            raise
+        remedy = "see what the other ranks have said; build a large index ahead of the run with tools/build_index.py"
+        raise HyperRouterError(f"after {_PATIENCE} some of the ranks have not come: {error}", remedy=remedy) from error
+    finally:
+        waiting.cancel()
+    store.set_timeout(timeout)
+    dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _wait_for_all(store: dist.Store, size: int) -> None:
+    """Until ``size`` ranks are here; a store may serve several worlds, one after another."""
+    number = store.add("megatron_hyperrouter/came", 1)
+    meeting = f"megatron_hyperrouter/all/{-(-number // size)}"
+    if number % size == 0:
+        store.set(meeting, "")
+    store.wait([meeting], _PATIENCE)
 
 
 def backend() -> str:

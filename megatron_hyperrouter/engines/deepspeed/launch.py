@@ -11,7 +11,7 @@ from megatron_hyperrouter.compat.deepspeed import shape_gathered_tokens, skip_sh
 from megatron_hyperrouter.compat.megatron import install as serve_megatron
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
+from megatron_hyperrouter.engines.launch import alone_without_launcher, backend, join_world
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 
 
@@ -23,11 +23,13 @@ def join(config: RunConfig) -> Place:
     if config.parallel.sequence_parallel:  # megatron-core's scatter and gather ask for the CUDA device
         serve_megatron()
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     host_backend = backend()
     if not torch.distributed.is_initialized():
+        join_world(host_backend, timeout=default_pg_timeout)
         deepspeed.init_distributed(host_backend, verbose=False)
     make_groups(config)
     seed_dropout(config)

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import Place
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
+from megatron_hyperrouter.engines.launch import alone_without_launcher, backend, join_world
 from megatron_hyperrouter.engines.megatron import host_state, model
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.shared import SharedEngine
@@ -185,7 +185,7 @@ def _join(config: RunConfig) -> Place:
     alone_without_launcher()
     host_backend = backend()
     if not dist.is_initialized():
-        dist.init_process_group(host_backend)
+        join_world(host_backend)
     make_groups(config)
     seed_dropout(config)
     return Place(
