@@ -1,7 +1,7 @@
 """Data against megatron-core's own helpers and datasets, bit-equal and in turn; goals in the table, as ratios of CPU time.
 
-Preprocessing, the first row of the goals, has a program of its own: benchmarks/preprocess.py.  The last line is a cold start over the
-sizes of 10**8 documents, which has no peer.
+All of it takes about ten minutes, of which preprocessing takes most; benchmarks/preprocess.py has more cases of that.  The last
+line is a cold start over the sizes of 10**8 documents, which has no peer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from _data_process import in_a_process
 from _pairs import Row, Seconds, flags, in_turn, print_table, stopwatch
 from _token_files import SEQ_LENGTH, megatron_dataset, our_dataset, write_sizes, write_tokens
+from preprocess import measured as preprocessing
 
 from megatron_hyperrouter.data import index
 
-PARTS = ("index", "shuffle", "dataset", "blend", "sample", "cold")
+PARTS = ("preprocess", "index", "shuffle", "dataset", "blend", "sample", "cold")
 Work = Callable[[], Any]
 
 
@@ -46,6 +47,9 @@ def main() -> None:
 
 def measured(parts: tuple[str, ...], folder: Path, *, pairs: int, scale: int, memory: list[str]) -> Iterator[Row]:
     """The rows of these parts; ``memory`` takes the lines of peak memory."""
+    if "preprocess" in parts:
+        size, vocabulary = (33 * 10**6, 32_000) if scale == 1 else (3 * 10**5, 1000)
+        yield from preprocessing(folder, size, vocabulary, pairs=min(pairs, 3))
     if "index" in parts:
         for epochs in (1, 3):
             yield sample_index(10**7 // scale, epochs, pairs=pairs)

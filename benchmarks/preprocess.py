@@ -14,13 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
 from _pairs import Row, Seconds, flags, in_turn, print_table
 
 HERE = Path(__file__).resolve().parent
-CASES = (  # name, peer, back end of ours, goal
+Case = tuple[str, str, str, float]
+CASES: tuple[Case, ...] = (  # name, peer, back end of ours, goal
     ("preprocess_data.py", "one", "auto", 1 / 8),
     ("preprocess_data.py, tokenizers", "one", "tokenizers", 1.0),
     ("preprocess_data_fast.py", "batch", "auto", 1 / 3),
@@ -38,11 +40,19 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="ids of the tokenizer (default: 32000)")
     args = parser.parse_args()
     size, vocabulary, pairs = (0.3, 1000, 2) if args.quick else (args.megabytes, args.vocab_size, args.pairs)
+    cases, warm_up = (CASES[::2], 0) if args.quick else (CASES, min(args.warm_up, 1))
     with tempfile.TemporaryDirectory() as folder:
-        source, tokenizer = make_inputs(Path(folder), int(size * 1e6), vocabulary)
-        cases, warm_up = (CASES[::2], 0) if args.quick else (CASES, min(args.warm_up, 1))
-        rows = (row(case, Path(folder), source, tokenizer, args.threads, warm_up, pairs) for case in cases)
+        rows = measured(Path(folder), int(size * 1e6), vocabulary, cases=cases, workers=args.threads, warm_up=warm_up, pairs=pairs)
         print_table(rows, base="Megatron-LM's", ours="ours")
+
+
+def measured(
+    folder: Path, size: int, vocabulary: int, *, pairs: int, cases: Sequence[Case] = CASES[::2], workers: int = 1, warm_up: int = 0
+) -> Iterator[Row]:
+    """A row for each case, of ``size`` bytes of JSON lines; benchmarks/data.py takes those of the goals."""
+    source, tokenizer = make_inputs(folder, size, vocabulary)
+    for case in cases:
+        yield row(case, folder, source, tokenizer, workers, warm_up, pairs)
 
 
 def make_inputs(folder: Path, size: int, vocabulary: int) -> tuple[Path, Path]:
@@ -63,7 +73,7 @@ def make_inputs(folder: Path, size: int, vocabulary: int) -> tuple[Path, Path]:
     return source, tokenizer
 
 
-def row(case: tuple[str, str, str, float], folder: Path, source: Path, tokenizer: Path, workers: int, warm_up: int, pairs: int) -> Row:
+def row(case: Case, folder: Path, source: Path, tokenizer: Path, workers: int, warm_up: int, pairs: int) -> Row:
     """Measure one peer; DifferentBytes where the files differ."""
     name, peer, backend, goal = case
 

@@ -28,10 +28,10 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     ("name", "cases"),
     [
         ("router_step.py", ["D=32"]),
-        ("preprocess.py", ["preprocess_data.py", "preprocess_data_fast.py"]),
         (
             "data.py",
-            ["sample index"] * 2
+            ["preprocess_data.py", "preprocess_data_fast.py"]
+            + ["sample index"] * 2
             + ["shuffle"] * 2
             + ["fresh dataset"] * 2
             + ["blend"] * 2
