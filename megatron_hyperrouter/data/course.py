@@ -19,11 +19,11 @@ from megatron_hyperrouter.data.blend import normalise, parse_blend
 from megatron_hyperrouter.data.dataset import BlendedDataset, Builder, Dataset, Sample, SequenceDataset, Splits
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import SampleOrder
+from megatron_hyperrouter.data.recorded import Identity, Ledger, identity, under_present_names
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.data.unread import BuiltStream, Unread, UnreadOrder
 from megatron_hyperrouter.errors import CheckpointError
 
-Ledger = list[dict[str, Any]]
 Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
 
 
@@ -99,12 +99,16 @@ class Course:
 def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int) -> Course:
     """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says was read before.
 
-    ``mixes``: what is read from which step on, the first from 0.  CheckpointError where a file is not the one that was read.
+    ``mixes``: what is read from which step on, the first from 0.  DataError where a file is not the one that was read, CheckpointError
+    where ``--split`` gives training another part of it.
     """
-    past, sets = list(ledger), dict[str, _Set]()
-    if not past:  # of no run, or of one that kept no ledger
+    if not ledger:  # of no run, or of one that kept none
         step = 0
     first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
+    files = _identities(builder, [words for start, words in mixes[first:] if start <= step or start < train_iters])
+    past, sets = under_present_names(ledger, files), dict[str, _Set]()
+    for entry in (entry for segment in past for entry in segment["sets"] if entry["path"] in files):
+        _check_part(entry, builder)
     end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
     now, last = _settings(builder, mixes[first][1], batch), past[-1] if past else None
     same = last is not None and now == {name: last.get(name, False) for name in now}
@@ -117,8 +121,8 @@ def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, t
         past.pop()
     else:
         last = None
-    for segment in past:
-        _replay(segment, builder, sets)
+    for segment in past:  # but for files that are not read any more, which may be gone
+        _replay({**segment, "sets": [entry for entry in segment["sets"] if entry["path"] in files]}, builder, sets)
     segments: list[tuple[int, Dataset, dict[str, Any]]] = []
     starts = [int(last["from_step"]) if last else step, *(start for start, _ in mixes[first + 1 :])]
     for number, (start, (_, words)) in enumerate(zip(starts, mixes[first:], strict=True)):
@@ -126,12 +130,30 @@ def build_course(builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, t
             break
         end = min([train_iters, *starts[number + 1 :]])
         dataset, settings = _segment(builder, words, sets, last if number == 0 else None, samples=(end - start) * batch)
+        settings["sets"] = [{**entry, "file": files[entry["path"]]} for entry in settings["sets"]]
         segments.append((start, dataset, {"from_step": start, **_settings(builder, words, batch), **settings}))
         if number + 1 < len(starts):  # another one follows, which reads on
             counts = _counts(dataset, (end - start) * batch, len(settings["sets"]))
             done = [{**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)]
             _replay({**segments[-1][2], "sets": done}, builder, sets)
     return Course(segments, past, num_samples=train_iters * batch, batch=batch)
+
+
+def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, Identity]:
+    """Each file of these mixes, and what it is known by."""
+    prefixes = dict.fromkeys(prefix for words in mixes for prefix in parse_blend(words, flag="--data-path").prefixes)
+    return {prefix: identity(builder.open(prefix)) for prefix in prefixes}
+
+
+def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
+    """The documents of a file that training reads are those of the ledger."""
+    found = _entry(builder, entry["path"], None)
+    if any(found[name] != entry[name] for name in ("documents", "tokens")):
+        raise CheckpointError(
+            f"{entry['path']}: the checkpoint has read documents {entry['documents']} with {entry['tokens']} tokens,"
+            f" and these settings make them {found['documents']} with {found['tokens']}",
+            remedy="use the files and the --split of that run, or start a new epoch with --finetune",
+        )
 
 
 def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bool) -> None:
@@ -220,12 +242,10 @@ def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set])
     length, seen = int(segment["seq_length"]), set()
     for entry in segment["sets"]:
         prefix, read = entry["path"], int(entry["samples"])
-        found = _entry(builder, prefix, entry["asked"])
-        if prefix in seen or any(found[name] != entry[name] for name in ("documents", "tokens")):
+        if prefix in seen:
             raise CheckpointError(
-                f"{prefix}: the checkpoint has read documents {entry['documents']} with {entry['tokens']} tokens,"
-                f" and these are {found['documents']} with {found['tokens']}, or the file stands twice in one mix",
-                remedy="use the files and the --split of that run, or start a new epoch with --finetune",
+                f"{prefix}: stands twice in the mix that the checkpoint has read, so what is unread of it is not known",
+                remedy="use the settings of that run, or start a new epoch with --finetune",
             )
         seen.add(prefix)
         if not read:

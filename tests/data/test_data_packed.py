@@ -208,7 +208,7 @@ def test_a_run_goes_on_where_it_stopped_and_further_than_planned(tmp_path: Path,
 
 
 def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
-    prefix, other = (write(tmp_path / name, [3, 9, 1, 30, 5, 5, 2] * 3)[0] for name in "ab")
+    prefix, other = (write(tmp_path / name, [3, 9, 1, 30, 5, 5, size] * 3)[0] for name, size in (("a", 2), ("b", 4)))
     packed = course_of(builder(prefix), [], step=0, train_iters=9).ledger(4)
     for changed, batch, name in (
         (builder(prefix, length=5), 2, "seq_length was 6 and is 5"),

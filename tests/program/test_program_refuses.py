@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import environment
-from program.launched import PROGRAM, Zygote, one_message
+from program.launched import PROGRAM, Zygote, metrics, one_message
 from program.settings import flags_of
 
 from megatron_hyperrouter.data.store import IndexedWriter
@@ -119,6 +119,22 @@ class TestData:
         prefix = numbers(tmp_path / "numbers", wrong=300)
         message = refused("--data-path", prefix, status=3)
         assert f"{prefix}.bin, byte " in message and "token id 300, but the vocabulary has 257 ids" in message
+
+    def test_other_tokens_than_the_checkpoint_has_read(self, zygote: Zygote, tmp_path: Path) -> None:
+        """With the same settings; a copy of the same tokens goes on."""
+        prefix, run_dir = numbers(tmp_path / "numbers"), tmp_path / "run"
+        flags = flags_of(prefix, run_dir, "--load", run_dir, "--eval-iters", 0, layout=ONE_RANK)
+        zygote.run([*flags, "--train-iters", "1", "--lr-warmup-iters", "0"])
+        before = Path(f"{prefix}.bin").read_bytes()
+        Path(f"{prefix}.bin").write_bytes(bytes([before[0] ^ 1]) + before[1:])
+        job = zygote.run([*flags, "--train-iters", "2"], expect=3)
+        message = one_message(job.stderr)
+        assert f"  - {prefix}: it had 40 documents with 2000 tokens, and has as many, but their digest was " in message
+        assert "remedy: put back what that run has read" in message
+        assert [line["step"] for line in metrics(run_dir)] == [1]
+        Path(f"{prefix}.bin").write_bytes(before)
+        zygote.run([*flags, "--train-iters", "2"])
+        assert [line["step"] for line in metrics(run_dir)] == [1, 2]
 
 
 class TestCheckpoint:
