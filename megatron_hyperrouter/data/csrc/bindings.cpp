@@ -60,7 +60,7 @@ py::array bind_sample_index(const Array<int32_t>& sizes, const Array<Document>& 
     throw std::invalid_argument("num_samples must be at least 0, got " + std::to_string(num_samples));
   if (extra != 0 && extra != 1) throw std::invalid_argument("extra must be 0 or 1, got " + std::to_string(extra));
   int64_t reach;
-  if (__builtin_mul_overflow(num_samples + 1, seq_length, &reach)) {
+  if (__builtin_add_overflow(num_samples, 1, &reach) || __builtin_mul_overflow(reach, seq_length, &reach)) {
     throw std::invalid_argument(std::to_string(num_samples) + " samples of " + std::to_string(seq_length) +
                                 " tokens: over 2**63");
   }

@@ -31,9 +31,9 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
     const int64_t id = order[i];
     if (id < 0 || id >= sizes.size() || id >= pointers.size())
       refuse("document " + std::to_string(id) + " is not there");
-    const int64_t size = sizes[id], start = pointers[id] / static_cast<int64_t>(sizeof(Token));
+    const int64_t size = sizes[id], pointer = pointers[id], start = pointer / static_cast<int64_t>(sizeof(Token));
     const int64_t begin = i == span.first ? span.begin : 0, end = i == span.last ? span.end : size;
-    if (begin < 0 || begin > end || end > size || start < 0 || start > tokens.size() - size) {
+    if (begin < 0 || begin > end || end > size || pointer < 0 || start > tokens.size() - size) {
       refuse("tokens " + std::to_string(begin) + " to " + std::to_string(end) + " of document " + std::to_string(id) +
              ", which holds " + std::to_string(size));
     }
@@ -46,7 +46,7 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
     }
   }
   if (filled != length) refuse("the sample holds " + std::to_string(filled) + " tokens, not " + std::to_string(length));
-  if (static_cast<int64_t>(lowest) >= 0 && static_cast<int64_t>(highest) < limit) return -1;
+  if (!length || (static_cast<int64_t>(lowest) >= 0 && static_cast<int64_t>(highest) < limit)) return -1;
   int64_t bad = 0;
   while (out[bad] >= 0 && out[bad] < limit) ++bad;
   return bad;

@@ -44,7 +44,7 @@ void look_up(View<Size> sizes, View<Document> order, int64_t begin, int64_t end,
   constexpr int64_t kAhead = 24;  // asking this far ahead hides most of the wait
   const int64_t last = order.size() - 1;
   for (int64_t i = begin; i < end; ++i) {
-    __builtin_prefetch(sizes.address(static_cast<int64_t>(order[std::min(i + kAhead, last)])));
+    sizes.prefetch(order[std::min(i + kAhead, last)]);
     const int64_t id = order[i];
     if (id < 0 || id >= sizes.size()) {
       throw std::out_of_range("document_index[" + std::to_string(i) + "] = " + std::to_string(id) + ", but there are " +
