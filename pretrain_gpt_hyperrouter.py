@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_hyperrouter import console
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.data.cache import Cache
     from megatron_hyperrouter.data.course import splits_of_run
     from megatron_hyperrouter.data.dataset import Builder
-    from megatron_hyperrouter.data.schedule import mixes_of
+    from megatron_hyperrouter.data.schedule import mixes_of, settled
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.routers import ROUTERS
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
     eod = tokenizer.eod if minds_documents(config) else None
     ledger, step = past_of(config)
+    mixes = mixes_of(config.data, step=step)
+    config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml stands for itself
     needed = samples_needed(config)
     splits = splits_of_run(
         Builder(
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
             eod=eod,
         ),
-        mixes_of(config.data),
+        mixes,
         ledger,
         step=step,
         train_iters=config.train.train_iters,

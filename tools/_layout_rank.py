@@ -148,6 +148,7 @@ def join(world: World, name: str) -> None:
 def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset | None]:
     """Size of the vocabulary, and the training data of the settings (None: made-up tokens); raises what the program would raise."""
     from megatron_hyperrouter.data.dataset import build_splits
+    from megatron_hyperrouter.data.schedule import mixes_of, settled
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
@@ -157,7 +158,7 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset
     samples = steps * (config.train.global_batch_size or 0)
     model, seed = config.model, config.train.seed
     splits = build_splits(
-        config.data,
+        settled(config.data, mixes_of(config.data)),
         seq_length=model.seq_length,
         seed=seed,
         vocab_size=vocab_size,

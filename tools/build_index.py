@@ -65,16 +65,18 @@ def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
     """The datasets that the program would build with these settings."""
     from megatron_hyperrouter.data.course import splits_of_run
     from megatron_hyperrouter.data.dataset import Builder
-    from megatron_hyperrouter.data.schedule import mixes_of
+    from megatron_hyperrouter.data.schedule import mixes_of, settled
     from megatron_hyperrouter.train.loop import samples_needed
     from megatron_hyperrouter.train.resume import past_of
 
     ledger, step = past_of(config)
+    mixes = mixes_of(config.data, step=step)
+    data = settled(config.data, mixes)
     needed = samples_needed(config, world_size)
     no_token_is_read = {"vocab_size": 2**31, "eod": 0}
     return splits_of_run(
-        Builder(config.data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read),
-        mixes_of(config.data),
+        Builder(data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read),
+        mixes,
         ledger,
         step=step,
         train_iters=config.train.train_iters,

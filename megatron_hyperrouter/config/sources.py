@@ -114,7 +114,12 @@ def _duplicates(root: yaml.Node | None, path: str) -> Iterator[Problem]:
 
 def load_yaml(path: str) -> Any:
     """What a YAML file holds.  OSError where it cannot be read, ValueError where it is no YAML."""
+    return parse_yaml(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML text says.  ValueError where it is none."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

@@ -113,7 +113,10 @@ class DataConfig:
     train_data_path: Annotated[tuple[str, ...], "as --data-path, for training alone"] = ()
     valid_data_path: Annotated[tuple[str, ...], "as --data-path, for validation alone"] = ()
     test_data_path: Annotated[tuple[str, ...], "as --data-path, for the test alone"] = ()
-    data_schedule: Annotated[str | None, "YAML file of mixes for training, each from its step on; validation and test stay"] = None
+    data_schedule: Annotated[
+        str | None,
+        "YAML file of mixes for training, each from its step on; without --data-path, --split divides its first one for the rest",
+    ] = None
     split: Annotated[str, "shares of --data-path for training, validation, test"] = "969,30,1"
     tokenizer_type: Annotated[Literal["ByteTokenizer", "HuggingFaceTokenizer", "NullTokenizer"], "how ids map to text"] = "ByteTokenizer"
     tokenizer_model: Annotated[str | None, "HuggingFaceTokenizer: tokenizer.json or its folder"] = None

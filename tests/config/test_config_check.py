@@ -197,6 +197,10 @@ CASES = [
     case("finetune_needs_load", {"finetune": True}, "--finetune", "needs --load", {"load": "runs/base"}),
     case("some_data", {"data_path": ()}, "--data-path", "no training data", {"train_data_path": ("a",)}),
     case("some_data", {"data_path": (), "valid_data_path": ("a",)}, "--data-path", "no training data", {"data_path": ("a",)}),
+    case("some_data", {"data_path": ()}, "--data-path", "no training data", {"data_schedule": "mixes.yaml"}),
+    case(
+        "split_is_three_shares", {"data_path": (), "data_schedule": "m", "split": "0,1"}, "--split", "nothing to train on", {"split": "1"}
+    ),
     case("one_source_of_data", {"train_data_path": ("a",)}, "--train-data-path", "beside --data-path", {"data_path": ()}),
     case("one_source_of_data", {"test_data_path": ("a",)}, "--test-data-path", "beside --data-path", {"test_data_path": ()}),
     case("blends", {"data_path": ("0.3", "a", "0.7")}, "--data-path", "alternate", {"data_path": ("0.3", "a", "0.7", "b")}),

@@ -12,7 +12,7 @@ import torch
 import yaml
 from distributed import REPOSITORY
 from program.launched import Record, Zygote, metrics, one_message
-from program.settings import BATCH, EXPERTS, LAYERS, RANKS, SEQ, flags_of
+from program.settings import BATCH, EXPERTS, LAYERS, RANKS, SEQ, flags_of, write_text
 
 from megatron_hyperrouter.checkpoint.folder import find, read_manifest
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
@@ -79,6 +79,23 @@ class TestSettings:
         assert metrics(tmp_path / "again") == metrics(whole)
         first, second = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) for run in (whole, tmp_path / "again"))
         assert second == first | {"run_dir": str(tmp_path / "again")}
+
+    def test_hold_the_schedule_of_data(self, zygote: Zygote, text: Path, tmp_path: Path) -> None:
+        """Which needs no --data-path: its first mix is that of validation, too.  Then the run starts again from its folder alone."""
+        other, schedule = write_text(tmp_path / "other", 30), tmp_path / "mixes.yaml"
+        schedule.write_text(f"- {{from_step: 0, data_path: [{text}]}}\n- {{from_step: 2, data_path: [0.5, {text}, 0.5, {other}]}}\n")
+        short = [*ONE_RANK, "--train-iters", 4, "--topk-schedule-steps", 4, "--data-schedule", schedule]
+        zygote.run(flags_of(text, tmp_path / "both", *short))
+        alone = flags_of(text, tmp_path / "alone", *short)
+        place = alone.index("--data-path")
+        zygote.run([*alone[:place], *alone[place + 2 :]])
+        schedule.unlink()
+        zygote.run(["--config", tmp_path / "alone/config.yaml", "--run-dir", tmp_path / "again"])
+        told = metrics(tmp_path / "alone")
+        assert {record.get("split") for record in told} == {None, "valid", "test"}
+        assert told == metrics(tmp_path / "both") == metrics(tmp_path / "again")
+        ledger = read_manifest(tmp_path / "again/checkpoints/step_0000004")["meta"]["data"]
+        assert [(part["from_step"], part["mix"]) for part in ledger] == [(0, [str(text)]), (2, ["0.5", str(text), "0.5", str(other)])]
 
 
 class TestCheckpoints:

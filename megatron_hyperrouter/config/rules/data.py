@@ -16,9 +16,9 @@ PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """There is something to train on."""
-    if not config.data.data_path and not config.data.train_data_path:
+    if not config.data.data_path and not config.data.train_data_path and config.data.data_schedule is None:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
-        yield broken(config, "data_path", "no training data: needs --data-path or --train-data-path", remedy)
+        yield broken(config, "data_path", "no training data: needs --data-path, --train-data-path or --data-schedule", remedy)
 
 
 def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -50,7 +50,8 @@ def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator
     except ValueError as error:
         yield broken(config, "split", str(error), "write training, validation and test shares: 969,30,1")
         return
-    if shares[0] == 0 and config.data.data_path:
+    scheduled = config.data.data_schedule is not None and not any(getattr(config.data, name) for name in PATHS[1:])
+    if shares[0] == 0 and (config.data.data_path or scheduled):
         yield broken(config, "split", "leaves nothing to train on", "give the first number a share: 969,30,1")
 
 
