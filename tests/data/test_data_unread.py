@@ -57,10 +57,12 @@ def make(sizes: list[int], block: int, shard: int, impl: Any) -> tuple[Sizes, On
     store = Sizes(sizes)
     if sum(sizes) < 2:
         assume(condition=False)
-    stream = OnDemandOrder(
-        store, range(len(sizes)), seq_length=1, num_samples=1, seed=5, block=block, shard=shard, impl=impl  # type: ignore[arg-type]
-    )  # fmt: skip
-    return store, stream
+    return store, on_demand(store, 1, 1, block, shard, impl)
+
+
+def on_demand(store: Any, seq_length: int, num_samples: int, block: int, shard: int, impl: Any) -> OnDemandOrder:
+    everyone = range(len(store.sizes))
+    return OnDemandOrder(store, everyone, seq_length=seq_length, num_samples=num_samples, seed=5, block=block, shard=shard, impl=impl)
 
 
 @every
@@ -115,9 +117,7 @@ def test_what_a_built_index_leaves_is_read_before_the_stream(
 def test_before_any_change_it_is_the_on_demand_order(sizes: list[int], length: int, block: int, shard: int, impl: Any) -> None:
     store, stream = make(sizes, block, shard, impl)
     assume(sum(sizes) > length)
-    plain = OnDemandOrder(
-        store, range(len(sizes)), seq_length=length, num_samples=50, seed=5, block=block, shard=shard, impl=impl  # type: ignore[arg-type]
-    )  # fmt: skip
+    plain = on_demand(store, length, 50, block, shard, impl)
     order = UnreadOrder(Unread(), stream, None, seq_length=length, seed=5, impl=impl)
     for i in range(50):
         assert sample_of(order, store, i, length) == tokens_of(plain.span(i), store)

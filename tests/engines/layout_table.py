@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from distributed import run_ranks
 from program.launched import Zygote
@@ -85,6 +86,22 @@ def run_table(zygote: Zygote, layouts: dict[str, Layout], routers: Iterable[str]
             told[number] = Run(answer, folder, folder / "probed")
     runs = [told[number] for number in range(len(cases))]
     return Table(layouts, dict(zip(keys, runs[len(references) :], strict=True)), dict(zip(references, runs, strict=False)))
+
+
+def same_runs(layouts: dict[str, Layout], routers: Iterable[str] = THREE) -> tuple[Any, Callable[..., None]]:
+    """A module's fixture ``table`` of every router in every layout, and the test that each of them is the run of one process."""
+    routers = list(routers)
+
+    @pytest.fixture(scope="module", name="table")
+    def fixture(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
+        return run_table(zygote, layouts, routers, tmp_path_factory.mktemp("layouts"))
+
+    @pytest.mark.parametrize("layout", layouts)
+    @pytest.mark.parametrize("router", routers)
+    def test(table: Table, router: str, layout: str, record_property: Callable[[str, object], None]) -> None:
+        assert_same_run(table, router, layout, record_property)
+
+    return fixture, test
 
 
 def case_of(router: str, layout: Layout, folder: str, *, start: str) -> dict[str, Any]:

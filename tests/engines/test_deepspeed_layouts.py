@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from engines.layout_table import COMMON, PROBED, STEPS, THREE, WORKER, Layout, Table, assert_same_run, gradients, run_table
+from engines.layout_table import COMMON, PROBED, STEPS, THREE, WORKER, Layout, Table, gradients, same_runs
 from engines.layout_worker import PROBE_TOKENS, SCALE, micro_batches, tiny_config
 from program.launched import Zygote
 from reference_gpt import ReferenceGPT, train_reference
@@ -47,19 +46,7 @@ LAYOUTS = {
     },
 }
 
-
-@pytest.fixture(scope="module")
-def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Every router in every layout."""
-    return run_table(zygote, LAYOUTS, THREE, tmp_path_factory.mktemp("layouts"))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("router", THREE)
-def test_layout_gives_the_run_of_one_process(
-    table: Table, router: str, layout: str, record_property: Callable[[str, object], None]
-) -> None:
-    assert_same_run(table, router, layout, record_property)
+table, test_layout_gives_the_run_of_one_process = same_runs(LAYOUTS)
 
 
 @pytest.mark.parametrize("router", THREE)

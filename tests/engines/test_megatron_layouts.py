@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from engines.layout_table import THREE, Layout, Table, assert_same_run, run_table
-from program.launched import Zygote
+from engines.layout_table import Layout, Table, same_runs
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 EP2 = "--expert-model-parallel-size 2"
@@ -37,19 +34,8 @@ ON_MEGATRON = {
 }
 LAYOUTS = {name: layout._replace(flags=f"--engine megatron {layout.flags}") for name, layout in ON_MEGATRON.items()}
 
-
-@pytest.fixture(scope="module")
-def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """The reference is one process of the other engine, which is compared with a plain float64 model elsewhere."""
-    return run_table(zygote, LAYOUTS, THREE, tmp_path_factory.mktemp("layouts"))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("router", THREE)
-def test_layout_gives_the_run_of_one_process(
-    table: Table, router: str, layout: str, record_property: Callable[[str, object], None]
-) -> None:
-    assert_same_run(table, router, layout, record_property)
+# One process of the other engine is the reference, which is compared with a plain float64 model elsewhere.
+table, test_layout_gives_the_run_of_one_process = same_runs(LAYOUTS)
 
 
 def test_the_norm_is_told_without_clipping(table: Table) -> None:

@@ -19,6 +19,17 @@ TINY = (
     "--lr 1e-2 --lr-warmup-iters 2 --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --split 8,1,1 --num-workers 0 "
     "--eval-interval 6 --eval-iters 2 --save-interval 3 --log-interval 1"
 ).split()
+TINY_MODEL = """
+num_layers: 2
+hidden_size: 32
+num_attention_heads: 4
+num_query_groups: 2
+moe_ffn_hidden_size: 48
+seq_length: 16
+num_experts: 4
+make_vocab_size_divisible_by: 8
+init_method_std: 0.06
+"""
 # k grows from 1 to 3, and dropout draws random numbers: both have to survive a stop.
 WHOLE = (
     "--router.name hyper --moe-router-topk 3 --topk-schedule linear --topk-start 1 --hidden-dropout 0.1 --attention-dropout 0.1 "

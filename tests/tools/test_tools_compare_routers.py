@@ -18,21 +18,14 @@ import pytest
 import yaml
 from distributed import REPOSITORY, environment
 from program.launched import Zygote, metrics
-from program.settings import write_text
+from program.settings import TINY_MODEL, write_text
 
 pytestmark = pytest.mark.processes
 
 TOOL = REPOSITORY / "tools" / "compare_routers.py"
-SETTINGS = """
-num_layers: 2
-hidden_size: 32
-num_attention_heads: 4
-num_query_groups: 2
-moe_ffn_hidden_size: 48
-seq_length: 16
-num_experts: 4
-make_vocab_size_divisible_by: 8
-init_method_std: 0.06
+SETTINGS = (
+    TINY_MODEL
+    + """\
 micro_batch_size: 2
 global_batch_size: 4
 expert_model_parallel_size: 2
@@ -47,6 +40,7 @@ eval_iters: 2
 save_interval: 2
 log_interval: 20
 """
+)
 OPTIONS = """
 twins: {name: simsmoe, frequency: 0.5, threshold: 0.0, min_tokens: 4, max_pairs: 2}
 """

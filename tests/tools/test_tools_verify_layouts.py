@@ -13,21 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 from distributed import REPOSITORY, environment, free_port
-from program.settings import write_text
+from program.settings import TINY_MODEL, write_text
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = """
-num_layers: 2
-hidden_size: 32
-num_attention_heads: 4
-num_query_groups: 2
-moe_ffn_hidden_size: 48
-seq_length: 16
+SETTINGS = (
+    TINY_MODEL
+    + """\
 qk_layernorm: true
-make_vocab_size_divisible_by: 8
-init_method_std: 0.06
-num_experts: 4
 router: {name: hyper}
 moe_router_topk: 2
 topk_schedule: linear
@@ -36,6 +29,7 @@ moe_aux_loss_coeff: 0.01
 micro_batch_size: 2
 lr: 3.0e-3
 """
+)
 FAULTS = ("ep=2,fault=expert-gradient", "pp=2,fault=embedding-reduce", "tp=2,fault=aux-loss", "dp=2,fault=hypernetwork")
 RIGHT = ("tp=2,ep=2,etp=1", "cp=2")
 ENGINES = ("deepspeed", "megatron")
