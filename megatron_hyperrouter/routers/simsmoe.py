@@ -74,8 +74,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """The bounds on tokens must leave room for some."""
             if self.max_tokens < self.min_tokens:
-                rule = f"must be at least --router.min_tokens = {self.min_tokens}"
-                yield Problem("--router.max_tokens", self.max_tokens, rule, "raise it, or lower the other")
+                rule = f"must be at least --router.min-tokens = {self.min_tokens}"
+                yield Problem("--router.max-tokens", self.max_tokens, rule, "raise it, or lower the other")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """At k = 1 no two experts share a token."""

@@ -373,7 +373,7 @@ def test_descending_on_the_loss_makes_twins_unlike():
 def test_options_are_checked_together():
     with pytest.raises(ConfigError) as caught:
         small(min_tokens=20, max_tokens=10)
-    assert [problem.field for problem in caught.value.problems] == ["--router.max_tokens"]
+    assert [problem.field for problem in caught.value.problems] == ["--router.max-tokens"]
     with pytest.raises(ConfigError) as caught:
         small(min_tokens=2, sigma=0.0, threshold=1.5, frequency=0.0, kernel="poly")
     fields = sorted(problem.field for problem in caught.value.problems)
