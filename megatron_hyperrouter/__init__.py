@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_hyperrouter.engines.deepspeed.plug import plug_into_deepspeed as plug_into_deepspeed
     from megatron_hyperrouter.engines.megatron.plug import megatron_router_builder as megatron_router_builder
+    from megatron_hyperrouter.engines.steps import RouterSteps as RouterSteps
     from megatron_hyperrouter.routers import ROUTERS as ROUTERS
     from megatron_hyperrouter.routers import build_router as build_router
 
@@ -18,12 +19,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ROUTERS": "megatron_hyperrouter.routers",
+    "RouterSteps": "megatron_hyperrouter.engines.steps",
     "build_router": "megatron_hyperrouter.routers",
     "megatron_router_builder": "megatron_hyperrouter.engines.megatron.plug",
     "plug_into_deepspeed": "megatron_hyperrouter.engines.deepspeed.plug",
 }
 
-__all__ = ["ROUTERS", "__version__", "build_router", "megatron_router_builder", "plug_into_deepspeed"]
+__all__ = ["ROUTERS", "RouterSteps", "__version__", "build_router", "megatron_router_builder", "plug_into_deepspeed"]
 
 
 def __getattr__(name: str) -> Any:

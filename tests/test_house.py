@@ -42,7 +42,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "plan": (LATE_ROOM, set()),
-    "": ({"routers", "engines/deepspeed", "engines/megatron"}, set()),  # the package's own __init__, which hands out names
+    "": ({"routers", "engines", "engines/deepspeed", "engines/megatron"}, set()),  # the package's own __init__, which hands out names
 }
 OPEN = {"errors", "console"}
 

@@ -11,7 +11,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 from torch import Tensor, nn
 
-from megatron_hyperrouter import plug_into_deepspeed
+from megatron_hyperrouter import RouterSteps, plug_into_deepspeed
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
 
@@ -52,16 +52,18 @@ def main() -> None:
     config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     torch.manual_seed(torch.distributed.get_rank())
+    steps = RouterSteps(engine.module, batch_first=True)
     for step in range(STEPS):
-        for moe in engine.module.layers:
-            moe.deepspeed_moe.gate.clock.step = step  # completed steps, which k follows
+        steps.begin(step)  # k follows the completed steps
         tokens = torch.randint(VOCABULARY, (8, 16), device=engine.device)
         logits, balance = engine(tokens)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), (7 * tokens + 3).flatten() % VOCABULARY)
         engine.backward(loss + 0.01 * balance)
         engine.step()
+        chosen = steps.end()
         if torch.distributed.get_rank() == 0 and (step + 1) % 10 == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}, balance {balance.item() / 2:.4f}", flush=True)
+            fullest = max(chosen["load_max_over_mean"])
+            print(f"step {step + 1}: loss {loss.item():.4f}, balance {balance.item() / 2:.4f}, fullest {fullest:.2f}", flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -39,8 +39,11 @@ class Clock:
         """What tells one more layer's attention where documents begin."""
         return StartsSite(self)
 
-    def arrive(self, tokens_BS: Tensor, place: Place, part: Callable[[Tensor], Tensor] | None = None) -> None:
-        """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers see."""
+    def arrive(self, tokens_BS: Tensor, place: Place, part: Callable[[Tensor], Tensor] | None = None, *, batch_first: bool = False) -> None:
+        """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers see.
+
+        ``batch_first``: hidden states are ``[B, S, D]``, and not ``[S, B, D]``.
+        """
         size, length = tokens_BS.shape
         if self.eod is not None:
             self.starts.append(document_starts(tokens_BS, self.eod))
@@ -48,7 +51,9 @@ class Clock:
         places_BS = torch.arange(first * length, (first + size) * length, device=tokens_BS.device).view(size, length)
         if part is not None:
             tokens_BS, places_BS = part(tokens_BS), part(places_BS)
-        self.arrived.append(Tokens(tokens_BS.t().flatten(), places_BS.t().flatten(), length))
+        if not batch_first:
+            tokens_BS, places_BS = tokens_BS.t(), places_BS.t()
+        self.arrived.append(Tokens(tokens_BS.flatten(), places_BS.flatten(), length))
 
 
 class Passes:
@@ -84,10 +89,13 @@ class RouterSite:
 
     def __init__(self, router: Router, *, clock: Clock | None = None, statistics: RouterStatistics | None = None) -> None:
         self.router = router
-        self.clock = clock or Clock()
-        self.statistics = statistics
-        self._passes = Passes(self.clock)
+        self.join(clock or Clock(), statistics)
         self._given: Routing | None = None
+
+    def join(self, clock: Clock, statistics: RouterStatistics | None) -> None:
+        """From now on go by this clock, and count there."""
+        self.clock, self.statistics = clock, statistics
+        self._passes = Passes(clock)
 
     def route(self, x_TD: Tensor, experts: ExpertBank | None = None) -> tuple[Routing, Pass]:
         """Route the next micro-batch, and count what was chosen."""

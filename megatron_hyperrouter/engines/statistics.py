@@ -74,9 +74,13 @@ class RouterStatistics:
 
     def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int) -> StepCounts:
         """One layer's, from sums over all ranks; ``tokens``: of the global batch, which tensor-parallel replicas count several times."""
-        replicas = torch.round(self._tail(sums)["tokens"][layer_number - 1] / tokens)
+        replicas = torch.round(self.tokens_L(sums)[layer_number - 1] / tokens)
         row = sums[layer_number - 1] / replicas
         return StepCounts(step, float(tokens), row[: self.num_experts], row[self.num_experts + len(self._TAIL) :])
+
+    def tokens_L(self, sums: Tensor) -> Tensor:
+        """How many tokens each layer has seen, from sums over all ranks; replicas count each time."""
+        return self._tail(sums)["tokens"]
 
     def _tail(self, sums: Tensor) -> dict[str, Tensor]:
         """Name -> ``_L``."""

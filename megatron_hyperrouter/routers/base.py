@@ -298,16 +298,16 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
 def without_counts(what: str) -> str:
     """The warning that ``what`` waits for :meth:`Router.end_step`."""
     return (
-        f"{what} follows what all ranks chose in an optimizer step, and stands still until somebody calls "
-        "router.end_step(StepCounts(...)) after each step, on every rank with the same sums"
+        f"{what} follows what all ranks chose in an optimizer step, and stands still until it is told: make a "
+        "megatron_hyperrouter.RouterSteps of the model, and call its begin() and end() around each step"
     )
 
 
 def without_tokens(what: str, instead: str) -> str:
     """The warning that ``what`` asks for ``Tokens``; ``instead``: what happens without."""
     return (
-        f"{what} goes by the ids or places of tokens; without them {instead}. Begin each step with clock.begin(step=...), and append a "
-        "Tokens(...) to clock.arrived before each micro-batch"
+        f"{what} goes by the ids or places of tokens; without them {instead}. Make a megatron_hyperrouter.RouterSteps of the model, "
+        "call its begin() and end() around each step, and its arrive() before each micro-batch"
     )
 
 

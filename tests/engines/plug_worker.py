@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hyperrouter import megatron_router_builder
+from megatron_hyperrouter import RouterSteps, megatron_router_builder
 from megatron_hyperrouter.compat.megatron import install
 
 S, B, D, E = 8, 2, 8, 4
@@ -102,9 +102,15 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
         return whole[0].chunk(world)[rank].contiguous() if shared else whole[rank]
 
     x = mine(batches).clone().requires_grad_()
+    steps, counted = RouterSteps(moe, batch_first=False), []
+    moe.router.router.end_step = counted.append
+    steps.begin(6)
     output, _ = moe(x)
     (output * mine(probes)).sum().backward()
     router = moe.router.router
+    chosen = steps.end()
+    steps.begin_evaluation()
+    moe(x.detach())  # not counted
     found = [parameter.grad.clone() for parameter in router.parameters()]
     for grad in found:
         dist.all_reduce(grad)
@@ -115,7 +121,15 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     total = sum((out * probe).sum() + losses for (out, losses), probe in zip(results, probes, strict=True))
     grads = torch.autograd.grad(total, [*inputs, *leaves])
     x_grads, wanted = grads[: len(inputs)], grads[len(inputs) :]
+    load_E = sum(
+        torch.bincount((batch.reshape(-1, D) @ W_ED.t()).topk(moe.config.moe_router_topk).indices.flatten(), minlength=E)
+        for batch in batches
+    )
+    (counts,) = counted
+    told = [*counts.load_E.tolist(), counts.tokens, counts.step, chosen["load_max_over_mean"][LAYER - 1]]
+    expected = [*load_E.tolist(), S * B * len(batches), 7, (load_E.max() / load_E.float().mean()).item()]
     worst = {
+        "counts": max(abs(one - other) for one, other in zip(told, expected, strict=True)),
         "output": difference(output, mine([out for out, _ in results])),
         "x": difference(x.grad, mine(list(x_grads))),
         "router": max(difference(one, other) for one, other in zip(found, wanted, strict=True)),

@@ -15,7 +15,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from program.launched import Zygote
 from torch import Tensor, nn
 
-from megatron_hyperrouter import plug_into_deepspeed
+from megatron_hyperrouter import RouterSteps, plug_into_deepspeed
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.routers.base import RunFacts, StepCounts
@@ -221,12 +221,65 @@ def test_refusals(make: Any, arguments: dict[str, Any], error: type[Exception], 
 
 def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> None:
     moe = layer(drop_tokens=False)
-    with pytest.warns(UserWarning, match=r"similarity loss of router 'simsmoe' .* router.end_step\(StepCounts"):
+    with pytest.warns(UserWarning, match=r"similarity loss of router 'simsmoe' .* stands still until it is told"):
         router = plug_into_deepspeed(moe, "simsmoe", frequency=0.1, threshold=0.0, min_tokens=3, aux_loss_coeff=0.0)
-    x_TD = torch.randn(T, D)
-    assert float(moe(x_TD)[1]) == 0.0
-    router.end_step(StepCounts(1, float(T), torch.zeros(E), torch.full((router.num_extra_counts,), T / 2)))
-    assert float(moe(x_TD)[1]) > 0.0
+    told: list[StepCounts] = []
+    end_step = router.end_step
+    router.end_step = lambda counts: (told.append(counts), end_step(counts))
+    steps = RouterSteps(moe, batch_first=True)
+    micro_batches = [torch.randn(T, D), torch.randn(T, D)]
+    steps.begin(4)
+    for x_TD in micro_batches:
+        assert moe(x_TD)[1].item() == 0.0
+    steps.begin_evaluation()
+    moe(torch.randn(T, D))  # is not counted
+    chosen = steps.end()
+    choices = [router(x_TD, step=4).experts_TK for x_TD in micro_batches]
+    load_E = sum(torch.bincount(experts_TK.flatten(), minlength=E) for experts_TK in choices)
+    together = sum(float((experts_TK == 0).any(1).logical_and((experts_TK == 1).any(1)).sum()) for experts_TK in choices)
+    (counts,) = told
+    assert (counts.step, counts.tokens, counts.load_E.tolist()) == (5, 2.0 * T, load_E.tolist())
+    assert counts.extra[0] == together, "tokens that experts 0 and 1 share"
+    assert chosen["load_max_over_mean"] == [pytest.approx((load_E.max() / load_E.float().mean()).item())]
+    assert moe(micro_batches[0])[1].item() > 0.0
+    with pytest.raises(ValueError, match=r"no router has seen a token since begin\(\)"):
+        steps.end()
+
+
+def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() -> None:
+    """StableMoE's second stage routes by the id alone."""
+    moe = layer(k=1, drop_tokens=False)
+    with pytest.warns(UserWarning, match="goes by the ids or places of tokens"):
+        router = plug_into_deepspeed(moe, "stablemoe", facts=RunFacts(train_iters=10, vocab_size=50))
+    steps, ids_BS = RouterSteps(moe, batch_first=True), torch.arange(2 * 5).view(2, 5) * 3
+    steps.begin(9)
+    steps.arrive(ids_BS)
+    routes = []
+    gate = moe.deepspeed_moe.gate
+    gate.site.statistics.record = lambda _, routing: routes.append(routing.experts_TK.flatten().tolist())
+    moe(torch.randn(2, 5, D))
+    alone = []
+    for token in ids_BS.flatten().tolist():
+        steps.begin_evaluation()
+        steps.arrive(torch.tensor([[token]]))
+        moe(torch.randn(1, 1, D))
+        alone += routes.pop()
+    assert routes == [alone] and len(set(alone)) > 1
+    assert router.layer_number == 1
+
+
+def test_what_router_steps_refuses() -> None:
+    with pytest.raises(ValueError, match="no router of ours is in the model"):
+        RouterSteps(layer(), batch_first=True)
+    twice = nn.ModuleList([layer(), layer()])
+    for moe in twice:
+        plug_into_deepspeed(moe, "topk")
+    with pytest.raises(ValueError, match=r"layers have the numbers \[1, 1\]: give each its own layer_number"):
+        RouterSteps(twice, batch_first=True)
+    wide = MoE(D, nn.Linear(D, D), num_experts=2 * E)
+    plug_into_deepspeed(wide, "topk", layer_number=2)
+    with pytest.raises(ValueError, match=r"layers have \[4, 8\] experts here, and 8 at most"):
+        RouterSteps([twice[0], wide], batch_first=True)
 
 
 @pytest.mark.filterwarnings("error")

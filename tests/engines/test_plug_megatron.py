@@ -51,6 +51,7 @@ def test_layer_is_a_loop_over_experts(told: dict[tuple[str, str], list[dict[str,
     for rank in told[router, name]:
         assert rank["output"] < 1e-5 and rank["x"] < 1e-5 and rank["router"] < 1e-4, rank
         assert rank["router grad"] > 1e-3
+        assert rank["counts"] < 1e-6, "what all ranks chose, by RouterSteps"
         assert rank["marked"] == float("TP2" in name)  # so that the host sums its gradient over the TP ranks
 
 
@@ -100,7 +101,7 @@ class TestTheBuilder:
 
     def test_a_method_that_follows_the_step_warns(self) -> None:
         slot = megatron_router_builder("topk", expert_bias=True)(config=config(), pg_collection=None)
-        with pytest.warns(UserWarning, match=r"--router.expert-bias follows .* router.end_step\("):
+        with pytest.warns(UserWarning, match=r"--router.expert-bias follows .* stands still until it is told"):
             slot.set_layer_number(1)
 
     @pytest.mark.parametrize(

@@ -55,13 +55,17 @@ class RouterGate(nn.Module):
         super().__init__()
         self.router = router
         self.site = RouterSite(router, clock=clock, statistics=statistics)
-        self.clock = self.site.clock
         self.dropless = False  # whatever the capacity: as long as a router waits for the outputs of all its choices
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
         self.min_capacity = min_capacity
         self.capacity_multiple = capacity_multiple
         self.ep_group: dist.ProcessGroup | None = None
+
+    @property
+    def clock(self) -> Clock:
+        """The step, and k while evaluating."""
+        return self.site.clock
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
         self.ep_group = ep_group

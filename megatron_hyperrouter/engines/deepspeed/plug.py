@@ -38,14 +38,15 @@ def plug_into_deepspeed(
 
     - ``layer_number`` (from 1): give each layer of a model its own; routers of equal seed and number start with equal weights.
     - ``topk``: k, or k as a function of completed optimizer steps; by default the old gate's.  Where k or the router follows the
-      step, set ``moe.deepspeed_moe.gate.clock.step`` before each step: it counts completed ones and stays 0 by itself.
+      step, make a :class:`RouterSteps` of the model, or set ``moe.deepspeed_moe.gate.clock.step`` before each step: it counts
+      completed ones and stays 0 by itself.
     - ``aux_loss_coeff``, ``z_loss_coeff``: the second value that ``moe`` returns is the sum of the router's losses, each multiplied
       by its coefficient.  By default that is the Switch loss, 1 when the load is even, as of the old gate at k = 1: a caller who
       multiplies it by a coefficient of his own goes on to do so.
     - ``facts``: layers, steps and vocabulary of the model's run, for routers that go by them (``competesmoe``, ``stablemoe``).
     - ``options``: fields of the router's ``Config``.  A few need more than forward passes: the ids or places of tokens, or what all
       ranks chose in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another ``aux_loss``).  The
-      caller has to bring that; a warning says how.
+      caller brings that by a :class:`RouterSteps`; a warning says so.
     - ``competesmoe`` asks for as many tokens on each rank of the expert-parallel group.
 
     Hidden size, experts, process group, device, dtype, ``drop_tokens``, both capacity factors and ``min_capacity`` stay those of the

@@ -47,10 +47,11 @@ def megatron_router_builder(name: str, *, seed: int = 1234, facts: RunFacts | No
     ``competesmoe`` and ``simsmoe`` consult the experts: they need ``engines.megatron.routed.RoutedMoELayer`` in the place of ``MoELayer``,
     and experts that are modules of their own (``SequentialMLP``).  A few options need more than forward passes: the ids or places
     of tokens, or what all ranks chose in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another
-    ``aux_loss``).  The caller has to bring that; a warning says how.
+    ``aux_loss``).  The caller brings that by a :class:`RouterSteps`; a warning says so.
 
-    The router derives its weights in each forward pass, so they are never stale.  Where it follows the step (schedules), set
-    ``layer.mlp.router.clock.step`` before each step: it counts completed ones and stays 0 by itself.
+    The router derives its weights in each forward pass, so they are never stale.  Where it follows the step (schedules), make a
+    :class:`RouterSteps` of the model, or set ``layer.mlp.router.clock.step`` before each step: it counts completed ones and stays 0
+    by itself.
 
     Raises ConfigError, with every problem at once: for an unknown router here, for the rest when a layer is built.
     """

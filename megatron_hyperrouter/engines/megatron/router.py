@@ -41,7 +41,7 @@ class MegatronRouter(MegatronModule):
     ) -> None:
         """``make``: the router of the layer of this number, counted from 1 over the whole model."""
         super().__init__(config=config)
-        self.make, self.clock, self.statistics = make, clock or Clock(), statistics
+        self.make, self._clock, self._statistics = make, clock or Clock(), statistics
         self.dropless = False  # whatever the capacity: as long as a router waits for the outputs of all its choices
         # Under sequence and context parallelism the ranks of this group share one micro-batch.
         self.group = None if pg_collection is None else pg_collection.tp_cp
@@ -49,12 +49,17 @@ class MegatronRouter(MegatronModule):
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the whole model)."""
         self.router = self.make(layer_number)
-        self.site = RouterSite(self.router, clock=self.clock, statistics=self.statistics)
+        self.site = RouterSite(self.router, clock=self._clock, statistics=self._statistics)
         if self.group is not None and self.group.size() > 1:
             self.router.over_shards, self.router.gather_shards = self.over_shards, self.gather_shards
         for parameter in self.router.parameters():
             # Each TP rank sees its part of the tokens: finalize_model_grads sums what they found, as for the stock router.
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    @property
+    def clock(self) -> Clock:
+        """The step, and k while evaluating."""
+        return self.site.clock
 
     def over_shards(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over the ranks that share this micro-batch."""
