@@ -126,9 +126,11 @@ class DataConfig:
         "order of samples: built at the start, as megatron-core's; or looked up, for huge files; auto: on-demand from 2**25 documents on",
     ] = "auto"
     data_cache_path: Annotated[
-        str | None, "folder of index files, which one process of a node builds for all; default: cache/hyperrouter beside the data"
+        str | None,
+        "folder of index files, which one process of a node builds for all; default: cache/hyperrouter beside the data, else index-cache"
+        " of the run folder",
     ] = None
-    num_workers: Annotated[Natural, "threads that read ahead; 0: read when a batch is needed"] = 2
+    num_workers: Annotated[Natural, "threads that read ahead, each 4 micro-batches; 0: read when a batch is needed"] = 2
     reset_attention_mask: Annotated[bool, "attention does not cross the end of a document (the tokenizer's end-of-document id)"] = False
     reset_position_ids: Annotated[bool, "positions count from the beginning of each document"] = False
     eod_mask_loss: Annotated[bool, "no loss where the input is the end of a document: nothing foretells the next one"] = False

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -150,6 +151,8 @@ def test_workers_read_ahead_but_not_without_end():
             time.sleep(0.01)
         time.sleep(0.05)
         assert 18 <= len(dataset.read) <= 2 * (1 + 8), "4 batches of 2 samples in hand for each of 2 workers"
+    (told,) = [each.type for each in fields(DataConfig) if each.name == "num_workers"]
+    assert "each 4 micro-batches" in told
 
 
 def test_workers_read_at_the_same_time():
