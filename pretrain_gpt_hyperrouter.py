@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.data.cache import Cache
     from megatron_hyperrouter.data.course import splits_of_run
     from megatron_hyperrouter.data.dataset import Builder
+    from megatron_hyperrouter.data.ends import warning_about_ends
     from megatron_hyperrouter.data.schedule import mixes_of, settled
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
@@ -45,15 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     mixes = mixes_of(config.data, step=step)
     config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml stands for itself
     needed = samples_needed(config)
+    builder = Builder(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        vocab_size=tokenizer.vocab_size,
+        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+        eod=eod,
+    )
     splits = splits_of_run(
-        Builder(
-            config.data,
-            seq_length=config.model.seq_length,
-            seed=config.train.seed,
-            vocab_size=tokenizer.vocab_size,
-            cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
-            eod=eod,
-        ),
+        builder,
         mixes,
         ledger,
         step=step,
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         valid_samples=needed["valid_samples"],
         test_samples=needed["test_samples"],
     )
+    if warning := warning_about_ends(config.data, builder.stores.values(), eod):
+        console.warn(warning)
     if console.speaks():
         make_folders(config)
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)

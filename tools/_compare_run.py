@@ -40,6 +40,7 @@ def scores(config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: i
 
     from megatron_hyperrouter.analysis.experts import expert_similarity, open_to_routers
     from megatron_hyperrouter.checkpoint.folder import read_manifest
+    from megatron_hyperrouter.config.derived import minds_documents
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
@@ -49,11 +50,12 @@ def scores(config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: i
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
     samples = test_iters and test_iters * read_manifest(checkpoint_of(run_dir))["meta"]["order"]["global_batch_size"]
     args = Namespace(split="test", data_path=None, eval_iters=test_iters)
-    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples)
+    eod = tokenizer.eod if minds_documents(config) else None
+    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)
     bytes_V = tokenizer.token_bytes_V()
     size = min(config.train.micro_batch_size, max(len(dataset), 1))
     with open_to_routers(ROUTERS[config.router.name]):
-        engine: Any = open_engine(config, vocab_size=tokenizer.vocab_size, for_training=False)
+        engine: Any = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod, for_training=False)
     try:
         engine.load(checkpoint_of(run_dir), weights_only=True)
         results = loss_by_topk(

@@ -86,7 +86,7 @@ class _Run:
         from megatron_hyperrouter.routers import ROUTERS
 
         self.config = load_file(case[settings], routers=ROUTERS, world_size=world.size)
-        self.vocab_size, self.dataset = read_data(self.config, case["steps"], own=case["own_data"])
+        self.vocab_size, self.eod, self.dataset = read_data(self.config, case["steps"], own=case["own_data"])
         self.world, self.name, self.fault = world, name, case["fault"]
         self._around = _layout_faults.around(self.fault, self.config)
 
@@ -96,7 +96,7 @@ class _Run:
         join(self.world, self.name)
         self._around.__enter__()
         own = _layout_faults.settings_with(self.fault, self.config, rank=self.world.rank, world_size=self.world.size)
-        self.engine = open_engine(own, vocab_size=self.vocab_size, eod=self.vocab_size - 1)
+        self.engine = open_engine(own, vocab_size=self.vocab_size, eod=self.eod)
         _layout_faults.inside(self.fault, self.config, self.engine)
         return self.engine
 
@@ -145,16 +145,21 @@ def join(world: World, name: str) -> None:
         deepspeed.init_distributed(backend(), verbose=False)
 
 
-def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset | None]:
-    """Size of the vocabulary, and the training data of the settings (None: made-up tokens); raises what the program would raise."""
+def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | None, Dataset | None]:
+    """Size of the vocabulary, the id that ends a document where the settings mind it, and their training data (None: made-up tokens).
+
+    Raises what the program would raise.
+    """
+    from megatron_hyperrouter.config.derived import minds_documents
     from megatron_hyperrouter.data.dataset import build_splits
     from megatron_hyperrouter.data.schedule import mixes_of, settled
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
     vocab_size = tokenizer.vocab_size
+    eod = tokenizer.eod if minds_documents(config) else None
     if not own:
-        return vocab_size, None
+        return vocab_size, eod, None
     samples = steps * (config.train.global_batch_size or 0)
     model, seed = config.model, config.train.seed
     splits = build_splits(
@@ -162,12 +167,12 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, Dataset
         seq_length=model.seq_length,
         seed=seed,
         vocab_size=vocab_size,
-        eod=tokenizer.eod if config.data.pack_documents else None,
+        eod=eod,
         train_samples=samples,
         valid_samples=0,
         test_samples=0,
     )
-    return vocab_size, splits.train
+    return vocab_size, eod, splits.train
 
 
 def made_up_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:

@@ -1,14 +1,14 @@
 """Set a model's scores beside the unigram and bigram baselines of the same tokens.
 
 Fits both baselines on the training part of the run's data, scores them on the targets that tools/evaluate.py scored in one
-process, and prints a table in bits per byte.
+process, and prints a table in bits per byte.  With --eod-mask-loss neither model nor baselines count what follows a document's end.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from _common import parser, run_tool
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron_hyperrouter.data.dataset import Splits
+    from megatron_hyperrouter.data.dataset import Dataset, Splits
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,9 +50,10 @@ def main(arguments: Sequence[str]) -> None:
         valid_samples=0,
         test_samples=None,
     )
-    rows = baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size)
+    eod = tokenizer.eod if config.data.eod_mask_loss else None
+    rows = baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size, eod=eod)
     rows |= {f"model, k = {row['topk']} of {config.model.num_experts}": row["bits_per_byte"] for row in results}
-    show(rows, results[0]["tokens"])
+    show(rows, results[0]["tokens"], masked=eod is not None)
     if args.output is not None:
         args.output.write_text(json.dumps({"bits_per_byte": rows, "tokens": results[0]["tokens"]}, indent=2) + "\n", encoding="utf-8")
 
@@ -70,8 +71,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return results
 
 
-def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an evaluation."""
+def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: int, *, eod: int | None = None) -> dict[str, float]:
+    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an evaluation.
+
+    ``eod``: the id that ends a document, where what follows it counts neither there nor here.
+    """
     import numpy as np
 
     from megatron_hyperrouter.data.ngram import NgramBaselines
@@ -79,10 +83,20 @@ def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: 
 
     if splits.train is None or splits.test is None:
         raise DataError("the run has no training or no test data", remedy="give all three shares of --split a number above 0")
-    fitted = NgramBaselines((splits.train[i] for i in range(len(splits.train))), vocab_size)
-    length = splits.test[0].size - 1
-    samples = np.stack([splits.test[i] for i in range(tokens // length)])
-    contexts_N, targets_N = samples[:, :-1].ravel(), samples[:, 1:].ravel()
+    fitted = NgramBaselines(stretches(splits.train, eod), vocab_size)
+    parts, left = [np.zeros((0, 2), np.int64)], tokens
+    for sample in samples_of(splits.test):
+        if left <= 0:
+            break
+        pairs_N2 = np.stack([sample[:-1], sample[1:]], axis=1)
+        parts.append(pairs_N2 if eod is None else pairs_N2[pairs_N2[:, 0] != eod])
+        left -= len(parts[-1])
+    if left:
+        raise DataError(
+            f"the results count {tokens:,} targets, which is no number of whole samples of the run's test split",
+            remedy="write the results with tools/evaluate.py in one process, from the data of the run",
+        )
+    contexts_N, targets_N = np.concatenate(parts).T
     per_byte = targets_N.size / bytes_V[targets_N].sum() / math.log(2)
     return {
         "unigram": fitted.unigram_nats(targets_N) * per_byte,
@@ -90,12 +104,27 @@ def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: 
     }
 
 
-def show(rows: dict[str, float], tokens: int) -> None:
+def samples_of(dataset: Dataset) -> Iterator[np.ndarray]:
+    """One after another."""
+    return (dataset[i] for i in range(len(dataset)))
+
+
+def stretches(dataset: Dataset, eod: int | None) -> Iterator[np.ndarray]:
+    """Samples, cut after each ``eod``: what fills up a packed sample has no pair, and is left out."""
+    import numpy as np
+
+    for sample in samples_of(dataset):
+        parts = [sample] if eod is None else np.split(sample, np.flatnonzero(sample == eod) + 1)
+        yield from (part for part in parts if len(part) > 1)
+
+
+def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
     """The table for a person."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"bits per byte on {tokens:,} tokens of the test split")
+    left_out = ", without those that begin a document" if masked else ""
+    table = Table(title=f"bits per byte on {tokens:,} tokens of the test split{left_out}")
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     table.add_column("against the bigram", justify="right")

@@ -123,8 +123,9 @@ class TestData:
     def test_other_tokens_than_the_checkpoint_has_read(self, zygote: Zygote, tmp_path: Path) -> None:
         """With the same settings; a copy of the same tokens goes on."""
         prefix, run_dir = numbers(tmp_path / "numbers"), tmp_path / "run"
-        flags = flags_of(prefix, run_dir, "--load", run_dir, "--eval-iters", 0, layout=ONE_RANK)
-        zygote.run([*flags, "--train-iters", "1", "--lr-warmup-iters", "0"])
+        flags = flags_of(prefix, run_dir, "--load", run_dir, "--eval-iters", 0, "--eod-mask-loss", layout=ONE_RANK)
+        job = zygote.run([*flags, "--train-iters", "1", "--lr-warmup-iters", "0"])
+        assert job.stderr.count(f"{prefix}: none of the first documents ends with id 256, by which --eod-mask-loss tells") == 1
         before = Path(f"{prefix}.bin").read_bytes()
         Path(f"{prefix}.bin").write_bytes(bytes([before[0] ^ 1]) + before[1:])
         job = zygote.run([*flags, "--train-iters", "2"], expect=3)

@@ -34,6 +34,7 @@ router: {name: topk, bias: true}
 lr: 1.0e-2
 seed: 7
 split: 8,1,1
+eod_mask_loss: true
 num_workers: 0
 eval_interval: 20
 eval_iters: 2

@@ -1,0 +1,93 @@
+"""tools/baselines.py counts the targets that the evaluation counts: with --eod-mask-loss none that begins a document."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import REPOSITORY
+
+from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.data.cache import Cache
+from megatron_hyperrouter.data.dataset import Builder, Splits
+from megatron_hyperrouter.data.ngram import NgramBaselines
+from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.errors import DataError
+
+EOD, VOCABULARY, LENGTH = 7, 8, 9
+BYTES_V = np.array([1, 2, 1, 3, 1, 1, 2, 0])
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    spec = importlib.util.spec_from_file_location("baselines_tool", REPOSITORY / "tools/baselines.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def splits(tmp_path: Path, *, pack: bool) -> tuple[Splits, list[list[int]]]:
+    """Training and test are the same documents, each of which a packed sample holds."""
+    random = np.random.default_rng(0)
+    documents = [[*random.integers(0, EOD, size).tolist(), EOD] for size in random.integers(0, LENGTH + 1, 60)]
+    with IndexedWriter(tmp_path / "p", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(np.array(document))
+    data = DataConfig(train_data_path=(str(tmp_path / "p"),), test_data_path=(str(tmp_path / "p"),), pack_documents=pack)
+    builder = Builder(data, LENGTH, 1, VOCABULARY, Cache(), None, EOD)
+    return Splits(builder.build(0, None), None, builder.build(2, None)), documents
+
+
+def bits(documents: list[list[int]], fitted: NgramBaselines) -> dict[str, float]:
+    """Of all targets in documents alone, by hand."""
+    pairs = [(document[i], document[i + 1]) for document in documents for i in range(len(document) - 1)]
+    total = sum(int(BYTES_V[target]) for _, target in pairs)
+    unigram = sum(-math.log2(fitted.unigram_V[target]) for _, target in pairs)
+    bigram = sum(-math.log2(fitted.bigram_N(np.array([context]), np.array([target]))[0]) for context, target in pairs)
+    return {"unigram": unigram / total, "bigram": bigram / total}
+
+
+def test_packed_documents_count_as_each_alone(tool: ModuleType, tmp_path: Path) -> None:
+    data, documents = splits(tmp_path, pack=True)
+    counted = sum(len(document) - 1 for document in documents)
+    found = tool.baseline_bits(data, counted, BYTES_V, VOCABULARY, eod=EOD)
+    fitted = NgramBaselines([np.array(document) for document in documents if len(document) > 1], VOCABULARY)
+    assert found == pytest.approx(bits(documents, fitted), rel=1e-12)
+    assert tool.baseline_bits(data, len(data.test) * LENGTH, BYTES_V, VOCABULARY) != pytest.approx(found, rel=1e-2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eod", [None, EOD])
+def test_the_first_samples_are_counted(tool: ModuleType, tmp_path: Path, eod: int | None) -> None:
+    data, _ = splits(tmp_path, pack=False)
+    assert data.train is not None and data.test is not None
+    rows: list[Any] = [data.test[i].tolist() for i in range(4)]
+    pieces = [[pair for pair in pairwise(row) if pair[0] != eod] for row in rows]
+    found = tool.baseline_bits(data, sum(map(len, pieces)), BYTES_V, VOCABULARY, eod=eod)
+    trained = [data.train[i].tolist() for i in range(len(data.train))]
+    parts = [np.array(part) for row in trained for part in (documents_in(row) if eod is not None else [row]) if len(part) > 1]
+    fitted = NgramBaselines(parts, VOCABULARY)
+    assert found == pytest.approx(bits([list(pair) for piece in pieces for pair in piece], fitted), rel=1e-12)
+
+
+def documents_in(row: list[int]) -> list[list[int]]:
+    found: list[list[int]] = [[]]
+    for token in row:
+        found[-1].append(token)
+        if token == EOD:
+            found.append([])
+    return found
+
+
+@pytest.mark.parametrize("wrong", [LENGTH * 3 + 1, 10**6])
+def test_other_results_are_refused(tool: ModuleType, tmp_path: Path, wrong: int) -> None:
+    data, _ = splits(tmp_path, pack=False)
+    with pytest.raises(DataError, match=f"count {wrong:,} targets"):
+        tool.baseline_bits(data, wrong, BYTES_V, VOCABULARY)
