@@ -76,7 +76,7 @@ setup(
     ],
     extras_require={
         "data": ["gigatoken>=0.10,<0.11", "pyarrow>=15", "zstandard>=0.20"],  # faster encoding, Parquet, .zst
-        "plots": ["matplotlib>=3.7"],  # of tools/compare_routers.py
+        "plots": ["matplotlib>=3.7"],  # of the tools that compare runs
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],
     },

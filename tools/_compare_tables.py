@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from _tables import finish, if_matplotlib, markdown_table, with_half, write_csv
 
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
 Interval = tuple[float, float | None]  # mean, half of the 95 % interval
@@ -36,12 +36,7 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
     text = markdown(table, apart, runs)
     (output / "table.md").write_text(text, encoding="utf-8")
     print(text, end="")
-    try:
-        plot(runs, table, output)
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        print("no plots: matplotlib is not installed\n  remedy: bash tools/setup_env.sh", file=sys.stderr)
+    if_matplotlib(lambda: plot(runs, table, output))
 
 
 def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
@@ -78,12 +73,6 @@ def differences(runs: Runs) -> dict[str, dict[str, Interval]]:
     return found
 
 
-def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Full precision; None is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
-
-
 def markdown(table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: Runs) -> str:
     """Tables for a person, and what their columns are."""
     first, measures = next(iter(table)), list(next(iter(table.values())))
@@ -93,7 +82,7 @@ def markdown(table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Ma
 
     def lines(corner: str, rows: Mapping[str, Mapping[str, Interval]], sign: str) -> str:
         body = [[label, *(cell(name, *row[name], sign) for name in measures)] for label, row in rows.items()]
-        return "".join(f"| {' | '.join(line)} |\n" for line in ([corner, *heads], [":--", *["--:"] * len(heads)], *body))
+        return markdown_table([corner, *heads], body)
 
     seeds = sorted({len(each) for each in runs.values()})
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
@@ -110,8 +99,7 @@ def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
     digits, scale = {"step_time": (1, 1e3), "entropy": (3, 1), "load_max_over_mean": (2, 1), "expert_similarity": (3, 1)}.get(
         measure, (4, 1)
     )
-    shown = f"{mean * scale:{sign}.{digits}f}"
-    return shown if half is None else f"{shown} ± {half * scale:.{digits}f}"
+    return with_half(mean * scale, None if half is None else half * scale, f".{digits}f", sign)
 
 
 def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Curve]:
@@ -146,7 +134,7 @@ def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) 
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.set(xlabel="active experts k", ylabel=f"test, {unit}", title="Score against k: mean and 95 % interval over seeds")
-    _finish(figure, output / "bits_per_byte.png")
+    finish(figure, output / "bits_per_byte.png")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -160,15 +148,7 @@ def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) 
             low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, alpha=0.15, color=drawn.get_color())
         axes.set(xlabel="step", ylabel=title)
-    _finish(figure, output / "learning_curves.png")
-
-
-def _finish(figure: Any, path: Path) -> None:
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    finish(figure, output / "learning_curves.png")
 
 
 def _pieces(curve: Sequence[tuple[int, float]], points: int | None) -> list[tuple[int, float]]:

@@ -8,31 +8,21 @@ interruption: finished runs are kept, others continue from their last checkpoint
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from _common import parser, run_tool
+from _runs import LAYOUT, TOOLS, Plan, Stage, check_finished, digest_of, file_values, is_trained, refuse_flags, run_all, training
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
-TOOLS = Path(__file__).resolve().parent
-PROGRAM = TOOLS.parent / "pretrain_gpt_hyperrouter.py"
-OURS = ("--run-dir", "--load", "--finetune", "--config")  # flags of the program that this tool sets
-OTHER_LAYOUT = ("virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel")
-SECONDS_TO_SAVE = 60.0
 EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.  A run has one process: sizes of the layout in --config are
 not taken over.  --routers takes names of routers, or labels that --options explains (YAML: label to options; "name" says which router):
   hyper: {hypernet_width: 128}
@@ -44,19 +34,16 @@ mean linear CKA of two experts' outputs for the same tokens; step time is the me
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run."""
+class Trial(Plan):
+    """One router with one seed; its task is for _compare_run.py."""
 
     label: str
     seed: int
-    folder: Path
-    config: RunConfig
-    task: dict[str, Any]  # for _compare_run.py
 
-    @property
-    def results(self) -> Path:
-        """There when the run is finished."""
-        return self.folder / "results.json"
+    def stages(self) -> list[Stage]:
+        """Train, and score what was trained to its end."""
+        scoring = Stage("scoring", [str(TOOLS / "_compare_run.py"), str(self.folder / "task.json")])
+        return [scoring] if is_trained(self) else [training(self), scoring]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,10 +51,11 @@ def main(arguments: Sequence[str]) -> None:
     args, more = read_flags(arguments)
     plans = list(plans_of(args, more))
     check_finished(plans)
-    run_all([plan for plan in plans if not plan.results.exists()], args.jobs)
+    run_all([plan for plan in plans if not plan.finished], args.jobs)
     from _compare_tables import write_tables
 
-    write_tables([(plan.label, plan.seed, json.loads(plan.results.read_text(encoding="utf-8"))) for plan in plans], args.output)
+    told = [(plan.label, plan.seed, json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))) for plan in plans]
+    write_tables(told, args.output)
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
@@ -96,8 +84,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         if value is not None and value < 1:
             flags.error(f"--{name.replace('_', '-')} must be at least 1")
     line = read_program_flags(rest)
-    if taken := [name for name in line.flags if name in OURS or name.startswith("--router.")]:
-        flags.error(f"{', '.join(taken)}: set by this tool; options of routers go into --options")
+    if reason := refuse_flags(line, [name for name in line.flags if name.startswith("--router.")]):
+        flags.error(f"{reason}; options of routers go into --options")
     if odd := [name for name in args.routers if not re.fullmatch(r"\w[\w.-]*", name)]:
         flags.error(f"--routers {' '.join(odd)}: labels name folders, so letters, digits, '.', '_' and '-' alone")
     if twice := {name for name in args.routers if args.routers.count(name) > 1}:
@@ -106,9 +94,9 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- plans
-def plans_of(args: Namespace, line: CommandLine) -> Iterator[Plan]:
+def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
     """All runs, seed by seed, with settings that were checked; raises ConfigError."""
-    from megatron_hyperrouter.config.cli import dump, replace_leaves
+    from megatron_hyperrouter.config.cli import replace_leaves
     from megatron_hyperrouter.evaluate.perplexity import check_topks
 
     options = read_options(args.options, args.routers)
@@ -121,10 +109,9 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Plan]:
             seed = config.train.seed + number
             folder = args.output / "runs" / f"{label}-seed{seed}"
             scored = {"topk": topks, "test_iters": args.test_iters}
-            settings = dump(replace_leaves(config, seed=seed)) + json.dumps(scored)  # wherever the folder is
-            digest = hashlib.sha256(settings.encode()).hexdigest()
+            digest = digest_of(replace_leaves(config, seed=seed), scored)
             task = {"run_dir": str(folder), "settings": digest, "output": str(folder / "results.json"), **scored}
-            yield Plan(label, seed, folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task)
+            yield Trial(folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, label, seed)
 
 
 def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
@@ -149,16 +136,13 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
 
 def settings_of(path: str, options: Mapping[str, Any], label: str, line: CommandLine) -> RunConfig:
     """The settings of ``path`` with another router, in one process, and the flags over them; raises ConfigError."""
-    from evaluate import LAYOUT
-
     from megatron_hyperrouter.config.draft import Draft
     from megatron_hyperrouter.config.sources import YamlFile, read_yaml
     from megatron_hyperrouter.routers import ROUTERS
 
     file = read_yaml(path)
     own = {key: value for key, value in file.values.items() if key.startswith("router.")}
-    dropped = {*own, *LAYOUT, *OTHER_LAYOUT, *(flag.removeprefix("--").replace("-", "_") for flag in OURS)}
-    values = {key: value for key, value in file.values.items() if key not in dropped}
+    values = file_values(file, without=[*own, *LAYOUT])
     name = options.get("name", label)
     if not options and own.get("router.name", "hyper") == name:
         options = {key.removeprefix("router."): value for key, value in own.items()}
@@ -166,107 +150,6 @@ def settings_of(path: str, options: Mapping[str, Any], label: str, line: Command
     changed = YamlFile(f"{path} and --options" if options else path, values, file.problems, file.readable)
     overrides = {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
     return Draft(ROUTERS, changed, flags=line.flags, problems=line.problems, overrides=overrides).finish(world_size=1)
-
-
-def check_finished(plans: Sequence[Plan]) -> None:
-    """A table must not mix settings; raises ConfigError that names the runs that were made with others."""
-    from megatron_hyperrouter.errors import ConfigError, Problem
-
-    problems = []
-    for plan in plans:
-        started = plan.folder / "task.json"
-        if started.exists() and json.loads(started.read_text(encoding="utf-8"))["settings"] != plan.task["settings"]:
-            problems.append(Problem("--output", plan.folder, "holds a run with other settings", "give another folder, or remove this one"))
-    if problems:
-        raise ConfigError(problems)
-
-
-# -------------------------------------------------------------------------------------------------------------------- runs
-@dataclass
-class Started:
-    """A run in progress: it trains, then it is scored."""
-
-    plan: Plan
-    process: subprocess.Popen[bytes]
-    log: TextIO
-    scoring: bool = False
-
-
-def run_all(plans: Sequence[Plan], jobs: int) -> None:
-    """Train and score, ``jobs`` at a time; the first failure ends them all, and is the error."""
-    waiting, running, ended = list(plans), list[Started](), 0
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // jobs, 1))
-    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(start(waiting.pop(0), env))
-                print(f"{running[-1].plan.folder.name}: started ({ended} of {len(plans)} runs are finished)", file=sys.stderr, flush=True)
-            for run in list(running):
-                if run.process.poll() is None:
-                    continue
-                check_status(run)
-                if run.scoring:
-                    run.log.close()
-                    running.remove(run)
-                    ended += 1
-                else:
-                    run.process, run.scoring = launch(scoring(run.plan), run.log, env), True
-            time.sleep(0.1)
-    finally:
-        stop(running)
-
-
-def start(plan: Plan, env: Mapping[str, str]) -> Started:
-    """Train, from the last checkpoint where there is one; or score what was trained to its end."""
-    from evaluate import write
-
-    from megatron_hyperrouter.checkpoint.folder import find, read_manifest
-    from megatron_hyperrouter.config.cli import dump
-
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    settings = plan.folder / "settings.yaml"
-    settings.write_text(dump(plan.config), encoding="utf-8")
-    write(plan.folder / "task.json", plan.task)
-    log = (plan.folder / "log.txt").open("a", encoding="utf-8")
-    newest = find(plan.folder)
-    if newest is not None and read_manifest(newest)["step"] >= plan.config.train.train_iters:
-        return Started(plan, launch(scoring(plan), log, env), log, scoring=True)
-    return Started(plan, launch([str(PROGRAM), "--config", str(settings), "--load", str(plan.folder)], log, env), log)
-
-
-def scoring(plan: Plan) -> list[str]:
-    """The command that makes ``results.json``."""
-    return [str(TOOLS / "_compare_run.py"), str(plan.folder / "task.json")]
-
-
-def launch(command: Sequence[str], log: TextIO, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A Python process of its own group: a Ctrl-C reaches this tool alone, which then lets runs save."""
-    return subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def check_status(run: Started) -> None:
-    """RuntimeError, with the end of its log, for a run that failed."""
-    if run.process.returncode:
-        run.log.flush()
-        tail = Path(run.log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
-        what = "scoring" if run.scoring else "training"
-        raise RuntimeError(f"{run.plan.folder}: {what} ended with exit status {run.process.returncode}\n--- end of its log\n{tail}")
-
-
-def stop(running: Sequence[Started]) -> None:
-    """Let runs save a checkpoint and end."""
-    for run in running:
-        if run.process.poll() is None:
-            run.process.terminate()
-    end = time.monotonic() + SECONDS_TO_SAVE
-    for run in running:
-        try:
-            run.process.wait(max(end - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            os.killpg(run.process.pid, signal.SIGKILL)
-            run.process.wait()
-        run.log.close()
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ def weight_names(folder: Path) -> set[str]:
     return set(_files_by_name(folder))
 
 
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global name -> shape of all tensors in ``folder``."""
+    files = _files_by_name(folder)
+    return {name: tuple(file.get_slice(name).get_shape()) for name, file in _opened(files, files)}
+
+
 def _opened(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """(name, open file that has it) for those of ``names`` that are in ``files``, file by file."""
     by_file: dict[Path, list[str]] = {}

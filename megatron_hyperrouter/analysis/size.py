@@ -1,0 +1,80 @@
+"""How large a trained model is, and how much work its training was, counted from the weights of its checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_hyperrouter.config.derived import head_width
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, router_parameter
+from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.routers.base import RunFacts
+
+OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Trained parameters; what is frozen (hypernetworks, random routers) is not among them."""
+
+    lookup: int  # an input embedding that is no output matrix as well: a token reads one row of it
+    experts: int  # all experts of all layers
+    others: int  # attention, norms, routers, output matrix: every token meets them
+    num_experts: int
+    attention: int  # FLOPs of a token in scores and sums of attention, forward and backward
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.lookup + self.experts + self.others
+
+    def active(self, topk: int) -> int:
+        """Parameters that a token is multiplied with when each layer sends it to ``topk`` experts."""
+        return self.others + self.experts * topk // self.num_experts
+
+    def flops(self, topk: int) -> int:
+        """Work of training on a token: 6 for each active parameter, and attention over the tokens before it."""
+        return 6 * self.active(topk) + self.attention
+
+
+def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize:
+    """``shapes``: of all tensors of a checkpoint, by global name.
+
+    Attention: 12 FLOPs for each channel and each of the (S + 1) / 2 positions that a token of a causal sample sees on average.
+    """
+    trained = trained_in_router(config)
+    lookup = experts = others = 0
+    for name, shape in shapes.items():
+        inside, count = router_parameter(name), math.prod(shape)
+        if inside is not None and inside[1] not in trained:
+            continue
+        if name == WORD_EMBEDDINGS and OUTPUT in shapes:
+            lookup += count
+        elif is_expert(name):
+            experts += count
+        else:
+            others += count
+    model = config.model
+    attention = 6 * model.num_layers * model.num_attention_heads * head_width(config) * (model.seq_length + 1)
+    return ModelSize(lookup, experts, others, model.num_experts, attention)
+
+
+def trained_in_router(config: RunConfig) -> set[str]:
+    """Names, inside a router, of what is trained."""
+    with torch.device("meta"):  # names alone: no numbers are drawn
+        router = ROUTERS[config.router.name](
+            config.router.options,
+            hidden_size=config.model.hidden_size,
+            num_experts=config.model.num_experts,
+            topk=config.model.moe_router_topk,
+            layer_number=1,
+            seed=config.train.seed,
+            aux_loss_coeff=0.0,
+            z_loss_coeff=0.0,
+            facts=RunFacts(num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1),
+        )
+    return {name for name, parameter in router.named_parameters() if parameter.requires_grad}
