@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # started by nohup, or in the background of a script
             signal.signal(number, _stop)
     name = Path(sys.argv[0]).name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no such letter, a name that is not UTF-8
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -8,13 +8,12 @@ starts, so reading may stop after any batch and go on from the place where it en
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_hyperrouter.data.files import ByteStream
-from megatron_hyperrouter.data.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of
+from megatron_hyperrouter.data.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of, size_of
 from megatron_hyperrouter.data.parquet import read_rows
 from megatron_hyperrouter.data.tokenizer import SAFE_CUT
 from megatron_hyperrouter.errors import DataError
@@ -77,7 +76,7 @@ def read_batches(
     ``keys``: columns of Parquet files.  ``part``: read this part alone.  ``start``: go on from there, the ``end`` of an earlier batch.
     """
     start = start or Place()
-    sizes = [os.path.getsize(path) for path in paths]
+    sizes = [size_of(path) for path in paths]
     low, high = part.stretch(sum(sizes))
     before = 0
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_hyperrouter.data.manifest import compare, file_sum, read_manifest, tokenizer_sum
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 
 def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = None, verify: bool = False) -> dict[str, str]:
@@ -17,8 +17,11 @@ def describe(prefix: str, *, num_first: int = 64, tokenizer: Tokenizer | None = 
 
     ``prefix``: with or without .bin or .idx.  ``num_first``: tokens to show; with a ``tokenizer`` also as text.
     Lengths are those of documents, in tokens.  ``verify``: compare all with the manifest beside the files.
-    DataError for files that are unusable, differ from their manifest, or hold ids that the tokenizer has not.
+    ConfigError for a negative number; DataError for files that are unusable, differ from their manifest, or hold ids that the tokenizer
+    has not.
     """
+    if num_first < 0:
+        raise ConfigError([Problem("--tokens", num_first, "must be at least 0", "give 0 to show none")])
     root, ending = os.path.splitext(prefix)
     prefix = root if ending in (".bin", ".idx") else prefix
     manifest = read_manifest(prefix) if verify else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -18,15 +19,24 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".gz", ".zst")
 _FILE_BUFFER = 1 << 18
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot fill memory with one call
+
+
+def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
+    """Message and remedy where ``path`` cannot be written; ``instead``: what else the user can do."""
+    mend = "free space on that disk" if error.errno in _NO_ROOM else "make that place writable"
+    return f"{error.filename or path}: cannot be written: {error.strerror or error}", f"{mend}, or {instead}"
 
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A binary file to write, that takes the name ``path`` when the block ends well and vanishes when it does not.
 
-    DataError where the disk refuses.
+    DataError where the disk refuses, or where the name is that of something else than a file.
     """
+    if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
+        raise DataError(f"{path or repr(path)}: cannot be written: not the name of a file", remedy="choose another output")
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +46,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
-        remedy = "free space, or choose another output; what was there before is untouched"
-        raise DataError(f"{error.filename or path}: cannot be written: {error.strerror or error}", remedy=remedy) from error
+        message, remedy = refusal(error, path, "choose another output; what was there before is untouched")
+        raise DataError(message, remedy=remedy) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_hyperrouter.data.files import replacing
-from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 _BOM = b"\xef\xbb\xbf"
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
@@ -35,9 +35,13 @@ def write_corpus(root: str, output: str, *, max_bytes: int | None = None, progre
     """Write ``{"text": ..., "source": path below root}`` for each text file, in the order of :func:`find_text_files`.
 
     ``max_bytes``: stop before the file that would make ``output`` longer.  ``progress(files done, all files)``.
-    DataError where there is no text.  ``output`` appears when it is whole.
+    ``output`` itself is left out.  ConfigError for fewer bytes than 1, DataError where there is no text.  ``output`` appears when it is
+    whole.
     """
-    sources = find_text_files(root)
+    if max_bytes is not None and max_bytes < 1:
+        raise ConfigError([Problem("--max-bytes", max_bytes, "must be at least 1", "leave it out to take all")])
+    own = {os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root)) for ending in ("", ".partial")}
+    sources = [source for source in find_text_files(root) if source not in own]  # what an earlier run left is no source
     documents = size = left_out = 0
     with replacing(output) as stream:
         for done, source in enumerate(sources, start=1):
@@ -72,13 +76,20 @@ def find_text_files(root: str) -> list[str]:
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder", remedy="give an existing folder to --root")
     found = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
         for name in names:
             path = os.path.join(folder, name)
             if not name.startswith(".") and not os.path.islink(path) and os.path.isfile(path):
                 found.append(os.path.relpath(path, root).replace(os.sep, "/"))
     return sorted(found, key=lambda source: hashlib.sha256(os.fsencode(source)).digest())
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be read: without it the corpus would lack a part, and nobody would know."""
+    if not isinstance(error, FileNotFoundError):  # removed meanwhile
+        message = f"{error.filename}: cannot be read: {error.strerror}"
+        raise DataError(message, remedy="make the folder readable, or give another --root") from error
 
 
 def read_text_file(path: str) -> str | None:

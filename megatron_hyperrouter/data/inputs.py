@@ -25,6 +25,8 @@ _SIGNATURES = (
     (b"BZh", "is compressed with bzip2, which is not read here", "decompress it, or compress it as .gz or .zst"),
     (b"\xfd7zXZ", "is compressed with xz, which is not read here", "decompress it, or compress it as .gz or .zst"),
     (b"PK\x03\x04", "is a zip archive", "unpack it, and give the files inside"),
+    (b"\xff\xfe", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
     (b"MMIDIDX", "is the index of a pair of token files already", "give the text that the tokens were made from"),
 )
 
@@ -58,7 +60,7 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
             return WHOLE
         remedy = "give each machine its --shard I, then run tools/merge_data.py; on one machine use --workers"
         raise ConfigError([Problem("--partitions", partitions, "says in how many parts, and not which of them to read", remedy)])
-    match = re.fullmatch(r"(\d+)(?:/(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,9})(?:/([0-9]{1,9}))?", text)
     number, of = (int(match[1]), int(match[2] or partitions or 0)) if match else (0, 0)
     if not 1 <= number <= of or (match and match[2] and partitions not in (None, of)):
         raise ConfigError(
@@ -94,11 +96,31 @@ def total_bytes(paths: Sequence[str]) -> int:
     if bad:
         folders = [path for path in bad if os.path.isdir(path)]
         remedy = f"give files, for example '{folders[0]}/**/*.jsonl'" if folders else "give existing files to --input"
+        if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
+            remedy = "write it to a file first: a pipe or a device cannot be read twice"
         raise DataError("no such readable input file: " + ", ".join(bad), remedy=remedy)
-    hollow = [path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not os.path.getsize(path)]
+    hollow = [path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)]
     if hollow:
         raise DataError("a file of 0 bytes, without even a header: " + ", ".join(hollow), remedy="it is truncated: fetch it again")
-    return sum(os.path.getsize(path) for path in paths)
+    return sum(map(size_of, paths))
+
+
+def size_of(path: str) -> int:
+    """Size of a file; DataError where it is not there any more."""
+    return _status_of(path).st_size
+
+
+def facts_of(path: str) -> tuple[str, int, int]:
+    """Path, size and time of change of a file, by which it is known again; DataError where it is not there any more."""
+    status = _status_of(path)
+    return path, status.st_size, status.st_mtime_ns
+
+
+def _status_of(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and leave it there") from error
 
 
 def is_compressed(path: str) -> bool:

@@ -9,12 +9,14 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_hyperrouter.data.pair_writer import refusing, sync_folder
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
+_START = b'{"version": '
 _AFRESH = "or give --overwrite to start afresh"
 
 
@@ -31,10 +33,11 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         with refusing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(path, "a+b")  # noqa: SIM115 - holds the lock until close()
+        self._stream = _locked(path)
+        fresh = not os.fstat(self._stream.fileno()).st_size
         try:
-            self._lock()
             head = {"version": 1, "settings": dict(settings), "inputs": [list(each) for each in inputs]}
+            self._check_start()
             lines = [] if overwrite else self._read()
             if lines:
                 self._check(lines[0], json.loads(json.dumps(head)))
@@ -45,7 +48,7 @@ class Journal:
                 self.append(head)
                 sync_folder(path)
         except BaseException:
-            self._stream.close()
+            self.close(remove=fresh)
             raise
 
     def append(self, record: Mapping[str, object]) -> None:
@@ -58,17 +61,18 @@ class Journal:
     def close(self, *, remove: bool) -> None:
         """Release the lock; ``remove``: nothing is left to go on with."""
         if remove:
-            Path(self.path).unlink(missing_ok=True)
-        self._stream.close()
+            with suppress(OSError):  # one that stays is understood by the next run
+                Path(self.path).unlink()
+        with suppress(OSError):  # a full disk refuses the last line once more
+            self._stream.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"{self.path}: another process is writing these files"
-            raise DataError(message, remedy="wait for it, or choose another --output-prefix") from error
-        except OSError:
-            return  # a file system without locks
+    def _check_start(self) -> None:
+        """DataError for another file of that name, which must not be lost; what a death left of the first line is no other file."""
+        self._stream.seek(0)
+        start = self._stream.read(len(_START))
+        if start.strip(b"\0") and not _START.startswith(start):
+            message = f"{self.path}: not the journal of an unfinished run, which would have this name"
+            raise DataError(message, remedy="move it away, or choose another --output-prefix")
 
     def _read(self) -> list[dict[str, Any]]:
         """The whole lines; what a death left of the last is cut off."""
@@ -89,6 +93,8 @@ class Journal:
         return lines
 
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if old.get("version") != new["version"]:
+            raise DataError(f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh")
         before, now = old.get("settings", {}), new["settings"]
         problems = []
         for name in {**before, **now}:
@@ -105,5 +111,29 @@ class Journal:
         if len(old["inputs"]) != len(new["inputs"]):
             message = f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that left {self.path}"
             raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
-        if old.get("version") != new["version"]:
-            raise DataError(f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh")
+
+
+def _locked(path: str) -> BinaryIO:
+    """The journal, open and locked; opened again where the process that held the lock has removed it meanwhile."""
+    while True:
+        with refusing(path):
+            stream = open(path, "a+b")  # noqa: SIM115 - holds the lock until close()
+        try:
+            _lock(stream, path)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                    return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _lock(stream: BinaryIO, path: str) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"{path}: another process is writing these files"
+        raise DataError(message, remedy="wait for it, or choose another --output-prefix") from error
+    except OSError:
+        return  # a file system without locks

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from megatron_hyperrouter.data.files import replacing
 from megatron_hyperrouter.data.inputs import Part
@@ -45,9 +45,10 @@ class Manifest:
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:
     """Beside the pair, whole or not at all; DiskRefused."""
+    escaped = "backslashreplace"  # a path that is not UTF-8 has characters which JSON knows by that very escape alone
     try:
         with replacing(prefix + ENDING) as stream:
-            stream.write(json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1, ensure_ascii=False).encode() + b"\n")
+            stream.write(json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1, ensure_ascii=False).encode(errors=escaped) + b"\n")
     except DataError as error:
         raise DiskRefused(error.message, remedy=error.remedy) from error
 
@@ -60,17 +61,25 @@ def read_manifest(prefix: str) -> Manifest:
     except FileNotFoundError:
         remedy = "without one there are no checksums to compare with; pairs of other programs have none, tools/preprocess_data.py writes it"
         raise DataError(f"{path}: no such manifest", remedy=remedy) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}", remedy=_AGAIN) from error
     try:
         if found["version"] != _VERSION:
             raise DataError(
                 f"{path}: version {found['version']}, expected {_VERSION}", remedy="use the version of this program that made it"
             )
-        values = {each.name: found[each.name] for each in fields(Manifest)}
-        return Manifest(**{**values, "bin": FileSum(**values["bin"]), "idx": FileSum(**values["idx"])})
+        sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}
+        return Manifest(**_typed(Manifest, {**found, **sums}))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of token files ({error})", remedy=_AGAIN) from error
+
+
+def _typed(kind: type[Manifest | FileSum], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``kind``; KeyError for one that is not there, TypeError for one of another type."""
+    for name, wanted in get_type_hints(kind).items():
+        if not isinstance(found[name], get_origin(wanted) or wanted):
+            raise TypeError(f"{name} is {found[name]!r}")
+    return {each.name: found[each.name] for each in fields(kind)}
 
 
 def tokenizer_sum(path: str) -> str:

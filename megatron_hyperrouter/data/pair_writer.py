@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron_hyperrouter.data.files import refusal
 from megatron_hyperrouter.data.store import index_header
 from megatron_hyperrouter.errors import DataError
 
@@ -148,10 +150,17 @@ def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
     return FileSum(size, digest.hexdigest())
 
 
+def changed_since(path: str) -> DataError:
+    """What to raise for a growing file that does not hold what was saved in it."""
+    message = f"{path}: has changed since an unfinished run saved it"
+    return DataError(message, remedy="what was saved is discarded: the same command starts afresh")
+
+
 def remove_partial(prefix: str) -> None:
-    """Remove the growing files, where there are any."""
+    """Remove the growing files, where there are any that can be removed: no reason to hide why a run has ended."""
     for ending in ("bin", "idx", "sizes", "counts"):
-        Path(f"{prefix}.{ending}.partial").unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(f"{prefix}.{ending}.partial").unlink()
 
 
 def sync_folder(path: str) -> None:
@@ -176,8 +185,8 @@ class refusing:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            message = f"{error.filename or self._prefix}: cannot be written: {error.strerror or error}"
-            raise DiskRefused(message, remedy="free space on that disk, or choose another --output-prefix") from error
+            message, remedy = refusal(error, self._prefix, "choose another --output-prefix")
+            raise DiskRefused(message, remedy=remedy) from error
 
 
 def _file_sizes(counts: Counts, dtype: DTypeLike) -> dict[str, int]:
@@ -201,13 +210,16 @@ def _index_blocks(prefix: str, dtype: np.dtype[Any], counts: Counts) -> Iterator
     with open(f"{prefix}.sizes.partial", "rb") as stream:
         yield from _blocks(stream, files["sizes"])
         stream.seek(0)
-        yield from _starts(stream, files["sizes"], dtype.itemsize, last=False)
+        yield from _starts(stream, files["sizes"], dtype.itemsize, counts.tokens, last=False)
     with open(f"{prefix}.counts.partial", "rb") as stream:
-        yield from _starts(stream, files["counts"], 1, last=True)
+        yield from _starts(stream, files["counts"], 1, counts.sequences, last=True)
 
 
-def _starts(stream: BinaryIO, size: int, scale: int, *, last: bool) -> Iterator[bytes]:
-    """Where each of consecutive int32 lengths begins, as int64 bytes, in units of ``scale``; with ``last`` also where all end."""
+def _starts(stream: BinaryIO, size: int, scale: int, total: int, *, last: bool) -> Iterator[bytes]:
+    """Where each of consecutive int32 lengths begins, as int64 bytes, in units of ``scale``; with ``last`` also where all end.
+
+    DataError where they do not add up to ``total``: the file is not the one that was written.
+    """
     start = 0
     for _ in range(0, size, _CHUNK * _SIZE.itemsize):
         lengths = np.frombuffer(stream.read(min(size, _CHUNK * _SIZE.itemsize)), _SIZE)
@@ -215,5 +227,7 @@ def _starts(stream: BinaryIO, size: int, scale: int, *, last: bool) -> Iterator[
         ends = start + np.cumsum(lengths, dtype="<i8") * scale
         yield np.concatenate(([start], ends[:-1])).astype("<i8").tobytes()
         start = int(ends[-1])
+    if start != total * scale:
+        raise changed_since(stream.name)
     if last:
         yield np.array([start], "<i8").tobytes()

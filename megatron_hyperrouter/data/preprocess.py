@@ -19,15 +19,29 @@ import numpy as np
 from megatron_hyperrouter.data.backends import choose_encoder
 from megatron_hyperrouter.data.corpus import Place, documents, read_batches
 from megatron_hyperrouter.data.encode import Encoder, Recipe, encode_all
-from megatron_hyperrouter.data.inputs import WHOLE, Part, total_bytes
+from megatron_hyperrouter.data.inputs import WHOLE, Part, facts_of, total_bytes
 from megatron_hyperrouter.data.journal import Journal
 from megatron_hyperrouter.data.manifest import Manifest, tokenizer_sum, write_manifest
-from megatron_hyperrouter.data.pair_writer import Counts, DiskRefused, FileSum, PairWriter, holds, put_in_place, remove_partial
+from megatron_hyperrouter.data.pair_writer import (
+    Counts,
+    DiskRefused,
+    FileSum,
+    PairWriter,
+    changed_since,
+    holds,
+    put_in_place,
+    remove_partial,
+)
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 __all__ = ["Job", "Recipe", "Written", "preprocess"]
 _CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
+_MOST_WORKERS = 1024  # each holds batches of text, and more than the cores there are help nobody
 SAVE_SECONDS = 10.0
+
+
+class InputChanged(DataError):
+    """Another program wrote to an input while it was read: what is done stays."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,8 @@ def preprocess(
     Raises DataError (file, and line or byte, of bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and
     a full disk leave what was saved, beside the output, under temporary names.
     """
-    _check(recipe, workers)
     job = Job(tuple(inputs), output_prefix, recipe, part)
+    _check(job, workers, save_seconds)
     total_bytes(inputs)
     first = _first_documents(job)
     tokenizer, backend = choose_encoder(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, first, report)
@@ -92,7 +106,7 @@ def preprocess(
             run.encode(workers)
         written = run.finish()
     except BaseException as error:
-        bad_input = isinstance(error, DataError) and not isinstance(error, DiskRefused)
+        bad_input = isinstance(error, DataError) and not isinstance(error, DiskRefused | InputChanged)
         run.close(forget=bad_input or not run.saved)
         raise
     run.close(forget=True)
@@ -107,11 +121,15 @@ class _Run:
     ) -> None:
         self._job, self._encoder, self._save_seconds, self._progress = job, encoder, save_seconds, progress
         self._low, self._high = job.part.stretch(total_bytes(job.inputs))
-        files = [(path, status.st_size, status.st_mtime_ns) for path in job.inputs for status in [os.stat(path)]]
+        self._files = [facts_of(path) for path in job.inputs]
         self._tokenizer = _tokenizer_facts(job.recipe, encoder)
         self.dtype = encoder.dtype
-        self._journal = Journal(f"{job.stem()}.journal", self._settings(), files, overwrite=overwrite)
-        self._record: dict[str, Any] = next((record for record in reversed(self._journal.records) if self._usable(record)), {})
+        self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
+        try:
+            self._record: dict[str, Any] = next((record for record in reversed(self._journal.records) if self._usable(record)), {})
+        except BaseException:
+            self._journal.close(remove=False)
+            raise
 
     @property
     def complete(self) -> bool:
@@ -131,6 +149,9 @@ class _Run:
         writers = [PairWriter(prefix, self.dtype, counts) for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)]
         told = time.monotonic()
         try:
+            for writer, pair in zip(writers, self._record.get("pairs", ()), strict=False):
+                if asdict(writer.bin_sum()) != pair["bin"]:
+                    raise changed_since(f"{writer.prefix}.bin.partial")
             self._show(position, writers[0])
             batches = read_batches(self._job.inputs, keys, part=self._job.part, start=start)
             for batch, results in encode_all(batches, self._encoder, workers):
@@ -151,6 +172,7 @@ class _Run:
 
     def finish(self) -> list[Written]:
         """Give the files their names and write the manifests."""
+        self._check_inputs()
         written = []
         for prefix, key, state, counts in zip(
             self._job.prefixes(), self._job.recipe.keys, self._record["pairs"], self._counts(), strict=True
@@ -165,7 +187,7 @@ class _Run:
                 idx=put_in_place(prefix, self.dtype, counts),
                 tokenizer=self._tokenizer,
                 settings={"key": key, "append_eod": self._job.recipe.append_eod},
-                inputs=[{"path": path, "bytes": os.path.getsize(path)} for path in self._job.inputs],
+                inputs=[{"path": path, "bytes": size} for path, size, _ in self._files],
                 part=str(self._job.part),
             )
             write_manifest(prefix, manifest)
@@ -178,6 +200,15 @@ class _Run:
         for prefix in self._job.prefixes() if forget else ():
             remove_partial(prefix)
 
+    def _check_inputs(self) -> None:
+        """InputChanged where another program has written to an input meanwhile: nobody knows what was read."""
+        for was in self._files:
+            now = facts_of(was[0])
+            if now != was:
+                sizes = f" (it had {was[1]} bytes, and has {now[1]})" if was[1] != now[1] else ""
+                remedy = "let nothing write to it, and start afresh with --overwrite"
+                raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
+
     def _save(self, writers: list[PairWriter], place: Place, position: int, *, complete: bool = False) -> None:
         pairs = [{"counts": writer.save().as_dict(), "bin": asdict(writer.bin_sum())} for writer in writers]
         record = {"place": list(asdict(place).values()), "position": position, "pairs": pairs, "complete": complete}
@@ -186,8 +217,12 @@ class _Run:
 
     def _usable(self, record: dict[str, Any]) -> bool:
         """Whether the files hold what the record says; a complete run's tokens may have their name already."""
-        pairs = zip(self._job.prefixes(), record["pairs"], strict=True)
-        return all(holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"]) for prefix, pair in pairs)
+        try:
+            pairs = zip(self._job.prefixes(), record["pairs"], strict=True)
+            return all(holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"]) for prefix, pair in pairs)
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{self._journal.path}: holds what no run of this program saves ({error!r})"
+            raise DataError(message, remedy="give --overwrite to start afresh") from error
 
     def _counts(self) -> list[Counts | None]:
         pairs = self._record.get("pairs")
@@ -220,12 +255,24 @@ def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
         )
 
 
-def _check(recipe: Recipe, workers: int) -> None:
-    problems = []
-    if workers < 1:
-        problems.append(Problem("--workers", workers, "must be at least 1", "use as many as there are processor cores"))
-    if not recipe.keys or len(set(recipe.keys)) < len(recipe.keys):
-        problems.append(Problem("--json-keys", " ".join(recipe.keys), "must name each key once", "leave out the repeated key"))
+def _check(job: Job, workers: int, save_seconds: float) -> None:
+    keys, problems = job.recipe.keys, []
+    if not 1 <= workers <= _MOST_WORKERS:
+        problems.append(Problem("--workers", workers, f"must be 1 to {_MOST_WORKERS}", "use as many as there are processor cores"))
+    if not save_seconds >= 0:
+        problems.append(Problem("--save-seconds", save_seconds, "must be at least 0", f"use {SAVE_SECONDS:g}"))
+    if not keys or len(set(keys)) < len(keys):
+        problems.append(Problem("--json-keys", " ".join(keys), "must name each key once", "leave out the repeated key"))
+    for key in keys:
+        if not key or "/" in key:
+            rule = "is a part of the output's name, so it must not be empty or hold a slash"
+            problems.append(Problem("--json-keys", repr(key), rule, "rename the key in the input"))
+    if not job.output_prefix:
+        problems.append(Problem("--output-prefix", "''", "must not be empty", "name the output, for example data/corpus"))
+    endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
+    written = [f"{job.stem()}.journal", *(f"{prefix}.{ending}" for prefix in job.prefixes() for ending in endings)]
+    for path in sorted({os.path.realpath(path) for path in job.inputs} & {os.path.realpath(path) for path in written}):
+        problems.append(Problem("--output-prefix", job.output_prefix, f"would write over the input {path}", "choose another prefix"))
     if problems:
         raise ConfigError(problems)
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_hyperrouter.data.files import refusal
 from megatron_hyperrouter.data.mapped import Mapped
 from megatron_hyperrouter.errors import DataError
 
@@ -361,5 +362,5 @@ class IndexedWriter:
             self._idx.write(some.data)
 
     def _refused(self, error: OSError) -> DataError:
-        message = f"{error.filename or self.prefix}: cannot be written: {error.strerror or error}"
-        return DataError(message, remedy="free space on that disk, or choose another --output-prefix")
+        message, remedy = refusal(error, self.prefix, "choose another --output-prefix")
+        return DataError(message, remedy=remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -114,6 +115,20 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
 def test_unreadable_is_no_text(tmp_path: Path) -> None:
     assert read_text_file(str(tmp_path / "gone")) is None
     assert read_text_file(str(tmp_path)) is None
+
+
+def test_a_folder_that_cannot_be_read_is_told(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if path.endswith("er"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="deep/er: cannot be read: Permission denied"):
+        write_corpus(str(tree), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_default_is_the_standard_library() -> None:

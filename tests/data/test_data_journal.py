@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -93,3 +95,29 @@ def test_a_second_process_is_refused(path: str) -> None:
     assert Path(path).read_bytes().count(b"\n") == 3
     journal.close(remove=False)
     assert records(path) == RECORDS
+
+
+def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a third process would find no journal, and write the same files."""
+    real = fcntl.flock
+
+    def flock(stream: BinaryIO, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        Path(path).unlink()  # the owner is done in this moment
+        real(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    journal = Journal(path, SETTINGS, INPUTS)
+    assert journal.records == [] and Path(path).exists()
+    with pytest.raises(DataError, match="another process is writing these files"):
+        Journal(path, SETTINGS, INPUTS)
+    journal.close(remove=True)
+
+
+@pytest.mark.parametrize("foreign", [b"Dear diary", b"[1]\n", b'{"version": 0, \n'.replace(b"version", b"edition"), b"\0\0text"])
+def test_another_file_of_that_name_is_left_alone(path: str, foreign: bytes) -> None:
+    Path(path).write_bytes(foreign)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"p\.journal: not the journal of an unfinished run"):
+            Journal(path, SETTINGS, INPUTS, overwrite=overwrite)
+        assert Path(path).read_bytes() == foreign

@@ -152,3 +152,56 @@ def test_another_number_of_workers_or_back_end_goes_on(tmp_path: Path, job: tupl
     assert starts[0] > 0
     preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ending", ["bin", "sizes", "counts"])
+def test_what_was_saved_and_has_changed_is_not_gone_on_with(tmp_path: Path, job: tuple[list[str], Recipe], ending: str) -> None:
+    inputs, recipe = job
+    until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
+    saved = tmp_path / "out" / f"p_note_document.{ending}.partial"
+    data = bytearray(saved.read_bytes())
+    data[0] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(DataError, match=rf"p_note_document\.{ending}\.partial: has changed since an unfinished run saved it") as caught:
+        preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
+    assert "the same command starts afresh" in caught.value.remedy
+    assert not [name for name in outputs(tmp_path / "out") if not name.startswith("p_text_document.")]
+    preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
+    preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("record", ['{"n": 1}', '{"place": [0], "position": 1, "pairs": [], "complete": false}'])
+def test_a_journal_that_no_run_writes_is_refused(tmp_path: Path, job: tuple[list[str], Recipe], record: str) -> None:
+    inputs, recipe = job
+    until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
+    with open(tmp_path / "out" / "p.journal", "a") as stream:
+        stream.write(record + "\n")
+    with pytest.raises(DataError, match=r"p\.journal: holds what no run of this program saves") as caught:
+        preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
+    assert "--overwrite" in caught.value.remedy
+    preprocess(inputs, str(tmp_path / "out" / "p"), recipe, overwrite=True)
+
+
+def test_an_input_that_another_program_writes_to_is_not_trusted(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    inputs, recipe = job
+    prefix, more = str(tmp_path / "out" / "p"), iter(['{"text": "more", "note": "of it"}\n'])
+
+    def write(done: int, total: int, documents: int) -> None:
+        with open(inputs[0], "a") as stream:
+            stream.write(next(more, ""))
+
+    with pytest.raises(DataError, match=r"a\.jsonl: the input has changed while it was read \(it had \d+ bytes, and has") as caught:
+        preprocess(inputs, prefix, recipe, progress=write)
+    assert "--overwrite" in caught.value.remedy
+    assert not [name for name in outputs(tmp_path / "out") if name.endswith((".bin", ".idx", ".json"))]
+    preprocess(inputs, prefix, recipe, overwrite=True)
+    preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_an_input_that_goes_away_is_told(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+    inputs, recipe = job
+    with pytest.raises(DataError, match=r"b\.txt: cannot be read: No such file"):
+        preprocess(inputs, str(tmp_path / "out" / "p"), recipe, progress=lambda *_: Path(inputs[1]).unlink(missing_ok=True))
+    assert not outputs(tmp_path / "out")

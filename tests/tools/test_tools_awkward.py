@@ -1,0 +1,163 @@
+"""The data tools with what nobody should give them: one message with a remedy, the right status, and no file of the user's lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TEXT = "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(50))
+PREPROCESS = "preprocess_data --input a.jsonl --output-prefix p --tokenizer-type ByteTokenizer"
+TRAIN = "train_tokenizer --input a.jsonl --output t.json --vocab-size"
+
+
+class Case(NamedTuple):
+    """A command, its status, what it says, and the files there are before it beside the input."""
+
+    command: str
+    status: int
+    says: str
+    files: dict[str, bytes | None]  # None: a folder
+
+
+def case(command: str, status: int, says: str, **files: bytes | None) -> Case:
+    return Case(command, status, says, {name.replace("__", "."): data for name, data in files.items()})
+
+
+HEAD = b'{"version": 1, "settings": {"--tokenizer-type": "ByteTokenizer"}, "inputs": []}\n'
+CASES = {
+    # settings: status 2
+    "no prefix": case(PREPROCESS + " --output-prefix=", 2, "--output-prefix = '': must not be empty"),
+    "a key with a slash": case(PREPROCESS + " --json-keys ../b", 2, "--json-keys = '../b': is a part of the output's name"),
+    "an empty key": case(PREPROCESS + " --json-keys=", 2, "--json-keys = '': is a part of the output's name"),
+    "100000 workers": case(PREPROCESS + " --workers 100000", 2, "--workers = 100000: must be 1 to 1024"),
+    "a negative time": case(PREPROCESS + " --save-seconds -1", 2, "--save-seconds = -1.0: must be at least 0"),
+    "no number of a time": case(PREPROCESS + " --save-seconds nan", 2, "--save-seconds = nan: must be at least 0"),
+    "a shard of 20 digits": case(PREPROCESS + " --shard 1/" + "9" * 20, 2, r"--shard = 1/9+: must be I/N"),
+    "input and output": case(
+        PREPROCESS + " --input p_text_document.bin", 2, "would write over the input .*p_text_document.bin", p_text_document__bin=b"a text"
+    ),
+    "input and journal": case(PREPROCESS + " --input p.journal", 2, "would write over the input .*p.journal", p__journal=b"Dear diary\n"),
+    "vocabulary 2**40": case(f"{TRAIN} {2**40}", 2, f"--vocab-size = {2**40}: must be at most 16777216"),
+    "vocabulary 10**30": case(f"{TRAIN} {10**30}", 2, f"--vocab-size = {10**30}: must be at most 16777216"),
+    "no bytes to train on": case(f"{TRAIN} 300 --max-bytes 0", 2, "--max-bytes = 0: must be at least 1"),
+    "a tokenizer over its text": case(f"{TRAIN} 300 --output ./a.jsonl", 2, "--output = ./a.jsonl: is one of the inputs"),
+    "no bytes of a corpus": case("make_corpus --root . --output c.jsonl --max-bytes -1", 2, "--max-bytes = -1: must be at least 1"),
+    "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
+    # data: status 3
+    "another p.journal": case(PREPROCESS, 3, "p.journal: not the journal of an unfinished run", p__journal=b"Dear diary\n"),
+    "another p.journal, overwrite": case(PREPROCESS + " --overwrite", 3, "p.journal: not the journal", p__journal=b'{"dear": "diary"}\n'),
+    "a journal of another version": case(PREPROCESS, 3, "p.journal: of another version", p__journal=HEAD.replace(b"1", b"9", 1)),
+    "a folder in the way": case(PREPROCESS, 3, "p_text_document.bin.partial: cannot be written", p_text_document__bin__partial=None),
+    "UTF-16": case(PREPROCESS, 3, "a.jsonl, byte 0: the file is UTF-16\n  remedy: .*iconv -f UTF-16", a__jsonl=TEXT.encode("utf-16")),
+    "a manifest of other types": case(
+        "inspect_data p --verify",
+        3,
+        "not a manifest of token files",
+        p__manifest__json=b'{"version": 1, "bin": {"bytes": "x", "sha256": 5}}',
+    ),
+    "a manifest without end": case("inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000),
+    "a corpus without a name": case("make_corpus --root . --output=", 3, "'': cannot be written: not the name of a file"),
+    "a corpus in a folder's place": case("make_corpus --root . --output c", 3, "c: cannot be written: not the name of a file", c=None),
+}
+
+
+def run(command: list[str], folder: Path, **options: object) -> tuple[int, str, str]:
+    tool, *arguments = command
+    command = [sys.executable, str(TOOLS / f"{tool}.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {os.fspath(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_message_a_remedy_and_no_file_lost(tmp_path: Path, name: str) -> None:
+    command, status, says, files = CASES[name]
+    for file, data in {"a.jsonl": TEXT.encode(), **files}.items():
+        (tmp_path / file).mkdir() if data is None else (tmp_path / file).write_bytes(data)
+    before = tree(tmp_path)
+    found, out, err = run(command.split(), tmp_path)
+    assert (found, out) == (status, ""), err
+    assert "Traceback" not in err
+    assert re.match(rf"{command.split()[0]}\.py: error: ", err), err
+    assert re.search(says, err), err
+    assert "  remedy: " in err if status == 3 else re.search(r"\n  - --\S+ = .*: .*; \S", err), err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [10, 100])
+def test_a_disk_too_full_for_the_first_line_of_the_journal(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.jsonl").write_text(TEXT)
+    before = tree(tmp_path)
+    status, _, err = run(PREPROCESS.split(), tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert status == 3 and "p.journal: cannot be written: File too large\n  remedy: free space" in err, err
+    assert tree(tmp_path) == before
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """From such a file to such files, and what a manifest says of them is what they are called."""
+    source, prefix = b"a\xff.jsonl".decode(errors="surrogateescape"), b"p\xff".decode(errors="surrogateescape")
+    (tmp_path / source).write_text(TEXT)
+    command = ["preprocess_data", "--input", source, "--output-prefix", prefix, "--tokenizer-type", "ByteTokenizer"]
+    status, _, err = run(command, tmp_path)
+    assert status == 0, err
+    manifest = json.loads((tmp_path / f"{prefix}_text_document.manifest.json").read_bytes())
+    assert [each["path"] for each in manifest["inputs"]] == [source]
+    status, out, err = run(["inspect_data", f"{prefix}_text_document", "--verify"], tmp_path)
+    assert status == 0 and "verified" in out, err
+
+
+def test_a_terminal_that_knows_no_such_letters(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "żółw"}\n')
+    assert run(PREPROCESS.split(), tmp_path)[0] == 0
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    status, out, err = run(["inspect_data", "p_text_document", "--tokenizer-type", "ByteTokenizer"], tmp_path, env=ascii_only)
+    assert status == 0 and r"\u017c\xf3\u0142w" in out, err
+
+
+def test_a_corpus_does_not_swallow_itself(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one")
+    command = ["make_corpus", "--root", ".", "--output", "c.jsonl"]
+    made = [run(command, tmp_path)[0] or (tmp_path / "c.jsonl").read_bytes() for _ in range(2)]
+    assert made[0] == made[1] == b'{"text": "one", "source": "one.txt"}\n'
+
+
+def make_fifo(folder: Path) -> None:
+    os.mkfifo(folder / "c.jsonl")
+
+
+def link_to_fifo(folder: Path) -> None:
+    os.mkfifo(folder / "fifo")
+    (folder / "c.jsonl").symlink_to("fifo")
+
+
+@pytest.mark.parametrize("make", [make_fifo, link_to_fifo])
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """As /dev/null would be, under root."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "one.txt").write_text("one")
+    make(tmp_path)
+    status, _, err = run(["make_corpus", "--root", "root", "--output", "c.jsonl"], tmp_path)
+    assert status == 3 and "c.jsonl: cannot be written: not the name of a file" in err
+    assert (tmp_path / "c.jsonl").is_fifo()
+    status, _, err = run(f"preprocess_data --input c.jsonl {PREPROCESS.split(' ', 3)[3]}".split(), tmp_path)
+    assert status == 3 and "remedy: write it to a file first" in err, err
+
+
+def test_the_key_that_a_message_names_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "one two"}\n')
+    status, _, err = run(f"{TRAIN} 260".split(), tmp_path)
+    assert status == 3 and "--json-keys KEY" in err
+    assert run(f"{TRAIN} 260 --json-keys body".split(), tmp_path)[0] == 0
