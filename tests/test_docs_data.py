@@ -1,0 +1,80 @@
+"""docs/data.md tells the truth wherever code can say so: flags, files, statuses and numbers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from test_definitions import ROOT
+
+from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.data import cache, dataset, loader, on_demand, order, preprocess, store
+from megatron_hyperrouter.data.schedule import mixes_of
+from megatron_hyperrouter.engines import launch
+
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+PLAIN = re.sub(r"\s+", " ", PAGE)
+
+
+@pytest.fixture(scope="module")
+def helped() -> str:
+    """What --help of the program and of the data tools says."""
+    programs = [
+        "pretrain_gpt_hyperrouter.py",
+        *(f"tools/{name}.py" for name in ("preprocess_data", "merge_data", "inspect_data", "build_index")),
+    ]
+    told = [
+        subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, check=True).stdout for name in programs
+    ]
+    return "\n".join(told)
+
+
+@pytest.mark.processes
+def test_every_flag_is_there(helped: str) -> None:
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE))
+    assert len(flags) >= 20
+    assert {flag for flag in flags if not re.search(rf"{flag}(?![\w-])", helped)} == set()
+
+
+def test_every_file_is_there() -> None:
+    files = set(re.findall(r"(?:tools|tests)/[\w/]+\.py", PAGE))
+    assert len(files) >= 5 and all((ROOT / name).is_file() for name in files)
+    links = re.findall(r"\]\(([\w.]+)\)", PAGE)
+    assert links and all((ROOT / "docs" / name).is_file() for name in links)
+
+
+def test_the_numbers_are_those_of_the_code() -> None:
+    windows = f"{on_demand.BLOCK * on_demand.SHARD:,}"
+    for told in (
+        f"every {preprocess.SAVE_SECONDS:g} seconds",
+        f"8 bytes for each {on_demand.BLOCK} documents, and a few windows of {windows} documents",
+        f"blocks of {on_demand.BLOCK} documents all over the file; documents within {on_demand.SHARD} such blocks",
+        f"less than {order._SEPARATE_BELOW:.0%} of it".replace("%", " %"),
+        f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
+        f"smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
+        f"({DataConfig().num_workers}) read ahead, each {loader._AHEAD} micro-batches",
+        f"After {launch._SILENCE:.0f} seconds of waiting",
+        f"after {launch._PATIENCE // timedelta(hours=1)} hours",
+    ):
+        assert told in PLAIN, told
+    for power in (dataset.ON_DEMAND_FROM, cache.CACHED_FROM):
+        assert power & (power - 1) == 0
+    if dist.constants.default_pg_nccl_timeout is not None:
+        assert dist.constants.default_pg_nccl_timeout == timedelta(minutes=10)
+    assert [str(store.smallest_dtype(size)) for size in (65499, 65500)] == ["uint16", "int32"]
+
+
+def test_the_example_of_a_schedule_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "data").mkdir()
+    for name in ("web", "code", "books"):
+        for ending in ("bin", "idx"):
+            (tmp_path / "data" / f"{name}_text_document.{ending}").touch()
+    (tmp_path / "mixes.yaml").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    assert [step for step, _ in mixes_of(DataConfig(data_schedule="mixes.yaml"))] == [0, 8000]
