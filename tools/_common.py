@@ -97,7 +97,7 @@ class Bar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (TextColumn(self._name), BarColumn(), TextColumn("{task.fields[status]}"))
+            columns = (TextColumn("{task.fields[status]}"), BarColumn())  # the numbers first: 80 characters are enough for them
             bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
             task = bar.add_task(self._name, status="")
             self._show = lambda done, total, note: bar.update(task, completed=done, total=total, status=self._status(done, total, note))
