@@ -79,10 +79,29 @@ def save_state(folder: Path, rank: int, optimizer: Any) -> None:
 
 def load_state(folder: Path, rank: int) -> Any:
     """Restore the random generators; returns the optimizer state."""
+    state = _read_state(folder, rank)
+    _set_random_state(state["random"])
+    return state["optimizer"]
+
+
+def load_states(folder: Path, rank: int) -> list[Any]:
+    """The optimizer states of all ranks, mapped rather than read; a rank that was there before gets its random generators back."""
+    states = [_read_state(folder, number, mmap=True) for number in range(saved_ranks(folder))]
+    if rank < len(states):
+        _set_random_state(states[rank]["random"])
+    return [state["optimizer"] for state in states]
+
+
+def saved_ranks(folder: Path) -> int:
+    """How many ranks have saved their state there."""
+    return len(list(folder.glob(_state_file(folder, 0).name.replace("00000", "*"))))
+
+
+def _read_state(folder: Path, rank: int, *, mmap: bool = False) -> Any:
     path = _state_file(folder, rank)
     try:
         # Our own file, its checksum verified before: it holds optimizer objects of the host.
-        state = torch.load(path, map_location="cpu", weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: the checkpoint was written by another number of ranks",
@@ -90,8 +109,6 @@ def load_state(folder: Path, rank: int) -> Any:
         ) from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run") from error
-    _set_random_state(state["random"])
-    return state["optimizer"]
 
 
 def _state_file(folder: Path, rank: int) -> Path:

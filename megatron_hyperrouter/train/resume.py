@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_manifest, verify
-from megatron_hyperrouter.config.derived import global_batch_size, head_width, query_groups
+from megatron_hyperrouter.config.derived import global_batch_size, head_width, may_change_ranks, query_groups
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 from megatron_hyperrouter.errors import CheckpointError
@@ -21,12 +21,15 @@ def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int
     step = 0
     if folder := _checkpoint_to_load(config, folders.root, is_main=engine.place.is_main):
         manifest, ours = read_manifest(folder), run_meta(config, engine)
-        _refuse_misfit(folder, manifest["meta"], ours, weights_only=config.checkpoint.finetune)
+        fixed = not (config.checkpoint.finetune or may_change_ranks(config))
+        _refuse_misfit(folder, manifest["meta"], ours, weights_only=config.checkpoint.finetune, ranks_fixed=fixed)
         verify(folder, engine)
         engine.load(folder, weights_only=config.checkpoint.finetune)
         step = 0 if config.checkpoint.finetune else int(manifest["step"])
         if engine.place.is_main:
             console.note(f"continuing after step {step} of {folder}" if step else f"starting from the weights of {folder}")
+            for line in _differences("layout", manifest["meta"], ours) if step else ():
+                console.note(f"{line}: the optimizer's state is shared out anew")
             for line in _differences("order", manifest["meta"], ours) if step else ():
                 if "data" in manifest["meta"]:
                     console.note(f"{line}: the run goes on with what it has not read yet")
@@ -103,13 +106,16 @@ def _checkpoint_to_load(config: RunConfig, own_root: Path, *, is_main: bool) -> 
     return folder
 
 
-def _refuse_misfit(folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, weights_only: bool) -> None:
+def _refuse_misfit(folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, weights_only: bool, ranks_fixed: bool) -> None:
     if lines := list(_differences("sizes", saved, ours)):
         raise CheckpointError(
             "\n  - ".join([f"{folder} holds a model of other sizes:", *lines]),
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
-    if not weights_only and (lines := list(_differences("layout", saved, ours))):
+    alike = {**ours, "layout": {**ours["layout"], "world_size": saved.get("layout", {}).get("world_size")}}  # but for the ranks
+    if weights_only or not (ranks_fixed or any(_differences("layout", saved, alike))):
+        return
+    if lines := list(_differences("layout", saved, ours)):
         raise CheckpointError(
             "\n  - ".join([f"the optimizer state in {folder} is spread in another way:", *lines]),
             remedy="resume with the layout of the run that wrote it, or load the weights alone with --finetune",

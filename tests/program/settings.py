@@ -42,6 +42,14 @@ def flags_of(text: Path, run_dir: Path, *more: object, layout: list[str] = WHOLE
     return [*TINY, *layout, "--data-path", str(text), "--run-dir", str(run_dir), *(str(word) for word in more)]
 
 
+def write_numbers(prefix: Path, ids: range, documents: int = 8) -> Path:
+    """Each of ``ids`` once, in documents of about the same size."""
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for part in np.array_split(np.array(ids), documents):
+            writer.add_document(part)
+    return prefix
+
+
 def write_text(prefix: Path, documents: int = 40) -> Path:
     """A byte-level corpus of sources of the standard library, each document ended by 256."""
     words = (textwrap.__doc__ or "") + Path(json.__file__).read_text(encoding="utf-8") + Path(textwrap.__file__).read_text(encoding="utf-8")

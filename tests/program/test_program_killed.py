@@ -34,7 +34,7 @@ def has_written(run_dir: Path, steps: int) -> bool:
 
 
 def killed_at(
-    moments: list[int | str], zygote: Zygote, flags: list[str], run_dir: Path, dice: random.Random, *, ranks: int
+    moments: list[int | str], zygote: Zygote, flags: list[str], run_dir: Path, dice: random.Random, *, ranks: int, **more: object
 ) -> list[list[str]]:
     """Start the run again and again, and kill all ranks at each moment; returns what lay in ``checkpoints/`` after each kill.
 
@@ -43,7 +43,7 @@ def killed_at(
     folders, left_behind = run_dir / "checkpoints", []
     for moment in moments:
         stall = {"stall_at": str(folders / moment)} if isinstance(moment, str) else {"pace": PACE}
-        job = zygote.start(flags, ranks=ranks, **stall)
+        job = zygote.start(flags, ranks=ranks, **stall, **more)
         there = (job.folder / "stalled").exists if isinstance(moment, str) else partial(has_written, run_dir, moment)
         assert job.wait_for(there), job.stderr
         time.sleep(dice.uniform(0.0, PACE))

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_hyperrouter.engines.state import load_state, save_state
+from megatron_hyperrouter.engines.state import load_state, load_states, save_state, saved_ranks
+from megatron_hyperrouter.errors import CheckpointError
 
 
 def save(optimizer: Any, folder: Path, rank: int) -> None:
@@ -19,8 +21,12 @@ def save(optimizer: Any, folder: Path, rank: int) -> None:
 
 
 def load(optimizer: Any, folder: Path, rank: int) -> None:
-    """Read what :func:`save` wrote, on the same layout; the model's weights must be there already."""
-    state = load_state(folder, rank)
+    """Read what :func:`save` wrote, on the same layout or on another number of ranks that are data-parallel alone.
+
+    The model's weights must be there already.
+    """
+    same = saved_ranks(folder) == dist.get_world_size()
+    state = load_state(folder, rank) if same else _cut_anew(load_states(folder, rank), optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0 in float32: torch's own
         optimizer.load_state_dict(state)
         return
@@ -28,6 +34,42 @@ def load(optimizer: Any, folder: Path, rank: int) -> None:
     by_rank = {dist.get_rank(group=optimizer.dp_process_group): state}
     with contextlib.redirect_stdout(io.StringIO()):  # bf16_optimizer.py prints the name of what it loads
         optimizer.load_state_dict(by_rank, load_optimizer_states=True, load_from_fp32_weights=True)
+
+
+def _cut_anew(states: list[Any], optimizer: Any) -> Any:
+    """This rank's state, from those of another number of data-parallel ranks.
+
+    ZeRO lays the parameters of a group end to end, fills up, and gives each rank an equal piece, which is saved without the filling.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):  # every rank has all of it
+        return states[0]
+    if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+        raise CheckpointError(
+            f"the state of a {type(optimizer).__name__} cannot be cut anew for another number of ranks",
+            remedy="resume with the number of ranks of the run that wrote it, or load weights alone with --finetune",
+        )
+    place = dist.get_rank(group=optimizer.dp_process_group)
+    values: list[Tensor] = []
+    moments: dict[int, dict[str, Any]] = {}
+    for group, present in enumerate(optimizer.single_partition_of_fp32_groups):
+        size = present.numel()
+        pieces = [state["single_partition_of_fp32_groups"][group] for state in states]
+        mine = slice(place * size, (place + 1) * size)
+        values.append(torch.cat(pieces)[mine])
+        (number,) = states[0]["base_optimizer_state"]["param_groups"][group]["params"]
+        saved = [state["base_optimizer_state"]["state"][number] for state in states]
+        moments[number] = {
+            name: _filled(torch.cat([own[name][: len(piece)] for own, piece in zip(saved, pieces, strict=True)])[mine], size)
+            if isinstance(value, Tensor) and value.dim()
+            else value
+            for name, value in saved[0].items()
+        }
+    base = {**states[0]["base_optimizer_state"], "state": moments}
+    return {**states[0], "single_partition_of_fp32_groups": values, "base_optimizer_state": base}
+
+
+def _filled(piece: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(piece, (0, size - len(piece)))
 
 
 def take_weights_over(optimizer: Any) -> None:

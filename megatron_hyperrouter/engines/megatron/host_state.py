@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hyperrouter.engines.state import load_state, save_state
+from megatron_hyperrouter.engines.state import load_state, load_states, save_state, saved_ranks
 from megatron_hyperrouter.errors import CheckpointError
 
 
@@ -19,8 +20,11 @@ def save(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
 
 
 def load(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
-    """Read what :func:`save` wrote, on the same layout; the model's weights must be there already."""
-    state = load_state(folder, rank)
+    """Read what :func:`save` wrote, on the same layout or on another number of ranks that all hold the same.
+
+    The model's weights must be there already.
+    """
+    state = load_state(folder, rank) if saved_ranks(folder) == dist.get_world_size() else load_states(folder, rank)[0]
     if state["layers"] != layers:
         raise CheckpointError(
             f"{folder} was written with --transformer-impl {state['layers']}, and this run has {layers}",
