@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from distributed import world
 from engines.watched import Watched
@@ -22,6 +25,9 @@ from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import minds_documents
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.cache import Cache
+from megatron_hyperrouter.data.dataset import Builder
+from megatron_hyperrouter.data.store import IndexedWriter
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, Engine, Place
 from megatron_hyperrouter.routers import ROUTERS
@@ -51,12 +57,28 @@ def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]
     size, seq = config.train.micro_batch_size, config.model.seq_length
     whole = config.train.global_batch_size or size * place.data_size
     generator = torch.Generator().manual_seed(1000 + step)
-    rows = torch.randint(0, VOCABULARY, (whole, seq + 1), generator=generator)
+    if config.data.pack_documents:
+        rows = packed_rows(config, whole, generator)
+    else:
+        rows = torch.randint(0, VOCABULARY, (whole, seq + 1), generator=generator)
     if minds_documents(config):
         rows[rows >= 54] = EOD
     for first in range(place.data_rank * size, whole, place.data_size * size):
         part = rows[first : first + size]
         yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
+
+
+def packed_rows(config: RunConfig, count: int, generator: torch.Generator) -> torch.Tensor:
+    """The first samples of a file of made-up documents, from 1 token to more than a sample holds, as the program packs them."""
+    with tempfile.TemporaryDirectory() as folder:
+        with IndexedWriter(f"{folder}/made-up", np.int32) as writer:
+            for size in torch.randint(0, 2 * config.model.seq_length, (4 * count,), generator=generator).tolist():
+                writer.add_document([*torch.randint(0, 54, (size,), generator=generator).tolist(), EOD])
+        data = replace(config.data, data_path=(), train_data_path=(f"{folder}/made-up",))
+        builder = Builder(data, config.model.seq_length, config.train.seed, VOCABULARY, Cache(), eod=EOD)
+        packed = builder.build(0, count)
+        assert packed is not None
+        return torch.from_numpy(np.stack([packed[i] for i in range(count)]))
 
 
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:

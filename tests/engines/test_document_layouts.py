@@ -20,6 +20,7 @@ ROUTER = "topk"
 APART = "--reset-attention-mask --eod-mask-loss"
 ALL = f"{APART} --reset-position-ids"
 POSITIONS = "--reset-position-ids --eod-mask-loss"
+PACKED = f"{APART} --pack-documents"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 EP2 = "--expert-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -38,6 +39,9 @@ LAYOUTS = {
     "megatron, PP2, recompute": Layout(2, f"{MEGATRON} {PP2} --recompute-granularity full", APART),
     "megatron, CP2": Layout(2, f"{MEGATRON} {CP2}", APART),
     "megatron, CP2, positions": Layout(2, f"{MEGATRON} {CP2} --recompute-granularity selective", POSITIONS),
+    "packed, DP2": Layout(2, "", PACKED),
+    "packed, megatron, EP2": Layout(2, f"{MEGATRON} {EP2}", PACKED),
+    "packed, megatron, CP2": Layout(2, f"{MEGATRON} {CP2}", PACKED),
     "megatron, PP2 x VPP2": Layout(2, f"{MEGATRON} {PP2} --virtual-pipeline-model-parallel-size 2", f"{POSITIONS} --num-layers 4"),
 }
 
@@ -53,7 +57,7 @@ def test_layout_gives_the_run_of_one_process(table: Table, layout: str, record_p
     assert_same_run(table, ROUTER, layout, record_property)
 
 
-@pytest.mark.parametrize("settings", [APART, ALL, POSITIONS])
+@pytest.mark.parametrize("settings", [APART, ALL, POSITIONS, PACKED])
 def test_one_process_is_the_plain_model(table: Table, settings: str, tmp_path: Path, zygote: Zygote) -> None:
     found = table.references[ROUTER, settings]
     flags = ["--router.name", ROUTER, *COMMON, *settings.split()]
@@ -73,9 +77,10 @@ def test_one_process_is_the_plain_model(table: Table, settings: str, tmp_path: P
         assert float((told[name] - wanted).abs().max() / wanted.abs().max()) <= 1e-5, name
 
 
-def test_an_evaluation_counts_what_training_counts(table: Table) -> None:
-    found = table.references[ROUTER, POSITIONS]
-    config = tiny_config(["--router.name", ROUTER, *COMMON, *POSITIONS.split()])
+@pytest.mark.parametrize("settings", [POSITIONS, PACKED])
+def test_an_evaluation_counts_what_training_counts(table: Table, settings: str) -> None:
+    found = table.references[ROUTER, settings]
+    config = tiny_config(["--router.name", ROUTER, *COMMON, *settings.split()])
     model, batches = plain_model(config, found.weights), list(micro_batches(config, HERE, 99))
     with torch.no_grad():
         total = sum(float(model.loss(tokens_BS, labels_BS, 3)[0]) for tokens_BS, labels_BS in batches)
@@ -84,11 +89,20 @@ def test_an_evaluation_counts_what_training_counts(table: Table) -> None:
 
 def test_the_runs_differ_and_micro_batches_do(table: Table) -> None:
     """Else nothing above would show a mistake."""
-    losses = {table.references[ROUTER, settings].told["steps"][1]["lm_loss"] for settings in (APART, POSITIONS)}
-    assert len(losses) == 2
+    losses = {table.references[ROUTER, settings].told["steps"][1]["lm_loss"] for settings in (APART, POSITIONS, PACKED)}
+    assert len(losses) == 3
     config = tiny_config(["--router.name", ROUTER, *COMMON, *APART.split()])
     assert len({int((tokens_BS == EOD).sum()) for tokens_BS, _ in micro_batches(config, HERE, 0)}) > 1
     assert any(bool(((tokens_BS == EOD).sum(1) > 1).any()) for tokens_BS, _ in micro_batches(config, HERE, 0))
+
+
+def test_packed_samples_hold_several_documents_and_what_fills_them() -> None:
+    """Else they would not differ from other samples."""
+    config = tiny_config(["--router.name", ROUTER, *COMMON, *PACKED.split()])
+    tokens_NS = torch.cat([tokens_BS for step in range(3) for tokens_BS, _ in micro_batches(config, HERE, step)])
+    ends_NS = tokens_NS == EOD
+    filled_N, inside_N = (ends_NS[:, -2:].all(1), ends_NS[:, 1:-1].any(1))
+    assert filled_N.any() and inside_N.any() and not ends_NS.any(1).all()  # some hold a piece of a longer one
 
 
 def plain_model(config: object, folder: Path) -> ReferenceGPT:
