@@ -53,6 +53,10 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except ModuleNotFoundError as error:
         print(f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh", file=sys.stderr)
         sys.exit(_MISSING_LIBRARY)
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        print(f"{name}: error: not enough memory{reason}\n  remedy: free memory, or ask for less", file=sys.stderr)
+        sys.exit(1)
     except Stopped as reason:
         print(f"{name}: stopped by {reason}; {reason.left}", file=sys.stderr)
         sys.exit(1)

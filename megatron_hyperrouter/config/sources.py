@@ -75,6 +75,8 @@ def read_yaml(path: str) -> YamlFile:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         return _unreadable(path, f"is not valid YAML{line}: {getattr(error, 'problem', None) or error}", "mend that line")
+    except (ValueError, RecursionError) as error:  # a 13th month, a number of thousands of digits, nesting without end
+        return _unreadable(path, f"holds a value that YAML cannot read ({error})", "write plain settings, one a line")
     if document is None:
         return YamlFile(path)
     if not isinstance(document, dict):
@@ -121,5 +123,5 @@ def parse_yaml(text: str) -> Any:
     """What YAML text says.  ValueError where it is none."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error

@@ -8,8 +8,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,6 +111,24 @@ class Journal:
         if len(old["inputs"]) != len(new["inputs"]):
             message = f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that left {self.path}"
             raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
+
+
+@contextmanager
+def alone(output_prefix: str) -> Iterator[None]:
+    """Keep other processes away from an output that is not gone on with; DataError where one is at work, or has left unfinished files."""
+    path = f"{output_prefix}.journal"
+    stream = _locked(path)
+    unused = not os.fstat(stream.fileno()).st_size
+    try:
+        if not unused:
+            remedy = "finish it with the command that it was begun with, or remove that file"
+            raise DataError(f"{path}: of an unfinished run with this output", remedy=remedy)
+        yield
+    finally:
+        if unused:
+            with suppress(OSError):
+                Path(path).unlink()
+        stream.close()
 
 
 def _locked(path: str) -> BinaryIO:

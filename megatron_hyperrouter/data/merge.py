@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hyperrouter.data.inputs import Part
+from megatron_hyperrouter.data.journal import alone
 from megatron_hyperrouter.data.manifest import ENDING, Manifest, read_manifest, write_manifest
 from megatron_hyperrouter.data.pair_writer import PairWriter, put_in_place, remove_partial
 from megatron_hyperrouter.data.preprocess import Written, check_not_empty
@@ -29,6 +30,17 @@ def merge(output_prefix: str, *, remove_shards: bool = False, progress: Callable
     DataError for a shard that is missing, damaged, or made with other settings.
     """
     found = find_shards(output_prefix)
+    with alone(output_prefix):
+        written = _join(output_prefix, found, progress)
+    for shards in found.values() if remove_shards else ():
+        for shard, _ in shards:
+            for ending in (ENDING, ".idx", ".bin"):
+                Path(shard + ending).unlink(missing_ok=True)
+    return written
+
+
+def _join(output_prefix: str, found: dict[str, list[tuple[str, Manifest]]], progress: Callable[[int, int], None] | None) -> list[Written]:
+    """Write the pair of each key."""
     total = sum(manifest.bin.bytes for shards in found.values() for _, manifest in shards)
     done = 0
     writers: list[PairWriter] = []
@@ -42,16 +54,11 @@ def merge(output_prefix: str, *, remove_shards: bool = False, progress: Callable
                 if progress:
                     progress(done, total)
             check_not_empty(writer.counts, key, [each["path"] for each in manifest.inputs])
-        written = [_finish(writer, shards[0][1]) for writer, shards in zip(writers, found.values(), strict=True)]
+        return [_finish(writer, shards[0][1]) for writer, shards in zip(writers, found.values(), strict=True)]
     finally:
         for writer in writers:
             writer.close()
             remove_partial(writer.prefix)
-    for shards in found.values() if remove_shards else ():
-        for shard, _ in shards:
-            for ending in (ENDING, ".idx", ".bin"):
-                Path(shard + ending).unlink(missing_ok=True)
-    return written
 
 
 def _finish(writer: PairWriter, shard: Manifest) -> Written:

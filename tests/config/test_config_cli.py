@@ -213,6 +213,10 @@ class TestFile:
     def test_broken_yaml_names_the_line(self, routers, write):
         assert "line 3" in self.problem_with(routers, write("num_layers: 2\nhidden_size: 64\nlr: [1, 2]]\nseed: 1\n")).rule
 
+    @pytest.mark.parametrize("value", ["2001-13-45", "9" * 5000, "[" * 5000])
+    def test_a_value_that_yaml_fails_on(self, routers, write, value):
+        assert "a value that YAML cannot read" in self.problem_with(routers, write(f"seed: {value}\n")).rule
+
     def test_not_a_mapping(self, routers, write):
         assert "must be a mapping" in self.problem_with(routers, write("- num_layers: 2\n")).rule
 

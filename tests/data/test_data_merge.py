@@ -14,6 +14,7 @@ from megatron_hyperrouter.data import merge as merging
 from megatron_hyperrouter.data.bpe import train_bpe
 from megatron_hyperrouter.data.describe import describe
 from megatron_hyperrouter.data.inputs import Part
+from megatron_hyperrouter.data.journal import Journal
 from megatron_hyperrouter.data.manifest import read_manifest
 from megatron_hyperrouter.data.merge import find_shards, merge
 from megatron_hyperrouter.data.preprocess import Recipe, preprocess
@@ -158,3 +159,24 @@ def test_empty_shards_join_and_an_empty_whole_is_refused(tmp_path: Path) -> None
         preprocess([str(path)], str(tmp_path / "p"), recipe, part=Part(number, 2))
     with pytest.raises(DataError, match=r"a\.jsonl: 1 documents, and each is empty"):
         merge(str(tmp_path / "p"))
+
+
+def test_two_at_once_and_an_unfinished_run_are_kept_apart(tmp_path: Path, inputs: list[str]) -> None:
+    prefix = shards(tmp_path, inputs, 2)
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(DataError, match=r"p\.journal: another process is writing these files"):
+            merge(prefix)
+        with pytest.raises(DataError, match=r"p\.journal: another process is writing these files"):
+            preprocess(inputs, prefix, RECIPE)
+
+    merge(prefix, progress=second)
+    preprocess(inputs, str(tmp_path / "whole"), RECIPE)
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert not (tmp_path / "p.journal").exists()
+    journal = Journal(f"{prefix}.journal", {}, [])
+    journal.close(remove=False)
+    left = (tmp_path / "p.journal").read_bytes()
+    with pytest.raises(DataError, match=r"p\.journal: of an unfinished run with this output"):
+        merge(prefix)
+    assert (tmp_path / "p.journal").read_bytes() == left

@@ -161,3 +161,11 @@ def test_the_key_that_a_message_names_is_taken(tmp_path: Path) -> None:
     status, _, err = run(f"{TRAIN} 260".split(), tmp_path)
     assert status == 3 and "--json-keys KEY" in err
     assert run(f"{TRAIN} 260 --json-keys body".split(), tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize(("make", "says"), [("bytes(2**62)", ""), ("numpy.zeros(2**58)", r": Unable to allocate .+ EiB .+")])
+def test_too_little_memory_is_one_message(make: str, says: str) -> None:
+    script = f"import numpy, sys; sys.path.insert(0, {str(TOOLS)!r}); import _common; _common.run_tool(lambda arguments: {make})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"-c: error: not enough memory{says}\n  remedy: free memory, or ask for less\n", done.stderr), done.stderr
