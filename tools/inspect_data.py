@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from _common import parser, run_tool
+from _common import Bar, parser, run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,7 +23,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     args = flags.parse_args(arguments)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model) if args.tokenizer_type else None
-    for name, value in describe(args.prefix, num_first=args.tokens, tokenizer=tokenizer, verify=args.verify).items():
+    with Bar("inspect_data") as bar:
+        found = describe(args.prefix, num_first=args.tokens, tokenizer=tokenizer, verify=args.verify, progress=bar.update)
+    for name, value in found.items():
         print(f"{name + ':':<18} {value}")
 
 

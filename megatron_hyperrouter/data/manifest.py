@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -105,14 +105,16 @@ def compare(prefix: str, manifest: Manifest, found: Mapping[str, object], sums: 
             raise DataError(f"{name}: {what} {getattr(manifest, what)}, and {value} in the files", remedy=_AGAIN)
 
 
-def file_sum(path: str) -> FileSum:
-    """Size and checksum of a file; DataError where it cannot be read."""
+def file_sum(path: str, told: Callable[[int], None] | None = None) -> FileSum:
+    """Size and checksum of a file; DataError where it cannot be read.  ``told(bytes)``: how many more were read."""
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 size += len(block)
+                if told:
+                    told(len(block))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}", remedy=_AGAIN) from error
     return FileSum(size, digest.hexdigest())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hyperrouter.data import manifest
 from megatron_hyperrouter.data.describe import describe
 from megatron_hyperrouter.data.store import IndexedWriter
 from megatron_hyperrouter.data.tokenizer import build_tokenizer
@@ -36,6 +37,15 @@ def test_numbers(prefix: str) -> None:
     for ending in ("bin", "idx"):
         assert found[f"sha256 .{ending}"] == hashlib.sha256(Path(f"{prefix}.{ending}").read_bytes()).hexdigest()
     assert "first text" not in found
+
+
+def test_progress_ends_with_all_bytes(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_BLOCK", 100)
+    told: list[tuple[int, int]] = []
+    describe(prefix, progress=lambda done, total: told.append((done, total)))
+    total = sum(Path(f"{prefix}.{ending}").stat().st_size for ending in ("bin", "idx"))
+    assert told[0] == (100, total) and told[-1] == (total, total) and len(told) > 10
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
 def test_a_name_with_an_ending_is_the_same(prefix: str) -> None:
