@@ -38,7 +38,7 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
     if timeout is None:
         timeout = (constants.default_pg_nccl_timeout if host_backend == "nccl" else None) or constants.default_pg_timeout
     words = "one of them may be building an index file, which tools/build_index.py does ahead, or has ended"
-    waiting = threading.Timer(_SILENCE, console.note, [f"waiting for all {os.environ['WORLD_SIZE']} ranks: {words}"])
+    waiting = threading.Timer(_SILENCE, console.note, [f"waiting for all {os.environ.get('WORLD_SIZE')} ranks: {words}"])
     waiting.daemon = True
     waiting.start()
     begin = time.monotonic()

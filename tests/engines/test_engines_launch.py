@@ -40,3 +40,12 @@ def test_a_rank_that_waits_in_vain_says_what_to_look_at(monkeypatch):
         launch.join_world("gloo")
     assert "tools/build_index.py" in caught.value.remedy
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_what_a_launcher_has_left_out_is_named(monkeypatch, missing):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ValueError, match=f"environment variable {missing} expected"):
+        launch.join_world("gloo")
