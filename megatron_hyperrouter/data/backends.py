@@ -112,13 +112,15 @@ def choose_encoder(
     """The tokenizer to encode with, and the name of its back end.
 
     ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, knows the tokenizer and agrees with ``tokenizers``.
-    ``first``: names and texts of the first documents.  ``report``: told why ``auto`` passed over a back end.
+    ``first``: names and texts of the first documents.  ``report``: told what is ignored, and why ``auto`` passed over a back end.
     Raises DataError (document, and first id that differs) for a back end asked for by name that disagrees, ConfigError, HostError.
     """
     if wanted not in BACKENDS:
         raise ConfigError([Problem(_FLAG, wanted, "is not a back end", f"use {', '.join(BACKENDS)}")])
     if tokenizer_type != "HuggingFaceTokenizer" and wanted != "auto":
         raise ConfigError([Problem(_FLAG, wanted, f"is for HuggingFaceTokenizer; {tokenizer_type} has one way to encode", "leave it out")])
+    if report and tokenizer_model and tokenizer_type != "HuggingFaceTokenizer":
+        report(f"--tokenizer-model is ignored: {tokenizer_type} needs none")
     if tokenizer_type != "HuggingFaceTokenizer" or wanted == "tokenizers" or not tokenizer_model:
         return build_tokenizer(tokenizer_type, tokenizer_model), "tokenizers"
     try:

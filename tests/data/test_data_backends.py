@@ -155,3 +155,9 @@ def test_a_full_cache_is_emptied(model: str, library: Library, monkeypatch: pyte
         text = f"{number} is a number, and this is a text of more than 50 characters"
         assert tokenizer.encode(text) == library.encode(text).ids
     assert 3 <= len(loads) <= 8
+
+
+def test_a_file_that_is_not_needed_is_told():
+    said: list[str] = []
+    choose_encoder("ByteTokenizer", "tokenizer.json", "auto", [], said.append)
+    assert said == ["--tokenizer-model is ignored: ByteTokenizer needs none"]
