@@ -41,8 +41,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return prefixes
 
 
-def builder(words: tuple[str, ...], *, length: int = 6, kind: Any = "materialised", seed: int = 7) -> Builder:
-    data = DataConfig(data_path=words, split="1,0,0", data_index=kind)
+def builder(words: tuple[str, ...], *, length: int = 6, kind: Any = "materialised", seed: int = 7, split: str = "1,0,0") -> Builder:
+    data = DataConfig(data_path=words, split=split, data_index=kind)
     return Builder(data, seq_length=length, seed=seed, vocab_size=VOCABULARY, cache=Cache())
 
 
@@ -71,7 +71,8 @@ def test_without_a_change_it_is_the_dataset_as_before(files: dict[str, str], kin
 def runs(draw: st.DrawFn) -> tuple[list[list[int]], list[Part]]:
     """Sizes of the documents of each file, and the parts of a run over them."""
     sizes = draw(st.lists(st.lists(st.one_of(st.integers(0, 2), st.integers(0, 20)), max_size=12), min_size=1, max_size=3))
-    sizes = [[*each, max(3 - sum(each), 0)] for each in sizes]
+    sizes = [[3, *each] for each in sizes]  # the least with which samples of one token can be made of two thirds of it
+    split = draw(st.sampled_from(["1,0,0", "2,1,0"]))
     kinds = draw(st.sampled_from([["materialised"], ["on-demand"], ["materialised", "on-demand"]]))
     parts: list[Part] = []
     for _ in range(draw(st.integers(1, 5))):
@@ -80,7 +81,7 @@ def runs(draw: st.DrawFn) -> tuple[list[list[int]], list[Part]]:
             parts.append(replace(parts[-1], **steps))
             continue
         mixes = draw(st.lists(st.permutations(range(len(sizes))).flatmap(_some), min_size=1, max_size=3))
-        longest = min(sum(sizes[file]) for mix in mixes for file in mix) - 1
+        longest = min(sum(part_of(sizes[file], split)) for mix in mixes for file in mix) - 1
         micro, ranks, accumulated = (draw(st.integers(1, 2)) for _ in range(3))
         parts.append(
             Part(
@@ -92,10 +93,16 @@ def runs(draw: st.DrawFn) -> tuple[list[list[int]], list[Part]]:
                 ranks=ranks,
                 batch=micro * ranks * accumulated,
                 seed=draw(st.sampled_from([7, 7, 8])),
+                split=split,
                 **steps,
             )
         )
     return sizes, parts
+
+
+def part_of(sizes: list[int], split: str) -> list[int]:
+    """Of the documents, those that training reads."""
+    return sizes if split == "1,0,0" else sizes[: round(len(sizes) * 2 / 3)]
 
 
 def _some(order: list[int]) -> st.SearchStrategy[list[int]]:
@@ -116,13 +123,14 @@ class Part:
     steps: int
     planned: int  # steps more that it would have taken
     seed: int
+    split: str
 
     def read(self, paths: list[str], ledger: Ledger, step: int, counts: list[Counter[int]]) -> Ledger:
         """The ledger after these steps, whose inputs on all ranks are counted."""
         words = [tuple(word for file in mix for word in ([str(file + 1)] if self.weighted else []) + [paths[file]]) for mix in self.mixes]
         third = -(-(self.steps + self.planned) // 3) or 1
         schedule = tuple((step + number * third if number else 0, mix) for number, mix in enumerate(words))
-        now = builder(words[0], length=self.length, kind=self.kind, seed=self.seed)
+        now = builder(words[0], length=self.length, kind=self.kind, seed=self.seed, split=self.split)
         made = course_of(now, schedule, ledger, step=step, train_iters=step + self.steps + self.planned, batch=self.batch)
         sizes = {"micro_batch_size": self.micro, "global_batch_size": self.batch, "data_size": self.ranks, "num_workers": 0}
         for rank in range(self.ranks):
@@ -141,7 +149,21 @@ class Part:
 @example(  # read to the last sample of a limited order, behind which a shard begins
     run=(
         [[3], [0, 0, 0, 1, 2]],
-        [Part([[0, 1], [0]], weighted=False, kind="on-demand", length=2, micro=1, ranks=1, batch=2, seed=7, steps=0, planned=1)],
+        [
+            Part(
+                [[0, 1], [0]],
+                weighted=False,
+                kind="on-demand",
+                length=2,
+                micro=1,
+                ranks=1,
+                batch=2,
+                seed=7,
+                split="1,0,0",
+                steps=0,
+                planned=1,
+            )
+        ],
     )
 )
 def test_each_token_is_read_once_an_epoch(
@@ -159,10 +181,10 @@ def test_each_token_is_read_once_an_epoch(
         step += part.steps
     reach = sum((part.steps + part.planned) * part.batch * part.length for part in parts)  # no index was made for more
     for file, each in enumerate(sizes):
-        tokens, read = sum(each), counts[file].total()
+        tokens, read = sum(part_of(each, parts[0].split)), counts[file].total()
         epochs = -(-max(read, 2 * reach) // tokens) + 2
         # An index for a number of samples would stop anywhere in its last epoch.
-        end = Part([[file]], False, "on-demand", 1, 1, 1, 1, epochs * tokens - read, 0, 7)
+        end = Part([[file]], False, "on-demand", 1, 1, 1, 1, epochs * tokens - read, 0, 7, parts[0].split)
         end.read(paths, ledger, step, counts)
         assert counts[file] == dict.fromkeys(range(tokens), epochs)
 
