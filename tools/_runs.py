@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
+from _common import Stopped
 from evaluate import LAYOUT as SIZES
 from evaluate import write
 
@@ -44,6 +45,8 @@ class Plan:
     folder: Path
     config: RunConfig
     task: Mapping[str, Any]  # goes to task.json; "settings" is the digest of all that the results depend on
+
+    resumes: ClassVar[bool] = True  # from its last checkpoint
 
     @property
     def finished(self) -> bool:
@@ -106,9 +109,9 @@ def is_trained(plan: Plan) -> bool:
     return newest is not None and read_manifest(newest)["step"] >= plan.config.train.train_iters
 
 
-def training(plan: Plan, ranks: int = 1, *, resumes: bool = True) -> Stage:
+def training(plan: Plan, ranks: int = 1) -> Stage:
     """Train, from the last checkpoint where there is one."""
-    load = str(plan.folder) if resumes else "none"
+    load = str(plan.folder) if plan.resumes else "none"
     return Stage("training", on_ranks([str(PROGRAM), "--config", str(plan.folder / "settings.yaml"), "--load", load], ranks))
 
 
@@ -153,6 +156,9 @@ def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
                     running.remove(run)
                     ended += 1
             time.sleep(0.1)
+    except Stopped as reason:
+        reason.left = "the same command goes on"
+        raise
     finally:
         _stop(running)
 
@@ -171,11 +177,15 @@ def _next_stage(run: _Started, env: Mapping[str, str]) -> None:
 
 
 def _check_status(run: _Started) -> None:
-    """RuntimeError, with the end of its log, for a run that failed."""
-    if run.process is not None and run.process.returncode:
+    """RuntimeError, with the end of its log, for a run that failed, or whose training somebody else has stopped."""
+    if run.process is None:
+        return
+    status = run.process.returncode
+    if status or (run.what == "training" and not is_trained(run.plan)):
         run.log.flush()
         tail = Path(run.log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise RuntimeError(f"{run.plan.folder}: {run.what} ended with exit status {run.process.returncode}\n--- end of its log\n{tail}")
+        how = f"ended with exit status {status}" if status else "was stopped before its last step"
+        raise RuntimeError(f"{run.plan.folder}: {run.what} {how}\n--- end of its log\n{tail}")
 
 
 def _stop(running: Sequence[_Started]) -> None:

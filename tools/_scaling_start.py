@@ -40,8 +40,10 @@ def common_parser(study: str, description: str, epilog: str) -> argparse.Argumen
     return flags
 
 
-def read_common(flags: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str]) -> tuple[Namespace, CommandLine]:
-    """The flags, of which ``counts`` must be at least 1, and those of the program."""
+def read_common(
+    flags: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str], ours: Sequence[str] = ()
+) -> tuple[Namespace, CommandLine]:
+    """The flags, of which ``counts`` must be at least 1, and those of the program, without ``ours``."""
     from megatron_hyperrouter.config.sources import read_flags
 
     args, rest = flags.parse_known_args(arguments)
@@ -50,7 +52,7 @@ def read_common(flags: argparse.ArgumentParser, arguments: Sequence[str], counts
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             flags.error(f"--{name.replace('_', '-')} must be at least 1")
     line = read_flags(rest)
-    if reason := refuse_flags(line):
+    if reason := refuse_flags(line, ours):
         flags.error(reason)
     args.output = args.output.resolve()  # a job may start in another folder
     return args, line

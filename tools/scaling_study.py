@@ -1,6 +1,7 @@
-"""Scaling studies: how the loss falls with model and data.
+"""Scaling studies: how the loss falls with model and data, and how the speed grows with the ranks.
 
     python tools/scaling_study.py loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis num_experts 4 8 16
+    python tools/scaling_study.py speed --config FILE --output DIR --ranks 1 2 4 --layouts "" "ep=2"
 
 Each study has its own flags: scaling_study.py loss --help.  docs/scaling.md says how to read the results.
 """
@@ -15,11 +16,16 @@ from _common import parser, run_tool
 def main(arguments: Sequence[str]) -> None:
     """The first word says which study, the others are its flags."""
     flags = parser(str(__doc__))
-    flags.add_argument("study", choices=("loss",), help="which study")
-    flags.parse_args(arguments[:1])
-    import _scaling_loss
+    flags.add_argument("study", choices=("loss", "speed"), help="which study")
+    study = flags.parse_args(arguments[:1]).study
+    if study == "loss":
+        import _scaling_loss
 
-    _scaling_loss.main(arguments[1:])
+        _scaling_loss.main(arguments[1:])
+    else:
+        import _scaling_speed
+
+        _scaling_speed.main(arguments[1:])
 
 
 if __name__ == "__main__":
