@@ -60,9 +60,13 @@ def test_each_rank_gets_its_piece(sizes: list[int], before: int, after: int) -> 
     assert found["base_optimizer_state"]["param_groups"] == saved[0]["base_optimizer_state"]["param_groups"]
 
 
-def test_a_state_that_is_laid_out_otherwise_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="the state of a SimpleNamespace cannot be cut anew") as caught:
-        host_state._cut_anew([{}], SimpleNamespace())
+@pytest.mark.parametrize(
+    ("host", "named"),
+    [({}, ""), ({"single_partition_of_fp32_groups": [], "round_robin_gradients": True}, " with round_robin_gradients")],
+)
+def test_a_state_that_is_laid_out_otherwise_is_refused(host: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=f"the state of a SimpleNamespace{named} cannot be cut anew") as caught:
+        host_state._cut_anew([{}], SimpleNamespace(**host))
     assert "--finetune" in caught.value.remedy
 
 

@@ -43,9 +43,11 @@ def _cut_anew(states: list[Any], optimizer: Any) -> Any:
     """
     if isinstance(optimizer, torch.optim.Optimizer):  # every rank has all of it
         return states[0]
-    if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+    shuffled = getattr(optimizer, "round_robin_gradients", False)  # in another way for each number of ranks
+    if shuffled or not hasattr(optimizer, "single_partition_of_fp32_groups"):
+        what = type(optimizer).__name__ + (" with round_robin_gradients" if shuffled else "")
         raise CheckpointError(
-            f"the state of a {type(optimizer).__name__} cannot be cut anew for another number of ranks",
+            f"the state of a {what} cannot be cut anew for another number of ranks",
             remedy="resume with the number of ranks of the run that wrote it, or load weights alone with --finetune",
         )
     place = dist.get_rank(group=optimizer.dp_process_group)
