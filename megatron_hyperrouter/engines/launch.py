@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed as dist
-from torch.distributed import constants
+from torch.distributed import constants, distributed_c10d
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import HyperRouterError
@@ -44,7 +44,8 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
     begin = time.monotonic()
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        _wait_for_all(store, size)
+        store.set_timeout(_PATIENCE)  # NCCL meets there at the first collective
+        dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
@@ -52,17 +53,7 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         raise HyperRouterError(f"after {_PATIENCE} some of the ranks have not come: {error}", remedy=remedy) from error
     finally:
         waiting.cancel()
-    store.set_timeout(timeout)
-    dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=timeout)
-
-
-def _wait_for_all(store: dist.Store, size: int) -> None:
-    """Until ``size`` ranks are here; a store may serve several worlds, one after another."""
-    number = store.add("megatron_hyperrouter/came", 1)
-    meeting = f"megatron_hyperrouter/all/{-(-number // size)}"
-    if number % size == 0:
-        store.set(meeting, "")
-    store.wait([meeting], _PATIENCE)
+    distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 
 def backend() -> str:

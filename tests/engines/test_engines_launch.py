@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 from distributed import free_port
 from torch import distributed as dist
 
@@ -15,21 +13,14 @@ from megatron_hyperrouter.engines import launch
 from megatron_hyperrouter.errors import HyperRouterError
 
 
-def test_nobody_goes_on_before_the_last_one_has_come_in_one_world_after_another():
-    store, came, lock = dist.HashStore(), [0, 0, 0], threading.Lock()
-
-    def rank(number: int) -> list[int]:
-        seen = []
-        for world in range(3):
-            time.sleep(0.1 * ((number + world) % 3))  # another one is the last each time
-            with lock:
-                came[world] += 1
-            launch._wait_for_all(store, 3)
-            seen.append(came[world])
-        return seen
-
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(rank, range(3))) == [[3, 3, 3]] * 3
+def test_a_process_group_has_the_patience_of_a_collective_once_it_stands(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
+        monkeypatch.setenv(name, value)
+    launch.join_world("gloo", timeout=timedelta(minutes=7))
+    try:
+        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=7)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_rank_that_waits_in_vain_says_what_to_look_at(monkeypatch):
