@@ -160,6 +160,7 @@ def record(curve: Curve, size: str) -> dict[str, Any]:
         "number_of_runs": fit.runs,
         "different_sizes": fit.points,
         "optimal_exponents": fit.optimal_exponents(),
+        "at_bounds": list(fit.at_bounds),
     }
 
 
@@ -196,7 +197,14 @@ def fits_text(curves: Sequence[Curve], size: str) -> str:
         text = f"{markdown_table(heads, body)}\nLoss in nats per token, N: {size} parameters, D: tokens; in brackets the 95 % intervals.\n"
         for curve, fit in fitted:
             if best := fit.optimal_exponents():
-                text += f"{curve.name}: with compute C ~ N D, the best N grows as C^{best['N']:.2f} and the best D as C^{best['D']:.2f}.\n"
+                low, high = fit.intervals["optimal_N"]
+                text += (
+                    f"{curve.name}: with compute C ~ N D, the best N grows as C^{best['N']:.2f} [{low:.2f}, {high:.2f}], D as the rest.\n"
+                )
+            if fit.at_bounds:
+                text += (
+                    f"{curve.name}: these runs do not tell {' and '.join(fit.at_bounds)}, which ended at a bound; the others lean on it.\n"
+                )
     return text + "".join(f"No fit of {curve.name}: {curve.refused}.\n" for curve in curves if curve.fit is None)
 
 

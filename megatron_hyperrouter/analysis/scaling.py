@@ -25,6 +25,7 @@ ALIKE = 1.05  # sizes within this ratio count as the same: a router's own weight
 LEAST_SIZES = 3  # with two values of a size, any exponent passes through both
 EXPONENTS = (math.log(1e-3), math.log(10.0))  # bounds of log alpha
 DEEPEST = 20.0  # log E and log of a term stay this close to the log of the losses
+NOTHING = 1e-3  # an E below this share of the smallest loss is none
 STEPS = 400
 KEPT_STARTS = 4  # of all starts, that resampled sets begin from
 _PATIENCE = 5  # steps without a gain that end a problem
@@ -32,7 +33,7 @@ _PATIENCE = 5  # steps without a gain that end a problem
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted curve: ``parameters`` by name (E, A, alpha, B, beta), and intervals of them."""
+    """A fitted curve: ``parameters`` by name (E, A, alpha, B, beta), and intervals of them and, with both terms, of ``optimal_N``."""
 
     parameters: Mapping[str, float]
     runs: int
@@ -40,6 +41,7 @@ class Fit:
     rms: float  # of the differences of log losses: about the relative error
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     level: float = 0.95
+    at_bounds: tuple[str, ...] = ()  # parameters that these runs do not tell: the fit left them where it may go no further
 
     def loss(self, **sizes: float) -> float:
         """The loss that the curve foretells for ``N=..., D=...``."""
@@ -50,8 +52,8 @@ class Fit:
         """With compute C ~ N D, the best N grows as C^a and the best D as C^b: ``{"N": a, "D": b}``; None without both terms."""
         if "alpha" not in self.parameters or "beta" not in self.parameters:
             return None
-        alpha, beta = self.parameters["alpha"], self.parameters["beta"]
-        return {"N": beta / (alpha + beta), "D": alpha / (alpha + beta)}
+        best = _optimal_n(self.parameters)
+        return {"N": best, "D": 1 - best}
 
 
 def different(values: Sequence[float]) -> list[int]:
@@ -115,12 +117,15 @@ def fit(sizes: Mapping[str, Sequence[float]], losses: Sequence[float], *, resamp
     if resamples:
         drawn = _resampled(found_Rp[order[:KEPT_STARTS]], logs_tn, y_n, residual_n, resamples=resamples, seed=seed)
         rows = [_named(row, terms, centre_t) for row in drawn]
+        if len(terms) == 2:
+            rows = [row | {"optimal_N": _optimal_n(row)} for row in rows]
         tail = (1 - level) / 2
         for name in rows[0]:
             low, high = np.quantile([row[name] for row in rows], [tail, 1 - tail])
             intervals[name] = (float(low), float(high))
     rms = float(np.sqrt(np.mean(residual_n**2)))
-    return Fit(_named(best_p, terms, centre_t), y_n.size, different_points(sizes), rms, intervals, level)
+    named = _named(best_p, terms, centre_t)
+    return Fit(named, y_n.size, different_points(sizes), rms, intervals, level, _at_bounds(named, min(losses)))
 
 
 def objective(curve: Fit, sizes: Mapping[str, Sequence[float]], losses: Sequence[float]) -> float:
@@ -212,6 +217,16 @@ def _resampled(starts_kp: Array, logs_tn: Array, y_n: Array, residual_n: Array, 
     best_R = np.argmin(np.stack(value), axis=0)
     picked: Array = np.stack(found)[best_R, np.arange(resamples)]
     return picked
+
+
+def _optimal_n(parameters: Mapping[str, float]) -> float:
+    return parameters["beta"] / (parameters["alpha"] + parameters["beta"])
+
+
+def _at_bounds(named: Mapping[str, float], least_loss: float) -> tuple[str, ...]:
+    low, high = (math.exp(bound) for bound in EXPONENTS)
+    powers = [name for _, name in TERMS.values() if name in named and not low * 1.01 < named[name] < high * 0.99]
+    return (*(["E"] if named["E"] < NOTHING * least_loss else []), *powers)
 
 
 def _named(theta_p: Array, terms: Sequence[str], centre_t: Array) -> dict[str, float]:

@@ -129,6 +129,25 @@ def test_the_noisy_curve_of_the_paper_has_all_constants_in_its_intervals():
         assert low < found.parameters[name] < high, name
 
 
+def test_the_interval_of_the_best_size_holds_it_and_is_narrower_than_its_parts_allow():
+    """alpha and beta move together in the resampled fits; their ratio has an interval of its own."""
+    sizes, losses = study(over_d=True, noise=0.002, seeds=2, seed=1)
+    found = fit(sizes, losses, resamples=200)
+    low, high = found.intervals["optimal_N"]
+    assert low < TRUE["beta"] / (TRUE["alpha"] + TRUE["beta"]) < high
+    (a0, a1), (b0, b1) = found.intervals["alpha"], found.intervals["beta"]
+    assert b0 / (a1 + b0) < low < high < b1 / (a0 + b1)
+    assert "optimal_N" not in fit(*study(over_d=False), resamples=10).intervals
+
+
+def test_what_the_runs_do_not_tell_is_said():
+    plain = [1e5, 1e6, 1e7, 1e8]
+    assert fit({"N": plain}, [50.0 * n**-0.2 for n in plain]).at_bounds == ("E",)  # a pure power law
+    assert fit({"N": plain}, [0.5 + 50.0 * n**-0.2 for n in plain]).at_bounds == ()
+    assert fit({"N": [1e5, 1.2e5, 1.5e5, 1.8e5]}, [9.0, 2.0, 2.0, 2.0]).at_bounds == ("alpha",)  # all the fall before the second size
+    assert fit(*study(over_d=True)).at_bounds == ()
+
+
 def test_the_same_study_has_the_same_intervals():
     sizes, losses = study(over_d=False, noise=0.01)
     assert fit(sizes, losses, resamples=50) == fit(sizes, losses, resamples=50)

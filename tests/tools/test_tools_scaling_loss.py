@@ -207,13 +207,27 @@ def test_a_curve_for_each_router(made_up: list[tuple[Any, dict[str, Any]]], tmp_
         assert (found["number_of_runs"], found["different_sizes"], found["level"]) == (30, 15, 0.95)
         assert found["optimal_exponents"]["N"] == pytest.approx(0.3 / 0.65, rel=1e-5)
     out = capsys.readouterr().out
-    assert "N grows as C^0.46" in out and "Scores of the valid split" in out and "nats/token" in out
+    assert (
+        "N grows as C^0.46 [0.46, 0.46]" in out and "do not tell" not in out and "Scores of the valid split" in out and "nats/token" in out
+    )
     write_results(made_up, arguments(tmp_path / "b", size="total", topk_eval=[2]))
     for found in json.loads((tmp_path / "b" / "fit.json").read_text()):
         assert (found["k"], found["N"]) == (2, "total")
         assert found["parameters"]["A"] == pytest.approx(300.0 * 2**0.35, rel=1e-5)
     (first, *_) = rows(tmp_path / "b" / "table.csv")
     assert (first["router.name"], first["seeds"], first["bits_per_byte_k2"]) == ("topk", "2", "")
+
+
+def test_what_the_runs_do_not_tell_stands_in_the_table(
+    made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from _scaling_fit import write_results
+
+    for _, row in made_up:
+        row["scores"][0]["lm_loss"] -= 1.8 if row["router.name"] == "topk" else 0.0
+    write_results(made_up, arguments(tmp_path / "a"))
+    assert "router.name = topk: these runs do not tell E, which ended at a bound" in capsys.readouterr().out
+    assert [found["at_bounds"] for found in json.loads((tmp_path / "a" / "fit.json").read_text())] == [["E"], []]
 
 
 def test_curve_for_takes_axes_apart(made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path) -> None:
