@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from megatron_hyperrouter.config.derived import split_shares
+from megatron_hyperrouter.config.mixes import prefixes_and_weights
 from megatron_hyperrouter.errors import ConfigError, Problem
 
 _SURPLUS = 0.005  # samples that megatron-core builds over those that a set's weight asks for; they change the number of epochs
@@ -28,15 +29,12 @@ class Blend:
 
 def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
     """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  ConfigError where weights and prefixes do not alternate."""
-    weights = [_number(word) for word in words[0::2]]
-    if len(words) % 2 or not any(weight is not None for weight in weights):
-        if len(words) > 1 and weights[0] is not None:
-            raise _mixed(flag, words)
-        return Blend(tuple(word.strip() for word in words), None)
-    numbers = [weight for weight in weights if weight is not None and 0 < weight < math.inf]
-    if len(numbers) < len(weights):
-        raise _mixed(flag, words)
-    return Blend(tuple(word.strip() for word in words[1::2]), normalise(numbers))
+    try:
+        prefixes, weights = prefixes_and_weights(words)
+    except ValueError as error:
+        remedy = "write 0.3 prefix-a 0.7 prefix-b, or prefix-a prefix-b"
+        raise ConfigError([Problem(flag, " ".join(words), str(error), remedy)]) from None
+    return Blend(prefixes, None if weights is None else normalise(weights))
 
 
 def normalise(weights: Sequence[float]) -> tuple[float, ...]:
@@ -63,15 +61,3 @@ def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[int, tuple[
     """Samples in a blend of at least ``num_samples``, and how many each set is built with (a little over its part)."""
     parts = [math.ceil(num_samples * weight) for weight in weights]
     return sum(parts), tuple(math.ceil(part * (1 + _SURPLUS)) for part in parts)
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def _mixed(flag: str, words: Sequence[str]) -> ConfigError:
-    rule = "must be prefixes alone, or each prefix after its weight, a number above 0"
-    return ConfigError([Problem(flag, " ".join(words), rule, "write 0.3 prefix-a 0.7 prefix-b, or prefix-a prefix-b")])

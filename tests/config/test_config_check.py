@@ -203,6 +203,13 @@ CASES = [
     ),
     case("one_source_of_data", {"train_data_path": ("a",)}, "--train-data-path", "beside --data-path", {"data_path": ()}),
     case("one_source_of_data", {"test_data_path": ("a",)}, "--test-data-path", "beside --data-path", {"test_data_path": ()}),
+    case(
+        "schedule_is_one",
+        {"data_schedule": "[{from_step: 3, data_path: [a]}]"},
+        "--data-schedule",
+        "begins at step 3",
+        {"data_schedule": None},
+    ),
     case("blends", {"data_path": ("0.3", "a", "0.7")}, "--data-path", "alternate", {"data_path": ("0.3", "a", "0.7", "b")}),
     case("blends", {"data_path": ("0.3", "a", "b", "c")}, "--data-path", "alternate", {"data_path": ("a", "b", "c")}),
     case("blends", {"data_path": ("0.0", "a", "1", "b")}, "--data-path", "greater than 0", {"data_path": ("1", "b")}),

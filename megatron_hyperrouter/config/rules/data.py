@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import split_shares
 from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.mixes import SCHEDULE_REMEDY, prefixes_and_weights, scheduled
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -34,13 +34,20 @@ def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Prefixes stand alone, or each after its weight."""
     for name in PATHS:
         words = getattr(config.data, name)
-        weights = [number(word) for word in words[0::2]]
-        if not words or weights[0] is None:
-            continue
-        if len(words) % 2 or None in weights:
-            yield broken(config, name, "must alternate weights and prefixes", "write 0.3 prefix-a 0.7 prefix-b, or prefixes alone")
-        elif not all(0 < weight < math.inf for weight in weights if weight is not None):
-            yield broken(config, name, "must have finite weights greater than 0", "leave out the prefix that is not wanted")
+        try:
+            prefixes_and_weights(words)
+        except ValueError as error:
+            yield broken(config, name, str(error), "write 0.3 prefix-a 0.7 prefix-b, or prefix-a prefix-b")
+
+
+def schedule_is_one(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """--data-schedule is a list of mixes; whether their files are there shows when they are opened."""
+    if config.data.data_schedule is None:
+        return
+    try:
+        scheduled(config.data)
+    except ValueError as error:
+        yield broken(config, "data_schedule", str(error), SCHEDULE_REMEDY)
 
 
 def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -50,8 +57,8 @@ def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator
     except ValueError as error:
         yield broken(config, "split", str(error), "write training, validation and test shares: 969,30,1")
         return
-    scheduled = config.data.data_schedule is not None and not any(getattr(config.data, name) for name in PATHS[1:])
-    if shares[0] == 0 and (config.data.data_path or scheduled):
+    only_scheduled = config.data.data_schedule is not None and not any(getattr(config.data, name) for name in PATHS[1:])
+    if shares[0] == 0 and (config.data.data_path or only_scheduled):
         yield broken(config, "split", "leaves nothing to train on", "give the first number a share: 969,30,1")
 
 
@@ -86,18 +93,11 @@ def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> It
         yield broken(config, "data_schedule", rule, "use one mix with --data-path, or leave --pack-documents out")
 
 
-def number(word: str) -> float | None:
-    """The word as a number; None where it is none."""
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
 RULES: tuple[Rule, ...] = (
     some_data,
     one_source_of_data,
     blends,
+    schedule_is_one,
     split_is_three_shares,
     tokenizer_is_complete,
     packed_documents_stay_apart,

@@ -1,0 +1,77 @@
+"""What the words of ``--data-path`` and the entries of ``--data-schedule`` mean, as far as it shows without looking at a data file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from megatron_hyperrouter.config.sources import load_yaml, parse_yaml
+from megatron_hyperrouter.config.tree import DataConfig
+
+Mix = tuple[int, tuple[str, ...]]  # completed steps from which on, words of --data-path
+
+SCHEDULE_REMEDY = "write a list of entries with from_step and data_path, the first from step 0, steps rising"
+
+
+def prefixes_and_weights(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  Raises ValueError with the rule where weights and prefixes do not alternate."""
+    weights = [_number(word) for word in words[0::2]]
+    odd = len(words) % 2 == 1
+    if len(words) < 2 or (weights[0] is None and (odd or not any(weight is not None for weight in weights))):
+        return tuple(word.strip() for word in words), None
+    numbers = tuple(weight for weight in weights if weight is not None)
+    if odd or len(numbers) < len(weights):
+        raise ValueError("must be prefixes alone, or alternate weights and prefixes")
+    if not all(0 < weight < math.inf for weight in numbers):
+        raise ValueError("must have finite weights greater than 0")
+    return tuple(word.strip() for word in words[1::2]), numbers
+
+
+def scheduled(data: DataConfig) -> tuple[Mix, ...]:
+    """The entries of ``data.data_schedule``, a file or a list in YAML.  Raises ValueError with the rule that is broken."""
+    given = str(data.data_schedule)
+    try:
+        entries = parse_yaml(given) if is_inline(given) else load_yaml(given)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("is no list of mixes")
+    mixes = tuple(_mix(number, entry) for number, entry in enumerate(entries, start=1))
+    steps = [step for step, _ in mixes]
+    if steps[0] != 0:
+        raise ValueError(f"begins at step {steps[0]}, not 0")
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"has steps that do not rise: {', '.join(map(str, steps))}")
+    return mixes
+
+
+def is_inline(schedule: str) -> bool:
+    """Whether it is the list itself, which is how ``config.yaml`` of a run keeps it."""
+    return schedule.lstrip().startswith("[")
+
+
+def _mix(number: int, entry: Any) -> Mix:
+    if not isinstance(entry, dict) or set(entry) != {"from_step", "data_path"}:
+        raise ValueError(f"entry {number} must have from_step and data_path, and nothing else")
+    step, words = entry["from_step"], entry["data_path"]
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"entry {number}: from_step must be a whole number from 0, got {step!r}")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str | int | float) for word in words):
+        raise ValueError(f"entry {number}: data_path must be a list of prefixes, each optionally after its weight")
+    path = tuple(str(word) for word in words)
+    try:
+        prefixes, _ = prefixes_and_weights(path)
+    except ValueError as error:
+        raise ValueError(f"entry {number}: data_path {error}") from error
+    if len(set(prefixes)) < len(prefixes):
+        raise ValueError(f"entry {number} names a file twice")
+    return step, path
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
