@@ -19,6 +19,7 @@ import mmap
 import os
 import socket
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Cache:
             if found is not None:
                 self.used.append(path)
                 return found
+        refused = ""
         for path in paths:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +80,9 @@ class Cache:
                     found = _load(path, key) or _build(path, key, build)
                 self.used.append(path)
                 return found
-            except PermissionError:
-                continue
             except OSError as error:
-                console.warn(f"{path}: cannot be written: {error.strerror or error}; this process keeps the index in its own memory")
-                break
+                refused = f"{path}: cannot be written: {error.strerror or error}"
+        console.warn(f"{refused}; each process keeps the index in its own memory")
         return dict(build())
 
     def _folders(self, beside: str) -> list[Path]:
@@ -202,16 +202,24 @@ def _base(length: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The only process of this machine that holds this lock; the system lets go of it when the process ends, however it ends."""
+    """The only process of this machine that holds this lock; the system lets go of it when the process ends, however it ends.
+
+    Where the file system has no locks, a file of the same meaning in the machine's own folder for such things is locked.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks here: two processes may build the same file, and one of them wins
         yield
         return
-    with open(path, "ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
+    digest = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=16).hexdigest()
+    local = Path(tempfile.gettempdir()) / f"megatron_hyperrouter-{os.getuid()}-{digest}.lock"
+    for place in (path, local):
+        with open(place, "ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS or place == local:
+                    raise
+                continue
+            yield
+            return

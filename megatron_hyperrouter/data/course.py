@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_hyperrouter.data.blend import normalise, parse_blend
+from megatron_hyperrouter.data.blend import normalise, parse_blend, set_counts
 from megatron_hyperrouter.data.dataset import BlendedDataset, Builder, Dataset, Sample, SequenceDataset, Splits
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import SampleOrder
@@ -204,15 +203,15 @@ def _segment(
     shares = normalise(lengths) if blend.weights is None else blend.weights
     if blend.weights is not None or planned > sum(lengths):
         shares = normalise(shares)
-    numbers, places = builder.mix(blend, shares, samples)
-    counts = np.bincount(numbers, minlength=len(blend.prefixes)).tolist()
+    mixed = builder.mix(blend, shares, samples) if len(blend.prefixes) > 1 else None
+    counts = [samples] if mixed is None else set_counts(mixed[0], len(blend.prefixes))
     parts: list[Dataset] = []
     entries = []
     for prefix, count in zip(blend.prefixes, counts, strict=True):
         asked = recorded[prefix]["asked"] if prefix in recorded else count
         entries.append(_entry(builder, prefix, asked))
         parts.append(_part(builder, prefix, sets.get(prefix), asked=asked, size=count))
-    dataset = parts[0] if len(parts) == 1 else BlendedDataset(parts, numbers, places)
+    dataset = parts[0] if mixed is None else BlendedDataset(parts, *mixed)
     return dataset, {"planned": planned, "sets": entries}
 
 
@@ -274,6 +273,4 @@ def _counts(dataset: Dataset, read: int, sets: int) -> list[int]:
     """How many of the first ``read`` samples each file gives."""
     if not isinstance(dataset, BlendedDataset):
         return [read]
-    first: npt.NDArray[np.int16] = dataset.dataset_index[:read]
-    counts: list[int] = np.bincount(first, minlength=sets).tolist()
-    return counts
+    return set_counts(dataset.dataset_index[:read], sets)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_hyperrouter.data import index
-from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
+from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, set_counts, split_documents
 from megatron_hyperrouter.data.cache import Cache, Named, file_identity
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import Order, SampleOrder, Span, order_of, plan_order
@@ -185,7 +185,7 @@ class Builder:
         size, built = blend_sizes(weights, num_samples)
         sets, samples = self.mix(blend, normalise(weights), size)
         # The surplus can be too small for many small sets, where megatron-core gives up.
-        needed = np.maximum(built, np.bincount(sets, minlength=len(built))).tolist()
+        needed = [max(pair) for pair in zip(built, set_counts(sets, len(built)), strict=True)]
         parts = [self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)]
         return BlendedDataset(parts, sets, samples)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hyperrouter.data import blend
 from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
 from megatron_hyperrouter.errors import ConfigError
 
@@ -80,3 +81,12 @@ def test_blend_sizes_are_megatron_cores(weights, num_samples):
     size, built = blend_sizes(weights, num_samples)
     assert size == sum(sizes[0] for sizes in builder._get_size_per_split_per_dataset(weights, [num_samples]))
     assert list(built) == [sizes[0] for sizes in builder._get_size_per_split_per_dataset(weights, [num_samples], surplus=0.005)]
+
+
+def test_set_counts_in_pieces(monkeypatch):
+    sets = np.random.default_rng(0).integers(0, 5, 1000).astype(np.int16)
+    expected = [int((sets == number).sum()) for number in range(7)]
+    for piece in (1, 7, 1000, 2000):
+        monkeypatch.setattr(blend, "_PIECE", piece)
+        assert blend.set_counts(sets, 7) == expected
+    assert blend.set_counts(sets[:0], 2) == [0, 0]

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -179,11 +180,56 @@ def test_where_files_lie(tmp_path, monkeypatch):
         mkdir(path, **how)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
+    said: list[str] = []
+    monkeypatch.setattr(console, "warn", said.append)
     other = KEY | {"kind": "other"}
     assert_made(run.arrays(other, made, beside=beside, numbers=1))
     assert run.used[-1].parent == tmp_path / "run"
     assert_made(own.arrays(other, made, beside=beside, numbers=1))
     assert len(own.used) == 1, "nowhere to write: kept in memory"
+    assert len(said) == 1 and "each process keeps the index in its own memory" in said[0]
+
+
+def test_a_full_disk_beside_the_data_leaves_the_other_folder(tmp_path, monkeypatch):
+    write = cache._write
+
+    def full(path, *arguments) -> None:
+        if "data" in path.parts:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        write(path, *arguments)
+
+    monkeypatch.setattr(cache, "_write", full)
+    monkeypatch.setattr(console, "warn", lambda line: pytest.fail(line))
+    run = Cache(fallback=str(tmp_path / "run"), cached_from=1)
+    assert_made(run.arrays(KEY, made, beside=str(tmp_path / "data" / "corpus"), numbers=1))
+    assert [path.parent for path in run.used] == [tmp_path / "run"]
+
+
+def test_without_locks_of_the_file_system_one_of_a_machine_builds(tmp_path, monkeypatch):
+    """Each process of a machine takes a lock in the machine's own folder; nobody removes what another one is writing."""
+    import fcntl
+
+    flock, places = fcntl.flock, []
+
+    def refuse(stream, how) -> None:
+        places.append(Path(stream.name).parent)
+        if tmp_path / "cache" in Path(stream.name).parents:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    built = []
+
+    def build() -> Named:
+        built.append(1)
+        time.sleep(0.2)
+        return made()
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: arrays(tmp_path / "cache", build), range(4)):
+            assert_made(found)
+    assert built == [1] and set(places) == {tmp_path / "cache", tmp_path}
 
 
 def test_small_ones_are_not_worth_a_file(tmp_path):
