@@ -124,8 +124,13 @@ class RouterSite:
             self._given = None
 
     def _tokens(self) -> Tokens | None:
-        index = self._passes.next()
-        return self.clock.arrived[index] if self.clock.arrived else None
+        index, arrived = self._passes.next(), self.clock.arrived
+        if arrived and index >= len(arrived):
+            raise ValueError(
+                f"layer {self.router.layer_number}: forward pass {index + 1} since a step or an evaluation began, of which the tokens of"
+                f" {len(arrived)} have arrived: call arrive() before each, and begin() or begin_evaluation() before the first"
+            )
+        return arrived[index] if arrived else None
 
 
 def single_routes(routing: Routing) -> Routing:

@@ -47,6 +47,9 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         store.set_timeout(_PATIENCE)  # NCCL meets there at the first collective
         dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
+        if "EADDRINUSE" in str(error):
+            remedy = "give this run another one, with --master-port of torchrun or --master_port of deepspeed"
+            raise HyperRouterError(f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program has this port", remedy=remedy) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
         remedy = "see what the other ranks have said; build a large index ahead of the run with tools/build_index.py"

@@ -65,8 +65,9 @@ class SharedEngine(ABC):
         norm = self.optimize(batches, learning_rate)
         result, sums = step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
         tokens = self.global_batch_size * self.config.model.seq_length
+        replicas = round(float(self.statistics.tokens_L(sums).max()) / tokens)  # tensor-parallel ranks
         for router in self.routers.values():
-            router.end_step(self.statistics.counts(sums, router.layer_number, step=step + 1, tokens=tokens))
+            router.end_step(self.statistics.counts(sums, router.layer_number, step=step + 1, tokens=tokens, replicas=replicas))
         self._weights_changed()
         self.clock.step = step + 1  # an evaluation may follow
         return result

@@ -72,9 +72,8 @@ class RouterStatistics:
             "z": (tail["z_sum"] / tail["micro_batches"]).tolist(),
         }
 
-    def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int) -> StepCounts:
-        """One layer's, from sums over all ranks; ``tokens``: of the global batch, which tensor-parallel replicas count several times."""
-        replicas = torch.round(self.tokens_L(sums)[layer_number - 1] / tokens)
+    def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int, replicas: int) -> StepCounts:
+        """One layer's, from sums over all ranks; ``tokens``: of the global batch, each of which ``replicas`` ranks have counted."""
         row = sums[layer_number - 1] / replicas
         return StepCounts(step, float(tokens), row[: self.num_experts], row[self.num_experts + len(self._TAIL) :])
 

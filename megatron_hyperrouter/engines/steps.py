@@ -86,7 +86,7 @@ class RouterSteps:
         """The optimizer has taken its step (collective): routers learn what all ranks chose in it.
 
         Returns a number for each layer: ``entropy`` of the router (nats), ``load_max_over_mean``, and its ``aux`` and ``z`` losses
-        before their coefficients; nan for layers without a router of ours.
+        before their coefficients; nan for layers without a router of ours, and for those that saw no token.
         """
         self._statistics.enabled = False
         sums = self._statistics.take().to(device())
@@ -94,11 +94,14 @@ class RouterSteps:
             dist.all_reduce(sums, group=self._group)
         sums = sums.cpu()
         self.clock.step += 1
-        tokens = round(float(self._statistics.tokens_L(sums).max()) / self._replicas)
+        tokens_L = (self._statistics.tokens_L(sums) / self._replicas).tolist()
+        tokens = round(max(tokens_L))
         if not tokens:
             raise ValueError("no router has seen a token since begin()")
         for router in self.routers:
-            router.end_step(self._statistics.counts(sums, router.layer_number, step=self.clock.step, tokens=tokens))
+            if tokens_L[router.layer_number - 1]:  # a model may leave layers out
+                counts = self._statistics.counts(sums, router.layer_number, step=self.clock.step, tokens=tokens, replicas=self._replicas)
+                router.end_step(counts)
             router.begin_step()
         return self._statistics.summary(sums)
 

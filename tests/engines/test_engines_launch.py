@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 import pytest
@@ -31,6 +32,16 @@ def test_a_rank_that_waits_in_vain_says_what_to_look_at(monkeypatch):
         launch.join_world("gloo")
     assert "tools/build_index.py" in caught.value.remedy
     assert not dist.is_initialized()
+
+
+def test_a_port_that_another_run_has_is_named(monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(HyperRouterError, match=f"MASTER_PORT = {port}: another program has this port") as caught:
+            launch.join_world("gloo")
+    assert "--master-port of torchrun" in caught.value.remedy
 
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

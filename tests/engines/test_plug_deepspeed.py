@@ -268,6 +268,39 @@ def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() ->
     assert router.layer_number == 1
 
 
+def test_a_layer_that_a_model_leaves_out_learns_of_its_own_tokens_alone() -> None:
+    layers, told = [layer(drop_tokens=False) for _ in range(3)], {}
+    for number, moe in enumerate(layers, start=1):
+        with pytest.warns(UserWarning, match="stands still until it is told"):
+            router = plug_into_deepspeed(moe, "topk", layer_number=number, expert_bias=True)
+        router.end_step = lambda counts, number=number, end_step=router.end_step: (told.update({number: counts}), end_step(counts))
+    steps = RouterSteps(nn.ModuleList(layers), batch_first=True)
+    steps.begin(0)
+    for micro_batch in range(3):
+        layers[0](torch.randn(T, D))
+        if micro_batch == 1:
+            layers[1](torch.randn(T, D))
+    chosen = steps.end()
+    assert {number: (counts.tokens, float(counts.load_E.sum())) for number, counts in told.items()} == {
+        1: (3.0 * T, 3.0 * T * 2),
+        2: (3.0 * T, 1.0 * T * 2),
+    }
+    assert [math.isnan(value) for value in chosen["entropy"]] == [False, False, True]
+    assert [moe.deepspeed_moe.gate.router.choice_bias_E.isfinite().all().item() for moe in layers] == [True] * 3
+    assert not layers[2].deepspeed_moe.gate.router.choice_bias_E.any()
+
+
+def test_a_pass_whose_tokens_have_not_arrived_is_refused() -> None:
+    moe = layer()
+    plug_into_deepspeed(moe, "hyper", layer_number=4)
+    steps = RouterSteps(moe, batch_first=True)
+    steps.begin(0)
+    steps.arrive(torch.zeros(1, T, dtype=torch.int64))
+    moe(torch.randn(T, D))
+    with pytest.raises(ValueError, match=r"layer 4: forward pass 2 since .*, of which the tokens of 1 have arrived: call arrive\(\)"):
+        moe(torch.randn(T, D))
+
+
 def test_what_router_steps_refuses() -> None:
     with pytest.raises(ValueError, match="no router of ours is in the model"):
         RouterSteps(layer(), batch_first=True)
