@@ -16,8 +16,15 @@ from typing import TextIO
 from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
 
 PATIENCE = 3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
-# What gloo and NCCL say where a collective broke off because another rank has ended.
-_LOST_A_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exit")
+# What gloo, NCCL and the store at which ranks meet say where another rank has ended.
+_LOST_A_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exit",
+    "Failed to recv, got 0 bytes",
+    "Connection was likely closed",
+)
 
 
 def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, write_weights
@@ -86,14 +87,18 @@ def load_state(folder: Path, rank: int) -> Any:
 
 def load_states(folder: Path, rank: int) -> list[Any]:
     """The optimizer states of all ranks, mapped rather than read; a rank that was there before gets its random generators back."""
-    states = [_read_state(folder, number, mmap=True) for number in range(saved_ranks(folder))]
+    states = [_read_state(folder, number, mmap=True) for number in range(_saved_ranks(folder))]
     if rank < len(states):
         _set_random_state(states[rank]["random"])
     return [state["optimizer"] for state in states]
 
 
-def saved_ranks(folder: Path) -> int:
-    """How many ranks have saved their state there."""
+def as_many_ranks(folder: Path) -> bool:
+    """Whether as many ranks have saved their state there as there are now."""
+    return _saved_ranks(folder) == (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def _saved_ranks(folder: Path) -> int:
     return len(list(folder.glob(_state_file(folder, 0).name.replace("00000", "*"))))
 
 

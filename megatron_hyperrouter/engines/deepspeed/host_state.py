@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hyperrouter.engines.state import load_state, load_states, save_state, saved_ranks
+from megatron_hyperrouter.engines.state import as_many_ranks, load_state, load_states, save_state
 from megatron_hyperrouter.errors import CheckpointError
 
 
@@ -25,8 +25,7 @@ def load(optimizer: Any, folder: Path, rank: int) -> None:
 
     The model's weights must be there already.
     """
-    same = saved_ranks(folder) == dist.get_world_size()
-    state = load_state(folder, rank) if same else _cut_anew(load_states(folder, rank), optimizer)
+    state = load_state(folder, rank) if as_many_ranks(folder) else _cut_anew(load_states(folder, rank), optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0 in float32: torch's own
         optimizer.load_state_dict(state)
         return
@@ -56,18 +55,27 @@ def _cut_anew(states: list[Any], optimizer: Any) -> Any:
     for group, present in enumerate(optimizer.single_partition_of_fp32_groups):
         size = present.numel()
         pieces = [state["single_partition_of_fp32_groups"][group] for state in states]
-        mine = slice(place * size, (place + 1) * size)
-        values.append(torch.cat(pieces)[mine])
+        begin, end = place * size, (place + 1) * size
+        values.append(_between(pieces, begin, end))
         (number,) = states[0]["base_optimizer_state"]["param_groups"][group]["params"]
         saved = [state["base_optimizer_state"]["state"][number] for state in states]
         moments[number] = {
-            name: _filled(torch.cat([own[name][: len(piece)] for own, piece in zip(saved, pieces, strict=True)])[mine], size)
+            name: _filled(_between([own[name][: len(piece)] for own, piece in zip(saved, pieces, strict=True)], begin, end), size)
             if isinstance(value, Tensor) and value.dim()
             else value
             for name, value in saved[0].items()
         }
     base = {**states[0]["base_optimizer_state"], "state": moments}
     return {**states[0], "single_partition_of_fp32_groups": values, "base_optimizer_state": base}
+
+
+def _between(pieces: list[Tensor], begin: int, end: int) -> Tensor:
+    """Elements ``begin`` to before ``end`` of pieces laid end to end; no other element is read."""
+    parts, start = [], 0
+    for piece in pieces:
+        parts.append(piece[max(begin - start, 0) : max(end - start, 0)])
+        start += len(piece)
+    return torch.cat(parts)
 
 
 def _filled(piece: Tensor, size: int) -> Tensor:

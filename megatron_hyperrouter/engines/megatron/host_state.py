@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hyperrouter.engines.state import load_state, load_states, save_state, saved_ranks
+from megatron_hyperrouter.engines.state import as_many_ranks, load_state, load_states, save_state
 from megatron_hyperrouter.errors import CheckpointError
 
 
@@ -24,7 +23,7 @@ def load(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
 
     The model's weights must be there already.
     """
-    state = load_state(folder, rank) if saved_ranks(folder) == dist.get_world_size() else load_states(folder, rank)[0]
+    state = load_state(folder, rank) if as_many_ranks(folder) else load_states(folder, rank)[0]
     if state["layers"] != layers:
         raise CheckpointError(
             f"{folder} was written with --transformer-impl {state['layers']}, and this run has {layers}",
