@@ -17,26 +17,16 @@ import pytest
 import yaml
 from distributed import REPOSITORY, environment
 from program.launched import PROGRAM, Zygote, metrics
-from program.settings import write_text
+from program.settings import TINY_MODEL, write_text
 
 TOOL = REPOSITORY / "tools" / "scaling_study.py"
-SETTINGS = """
-num_layers: 2
-hidden_size: 32
-num_attention_heads: 4
-num_query_groups: 2
-moe_ffn_hidden_size: 48
-seq_length: 16
-num_experts: 4
-make_vocab_size_divisible_by: 8
-init_method_std: 0.06
-micro_batch_size: 2
+SETTINGS = f"""{TINY_MODEL}micro_batch_size: 2
 global_batch_size: 4
 expert_model_parallel_size: 2
 moe_router_topk: 2
 topk_schedule: linear
 topk_start: 1
-router: {name: hyper}
+router: {{name: hyper}}
 lr: 1.0e-2
 train_iters: 4
 seed: 7

@@ -18,23 +18,14 @@ import pytest
 import yaml
 from distributed import REPOSITORY, environment
 from program.launched import PROGRAM, Zygote, metrics
-from program.settings import write_text
+from program.settings import TINY_MODEL, write_text
 
 TOOL = REPOSITORY / "tools" / "scaling_study.py"
-SETTINGS = """
-num_layers: 2
-hidden_size: 32
-num_attention_heads: 4
-num_query_groups: 2
-moe_ffn_hidden_size: 48
-seq_length: 16
-num_experts: 4
-make_vocab_size_divisible_by: 8
-micro_batch_size: 2
+SETTINGS = f"""{TINY_MODEL}micro_batch_size: 2
 moe_router_topk: 2
 topk_schedule: linear
 topk_start: 1
-router: {name: hyper}
+router: {{name: hyper}}
 lr_warmup_iters: 2000
 train_iters: 100000
 split: 8,1,1
