@@ -20,6 +20,7 @@ import os
 import socket
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ CACHED_FROM = 2**20  # numbers; what is smaller is built by every process in les
 _MAGIC = b"MHRINDEX"
 _START = struct.Struct("<8sQ")
 _ALIGN = 64
+_SILENCE = 60.0  # seconds of waiting before a person is told
 _CHUNK = 1 << 18  # bytes at a time: what is summed is still in a core's cache when it is written
 _ROOM = 1 << 12  # bytes for the description of the arrays
 _LONGEST_HEADER = 1 << 24
@@ -215,11 +217,18 @@ def _locked(path: Path) -> Iterator[None]:
     local = Path(tempfile.gettempdir()) / f"megatron_hyperrouter-{os.getuid()}-{digest}.lock"
     for place in (path, local):
         with open(place, "ab") as stream:
+            waiting = threading.Timer(
+                _SILENCE, console.note, [f"waiting for another process that is building {path.with_suffix('.index')}"]
+            )
+            waiting.daemon = True
+            waiting.start()
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno not in _NO_LOCKS or place == local:
                     raise
                 continue
+            finally:
+                waiting.cancel()
             yield
             return

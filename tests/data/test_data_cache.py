@@ -109,8 +109,10 @@ def test_a_damaged_or_foreign_file_is_built_again(tmp_path, damage):
     assert files(tmp_path) == [path.name]
 
 
-def test_many_at_once_build_it_once(tmp_path):
-    built = []
+def test_many_at_once_build_it_once(tmp_path, monkeypatch):
+    built, said = [], []
+    monkeypatch.setattr(cache, "_SILENCE", 0.05)
+    monkeypatch.setattr(console, "note", said.append)
 
     def build() -> Named:
         built.append(1)
@@ -121,6 +123,7 @@ def test_many_at_once_build_it_once(tmp_path):
         for found in pool.map(lambda _: arrays(tmp_path, build), range(8)):
             assert_made(found)
     assert built == [1]
+    assert len(said) == 7 and {line.rsplit("/", 1)[-1] for line in said} == set(files(tmp_path)), "who waits says for what"
 
 
 def test_no_array_is_kept_while_the_next_one_is_made(tmp_path):
