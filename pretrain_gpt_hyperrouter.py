@@ -1,8 +1,9 @@
 """Pretrain a GPT-style mixture-of-experts model with any router of this project.
 
     deepspeed --num_nodes 8 pretrain_gpt_hyperrouter.py --config FILE.yaml [--flag value ...]     # a cluster
-    torchrun --nproc_per_node 2 pretrain_gpt_hyperrouter.py --config FILE.yaml                    # any launcher that sets RANK
-    python pretrain_gpt_hyperrouter.py --config FILE.yaml                                         # one process, a laptop
+    torchrun --nproc_per_node 2 pretrain_gpt_hyperrouter.py --config FILE.yaml                    # any
+    launcher that sets RANK python pretrain_gpt_hyperrouter.py --config FILE.yaml
+    # one process, a laptop
 
 ``bash examples/quickstart.sh`` shows the whole way from text files to a trained and evaluated model.
 """
@@ -37,10 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.train.loop import samples_needed, train
     from megatron_hyperrouter.train.resume import past_of
 
-    config = parse(sys.argv[1:] if argv is None else argv, routers=ROUTERS, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    config = parse(
+        sys.argv[1:] if argv is None else argv,
+        routers=ROUTERS,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
     eod = tokenizer.eod if minds_documents(config) else None
     ledger, step = past_of(config)
     mixes = mixes_of(config.data, step=step)
@@ -71,7 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     try:
         bytes_V = tokenizer.token_bytes_V()
-        train(engine, config, splits, hooks_for(config, engine.place), token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V))
+        train(
+            engine,
+            config,
+            splits,
+            hooks_for(config, engine.place),
+            token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+        )
     finally:
         engine.close()
 

@@ -1,4 +1,6 @@
-"""Installs the package and builds its C++ extension; without a compiler the install goes on, with a warning."""
+"""Installs the package and builds its C++ extension; without a compiler the install goes on, with a
+warning.
+"""
 
 import re
 import sys
@@ -34,7 +36,8 @@ class OptionalBuildExt(build_ext):
             super().build_extension(ext)
         except (CCompilerError, ExecError, PlatformError, ImportError, OSError) as error:
             warnings.warn(
-                f"{ext.name} was not built, so data indices will come from NumPy: slower, same numbers. Install a C++17 compiler, "
+                f"{ext.name} was not built, so data indices will come from NumPy: slower, same numbers. "
+                "Install a C++17 compiler, "
                 f"the Python headers and pybind11, then install again. Reason: {error}",
                 stacklevel=1,
             )
@@ -42,7 +45,9 @@ class OptionalBuildExt(build_ext):
 
 def version() -> str:
     """The one in ``megatron_hyperrouter/__init__.py``."""
-    found = re.search(r'^__version__ = "(.+)"', (HERE / "megatron_hyperrouter/__init__.py").read_text("utf-8"), re.MULTILINE)
+    found = re.search(
+        r'^__version__ = "(.+)"', (HERE / "megatron_hyperrouter/__init__.py").read_text("utf-8"), re.MULTILINE
+    )
     return found[1] if found else "0.0.0"
 
 
@@ -55,7 +60,8 @@ def long_description() -> str:
 setup(
     name="megatron-hyperrouter",
     version=version(),
-    description="Mixture-of-experts pretraining with exchangeable routers (HyperRouter and others) on DeepSpeed and Megatron-Core",
+    description="Mixture-of-experts pretraining with exchangeable routers (HyperRouter and others) on "
+    "DeepSpeed and Megatron-Core",
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -75,7 +81,8 @@ setup(
         "torch>=2.8,<3",
     ],
     extras_require={
-        "data": ["gigatoken>=0.10,<0.11", "pyarrow>=15", "zstandard>=0.20"],  # faster encoding, Parquet, .zst
+        # faster encoding, Parquet, .zst
+        "data": ["gigatoken>=0.10,<0.11", "pyarrow>=15", "zstandard>=0.20"],
         "plots": ["matplotlib>=3.7"],  # of the tools that compare runs
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],
@@ -86,7 +93,10 @@ setup(
             [str(SOURCES / "bindings.cpp")],
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             language="c++",
-            extra_compile_args=[*FLAGS, *(["-mmacosx-version-min=10.14"] if sys.platform == "darwin" else [])],
+            extra_compile_args=[
+                *FLAGS,
+                *(["-mmacosx-version-min=10.14"] if sys.platform == "darwin" else []),
+            ],
             optional=True,  # lets an in-place build go on without the file
         )
     ],

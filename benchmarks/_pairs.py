@@ -56,20 +56,40 @@ class Row:
         """The line's text, one string a column; ``clock`` decides whether the goal is met."""
         ratios = self.ratios(clock)
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        times = [f"{statistics.median(getattr(each, clock) for each in side) * 1e3:.2f}" for side in (self.base, self.ours)]
+        times = [
+            f"{statistics.median(getattr(each, clock) for each in side) * 1e3:.2f}"
+            for side in (self.base, self.ours)
+        ]
         wall = f"{statistics.median(self.ratios('wall')):.3f}"
-        goal, verdict = ("", "") if self.goal is None else (f"<= {self.goal:.2f}", "met" if middle <= self.goal else "missed")
-        return [self.case, str(len(ratios)), *times, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", wall, goal, verdict]
+        goal, verdict = (
+            ("", "")
+            if self.goal is None
+            else (f"<= {self.goal:.2f}", "met" if middle <= self.goal else "missed")
+        )
+        return [
+            self.case,
+            str(len(ratios)),
+            *times,
+            f"{middle:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            wall,
+            goal,
+            verdict,
+        ]
 
 
 def deciding_clock() -> str:
-    """``cpu`` where all work is this process's own, which its neighbours then cannot change; ``wall`` where a GPU works."""
+    """``cpu`` where all work is this process's own, which its neighbours then cannot change; ``wall`` where a
+    GPU works.
+    """
     import torch
 
     return "wall" if torch.cuda.is_available() else "cpu"
 
 
-def in_turn(base: Callable[[], Seconds], ours: Callable[[], Seconds], *, pairs: int) -> tuple[list[Seconds], list[Seconds]]:
+def in_turn(
+    base: Callable[[], Seconds], ours: Callable[[], Seconds], *, pairs: int
+) -> tuple[list[Seconds], list[Seconds]]:
     """Run both ``pairs`` times: base first, ours first, and so on, so that neither profits from its place."""
     first, second = in_turns([base, ours], rounds=pairs)
     return first, second
@@ -86,9 +106,14 @@ def in_turns(works: Sequence[Callable[[], Seconds]], *, rounds: int) -> list[lis
 
 
 def print_table(rows: Iterable[Row], *, base: str, ours: str, clock: str | None = None) -> None:
-    """The rows under their headings, on stdout, each printed as soon as it is measured; ``clock``: other than the deciding one."""
+    """The rows under their headings, on stdout, each printed as soon as it is measured; ``clock``: other than
+    the deciding one.
+    """
     clock = clock or deciding_clock()
-    print(f"Times and ratios: median of {clock} time; a ratio is taken within a pair.  For comparison: the ratio of wall time.")
+    print(
+        f"Times and ratios: median of {clock} time; a ratio is taken within a pair.  For comparison: the "
+        "ratio of wall time."
+    )
     head = ["case", "pairs", f"{base} ms", f"{ours} ms", "ratio", "quartiles", "wall ratio", "goal", ""]
     widths = [38, 5, 9, 9, 7, 14, 10, 7, 6]
     _line(head, widths)
@@ -98,16 +123,35 @@ def print_table(rows: Iterable[Row], *, base: str, ours: str, clock: str | None 
 
 def _line(cells: list[str], widths: list[int]) -> None:
     first, *rest = zip(cells, widths, strict=True)
-    print("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip(), flush=True)
+    print(
+        "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip(),
+        flush=True,
+    )
 
 
 def flags(description: str, *, pairs: int) -> argparse.ArgumentParser:
     """The flags of every benchmark; a wrong one ends with status 2."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=_at_least_two, default=pairs, metavar="N", help=f"measured pairs of a case (default: {pairs})")
-    parser.add_argument("--warm-up", type=int, default=3, metavar="N", help="pairs before that, which do not count (default: 3)")
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs",
+        type=_at_least_two,
+        default=pairs,
+        metavar="N",
+        help=f"measured pairs of a case (default: {pairs})",
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=int,
+        default=3,
+        metavar="N",
+        help="pairs before that, which do not count (default: 3)",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and few pairs: shows that it runs, measures nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and few pairs: shows that it runs, measures nothing"
+    )
     return parser
 
 

@@ -1,11 +1,13 @@
 """What Megatron-LM's two preprocessing tools do, in a process of its own: a peer for preprocess.py.
 
-Run as: _preprocess_peer.py one|batch INPUT.jsonl PREFIX tokenizer.json WORKERS.  Those tools need packages that this project does not,
-so their work is done here by the same libraries.  ``one`` (``preprocess_data.py``): a ``multiprocessing.Pool`` maps over the lines,
-32 at a time; a worker encodes one document after another with the library ``tokenizers`` (the tool goes through ``transformers``, which
-costs more), and the lists of ids go to megatron-core's ``IndexedDatasetBuilder``.  ``batch`` (``preprocess_data_fast.py``): ``gigatoken``
-encodes the whole file, ``awkward`` appends the end-of-document token, and the documents go to the same builder; the tool's builder
-hands them to 128 processes, which megatron-core 0.16 does not know and CPU seconds would not gain by.
+Run as: _preprocess_peer.py one|batch INPUT.jsonl PREFIX tokenizer.json WORKERS.  Those tools need packages
+that this project does not, so their work is done here by the same libraries.  ``one``
+(``preprocess_data.py``): a ``multiprocessing.Pool`` maps over the lines, 32 at a time; a worker encodes one
+document after another with the library ``tokenizers`` (the tool goes through ``transformers``, which costs
+more), and the lists of ids go to megatron-core's ``IndexedDatasetBuilder``.  ``batch``
+(``preprocess_data_fast.py``): ``gigatoken`` encodes the whole file, ``awkward`` appends the end-of-document
+token, and the documents go to the same builder; the tool's builder hands them to 128 processes, which
+megatron-core 0.16 does not know and CPU seconds would not gain by.
 """
 
 from __future__ import annotations
@@ -49,8 +51,13 @@ def one_by_one(source: str, prefix: str, tokenizer_file: str, workers: int) -> N
 
     encoder = Encoder(tokenizer_file)
     encoder.start()
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(Encoder.tokenizer.get_vocab_size()))
-    with multiprocessing.Pool(workers, initializer=encoder.start) as pool, open(source, encoding="utf-8") as lines:
+    builder = IndexedDatasetBuilder(
+        f"{prefix}.bin", dtype=DType.optimal_dtype(Encoder.tokenizer.get_vocab_size())
+    )
+    with (
+        multiprocessing.Pool(workers, initializer=encoder.start) as pool,
+        open(source, encoding="utf-8") as lines,
+    ):
         for ids, lengths in pool.imap(encoder.encode, lines, 32):
             builder.add_document(ids, lengths)
         builder.finalize(f"{prefix}.idx")
@@ -67,7 +74,9 @@ def whole_file(source: str, prefix: str, tokenizer_file: str, workers: int) -> N
     tokenizer = gigatoken.Tokenizer(tokenizer_file)
     found = tokenizer.encode_files(gigatoken.JsonlFileSource([source], field="text"), parallel=workers > 1)
     eod = tokenizer.encode("<|endoftext|>")[0]
-    found = awkward.concatenate([found, awkward.singletons(awkward.Array(np.full(len(found), eod, dtype=np.uint32)))], axis=1)
+    found = awkward.concatenate(
+        [found, awkward.singletons(awkward.Array(np.full(len(found), eod, dtype=np.uint32)))], axis=1
+    )
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     for ids in found:
         array = np.asarray(ids)

@@ -18,14 +18,21 @@ VOCABULARY = 50_000
 
 
 def write_sizes(prefix: Path, sizes: np.ndarray) -> None:
-    """Documents of these sizes; ``.bin`` is a hole of the right length, which reads as zeros and takes no disk."""
+    """Documents of these sizes; ``.bin`` is a hole of the right length, which reads as zeros and takes no
+    disk.
+    """
     ends = np.cumsum(sizes, dtype=np.int64) * 2
     with open(f"{prefix}.idx", "wb") as stream:
         header = np.zeros(34, np.uint8)
         header[:9] = np.frombuffer(b"MMIDIDX\0\0", np.uint8)
         header[9], header[17] = 1, 8  # version, uint16
         header[18:34] = np.array([len(sizes), len(sizes) + 1], "<u8").view(np.uint8)
-        for part in (header, sizes.astype("<i4"), np.concatenate([[0], ends[:-1]]).astype("<i8"), np.arange(len(sizes) + 1, dtype="<i8")):
+        for part in (
+            header,
+            sizes.astype("<i4"),
+            np.concatenate([[0], ends[:-1]]).astype("<i8"),
+            np.arange(len(sizes) + 1, dtype="<i8"),
+        ):
             part.tofile(stream)
     with open(f"{prefix}.bin", "wb") as stream:
         stream.truncate(int(ends[-1]))
@@ -34,7 +41,9 @@ def write_sizes(prefix: Path, sizes: np.ndarray) -> None:
 def write_tokens(prefix: Path, sizes: np.ndarray) -> None:
     """The same with random tokens."""
     write_sizes(prefix, sizes)
-    np.random.default_rng(0).integers(0, VOCABULARY, int(sizes.sum()), dtype=np.uint16).tofile(f"{prefix}.bin")
+    np.random.default_rng(0).integers(0, VOCABULARY, int(sizes.sum()), dtype=np.uint16).tofile(
+        f"{prefix}.bin"
+    )
 
 
 def our_dataset(prefix: Path, samples: int, **how: Any) -> Dataset:

@@ -1,7 +1,8 @@
-"""Data against megatron-core's own helpers and datasets, bit-equal and in turn; goals in the table, as ratios of CPU time.
+"""Data against megatron-core's own helpers and datasets, bit-equal and in turn; goals in the table, as ratios
+of CPU time.
 
-All of it takes about ten minutes, of which preprocessing takes most; benchmarks/preprocess.py has more cases of that.  The last
-line is a cold start over the sizes of 10**8 documents, which has no peer.
+All of it takes about ten minutes, of which preprocessing takes most; benchmarks/preprocess.py has more cases
+of that.  The last line is a cold start over the sizes of 10**8 documents, which has no peer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class DifferentWork(RuntimeError):
 def main() -> None:
     """Read the flags, measure each case, print the table."""
     parser = flags(__doc__ or "", pairs=5)
-    parser.add_argument("--part", choices=PARTS, action="append", help="this part alone; may be given several times")
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="this part alone; may be given several times"
+    )
     args = parser.parse_args()
     parts = args.part or PARTS
     scale = 2000 if args.quick else 1
@@ -45,7 +48,9 @@ def main() -> None:
             cold_start(Path(folder), 10**8 // scale)
 
 
-def measured(parts: tuple[str, ...], folder: Path, *, pairs: int, scale: int, memory: list[str]) -> Iterator[Row]:
+def measured(
+    parts: tuple[str, ...], folder: Path, *, pairs: int, scale: int, memory: list[str]
+) -> Iterator[Row]:
     """The rows of these parts; ``memory`` takes the lines of peak memory."""
     if "preprocess" in parts:
         size, vocabulary = (33 * 10**6, 32_000) if scale == 1 else (3 * 10**5, 1000)
@@ -77,7 +82,9 @@ def compared(case: str, goal: float, base: Work, ours: Work, *, pairs: int) -> R
     first, second = timed("base", base), timed("ours", ours)
     first(), second()
     times = in_turn(first, second, pairs=pairs)
-    if not all(np.array_equal(one, other) for one, other in zip(results["base"], results["ours"], strict=True)):
+    if not all(
+        np.array_equal(one, other) for one, other in zip(results["base"], results["ours"], strict=True)
+    ):
         raise DifferentWork(case)
     return Row(case, goal, *times)
 
@@ -133,7 +140,13 @@ def blend(sets: int, size: int, goal: float, *, pairs: int) -> Row:
         helpers.build_blending_indices(chosen, samples, weights, sets, size, False)
         return chosen, samples
 
-    return compared(f"blend, {sets} sets, {size:.0e} samples", goal, base, lambda: index.blending_indices(weights, size), pairs=pairs)
+    return compared(
+        f"blend, {sets} sets, {size:.0e} samples",
+        goal,
+        base,
+        lambda: index.blending_indices(weights, size),
+        pairs=pairs,
+    )
 
 
 def exhaustive(sets: int, size: int, *, pairs: int) -> Row:
@@ -149,12 +162,18 @@ def exhaustive(sets: int, size: int, *, pairs: int) -> Row:
         return chosen, samples
 
     return compared(
-        f"exhaustive blend, {sets} sets, {total:.0e}", 1 / 4, base, lambda: index.exhaustive_blending_indices(sizes), pairs=pairs
+        f"exhaustive blend, {sets} sets, {total:.0e}",
+        1 / 4,
+        base,
+        lambda: index.exhaustive_blending_indices(sizes),
+        pairs=pairs,
     )
 
 
 def fresh_dataset(folder: Path, documents: int, epochs: int, *, pairs: int, memory: list[str]) -> Row:
-    """A new process that builds a dataset of ``epochs`` epochs, stores its index files, and reads ten samples."""
+    """A new process that builds a dataset of ``epochs`` epochs, stores its index files, and reads ten
+    samples.
+    """
     prefix = folder / "sizes"
     if not prefix.with_suffix(".idx").exists():
         write_sizes(prefix, sizes_of(documents))
@@ -168,7 +187,10 @@ def fresh_dataset(folder: Path, documents: int, epochs: int, *, pairs: int, memo
     case = f"fresh dataset, {documents:.0e} documents x {epochs}"
     row = Row(case, 1 / 3, *in_turn(lambda: run("megatron"), lambda: run("ours"), pairs=pairs))
     base, ours = (float(np.median(each)) for each in peaks.values())
-    memory.append(f"{case}: peak memory over the imports {base:.0f} MB, ours {ours:.0f} MB: {ours / base:.2f} of it (goal <= 0.50)")
+    memory.append(
+        f"{case}: peak memory over the imports {base:.0f} MB, ours {ours:.0f} MB: {ours / base:.2f} of it "
+        "(goal <= 0.50)"
+    )
     return row
 
 
@@ -198,7 +220,9 @@ def read_one_by_one(case: str, theirs: Any, mine: Any, count: int, *, pairs: int
 
 
 def cold_start(folder: Path, documents: int) -> None:
-    """Print what the first batch over the sizes of this many documents takes a new process, imports and a cold disk included."""
+    """Print what the first batch over the sizes of this many documents takes a new process, imports and a
+    cold disk included.
+    """
     prefix = folder / "huge"
     write_sizes(prefix, sizes_of(documents))
     with open(f"{prefix}.idx", "rb") as stream:  # out of the system's memory, as on a node that never read it
@@ -206,7 +230,8 @@ def cold_start(folder: Path, documents: int) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     told = in_a_process("cold", prefix, epochs=1)
     print(
-        f"{documents:.0e} documents, on demand, from the start of a new process to its first 10 samples: {told['all_wall']:.2f} s"
+        f"{documents:.0e} documents, on demand, from the start of a new process to its first 10 samples: "
+        f"{told['all_wall']:.2f} s"
         f" (goal <= 2), peak memory {told['all_mb']:.0f} MB (goal <= 300)"
     )
 

@@ -1,8 +1,9 @@
 """Our MoE layer against a bare DeepSpeed MoE layer, forward and backward; goal <= 1.05.
 
-Ours is the MLP slot of the DeepSpeed engine with its statistics and balance loss; the bare one is ``deepspeed.moe.layer.MoE`` as
-DeepSpeed makes it, with its own gate and its own balance loss.  Experts, weights, tokens, k and the tokens' routes are the same
-(no dropping, no sampling), which is checked.  Router hyper generates and goes back once in each run, as with one micro-batch a step.
+Ours is the MLP slot of the DeepSpeed engine with its statistics and balance loss; the bare one is
+``deepspeed.moe.layer.MoE`` as DeepSpeed makes it, with its own gate and its own balance loss.  Experts,
+weights, tokens, k and the tokens' routes are the same (no dropping, no sampling), which is checked.  Router
+hyper generates and goes back once in each run, as with one micro-batch a step.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class Sizes:
         from megatron_hyperrouter.routers import ROUTERS
 
         line = (
-            f"--data-path unused --num-layers 1 --hidden-size {self.hidden_size} --num-attention-heads 4 --num-experts {self.experts} "
-            f"--moe-ffn-hidden-size {self.expert_size} --moe-router-topk {k} --moe-aux-loss-coeff {BALANCE} --router.name {router}"
+            f"--data-path unused --num-layers 1 --hidden-size {self.hidden_size} --num-attention-heads 4 "
+            f"--num-experts {self.experts} "
+            f"--moe-ffn-hidden-size {self.expert_size} --moe-router-topk {k} --moe-aux-loss-coeff {BALANCE} "
+            f"--router.name {router}"
         )
         return parse(line.split(), routers=ROUTERS, world_size=1)
 
@@ -61,7 +64,11 @@ def main() -> None:
     pairs, warm_up = (2, 1) if args.quick else (args.pairs, args.warm_up)
     with world(sizes, args.threads):
         cases = [(router, k) for router in ("topk", "hyper") for k in (1, 2, 4)]
-        print_table((measure(sizes, router, k, pairs=pairs, warm_up=warm_up) for router, k in cases), base="bare", ours="ours")
+        print_table(
+            (measure(sizes, router, k, pairs=pairs, warm_up=warm_up) for router, k in cases),
+            base="bare",
+            ours="ours",
+        )
 
 
 @contextlib.contextmanager
@@ -131,7 +138,12 @@ def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:
         make = partial(make_router, config, vocab_size=256)
         slot: Any = MoESlot(core, run=config, make=make, clock=Clock(), statistics=statistics)
         slot.set_layer_number(1)
-        options = {"k": model.moe_router_topk, "drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
+        options = {
+            "k": model.moe_router_topk,
+            "drop_tokens": False,
+            "use_rts": False,
+            "top2_2nd_expert_sampling": False,
+        }
         expert = slot.moe.deepspeed_moe.experts.deepspeed_experts[0]  # MoE makes copies of it
         bare: Any = MoE(model.hidden_size, expert, num_experts=model.num_experts, ep_size=1, **options)
         for moe in (slot.moe, bare):
@@ -144,7 +156,9 @@ def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:
         for parameter in slot.moe.deepspeed_moe.experts.parameters():
             torch.nn.init.normal_(parameter, std=model.hidden_size**-0.5)
         if hasattr(router, "weight_ED"):
-            torch.nn.init.normal_(router.weight_ED, std=model.hidden_size**-0.5)  # logits of unit variance, as hyper has them
+            torch.nn.init.normal_(
+                router.weight_ED, std=model.hidden_size**-0.5
+            )  # logits of unit variance, as hyper has them
         bare.deepspeed_moe.gate.wg.weight.copy_(router.linear()[0])
     bare.deepspeed_moe.experts.load_state_dict(slot.moe.deepspeed_moe.experts.state_dict())
     return slot, bare, statistics
@@ -155,7 +169,10 @@ def check_same_work(slot: Any, bare: Any, statistics: RouterStatistics, *, runs:
     ours_E, theirs_E = slot.moe.deepspeed_moe.exp_counts, bare.deepspeed_moe.exp_counts
     counted_E = statistics.take()[0, : len(ours_E)]
     if ours_E.tolist() != theirs_E.tolist() or counted_E.tolist() != (runs * ours_E).tolist():
-        raise DifferentWork(f"tokens of each expert: ours {ours_E.tolist()}, bare {theirs_E.tolist()}, counted {counted_E.tolist()}")
+        raise DifferentWork(
+            f"tokens of each expert: ours {ours_E.tolist()}, bare {theirs_E.tolist()}, counted "
+            f"{counted_E.tolist()}"
+        )
 
 
 def device() -> Any:

@@ -1,9 +1,11 @@
-"""tools/preprocess_data.py against what Megatron-LM's tools do; goals: 1/8 of the time of the first, 1/3 of its fast variant.
+"""tools/preprocess_data.py against what Megatron-LM's tools do; goals: 1/8 of the time of the first, 1/3 of
+its fast variant.
 
-Each run is a process of its own, from the interpreter's start to its end, and counts the processor time of all its workers; the two
-sides take turns.  The peers are reproduced by ``_preprocess_peer.py``, which says how.  The text: the sources of the Python standard
-library, in the mixed order of make_corpus.py, repeated up to the size asked for; a BPE tokenizer is trained on its beginning.  Both sides
-must write the same bytes, which is checked.  With ``--threads`` above 1 both use as many processes.
+Each run is a process of its own, from the interpreter's start to its end, and counts the processor time of
+all its workers; the two sides take turns.  The peers are reproduced by ``_preprocess_peer.py``, which says
+how.  The text: the sources of the Python standard library, in the mixed order of make_corpus.py, repeated up
+to the size asked for; a BPE tokenizer is trained on its beginning.  Both sides must write the same bytes,
+which is checked.  With ``--threads`` above 1 both use as many processes.
 """
 
 from __future__ import annotations
@@ -36,18 +38,37 @@ class DifferentBytes(RuntimeError):
 def main() -> None:
     """Read the flags, make the text and the tokenizer, print a row for each peer."""
     parser = flags(__doc__ or "", pairs=5)
-    parser.add_argument("--megabytes", type=float, default=33.0, metavar="MB", help="size of the JSON lines (default: 33)")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="ids of the tokenizer (default: 32000)")
+    parser.add_argument(
+        "--megabytes", type=float, default=33.0, metavar="MB", help="size of the JSON lines (default: 33)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="ids of the tokenizer (default: 32000)"
+    )
     args = parser.parse_args()
     size, vocabulary, pairs = (0.3, 1000, 2) if args.quick else (args.megabytes, args.vocab_size, args.pairs)
     cases, warm_up = (CASES[::2], 0) if args.quick else (CASES, min(args.warm_up, 1))
     with tempfile.TemporaryDirectory() as folder:
-        rows = measured(Path(folder), int(size * 1e6), vocabulary, cases=cases, workers=args.threads, warm_up=warm_up, pairs=pairs)
+        rows = measured(
+            Path(folder),
+            int(size * 1e6),
+            vocabulary,
+            cases=cases,
+            workers=args.threads,
+            warm_up=warm_up,
+            pairs=pairs,
+        )
         print_table(rows, base="Megatron-LM's", ours="ours")
 
 
 def measured(
-    folder: Path, size: int, vocabulary: int, *, pairs: int, cases: Sequence[Case] = CASES[::2], workers: int = 1, warm_up: int = 0
+    folder: Path,
+    size: int,
+    vocabulary: int,
+    *,
+    pairs: int,
+    cases: Sequence[Case] = CASES[::2],
+    workers: int = 1,
+    warm_up: int = 0,
 ) -> Iterator[Row]:
     """A row for each case, of ``size`` bytes of JSON lines; benchmarks/data.py takes those of the goals."""
     source, tokenizer = make_inputs(folder, size, vocabulary)
@@ -73,15 +94,31 @@ def make_inputs(folder: Path, size: int, vocabulary: int) -> tuple[Path, Path]:
     return source, tokenizer
 
 
-def row(case: Case, folder: Path, source: Path, tokenizer: Path, workers: int, warm_up: int, pairs: int) -> Row:
+def row(
+    case: Case, folder: Path, source: Path, tokenizer: Path, workers: int, warm_up: int, pairs: int
+) -> Row:
     """Measure one peer; DifferentBytes where the files differ."""
     name, peer, backend, goal = case
 
     def theirs() -> Seconds:
-        return run("benchmarks/_preprocess_peer.py", peer, source, folder / "theirs_text_document", tokenizer, workers)
+        return run(
+            "benchmarks/_preprocess_peer.py",
+            peer,
+            source,
+            folder / "theirs_text_document",
+            tokenizer,
+            workers,
+        )
 
     def ours() -> Seconds:
-        options = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--tokenizer-backend", backend)
+        options = (
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            tokenizer,
+            "--tokenizer-backend",
+            backend,
+        )
         where = ("--input", source, "--output-prefix", folder / "ours", "--append-eod", "--workers", workers)
         return run("tools/preprocess_data.py", *where, *options)
 
@@ -89,7 +126,9 @@ def row(case: Case, folder: Path, source: Path, tokenizer: Path, workers: int, w
         theirs(), ours()
     base, own = in_turn(theirs, ours, pairs=pairs)
     for ending in ("bin", "idx"):
-        if not filecmp.cmp(folder / f"theirs_text_document.{ending}", folder / f"ours_text_document.{ending}", shallow=False):
+        if not filecmp.cmp(
+            folder / f"theirs_text_document.{ending}", folder / f"ours_text_document.{ending}", shallow=False
+        ):
             raise DifferentBytes(f"{name}: the .{ending} files differ")
     return Row(name, goal, base, own)
 
@@ -99,7 +138,9 @@ def run(program: str, *arguments: object) -> Seconds:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(HERE.parent / program), *map(str, arguments)]
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     told = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,13 +1,17 @@
-"""What each method costs: training steps against those of router topk, and a competing layer against an ordinary one.
+"""What each method costs: training steps against those of router topk, and a competing layer against an
+ordinary one.
 
-The goals: the experts of a competing pass cost at most E/k times those of an ordinary one; averaged over a run with rate 0.07, a step of
-competesmoe at most 1.15 of topk's; a step of simsmoe at its published frequency at most 1.05.
+The goals: the experts of a competing pass cost at most E/k times those of an ordinary one; averaged over a
+run with rate 0.07, a step of competesmoe at most 1.15 of topk's; a step of simsmoe at its published frequency
+at most 1.05.
 
-One process has two DeepSpeed engines at a time, topk's and the method's, which step in turn on the same tokens.  The learning rate is
-0 and topk has the weights by which the method chooses, so both send the same tokens to the same experts, which is checked (but for
-competitions, jitter and StableMoE's second stage, where other experts are the point).  A run's average is reckoned, pair by pair, from
-steps of both kinds: a share ``rate`` of competing ones; of simsmoe's a share ``C(k, 2) / frequency`` with one pair to compare, since
-each token adds one to as many of a layer's pairs and a pair is compared when it has ``frequency`` batches' worth of them.
+One process has two DeepSpeed engines at a time, topk's and the method's, which step in turn on the same
+tokens.  The learning rate is 0 and topk has the weights by which the method chooses, so both send the same
+tokens to the same experts, which is checked (but for competitions, jitter and StableMoE's second stage, where
+other experts are the point).  A run's average is reckoned, pair by pair, from steps of both kinds: a share
+``rate`` of competing ones; of simsmoe's a share ``C(k, 2) / frequency`` with one pair to compare, since each
+token adds one to as many of a layer's pairs and a pair is compared when it has ``frequency`` batches' worth
+of them.
 """
 
 from __future__ import annotations
@@ -54,7 +58,10 @@ def competing(version: str) -> Method:
     """Ordinary and competing steps; a fixed rate, so that both occur under the same options."""
     kinds = (Kind("ordinary", 1.0 - RATE), Kind("competing", RATE, same_routes=False))
     return Method(
-        f"competesmoe {version}", f"competesmoe --router.version {version} --router.schedule fixed --router.rate {RATE}", kinds, 1.15
+        f"competesmoe {version}",
+        f"competesmoe --router.version {version} --router.schedule fixed --router.rate {RATE}",
+        kinds,
+        1.15,
     )
 
 
@@ -63,12 +70,18 @@ METHODS = {
     "v2": competing("v2"),
     "v1": competing("v1"),
     "simsmoe": Method(
-        "simsmoe", f"simsmoe --router.frequency {FREQUENCY}", (Kind("ordinary", 1.0 - COMPARED), Kind("comparing a pair", COMPARED)), 1.05
+        "simsmoe",
+        f"simsmoe --router.frequency {FREQUENCY}",
+        (Kind("ordinary", 1.0 - COMPARED), Kind("comparing a pair", COMPARED)),
+        1.05,
     ),
-    "switch": Method("topk, Switch's", "topk --router.pre-softmax --router.jitter-eps 0.01", (Kind("", same_routes=False),)),
+    "switch": Method(
+        "topk, Switch's", "topk --router.pre-softmax --router.jitter-eps 0.01", (Kind("", same_routes=False),)
+    ),
     "deepseek": Method(
         "topk, DeepSeek-V3's",
-        "topk --router.score-function sigmoid --router.renormalise --router.expert-bias --router.bias-update-rate 0 "
+        "topk --router.score-function sigmoid --router.renormalise --router.expert-bias "
+        "--router.bias-update-rate 0 "
         "--router.aux-loss sequence",
     ),
     "global": Method("topk, global-batch loss", "topk --router.aux-loss global_batch"),
@@ -77,7 +90,9 @@ METHODS = {
     "hyper": Method("hyper", "hyper"),
     "xmoe": Method("xmoe", "xmoe"),
     "stablemoe": Method(
-        "stablemoe", f"stablemoe --router.stage1-steps {STAGE_1}", (Kind("stage 1", 0.1), Kind("stage 2", 0.9, same_routes=False))
+        "stablemoe",
+        f"stablemoe --router.stage1-steps {STAGE_1}",
+        (Kind("stage 1", 0.1), Kind("stage 2", 0.9, same_routes=False)),
     ),
 }
 
@@ -94,7 +109,10 @@ class Sizes:
 
     def __str__(self) -> str:
         tokens = self.sequence * self.samples
-        return f"one layer, D={self.hidden_size} E={self.experts} k={TOPK} expert width {self.expert_size}, {tokens} tokens"
+        return (
+            f"one layer, D={self.hidden_size} E={self.experts} k={TOPK} expert width {self.expert_size}, "
+            f"{tokens} tokens"
+        )
 
     def config(self, options: str) -> RunConfig:
         """Settings of a run with the router and options of this line."""
@@ -102,9 +120,12 @@ class Sizes:
         from megatron_hyperrouter.routers import ROUTERS
 
         line = (
-            f"--data-path unused --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --moe-router-topk {TOPK} "
-            f"--moe-aux-loss-coeff 0.01 --zero-stage 1 --train-iters {2 * STAGE_1} --num-layers 1 --hidden-size {self.hidden_size} "
-            f"--num-attention-heads 4 --num-experts {self.experts} --moe-ffn-hidden-size {self.expert_size} --seq-length {self.sequence} "
+            f"--data-path unused --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --moe-router-topk "
+            f"{TOPK} "
+            f"--moe-aux-loss-coeff 0.01 --zero-stage 1 --train-iters {2 * STAGE_1} --num-layers 1 "
+            f"--hidden-size {self.hidden_size} "
+            f"--num-attention-heads 4 --num-experts {self.experts} --moe-ffn-hidden-size {self.expert_size} "
+            f"--seq-length {self.sequence} "
             f"--micro-batch-size {self.samples} --global-batch-size {self.samples} --router.name {options}"
         )
         return parse(line.split(), routers=ROUTERS, world_size=1)
@@ -117,14 +138,21 @@ class DifferentWork(RuntimeError):
 def main() -> None:
     """Read the flags, measure each method, print the table."""
     parser = flags(__doc__ or "", pairs=15)
-    parser.add_argument("--method", choices=METHODS, action="append", help="this one alone; may be given several times")
+    parser.add_argument(
+        "--method", choices=METHODS, action="append", help="this one alone; may be given several times"
+    )
     args = parser.parse_args()
     sizes = Sizes(32, 8, 32, 16, 2) if args.quick else Sizes(256, 16, 512, 256, 4)
     pairs, warm_up = (2, 1) if args.quick else (args.pairs, args.warm_up)
     chosen = [METHODS[key] for key in args.method or METHODS]
-    print(f"{sizes}.  Base: a step of topk; in the rows 'layer' and 'experts' an ordinary pass of the same layer.")
+    print(
+        f"{sizes}.  Base: a step of topk; in the rows 'layer' and 'experts' an ordinary pass of the same "
+        "layer."
+    )
     with world(sizes, args.threads) as base:
-        rows = (row for method in chosen for row in measure(sizes, method, base, pairs=pairs, warm_up=warm_up))
+        rows = (
+            row for method in chosen for row in measure(sizes, method, base, pairs=pairs, warm_up=warm_up)
+        )
         print_table(rows, base="base", ours="ours")
 
 
@@ -142,7 +170,9 @@ def world(sizes: Sizes, threads: int) -> Iterator[Any]:
 
 
 def engine_of(config: RunConfig, *, for_training: bool = True) -> Any:
-    """An engine beside those that there are: of one rank, all groups are alike, and each engine takes over what it finds."""
+    """An engine beside those that there are: of one rank, all groups are alike, and each engine takes over
+    what it finds.
+    """
     import gc
 
     import torch
@@ -187,7 +217,9 @@ class Stepper:
         self.number = prepare(only_router(self.engine), self.kind.name, self.number)
         told: list[Any] = []
         batch = made_up(self.sizes, self.done)
-        seconds = stopwatch(lambda: told.append(self.engine.train_step(iter([batch]), step=self.number, learning_rate=0.0)))
+        seconds = stopwatch(
+            lambda: told.append(self.engine.train_step(iter([batch]), step=self.number, learning_rate=0.0))
+        )
         self.loads.append(told[0].load_max_over_mean_L)
         self.number, self.done = self.number + 1, self.done + 1
         return seconds
@@ -200,7 +232,9 @@ def prepare(router: Any, kind: str, number: int) -> int:
             number += 1
     if router.name == "simsmoe":
         counts_P = router.pair_counts_P
-        busiest = int(counts_P.argmax())  # the pair with most tokens: the dearest to compare, and the first to be
+        busiest = int(
+            counts_P.argmax()
+        )  # the pair with most tokens: the dearest to compare, and the first to be
         counts_P.zero_()
         if kind != "ordinary":
             counts_P[busiest] = 2.0 * FREQUENCY
@@ -228,11 +262,15 @@ def check_same_routes(method: Method, runs: list[Stepper]) -> None:
     base, *others = runs
     for run in others:
         if run.kind.same_routes and run.loads != base.loads:
-            raise DifferentWork(f"{method.name} {run.kind.name}: largest over mean load {run.loads}, topk {base.loads}")
+            raise DifferentWork(
+                f"{method.name} {run.kind.name}: largest over mean load {run.loads}, topk {base.loads}"
+            )
 
 
 def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Iterator[Row]:
-    """Forward and backward pass of the MoE layer alone, competing against ordinary; and the time in its experts alone."""
+    """Forward and backward pass of the MoE layer alone, competing against ordinary; and the time in its
+    experts alone.
+    """
     import torch
 
     from megatron_hyperrouter.engines.deepspeed.moe import MoESlot
@@ -271,13 +309,18 @@ class ExpertMeter:
         self.spent = self._since = Seconds(0.0, 0.0)
         for expert in experts:
             expert.register_forward_pre_hook(self._start), expert.register_forward_hook(self._stop)
-            expert.register_full_backward_pre_hook(self._start), expert.register_full_backward_hook(self._stop)
+            (
+                expert.register_full_backward_pre_hook(self._start),
+                expert.register_full_backward_hook(self._stop),
+            )
 
     def _start(self, *_: object) -> None:
         self._since = now()
 
     def _stop(self, *_: object) -> None:
-        self.spent = Seconds(*(spent + end - start for spent, end, start in zip(self.spent, now(), self._since, strict=True)))
+        self.spent = Seconds(
+            *(spent + end - start for spent, end, start in zip(self.spent, now(), self._since, strict=True))
+        )
 
 
 def now() -> Seconds:
@@ -291,7 +334,12 @@ def now() -> Seconds:
 
 def mean(shares: list[float], seconds: tuple[Seconds, ...]) -> Seconds:
     """The mean of a step's times over its kinds."""
-    return Seconds(*(sum(share * value for share, value in zip(shares, values, strict=True)) for values in zip(*seconds, strict=True)))
+    return Seconds(
+        *(
+            sum(share * value for share, value in zip(shares, values, strict=True))
+            for values in zip(*seconds, strict=True)
+        )
+    )
 
 
 def only_router(engine: Any) -> Any:
@@ -304,7 +352,9 @@ def made_up(sizes: Sizes, step: int) -> Batch:
     """Tokens, the same for both routers."""
     import torch
 
-    rows: Tensor = torch.randint(0, VOCABULARY, (sizes.samples, sizes.sequence + 1), generator=torch.Generator().manual_seed(step))
+    rows: Tensor = torch.randint(
+        0, VOCABULARY, (sizes.samples, sizes.sequence + 1), generator=torch.Generator().manual_seed(step)
+    )
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 

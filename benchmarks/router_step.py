@@ -1,8 +1,10 @@
-"""Training step of the DeepSpeed engine with router hyper against router topk; goal <= 1.03 at D = 256, <= 1.01 at D >= 1024.
+"""Training step of the DeepSpeed engine with router hyper against router topk; goal <= 1.03 at D = 256, <=
+1.01 at D >= 1024.
 
-Two processes, each with an engine of its own, step in turn.  Both start from the same weights, topk's router from those that
-hyper's hypernetwork generates, and the learning rate is 0: the optimizer does all its work and changes nothing, so both send
-the same tokens to the same experts in every step, which is checked.  What is left between them is the router's own cost.
+Two processes, each with an engine of its own, step in turn.  Both start from the same weights, topk's router
+from those that hyper's hypernetwork generates, and the learning rate is 0: the optimizer does all its work
+and changes nothing, so both send the same tokens to the same experts in every step, which is checked.  What
+is left between them is the router's own cost.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 VOCABULARY = 1000
 COMMON = (
-    f"--data-path unused --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --moe-router-topk 2 --moe-aux-loss-coeff 0.01 "
+    f"--data-path unused --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --moe-router-topk 2 "
+    "--moe-aux-loss-coeff 0.01 "
     "--zero-stage 1 --train-iters 1000000"
 )
 
@@ -42,7 +45,9 @@ class Case:
 
     def __str__(self) -> str:
         tokens = self.sequence * self.micro_batch
-        return f"D={self.hidden_size} L={self.layers} E={self.experts}, {self.micro_batches} x {tokens} tokens"
+        return (
+            f"D={self.hidden_size} L={self.layers} E={self.experts}, {self.micro_batches} x {tokens} tokens"
+        )
 
     def config(self, router: str) -> RunConfig:
         """Settings of one of the two runs."""
@@ -50,18 +55,25 @@ class Case:
         from megatron_hyperrouter.routers import ROUTERS
 
         sizes = (
-            f"--num-layers {self.layers} --hidden-size {self.hidden_size} --num-attention-heads {max(4, self.hidden_size // 64)} "
-            f"--num-experts {self.experts} --moe-ffn-hidden-size {self.expert_size} --seq-length {self.sequence} "
-            f"--micro-batch-size {self.micro_batch} --global-batch-size {self.micro_batch * self.micro_batches}"
+            f"--num-layers {self.layers} --hidden-size {self.hidden_size} --num-attention-heads "
+            f"{max(4, self.hidden_size // 64)} "
+            f"--num-experts {self.experts} --moe-ffn-hidden-size {self.expert_size} --seq-length "
+            f"{self.sequence} "
+            f"--micro-batch-size {self.micro_batch} --global-batch-size "
+            f"{self.micro_batch * self.micro_batches}"
         )
-        return parse([*COMMON.split(), *sizes.split(), "--router.name", router], routers=ROUTERS, world_size=1)
+        return parse(
+            [*COMMON.split(), *sizes.split(), "--router.name", router], routers=ROUTERS, world_size=1
+        )
 
 
 CASES = (
     Case(256, layers=4, experts=16, expert_size=256, sequence=256, micro_batch=2, micro_batches=2, goal=1.03),
     Case(1024, layers=2, experts=8, expert_size=512, sequence=128, micro_batch=2, micro_batches=2, goal=1.01),
 )
-QUICK = (Case(32, layers=2, experts=4, expert_size=32, sequence=16, micro_batch=2, micro_batches=2, goal=1.03),)
+QUICK = (
+    Case(32, layers=2, experts=4, expert_size=32, sequence=16, micro_batch=2, micro_batches=2, goal=1.03),
+)
 
 
 class Step(NamedTuple):
@@ -79,7 +91,9 @@ class DifferentWork(RuntimeError):
 def main() -> None:
     """Read the flags, measure each case, print the table."""
     parser = flags(__doc__ or "", pairs=15)
-    parser.add_argument("--hidden-size", type=int, choices=[case.hidden_size for case in CASES], help="this case alone")
+    parser.add_argument(
+        "--hidden-size", type=int, choices=[case.hidden_size for case in CASES], help="this case alone"
+    )
     args = parser.parse_args()
     cases = QUICK if args.quick else [case for case in CASES if args.hidden_size in (None, case.hidden_size)]
     pairs, warm_up = (2, 1) if args.quick else (args.pairs, args.warm_up)
@@ -145,7 +159,13 @@ def work(case: Case, router: str, threads: int, connection: Connection) -> None:
     while (number := connection.recv()) is not None:
         results: list[StepResult] = []
         batches = list(micro_batches(case, number))
-        seconds = stopwatch(lambda: results.append(engine.train_step(iter(batches), step=number, learning_rate=0.0)))  # noqa: B023 - called at once
+
+        def one_step(
+            batches: list[Batch] = batches, results: list[StepResult] = results, n: int = number
+        ) -> None:
+            results.append(engine.train_step(iter(batches), step=n, learning_rate=0.0))
+
+        seconds = stopwatch(one_step)
         connection.send(Step(seconds, results[0].lm_loss, results[0].load_max_over_mean_L))
     engine.close()
 

@@ -1,4 +1,5 @@
-"""Pretraining of sparse mixture-of-experts language models whose routers are the subject: HyperRouter and its peers.
+"""Pretraining of sparse mixture-of-experts language models whose routers are the subject: HyperRouter and its
+peers.
 
 The names below are imported when they are first used: ``import megatron_hyperrouter`` alone loads no torch.
 """
@@ -25,7 +26,14 @@ _HOMES = {
     "plug_into_deepspeed": "megatron_hyperrouter.engines.deepspeed.plug",
 }
 
-__all__ = ["ROUTERS", "RouterSteps", "__version__", "build_router", "megatron_router_builder", "plug_into_deepspeed"]
+__all__ = [
+    "ROUTERS",
+    "RouterSteps",
+    "__version__",
+    "build_router",
+    "megatron_router_builder",
+    "plug_into_deepspeed",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """The one place of the package that talks to a person, and that turns errors into exit statuses.
 
-Every rank of a run goes through :func:`run`, but one rank speaks: an error in the settings happens on all of them.
+Every rank of a run goes through :func:`run`, but one rank speaks: an error in the settings happens on all of
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import TextIO
 
 from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
 
-PATIENCE = 3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
+PATIENCE = (
+    3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
+)
 # What gloo, NCCL and the store at which ranks meet say where another rank has ended.
 _LOST_A_RANK = (
     "Connection closed by peer",
@@ -30,13 +33,14 @@ _LOST_A_RANK = (
 def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     """Call ``main`` and return the exit status of the public contract; errors are reported once, by rank 0.
 
-    Another rank waits ``patience`` seconds before it speaks: if rank 0 met the same error, the launcher ends this
-    process first; if the error is this rank's own, it is told after all.
+    Another rank waits ``patience`` seconds before it speaks: if rank 0 met the same error, the launcher ends
+    this process first; if the error is this rank's own, it is told after all.
     """
     try:
         main()
     except HyperRouterError as error:
-        # Settings are the same on all ranks: if rank 0 has said nothing yet, it is still importing, as on a slow disk.
+        # Settings are the same on all ranks: if rank 0 has said nothing yet, it is still importing, as on a
+        # slow disk.
         _take_turn(10 * patience if isinstance(error, ConfigError) else patience)
         report(error)
         return error.exit_status
@@ -47,7 +51,8 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
         warn("interrupted")
         return 1
     except Exception as error:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
-        # A rank that was left alone does not know why; the one that left does, and may be waiting for its own turn.
+        # A rank that was left alone does not know why; the one that left does, and may be waiting for its own
+        # turn.
         _take_turn(patience, left_alone=any(words in str(error) for words in _LOST_A_RANK))
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
@@ -93,7 +98,9 @@ def _rank() -> str:
 
 def _take_turn(patience: float, *, left_alone: bool = False) -> None:
     if left_alone or not speaks():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler would outlive the launcher's request
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # the run's own handler would outlive the launcher's request
         time.sleep(3 * patience if left_alone else patience)
 
 
@@ -102,6 +109,8 @@ def _missing_module(error: ModuleNotFoundError) -> int:
     if library in ("", "megatron_hyperrouter"):  # our own mistake
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
-    missing = HostError(f"the library {library} is not installed ({error})", remedy="run: bash tools/setup_env.sh")
+    missing = HostError(
+        f"the library {library} is not installed ({error})", remedy="run: bash tools/setup_env.sh"
+    )
     report(missing)
     return missing.exit_status

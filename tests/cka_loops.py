@@ -1,4 +1,6 @@
-"""Centred kernel alignment in plain-Python loops, in float64: the formula with the centring matrix H as it stands."""
+"""Centred kernel alignment in plain-Python loops, in float64: the formula with the centring matrix H as it
+stands.
+"""
 
 from __future__ import annotations
 

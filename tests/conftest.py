@@ -10,19 +10,29 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before torch or numpy is imported
+for name in (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+):  # before torch or numpy is imported
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-settings.register_profile("house", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "house", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("few", settings.get_profile("house"), max_examples=10)  # tests/sanitize.sh
-settings.register_profile("deep", settings.get_profile("house"), derandomize=False, max_examples=2000)  # pytest --hypothesis-profile deep
+settings.register_profile(
+    "deep", settings.get_profile("house"), derandomize=False, max_examples=2000
+)  # pytest --hypothesis-profile deep
 settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
-    """Seed the generators that a test might use unawares; torch and numpy only where the test has imported them."""
+    """Seed the generators that a test might use unawares; torch and numpy only where the test has
+    imported them.
+    """
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -39,7 +49,9 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """A process that has the hosts imported, and forks ranks of the program or of a worker (``program.launched.Zygote``)."""
+    """A process that has the hosts imported, and forks ranks of the program or of a worker
+    (``program.launched.Zygote``).
+    """
     from program.launched import Zygote
 
     started = Zygote(tmp_path_factory.mktemp("zygote"))
@@ -48,7 +60,9 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip aloud GPU tests where there is no GPU, and tests on eight ranks unless they are asked for by name."""
+    """Skip aloud GPU tests where there is no GPU, and tests on eight ranks unless they are asked for by
+    name.
+    """
     has_gpu = _has_gpu() if any("gpu" in item.keywords for item in items) else False
     for item in items:
         if "gpu" in item.keywords and not has_gpu:

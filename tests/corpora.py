@@ -12,7 +12,9 @@ import numpy as np
 from megatron_hyperrouter.data.store import IndexedWriter
 
 
-def write_corpus(prefix: Path, sizes: Sequence[int], *, seed: int = 0, vocab_size: int = 1000, dtype: Any = np.uint16) -> str:
+def write_corpus(
+    prefix: Path, sizes: Sequence[int], *, seed: int = 0, vocab_size: int = 1000, dtype: Any = np.uint16
+) -> str:
     """Documents of these sizes with random tokens; returns the prefix."""
     random = np.random.default_rng(seed)
     with IndexedWriter(prefix, dtype) as writer:
@@ -22,9 +24,16 @@ def write_corpus(prefix: Path, sizes: Sequence[int], *, seed: int = 0, vocab_siz
 
 
 def megatron_datasets(
-    samples: tuple[int | None, int | None, int | None], *, seq_length: int, seed: int, vocab_size: int = 1000, **where: Any
+    samples: tuple[int | None, int | None, int | None],
+    *,
+    seq_length: int,
+    seed: int,
+    vocab_size: int = 1000,
+    **where: Any,
 ) -> list[Any]:
-    """What megatron-core's own builder makes for training, validation and test; ``where``: blend, blend_per_split, split."""
+    """What megatron-core's own builder makes for training, validation and test; ``where``: blend,
+    blend_per_split, split.
+    """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 

@@ -25,32 +25,54 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment for a child that imports the project: one thread, no GPU (two ranks cannot share one), no leftovers."""
+    """This process's environment for a child that imports the project: one thread, no GPU (two ranks cannot
+    share one), no leftovers.
+    """
     kept = {
-        key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), kept.get("PYTHONPATH", "")])
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"} | more
+    return (
+        kept
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+        | more
+    )
 
 
 def meeting_store() -> Any:
-    """A store that this process serves and ranks meet at; its ``port`` is bound already, so nobody else can take it."""
+    """A store that this process serves and ranks meet at; its ``port`` is bound already, so nobody else can
+    take it.
+    """
     from torch.distributed import TCPStore
 
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def run_ranks(zygote: Zygote, worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300) -> Any:
-    """Fork ``ranks`` processes of ``worker TASK.json ANSWER.json``; rank 0 writes the answer, which is returned."""
+def run_ranks(
+    zygote: Zygote, worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, timeout: float = 300
+) -> Any:
+    """Fork ``ranks`` processes of ``worker TASK.json ANSWER.json``; rank 0 writes the answer, which is
+    returned.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    zygote.run([folder / "task.json", folder / "answer.json"], program=worker, ranks=ranks, launched=True, timeout=timeout)
+    zygote.run(
+        [folder / "task.json", folder / "answer.json"],
+        program=worker,
+        ranks=ranks,
+        launched=True,
+        timeout=timeout,
+    )
     return json.loads((folder / "answer.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
 def world(name: str) -> Iterator[None]:
-    """In a rank: a world of its own under ``name``, through DeepSpeed; its end frees the threads of all its process groups."""
+    """In a rank: a world of its own under ``name``, through DeepSpeed; its end frees the threads of all its
+    process groups.
+    """
     import deepspeed
     import torch.distributed as dist
 

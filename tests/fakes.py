@@ -68,12 +68,15 @@ class ThreadRanks:
 
 
 class FakeEngine:
-    """A bigram table under Adam with dropout on its logits: the least that has weights, optimizer and random state.
+    """A bigram table under Adam with dropout on its logits: the least that has weights, optimizer and random
+    state.
 
     More active experts sharpen its predictions a little, so that k shows in the losses.
     """
 
-    def __init__(self, vocab_size: int, *, topk_at: Callable[[int], int] = lambda step: 2, seed: int = 0) -> None:
+    def __init__(
+        self, vocab_size: int, *, topk_at: Callable[[int], int] = lambda step: 2, seed: int = 0
+    ) -> None:
         self.place = Alone.place
         self.topk_at = topk_at
         torch.manual_seed(seed)
@@ -83,7 +86,9 @@ class FakeEngine:
         self.micro_batches: list[int] = []
         self.loss_offset = 0.0  # nan: a run that diverged
 
-    def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+    ) -> StepResult:
         self.steps_taken.append(step)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.zero_grad()
@@ -96,7 +101,9 @@ class FakeEngine:
         self.optimizer.step()
         return StepResult(loss.item(), 1.0, 0.5, norm, (1.25, 0.75), (1.5, 2.0), self.any_rank(stop))
 
-    def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
+    def evaluate(
+        self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
+    ) -> EvalResult:
         loss_sum, tokens, target_bytes = 0.0, 0, 0
         for tokens_BS, labels_BS in batches:
             with torch.no_grad():
@@ -106,7 +113,11 @@ class FakeEngine:
         return EvalResult(loss_sum, tokens, target_bytes)
 
     def save(self, folder: Path) -> None:
-        state = {"table": self.table_VV.data, "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
+        state = {
+            "table": self.table_VV.data,
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
         torch.save(state, folder / "rank0.pt")
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:

@@ -1,6 +1,8 @@
-"""The whole model once more, in plain torch and float64: no host, no dispatch, a loop over experts.  The oracle of the engines.
+"""The whole model once more, in plain torch and float64: no host, no dispatch, a loop over experts.  The
+oracle of the engines.
 
-Legend: ``B`` batch, ``S`` sequence, ``D`` hidden size, ``C`` channels of a head, ``T = B * S`` tokens, ``E`` experts, ``K`` active ones.
+Legend: ``B`` batch, ``S`` sequence, ``D`` hidden size, ``C`` channels of a head, ``T = B * S`` tokens,
+``E`` experts, ``K`` active ones.
 """
 
 from __future__ import annotations
@@ -18,35 +20,60 @@ RouterMatrix = Callable[[dict[str, Tensor], int], Tensor]  # weights by global n
 
 
 class ReferenceGPT:
-    """Weights are float64 leaves by global name; ``router_matrix`` gives a layer's routing matrix from them."""
+    """Weights are float64 leaves by global name; ``router_matrix`` gives a layer's routing matrix from
+    them.
+    """
 
-    def __init__(self, config: RunConfig, weights: dict[str, Tensor], router_matrix: RouterMatrix, *, eod: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        weights: dict[str, Tensor],
+        router_matrix: RouterMatrix,
+        *,
+        eod: int | None = None,
+    ) -> None:
         """``eod``: the id that ends a document, for settings that mind documents."""
         self.config, self.router_matrix, self.eod = config, router_matrix, eod
-        self.weights = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in weights.items()}
+        self.weights = {
+            name: tensor.detach().double().clone().requires_grad_() for name, tensor in weights.items()
+        }
 
     def loss(self, tokens_BS: Tensor, labels_BS: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the cross-entropy, sums over layers of the balance loss and of the z-loss, before their coefficients)."""
+        """(sum of the cross-entropy, sums over layers of the balance loss and of the z-loss, before their
+        coefficients).
+        """
         self.documents_BS, self.positions_BS = self._borders(tokens_BS)
         w, model = self.weights, self.config.model
         x_BSD = w["embedding.word_embeddings.weight"][tokens_BS]
         aux, z = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for layer in range(model.num_layers):
             prefix = f"decoder.layers.{layer}."
-            x_BSD = x_BSD + self._attention(self._norm(x_BSD, prefix + "input_layernorm.weight"), prefix + "self_attention.")
-            routed_BSD, layer_aux, layer_z = self._moe(self._norm(x_BSD, prefix + "pre_mlp_layernorm.weight"), layer, topk)
+            x_BSD = x_BSD + self._attention(
+                self._norm(x_BSD, prefix + "input_layernorm.weight"), prefix + "self_attention."
+            )
+            routed_BSD, layer_aux, layer_z = self._moe(
+                self._norm(x_BSD, prefix + "pre_mlp_layernorm.weight"), layer, topk
+            )
             x_BSD, aux, z = x_BSD + routed_BSD, aux + layer_aux, z + layer_z
         x_BSD = self._norm(x_BSD, "decoder.final_layernorm.weight")
         logits = x_BSD @ w.get("output_layer.weight", w["embedding.word_embeddings.weight"]).t()
-        each_BS = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view(labels_BS.shape)
+        each_BS = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view(
+            labels_BS.shape
+        )
         return each_BS[self.counted(tokens_BS)].sum(), aux, z
 
     def counted(self, tokens_BS: Tensor) -> Tensor:
         """True where a loss is asked for."""
-        return tokens_BS != self.eod if self.config.data.eod_mask_loss else torch.ones_like(tokens_BS, dtype=torch.bool)
+        return (
+            tokens_BS != self.eod
+            if self.config.data.eod_mask_loss
+            else torch.ones_like(tokens_BS, dtype=torch.bool)
+        )
 
     def _borders(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The number of each token's document as far as attention goes, and its rotary position: counted token by token."""
+        """The number of each token's document as far as attention goes, and its rotary position: counted
+        token by token.
+        """
         documents, positions = [], []
         for tokens in tokens_BS.tolist():
             document = position = 0
@@ -59,7 +86,9 @@ class ReferenceGPT:
         return torch.tensor(documents).view(tokens_BS.shape), torch.tensor(positions).view(tokens_BS.shape)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.config.model.norm_epsilon).sqrt() * self.weights[name]
+        return (
+            x / (x.pow(2).mean(-1, keepdim=True) + self.config.model.norm_epsilon).sqrt() * self.weights[name]
+        )
 
     def _attention(self, x_BSD: Tensor, prefix: str) -> Tensor:
         model, w = self.config.model, self.weights
@@ -68,12 +97,19 @@ class ReferenceGPT:
         channels = model.kv_channels or model.hidden_size // heads
         batch, seq, _ = x_BSD.shape
         # megatron-core's layout: for each group its query heads, then its key, then its value.
-        mixed = (x_BSD @ w[prefix + "linear_qkv.weight"].t()).view(batch, seq, groups, heads // groups + 2, channels)
+        mixed = (x_BSD @ w[prefix + "linear_qkv.weight"].t()).view(
+            batch, seq, groups, heads // groups + 2, channels
+        )
         query, key, value = mixed[..., :-2, :], mixed[..., -2:-1, :], mixed[..., -1:, :]
         if model.qk_layernorm:
-            query, key = self._norm(query, prefix + "q_layernorm.weight"), self._norm(key, prefix + "k_layernorm.weight")
+            query, key = (
+                self._norm(query, prefix + "q_layernorm.weight"),
+                self._norm(key, prefix + "k_layernorm.weight"),
+            )
         query, key = self._rotate(query), self._rotate(key)
-        hidden = torch.ones(seq, seq, dtype=torch.bool).triu(1) | (self.documents_BS[:, :, None] != self.documents_BS[:, None, :])
+        hidden = torch.ones(seq, seq, dtype=torch.bool).triu(1) | (
+            self.documents_BS[:, :, None] != self.documents_BS[:, None, :]
+        )
         rows = []
         for group in range(groups):
             for head in range(heads // groups):
@@ -85,7 +121,9 @@ class ReferenceGPT:
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary positions: channel i turns with channel i + C/2."""
         channels = x.size(-1)
-        rates = self.config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+        rates = self.config.model.rotary_base ** (
+            -torch.arange(0, channels, 2, dtype=torch.float64) / channels
+        )
         angles = self.positions_BS.double()[:, :, None, None, None] * rates
         cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
         first, second = x.chunk(2, -1)
@@ -95,7 +133,9 @@ class ReferenceGPT:
         model, w = self.config.model, self.weights
         x_TD = x_BSD.flatten(0, 1)
         logits_TE = x_TD @ self.router_matrix(w, layer).t()
-        rank_TE = (logits_TE[:, None, :] > logits_TE[:, :, None]).sum(-1)  # how many experts a token prefers to this one
+        rank_TE = (logits_TE[:, None, :] > logits_TE[:, :, None]).sum(
+            -1
+        )  # how many experts a token prefers to this one
         chosen_TE = rank_TE < topk
         weights_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
         out_TD = torch.zeros_like(x_TD)
@@ -116,14 +156,18 @@ class ReferenceGPT:
 def train_reference(
     model: ReferenceGPT, steps: Iterable[tuple[list[tuple[Tensor, Tensor]], int]], learning_rate: float
 ) -> list[tuple[float, float]]:
-    """(lm_loss, grad_norm before clipping) of each step, given its micro-batches and its k; AdamW as the engines have it."""
+    """(lm_loss, grad_norm before clipping) of each step, given its micro-batches and its k; AdamW as the
+    engines have it.
+    """
     settings, sizes = model.config.optimizer, model.config.model
     parameters = list(model.weights.values())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
+    optimizer = torch.optim.AdamW(
+        groups, lr=learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps
+    )
     told = []
     for micro_batches, topk in steps:
         optimizer.zero_grad()

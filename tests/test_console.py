@@ -11,7 +11,14 @@ import time
 import pytest
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError, HostError, HyperRouterError, Problem
+from megatron_hyperrouter.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HostError,
+    HyperRouterError,
+    Problem,
+)
 
 
 def failing(error: BaseException):
@@ -59,7 +66,12 @@ def test_an_unexpected_error_shows_its_traceback(capsys):
 def test_a_rank_that_was_left_alone_waits_for_the_one_that_knows_why(capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     begun = time.monotonic()
-    assert console.run(failing(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1")), patience=0.1) == 1
+    assert (
+        console.run(
+            failing(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1")), patience=0.1
+        )
+        == 1
+    )
     assert time.monotonic() - begun >= 0.3  # longer than the other one, which waits for rank 0
     assert "Connection closed by peer" in capsys.readouterr().err  # no launcher came
 
@@ -71,7 +83,9 @@ def test_a_missing_library_is_the_host(capsys):
 
 
 def test_a_missing_module_of_ours_is_a_bug(capsys):
-    assert console.run(failing(ModuleNotFoundError("No module named 'x'", name="megatron_hyperrouter.x"))) == 1
+    assert (
+        console.run(failing(ModuleNotFoundError("No module named 'x'", name="megatron_hyperrouter.x"))) == 1
+    )
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -96,7 +110,10 @@ def test_interrupt(capsys):
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
 @pytest.mark.parametrize(
     ("error", "seconds"),
-    [(DataError("mine alone"), 0.1), (ConfigError([Problem("--lr", -1, "must be >= 0", "use 3e-4")]), 1.0)],  # settings are everybody's
+    [
+        (DataError("mine alone"), 0.1),
+        (ConfigError([Problem("--lr", -1, "must be >= 0", "use 3e-4")]), 1.0),
+    ],  # settings are everybody's
 )
 def test_another_rank_waits_and_then_speaks(variable, error, seconds, monkeypatch, capsys):
     monkeypatch.setenv(variable, "3")
@@ -137,12 +154,18 @@ def test_a_waiting_rank_dies_by_the_launchers_sigterm_even_where_the_run_handles
         "sys.exit(console.run(main, patience=60))\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], env={**os.environ, "RANK": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "RANK": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         deadline = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < deadline:  # the first ones may still meet the run's own handler
+        while (
+            process.poll() is None and time.monotonic() < deadline
+        ):  # the first ones may still meet the run's own handler
             process.terminate()
             time.sleep(0.1)
         process.kill()

@@ -29,7 +29,8 @@ from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.routers import ROUTERS
 
-config = parse(["--data-path", "a", "--router.name", "centroid", "--router.temperature", "0.5"], routers=ROUTERS)
+config = parse(["--data-path", "a", "--router.name", "centroid", "--router.temperature", "0.5"],
+routers=ROUTERS)
 assert config.router.options == module.CentroidRouter.Config(temperature=0.5)
 try:
     parse(["--data-path", "a", "--router.name", "centroid", "--router.temperature", "0"], routers=ROUTERS)
@@ -46,21 +47,25 @@ from megatron_hyperrouter import build_router
 router = build_router("centroid", hidden_size=6, num_experts=4, topk=2, temperature=0.5)
 x_TD = torch.randn(5, 6)
 centroids = router.centroid_ED.tolist()
-expected_TE = torch.tensor([[-sum((a - b) ** 2 for a, b in zip(x, c)) / (2 * 6 * 0.5) for c in centroids] for x in x_TD.tolist()])
+expected_TE = torch.tensor([[-sum((a - b) ** 2 for a, b in zip(x,
+c)) / (2 * 6 * 0.5) for c in centroids] for x in x_TD.tolist()])
 assert torch.allclose(router(x_TD).logits_TE.softmax(-1), expected_TE.softmax(-1), atol=1e-6)
 assert torch.equal(router.fold()(x_TD).experts_TK, router(x_TD).experts_TK)
 """
 
 CONTRACT = """
 import pytest
-sys.exit(pytest.main(["tests/routers/test_routers_contract.py", "-q", "-k", "centroid", "-p", "no:cacheprovider", "-p", "no:xdist"]))
+sys.exit(pytest.main(["tests/routers/test_routers_contract.py", "-q", "-k", "centroid", "-p",
+"no:cacheprovider", "-p", "no:xdist"]))
 """
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> Path:
     """The router of the guide, as a file."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "Router, name=" in block]
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "Router, name=" in block
+    ]
     path = tmp_path_factory.mktemp("guide") / "centroid.py"
     path.write_text(code, encoding="utf-8")
     return path
@@ -68,7 +73,9 @@ def example(tmp_path_factory) -> Path:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("program", [FLAGS, MATHS], ids=["flags", "maths"])

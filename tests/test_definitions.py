@@ -15,7 +15,9 @@ FILES = sorted(set(re.findall(r"`((?:megatron_hyperrouter|tools)/[\w/]+\.py)`", 
 
 @pytest.mark.parametrize(("file", "name"), TESTS)
 def test_the_test_is_there(file: str, name: str) -> None:
-    assert re.search(rf"^ *def {name}\(|^(\w+, )*{name} = ", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(
+        rf"^ *def {name}\(|^(\w+, )*{name} = ", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def test_the_files_are_there() -> None:

@@ -1,4 +1,6 @@
-"""docs/routers.md tells the truth wherever code can say so: sections, options, tensors, counts, and what folds."""
+"""docs/routers.md tells the truth wherever code can say so: sections, options, tensors, counts, and what
+folds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,17 @@ SECTIONS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | r
 NAMES = sorted(ROUTERS)
 
 T, D, E = 20, 24, 8
-LETTERS = {"D": D, "E": E, "S": D, "H": 256, "P": E // 2, "V": 256, "W": 50, "A": 64, "F": E}  # sizes at the defaults
+LETTERS = {
+    "D": D,
+    "E": E,
+    "S": D,
+    "H": 256,
+    "P": E // 2,
+    "V": 256,
+    "W": 50,
+    "A": 64,
+    "F": E,
+}  # sizes at the defaults
 EVERYTHING: dict[str, dict[str, Any]] = {  # options with which all tensors of a router are there
     "topk": {"bias": True, "expert_bias": True, "aux_loss": "global_batch"},
     "simsmoe": {"bias": True},
@@ -67,7 +79,9 @@ def test_every_router_has_a_section_and_a_line_of_costs():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_and_their_defaults(name):
-    told = {option.strip("`"): default.split(" (")[0] for option, default, _ in rows(SECTIONS[name], "option")}
+    told = {
+        option.strip("`"): default.split(" (")[0] for option, default, _ in rows(SECTIONS[name], "option")
+    }
     words = {"True": "on", "False": "off", "None": "none"}
     real = {flag(f"router.{each.name}"): str(each.default) for each in fields(ROUTERS[name].Config)}
     assert told == {option: words.get(default, default) for option, default in real.items()}
@@ -84,7 +98,12 @@ def test_the_other_flags_exist():
     routers = {option.replace("router.no-", "router.") for option in re.findall(r"--router\.[\w-]+", PAGE)}
     assert routers <= everyone
     tree = RunConfig()
-    leaves = {flag(leaf.name) for section in fields(tree) if section.name != "router" for leaf in fields(getattr(tree, section.name))}
+    leaves = {
+        flag(leaf.name)
+        for section in fields(tree)
+        if section.name != "router"
+        for leaf in fields(getattr(tree, section.name))
+    }
     assert set(re.findall(r"(?<![\w-])--(?!router)[a-z][\w-]+", PAGE)) <= leaves
 
 
@@ -92,17 +111,25 @@ def test_the_other_flags_exist():
 def test_options_in_commands_make_the_router_that_they_promise(name):
     """``topk --router.x --router.y value`` in the chooser is accepted by that router."""
     for command in re.findall(rf"`{name} (--router[^`]*)`", PAGE):
-        config = parse(["--data-path", "a", "--router.name", name, *command.split()], routers=ROUTERS, world_size=1)
+        config = parse(
+            ["--data-path", "a", "--router.name", name, *command.split()], routers=ROUTERS, world_size=1
+        )
         assert config.router.options != ROUTERS[name].Config()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors(name):
-    """Every tensor of a checkpoint is in the table with its shape, and is called trained exactly where it is a parameter."""
+    """Every tensor of a checkpoint is in the table with its shape, and is called trained exactly where it is
+    a parameter.
+    """
     router = small(name, **EVERYTHING.get(name, {}))
     state, parameters = router.state_dict(), dict(router.named_parameters())
-    told = {tensor.strip("`"): (number(shape), kind) for tensor, shape, kind in rows(SECTIONS[name], "tensor")}
-    assert {tensor: shape for tensor, (shape, _) in told.items()} == {key: tuple(value.shape) for key, value in state.items()}
+    told = {
+        tensor.strip("`"): (number(shape), kind) for tensor, shape, kind in rows(SECTIONS[name], "tensor")
+    }
+    assert {tensor: shape for tensor, (shape, _) in told.items()} == {
+        key: tuple(value.shape) for key, value in state.items()
+    }
     kind = ""
     for tensor, (_, words) in told.items():
         kind = kind if words == "the same" else words
@@ -114,16 +141,20 @@ def test_tensors(name):
 def test_tensors_with_an_option_come_and_go_with_it(name):
     bare = set(small(name).state_dict())
     for tensor, _, kind in rows(SECTIONS[name], "tensor"):
-        assert (tensor.strip("`") in bare) == ("with `--router" not in kind.replace("none with", "") or kind.startswith("trained; ")), (
-            tensor
-        )
+        assert (tensor.strip("`") in bare) == (
+            "with `--router" not in kind.replace("none with", "") or kind.startswith("trained; ")
+        ), tensor
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_of_a_layer(name):
     router = small(name)
-    assert number(COSTS[name].trained) == sum(each.numel() for each in router.parameters() if each.requires_grad)
-    buffers = sum(each.numel() for key, each in router.named_buffers() if key not in ("frozen_seed", "frozen_hash"))
+    assert number(COSTS[name].trained) == sum(
+        each.numel() for each in router.parameters() if each.requires_grad
+    )
+    buffers = sum(
+        each.numel() for key, each in router.named_buffers() if key not in ("frozen_seed", "frozen_hash")
+    )
     frozen = router.frozen.tensors if hasattr(router, "frozen") else ()
     assert number(COSTS[name].kept) == buffers + sum(each.numel() for each in frozen)
 
@@ -166,7 +197,12 @@ def folds(router: Router) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_paper_that_the_code_cites_is_cited(name):
     """Section and file name the same papers, by their arXiv numbers."""
-    code = Path(__file__).resolve().parent.parent.joinpath("megatron_hyperrouter", "routers", f"{name}.py").read_text(encoding="utf-8")
+    code = (
+        Path(__file__)
+        .resolve()
+        .parent.parent.joinpath("megatron_hyperrouter", "routers", f"{name}.py")
+        .read_text(encoding="utf-8")
+    )
     cited = set(re.findall(r"\d{4}\.\d{5}", code))
     assert cited and cited <= set(re.findall(r"\d{4}\.\d{5}", SECTIONS[name]))
 

@@ -29,7 +29,10 @@ def helped() -> str:
         *(f"tools/{name}.py" for name in ("preprocess_data", "merge_data", "inspect_data", "build_index")),
     ]
     told = [
-        subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, check=True).stdout for name in programs
+        subprocess.run(
+            [sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for name in programs
     ]
     return "\n".join(told)
 
@@ -53,7 +56,8 @@ def test_the_numbers_are_those_of_the_code() -> None:
     for told in (
         f"every {preprocess.SAVE_SECONDS:g} seconds",
         f"8 bytes for each {on_demand.BLOCK} documents, and a few windows of {windows} documents",
-        f"blocks of {on_demand.BLOCK} documents all over the file; documents within {on_demand.SHARD} such blocks",
+        f"blocks of {on_demand.BLOCK} documents all over the file; documents within {on_demand.SHARD} such "
+        "blocks",
         f"less than {order._SEPARATE_BELOW:.0%} of it".replace("%", " %"),
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
         f"smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",

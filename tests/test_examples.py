@@ -28,17 +28,25 @@ def test_settings_are_accepted(name: str, ranks: int, more: list[str]) -> None:
 
 
 def test_readme_settings_are_accepted(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     (tmp_path / "readme.yaml").write_text(block, encoding="utf-8")
     config = parse(["--config", str(tmp_path / "readme.yaml")], routers=ROUTERS, world_size=64)
     assert config.data.data_path[1] == "data/web_text_document"
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", *(f"examples/{name}.sh" for name in ("quickstart", "cluster", "slurm"))]
+    "document",
+    ["README.md", "CONTRIBUTING.md", *(f"examples/{name}.sh" for name in ("quickstart", "cluster", "slurm"))],
 )
 def test_named_files_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    named = set(re.findall(r"\b((?:tools|examples|tests|benchmarks)/[\w/]+\.(?:py|sh|yaml)|pretrain_gpt_hyperrouter\.py)\b", text))
+    named = set(
+        re.findall(
+            r"\b((?:tools|examples|tests|benchmarks)/[\w/]+\.(?:py|sh|yaml)|pretrain_gpt_hyperrouter\.py)\b",
+            text,
+        )
+    )
     assert named, document
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []

@@ -1,4 +1,6 @@
-"""The rules of the house, executable: sizes, who may import whom, annotations, docstrings, and what no file may hold."""
+"""The rules of the house, executable: sizes, who may import whom, annotations, docstrings, and what no file
+may hold.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,20 @@ FILE_LINES, FILE_MEDIAN = 500, 200
 FUNCTION_LINES, FUNCTION_P90 = 80, 40
 README_LINES = 200
 
-# What a room may import: rooms or single files of ours, then libraries beside the standard one. All rooms may import those in OPEN.
+# What a room may import: rooms or single files of ours, then libraries beside the standard one. All rooms may
+# import those in OPEN.
 HOST_ROOM = {"engines", "engines/base", "model", "routers", "ops", "checkpoint", "data", "config", "compat"}
-LATE_ROOM = {"config", "model", "routers", "ops", "checkpoint", "data", "train.metrics", "train.hooks", "engines/base"}
+LATE_ROOM = {
+    "config",
+    "model",
+    "routers",
+    "ops",
+    "checkpoint",
+    "data",
+    "train.metrics",
+    "train.hooks",
+    "engines/base",
+}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "console": (set(), {"rich"}),
@@ -37,12 +50,18 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines": (HOST_ROOM, {"torch", "numpy"}),  # what both hosts share: nothing of either
     "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
-    "train": ({"engines/base", "data", "config", "checkpoint.folder"}, {"torch", "numpy", "rich", "tensorboard", "wandb"}),
+    "train": (
+        {"engines/base", "data", "config", "checkpoint.folder"},
+        {"torch", "numpy", "rich", "tensorboard", "wandb"},
+    ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "plan": (LATE_ROOM, set()),
-    "": ({"routers", "engines", "engines/deepspeed", "engines/megatron"}, set()),  # the package's own __init__, which hands out names
+    "": (
+        {"routers", "engines", "engines/deepspeed", "engines/megatron"},
+        set(),
+    ),  # the package's own __init__, which hands out names
 }
 OPEN = {"errors", "console"}
 
@@ -86,11 +105,15 @@ class Source:
 
     @property
     def room(self) -> str:
-        """The room of a file of the package: ``ops``, ``engines/deepspeed``; "" for the package's own ``__init__``."""
+        """The room of a file of the package: ``ops``, ``engines/deepspeed``; "" for the package's own
+        ``__init__``.
+        """
         return room_of(self.module)
 
     def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-        return (node for node in ast.walk(self.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        return (
+            node for node in ast.walk(self.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        )
 
     def imports(self) -> Iterator[Import]:
         yield from _imports(self.tree.body, for_types=False, at_top=True)
@@ -103,7 +126,9 @@ def _imports(body: list[ast.stmt], *, for_types: bool, at_top: bool) -> Iterator
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}"
             # "from package import module" imports the module; a name that is none stays with its file
-            yield from (Import(f"{node.module}.{alias.name}", node.lineno, for_types, at_top) for alias in node.names)
+            yield from (
+                Import(f"{node.module}.{alias.name}", node.lineno, for_types, at_top) for alias in node.names
+            )
         else:
             inside = at_top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
             typed = for_types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
@@ -116,7 +141,11 @@ def room_of(module: str) -> str:
     parts = module.split(".")[1:]
     if not parts or parts[0].startswith("_"):
         return ""
-    if parts[0] == "engines" and len(parts) > 1 and (parts[1] == "base" or (ROOT / PACKAGE / "engines" / parts[1]).is_dir()):
+    if (
+        parts[0] == "engines"
+        and len(parts) > 1
+        and (parts[1] == "base" or (ROOT / PACKAGE / "engines" / parts[1]).is_dir())
+    ):
         return f"engines/{parts[1]}"
     return parts[0]
 
@@ -124,11 +153,17 @@ def room_of(module: str) -> str:
 @lru_cache(maxsize=1)
 def tracked() -> tuple[Path, ...]:
     """All files of the repository: those in git, and new ones that git does not ignore."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
     if listed.returncode == 0:
         names = (ROOT / name for name in listed.stdout.split("\0") if name)
     else:  # an unpacked archive
-        names = (path for path in ROOT.rglob("*") if not {".venv", "build", "runs", "__pycache__"} & set(path.relative_to(ROOT).parts))
+        names = (
+            path
+            for path in ROOT.rglob("*")
+            if not {".venv", "build", "runs", "__pycache__"} & set(path.relative_to(ROOT).parts)
+        )
     return tuple(sorted(path for path in names if path.is_file()))
 
 
@@ -158,13 +193,23 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 class TestSizes:
     def test_files(self):
         sizes = {source.name: source.text.count("\n") for source in sources()}
-        fail_with(f"files over {FILE_LINES} lines", [f"{name}: {size}" for name, size in sizes.items() if size > FILE_LINES])
+        fail_with(
+            f"files over {FILE_LINES} lines",
+            [f"{name}: {size}" for name, size in sizes.items() if size > FILE_LINES],
+        )
         median = statistics.median(source.text.count("\n") for source in programs())
         assert median <= FILE_MEDIAN
 
     def test_functions(self):
-        sizes = {f"{source.name}:{node.lineno} {node.name}": length(node) for source in sources() for node in source.functions()}
-        fail_with(f"functions over {FUNCTION_LINES} lines", [f"{name}: {size}" for name, size in sizes.items() if size > FUNCTION_LINES])
+        sizes = {
+            f"{source.name}:{node.lineno} {node.name}": length(node)
+            for source in sources()
+            for node in source.functions()
+        }
+        fail_with(
+            f"functions over {FUNCTION_LINES} lines",
+            [f"{name}: {size}" for name, size in sizes.items() if size > FUNCTION_LINES],
+        )
 
     def test_most_functions_are_short(self):
         sizes = sorted(length(node) for source in programs() for node in source.functions())
@@ -178,7 +223,9 @@ class TestSizes:
 
 class TestImports:
     def test_every_room_is_in_the_table(self):
-        fail_with("rooms that the table does not know", sorted({source.room for source in package()} - set(ROOMS)))
+        fail_with(
+            "rooms that the table does not know", sorted({source.room for source in package()} - set(ROOMS))
+        )
 
     def test_rooms_import_only_what_the_table_allows(self):
         guilty = []
@@ -187,7 +234,9 @@ class TestImports:
             for found in source.imports():
                 top = found.module.split(".")[0]
                 if top == PACKAGE:
-                    allowed = room_of(found.module) in ours | OPEN | {source.room, ""} or in_files(found.module, ours)
+                    allowed = room_of(found.module) in ours | OPEN | {source.room, ""} or in_files(
+                        found.module, ours
+                    )
                 else:
                     allowed = top in libraries or top in standard_library()
                 if not allowed:
@@ -196,9 +245,15 @@ class TestImports:
 
     def test_only_the_main_program_tools_and_tests_stand_outside(self):
         guilty = []
-        outside = {path.name.split(".")[0] for path in ROOT.glob("*") if path.is_dir() or path.suffix == ".py"} - {PACKAGE}
+        outside = {
+            path.name.split(".")[0] for path in ROOT.glob("*") if path.is_dir() or path.suffix == ".py"
+        } - {PACKAGE}
         for source in package():
-            guilty += [f"{source.name}:{found.line} {found.module}" for found in source.imports() if found.module.split(".")[0] in outside]
+            guilty += [
+                f"{source.name}:{found.line} {found.module}"
+                for found in source.imports()
+                if found.module.split(".")[0] in outside
+            ]
         fail_with("the package imports programs, tools or tests", guilty)
 
     def test_rooms_do_not_import_each_other_both_ways(self):
@@ -208,7 +263,13 @@ class TestImports:
             for found in source.imports()
             if found.module.startswith(f"{PACKAGE}.")
         }
-        both = sorted({tuple(sorted(pair)) for pair in arrows if pair[0] != pair[1] and pair[::-1] in arrows and "" not in pair})
+        both = sorted(
+            {
+                tuple(sorted(pair))
+                for pair in arrows
+                if pair[0] != pair[1] and pair[::-1] in arrows and "" not in pair
+            }
+        )
         fail_with("rooms that import each other", [f"{a} <-> {b}" for a, b in both])
 
     def test_no_import_cycles(self):
@@ -226,7 +287,13 @@ class TestImports:
             for found in source.imports():
                 target = owner(found.module)
                 # a package's __init__ gathers its own files, which import its siblings and not it
-                if target and target != source.module and found.at_top and not found.for_types and source.path.name != "__init__.py":
+                if (
+                    target
+                    and target != source.module
+                    and found.at_top
+                    and not found.for_types
+                    and source.path.name != "__init__.py"
+                ):
                     graph[source.module].add(target)
         fail_with("import cycles", cycles(graph))
 
@@ -234,7 +301,9 @@ class TestImports:
         guilty = []
         for source in package():
             ours = {
-                found.module.rpartition(".")[0] for found in source.imports() if found.module.startswith(PACKAGE) and not found.for_types
+                found.module.rpartition(".")[0]
+                for found in source.imports()
+                if found.module.startswith(PACKAGE) and not found.for_types
             }
             if len(ours) > 8:
                 guilty.append(f"{source.name}: {len(ours)}")
@@ -246,9 +315,17 @@ class TestWriting:
         guilty = []
         for source in programs():
             for node in source.functions():
-                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+                arguments = [
+                    *node.args.posonlyargs,
+                    *node.args.args,
+                    *node.args.kwonlyargs,
+                    node.args.vararg,
+                    node.args.kwarg,
+                ]
                 bare = [
-                    each.arg for each in arguments if each and each.annotation is None and each.arg not in ("self", "cls", "ctx", "mcs")
+                    each.arg
+                    for each in arguments
+                    if each and each.annotation is None and each.arg not in ("self", "cls", "ctx", "mcs")
                 ]
                 if node.returns is None:
                     bare.append("return")
@@ -269,7 +346,10 @@ class TestWriting:
     def test_annotations_are_postponed(self):
         with_code = [s for s in sources() if len(s.tree.body) > bool(ast.get_docstring(s.tree))]
         guilty = [s.name for s in with_code if "from __future__ import annotations" not in s.text]
-        fail_with("files without 'from __future__ import annotations'", [name for name in guilty if name != "setup.py"])
+        fail_with(
+            "files without 'from __future__ import annotations'",
+            [name for name in guilty if name != "setup.py"],
+        )
 
     def test_nothing_prints_but_the_console_and_the_tools(self):
         guilty = []
@@ -277,26 +357,38 @@ class TestWriting:
             if source.name == f"{PACKAGE}/console.py":
                 continue
             for node in ast.walk(source.tree):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint", "breakpoint"):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Name)
+                    and node.func.id in ("print", "pprint", "breakpoint")
+                ):
                     guilty.append(f"{source.name}:{node.lineno}")
         fail_with("prints in the package", guilty)
 
     def test_no_bare_except(self):
         nodes = [(source, node) for source in sources() for node in ast.walk(source.tree)]
-        guilty = [f"{s.name}:{n.lineno}" for s, n in nodes if isinstance(n, ast.ExceptHandler) and n.type is None]
+        guilty = [
+            f"{s.name}:{n.lineno}" for s, n in nodes if isinstance(n, ast.ExceptHandler) and n.type is None
+        ]
         fail_with("bare except", guilty)
 
     def test_no_mutable_globals(self):
         guilty = []
         for source in package():
-            guilty += [f"{source.name}:{node.lineno} global" for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
+            guilty += [
+                f"{source.name}:{node.lineno} global"
+                for node in ast.walk(source.tree)
+                if isinstance(node, ast.Global)
+            ]
             for node in source.tree.body:
                 value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
                 if value is None or not is_mutable(value):
                     continue
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 names = {target.id for target in targets if isinstance(target, ast.Name)}
-                if not names <= REGISTRIES.get(source.name, set()) | {"__all__"} and written_to(source.tree, names):
+                if not names <= REGISTRIES.get(source.name, set()) | {"__all__"} and written_to(
+                    source.tree, names
+                ):
                     guilty.append(f"{source.name}:{node.lineno} {', '.join(names)}")
         fail_with("globals that change", guilty)
 
@@ -328,19 +420,32 @@ class TestContents:
 
     def test_no_leftovers(self):
         endings = (".pyc", ".so", ".orig", ".rej", ".log", ".pt", ".safetensors")
-        fail_with("files that do not belong in the repository", [str(p.relative_to(ROOT)) for p in tracked() if p.name.endswith(endings)])
+        fail_with(
+            "files that do not belong in the repository",
+            [str(p.relative_to(ROOT)) for p in tracked() if p.name.endswith(endings)],
+        )
 
     def test_no_debugger_and_no_pending_notes(self):
         word = r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|pd" + r"b)\b"
-        guilty = [f"{s.name}:{n}" for s in sources() for n, line in enumerate(s.text.splitlines(), 1) if re.search(word, line)]
+        guilty = [
+            f"{s.name}:{n}"
+            for s in sources()
+            for n, line in enumerate(s.text.splitlines(), 1)
+            if re.search(word, line)
+        ]
         fail_with("pending notes and debuggers", guilty)
 
     def test_tests_mirror_the_package(self):
         rooms = {source.room.split("/")[0] for source in package()} - {"", *OPEN}
         folders = {
-            path.parent.relative_to(ROOT / "tests").as_posix().split("/")[0] for path in tracked() if path.match("tests/*/test_*.py")
+            path.parent.relative_to(ROOT / "tests").as_posix().split("/")[0]
+            for path in tracked()
+            if path.match("tests/*/test_*.py")
         }
-        fail_with("folders of tests without a room", sorted(folders - rooms - {"tools", "examples", "benchmarks", "program"}))
+        fail_with(
+            "folders of tests without a room",
+            sorted(folders - rooms - {"tools", "examples", "benchmarks", "program"}),
+        )
 
 
 def in_files(module: str, allowed: set[str]) -> bool:
@@ -358,12 +463,18 @@ def standard_library() -> frozenset[str]:
 def public(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, str]]:
     """Public functions and classes of a file, and the public methods of its public classes."""
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ) and not node.name.startswith("_"):
             yield node, ""
             if isinstance(node, ast.ClassDef):
                 for inner in node.body:
-                    named = isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not inner.name.startswith("_")
-                    if named and not any(ast.unparse(each).endswith(".setter") for each in inner.decorator_list):
+                    named = isinstance(
+                        inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+                    ) and not inner.name.startswith("_")
+                    if named and not any(
+                        ast.unparse(each).endswith(".setter") for each in inner.decorator_list
+                    ):
                         yield inner, f"{node.name}."
 
 
@@ -379,7 +490,9 @@ def is_mutable(value: ast.expr) -> bool:
 
 
 def written_to(tree: ast.Module, names: set[str]) -> bool:
-    """True where something in the file changes one of the names: an item of it is set, or a method that changes it is called."""
+    """True where something in the file changes one of the names: an item of it is set, or a method that
+    changes it is called.
+    """
     methods = {
         "append",
         "extend",
@@ -398,7 +511,9 @@ def written_to(tree: ast.Module, names: set[str]) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
             changed = node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in methods:
+        elif (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in methods
+        ):
             changed = node.func.value
         elif isinstance(node, ast.AugAssign):
             changed = node.target
@@ -442,8 +557,14 @@ class TestTheseTests:
         assert not in_files(f"{PACKAGE}.train.loop.train", LATE_ROOM)
 
     def test_imports_are_found_wherever_they_stand(self):
-        text = "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    try:\n        import c\n    except E:\n        from d import e\n"
-        found = [(i.module, i.for_types, i.at_top) for i in _imports(ast.parse(text).body, for_types=False, at_top=True)]
+        text = (
+            "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    try:\n        import c\n    except "
+            "E:\n        from d import e\n"
+        )
+        found = [
+            (i.module, i.for_types, i.at_top)
+            for i in _imports(ast.parse(text).body, for_types=False, at_top=True)
+        ]
         assert found == [("a", False, True), ("b", True, True), ("c", False, False), ("d.e", False, False)]
 
     def test_cycles(self):

@@ -14,9 +14,19 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.processes
 def test_no_compiler_is_a_warning(tmp_path):
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path / "temp",
+    ]
     missing = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | missing, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | missing, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "megatron_hyperrouter.data._index was not built" in done.stderr
     assert "/nonexistent/c++" in done.stderr and "Install a C++17 compiler" in done.stderr

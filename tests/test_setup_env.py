@@ -15,7 +15,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = ".megatron_hyperrouter"
 
-# A Python that runs our -c programs, "makes" environments of itself, and "installs" by touching the extension's file.
+# A Python that runs our -c programs, "makes" environments of itself, and "installs" by touching the
+# extension's file.
 STAND_IN = r"""#!/usr/bin/env bash
 if [[ ${{1:-}} == -m && ${{2:-}} == venv ]]; then
   mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
@@ -28,7 +29,9 @@ else
   exec {python} "$@"
 fi
 """
-SUFFIX = 'import sysconfig; print("megatron_hyperrouter/data/_index" + sysconfig.get_config_var("EXT_SUFFIX"))'
+SUFFIX = (
+    'import sysconfig; print("megatron_hyperrouter/data/_index" + sysconfig.get_config_var("EXT_SUFFIX"))'
+)
 
 
 @dataclass
@@ -41,9 +44,13 @@ class Checkout:
 
     def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the script without an active environment, unless one is given."""
-        kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHON", "CXX")}
+        kept = {
+            name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHON", "CXX")
+        }
         env = {**kept, "PYTHON": str(self.python), "CXX": "true", **environment}
-        return subprocess.run(["bash", "tools/setup_env.sh"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", "tools/setup_env.sh"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60
+        )
 
     def installs(self) -> list[str]:
         """The last words of each pip install so far, which are then forgotten."""
@@ -61,11 +68,18 @@ def checkout(tmp_path) -> Checkout:
     (root / "tools").mkdir(parents=True)
     (root / "megatron_hyperrouter/data/csrc").mkdir(parents=True)
     shutil.copy(REPOSITORY / "tools/setup_env.sh", root / "tools")
-    for name in ("requirements.txt", "pyproject.toml", "setup.py", "megatron_hyperrouter/data/csrc/index.cpp"):
+    for name in (
+        "requirements.txt",
+        "pyproject.toml",
+        "setup.py",
+        "megatron_hyperrouter/data/csrc/index.cpp",
+    ):
         (root / name).write_text(name)
     python = tmp_path / "python"
     log, broken = tmp_path / "pip.log", tmp_path / "broken"
-    python.write_text(STAND_IN.format(log=log, broken=broken, python=sys.executable, suffix=SUFFIX.replace("'", '"')))
+    python.write_text(
+        STAND_IN.format(log=log, broken=broken, python=sys.executable, suffix=SUFFIX.replace("'", '"'))
+    )
     python.chmod(0o755)
     return Checkout(root, python, log)
 
@@ -82,7 +96,9 @@ def test_a_fresh_checkout_gets_an_environment_and_keeps_it(checkout):
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml", "setup.py", "megatron_hyperrouter/data/csrc/index.cpp"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "pyproject.toml", "setup.py", "megatron_hyperrouter/data/csrc/index.cpp"]
+)
 def test_whatever_the_environment_was_made_from_makes_it_anew(checkout, name):
     checkout.setup()
     checkout.installs()

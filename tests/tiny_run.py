@@ -1,4 +1,6 @@
-"""A whole run with the fake engine that takes a second: settings, data, and a program to be signalled and killed."""
+"""A whole run with the fake engine that takes a second: settings, data, and a program to be signalled and
+killed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def settings(run_dir: Path) -> RunConfig:
         model=ModelConfig(seq_length=8),
         data=DataConfig(num_workers=0),
         optimizer=OptimizerConfig(lr=0.05, lr_warmup_iters=3, lr_decay_style="cosine"),
-        train=TrainConfig(micro_batch_size=2, global_batch_size=4, train_iters=12, eval_interval=4, eval_iters=2),
+        train=TrainConfig(
+            micro_batch_size=2, global_batch_size=4, train_iters=12, eval_interval=4, eval_iters=2
+        ),
         checkpoint=CheckpointConfig(save_interval=3),
         logging=LoggingConfig(run_dir=str(run_dir), log_interval=1),
     )
@@ -43,7 +47,9 @@ def settings(run_dir: Path) -> RunConfig:
 
 def splits(train_samples: int = 48) -> Splits:
     """Data that needs no files."""
-    train, valid, test = (FakeDataset(size, vocab_size=VOCAB_SIZE, seed=seed) for seed, size in enumerate((train_samples, 8, 8)))
+    train, valid, test = (
+        FakeDataset(size, vocab_size=VOCAB_SIZE, seed=seed) for seed, size in enumerate((train_samples, 8, 8))
+    )
     return Splits(train, valid, test)
 
 
@@ -59,12 +65,20 @@ def attempt(config: RunConfig) -> None:
     hooks = [*hooks_for(config, engine.place), Slow()]
     import torch
 
-    train(engine, config, splits(4 * config.train.train_iters), hooks, token_bytes_V=torch.arange(VOCAB_SIZE, dtype=torch.int32))
+    train(
+        engine,
+        config,
+        splits(4 * config.train.train_iters),
+        hooks,
+        token_bytes_V=torch.arange(VOCAB_SIZE, dtype=torch.int32),
+    )
 
 
 def killed_until_done(config: RunConfig) -> int:
     """Kill the run again and again until an attempt comes through; returns how many were killed."""
-    warm = config.logging.run_dir + "-warm"  # what torch imports late must not be imported again by every child
+    warm = (
+        config.logging.run_dir + "-warm"
+    )  # what torch imports late must not be imported again by every child
     attempt(replace(config, logging=replace(config.logging, run_dir=warm)))
     moments = random.Random(3)
     for killed in range(100):

@@ -32,30 +32,43 @@ class Stopped(BaseException):
 
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run ``main(arguments)`` and end the process with the status of the public contract, telling errors on stderr.
+    """Run ``main(arguments)`` and end the process with the status of the public contract, telling errors on
+    stderr.
 
     0 done, 2 settings, 3 data, 4 checkpoint, 5 missing library, 1 anything else.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # started by nohup, or in the background of a script
+        if (
+            signal.getsignal(number) is not signal.SIG_IGN
+        ):  # started by nohup, or in the background of a script
             signal.signal(number, _stop)
     name = Path(sys.argv[0]).name
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no such letter, a name that is not UTF-8
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a terminal that knows no such letter, a name that is not UTF-8
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except HyperRouterError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(_PATIENCE)  # if rank 0 met the same error, its launcher ends this process before it repeats it
+            time.sleep(
+                _PATIENCE
+            )  # if rank 0 met the same error, its launcher ends this process before it repeats it
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
-        print(f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh", file=sys.stderr)
+        print(
+            f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh",
+            file=sys.stderr,
+        )
         sys.exit(_MISSING_LIBRARY)
     except MemoryError as error:
         reason = f": {error}" if str(error) else ""
-        print(f"{name}: error: not enough memory{reason}\n  remedy: free memory, or ask for less", file=sys.stderr)
+        print(
+            f"{name}: error: not enough memory{reason}\n  remedy: free memory, or ask for less",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except Stopped as reason:
         print(f"{name}: stopped by {reason}; {reason.left}", file=sys.stderr)
@@ -75,9 +88,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A command-line parser in the style of all tools; a wrong flag ends with status 2."""
     flags = argparse.ArgumentParser(
-        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher puts it in front
+    flags.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher puts it in front
     return flags
 
 
@@ -91,7 +109,9 @@ class Bar:
         self._name, self._unit = name, unit
         self._scale = 1e6 if unit == "MB" else 1
         self._start = self._told = time.monotonic()
-        self._pause = _SECONDS_BETWEEN_LINES  # grows: a run of days tells hundreds of lines, not tens of thousands
+        self._pause = (
+            _SECONDS_BETWEEN_LINES  # grows: a run of days tells hundreds of lines, not tens of thousands
+        )
         self._before = 0.0
         self._stack = ExitStack()
 
@@ -101,13 +121,20 @@ class Bar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (TextColumn("{task.fields[status]}"), BarColumn())  # the numbers first: 80 characters are enough for them
+            columns = (
+                TextColumn("{task.fields[status]}"),
+                BarColumn(),
+            )  # the numbers first: 80 characters are enough for them
             bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
             task = bar.add_task(self._name, status="")
-            self._show = lambda done, total, note: bar.update(task, completed=done, total=total, status=self._status(done, total, note))
+            self._show = lambda done, total, note: bar.update(
+                task, completed=done, total=total, status=self._status(done, total, note)
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def begin_at(self, done: float) -> None:
@@ -134,7 +161,11 @@ class Bar:
     def _status(self, done: float, total: float, note: str = "") -> str:
         passed = done - self._before
         left = round((total - done) / passed * self.seconds()) if passed > 0 else None
-        left_text = "? left (ETA)" if left is None else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
+        left_text = (
+            "? left (ETA)"
+            if left is None
+            else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
+        )
         digits = 1 if self._unit == "MB" else 0
         amounts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"
         return f"{amounts}, {self.speed(done):,.1f} {self._unit}/s, {note}{', ' if note else ''}{left_text}"

@@ -1,7 +1,9 @@
-"""What one finished run of tools/compare_routers.py has to tell: a process of its own, started with a task (JSON).
+"""What one finished run of tools/compare_routers.py has to tell: a process of its own, started with a
+task (JSON).
 
-The task: ``run_dir``, ``topk`` (a list), ``test_iters`` (global batches of the test split, or null for all of it), ``settings`` (the
-digest that the results are filed under) and ``output``, which is there, whole, when this process ends with status 0.
+The task: ``run_dir``, ``topk`` (a list), ``test_iters`` (global batches of the test split, or null for
+all of it), ``settings`` (the digest that the results are filed under) and ``output``, which is there,
+whole, when this process ends with status 0.
 """
 
 from __future__ import annotations
@@ -24,18 +26,31 @@ LAST_SHARE = 0.1  # of the steps, whose mean is a run's entropy and load
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Checkpoint -> losses at each k and similarity of experts; metrics -> entropy, load, times and curves."""
+    """Checkpoint -> losses at each k and similarity of experts; metrics -> entropy, load, times and
+    curves.
+    """
     task = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     run_dir = Path(task["run_dir"])
     config = settings_of(checkpoint_of(run_dir), world_size=1)
     results, similarity = scores(config, run_dir, task["topk"], task["test_iters"])
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    content = {"settings": task["settings"], "results": results, "expert_similarity": similarity, **told(records, config.model.num_layers)}
+    records = [
+        json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    content = {
+        "settings": task["settings"],
+        "results": results,
+        "expert_similarity": similarity,
+        **told(records, config.model.num_layers),
+    }
     write(Path(task["output"]), content)
 
 
-def scores(config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: int | None) -> tuple[list[Record], float]:
-    """Losses of the test split, and the mean over layers of the experts' similarity on its first micro-batch."""
+def scores(
+    config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: int | None
+) -> tuple[list[Record], float]:
+    """Losses of the test split, and the mean over layers of the experts' similarity on its first
+    micro-batch.
+    """
     import torch
 
     from megatron_hyperrouter.analysis.experts import expert_similarity, open_to_routers
@@ -47,8 +62,13 @@ def scores(config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: i
     from megatron_hyperrouter.routers import ROUTERS
     from megatron_hyperrouter.train.metrics import score
 
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
-    samples = test_iters and test_iters * read_manifest(checkpoint_of(run_dir))["meta"]["order"]["global_batch_size"]
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
+    samples = (
+        test_iters
+        and test_iters * read_manifest(checkpoint_of(run_dir))["meta"]["order"]["global_batch_size"]
+    )
     args = Namespace(split="test", data_path=None, eval_iters=test_iters)
     eod = tokenizer.eod if minds_documents(config) else None
     dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)
@@ -67,7 +87,8 @@ def scores(config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: i
             token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         )
         layers = expert_similarity(
-            engine.routers.values(), lambda: score(engine, dataset, topk=topks[0], micro_batch_size=size, num_batches=1)
+            engine.routers.values(),
+            lambda: score(engine, dataset, topk=topks[0], micro_batch_size=size, num_batches=1),
         )
     finally:
         engine.close()
@@ -75,7 +96,9 @@ def scores(config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: i
 
 
 def told(records: Sequence[dict[str, Any]], num_layers: int) -> dict[str, Any]:
-    """What the metrics of a run say: means of its last steps, the median step time (seconds), and curves as [step, value]."""
+    """What the metrics of a run say: means of its last steps, the median step time (seconds), and curves
+    as [step, value].
+    """
     steps = [record for record in records if "split" not in record]
     last = steps[-max(round(LAST_SHARE * len(steps)), 1) :]
 

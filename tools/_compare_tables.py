@@ -13,12 +13,19 @@ from _tables import finish, if_matplotlib, markdown_table, with_half, write_csv
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
 Interval = tuple[float, float | None]  # mean, half of the 95 % interval
 Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
-HEADS = {"entropy": "router entropy", "load_max_over_mean": "load max/mean", "expert_similarity": "similarity", "step_time": "step, ms"}
+HEADS = {
+    "entropy": "router entropy",
+    "load_max_over_mean": "load max/mean",
+    "expert_similarity": "similarity",
+    "step_time": "step, ms",
+}
 POINTS = 60  # of a training curve: each the mean of the steps between
 
 
 def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Path) -> None:
-    """runs.csv, table.csv, differences.csv, table.md and, where matplotlib is, the plots; the table goes to stdout as well."""
+    """runs.csv, table.csv, differences.csv, table.md and, where matplotlib is, the plots; the table goes to
+    stdout as well.
+    """
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for label, seed, results in finished:
         runs.setdefault(label, {})[seed] = results
@@ -27,12 +34,20 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
     write_csv(
         output / "runs.csv",
         ["router", "seed", *measures],
-        [[label, seed, *measures_of(results).values()] for label, seeds in runs.items() for seed, results in seeds.items()],
+        [
+            [label, seed, *measures_of(results).values()]
+            for label, seeds in runs.items()
+            for seed, results in seeds.items()
+        ],
     )
     heads = ["router", "seeds", *(f"{measure}{ending}" for measure in measures for ending in ("", "_half95"))]
     apart = differences(runs)
     for name, part in (("table.csv", table), ("differences.csv", apart)):
-        write_csv(output / name, heads, [[label, len(runs[label]), *chain.from_iterable(row.values())] for label, row in part.items()])
+        write_csv(
+            output / name,
+            heads,
+            [[label, len(runs[label]), *chain.from_iterable(row.values())] for label, row in part.items()],
+        )
     text = markdown(table, apart, runs)
     (output / "table.md").write_text(text, encoding="utf-8")
     print(text, end="")
@@ -40,7 +55,9 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
 
 
 def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one run: ``bits_per_byte_kN`` (``lm_loss_kN``, nats per token, where bytes are unknown), then those of HEADS."""
+    """The numbers of one run: ``bits_per_byte_kN`` (``lm_loss_kN``, nats per token, where bytes are unknown),
+    then those of HEADS.
+    """
     scored = results["results"]
     unit = "lm_loss" if any(row["bits_per_byte"] is None for row in scored) else "bits_per_byte"
     return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {name: results[name] for name in HEADS}
@@ -69,11 +86,15 @@ def differences(runs: Runs) -> dict[str, dict[str, Interval]]:
     found = {}
     for label, seeds in others:
         columns = [(measures_of(results), base[seed]) for seed, results in seeds.items()]
-        found[label] = {name: mean_and_half([own[name] - other[name] for own, other in columns]) for name in columns[0][0]}
+        found[label] = {
+            name: mean_and_half([own[name] - other[name] for own, other in columns]) for name in columns[0][0]
+        }
     return found
 
 
-def markdown(table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: Runs) -> str:
+def markdown(
+    table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: Runs
+) -> str:
     """Tables for a person, and what their columns are."""
     first, measures = next(iter(table)), list(next(iter(table.values())))
     scored = [name for name in measures if name not in HEADS]
@@ -87,23 +108,32 @@ def markdown(table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Ma
     seeds = sorted({len(each) for each in runs.values()})
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
     about = (
-        f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last steps; similarity: mean linear "
-        f"CKA of two experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); {_listed(steps)} steps."
+        f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last "
+        "steps; similarity: mean linear "
+        f"CKA of two experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
+        f"{_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
     return text if not apart else f"{text}\n{lines(f'less {first}, seed by seed', apart, '+')}"
 
 
 def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
-    """``mean ± half``, with as many digits as the measure deserves; ``sign`` "+" shows it of positive numbers as well."""
-    digits, scale = {"step_time": (1, 1e3), "entropy": (3, 1), "load_max_over_mean": (2, 1), "expert_similarity": (3, 1)}.get(
-        measure, (4, 1)
-    )
+    """``mean ± half``, with as many digits as the measure deserves; ``sign`` "+" shows it of positive numbers
+    as well.
+    """
+    digits, scale = {
+        "step_time": (1, 1e3),
+        "entropy": (3, 1),
+        "load_max_over_mean": (2, 1),
+        "expert_similarity": (3, 1),
+    }.get(measure, (4, 1))
     return with_half(mean * scale, None if half is None else half * scale, f".{digits}f", sign)
 
 
 def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Curve]:
-    """label -> a curve's means and halves over seeds; ``points``: of that many pieces, each the mean of its steps."""
+    """label -> a curve's means and halves over seeds; ``points``: of that many pieces, each the mean of its
+    steps.
+    """
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
     found = {}
@@ -129,11 +159,17 @@ def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) 
     for number, (label, row) in enumerate(table.items()):
         shift = 1 + 0.015 * (number - (len(table) - 1) / 2)  # so that intervals do not hide one another
         means, halves = ([row[name][part] or 0.0 for name in scored] for part in (0, 1))
-        axes.errorbar([k * shift for k in ks], means, halves, label=label, marker="osD^vPX*"[number % 8], capsize=3)
+        axes.errorbar(
+            [k * shift for k in ks], means, halves, label=label, marker="osD^vPX*"[number % 8], capsize=3
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
-    axes.set(xlabel="active experts k", ylabel=f"test, {unit}", title="Score against k: mean and 95 % interval over seeds")
+    axes.set(
+        xlabel="active experts k",
+        ylabel=f"test, {unit}",
+        title="Score against k: mean and 95 % interval over seeds",
+    )
     finish(figure, output / "bits_per_byte.png")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -145,7 +181,9 @@ def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) 
     for axes, found, title in shown:
         for label, (steps, means, halves) in found.items():
             (drawn,) = axes.plot(steps, means, label=label)
-            low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+            low, high = (
+                [mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1)
+            )
             axes.fill_between(steps, low, high, alpha=0.15, color=drawn.get_color())
         axes.set(xlabel="step", ylabel=title)
     finish(figure, output / "learning_curves.png")

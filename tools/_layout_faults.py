@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 FAULTS = {
     "expert-gradient": "gradients of experts multiplied by EP",
-    "embedding-reduce": "the first and last pipeline stage do not add up the gradients of the embedding that they share",
+    "embedding-reduce": "the first and last pipeline stage do not add up the gradients of the embedding "
+    "that they share",
     "aux-loss": "the auxiliary loss multiplied by TP",
     "hypernetwork": "the last rank draws another hypernetwork",
 }
@@ -39,7 +40,9 @@ def around(fault: str, config: RunConfig) -> Iterator[None]:
         if fault == "embedding-reduce" and config.engine.engine == "megatron":
             # A name that is both a function of the package and a module
             module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
-            stack.enter_context(patch.object(module, "_allreduce_word_embedding_grads", lambda *args, **kwargs: None))
+            stack.enter_context(
+                patch.object(module, "_allreduce_word_embedding_grads", lambda *args, **kwargs: None)
+            )
         elif fault == "embedding-reduce":
             from deepspeed.runtime.pipe.module import PipelineModule
 
@@ -54,7 +57,9 @@ def around(fault: str, config: RunConfig) -> Iterator[None]:
             def too_large(*args: Any, **kwargs: Any) -> Any:
                 return config.parallel.tensor_model_parallel_size * honest(*args, **kwargs)
 
-            users = [module for module in sys.modules.values() if getattr(module, "switch_loss", None) is honest]
+            users = [
+                module for module in sys.modules.values() if getattr(module, "switch_loss", None) is honest
+            ]
             assert statistics in users and base in users
             for module in users:  # each holds the name by itself
                 stack.enter_context(patch.object(module, "switch_loss", too_large))
@@ -68,4 +73,6 @@ def inside(fault: str, config: RunConfig, engine: Any) -> None:
     if fault == "expert-gradient":
         for name, parameter in engine.named_parameters():
             if is_expert(name):
-                parameter.register_hook(lambda gradient: gradient * config.parallel.expert_model_parallel_size)
+                parameter.register_hook(
+                    lambda gradient: gradient * config.parallel.expert_model_parallel_size
+                )

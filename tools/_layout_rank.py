@@ -1,8 +1,9 @@
 """One rank of tools/verify_layouts.py: trains each case of its task and leaves what it saw.
 
-Started by the tool with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON); under a launcher the tool
-calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``, ``folder`` for weights, ``fault``, and ``own_data``: the data of
-the settings instead of made-up tokens.  Two runs of it tell gradients (see ``evaluate.layouts``) and losses.
+Started by the tool with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON);
+under a launcher the tool calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``, ``folder``
+for weights, ``fault``, and ``own_data``: the data of the settings instead of made-up tokens.  Two runs of it
+tell gradients (see ``evaluate.layouts``) and losses.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def run_case(case: dict[str, Any], world: World, name: str) -> dict[str, Any]:
         dist.all_gather_object(routers, _frozen_parts(engine))
         steps = [run.step(engine, step) for step in range(case["steps"])]
         _save(engine, folder / "last")
-    numbers = [{"lm_loss": step.lm_loss, "aux_loss": step.aux_loss, "grad_norm": step.grad_norm} for step in steps]
+    numbers = [
+        {"lm_loss": step.lm_loss, "aux_loss": step.aux_loss, "grad_norm": step.grad_norm} for step in steps
+    ]
     return {"steps": numbers, "routers": routers}
 
 
@@ -95,7 +98,9 @@ class _Run:
 
         join(self.world, self.name)
         self._around.__enter__()
-        own = _layout_faults.settings_with(self.fault, self.config, rank=self.world.rank, world_size=self.world.size)
+        own = _layout_faults.settings_with(
+            self.fault, self.config, rank=self.world.rank, world_size=self.world.size
+        )
         self.engine = open_engine(own, vocab_size=self.vocab_size, eod=self.eod)
         _layout_faults.inside(self.fault, self.config, self.engine)
         return self.engine
@@ -110,7 +115,9 @@ class _Run:
     def step(self, engine: Engine, step: int) -> StepResult:
         """One step of the settings' full learning rate."""
         batches = made_up_batches if self.dataset is None else self._own_batches
-        return engine.train_step(batches(self.config, engine.place, step), step=step, learning_rate=self.config.optimizer.lr)
+        return engine.train_step(
+            batches(self.config, engine.place, step), step=step, learning_rate=self.config.optimizer.lr
+        )
 
     def _own_batches(self, config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
         from megatron_hyperrouter.data.loader import Batches
@@ -129,13 +136,17 @@ class _Run:
 
 
 def join(world: World, name: str) -> None:
-    """Make torch.distributed's world of one case, and tell DeepSpeed, where it is installed, that there is one."""
+    """Make torch.distributed's world of one case, and tell DeepSpeed, where it is installed, that there is
+    one.
+    """
     import torch.distributed as dist
 
     from megatron_hyperrouter.engines.launch import backend
 
     store = dist.PrefixStore(name, world.store)
-    dist.init_process_group(backend(), store=store, rank=world.rank, world_size=world.size, timeout=world.patience)
+    dist.init_process_group(
+        backend(), store=store, rank=world.rank, world_size=world.size, timeout=world.patience
+    )
     if importlib.util.find_spec("deepspeed") is not None:
         import deepspeed
 
@@ -146,7 +157,8 @@ def join(world: World, name: str) -> None:
 
 
 def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | None, Dataset | None]:
-    """Size of the vocabulary, the id that ends a document where the settings mind it, and their training data (None: made-up tokens).
+    """Size of the vocabulary, the id that ends a document where the settings mind it, and their training data
+    (None: made-up tokens).
 
     Raises what the program would raise.
     """
@@ -155,7 +167,9 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | N
     from megatron_hyperrouter.data.schedule import mixes_of, settled
     from megatron_hyperrouter.data.tokenizer import build_tokenizer
 
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
     vocab_size = tokenizer.vocab_size
     eod = tokenizer.eod if minds_documents(config) else None
     if not own:

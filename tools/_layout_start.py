@@ -52,13 +52,20 @@ class Here:
         self.is_main = True
 
     def run(self, cases: Cases, ranks: int) -> list[dict[str, Any]]:
-        """Start ``ranks`` processes, wait, and return what rank 0 told; the end of a failed rank's log is the error."""
+        """Start ``ranks`` processes, wait, and return what rank 0 told; the end of a failed rank's log is the
+        error.
+        """
         task, answer = self.folder / f"task-{ranks}.json", self.folder / f"answer-{ranks}.json"
         task.write_text(json.dumps({"timeout": self.timeout, "cases": cases}), encoding="utf-8")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
+        common = os.environ | {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PYTHONWARNINGS": "ignore",
+        }
         common.setdefault("OMP_NUM_THREADS", "1")
         if not self.on_gpus:
             common["CUDA_VISIBLE_DEVICES"] = ""
@@ -68,7 +75,11 @@ class Here:
                 with (self.folder / f"log-{ranks}-{rank}").open("wb") as log:
                     command = [sys.executable, str(WORKER), str(task), str(answer)]
                     own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                    processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                    processes.append(
+                        subprocess.Popen(
+                            command, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                        )
+                    )
             _wait(processes, time.monotonic() + self.timeout)
         finally:
             for process in processes:
@@ -79,8 +90,12 @@ class Here:
         if any(codes):
             # A rank that was left alone fails as well, but later: it says less than the one that fell first
             guilty = next((rank for rank, code in enumerate(codes) if code > 0), 0)
-            tail = (self.folder / f"log-{ranks}-{guilty}").read_text(encoding="utf-8", errors="replace")[-3000:]
-            raise RuntimeError(f"exit statuses of the {ranks} ranks: {codes}\n--- end of rank {guilty}'s log\n{tail}")
+            tail = (self.folder / f"log-{ranks}-{guilty}").read_text(encoding="utf-8", errors="replace")[
+                -3000:
+            ]
+            raise RuntimeError(
+                f"exit statuses of the {ranks} ranks: {codes}\n--- end of rank {guilty}'s log\n{tail}"
+            )
         told: list[dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))
         return told
 
@@ -90,9 +105,13 @@ class Here:
 
 
 class Launched:
-    """This process is one rank of a launcher's; the first ranks of them run each layout, through the launcher's own store."""
+    """This process is one rank of a launcher's; the first ranks of them run each layout, through the
+    launcher's own store.
+    """
 
-    def __init__(self, folder: Path | None, *, timeout: float, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, folder: Path | None, *, timeout: float, environ: Mapping[str, str] = os.environ
+    ) -> None:
         """``folder``: has to be seen by all nodes."""
         from torch.distributed.rendezvous import rendezvous
 
@@ -110,7 +129,9 @@ class Launched:
             raise _not_shared(self.folder)
 
     def run(self, cases: Cases, ranks: int) -> list[dict[str, Any]]:
-        """Run them if this rank is among the first ``ranks``; the main rank waits until all of those are through."""
+        """Run them if this rank is among the first ``ranks``; the main rank waits until all of those are
+        through.
+        """
         told: list[dict[str, Any]] = []
         if self.is_main:
             self.store.set(f"verify-start-{ranks}", "1")  # the settings of the cases are written
@@ -159,4 +180,13 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], end: float) -> None:
 def _not_shared(folder: Path) -> Exception:
     from megatron_hyperrouter.errors import ConfigError, Problem
 
-    return ConfigError([Problem("--folder", folder, f"is not seen from {socket.gethostname()}", "name a folder that all nodes share")])
+    return ConfigError(
+        [
+            Problem(
+                "--folder",
+                folder,
+                f"is not seen from {socket.gethostname()}",
+                "name a folder that all nodes share",
+            )
+        ]
+    )

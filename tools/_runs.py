@@ -1,5 +1,6 @@
-"""Starts the runs of a study, several at a time: each finishes its stages one after another, goes on after an interruption, and is
-never mixed with runs of other settings."""
+"""Starts the runs of a study, several at a time: each finishes its stages one after another, goes on
+after an interruption, and is never mixed with runs of other settings.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Plan:
 
     folder: Path
     config: RunConfig
-    task: Mapping[str, Any]  # goes to task.json; "settings" is the digest of all that the results depend on
+    # goes to task.json; "settings" is the digest of all that the results depend on
+    task: Mapping[str, Any]
 
     resumes: ClassVar[bool] = True  # from its last checkpoint
 
@@ -54,7 +56,9 @@ class Plan:
         return (self.folder / "results.json").exists()
 
     def stages(self) -> list[Stage]:
-        """What is left to do, asked when the run starts: its settings are in ``settings.yaml``, its task in ``task.json``."""
+        """What is left to do, asked when the run starts: its settings are in ``settings.yaml``, its task
+        in ``task.json``.
+        """
         raise NotImplementedError
 
 
@@ -72,8 +76,18 @@ def check_finished(plans: Sequence[Plan]) -> None:
     problems = []
     for plan in plans:
         started = plan.folder / "task.json"
-        if started.exists() and json.loads(started.read_text(encoding="utf-8"))["settings"] != plan.task["settings"]:
-            problems.append(Problem("--output", plan.folder, "holds a run with other settings", "give another folder, or remove this one"))
+        if (
+            started.exists()
+            and json.loads(started.read_text(encoding="utf-8"))["settings"] != plan.task["settings"]
+        ):
+            problems.append(
+                Problem(
+                    "--output",
+                    plan.folder,
+                    "holds a run with other settings",
+                    "give another folder, or remove this one",
+                )
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -112,18 +126,31 @@ def is_trained(plan: Plan) -> bool:
 def training(plan: Plan, ranks: int = 1) -> Stage:
     """Train, from the last checkpoint where there is one."""
     load = str(plan.folder) if plan.resumes else "none"
-    return Stage("training", on_ranks([str(PROGRAM), "--config", str(plan.folder / "settings.yaml"), "--load", load], ranks))
+    return Stage(
+        "training",
+        on_ranks([str(PROGRAM), "--config", str(plan.folder / "settings.yaml"), "--load", load], ranks),
+    )
 
 
 def on_ranks(command: Sequence[str], ranks: int) -> list[str]:
-    """``command`` on as many ranks of this machine; torchrun gives them less time to save than a study gives torchrun."""
+    """``command`` on as many ranks of this machine; torchrun gives them less time to save than a study
+    gives torchrun.
+    """
     if ranks == 1:
         return list(command)
     patience = ["--shutdown-timeout", str(int(0.8 * SECONDS_TO_SAVE))]
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *patience, *command]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        *patience,
+        *command,
+    ]
 
 
-# -------------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 @dataclass
 class _Started:
     """A run in progress."""
@@ -136,7 +163,9 @@ class _Started:
 
 
 def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
-    """Finish all plans, ``jobs`` at a time, of at most ``ranks`` each; the first failure ends them all, and is the error."""
+    """Finish all plans, ``jobs`` at a time, of at most ``ranks`` each; the first failure ends them all,
+    and is the error.
+    """
     waiting, running, ended = list(plans), list[_Started](), 0
     threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // (jobs * ranks), 1))
     env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
@@ -144,7 +173,11 @@ def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_start(waiting.pop(0)))
-                print(f"{running[-1].plan.folder.name}: started ({ended} of {len(plans)} runs are finished)", file=sys.stderr, flush=True)
+                print(
+                    f"{running[-1].plan.folder.name}: started ({ended} of {len(plans)} runs are finished)",
+                    file=sys.stderr,
+                    flush=True,
+                )
             for run in list(running):
                 if run.process is not None and run.process.poll() is None:
                     continue
@@ -173,11 +206,15 @@ def _next_stage(run: _Started, env: Mapping[str, str]) -> None:
     stage = run.left.pop(0)
     run.what = stage.what
     command = [sys.executable, *stage.command]
-    run.process = subprocess.Popen(command, env=env, stdout=run.log, stderr=subprocess.STDOUT, start_new_session=True)
+    run.process = subprocess.Popen(
+        command, env=env, stdout=run.log, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def _check_status(run: _Started) -> None:
-    """RuntimeError, with the end of its log, for a run that failed, or whose training somebody else has stopped."""
+    """RuntimeError, with the end of its log, for a run that failed, or whose training somebody else has
+    stopped.
+    """
     if run.process is None:
         return
     status = run.process.returncode

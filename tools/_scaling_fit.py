@@ -39,7 +39,9 @@ class Curve:
 
 
 def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
-    """What can be said against a fit before anything runs: models that differ count as of different N, unless in experts that rest."""
+    """What can be said against a fit before anything runs: models that differ count as of different N,
+    unless in experts that rest.
+    """
     from dataclasses import replace
 
     from megatron_hyperrouter.analysis.scaling import obstacle
@@ -49,8 +51,16 @@ def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
     models: dict[Any, float] = {}
     groups: dict[str, list[tuple[float, float]]] = {}
     for plan in plans:
-        model = replace(plan.config.model, seq_length=1, num_experts=1 if args.size == "active" else plan.config.model.num_experts)
-        tokens = plan.config.train.train_iters * global_batch_size(plan.config, plan.ranks) * plan.config.model.seq_length
+        model = replace(
+            plan.config.model,
+            seq_length=1,
+            num_experts=1 if args.size == "active" else plan.config.model.num_experts,
+        )
+        tokens = (
+            plan.config.train.train_iters
+            * global_batch_size(plan.config, plan.ranks)
+            * plan.config.model.seq_length
+        )
         number = models.setdefault(model, 2.0 ** len(models))
         groups.setdefault(curve_label(plan.point, names), []).append((number, tokens))
     for label, pairs in groups.items():
@@ -60,13 +70,23 @@ def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
 
 
 def write_results(told: Told, args: Namespace) -> None:
-    """runs.csv, table.csv, fit.json, table.md and, where matplotlib is, the plot; tables go to stdout as well."""
+    """runs.csv, table.csv, fit.json, table.md and, where matplotlib is, the plot; tables go to stdout as
+    well.
+    """
     rows = [row for _, row in told]
     scores = score_names(rows, args.topk_eval)
-    measures = [*COUNTS, *(f"{name}{score}" for score in scores for name in ("lm_loss", "bits_per_byte")), "seconds"]
+    measures = [
+        *COUNTS,
+        *(f"{name}{score}" for score in scores for name in ("lm_loss", "bits_per_byte")),
+        "seconds",
+    ]
     flat = [flat_row(row, scores) for row in rows]
     axes = list(told[0][0].point)
-    write_csv(args.output / "runs.csv", [*axes, "seed", *measures], [[row[name] for name in (*axes, "seed", *measures)] for row in flat])
+    write_csv(
+        args.output / "runs.csv",
+        [*axes, "seed", *measures],
+        [[row[name] for name in (*axes, "seed", *measures)] for row in flat],
+    )
     points = means(flat, axes, measures)
     spread = [name for name in measures if name not in COUNTS]
     heads = [*axes, "seeds", *COUNTS, *(f"{name}{end}" for name in spread for end in ("", "_half95"))]
@@ -101,7 +121,9 @@ Points = Mapping[tuple[Any, ...], tuple[int, dict[str, tuple[float | None, float
 
 
 def means(rows: Sequence[Row], axes: Sequence[str], measures: Sequence[str]) -> Points:
-    """Values of the axes -> (seeds, measure -> mean and half of its interval over seeds); None where a run has no such number."""
+    """Values of the axes -> (seeds, measure -> mean and half of its interval over seeds); None where a
+    run has no such number.
+    """
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -110,15 +132,23 @@ def means(rows: Sequence[Row], axes: Sequence[str], measures: Sequence[str]) -> 
     found: dict[tuple[Any, ...], tuple[int, dict[str, tuple[float | None, float | None]]]] = {}
     for key, group in groups.items():
         columns = {name: [row[name] for row in group] for name in measures}
-        found[key] = (len(group), {name: (None, None) if None in column else mean_and_half(column) for name, column in columns.items()})
+        found[key] = (
+            len(group),
+            {
+                name: (None, None) if None in column else mean_and_half(column)
+                for name, column in columns.items()
+            },
+        )
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ curves
+# ------------------------------------------------------------------------------------------- curves
 def curve_axes(points: Sequence[Mapping[str, Any]], curve_for: Sequence[str]) -> list[str]:
     """The settings that name a curve: those asked for, and those whose values are no numbers."""
     words = [
-        name for name in points[0] if any(isinstance(point[name], bool) or not isinstance(point[name], (int, float)) for point in points)
+        name
+        for name in points[0]
+        if any(isinstance(point[name], bool) or not isinstance(point[name], (int, float)) for point in points)
     ]
     return list(dict.fromkeys([*words, *curve_for]))
 
@@ -137,7 +167,10 @@ def curves_of(told: Told, scores: Sequence[str], args: Namespace) -> Iterator[Cu
         rows = [row for plan, row in told if curve_label(plan.point, names) == label]
         for number, score in enumerate(scores):
             scored = [row["scores"][number] for row in rows]
-            sizes = {"N": [float(each[args.size]) for each in scored], "D": [float(row["tokens"]) for row in rows]}
+            sizes = {
+                "N": [float(each[args.size]) for each in scored],
+                "D": [float(row["tokens"]) for row in rows],
+            }
             curve = Curve(label, score, sizes, [each["lm_loss"] for each in scored])
             curve.refused = obstacle(sizes)
             if not curve.refused:
@@ -164,12 +197,22 @@ def record(curve: Curve, size: str) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------ tables
-def markdown(points: Points, axes: Sequence[str], scores: Sequence[str], curves: Sequence[Curve], args: Namespace) -> str:
+# ------------------------------------------------------------------------------------------- tables
+def markdown(
+    points: Points, axes: Sequence[str], scores: Sequence[str], curves: Sequence[Curve], args: Namespace
+) -> str:
     """Tables for a person, and what their columns are."""
     known = all(row[f"bits_per_byte{score}"][0] is not None for _, row in points.values() for score in scores)
     unit, measure = ("bits/byte", "bits_per_byte") if known else ("nats/token", "lm_loss")
-    heads = [*axes, "total", "active", "tokens", "FLOPs", *(f"{unit}{score.replace('_k', ', k = ')}" for score in scores), "seconds"]
+    heads = [
+        *axes,
+        "total",
+        "active",
+        "tokens",
+        "FLOPs",
+        *(f"{unit}{score.replace('_k', ', k = ')}" for score in scores),
+        "seconds",
+    ]
     body = []
     for key, (_, row) in points.items():
         cells = [f"{row[name][0]:.3g}" if name == "flops" else f"{row[name][0]:,.0f}" for name in COUNTS]
@@ -179,7 +222,10 @@ def markdown(points: Points, axes: Sequence[str], scores: Sequence[str], curves:
             cells.append(with_half(mean, half, digits))
         body.append([*map(str, key), *cells])
     seeds = " or ".join(map(str, sorted({seeds for seeds, _ in points.values()})))
-    about = f"Scores of the {args.score} split; mean ± half of the 95 % t-interval over {seeds} seed(s). FLOPs: an estimate, see --help."
+    about = (
+        f"Scores of the {args.score} split; mean ± half of the 95 % t-interval over {seeds} seed(s). "
+        "FLOPs: an estimate, see --help."
+    )
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"
 
 
@@ -194,18 +240,25 @@ def fits_text(curves: Sequence[Curve], size: str) -> str:
         for curve, fit in fitted:
             shown = [_shown(fit, name) if name in fit.parameters else "" for name in names]
             body.append([curve.name, *shown, f"{fit.rms:.1e}", str(fit.runs)])
-        text = f"{markdown_table(heads, body)}\nLoss in nats per token, N: {size} parameters, D: tokens; in brackets the 95 % intervals.\n"
+        text = (
+            f"{markdown_table(heads, body)}\nLoss in nats per token, N: {size} parameters, D: tokens; in "
+            "brackets the 95 % intervals.\n"
+        )
         for curve, fit in fitted:
             if best := fit.optimal_exponents():
                 low, high = fit.intervals["optimal_N"]
                 text += (
-                    f"{curve.name}: with compute C ~ N D, the best N grows as C^{best['N']:.2f} [{low:.2f}, {high:.2f}], D as the rest.\n"
+                    f"{curve.name}: with compute C ~ N D, the best N grows as C^{best['N']:.2f} "
+                    f"[{low:.2f}, {high:.2f}], D as the rest.\n"
                 )
             if fit.at_bounds:
                 text += (
-                    f"{curve.name}: these runs do not tell {' and '.join(fit.at_bounds)}, which ended at a bound; the others lean on it.\n"
+                    f"{curve.name}: these runs do not tell {' and '.join(fit.at_bounds)}, which ended "
+                    "at a bound; the others lean on it.\n"
                 )
-    return text + "".join(f"No fit of {curve.name}: {curve.refused}.\n" for curve in curves if curve.fit is None)
+    return text + "".join(
+        f"No fit of {curve.name}: {curve.refused}.\n" for curve in curves if curve.fit is None
+    )
 
 
 def _shown(fit: Fit, name: str) -> str:
@@ -214,7 +267,9 @@ def _shown(fit: Fit, name: str) -> str:
 
 
 def plot(curves: Sequence[Curve], size: str, path: Path) -> None:
-    """Losses of all runs, and the fitted curves, over N, or over D where N is the same in all; a panel for each k."""
+    """Losses of all runs, and the fitted curves, over N, or over D where N is the same in all; a panel
+    for each k.
+    """
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -225,7 +280,11 @@ def plot(curves: Sequence[Curve], size: str, path: Path) -> None:
     for axes, score in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
         for curve in (each for each in curves if each.score == score):
             for fixed in sorted(set(curve.sizes[other])):
-                pairs = [(x, y) for x, z, y in zip(curve.sizes[over], curve.sizes[other], curve.losses, strict=True) if z == fixed]
+                pairs = [
+                    (x, y)
+                    for x, z, y in zip(curve.sizes[over], curve.sizes[other], curve.losses, strict=True)
+                    if z == fixed
+                ]
                 label = ", ".join(filter(None, [curve.label, f"{other} = {fixed:.3g}"]))
                 marks = axes.scatter(*zip(*pairs, strict=True), label=label, s=18)
                 if curve.fit is not None:
@@ -234,5 +293,9 @@ def plot(curves: Sequence[Curve], size: str, path: Path) -> None:
                     axes.plot(grid, foretold, color=marks.get_facecolor()[0], linewidth=1)
         axes.set_xscale("log")
         title = f"k = {score.removeprefix('_k')}" if score else "k of each run"
-        axes.set(xlabel=f"N, {size} parameters" if over == "N" else "D, tokens", ylabel="loss, nats per token", title=title)
+        axes.set(
+            xlabel=f"N, {size} parameters" if over == "N" else "D, tokens",
+            ylabel="loss, nats per token",
+            title=title,
+        )
     finish(figure, path)

@@ -1,8 +1,10 @@
 """Train a grid of models with several seeds, score them alike, and fit L = E + A / N^alpha + B / D^beta.
 
---output gets a folder for each run, runs.csv (a row for each run), table.csv and table.md (mean and half of the 95 % t-interval over
-seeds), fit.json and scaling.png.  The same command again goes on after an interruption: finished runs are kept, others continue from
-their last checkpoint (--save-interval says how often there is one), and the fit is made anew.
+--output gets a folder for each run, runs.csv (a row for each run), table.csv and table.md (mean and
+  half of the 95 % t-interval over
+seeds), fit.json and scaling.png.  The same command again goes on after an interruption: finished runs are
+kept, others continue from their last checkpoint (--save-interval says how often there is one), and the
+fit is made anew.
 """
 
 from __future__ import annotations
@@ -18,7 +20,19 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _runs import LAYOUT, OURS, TOOLS, Plan, Stage, digest_of, file_values, is_trained, on_ranks, run_all, training
+from _runs import (
+    LAYOUT,
+    OURS,
+    TOOLS,
+    Plan,
+    Stage,
+    digest_of,
+    file_values,
+    is_trained,
+    on_ranks,
+    run_all,
+    training,
+)
 from _scaling_start import check_collected, common_parser, gather, read_common, submit, without_strangers
 
 if TYPE_CHECKING:
@@ -26,19 +40,20 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
 
 EPILOG = """An axis is a setting and its values; joined by commas, several settings move together:
-  --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000 --axis router.name topk hyper
-or, in a file for --axes, a list of settings for each value of an axis:
+  --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000 --axis router.name
+topk hyper or, in a file for --axes, a list of settings for each value of an axis:
   width:
     - {hidden_size: 64, moe_ffn_hidden_size: 96}
     - {hidden_size: 128, moe_ffn_hidden_size: 192}
   num_experts: [4, 8, 16]
 
-N: the trained parameters, or those that a token is multiplied with when it goes to k experts (an input embedding that is no output matrix
-is not).  D: the tokens that a run has trained on.  FLOPs: 6 for each active parameter and token, with the k of each step, and 12 for each
-channel of attention and each position that a token sees, (S + 1) / 2 on average; recomputed activations, the optimizer and what a method
-computes beyond its routing are not counted.
-A term is fitted where its size varies, over all runs that agree in the axes of --curve-for; with fewer different sizes than parameters
-+ 1 there is no fit.  Intervals hold 95 % of the curves through resampled residuals."""
+N: the trained parameters, or those that a token is multiplied with when it goes to k experts (an input
+embedding that is no output matrix is not).  D: the tokens that a run has trained on.  FLOPs: 6 for each
+active parameter and token, with the k of each step, and 12 for each channel of attention and each position
+that a token sees, (S + 1) / 2 on average; recomputed activations, the optimizer and what a method computes
+beyond its routing are not counted. A term is fitted where its size varies, over all runs that agree in the
+axes of --curve-for; with fewer different sizes than parameters + 1 there is no fit.  Intervals hold 95 % of
+the curves through resampled residuals."""
 SIZES = ("active", "total")
 
 
@@ -52,7 +67,14 @@ class Trained(Plan):
 
     def stages(self) -> list[Stage]:
         """Train, and score what was trained to its end."""
-        words = ["--load", str(self.folder), "--output", str(self.folder / "results.json"), "--split", self.task["split"]]
+        words = [
+            "--load",
+            str(self.folder),
+            "--output",
+            str(self.folder / "results.json"),
+            "--split",
+            self.task["split"],
+        ]
         words += ["--topk", *map(str, self.task["topk"])]
         words += ["--eval-iters", str(self.task["iters"])] if self.task["iters"] else []
         scoring = Stage("scoring", on_ranks([str(TOOLS / "evaluate.py"), *words], self.ranks))
@@ -78,29 +100,67 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this study, and those of the program."""
     flags = common_parser("loss", str(__doc__), EPILOG)
-    flags.add_argument("--axis", nargs="+", action="append", default=[], metavar="WORD", help="a setting, then its values; see below")
+    flags.add_argument(
+        "--axis",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="a setting, then its values; see below",
+    )
     flags.add_argument("--axes", metavar="FILE", help="axes (YAML), see below")
-    flags.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each model: --seed, + 1, ... (default: 3)")
-    flags.add_argument("--topk-eval", type=int, nargs="+", metavar="K", help="active experts to score with (default: the k of the run)")
-    flags.add_argument("--score", choices=("test", "valid"), default="test", help="split to score (default: test)")
     flags.add_argument(
-        "--score-iters", type=int, metavar="N", help="global batches of it, of another order for each seed (default: all of it)"
+        "--seeds", type=int, default=3, metavar="N", help="runs of each model: --seed, + 1, ... (default: 3)"
     )
-    flags.add_argument("--size", choices=SIZES, default="active", help="which parameters are N (default: active)")
     flags.add_argument(
-        "--curve-for", nargs="+", default=[], metavar="SETTING", help="a curve for each value of these axes (always: those of words)"
+        "--topk-eval",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="active experts to score with (default: the k of the run)",
     )
-    flags.add_argument("--resamples", type=int, default=1000, metavar="N", help="resampled curves for the intervals (default: 1000)")
+    flags.add_argument(
+        "--score", choices=("test", "valid"), default="test", help="split to score (default: test)"
+    )
+    flags.add_argument(
+        "--score-iters",
+        type=int,
+        metavar="N",
+        help="global batches of it, of another order for each seed (default: all of it)",
+    )
+    flags.add_argument(
+        "--size", choices=SIZES, default="active", help="which parameters are N (default: active)"
+    )
+    flags.add_argument(
+        "--curve-for",
+        nargs="+",
+        default=[],
+        metavar="SETTING",
+        help="a curve for each value of these axes (always: those of words)",
+    )
+    flags.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resampled curves for the intervals (default: 1000)",
+    )
     flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     flags.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="ranks of each run; with 1 the layout in --config is not taken over (default: 1)"
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of each run; with 1 the layout in --config is not taken over (default: 1)",
     )
-    args, line = read_common(flags, arguments, ("seeds", "topk_eval", "score_iters", "resamples", "jobs", "ranks"))
+    args, line = read_common(
+        flags, arguments, ("seeds", "topk_eval", "score_iters", "resamples", "jobs", "ranks")
+    )
     args.curve_for = [name.replace("-", "_") for name in args.curve_for]
     return args, line
 
 
-# -------------------------------------------------------------------------------------------------------------------- grid
+# --------------------------------------------------------------------------------------------- grid
 def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
     """All runs, seed by seed, with settings that were checked; raises ConfigError."""
     from megatron_hyperrouter.config.cli import replace_leaves
@@ -109,21 +169,38 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
     from megatron_hyperrouter.evaluate.perplexity import check_topks
 
     axes = axes_of(args, line)
-    chosen = [{name: value for part in parts for name, value in part.items()} for parts in product(*axes.values())]
+    chosen = [
+        {name: value for part in parts for name, value in part.items()} for parts in product(*axes.values())
+    ]
     configs = gather(partial(settings_of, args, point, line) for point in chosen)
     if args.topk_eval:
         check_topks(args.topk_eval, min(config.model.num_experts for config in configs))
     labels = [label_of(parts) for parts in product(*axes.values())]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ConfigError([_bad("--axis", ", ".join(twice), "is named twice", "the first settings of an axis have to differ")])
+        raise ConfigError(
+            [
+                _bad(
+                    "--axis",
+                    ", ".join(twice),
+                    "is named twice",
+                    "the first settings of an axis have to differ",
+                )
+            ]
+        )
     for number in range(args.seeds):
         for label, point, config in zip(labels, chosen, configs, strict=True):
             seed = config.train.seed + number
             folder = args.output / "runs" / f"{label}-seed{seed}"
-            scored = {"topk": args.topk_eval or [config.model.moe_router_topk], "split": args.score, "iters": args.score_iters}
+            scored = {
+                "topk": args.topk_eval or [config.model.moe_router_topk],
+                "split": args.score,
+                "iters": args.score_iters,
+            }
             task = {"settings": digest_of(replace_leaves(config, seed=seed), scored), **scored}
             typed = {name: value_of(config, name) for name in point}
-            yield Trained(folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, typed, seed, args.ranks)
+            yield Trained(
+                folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, typed, seed, args.ranks
+            )
 
 
 def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]]]:
@@ -135,7 +212,16 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
         names = [each.replace("-", "_") for each in name.split(",")]
         rows = [word.split(",") if len(names) > 1 else [word] for word in words]
         if odd := next((row for row in rows if len(row) != len(names)), None):
-            raise ConfigError([_bad("--axis", ",".join(odd), f"must be {len(names)} values, for {name}", "write them with commas between")])
+            raise ConfigError(
+                [
+                    _bad(
+                        "--axis",
+                        ",".join(odd),
+                        f"must be {len(names)} values, for {name}",
+                        "write them with commas between",
+                    )
+                ]
+            )
         axes[name] = [dict(zip(names, row, strict=True)) for row in rows]
     settings = [name for values in axes.values() for name in (values[0] if values else {})]
     known = {flag.removeprefix("--").replace("-", "_") for flag in line.flags}
@@ -144,13 +230,21 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
         problems.append(_bad("--axis", "", "is missing", "name a setting and its values"))
     for name, values in axes.items():
         if len(values) < 2 or any(value.keys() != values[0].keys() for value in values):
-            problems.append(_bad("--axis", name, "must have two values at least, of the same settings", "see --help"))
+            problems.append(
+                _bad("--axis", name, "must have two values at least, of the same settings", "see --help")
+            )
     for name in dict.fromkeys(settings):
         if settings.count(name) > 1 or name in known:
             problems.append(_bad("--axis", name, "is set twice", "keep one axis or flag that sets it"))
         if name == "seed" or f"--{name.replace('_', '-')}" in OURS:
-            problems.append(_bad("--axis", name, "is set by this tool", "leave it out; --seeds says how many seeds"))
-    problems += [_bad("--curve-for", name, "is no setting of an axis", "leave it out") for name in args.curve_for if name not in settings]
+            problems.append(
+                _bad("--axis", name, "is set by this tool", "leave it out; --seeds says how many seeds")
+            )
+    problems += [
+        _bad("--curve-for", name, "is no setting of an axis", "leave it out")
+        for name in args.curve_for
+        if name not in settings
+    ]
     if problems:
         raise ConfigError(problems)
     return axes
@@ -169,9 +263,13 @@ def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([_bad("--axes", path, f"cannot be read ({error})", "name a YAML file")]) from error
     if not isinstance(found, dict) or not all(isinstance(values, list) for values in found.values()):
-        raise ConfigError([_bad("--axes", path, "must map axes to lists", "write lines like num_experts: [4, 8]")])
+        raise ConfigError(
+            [_bad("--axes", path, "must map axes to lists", "write lines like num_experts: [4, 8]")]
+        )
     return {
-        str(axis): [value if isinstance(value, dict) else {str(axis).replace("-", "_"): value} for value in values]
+        str(axis): [
+            value if isinstance(value, dict) else {str(axis).replace("-", "_"): value} for value in values
+        ]
         for axis, values in found.items()
     }
 
@@ -188,7 +286,9 @@ def settings_of(args: Namespace, point: Mapping[str, Any], line: CommandLine) ->
         values = {name: value for name, value in values.items() if not name.startswith("router.")}
     values |= point
     changed = YamlFile(f"{args.config} or --axis", values, file.problems, file.readable)
-    overrides = {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
+    overrides = (
+        {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
+    )
     draft = Draft(ROUTERS, changed, flags=line.flags, problems=line.problems, overrides=overrides)
     return draft.finish(world_size=args.ranks)
 
@@ -218,7 +318,9 @@ def told_by(plan: Trained) -> dict[str, Any]:
         "parameters_total": size.total,
         "parameters_active": size.active(plan.config.model.moe_router_topk),
         "tokens": tokens[-1],
-        "flops": float(sum(count * size.flops(record["topk"]) for count, record in zip(each, steps, strict=True))),
+        "flops": float(
+            sum(count * size.flops(record["topk"]) for count, record in zip(each, steps, strict=True))
+        ),
         "seconds": sum(record["step_time"] for record in steps),
         "scores": [row | {"active": size.active(row["topk"]), "total": size.total} for row in results],
     }

@@ -1,7 +1,10 @@
-"""Time the same model on more and more ranks: step time, tokens per second, and efficiency against the fewest ranks.
+"""Time the same model on more and more ranks: step time, tokens per second, and efficiency against the
+fewest ranks.
 
-Every row is a number of ranks and a layout, run --repeats times; rows take turns, so that what slows the machine slows all of them.
---output gets a folder for each run, runs.csv, table.csv and table.md (medians over the steps of a run, mean and half of the 95 %
+Every row is a number of ranks and a layout, run --repeats times; rows take turns, so that what slows the
+machine slows all of them.
+--output gets a folder for each run, runs.csv, table.csv and table.md (medians over the steps of a run,
+  mean and half of the 95 %
 t-interval over its repetitions) and speed.png.  The same command again goes on after an interruption.
 """
 
@@ -26,16 +29,18 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.evaluate.layouts import Layout
 
-EPILOG = """A layout: tp, pp, vpp, cp, ep, etp, dp, zero with their sizes, and settings by name, joined by commas ("" for
-data-parallel ranks alone); it runs on each of --ranks, the ranks that it does not need being data-parallel.  One that the settings rule out
-is shown with the reason.  Without --layouts the one in --config is used, without --ranks as few ranks as each layout needs.
+EPILOG = """A layout: tp, pp, vpp, cp, ep, etp, dp, zero with their sizes, and settings by name, joined by
+commas ("" for data-parallel ranks alone); it runs on each of --ranks, the ranks that it does not need being
+data-parallel. One that the settings rule out is shown with the reason.  Without --layouts the one in
+--config is used, without --ranks as few ranks as each layout needs.
 
-weak: --global-batch-size (default: one micro-batch for each data-parallel rank) is that of the fewest ranks, and grows with the ranks.
-strong: it is the same on all ranks.
+weak: --global-batch-size (default: one micro-batch for each data-parallel rank) is that of the fewest
+ranks, and grows with the ranks. strong: it is the same on all ranks.
 Efficiency: tokens per second and rank against the first row of the fewest ranks, repetition by repetition.
 Data: share of a step's time in which rank 0 waited for its batch.
 
-Here k does not grow, the learning rate is constant and nothing is evaluated; the checkpoint that a run ends with is removed."""
+Here k does not grow, the learning rate is constant and nothing is evaluated; the checkpoint that a run ends
+with is removed."""
 OURS = ("--train-iters", "--eval-interval", "--save-interval", "--topk-schedule", "--topk-start")
 QUIET: dict[str, Any] = {
     "eval_interval": 0,
@@ -104,12 +109,21 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     flags = common_parser("speed", str(__doc__), EPILOG)
     flags.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks")
     flags.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="see below")
-    flags.add_argument("--scaling", choices=("weak", "strong"), default="weak", help="what the ranks share, see below (default: weak)")
-    flags.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time in each run (default: 20)")
+    flags.add_argument(
+        "--scaling",
+        choices=("weak", "strong"),
+        default="weak",
+        help="what the ranks share, see below (default: weak)",
+    )
+    flags.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="steps to time in each run (default: 20)"
+    )
     flags.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
     flags.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each row (default: 3)")
     args, line = read_common(flags, arguments, ("ranks", "steps", "warmup", "repeats"), OURS)
-    if taken := [name for name in line.flags if args.layouts and name.removeprefix("--").replace("-", "_") in LAYOUT]:
+    if taken := [
+        name for name in line.flags if args.layouts and name.removeprefix("--").replace("-", "_") in LAYOUT
+    ]:
         flags.error(f"{', '.join(taken)}: --layouts says it")
     if args.ranks is None and not args.layouts:
         flags.error("--ranks or --layouts is needed")
@@ -117,15 +131,24 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
 
 
 def check_start(most: int) -> None:
-    """Runs of up to ``most`` ranks have to be started by this tool, with a GPU for each rank or none; raises ConfigError."""
+    """Runs of up to ``most`` ranks have to be started by this tool, with a GPU for each rank or none;
+    raises ConfigError.
+    """
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     if "RANK" in os.environ:
         remedy = "start it alone, or print the commands for a cluster with --dry-run"
-        raise ConfigError([Problem("a launcher", "", "has started this tool, which starts the ranks itself", remedy)])
+        raise ConfigError(
+            [Problem("a launcher", "", "has started this tool, which starts the ranks itself", remedy)]
+        )
     if 0 < (gpus := gpus_here()) < most:
-        remedy = "name fewer, hide the GPUs (CUDA_VISIBLE_DEVICES=), or print commands for a cluster with --dry-run"
-        raise ConfigError([Problem("--ranks", most, f"must be at most {gpus}, the GPUs of this machine", remedy)])
+        remedy = (
+            "name fewer, hide the GPUs (CUDA_VISIBLE_DEVICES=), or print commands for a cluster with "
+            "--dry-run"
+        )
+        raise ConfigError(
+            [Problem("--ranks", most, f"must be at most {gpus}, the GPUs of this machine", remedy)]
+        )
 
 
 def gpus_here() -> int:
@@ -135,7 +158,7 @@ def gpus_here() -> int:
     return torch.cuda.device_count()
 
 
-# -------------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 def layouts_of(args: Namespace) -> list[Layout]:
     """The layouts asked for; raises ConfigError for words that mean nothing."""
     from verify_layouts import check_names
@@ -146,7 +169,9 @@ def layouts_of(args: Namespace) -> list[Layout]:
     layouts = [parse_layout(text) for text in dict.fromkeys(args.layouts)]
     check_names(layouts)
     if seeded := [layout.text for layout in layouts if layout.fault]:
-        raise ConfigError([Problem("--layouts", text, "a fault has no speed", "leave it out") for text in seeded])
+        raise ConfigError(
+            [Problem("--layouts", text, "a fault has no speed", "leave it out") for text in seeded]
+        )
     return layouts
 
 
@@ -160,7 +185,10 @@ def rows_of(args: Namespace, line: CommandLine) -> list[Row]:
         numbers = args.ranks or [layout.ranks]
         if "dp=" in layout.text.replace(" ", ""):
             numbers = [layout.ranks]
-        pairs += [(ranks, layout.text if layout.text != "1 process" else "dp", layout.overrides) for ranks in dict.fromkeys(numbers)]
+        pairs += [
+            (ranks, layout.text if layout.text != "1 process" else "dp", layout.overrides)
+            for ranks in dict.fromkeys(numbers)
+        ]
     if not layouts:
         pairs = [(ranks, "as in --config", {}) for ranks in dict.fromkeys(args.ranks)]
     pairs.sort(key=lambda pair: pair[0])
@@ -170,16 +198,30 @@ def rows_of(args: Namespace, line: CommandLine) -> list[Row]:
     for ranks, name, overrides in pairs:
         batch = base * ranks if args.scaling == "weak" else base * args.ranks[0]
         try:
-            rows.append(Row(ranks, name, settings_of(args, line, overrides | {"global_batch_size": batch / args.ranks[0]}, ranks)))
+            rows.append(
+                Row(
+                    ranks,
+                    name,
+                    settings_of(args, line, overrides | {"global_batch_size": batch / args.ranks[0]}, ranks),
+                )
+            )
         except ConfigError as error:
             errors.append(error)
-            rows.append(Row(ranks, name, refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems)))
+            rows.append(
+                Row(
+                    ranks,
+                    name,
+                    refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems),
+                )
+            )
     if all(row.refused for row in rows):
         raise errors[0]
     return rows
 
 
-def base_batch(args: Namespace, line: CommandLine, pairs: Sequence[tuple[int, str, dict[str, object]]]) -> int:
+def base_batch(
+    args: Namespace, line: CommandLine, pairs: Sequence[tuple[int, str, dict[str, object]]]
+) -> int:
     """Samples of a step on the fewest ranks; takes the flag from ``line``.  Raises ConfigError."""
     from megatron_hyperrouter.config.derived import data_parallel_size
     from megatron_hyperrouter.errors import ConfigError, Problem
@@ -189,28 +231,49 @@ def base_batch(args: Namespace, line: CommandLine, pairs: Sequence[tuple[int, st
     line.pop("--global-batch-size")
     given = configs[0].train.global_batch_size
     if given is None and args.scaling == "strong":
-        raise ConfigError([Problem("--global-batch-size", "none", "must be given for strong scaling, which keeps it", "give it")])
+        raise ConfigError(
+            [
+                Problem(
+                    "--global-batch-size",
+                    "none",
+                    "must be given for strong scaling, which keeps it",
+                    "give it",
+                )
+            ]
+        )
     shared = max(data_parallel_size(config, args.ranks[0]) for config in configs)
     return given or configs[0].train.micro_batch_size * max(shared, 1)
 
 
-def settings_of(args: Namespace, line: CommandLine, overrides: dict[str, object], ranks: int | None) -> RunConfig:
+def settings_of(
+    args: Namespace, line: CommandLine, overrides: dict[str, object], ranks: int | None
+) -> RunConfig:
     """The settings of one row; ``ranks`` None: without the rules of ranks.  Raises ConfigError."""
     from megatron_hyperrouter.config.draft import Draft
     from megatron_hyperrouter.config.sources import read_yaml
     from megatron_hyperrouter.routers import ROUTERS
 
     file = read_yaml(args.config)
-    file = replace(file, values=file_values(file, without=[*QUIET, "train_iters", *(LAYOUT if args.layouts else ())]))
+    file = replace(
+        file, values=file_values(file, without=[*QUIET, "train_iters", *(LAYOUT if args.layouts else ())])
+    )
     own = QUIET | {"train_iters": args.warmup + args.steps} | overrides
-    return Draft(ROUTERS, file, flags=line.flags, problems=line.problems, overrides=own).finish(world_size=ranks)
+    return Draft(ROUTERS, file, flags=line.flags, problems=line.problems, overrides=own).finish(
+        world_size=ranks
+    )
 
 
 def plans_of(rows: Sequence[Row], args: Namespace) -> Iterator[Timed]:
     """All runs, in turn: every second time from the last row to the first."""
     from megatron_hyperrouter.config.cli import replace_leaves
 
-    started = "under Slurm" if args.dry_run else "on GPUs of one machine" if gpus_here() else f"on {os.cpu_count()} CPU cores"
+    started = (
+        "under Slurm"
+        if args.dry_run
+        else "on GPUs of one machine"
+        if gpus_here()
+        else f"on {os.cpu_count()} CPU cores"
+    )
     for number in range(1, args.repeats + 1):
         for row in rows[:: 1 if number % 2 else -1]:
             if row.config is None:
@@ -226,7 +289,9 @@ def settle(plan: Timed, warmup: int) -> None:
     if plan.finished or not is_trained(plan):
         return
     lines = (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    told = measures([record for record in map(json.loads, lines) if "split" not in record][warmup:], plan.row.ranks)
+    told = measures(
+        [record for record in map(json.loads, lines) if "split" not in record][warmup:], plan.row.ranks
+    )
     started = json.loads((plan.folder / "task.json").read_text(encoding="utf-8"))["started"]
     write(plan.folder / "results.json", {**told, "started": started})
     shutil.rmtree(plan.folder / "checkpoints")

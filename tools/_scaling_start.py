@@ -1,4 +1,6 @@
-"""What both studies of tools/scaling_study.py share: their common flags, runs for a cluster, and which runs a table can have."""
+"""What both studies of tools/scaling_study.py share: their common flags, runs for a cluster, and which
+runs a table can have.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ P = TypeVar("P", bound=Plan)
 EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.
 
 On a cluster, from the folder that has examples/:
-  ... --dry-run | bash        writes the settings of each run that is not finished, prints its sbatch command, and submits it
+  ... --dry-run | bash        writes the settings of each run that is not finished, prints its sbatch
+command, and submits it
   ... --collect               later, the same command again: the table of the runs that are finished"""
 
 
@@ -30,13 +33,21 @@ def common_parser(study: str, description: str, epilog: str) -> argparse.Argumen
     flags = parser(description, f"{epilog}\n{EPILOG}")
     flags.prog = f"{flags.prog} {study}"
     flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
-    flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="where runs, tables and the plot go")
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where runs, tables and the plot go"
+    )
     instead = flags.add_mutually_exclusive_group()
     instead.add_argument(
-        "--dry-run", action="store_true", help="start nothing: print a command for Slurm for each run that is not finished"
+        "--dry-run",
+        action="store_true",
+        help="start nothing: print a command for Slurm for each run that is not finished",
     )
-    instead.add_argument("--collect", action="store_true", help="train nothing: the table of the runs that are finished")
-    flags.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster, for --dry-run (default: 8)")
+    instead.add_argument(
+        "--collect", action="store_true", help="train nothing: the table of the runs that are finished"
+    )
+    flags.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster, for --dry-run (default: 8)"
+    )
     return flags
 
 
@@ -84,7 +95,13 @@ def submit(plans: Sequence[tuple[Plan, int]], gpus_per_node: int) -> None:
     for plan, ranks in plans:
         write_plan(plan)
         nodes, gpus = max(ranks // gpus_per_node, 1), min(ranks, gpus_per_node)
-        start = ["sbatch", f"--job-name={plan.folder.name}", f"--nodes={nodes}", f"--gpus-per-node={gpus}", "examples/slurm.sh"]
+        start = [
+            "sbatch",
+            f"--job-name={plan.folder.name}",
+            f"--nodes={nodes}",
+            f"--gpus-per-node={gpus}",
+            "examples/slurm.sh",
+        ]
         flags = training(plan).command[1:]  # --engine as well: examples/slurm.sh has another one
         print(shlex.join([*start, *flags, "--engine", plan.config.engine.engine]))
 
@@ -102,7 +119,9 @@ def check_collected(plans: Sequence[P]) -> list[P]:
     missing = [plan for plan in plans if not plan.finished]
     if len(missing) == len(plans):
         rule = f"has none of the {len(plans)} runs of this study finished"
-        raise ConfigError([Problem("--output", plans[0].folder.parent.parent, rule, "submit them with --dry-run, or wait")])
+        raise ConfigError(
+            [Problem("--output", plans[0].folder.parent.parent, rule, "submit them with --dry-run, or wait")]
+        )
     for plan in missing:
         print(f"not finished: {plan.folder}", file=sys.stderr)
     return [plan for plan in plans if plan.finished]

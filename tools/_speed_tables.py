@@ -37,11 +37,26 @@ def write_results(plans: Sequence[Timed], refused: Sequence[Row], args: Namespac
     add_efficiency(runs)
     table = means(runs)
     names = ["tokens_per_step", *(name for name in SHOWN if all(name in row for row in table.values()))]
-    flat = [[*key, number, *(row.get(name) for name in names)] for key, group in runs.items() for number, row in group.items()]
+    flat = [
+        [*key, number, *(row.get(name) for name in names)]
+        for key, group in runs.items()
+        for number, row in group.items()
+    ]
     write_csv(args.output / "runs.csv", ["ranks", "layout", "run", *names], flat)
-    heads = ["ranks", "layout", "runs", "tokens_per_step", *(f"{name}{end}" for name in names[1:] for end in ("", "_half95"))]
+    heads = [
+        "ranks",
+        "layout",
+        "runs",
+        "tokens_per_step",
+        *(f"{name}{end}" for name in names[1:] for end in ("", "_half95")),
+    ]
     body = [
-        [*key, len(runs[key]), row["tokens_per_step"][0], *(part for name in names[1:] for part in row.get(name, (None, None)))]
+        [
+            *key,
+            len(runs[key]),
+            row["tokens_per_step"][0],
+            *(part for name in names[1:] for part in row.get(name, (None, None))),
+        ]
         for key, row in table.items()
     ]
     write_csv(args.output / "table.csv", heads, body)
@@ -53,7 +68,9 @@ def write_results(plans: Sequence[Timed], refused: Sequence[Row], args: Namespac
 
 def add_efficiency(runs: Mapping[Key, dict[int, dict[str, float]]]) -> None:
     """Tokens per second and rank against the first row, in the same repetition."""
-    reference = {number: row["tokens_per_second_per_rank"] for number, row in next(iter(runs.values())).items()}
+    reference = {
+        number: row["tokens_per_second_per_rank"] for number, row in next(iter(runs.values())).items()
+    }
     for group in runs.values():
         for number, row in group.items():
             if number in reference:
@@ -74,7 +91,14 @@ def means(runs: Runs) -> Table:
     return table
 
 
-def markdown(table: Table, names: Sequence[str], refused: Sequence[Row], args: Namespace, started: set[str], repeats: int) -> str:
+def markdown(
+    table: Table,
+    names: Sequence[str],
+    refused: Sequence[Row],
+    args: Namespace,
+    started: set[str],
+    repeats: int,
+) -> str:
     """The table for a person, and what it is worth."""
     body = []
     for (ranks, layout), row in table.items():
@@ -88,16 +112,28 @@ def markdown(table: Table, names: Sequence[str], refused: Sequence[Row], args: N
     text = markdown_table(["ranks", "layout", "tokens a step", *(SHOWN[name][0] for name in names)], body)
     first = f"{ranks} rank{'s' * (ranks > 1)}, {layout}"
     text += (
-        f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}: medians of {args.steps} steps after {args.warmup}; mean "
-        f"± half of the 95 % t-interval over {repeats} run{'s' * (repeats > 1)}. Efficiency: tokens per second and rank against {first}.\n"
+        f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}: medians of "
+        f"{args.steps} "
+        f"steps after {args.warmup}; mean "
+        f"± half of the 95 % t-interval over {repeats} run{'s' * (repeats > 1)}. Efficiency: tokens per "
+        f"second and rank against {first}.\n"
     )
-    if any(word.endswith("cores") for word in started) and any(number > 1 for number, _ in [(ranks, layout), *others]):
-        text += "Ranks shared the cores of one machine, and its memory was their network: this says nothing about a cluster.\n"
-    return text + "".join(f"Refused by the settings: {row.ranks} x {row.layout}: {row.refused}.\n" for row in refused)
+    if any(word.endswith("cores") for word in started) and any(
+        number > 1 for number, _ in [(ranks, layout), *others]
+    ):
+        text += (
+            "Ranks shared the cores of one machine, and its memory was their network: this says nothing "
+            "about a cluster.\n"
+        )
+    return text + "".join(
+        f"Refused by the settings: {row.ranks} x {row.layout}: {row.refused}.\n" for row in refused
+    )
 
 
 def plot(table: Table, path: Path) -> None:
-    """Tokens per second over ranks, a line for each layout; dashed: as many times the first row's as ranks."""
+    """Tokens per second over ranks, a line for each layout; dashed: as many times the first row's as
+    ranks.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
@@ -105,7 +141,12 @@ def plot(table: Table, path: Path) -> None:
     for layout in dict.fromkeys(layout for _, layout in table):
         rows = {ranks: row["tokens_per_second"] for (ranks, name), row in table.items() if name == layout}
         axes.errorbar(
-            list(rows), [mean for mean, _ in rows.values()], [half or 0.0 for _, half in rows.values()], label=layout, marker="o", capsize=3
+            list(rows),
+            [mean for mean, _ in rows.values()],
+            [half or 0.0 for _, half in rows.values()],
+            label=layout,
+            marker="o",
+            capsize=3,
         )
     numbers = sorted({ranks for ranks, _ in table})
     first, row = next(iter(table.items()))

@@ -17,11 +17,15 @@ def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]])
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The first column to the left, the others to the right."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, [":--", *["--:"] * (len(heads) - 1)], *rows))
+    return "".join(
+        f"| {' | '.join(line)} |\n" for line in (heads, [":--", *["--:"] * (len(heads) - 1)], *rows)
+    )
 
 
 def with_half(mean: float, half: float | None, digits: str, sign: str = "") -> str:
-    """``mean ± half``; ``digits`` as in a format: ``.4f``; ``sign`` "+" shows it of positive numbers as well."""
+    """``mean ± half``; ``digits`` as in a format: ``.4f``; ``sign`` "+" shows it of positive numbers as
+    well.
+    """
     shown = f"{mean:{sign}{digits}}"
     return shown if half is None else f"{shown} ± {half:{digits}}"
 

@@ -1,7 +1,8 @@
 """Set a model's scores beside the unigram and bigram baselines of the same tokens.
 
-Fits both baselines on the training part of the run's data, scores them on the targets that tools/evaluate.py scored in one
-process, and prints a table in bits per byte.  With --eod-mask-loss neither model nor baselines count what follows a document's end.
+Fits both baselines on the training part of the run's data, scores them on the targets that tools/evaluate.py
+scored in one process, and prints a table in bits per byte.  With --eod-mask-loss neither model nor baselines
+count what follows a document's end.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> None:
     """Results of an evaluation -> data of that run -> baselines -> table."""
     flags = parser(__doc__ or "")
-    flags.add_argument("--load", type=Path, required=True, metavar="RUN_DIR", help="run folder that was evaluated")
-    flags.add_argument("--results", type=Path, required=True, metavar="FILE.json", help="what tools/evaluate.py wrote, for the test split")
+    flags.add_argument(
+        "--load", type=Path, required=True, metavar="RUN_DIR", help="run folder that was evaluated"
+    )
+    flags.add_argument(
+        "--results",
+        type=Path,
+        required=True,
+        metavar="FILE.json",
+        help="what tools/evaluate.py wrote, for the test split",
+    )
     flags.add_argument("--output", type=Path, metavar="FILE.json", help="write the table's numbers here, too")
     args = flags.parse_args(arguments)
 
@@ -36,10 +45,15 @@ def main(arguments: Sequence[str]) -> None:
 
     results: list[dict[str, Any]] = read_results(args.results)
     config = load_file(args.load / "config.yaml", routers=ROUTERS)
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
-        raise DataError(f"{config.data.tokenizer_type} does not tell the bytes of its tokens", remedy="use a byte-level tokenizer")
+        raise DataError(
+            f"{config.data.tokenizer_type} does not tell the bytes of its tokens",
+            remedy="use a byte-level tokenizer",
+        )
     splits = build_splits(
         config.data,
         seq_length=config.model.seq_length,
@@ -52,10 +66,15 @@ def main(arguments: Sequence[str]) -> None:
     )
     eod = tokenizer.eod if config.data.eod_mask_loss else None
     rows = baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size, eod=eod)
-    rows |= {f"model, k = {row['topk']} of {config.model.num_experts}": row["bits_per_byte"] for row in results}
+    rows |= {
+        f"model, k = {row['topk']} of {config.model.num_experts}": row["bits_per_byte"] for row in results
+    }
     show(rows, results[0]["tokens"], masked=eod is not None)
     if args.output is not None:
-        args.output.write_text(json.dumps({"bits_per_byte": rows, "tokens": results[0]["tokens"]}, indent=2) + "\n", encoding="utf-8")
+        args.output.write_text(
+            json.dumps({"bits_per_byte": rows, "tokens": results[0]["tokens"]}, indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -65,14 +84,20 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     try:
         results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not an evaluation: {error!r}", remedy="write it with tools/evaluate.py --output FILE.json") from error
+        raise DataError(
+            f"{path}: not an evaluation: {error!r}",
+            remedy="write it with tools/evaluate.py --output FILE.json",
+        ) from error
     if not results:
         raise DataError(f"{path}: no results", remedy="evaluate at one k at least")
     return results
 
 
-def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: int, *, eod: int | None = None) -> dict[str, float]:
-    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an evaluation.
+def baseline_bits(
+    splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: int, *, eod: int | None = None
+) -> dict[str, float]:
+    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an
+    evaluation.
 
     ``eod``: the id that ends a document, where what follows it counts neither there nor here.
     """
@@ -82,7 +107,10 @@ def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: 
     from megatron_hyperrouter.errors import DataError
 
     if splits.train is None or splits.test is None:
-        raise DataError("the run has no training or no test data", remedy="give all three shares of --split a number above 0")
+        raise DataError(
+            "the run has no training or no test data",
+            remedy="give all three shares of --split a number above 0",
+        )
     fitted = NgramBaselines(stretches(splits.train, eod), vocab_size)
     parts, left = [np.zeros((0, 2), np.int64)], tokens
     for sample in samples_of(splits.test):
@@ -93,7 +121,8 @@ def baseline_bits(splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: 
         left -= len(parts[-1])
     if left:
         raise DataError(
-            f"the results count {tokens:,} targets, which is no number of whole samples of the run's test split",
+            f"the results count {tokens:,} targets, which is no number of whole samples of the run's test "
+            "split",
             remedy="write the results with tools/evaluate.py in one process, from the data of the run",
         )
     contexts_N, targets_N = np.concatenate(parts).T

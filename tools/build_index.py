@@ -1,8 +1,9 @@
 """Build the index files of a run ahead of it, away from the cluster: the run finds them and starts at once.
 
-Takes the flags of pretrain_gpt_hyperrouter.py; only those about data, seed, sequence length, batch size and steps matter, and --load for
-a run that goes on from a checkpoint.  Files lie where the run looks for them: in --data-cache-path, or else in cache/hyperrouter beside
-the data, or else, where that cannot be written, in index-cache of the --run-dir; they hold for token files of the same time of change.
+Takes the flags of pretrain_gpt_hyperrouter.py; only those about data, seed, sequence length, batch size and
+steps matter, and --load for a run that goes on from a checkpoint.  Files lie where the run looks for them: in
+--data-cache-path, or else in cache/hyperrouter beside the data, or else, where that cannot be written, in
+index-cache of the --run-dir; they hold for token files of the same time of change.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ def main(arguments: Sequence[str]) -> None:
     """Read the flags, build, say what was built."""
     flags = parser(__doc__ or "", epilog="all other flags: python pretrain_gpt_hyperrouter.py --help")
     flags.add_argument("--config", metavar="FILE", help="YAML file of the run")
-    flags.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run; matters without --global-batch-size")
+    flags.add_argument(
+        "--world-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of the run; matters without --global-batch-size",
+    )
     args, others = flags.parse_known_args(arguments)
     if args.world_size < 1:
         flags.error(f"--world-size = {args.world_size}: must be at least 1")
@@ -34,7 +41,9 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.routers import ROUTERS
 
     class Counting(Cache):
-        """Knows how many files were asked for: what cannot be written is made in memory, which is of no use here."""
+        """Knows how many files were asked for: what cannot be written is made in memory, which is of no use
+        here.
+        """
 
         asked = 0
 
@@ -57,7 +66,10 @@ def main(arguments: Sequence[str]) -> None:
             remedy="name a folder that can be written with --data-cache-path, here and in the run",
         )
     if not cache.used:
-        print("no index file is needed: what is small, or looked up on demand, is made by each process in no time")
+        print(
+            "no index file is needed: what is small, or looked up on demand, is made by each process in no "
+            "time"
+        )
     print(f"{time.monotonic() - begin:.1f} s")
 
 
@@ -75,7 +87,9 @@ def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
     needed = samples_needed(config, world_size)
     no_token_is_read = {"vocab_size": 2**31, "eod": 0}
     return splits_of_run(
-        Builder(data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read),
+        Builder(
+            data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read
+        ),
         mixes,
         ledger,
         step=step,

@@ -1,9 +1,11 @@
-"""Train routers alike and compare them: same data in the same order, same initial experts and trunk, same steps, several seeds.
+"""Train routers alike and compare them: same data in the same order, same initial experts and trunk, same
+steps, several seeds.
 
-Each router is trained with each seed in a process of its own, then scored at every k on the test split.  --output gets a folder for
-each run, runs.csv (a row for each run), table.csv (mean and half of the 95 % t-interval over seeds), differences.csv (each router less
-the first, seed by seed), table.md with both, bits_per_byte.png and learning_curves.png.  The same command again goes on after an
-interruption: finished runs are kept, others continue from their last checkpoint (--save-interval says how often there is one).
+Each router is trained with each seed in a process of its own, then scored at every k on the test split.
+--output gets a folder for each run, runs.csv (a row for each run), table.csv (mean and half of the 95 %
+t-interval over seeds), differences.csv (each router less the first, seed by seed), table.md with both,
+bits_per_byte.png and learning_curves.png.  The same command again goes on after an interruption: finished
+runs are kept, others continue from their last checkpoint (--save-interval says how often there is one).
 """
 
 from __future__ import annotations
@@ -17,20 +19,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _common import parser, run_tool
-from _runs import LAYOUT, TOOLS, Plan, Stage, check_finished, digest_of, file_values, is_trained, refuse_flags, run_all, training
+from _runs import (
+    LAYOUT,
+    TOOLS,
+    Plan,
+    Stage,
+    check_finished,
+    digest_of,
+    file_values,
+    is_trained,
+    refuse_flags,
+    run_all,
+    training,
+)
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
-EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.  A run has one process: sizes of the layout in --config are
-not taken over.  --routers takes names of routers, or labels that --options explains (YAML: label to options; "name" says which router):
+EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.  A run has one process: sizes
+of the layout in --config are not taken over.  --routers takes names of routers, or labels that --options
+explains (YAML: label to options; "name" says which router):
   hyper: {hypernet_width: 128}
   switch: {name: topk, pre_softmax: true}
 A router that is not in it has the options that --config gives to it, or its defaults.
 
-Columns: router entropy (nats) and load (largest over mean) are means over layers and the last tenth of the steps; similarity is the
-mean linear CKA of two experts' outputs for the same tokens; step time is the median, which --jobs above 1 disturbs."""
+Columns: router entropy (nats) and load (largest over mean) are means over layers and the last tenth of the
+steps; similarity is the mean linear CKA of two experts' outputs for the same tokens; step time is the
+median, which --jobs above 1 disturbs."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,10 @@ def main(arguments: Sequence[str]) -> None:
     run_all([plan for plan in plans if not plan.finished], args.jobs)
     from _compare_tables import write_tables
 
-    told = [(plan.label, plan.seed, json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))) for plan in plans]
+    told = [
+        (plan.label, plan.seed, json.loads((plan.folder / "results.json").read_text(encoding="utf-8")))
+        for plan in plans
+    ]
     write_tables(told, args.output)
 
 
@@ -64,11 +83,23 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
 
     flags = parser(str(__doc__), EPILOG)
     flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
-    flags.add_argument("--routers", nargs="+", required=True, metavar="NAME", help="routers, or labels of --options")
     flags.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="runs of each router, with --seed of the settings, + 1, ... (default: 3)"
+        "--routers", nargs="+", required=True, metavar="NAME", help="routers, or labels of --options"
     )
-    flags.add_argument("--topk-eval", type=int, nargs="+", metavar="K", help="active experts to score with (default: powers of 2)")
+    flags.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="runs of each router, with --seed of the settings, + 1, ... (default: 3)",
+    )
+    flags.add_argument(
+        "--topk-eval",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="active experts to score with (default: powers of 2)",
+    )
     flags.add_argument("--options", metavar="FILE", help="options of each router (YAML), see below")
     flags.add_argument(
         "--test-iters",
@@ -77,7 +108,9 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="global batches of the test split to score, of another order for each seed (default: all of it)",
     )
     flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="where runs, table and plots go")
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where runs, table and plots go"
+    )
     args, rest = flags.parse_known_args(arguments)
     for name in ("seeds", "jobs", "test_iters"):
         value = getattr(args, name)
@@ -87,13 +120,15 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     if reason := refuse_flags(line, [name for name in line.flags if name.startswith("--router.")]):
         flags.error(f"{reason}; options of routers go into --options")
     if odd := [name for name in args.routers if not re.fullmatch(r"\w[\w.-]*", name)]:
-        flags.error(f"--routers {' '.join(odd)}: labels name folders, so letters, digits, '.', '_' and '-' alone")
+        flags.error(
+            f"--routers {' '.join(odd)}: labels name folders, so letters, digits, '.', '_' and '-' alone"
+        )
     if twice := {name for name in args.routers if args.routers.count(name) > 1}:
         flags.error(f"--routers names {', '.join(sorted(twice))} twice")
     return args, line
 
 
-# ------------------------------------------------------------------------------------------------------------------- plans
+# -------------------------------------------------------------------------------------------- plans
 def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
     """All runs, seed by seed, with settings that were checked; raises ConfigError."""
     from megatron_hyperrouter.config.cli import replace_leaves
@@ -102,7 +137,9 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
     options = read_options(args.options, args.routers)
     configs = {label: settings_of(args.config, options.get(label, {}), label, line) for label in args.routers}
     num_experts = next(iter(configs.values())).model.num_experts
-    topks = args.topk_eval or [2**power for power in range(num_experts.bit_length()) if 2**power <= num_experts]
+    topks = args.topk_eval or [
+        2**power for power in range(num_experts.bit_length()) if 2**power <= num_experts
+    ]
     check_topks(topks, num_experts)
     for number in range(args.seeds):
         for label, config in configs.items():
@@ -110,7 +147,12 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
             folder = args.output / "runs" / f"{label}-seed{seed}"
             scored = {"topk": topks, "test_iters": args.test_iters}
             digest = digest_of(replace_leaves(config, seed=seed), scored)
-            task = {"run_dir": str(folder), "settings": digest, "output": str(folder / "results.json"), **scored}
+            task = {
+                "run_dir": str(folder),
+                "settings": digest,
+                "output": str(folder / "results.json"),
+                **scored,
+            }
             yield Trial(folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, label, seed)
 
 
@@ -125,9 +167,20 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([Problem("--options", path, f"cannot be read ({error})", "name a YAML file")]) from error
+        raise ConfigError(
+            [Problem("--options", path, f"cannot be read ({error})", "name a YAML file")]
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(options, dict) for options in found.values()):
-        raise ConfigError([Problem("--options", path, "must map labels to options", "write lines like hyper: {hypernet_width: 128}")])
+        raise ConfigError(
+            [
+                Problem(
+                    "--options",
+                    path,
+                    "must map labels to options",
+                    "write lines like hyper: {hypernet_width: 128}",
+                )
+            ]
+        )
     if unused := sorted(str(label) for label in set(found) - set(labels)):
         rule = f"has options of {', '.join(unused)}, which --routers does not name"
         raise ConfigError([Problem("--options", path, rule, "name them, or leave their options out")])
@@ -135,7 +188,9 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
 
 
 def settings_of(path: str, options: Mapping[str, Any], label: str, line: CommandLine) -> RunConfig:
-    """The settings of ``path`` with another router, in one process, and the flags over them; raises ConfigError."""
+    """The settings of ``path`` with another router, in one process, and the flags over them; raises
+    ConfigError.
+    """
     from megatron_hyperrouter.config.draft import Draft
     from megatron_hyperrouter.config.sources import YamlFile, read_yaml
     from megatron_hyperrouter.routers import ROUTERS
@@ -148,8 +203,12 @@ def settings_of(path: str, options: Mapping[str, Any], label: str, line: Command
         options = {key.removeprefix("router."): value for key, value in own.items()}
     values |= {f"router.{key}": value for key, value in {**options, "name": name}.items()}
     changed = YamlFile(f"{path} and --options" if options else path, values, file.problems, file.readable)
-    overrides = {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
-    return Draft(ROUTERS, changed, flags=line.flags, problems=line.problems, overrides=overrides).finish(world_size=1)
+    overrides = (
+        {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
+    )
+    return Draft(ROUTERS, changed, flags=line.flags, problems=line.problems, overrides=overrides).finish(
+        world_size=1
+    )
 
 
 if __name__ == "__main__":

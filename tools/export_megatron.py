@@ -1,8 +1,9 @@
-"""Write the weights of a run as a megatron-core checkpoint, to go on in Megatron-LM with its own router and its own layers.
+"""Write the weights of a run as a megatron-core checkpoint, to go on in Megatron-LM with its own router and
+its own layers.
 
-Tested with megatron-core's GPTModel of Transformer Engine's layers; the folder has the form that Megatron-LM's --load takes
-(with --finetune --no-load-optim --no-load-rng).  The router becomes a plain matrix: a HyperRouter's is the one that it generates.
-Prints the folder and the model's flags.
+Tested with megatron-core's GPTModel of Transformer Engine's layers; the folder has the form that
+Megatron-LM's --load takes (with --finetune --no-load-optim --no-load-rng).  The router becomes a plain
+matrix: a HyperRouter's is the one that it generates. Prints the folder and the model's flags.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ from _common import parser, run_tool
 def main(arguments: Sequence[str]) -> None:
     """Settings of the run -> megatron-core's own model with its weights -> files."""
     flags = parser(__doc__ or "")
-    flags.add_argument("--load", type=Path, required=True, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
-    flags.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+    flags.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="RUN_DIR",
+        help="run folder, its checkpoints/, or one checkpoint",
+    )
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes"
+    )
     args = flags.parse_args(arguments)
     from evaluate import checkpoint_of, settings_of
 

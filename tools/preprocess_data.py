@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from _common import Bar, Stopped, parser, run_tool
 
 EPILOG = """\
-Writes P_KEY_document.bin and .idx for each key, byte for byte what Megatron-LM's preprocess_data.py writes from the same tokenizer,
-and P_KEY_document.manifest.json with counts and checksums, which inspect_data.py --verify compares.
+Writes P_KEY_document.bin and .idx for each key, byte for byte what Megatron-LM's preprocess_data.py writes
+from the same tokenizer, and P_KEY_document.manifest.json with counts and checksums, which inspect_data.py
+--verify compares.
 
-A name that ends in .jsonl, .json or .ndjson (before .gz or .zst) is JSON lines: each line one document, blank lines skipped; a value
-is a string, or a list of strings that become sequences of one document.  A name that ends in .txt is plain text: the file is one
-document, stored as sequences of at most 64 KiB of text, cut at line ends.  A name that ends in .parquet is a table: each row one
-document, KEY a column.  Any other file is JSON lines if it starts with "{".
+A name that ends in .jsonl, .json or .ndjson (before .gz or .zst) is JSON lines: each line one document,
+blank lines skipped; a value is a string, or a list of strings that become sequences of one document.  A
+name that ends in .txt is plain text: the file is one document, stored as sequences of at most 64 KiB of
+text, cut at line ends.  A name that ends in .parquet is a table: each row one document, KEY a column.  Any
+other file is JSON lines if it starts with "{".
 
-Output has temporary names (.partial) until all of it is written.  What is done is saved every --save-seconds (P.journal): after a kill, a
-signal or a full disk the same command goes on from there, and the bytes are the same.  Bad input leaves nothing behind.
-On N machines: --shard 1/N to N/N with the same inputs and prefix, then merge_data.py P.
-Token ids are uint16 for a vocabulary below 65500, else int32.
+Output has temporary names (.partial) until all of it is written.  What is done is saved every
+--save-seconds (P.journal): after a kill, a signal or a full disk the same command goes on from there, and
+the bytes are the same.  Bad input leaves nothing behind. On N machines: --shard 1/N to N/N with the same
+inputs and prefix, then merge_data.py P. Token ids are uint16 for a vocabulary below 65500, else int32.
 """
 
 
@@ -33,31 +35,72 @@ def main(arguments: Sequence[str]) -> None:
 
     flags = parser(__doc__ or "", EPILOG)
     flags.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs",
     )
-    flags.add_argument("--output-prefix", required=True, metavar="P", help="path of the output without _KEY_document.bin")
-    flags.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to take from each line (default: text)")
+    flags.add_argument(
+        "--output-prefix", required=True, metavar="P", help="path of the output without _KEY_document.bin"
+    )
+    flags.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys to take from each line (default: text)",
+    )
     types = ["ByteTokenizer", "HuggingFaceTokenizer"]
-    flags.add_argument("--tokenizer-type", required=True, choices=types, help="bytes as they are, or a tokenizer.json")
-    flags.add_argument("--tokenizer-model", metavar="FILE", help="HuggingFaceTokenizer: the tokenizer.json, or its folder")
-    flags.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    flags.add_argument(
+        "--tokenizer-type", required=True, choices=types, help="bytes as they are, or a tokenizer.json"
+    )
+    flags.add_argument(
+        "--tokenizer-model", metavar="FILE", help="HuggingFaceTokenizer: the tokenizer.json, or its folder"
+    )
+    flags.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document token"
+    )
     flags.add_argument(
         "--tokenizer-backend",
         default="auto",
         choices=BACKENDS,
-        help="library that encodes; changes no byte of the output (default: auto, the fastest that is installed and gives the same ids)",
+        help="library that encodes; changes no byte of the output (default: auto, the fastest that is "
+        "installed and gives the same ids)",
     )
     flags.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that encode (default: 1); changes no byte of the output"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that encode (default: 1); changes no byte of the output",
     )
-    flags.add_argument("--shard", metavar="I/N", help="do part I of N alone, from 1, and write P.shard-I-of-N_KEY_document.*")
-    flags.add_argument("--partitions", type=int, metavar="N", help="the N of --shard, where that gives I alone")
-    flags.add_argument("--overwrite", action="store_true", help="discard what an unfinished run has left, instead of going on with it")
     flags.add_argument(
-        "--save-seconds", type=float, default=SAVE_SECONDS, metavar="S", help=f"time between two saves (default: {SAVE_SECONDS:g})"
+        "--shard", metavar="I/N", help="do part I of N alone, from 1, and write P.shard-I-of-N_KEY_document.*"
+    )
+    flags.add_argument(
+        "--partitions", type=int, metavar="N", help="the N of --shard, where that gives I alone"
+    )
+    flags.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="discard what an unfinished run has left, instead of going on with it",
+    )
+    flags.add_argument(
+        "--save-seconds",
+        type=float,
+        default=SAVE_SECONDS,
+        metavar="S",
+        help=f"time between two saves (default: {SAVE_SECONDS:g})",
     )
     args = flags.parse_args(arguments)
-    recipe = Recipe(args.tokenizer_type, args.tokenizer_model, tuple(args.json_keys), args.append_eod, args.tokenizer_backend)
+    recipe = Recipe(
+        args.tokenizer_type,
+        args.tokenizer_model,
+        tuple(args.json_keys),
+        args.append_eod,
+        args.tokenizer_backend,
+    )
     with Progress() as progress:
         try:
             written = preprocess(
@@ -75,7 +118,10 @@ def main(arguments: Sequence[str]) -> None:
             reason.left = "the same command goes on from what was saved, or else from the start"
             raise
     for pair in written:
-        print(f"{pair.prefix}: {pair.documents:,} documents, {pair.tokens:,} tokens, {pair.dtype.name}", file=sys.stderr)
+        print(
+            f"{pair.prefix}: {pair.documents:,} documents, {pair.tokens:,} tokens, {pair.dtype.name}",
+            file=sys.stderr,
+        )
     tell(progress.summary())
 
 

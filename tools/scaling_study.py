@@ -1,7 +1,8 @@
 """Scaling studies: how the loss falls with model and data, and how the speed grows with the ranks.
 
-    python tools/scaling_study.py loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis num_experts 4 8 16
-    python tools/scaling_study.py speed --config FILE --output DIR --ranks 1 2 4 --layouts "" "ep=2"
+    python tools/scaling_study.py loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis
+    num_experts 4 8 16 python tools/scaling_study.py speed --config FILE --output DIR --ranks 1 2 4 --layouts
+    "" "ep=2"
 
 Each study has its own flags: scaling_study.py loss --help.  docs/scaling.md says how to read the results.
 """

@@ -1,15 +1,19 @@
-"""Prove that a run is the same on every layout and engine: trains a few steps on each and compares with one process.
+"""Prove that a run is the same on every layout and engine: trains a few steps on each and compares with
+one process.
 
-The model, router, optimizer and precision are those of --config; the layout and the global batch are the tool's, tokens are made up
-unless --own-data is given, dropout is off, a k schedule runs to its end within the steps, and Adam's epsilon is at least 1e-4 (below,
-rounding noise in a gradient of almost nothing becomes a whole step).
+The model, router, optimizer and precision are those of --config; the layout and the global batch are the
+tool's, tokens are made up unless --own-data is given, dropout is off, a k schedule runs to its end within
+the steps, and Adam's epsilon is at least 1e-4 (below, rounding noise in a gradient of almost nothing
+becomes a whole step).
 
-    python tools/verify_layouts.py --config FILE.yaml                                            # one machine, a laptop
-    torchrun --nnodes 2 --nproc_per_node 8 ... tools/verify_layouts.py --config FILE.yaml        # a cluster
-    deepspeed --hostfile hostfile tools/verify_layouts.py --config FILE.yaml                     # any launcher that sets RANK
+    python tools/verify_layouts.py --config FILE.yaml                                            # one
+    machine, a laptop torchrun --nnodes 2 --nproc_per_node 8 ... tools/verify_layouts.py --config
+    FILE.yaml # a cluster deepspeed --hostfile hostfile tools/verify_layouts.py --config FILE.yaml
+    # any launcher that sets RANK
 
-Without a launcher all ranks are started on this machine, on its GPUs where it has one for each, else on its CPU.  Under a launcher the
-first of its ranks run each layout; start as many as the largest layout needs.
+Without a launcher all ranks are started on this machine, on its GPUs where it has one for each, else on
+its CPU.  Under a launcher the first of its ranks run each layout; start as many as the largest layout
+needs.
 """
 
 from __future__ import annotations
@@ -45,17 +49,20 @@ LAYOUTS = (
     "tp=2,ep=2",
     "pp=2,ep=2",
 )
-EPILOG = """A layout: tp, pp, vpp, cp, ep, etp (expert-tensor), dp, zero with their sizes, and settings by name, joined by commas.
-It has as few ranks as the sizes need, and tp brings sequence parallelism along:
+EPILOG = """A layout: tp, pp, vpp, cp, ep, etp (expert-tensor), dp, zero with their sizes, and settings by
+name, joined by commas. It has as few ranks as the sizes need, and tp brings sequence parallelism along:
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
 A layout that the settings rule out is shown with the reason, and is no failure.
-For tests of this tool a layout may seed a fault: fault=expert-gradient, embedding-reduce, aux-loss or hypernetwork.
+For tests of this tool a layout may seed a fault: fault=expert-gradient, embedding-reduce, aux-loss or
+hypernetwork.
 
-Differences are relative: of a parameter's gradients to the largest of them, of weights to the path that Adam can have gone and a
-hundredth of the weight.  In float32 they may be 1e-5, of weights 1e-4.  In bfloat16 the tool also trains one process in float32:
-numbers may differ by twice what bfloat16 itself changes, gradients by as much (a quarter at most), weights by 1.5 (2 is the other way).
+Differences are relative: of a parameter's gradients to the largest of them, of weights to the path that
+Adam can have gone and a hundredth of the weight.  In float32 they may be 1e-5, of weights 1e-4.  In
+bfloat16 the tool also trains one process in float32: numbers may differ by twice what bfloat16 itself
+changes, gradients by as much (a quarter at most), weights by 1.5 (2 is the other way).
 
-Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 data that cannot be read."""
+Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 data that
+cannot be read."""
 
 
 @dataclass
@@ -87,7 +94,9 @@ def main(arguments: Sequence[str]) -> None:
     check_ranks(layouts)
     engine = args.engines[0]
     samples = samples_for(layouts, settings_of(args, layouts[0], engine, samples=None).train.micro_batch_size)
-    reference = Row(layouts[0], engine, settings_of(args, layouts[0], engine, samples))  # its ConfigError is the user's
+    reference = Row(
+        layouts[0], engine, settings_of(args, layouts[0], engine, samples)
+    )  # its ConfigError is the user's
     check_data(reference, args)
     rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
     rows = [row for row in rows if (row.layout, row.engine) != (reference.layout, reference.engine)]
@@ -114,12 +123,33 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags of this tool."""
     flags = parser(str(__doc__), EPILOG)
     flags.add_argument("--config", required=True, metavar="FILE", help="settings of the run (YAML)")
-    flags.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="LAYOUT", help=f"see below; default: {' '.join(LAYOUTS)}")
-    flags.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="default: both; the first is the reference")
+    flags.add_argument(
+        "--layouts",
+        nargs="+",
+        default=LAYOUTS,
+        metavar="LAYOUT",
+        help=f"see below; default: {' '.join(LAYOUTS)}",
+    )
+    flags.add_argument(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=ENGINES,
+        help="default: both; the first is the reference",
+    )
     flags.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
-    flags.add_argument("--own-data", action="store_true", help="train on the data of --config instead of made-up tokens")
-    flags.add_argument("--vocab-size", type=int, default=256, help="made-up tokens are below this (default: 256)")
-    flags.add_argument("--timeout", type=float, default=1800, help="seconds for all runs of one number of ranks (default: 1800)")
+    flags.add_argument(
+        "--own-data", action="store_true", help="train on the data of --config instead of made-up tokens"
+    )
+    flags.add_argument(
+        "--vocab-size", type=int, default=256, help="made-up tokens are below this (default: 256)"
+    )
+    flags.add_argument(
+        "--timeout",
+        type=float,
+        default=1800,
+        help="seconds for all runs of one number of ranks (default: 1800)",
+    )
     flags.add_argument(
         "--folder",
         type=Path,
@@ -135,7 +165,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
 
 
 def check_names(layouts: Sequence[Layout]) -> None:
-    """A fault that nobody knows would pass for one that nothing has found, a misspelt setting for one that is ruled out (ConfigError)."""
+    """A fault that nobody knows would pass for one that nothing has found, a misspelt setting for one
+    that is ruled out (ConfigError).
+    """
     from _layout_faults import FAULTS
 
     from megatron_hyperrouter.config.leaves import tree_leaves
@@ -144,7 +176,9 @@ def check_names(layouts: Sequence[Layout]) -> None:
     problems = []
     for layout in layouts:
         if layout.fault and layout.fault not in FAULTS:
-            problems.append(Problem("--layouts", layout.text, "no such fault", f"seed one of {', '.join(FAULTS)}"))
+            problems.append(
+                Problem("--layouts", layout.text, "no such fault", f"seed one of {', '.join(FAULTS)}")
+            )
         for name in layout.overrides:
             if name not in tree_leaves() and not name.startswith("router."):
                 remedy = "use the short names below --help, or a flag of pretrain_gpt_hyperrouter.py"
@@ -162,7 +196,12 @@ def check_ranks(layouts: Sequence[Layout]) -> None:
     large = [layout for layout in layouts if layout.ranks > started]
     if under_launcher() and large:
         rule = f"needs more ranks than the {started} that the launcher started"
-        raise ConfigError([Problem("--layouts", layout.text, rule, f"start {layout.ranks} ranks, or name others") for layout in large])
+        raise ConfigError(
+            [
+                Problem("--layouts", layout.text, rule, f"start {layout.ranks} ranks, or name others")
+                for layout in large
+            ]
+        )
 
 
 def check_some_run(rows: Sequence[Row]) -> None:
@@ -171,7 +210,9 @@ def check_some_run(rows: Sequence[Row]) -> None:
 
     if all(row.refused for row in rows):
         remedy = "name a layout that goes with these settings"
-        raise ConfigError([Problem("--layouts", f"{row.layout.text} on {row.engine}", row.refused, remedy) for row in rows])
+        raise ConfigError(
+            [Problem("--layouts", f"{row.layout.text} on {row.engine}", row.refused, remedy) for row in rows]
+        )
 
 
 def check_data(reference: Row, args: Namespace) -> None:
@@ -211,7 +252,12 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
         **({} if args.own_data else MADE_UP | {"vocab_size": args.vocab_size}),
         **(NOT_OF_DEEPSPEED if engine == "deepspeed" else NOT_OF_MEGATRON),
     }
-    config = load_file(args.config, routers=ROUTERS, overrides=overrides | layout.overrides, world_size=layout.ranks if samples else None)
+    config = load_file(
+        args.config,
+        routers=ROUTERS,
+        overrides=overrides | layout.overrides,
+        world_size=layout.ranks if samples else None,
+    )
     if config.topk.topk_schedule != "constant" and "topk_schedule_steps" not in layout.overrides:
         config = replace_leaves(config, topk_schedule_steps=args.steps)
     return replace_leaves(config, adam_eps=max(config.optimizer.adam_eps, 1e-4))
@@ -243,7 +289,11 @@ def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> Row:
     try:
         return Row(layout, engine, settings_of(args, layout, engine, samples))
     except ConfigError as error:
-        return Row(layout, engine, refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems))
+        return Row(
+            layout,
+            engine,
+            refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems),
+        )
 
 
 def in_float32(reference: Row) -> Row | None:
@@ -253,7 +303,11 @@ def in_float32(reference: Row) -> Row | None:
     from megatron_hyperrouter.config.cli import replace_leaves
 
     assert reference.config is not None
-    return replace(reference, config=replace_leaves(reference.config, bf16=False)) if reference.config.train.bf16 else None
+    return (
+        replace(reference, config=replace_leaves(reference.config, bf16=False))
+        if reference.config.train.bf16
+        else None
+    )
 
 
 def run_all(rows: Sequence[Row], args: Namespace, starter: Starter) -> None:
@@ -265,7 +319,11 @@ def run_all(rows: Sequence[Row], args: Namespace, starter: Starter) -> None:
     for ranks in sorted({row.layout.ranks for row in runnable}):
         started = [row for row in runnable if row.layout.ranks == ranks]
         if starter.is_main:
-            print(f"{len(started)} run{'s' * (len(started) > 1)} on {ranks} rank{'s' * (ranks > 1)} ...", file=sys.stderr, flush=True)
+            print(
+                f"{len(started)} run{'s' * (len(started) > 1)} on {ranks} rank{'s' * (ranks > 1)} ...",
+                file=sys.stderr,
+                flush=True,
+            )
         answers = starter.run([case_of(row, args, starter) for row in started], ranks)
         for row, told in zip(started, answers, strict=bool(answers)):
             row.told = told
@@ -279,14 +337,18 @@ def judge(rows: Sequence[Row], reference: Row, exact: Row | None) -> None:
     assert reference.config is not None
     expected, allowed = evidence(reference.folder, reference.told), Tolerances()
     if exact is not None:
-        rounding = compare(expected, evidence(exact.folder, exact.told), config=reference.config, allowed=allowed)
+        rounding = compare(
+            expected, evidence(exact.folder, exact.told), config=reference.config, allowed=allowed
+        )
         allowed = in_bfloat16(rounding)
     for row in rows:
         if row.config is not None:
             found = evidence(row.folder, row.told)
             row.differences = compare(found, expected, config=row.config, allowed=allowed)
             if not row.ok:
-                row.causes = causes(found, expected, sizes=row.layout.sizes, tolerance=1e-3 if exact is None else 0.1)
+                row.causes = causes(
+                    found, expected, sizes=row.layout.sizes, tolerance=1e-3 if exact is None else 0.1
+                )
 
 
 def case_of(row: Row, args: Namespace, starter: Starter) -> dict[str, Any]:
@@ -302,7 +364,12 @@ def case_of(row: Row, args: Namespace, starter: Starter) -> dict[str, Any]:
         weight_decay=0.0,
         clip_grad=1e30 if row.config.optimizer.clip_grad else 0.0,
     )
-    case: dict[str, Any] = {"steps": args.steps, "folder": str(row.folder), "fault": row.layout.fault, "own_data": args.own_data}
+    case: dict[str, Any] = {
+        "steps": args.steps,
+        "folder": str(row.folder),
+        "fault": row.layout.fault,
+        "own_data": args.own_data,
+    }
     for name, config in (("settings", row.config), ("gradients", tells)):
         path = row.folder / f"{name}.yaml"
         if starter.is_main:
@@ -318,7 +385,9 @@ def show(rows: Sequence[Row], reference: Row) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=180)
     title = f"Largest differences from 1 process on {reference.engine}"
-    table = Table("layout", "ranks", "engine", "number", "difference", "tolerance", "", "seen at", title=title)
+    table = Table(
+        "layout", "ranks", "engine", "number", "difference", "tolerance", "", "seen at", title=title
+    )
     for row in rows:
         head = (row.layout.text, str(row.layout.ranks), row.engine)
         if row.refused:
@@ -326,7 +395,11 @@ def show(rows: Sequence[Row], reference: Row) -> None:
         for number, found in enumerate(row.differences):
             verdict = "ok" if found.ok else "[bold red]FAIL[/]"
             values = (found.number, f"{found.value:.1e}", f"{found.tolerance:.0e}", verdict, found.where)
-            table.add_row(*(head if number == 0 else ("", "", "")), *values, end_section=number == len(row.differences) - 1)
+            table.add_row(
+                *(head if number == 0 else ("", "", "")),
+                *values,
+                end_section=number == len(row.differences) - 1,
+            )
     console.print(table)
     refused, failed = sum(bool(row.refused) for row in rows), [row for row in rows if not row.ok]
     for row in failed:
@@ -334,17 +407,23 @@ def show(rows: Sequence[Row], reference: Row) -> None:
         for found in row.differences:
             if not found.ok:
                 console.print(
-                    f"  {found.number}: {found.value:.1e} > {found.tolerance:.0e}; {found.where}", highlight=False, soft_wrap=True
+                    f"  {found.number}: {found.value:.1e} > {found.tolerance:.0e}; {found.where}",
+                    highlight=False,
+                    soft_wrap=True,
                 )
         for cause in row.causes:
             console.print(f"  [bold]looks like this:[/] {cause}", highlight=False, soft_wrap=True)
-    console.print(f"{len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} refused by the settings", highlight=False)
+    console.print(
+        f"{len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} refused by the settings",
+        highlight=False,
+    )
 
 
 def record(row: Row) -> dict[str, Any]:
     """One row for a program; JSON has no infinity and no NaN."""
     differences = [
-        asdict(found) | {"value": found.value if math.isfinite(found.value) else str(found.value), "ok": found.ok}
+        asdict(found)
+        | {"value": found.value if math.isfinite(found.value) else str(found.value), "ok": found.ok}
         for found in row.differences
     ]
     return {

@@ -1,4 +1,5 @@
-"""A model of your own with DeepSpeed's MoE layers, routed by HyperRouter; any number of ranks, each holds its share of the experts.
+"""A model of your own with DeepSpeed's MoE layers, routed by HyperRouter; any number of ranks, each holds its
+share of the experts.
 
 python examples/library/deepspeed_moe.py     or     deepspeed --num_gpus 2 examples/library/deepspeed_moe.py
 """
@@ -28,8 +29,11 @@ class Model(nn.Module):
         for number in (1, 2):
             expert = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
             moe = MoE(WIDTH, expert, num_experts=EXPERTS, ep_size=ep_size, drop_tokens=False)
-            # The one line that is new.  k grows from 1 to 2; without `topk` it would be the k of the MoE layer.
-            plug_into_deepspeed(moe, "hyper", seed=1234, layer_number=number, topk=lambda step: 1 if step < STEPS // 2 else 2)
+            # The one line that is new.  k grows from 1 to 2; without `topk` it would be the k of the MoE
+            # layer.
+            plug_into_deepspeed(
+                moe, "hyper", seed=1234, layer_number=number, topk=lambda step: 1 if step < STEPS // 2 else 2
+            )
             self.layers.append(moe)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +53,11 @@ def main() -> None:
     torch.manual_seed(0)
     model = Model(ep_size=min(torch.distributed.get_world_size(), EXPERTS))
     optimizer = torch.optim.AdamW(split({"params": list(model.parameters()), "name": "all"}), lr=1e-2)
-    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     torch.manual_seed(torch.distributed.get_rank())
     steps = RouterSteps(engine.module, batch_first=True)
@@ -63,7 +71,11 @@ def main() -> None:
         chosen = steps.end()
         if torch.distributed.get_rank() == 0 and (step + 1) % 10 == 0:
             fullest = max(chosen["load_max_over_mean"])
-            print(f"step {step + 1}: loss {loss.item():.4f}, balance {balance.item() / 2:.4f}, fullest {fullest:.2f}", flush=True)
+            print(
+                f"step {step + 1}: loss {loss.item():.4f}, balance {balance.item() / 2:.4f}, fullest "
+                f"{fullest:.2f}",
+                flush=True,
+            )
     torch.distributed.destroy_process_group()
 
 

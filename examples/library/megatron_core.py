@@ -1,6 +1,8 @@
-"""A megatron-core GPT of your own whose experts are routed by HyperRouter; any number of ranks, each holds its share of the experts.
+"""A megatron-core GPT of your own whose experts are routed by HyperRouter; any number of ranks, each
+holds its share of the experts.
 
-python examples/library/megatron_core.py     or     torchrun --nproc-per-node 2 examples/library/megatron_core.py
+python examples/library/megatron_core.py     or     torchrun --nproc-per-node 2
+examples/library/megatron_core.py
 """
 
 from __future__ import annotations
@@ -13,10 +15,16 @@ from megatron_hyperrouter import megatron_router_builder
 from megatron_hyperrouter.compat.megatron import install
 from megatron_hyperrouter.engines.launch import alone_without_launcher, backend, device
 
-install()  # lets megatron-core train on a CPU, and without Transformer Engine; changes nothing where that is needless
+# lets megatron-core train on a CPU, and without Transformer Engine; changes nothing where that is
+# needless
+install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -29,29 +37,44 @@ STEPS, VOCABULARY, SEQUENCE, EXPERTS = 40, 48, 16, 4
 def build_model() -> DistributedDataParallel:
     """A GPT with two MoE layers."""
     config = TransformerConfig(
-        num_layers=2, hidden_size=32, num_attention_heads=4, num_moe_experts=EXPERTS, moe_router_topk=2, moe_aux_loss_coeff=0.01,
-        moe_ffn_hidden_size=64, add_bias_linear=False, expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
-        moe_token_dispatcher_type="alltoall", hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False,
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_moe_experts=EXPERTS, moe_router_topk=2,
+        moe_aux_loss_coeff=0.01,
+        moe_ffn_hidden_size=64, add_bias_linear=False,
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        moe_token_dispatcher_type="alltoall", hidden_dropout=0.0, attention_dropout=0.0,
+        masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="LayerNorm")
-    spec.submodules.mlp.submodules.router = megatron_router_builder("hyper", seed=1234)  # the one line that is new
-    model = GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE, position_embedding_type="rope").to(device())
+    spec.submodules.mlp.submodules.router = megatron_router_builder(
+        "hyper", seed=1234
+    )  # the one line that is new
+    model = GPTModel(
+        config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE, position_embedding_type="rope"
+    ).to(device())
     return DistributedDataParallel(config, DistributedDataParallelConfig(), model)
 
 
 def forward_step(data: Any, model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
     """What megatron-core's schedule asks for: the output, and what makes a loss of it."""
     tokens = next(data)
-    labels, positions = (7 * tokens + 3) % VOCABULARY, torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens)
-    return model(tokens, positions, None, labels=labels), lambda loss: (loss.mean(), {"loss": loss.mean().item()})
+    labels, positions = (
+        (7 * tokens + 3) % VOCABULARY,
+        torch.arange(SEQUENCE, device=tokens.device).expand_as(tokens),
+    )
+    return model(tokens, positions, None, labels=labels), lambda loss: (
+        loss.mean(),
+        {"loss": loss.mean().item()},
+    )
 
 
 def main() -> None:
     """Train, and print a loss that falls from ln 48 = 3.9."""
     alone_without_launcher()  # plain `python` is one rank of one
     torch.distributed.init_process_group(backend())
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=min(torch.distributed.get_world_size(), EXPERTS))
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=min(torch.distributed.get_world_size(), EXPERTS)
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     torch.manual_seed(0)
     model = build_model()
@@ -62,7 +85,8 @@ def main() -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         told = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter([torch.randint(VOCABULARY, (8, SEQUENCE), device=device())]), model=model,
+            forward_step_func=forward_step, data_iterator=iter([torch.randint(VOCABULARY, (8, SEQUENCE),
+            device=device())]), model=model,
             num_microbatches=1, seq_length=SEQUENCE, micro_batch_size=8, forward_only=False,
         )  # fmt: skip
         optimizer.step()

@@ -19,7 +19,9 @@ MOST_TOKENS = 1024  # compared of a micro-batch: beyond, CKA hardly moves
 
 @contextmanager
 def open_to_routers(kind: type[Router]) -> Iterator[None]:
-    """Engines that are built inside serve the experts to routers of this class, whether the method needs them or not."""
+    """Engines that are built inside serve the experts to routers of this class, whether the method needs them
+    or not.
+    """
     before = kind.needs_experts
     kind.needs_experts = True
     try:
@@ -29,9 +31,11 @@ def open_to_routers(kind: type[Router]) -> Iterator[None]:
 
 
 def expert_similarity(routers: Iterable[Router], evaluate: Callable[[], object]) -> dict[int, float]:
-    """Layer number -> :func:`mean_similarity` of its experts on the tokens that ``evaluate()`` brings, mean over its micro-batches.
+    """Layer number -> :func:`mean_similarity` of its experts on the tokens that ``evaluate()`` brings, mean
+    over its micro-batches.
 
-    All experts have to be on this one rank, and the engine built inside :func:`open_to_routers`.  The routing stays as it is.
+    All experts have to be on this one rank, and the engine built inside :func:`open_to_routers`.  The routing
+    stays as it is.
     """
     found: dict[int, list[float]] = {router.layer_number: [] for router in routers}
     with ExitStack() as stack:
@@ -42,9 +46,14 @@ def expert_similarity(routers: Iterable[Router], evaluate: Callable[[], object])
 
 
 def mean_similarity(outputs_ETD: Tensor) -> float:
-    """Linear CKA of two experts' outputs for the same tokens, mean over the E (E - 1) / 2 pairs: 0 unrelated, 1 alike; 0 for E = 1."""
+    """Linear CKA of two experts' outputs for the same tokens, mean over the E (E - 1) / 2 pairs: 0 unrelated,
+    1 alike; 0 for E = 1.
+    """
     num_experts = outputs_ETD.size(0)
-    rows = [linear_cka(outputs_ETD[i].expand_as(outputs_ETD[i + 1 :]), outputs_ETD[i + 1 :]) for i in range(num_experts - 1)]
+    rows = [
+        linear_cka(outputs_ETD[i].expand_as(outputs_ETD[i + 1 :]), outputs_ETD[i + 1 :])
+        for i in range(num_experts - 1)
+    ]
     return float(torch.cat(rows).mean()) if rows else 0.0
 
 
@@ -64,7 +73,9 @@ def _looking(router: Router, found: list[float]) -> Iterator[None]:
         step = -(-x_TD.size(0) // MOST_TOKENS)
         now.experts.scores_TE(x_TD[::step], keep)
         if len(outputs) != router.num_experts:
-            raise RuntimeError(f"{len(outputs)} of {router.num_experts} experts are on this rank: run in one process")
+            raise RuntimeError(
+                f"{len(outputs)} of {router.num_experts} experts are on this rank: run in one process"
+            )
         found.append(mean_similarity(torch.stack(outputs)))
         return first
 

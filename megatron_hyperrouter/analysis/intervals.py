@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 
 def mean_and_half(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
-    """The mean, and half the width of Student's interval around it; None for a single value, which says nothing of its spread.
+    """The mean, and half the width of Student's interval around it; None for a single value, which says
+    nothing of its spread.
 
-    The interval holds the mean of all possible runs in ``level`` of the cases, if runs are independent and normally distributed.
+    The interval holds the mean of all possible runs in ``level`` of the cases, if runs are independent and
+    normally distributed.
     """
     n = len(values)
     mean = math.fsum(values) / n
@@ -20,9 +22,13 @@ def mean_and_half(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The number that Student's t with ``degrees`` of freedom stays below with ``probability``, which is above 1/2 and below 1."""
+    """The number that Student's t with ``degrees`` of freedom stays below with ``probability``, which is
+    above 1/2 and below 1.
+    """
     if not (0.5 <= probability < 1.0 and degrees >= 1):
-        raise ValueError(f"probability = {probability}, degrees = {degrees}: must be from 1/2 to below 1, and at least 1")
+        raise ValueError(
+            f"probability = {probability}, degrees = {degrees}: must be from 1/2 to below 1, and at least 1"
+        )
     low, high = 0.0, 1.0
     while t_below(high, degrees) < probability:
         low, high = high, 2 * high
@@ -33,7 +39,9 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def t_below(t: float, degrees: int) -> float:
-    """Probability that Student's t is below ``t`` >= 0: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """Probability that Student's t is below ``t`` >= 0: the finite sums of Abramowitz and Stegun, 26.7.3 and
+    26.7.4.
+    """
     angle = math.atan2(t, math.sqrt(degrees))
     squared_cosine = math.cos(angle) ** 2
     odd = degrees % 2

@@ -1,8 +1,8 @@
 """Scaling laws: ``L(N, D) = E + A / N^alpha + B / D^beta``, fitted to the losses of finished runs.
 
-As Hoffmann et al. (2022, arXiv 2203.15556, approach 3): the Huber loss of the differences of log losses, from many starts.  Only terms
-whose size varies are fitted.  The minimiser is Levenberg and Marquardt's with Huber's weights, for all starts and all resampled sets of
-runs at once.
+As Hoffmann et al. (2022, arXiv 2203.15556, approach 3): the Huber loss of the differences of log losses,
+from many starts.  Only terms whose size varies are fitted.  The minimiser is Levenberg and Marquardt's
+with Huber's weights, for all starts and all resampled sets of runs at once.
 
 Legend: ``R`` problems solved side by side, ``n`` runs, ``t`` terms, ``p = 1 + 2 t`` parameters.
 """
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 TERMS = {"N": ("A", "alpha"), "D": ("B", "beta")}  # size -> names of its coefficient and exponent
-HUBER = 1e-3  # differences of log losses beyond this count by their amount, as in the paper, and not by their square
+# differences of log losses beyond this count by their amount, as in the paper, and not by their square
+HUBER = 1e-3
 ALIKE = 1.05  # sizes within this ratio count as the same: a router's own weights must not make a curve
 LEAST_SIZES = 3  # with two values of a size, any exponent passes through both
 EXPONENTS = (math.log(1e-3), math.log(10.0))  # bounds of log alpha
@@ -33,7 +34,9 @@ _PATIENCE = 5  # steps without a gain that end a problem
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted curve: ``parameters`` by name (E, A, alpha, B, beta), and intervals of them and, with both terms, of ``optimal_N``."""
+    """A fitted curve: ``parameters`` by name (E, A, alpha, B, beta), and intervals of them and, with both
+    terms, of ``optimal_N``.
+    """
 
     parameters: Mapping[str, float]
     runs: int
@@ -41,15 +44,21 @@ class Fit:
     rms: float  # of the differences of log losses: about the relative error
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     level: float = 0.95
-    at_bounds: tuple[str, ...] = ()  # parameters that these runs do not tell: the fit left them where it may go no further
+    at_bounds: tuple[
+        str, ...
+    ] = ()  # parameters that these runs do not tell: the fit left them where it may go no further
 
     def loss(self, **sizes: float) -> float:
         """The loss that the curve foretells for ``N=..., D=...``."""
         terms = [(sizes[size], *names) for size, names in TERMS.items() if names[0] in self.parameters]
-        return self.parameters["E"] + math.fsum(self.parameters[a] * size ** -self.parameters[power] for size, a, power in terms)
+        return self.parameters["E"] + math.fsum(
+            self.parameters[a] * size ** -self.parameters[power] for size, a, power in terms
+        )
 
     def optimal_exponents(self) -> dict[str, float] | None:
-        """With compute C ~ N D, the best N grows as C^a and the best D as C^b: ``{"N": a, "D": b}``; None without both terms."""
+        """With compute C ~ N D, the best N grows as C^a and the best D as C^b: ``{"N": a, "D": b}``; None
+        without both terms.
+        """
         if "alpha" not in self.parameters or "beta" not in self.parameters:
             return None
         best = _optimal_n(self.parameters)
@@ -57,7 +66,9 @@ class Fit:
 
 
 def different(values: Sequence[float]) -> list[int]:
-    """The number of the class of each value: a class holds what is within a ratio of :data:`ALIKE` of its smallest."""
+    """The number of the class of each value: a class holds what is within a ratio of :data:`ALIKE` of its
+    smallest.
+    """
     order = sorted(set(values))
     classes: dict[float, int] = {}
     first, number = -math.inf, -1
@@ -86,18 +97,30 @@ def obstacle(sizes: Mapping[str, Sequence[float]]) -> str:
     points, needed = different_points(sizes), 2 + 2 * len(terms)
     curve = " + ".join(["E", *(f"{TERMS[size][0]}/{size}^{TERMS[size][1]}" for size in terms)])
     if points < needed:
-        return f"{curve} has {needed - 1} parameters and needs runs of {needed} different sizes at least, there are {points}"
+        return (
+            f"{curve} has {needed - 1} parameters and needs runs of {needed} different sizes at least, "
+            f"there are {points}"
+        )
     for size, values in terms.items():
         if (found := 1 + max(different(values))) < LEAST_SIZES:
             return f"{curve} needs {LEAST_SIZES} different {size}, there are {found}"
     return ""
 
 
-def fit(sizes: Mapping[str, Sequence[float]], losses: Sequence[float], *, resamples: int = 0, seed: int = 0, level: float = 0.95) -> Fit:
-    """The curve through the losses of runs with ``sizes`` (N, D or both); raises ValueError with the :func:`obstacle`.
+def fit(
+    sizes: Mapping[str, Sequence[float]],
+    losses: Sequence[float],
+    *,
+    resamples: int = 0,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Fit:
+    """The curve through the losses of runs with ``sizes`` (N, D or both); raises ValueError with the
+    :func:`obstacle`.
 
-    ``resamples``: how many sets of residuals are drawn, with replacement, for the intervals that hold the middle ``level`` of the
-    parameters fitted to them.  Residuals are inflated by sqrt(n / (n - p)), what the fit itself took away from them.
+    ``resamples``: how many sets of residuals are drawn, with replacement, for the intervals that hold the
+    middle ``level`` of the parameters fitted to them.  Residuals are inflated by sqrt(n / (n - p)), what
+    the fit itself took away from them.
     """
     if reason := obstacle(sizes):
         raise ValueError(reason)
@@ -115,7 +138,9 @@ def fit(sizes: Mapping[str, Sequence[float]], losses: Sequence[float], *, resamp
     residual_n = y_n - _predicted(best_p[None], logs_tn)[0][0]
     intervals: dict[str, tuple[float, float]] = {}
     if resamples:
-        drawn = _resampled(found_Rp[order[:KEPT_STARTS]], logs_tn, y_n, residual_n, resamples=resamples, seed=seed)
+        drawn = _resampled(
+            found_Rp[order[:KEPT_STARTS]], logs_tn, y_n, residual_n, resamples=resamples, seed=seed
+        )
         rows = [_named(row, terms, centre_t) for row in drawn]
         if len(terms) == 2:
             rows = [row | {"optimal_N": _optimal_n(row)} for row in rows]
@@ -125,18 +150,28 @@ def fit(sizes: Mapping[str, Sequence[float]], losses: Sequence[float], *, resamp
             intervals[name] = (float(low), float(high))
     rms = float(np.sqrt(np.mean(residual_n**2)))
     named = _named(best_p, terms, centre_t)
-    return Fit(named, y_n.size, different_points(sizes), rms, intervals, level, _at_bounds(named, min(losses)))
+    return Fit(
+        named, y_n.size, different_points(sizes), rms, intervals, level, _at_bounds(named, min(losses))
+    )
 
 
 def objective(curve: Fit, sizes: Mapping[str, Sequence[float]], losses: Sequence[float]) -> float:
     """What the fit makes small: the sum of Huber's losses of the differences of log losses."""
     rows = (dict(zip(sizes, row, strict=True)) for row in zip(*sizes.values(), strict=True))
-    return float(_huber(np.array([math.log(curve.loss(**row)) - math.log(loss) for row, loss in zip(rows, losses, strict=True)])))
+    return float(
+        _huber(
+            np.array(
+                [math.log(curve.loss(**row)) - math.log(loss) for row, loss in zip(rows, losses, strict=True)]
+            )
+        )
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------ minimiser
+# ---------------------------------------------------------------------------------------- minimiser
 def _starts(logs_tn: Array, y_n: Array) -> Array:
-    """A grid of exponents and of shares of the smallest loss for E; the coefficients of each by linear least squares."""
+    """A grid of exponents and of shares of the smallest loss for E; the coefficients of each by linear
+    least squares.
+    """
     losses_n = np.exp(y_n)
     rows = []
     exponents = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0) if len(logs_tn) == 1 else (0.05, 0.2, 0.5, 1.2)
@@ -171,7 +206,9 @@ def _huber(residual: Array) -> Array:
 
 
 def _minimise(theta_Rp: Array, logs_tn: Array, y_Rn: Array) -> tuple[Array, Array]:
-    """Where the Huber loss is smallest from each start, and how small; each step solves least squares with Huber's weights."""
+    """Where the Huber loss is smallest from each start, and how small; each step solves least squares
+    with Huber's weights.
+    """
     low_p, high_p = _bounds(y_Rn, theta_Rp.shape[1])
     done_Rp = np.clip(theta_Rp, low_p, high_p)
     done_R = _huber(_predicted(done_Rp, logs_tn)[0] - y_Rn)
@@ -186,8 +223,12 @@ def _minimise(theta_Rp: Array, logs_tn: Array, y_Rn: Array) -> tuple[Array, Arra
         normal_Rpp = weighted_Rnp.transpose(0, 2, 1) @ jacobian_Rnp
         gradient_Rp = (weighted_Rnp * residual_Rn[..., None]).sum(axis=1)
         diagonal_Rp = np.einsum("rpp->rp", normal_Rpp)
-        ridge_Rp = damping_R[left, None] * diagonal_Rp + 1e-12 * diagonal_Rp.max(axis=1, keepdims=True) + 1e-300
-        move_Rp = np.linalg.solve(normal_Rpp + ridge_Rp[..., None] * np.eye(theta_Rp.shape[1]), -gradient_Rp[..., None])[..., 0]
+        ridge_Rp = (
+            damping_R[left, None] * diagonal_Rp + 1e-12 * diagonal_Rp.max(axis=1, keepdims=True) + 1e-300
+        )
+        move_Rp = np.linalg.solve(
+            normal_Rpp + ridge_Rp[..., None] * np.eye(theta_Rp.shape[1]), -gradient_Rp[..., None]
+        )[..., 0]
         tried_Rp = np.clip(theta_Rp + np.clip(move_Rp, -2.0, 2.0), low_p, high_p)
         value_R = _huber(_predicted(tried_Rp, logs_tn)[0] - y)
         better = value_R < done_R[left]
@@ -208,12 +249,16 @@ def _bounds(y_Rn: Array, p: int) -> tuple[Array, Array]:
     return low_p, high_p
 
 
-def _resampled(starts_kp: Array, logs_tn: Array, y_n: Array, residual_n: Array, *, resamples: int, seed: int) -> Array:
+def _resampled(
+    starts_kp: Array, logs_tn: Array, y_n: Array, residual_n: Array, *, resamples: int, seed: int
+) -> Array:
     """Parameters fitted to the curve plus residuals of other runs: ``[resamples, p]``."""
     draw = np.random.default_rng(seed)
     inflated_n = (residual_n - residual_n.mean()) * math.sqrt(y_n.size / (y_n.size - starts_kp.shape[1]))
     y_Rn = (y_n - residual_n) + draw.choice(inflated_n, size=(resamples, y_n.size))
-    found, value = zip(*(_minimise(np.tile(start_p, (resamples, 1)), logs_tn, y_Rn) for start_p in starts_kp), strict=True)
+    found, value = zip(
+        *(_minimise(np.tile(start_p, (resamples, 1)), logs_tn, y_Rn) for start_p in starts_kp), strict=True
+    )
     best_R = np.argmin(np.stack(value), axis=0)
     picked: Array = np.stack(found)[best_R, np.arange(resamples)]
     return picked
@@ -225,7 +270,9 @@ def _optimal_n(parameters: Mapping[str, float]) -> float:
 
 def _at_bounds(named: Mapping[str, float], least_loss: float) -> tuple[str, ...]:
     low, high = (math.exp(bound) for bound in EXPONENTS)
-    powers = [name for _, name in TERMS.values() if name in named and not low * 1.01 < named[name] < high * 0.99]
+    powers = [
+        name for _, name in TERMS.values() if name in named and not low * 1.01 < named[name] < high * 0.99
+    ]
     return (*(["E"] if named["E"] < NOTHING * least_loss else []), *powers)
 
 
@@ -235,4 +282,6 @@ def _named(theta_p: Array, terms: Sequence[str], centre_t: Array) -> dict[str, f
         coefficient, power = TERMS[size]
         named[power] = math.exp(theta_p[2 + 2 * number])
         named[coefficient] = math.exp(theta_p[1 + 2 * number] + named[power] * float(centre_t[number]))
-    return {name: named[name] for name in ("E", *itertools.chain.from_iterable(TERMS.values())) if name in named}
+    return {
+        name: named[name] for name in ("E", *itertools.chain.from_iterable(TERMS.values())) if name in named
+    }

@@ -1,4 +1,6 @@
-"""How large a trained model is, and how much work its training was, counted from the weights of its checkpoint."""
+"""How large a trained model is, and how much work its training was, counted from the weights of its
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,17 @@ class ModelSize:
         return self.others + self.experts * topk // self.num_experts
 
     def flops(self, topk: int) -> int:
-        """Work of training on a token: 6 for each active parameter, and attention over the tokens before it."""
+        """Work of training on a token: 6 for each active parameter, and attention over the tokens before
+        it.
+        """
         return 6 * self.active(topk) + self.attention
 
 
 def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize:
     """``shapes``: of all tensors of a checkpoint, by global name.
 
-    Attention: 12 FLOPs for each channel and each of the (S + 1) / 2 positions that a token of a causal sample sees on average.
+    Attention: 12 FLOPs for each channel and each of the (S + 1) / 2 positions that a token of a causal
+    sample sees on average.
     """
     trained = trained_in_router(config)
     lookup = experts = others = 0
@@ -75,6 +80,8 @@ def trained_in_router(config: RunConfig) -> set[str]:
             seed=config.train.seed,
             aux_loss_coeff=0.0,
             z_loss_coeff=0.0,
-            facts=RunFacts(num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1),
+            facts=RunFacts(
+                num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1
+            ),
         )
     return {name for name, parameter in router.named_parameters() if parameter.requires_grad}

@@ -1,9 +1,10 @@
 """Checkpoint folders that are either complete or not there at all.
 
-``root/step_0000100/`` holds one checkpoint and ``root/latest`` the name of the newest one.  A save writes into a hidden
-folder, puts every file on disk, seals it with ``manifest.json`` (sizes and checksums), renames it, and only then replaces
-``latest``.  So whatever moment the machine dies at, ``latest`` names a complete checkpoint.  ``latest`` alone counts: a
-folder that was renamed but never named by it belongs to a save that did not happen.
+``root/step_0000100/`` holds one checkpoint and ``root/latest`` the name of the newest one.  A save writes
+into a hidden folder, puts every file on disk, seals it with ``manifest.json`` (sizes and checksums),
+renames it, and only then replaces ``latest``.  So whatever moment the machine dies at, ``latest`` names a
+complete checkpoint.  ``latest`` alone counts: a folder that was renamed but never named by it belongs to
+a save that did not happen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from megatron_hyperrouter.errors import CheckpointError, HyperRouterError
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
-_WRITING, _REMOVING, _NEW_LATEST = ".writing-", ".removing-", ".latest-"  # what a killed run may leave behind
+# what a killed run may leave behind
+_WRITING, _REMOVING, _NEW_LATEST = ".writing-", ".removing-", ".latest-"
 _PART = ".part-"  # sizes and checksums from one rank, until the manifest joins them
 _STEP_NAME = re.compile(r"step_(\d{7,})")
 _CHUNK = 1 << 22
@@ -54,7 +56,9 @@ class Ranks(Protocol):
 
 
 class CheckpointFolders:
-    """The checkpoints of one run, on a file system that every rank sees; methods marked collective need every rank."""
+    """The checkpoints of one run, on a file system that every rank sees; methods marked collective need
+    every rank.
+    """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep: int = 0) -> None:
         """``keep``: how many of the newest checkpoints stay (0: all)."""
@@ -65,8 +69,8 @@ class CheckpointFolders:
         """Save one checkpoint (collective): ``write`` is called with the folder for this rank's files.
 
         ``meta`` is any JSON mapping; :func:`read_meta` gives it back.  When one rank fails, all raise
-        :class:`CheckpointError`, nothing of the new checkpoint stays, and the old ones and ``latest`` are as before.
-        ``write`` must not leave the other ranks waiting in a collective when it raises.
+        :class:`CheckpointError`, nothing of the new checkpoint stays, and the old ones and ``latest`` are
+        as before. ``write`` must not leave the other ranks waiting in a collective when it raises.
         """
         final = self.root / folder_name(step)
         writing = self.root / f"{_WRITING}{final.name}"
@@ -91,14 +95,17 @@ class CheckpointFolders:
     def rewind(self, step: int) -> Path | None:
         """Make ``step`` the end of this run's history (collective), as 0 when it starts afresh.
 
-        What killed saves left behind is removed.  Later checkpoints that ``latest`` counted belong to another course of the
-        run; they are moved to a folder beside ``root``, which the main rank gets back (None when there were none).
+        What killed saves left behind is removed.  Later checkpoints that ``latest`` counted belong to
+        another course of the run; they are moved to a folder beside ``root``, which the main rank gets
+        back (None when there were none).
         """
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
         if self.ranks.any_rank(error is not None):
             message = f"{self.root} cannot be prepared: {_reason(self.ranks, error)}"
-            raise CheckpointError(message, remedy="check its permissions, or give another --run-dir") from error
+            raise CheckpointError(
+                message, remedy="check its permissions, or give another --run-dir"
+            ) from error
         return aside[0] if aside else None
 
     def steps(self) -> list[int]:
@@ -113,7 +120,9 @@ class CheckpointFolders:
             _sync(self.root.parent)
         self._sweep()
         if final.exists():
-            raise CheckpointError(f"{final} is already there", remedy="give another --run-dir, or move that folder away")
+            raise CheckpointError(
+                f"{final} is already there", remedy="give another --run-dir, or move that folder away"
+            )
         writing.mkdir()
 
     def _seal(self, writing: Path) -> None:
@@ -161,7 +170,11 @@ class CheckpointFolders:
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved in {self.root}: {reason}",
             remedy=f"make room on that disk{free} or give another --run-dir; "
-            + (f"{last} is untouched, continue from it with --load {self.root / last}" if last else "no earlier checkpoint exists"),
+            + (
+                f"{last} is untouched, continue from it with --load {self.root / last}"
+                if last
+                else "no earlier checkpoint exists"
+            ),
         )
 
     def _rewind(self, step: int) -> list[Path]:
@@ -170,7 +183,9 @@ class CheckpointFolders:
         self._sweep()
         published = _latest_name(self.root)
         later = [folder for folder in self.root.glob("step_*") if (_step_of(folder) or 0) > step]
-        if published == folder_name(step):  # so a later one was renamed by a save that was killed before it was published
+        if published == folder_name(
+            step
+        ):  # so a later one was renamed by a save that was killed before it was published
             for folder in later:
                 self._remove(folder)
             return []
@@ -214,9 +229,11 @@ def folder_name(step: int) -> str:
 
 
 def find(load: Path) -> Path | None:
-    """The checkpoint that ``load`` means: itself, or the one that ``latest`` names in it or in its ``checkpoints/``.
+    """The checkpoint that ``load`` means: itself, or the one that ``latest`` names in it or in its
+    ``checkpoints/``.
 
-    None where no checkpoint was ever finished.  CheckpointError where ``latest`` names a folder that is not there.
+    None where no checkpoint was ever finished.  CheckpointError where ``latest`` names a folder that is
+    not there.
     """
     if (load / MANIFEST).is_file():
         return load
@@ -224,7 +241,8 @@ def find(load: Path) -> Path | None:
         if name := _latest_name(root):
             if not (root / name / MANIFEST).is_file():
                 raise CheckpointError(
-                    f"{root / LATEST} names {name!r}, but {root / name / MANIFEST} is missing", remedy=_older(root / name)
+                    f"{root / LATEST} names {name!r}, but {root / name / MANIFEST} is missing",
+                    remedy=_older(root / name),
                 )
             return root / name
     return None
@@ -239,7 +257,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}", remedy=_older(folder)) from error
     if known != FORMAT:
-        raise CheckpointError(f"{path} has format {known}; this program reads format {FORMAT}", remedy="use the version that wrote it")
+        raise CheckpointError(
+            f"{path} has format {known}; this program reads format {FORMAT}",
+            remedy="use the version that wrote it",
+        )
     return dict(manifest)
 
 
@@ -249,7 +270,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, ranks: Ranks) -> None:
-    """Compare every file with the manifest (collective): CheckpointError names the file that is missing or altered.
+    """Compare every file with the manifest (collective): CheckpointError names the file that is missing
+    or altered.
 
     The ranks share the reading, since a checksum costs about as much as loading the file.
     """
@@ -268,9 +290,13 @@ def _verify_share(folder: Path, rank: int, world_size: int) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", remedy=_older(folder))
         if (found := path.stat().st_size) != files[name]["bytes"]:
-            raise CheckpointError(f"{path} has {found} bytes, {files[name]['bytes']} were saved", remedy=_older(folder))
+            raise CheckpointError(
+                f"{path} has {found} bytes, {files[name]['bytes']} were saved", remedy=_older(folder)
+            )
         if _fingerprint(path) != files[name]:
-            raise CheckpointError(f"{path} was altered: its checksum is not the one in {MANIFEST}", remedy=_older(folder))
+            raise CheckpointError(
+                f"{path} was altered: its checksum is not the one in {MANIFEST}", remedy=_older(folder)
+            )
 
 
 def _older(folder: Path) -> str:
@@ -279,11 +305,16 @@ def _older(folder: Path) -> str:
     older = [other for other in _sealed_steps(folder.parent) if step is not None and other < step]
     if older:
         return f"continue from the checkpoint before it: --load {folder.parent / folder_name(older[-1])}"
-    return f"there is no older checkpoint in {folder.parent}; restore the folder from a copy, or start again without --load"
+    return (
+        f"there is no older checkpoint in {folder.parent}; restore the folder from a copy, or start "
+        "again without --load"
+    )
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:
-    """The exception that ``work`` raised.  Any kind: a rank that left here alone would hang the others in a collective."""
+    """The exception that ``work`` raised.  Any kind: a rank that left here alone would hang the others in
+    a collective.
+    """
     try:
         work()
     except Exception as error:  # noqa: BLE001 - handed to the caller, which raises it
@@ -292,7 +323,9 @@ def _attempt(work: Callable[[], None]) -> Exception | None:
 
 
 def _reason(ranks: Ranks, error: Exception | None) -> str:
-    """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the one that failed."""
+    """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the
+    one that failed.
+    """
     own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)
     found = ranks.first_word("" if error is None else f"rank {ranks.place.rank}: {own}")
     return found if error is None else own
@@ -320,7 +353,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and CRC-32: meant against truncation and decay, not against forgery, and twice as fast as SHA-256."""
+    """Size and CRC-32: meant against truncation and decay, not against forgery, and twice as fast as
+    SHA-256.
+    """
     size = checksum = 0
     with path.open("rb") as file:
         while block := file.read(_CHUNK):

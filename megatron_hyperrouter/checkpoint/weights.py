@@ -1,4 +1,5 @@
-"""Weights on disk: safetensors files, global parameter names, each tensor written once by the rank that owns it.
+"""Weights on disk: safetensors files, global parameter names, each tensor written once by the rank that owns
+it.
 
 Names do not depend on the layout, so any layout reads what another one wrote.
 """
@@ -38,7 +39,9 @@ def write_weights(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, none in the memory of another, which safetensors refuses; what lies there by itself is not copied."""
+    """On the CPU, none in the memory of another, which safetensors refuses; what lies there by itself is not
+    copied.
+    """
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
@@ -50,8 +53,11 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_weights(folder: Path, targets: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None = None) -> None:
-    """Copy each target's tensor from ``folder`` into it, one after another; reports every missing or misshapen one at once.
+def read_weights(
+    folder: Path, targets: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None = None
+) -> None:
+    """Copy each target's tensor from ``folder`` into it, one after another; reports every missing or
+    misshapen one at once.
 
     ``pieces``: of which tensors this rank holds only a part, and which; the file has the whole.
     """
@@ -63,7 +69,9 @@ def read_weights(folder: Path, targets: Mapping[str, Tensor], pieces: Mapping[st
         if tuple(found) != needed:
             problems.append(f"{name}: {list(found)} in the checkpoint, {list(needed)} in this model")
     if problems:
-        shown = "\n".join(f"  {line}" for line in problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
+        shown = "\n".join(f"  {line}" for line in problems[:8]) + (
+            f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        )
         raise CheckpointError(
             f"{folder} holds a model of other sizes or another router:\n{shown}",
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
@@ -109,7 +117,11 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
             with safe_open(path, framework="pt") as file:
                 files.update(dict.fromkeys(file.keys(), path))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run"
+            ) from error
     if not files:
-        raise CheckpointError(f"{folder} holds no {_PATTERN}", remedy="name a run folder or one of its checkpoints")
+        raise CheckpointError(
+            f"{folder} holds no {_PATTERN}", remedy="name a run folder or one of its checkpoints"
+        )
     return files

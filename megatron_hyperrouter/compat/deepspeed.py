@@ -13,9 +13,9 @@ TESTED = "0.19.8"
 def skip_shm_build() -> None:
     """Start on CPU without compiling the shared-memory collectives.
 
-    DeepSpeed 0.19.8, comm/torch.py:47 (``build_shm_op``), called by ``TorchBackend``: on CPU it compiles an extension for 77 s at the
-    first start, and a build that was killed leaves a lock file on which every later run hangs in silence.  gloo does the work instead.
-    Call it before DeepSpeed's own ``init_distributed``.
+    DeepSpeed 0.19.8, comm/torch.py:47 (``build_shm_op``), called by ``TorchBackend``: on CPU it compiles an
+    extension for 77 s at the first start, and a build that was killed leaves a lock file on which every later
+    run hangs in silence.  gloo does the work instead. Call it before DeepSpeed's own ``init_distributed``.
     """
     if torch.cuda.is_available():
         return

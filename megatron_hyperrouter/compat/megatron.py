@@ -1,6 +1,8 @@
-"""Patches of megatron-core, tested with 0.16.1: what lets it train on CPU with gloo, and without Transformer Engine.
+"""Patches of megatron-core, tested with 0.16.1: what lets it train on CPU with gloo, and without Transformer
+Engine.
 
-None of the CPU patches acts where there is a GPU.  Each one changes calls that would raise, so no program that worked changes.
+None of the CPU patches acts where there is a GPU.  Each one changes calls that would raise, so no program
+that worked changes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def install() -> None:
 
 
 def serve_cuda_calls() -> None:
-    """``torch.cuda`` calls that are made unconditionally (tensor_parallel/random.py:235, rotary_pos_embedding.py:162, p2p, DDP streams)."""
+    """``torch.cuda`` calls that are made unconditionally (tensor_parallel/random.py:235,
+    rotary_pos_embedding.py:162, p2p, DDP streams).
+    """
     replacements: dict[str, Any] = {
         "current_device": lambda: _CPU,  # used as device=torch.cuda.current_device()
         "synchronize": lambda *args, **kwargs: None,
@@ -54,7 +58,9 @@ def serve_cuda_calls() -> None:
 
 
 class InOrder:
-    """Stands for a CUDA stream or event: on the CPU all work is done when a call returns, so there is nothing to wait for."""
+    """Stands for a CUDA stream or event: on the CPU all work is done when a call returns, so there is nothing
+    to wait for.
+    """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Whatever a stream is made with."""
@@ -79,9 +85,11 @@ class InOrder:
 
 
 def serve_cuda_devices() -> None:
-    """``device="cuda"`` literals and CUDA type names (optimizer.py:907, transformer/utils.py:35, clip_grads.py:167).
+    """``device="cuda"`` literals and CUDA type names (optimizer.py:907, transformer/utils.py:35,
+    clip_grads.py:167).
 
-    Not a TorchFunctionMode: a mode is off inside ``Tensor.backward()``, hence during activation recomputation.
+    Not a TorchFunctionMode: a mode is off inside ``Tensor.backward()``, hence during activation
+    recomputation.
     """
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -91,7 +99,9 @@ def serve_cuda_devices() -> None:
     def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = tensor_type(self, *args, **kwargs)
         # megatron's optimizers take 'torch.cuda.*Tensor' only; so they are told, and nobody else.
-        if isinstance(found, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+        if isinstance(found, str) and sys._getframe(1).f_globals.get("__name__", "").startswith(
+            "megatron.core.optimizer"
+        ):
             return found.replace("torch.", "torch.cuda.", 1)
         return found
 
@@ -114,8 +124,8 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def serve_random_state() -> None:
     """The tracker of random states keeps them in the CUDA generator (tensor_parallel/random.py:55).
 
-    Dropout on CPU draws from the default generator, so that is the one to switch.  The host sets states through ``_lazy_call``,
-    which queues for ever without CUDA.
+    Dropout on CPU draws from the default generator, so that is the one to switch.  The host sets states
+    through ``_lazy_call``, which queues for ever without CUDA.
     """
     from megatron.core.tensor_parallel import random
 
@@ -129,14 +139,18 @@ def _not_about_cpu_state(record: logging.LogRecord) -> bool:
 
 
 def serve_splits() -> None:
-    """The dispatcher turns split sizes into numpy only when they lie on a GPU (moe_utils.py:1092); mappings.py:444 refuses tensors."""
+    """The dispatcher turns split sizes into numpy only when they lie on a GPU (moe_utils.py:1092);
+    mappings.py:444 refuses tensors.
+    """
     from megatron.core.transformer.moe import token_dispatcher
 
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
 
 
 def serve_unequal_shards() -> None:
-    """gloo's all_gather and reduce_scatter want equal shards; MoE with expert-TP > 1 has unequal ones (mappings.py:150, 192)."""
+    """gloo's all_gather and reduce_scatter want equal shards; MoE with expert-TP > 1 has unequal ones
+    (mappings.py:150, 192).
+    """
     dist.all_gather = functools.partial(_all_gather, dist.all_gather)
     dist.reduce_scatter = functools.partial(_reduce_scatter, dist.reduce_scatter)
     torch.distributed.all_gather, torch.distributed.reduce_scatter = dist.all_gather, dist.reduce_scatter
@@ -151,7 +165,13 @@ def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) 
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _all_gather(host: Callable[..., Any], tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+def _all_gather(
+    host: Callable[..., Any],
+    tensor_list: list[Tensor],
+    tensor: Tensor,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
     if len({piece.shape for piece in tensor_list}) == 1:
         return host(tensor_list, tensor, group=group, async_op=async_op)
     longest = max(piece.shape[0] for piece in tensor_list)
@@ -181,7 +201,9 @@ def _reduce_scatter(
 
 
 def name_te_general_gemm() -> None:
-    """moe_utils.py:1192 reads ``te_general_gemm``, a name that is bound only where Transformer Engine imports."""
+    """moe_utils.py:1192 reads ``te_general_gemm``, a name that is bound only where Transformer Engine
+    imports.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -189,10 +211,12 @@ def name_te_general_gemm() -> None:
 
 
 def keep_adam_step() -> None:
-    """Resuming the distributed optimizer with torch's AdamW, which keeps a ``step`` tensor for each parameter.
+    """Resuming the distributed optimizer with torch's AdamW, which keeps a ``step`` tensor for each
+    parameter.
 
-    distrib_optimizer.py:825 gives all parameters one and the same tensor, so AdamW would advance it once for each; :940 copies every
-    key of the state from the checkpoint, which stores no ``step`` for each parameter.  Needed wherever apex and TE are missing.
+    distrib_optimizer.py:825 gives all parameters one and the same tensor, so AdamW would advance it once for
+    each; :940 copies every key of the state from the checkpoint, which stores no ``step`` for each parameter.
+    Needed wherever apex and TE are missing.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

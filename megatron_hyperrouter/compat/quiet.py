@@ -12,10 +12,11 @@ import torch
 def hush() -> None:
     """Call it before the hosts are imported.
 
-    megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing; both are optional here.
-    Its transformer_layer.py:364 warns for each layer of an "Unknown MLP type": the MLP slot is ours by design.
-    DeepSpeed 0.19.8 warns at import, on every rank, that it found no accelerator (real_accelerator.py:213): it is told where we compute.
-    torch 2.13 says at each collective of DeepSpeed 0.19.8 (comm/torch.py) that it has a newer name.
+    megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing; both
+    are optional here. Its transformer_layer.py:364 warns for each layer of an "Unknown MLP type": the MLP
+    slot is ours by design. DeepSpeed 0.19.8 warns at import, on every rank, that it found no accelerator
+    (real_accelerator.py:213): it is told where we compute. torch 2.13 says at each collective of DeepSpeed
+    0.19.8 (comm/torch.py) that it has a newer name.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -17,13 +17,16 @@ from megatron_hyperrouter.errors import HostError
 OLDEST = (
     1,
     9,
-)  # with grouped matrices for experts, and norms that are good enough for queries and keys (transformer_engine_spec_provider.py)
+    # with grouped matrices for experts, and norms that are good enough for queries and keys
+    # (transformer_engine_spec_provider.py)
+)
 
 
 def implementation(wanted: str, *, bf16: bool) -> str:
     """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError where that cannot be had.
 
-    ``auto`` leaves float32 to torch: Transformer Engine's fast attention is for 16 bits, and float32 is there for comparisons.
+    ``auto`` leaves float32 to torch: Transformer Engine's fast attention is for 16 bits, and float32 is there
+    for comparisons.
     """
     if wanted == "local" or (wanted == "auto" and not bf16):
         return "local"
@@ -34,7 +37,8 @@ def implementation(wanted: str, *, bf16: bool) -> str:
     if wanted == "transformer_engine":
         raise HostError(
             f"--transformer-impl transformer_engine: Transformer Engine {reason}",
-            remedy="with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or use --transformer-impl local",
+            remedy="with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or use "
+            "--transformer-impl local",
         )
     if present() and torch.cuda.is_available():
         warn(f"Transformer Engine {reason}: torch's own layers take its place")

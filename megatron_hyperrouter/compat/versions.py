@@ -22,9 +22,11 @@ NEEDED = {"deepspeed": ("torch", "megatron-core", "deepspeed"), "megatron": ("to
 
 
 def check(engine: str) -> None:
-    """Name the hosts of ``engine`` that are missing (HostError) or of a version that was not tested (a warning).
+    """Name the hosts of ``engine`` that are missing (HostError) or of a version that was not tested (a
+    warning).
 
-    Tested is a version and its later patch releases: patches of a host are written against lines of its source.
+    Tested is a version and its later patch releases: patches of a host are written against lines of its
+    source.
     """
     found = {library: installed(library) for library in NEEDED[engine]}
     install = " ".join(f"{library}=={TESTED[library][1]}" for library in found)
@@ -37,11 +39,16 @@ def check(engine: str) -> None:
     for library, version in found.items():
         tested = TESTED[library][1]
         if version is not None and not in_range(version, tested):
-            warn(f"{library} {version} was not tested, {tested} was; if something breaks: pip install {library}=={tested}")
+            warn(
+                f"{library} {version} was not tested, {tested} was; if something breaks: pip install "
+                f"{library}=={tested}"
+            )
 
 
 def installed(library: str) -> str | None:
-    """The version of ``library`` here; None where there is none.  A checkout on the path, without metadata, tells its own."""
+    """The version of ``library`` here; None where there is none.  A checkout on the path, without metadata,
+    tells its own.
+    """
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

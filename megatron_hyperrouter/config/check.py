@@ -12,14 +12,22 @@ from megatron_hyperrouter.config.rules.base import Rule
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
-RULES: tuple[Rule, ...] = (*model.RULES, *layout.RULES, *training.RULES, *data.RULES, *engine.RULES, *deepspeed_json.RULES, *megatron.RULES)
+RULES: tuple[Rule, ...] = (
+    *model.RULES,
+    *layout.RULES,
+    *training.RULES,
+    *data.RULES,
+    *engine.RULES,
+    *deepspeed_json.RULES,
+    *megatron.RULES,
+)
 
 
 def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[str] = ()) -> list[Problem]:
     """Everything that cannot run; ``world_size`` None leaves out the rules that need it.
 
-    ``unsure``: names of settings that hold a default because their own value was bad.  What a rule says after
-    looking at one of them is a consequence, not a problem of its own, and is left out.
+    ``unsure``: names of settings that hold a default because their own value was bad.  What a rule says
+    after looking at one of them is a consequence, not a problem of its own, and is left out.
     """
     found: list[Problem] = []
     for rule in RULES:
@@ -43,7 +51,9 @@ def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
 
 
 def _about_router(config: RunConfig) -> Iterator[str]:
-    """What the router's own options have to say, at the smallest k of the run and beside its other settings."""
+    """What the router's own options have to say, at the smallest k of the run and beside its other
+    settings.
+    """
     model, options = config.model, config.router.options
     if options is None or model.num_experts == 1:
         return
@@ -54,22 +64,44 @@ def _about_router(config: RunConfig) -> Iterator[str]:
 def _about_training(config: RunConfig) -> Iterator[str]:
     model, train, checkpoint = config.model, config.train, config.checkpoint
     if train.eval_iters and train.eval_interval > train.train_iters:
-        yield f"no evaluation during training: --eval-interval = {train.eval_interval} is more than --train-iters = {train.train_iters}"
+        yield (
+            f"no evaluation during training: --eval-interval = {train.eval_interval} is more than "
+            f"--train-iters = {train.train_iters}"
+        )
     if checkpoint.save_interval > train.train_iters:
-        yield f"one checkpoint, at the end: --save-interval = {checkpoint.save_interval} is more than --train-iters = {train.train_iters}"
+        yield (
+            f"one checkpoint, at the end: --save-interval = {checkpoint.save_interval} is more than "
+            f"--train-iters = {train.train_iters}"
+        )
     if (config.topk.topk_schedule_steps or 0) > train.train_iters:
-        yield f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is more than --train-iters = {train.train_iters}"
-    if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and train.train_iters > decay_iters(config):
-        yield f"the last {train.train_iters - decay_iters(config)} steps run at --min-lr: --lr-decay-iters is less than --train-iters"
+        yield (
+            f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is more than --train-iters "
+            f"= {train.train_iters}"
+        )
+    if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and train.train_iters > decay_iters(
+        config
+    ):
+        yield (
+            f"the last {train.train_iters - decay_iters(config)} steps run at --min-lr: --lr-decay-iters "
+            "is less than --train-iters"
+        )
 
 
 def _about_dropout(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+    sizes = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    )
     spread = [flag(name) for name in sizes if getattr(parallel, name) > 1]
     for name in ("hidden_dropout", "attention_dropout"):
         if spread and getattr(config.model, name):
-            yield f"{flag(name)} draws other numbers on another layout: with {spread[0]}, losses differ from those of one process"
+            yield (
+                f"{flag(name)} draws other numbers on another layout: with {spread[0]}, losses differ "
+                "from those of one process"
+            )
 
 
 def _about_ignored(config: RunConfig) -> Iterator[str]:
@@ -80,7 +112,9 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
         yield f"--vocab-size is ignored: {config.data.tokenizer_type} knows its own"
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
         yield f"--lr-wsd-decay-iters is ignored: --lr-decay-style is {config.optimizer.lr_decay_style}"
-    if config.optimizer.lr_decay_style == "constant" and (config.optimizer.min_lr or config.optimizer.lr_decay_iters):
+    if config.optimizer.lr_decay_style == "constant" and (
+        config.optimizer.min_lr or config.optimizer.lr_decay_iters
+    ):
         yield "--min-lr and --lr-decay-iters are ignored: --lr-decay-style is constant"
 
 

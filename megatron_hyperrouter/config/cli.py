@@ -1,7 +1,7 @@
 """Builds the settings of a run: defaults < YAML < flags, checked, with every problem in one error.
 
-``routers`` is always the registry, passed as an argument: name -> class with a nested frozen dataclass ``Config``.
-It is an argument because this room knows no torch, and a new router brings its own flags.
+``routers`` is always the registry, passed as an argument: name -> class with a nested frozen dataclass
+``Config``. It is an argument because this room knows no torch, and a new router brings its own flags.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ import yaml
 
 from megatron_hyperrouter.config.draft import Draft
 from megatron_hyperrouter.config.help import help_text
-from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, sections, tree_leaves, value_of
+from megatron_hyperrouter.config.leaves import (
+    ROUTER_PREFIX,
+    Leaf,
+    flag,
+    router_leaves,
+    sections,
+    tree_leaves,
+    value_of,
+)
 from megatron_hyperrouter.config.sources import YamlFile, read_flags, read_yaml
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.config.values import BadValue, convert
@@ -26,12 +34,17 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 
 
 def parse(
-    argv: Sequence[str], *, routers: Mapping[str, Any], world_size: int | None = None, prog: str = "pretrain_gpt_hyperrouter.py"
+    argv: Sequence[str],
+    *,
+    routers: Mapping[str, Any],
+    world_size: int | None = None,
+    prog: str = "pretrain_gpt_hyperrouter.py",
 ) -> RunConfig:
     """The settings of a command line, merged over those of its ``--config`` file.
 
-    ``world_size``: ranks of the run, see :func:`launched_world_size`; None where it is not known, which leaves out the
-    rules that need it.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with every problem at once.
+    ``world_size``: ranks of the run, see :func:`launched_world_size`; None where it is not known, which
+    leaves out the rules that need it.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with
+    every problem at once.
     """
     line = read_flags(argv)
     if "--help" in line.flags:
@@ -44,9 +57,15 @@ def parse(
 
 
 def load_file(
-    path: str | Path, *, routers: Mapping[str, Any], overrides: Mapping[str, object] | None = None, world_size: int | None = None
+    path: str | Path,
+    *,
+    routers: Mapping[str, Any],
+    overrides: Mapping[str, object] | None = None,
+    world_size: int | None = None,
 ) -> RunConfig:
-    """The settings of a YAML file such as a run's ``config.yaml``; ``overrides`` by flat name (``num_workers``, ``router.seed``)."""
+    """The settings of a YAML file such as a run's ``config.yaml``; ``overrides`` by flat name
+    (``num_workers``, ``router.seed``).
+    """
     return Draft(routers, read_yaml(str(path)), overrides=overrides).finish(world_size=world_size)
 
 
@@ -59,7 +78,11 @@ def dump(config: RunConfig) -> str:
     """The settings as YAML text, from which ``parse(["--config", file])`` makes an equal RunConfig."""
     parts = []
     for section in sections():
-        values = {leaf.name: value_of(config, leaf.name) for leaf in tree_leaves().values() if leaf.section == section}
+        values = {
+            leaf.name: value_of(config, leaf.name)
+            for leaf in tree_leaves().values()
+            if leaf.section == section
+        }
         parts.append(_yaml(section, values))
     options = _option_leaves(config)
     router = {name.removeprefix(ROUTER_PREFIX): value_of(config, name) for name in options}
@@ -77,7 +100,9 @@ def make_folders(config: RunConfig) -> None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            problems.append(Problem(flag(name), folder, f"cannot be written ({error.strerror})", "give another folder"))
+            problems.append(
+                Problem(flag(name), folder, f"cannot be written ({error.strerror})", "give another folder")
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -109,14 +134,19 @@ def replace_leaves(config: RunConfig, **leaves: object) -> RunConfig:
         if name not in known:
             raise KeyError(f"no setting is called {name!r}")
         try:
-            changes.setdefault(known[name].section, {})[name.removeprefix(ROUTER_PREFIX)] = convert(known[name], value)
+            changes.setdefault(known[name].section, {})[name.removeprefix(ROUTER_PREFIX)] = convert(
+                known[name], value
+            )
         except BadValue as bad:
             problems.append(Problem(flag(name), value, bad.rule, bad.remedy))
     if problems:
         raise ConfigError(problems)
     if own := changes.pop("router", None):
         config = replace(config, router=replace(config.router, options=replace(config.router.options, **own)))
-    return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changes.items()})
+    return replace(
+        config,
+        **{section: replace(getattr(config, section), **values) for section, values in changes.items()},
+    )
 
 
 def _option_leaves(config: RunConfig) -> Mapping[str, Leaf]:
@@ -126,5 +156,7 @@ def _option_leaves(config: RunConfig) -> Mapping[str, Leaf]:
 
 def _yaml(title: str, values: Mapping[str, object]) -> str:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    text = yaml.safe_dump(plain, sort_keys=False, width=100)  # not allow_unicode: PyYAML then loses the character U+0085
+    text = yaml.safe_dump(
+        plain, sort_keys=False, width=100
+    )  # not allow_unicode: PyYAML then loses the character U+0085
     return f"# {title}\n{text}"

@@ -25,7 +25,11 @@ def expert_tensor_size(config: RunConfig) -> int:
 def model_parallel_size(config: RunConfig) -> int:
     """Ranks that work on the same samples: TP x PP x CP."""
     parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -36,17 +40,22 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 def global_batch_size(config: RunConfig, world_size: int) -> int:
     """Samples in one optimizer step."""
-    return config.train.global_batch_size or config.train.micro_batch_size * data_parallel_size(config, world_size)
+    return config.train.global_batch_size or config.train.micro_batch_size * data_parallel_size(
+        config, world_size
+    )
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches of one data-parallel rank in one optimizer step."""
-    return global_batch_size(config, world_size) // (config.train.micro_batch_size * data_parallel_size(config, world_size))
+    return global_batch_size(config, world_size) // (
+        config.train.micro_batch_size * data_parallel_size(config, world_size)
+    )
 
 
 def may_change_ranks(config: RunConfig) -> bool:
-    """Whether a checkpoint of the optimizer may be loaded on another number of ranks: they are data-parallel alone, and each has all of
-    the state, or an equal piece of one long row."""
+    """Whether a checkpoint of the optimizer may be loaded on another number of ranks: they are data-parallel
+    alone, and each has all of the state, or an equal piece of one long row.
+    """
     parallel, engine = config.parallel, config.engine
     alone = model_parallel_size(config) == parallel.expert_model_parallel_size == 1
     if engine.engine == "megatron":
@@ -75,7 +84,8 @@ def smallest_topk(config: RunConfig) -> int:
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
-    """``969,30,1`` -> shares of training, validation and test that sum to 1; missing ones are 0, as in Megatron-LM.
+    """``969,30,1`` -> shares of training, validation and test that sum to 1; missing ones are 0, as in
+    Megatron-LM.
 
     Raises ValueError with the rule that is broken.
     """
@@ -83,7 +93,9 @@ def split_shares(split: str) -> tuple[float, float, float]:
     if not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) for word in words) or len(words) > 3:
         raise ValueError("must be up to three non-negative numbers with commas between them")
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))
-    total = shares[0] + shares[1] + shares[2]  # sum() compensates for rounding from Python 3.12 on, and could move a split's border
+    total = (
+        shares[0] + shares[1] + shares[2]
+    )  # sum() compensates for rounding from Python 3.12 on, and could move a split's border
     if not total > 0:
         raise ValueError("must have a share greater than 0")
     return (shares[0] / total, shares[1] / total, shares[2] / total)

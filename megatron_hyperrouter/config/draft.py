@@ -1,4 +1,6 @@
-"""One set of settings in the making: merges the sources, validates leaf by leaf, and collects what is wrong."""
+"""One set of settings in the making: merges the sources, validates leaf by leaf, and collects what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ABSENT: Final = object()
 
 
 class Draft:
-    """Settings from ``flags`` (as written), ``overrides`` (flat names, typed values) and ``file``, in this order of precedence."""
+    """Settings from ``flags`` (as written), ``overrides`` (flat names, typed values) and ``file``, in
+    this order of precedence.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,9 @@ class Draft:
         config = RunConfig(
             router=router,
             **{
-                section: config_type(**{name: values[name] for name, leaf in tree_leaves().items() if leaf.section == section})
+                section: config_type(
+                    **{name: values[name] for name, leaf in tree_leaves().items() if leaf.section == section}
+                )
                 for section, config_type in sections().items()
             },
         )
@@ -57,35 +63,52 @@ class Draft:
     def _router(self) -> RouterChoice:
         default = RouterChoice().name
         in_file = str(self.values.get(ROUTER_NAME, default))
-        chosen = self._take(Leaf("router", ROUTER_NAME, Literal[tuple(sorted(self.routers))], (), False, default, "router"))
+        chosen = self._take(
+            Leaf("router", ROUTER_NAME, Literal[tuple(sorted(self.routers))], (), False, default, "router")
+        )
         if ROUTER_NAME in self.unsure:
-            self.values = {name: value for name, value in self.values.items() if not name.startswith(ROUTER_PREFIX)}
-            self.flags = {name: words for name, words in self.flags.items() if not name.startswith(flag(ROUTER_PREFIX))}
+            self.values = {
+                name: value for name, value in self.values.items() if not name.startswith(ROUTER_PREFIX)
+            }
+            self.flags = {
+                name: words for name, words in self.flags.items() if not name.startswith(flag(ROUTER_PREFIX))
+            }
         elif chosen != in_file:
             self._forget_options_of(in_file)
         if chosen not in self.routers:
             return RouterChoice(name=chosen)
         config_type = self.routers[chosen].Config
-        options = {name.removeprefix(ROUTER_PREFIX): self._take(leaf) for name, leaf in router_leaves(config_type).items()}
+        options = {
+            name.removeprefix(ROUTER_PREFIX): self._take(leaf)
+            for name, leaf in router_leaves(config_type).items()
+        }
         return RouterChoice(name=chosen, options=config_type(**options))
 
     def _forget_options_of(self, replaced: str) -> None:
-        """Drop what the file says to the router that a flag has replaced; what that router does not know either stays, to be reported."""
+        """Drop what the file says to the router that a flag has replaced; what that router does not know
+        either stays, to be reported.
+        """
         for name in list(self.values):
-            if name.startswith(ROUTER_PREFIX) and (replaced not in self.routers or name in self._options_of(replaced)):
+            if name.startswith(ROUTER_PREFIX) and (
+                replaced not in self.routers or name in self._options_of(replaced)
+            ):
                 del self.values[name]
 
     def _options_of(self, router: str) -> Mapping[str, Leaf]:
         return router_leaves(self.routers[router].Config) if router in self.routers else {}
 
     def _take(self, leaf: Leaf) -> Any:
-        """The value of one setting from the strongest source that gives it, which then counts as understood."""
+        """The value of one setting from the strongest source that gives it, which then counts as
+        understood.
+        """
         in_file = self.values.pop(leaf.name, ABSENT)
         override = self.overrides.pop(leaf.name, ABSENT)
         words = self.flags.pop(leaf.flag, None)
         off = self.flags.pop(leaf.off_flag, None) if leaf.off_flag else None
         if off is not None:
-            return self._attempt(leaf, str(leaf.off_flag), " ".join(off), lambda: switched_off(leaf, words, off))
+            return self._attempt(
+                leaf, str(leaf.off_flag), " ".join(off), lambda: switched_off(leaf, words, off)
+            )
         if words is not None:
             return self._attempt(leaf, leaf.flag, " ".join(words), lambda: from_words(leaf, words))
         if override is not ABSENT:
@@ -107,15 +130,23 @@ class Draft:
     def _report_unknown(self, router: str) -> None:
         """A problem for everything that no setting took."""
         for name, words in self.flags.items():
-            self._unknown(name, name.removeprefix("--").replace("-", "_"), " ".join(words), "unknown flag", router)
+            self._unknown(
+                name, name.removeprefix("--").replace("-", "_"), " ".join(words), "unknown flag", router
+            )
         for name, value in self.overrides.items():
             self._unknown(flag(name), name, value, "unknown setting", router)
         for name, value in self.values.items():
-            self._unknown(f"{name} in {self.file.path}", name.replace("-", "_"), value, "unknown setting", router)
+            self._unknown(
+                f"{name} in {self.file.path}", name.replace("-", "_"), value, "unknown setting", router
+            )
 
     def _unknown(self, place: str, name: str, value: object, rule: str, router: str) -> None:
         leaves = {**tree_leaves(), **self._options_of(router)}
-        off = {leaf.off_flag.removeprefix("--").replace("-", "_"): leaf.name for leaf in leaves.values() if leaf.off_flag}
+        off = {
+            leaf.off_flag.removeprefix("--").replace("-", "_"): leaf.name
+            for leaf in leaves.values()
+            if leaf.off_flag
+        }
         close = nearest(name, [*leaves, *off, ROUTER_NAME, "config"])
         owners = [other for other in self.routers if name in self._options_of(other)]
         if owners:

@@ -15,13 +15,17 @@ KINDS = {int: "N", float: "X", str: "TEXT"}
 
 
 def help_text(routers: Mapping[str, Any], *, prog: str) -> str:
-    """All flags by section, with meaning, range and default; ``routers``: name -> class with a nested ``Config``."""
+    """All flags by section, with meaning, range and default; ``routers``: name -> class with a nested
+    ``Config``.
+    """
     head = [
         f"usage: {prog} [--config FILE.yaml] [--flag VALUE ...]",
         "",
         *textwrap.wrap(
-            "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name with underscores; the router's "
-            "settings stand in a mapping: router: {name: hyper, hypernet_width: 256}. A --router.name other than the file's replaces "
+            "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name with "
+            "underscores; the router's "
+            "settings stand in a mapping: router: {name: hyper, hypernet_width: 256}. A --router.name other "
+            "than the file's replaces "
             "that whole mapping.",
             WIDTH,
         ),
@@ -32,7 +36,14 @@ def help_text(routers: Mapping[str, Any], *, prog: str) -> str:
     for section, config_type in sections().items():
         leaves = (leaf for leaf in tree_leaves().values() if leaf.section == section)
         head += ["", f"{section}: {_summary(config_type)}", *_rows(leaves)]
-    head += ["", "router:", *_row(f"{flag('router.name')} NAME", f"one of {', '.join(sorted(routers))} (default: {RouterChoice().name})")]
+    head += [
+        "",
+        "router:",
+        *_row(
+            f"{flag('router.name')} NAME",
+            f"one of {', '.join(sorted(routers))} (default: {RouterChoice().name})",
+        ),
+    ]
     for name in sorted(routers):
         rows = list(_rows(router_leaves(routers[name].Config).values()))
         head += ["", f"router {name}: {_summary(routers[name])}", *(rows or ["  (no options)"])]

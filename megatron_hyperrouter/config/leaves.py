@@ -1,4 +1,6 @@
-"""Walks the tree of settings: one :class:`Leaf` a setting, from which flags, YAML keys, validation and ``--help`` are made."""
+"""Walks the tree of settings: one :class:`Leaf` a setting, from which flags, YAML keys, validation and
+``--help`` are made.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,15 @@ class Leaf:
 
     def bounds(self) -> str:
         """The range in words: ``>= 0 and <= 2``; empty where any value goes."""
-        signs = ((sign, getattr(rule, name)) for rule in self.rules for kind, (name, sign) in SIGNS.items() if isinstance(rule, kind))
-        return " and ".join(f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}" for sign, bound in signs)
+        signs = (
+            (sign, getattr(rule, name))
+            for rule in self.rules
+            for kind, (name, sign) in SIGNS.items()
+            if isinstance(rule, kind)
+        )
+        return " and ".join(
+            f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}" for sign, bound in signs
+        )
 
 
 def flag(name: str) -> str:
@@ -93,7 +102,9 @@ def tree_leaves() -> Mapping[str, Leaf]:
     for section, config_type in sections().items():
         for leaf in _leaves_of(config_type, section, ""):
             if other := found.get(leaf.name):
-                raise TypeError(f"setting {leaf.name!r} stands in two sections: {other.section} and {section}")
+                raise TypeError(
+                    f"setting {leaf.name!r} stands in two sections: {other.section} and {section}"
+                )
             found[leaf.name] = leaf
     return types.MappingProxyType(found)
 
@@ -103,7 +114,9 @@ def router_leaves(config_type: type) -> Mapping[str, Leaf]:
     """A router's own options, by prefixed name: ``router.hypernet_width``."""
     found = {leaf.name: leaf for leaf in _leaves_of(config_type, "router", ROUTER_PREFIX)}
     if f"{ROUTER_PREFIX}name" in found:
-        raise TypeError(f"{config_type.__qualname__}.name: an option cannot be called name, which chooses the router")
+        raise TypeError(
+            f"{config_type.__qualname__}.name: an option cannot be called name, which chooses the router"
+        )
     return types.MappingProxyType(found)
 
 

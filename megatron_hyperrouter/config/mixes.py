@@ -1,4 +1,6 @@
-"""What the words of ``--data-path`` and the entries of ``--data-schedule`` mean, as far as it shows without looking at a data file."""
+"""What the words of ``--data-path`` and the entries of ``--data-schedule`` mean, as far as it shows without
+looking at a data file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SCHEDULE_REMEDY = "write a list of entries with from_step and data_path, the fir
 
 
 def prefixes_and_weights(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  Raises ValueError with the rule where weights and prefixes do not alternate."""
+    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  Raises ValueError with the rule where weights and
+    prefixes do not alternate.
+    """
     weights = [_number(word) for word in words[0::2]]
     odd = len(words) % 2 == 1
     if len(words) < 2 or (weights[0] is None and (odd or not any(weight is not None for weight in weights))):
@@ -30,7 +34,9 @@ def prefixes_and_weights(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[f
 
 
 def scheduled(data: DataConfig) -> tuple[Mix, ...]:
-    """The entries of ``data.data_schedule``, a file or a list in YAML.  Raises ValueError with the rule that is broken."""
+    """The entries of ``data.data_schedule``, a file or a list in YAML.  Raises ValueError with the rule that
+    is broken.
+    """
     given = str(data.data_schedule)
     try:
         entries = parse_yaml(given) if is_inline(given) else load_yaml(given)
@@ -58,8 +64,14 @@ def _mix(number: int, entry: Any) -> Mix:
     step, words = entry["from_step"], entry["data_path"]
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"entry {number}: from_step must be a whole number from 0, got {step!r}")
-    if not isinstance(words, list) or not words or not all(isinstance(word, str | int | float) for word in words):
-        raise ValueError(f"entry {number}: data_path must be a list of prefixes, each optionally after its weight")
+    if (
+        not isinstance(words, list)
+        or not words
+        or not all(isinstance(word, str | int | float) for word in words)
+    ):
+        raise ValueError(
+            f"entry {number}: data_path must be a list of prefixes, each optionally after its weight"
+        )
     path = tuple(str(word) for word in words)
     try:
         prefixes, _ = prefixes_and_weights(path)

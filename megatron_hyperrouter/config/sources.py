@@ -1,7 +1,9 @@
-"""Reads raw settings from a command line and from a YAML file; checks syntax only, and collects every problem.
+"""Reads raw settings from a command line and from a YAML file; checks syntax only, and collects every
+problem.
 
-argparse stops at the first mistake and the contract asks for all of them at once, so the few rules of flags stand here:
-``--name value``, ``--name=value``, several words after one flag, and the last of two equal flags wins.
+argparse stops at the first mistake and the contract asks for all of them at once, so the few rules of flags
+stand here: ``--name value``, ``--name=value``, several words after one flag, and the last of two equal flags
+wins.
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
         elif word == "-h":
             words = line.flags["--help"] = []
         elif words is None:
-            line.problems.append(Problem("command line", word, "stands after no flag", "write --flag value; --help lists all flags"))
+            line.problems.append(
+                Problem(
+                    "command line", word, "stands after no flag", "write --flag value; --help lists all flags"
+                )
+            )
         else:
             words.append(word)
     for name in LAUNCHER_FLAGS:
@@ -74,13 +80,24 @@ def read_yaml(path: str) -> YamlFile:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        return _unreadable(path, f"is not valid YAML{line}: {getattr(error, 'problem', None) or error}", "mend that line")
-    except (ValueError, RecursionError) as error:  # a 13th month, a number of thousands of digits, nesting without end
-        return _unreadable(path, f"holds a value that YAML cannot read ({error})", "write plain settings, one a line")
+        return _unreadable(
+            path, f"is not valid YAML{line}: {getattr(error, 'problem', None) or error}", "mend that line"
+        )
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a 13th month, a number of thousands of digits, nesting without end
+        return _unreadable(
+            path, f"holds a value that YAML cannot read ({error})", "write plain settings, one a line"
+        )
     if document is None:
         return YamlFile(path)
     if not isinstance(document, dict):
-        return _unreadable(path, f"must be a mapping of settings, is a {type(document).__name__}", "write lines like num_layers: 4")
+        return _unreadable(
+            path,
+            f"must be a mapping of settings, is a {type(document).__name__}",
+            "write lines like num_layers: 4",
+        )
     return _flatten(path, document, list(_duplicates(root, path)))
 
 
@@ -90,10 +107,15 @@ def _flatten(path: str, document: dict[Any, Any], problems: list[Problem]) -> Ya
     if isinstance(router, dict):
         options = {f"{ROUTER_PREFIX}{key}": value for key, value in router.items()}
         twice = [key for key in options if key in values]
-        problems += [Problem(f"{key} in {path}", values[key], "stands twice", "keep the one below router:") for key in twice]
+        problems += [
+            Problem(f"{key} in {path}", values[key], "stands twice", "keep the one below router:")
+            for key in twice
+        ]
         values |= options
     else:
-        problems.append(Problem(f"router in {path}", router, "must be a mapping", "write router: {name: hyper}"))
+        problems.append(
+            Problem(f"router in {path}", router, "must be a mapping", "write router: {name: hyper}")
+        )
     return YamlFile(path, values, problems)
 
 
@@ -109,7 +131,12 @@ def _duplicates(root: yaml.Node | None, path: str) -> Iterator[Problem]:
     for key, value in root.value:
         line = key.start_mark.line + 1
         if key.value in first_line:
-            yield Problem(f"{key.value} in {path}", f"lines {first_line[key.value]} and {line}", "stands twice", "keep one of them")
+            yield Problem(
+                f"{key.value} in {path}",
+                f"lines {first_line[key.value]} and {line}",
+                "stands twice",
+                "keep one of them",
+            )
         first_line.setdefault(str(key.value), line)
         yield from _duplicates(value, path)
 

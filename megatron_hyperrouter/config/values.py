@@ -1,4 +1,6 @@
-"""Turns a raw value - words of a flag, or a YAML value - into the typed value of its leaf, or says what it must be."""
+"""Turns a raw value - words of a flag, or a YAML value - into the typed value of its leaf, or says what it
+must be.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def from_words(leaf: Leaf, words: list[str]) -> Any:
     if leaf.is_tuple and not (len(words) == 1 and _is_none(leaf, words[0])):
         return convert(leaf, words)
     if len(words) > 1:
-        raise BadValue(f"takes one value, got {len(words)}", "leave the others out, or quote a value with spaces")
+        raise BadValue(
+            f"takes one value, got {len(words)}", "leave the others out, or quote a value with spaces"
+        )
     return convert(leaf, words[0])
 
 
@@ -44,7 +48,9 @@ def switched_off(leaf: Leaf, on: list[str] | None, off: list[str]) -> bool:
 
 
 def convert(leaf: Leaf, raw: object) -> Any:
-    """The typed value of ``raw``, which is a word, a YAML value or already of the right type; raises :class:`BadValue`."""
+    """The typed value of ``raw``, which is a word, a YAML value or already of the right type; raises
+    :class:`BadValue`.
+    """
     if _is_none(leaf, raw):
         return None
     try:
@@ -69,12 +75,17 @@ def _adapter(leaf: Leaf) -> TypeAdapter[Any]:
 
 
 def _prepared(leaf: Leaf, raw: object) -> object:
-    """Undo what YAML's own typing does to words, and what Python lets pass: True is an int, 0.3 in a blend is a word."""
+    """Undo what YAML's own typing does to words, and what Python lets pass: True is an int, 0.3 in a blend is
+    a word.
+    """
     if leaf.is_tuple:
         items = [raw] if isinstance(raw, str) else raw
         if not isinstance(items, (list, tuple)):
             return None
-        return [str(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else item for item in items]
+        return [
+            str(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else item
+            for item in items
+        ]
     if leaf.choices:
         return {str(choice): choice for choice in leaf.choices}.get(str(raw), raw)
     if isinstance(raw, bool) and leaf.base is not bool:

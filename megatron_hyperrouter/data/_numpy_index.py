@@ -1,4 +1,5 @@
-"""The C++ extension ``_index`` once more, in NumPy: same arguments, same numbers, same kinds of errors, only slower.
+"""The C++ extension ``_index`` once more, in NumPy: same arguments, same numbers, same kinds of errors, only
+slower.
 
 Used where no compiler was found at installation.  ``csrc/bindings.cpp`` documents each function.
 """
@@ -28,7 +29,9 @@ def sample_index(
     extra: int,
     wide: bool,
 ) -> Integers:
-    """Where each sample begins, as rows (position in document_index, token in that document): [num_samples + 1, 2]."""
+    """Where each sample begins, as rows (position in document_index, token in that document): [num_samples +
+    1, 2].
+    """
     if seq_length < 1:
         raise ValueError(f"seq_length must be at least 1, got {seq_length}")
     if num_samples < 0:
@@ -37,7 +40,10 @@ def sample_index(
     if num_samples == 0:
         return rows
     if len(document_index) and not 0 <= document_index.min() <= document_index.max() < len(sizes):
-        raise IndexError(f"document_index holds {document_index.min()} to {document_index.max()}, but there are {len(sizes)} documents")
+        raise IndexError(
+            f"document_index holds {document_index.min()} to {document_index.max()}, but there are "
+            f"{len(sizes)} documents"
+        )
     lengths = sizes[document_index]
     if len(lengths) and lengths.min() < 0:
         raise ValueError(f"sizes hold {lengths.min()}, which is negative")
@@ -50,7 +56,9 @@ def sample_index(
     rows[1 : inside + 1, 1] = boundaries[:inside] - (ends - lengths)[documents[:inside]]
     if inside < num_samples:
         before = int(ends[-1]) if len(ends) else 0
-        if inside < num_samples - 1 or before < num_tokens:  # only a last sample that is shorter than the others can be left
+        if (
+            inside < num_samples - 1 or before < num_tokens
+        ):  # only a last sample that is shorter than the others can be left
             raise ValueError(f"the documents of document_index hold {before} tokens, not {num_tokens}")
         # As megatron-core, in the last document even if it is empty; but not at token -1 of it.
         last = len(lengths) - 1 if lengths[-1] >= extra else int(np.flatnonzero(lengths)[-1])
@@ -59,7 +67,9 @@ def sample_index(
 
 
 def shuffle(values: Integers, key: npt.NDArray[np.uint32], position: int) -> int:
-    """Shuffle in place as RandomState.shuffle does from that state; changes ``key``, returns the new position."""
+    """Shuffle in place as RandomState.shuffle does from that state; changes ``key``, returns the new
+    position.
+    """
     random_state = np.random.RandomState()
     random_state.set_state({"bit_generator": "MT19937", "state": {"key": key, "pos": position}})
     random_state.shuffle(values)
@@ -69,7 +79,9 @@ def shuffle(values: Integers, key: npt.NDArray[np.uint32], position: int) -> int
 
 
 def blending_indices(weights: npt.NDArray[np.float64], size: int) -> Blend:
-    """Set and sample of that set for each sample of a blend: always the set that is furthest behind its share."""
+    """Set and sample of that set for each sample of a blend: always the set that is furthest behind its
+    share.
+    """
     _check_count(len(weights), "weights")
     if not np.isfinite(weights).all() or weights.min() <= 0:
         raise ValueError(f"weights must be above 0, got {weights.tolist()}")

@@ -1,7 +1,8 @@
-"""Which library turns text into ids: ``tokenizers``, or ``gigatoken``, which is many times faster and knows fewer tokenizers.
+"""Which library turns text into ids: ``tokenizers``, or ``gigatoken``, which is many times faster and knows
+fewer tokenizers.
 
-The ids are those of ``tokenizers`` whatever the back end: before a corpus is encoded, its first documents and a set of hard texts are
-encoded by both, and a back end that differs anywhere is refused.
+The ids are those of ``tokenizers`` whatever the back end: before a corpus is encoded, its first documents and
+a set of hard texts are encoded by both, and a back end that differs anywhere is refused.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Probl
 Backend = Literal["tokenizers", "gigatoken"]
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 _FLAG = "--tokenizer-backend"
-_CACHE_LIMIT = 128 << 20  # bytes of memory by which the library's cache of words may grow before it is emptied
+_CACHE_LIMIT = (
+    128 << 20
+)  # bytes of memory by which the library's cache of words may grow before it is emptied
 _LOOK_EVERY = 1 << 22  # characters encoded between two looks at the memory
 _BLIND_LIMIT = 1 << 26  # characters between two emptyings where the system does not tell its memory
 
-# What patterns of words are known to disagree about: white space and line ends, contractions, digits, letters with marks, both forms
-# of an accent, scripts without spaces, joined emoji, characters outside the first plane, controls, unassigned code points, special tokens.
+# What patterns of words are known to disagree about: white space and line ends, contractions, digits, letters
+# with marks, both forms of an accent, scripts without spaces, joined emoji, characters outside the first
+# plane, controls, unassigned code points, special tokens.
 PROBES = (
     "",
     " ",
@@ -85,13 +89,25 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
         try:
             import gigatoken  # type: ignore[import]
         except ImportError as error:
-            raise HostError(f"{_FLAG} gigatoken needs the library gigatoken", remedy="pip install gigatoken") from error
+            raise HostError(
+                f"{_FLAG} gigatoken needs the library gigatoken", remedy="pip install gigatoken"
+            ) from error
         try:
             return gigatoken.Tokenizer.from_json(self.json())
-        except (RuntimeError, ValueError) as error:  # what the library raises for a tokenizer that it does not know
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # what the library raises for a tokenizer that it does not know
             reason = str(error).split("\n", 1)[0]
             raise ConfigError(
-                [Problem(_FLAG, "gigatoken", f"does not know the tokenizer {self.path}: {reason}", "use auto or tokenizers")]
+                [
+                    Problem(
+                        _FLAG,
+                        "gigatoken",
+                        f"does not know the tokenizer {self.path}: {reason}",
+                        "use auto or tokenizers",
+                    )
+                ]
             ) from error
 
 
@@ -111,14 +127,24 @@ def choose_encoder(
 ) -> tuple[Tokenizer, Backend]:
     """The tokenizer to encode with, and the name of its back end.
 
-    ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, knows the tokenizer and agrees with ``tokenizers``.
-    ``first``: names and texts of the first documents.  ``report``: told what is ignored, and why ``auto`` passed over a back end.
-    Raises DataError (document, and first id that differs) for a back end asked for by name that disagrees, ConfigError, HostError.
+    ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, knows the tokenizer and
+    agrees with ``tokenizers``. ``first``: names and texts of the first documents.  ``report``: told what is
+    ignored, and why ``auto`` passed over a back end. Raises DataError (document, and first id that differs)
+    for a back end asked for by name that disagrees, ConfigError, HostError.
     """
     if wanted not in BACKENDS:
         raise ConfigError([Problem(_FLAG, wanted, "is not a back end", f"use {', '.join(BACKENDS)}")])
     if tokenizer_type != "HuggingFaceTokenizer" and wanted != "auto":
-        raise ConfigError([Problem(_FLAG, wanted, f"is for HuggingFaceTokenizer; {tokenizer_type} has one way to encode", "leave it out")])
+        raise ConfigError(
+            [
+                Problem(
+                    _FLAG,
+                    wanted,
+                    f"is for HuggingFaceTokenizer; {tokenizer_type} has one way to encode",
+                    "leave it out",
+                )
+            ]
+        )
     if report and tokenizer_model and tokenizer_type != "HuggingFaceTokenizer":
         report(f"--tokenizer-model is ignored: {tokenizer_type} needs none")
     if tokenizer_type != "HuggingFaceTokenizer" or wanted == "tokenizers" or not tokenizer_model:
@@ -143,7 +169,9 @@ def choose_encoder(
 
 
 def difference(fast: GigatokenTokenizer, first: Iterable[tuple[str, str]]) -> str | None:
-    """Where the ids of ``PROBES`` or of a (name, text) of ``first`` are not those of ``tokenizers``, in words; None: nowhere."""
+    """Where the ids of ``PROBES`` or of a (name, text) of ``first`` are not those of ``tokenizers``, in
+    words; None: nowhere.
+    """
     texts = [*((f"the text {text[:60]!r}", text) for text in PROBES), *first]
     for name, text in texts:
         (found,), (expected,) = fast.encode_batch([text]), fast.encode_batch_exactly([text])

@@ -1,6 +1,8 @@
-"""What --data-path and --split mean: which files, in which shares, and which of their documents each split reads.
+"""What --data-path and --split mean: which files, in which shares, and which of their documents each split
+reads.
 
-Equal to megatron-core 0.16's ``get_blend_from_list``, ``BlendedMegatronDatasetConfig`` and ``BlendedMegatronDatasetBuilder``.
+Equal to megatron-core 0.16's ``get_blend_from_list``, ``BlendedMegatronDatasetConfig`` and
+``BlendedMegatronDatasetBuilder``.
 """
 
 from __future__ import annotations
@@ -17,20 +19,25 @@ from megatron_hyperrouter.config.derived import split_shares
 from megatron_hyperrouter.config.mixes import prefixes_and_weights
 from megatron_hyperrouter.errors import ConfigError, Problem
 
-_SURPLUS = 0.005  # samples that megatron-core builds over those that a set's weight asks for; they change the number of epochs
+# samples that megatron-core builds over those that a set's weight asks for; they change the number of epochs
+_SURPLUS = 0.005
 _PIECE = 2**20  # samples
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Prefixes of ``.bin/.idx`` pairs and their weights, which sum to 1; None: in proportion to the samples that each holds."""
+    """Prefixes of ``.bin/.idx`` pairs and their weights, which sum to 1; None: in proportion to the samples
+    that each holds.
+    """
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...] | None
 
 
 def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
-    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  ConfigError where weights and prefixes do not alternate."""
+    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  ConfigError where weights and prefixes do not
+    alternate.
+    """
     try:
         prefixes, weights = prefixes_and_weights(words)
     except ValueError as error:
@@ -40,33 +47,42 @@ def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
 
 
 def normalise(weights: Sequence[float]) -> tuple[float, ...]:
-    """Shares that sum to 1, by the float64 operations of megatron-core: another rounding could turn a tie in a blend."""
+    """Shares that sum to 1, by the float64 operations of megatron-core: another rounding could turn a tie in
+    a blend.
+    """
     array = np.array(weights, np.float64)
     return tuple((array / np.sum(array)).tolist())
 
 
 def split_documents(split: str, num_documents: int) -> tuple[range, range, range]:
-    """The documents of training, validation and test: neighbouring ranges in the shares of ``split``, each possibly empty.
+    """The documents of training, validation and test: neighbouring ranges in the shares of ``split``, each
+    possibly empty.
 
     ConfigError for a split that is not up to three shares.
     """
     try:
         shares = split_shares(split)
     except ValueError as error:
-        raise ConfigError([Problem("--split", split, str(error), "write training, validation and test shares: 969,30,1")]) from None
+        raise ConfigError(
+            [Problem("--split", split, str(error), "write training, validation and test shares: 969,30,1")]
+        ) from None
     bounds = [round(bound * num_documents) for bound in accumulate(shares, initial=0.0)]
     train, valid, test = (range(begin, end) for begin, end in pairwise(bounds))
     return train, valid, test
 
 
 def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[int, tuple[int, ...]]:
-    """Samples in a blend of at least ``num_samples``, and how many each set is built with (a little over its part)."""
+    """Samples in a blend of at least ``num_samples``, and how many each set is built with (a little over its
+    part).
+    """
     parts = [math.ceil(num_samples * weight) for weight in weights]
     return sum(parts), tuple(math.ceil(part * (1 + _SURPLUS)) for part in parts)
 
 
 def set_counts(sets: npt.NDArray[np.int16], count: int) -> list[int]:
-    """How many samples of a blend each of its ``count`` sets gives; in pieces, because NumPy counts in a copy four times as large."""
+    """How many samples of a blend each of its ``count`` sets gives; in pieces, because NumPy counts in a copy
+    four times as large.
+    """
     total = np.zeros(count, np.int64)
     for begin in range(0, len(sets), _PIECE):
         total += np.bincount(sets[begin : begin + _PIECE], minlength=count)

@@ -1,13 +1,15 @@
 """Index files: arrays that one process of a node builds and all of them map; a later run finds them there.
 
-Nobody waits in a collective: a process that needs a file takes a lock of its own machine, builds the file if it is still missing,
-and lets go.  A file appears under its name whole, so that a builder which was killed leaves nothing that could be read, and the next
-one in line takes over.  Names are digests of all that the content depends on; a damaged or foreign file is built again.
+Nobody waits in a collective: a process that needs a file takes a lock of its own machine, builds the file if
+it is still missing, and lets go.  A file appears under its name whole, so that a builder which was killed
+leaves nothing that could be read, and the next one in line takes over.  Names are digests of all that the
+content depends on; a damaged or foreign file is built again.
 
     bytes 0-7     b"MHRINDEX"
     bytes 8-15    uint64  length of the header
-    then          header, JSON: {"key": ..., "arrays": [{"name", "dtype", "shape", "offset", "sum"}, ...], "size": bytes of the file}
-    from there    the arrays, little-endian, each from a multiple of 64 bytes on; "sum": its bytes as uint64 words, modulo 2**64
+    then          header, JSON: {"key": ..., "arrays": [{"name", "dtype", "shape", "offset", "sum"}, ...],
+    "size": bytes of the file} from there    the arrays, little-endian, each from a multiple of 64 bytes on;
+    "sum": its bytes as uint64 words, modulo 2**64
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 Named = Iterator[tuple[str, npt.NDArray[Any]]]
 Key = Mapping[str, Any]
 
-CACHED_FROM = 2**20  # numbers; what is smaller is built by every process in less time than it takes to open a file
+CACHED_FROM = (
+    2**20
+)  # numbers; what is smaller is built by every process in less time than it takes to open a file
 _MAGIC = b"MHRINDEX"
 _START = struct.Struct("<8sQ")
 _ALIGN = 64
@@ -50,7 +54,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass
 class Cache:
-    """Where index files lie: in ``folder``, else in ``cache/hyperrouter`` beside the data, else in ``fallback``, else nowhere.
+    """Where index files lie: in ``folder``, else in ``cache/hyperrouter`` beside the data, else in
+    ``fallback``, else nowhere.
 
     ``used``: the files that were found or built, in order.
     """
@@ -61,13 +66,17 @@ class Cache:
     used: list[Path] = field(default_factory=list)
 
     def arrays(self, key: Key, build: Callable[[], Named], *, beside: str, numbers: int) -> Arrays:
-        """What ``build`` makes of ``key`` (values that JSON knows): ``numbers`` of them, for the data file ``beside``.
+        """What ``build`` makes of ``key`` (values that JSON knows): ``numbers`` of them, for the data file
+        ``beside``.
 
-        An array that ``build`` yields is written before the next one is asked for, so that they need not all be in memory.
+        An array that ``build`` yields is written before the next one is asked for, so that they need not all
+        be in memory.
         """
         if numbers < self.cached_from:
             return dict(build())
-        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest() + ".index"
+        name = (
+            hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest() + ".index"
+        )
         paths = [folder / name for folder in self._folders(beside)]
         for path in paths:  # no lock and no right to write is needed for what is there
             found = _load(path, key)
@@ -95,7 +104,9 @@ class Cache:
 
 
 def file_identity(path: Path) -> Key:
-    """What changes when a file does: its name, size, time of change, and a digest of its first and last bytes."""
+    """What changes when a file does: its name, size, time of change, and a digest of its first and last
+    bytes.
+    """
     try:
         with open(path, "rb") as stream:
             state = os.fstat(stream.fileno())
@@ -103,7 +114,9 @@ def file_identity(path: Path) -> Key:
             stream.seek(max(state.st_size - 4096, 0))
             ends += stream.read(4096)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk"
+        ) from error
     digest = hashlib.blake2b(ends, digest_size=16).hexdigest()
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
 
@@ -125,13 +138,21 @@ def _build(path: Path, key: Key, build: Callable[[], Named]) -> Arrays:
 def _write(path: Path, key: Key, arrays: Named) -> None:
     """Not forced to the disk: what a crash of the machine leaves shows in the sums, and is built again."""
     entries: list[dict[str, Any]] = []
-    offset, length = 0, -(-len(json.dumps(key)) // _ROOM) * _ROOM + _ROOM  # of the header, which is known last
+    offset, length = (
+        0,
+        -(-len(json.dumps(key)) // _ROOM) * _ROOM + _ROOM,
+    )  # of the header, which is known last
     base = _base(length)
     with open(path, "wb", buffering=0) as stream:
         for name, array in arrays:
             offset += -offset % _ALIGN
             stream.seek(base + offset)
-            entry = {"name": name, "dtype": array.dtype.newbyteorder("<").str, "shape": array.shape, "offset": offset}
+            entry = {
+                "name": name,
+                "dtype": array.dtype.newbyteorder("<").str,
+                "shape": array.shape,
+                "offset": offset,
+            }
             entries.append(entry | {"sum": _write_array(stream, array)})
             offset += array.nbytes
             del array
@@ -155,7 +176,9 @@ def _write_array(stream: Any, array: npt.NDArray[Any]) -> int:
 
 
 def _load(path: Path, key: Key, *, written_here: bool = False) -> Arrays | None:
-    """The arrays of a file, mapped; None where it is missing, damaged, or of another key.  ``written_here``: by this very process."""
+    """The arrays of a file, mapped; None where it is missing, damaged, or of another key.  ``written_here``:
+    by this very process.
+    """
     try:
         with open(path, "rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -170,9 +193,9 @@ def _load(path: Path, key: Key, *, written_here: bool = False) -> Arrays | None:
                 return None
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return {
-            entry["name"]: np.frombuffer(mapped, entry["dtype"], int(np.prod(entry["shape"])), base + entry["offset"]).reshape(
-                entry["shape"]
-            )
+            entry["name"]: np.frombuffer(
+                mapped, entry["dtype"], int(np.prod(entry["shape"])), base + entry["offset"]
+            ).reshape(entry["shape"])
             for entry in header["arrays"]
         }
     except (OSError, ValueError, KeyError, TypeError, struct.error):
@@ -180,7 +203,9 @@ def _load(path: Path, key: Key, *, written_here: bool = False) -> Arrays | None:
 
 
 def _is_sound(stream: Any, base: int, entry: Mapping[str, Any]) -> bool:
-    """Whether an array is what was written; read, not mapped, for what is mapped counts as memory of this process."""
+    """Whether an array is what was written; read, not mapped, for what is mapped counts as memory of this
+    process.
+    """
     left = int(np.prod(entry["shape"])) * np.dtype(entry["dtype"]).itemsize
     total, buffer = 0, memoryview(bytearray(_CHUNK))
     stream.seek(base + entry["offset"])
@@ -204,9 +229,11 @@ def _base(length: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The only process of this machine that holds this lock; the system lets go of it when the process ends, however it ends.
+    """The only process of this machine that holds this lock; the system lets go of it when the process ends,
+    however it ends.
 
-    Where the file system has no locks, a file of the same meaning in the machine's own folder for such things is locked.
+    Where the file system has no locks, a file of the same meaning in the machine's own folder for such things
+    is locked.
     """
     try:
         import fcntl
@@ -218,7 +245,9 @@ def _locked(path: Path) -> Iterator[None]:
     for place in (path, local):
         with open(place, "ab") as stream:
             waiting = threading.Timer(
-                _SILENCE, console.note, [f"waiting for another process that is building {path.with_suffix('.index')}"]
+                _SILENCE,
+                console.note,
+                [f"waiting for another process that is building {path.with_suffix('.index')}"],
             )
             waiting.daemon = True
             waiting.start()

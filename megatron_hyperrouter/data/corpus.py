@@ -1,8 +1,9 @@
 """Text files as a bounded stream: JSON lines, plain text or Parquet, plain or compressed (.gz, .zst).
 
-A JSON line, or a row of a Parquet file, is one document.  A plain-text file is one document, read in pieces of at most ``PIECE_BYTES``
-so that memory does not depend on its length; each piece becomes a sequence of that document.  What a batch holds depends on where it
-starts, so reading may stop after any batch and go on from the place where it ended.
+A JSON line, or a row of a Parquet file, is one document.  A plain-text file is one document, read in pieces
+of at most ``PIECE_BYTES`` so that memory does not depend on its length; each piece becomes a sequence of that
+document.  What a batch holds depends on where it starts, so reading may stop after any batch and go on from
+the place where it ended.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ BATCH_BYTES = 1 << 18
 PIECE_BYTES = 1 << 16
 MOST_LINE_BYTES = 1 << 29  # a longer line is no JSON line, and would fill memory
 _SKIP_BYTES = 1 << 20
-# Best: a line end between two ASCII characters that are no spaces (the second no slash, which some patterns let follow a line end).
-# Words end there too; next best is any place where they surely do.
+# Best: a line end between two ASCII characters that are no spaces (the second no slash, which some patterns
+# let follow a line end). Words end there too; next best is any place where they surely do.
 _SAFE_LINE_END = re.compile(rb"[!-~]\n(?=[!-.0-~])")
 _SAFE_CUT = re.compile(SAFE_CUT.encode())
 
@@ -34,12 +35,16 @@ class Place:
 
     source: int = 0  # number of the input, from 0
     offset: int = 0  # bytes of the decompressed file before it, or rows of a Parquet file
-    line: int = 1  # number of the JSON line that follows, from 1; 0: not known, for reading began inside the file
+    line: int = (
+        1  # number of the JSON line that follows, from 1; 0: not known, for reading began inside the file
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Consecutive lines of a JSON file, rows of a Parquet file, or one piece of a plain-text file, not yet decoded."""
+    """Consecutive lines of a JSON file, rows of a Parquet file, or one piece of a plain-text file, not yet
+    decoded.
+    """
 
     path: str
     kind: Kind
@@ -71,9 +76,11 @@ class _Source:
 def read_batches(
     paths: Sequence[str], keys: Sequence[str] = ("text",), *, part: Part = WHOLE, start: Place | None = None
 ) -> Iterator[Batch]:
-    """Every input in turn, in batches of about ``BATCH_BYTES``; DataError for a file that cannot be read or decompressed.
+    """Every input in turn, in batches of about ``BATCH_BYTES``; DataError for a file that cannot be read or
+    decompressed.
 
-    ``keys``: columns of Parquet files.  ``part``: read this part alone.  ``start``: go on from there, the ``end`` of an earlier batch.
+    ``keys``: columns of Parquet files.  ``part``: read this part alone.  ``start``: go on from there, the
+    ``end`` of an earlier batch.
     """
     start = start or Place()
     sizes = [size_of(path) for path in paths]
@@ -95,10 +102,12 @@ def read_batches(
 
 
 def documents(batch: Batch, keys: Sequence[str]) -> Iterator[tuple[list[str], ...]]:
-    """The documents of a JSON or Parquet batch, or the one piece of a plain-text batch: for each key, the list of its sequences.
+    """The documents of a JSON or Parquet batch, or the one piece of a plain-text batch: for each key, the
+    list of its sequences.
 
-    A value is a string, or a list of strings (sequences of one document, as in Megatron-LM).  Blank lines are left out.  Plain text
-    has the same text under every key.  DataError names the file and the line, row or byte.
+    A value is a string, or a list of strings (sequences of one document, as in Megatron-LM).  Blank lines are
+    left out.  Plain text has the same text under every key.  DataError names the file and the line, row or
+    byte.
     """
     where = _Where(batch)
     if batch.kind == "parquet":
@@ -144,7 +153,9 @@ class _Stream(ByteStream):
 
 
 def _json_batches(source: _Source, place: Place) -> Iterator[Batch]:
-    """Lines from ``place`` on, or from the first that begins in the source's stretch, to the last that begins in it."""
+    """Lines from ``place`` on, or from the first that begins in the source's stretch, to the last that begins
+    in it.
+    """
     offset, number = place.offset, place.line
     inside = source.low > offset  # of the file: the line that holds the byte before is of the part before
     if inside:
@@ -174,7 +185,9 @@ def _json_batches(source: _Source, place: Place) -> Iterator[Batch]:
 
 def _json_batch(source: _Source, lines: list[bytes], number: int, first: int, stream: ByteStream) -> Batch:
     end = Place(source.number, first + sum(map(len, lines)), number + len(lines) if number else 0)
-    return Batch(source.path, "json", tuple(lines), number, first, True, source.before + stream.disk_position(), end)
+    return Batch(
+        source.path, "json", tuple(lines), number, first, True, source.before + stream.disk_position(), end
+    )
 
 
 def _line(stream: ByteStream, path: str, offset: int, number: int) -> bytes:
@@ -182,7 +195,10 @@ def _line(stream: ByteStream, path: str, offset: int, number: int) -> bytes:
     if len(line) > MOST_LINE_BYTES:
         where = f"line {number}" if number else f"byte {offset}"
         message = f"{path}, {where}: a line of more than {MOST_LINE_BYTES} bytes"
-        raise DataError(message, remedy="write one JSON object a line; a file of plain text needs a name that ends in .txt")
+        raise DataError(
+            message,
+            remedy="write one JSON object a line; a file of plain text needs a name that ends in .txt",
+        )
     return line
 
 
@@ -209,7 +225,13 @@ def _text_batch(source: _Source, piece: bytes, byte: int, closes: bool, stream: 
 
 
 def _parquet_batches(source: _Source, keys: Sequence[str], place: Place) -> Iterator[Batch]:
-    for rows in read_rows(source.path, keys, BATCH_BYTES, lambda fraction: source.owns(int(fraction * source.size)), place.offset):
+    for rows in read_rows(
+        source.path,
+        keys,
+        BATCH_BYTES,
+        lambda fraction: source.owns(int(fraction * source.size)),
+        place.offset,
+    ):
         end = Place(source.number, rows.first + len(rows))
         position = source.before + int(rows.done * source.size)
         yield Batch(source.path, "parquet", (), rows.first + 1, 0, True, position, end, rows.columns)
@@ -221,8 +243,8 @@ def _skip_bom(stream: ByteStream) -> int:
 
 
 def _cut(data: bytes) -> int:
-    """Where to cut ``data`` (longer than PIECE_BYTES): the last line end or space where a word surely ends, else the last line end,
-    else between two characters.
+    """Where to cut ``data`` (longer than PIECE_BYTES): the last line end or space where a word surely ends,
+    else the last line end, else between two characters.
     """
     window = data[: PIECE_BYTES + 2]  # two bytes more than the piece, to see what follows the cut
     for places in (_SAFE_LINE_END.finditer(window), _SAFE_CUT.finditer(window)):
@@ -274,12 +296,18 @@ def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ..
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: broken JSON at column {error.colno}: {error.msg}", remedy="write one whole JSON object a line"
+            f"{where}: broken JSON at column {error.colno}: {error.msg}",
+            remedy="write one whole JSON object a line",
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        raise DataError(f"{where}: unusable JSON: {error}", remedy="write one JSON object of plain text a line") from error
+        raise DataError(
+            f"{where}: unusable JSON: {error}", remedy="write one JSON object of plain text a line"
+        ) from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}, not an object", remedy='write {"text": "..."} on each line')
+        raise DataError(
+            f"{where}: a JSON {type(record).__name__}, not an object",
+            remedy='write {"text": "..."} on each line',
+        )
     for key in keys:
         if key not in record:
             present = ", ".join(map(repr, record)) or "none"
@@ -297,13 +325,16 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
         if not isinstance(text, str):
             kind = type(text).__name__
             raise DataError(
-                f"{where}: the value of {key!r} is a {kind}, not a string", remedy="name a key that holds text: --json-keys KEY"
+                f"{where}: the value of {key!r} is a {kind}, not a string",
+                remedy="name a key that holds text: --json-keys KEY",
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             lone = f"\\u{ord(text[error.start]):04x}"
-            message = f"{where}: the value of {key!r} has half a surrogate pair ({lone}), which is no character"
+            message = (
+                f"{where}: the value of {key!r} has half a surrogate pair ({lone}), which is no character"
+            )
             raise DataError(message, remedy="remove it or pair it") from error
         sequences.append(text)
     return sequences

@@ -1,8 +1,9 @@
-"""Samples of token files: fixed-length pieces in a random order that depends on the seed alone, from one file or a blend of several.
+"""Samples of token files: fixed-length pieces in a random order that depends on the seed alone, from one file
+or a blend of several.
 
-``S`` is the sequence length; a sample is S + 1 tokens: positions 0 .. S - 1 are the inputs, 1 .. S their labels.
-Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same files, split and seed, unless
-the file's index is an on-demand one (``--data-index``).
+``S`` is the sequence length; a sample is S + 1 tokens: positions 0 .. S - 1 are the inputs, 1 .. S their
+labels. Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same
+files, split and seed, unless the file's index is an on-demand one (``--data-index``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_hyperrouter.data import index
-from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, set_counts, split_documents
+from megatron_hyperrouter.data.blend import (
+    Blend,
+    blend_sizes,
+    normalise,
+    parse_blend,
+    set_counts,
+    split_documents,
+)
 from megatron_hyperrouter.data.cache import Cache, Named, file_identity
 from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import Order, SampleOrder, Span, order_of, plan_order
@@ -41,7 +49,9 @@ class Dataset(Protocol):
         ...
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary.
+        """
         ...
 
 
@@ -58,7 +68,13 @@ class SequenceDataset:
     """The samples of one file in the order that is given, by any number of threads."""
 
     def __init__(
-        self, store: IndexedDataset, order: Order, *, seq_length: int, vocab_size: int, impl: Implementation | None = None
+        self,
+        store: IndexedDataset,
+        order: Order,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        impl: Implementation | None = None,
     ) -> None:
         self.store, self.order, self.seq_length, self.vocab_size = store, order, seq_length, vocab_size
         self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
@@ -68,7 +84,9 @@ class SequenceDataset:
         return len(self.order)
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary.
+        """
         return self.read(self.order.span(i), self.seq_length + 1)
 
     def read(self, span: Span, length: int) -> Sample:
@@ -92,9 +110,16 @@ class SequenceDataset:
 
 
 class BlendedDataset:
-    """Samples of several datasets, mixed: sample i is sample ``sample_index[i]`` of dataset ``dataset_index[i]``."""
+    """Samples of several datasets, mixed: sample i is sample ``sample_index[i]`` of dataset
+    ``dataset_index[i]``.
+    """
 
-    def __init__(self, datasets: Sequence[Dataset], dataset_index: npt.NDArray[np.int16], sample_index: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        dataset_index: npt.NDArray[np.int16],
+        sample_index: npt.NDArray[np.int64],
+    ) -> None:
         self.datasets, self.dataset_index, self.sample_index = tuple(datasets), dataset_index, sample_index
 
     def __len__(self) -> int:
@@ -102,7 +127,9 @@ class BlendedDataset:
         return len(self.dataset_index)
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary."""
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: there are {len(self)}")
         return self.datasets[int(self.dataset_index[i])][int(self.sample_index[i])]
@@ -123,14 +150,16 @@ def build_splits(
 ) -> Splits:
     """The datasets of a run, each with at least the samples asked for (None: one epoch; 0: no dataset).
 
-    ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation and test may have
-    no documents at all, and are None then.  ``eod``: the id that ends a document, for ``--pack-documents``.  ``cache``: where
-    index files lie; by default as ``data`` says.
+    ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation
+    and test may have no documents at all, and are None then.  ``eod``: the id that ends a document, for
+    ``--pack-documents``.  ``cache``: where index files lie; by default as ``data`` says.
     DataError for files that are unusable, empty, or shorter than one sample.
     """
     if not data.data_path and not data.train_data_path:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
-        raise ConfigError([Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)])
+        raise ConfigError(
+            [Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)]
+        )
     builder = Builder(data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod)
     samples = (train_samples, valid_samples, test_samples)
     return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
@@ -148,12 +177,18 @@ class Builder:
     impl: Implementation | None = None
     eod: int | None = None  # the id that ends a document; what packs them needs it
     stores: dict[str, IndexedDataset] = field(default_factory=dict)
-    asked: dict[str, int | None] = field(default_factory=dict)  # file -> the number of samples that its last index was made for
+    asked: dict[str, int | None] = field(
+        default_factory=dict
+    )  # file -> the number of samples that its last index was made for
 
     def build(self, number: int, num_samples: int | None) -> Dataset | None:
         """Dataset of split ``number``."""
         own = (self.data.train_data_path, self.data.valid_data_path, self.data.test_data_path)[number]
-        flag, words = ("--data-path", self.data.data_path) if self.data.data_path else (f"--{SPLITS[number]}-data-path", own)
+        flag, words = (
+            ("--data-path", self.data.data_path)
+            if self.data.data_path
+            else (f"--{SPLITS[number]}-data-path", own)
+        )
         if num_samples == 0 or not words:
             return None
         blend = parse_blend(words, flag=flag)
@@ -169,7 +204,9 @@ class Builder:
         return self.blended(blend, number, num_samples)
 
     def blended(self, blend: Blend, number: int, num_samples: int | None) -> BlendedDataset:
-        """Several files in the shares of their weights; without weights each sample at most once, as far as they reach."""
+        """Several files in the shares of their weights; without weights each sample at most once, as far as
+        they reach.
+        """
         weights = blend.weights
         if weights is None:
             parts = [self.one(prefix, number, None) for prefix in blend.prefixes]
@@ -181,16 +218,22 @@ class Builder:
                 return BlendedDataset(parts, *self.mix(blend, weights, num_samples))
             # More than one epoch: megatron-core stops here; the same shares go on.
         elif num_samples is None:
-            raise ValueError("a blend with weights needs a number of samples: its sets would end at different times")
+            raise ValueError(
+                "a blend with weights needs a number of samples: its sets would end at different times"
+            )
         size, built = blend_sizes(weights, num_samples)
         sets, samples = self.mix(blend, normalise(weights), size)
         # The surplus can be too small for many small sets, where megatron-core gives up.
         needed = [max(pair) for pair in zip(built, set_counts(sets, len(built)), strict=True)]
-        parts = [self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)]
+        parts = [
+            self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)
+        ]
         return BlendedDataset(parts, sets, samples)
 
     def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.Blend:
-        """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are used up."""
+        """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are
+        used up.
+        """
 
         def build() -> Named:
             made = (
@@ -200,8 +243,14 @@ class Builder:
             )
             yield from zip(("sets", "samples"), made, strict=True)
 
-        key = {"kind": "megatron-core 0.16 BlendedDataset", "shares": [float(share).hex() for share in shares], "size": size}
-        found = self.cache.arrays(key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size))
+        key = {
+            "kind": "megatron-core 0.16 BlendedDataset",
+            "shares": [float(share).hex() for share in shares],
+            "size": size,
+        }
+        found = self.cache.arrays(
+            key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size)
+        )
         return found["sets"], found["samples"]
 
     def one(self, prefix: str, number: int, num_samples: int | None) -> Dataset:
@@ -212,15 +261,21 @@ class Builder:
         if self.data.pack_documents:
             return self.packed(store, documents, num_samples)
         order = self.order(store, documents, num_samples)
-        return SequenceDataset(store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl)
+        return SequenceDataset(
+            store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl
+        )
 
     def check_length(self, store: IndexedDataset, documents: range, number: int) -> int:
         """Tokens that these documents hold; DataError where they are fewer than one sample."""
         tokens = self.tokens(store, documents)
         if tokens < self.seq_length + 1:
-            part = f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with {tokens} tokens"
+            part = (
+                f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with "
+                f"{tokens} tokens"
+            )
             raise DataError(
-                f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length {self.seq_length} and the last label",
+                f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length "
+                f"{self.seq_length} and the last label",
                 remedy="use more text, a smaller --seq-length, or another --split",
             )
         return tokens
@@ -239,7 +294,9 @@ class Builder:
         }
 
         def build() -> Named:
-            yield from vars(pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl)).items()
+            yield from vars(
+                pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl)
+            ).items()
 
         packing = Packing(**self.cache.arrays(key, build, beside=store.prefix, numbers=3 * len(documents)))
         return PackedDataset(
@@ -256,7 +313,14 @@ class Builder:
     def order(self, store: IndexedDataset, documents: range, num_samples: int | None) -> Order:
         """The samples of these documents, by the kind of index that the file has."""
         if self.on_demand(store):
-            return OnDemandOrder(store, documents, seq_length=self.seq_length, num_samples=num_samples, seed=self.seed, impl=self.impl)
+            return OnDemandOrder(
+                store,
+                documents,
+                seq_length=self.seq_length,
+                num_samples=num_samples,
+                seed=self.seed,
+                impl=self.impl,
+            )
         plan = plan_order(self.tokens(store, documents), seq_length=self.seq_length, num_samples=num_samples)
         key = {
             "kind": "megatron-core 0.16 GPTDataset",
@@ -268,13 +332,17 @@ class Builder:
         }
 
         def build() -> Named:
-            return order_of(plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl)
+            return order_of(
+                plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl
+            )
 
         numbers = plan.epochs * (len(documents) + 3 * plan.tokens_per_epoch // self.seq_length)
         return SampleOrder(**self.cache.arrays(key, build, beside=store.prefix, numbers=numbers))
 
     def on_demand(self, store: IndexedDataset) -> bool:
-        """Whether the index of this file is looked up rather than built: the same for all its splits and whatever the run's length."""
+        """Whether the index of this file is looked up rather than built: the same for all its splits and
+        whatever the run's length.
+        """
         if self.data.pack_documents:
             return False
         kind = self.data.data_index
@@ -299,5 +367,8 @@ class Builder:
             if not self.on_demand(store):
                 store.check()
             if not len(store):
-                raise DataError(f"{os.fspath(prefix)}.idx: the corpus is empty: 0 documents", remedy="preprocess a file that holds text")
+                raise DataError(
+                    f"{os.fspath(prefix)}.idx: the corpus is empty: 0 documents",
+                    remedy="preprocess a file that holds text",
+                )
         return self.stores[prefix]

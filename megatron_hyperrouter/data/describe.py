@@ -24,11 +24,11 @@ def describe(
 ) -> dict[str, str]:
     """Names and values, in the order in which to show them.
 
-    ``prefix``: with or without .bin or .idx.  ``num_first``: tokens to show; with a ``tokenizer`` also as text.
-    Lengths are those of documents, in tokens.  ``verify``: compare all with the manifest beside the files.
-    ``progress(bytes, all bytes)`` read for the checksums.
-    ConfigError for a negative number; DataError for files that are unusable, differ from their manifest, or hold ids that the tokenizer
-    has not.
+    ``prefix``: with or without .bin or .idx.  ``num_first``: tokens to show; with a ``tokenizer`` also as
+    text. Lengths are those of documents, in tokens.  ``verify``: compare all with the manifest beside the
+    files. ``progress(bytes, all bytes)`` read for the checksums.
+    ConfigError for a negative number; DataError for files that are unusable, differ from their manifest, or
+    hold ids that the tokenizer has not.
     """
     if num_first < 0:
         raise ConfigError([Problem("--tokens", num_first, "must be at least 0", "give 0 to show none")])
@@ -48,22 +48,36 @@ def describe(
         "sequences": f"{len(data):,}",
         "tokens": f"{data.num_tokens:,}",
         "dtype": data.dtype.name,
-        "lengths": "none" if not lengths.size else f"min {lengths.min():,}, median {np.median(lengths):,.1f}, max {lengths.max():,}",
+        "lengths": "none"
+        if not lengths.size
+        else f"min {lengths.min():,}, median {np.median(lengths):,.1f}, max {lengths.max():,}",
         "empty documents": f"{int((lengths == 0).sum()):,}",
         **{f"sha256 .{name}": (sums.get(name) or summed.of(name)).sha256 for name in ("bin", "idx")},
         "first tokens": " ".join(map(str, first.tolist())),
     }
     if manifest:
-        counts = {"documents": lengths.size, "sequences": len(data), "tokens": data.num_tokens, "dtype": data.dtype.name}
+        counts = {
+            "documents": lengths.size,
+            "sequences": len(data),
+            "tokens": data.num_tokens,
+            "dtype": data.dtype.name,
+        }
         compare(prefix, manifest, counts, {})
         found["manifest"] = "verified: counts, sizes and checksums are those of the files"
-        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer_sum(tokenizer.path) != manifest.tokenizer.get("sha256"):
-            message = f"{tokenizer.path}: not the tokenizer that made {prefix}, by the SHA-256 in its manifest"
+        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer_sum(
+            tokenizer.path
+        ) != manifest.tokenizer.get("sha256"):
+            message = (
+                f"{tokenizer.path}: not the tokenizer that made {prefix}, by the SHA-256 in its manifest"
+            )
             raise DataError(message, remedy="give the tokenizer that made the data")
     if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:
-            message = f"{data.bin_path}: token id {highest} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+            message = (
+                f"{data.bin_path}: token id {highest} is outside the tokenizer's vocabulary of "
+                f"{tokenizer.vocab_size}"
+            )
             raise DataError(message, remedy="give the tokenizer that made the data")
         found["first text"] = repr(tokenizer.decode(first.tolist()))
     return found

@@ -39,7 +39,9 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The tokens of a batch under one key: sequences end to end, the length of each, and how many each document has."""
+    """The tokens of a batch under one key: sequences end to end, the length of each, and how many each
+    document has.
+    """
 
     tokens: NDArray[np.integer]
     lengths: NDArray[np.int32]
@@ -52,7 +54,9 @@ class Encoder:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
         """``tokenizer``: that of the recipe, where it is loaded already."""
         self.recipe = recipe
-        self._tokenizer = tokenizer or build_encoder(recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend))
+        self._tokenizer = tokenizer or build_encoder(
+            recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend)
+        )
         self._eod = np.array([self._tokenizer.eod], dtype=np.int32) if recipe.append_eod else None
         self.vocab_size = self._tokenizer.vocab_size
         self.dtype = smallest_dtype(self.vocab_size)
@@ -60,7 +64,10 @@ class Encoder:
     def __call__(self, batch: Batch) -> list[Encoded]:
         """One result for each key; DataError for bad input."""
         found = list(documents(batch, self.recipe.keys))
-        return [self._encode([document[column] for document in found], batch.closes) for column in range(len(self.recipe.keys))]
+        return [
+            self._encode([document[column] for document in found], batch.closes)
+            for column in range(len(self.recipe.keys))
+        ]
 
     def _encode(self, found: list[list[str]], closes: bool) -> Encoded:
         encoded = iter(self._tokenizer.encode_batch([text for sequences in found for text in sequences]))
@@ -81,19 +88,28 @@ class Encoder:
         tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
         if tokens.size and int(tokens.max()) >= self._tokenizer.vocab_size:
             raise DataError(
-                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of {self._tokenizer.vocab_size}",
+                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of "
+                f"{self._tokenizer.vocab_size}",
                 remedy="its file is inconsistent: train or fetch it again",
             )
-        return Encoded(tokens.astype(self.dtype), np.array(lengths, dtype=np.int32), np.array(counts, dtype=np.int32))
+        return Encoded(
+            tokens.astype(self.dtype), np.array(lengths, dtype=np.int32), np.array(counts, dtype=np.int32)
+        )
 
 
-def encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, list[Encoded]]]:
-    """Each batch with its tokens, in the order of the batches; ``workers``: processes that encode, 1 encodes in this one."""
+def encode_all(
+    batches: Iterator[Batch], encoder: Encoder, workers: int
+) -> Iterator[tuple[Batch, list[Encoded]]]:
+    """Each batch with its tokens, in the order of the batches; ``workers``: processes that encode, 1 encodes
+    in this one.
+    """
     if workers == 1:
         for batch in batches:
             yield batch, encoder(batch)
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that has threads (progress, tokenizers) can hang
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # forking a process that has threads (progress, tokenizers) can hang
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
     try:
@@ -105,7 +121,9 @@ def encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Iter
         for done, future in under_way:
             yield done, future.result()
     except BrokenProcessPool as error:
-        raise HyperRouterError("a worker process died, killed or out of memory", remedy="use fewer --workers, or free memory") from error
+        raise HyperRouterError(
+            "a worker process died, killed or out of memory", remedy="use fewer --workers, or free memory"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -117,7 +135,9 @@ def _encoder(recipe: Recipe) -> Encoder:
 
 
 def _submit(pool: ProcessPoolExecutor, recipe: Recipe, batch: Batch) -> Future[list[Encoded]]:
-    """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who cleans up."""
+    """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who
+    cleans up.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(_encode, recipe, batch)
@@ -130,7 +150,9 @@ def _encode(recipe: Recipe, batch: Batch) -> list[Encoded]:
 
 
 def _start_worker() -> None:
-    """Leave parallelism to the parent, and end when it has died (kill -9), for no one else would end this process."""
+    """Leave parallelism to the parent, and end when it has died (kill -9), for no one else would end this
+    process.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -15,20 +15,26 @@ _NAMED = 3  # files
 
 
 def warning_about_ends(data: DataConfig, stores: Iterable[IndexedDataset], eod: int | None) -> str | None:
-    """What to tell where no document that was looked at ends with ``eod``, and settings go by it (None: no setting does)."""
+    """What to tell where no document that was looked at ends with ``eod``, and settings go by it (None: no
+    setting does).
+    """
     flags = [flag(name) for name in MINDING if getattr(data, name)]
     found = [] if eod is None or not flags else [store.prefix for store in stores if not _ends(store, eod)]
     if not found:
         return None
     more = f" and {len(found) - _NAMED} more files" if len(found) > _NAMED else ""
     return (
-        f"{', '.join(found[:_NAMED])}{more}: none of the first documents ends with id {eod}, by which {', '.join(flags)}"
-        f" {'tell' if len(flags) > 1 else 'tells'} documents apart; preprocess the text with --append-eod and the tokenizer of this run"
+        f"{', '.join(found[:_NAMED])}{more}: none of the first documents ends with id {eod}, by which "
+        f"{', '.join(flags)}"
+        f" {'tell' if len(flags) > 1 else 'tells'} documents apart; preprocess the text with --append-eod "
+        "and the tokenizer of this run"
     )
 
 
 def _ends(store: IndexedDataset, eod: int) -> bool:
     """Whether a document that was looked at ends with ``eod``; True where none holds a token."""
-    last = (int(mark) - 1 for mark in store.document_indices[1 : 1 + _AMONG])  # sequences with which documents end
+    last = (
+        int(mark) - 1 for mark in store.document_indices[1 : 1 + _AMONG]
+    )  # sequences with which documents end
     some = list(islice((i for i in last if i >= 0 and store.sizes[i] > 0), _LOOKED_AT))
     return not some or any(int(store.get(i, int(store.sizes[i]) - 1)[0]) == eod for i in some)

@@ -1,4 +1,6 @@
-"""Text files: read as one stream of bytes, decompressed by their name's end (plain, .gz, .zst); written whole or not at all."""
+"""Text files: read as one stream of bytes, decompressed by their name's end (plain, .gz, .zst); written whole
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A binary file to write, that takes the name ``path`` when the block ends well and vanishes when it does not.
+    """A binary file to write, that takes the name ``path`` when the block ends well and vanishes when it does
+    not.
 
     DataError where the disk refuses, or where the name is that of something else than a file.
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
-        raise DataError(f"{path or repr(path)}: cannot be written: not the name of a file", remedy="choose another output")
+        raise DataError(
+            f"{path or repr(path)}: cannot be written: not the name of a file", remedy="choose another output"
+        )
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +77,9 @@ class _DecompressedFile(io.RawIOBase):
         try:
             self.on_disk = io.FileIO(path)
         except OSError as error:
-            raise DataError(f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file") from error
+            raise DataError(
+                f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file"
+            ) from error
         self._inner: gzip.GzipFile | io.RawIOBase = self.on_disk
         if path.endswith(".gz"):
             self._inner = gzip.GzipFile(fileobj=self.on_disk)
@@ -87,7 +94,9 @@ class _DecompressedFile(io.RawIOBase):
             return self._inner.readinto(buffer) or 0
         except (OSError, EOFError, zlib.error) as error:
             message = f"{self._path}, byte {self.on_disk.tell()}: cannot be read further: {error}"
-            raise DataError(message, remedy="the file is truncated or damaged: fetch or compress it again") from error
+            raise DataError(
+                message, remedy="the file is truncated or damaged: fetch or compress it again"
+            ) from error
 
     def close(self) -> None:
         self.on_disk.close()
@@ -95,13 +104,17 @@ class _DecompressedFile(io.RawIOBase):
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames; unlike the library's own reader it refuses a truncated one (EOFError)."""
+    """A .zst file of any number of frames; unlike the library's own reader it refuses a truncated one
+    (EOFError).
+    """
 
     def __init__(self, raw: io.FileIO) -> None:
         try:
             import zstandard
         except ImportError as error:
-            raise HostError("reading .zst files needs the library zstandard", remedy="pip install zstandard") from error
+            raise HostError(
+                "reading .zst files needs the library zstandard", remedy="pip install zstandard"
+            ) from error
         self._raw = raw
         self._library = zstandard
         self._frame = zstandard.ZstdDecompressor().decompressobj()

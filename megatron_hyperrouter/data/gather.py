@@ -31,17 +31,31 @@ def default_root() -> str:
     return sysconfig.get_path("stdlib")
 
 
-def write_corpus(root: str, output: str, *, max_bytes: int | None = None, progress: Callable[[int, int], None] | None = None) -> Gathered:
-    """Write ``{"text": ..., "source": path below root}`` for each text file, in the order of :func:`find_text_files`.
+def write_corpus(
+    root: str,
+    output: str,
+    *,
+    max_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Gathered:
+    """Write ``{"text": ..., "source": path below root}`` for each text file, in the order of
+    :func:`find_text_files`.
 
-    ``max_bytes``: stop before the file that would make ``output`` longer.  ``progress(files done, all files)``.
-    ``output`` itself is left out.  ConfigError for fewer bytes than 1, DataError where there is no text.  ``output`` appears when it is
-    whole.
+    ``max_bytes``: stop before the file that would make ``output`` longer.  ``progress(files done, all
+    files)``. ``output`` itself is left out.  ConfigError for fewer bytes than 1, DataError where there is no
+    text.  ``output`` appears when it is whole.
     """
     if max_bytes is not None and max_bytes < 1:
-        raise ConfigError([Problem("--max-bytes", max_bytes, "must be at least 1", "leave it out to take all")])
-    own = {os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root)) for ending in ("", ".partial")}
-    sources = [source for source in find_text_files(root) if source not in own]  # what an earlier run left is no source
+        raise ConfigError(
+            [Problem("--max-bytes", max_bytes, "must be at least 1", "leave it out to take all")]
+        )
+    own = {
+        os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root))
+        for ending in ("", ".partial")
+    }
+    sources = [
+        source for source in find_text_files(root) if source not in own
+    ]  # what an earlier run left is no source
     documents = size = left_out = 0
     with replacing(output) as stream:
         for done, source in enumerate(sources, start=1):
@@ -62,7 +76,8 @@ def write_corpus(root: str, output: str, *, max_bytes: int | None = None, progre
         if not documents:
             within = "" if max_bytes is None else f" of at most {max_bytes} bytes"
             raise DataError(
-                f"{root}: no text file{within} among {len(sources)} files", remedy="give another --root, or a larger --max-bytes"
+                f"{root}: no text file{within} among {len(sources)} files",
+                remedy="give another --root, or a larger --max-bytes",
             )
     return Gathered(documents, size, left_out)
 
@@ -70,14 +85,17 @@ def write_corpus(root: str, output: str, *, max_bytes: int | None = None, progre
 def find_text_files(root: str) -> list[str]:
     """Paths below ``root``, relative and with ``/``, in the order of the SHA-256 of the path.
 
-    That order is the same everywhere, and mixes folders: a split by position then has a fair share of every part of the tree.
-    Hidden entries, links, byte code and installed packages are left out; whether a file is text shows when it is read.
+    That order is the same everywhere, and mixes folders: a split by position then has a fair share of every
+    part of the tree. Hidden entries, links, byte code and installed packages are left out; whether a file is
+    text shows when it is read.
     """
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder", remedy="give an existing folder to --root")
     found = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and name not in _SKIPPED_FOLDERS
+        ]
         for name in names:
             path = os.path.join(folder, name)
             if not name.startswith(".") and not os.path.islink(path) and os.path.isfile(path):

@@ -1,7 +1,9 @@
-"""Orders of documents and samples, and blends: by the C++ extension, or by its NumPy twin where that was not built.
+"""Orders of documents and samples, and blends: by the C++ extension, or by its NumPy twin where that was not
+built.
 
-The numbers are those of megatron-core 0.16 for the same arguments and random state, so that a run can move between the two.
-Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can hold both against each other.
+The numbers are those of megatron-core 0.16 for the same arguments and random state, so that a run can move
+between the two. Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can hold both
+against each other.
 """
 
 from __future__ import annotations
@@ -106,12 +108,14 @@ def sample_index(
     *,
     impl: Implementation | None = None,
 ) -> Integers:
-    """Cut documents, laid end to end, into samples: rows (position in ``document_index``, token in that document), [N + 1, 2].
+    """Cut documents, laid end to end, into samples: rows (position in ``document_index``, token in that
+    document), [N + 1, 2].
 
-    ``sizes`` int32: tokens of each document; ``document_index`` int32 or int64: the documents of all epochs in reading order.
-    Sample k goes from row k to row k + 1 and reads ``add_extra_token`` (0 or 1) tokens on.  ``drop_last=False`` keeps a last
-    sample that is shorter than ``seq_length``.  Rows are int32 where that can count the documents, else int64.
-    Raises ValueError for arguments that contradict each other, IndexError for a document that is not there.
+    ``sizes`` int32: tokens of each document; ``document_index`` int32 or int64: the documents of all epochs
+    in reading order. Sample k goes from row k to row k + 1 and reads ``add_extra_token`` (0 or 1) tokens on.
+    ``drop_last=False`` keeps a last sample that is shorter than ``seq_length``.  Rows are int32 where that
+    can count the documents, else int64. Raises ValueError for arguments that contradict each other,
+    IndexError for a document that is not there.
     """
     if seq_length < 1 or num_epochs < 1 or tokens_per_epoch < 1 or add_extra_token not in (0, 1):
         given = f"{seq_length=}, {num_epochs=}, {tokens_per_epoch=}, {add_extra_token=}"
@@ -120,18 +124,36 @@ def sample_index(
     order = _exact(order, np.int64 if order.dtype == np.int64 else np.int32, "document_index")
     num_tokens = num_epochs * tokens_per_epoch
     usable = num_tokens - int(add_extra_token)
-    num_samples = usable // seq_length if drop_last else -(-usable // seq_length)  # exact: megatron-core's float32 is not
+    num_samples = (
+        usable // seq_length if drop_last else -(-usable // seq_length)
+    )  # exact: megatron-core's float32 is not
     if num_tokens + seq_length >= 2**63:
         raise ValueError(f"{num_epochs=} of {tokens_per_epoch=} and {seq_length=}: beyond 2**63 tokens")
     wide = len(order) > _INT32_MAX
     chosen = impl or IMPLEMENTATIONS[implementation()]
-    return chosen.sample_index(_exact(sizes, np.int32, "sizes"), order, seq_length, num_samples, num_tokens, int(add_extra_token), wide)
+    return chosen.sample_index(
+        _exact(sizes, np.int32, "sizes"),
+        order,
+        seq_length,
+        num_samples,
+        num_tokens,
+        int(add_extra_token),
+        wide,
+    )
 
 
-def shuffle(values: Integers, random_state: np.random.RandomState, *, impl: Implementation | None = None) -> None:
-    """``random_state.shuffle(values)`` for a 1-D array, bit for bit and with the same state afterwards, several times faster."""
+def shuffle(
+    values: Integers, random_state: np.random.RandomState, *, impl: Implementation | None = None
+) -> None:
+    """``random_state.shuffle(values)`` for a 1-D array, bit for bit and with the same state afterwards,
+    several times faster.
+    """
     state: dict[str, Any] = dict(random_state.get_state(legacy=False))
-    fast = state["bit_generator"] == "MT19937" and values.dtype in (np.int32, np.uint32, np.int64) and values.flags.c_contiguous
+    fast = (
+        state["bit_generator"] == "MT19937"
+        and values.dtype in (np.int32, np.uint32, np.int64)
+        and values.flags.c_contiguous
+    )
     if not fast or values.ndim != 1 or len(values) > _UINT32_MAX:
         random_state.shuffle(values)
         return
@@ -149,7 +171,9 @@ def document_index(
     *,
     impl: Implementation | None = None,
 ) -> Integers:
-    """``num_epochs`` times ``documents`` in random order; the last epoch by itself where ``separate_final_epoch``."""
+    """``num_epochs`` times ``documents`` in random order; the last epoch by itself where
+    ``separate_final_epoch``.
+    """
     together = num_epochs - 1 if separate_final_epoch and num_epochs > 1 else num_epochs
     order = np.tile(documents, num_epochs)
     shuffle(order[: together * len(documents)], random_state, impl=impl)
@@ -158,8 +182,12 @@ def document_index(
     return order
 
 
-def shuffle_index(num_samples: int, total: int, random_state: np.random.RandomState, *, impl: Implementation | None = None) -> Integers:
-    """The numbers 0 .. total - 1 shuffled: the first ``num_samples`` among themselves, then the rest.  uint32, or int64 by need."""
+def shuffle_index(
+    num_samples: int, total: int, random_state: np.random.RandomState, *, impl: Implementation | None = None
+) -> Integers:
+    """The numbers 0 .. total - 1 shuffled: the first ``num_samples`` among themselves, then the rest.
+    uint32, or int64 by need.
+    """
     if not 0 <= num_samples <= total:
         raise ValueError(f"num_samples = {num_samples} must be 0 to total = {total}")
     order: Integers = np.arange(total, dtype=np.uint32 if total < _UINT32_MAX - 1 else np.int64)
@@ -170,21 +198,33 @@ def shuffle_index(num_samples: int, total: int, random_state: np.random.RandomSt
 
 
 def blending_indices(weights: npt.ArrayLike, size: int, *, impl: Implementation | None = None) -> Blend:
-    """Set (int16 [size]) and number within that set (int64 [size]) of each sample: always the set furthest behind its share.
+    """Set (int16 [size]) and number within that set (int64 [size]) of each sample: always the set furthest
+    behind its share.
 
-    ``weights``: above 0, taken as they are (normalise them first).  Raises ValueError for others, and for over 32767 sets.
+    ``weights``: above 0, taken as they are (normalise them first).  Raises ValueError for others, and for
+    over 32767 sets.
     """
-    return (impl or IMPLEMENTATIONS[implementation()]).blending_indices(np.ascontiguousarray(weights, np.float64), size)
+    return (impl or IMPLEMENTATIONS[implementation()]).blending_indices(
+        np.ascontiguousarray(weights, np.float64), size
+    )
 
 
 def exhaustive_blending_indices(sizes: npt.ArrayLike, *, impl: Implementation | None = None) -> Blend:
-    """As :func:`blending_indices`, with every sample of every set exactly once: ``sizes[i]`` samples of set i."""
-    return (impl or IMPLEMENTATIONS[implementation()]).exhaustive_blending_indices(_exact(sizes, np.int64, "sizes"))
+    """As :func:`blending_indices`, with every sample of every set exactly once: ``sizes[i]`` samples of set
+    i.
+    """
+    return (impl or IMPLEMENTATIONS[implementation()]).exhaustive_blending_indices(
+        _exact(sizes, np.int64, "sizes")
+    )
 
 
 def key_of(*numbers: int) -> int:
-    """A 64-bit key for :meth:`Implementation.permutation` from whole numbers, each of which changes all of it."""
-    digest = hashlib.blake2b(b"".join(number.to_bytes(16, "little", signed=True) for number in numbers), digest_size=8)
+    """A 64-bit key for :meth:`Implementation.permutation` from whole numbers, each of which changes all of
+    it.
+    """
+    digest = hashlib.blake2b(
+        b"".join(number.to_bytes(16, "little", signed=True) for number in numbers), digest_size=8
+    )
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -193,5 +233,8 @@ def _exact(values: npt.ArrayLike, dtype: Any, name: str) -> npt.NDArray[Any]:
     given = np.asarray(values)
     converted = np.ascontiguousarray(given, dtype)
     if given.dtype != dtype and not np.array_equal(given, converted):
-        raise ValueError(f"{name} must fit {np.dtype(dtype).name}, got {given.dtype.name} from {given.min()} to {given.max()}")
+        raise ValueError(
+            f"{name} must fit {np.dtype(dtype).name}, got {given.dtype.name} from {given.min()} to "
+            f"{given.max()}"
+        )
     return converted

@@ -1,4 +1,6 @@
-"""The input files of a corpus: names and globs, what each of them is, and which part of them one machine of several reads."""
+"""The input files of a corpus: names and globs, what each of them is, and which part of them one machine of
+several reads.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,35 @@ _HEAD = 1 << 12
 _SIGNATURES = (
     (b"\x1f\x8b", "is compressed with gzip", "let its name end in .gz"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "let its name end in .zst"),
-    (b"BZh", "is compressed with bzip2, which is not read here", "decompress it, or compress it as .gz or .zst"),
-    (b"\xfd7zXZ", "is compressed with xz, which is not read here", "decompress it, or compress it as .gz or .zst"),
+    (
+        b"BZh",
+        "is compressed with bzip2, which is not read here",
+        "decompress it, or compress it as .gz or .zst",
+    ),
+    (
+        b"\xfd7zXZ",
+        "is compressed with xz, which is not read here",
+        "decompress it, or compress it as .gz or .zst",
+    ),
     (b"PK\x03\x04", "is a zip archive", "unpack it, and give the files inside"),
     (b"\xff\xfe", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
-    (b"MMIDIDX", "is the index of a pair of token files already", "give the text that the tokens were made from"),
+    (
+        b"MMIDIDX",
+        "is the index of a pair of token files already",
+        "give the text that the tokens were made from",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``number`` (from 1) of ``of``: the bytes of all inputs, as they lie on disk, cut into ``of`` equal stretches.
+    """Part ``number`` (from 1) of ``of``: the bytes of all inputs, as they lie on disk, cut into ``of`` equal
+    stretches.
 
-    A JSON line, a row group of a Parquet file, and a file that cannot be entered in the middle (compressed, or plain text, which is one
-    document) belong to the part that holds their first byte.  Parts end to end are the whole, in order.
+    A JSON line, a row group of a Parquet file, and a file that cannot be entered in the middle (compressed,
+    or plain text, which is one document) belong to the part that holds their first byte.  Parts end to end
+    are the whole, in order.
     """
 
     number: int = 1
@@ -59,18 +75,35 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
         if partitions in (None, 1):
             return WHOLE
         remedy = "give each machine its --shard I, then run tools/merge_data.py; on one machine use --workers"
-        raise ConfigError([Problem("--partitions", partitions, "says in how many parts, and not which of them to read", remedy)])
+        raise ConfigError(
+            [
+                Problem(
+                    "--partitions",
+                    partitions,
+                    "says in how many parts, and not which of them to read",
+                    remedy,
+                )
+            ]
+        )
     match = re.fullmatch(r"([0-9]{1,9})(?:/([0-9]{1,9}))?", text)
     number, of = (int(match[1]), int(match[2] or partitions or 0)) if match else (0, 0)
     if not 1 <= number <= of or (match and match[2] and partitions not in (None, of)):
         raise ConfigError(
-            [Problem("--shard", text, "must be I/N with 1 <= I <= N, the same N on all machines", "use 1/4 for the first of 4")]
+            [
+                Problem(
+                    "--shard",
+                    text,
+                    "must be I/N with 1 <= I <= N, the same N on all machines",
+                    "use 1/4 for the first of 4",
+                )
+            ]
         )
     return Part(number, of)
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The files that names and globs stand for: patterns in the order given, the matches of each sorted; ``**`` is any depth.
+    """The files that names and globs stand for: patterns in the order given, the matches of each sorted;
+    ``**`` is any depth.
 
     A name that exists is itself, whatever characters it has.  DataError for a pattern that matches no file.
     """
@@ -85,23 +118,35 @@ def expand(patterns: Sequence[str]) -> list[str]:
         empty += [] if matches else [pattern]
     if empty:
         raise DataError(
-            "no input file matches: " + ", ".join(empty), remedy="correct the pattern; quote it so that the shell leaves it alone"
+            "no input file matches: " + ", ".join(empty),
+            remedy="correct the pattern; quote it so that the shell leaves it alone",
         )
     return found
 
 
 def total_bytes(paths: Sequence[str]) -> int:
-    """Size of all inputs on disk; DataError lists every one that is no readable file, or empty though its kind has a header."""
+    """Size of all inputs on disk; DataError lists every one that is no readable file, or empty though its
+    kind has a header.
+    """
     bad = [path for path in paths if not (os.path.isfile(path) and os.access(path, os.R_OK))]
     if bad:
         folders = [path for path in bad if os.path.isdir(path)]
-        remedy = f"give files, for example '{folders[0]}/**/*.jsonl'" if folders else "give existing files to --input"
+        remedy = (
+            f"give files, for example '{folders[0]}/**/*.jsonl'"
+            if folders
+            else "give existing files to --input"
+        )
         if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
             remedy = "write it to a file first: a pipe or a device cannot be read twice"
         raise DataError("no such readable input file: " + ", ".join(bad), remedy=remedy)
-    hollow = [path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)]
+    hollow = [
+        path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)
+    ]
     if hollow:
-        raise DataError("a file of 0 bytes, without even a header: " + ", ".join(hollow), remedy="it is truncated: fetch it again")
+        raise DataError(
+            "a file of 0 bytes, without even a header: " + ", ".join(hollow),
+            remedy="it is truncated: fetch it again",
+        )
     return sum(map(size_of, paths))
 
 
@@ -111,7 +156,9 @@ def size_of(path: str) -> int:
 
 
 def facts_of(path: str) -> tuple[str, int, int]:
-    """Path, size and time of change of a file, by which it is known again; DataError where it is not there any more."""
+    """Path, size and time of change of a file, by which it is known again; DataError where it is not there
+    any more.
+    """
     status = _status_of(path)
     return path, status.st_size, status.st_mtime_ns
 
@@ -120,7 +167,9 @@ def _status_of(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and leave it there") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and leave it there"
+        ) from error
 
 
 def is_compressed(path: str) -> bool:
@@ -129,7 +178,8 @@ def is_compressed(path: str) -> bool:
 
 
 def kind_of(path: str) -> Kind:
-    """JSON lines, plain text or Parquet, told by the name; a name that tells nothing is JSON where the text starts with ``{``.
+    """JSON lines, plain text or Parquet, told by the name; a name that tells nothing is JSON where the text
+    starts with ``{``.
 
     DataError for a file that begins as something else.
     """
@@ -158,4 +208,6 @@ def _raw_head(path: str) -> bytes:
         with open(path, "rb") as stream:
             return stream.read(16)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file") from error
+        raise DataError(
+            f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file"
+        ) from error

@@ -1,4 +1,5 @@
-"""What an unfinished run has done, on disk, so that another can go on: one line of JSON when it starts, and one at each save.
+"""What an unfinished run has done, on disk, so that another can go on: one line of JSON when it starts, and
+one at each save.
 
 A line counts once all of it is there; the files that it speaks of are durable before it is written.
 """
@@ -23,12 +24,20 @@ _AFRESH = "or give --overwrite to start afresh"
 class Journal:
     """The journal at ``path``, locked against a second process.
 
-    ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of change of each file.
-    ``records`` holds what an earlier run saved, oldest first.  ``overwrite``: forget that.
-    Raises ConfigError where that run had other settings, DataError where an input has changed since, or another process is at work.
+    ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
+    change of each file. ``records`` holds what an earlier run saved, oldest first.  ``overwrite``: forget
+    that. Raises ConfigError where that run had other settings, DataError where an input has changed since, or
+    another process is at work.
     """
 
-    def __init__(self, path: str, settings: Mapping[str, object], inputs: list[tuple[str, int, int]], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        settings: Mapping[str, object],
+        inputs: list[tuple[str, int, int]],
+        *,
+        overwrite: bool = False,
+    ) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
         with refusing(path):
@@ -67,7 +76,9 @@ class Journal:
             self._stream.close()
 
     def _check_start(self) -> None:
-        """DataError for another file of that name, which must not be lost; what a death left of the first line is no other file."""
+        """DataError for another file of that name, which must not be lost; what a death left of the first
+        line is no other file.
+        """
         self._stream.seek(0)
         start = self._stream.read(len(_START))
         if start.strip(b"\0") and not _START.startswith(start):
@@ -94,28 +105,48 @@ class Journal:
 
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get("version") != new["version"]:
-            raise DataError(f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh")
+            raise DataError(
+                f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh"
+            )
         before, now = old.get("settings", {}), new["settings"]
         problems = []
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
                 rule = f"was {before.get(name)} in the unfinished run that left {self.path}"
-                problems.append(Problem(name, now.get(name), rule, f"give the same again to go on, {_AFRESH}"))
+                problems.append(
+                    Problem(name, now.get(name), rule, f"give the same again to go on, {_AFRESH}")
+                )
         if problems:
             raise ConfigError(problems)
         for was, found in zip(old["inputs"], new["inputs"], strict=False):
             if was != found:
-                what = f"{found[0]}: the input has changed" if was[0] == found[0] else f"{found[0]}: the input was {was[0]}"
-                sizes = f" (it had {was[1]} bytes, and has {found[1]})" if was[0] == found[0] and was[1] != found[1] else ""
-                raise DataError(f"{what} since the unfinished run that left {self.path}{sizes}", remedy=f"restore it, {_AFRESH}")
+                what = (
+                    f"{found[0]}: the input has changed"
+                    if was[0] == found[0]
+                    else f"{found[0]}: the input was {was[0]}"
+                )
+                sizes = (
+                    f" (it had {was[1]} bytes, and has {found[1]})"
+                    if was[0] == found[0] and was[1] != found[1]
+                    else ""
+                )
+                raise DataError(
+                    f"{what} since the unfinished run that left {self.path}{sizes}",
+                    remedy=f"restore it, {_AFRESH}",
+                )
         if len(old["inputs"]) != len(new["inputs"]):
-            message = f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that left {self.path}"
+            message = (
+                f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that "
+                f"left {self.path}"
+            )
             raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
 
 
 @contextmanager
 def alone(output_prefix: str) -> Iterator[None]:
-    """Keep other processes away from an output that is not gone on with; DataError where one is at work, or has left unfinished files."""
+    """Keep other processes away from an output that is not gone on with; DataError where one is at work, or
+    has left unfinished files.
+    """
     path = f"{output_prefix}.journal"
     stream = _locked(path)
     unused = not os.fstat(stream.fileno()).st_size
@@ -132,7 +163,9 @@ def alone(output_prefix: str) -> Iterator[None]:
 
 
 def _locked(path: str) -> BinaryIO:
-    """The journal, open and locked; opened again where the process that held the lock has removed it meanwhile."""
+    """The journal, open and locked; opened again where the process that held the lock has removed it
+    meanwhile.
+    """
     while True:
         with refusing(path):
             stream = open(path, "a+b")  # noqa: SIM115 - holds the lock until close()

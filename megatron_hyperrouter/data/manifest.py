@@ -1,4 +1,5 @@
-"""``PREFIX.manifest.json``: what a pair of token files holds, of what it was made, and the checksums to verify it by.
+"""``PREFIX.manifest.json``: what a pair of token files holds, of what it was made, and the checksums to
+verify it by.
 
 The same text and settings give the same manifest, byte for byte, on however many machines.
 """
@@ -45,10 +46,16 @@ class Manifest:
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:
     """Beside the pair, whole or not at all; DiskRefused."""
-    escaped = "backslashreplace"  # a path that is not UTF-8 has characters which JSON knows by that very escape alone
+    # a path that is not UTF-8 has characters which JSON knows by that very escape alone
+    escaped = "backslashreplace"
     try:
         with replacing(prefix + ENDING) as stream:
-            stream.write(json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1, ensure_ascii=False).encode(errors=escaped) + b"\n")
+            stream.write(
+                json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1, ensure_ascii=False).encode(
+                    errors=escaped
+                )
+                + b"\n"
+            )
     except DataError as error:
         raise DiskRefused(error.message, remedy=error.remedy) from error
 
@@ -59,14 +66,18 @@ def read_manifest(prefix: str) -> Manifest:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        remedy = "without one there are no checksums to compare with; pairs of other programs have none, tools/preprocess_data.py writes it"
+        remedy = (
+            "without one there are no checksums to compare with; pairs of other programs have none, "
+            "tools/preprocess_data.py writes it"
+        )
         raise DataError(f"{path}: no such manifest", remedy=remedy) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}", remedy=_AGAIN) from error
     try:
         if found["version"] != _VERSION:
             raise DataError(
-                f"{path}: version {found['version']}, expected {_VERSION}", remedy="use the version of this program that made it"
+                f"{path}: version {found['version']}, expected {_VERSION}",
+                remedy="use the version of this program that made it",
             )
         sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}
         return Manifest(**_typed(Manifest, {**found, **sums}))
@@ -88,25 +99,35 @@ def tokenizer_sum(path: str) -> str:
 
 
 def compare(prefix: str, manifest: Manifest, found: Mapping[str, object], sums: dict[str, FileSum]) -> None:
-    """DataError for the first difference between a pair and its manifest: counts ``found`` by name, sizes and checksums."""
+    """DataError for the first difference between a pair and its manifest: counts ``found`` by name, sizes and
+    checksums.
+    """
     name = prefix + ENDING
     for ending, real in sums.items():
         told: FileSum = getattr(manifest, ending)
         if real.bytes != told.bytes:
-            message = f"{prefix}.{ending}, byte {min(real.bytes, told.bytes)}: {real.bytes} bytes, and {told.bytes} in {name}"
+            message = (
+                f"{prefix}.{ending}, byte {min(real.bytes, told.bytes)}: {real.bytes} bytes, and "
+                f"{told.bytes} in {name}"
+            )
             raise DataError(message, remedy=_AGAIN)
         if real.sha256 != told.sha256:
             message = (
-                f"{prefix}.{ending}: SHA-256 {real.sha256[:16]}..., and {told.sha256[:16]}... in {name}: it has changed since it was made"
+                f"{prefix}.{ending}: SHA-256 {real.sha256[:16]}..., and {told.sha256[:16]}... in "
+                f"{name}: it has changed since it was made"
             )
             raise DataError(message, remedy=_AGAIN)
     for what, value in found.items():
         if value != getattr(manifest, what):
-            raise DataError(f"{name}: {what} {getattr(manifest, what)}, and {value} in the files", remedy=_AGAIN)
+            raise DataError(
+                f"{name}: {what} {getattr(manifest, what)}, and {value} in the files", remedy=_AGAIN
+            )
 
 
 def file_sum(path: str, told: Callable[[int], None] | None = None) -> FileSum:
-    """Size and checksum of a file; DataError where it cannot be read.  ``told(bytes)``: how many more were read."""
+    """Size and checksum of a file; DataError where it cannot be read.  ``told(bytes)``: how many more were
+    read.
+    """
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "rb") as stream:

@@ -16,7 +16,9 @@ _AROUND = 1 << 17  # bytes; Linux maps 64 kB where one of them is read
 
 
 class Mapped:
-    """A file as read-only bytes of memory, ``content``; a plain array, because slices of ``np.memmap`` cost 10 times as much."""
+    """A file as read-only bytes of memory, ``content``; a plain array, because slices of ``np.memmap`` cost
+    10 times as much.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,17 +34,23 @@ class Mapped:
             raise DataError(f"{path}: no such file", remedy=remedy) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{path}: cannot be read: {reason}", remedy="check its permissions and its disk") from error
+            raise DataError(
+                f"{path}: cannot be read: {reason}", remedy="check its permissions and its disk"
+            ) from error
         self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
 
     def read(self, parts: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Parts of the file: from which byte on, and how many.  Of the map where the file under this name is no longer this one."""
+        """Parts of the file: from which byte on, and how many.  Of the map where the file under this name is
+        no longer this one.
+        """
         try:
             with open(self.path, "rb", buffering=0) as stream:
                 file = stream.fileno()
                 if self._map is None or _identity(os.fstat(file)) != self._identity:
                     raise FileNotFoundError(self.path)
-                if hasattr(os, "posix_fadvise"):  # lets a cold disk work on all of them at once: six times as fast
+                if hasattr(
+                    os, "posix_fadvise"
+                ):  # lets a cold disk work on all of them at once: six times as fast
                     for begin, length in parts:
                         os.posix_fadvise(file, begin, length, os.POSIX_FADV_WILLNEED)
                 found = [os.pread(file, length, begin) for begin, length in parts]
@@ -54,7 +62,9 @@ class Mapped:
         return found
 
     def let_go(self, begin: int, length: int) -> None:
-        """Count these bytes as this process's memory no longer; they are mapped again when they are next read."""
+        """Count these bytes as this process's memory no longer; they are mapped again when they are next
+        read.
+        """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             before = max(begin - _AROUND, 0)  # reading a page brings in those around it, too
             start = before // mmap.PAGESIZE * mmap.PAGESIZE
@@ -63,8 +73,10 @@ class Mapped:
     def cut(self, byte: int) -> DataError:
         """What to raise where the file now ends at ``byte``."""
         return DataError(
-            f"{self.path}, byte {byte}: the file ends here now, and had {len(self.content)} bytes when it was opened",
-            remedy="leave token files alone while a run reads them; copy both again, and continue with --load",
+            f"{self.path}, byte {byte}: the file ends here now, and had {len(self.content)} bytes when it "
+            "was opened",
+            remedy="leave token files alone while a run reads them; copy both again, and continue with "
+            "--load",
         )
 
     def size_now(self) -> int:

@@ -23,11 +23,15 @@ _CHUNK = 1 << 20  # sequences, or bytes of tokens, copied at a time
 _SHARED = ("dtype", "tokenizer", "settings", "inputs")
 
 
-def merge(output_prefix: str, *, remove_shards: bool = False, progress: Callable[[int, int], None] | None = None) -> list[Written]:
-    """Join the shards ``{output_prefix}.shard-I-of-N_{key}_document`` of each key into ``{output_prefix}_{key}_document``.
+def merge(
+    output_prefix: str, *, remove_shards: bool = False, progress: Callable[[int, int], None] | None = None
+) -> list[Written]:
+    """Join the shards ``{output_prefix}.shard-I-of-N_{key}_document`` of each key into
+    ``{output_prefix}_{key}_document``.
 
-    Checksums are compared with the manifests on the way.  ``remove_shards``: once all pairs are whole.  ``progress(bytes, all bytes)``.
-    DataError for a shard that is missing, damaged, or made with other settings.
+    Checksums are compared with the manifests on the way.  ``remove_shards``: once all pairs are whole.
+    ``progress(bytes, all bytes)``. DataError for a shard that is missing, damaged, or made with other
+    settings.
     """
     found = find_shards(output_prefix)
     with alone(output_prefix):
@@ -39,7 +43,11 @@ def merge(output_prefix: str, *, remove_shards: bool = False, progress: Callable
     return written
 
 
-def _join(output_prefix: str, found: dict[str, list[tuple[str, Manifest]]], progress: Callable[[int, int], None] | None) -> list[Written]:
+def _join(
+    output_prefix: str,
+    found: dict[str, list[tuple[str, Manifest]]],
+    progress: Callable[[int, int], None] | None,
+) -> list[Written]:
     """Write the pair of each key."""
     total = sum(manifest.bin.bytes for shards in found.values() for _, manifest in shards)
     done = 0
@@ -62,7 +70,9 @@ def _join(output_prefix: str, found: dict[str, list[tuple[str, Manifest]]], prog
 
 
 def _finish(writer: PairWriter, shard: Manifest) -> Written:
-    """Give a pair that is all written its names and its manifest, which is that of a shard but for what was counted."""
+    """Give a pair that is all written its names and its manifest, which is that of a shard but for what
+    was counted.
+    """
     counts = writer.save()
     idx = put_in_place(writer.prefix, writer.dtype, counts)
     counted = replace(shard, documents=counts.documents, sequences=counts.sequences, tokens=counts.tokens)
@@ -71,8 +81,12 @@ def _finish(writer: PairWriter, shard: Manifest) -> Written:
 
 
 def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
-    """For each key, prefixes and manifests of its shards in order; DataError unless all are there and agree."""
-    pattern = re.compile(re.escape(output_prefix) + r"\.shard-(\d+)-of-(\d+)_(.+)_document" + re.escape(ENDING))
+    """For each key, prefixes and manifests of its shards in order; DataError unless all are there and
+    agree.
+    """
+    pattern = re.compile(
+        re.escape(output_prefix) + r"\.shard-(\d+)-of-(\d+)_(.+)_document" + re.escape(ENDING)
+    )
     found: dict[str, dict[tuple[int, int], str]] = {}
     for path in sorted(glob.glob(f"{glob.escape(output_prefix)}.shard-*{ENDING}")):
         match = pattern.fullmatch(path)
@@ -80,7 +94,9 @@ def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
             found.setdefault(match[3], {})[int(match[1]), int(match[2])] = path.removesuffix(ENDING)
     if not found:
         remedy = "make them with tools/preprocess_data.py --shard I/N and the same --output-prefix"
-        raise DataError(f"{output_prefix}: no shards ({output_prefix}.shard-I-of-N_KEY_document{ENDING})", remedy=remedy)
+        raise DataError(
+            f"{output_prefix}: no shards ({output_prefix}.shard-I-of-N_KEY_document{ENDING})", remedy=remedy
+        )
     return {key: _checked(output_prefix, key, shards) for key, shards in found.items()}
 
 
@@ -88,19 +104,29 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
     numbers = sorted({of for _, of in shards})
     if len(numbers) > 1:
         cuts = " and of ".join(map(str, numbers))
-        raise DataError(f"{output_prefix}: shards of {cuts}, under the key {key!r}", remedy="remove those of the wrong cut")
+        raise DataError(
+            f"{output_prefix}: shards of {cuts}, under the key {key!r}",
+            remedy="remove those of the wrong cut",
+        )
     of = numbers[0]
     missing = [str(Part(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
     if missing:
         remedy = "make them: tools/preprocess_data.py --shard I/N, and copy each manifest with its pair"
-        raise DataError(f"{output_prefix}: no shard {', '.join(missing)} under the key {key!r}", remedy=remedy)
+        raise DataError(
+            f"{output_prefix}: no shard {', '.join(missing)} under the key {key!r}", remedy=remedy
+        )
     read = [(prefix, read_manifest(prefix)) for _, prefix in sorted(shards.items())]
     first_prefix, first = read[0]
     for prefix, manifest in read:
         for what in _SHARED:
             if getattr(manifest, what) != getattr(first, what):
-                message = f"{prefix}{ENDING}: {what} {getattr(manifest, what)}, and {getattr(first, what)} in {first_prefix}{ENDING}"
-                raise DataError(message, remedy="make all shards from the same files, named alike, with the same settings")
+                message = (
+                    f"{prefix}{ENDING}: {what} {getattr(manifest, what)}, and {getattr(first, what)} "
+                    f"in {first_prefix}{ENDING}"
+                )
+                raise DataError(
+                    message, remedy="make all shards from the same files, named alike, with the same settings"
+                )
     return read
 
 
@@ -119,4 +145,7 @@ def _append(writer: PairWriter, prefix: str, manifest: Manifest) -> None:
         writer.write(tokens, lengths, np.diff(some).astype(np.int32))
         begin = end
     if digest.hexdigest() != manifest.bin.sha256 or data.num_tokens != manifest.tokens:
-        raise DataError(f"{prefix}.bin: not the file that {prefix}{ENDING} speaks of", remedy="copy the shard again, or make it again")
+        raise DataError(
+            f"{prefix}.bin: not the file that {prefix}{ENDING} speaks of",
+            remedy="copy the shard again, or make it again",
+        )

@@ -1,13 +1,16 @@
-"""Unigram and bigram baselines: what a model must beat before it has learned more than frequencies and neighbours.
+"""Unigram and bigram baselines: what a model must beat before it has learned more than frequencies and
+neighbours.
 
-The bigram is interpolated Kneser-Ney with three discounts (Chen and Goodman 1999, "An empirical study of smoothing techniques for
-language modeling", section 3): the strongest of the simple bigrams, with nothing to tune.  For context c, target t, counts n:
+The bigram is interpolated Kneser-Ney with three discounts (Chen and Goodman 1999, "An empirical study of
+smoothing techniques for language modeling", section 3): the strongest of the simple bigrams, with nothing to
+tune.  For context c, target t, counts n:
 
-    p(t | c) = (n(c t) - D(n(c t))) / n(c) + gamma(c) * p_low(t)         p(t | c) = p_low(t) where c was never seen
-    p_low(t) = (m(t) - D'(m(t))) / sum m + gamma' / V                    m(t) = how many different tokens were seen before t
+    p(t | c) = (n(c t) - D(n(c t))) / n(c) + gamma(c) * p_low(t)         p(t | c) = p_low(t) where c was never
+    seen p_low(t) = (m(t) - D'(m(t))) / sum m + gamma' / V                    m(t) = how many different tokens
+    were seen before t
 
-D(0) = 0; D(1), D(2), D(3 and more) come from how many counts are 1, 2, 3 and 4; gamma makes each distribution sum to 1.
-The unigram is p(t) = (n(t) + 1/2) / (sum n + V/2).
+D(0) = 0; D(1), D(2), D(3 and more) come from how many counts are 1, 2, 3 and 4; gamma makes each distribution
+sum to 1. The unigram is p(t) = (n(t) + 1/2) / (sum n + V/2).
 
 Legend: ``V`` token ids, ``T`` training tokens, ``U`` different pairs among them, ``N`` scored pairs.
 """
@@ -29,8 +32,8 @@ _CHUNK = 1 << 20  # tokens handled at a time: bounds memory, changes no result
 class NgramBaselines:
     """Unigram and bigram fitted on training tokens.
 
-    ``stretches_T``: arrays of token ids in [0, ``vocab_size``), of any integer type (memory maps too); no pair joins two of them.
-    DataError for an id outside the vocabulary, or for no tokens at all.
+    ``stretches_T``: arrays of token ids in [0, ``vocab_size``), of any integer type (memory maps too); no
+    pair joins two of them. DataError for an id outside the vocabulary, or for no tokens at all.
     """
 
     def __init__(self, stretches_T: Iterable[NDArray[np.integer]], vocab_size: int) -> None:
@@ -39,15 +42,23 @@ class NgramBaselines:
         self._keys_U, self._counts_U = _count_pairs(stretches_T, vocab_size, counts_V)
         self.num_tokens = int(counts_V.sum())
         if not self.num_tokens:
-            raise DataError("no tokens to fit the unigram and bigram baselines on", remedy="give training data")
-        self.unigram_V: Floats = np.asarray(counts_V + 0.5, dtype=np.float64) / (self.num_tokens + 0.5 * vocab_size)
+            raise DataError(
+                "no tokens to fit the unigram and bigram baselines on", remedy="give training data"
+            )
+        self.unigram_V: Floats = np.asarray(counts_V + 0.5, dtype=np.float64) / (
+            self.num_tokens + 0.5 * vocab_size
+        )
         self.lower_V = self._lower_order()
         self._discounts_4 = _discounts(self._counts_U)
         contexts_U = self._keys_U // vocab_size
         self._context_counts_V = np.bincount(contexts_U, weights=self._counts_U, minlength=vocab_size)
-        taken_V = np.bincount(contexts_U, weights=self._discounts_4[np.minimum(self._counts_U, 3)], minlength=vocab_size)
+        taken_V = np.bincount(
+            contexts_U, weights=self._discounts_4[np.minimum(self._counts_U, 3)], minlength=vocab_size
+        )
         # A context never seen leaves all its mass to the lower order.
-        self._gamma_V: Floats = np.where(self._context_counts_V > 0, taken_V / np.maximum(self._context_counts_V, 1), 1.0)
+        self._gamma_V: Floats = np.where(
+            self._context_counts_V > 0, taken_V / np.maximum(self._context_counts_V, 1), 1.0
+        )
 
     def unigram_nats(self, targets_N: NDArray[np.integer]) -> float:
         """Mean of -log p(target), in nats a token."""
@@ -87,8 +98,12 @@ class NgramBaselines:
         return lower_V
 
 
-def _count_pairs(stretches_T: Iterable[NDArray[np.integer]], vocab_size: int, counts_V: Ints) -> tuple[Ints, Ints]:
-    """Different pairs as sorted keys ``context * V + target``, with their counts; adds single tokens to ``counts_V``."""
+def _count_pairs(
+    stretches_T: Iterable[NDArray[np.integer]], vocab_size: int, counts_V: Ints
+) -> tuple[Ints, Ints]:
+    """Different pairs as sorted keys ``context * V + target``, with their counts; adds single tokens to
+    ``counts_V``.
+    """
     keys_U = np.zeros(0, dtype=np.int64)
     counts_U = np.zeros(0, dtype=np.int64)
     waiting: list[Ints] = []
@@ -121,14 +136,18 @@ def _merge(keys_U: Ints, counts_U: Ints, waiting: list[Ints]) -> tuple[Ints, Int
 def _discounts(counts: NDArray[np.integer]) -> Floats:
     """What to take from a count of 0, 1, 2, and 3 or more (Chen and Goodman's closed form).
 
-    The form needs some counts of each of 1, 2, 3 and 4; where it gives no discount between 0 and the count, half the count is taken.
+    The form needs some counts of each of 1, 2, 3 and 4; where it gives no discount between 0 and the count,
+    half the count is taken.
     """
     ones, twos, threes, fours = (int((counts == n).sum()) for n in (1, 2, 3, 4))
     found = [0.5, 1.0, 1.5]
     if ones and twos and threes:
         share = ones / (ones + 2 * twos)
         closed = [1 - 2 * share * twos / ones, 2 - 3 * share * threes / twos, 3 - 4 * share * fours / threes]
-        found = [value if 0 < value < n else fallback for n, (value, fallback) in enumerate(zip(closed, found, strict=True), start=1)]
+        found = [
+            value if 0 < value < n else fallback
+            for n, (value, fallback) in enumerate(zip(closed, found, strict=True), start=1)
+        ]
     return np.array([0.0, *found])
 
 
@@ -140,5 +159,8 @@ def _checked(tokens: NDArray[np.integer], vocab_size: int) -> Ints:
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocab_size:
         bad = lowest if lowest < 0 else highest
-        raise DataError(f"token id {bad} is outside the vocabulary of {vocab_size}", remedy="use the tokenizer that made the data")
+        raise DataError(
+            f"token id {bad} is outside the vocabulary of {vocab_size}",
+            remedy="use the tokenizer that made the data",
+        )
     return ids

@@ -1,13 +1,17 @@
-"""An order of samples that is looked up and never built: for corpora whose index would take minutes and gigabytes.
+"""An order of samples that is looked up and never built: for corpora whose index would take minutes and
+gigabytes.
 
-Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and cut into shards of several blocks, so a
-shard holds documents from all over the corpus; the documents of a shard are permuted once more and laid end to end.  Samples are cut
-from the stream of all shards and epochs, each of ``seq_length`` tokens and one more, its last label; those that begin in the same
-shard are permuted among themselves.  So each token is read exactly once an epoch, shard after shard, and neighbours change from
-epoch to epoch.  The order is a function of the seed and the sample's number: it does not change with the number of samples.
+Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and cut into shards of
+several blocks, so a shard holds documents from all over the corpus; the documents of a shard are permuted
+once more and laid end to end.  Samples are cut from the stream of all shards and epochs, each of
+``seq_length`` tokens and one more, its last label; those that begin in the same shard are permuted among
+themselves.  So each token is read exactly once an epoch, shard after shard, and neighbours change from epoch
+to epoch.  The order is a function of the seed and the sample's number: it does not change with the number of
+samples.
 
-What is kept: where each block begins (8 bytes a block), and a few shards (16 bytes a document).  ``tokens`` below are positions in
-an epoch's stream unless said otherwise; all arithmetic is in whole numbers of any size.
+What is kept: where each block begins (8 bytes a block), and a few shards (16 bytes a document).  ``tokens``
+below are positions in an epoch's stream unless said otherwise; all arithmetic is in whole numbers of any
+size.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ _EPOCHS_KEPT, _SHARDS_KEPT = 2, 3  # a sample may end in the next shard, and thr
 
 @dataclass(frozen=True)
 class Epoch:
-    """``blocks`` [B]: blocks in the order of this epoch; ``shard_starts`` [shards + 1]: token at which each shard begins."""
+    """``blocks`` [B]: blocks in the order of this epoch; ``shard_starts`` [shards + 1]: token at which each
+    shard begins.
+    """
 
     blocks: Int64s
     shard_starts: Int64s
@@ -44,8 +50,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Shard:
-    """``documents`` [D] in reading order, int32 where that can name them; ``starts`` [D + 1]: token of the shard at which each begins,
-    and where the shard ends."""
+    """``documents`` [D] in reading order, int32 where that can name them; ``starts`` [D + 1]: token of the
+    shard at which each begins, and where the shard ends.
+    """
 
     documents: Integers
     starts: Int64s
@@ -53,8 +60,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Window:
-    """The samples that begin in a shard: numbers ``first`` to before ``until``, in the permutation of ``key``; ``begin``: the token
-    of the stream of all epochs at which the shard begins."""
+    """The samples that begin in a shard: numbers ``first`` to before ``until``, in the permutation of
+    ``key``; ``begin``: the token of the stream of all epochs at which the shard begins.
+    """
 
     first: int
     until: int
@@ -66,10 +74,11 @@ class Window:
 
 
 class OnDemandOrder:
-    """Samples of ``documents`` of one file, ``num_samples`` of them or those of one epoch (None), by any number of threads.
+    """Samples of ``documents`` of one file, ``num_samples`` of them or those of one epoch (None), by any
+    number of threads.
 
-    ValueError where one epoch holds no whole sample.  DataError where documents do not lie one after another in ``.bin``, as soon as
-    such a block is read: nothing else of the index is looked at before it is needed.
+    ValueError where one epoch holds no whole sample.  DataError where documents do not lie one after another
+    in ``.bin``, as soon as such a block is read: nothing else of the index is looked at before it is needed.
     """
 
     def __init__(
@@ -92,7 +101,9 @@ class OnDemandOrder:
         self.tokens_per_epoch = int(self._block_starts[-1] - self._block_starts[0])
         whole = (self.tokens_per_epoch - 1) // seq_length  # the samples that need no token of a second epoch
         if whole < 1:
-            raise ValueError(f"{self.tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label")
+            raise ValueError(
+                f"{self.tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label"
+            )
         self._end = whole if num_samples is None else None
         self._num_samples = whole if num_samples is None else num_samples
         self._epochs: _Recent[Epoch] = _Recent(_EPOCHS_KEPT)
@@ -111,7 +122,13 @@ class OnDemandOrder:
         if window is None or not window.first <= i < window.until:
             window = self._window = self._make_window(i)
         sample = window.first + self._impl.permuted(i - window.first, window.until - window.first, window.key)
-        return self._span(window.shard, window.epoch, window.number, sample * self._seq_length - window.begin, self._seq_length + 1)
+        return self._span(
+            window.shard,
+            window.epoch,
+            window.number,
+            sample * self._seq_length - window.begin,
+            self._seq_length + 1,
+        )
 
     def between(self, token: int, length: int) -> Span:
         """Where ``length`` tokens of the stream lie, from ``token`` of all epochs on."""
@@ -146,9 +163,13 @@ class OnDemandOrder:
             last = int(shard.starts.searchsorted(last_token, "right")) - 1
             return Span(shard.documents, first, head, last, last_token - int(shard.starts[last]) + 1)
         pieces = [shard.documents[first:]]
-        while last_token >= shard.starts[-1]:  # the sample goes on in the next shard, or in the one after that
+        while (
+            last_token >= shard.starts[-1]
+        ):  # the sample goes on in the next shard, or in the one after that
             last_token -= int(shard.starts[-1])
-            epoch, number = (epoch, number + 1) if number + 2 < len(self.epoch(epoch).shard_starts) else (epoch + 1, 0)
+            epoch, number = (
+                (epoch, number + 1) if number + 2 < len(self.epoch(epoch).shard_starts) else (epoch + 1, 0)
+            )
             shard = self.shard(epoch, number)
             pieces.append(shard.documents)
         last = int(shard.starts.searchsorted(last_token, "right")) - 1
@@ -171,12 +192,16 @@ class OnDemandOrder:
         first, until = -(-begin // self._seq_length), -(-end // self._seq_length)
         if self._end is not None:
             until = min(until, self._end)
-        return Window(first, until, self._key(_SAMPLES, epoch, number), epoch, number, begin, self.shard(epoch, number))
+        return Window(
+            first, until, self._key(_SAMPLES, epoch, number), epoch, number, begin, self.shard(epoch, number)
+        )
 
     def _make_epoch(self, number: int) -> Epoch:
         blocks = self._impl.permutation(len(self._block_starts) - 1, self._key(_BLOCKS, number))
         ends = np.cumsum(np.diff(self._block_starts)[blocks])
-        last_of_shard = np.minimum(np.arange(self._shard, len(ends) + self._shard, self._shard), len(ends)) - 1
+        last_of_shard = (
+            np.minimum(np.arange(self._shard, len(ends) + self._shard, self._shard), len(ends)) - 1
+        )
         return Epoch(blocks, np.concatenate([[0], ends[last_of_shard]]).astype(np.int64))
 
     def _make_shard(self, epoch: int, number: int) -> Shard:
@@ -193,15 +218,23 @@ class OnDemandOrder:
         return Shard(documents[order], starts)
 
     def _checked(self, block: int, documents: range, found: tuple[Int32s, Int64s]) -> Int32s:
-        """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after another."""
+        """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after
+        another.
+        """
         sizes, pointers = found
         begin, end = self._block_starts[block : block + 2].tolist()
         bounds = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        if sizes.min() < 0 or bounds[-1] != end or not np.array_equal(pointers, bounds[:-1] * self._store.dtype.itemsize):
+        if (
+            sizes.min() < 0
+            or bounds[-1] != end
+            or not np.array_equal(pointers, bounds[:-1] * self._store.dtype.itemsize)
+        ):
             place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
             raise DataError(
-                f"{place} do not fill the {end - begin} tokens between the first of them and the next, one after another",
-                remedy="an on-demand index needs documents in the order of the file: use --data-index materialised, or preprocess again",
+                f"{place} do not fill the {end - begin} tokens between the first of them and the next, one "
+                "after another",
+                remedy="an on-demand index needs documents in the order of the file: use --data-index "
+                "materialised, or preprocess again",
             )
         return sizes
 

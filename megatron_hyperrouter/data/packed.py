@@ -1,10 +1,12 @@
 """``--pack-documents``: samples made of whole documents, so that none is cut which a sample could hold.
 
-Best-fit-decreasing packing, as of "Fewer Truncations Improve Language Modeling" (2404.10830, section 3): the longest document first,
-each into the sample with the least room that still holds it, or else into a new one.  A document longer than a sample is cut into
-pieces that fill samples of their own; its rest is packed like a document.  What is left of a sample is filled with the id that ends a
-document, where ``--eod-mask-loss`` asks for no loss.  Each token lies in one sample, so an epoch reads it exactly once.  What shares a
-sample depends on the seed and stays; since attention keeps documents apart, only the order of samples changes from epoch to epoch.
+Best-fit-decreasing packing, as of "Fewer Truncations Improve Language Modeling" (2404.10830, section 3): the
+longest document first, each into the sample with the least room that still holds it, or else into a new one.
+A document longer than a sample is cut into pieces that fill samples of their own; its rest is packed like a
+document.  What is left of a sample is filled with the id that ends a document, where ``--eod-mask-loss`` asks
+for no loss.  Each token lies in one sample, so an epoch reads it exactly once.  What shares a sample depends
+on the seed and stays; since attention keeps documents apart, only the order of samples changes from epoch to
+epoch.
 
 Legend: ``M`` pieces of documents, ``P`` samples of an epoch, ``S`` sequence length; a sample is S + 1 tokens.
 """
@@ -27,25 +29,39 @@ _SHUFFLED, _SAMPLES = 4, 5  # what a key is for, besides those of on_demand and 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces each sample holds: piece m is ``documents`` [M] from token ``begins`` [M] on; sample p has the pieces from
-    ``starts`` [P + 1] number p to before number p + 1."""
+    """Which pieces each sample holds: piece m is ``documents`` [M] from token ``begins`` [M] on; sample p has
+    the pieces from ``starts`` [P + 1] number p to before number p + 1.
+    """
 
     documents: Integers
     begins: Integers
     starts: Integers
 
 
-def pack(sizes: npt.NDArray[np.int32], documents: range, *, length: int, seed: int, impl: Implementation | None = None) -> Packing:
-    """Pack ``documents``, whose tokens ``sizes`` counts, into samples of ``length`` tokens; linear in the documents, but for sorting."""
+def pack(
+    sizes: npt.NDArray[np.int32],
+    documents: range,
+    *,
+    length: int,
+    seed: int,
+    impl: Implementation | None = None,
+) -> Packing:
+    """Pack ``documents``, whose tokens ``sizes`` counts, into samples of ``length`` tokens; linear in the
+    documents, but for sorting.
+    """
     full, rest = np.divmod(sizes[documents.start : documents.stop], np.int32(length))
     long = np.flatnonzero(full)
     copies = full[long].astype(np.int64)
     cut = np.repeat(long, copies)
     number = np.arange(len(cut)) - np.repeat(np.cumsum(copies) - copies, copies)  # of a piece in its document
     # Equal documents are often neighbours; shuffled, those of one sample come from anywhere.
-    shuffled = (impl or index.IMPLEMENTATIONS[index.implementation()]).permutation(len(rest), index.key_of(seed, _SHUFFLED))
+    shuffled = (impl or index.IMPLEMENTATIONS[index.implementation()]).permutation(
+        len(rest), index.key_of(seed, _SHUFFLED)
+    )
     items = shuffled[rest[shuffled] > 0]
-    room = (length - rest[items]).astype(np.uint16 if length < 2**16 else np.int32)  # sorted by counting where it can be
+    room = (length - rest[items]).astype(
+        np.uint16 if length < 2**16 else np.int32
+    )  # sorted by counting where it can be
     items = items[np.argsort(room, kind="stable")]
     samples = best_fit(np.bincount(rest[items], minlength=length), length)
     items = items[np.argsort(samples, kind="stable")]
@@ -61,7 +77,8 @@ def pack(sizes: npt.NDArray[np.int32], documents: range, *, length: int, seed: i
 def best_fit(counts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
     """The sample of each item, longest first, given how many have each size; samples hold ``length``.
 
-    Items of one size are placed together: samples of equal room take as many of them as they hold, one sample after another.
+    Items of one size are placed together: samples of equal room take as many of them as they hold, one sample
+    after another.
     """
     samples = np.empty(int(counts.sum()), np.int64)
     rooms: list[int] = []  # that some sample has, rising
@@ -126,8 +143,9 @@ class PackedDataset:
         return self._size
 
     def __getitem__(self, i: int) -> npt.NDArray[np.int64]:
-        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the vocabulary, and for
-        a document that does not end with ``eod``."""
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary, and for a document that does not end with ``eod``.
+        """
         if not 0 <= i < self._size:
             raise IndexError(f"sample {i}: there are {self._size}")
         epoch, place = divmod(i, self._epoch)
@@ -141,7 +159,18 @@ class PackedDataset:
         pointers = store.pointers[documents] + begins * store.dtype.itemsize
         store.check_length()
         last, filled = len(sizes) - 1, sample[: ends[-1]]
-        bad = self._impl.gather(store.tokens, pointers, sizes, np.arange(last + 1), 0, 0, last, int(sizes[-1]), self.vocab_size, filled)
+        bad = self._impl.gather(
+            store.tokens,
+            pointers,
+            sizes,
+            np.arange(last + 1),
+            0,
+            0,
+            last,
+            int(sizes[-1]),
+            self.vocab_size,
+            filled,
+        )
         if bad >= 0:
             piece = int(np.searchsorted(ends, bad, "right"))
             offset = int(begins[piece] + bad - ends[piece] + sizes[piece])
@@ -149,7 +178,8 @@ class PackedDataset:
         unended = (left <= self._length) & (sample[ends - 1] != self.eod)
         if unended.any():
             raise DataError(
-                f"{store.bin_path}: document {store.document_of(int(documents[unended][0]))} does not end with id {self.eod},"
+                f"{store.bin_path}: document {store.document_of(int(documents[unended][0]))} does not end "
+                f"with id {self.eod},"
                 " which --pack-documents goes by to keep documents apart",
                 remedy="preprocess the text with --append-eod, or leave --pack-documents out",
             )

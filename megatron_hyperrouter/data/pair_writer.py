@@ -1,9 +1,9 @@
 """Writes a pair of token files so that a process may die at any moment and another go on.
 
-While it is under way a pair is three files that only grow: tokens (``.bin.partial``), the length of each sequence
-(``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  Where they end at some moment is told by
-:class:`Counts`, so that going on means to cut them there.  ``.idx`` is made from the last two when all tokens are written.
-Memory does not grow with the corpus.
+While it is under way a pair is three files that only grow: tokens (``.bin.partial``), the length of each
+sequence (``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  Where they
+end at some moment is told by :class:`Counts`, so that going on means to cut them there.  ``.idx`` is made
+from the last two when all tokens are written. Memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class FileSum:
 
 
 class PairWriter:
-    """The growing files of one pair; ``counts``: go on from there, instead of from nothing.  Raises DiskRefused."""
+    """The growing files of one pair; ``counts``: go on from there, instead of from nothing.  Raises
+    DiskRefused.
+    """
 
     def __init__(self, prefix: str, dtype: DTypeLike, counts: Counts | None = None) -> None:
         self.prefix = prefix
@@ -66,7 +68,8 @@ class PairWriter:
         with refusing(prefix):
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             for ending, size in _file_sizes(self.counts, self.dtype).items():
-                stream: BinaryIO = open(f"{prefix}.{ending}.partial", "r+b" if counts else "wb", buffering=_BUFFER)  # noqa: SIM115
+                mode = "r+b" if counts else "wb"
+                stream: BinaryIO = open(f"{prefix}.{ending}.partial", mode, buffering=_BUFFER)  # noqa: SIM115
                 self._streams[ending] = stream
                 if ending == "bin" and counts:
                     for block in _blocks(stream, size):
@@ -74,8 +77,16 @@ class PairWriter:
                 stream.truncate(size)
                 stream.seek(size)
 
-    def write(self, tokens: NDArray[Any], lengths: NDArray[np.int32], sequences: NDArray[np.int32], *, closes: bool = True) -> None:
-        """Append documents: their tokens end to end, the length of each sequence, how many sequences each document has.
+    def write(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        *,
+        closes: bool = True,
+    ) -> None:
+        """Append documents: their tokens end to end, the length of each sequence, how many sequences each
+        document has.
 
         ``closes`` false: the last document goes on with the next call.
         """
@@ -91,7 +102,9 @@ class PairWriter:
             self._streams["sizes"].write(lengths.astype(_SIZE).data)
             self._streams["counts"].write(complete.data)
         self.digest.update(tokens.data)
-        self.counts = Counts(old.documents + complete.size, old.sequences + lengths.size, old.tokens + tokens.size, left)
+        self.counts = Counts(
+            old.documents + complete.size, old.sequences + lengths.size, old.tokens + tokens.size, left
+        )
 
     def save(self) -> Counts:
         """Make durable what is written so far, and say how much that is."""
@@ -115,7 +128,9 @@ class PairWriter:
 
 
 def holds(prefix: str, dtype: DTypeLike, counts: Counts, *, complete: bool = False) -> bool:
-    """Whether the growing files of a pair hold at least this much; ``complete``: the tokens may have their name already."""
+    """Whether the growing files of a pair hold at least this much; ``complete``: the tokens may have their
+    name already.
+    """
     sizes = _file_sizes(counts, dtype)
     try:
         growing = Path(f"{prefix}.bin.partial")
@@ -127,12 +142,15 @@ def holds(prefix: str, dtype: DTypeLike, counts: Counts, *, complete: bool = Fal
 
 
 def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
-    """Make ``.idx`` of a pair whose tokens are all written, and give both files their names; returns the sum of ``.idx``.
+    """Make ``.idx`` of a pair whose tokens are all written, and give both files their names; returns the sum
+    of ``.idx``.
 
-    May be called again after a death in the middle.  No moment has an old index beside new tokens, and the index comes last, for it
-    tells readers that the pair is whole.
+    May be called again after a death in the middle.  No moment has an old index beside new tokens, and the
+    index comes last, for it tells readers that the pair is whole.
     """
-    partial, final = ({ending: Path(f"{prefix}.{ending}{more}") for ending in ("bin", "idx")} for more in (".partial", ""))
+    partial, final = (
+        {ending: Path(f"{prefix}.{ending}{more}") for ending in ("bin", "idx")} for more in (".partial", "")
+    )
     with refusing(prefix):
         digest = hashlib.sha256()
         with open(partial["idx"], "wb", buffering=_BUFFER) as stream:
@@ -157,7 +175,9 @@ def changed_since(path: str) -> DataError:
 
 
 def remove_partial(prefix: str) -> None:
-    """Remove the growing files, where there are any that can be removed: no reason to hide why a run has ended."""
+    """Remove the growing files, where there are any that can be removed: no reason to hide why a run has
+    ended.
+    """
     for ending in ("bin", "idx", "sizes", "counts"):
         with suppress(OSError):
             Path(f"{prefix}.{ending}.partial").unlink()
@@ -216,7 +236,8 @@ def _index_blocks(prefix: str, dtype: np.dtype[Any], counts: Counts) -> Iterator
 
 
 def _starts(stream: BinaryIO, size: int, scale: int, total: int, *, last: bool) -> Iterator[bytes]:
-    """Where each of consecutive int32 lengths begins, as int64 bytes, in units of ``scale``; with ``last`` also where all end.
+    """Where each of consecutive int32 lengths begins, as int64 bytes, in units of ``scale``; with ``last``
+    also where all end.
 
     DataError where they do not add up to ``total``: the file is not the one that was written.
     """

@@ -9,7 +9,11 @@ from typing import Any
 from megatron_hyperrouter.errors import DataError, HostError
 
 _MOST_ROWS = 4096  # in one batch
-_BUFFER = 1 << 20  # bytes of the file read ahead for a column; without it the reader takes the whole column of a row group at once
+_BUFFER = (
+    1 << 20
+    # bytes of the file read ahead for a column; without it the reader takes the whole column of a row
+    # group at once
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,15 @@ class Rows:
         return len(self.columns[0])
 
 
-def read_rows(path: str, keys: Sequence[str], batch_bytes: int, owned: Callable[[float], bool], first: int = 0) -> Iterator[Rows]:
-    """The rows of the row groups that are ``owned``, in order, from row ``first`` on, about ``batch_bytes`` of text at a time.
+def read_rows(
+    path: str, keys: Sequence[str], batch_bytes: int, owned: Callable[[float], bool], first: int = 0
+) -> Iterator[Rows]:
+    """The rows of the row groups that are ``owned``, in order, from row ``first`` on, about
+    ``batch_bytes`` of text at a time.
 
-    ``owned(fraction)``: where in the file a row group begins, 0 to 1.  One row group at a time is open, and of that a few pages.
-    DataError for a file that is truncated, damaged, foreign or lacks a column; HostError where the library is missing.
+    ``owned(fraction)``: where in the file a row group begins, 0 to 1.  One row group at a time is open,
+    and of that a few pages. DataError for a file that is truncated, damaged, foreign or lacks a column;
+    HostError where the library is missing.
     """
     file = _open(path)
     try:
@@ -44,7 +52,9 @@ def read_rows(path: str, keys: Sequence[str], batch_bytes: int, owned: Callable[
         file.close()
 
 
-def _group_rows(file: Any, path: str, number: int, keys: list[str], size: int, row: int, first: int) -> Iterator[Rows]:
+def _group_rows(
+    file: Any, path: str, number: int, keys: list[str], size: int, row: int, first: int
+) -> Iterator[Rows]:
     """The rows of one row group, which begins with row ``row``, from row ``first`` on."""
     total = max(1, file.metadata.num_rows)
     batches = iter(file.iter_batches(batch_size=size, row_groups=[number], columns=keys, use_threads=False))
@@ -54,11 +64,19 @@ def _group_rows(file: Any, path: str, number: int, keys: list[str], size: int, r
             if batch is None:
                 return
             skipped = max(0, first - row)
-            columns = () if skipped >= len(batch) else tuple(batch.column(key).slice(skipped).to_pylist() for key in keys)
+            columns = (
+                ()
+                if skipped >= len(batch)
+                else tuple(batch.column(key).slice(skipped).to_pylist() for key in keys)
+            )
         except UnicodeDecodeError as error:
             message = f"{path}, rows {row + 1} to {row + size}: not UTF-8 ({error.reason})"
             raise DataError(message, remedy="write the column as UTF-8 text") from error
-        except (OSError, ValueError, NotImplementedError) as error:  # every error of the library is one of these
+        except (
+            OSError,
+            ValueError,
+            NotImplementedError,
+        ) as error:  # every error of the library is one of these
             raise _damaged(path, f"row group {number}", error) from error
         row += len(batch)
         if columns:
@@ -69,7 +87,9 @@ def _open(path: str) -> Any:
     try:
         import pyarrow.parquet  # type: ignore[import]
     except ImportError as error:
-        raise HostError(f"{path}: reading Parquet files needs the library pyarrow", remedy="pip install pyarrow") from error
+        raise HostError(
+            f"{path}: reading Parquet files needs the library pyarrow", remedy="pip install pyarrow"
+        ) from error
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
     except (OSError, ValueError, NotImplementedError) as error:

@@ -1,9 +1,11 @@
-"""Text files to token files: read, encode in worker processes, write in order; a run that dies is gone on with by the next.
+"""Text files to token files: read, encode in worker processes, write in order; a run that dies is gone on
+with by the next.
 
-Memory is bounded: a few batches are under way at a time, and the results of a batch are written before the next is read.  What is
-written depends on the inputs and the tokenizer alone, not on the number of workers or of machines, nor on how often the run has died.
-Documents are Megatron-LM's: an empty text is an empty document, and the end-of-document token joins the last sequence of a document that
-holds any token.
+Memory is bounded: a few batches are under way at a time, and the results of a batch are written before
+the next is read.  What is written depends on the inputs and the tokenizer alone, not on the number of
+workers or of machines, nor on how often the run has died. Documents are Megatron-LM's: an empty text is
+an empty document, and the end-of-document token joins the last sequence of a document that holds any
+token.
 """
 
 from __future__ import annotations
@@ -66,7 +68,11 @@ class Job:
 
     def stem(self) -> str:
         """The output prefix, with the number of the shard where there are several."""
-        return self.output_prefix if self.part == WHOLE else f"{self.output_prefix}.shard-{self.part.number:05}-of-{self.part.of:05}"
+        return (
+            self.output_prefix
+            if self.part == WHOLE
+            else f"{self.output_prefix}.shard-{self.part.number:05}-of-{self.part.of:05}"
+        )
 
     def prefixes(self) -> list[str]:
         """Of each key's pair."""
@@ -85,20 +91,24 @@ def preprocess(
     progress: Callable[[int, int, int], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Written]:
-    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the recipe, whole or not at all.
+    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the recipe, whole
+    or not at all.
 
-    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do this part alone, as ``{output_prefix}.shard-I-of-N``.
-    ``overwrite``: discard what an unfinished run has left, instead of going on with it.  ``save_seconds``: seconds between two moments
-    at which what is done is made durable.  ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start.
-    ``report``: told which back end was passed over and why.
-    Raises DataError (file, and line or byte, of bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and
-    a full disk leave what was saved, beside the output, under temporary names.
+    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do this part alone, as
+    ``{output_prefix}.shard-I-of-N``. ``overwrite``: discard what an unfinished run has left, instead of
+    going on with it.  ``save_seconds``: seconds between two moments at which what is done is made
+    durable. ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start.
+    ``report``: told which back end was passed over and why. Raises DataError (file, and line or byte, of
+    bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and a full disk
+    leave what was saved, beside the output, under temporary names.
     """
     job = Job(tuple(inputs), output_prefix, recipe, part)
     _check(job, workers, save_seconds)
     total_bytes(inputs)
     first = _first_documents(job)
-    tokenizer, backend = choose_encoder(recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, first, report)
+    tokenizer, backend = choose_encoder(
+        recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, first, report
+    )
     encoder = Encoder(replace(recipe, backend=backend), tokenizer)
     run = _Run(job, encoder, overwrite, save_seconds, progress)
     try:
@@ -117,7 +127,12 @@ class _Run:
     """The journal, what it says, and the steps from there to the finished files."""
 
     def __init__(
-        self, job: Job, encoder: Encoder, overwrite: bool, save_seconds: float, progress: Callable[[int, int, int], None] | None
+        self,
+        job: Job,
+        encoder: Encoder,
+        overwrite: bool,
+        save_seconds: float,
+        progress: Callable[[int, int, int], None] | None,
     ) -> None:
         self._job, self._encoder, self._save_seconds, self._progress = job, encoder, save_seconds, progress
         self._low, self._high = job.part.stretch(total_bytes(job.inputs))
@@ -126,7 +141,9 @@ class _Run:
         self.dtype = encoder.dtype
         self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
         try:
-            self._record: dict[str, Any] = next((record for record in reversed(self._journal.records) if self._usable(record)), {})
+            self._record: dict[str, Any] = next(
+                (record for record in reversed(self._journal.records) if self._usable(record)), {}
+            )
         except BaseException:
             self._journal.close(remove=False)
             raise
@@ -146,7 +163,10 @@ class _Run:
         keys = self._job.recipe.keys
         start = Place(*self._record.get("place", ()))
         position = int(self._record.get("position", 0))
-        writers = [PairWriter(prefix, self.dtype, counts) for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)]
+        writers = [
+            PairWriter(prefix, self.dtype, counts)
+            for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)
+        ]
         told = time.monotonic()
         try:
             for writer, pair in zip(writers, self._record.get("pairs", ()), strict=False):
@@ -201,7 +221,9 @@ class _Run:
             remove_partial(prefix)
 
     def _check_inputs(self) -> None:
-        """InputChanged where another program has written to an input meanwhile: nobody knows what was read."""
+        """InputChanged where another program has written to an input meanwhile: nobody knows what was
+        read.
+        """
         for was in self._files:
             now = facts_of(was[0])
             if now != was:
@@ -209,17 +231,29 @@ class _Run:
                 remedy = "let nothing write to it, and start afresh with --overwrite"
                 raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
 
-    def _save(self, writers: list[PairWriter], place: Place, position: int, *, complete: bool = False) -> None:
+    def _save(
+        self, writers: list[PairWriter], place: Place, position: int, *, complete: bool = False
+    ) -> None:
         pairs = [{"counts": writer.save().as_dict(), "bin": asdict(writer.bin_sum())} for writer in writers]
-        record = {"place": list(asdict(place).values()), "position": position, "pairs": pairs, "complete": complete}
+        record = {
+            "place": list(asdict(place).values()),
+            "position": position,
+            "pairs": pairs,
+            "complete": complete,
+        }
         self._journal.append(record)
         self._record = record
 
     def _usable(self, record: dict[str, Any]) -> bool:
-        """Whether the files hold what the record says; a complete run's tokens may have their name already."""
+        """Whether the files hold what the record says; a complete run's tokens may have their name
+        already.
+        """
         try:
             pairs = zip(self._job.prefixes(), record["pairs"], strict=True)
-            return all(holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"]) for prefix, pair in pairs)
+            return all(
+                holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"])
+                for prefix, pair in pairs
+            )
         except (KeyError, TypeError, ValueError) as error:
             message = f"{self._journal.path}: holds what no run of this program saves ({error!r})"
             raise DataError(message, remedy="give --overwrite to start afresh") from error
@@ -232,7 +266,9 @@ class _Run:
         recipe = self._job.recipe
         return {
             "--tokenizer-type": recipe.tokenizer_type,
-            "--tokenizer-model": f"a file of SHA-256 {self._tokenizer['sha256'][:16]}..." if self._tokenizer["sha256"] else None,
+            "--tokenizer-model": f"a file of SHA-256 {self._tokenizer['sha256'][:16]}..."
+            if self._tokenizer["sha256"]
+            else None,
             "--json-keys": " ".join(recipe.keys),
             "--append-eod": recipe.append_eod,
             "--shard": str(self._job.part),
@@ -248,31 +284,60 @@ def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
     """DataError where there is nothing to train on."""
     names = ", ".join(inputs)
     if not counts.documents:
-        raise DataError(f"{names}: no documents", remedy='give JSON lines {"text": "..."}, or plain text that is not empty')
+        raise DataError(
+            f"{names}: no documents",
+            remedy='give JSON lines {"text": "..."}, or plain text that is not empty',
+        )
     if not counts.tokens:
         raise DataError(
-            f"{names}: {counts.documents} documents, and each is empty under the key {key!r}", remedy="name another key: --json-keys KEY"
+            f"{names}: {counts.documents} documents, and each is empty under the key {key!r}",
+            remedy="name another key: --json-keys KEY",
         )
 
 
 def _check(job: Job, workers: int, save_seconds: float) -> None:
     keys, problems = job.recipe.keys, []
     if not 1 <= workers <= _MOST_WORKERS:
-        problems.append(Problem("--workers", workers, f"must be 1 to {_MOST_WORKERS}", "use as many as there are processor cores"))
+        problems.append(
+            Problem(
+                "--workers",
+                workers,
+                f"must be 1 to {_MOST_WORKERS}",
+                "use as many as there are processor cores",
+            )
+        )
     if not save_seconds >= 0:
-        problems.append(Problem("--save-seconds", save_seconds, "must be at least 0", f"use {SAVE_SECONDS:g}"))
+        problems.append(
+            Problem("--save-seconds", save_seconds, "must be at least 0", f"use {SAVE_SECONDS:g}")
+        )
     if not keys or len(set(keys)) < len(keys):
-        problems.append(Problem("--json-keys", " ".join(keys), "must name each key once", "leave out the repeated key"))
+        problems.append(
+            Problem("--json-keys", " ".join(keys), "must name each key once", "leave out the repeated key")
+        )
     for key in keys:
         if not key or "/" in key:
             rule = "is a part of the output's name, so it must not be empty or hold a slash"
             problems.append(Problem("--json-keys", repr(key), rule, "rename the key in the input"))
     if not job.output_prefix:
-        problems.append(Problem("--output-prefix", "''", "must not be empty", "name the output, for example data/corpus"))
+        problems.append(
+            Problem("--output-prefix", "''", "must not be empty", "name the output, for example data/corpus")
+        )
     endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
-    written = [f"{job.stem()}.journal", *(f"{prefix}.{ending}" for prefix in job.prefixes() for ending in endings)]
-    for path in sorted({os.path.realpath(path) for path in job.inputs} & {os.path.realpath(path) for path in written}):
-        problems.append(Problem("--output-prefix", job.output_prefix, f"would write over the input {path}", "choose another prefix"))
+    written = [
+        f"{job.stem()}.journal",
+        *(f"{prefix}.{ending}" for prefix in job.prefixes() for ending in endings),
+    ]
+    for path in sorted(
+        {os.path.realpath(path) for path in job.inputs} & {os.path.realpath(path) for path in written}
+    ):
+        problems.append(
+            Problem(
+                "--output-prefix",
+                job.output_prefix,
+                f"would write over the input {path}",
+                "choose another prefix",
+            )
+        )
     if problems:
         raise ConfigError(problems)
 

@@ -1,7 +1,7 @@
 """Whether the files that a run reads are those of its ledger.
 
-A file is known by how many documents and tokens it holds and by a digest of some of its bytes, not by its name or its times: data that
-was copied, moved or touched goes on where it was.
+A file is known by how many documents and tokens it holds and by a digest of some of its bytes, not by its
+name or its times: data that was copied, moved or touched goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,20 +34,31 @@ def identity(store: IndexedDataset) -> Identity:
 def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger:
     """The ledger of a run that goes on with ``files`` (prefix -> identity).
 
-    A file that it knows by another prefix, which the run no longer reads, gets its present one.  DataError where a file has the prefix
-    of one in the ledger and is another.
+    A file that it knows by another prefix, which the run no longer reads, gets its present one.  DataError
+    where a file has the prefix of one in the ledger and is another.
     """
     recorded = {entry["path"]: entry.get("file") for segment in ledger for entry in segment["sets"]}
-    changed = [f"{path}: {_difference(was, files[path])}" for path, was in recorded.items() if was and path in files and was != files[path]]
+    changed = [
+        f"{path}: {_difference(was, files[path])}"
+        for path, was in recorded.items()
+        if was and path in files and was != files[path]
+    ]
     if changed:
         raise DataError(
             "\n  - ".join(
-                [f"the checkpoint has read {'another file' if len(changed) == 1 else 'other files'} of the same name:", *changed]
+                [
+                    f"the checkpoint has read {'another file' if len(changed) == 1 else 'other files'} of "
+                    "the same name:",
+                    *changed,
+                ]
             ),
-            remedy="put back what that run has read and name other text by another prefix, or start a new epoch with --finetune",
+            remedy="put back what that run has read and name other text by another prefix, or start a new "
+            "epoch with --finetune",
         )
     gone = {path: was for path, was in recorded.items() if was and path not in files}
-    renamed = {path: new for path, was in gone.items() for new in files if new not in recorded and files[new] == was}
+    renamed = {
+        path: new for path, was in gone.items() for new in files if new not in recorded and files[new] == was
+    }
     if len(set(renamed.values())) < len(renamed):  # two equal files, of which nobody can tell which is which
         renamed = {}
     for old, new in renamed.items():
@@ -56,7 +67,9 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
         {
             **segment,
             "mix": [renamed.get(word.strip(), word) for word in segment["mix"]],
-            "sets": [{**entry, "path": renamed.get(entry["path"], entry["path"])} for entry in segment["sets"]],
+            "sets": [
+                {**entry, "path": renamed.get(entry["path"], entry["path"])} for entry in segment["sets"]
+            ],
         }
         for segment in ledger
     ]
@@ -66,7 +79,9 @@ def _difference(was: Identity, now: Identity) -> str:
     counts = ("{documents} documents with {tokens} tokens".format_map(each) for each in (was, now))
     before, after = counts
     if before == after:
-        return f"it had {before}, and has as many, but their digest was {was['digest']} and is {now['digest']}"
+        return (
+            f"it had {before}, and has as many, but their digest was {was['digest']} and is {now['digest']}"
+        )
     return f"it had {before}, and has {after}"
 
 
@@ -74,6 +89,10 @@ def _some_blocks(path: Path) -> list[bytes]:
     try:
         with open(path, "rb", buffering=0) as stream:
             last = max(os.fstat(stream.fileno()).st_size - _BLOCK, 0)
-            return [os.pread(stream.fileno(), _BLOCK, last * number // (_BLOCKS - 1)) for number in range(_BLOCKS)]
+            return [
+                os.pread(stream.fileno(), _BLOCK, last * number // (_BLOCKS - 1)) for number in range(_BLOCKS)
+            ]
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk"
+        ) from error

@@ -24,7 +24,8 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 def mixes_of(data: DataConfig, *, step: int = 0) -> tuple[Mix, ...]:
     """What is read from which step on: by the schedule, or one mix for the whole run.
 
-    ConfigError for a schedule that is none, or that names a file which is not there; what is over after ``step`` steps may be gone.
+    ConfigError for a schedule that is none, or that names a file which is not there; what is over after
+    ``step`` steps may be gone.
     """
     if data.data_schedule is None:
         return ((0, data.data_path or data.train_data_path),)
@@ -33,18 +34,24 @@ def mixes_of(data: DataConfig, *, step: int = 0) -> tuple[Mix, ...]:
     except ValueError as error:
         raise _refused(data, str(error)) from error
     steps = [step for step, _ in mixes]
-    for number, (path, until) in enumerate(zip((path for _, path in mixes), [*steps[1:], None], strict=True), start=1):
+    for number, (path, until) in enumerate(
+        zip((path for _, path in mixes), [*steps[1:], None], strict=True), start=1
+    ):
         if until is None or until > step:
             _check_files(data, number, path)
     return mixes
 
 
 def settled(data: DataConfig, mixes: Sequence[Mix]) -> DataConfig:
-    """The settings without need of the schedule's file: its content in place of its name, and its first mix as what is divided by
-    ``--split``, or as what is trained on where validation or test have files of their own, unless the settings name that themselves."""
+    """The settings without need of the schedule's file: its content in place of its name, and its first mix
+    as what is divided by ``--split``, or as what is trained on where validation or test have files of their
+    own, unless the settings name that themselves.
+    """
     if data.data_schedule is None:
         return data
-    data = replace(data, data_schedule=json.dumps([{"from_step": step, "data_path": list(path)} for step, path in mixes]))
+    data = replace(
+        data, data_schedule=json.dumps([{"from_step": step, "data_path": list(path)} for step, path in mixes])
+    )
     if data.data_path or data.train_data_path:
         return data
     own = data.valid_data_path or data.test_data_path

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "[SEP]")  # in order of preference
-# Before a space that a letter follows.  Every usual pattern of words starts a new one there, whatever whitespace or word came before,
-# so that the two sides encode apart as they do together.
+# Before a space that a letter follows.  Every usual pattern of words starts a new one there, whatever
+# whitespace or word came before, so that the two sides encode apart as they do together.
 SAFE_CUT = r"(?= [A-Za-z])"
 _SAFE_CUT = re.compile(SAFE_CUT)
 _PIECE = 1 << 15  # characters encoded at a time: the backend takes about 100 bytes of memory for each
@@ -54,7 +54,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes_V(self) -> NDArray[np.int32] | None:
-        """UTF-8 bytes that each id stands for, 0 for special ids; None where bytes cannot be told by the id alone."""
+        """UTF-8 bytes that each id stands for, 0 for special ids; None where bytes cannot be told by the id
+        alone.
+        """
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
@@ -118,7 +120,8 @@ class NullTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the library ``tokenizers``: that file, or a folder that holds it.
 
-    Special tokens that stand in a text as text (a literal ``<|endoftext|>``) become their id, as everywhere with this format.
+    Special tokens that stand in a text as text (a literal ``<|endoftext|>``) become their id, as everywhere
+    with this format.
     """
 
     def __init__(self, path: str) -> None:
@@ -126,7 +129,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = _load(path)
         vocab = self._backend.get_vocab(with_added_tokens=True)
         if not vocab:
-            raise DataError(f"{path}: the tokenizer has no tokens", remedy="train it: python tools/train_tokenizer.py --help")
+            raise DataError(
+                f"{path}: the tokenizer has no tokens",
+                remedy="train it: python tools/train_tokenizer.py --help",
+            )
         self.vocab_size = max(vocab.values()) + 1
         self._cuts_exactly = _cuts_exactly(self._backend)
 
@@ -137,7 +143,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if token is not None:
                 return int(token)
         raise DataError(
-            f"{self.path}: the tokenizer has no token that ends a document (looked for {', '.join(_END_TOKENS)})",
+            f"{self.path}: the tokenizer has no token that ends a document (looked for "
+            f"{', '.join(_END_TOKENS)})",
             remedy=f"add {END_OF_TEXT} as a special token, or leave out --append-eod",
         )
 
@@ -152,11 +159,20 @@ class HuggingFaceTokenizer(Tokenizer):
             return [ids for text in texts for ids in self._encode([text])]
         pieces_of = [list(_pieces(text)) for text in texts]
         flat = [piece for pieces in pieces_of for piece in pieces]
-        encoded = iter([ids for start in range(0, len(flat), _GROUP) for ids in self._encode(flat[start : start + _GROUP])])
+        encoded = iter(
+            [
+                ids
+                for start in range(0, len(flat), _GROUP)
+                for ids in self._encode(flat[start : start + _GROUP])
+            ]
+        )
         return [_joined([next(encoded) for _ in pieces]) for pieces in pieces_of]
 
     def _encode(self, pieces: list[str]) -> list[NDArray[np.int32]]:
-        return [np.array(found.ids, dtype=np.int32) for found in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
+        return [
+            np.array(found.ids, dtype=np.int32)
+            for found in self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        ]
 
     def json(self) -> str:
         """The ``tokenizer.json`` as the library writes it, with truncation and padding off."""
@@ -169,13 +185,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_bytes_V(self) -> NDArray[np.int32] | None:
         """As the base class says; None where the tokenizer is not byte-level.
 
-        A byte-level vocabulary writes each byte as one character, so a token has as many bytes as characters.  Text that a
-        normalizer changes counts as changed.
+        A byte-level vocabulary writes each byte as one character, so a token has as many bytes as characters.
+        Text that a normalizer changes counts as changed.
         """
         added = self._backend.get_added_tokens_decoder()
         vocab = self._backend.get_vocab(with_added_tokens=True)
         alphabet = _byte_alphabet(self._backend)
-        if alphabet is None or any(not alphabet.issuperset(name) for name, token in vocab.items() if token not in added):
+        if alphabet is None or any(
+            not alphabet.issuperset(name) for name, token in vocab.items() if token not in added
+        ):
             return None
         bytes_V = np.zeros(self.vocab_size, dtype=np.int32)
         for name, token in vocab.items():
@@ -186,31 +204,54 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes_V
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None, vocab_size: int | None = None) -> Tokenizer:
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None = None, vocab_size: int | None = None
+) -> Tokenizer:
     """The tokenizer of that type.
 
     ``tokenizer_model``: file or folder, HuggingFaceTokenizer only.  ``vocab_size``: NullTokenizer only.
-    Raises ConfigError (a type that is unknown, or lacks what it needs), DataError (an unreadable file), HostError (no library).
+    Raises ConfigError (a type that is unknown, or lacks what it needs), DataError (an unreadable file),
+    HostError (no library).
     """
     if tokenizer_type == "ByteTokenizer":
         return ByteTokenizer()
     if tokenizer_type == "HuggingFaceTokenizer":
         if not tokenizer_model:
             raise ConfigError(
-                [Problem("--tokenizer-model", tokenizer_model, "must be given with HuggingFaceTokenizer", "name a tokenizer.json")]
+                [
+                    Problem(
+                        "--tokenizer-model",
+                        tokenizer_model,
+                        "must be given with HuggingFaceTokenizer",
+                        "name a tokenizer.json",
+                    )
+                ]
             )
         return HuggingFaceTokenizer(tokenizer_model)
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
-            raise ConfigError([Problem("--vocab-size", vocab_size, "must be given with NullTokenizer", "give the number of token ids")])
+            raise ConfigError(
+                [
+                    Problem(
+                        "--vocab-size",
+                        vocab_size,
+                        "must be given with NullTokenizer",
+                        "give the number of token ids",
+                    )
+                ]
+            )
         return NullTokenizer(vocab_size)
     known = "ByteTokenizer, HuggingFaceTokenizer or NullTokenizer"
-    raise ConfigError([Problem("--tokenizer-type", tokenizer_type, "is not a tokenizer type", f"use {known}")])
+    raise ConfigError(
+        [Problem("--tokenizer-type", tokenizer_type, "is not a tokenizer type", f"use {known}")]
+    )
 
 
 def _no_text(verb: str) -> ConfigError:
     remedy = "use ByteTokenizer or HuggingFaceTokenizer"
-    return ConfigError([Problem("--tokenizer-type", "NullTokenizer", f"has ids alone and cannot {verb} text", remedy)])
+    return ConfigError(
+        [Problem("--tokenizer-type", "NullTokenizer", f"has ids alone and cannot {verb} text", remedy)]
+    )
 
 
 def _load(path: str) -> Backend:
@@ -218,31 +259,45 @@ def _load(path: str) -> Backend:
     try:
         from tokenizers import Tokenizer as Loader
     except ImportError as error:
-        raise HostError("HuggingFaceTokenizer needs the library tokenizers", remedy="bash tools/setup_env.sh") from error
+        raise HostError(
+            "HuggingFaceTokenizer needs the library tokenizers", remedy="bash tools/setup_env.sh"
+        ) from error
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    remedy = "--tokenizer-model names a tokenizer.json, or a folder that holds one; tools/train_tokenizer.py makes one"
+    remedy = (
+        "--tokenizer-model names a tokenizer.json, or a folder that holds one; "
+        "tools/train_tokenizer.py makes one"
+    )
     if not file.is_file():
         raise DataError(f"{file}: no such tokenizer file", remedy=remedy)
     try:
         backend = Loader.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file}: not a tokenizer of the library tokenizers: {error}", remedy=remedy) from error
+        raise DataError(
+            f"{file}: not a tokenizer of the library tokenizers: {error}", remedy=remedy
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _cuts_exactly(backend: Backend) -> bool:
-    """Whether a text may be encoded in pieces with the ids of the whole: sure for GPT-2's words and plain added tokens alone."""
+    """Whether a text may be encoded in pieces with the ids of the whole: sure for GPT-2's words and plain
+    added tokens alone.
+    """
     tree = json.loads(backend.to_str())
     words = tree["pre_tokenizer"] or {}
     gpt2 = words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
-    plain = all("\n" not in token["content"] and not token["lstrip"] and not token["rstrip"] for token in tree["added_tokens"])
+    plain = all(
+        "\n" not in token["content"] and not token["lstrip"] and not token["rstrip"]
+        for token in tree["added_tokens"]
+    )
     return bool(gpt2 and plain and tree["normalizer"] is None)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut ``text`` where that is safe, into pieces of about ``_PIECE`` characters, or longer where there is no safe place."""
+    """Cut ``text`` where that is safe, into pieces of about ``_PIECE`` characters, or longer where there is
+    no safe place.
+    """
     start = 0
     while len(text) - start > _PIECE:
         cut = _SAFE_CUT.search(text, start + _PIECE)
@@ -273,4 +328,6 @@ def _has_byte_level(part: dict[str, Any] | None) -> bool:
         return False
     if part["type"] == "ByteLevel":
         return True
-    return any(_has_byte_level(step) for name in ("pretokenizers", "normalizers") for step in part.get(name, ()))
+    return any(
+        _has_byte_level(step) for name in ("pretokenizers", "normalizers") for step in part.get(name, ())
+    )

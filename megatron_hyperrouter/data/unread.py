@@ -1,10 +1,12 @@
-"""What a run has not read yet of one file, and the order in which it goes on: for runs whose settings change on the way.
+"""What a run has not read yet of one file, and the order in which it goes on: for runs whose settings change
+on the way.
 
-The documents of a file form one stream of tokens without end, epoch after epoch (:mod:`on_demand`); it depends on the seed alone, not
-on how it is cut into samples.  Samples are shuffled, so a run that stops has read all of the stream up to some token, but for pieces
-here and there.  The next samples, of whatever length, are cut from those pieces laid end to end and then from the rest of the stream;
-so every token is read exactly once an epoch, however often the length, the mix or the batch changes.  A run that began with an
-index of megatron-core's kind has, besides, the pieces of that index which it has not read, before the stream.
+The documents of a file form one stream of tokens without end, epoch after epoch (:mod:`on_demand`); it
+depends on the seed alone, not on how it is cut into samples.  Samples are shuffled, so a run that stops has
+read all of the stream up to some token, but for pieces here and there.  The next samples, of whatever length,
+are cut from those pieces laid end to end and then from the rest of the stream; so every token is read exactly
+once an epoch, however often the length, the mix or the batch changes.  A run that began with an index of
+megatron-core's kind has, besides, the pieces of that index which it has not read, before the stream.
 
 Where two pieces meet, the last label of the one is the first token of the other, as where two documents meet.
 
@@ -39,7 +41,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Unread:
-    """``pieces``, and after them the stream from token ``following`` on; ``changes``: how often the settings changed before."""
+    """``pieces``, and after them the stream from token ``following`` on; ``changes``: how often the settings
+    changed before.
+    """
 
     pieces: tuple[Piece, ...] = ()
     following: int = 0
@@ -56,8 +60,16 @@ class BuiltStream:
 
     def between(self, token: int, length: int) -> Span:
         """Where these tokens lie."""
-        first, last = (int(np.searchsorted(self._starts, place, "right")) - 1 for place in (token, token + length - 1))
-        return Span(self.order.document_index, first, token - int(self._starts[first]), last, token + length - int(self._starts[last]))
+        first, last = (
+            int(np.searchsorted(self._starts, place, "right")) - 1 for place in (token, token + length - 1)
+        )
+        return Span(
+            self.order.document_index,
+            first,
+            token - int(self._starts[first]),
+            last,
+            token + length - int(self._starts[last]),
+        )
 
     def after(self, read: int, seq_length: int) -> Unread:
         """What is left when the first ``read`` samples, of ``seq_length`` tokens, have been read."""
@@ -86,7 +98,9 @@ class UnreadOrder:
         """``limit``: samples in all, where the order was made for so many."""
         self._limit = limit
         self.unread, self._stream, self._built, self._seq_length = unread, stream, built, seq_length
-        self._ends = list(accumulate((piece.end - piece.begin for piece in unread.pieces), initial=0))  # 0, then each piece's
+        self._ends = list(
+            accumulate((piece.end - piece.begin for piece in unread.pieces), initial=0)
+        )  # 0, then each piece's
         self._left = self._ends[-1]  # tokens of all pieces
         self._from_left = -(-self._left // seq_length)  # samples that begin in them
         self._key = index.key_of(seed, _LEFT, unread.changes)
@@ -107,20 +121,29 @@ class UnreadOrder:
         first, until = 0, self._from_left
         if read >= until:
             epoch, shard, first, until = self._window(read)
-        if read == first:  # nothing of this window has been read, and where samples are limited, it may hold none
-            return Unread(() if first else self.unread.pieces, self._following(first), self.unread.changes + 1)
+        if (
+            read == first
+        ):  # nothing of this window has been read, and where samples are limited, it may hold none
+            return Unread(
+                () if first else self.unread.pieces, self._following(first), self.unread.changes + 1
+            )
         if read < self._from_left:
             numbers = self._impl.permutation(until, self._key)[:read]
         else:
             numbers = self._stream.first_among(read - first, until - first, epoch, shard) + first
         unread = np.ones(until - first, bool)
         unread[numbers - first] = False
-        ranges = [((first + begin) * self._seq_length, (first + end) * self._seq_length) for begin, end in _runs(unread)]
+        ranges = [
+            ((first + begin) * self._seq_length, (first + end) * self._seq_length)
+            for begin, end in _runs(unread)
+        ]
         pieces = (piece for begin, end in ranges for piece in self._located(begin, end))
         return Unread(tuple(pieces), self._following(until), self.unread.changes + 1)
 
     def _following(self, sample: int) -> int:
-        """The token of the stream at which sample number ``sample`` begins, or the first if that is in a piece."""
+        """The token of the stream at which sample number ``sample`` begins, or the first if that is in a
+        piece.
+        """
         return self.unread.following + max(sample * self._seq_length - self._left, 0)
 
     def _number(self, i: int) -> int:
@@ -134,11 +157,18 @@ class UnreadOrder:
 
     def _window(self, i: int) -> tuple[int, int, int, int]:
         """Epoch and shard in which sample ``i`` begins, and the samples from and to which begin there."""
-        shift = self._left - self.unread.following  # from a token of the stream to its place in what is unread
+        shift = (
+            self._left - self.unread.following
+        )  # from a token of the stream to its place in what is unread
         epoch, shard = self._stream.shard_at(i * self._seq_length - shift)
         begin, end = (border + shift for border in self._stream.borders(epoch, shard))
         until = -(-end // self._seq_length)
-        return epoch, shard, max(-(-begin // self._seq_length), self._from_left), min(until, self._limit or until)
+        return (
+            epoch,
+            shard,
+            max(-(-begin // self._seq_length), self._from_left),
+            min(until, self._limit or until),
+        )
 
     def _located(self, begin: int, end: int) -> Iterator[Piece]:
         """The tokens ``begin`` to before ``end`` of what is unread, where they lie."""

@@ -13,11 +13,14 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
 
-def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> Engine:
+def open_engine(
+    config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+) -> Engine:
     """Build the model of ``config`` in its engine; ``for_training=False`` leaves the optimizer out.
 
-    ``vocab_size``: ids of the tokenizer; ``eod``: the one that ends a document, needed where the settings mind documents.
-    The host is imported here and not before, so that settings are checked without it.  Raises HostError where it is missing.
+    ``vocab_size``: ids of the tokenizer; ``eod``: the one that ends a document, needed where the settings
+    mind documents. The host is imported here and not before, so that settings are checked without it.  Raises
+    HostError where it is missing.
     """
     if eod is None and minds_documents(config):
         raise ValueError("the settings mind documents: eod, the id that ends one, must be given")
@@ -25,7 +28,9 @@ def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None = None, f
     check(config.engine.engine)
     if config.engine.engine == "megatron":
         wanted = config.engine.transformer_impl
-        if wanted == "auto" and resets_documents(config):  # Transformer Engine's attention knows no documents here
+        if wanted == "auto" and resets_documents(
+            config
+        ):  # Transformer Engine's attention knows no documents here
             wanted = "local"
         chosen = implementation(wanted, bf16=config.train.bf16)
         config = replace(config, engine=replace(config.engine, transformer_impl=chosen))

@@ -32,7 +32,8 @@ class StepResult:
     """Numbers of one optimizer step, the same on every rank, already reduced over the global batch."""
 
     lm_loss: float  # nats per token
-    aux_loss: float  # load-balancing loss before its coefficient, mean over layers and micro-batches (1 when uniform)
+    # load-balancing loss before its coefficient, mean over layers and micro-batches (1 when uniform)
+    aux_loss: float
     z_loss: float  # router z-loss before its coefficient, mean over layers and micro-batches
     grad_norm: float  # before clipping
     entropy_L: tuple[float, ...]  # mean router entropy of each MoE layer, in nats
@@ -58,11 +59,17 @@ class Engine(Protocol):
         """Active experts k after ``step`` completed steps: what step ``step + 1`` trains with."""
         ...
 
-    def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
-        """One optimizer step over this rank's micro-batches of the global batch; ``stop`` is told to all ranks."""
+    def train_step(
+        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+    ) -> StepResult:
+        """One optimizer step over this rank's micro-batches of the global batch; ``stop`` is told to all
+        ranks.
+        """
         ...
 
-    def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
+    def evaluate(
+        self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
+    ) -> EvalResult:
         """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes nothing.
 
         Every rank brings the same number of batches.  ``token_bytes_V``: UTF-8 bytes of each token id.
@@ -70,7 +77,9 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights, optimizer and random state into ``folder``; called by every rank."""
+        """Write this rank's part of weights, optimizer and random state into ``folder``; called by every
+        rank.
+        """
         ...
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""What a layer's router is told from outside: the step, k while evaluating, and the tokens behind the vectors.
+"""What a layer's router is told from outside: the step, k while evaluating, and the tokens behind the
+vectors.
 
 Legend: ``B`` batch, ``S`` sequence, ``T = S * B`` tokens of a micro-batch on this rank, ``D`` hidden size.
 """
@@ -25,9 +26,13 @@ class Clock:
     step: int = 0  # completed optimizer steps
     topk: int | None = None  # overrides the schedule while evaluating
     turn: int = 0  # steps and evaluations begun: with each of them layers count their passes anew
-    arrived: list[Tokens] = field(default_factory=list)  # of this rank's micro-batches, in order; empty where nobody tells
+    arrived: list[Tokens] = field(
+        default_factory=list
+    )  # of this rank's micro-batches, in order; empty where nobody tells
     eod: int | None = None  # ends a document; None where nobody asks for documents
-    starts: list[Tensor] = field(default_factory=list)  # of these micro-batches: where the document of each token begins, _BS, uncut
+    starts: list[Tensor] = field(
+        default_factory=list
+    )  # of these micro-batches: where the document of each token begins, _BS, uncut
 
     def begin(self, *, step: int, topk: int | None = None) -> None:
         """A step, or an evaluation with ``topk``, begins."""
@@ -39,8 +44,16 @@ class Clock:
         """What tells one more layer's attention where documents begin."""
         return StartsSite(self)
 
-    def arrive(self, tokens_BS: Tensor, place: Place, part: Callable[[Tensor], Tensor] | None = None, *, batch_first: bool = False) -> None:
-        """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers see.
+    def arrive(
+        self,
+        tokens_BS: Tensor,
+        place: Place,
+        part: Callable[[Tensor], Tensor] | None = None,
+        *,
+        batch_first: bool = False,
+    ) -> None:
+        """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers
+        see.
 
         ``batch_first``: hidden states are ``[B, S, D]``, and not ``[S, B, D]``.
         """
@@ -48,7 +61,9 @@ class Clock:
         if self.eod is not None:
             self.starts.append(document_starts(tokens_BS, self.eod))
         first = (len(self.arrived) * place.data_size + place.data_rank) * size
-        places_BS = torch.arange(first * length, (first + size) * length, device=tokens_BS.device).view(size, length)
+        places_BS = torch.arange(first * length, (first + size) * length, device=tokens_BS.device).view(
+            size, length
+        )
         if part is not None:
             tokens_BS, places_BS = part(tokens_BS), part(places_BS)
         if not batch_first:
@@ -57,7 +72,9 @@ class Clock:
 
 
 class Passes:
-    """Which micro-batch a layer has before it: they come in order, on every pipeline stage; so do their repeats."""
+    """Which micro-batch a layer has before it: they come in order, on every pipeline stage; so do their
+    repeats.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -87,7 +104,9 @@ class StartsSite:
 class RouterSite:
     """A router in its layer, with what an engine adds to it."""
 
-    def __init__(self, router: Router, *, clock: Clock | None = None, statistics: RouterStatistics | None = None) -> None:
+    def __init__(
+        self, router: Router, *, clock: Clock | None = None, statistics: RouterStatistics | None = None
+    ) -> None:
         self.router = router
         self.join(clock or Clock(), statistics)
         self._given: Routing | None = None
@@ -99,7 +118,12 @@ class RouterSite:
 
     def route(self, x_TD: Tensor, experts: ExpertBank | None = None) -> tuple[Routing, Pass]:
         """Route the next micro-batch, and count what was chosen."""
-        asked = {"step": self.clock.step, "topk": self.clock.topk, "experts": experts, "tokens": self._tokens()}
+        asked = {
+            "step": self.clock.step,
+            "topk": self.clock.topk,
+            "experts": experts,
+            "tokens": self._tokens(),
+        }
         routing: Routing = self.router(x_TD, **asked)
         if self.statistics is not None:
             self.statistics.record(self.router, routing)
@@ -127,14 +151,18 @@ class RouterSite:
         index, arrived = self._passes.next(), self.clock.arrived
         if arrived and index >= len(arrived):
             raise ValueError(
-                f"layer {self.router.layer_number}: forward pass {index + 1} since a step or an evaluation began, of which the tokens of"
-                f" {len(arrived)} have arrived: call arrive() before each, and begin() or begin_evaluation() before the first"
+                f"layer {self.router.layer_number}: forward pass {index + 1} since a step or an evaluation "
+                "began, of which the tokens of"
+                f" {len(arrived)} have arrived: call arrive() before each, and begin() or "
+                "begin_evaluation() before the first"
             )
         return arrived[index] if arrived else None
 
 
 def single_routes(routing: Routing) -> Routing:
-    """Each route as a token of its own (``[T * K, 1]``) with weight 1: what brings unweighted outputs to the token's home rank."""
+    """Each route as a token of its own (``[T * K, 1]``) with weight 1: what brings unweighted outputs to the
+    token's home rank.
+    """
     experts_R1 = routing.experts_TK.reshape(-1, 1)
     ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
     logits_RE = routing.logits_TE.detach().repeat_interleave(routing.experts_TK.size(1), 0)

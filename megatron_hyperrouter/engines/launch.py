@@ -26,19 +26,26 @@ def alone_without_launcher() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
 
 
 def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
     """Initialise torch.distributed once every rank has come.
 
-    Until here a rank reads its data by itself, and may have to build an index, or wait for the process that builds it.  torch waits for
-    the slowest rank no longer than for a collective: 10 minutes with NCCL, else 30.  ``timeout``: of collectives; None: torch's own.
+    Until here a rank reads its data by itself, and may have to build an index, or wait for the process that
+    builds it.  torch waits for the slowest rank no longer than for a collective: 10 minutes with NCCL, else
+    30.  ``timeout``: of collectives; None: torch's own.
     """
     if timeout is None:
-        timeout = (constants.default_pg_nccl_timeout if host_backend == "nccl" else None) or constants.default_pg_timeout
+        timeout = (
+            constants.default_pg_nccl_timeout if host_backend == "nccl" else None
+        ) or constants.default_pg_timeout
     words = "one of them may be building an index file, which tools/build_index.py does ahead, or has ended"
-    waiting = threading.Timer(_SILENCE, console.note, [f"waiting for all {os.environ.get('WORLD_SIZE')} ranks: {words}"])
+    waiting = threading.Timer(
+        _SILENCE, console.note, [f"waiting for all {os.environ.get('WORLD_SIZE')} ranks: {words}"]
+    )
     waiting.daemon = True
     waiting.start()
     begin = time.monotonic()
@@ -49,11 +56,18 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error):
             remedy = "give this run another one, with --master-port of torchrun or --master_port of deepspeed"
-            raise HyperRouterError(f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program has this port", remedy=remedy) from error
+            raise HyperRouterError(
+                f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program has this port", remedy=remedy
+            ) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
-        remedy = "see what the other ranks have said; build a large index ahead of the run with tools/build_index.py"
-        raise HyperRouterError(f"after {_PATIENCE} some of the ranks have not come: {error}", remedy=remedy) from error
+        remedy = (
+            "see what the other ranks have said; build a large index ahead of the run with "
+            "tools/build_index.py"
+        )
+        raise HyperRouterError(
+            f"after {_PATIENCE} some of the ranks have not come: {error}", remedy=remedy
+        ) from error
     finally:
         waiting.cancel()
     distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
@@ -69,4 +83,8 @@ def backend() -> str:
 
 def device() -> torch.device:
     """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -45,10 +45,14 @@ def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Rou
         seed=config.train.seed,
         aux_loss_coeff=config.model.moe_aux_loss_coeff,
         z_loss_coeff=config.model.moe_z_loss_coeff,
-        facts=RunFacts(num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size),
+        facts=RunFacts(
+            num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size
+        ),
     )
     prefix = f"decoder.layers.{layer_number - 1}.mlp.router."
-    router.reset_parameters(lambda name, shape: keyed.normal(shape, seed=config.train.seed, name=prefix + name))
+    router.reset_parameters(
+        lambda name, shape: keyed.normal(shape, seed=config.train.seed, name=prefix + name)
+    )
     return router
 
 
@@ -62,7 +66,8 @@ def total_loss(routing: Routing, device: torch.device) -> Tensor:
 def heaviest(score_TE: Tensor, capacity: int) -> Tensor:
     """True for the ``capacity`` largest scores of each expert (Megatron's "probs" policy); boolean ``_TE``.
 
-    Equal scores, which k = 1 gives to all routes, go to the earlier tokens; ``torch.topk`` would leave the choice to the device.
+    Equal scores, which k = 1 gives to all routes, go to the earlier tokens; ``torch.topk`` would leave the
+    choice to the device.
     """
     first_CE = score_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
     return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, first_CE, True)

@@ -1,4 +1,6 @@
-"""What the engines of both hosts have in common: the clock, the statistics, and everything that needs no host."""
+"""What the engines of both hosts have in common: the clock, the statistics, and everything that needs no
+host.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class SharedEngine(ABC):
     routers: dict[str, Router]  # prefix of the global names -> router
 
     def __init__(self, config: RunConfig, place: Place, *, eod: int | None = None) -> None:
-        """To be called when the process groups stand; ``eod``: the id that ends a document, where the settings ask for documents."""
+        """To be called when the process groups stand; ``eod``: the id that ends a document, where the
+        settings ask for documents.
+        """
         self.config = config
         self.place = place
         self.device = device()
@@ -53,8 +57,11 @@ class SharedEngine(ABC):
             router.hold(True)
         self.statistics.make_room(max(router.num_extra_counts for router in routers.values()))
 
-    # ---------------------------------------------------------------------------------------------------- work
-    def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+    # ----------------------------------------------------------------------------------------------------
+    # work
+    def train_step(
+        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+    ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         self.clock.begin(step=step)
         self.statistics.enabled = True
@@ -67,7 +74,11 @@ class SharedEngine(ABC):
         tokens = self.global_batch_size * self.config.model.seq_length
         replicas = round(float(self.statistics.tokens_L(sums).max()) / tokens)  # tensor-parallel ranks
         for router in self.routers.values():
-            router.end_step(self.statistics.counts(sums, router.layer_number, step=step + 1, tokens=tokens, replicas=replicas))
+            router.end_step(
+                self.statistics.counts(
+                    sums, router.layer_number, step=step + 1, tokens=tokens, replicas=replicas
+                )
+            )
         self._weights_changed()
         self.clock.step = step + 1  # an evaluation may follow
         return result
@@ -82,7 +93,9 @@ class SharedEngine(ABC):
     def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
 
-    def evaluate(self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None) -> EvalResult:
+    def evaluate(
+        self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
+    ) -> EvalResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         self.clock.begin(step=self.clock.step, topk=topk)
         self.statistics.enabled = False
@@ -111,7 +124,9 @@ class SharedEngine(ABC):
         return tokens_BS, labels_BS.masked_fill(tokens_BS == self.eod, UNCOUNTED)
 
     def in_parts(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
-        """An evaluation's micro-batches, a few at a time: the clock, and a host that wants them all at once, hold no more."""
+        """An evaluation's micro-batches, a few at a time: the clock, and a host that wants them all at once,
+        hold no more.
+        """
         size = _EVALUATED_TOGETHER * self.config.parallel.pipeline_model_parallel_size
         while part := list(islice(batches, size)):
             self.clock.begin(step=self.clock.step, topk=self.clock.topk)
@@ -125,7 +140,8 @@ class SharedEngine(ABC):
         for router in self.routers.values():
             router.begin_step()
 
-    # ---------------------------------------------------------------------------------------------- checkpoints
+    # ----------------------------------------------------------------------------------------------
+    # checkpoints
     def save(self, folder: Path) -> None:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         save_weights(folder, self.place.rank, self.holding())
@@ -149,7 +165,9 @@ class SharedEngine(ABC):
 
     @abstractmethod
     def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
-        """Read what :meth:`save_optimizer` wrote; ``weights_only``: take the new weights over into the optimizer's copies."""
+        """Read what :meth:`save_optimizer` wrote; ``weights_only``: take the new weights over into the
+        optimizer's copies.
+        """
 
     def barrier(self) -> None:
         """Wait for every rank."""

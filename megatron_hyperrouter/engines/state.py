@@ -1,6 +1,8 @@
-"""What a rank saves and loads: weights by global name, whole and once each; optimizer and random state by rank.
+"""What a rank saves and loads: weights by global name, whole and once each; optimizer and random state by
+rank.
 
-The hosts' own files cannot be read on another expert-parallel size (DeepSpeed) or by another engine; these can.
+The hosts' own files cannot be read on another expert-parallel size (DeepSpeed) or by another engine; these
+can.
 """
 
 from __future__ import annotations
@@ -35,12 +37,17 @@ class Holding(NamedTuple):
 
 
 def save_weights(folder: Path, rank: int, holding: Holding) -> None:
-    """Write what this rank has the first copy of (collective: tensor-parallel pieces are joined one after another).
+    """Write what this rank has the first copy of (collective: tensor-parallel pieces are joined one after
+    another).
 
-    The ranks of a tensor-parallel group take turns in keeping what was joined, so that all of them write, and none holds it all.
+    The ranks of a tensor-parallel group take turns in keeping what was joined, so that all of them write, and
+    none holds it all.
     """
     owned: dict[str, Tensor] = {}
-    turns = {True: 0, False: 0}  # experts and dense weights: their tensor-parallel groups differ, and may have other turns
+    turns = {
+        True: 0,
+        False: 0,
+    }  # experts and dense weights: their tensor-parallel groups differ, and may have other turns
     for name, parameter in holding.named:
         if router_parameter(name) is not None or (name == WORD_EMBEDDINGS and not holding.first_stage):
             continue
@@ -66,7 +73,9 @@ def load_weights(folder: Path, holding: Holding) -> None:
     targets: dict[str, Tensor] = dict(named)
     for prefix, router in holding.routers.items():  # frozen hashes are compared by the router itself
         state = router.state_dict()
-        targets.update({prefix + name: tensor for name, tensor in state.items() if tensor.is_floating_point()})
+        targets.update(
+            {prefix + name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        )
     read_weights(folder, targets, shards)
     for prefix, router in holding.routers.items():
         found = read_tensors(folder, [prefix + name for name in router.state_dict()])
@@ -86,7 +95,9 @@ def load_state(folder: Path, rank: int) -> Any:
 
 
 def load_states(folder: Path, rank: int) -> list[Any]:
-    """The optimizer states of all ranks, mapped rather than read; a rank that was there before gets its random generators back."""
+    """The optimizer states of all ranks, mapped rather than read; a rank that was there before gets its
+    random generators back.
+    """
     states = [_read_state(folder, number, mmap=True) for number in range(_saved_ranks(folder))]
     if rank < len(states):
         _set_random_state(states[rank]["random"])
@@ -110,10 +121,13 @@ def _read_state(folder: Path, rank: int, *, mmap: bool = False) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: the checkpoint was written by another number of ranks",
-            remedy="resume with the number of ranks of the run that wrote it, or load weights alone with --finetune",
+            remedy="resume with the number of ranks of the run that wrote it, or load weights alone with "
+            "--finetune",
         ) from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run"
+        ) from error
 
 
 def _state_file(folder: Path, rank: int) -> Path:
@@ -121,7 +135,11 @@ def _state_file(folder: Path, rank: int) -> Path:
 
 
 def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     state["tracker"] = dropout_states()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

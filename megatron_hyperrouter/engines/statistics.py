@@ -15,7 +15,8 @@ from megatron_hyperrouter.routers.base import Router, Routing, StepCounts
 class RouterStatistics:
     """Sums over one step of what the routers chose, one row a layer, ready for a single all-reduce.
 
-    A row holds the load of each expert, the sums over tokens and over micro-batches that ``_TAIL`` names, and the method's own counts.
+    A row holds the load of each expert, the sums over tokens and over micro-batches that ``_TAIL`` names, and
+    the method's own counts.
     """
 
     _TAIL = ("entropy_sum", "tokens", "aux_sum", "z_sum", "micro_batches")
@@ -27,7 +28,9 @@ class RouterStatistics:
 
     def make_room(self, num_extra: int) -> None:
         """Start with ``num_extra`` more numbers a layer, for what the method counts."""
-        self.sums: Tensor = torch.zeros(self.num_layers, self.num_experts + len(self._TAIL) + num_extra, dtype=torch.float64)
+        self.sums: Tensor = torch.zeros(
+            self.num_layers, self.num_experts + len(self._TAIL) + num_extra, dtype=torch.float64
+        )
 
     @torch.no_grad()
     def record(self, router: Router, routing: Routing) -> None:
@@ -46,14 +49,18 @@ class RouterStatistics:
         tokens = logits_TE.size(0)
         tail = (
             entropy(logits_TE) * tokens,
-            part.new_full((), tokens),  # filled where it is: a number copied to a GPU would make the host wait
+            part.new_full(
+                (), tokens
+            ),  # filled where it is: a number copied to a GPU would make the host wait
             switch_loss(logits_TE.softmax(-1), experts_TK, lambda _: whole_E),
             z_loss(logits_TE) * part,
             part,
         )
         row = self.sums[router.layer_number - 1]
         row[: self.num_experts] += load_E
-        row[self.num_experts : self.num_experts + len(tail)] += torch.stack([value.double() for value in tail])
+        row[self.num_experts : self.num_experts + len(tail)] += torch.stack(
+            [value.double() for value in tail]
+        )
         if router.num_extra_counts:
             row[self.num_experts + len(tail) :] += router.extra_counts(routing)
 
@@ -63,7 +70,9 @@ class RouterStatistics:
         return sums
 
     def summary(self, sums: Tensor) -> dict[str, list[float]]:
-        """Per layer, from sums over all ranks: entropy (nats), load_max_over_mean, aux and z (before coefficients)."""
+        """Per layer, from sums over all ranks: entropy (nats), load_max_over_mean, aux and z (before
+        coefficients).
+        """
         load_LE, tail = sums[:, : self.num_experts], self._tail(sums)
         return {
             "entropy": (tail["entropy_sum"] / tail["tokens"]).tolist(),
@@ -73,9 +82,13 @@ class RouterStatistics:
         }
 
     def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int, replicas: int) -> StepCounts:
-        """One layer's, from sums over all ranks; ``tokens``: of the global batch, each of which ``replicas`` ranks have counted."""
+        """One layer's, from sums over all ranks; ``tokens``: of the global batch, each of which ``replicas``
+        ranks have counted.
+        """
         row = sums[layer_number - 1] / replicas
-        return StepCounts(step, float(tokens), row[: self.num_experts], row[self.num_experts + len(self._TAIL) :])
+        return StepCounts(
+            step, float(tokens), row[: self.num_experts], row[self.num_experts + len(self._TAIL) :]
+        )
 
     def tokens_L(self, sums: Tensor) -> Tensor:
         """How many tokens each layer has seen, from sums over all ranks; replicas count each time."""
@@ -83,7 +96,13 @@ class RouterStatistics:
 
     def _tail(self, sums: Tensor) -> dict[str, Tensor]:
         """Name -> ``_L``."""
-        return dict(zip(self._TAIL, sums[:, self.num_experts : self.num_experts + len(self._TAIL)].unbind(1), strict=True))
+        return dict(
+            zip(
+                self._TAIL,
+                sums[:, self.num_experts : self.num_experts + len(self._TAIL)].unbind(1),
+                strict=True,
+            )
+        )
 
 
 def recomputing() -> bool:

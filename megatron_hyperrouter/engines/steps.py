@@ -1,4 +1,6 @@
-"""Optimizer steps of the routers in a caller's own model: what our engines tell their routers, for those who train without them."""
+"""Optimizer steps of the routers in a caller's own model: what our engines tell their routers, for those
+who train without them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from megatron_hyperrouter.routers.base import Router
 class RouterSteps:
     """Tells all routers of a model the step and their tokens, and adds up over ranks what they chose.
 
-    Routers come into the model by ``plug_into_deepspeed`` or ``megatron_router_builder``; make this object afterwards, on every rank::
+    Routers come into the model by ``plug_into_deepspeed`` or ``megatron_router_builder``; make this
+    object afterwards, on every rank::
 
         steps = RouterSteps(model, batch_first=True)
         for step in range(train_iters):
@@ -29,7 +32,8 @@ class RouterSteps:
             optimizer.step()
             chosen = steps.end()  # {"entropy": [...], "load_max_over_mean": [...], ...}, a number a layer
 
-    Every router goes by the step where it has a schedule; ``simsmoe``, ``stablemoe`` and some options of ``topk`` need all of it.
+    Every router goes by the step where it has a schedule; ``simsmoe``, ``stablemoe`` and some options of
+    ``topk`` need all of it.
     """
 
     def __init__(
@@ -45,25 +49,38 @@ class RouterSteps:
     ) -> None:
         """``model``: the model of this rank, or its parts.
 
-        - ``batch_first``: whether its hidden states are ``[B, S, D]``, and not megatron-core's ``[S, B, D]``.
-        - ``part``: cuts a ``[B, S]`` tensor to the positions that this rank's routers see, under sequence or context parallelism.
-        - ``group``: all ranks of the model; by default the world.  ``replicas``: how many of them route the same tokens, as
-          tensor-parallel ranks do without sequence parallelism.
-        - ``data_rank``, ``data_size``: this rank's place among those that read different samples; by default as in ``group``.
+        - ``batch_first``: whether its hidden states are ``[B, S, D]``, and not megatron-core's ``[S, B,
+          D]``.
+        - ``part``: cuts a ``[B, S]`` tensor to the positions that this rank's routers see, under sequence
+          or context parallelism.
+        - ``group``: all ranks of the model; by default the world.  ``replicas``: how many of them route
+          the same tokens, as tensor-parallel ranks do without sequence parallelism.
+        - ``data_rank``, ``data_size``: this rank's place among those that read different samples; by
+          default as in ``group``.
 
-        Raises ValueError where there is no router, where two layers have one number, and where layers differ in their experts.
+        Raises ValueError where there is no router, where two layers have one number, and where layers
+        differ in their experts.
         """
         parts = [model] if isinstance(model, nn.Module) else list(model)
-        sites = [module.site for each in parts for module in each.modules() if isinstance(getattr(module, "site", None), RouterSite)]
+        sites = [
+            module.site
+            for each in parts
+            for module in each.modules()
+            if isinstance(getattr(module, "site", None), RouterSite)
+        ]
         self.routers: list[Router] = [site.router for site in sites]
         self._group, self._replicas = group, replicas
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
         self._alone = size == 1
         self._batch_first, self._part = batch_first, part
-        self._place = Place(rank, size, rank if data_rank is None else data_rank, size if data_size is None else data_size)
+        self._place = Place(
+            rank, size, rank if data_rank is None else data_rank, size if data_size is None else data_size
+        )
         self.clock = Clock()
         self._statistics = RouterStatistics(*self._sizes())
-        self._statistics.make_room(self._largest(max((router.num_extra_counts for router in self.routers), default=0)))
+        self._statistics.make_room(
+            self._largest(max((router.num_extra_counts for router in self.routers), default=0))
+        )
         self._statistics.enabled = False
         for site in sites:
             site.join(self.clock, self._statistics)
@@ -74,19 +91,24 @@ class RouterSteps:
         self._statistics.enabled = True
 
     def begin_evaluation(self, topk: int | None = None) -> None:
-        """An evaluation begins, with k = ``topk``, or the k of the schedule; its tokens arrive as in a step, and nothing is counted."""
+        """An evaluation begins, with k = ``topk``, or the k of the schedule; its tokens arrive as in a
+        step, and nothing is counted.
+        """
         self.clock.begin(step=self.clock.step, topk=topk)
         self._statistics.enabled = False
 
     def arrive(self, tokens_BS: Tensor) -> None:
-        """The ids of the next micro-batch, int64 ``[B, S]``; before its forward pass, for each or for none."""
+        """The ids of the next micro-batch, int64 ``[B, S]``; before its forward pass, for each or for
+        none.
+        """
         self.clock.arrive(tokens_BS, self._place, self._part, batch_first=self._batch_first)
 
     def end(self) -> dict[str, list[float]]:
         """The optimizer has taken its step (collective): routers learn what all ranks chose in it.
 
-        Returns a number for each layer: ``entropy`` of the router (nats), ``load_max_over_mean``, and its ``aux`` and ``z`` losses
-        before their coefficients; nan for layers without a router of ours, and for those that saw no token.
+        Returns a number for each layer: ``entropy`` of the router (nats), ``load_max_over_mean``, and its
+        ``aux`` and ``z`` losses before their coefficients; nan for layers without a router of ours, and
+        for those that saw no token.
         """
         self._statistics.enabled = False
         sums = self._statistics.take().to(device())
@@ -100,7 +122,9 @@ class RouterSteps:
             raise ValueError("no router has seen a token since begin()")
         for router in self.routers:
             if tokens_L[router.layer_number - 1]:  # a model may leave layers out
-                counts = self._statistics.counts(sums, router.layer_number, step=self.clock.step, tokens=tokens, replicas=self._replicas)
+                counts = self._statistics.counts(
+                    sums, router.layer_number, step=self.clock.step, tokens=tokens, replicas=self._replicas
+                )
                 router.end_step(counts)
             router.begin_step()
         return self._statistics.summary(sums)
@@ -109,13 +133,21 @@ class RouterSteps:
         """Layers of the whole model, and experts of each."""
         numbers = [router.layer_number for router in self.routers]
         if len(set(numbers)) < len(numbers):
-            raise ValueError(f"layers have the numbers {sorted(numbers)}: give each its own layer_number when its router is made")
+            raise ValueError(
+                f"layers have the numbers {sorted(numbers)}: give each its own layer_number when its "
+                "router "
+                "is made"
+            )
         experts = {router.num_experts for router in self.routers}
         most = self._largest(max(experts, default=0))
         if not most:
             raise ValueError("no router of ours is in the model: plug them in before RouterSteps is made")
         if experts - {most}:
-            raise ValueError(f"layers have {sorted(experts)} experts here, and {most} at most: make RouterSteps for each kind of layer")
+            raise ValueError(
+                f"layers have {sorted(experts)} experts here, and {most} at most: make RouterSteps for "
+                "each "
+                "kind of layer"
+            )
         return self._largest(max(numbers, default=0)), most
 
     def _largest(self, number: int) -> int:

@@ -10,13 +10,18 @@ from megatron_hyperrouter.engines.base import EvalResult, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 
 
-def step_result(loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: float, stop: bool) -> tuple[StepResult, Tensor]:
-    """Add up the loss, what the routers chose, and who wants to stop (collective); also returns the statistics' sums.
+def step_result(
+    loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: float, stop: bool
+) -> tuple[StepResult, Tensor]:
+    """Add up the loss, what the routers chose, and who wants to stop (collective); also returns the
+    statistics' sums.
 
     Ratios are taken afterwards, so ranks that saw the same tokens (tensor parallelism) may all be counted.
     """
     rows = statistics.take()
-    own = torch.cat([loss_sums, rows.new_tensor([float(stop)]).to(loss_sums.device), rows.to(loss_sums.device).flatten()])
+    own = torch.cat(
+        [loss_sums, rows.new_tensor([float(stop)]).to(loss_sums.device), rows.to(loss_sums.device).flatten()]
+    )
     dist.all_reduce(own)
     own = own.cpu()
     loss, tokens, _, stopped = own[:4].tolist()
@@ -43,7 +48,9 @@ def eval_result(loss_sums: Tensor, *, replicas: int) -> EvalResult:
 
 
 def mean_scale(labels: list[Tensor], place: Place, device: torch.device) -> Tensor:
-    """Positions of the global batch / labels of it that count, from this rank's ``_BS`` of a step (collective): a float32 scalar."""
+    """Positions of the global batch / labels of it that count, from this rank's ``_BS`` of a step
+    (collective): a float32 scalar.
+    """
     counted = torch.stack([(part_BS >= 0).sum() for part_BS in labels]).sum().to(device, torch.float64)
     positions = sum(part_BS.numel() for part_BS in labels) * place.data_size
     dist.all_reduce(counted)

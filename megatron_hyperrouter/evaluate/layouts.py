@@ -36,17 +36,20 @@ ONE_PROCESS: dict[str, object] = {
     "sequence_parallel": False,
 }
 STEP_NUMBERS = ("lm_loss", "aux_loss", "grad_norm")
-# Gradients are told by a first step of Adam whose epsilon drowns its normalisation: weight -= SCALE x gradient.  SCALE is so
-# large that the weight itself, to which the result is rounded, does not matter.
+# Gradients are told by a first step of Adam whose epsilon drowns its normalisation: weight -= SCALE x
+# gradient.  SCALE is so large that the weight itself, to which the result is rounded, does not matter.
 SCALE = 2.0**20
 DROWNING_EPSILON = 1e6
-GRADIENT_FLOOR = 1e-3  # a parameter whose gradients are all smaller than this share of the largest is compared with that share
+# a parameter whose gradients are all smaller than this share of the largest is compared with that share
+GRADIENT_FLOOR = 1e-3
 ROUNDED_SHARE = 1e-2  # of a weight, that is added to the path of its steps: float32 rounds it to 1e-5 of this
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Largest relative differences; of weights, relative to the longest path that Adam can have gone and a hundredth of the weight."""
+    """Largest relative differences; of weights, relative to the longest path that Adam can have gone and a
+    hundredth of the weight.
+    """
 
     numbers: float = 1e-5
     gradients: float = 1e-5
@@ -54,12 +57,17 @@ class Tolerances:
 
 
 BFLOAT16_UNIT = 2.0**-7  # the step from 1 to the next number
-BFLOAT16_GRADIENTS = (2.0**-4, 2.0**-2)  # least and most that is allowed: a part of a gradient that is missing is more
+BFLOAT16_GRADIENTS = (
+    2.0**-4,
+    2.0**-2,
+)  # least and most that is allowed: a part of a gradient that is missing is more
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How ``text`` (``tp=2,ep=2``) lays a run out: settings by flat name, ranks, and the fault to seed, if any."""
+    """How ``text`` (``tp=2,ep=2``) lays a run out: settings by flat name, ranks, and the fault to seed, if
+    any.
+    """
 
     text: str
     overrides: dict[str, object]
@@ -72,9 +80,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run left: ``steps``, a dictionary of numbers each; ``routers``, for each rank {router: digest of its frozen part}.
+    """What a run left: ``steps``, a dictionary of numbers each; ``routers``, for each rank {router: digest of
+    its frozen part}.
 
-    ``before`` and ``after`` are folders of weights around the step that tells gradients, ``last`` those after all ``steps``.
+    ``before`` and ``after`` are folders of weights around the step that tells gradients, ``last`` those after
+    all ``steps``.
     """
 
     steps: Sequence[dict[str, float]]
@@ -102,10 +112,11 @@ class Difference:
 def in_bfloat16(rounding: Sequence[Difference]) -> Tolerances:
     """``rounding``: how the bfloat16 reference differs from the same run in float32.
 
-    Both sides of a comparison are roundings of that float32 run, each in its own order: where bfloat16 takes numbers by d from it, two
-    such runs are at most 2 d apart.  Gradients of one expert jump by more where rounded weights send it another token; layouts share
-    those weights, so they stay within d (a tiny GPT: 0.03 of 0.3 to 0.4), and a quarter tells a gradient that lacks a part whatever d is.
-    Weights say little: Adam makes a whole step of a gradient's sign, also where the gradient is rounding.
+    Both sides of a comparison are roundings of that float32 run, each in its own order: where bfloat16 takes
+    numbers by d from it, two such runs are at most 2 d apart.  Gradients of one expert jump by more where
+    rounded weights send it another token; layouts share those weights, so they stay within d (a tiny GPT:
+    0.03 of 0.3 to 0.4), and a quarter tells a gradient that lacks a part whatever d is. Weights say little:
+    Adam makes a whole step of a gradient's sign, also where the gradient is rounding.
     """
     found = {difference.number: difference.value for difference in rounding}
     least, most = BFLOAT16_GRADIENTS
@@ -137,7 +148,9 @@ def parse_layout(text: str) -> Layout:
         elif equals:
             overrides[key.replace("-", "_").lstrip("_")] = _typed(value)
         else:
-            raise _bad_layout(text, f"{word!r} is no size; known are dp, {', '.join(SHORT)}, and settings by name=value")
+            raise _bad_layout(
+                text, f"{word!r} is no size; known are dp, {', '.join(SHORT)}, and settings by name=value"
+            )
     tensor, stages, context = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
     if tensor > 1:
         overrides["sequence_parallel"] = True
@@ -158,18 +171,23 @@ def _bad_layout(text: str, rule: str) -> ConfigError:
 
 
 def samples_for(layouts: Sequence[Layout], micro_batch_size: int) -> int:
-    """Samples of a global batch that all layouts can share: two micro-batches on each rank, or one for each stage."""
+    """Samples of a global batch that all layouts can share: two micro-batches on each rank, or one for each
+    stage.
+    """
     return micro_batch_size * math.lcm(*(layout.data_size * math.lcm(2, layout.stages) for layout in layouts))
 
 
-def compare(found: Evidence, reference: Evidence, *, config: RunConfig, allowed: Tolerances) -> list[Difference]:
+def compare(
+    found: Evidence, reference: Evidence, *, config: RunConfig, allowed: Tolerances
+) -> list[Difference]:
     """All differences of two runs, the largest of each number."""
     told = [_steps(number, found, reference, allowed.numbers) for number in STEP_NUMBERS]
     told_gradients = ((name, difference, scale) for name, difference, _, scale in gradients(found, reference))
     path = config.optimizer.lr * len(reference.steps)
     # A step that is short beside its weight is rounded with the weight
     weights = (
-        (name, one - other, path + ROUNDED_SHARE * float(other.abs().max())) for name, one, other in _pairs(found.last, reference.last)
+        (name, one - other, path + ROUNDED_SHARE * float(other.abs().max()))
+        for name, one, other in _pairs(found.last, reference.last)
     )
     return [
         *told,
@@ -185,19 +203,28 @@ def _steps(number: str, found: Evidence, reference: Evidence, tolerance: float) 
         difference = abs(one[number] - other[number])
         value = difference / abs(other[number]) if difference and other[number] else difference
         if not value <= worst.value:  # not a number is the worst of all
-            worst = Difference(number, value, tolerance, f"step {step}: {one[number]:.7g}, not {other[number]:.7g}")
+            worst = Difference(
+                number, value, tolerance, f"step {step}: {one[number]:.7g}, not {other[number]:.7g}"
+            )
     return worst
 
 
 def gradients(found: Evidence, reference: Evidence) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(parameter, difference, the reference's gradients, what a difference is relative to), all of them times SCALE."""
+    """(parameter, difference, the reference's gradients, what a difference is relative to), all of them times
+    SCALE.
+    """
     largest = 0.0
     for _, after, before in _pairs(reference.after, reference.before):
         largest = max(largest, float((before - after).abs().max()))
     steps = zip(_pairs(found.after, found.before), _pairs(reference.after, reference.before), strict=True)
     for (name, after, before), (_, reference_after, reference_before) in steps:
         expected = reference_before - reference_after
-        yield name, (before - after) - expected, expected, max(float(expected.abs().max()), GRADIENT_FLOOR * largest)
+        yield (
+            name,
+            (before - after) - expected,
+            expected,
+            max(float(expected.abs().max()), GRADIENT_FLOOR * largest),
+        )
 
 
 def _worst(number: str, differences: Iterator[tuple[str, Tensor, float]], tolerance: float) -> Difference:
@@ -222,7 +249,10 @@ def _frozen_parts(found: Evidence, reference: Evidence) -> Difference:
     ]
     ranks = {line.split(" has ")[0] for line in guilty}
     return Difference(
-        "frozen parts", float(len(ranks)), 0.0, "; ".join(guilty[:3]) + (f"; {len(guilty) - 3} more" if len(guilty) > 3 else "")
+        "frozen parts",
+        float(len(ranks)),
+        0.0,
+        "; ".join(guilty[:3]) + (f"; {len(guilty) - 3} more" if len(guilty) > 3 else ""),
     )
 
 

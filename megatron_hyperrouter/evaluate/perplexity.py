@@ -15,7 +15,12 @@ from megatron_hyperrouter.train.metrics import Record, evaluation_record, score
 def check_topks(topks: Sequence[int], num_experts: int) -> None:
     """ConfigError that names every k out of range."""
     problems = [
-        Problem("--topk", topk, f"must be from 1 to the {num_experts} experts of the model", "leave it out or change it")
+        Problem(
+            "--topk",
+            topk,
+            f"must be from 1 to the {num_experts} experts of the model",
+            "leave it out or change it",
+        )
         for topk in topks
         if not 1 <= topk <= num_experts
     ]
@@ -34,12 +39,19 @@ def loss_by_topk(
 ) -> list[Record]:
     """Score ``dataset`` once for each k (collective).
 
-    Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None where bytes are
-    unknown) and ``tokens``.  ``num_batches``: micro-batches of each rank; None: all whole ones.
+    Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None where
+    bytes are unknown) and ``tokens``.  ``num_batches``: micro-batches of each rank; None: all whole ones.
     """
     results = []
     for topk in topks:
-        sums = score(engine, dataset, topk=topk, micro_batch_size=micro_batch_size, num_batches=num_batches, token_bytes_V=token_bytes_V)
+        sums = score(
+            engine,
+            dataset,
+            topk=topk,
+            micro_batch_size=micro_batch_size,
+            num_batches=num_batches,
+            token_bytes_V=token_bytes_V,
+        )
         record = evaluation_record(sums, step=0, split="", topk=topk)
         fields = ("topk", "lm_loss", "perplexity", "bits_per_byte")
         results.append({**{name: record[name] for name in fields}, "tokens": sums.tokens})

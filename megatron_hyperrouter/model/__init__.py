@@ -1,1 +1,3 @@
-"""The transformer that both engines build: one megatron-core layer spec, one set of names, one set of initial weights."""
+"""The transformer that both engines build: one megatron-core layer spec, one set of names, one set of initial
+weights.
+"""

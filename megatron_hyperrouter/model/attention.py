@@ -1,6 +1,7 @@
 """Attention through torch's ``scaled_dot_product_attention``, for machines without Transformer Engine.
 
-Legend: ``S`` sequence, ``B`` batch, ``N`` query heads and ``G`` key/value heads on this rank, ``C`` channels of a head.
+Legend: ``S`` sequence, ``B`` batch, ``N`` query heads and ``G`` key/value heads on this rank, ``C`` channels
+of a head.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.model.documents import same_document, turned_back
 
-NextStarts = Callable[[], Tensor]  # of a layer's next micro-batch: where the document of each token of the whole sequence begins, _BS
+NextStarts = Callable[
+    [], Tensor
+]  # of a layer's next micro-batch: where the document of each token of the whole sequence begins, _BS
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """megatron-core's core-attention slot: causal, grouped-query, never materialises the score matrix where torch can avoid it."""
+    """megatron-core's core-attention slot: causal, grouped-query, never materialises the score matrix where
+    torch can avoid it.
+    """
 
     def __init__(
         self,
@@ -37,13 +42,16 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ) -> None:
-        """``recompute``: selective activation checkpointing, attention alone is computed again in the backward pass.
+        """``recompute``: selective activation checkpointing, attention alone is computed again in the
+        backward pass.
 
-        ``starts`` makes what tells this layer where documents begin: attention then stays within them.  With ``rotary_base``, the
-        base of the rotary positions, it crosses them, and positions alone count from the beginning of each document.  Within one
-        document both are the same, since rotary attention goes by differences of positions.
+        ``starts`` makes what tells this layer where documents begin: attention then stays within them.  With
+        ``rotary_base``, the base of the rotary positions, it crosses them, and positions alone count from the
+        beginning of each document.  Within one document both are the same, since rotary attention goes by
+        differences of positions.
 
-        Under context parallelism keys and values are gathered: each rank then attends from its own queries to all of them.
+        Under context parallelism keys and values are gathered: each rank then attends from its own queries to
+        all of them.
         """
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
@@ -73,7 +81,9 @@ class ScaledDotProductAttention(MegatronModule):
             return result
         return self._attend(*inputs)
 
-    def _attend(self, query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor, starts_BS: Tensor | None) -> Tensor:
+    def _attend(
+        self, query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor, starts_BS: Tensor | None
+    ) -> Tensor:
         length, device = query_SBNC.size(0), query_SBNC.device
         rank, size = (0, 1) if self.cp_group is None else (self.cp_group.rank(), self.cp_group.size())
         mask = visible(length, rank, size, device) if size > 1 else None
@@ -84,12 +94,17 @@ class ScaledDotProductAttention(MegatronModule):
                 mask = same_document(starts_BS, own, keys) & visible(length, rank, size, device)
             else:
                 starts_SB = starts_BS[:, own].t()
-                query_SBNC, key_SBGC = (turned_back(x, starts_SB, self.rotary_base) for x in (query_SBNC, key_SBGC))
+                query_SBNC, key_SBGC = (
+                    turned_back(x, starts_SB, self.rotary_base) for x in (query_SBNC, key_SBGC)
+                )
         if size > 1:
             key_SBGC, value_SBGC = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key_SBGC, value_SBGC)
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+                for x in (key_SBGC, value_SBGC)
             )
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC))  # [B, heads, S, C]
+        query, key, value = (
+            x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC)
+        )  # [B, heads, S, C]
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -103,13 +118,16 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 def visible(length: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """True where a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size * length]``."""
+    """True where a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size *
+    length]``.
+    """
     keys = gathered_positions(length, size, device)
     return keys[rank * length : (rank + 1) * length, None] >= keys[None, :]
 
 
 def gathered_positions(length: int, size: int, device: torch.device) -> Tensor:
-    """Positions in the sequence of keys that were gathered from ``size`` context-parallel ranks: ``[size * length]``.
+    """Positions in the sequence of keys that were gathered from ``size`` context-parallel ranks: ``[size *
+    length]``.
 
     Each rank has ``length`` positions: a slice from either end of the sequence, so that all have equal work.
     """

@@ -1,7 +1,7 @@
 """Where documents begin in a sample, and what follows for attention and positions.
 
-A document ends with the tokenizer's end-of-document id, which belongs to it; Megatron-LM's ``_get_ltor_masks_and_position_ids``
-(megatron-core 0.16, datasets/gpt_dataset.py) draws the same borders.
+A document ends with the tokenizer's end-of-document id, which belongs to it; Megatron-LM's
+``_get_ltor_masks_and_position_ids`` (megatron-core 0.16, datasets/gpt_dataset.py) draws the same borders.
 
 Legend: ``B`` batch, ``S`` sequence, ``Q`` queries on this rank, ``N`` heads, ``C`` channels of a head.
 """
@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def document_starts(tokens_BS: Tensor, eod: int) -> Tensor:
-    """For each token the position at which its document begins in the sample, 0 for one that began earlier: int64 ``_BS``."""
+    """For each token the position at which its document begins in the sample, 0 for one that began
+    earlier: int64 ``_BS``.
+    """
     length = tokens_BS.size(1)
     after_S = torch.arange(1, length + 1, device=tokens_BS.device)
     begins_BS = torch.where(tokens_BS == eod, after_S, 0)  # the next token begins a document
@@ -22,12 +24,15 @@ def document_starts(tokens_BS: Tensor, eod: int) -> Tensor:
 
 
 def same_document(starts_BS: Tensor, queries_Q: Tensor, keys_S: Tensor) -> Tensor:
-    """True where the tokens at these positions are of one document: boolean ``[B, 1, Q, S]``, for all heads."""
+    """True where the tokens at these positions are of one document: boolean ``[B, 1, Q, S]``, for all
+    heads.
+    """
     return (starts_BS[:, queries_Q, None] == starts_BS[:, None, keys_S]).unsqueeze(1)
 
 
 def turned_back(x_SBNC: Tensor, starts_SB: Tensor, base: float) -> Tensor:
-    """Rotary positions of a query or key, less ``starts_SB``: rotations add up, so position p turned back by s is position p - s.
+    """Rotary positions of a query or key, less ``starts_SB``: rotations add up, so position p turned back
+    by s is position p - s.
 
     RoFormer (2104.09864, eq. 34) with channel i beside channel i + C/2, as megatron-core has it.
     """

@@ -1,4 +1,6 @@
-"""Initial weights as a function of (seed, global parameter name) alone: no layout, device or library version has a say."""
+"""Initial weights as a function of (seed, global parameter name) alone: no layout, device or library version
+has a say.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,23 @@ _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def initial_std(name: str, model: ModelConfig) -> float:
-    """Megatron-LM's rule: N(0, std^2), and std / sqrt(2 x layers) for the matrices that write into the residual stream."""
+    """Megatron-LM's rule: N(0, std^2), and std / sqrt(2 x layers) for the matrices that write into the
+    residual stream.
+    """
     if name.endswith(_OUTPUT_PROJECTIONS):
         return model.init_method_std / math.sqrt(2 * model.num_layers)
     return model.init_method_std
 
 
-def initialise(named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+def initialise(
+    named: Iterable[tuple[str, nn.Parameter]],
+    model: ModelConfig,
+    draw: Callable[[str, tuple[int, ...]], Tensor],
+) -> None:
     """Fill every parameter but the routers', which fill themselves.
 
-    ``named`` gives global names; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the name alone.
+    ``named`` gives global names; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the name
+    alone.
     """
     with torch.no_grad():
         for name, parameter in named:

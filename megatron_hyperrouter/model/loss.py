@@ -13,10 +13,12 @@ UNCOUNTED = -1  # a label that no loss is asked for
 
 
 class LanguageModelLoss:
-    """Cross-entropy in float32 over the labels that count; keeps the sums of the current step, or of the current evaluation.
+    """Cross-entropy in float32 over the labels that count; keeps the sums of the current step, or of the
+    current evaluation.
 
-    ``scale``: what the mean over all positions of a micro-batch is multiplied by.  Micro-batches differ in how many labels count;
-    with positions / counted labels of the global batch, the mean over micro-batches is the mean over all labels that count.
+    ``scale``: what the mean over all positions of a micro-batch is multiplied by.  Micro-batches differ in
+    how many labels count; with positions / counted labels of the global batch, the mean over micro-batches is
+    the mean over all labels that count.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,9 @@ class LanguageModelLoss:
         self.scale: Tensor | None = None
 
     def __call__(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """The micro-batch's part of the mean, in nats per token; logits may be cut over tensor-parallel ranks."""
+        """The micro-batch's part of the mean, in nats per token; logits may be cut over tensor-parallel
+        ranks.
+        """
         labels_SB = labels_BS.t().contiguous()
         loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB.clamp(min=0))
         return self.mean(loss_SB, labels_SB)
@@ -35,9 +39,13 @@ class LanguageModelLoss:
         counted = labels >= 0
         loss = torch.where(counted, loss, 0.0)
         with torch.no_grad():
-            bytes_ = 0 if self.token_bytes_V is None else (self.token_bytes_V[labels.clamp(min=0)] * counted).sum()
+            bytes_ = (
+                0 if self.token_bytes_V is None else (self.token_bytes_V[labels.clamp(min=0)] * counted).sum()
+            )
             row = (loss.sum(dtype=torch.float64), counted.sum(), bytes_)
-            added = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in row])
+            added = torch.stack(
+                [torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in row]
+            )
             self.sums = self.sums.to(loss.device) + added
         return loss.mean() if self.scale is None else loss.mean() * self.scale
 

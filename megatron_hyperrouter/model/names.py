@@ -1,4 +1,5 @@
-"""Global parameter names: those of megatron-core's ``GPTModel``, with layer and expert numbers of the whole model.
+"""Global parameter names: those of megatron-core's ``GPTModel``, with layer and expert numbers of the
+whole model.
 
     embedding.word_embeddings.weight
     decoder.layers.{layer}.input_layernorm.weight
@@ -10,7 +11,8 @@
     decoder.final_layernorm.weight
     output_layer.weight
 
-Initial weights, weight decay and checkpoints depend on these names alone, so that they mean the same on every layout and engine.
+Initial weights, weight decay and checkpoints depend on these names alone, so that they mean the same on
+every layout and engine.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import re
 from torch import Tensor
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
-# Transformer Engine's: the input norm is a part of the first matrix, and a matrix of all experts is one module.
+# Transformer Engine's: the input norm is a part of the first matrix, and a matrix of all experts is one
+# module.
 _FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
 _GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 _ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.(.+)$")
@@ -38,7 +41,9 @@ def router_parameter(name: str) -> tuple[int, str] | None:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay as Megatron-LM has it: matrices, not vectors (norms, biases, a HyperRouter's embedding)."""
+    """Weight decay as Megatron-LM has it: matrices, not vectors (norms, biases, a HyperRouter's
+    embedding).
+    """
     return parameter.ndim > 1
 
 

@@ -17,7 +17,9 @@ def make_groups(config: RunConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,  # one chunk is the plain schedule, not an interleaved one
+        virtual_pipeline_model_parallel_size=chunks
+        if chunks > 1
+        else None,  # one chunk is the plain schedule, not an interleaved one
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(config),
@@ -30,12 +32,16 @@ def seed_dropout(config: RunConfig) -> None:
     seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if torch.cuda.is_available() or config.engine.engine == "megatron" or config.parallel.sequence_parallel:
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)  # megatron-core's tracker; on the CPU the compat room serves it
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            seed
+        )  # megatron-core's tracker; on the CPU the compat room serves it
     torch.manual_seed(seed + 10_000 * data_rank)
 
 
 def dropout_states() -> dict[str, Tensor]:
-    """The generators of megatron-core's tracker, which dropout in tensor-parallel regions draws from; none where nobody seeded it."""
+    """The generators of megatron-core's tracker, which dropout in tensor-parallel regions draws from; none
+    where nobody seeded it.
+    """
     states: dict[str, Tensor] = tensor_parallel.get_cuda_rng_tracker().get_states()
     return states
 

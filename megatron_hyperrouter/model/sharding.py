@@ -1,4 +1,6 @@
-"""Which part of a whole weight this rank holds: one rule for initial weights, checkpoints and comparisons."""
+"""Which part of a whole weight this rank holds: one rule for initial weights, checkpoints and
+comparisons.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from megatron_hyperrouter.model.names import is_expert
 
 @dataclass(frozen=True)
 class Shard:
-    """Piece ``rank`` of ``size`` along ``dim``; ``parts`` matrices are stacked along it and cut each by itself."""
+    """Piece ``rank`` of ``size`` along ``dim``; ``parts`` matrices are stacked along it and cut each by
+    itself.
+    """
 
     dim: int
     rank: int
@@ -28,7 +32,10 @@ class Shard:
 
     def cut(self, whole: Tensor) -> Tensor:
         """The piece."""
-        return torch.cat([part.chunk(self.size, self.dim)[self.rank] for part in whole.chunk(self.parts, self.dim)], self.dim)
+        return torch.cat(
+            [part.chunk(self.size, self.dim)[self.rank] for part in whole.chunk(self.parts, self.dim)],
+            self.dim,
+        )
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole, from all pieces in order of rank."""
@@ -36,8 +43,9 @@ class Shard:
         return torch.cat([piece[part] for part in range(self.parts) for piece in split], self.dim)
 
 
-# Matrices that tensor parallelism cuts, by the end of their names: along which dimension. Everything else is whole on every rank.
-# Not megatron-core's mark on the weight (``partition_dim``): Transformer Engine's is wrong on the second matrix of an expert.
+# Matrices that tensor parallelism cuts, by the end of their names: along which dimension. Everything else
+# is whole on every rank. Not megatron-core's mark on the weight (``partition_dim``): Transformer Engine's
+# is wrong on the second matrix of an expert.
 _CUT = {
     "word_embeddings.weight": 0,
     "output_layer.weight": 0,
@@ -49,25 +57,38 @@ _CUT = {
 
 
 def shard_of(name: str) -> Shard | None:
-    """The piece that this rank holds of the parameter with this global name; None where it holds the whole."""
+    """The piece that this rank holds of the parameter with this global name; None where it holds the
+    whole.
+    """
     size, rank = tensor_parallel_place(name)
     dim = next((dim for end, dim in _CUT.items() if name.endswith(end)), None)
     if size == 1 or dim is None:
         return None
-    return Shard(dim, rank, size, parts=2 if name.endswith("linear_fc1.weight") else 1)  # SwiGLU: [gate; up]
+    # SwiGLU: [gate; up]
+    return Shard(dim, rank, size, parts=2 if name.endswith("linear_fc1.weight") else 1)
 
 
 def tensor_parallel_place(name: str) -> tuple[int, int]:
     """(size, rank) of the tensor parallelism that cuts the parameter with this global name."""
     if is_expert(name):
-        return parallel_state.get_expert_tensor_parallel_world_size(), parallel_state.get_expert_tensor_parallel_rank()
-    return parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+        return (
+            parallel_state.get_expert_tensor_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_rank(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
 
 
 def gathered(name: str, piece: Tensor, shard: Shard) -> Tensor:
     """The whole weight, on every rank of the tensor-parallel group (collective)."""
     expert = is_expert(name)
-    group = parallel_state.get_expert_tensor_parallel_group() if expert else parallel_state.get_tensor_model_parallel_group()
+    group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
     pieces = [torch.empty_like(piece) for _ in range(shard.size)]
     dist.all_gather(pieces, piece.detach().contiguous(), group=group)
     return shard.join(pieces)

@@ -1,7 +1,8 @@
 """One megatron-core layer spec for both engines; what fills the MoE slot is an argument.
 
-RMSNorm, rotary positions, grouped-query attention through torch's ``scaled_dot_product_attention``, SwiGLU experts, no biases,
-optional norms on queries and keys.  The Megatron engine can have the same layers from Transformer Engine.
+RMSNorm, rotary positions, grouped-query attention through torch's ``scaled_dot_product_attention``,
+SwiGLU experts, no biases, optional norms on queries and keys.  The Megatron engine can have the same
+layers from Transformer Engine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from megatron_hyperrouter.model.transformer_engine import fused_expert_spec, fus
 
 
 def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerConfig:
-    """megatron-core's own configuration for the model of ``config``; an engine adds its parallel sizes by name."""
+    """megatron-core's own configuration for the model of ``config``; an engine adds its parallel sizes by
+    name.
+    """
     model, dtype = config.model, parameter_dtype(config)
     fields: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -36,7 +39,8 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
         "moe_ffn_hidden_size": expert_width(config),
         "num_moe_experts": model.num_experts,
-        # megatron-core refuses k = 1 with softmax after top-k (transformer_config.py); k is the router's business here anyway.
+        # megatron-core refuses k = 1 with softmax after top-k (transformer_config.py); k is the router's
+        # business here anyway.
         "moe_router_topk": max(2, model.moe_router_topk),
         "moe_router_load_balancing_type": "none",
         "gated_linear_unit": True,
@@ -47,7 +51,8 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "qk_layernorm": model.qk_layernorm,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
-        # Weights come from ``model.init``, by name; megatron-core only sets the marks that describe their sharding.
+        # Weights come from ``model.init``, by name; megatron-core only sets the marks that describe their
+        # sharding.
         "init_method": _leave,
         "output_layer_init_method": _leave,
         "use_cpu_initialization": True,
@@ -86,13 +91,19 @@ def expert_width(config: RunConfig) -> int:
 
 
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
-    """Rows of the embedding: a multiple that does not depend on the layout, so that the loss does not either."""
+    """Rows of the embedding: a multiple that does not depend on the layout, so that the loss does not
+    either.
+    """
     multiple = config.model.make_vocab_size_divisible_by
     return -(-vocab_size // multiple) * multiple
 
 
-def layer_spec(config: RunConfig, moe: ModuleSpec, *, starts: Callable[[], NextStarts] | None = None) -> ModuleSpec:
-    """Spec of one transformer layer with ``moe`` in its MLP slot; ``starts`` as in :class:`ScaledDotProductAttention`."""
+def layer_spec(
+    config: RunConfig, moe: ModuleSpec, *, starts: Callable[[], NextStarts] | None = None
+) -> ModuleSpec:
+    """Spec of one transformer layer with ``moe`` in its MLP slot; ``starts`` as in
+    :class:`ScaledDotProductAttention`.
+    """
     if uses_transformer_engine(config):
         return fused_layer_spec(config, moe)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_layernorm)
@@ -102,7 +113,9 @@ def layer_spec(config: RunConfig, moe: ModuleSpec, *, starts: Callable[[], NextS
     params: dict[str, Any] = {"recompute": config.train.recompute_granularity == "selective"}
     if config.data.reset_attention_mask or config.data.reset_position_ids:
         if starts is None:
-            raise ValueError("--reset-attention-mask and --reset-position-ids need to know where documents begin")
+            raise ValueError(
+                "--reset-attention-mask and --reset-position-ids need to know where documents begin"
+            )
         crosses = not config.data.reset_attention_mask
         params |= {"starts": starts, "rotary_base": config.model.rotary_base if crosses else None}
     attention.core_attention = ModuleSpec(module=ScaledDotProductAttention, params=params)
@@ -113,10 +126,15 @@ def layer_spec(config: RunConfig, moe: ModuleSpec, *, starts: Callable[[], NextS
 
 
 def expert_spec(config: RunConfig, *, apart: bool = False) -> ModuleSpec:
-    """Spec of the experts of a rank, for megatron-core's MoE layer; ``apart``: each is a module of its own that can be called."""
+    """Spec of the experts of a rank, for megatron-core's MoE layer; ``apart``: each is a module of its
+    own that can be called.
+    """
     if uses_transformer_engine(config):
         return fused_expert_spec(config, grouped=not apart)
-    return ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=SequentialMLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
 
 
 def last_norm(config: RunConfig) -> type:
@@ -125,9 +143,11 @@ def last_norm(config: RunConfig) -> type:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm behind megatron-core's constructor, with its ``sequence_parallel`` mark on the weight.
+    """torch's RMSNorm behind megatron-core's constructor, with its ``sequence_parallel`` mark on the
+    weight.
 
-    megatron-core's own wrapper of torch's norms refuses sequence parallelism for want of that mark (torch_norm.py:32).
+    megatron-core's own wrapper of torch's norms refuses sequence parallelism for want of that mark
+    (torch_norm.py:32).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:

@@ -1,7 +1,8 @@
 """The layer spec of machines with Transformer Engine: megatron-core's own, with our router in it.
 
-Not exercised by the tests on hardware: they run it on CPU over a stand-in that has Transformer Engine's classes and attributes.
-megatron-core 0.16.1, models/gpt/gpt_layer_specs.py (``get_gpt_layer_with_transformer_engine_spec``).
+Not exercised by the tests on hardware: they run it on CPU over a stand-in that has Transformer Engine's
+classes and attributes. megatron-core 0.16.1, models/gpt/gpt_layer_specs.py
+(``get_gpt_layer_with_transformer_engine_spec``).
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from megatron_hyperrouter.config.tree import RunConfig
 
 
 def fused_layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
-    """Spec of one transformer layer with ``moe`` in its MLP slot; the input norm is a part of the first matrix."""
+    """Spec of one transformer layer with ``moe`` in its MLP slot; the input norm is a part of the first
+    matrix.
+    """
     model = config.model
-    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm
+    )
     spec.submodules.mlp = moe
     return spec
 
 
 def fused_expert_spec(config: RunConfig, *, grouped: bool) -> ModuleSpec:
-    """Spec of the experts of a rank; ``grouped``: each of their two matrices in one multiplication for all of them."""
+    """Spec of the experts of a rank; ``grouped``: each of their two matrices in one multiplication for all of
+    them.
+    """
     moe = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=grouped)
     experts: ModuleSpec = moe.submodules.experts
     return experts

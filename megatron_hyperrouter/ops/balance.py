@@ -1,7 +1,7 @@
 """How evenly tokens spread over experts: losses to train with, numbers to watch.
 
-Legend: ``T`` tokens, ``N`` sequences, ``E`` experts of the whole model, ``K`` active experts.  Means are over the tokens given, so
-the caller's micro-batch on its rank is the group that is balanced.
+Legend: ``T`` tokens, ``N`` sequences, ``E`` experts of the whole model, ``K`` active experts.  Means are over
+the tokens given, so the caller's micro-batch on its rank is the group that is balanced.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ OverShards = Callable[[Tensor], Tensor]
 
 
 def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4), for any k.
+    """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4), for
+    any k.
 
-    ``f_i`` is the share of the T*K routes that go to expert i (no gradient), ``P_i`` the mean of ``probs_TE[:, i]``.
-    A scalar: 1 when routes or probabilities are uniform, E when all tokens go to one expert with certainty.
+    ``f_i`` is the share of the T*K routes that go to expert i (no gradient), ``P_i`` the mean of
+    ``probs_TE[:, i]``. A scalar: 1 when routes or probabilities are uniform, E when all tokens go to one
+    expert with certainty.
 
-    ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, this is the rank's part of the whole
-    micro-batch's loss: the parts add up to the value that one rank with all the tokens would have, and so do their gradients.
+    ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, this is the rank's part
+    of the whole micro-batch's loss: the parts add up to the value that one rank with all the tokens would
+    have, and so do their gradients.
     """
     num_experts = probs_TE.size(1)
     load_E = load(experts_TK, num_experts)
@@ -31,11 +34,15 @@ def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | 
     return num_experts * (load_E / num_routes * mean_E).sum()
 
 
-def overload_loss(values_TK: Tensor, experts_TK: Tensor, num_experts: int, over_shards: OverShards | None = None) -> Tensor:
-    """Balance loss of StableMoE (arXiv 2204.08396), ``1/T sum_i (n_i - n)/n sum_(routes to i) value``, for any k.
+def overload_loss(
+    values_TK: Tensor, experts_TK: Tensor, num_experts: int, over_shards: OverShards | None = None
+) -> Tensor:
+    """Balance loss of StableMoE (arXiv 2204.08396), ``1/T sum_i (n_i - n)/n sum_(routes to i) value``, for
+    any k.
 
-    ``n_i`` counts the routes to expert i (no gradient), ``n = T K / E`` is their mean.  The paper writes the sum over all tokens, at
-    k = 1: T times this.  0 when the routes are uniform.  ``over_shards``: as in :func:`switch_loss`.
+    ``n_i`` counts the routes to expert i (no gradient), ``n = T K / E`` is their mean.  The paper writes the
+    sum over all tokens, at k = 1: T times this.  0 when the routes are uniform.  ``over_shards``: as in
+    :func:`switch_loss`.
     """
     load_E = load(experts_TK, num_experts)
     load_E = (load_E if over_shards is None else over_shards(load_E)).to(values_TK.dtype)
@@ -43,16 +50,22 @@ def overload_loss(values_TK: Tensor, experts_TK: Tensor, num_experts: int, over_
     return token_mean((excess_E[experts_TK] * values_TK).sum(-1), over_shards)
 
 
-def sequence_loss(probs_TE: Tensor, experts_TK: Tensor, sequence_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """:func:`switch_loss` of each sequence by itself, averaged over the sequences (DeepSeek-V3, arXiv 2412.19437, equation 17).
+def sequence_loss(
+    probs_TE: Tensor, experts_TK: Tensor, sequence_T: Tensor, over_shards: OverShards | None = None
+) -> Tensor:
+    """:func:`switch_loss` of each sequence by itself, averaged over the sequences (DeepSeek-V3, arXiv
+    2412.19437, equation 17).
 
-    ``sequence_T``: any integer that says to which sequence a token belongs.  ``over_shards``: as in :func:`switch_loss`; every
-    rank holds tokens of every sequence of the micro-batch, as under sequence and context parallelism.
+    ``sequence_T``: any integer that says to which sequence a token belongs.  ``over_shards``: as in
+    :func:`switch_loss`; every rank holds tokens of every sequence of the micro-batch, as under sequence and
+    context parallelism.
     """
     num_experts, topk = probs_TE.size(1), experts_TK.size(1)
     names_N, place_T = torch.unique(sequence_T, return_inverse=True)  # sorted: the same order on all ranks
     num_sequences = names_N.numel()
-    load_NE = load(place_T[:, None] * num_experts + experts_TK, num_sequences * num_experts).view(num_sequences, num_experts)
+    load_NE = load(place_T[:, None] * num_experts + experts_TK, num_sequences * num_experts).view(
+        num_sequences, num_experts
+    )
     load_NE = (load_NE if over_shards is None else over_shards(load_NE)).to(probs_TE.dtype)
     routes_N1 = load_NE.sum(-1, keepdim=True).clamp(min=1)
     sum_NE = probs_TE.new_zeros(num_sequences, num_experts).index_add(0, place_T, probs_TE)
@@ -62,7 +75,8 @@ def sequence_loss(probs_TE: Tensor, experts_TK: Tensor, sequence_T: Tensor, over
 
 
 def known_load_loss(probs_TE: Tensor, share_E: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """``E * sum_i f_i P_i`` with shares ``f_i`` that are given (they sum to 1), so that it is 1 when they are uniform.
+    """``E * sum_i f_i P_i`` with shares ``f_i`` that are given (they sum to 1), so that it is 1 when they are
+    uniform.
 
     ``over_shards``: as in :func:`switch_loss`.
     """
@@ -70,12 +84,17 @@ def known_load_loss(probs_TE: Tensor, share_E: Tensor, over_shards: OverShards |
 
 
 def bias_step(load_E: Tensor, rate: float) -> Tensor:
-    """What balancing without a loss adds to the choice bias: ``rate * sign(mean load - load)`` (arXiv 2408.15664, algorithm 1)."""
-    return rate * torch.sign(load_E.sum() - load_E.numel() * load_E)  # integers: exact, where a mean would round
+    """What balancing without a loss adds to the choice bias: ``rate * sign(mean load - load)`` (arXiv
+    2408.15664, algorithm 1).
+    """
+    return rate * torch.sign(
+        load_E.sum() - load_E.numel() * load_E
+    )  # integers: exact, where a mean would round
 
 
 def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5).
+    """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906,
+    equation 5).
 
     ``over_shards``: as in :func:`switch_loss`.
     """
@@ -83,7 +102,9 @@ def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
 
 
 def token_mean(values_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """Mean over the micro-batch's tokens; with ``over_shards`` the rank's part of it, as in :func:`switch_loss`."""
+    """Mean over the micro-batch's tokens; with ``over_shards`` the rank's part of it, as in
+    :func:`switch_loss`.
+    """
     if over_shards is None:
         return values_T.mean()
     return values_T.sum() / over_shards(values_T.new_tensor([float(values_T.numel())]))[0]
@@ -99,4 +120,6 @@ def load(experts_TK: Tensor, num_experts: int) -> Tensor:
     """Routes to each expert, int64 ``_E``; they sum to T*K."""
     routes = experts_TK.reshape(-1)
     # not bincount: on a GPU it waits for the largest id, and its output size is unknown to a compiler
-    return torch.zeros(num_experts, dtype=torch.int64, device=routes.device).scatter_add_(0, routes, torch.ones_like(routes))
+    return torch.zeros(num_experts, dtype=torch.int64, device=routes.device).scatter_add_(
+        0, routes, torch.ones_like(routes)
+    )

@@ -6,7 +6,8 @@ import hashlib
 
 
 def shared_coin(*, seed: int, step: int, layer: int) -> float:
-    """A uniform draw in [0, 1) from (seed, step, layer) alone, so that all ranks take the same branch or none does.
+    """A uniform draw in [0, 1) from (seed, step, layer) alone, so that all ranks take the same branch or none
+    does.
 
     The first 53 bits of a SHA-256: no generator's state, no device and no library version has a say.
     """

@@ -1,8 +1,10 @@
-"""Competition between experts: what an expert's output scores, what the router learns from the scores, and who competes when.
+"""Competition between experts: what an expert's output scores, what the router learns from the scores,
+and who competes when.
 
 CompeteSMoE version 1: arXiv 2402.02526; version 2: arXiv 2505.13380.
 
-Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts of the whole model, ``K`` winners of each token, ``X`` any leading dimensions.
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts of the whole model, ``K`` winners of each token,
+``X`` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def norm_scores(outputs_XD: Tensor) -> Tensor:
 
 
 def softplus_scores(outputs_XD: Tensor) -> Tensor:
-    """Version 2: the mean over features of softplus of an expert's output, ln 2 for a zero output; float32 ``_X``, never below 0."""
+    """Version 2: the mean over features of softplus of an expert's output, ln 2 for a zero output;
+    float32 ``_X``, never below 0.
+    """
     return F.softplus(outputs_XD.float()).mean(-1)
 
 
@@ -38,7 +42,9 @@ def shares(scores_TK: Tensor) -> Tensor:
 
 
 def winners_target(scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    """Version 1: the softmax over the winners' scores, at the winners' ids, and zero for the losers; ``_TE``."""
+    """Version 1: the softmax over the winners' scores, at the winners' ids, and zero for the losers;
+    ``_TE``.
+    """
     return torch.zeros_like(scores_TE).scatter(-1, experts_TK, scores_TE.gather(-1, experts_TK).softmax(-1))
 
 
@@ -48,19 +54,24 @@ def squared_error(probs_TE: Tensor, target_TE: Tensor) -> Tensor:
 
 
 def divergence(logits_TE: Tensor, target_TE: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the softmax of the logits from the target, in nats, for each token; ``_T``."""
+    """Kullback-Leibler divergence of the softmax of the logits from the target, in nats, for each token;
+    ``_T``.
+    """
     negative_entropy_TE: Tensor = torch.special.xlogy(target_TE, target_TE)
     return (negative_entropy_TE - target_TE * logits_TE.log_softmax(-1)).sum(-1)
 
 
 def hybrid_error(probs_TE: Tensor, target_TE: Tensor, experts_TK: Tensor, theta: float) -> Tensor:
-    """Version 2: the squared error over all experts, and ``theta`` times that over the winners alone, for each token; ``_T``."""
+    """Version 2: the squared error over all experts, and ``theta`` times that over the winners alone, for
+    each token; ``_T``.
+    """
     winners_T = squared_error(probs_TE.gather(-1, experts_TK), target_TE.gather(-1, experts_TK))
     return squared_error(probs_TE, target_TE) + theta * winners_T
 
 
 def similarity_of_winners(outputs_TKD: Tensor) -> Tensor:
-    """Version 2: sum of the K x K matrix of cosines, its diagonal zero, divided by K^2: (K - 1) / K of the mean over pairs; ``_T``.
+    """Version 2: sum of the K x K matrix of cosines, its diagonal zero, divided by K^2: (K - 1) / K of
+    the mean over pairs; ``_T``.
 
     A zero output has cosine 0 with all others.
     """
@@ -72,12 +83,16 @@ def similarity_of_winners(outputs_TKD: Tensor) -> Tensor:
 
 
 def decaying_rate(block: int) -> float:
-    """Version 1's ``function`` schedule: the chance to compete throughout block i of steps, ``2 / (2 + sqrt(i + 1))``, from 2/3 down."""
+    """Version 1's ``function`` schedule: the chance to compete throughout block i of steps, ``2 / (2 +
+    sqrt(i + 1))``, from 2/3 down.
+    """
     return 2.0 / (2.0 + math.sqrt(block + 1))
 
 
 class Capped(NamedTuple):
-    """Version 2's schedule: each layer draws in each step, and at most ``max_competing`` layers compete in one step."""
+    """Version 2's schedule: each layer draws in each step, and at most ``max_competing`` layers compete
+    in one step.
+    """
 
     seed: int
     rate: float  # chance of one layer in one step
@@ -90,14 +105,18 @@ class Capped(NamedTuple):
         return step >= self.warm_up and layer in planned(self, step // WINDOW)[step % WINDOW]
 
 
-@lru_cache(maxsize=256)  # shared by the layers of a process, unless each counts its own; 60 layers: 40 ms in 256 steps
+@lru_cache(
+    maxsize=256
+)  # shared by the layers of a process, unless each counts its own; 60 layers: 40 ms in 256 steps
 def planned(schedule: Capped, window: int) -> tuple[frozenset[int], ...]:
-    """The layers that compete in each of the steps from ``window * WINDOW`` on; a pure function, alike on every rank.
+    """The layers that compete in each of the steps from ``window * WINDOW`` on; a pure function, alike on
+    every rank.
 
-    Draws are placed in order of their steps, and in a step in order of their coins, so that no layer is favoured.  A draw whose step
-    is full moves to the nearest earlier step of the window with room for its layer, else to the nearest later one, else it lapses:
-    only a rate that asks for more than ``max_competing`` layers a step throughout a window loses draws.  Windows are counted from
-    step 0 and know nothing of one another or of the length of the run: a longer run begins as the shorter one did.
+    Draws are placed in order of their steps, and in a step in order of their coins, so that no layer is
+    favoured.  A draw whose step is full moves to the nearest earlier step of the window with room for its
+    layer, else to the nearest later one, else it lapses: only a rate that asks for more than
+    ``max_competing`` layers a step throughout a window loses draws.  Windows are counted from step 0 and
+    know nothing of one another or of the length of the run: a longer run begins as the shorter one did.
     """
     first = max(schedule.warm_up - window * WINDOW, 0)
     chosen: list[set[int]] = [set() for _ in range(WINDOW)]
@@ -115,5 +134,8 @@ def planned(schedule: Capped, window: int) -> tuple[frozenset[int], ...]:
 
 
 def _drawn(schedule: Capped, step: int) -> Iterator[int]:
-    coins = ((shared_coin(seed=schedule.seed, step=step, layer=layer), layer) for layer in range(1, schedule.num_layers + 1))
+    coins = (
+        (shared_coin(seed=schedule.seed, step=step, layer=layer), layer)
+        for layer in range(1, schedule.num_layers + 1)
+    )
     return (layer for coin, layer in sorted(coins) if coin < schedule.rate)

@@ -1,7 +1,9 @@
-"""Router weights from an embedding: HyperRouter's generator (arXiv 2312.07035) and its vector-Jacobian product.
+"""Router weights from an embedding: HyperRouter's generator (arXiv 2312.07035) and its vector-Jacobian
+product.
 
-Legend: ``D`` hidden size (also the embedding's size, unless that is set), ``E`` experts, ``H`` hypernetwork width,
-``P`` generated numbers: E*(D+1), row-major [E, D+1] with the bias in the last column, or E*D without a bias.
+Legend: ``D`` hidden size (also the embedding's size, unless that is set), ``E`` experts, ``H`` hypernetwork
+width, ``P`` generated numbers: E*(D+1), row-major [E, D+1] with the bias in the last column, or E*D without a
+bias.
 """
 
 from __future__ import annotations
@@ -11,9 +13,17 @@ from torch import Tensor
 
 
 def generate(
-    embedding_D: Tensor, w1_HD: Tensor, b1_H: Tensor, w2_PH: Tensor, b2_P: Tensor, num_experts: int, *, bias: bool = True
+    embedding_D: Tensor,
+    w1_HD: Tensor,
+    b1_H: Tensor,
+    w2_PH: Tensor,
+    b2_P: Tensor,
+    num_experts: int,
+    *,
+    bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The router ``(W_ED, b_E)`` out of ``W2 relu(W1 e + b1) + b2``; b_E is None with ``bias=False``, where P = E*D.
+    """The router ``(W_ED, b_E)`` out of ``W2 relu(W1 e + b1) + b2``; b_E is None with ``bias=False``, where P
+    = E*D.
 
     Differentiable; W_ED is contiguous.  Raises ValueError where P does not divide into ``num_experts`` rows.
     """
@@ -25,11 +35,15 @@ def generate(
 
 
 def active_units(embedding_D: Tensor, w1_HD: Tensor, b1_H: Tensor) -> Tensor:
-    """Which hidden units the ReLU lets through, bool ``_H``: all that :func:`transposed` has to know of the embedding."""
+    """Which hidden units the ReLU lets through, bool ``_H``: all that :func:`transposed` has to know of the
+    embedding.
+    """
     return torch.addmv(b1_H, w1_HD, embedding_D) > 0
 
 
-def transposed(grad_W_ED: Tensor, grad_b_E: Tensor | None, active_H: Tensor, w1_HD: Tensor, w2_PH: Tensor) -> Tensor:
+def transposed(
+    grad_W_ED: Tensor, grad_b_E: Tensor | None, active_H: Tensor, w1_HD: Tensor, w2_PH: Tensor
+) -> Tensor:
     """Gradient of the embedding from that of ``(W_ED, b_E)``: ``W1^T (active * (W2^T vec[dW | db]))``.
 
     ``grad_b_E`` is None where :func:`generate` had ``bias=False``.  The frozen weights get no gradient.

@@ -1,4 +1,5 @@
-"""Multiplicative noise that every layout sees alike: a function of (seed, step, layer, place of the token, feature).
+"""Multiplicative noise that every layout sees alike: a function of (seed, step, layer, place of the token,
+feature).
 
 Legend: ``T`` tokens, ``D`` features, ``W`` 64-bit words for a token, four features each.
 """
@@ -14,7 +15,8 @@ _FEATURES = 4  # 16 bits each: as fine as the input itself in bfloat16, at a qua
 
 
 def jitter(places_T: Tensor, num_features: int, eps: float, *, seed: int, step: int, layer: int) -> Tensor:
-    """Float32 factors ``_TD``, uniform over 2^16 values that lie evenly in [1 - eps, 1 + eps].  About 2 ns each on a CPU core.
+    """Float32 factors ``_TD``, uniform over 2^16 values that lie evenly in [1 - eps, 1 + eps].  About 2 ns
+    each on a CPU core.
 
     Feature d of the token at place p takes bits 16 (d mod 4) and up of word ``p * W + d // 4`` of its stream.
     """

@@ -8,15 +8,21 @@ KINDS = ("constant", "linear", "cosine", "exponential", "multistep")
 
 
 def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear") -> int:
-    """Active experts after ``step`` completed optimizer steps: ``start`` at step 0, ``end`` from step ``steps`` on.
+    """Active experts after ``step`` completed optimizer steps: ``start`` at step 0, ``end`` from step
+    ``steps`` on.
 
-    ``constant``: ``end`` throughout.  ``linear``, ``cosine`` and ``exponential`` round halves to even, as SMoE-Dropout's
-    code does (arXiv 2303.01610; HyperRouter's runs grow linearly from 8 to 16): the exponential one leaves
-    0.99^300 = 4.9 % of the way for its last step.  ``multistep`` doubles (or halves) ``start`` until ``end``, each value for an
-    equal share of the steps.  ``start > end`` shrinks k.  Raises ValueError for values below 1, a negative step, another kind.
+    ``constant``: ``end`` throughout.  ``linear``, ``cosine`` and ``exponential`` round halves to even, as
+    SMoE-Dropout's code does (arXiv 2303.01610; HyperRouter's runs grow linearly from 8 to 16): the
+    exponential one leaves
+    0.99^300 = 4.9 % of the way for its last step.  ``multistep`` doubles (or halves) ``start`` until
+      ``end``, each value for an
+    equal share of the steps.  ``start > end`` shrinks k.  Raises ValueError for values below 1, a negative
+    step, another kind.
     """
     if min(start, end, steps) < 1 or step < 0:
-        raise ValueError(f"start = {start}, end = {end}, steps = {steps} must be at least 1 and step = {step} at least 0")
+        raise ValueError(
+            f"start = {start}, end = {end}, steps = {steps} must be at least 1 and step = {step} at least 0"
+        )
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}: must be one of {', '.join(KINDS)}")
     if kind == "constant" or step >= steps:
@@ -26,7 +32,9 @@ def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear"
         return values[len(values) * step // steps]
     if kind == "linear":
         return round((end - start) * step / steps) + start
-    left = math.cos(math.pi * step / (2 * steps)) if kind == "cosine" else 0.99 ** _three_hundredths(step, steps)
+    left = (
+        math.cos(math.pi * step / (2 * steps)) if kind == "cosine" else 0.99 ** _three_hundredths(step, steps)
+    )
     return round((start - end) * left) + end
 
 

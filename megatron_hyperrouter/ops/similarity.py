@@ -1,11 +1,13 @@
-"""Centred kernel alignment (CKA): how alike two representations of the same tokens are, from 0 to 1 (arXiv 1905.00414).
+"""Centred kernel alignment (CKA): how alike two representations of the same tokens are, from 0 to 1 (arXiv
+1905.00414).
 
 With Gram matrices K and L of the two and ``H = I - 1 1^T / N``: ``CKA = tr(KHLH) / sqrt(tr(KHKH) tr(LHLH))``.
 
-Legend: ``N`` tokens, ``D`` features (they may differ between the two).  All functions take leading batch dimensions, ``[..., N, D]``,
-and ``valid_N``, boolean ``[..., N]``: rows where it is False do not exist, whatever they hold.  They compute in float32 (float64 for
-float64 input), have gradients, and stay finite, with finite gradients, where CKA is 0 / 0: it is then 0.  That is so for one token,
-and for features that do not vary.  Two tokens have CKA 1 whatever they are: ask for more.
+Legend: ``N`` tokens, ``D`` features (they may differ between the two).  All functions take leading batch
+dimensions, ``[..., N, D]``, and ``valid_N``, boolean ``[..., N]``: rows where it is False do not exist,
+whatever they hold.  They compute in float32 (float64 for float64 input), have gradients, and stay finite,
+with finite gradients, where CKA is 0 / 0: it is then 0.  That is so for one token, and for features that do
+not vary.  Two tokens have CKA 1 whatever they are: ask for more.
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDING = 2.0**-20  # a feature that varies by less than this part of its size is constant: the rest is rounding
+_ROUNDING = (
+    2.0**-20
+)  # a feature that varies by less than this part of its size is constant: the rest is rounding
 
 
 def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
-    """CKA with ``K = X X^T``: ``||Yc^T Xc||^2 / (||Xc^T Xc|| ||Yc^T Yc||)``, Frobenius norms of column-centred features.
+    """CKA with ``K = X X^T``: ``||Yc^T Xc||^2 / (||Xc^T Xc|| ||Yc^T Yc||)``, Frobenius norms of
+    column-centred features.
 
-    Unchanged when either side is rotated, reflected or scaled as a whole, and when tokens change places.  Shape ``[...]``.
+    Unchanged when either side is rotated, reflected or scaled as a whole, and when tokens change places.
+    Shape ``[...]``.
     """
     x_ND, y_ND = (_unit(_centred(each_ND, valid_N)) for each_ND in (x_ND, y_ND))
     if x_ND.size(-2) <= max(x_ND.size(-1), y_ND.size(-1)):  # the smaller of both forms
@@ -29,10 +35,12 @@ def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Ten
 
 
 def rbf_cka(x_ND: Tensor, y_ND: Tensor, sigma: float, valid_N: Tensor | None = None) -> Tensor:
-    """CKA with ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``; sigma > 0 has the units of the features.  Shape ``[...]``.
+    """CKA with ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``; sigma > 0 has the units of the features.  Shape
+    ``[...]``.
 
-    Where distances are far above sigma, K and L tend to I and CKA to 1 for any two representations, with a gradient of nothing:
-    divide each side by its :func:`median_distance` first, and sigma is a share of that, as in the paper.
+    Where distances are far above sigma, K and L tend to I and CKA to 1 for any two representations, with a
+    gradient of nothing: divide each side by its :func:`median_distance` first, and sigma is a share of that,
+    as in the paper.
     """
     if not sigma > 0:
         raise ValueError(f"sigma = {sigma}: must be above 0")
@@ -53,7 +61,9 @@ def median_distance(x_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
         if not flat.size(-1):
             return x_ND.new_ones(x_ND.shape[:-2])
         middle, mean_square = flat.nanmedian(-1).values, flat.square().nanmean(-1)
-        size = torch.where(middle > 0, middle, mean_square.sqrt())  # nan, of no pairs at all, is above nothing
+        size = torch.where(
+            middle > 0, middle, mean_square.sqrt()
+        )  # nan, of no pairs at all, is above nothing
         return torch.where(size > 0, size, 1.0)
 
 
@@ -72,7 +82,9 @@ def _centred(x_ND: Tensor, valid_N: Tensor | None) -> Tensor:
 
 
 def _centred_rbf(x_ND: Tensor, sigma: float, valid_N: Tensor | None) -> Tensor:
-    """``HKH``.  H takes a constant away, so K - 1 serves, which keeps its digits where distances are far below sigma."""
+    """``HKH``.  H takes a constant away, so K - 1 serves, which keeps its digits where distances are far
+    below sigma.
+    """
     kernel_NN = torch.expm1(_squared_distances(x_ND) * (-0.5 / sigma**2))
     if valid_N is None:
         count_11: Tensor | int = max(x_ND.size(-2), 1)
@@ -86,12 +98,16 @@ def _centred_rbf(x_ND: Tensor, sigma: float, valid_N: Tensor | None) -> Tensor:
 
 
 def _squared_distances(x_ND: Tensor) -> Tensor:
-    """From differences, not from products: those cancel for tokens that are close.  The gradient at distance 0 is 0."""
+    """From differences, not from products: those cancel for tokens that are close.  The gradient at distance
+    0 is 0.
+    """
     return torch.cdist(x_ND, x_ND, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def _unit(a_NM: Tensor) -> Tensor:
-    """Scaled so that the largest number is 1, which keeps fourth powers in range; CKA does not notice, nor does its gradient."""
+    """Scaled so that the largest number is 1, which keeps fourth powers in range; CKA does not notice, nor
+    does its gradient.
+    """
     size_11 = _largest(a_NM, (-2, -1))
     return a_NM / torch.where(size_11 > 0, size_11, 1.0)
 
@@ -112,7 +128,9 @@ def _cosine(k_NN: Tensor, l_NN: Tensor) -> Tensor:
 
 
 def _ratio(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
-    """``cross / sqrt(own_x own_y)``, or 0; the choice before the root keeps the unused branch's gradient finite."""
+    """``cross / sqrt(own_x own_y)``, or 0; the choice before the root keeps the unused branch's gradient
+    finite.
+    """
     defined = (own_x > 0) & (own_y > 0)
     roots = torch.where(defined, own_x, 1.0).rsqrt() * torch.where(defined, own_y, 1.0).rsqrt()
     return torch.where(defined, cross * roots, 0.0)

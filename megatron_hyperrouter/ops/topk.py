@@ -13,39 +13,53 @@ from torch import Tensor
 
 Score = Literal["softmax", "sigmoid"]
 
-_ROUNDS_PAY_FROM = 16  # k rounds of argmax beat one sort of E where E >= 16 k: T = 1024, E = 64, k = 2 on a CPU: 0.2 ms for 1.9 ms
+# k rounds of argmax beat one sort of E where E >= 16 k: T = 1024, E = 64, k = 2 on a CPU: 0.2 ms for 1.9 ms
+_ROUNDS_PAY_FROM = 16
 
 
 def topk_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each token, and the softmax over these k alone, as in SMoE, SMoE-Dropout and HyperRouter.
+    """The k largest logits of each token, and the softmax over these k alone, as in SMoE, SMoE-Dropout and
+    HyperRouter.
 
-    Returns ``(weights_TK, experts_TK)``, best expert first; a row of weights sums to 1; ids are int64.  Equal logits go to the
-    lower expert id.  At k = 1 the weight is 1, so the logits get no gradient.  Raises ValueError unless 1 <= k <= E.
+    Returns ``(weights_TK, experts_TK)``, best expert first; a row of weights sums to 1; ids are int64.  Equal
+    logits go to the lower expert id.  At k = 1 the weight is 1, so the logits get no gradient.  Raises
+    ValueError unless 1 <= k <= E.
     """
     experts_TK = best_experts(logits_TE, k)
     return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
 
 def softmax_topk(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most probable experts under the softmax over all E, with these probabilities as weights (Switch, arXiv 2101.03961).
+    """The k most probable experts under the softmax over all E, with these probabilities as weights (Switch,
+    arXiv 2101.03961).
 
-    Returns ``(weights_TK, experts_TK)`` as :func:`topk_softmax` does, but a row of weights sums to less than 1 where k < E.
+    Returns ``(weights_TK, experts_TK)`` as :func:`topk_softmax` does, but a row of weights sums to less than
+    1 where k < E.
     """
     experts_TK = best_experts(logits_TE, k)
     return logits_TE.softmax(-1).gather(-1, experts_TK), experts_TK
 
 
 def scored_topk(
-    logits_TE: Tensor, k: int, *, score: Score = "softmax", renormalise: bool = True, choice_bias_E: Tensor | None = None
+    logits_TE: Tensor,
+    k: int,
+    *,
+    score: Score = "softmax",
+    renormalise: bool = True,
+    choice_bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores s = softmax over all E, or the sigmoid of each logit; the k experts with the largest ``s + choice_bias``, weighed by s.
+    """Scores s = softmax over all E, or the sigmoid of each logit; the k experts with the largest ``s +
+    choice_bias``, weighed by s.
 
-    ``renormalise``: weights are divided by their sum; with the softmax that is :func:`topk_softmax`, without it :func:`softmax_topk`.
-    ``choice_bias_E`` moves the choice alone, never a weight (arXiv 2408.15664, equation 3), and gets no gradient.
-    Returns ``(weights_TK, experts_TK)``, best expert first by what was compared; ids are int64.
+    ``renormalise``: weights are divided by their sum; with the softmax that is :func:`topk_softmax`, without
+    it :func:`softmax_topk`. ``choice_bias_E`` moves the choice alone, never a weight (arXiv 2408.15664,
+    equation 3), and gets no gradient. Returns ``(weights_TK, experts_TK)``, best expert first by what was
+    compared; ids are int64.
     """
     # The scores rise with the logits, but round to equal numbers where logits still differ.
-    experts_TK = best_experts(logits_TE if choice_bias_E is None else scores(logits_TE, score) + choice_bias_E, k)
+    experts_TK = best_experts(
+        logits_TE if choice_bias_E is None else scores(logits_TE, score) + choice_bias_E, k
+    )
     if renormalise:
         return log_scores(logits_TE, score).gather(-1, experts_TK).softmax(-1), experts_TK
     return scores(logits_TE, score).gather(-1, experts_TK), experts_TK
@@ -65,9 +79,11 @@ def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
 
 
 def best_experts(scores_TE: Tensor, k: int) -> Tensor:
-    """Ids ``_TK`` of the k largest scores, largest first, equal scores in the order of their ids; has no gradient.
+    """Ids ``_TK`` of the k largest scores, largest first, equal scores in the order of their ids; has no
+    gradient.
 
-    ``torch.topk`` leaves the order of equal scores open, so that devices may route one token to different experts.
+    ``torch.topk`` leaves the order of equal scores open, so that devices may route one token to different
+    experts.
     """
     num_experts = scores_TE.size(-1)
     if not 1 <= k <= num_experts:
@@ -80,7 +96,9 @@ def best_experts(scores_TE: Tensor, k: int) -> Tensor:
 
 def _by_rounds(scores_TE: Tensor, k: int) -> Tensor:
     """Take the best expert k times; argmax promises the first of equal values."""
-    rest_TE = scores_TE.clamp(min=torch.finfo(scores_TE.dtype).min)  # a copy, in which -inf marks nothing but experts already taken
+    rest_TE = scores_TE.clamp(
+        min=torch.finfo(scores_TE.dtype).min
+    )  # a copy, in which -inf marks nothing but experts already taken
     rounds = []
     for _ in range(k):
         best_T1 = rest_TE.argmax(-1, keepdim=True)

@@ -1,4 +1,6 @@
-"""The engine-free room of routers, one method a file.  Every file here is imported, so a new router is a new file."""
+"""The engine-free room of routers, one method a file.  Every file here is imported, so a new router is a new
+file.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ def build_router(
 ) -> Router:
     """The router ``name`` for one layer, with its trained parameters drawn from (seed, layer number).
 
-    ``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1; ``facts``: of the run, for methods whose
-    schedule or features depend on it; ``options``: fields of the router's ``Config``.  Raises ConfigError, with every problem at
-    once, for an unknown name or option or a value out of range.
+    ``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1; ``facts``: of the run,
+    for methods whose schedule or features depend on it; ``options``: fields of the router's ``Config``.
+    Raises ConfigError, with every problem at once, for an unknown name or option or a value out of range.
     """
     cls = router_class(name)
     config = make_options(cls, options, hidden_size=hidden_size, num_experts=num_experts, topk=topk)

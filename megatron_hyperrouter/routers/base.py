@@ -1,7 +1,8 @@
 """What a router is: its result, its registry, and the flow that every method shares.
 
-Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts.
-Words: *logits* raw scores ``_TE``; *weights* what multiplies expert outputs ``_TK``; *experts* chosen ids ``_TK``;
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active
+experts. Words: *logits* raw scores ``_TE``; *weights* what multiplies expert outputs ``_TK``; *experts*
+chosen ids ``_TK``;
 *load* tokens per expert ``_E``.
 """
 
@@ -40,9 +41,11 @@ class ExpertBank(Protocol):
     """The one bridge from router maths to experts that may live on other ranks; each engine serves it."""
 
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """``score`` (``[..., D]`` to ``[...]``) of every expert's output for every token of this rank: float32, no gradient.
+        """``score`` (``[..., D]`` to ``[...]``) of every expert's output for every token of this rank:
+        float32, no gradient.
 
-        Collective over the ranks that share the experts.  Outputs stay where they are made; scores alone travel.
+        Collective over the ranks that share the experts.  Outputs stay where they are made; scores alone
+        travel.
         """
         ...
 
@@ -51,7 +54,8 @@ class Tokens(NamedTuple):
     """What an engine knows of the tokens of a micro-batch beside their vectors, in the order of ``x_TD``."""
 
     ids_T: Tensor  # int64, ids of the vocabulary
-    places_T: Tensor  # int64, sample * seq_length + position, counted over the global batch: the same on every layout
+    # int64, sample * seq_length + position, counted over the global batch: the same on every layout
+    places_T: Tensor
     seq_length: int
 
 
@@ -68,13 +72,17 @@ class Pass(NamedTuple):
 
     step: int  # completed optimizer steps
     k: int
-    training: bool  # the module's mode, so that the first pass of activation checkpointing (no gradients) and the second agree
+    # the module's mode, so that the first pass of activation checkpointing (no gradients) and the second
+    # agree
+    training: bool
     tokens: Tokens | None = None
     experts: ExpertBank | None = None
 
 
 class StepCounts(NamedTuple):
-    """What one layer's router did in an optimizer step: sums over the global batch, the same on every rank."""
+    """What one layer's router did in an optimizer step: sums over the global batch, the same on every
+    rank.
+    """
 
     step: int  # completed optimizer steps, this one included
     tokens: float
@@ -85,12 +93,15 @@ class StepCounts(NamedTuple):
 class Router(nn.Module):
     """Base of all routers; a subclass registers itself: ``class Mine(Router, name="mine")``.
 
-    It needs no process group, no GPU and no engine.  ``forward`` changes nothing that a second forward could notice, so
-    activation checkpointing may repeat it.  A constructor ends with ``self.reset()``, once its parameters exist.
+    It needs no process group, no GPU and no engine.  ``forward`` changes nothing that a second forward
+    could notice, so activation checkpointing may repeat it.  A constructor ends with ``self.reset()``,
+    once its parameters exist.
     """
 
     name: ClassVar[str]
-    needs_experts: ClassVar[bool] = False  # True: ``refine`` consults an ExpertBank, or ``combine`` the experts' outputs
+    needs_experts: ClassVar[bool] = (
+        False  # True: ``refine`` consults an ExpertBank, or ``combine`` the experts' outputs
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -109,7 +120,9 @@ class Router(nn.Module):
             return iter(())
 
         def unserved(self) -> Iterator[str]:
-            """What of these options does nothing, or something else, where nobody tells ``tokens`` or calls :meth:`Router.end_step`."""
+            """What of these options does nothing, or something else, where nobody tells ``tokens`` or
+            calls :meth:`Router.end_step`.
+            """
             return iter(())
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -145,12 +158,14 @@ class Router(nn.Module):
         self.seed = seed
         self.aux_loss_coeff = aux_loss_coeff
         self.z_loss_coeff = z_loss_coeff
-        # An engine that spreads one micro-batch over several ranks sets these: the sum over them (no gradient), and all their rows one
-        # after the other, whose gradient is this rank's rows of the gradient.
+        # An engine that spreads one micro-batch over several ranks sets these: the sum over them (no
+        # gradient), and all their rows one after the other, whose gradient is this rank's rows of the
+        # gradient.
         self.over_shards: Callable[[Tensor], Tensor] | None = None
         self.gather_shards: Callable[[Tensor], Tensor] | None = None
 
-    # ------------------------------------------------------------------------------- what a method is: override these
+    # ------------------------------------------------------------------------------- what a method is:
+    # override these
     def view(self, x_TD: Tensor, now: Pass) -> Tensor:
         """What of its input the router sees; noise goes here."""
         return x_TD
@@ -160,14 +175,20 @@ class Router(nn.Module):
         """Score each token against each expert; returns ``_TE`` in float32."""
 
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them, unless a method weighs otherwise."""
+        """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them, unless a method
+        weighs otherwise.
+        """
         return topk_softmax(logits_TE, k)
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are switched on."""
+        """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are
+        switched on.
+        """
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:
-            losses["aux"] = self.aux_loss_coeff * switch_loss(logits_TE.softmax(-1), experts_TK, self.over_shards)
+            losses["aux"] = self.aux_loss_coeff * switch_loss(
+                logits_TE.softmax(-1), experts_TK, self.over_shards
+            )
         if self.z_loss_coeff:
             losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
         return losses
@@ -177,14 +198,19 @@ class Router(nn.Module):
         return first
 
     def wants_outputs(self, now: Pass) -> bool:
-        """True: this pass ends with :meth:`combine`.  Must not depend on the tokens: all ranks have to agree."""
+        """True: this pass ends with :meth:`combine`.  Must not depend on the tokens: all ranks have to
+        agree.
+        """
         return False
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Weights and further losses from the chosen experts' unweighted outputs, which have their gradients; ids must stay."""
+        """Weights and further losses from the chosen experts' unweighted outputs, which have their
+        gradients; ids must stay.
+        """
         return routing
 
-    # ------------------------------------------------------------------------------------ what it counts over a step
+    # ------------------------------------------------------------------------------------ what it counts
+    # over a step
     @property
     def num_extra_counts(self) -> int:
         """Numbers that :meth:`extra_counts` gives; 0: none."""
@@ -195,14 +221,24 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def end_step(self, counts: StepCounts) -> None:
-        """Engines call this after each optimizer step, on every rank alike; the place where buffers change."""
+        """Engines call this after each optimizer step, on every rank alike; the place where buffers
+        change.
+        """
 
-    # ------------------------------------------------------------------------------------------------ what all share
+    # ------------------------------------------------------------------------------------------------
+    # what all share
     def topk_at(self, step: int) -> int:
         """k after ``step`` completed optimizer steps."""
         return self.topk(step) if callable(self.topk) else self.topk
 
-    def at(self, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None, tokens: Tokens | None = None) -> Pass:
+    def at(
+        self,
+        *,
+        step: int = 0,
+        topk: int | None = None,
+        experts: ExpertBank | None = None,
+        tokens: Tokens | None = None,
+    ) -> Pass:
         """The pass that :meth:`forward` makes of these arguments; raises ValueError unless 1 <= k <= E."""
         k = self.topk_at(step) if topk is None else topk
         if not 1 <= k <= self.num_experts:
@@ -210,25 +246,38 @@ class Router(nn.Module):
         return Pass(step, k, self.training, tokens, experts)
 
     def forward(
-        self, x_TD: Tensor, *, step: int = 0, topk: int | None = None, experts: ExpertBank | None = None, tokens: Tokens | None = None
+        self,
+        x_TD: Tensor,
+        *,
+        step: int = 0,
+        topk: int | None = None,
+        experts: ExpertBank | None = None,
+        tokens: Tokens | None = None,
     ) -> Routing:
         """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does.
 
-        Raises ValueError unless 1 <= k <= E.  Computes in float32 whatever the dtype of ``x_TD``, under autocast too.
+        Raises ValueError unless 1 <= k <= E.  Computes in float32 whatever the dtype of ``x_TD``, under
+        autocast too.
         """
         now = self.at(step=step, topk=topk, experts=experts, tokens=tokens)
         with float32_maths(x_TD.device):
             logits_TE = self.logits(self.view(x_TD, now))
             weights_TK, experts_TK = self.choose(logits_TE, now.k)
-            first = Routing(logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK, now))
+            first = Routing(
+                logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK, now)
+            )
             return self.refine(first, x_TD, now)
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
-        """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises where the method is not one."""
+        """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises where the method is
+        not one.
+        """
         raise NotImplementedError(f"router {self.name!r} is not a linear map of its input")
 
     def fold(self) -> Router:
-        """The ``topk`` router with the weights of :meth:`linear`: same routing, nothing generated any more."""
+        """The ``topk`` router with the weights of :meth:`linear`: same routing, nothing generated any
+        more.
+        """
         with torch.no_grad():
             W_ED, b_E = self.linear()
         plain_class: Any = ROUTERS["topk"]
@@ -248,11 +297,15 @@ class Router(nn.Module):
         return plain
 
     def folded_options(self) -> dict[str, Any]:
-        """Options of the ``topk`` router that choose and weigh as this method does; none: the softmax over the kept logits."""
+        """Options of the ``topk`` router that choose and weigh as this method does; none: the softmax
+        over the kept logits.
+        """
         return {}
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the name alone."""
+        """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the
+        name alone.
+        """
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -271,14 +324,20 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (deepcopy, pickle) shares no micro-batch with other ranks: their groups cannot be copied, and it sees what it is given."""
+        """A copy (deepcopy, pickle) shares no micro-batch with other ranks: their groups cannot be
+        copied, and it sees what it is given.
+        """
         return {**self.__dict__, "over_shards": None, "gather_shards": None}
 
     def hold(self, on: bool = True) -> None:
-        """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a router may keep what it derives."""
+        """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a
+        router may keep what it derives.
+        """
 
     def begin_step(self) -> None:
-        """The trained weights may have changed: an engine calls this after each optimizer step and each load."""
+        """The trained weights may have changed: an engine calls this after each optimizer step and each
+        load.
+        """
 
 
 def float32_maths(device: torch.device) -> torch.autocast:
@@ -290,7 +349,9 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
     """The warning of the methods that take the softmax over the kept logits."""
     if topk == 1:
         yield (
-            f"router {name!r} with k = 1: the softmax over one kept logit is 1, so the language-model loss gives the router no gradient; "
+            f"router {name!r} with k = 1: the softmax over one kept logit is 1, so the language-model "
+            "loss "
+            "gives the router no gradient; "
             "only --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
         )
 
@@ -298,7 +359,9 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
 def without_counts(what: str) -> str:
     """The warning that ``what`` waits for :meth:`Router.end_step`."""
     return (
-        f"{what} follows what all ranks chose in an optimizer step, and stands still until it is told: make a "
+        f"{what} follows what all ranks chose in an optimizer step, and stands still until it is told: "
+        "make "
+        "a "
         "megatron_hyperrouter.RouterSteps of the model, and call its begin() and end() around each step"
     )
 
@@ -306,7 +369,8 @@ def without_counts(what: str) -> str:
 def without_tokens(what: str, instead: str) -> str:
     """The warning that ``what`` asks for ``Tokens``; ``instead``: what happens without."""
     return (
-        f"{what} goes by the ids or places of tokens; without them {instead}. Make a megatron_hyperrouter.RouterSteps of the model, "
+        f"{what} goes by the ids or places of tokens; without them {instead}. Make a "
+        "megatron_hyperrouter.RouterSteps of the model, "
         "call its begin() and end() around each step, and its arrive() before each micro-batch"
     )
 
@@ -314,8 +378,9 @@ def without_tokens(what: str, instead: str) -> str:
 def reaching(value: Tensor, *parameters: Tensor) -> Tensor:
     """``value``, on the way back from which ``parameters`` get zero gradients.
 
-    A method that leaves a parameter out of some passes needs it: hosts that reduce gradients while the backward pass goes on wait for
-    every parameter's (megatron-core's overlap raises, param_and_grad_buffer.py:206).
+    A method that leaves a parameter out of some passes needs it: hosts that reduce gradients while the
+    backward pass goes on wait for every parameter's (megatron-core's overlap raises,
+    param_and_grad_buffer.py:206).
     """
     reached: Tensor = _Reaching.apply(value, *parameters)  # type: ignore[no-untyped-call]
     return reached
@@ -330,4 +395,7 @@ class _Reaching(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wanted = ctx.needs_input_grad[1:]
-        return gradient, *(torch.zeros_like(each) if need else None for each, need in zip(ctx.parameters, wanted, strict=True))
+        return gradient, *(
+            torch.zeros_like(each) if need else None
+            for each, need in zip(ctx.parameters, wanted, strict=True)
+        )

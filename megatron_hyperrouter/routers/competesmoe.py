@@ -1,31 +1,39 @@
-"""CompeteSMoE: now and then all experts answer, the strongest win, and the router learns to foretell the winners.
+"""CompeteSMoE: now and then all experts answer, the strongest win, and the router learns to foretell the
+winners.
 
-``g = W x`` are the router's logits, ``E_i(x)`` the experts' outputs, ``S`` the winners, ``w`` the mixing weights.  In an ordinary
-pass, and in evaluation, ``S`` = top-k of g and w = the softmax over the chosen logits.  In a competing pass:
+``g = W x`` are the router's logits, ``E_i(x)`` the experts' outputs, ``S`` the winners, ``w`` the mixing
+weights.  In an ordinary pass, and in evaluation, ``S`` = top-k of g and w = the softmax over the chosen
+logits.  In a competing pass:
 
-===========  ==============================================  =============================================================
-.            version 1 (arXiv 2402.02526)                    version 2 (arXiv 2505.13380)
-===========  ==============================================  =============================================================
-affinity     ``s_i = |E_i(x)|_2``                            ``s_i = mean over features of softplus(E_i(x))``
-winners      ``S`` = top-k of s                              the same
-weights      ``w`` = softmax over the winners' s             ``w_i = s_i / sum_S s``
+===========  ==============================================
+============================================================= .            version 1 (arXiv 2402.02526)
+version 2 (arXiv 2505.13380) ===========  ==============================================
+============================================================= affinity     ``s_i = |E_i(x)|_2``
+``s_i = mean over features of softplus(E_i(x))`` winners      ``S`` = top-k of s
+the same weights      ``w`` = softmax over the winners' s             ``w_i = s_i / sum_S s``
 target       ``t`` = softmax over the winners' s, else 0     ``t`` = softmax(s) over all experts
-router loss  ``mean_E (softmax(g) - t)^2``, or KL(t || .)    ``mean_E (softmax(g) - t)^2 + theta mean_S (softmax(g) - t)^2``
-diversity    none                                            ``sum_{i != j in S} cos(E_i(x), E_j(x)) / K^2``
-balance      off                                             Switch's loss with the routes of S and the probabilities softmax(s)
-===========  ==============================================  =============================================================
+router loss  ``mean_E (softmax(g) - t)^2``, or KL(t || .)    ``mean_E (softmax(g) - t)^2 + theta mean_S
+(softmax(g) - t)^2`` diversity    none                                            ``sum_{i != j in S}
+cos(E_i(x), E_j(x)) / K^2`` balance      off                                             Switch's loss
+with the routes of S and the probabilities softmax(s) ===========
+==============================================
+=============================================================
 
-Each is a mean over the micro-batch's tokens times its coefficient.  The target has no gradient and stands in the order of expert ids.
-These losses take the place of ``aux`` and ``z``, which belong to the ordinary passes.  Weights, diversity and balance train the
-winning experts, through their outputs; the losers' outputs stay where they are made, so that in ``balance`` their scores are
-constants: all experts run once without gradients (E/k of an ordinary forward pass), the winners once more with them.
+Each is a mean over the micro-batch's tokens times its coefficient.  The target has no gradient and stands
+in the order of expert ids. These losses take the place of ``aux`` and ``z``, which belong to the ordinary
+passes.  Weights, diversity and balance train the winning experts, through their outputs; the losers'
+outputs stay where they are made, so that in ``balance`` their scores are constants: all experts run once
+without gradients (E/k of an ordinary forward pass), the winners once more with them.
 
-Differences from the papers and the published code.  Version 1's code compares the target with logits in the order of top-k instead of
-expert ids, does not detach the target, and adds the last competition's loss to later steps: not so here; its ``combine_gate`` is not
-provided.  Its weights 0.01 (load_balance) and 5 (alpha) are one coefficient, 0.05.  Version 2's plan is drawn ahead for a whole run, by
-one rank; ours is a function of (seed, step, layer), planned in windows of 256 steps (``ops/competition.py``), so that nobody sends it,
-nothing of it is saved, and a longer run begins as the shorter one did, but for a warm-up given as a share of ``--train-iters``.  Its
-language-model sweep has other values: rate 0.07, warm_up 0, theta 0.2, router_coeff 0.001.
+Differences from the papers and the published code.  Version 1's code compares the target with logits in
+the order of top-k instead of expert ids, does not detach the target, and adds the last competition's loss
+to later steps: not so here; its ``combine_gate`` is not provided.  Its weights 0.01 (load_balance) and 5
+(alpha) are one coefficient, 0.05.  Version 2's plan is drawn ahead for a whole run, by one rank; ours is
+a function of (seed, step, layer), planned in windows of 256 steps (``ops/competition.py``), so that
+nobody sends it, nothing of it is saved, and a longer run begins as the shorter one did, but for a warm-up
+given as a share of ``--train-iters``.  Its language-model sweep has other values: rate 0.07, warm_up 0,
+theta 0.2, router_coeff
+0.001.
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts.
 """
@@ -52,36 +60,62 @@ Coefficient = Annotated[float, Ge(0.0)]
 
 
 class Competition(Routing):
-    """A decision, and the scores of all experts that it was made by: what ``refine`` leaves for ``combine``."""
+    """A decision, and the scores of all experts that it was made by: what ``refine`` leaves for
+    ``combine``.
+    """
 
     scores_TE: Tensor
 
 
 class CompeteSMoERouter(Router, name="competesmoe"):
-    """A trained linear router that learns from competitions between all experts; by itself, without a bank, it is a plain one."""
+    """A trained linear router that learns from competitions between all experts; by itself, without a
+    bank, it is a plain one.
+    """
 
     needs_experts = True
     config: Config
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Router.Config):
-        """Options that say ``default: by version`` have the published values of version 1 and of version 2."""
+        """Options that say ``default: by version`` have the published values of version 1 and of version
+        2.
+        """
 
-        version: Annotated[Literal["v1", "v2"], "v1: norms of outputs decide; v2: mean softplus of outputs decides"] = "v2"
+        version: Annotated[
+            Literal["v1", "v2"], "v1: norms of outputs decide; v2: mean softplus of outputs decides"
+        ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "competing steps; fixed: chance rate; function: 2 / (2 + sqrt(i + 1)) in block i of steps; capped: chance rate, warm-up and at "
+            "competing steps; fixed: chance rate; function: 2 / (2 + sqrt(i + 1)) in block i of steps; "
+            "capped: chance rate, warm-up and at "
             "most max-competing layers a step; default: by version, fixed and capped",
         ] = None
-        rate: Annotated[float | None, Ge(0.0), Le(1.0), "a layer's chance to compete in a step; default: by version, 0.03 and 0.05"] = None
-        warm_up: Annotated[float, Ge(0.0), Lt(1.0), "capped: share of --train-iters without competition"] = 0.05
+        rate: Annotated[
+            float | None,
+            Ge(0.0),
+            Le(1.0),
+            "a layer's chance to compete in a step; default: by version, 0.03 and 0.05",
+        ] = None
+        warm_up: Annotated[float, Ge(0.0), Lt(1.0), "capped: share of --train-iters without competition"] = (
+            0.05
+        )
         max_competing: Annotated[Count, "capped: layers that may compete in one step"] = 3
-        block_steps: Annotated[Count, "function: steps in a block, in which a layer competes throughout or not at all"] = 1000
-        router_coeff: Annotated[Coefficient | None, "of the router's loss; default: by version, 0.05 and 0.01"] = None
-        loss: Annotated[Literal["mse", "kl"], "v1: distance of the router's probabilities from the target"] = "mse"
+        block_steps: Annotated[
+            Count, "function: steps in a block, in which a layer competes throughout or not at all"
+        ] = 1000
+        router_coeff: Annotated[
+            Coefficient | None, "of the router's loss; default: by version, 0.05 and 0.01"
+        ] = None
+        loss: Annotated[
+            Literal["mse", "kl"], "v1: distance of the router's probabilities from the target"
+        ] = "mse"
         theta: Annotated[Coefficient, "v2: weight of the winners' part of the router's loss"] = 0.1
-        diversity_coeff: Annotated[Coefficient | None, "of the cosines between winners' outputs; default: by version, 0 and 0.01"] = None
-        balance_coeff: Annotated[Coefficient | None, "of the balance loss on the scores; default: by version, 0 and 0.01"] = None
+        diversity_coeff: Annotated[
+            Coefficient | None, "of the cosines between winners' outputs; default: by version, 0 and 0.01"
+        ] = None
+        balance_coeff: Annotated[
+            Coefficient | None, "of the balance loss on the scores; default: by version, 0 and 0.01"
+        ] = None
         init_std: Annotated[float, Ge(0.0), "standard deviation of the router's initial weights"] = 0.02
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
@@ -99,16 +133,23 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 value = getattr(self, name)
                 if present[option] in values or value == getattr(type(self), name):
                     continue
-                rule, remedy = f"does nothing with --router.{option} {present[option]}", f"leave it out, or use {' or '.join(values)}"
+                rule, remedy = (
+                    f"does nothing with --router.{option} {present[option]}",
+                    f"leave it out, or use {' or '.join(values)}",
+                )
                 yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """A router without competitions; mixing weights that teach nothing."""
             if self.chosen("rate") == 0.0 and self.chosen("schedule") != "function":
-                yield "router 'competesmoe' with --router.rate 0: no layer ever competes, as with router 'topk'"
+                yield (
+                    "router 'competesmoe' with --router.rate 0: no layer ever competes, as with router 'topk'"
+                )
             if topk == 1:
                 yield (
-                    "router 'competesmoe' with k = 1: the one weight is 1, so the language-model loss gives the router no gradient; "
+                    "router 'competesmoe' with k = 1: the one weight is 1, so the language-model loss "
+                    "gives "
+                    "the router no gradient; "
                     "competitions, --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
                 )
 
@@ -117,8 +158,10 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             rate, most = self.chosen("rate"), self.max_competing
             if self.chosen("schedule") == "capped" and rate * num_layers > most:
                 yield (
-                    f"router 'competesmoe' with --router.rate {rate:g} on --num-layers {num_layers} asks for {rate * num_layers:.3g} "
-                    f"competing layers a step; --router.max-competing {most} leaves a rate of {most / num_layers:.3g}"
+                    f"router 'competesmoe' with --router.rate {rate:g} on --num-layers {num_layers} asks "
+                    f"for {rate * num_layers:.3g} "
+                    f"competing layers a step; --router.max-competing {most} leaves a rate of "
+                    f"{most / num_layers:.3g}"
                 )
 
         def chosen(self, option: str) -> Any:
@@ -127,7 +170,9 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             return _PUBLISHED[self.version][option] if value is None else value
 
     def __init__(self, config: Config, **common: Any) -> None:
-        """``common``: the keywords of :class:`Router`; ``facts`` has the layers of the model and the steps of the run."""
+        """``common``: the keywords of :class:`Router`; ``facts`` has the layers of the model and the
+        steps of the run.
+        """
         super().__init__(config, **common)
         self.weight_ED = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
         self.score = competition.norm_scores if config.version == "v1" else competition.softplus_scores
@@ -148,7 +193,9 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def competes(self, step: int) -> bool:
-        """Whether this layer competes in the training step after ``step`` completed ones; the same on every rank."""
+        """Whether this layer competes in the training step after ``step`` completed ones; the same on
+        every rank.
+        """
         schedule: str = self.config.chosen("schedule")
         rate: float = self.config.chosen("rate")
         if schedule == "capped":
@@ -156,7 +203,9 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 self.seed,
                 rate,
                 warm_up=int(self.config.warm_up * self.facts.train_iters),
-                num_layers=max(self.facts.num_layers, self.layer_number),  # facts left out: this layer and those before it
+                num_layers=max(
+                    self.facts.num_layers, self.layer_number
+                ),  # facts left out: this layer and those before it
                 max_competing=self.config.max_competing,
             )
             return plan.competes(step=step, layer=self.layer_number)
@@ -174,14 +223,18 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         return {} if self.wants_outputs(now) else super().balance_losses(logits_TE, experts_TK, now)
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        """In a competing pass: the winners, and the router's loss; weights are provisional until :meth:`combine`."""
+        """In a competing pass: the winners, and the router's loss; weights are provisional until
+        :meth:`combine`.
+        """
         if now.experts is None or not self.wants_outputs(now):
             return first
         scores_TE = now.experts.scores_TE(x_TD, self.score).detach().float()
         experts_TK = best_experts(scores_TE, now.k)
         distance = token_mean(self._distances(first.logits_TE, scores_TE, experts_TK), self.over_shards)
         losses = {"competition": self.config.chosen("router_coeff") * distance}
-        routing = Competition(first.logits_TE, self._mix(scores_TE.gather(-1, experts_TK)), experts_TK, losses)
+        routing = Competition(
+            first.logits_TE, self._mix(scores_TE.gather(-1, experts_TK)), experts_TK, losses
+        )
         routing.scores_TE = scores_TE
         return routing
 
@@ -192,10 +245,14 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         with float32_maths(x_TD.device):
             scores_TK = self.score(outputs_TKD)
             if coefficient := self.config.chosen("diversity_coeff"):
-                losses["diversity"] = coefficient * token_mean(competition.similarity_of_winners(outputs_TKD), self.over_shards)
+                losses["diversity"] = coefficient * token_mean(
+                    competition.similarity_of_winners(outputs_TKD), self.over_shards
+                )
             if coefficient := self.config.chosen("balance_coeff"):
                 probs_TE = routing.scores_TE.scatter(-1, experts_TK, scores_TK).softmax(-1)
-                losses["competition_balance"] = coefficient * switch_loss(probs_TE, experts_TK, self.over_shards)
+                losses["competition_balance"] = coefficient * switch_loss(
+                    probs_TE, experts_TK, self.over_shards
+                )
             return routing._replace(weights_TK=self._mix(scores_TK), losses=losses)
 
     def _mix(self, scores_TK: Tensor) -> Tensor:
@@ -203,7 +260,9 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
     def _distances(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         if self.config.version == "v2":
-            return competition.hybrid_error(logits_TE.softmax(-1), scores_TE.softmax(-1), experts_TK, self.config.theta)
+            return competition.hybrid_error(
+                logits_TE.softmax(-1), scores_TE.softmax(-1), experts_TK, self.config.theta
+            )
         target_TE = competition.winners_target(scores_TE, experts_TK)
         if self.config.loss == "kl":
             return competition.divergence(logits_TE, target_TE)
@@ -211,6 +270,18 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
 
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    "v1": {"schedule": "fixed", "rate": 0.03, "router_coeff": 0.05, "diversity_coeff": 0.0, "balance_coeff": 0.0},
-    "v2": {"schedule": "capped", "rate": 0.05, "router_coeff": 0.01, "diversity_coeff": 0.01, "balance_coeff": 0.01},
+    "v1": {
+        "schedule": "fixed",
+        "rate": 0.03,
+        "router_coeff": 0.05,
+        "diversity_coeff": 0.0,
+        "balance_coeff": 0.0,
+    },
+    "v2": {
+        "schedule": "capped",
+        "rate": 0.05,
+        "router_coeff": 0.01,
+        "diversity_coeff": 0.01,
+        "balance_coeff": 0.01,
+    },
 }

@@ -36,7 +36,9 @@ class Recipe(ABC):
 
 
 class Frozen:
-    """The tensors of one recipe on one device: an immutable value, shared by all who ask for it, copied by none."""
+    """The tensors of one recipe on one device: an immutable value, shared by all who ask for it, copied by
+    none.
+    """
 
     def __init__(self, recipe: Recipe, tensors: tuple[Tensor, ...], digest: str) -> None:
         self.recipe = recipe
@@ -45,7 +47,9 @@ class Frozen:
         self.device = tensors[0].device
 
     def to(self, device: torch.device) -> Frozen:
-        """The same tensors on ``device``; itself where they are there already, or where ``device`` holds no numbers (meta)."""
+        """The same tensors on ``device``; itself where they are there already, or where ``device`` holds no
+        numbers (meta).
+        """
         if device == self.device or device.type == "meta":
             return self
         return _shared(self.recipe, device, lambda: self._copied(device))
@@ -61,12 +65,15 @@ class Frozen:
         return frozen, (self.recipe, self.device)  # a pickle holds the recipe alone
 
 
-# A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; entries die with their last user.
+# A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; entries die
+# with their last user.
 _ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], Frozen] = WeakValueDictionary()
 
 
 def frozen(recipe: Recipe, device: torch.device) -> Frozen:
-    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or those that somebody holds already."""
+    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or those that somebody holds
+    already.
+    """
     device = torch.device("cpu") if device.type == "meta" else device
     return _shared(recipe, device, lambda: _drawn(recipe, device))
 
@@ -85,7 +92,9 @@ def _drawn(recipe: Recipe, device: torch.device) -> Frozen:
 
 
 class FrozenRouter(Router):
-    """A router with a frozen part.  Its ``state_dict`` holds that part's seed and hash, and loading compares them."""
+    """A router with a frozen part.  Its ``state_dict`` holds that part's seed and hash, and loading compares
+    them.
+    """
 
     frozen_seed: Tensor  # int64 [1]
     frozen_hash: Tensor  # uint8 [32], SHA-256
@@ -95,16 +104,22 @@ class FrozenRouter(Router):
         seed = torch.tensor([recipe.seed], dtype=torch.int64)
         self.frozen = frozen(recipe, seed.device)
         self.register_buffer("frozen_seed", seed)
-        self.register_buffer("frozen_hash", torch.tensor(list(bytes.fromhex(self.frozen.digest)), dtype=torch.uint8))
+        self.register_buffer(
+            "frozen_hash", torch.tensor(list(bytes.fromhex(self.frozen.digest)), dtype=torch.uint8)
+        )
 
     def frozen_tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """The frozen part on ``device``."""
-        if self.frozen.device != device:  # the module moved without ``to``, as unpickling with a map_location does
+        if (
+            self.frozen.device != device
+        ):  # the module moved without ``to``, as unpickling with a map_location does
             self.frozen = self.frozen.to(device)
         return self.frozen.tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenRouter:
-        super()._apply(fn, recurse)  # moves parameters and the two buffers; a dtype cannot touch the frozen part
+        super()._apply(
+            fn, recurse
+        )  # moves parameters and the two buffers; a dtype cannot touch the frozen part
         self.frozen = self.frozen.to(self.frozen_hash.device)
         return self
 
@@ -118,9 +133,11 @@ class FrozenRouter(Router):
         seed, drawn = self.frozen.recipe.seed, self.frozen.digest
         other = "an unknown seed" if saved_seed is None else f"seed {int(saved_seed)}"
         raise CheckpointError(
-            f"{prefix}frozen_hash: the checkpoint was trained with frozen weights of {other} and hash {saved_hash[:16]}..., "
+            f"{prefix}frozen_hash: the checkpoint was trained with frozen weights of {other} and hash "
+            f"{saved_hash[:16]}..., "
             f"this run drew those of seed {seed}, layer {self.layer_number}, hash {drawn[:16]}...",
-            remedy="use the seed, the sizes and the router options of the run that wrote it: its config.yaml has them"
+            remedy="use the seed, the sizes and the router options of the run that wrote it: its "
+            "config.yaml has them"
             if saved_seed is None or int(saved_seed) == seed
             else f"set --router.seed {int(saved_seed)}",
         )

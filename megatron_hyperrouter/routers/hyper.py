@@ -33,9 +33,11 @@ class HypernetRecipe(Recipe):
     init: str
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        """``(w1_HS, b1_H, w2_HP, b2_P)``.  The columns for the router's bias are a stream of their own: W does not depend on ``bias``.
+        """``(w1_HS, b1_H, w2_HP, b2_P)``.  The columns for the router's bias are a stream of their own: W
+        does not depend on ``bias``.
 
-        W2 lies in memory with its rows as columns: products with it and with its transpose then take a quarter of the time (CPU).
+        W2 lies in memory with its rows as columns: products with it and with its transpose then take a
+        quarter of the time (CPU).
         """
         H, E, D = self.width, self.num_experts, self.hidden_size
         w1_std, w2_std = self.stds()
@@ -49,9 +51,10 @@ class HypernetRecipe(Recipe):
     def stds(self) -> tuple[float, float]:
         """Standard deviations of both layers, given an embedding ~ N(0, 1).
 
-        ``paper``: 0.02.  ``width``: a hidden unit's input is N(0, S std1^2), so std1 = S^-1/2 makes it N(0, 1), and the ReLU
-        leaves a mean square of 1/2; a generated number has variance H std2^2 / 2, and a logit that of D of them (and the bias)
-        for x of unit variance: std2 = (2 / (H (D + bias)))^1/2 makes it 1.
+        ``paper``: 0.02.  ``width``: a hidden unit's input is N(0, S std1^2), so std1 = S^-1/2 makes it N(0,
+        1), and the ReLU leaves a mean square of 1/2; a generated number has variance H std2^2 / 2, and a
+        logit that of D of them (and the bias) for x of unit variance: std2 = (2 / (H (D + bias)))^1/2 makes
+        it 1.
         """
         if self.init == "paper":
             return 0.02, 0.02
@@ -69,8 +72,9 @@ class Generated(NamedTuple):
 class HyperRouter(FrozenRouter, name="hyper"):
     """``logits = W x + b`` with ``(W, b)`` generated from a trained embedding by a frozen hypernetwork.
 
-    By itself it generates in every forward pass, which is always right.  An engine that keeps the promise of :meth:`hold` has it
-    generate once per optimizer step; the way back to the embedding then runs once for each micro-batch that reaches the router.
+    By itself it generates in every forward pass, which is always right.  An engine that keeps the promise of
+    :meth:`hold` has it generate once per optimizer step; the way back to the embedding then runs once for
+    each micro-batch that reaches the router.
     """
 
     config: Config
@@ -85,11 +89,15 @@ class HyperRouter(FrozenRouter, name="hyper"):
         hypernet_width: Annotated[Count, "hidden units of the hypernetwork"] = 256
         embedding_size: Annotated[Count | None, "trained numbers in a layer; default: the hidden size"] = None
         bias: Annotated[bool, "generate a bias as well"] = False
-        init: Annotated[Literal["width", "paper"], "width: logits start with unit standard deviation; paper: linears N(0, 0.02^2)"] = (
-            "width"
-        )
+        init: Annotated[
+            Literal["width", "paper"],
+            "width: logits start with unit standard deviation; paper: linears N(0, 0.02^2)",
+        ] = "width"
         seed: Annotated[Natural | None, "of the frozen hypernetwork; default: --seed"] = None
-        shared: Annotated[Literal["layer", "model"], "a hypernetwork for each layer, or one for all (each has its own embedding)"] = "layer"
+        shared: Annotated[
+            Literal["layer", "model"],
+            "a hypernetwork for each layer, or one for all (each has its own embedding)",
+        ] = "layer"
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """At k = 1 the embedding does not learn."""
@@ -140,13 +148,17 @@ class HyperRouter(FrozenRouter, name="hyper"):
         return W_ED, b_E
 
     def hold(self, on: bool = True) -> None:
-        """Generate once per step: from now on the caller calls :meth:`begin_step` after each change of the embedding."""
+        """Generate once per step: from now on the caller calls :meth:`begin_step` after each change of the
+        embedding.
+        """
         self._held = on
         self._generated = None
         self._stale = True
 
     def begin_step(self) -> None:
-        """What was generated is out of date; the next forward pass generates, when an engine has gathered the weights."""
+        """What was generated is out of date; the next forward pass generates, when an engine has gathered the
+        weights.
+        """
         self._stale = True
 
     def _generate(self, embedding_S: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -154,7 +166,9 @@ class HyperRouter(FrozenRouter, name="hyper"):
         return generate(embedding_S, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias)
 
     def _regenerate(self) -> Generated:
-        """Generate outside any graph, and not as inference tensors: evaluation may come first, training later."""
+        """Generate outside any graph, and not as inference tensors: evaluation may come first, training
+        later.
+        """
         device = self.embedding_S.device
         w1_HS, b1_H, _, _ = self.frozen_tensors(device)
         with torch.inference_mode(False), torch.no_grad(), float32_maths(device):
@@ -164,7 +178,8 @@ class HyperRouter(FrozenRouter, name="hyper"):
             old = self._generated
             if old is None or old.W_ED.device != device:
                 return new
-            # In place: addresses stay for compiled graphs, and a backward pass that still waits for the old weights raises.
+            # In place: addresses stay for compiled graphs, and a backward pass that still waits for the old
+            # weights raises.
             for kept, made in zip(old, new, strict=True):
                 if kept is not None and made is not None:
                     kept.copy_(made)
@@ -189,14 +204,30 @@ class _Reuse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, embedding_S: Tensor, W_ED: Tensor, b_E: Tensor | None, active_H: Tensor, w1_HS: Tensor, w2_HP: Tensor
+        ctx: Any,
+        embedding_S: Tensor,
+        W_ED: Tensor,
+        b_E: Tensor | None,
+        active_H: Tensor,
+        w1_HS: Tensor,
+        w2_HP: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(active_H)
-        ctx.w1_HS, ctx.w2_HP = w1_HS, w2_HP  # not saved tensors: hooks that offload activations would move them
+        ctx.w1_HS, ctx.w2_HP = (
+            w1_HS,
+            w2_HP,
+        )  # not saved tensors: hooks that offload activations would move them
         return W_ED.detach(), None if b_E is None else b_E.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_W_ED: Tensor, grad_b_E: Tensor | None) -> tuple[Tensor | None, ...]:
         (active_H,) = ctx.saved_tensors
-        return transposed(grad_W_ED, grad_b_E, active_H, ctx.w1_HS, ctx.w2_HP.t()), None, None, None, None, None
+        return (
+            transposed(grad_W_ED, grad_b_E, active_H, ctx.w1_HS, ctx.w2_HP.t()),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

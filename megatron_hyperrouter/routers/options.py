@@ -21,7 +21,12 @@ def router_class(name: str) -> type[Router]:
 
 
 def make_options(
-    cls: type[Router], options: Mapping[str, Any], *, hidden_size: int, num_experts: int, topk: int | Callable[[int], int]
+    cls: type[Router],
+    options: Mapping[str, Any],
+    *,
+    hidden_size: int,
+    num_experts: int,
+    topk: int | Callable[[int], int],
 ) -> Router.Config:
     """The ``Config`` of ``cls`` with these options, for a model of this size; raises ConfigError."""
     problems = [*_size_problems(hidden_size, num_experts, topk), *_option_problems(cls, options)]
@@ -39,7 +44,10 @@ def _size_problems(hidden_size: int, num_experts: int, topk: int | Callable[[int
             yield Problem(flag, value, "must be at least 1", "give a positive number")
     if isinstance(topk, int) and not 1 <= topk <= max(num_experts, 1):
         yield Problem(
-            "--moe-router-topk", topk, f"must be from 1 to --num-experts = {num_experts}", "use fewer active experts or more experts"
+            "--moe-router-topk",
+            topk,
+            f"must be from 1 to --num-experts = {num_experts}",
+            "use fewer active experts or more experts",
         )
 
 
@@ -48,13 +56,23 @@ def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[
     defaults = {field.name: field.default for field in fields(cls.Config)}
     for name, value in options.items():
         if name not in defaults:
-            yield Problem(f"--router.{name}", value, f"is not an option of router {cls.name!r}", _suggest(name, defaults))
+            yield Problem(
+                f"--router.{name}",
+                value,
+                f"is not an option of router {cls.name!r}",
+                _suggest(name, defaults),
+            )
             continue
         try:
             TypeAdapter(kinds[name]).validate_python(value, strict=True)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            yield Problem(f"--router.{name}", value, reason[:1].lower() + reason[1:], f"leave it out for {defaults[name]}")
+            yield Problem(
+                f"--router.{name}",
+                value,
+                reason[:1].lower() + reason[1:],
+                f"leave it out for {defaults[name]}",
+            )
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

@@ -1,22 +1,27 @@
-"""SimSMoE: experts that the same tokens have shared for long are pushed apart by their CKA (arXiv 2406.15883).
+"""SimSMoE: experts that the same tokens have shared for long are pushed apart by their CKA (arXiv
+2406.15883).
 
     logits = W x (+ b);  S = the k largest;  weights = softmax over S
-    c_ij  += tokens of the step with both i and j in S / tokens of the step      after each step, for all pairs i < j
-    due    = pairs with c_ij > frequency when the step begins: at most ``max_pairs``, the largest first; c_ij = 0 after it
-    loss   = coeff * sum over due pairs of [CKA_ij >= threshold] CKA_ij          in each micro-batch of the step
-    CKA_ij = CKA(head(E_i(x)), head(E_j(x))) over the micro-batch's tokens with both i and j in S
+    c_ij  += tokens of the step with both i and j in S / tokens of the step      after each step, for all
+    pairs i < j due    = pairs with c_ij > frequency when the step begins: at most ``max_pairs``, the largest
+    first; c_ij = 0 after it loss   = coeff * sum over due pairs of [CKA_ij >= threshold] CKA_ij          in
+    each micro-batch of the step CKA_ij = CKA(head(E_i(x)), head(E_j(x))) over the micro-batch's tokens with
+    both i and j in S
 
 Differences from the paper and its code:
 
-- any k >= 2, not 2 alone; counts are of the global batch, once per optimizer step (there: of each replica's forward pass), kept in a
-  buffer and saved; a pair fires in the step after the one that took it over the line, so that all ranks know beforehand;
-- the outputs that the layer has computed anyway are compared, as in the paper; the code computes them again without dropout, from inputs
-  cut off from the graph.  Here the loss reaches what is below the layer as well;
-- the kernel's bandwidth follows the distances (``bandwidth absolute`` has the published sigma), at least ``min_tokens`` are needed
-  (with 2, CKA is 1 for any experts) and at most ``max_tokens``, evenly spaced over the micro-batch, are compared.
+- any k >= 2, not 2 alone; counts are of the global batch, once per optimizer step (there: of each replica's
+  forward pass), kept in a buffer and saved; a pair fires in the step after the one that took it over the
+  line, so that all ranks know beforehand;
+- the outputs that the layer has computed anyway are compared, as in the paper; the code computes them again
+  without dropout, from inputs cut off from the graph.  Here the loss reaches what is below the layer as well;
+- the kernel's bandwidth follows the distances (``bandwidth absolute`` has the published sigma), at least
+  ``min_tokens`` are needed (with 2, CKA is 1 for any experts) and at most ``max_tokens``, evenly spaced over
+  the micro-batch, are compared.
 
-Legend: ``T`` tokens on this rank, ``G`` tokens of the whole micro-batch, ``D`` hidden size, ``E`` experts, ``K`` active experts,
-``P`` pairs i < j, ``R`` due pairs, ``N`` tokens compared, ``F`` features after the head.
+Legend: ``T`` tokens on this rank, ``G`` tokens of the whole micro-batch, ``D`` hidden size, ``E`` experts,
+``K`` active experts, ``P`` pairs i < j, ``R`` due pairs, ``N`` tokens compared, ``F`` features after the
+head.
 """
 
 from __future__ import annotations
@@ -54,20 +59,32 @@ class SimSMoERouter(Router, name="simsmoe"):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Router.Config):
-        """Published: sigma 0.8 with ``bandwidth`` = ``absolute``; in the code a ``linear`` head and a bias of the router."""
+        """Published: sigma 0.8 with ``bandwidth`` = ``absolute``; in the code a ``linear`` head and a bias of
+        the router.
+        """
 
         init_std: Annotated[float, Ge(0.0), "standard deviation of the router's initial weights"] = 0.02
         bias: Annotated[bool, "add a trained bias to the logits"] = False
         similarity_coeff: Annotated[float, Ge(0.0), "of the similarity loss; 0 switches it off"] = 0.01
-        frequency: Annotated[float, Gt(0.0), "batches' worth of shared tokens after which a pair is compared"] = 16.0
+        frequency: Annotated[
+            float, Gt(0.0), "batches' worth of shared tokens after which a pair is compared"
+        ] = 16.0
         threshold: Annotated[float, Ge(0.0), Le(1.0), "pairs that are less similar are left alone"] = 0.5
         kernel: Annotated[Literal["rbf", "linear"], "of the CKA"] = "rbf"
-        bandwidth: Annotated[Literal["median", "absolute"], "sigma's unit: the median distance of an expert's features, or 1"] = "median"
+        bandwidth: Annotated[
+            Literal["median", "absolute"], "sigma's unit: the median distance of an expert's features, or 1"
+        ] = "median"
         sigma: Annotated[float, Gt(0.0), "bandwidth of the rbf kernel"] = 0.8
-        head: Annotated[Literal["mlp", "linear"], "trained projection of the outputs, shared by a layer's experts"] = "mlp"
+        head: Annotated[
+            Literal["mlp", "linear"], "trained projection of the outputs, shared by a layer's experts"
+        ] = "mlp"
         head_width: Annotated[Count, "hidden units of the mlp head"] = 64
-        head_features: Annotated[Count | None, "features that are compared; default: the number of experts"] = None
-        min_tokens: Annotated[int, Ge(3), "a pair with fewer shared tokens in a micro-batch is not compared there"] = 8
+        head_features: Annotated[
+            Count | None, "features that are compared; default: the number of experts"
+        ] = None
+        min_tokens: Annotated[
+            int, Ge(3), "a pair with fewer shared tokens in a micro-batch is not compared there"
+        ] = 8
         max_tokens: Annotated[int, Ge(3), "of a pair in a micro-batch"] = 512
         max_pairs: Annotated[Count, "compared in one step; the others wait"] = 8
 
@@ -81,7 +98,10 @@ class SimSMoERouter(Router, name="simsmoe"):
             """At k = 1 no two experts share a token."""
             yield from no_gradient_at_k1("simsmoe", topk)
             if topk == 1:
-                yield "router 'simsmoe' with k = 1: no two experts share a token, so the similarity loss does nothing"
+                yield (
+                    "router 'simsmoe' with k = 1: no two experts share a token, so the similarity loss "
+                    "does nothing"
+                )
 
         def unserved(self) -> Iterator[str]:
             """The counts of pairs."""
@@ -111,46 +131,62 @@ class SimSMoERouter(Router, name="simsmoe"):
                 if parameter.dim() == 1:
                     parameter.zero_()
                 else:
-                    parameter.copy_(draw(name, tuple(parameter.shape)) * stds.get(name, parameter.size(1) ** -0.5))
+                    parameter.copy_(
+                        draw(name, tuple(parameter.shape)) * stds.get(name, parameter.size(1) ** -0.5)
+                    )
 
-    # ------------------------------------------------------------------------------------------------------ routing
+    # ------------------------------------------------------------------------------------------------------
+    # routing
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""
         return F.linear(x_TD.float(), *self.linear())
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        """The same; the head takes part with a gradient of zero, which hosts wait for in passes that compare nothing too."""
+        """The same; the head takes part with a gradient of zero, which hosts wait for in passes that compare
+        nothing too.
+        """
         return first._replace(weights_TK=reaching(first.weights_TK, *self._head_parameters()))
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The trained weights themselves."""
         return self.weight_ED.float(), None if self.bias_E is None else self.bias_E.float()
 
-    # ---------------------------------------------------------------------------------------------------- comparing
+    # ----------------------------------------------------------------------------------------------------
+    # comparing
     def wants_outputs(self, now: Pass) -> bool:
         """In training, where pairs are due and tokens have two experts."""
         return now.training and now.k >= 2 and self.config.similarity_coeff > 0 and bool(self.due_pairs())
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Adds the loss ``similarity``; weights stay.  Raises ValueError for a spread micro-batch whose tokens have no places."""
+        """Adds the loss ``similarity``; weights stay.  Raises ValueError for a spread micro-batch whose
+        tokens have no places.
+        """
         with float32_maths(x_TD.device):
             cka_R, enough_R = self.compare(routing.experts_TK, outputs_TKD, now)
         counts_R = enough_R & (cka_R.detach() >= self.config.threshold)
         loss = self.config.similarity_coeff * torch.where(counts_R, cka_R, 0.0).sum()
-        if self.over_shards is not None:  # the value is shared out, as parts that add up; the gradient is of this rank's rows already
+        if (
+            self.over_shards is not None
+        ):  # the value is shared out, as parts that add up; the gradient is of this rank's rows already
             loss = loss - loss.detach() + loss.detach() / self.over_shards(torch.ones_like(loss))
         return routing._replace(losses={**routing.losses, "similarity": loss})
 
     def compare(self, experts_TK: Tensor, outputs_TKD: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
-        """CKA of each due pair, ``_R``, and whether it had enough tokens; the same on all ranks that share the micro-batch."""
+        """CKA of each due pair, ``_R``, and whether it had enough tokens; the same on all ranks that share
+        the micro-batch.
+        """
         pairs_R2 = torch.tensor(self.due_pairs(), device=experts_TK.device).view(-1, 2)
         places_T = self._places(experts_TK, now)
         experts_GK, places_G = self._of_all(experts_TK), self._of_all(places_T)
         slots_RG2, rows_RN, valid_RN = shared_tokens(experts_GK, places_G, pairs_R2, self.config.max_tokens)
         compared_RN = torch.where(valid_RN, places_G[rows_RN], -1)
-        wanted = (torch.isin(places_T, compared_RN).unsqueeze(1) & torch.isin(experts_TK, pairs_R2)).nonzero(as_tuple=True)
+        wanted = (torch.isin(places_T, compared_RN).unsqueeze(1) & torch.isin(experts_TK, pairs_R2)).nonzero(
+            as_tuple=True
+        )
         features_TKF = outputs_TKD.new_zeros(*experts_TK.shape, self.head_out_FW.size(0), dtype=torch.float32)
-        features_TKF[wanted] = self.project(outputs_TKD[wanted])  # of these alone: the head costs little whatever T and K
+        features_TKF[wanted] = self.project(
+            outputs_TKD[wanted]
+        )  # of these alone: the head costs little whatever T and K
         features_GKF = self._of_all(features_TKF)
         slots_RN2 = slots_RG2.gather(1, rows_RN.unsqueeze(-1).expand(-1, -1, 2))
         first_RNF, second_RNF = (features_GKF[rows_RN, slots_RN2[..., side]] for side in (0, 1))
@@ -171,7 +207,8 @@ class SimSMoERouter(Router, name="simsmoe"):
             x_RNF, y_RNF = (side / median_distance(side, valid_RN)[:, None, None] for side in (x_RNF, y_RNF))
         return rbf_cka(x_RNF, y_RNF, self.config.sigma, valid_RN)
 
-    # ----------------------------------------------------------------------------------------------------- counting
+    # -----------------------------------------------------------------------------------------------------
+    # counting
     @property
     def num_pairs(self) -> int:
         """Pairs i < j of experts."""
@@ -185,7 +222,9 @@ class SimSMoERouter(Router, name="simsmoe"):
     def extra_counts(self, routing: Routing) -> Tensor:
         """Tokens that both experts of a pair were chosen for."""
         E = self.num_experts
-        chosen_TE = routing.logits_TE.new_zeros(routing.experts_TK.size(0), E).scatter_(1, routing.experts_TK, 1.0)
+        chosen_TE = routing.logits_TE.new_zeros(routing.experts_TK.size(0), E).scatter_(
+            1, routing.experts_TK, 1.0
+        )
         shared_EE = (chosen_TE.mT @ chosen_TE).double()  # exact: sums of ones below 2^24
         return shared_EE[tuple(torch.triu_indices(E, E, 1, device=shared_EE.device))]
 
@@ -203,13 +242,17 @@ class SimSMoERouter(Router, name="simsmoe"):
         if self._due is None:
             counts_P = self.pair_counts_P.cpu()
             over_R = (counts_P > self.config.frequency).nonzero().flatten()
-            first_R = over_R[counts_P[over_R].sort(descending=True, stable=True).indices[: self.config.max_pairs]]
+            first_R = over_R[
+                counts_P[over_R].sort(descending=True, stable=True).indices[: self.config.max_pairs]
+            ]
             pairs_R2 = torch.triu_indices(self.num_experts, self.num_experts, 1, device="cpu")[:, first_R].t()
             self._due = tuple((i, j) for i, j in pairs_R2.tolist())
         return self._due
 
     def begin_step(self) -> None:
-        """The counts may have been loaded; they are read now, where the engine waits anyway, not in the next forward pass."""
+        """The counts may have been loaded; they are read now, where the engine waits anyway, not in the next
+        forward pass.
+        """
         self._due = None
         self.due_pairs()
 
@@ -217,7 +260,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         super()._load_from_state_dict(*arguments)
         self._due = None
 
-    # ------------------------------------------------------------------------------------------------------ helpers
+    # ------------------------------------------------------------------------------------------------------
+    # helpers
     def _index(self, i: int, j: int) -> int:
         return i * (2 * self.num_experts - i - 1) // 2 + j - i - 1
 
@@ -228,18 +272,24 @@ class SimSMoERouter(Router, name="simsmoe"):
         if now.tokens is not None:
             return now.tokens.places_T
         if self.gather_shards is not None:
-            raise ValueError("router 'simsmoe' needs the places of the tokens where a micro-batch is spread over ranks: give it tokens")
+            raise ValueError(
+                "router 'simsmoe' needs the places of the tokens where a micro-batch is spread over ranks: "
+                "give it tokens"
+            )
         return torch.arange(experts_TK.size(0), device=experts_TK.device)
 
     def _of_all(self, rows: Tensor) -> Tensor:
         return rows if self.gather_shards is None else self.gather_shards(rows)
 
 
-def shared_tokens(experts_GK: Tensor, places_G: Tensor, pairs_R2: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that have both experts of each pair: all, or ``most`` of them, evenly spaced in the order of their places.
+def shared_tokens(
+    experts_GK: Tensor, places_G: Tensor, pairs_R2: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that have both experts of each pair: all, or ``most`` of them, evenly spaced in the order of
+    their places.
 
-    Returns where a token has the pair's two experts among its K, ``slots_RG2``; rows of these tokens, ``_RN``; and which of these are
-    there at all (boolean ``_RN``): N is the largest number that a pair has.
+    Returns where a token has the pair's two experts among its K, ``slots_RG2``; rows of these tokens,
+    ``_RN``; and which of these are there at all (boolean ``_RN``): N is the largest number that a pair has.
     """
     has_RG2K = experts_GK.unsqueeze(1) == pairs_R2[:, None, :, None]
     slots_RG2 = has_RG2K.byte().argmax(-1)
@@ -249,7 +299,9 @@ def shared_tokens(experts_GK: Tensor, places_G: Tensor, pairs_R2: Tensor, most: 
     count_R1 = both_RG.sum(1, keepdim=True)
     kept_R1 = count_R1.clamp(max=most)
     # of n tokens m stay: those where floor(rank * m / n) is about to go up, so m = n keeps all
-    evenly_RG = (before_RG + 1) * kept_R1 // count_R1.clamp(min=1) > before_RG * kept_R1 // count_R1.clamp(min=1)
+    evenly_RG = (before_RG + 1) * kept_R1 // count_R1.clamp(min=1) > before_RG * kept_R1 // count_R1.clamp(
+        min=1
+    )
     widest = int(kept_R1.max())  # the only number that the host waits for
     first_RN = (both_RG & evenly_RG).byte().argsort(dim=1, descending=True, stable=True)[:, :widest]
     valid_RN = torch.arange(widest, device=experts_GK.device) < kept_R1

@@ -1,10 +1,12 @@
-"""SMoE-Dropout: a random linear router that is never trained, and a k that grows (Chen et al. 2023, arXiv 2303.01610).
+"""SMoE-Dropout: a random linear router that is never trained, and a k that grows (Chen et al. 2023, arXiv
+2303.01610).
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
 
-``g = W x`` with ``W ~ N(0, init_std^2)``, drawn once for each layer; the k largest logits are chosen, ``w = softmax(g_S)``.
-k follows ``--topk-schedule`` from ``--topk-start`` to ``--moe-router-topk``: the published runs grow linearly from 8 to 16.
-Published code keeps W in the checkpoint, with a bias of zeros; here the checkpoint holds its seed and hash, and W is drawn again.
+``g = W x`` with ``W ~ N(0, init_std^2)``, drawn once for each layer; the k largest logits are chosen, ``w =
+softmax(g_S)``. k follows ``--topk-schedule`` from ``--topk-start`` to ``--moe-router-topk``: the published
+runs grow linearly from 8 to 16. Published code keeps W in the checkpoint, with a bias of zeros; here the
+checkpoint holds its seed and hash, and W is drawn again.
 """
 
 from __future__ import annotations
@@ -51,7 +53,15 @@ class SMoEDropoutRouter(FrozenRouter, name="smoe_dropout"):
         """``common``: the keywords of :class:`Router`."""
         super().__init__(config, **common)
         seed = self.seed if config.seed is None else config.seed
-        self.freeze(LinearRecipe(seed, f"smoe_dropout.layer{self.layer_number}", self.num_experts, self.hidden_size, config.init_std))
+        self.freeze(
+            LinearRecipe(
+                seed,
+                f"smoe_dropout.layer{self.layer_number}",
+                self.num_experts,
+                self.hidden_size,
+                config.init_std,
+            )
+        )
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Nothing is trained."""

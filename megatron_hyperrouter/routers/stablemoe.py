@@ -1,28 +1,34 @@
-"""StableMoE: learn to route, teach it to a small router on word embeddings, then follow that one for ever (arXiv 2204.08396).
+"""StableMoE: learn to route, teach it to a small router on word embeddings, then follow that one for ever
+(arXiv 2204.08396).
 
-``s = E x`` with trained centroids E; ``D(w)`` is a table of word embeddings of its own, ``s' = E' D(w)`` the distilled router.
+``s = E x`` with trained centroids E; ``D(w)`` is a table of word embeddings of its own, ``s' = E' D(w)`` the
+distilled router.
 
-Stage 1, the first ``stage1_steps`` optimizer steps: ids = top-k of s, weights ``sigmoid(s_chosen)``, which are not normalised; losses
+Stage 1, the first ``stage1_steps`` optimizer steps: ids = top-k of s, weights ``sigmoid(s_chosen)``, which
+are not normalised; losses
 
-    balance        alpha / T * sum_i (n_i - n) / n * sum_(routes to i) sigmoid(s_ti),   n_i routes to i, n = T K / E
-    distillation   mean over tokens and their chosen ids a of -log softmax(s')_a; trains D and E' alone
+    balance        alpha / T * sum_i (n_i - n) / n * sum_(routes to i) sigmoid(s_ti),   n_i routes to i, n = T
+    K / E distillation   mean over tokens and their chosen ids a of -log softmax(s')_a; trains D and E' alone
 
-Stage 2, and evaluation with a frozen copy at hand: ids = top-k of s' with D and E' as they were at the switch; the weights are still
-``sigmoid(s_chosen)``, whose centroids go on learning; none of the losses above, nor ``aux`` and ``z``.  Evaluation before the switch
-routes by the centroids.
+Stage 2, and evaluation with a frozen copy at hand: ids = top-k of s' with D and E' as they were at the
+switch; the weights are still ``sigmoid(s_chosen)``, whose centroids go on learning; none of the losses above,
+nor ``aux`` and ``z``.  Evaluation before the switch routes by the centroids.
 
-The switch copies D and E' into buffers, in the first pass after ``stage1_steps`` completed steps: later passes, repeated ones and resumed
-runs find the copy there.  The optimizer still holds the trained D and E', whose gradients are zero in stage 2 (hosts wait for every
-gradient); momentum and decay may move them, which nobody reads.  A training pass of stage 1 forgets the copy: a run that goes back,
-or on with a longer first stage, distils anew.
+The switch copies D and E' into buffers, in the first pass after ``stage1_steps`` completed steps: later
+passes, repeated ones and resumed runs find the copy there.  The optimizer still holds the trained D and E',
+whose gradients are zero in stage 2 (hosts wait for every gradient); momentum and decay may move them, which
+nobody reads.  A training pass of stage 1 forgets the copy: a run that goes back, or on with a longer first
+stage, distils anew.
 
-Differences from the paper: its balance loss is a sum over the tokens of a batch and ours their mean in each micro-batch, which is
-the same beside a language-model loss taken likewise; k may exceed 1, where the distillation averages over the chosen ids and weights do
-not sum to 1; every MoE layer has a D of its own, where the paper has one such layer; the optimizer keeps its state of D and E' for the
-whole run.  Initial values are ours.  The routers called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the
+Differences from the paper: its balance loss is a sum over the tokens of a batch and ours their mean in each
+micro-batch, which is the same beside a language-model loss taken likewise; k may exceed 1, where the
+distillation averages over the chosen ids and weights do not sum to 1; every MoE layer has a D of its own,
+where the paper has one such layer; the optimizer keeps its state of D and E' for the whole run.  Initial
+values are ours.  The routers called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the
 sigmoid, nor distillation, nor a second stage.
 
-Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``V`` token ids, ``W`` features of a word.
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``V`` token ids, ``W`` features
+of a word.
 """
 
 from __future__ import annotations
@@ -43,7 +49,9 @@ from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Rout
 
 
 class StableMoERouter(Router, name="stablemoe"):
-    """Trained centroids with sigmoid weights; from the second stage on a frozen table from token ids to experts decides."""
+    """Trained centroids with sigmoid weights; from the second stage on a frozen table from token ids to
+    experts decides.
+    """
 
     config: Config
     frozen_word_VW: Tensor
@@ -54,10 +62,13 @@ class StableMoERouter(Router, name="stablemoe"):
     class Config(Router.Config):
         """The published values; the paper's k is 1."""
 
-        stage1_share: Annotated[float, Gt(0.0), Le(1.0), "share of --train-iters before routing is frozen; 1: it never is"] = 0.1
+        stage1_share: Annotated[
+            float, Gt(0.0), Le(1.0), "share of --train-iters before routing is frozen; 1: it never is"
+        ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "optimizer steps before routing is frozen; 0: at once, to finetune from a checkpoint's frozen copy; default: by stage1-share",
+            "optimizer steps before routing is frozen; 0: at once, to finetune from a checkpoint's frozen "
+            "copy; default: by stage1-share",
         ] = None
         word_size: Annotated[Count, "features of a token id in the distilled router"] = 50
         balance_coeff: Annotated[float, Ge(0.0), "of the first stage's balance loss"] = 0.3
@@ -73,14 +84,21 @@ class StableMoERouter(Router, name="stablemoe"):
         def warnings(self, *, topk: int) -> Iterator[str]:
             """A second stage that follows what was never taught."""
             if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
-                yield "router 'stablemoe' with --router.distillation-coeff 0: the second stage follows random ids for each token id"
+                yield (
+                    "router 'stablemoe' with --router.distillation-coeff 0: the second stage follows "
+                    "random ids for each token id"
+                )
 
         def unserved(self) -> Iterator[str]:
             """The word embeddings."""
-            yield without_tokens("router 'stablemoe'", "nothing is distilled, and the second stage raises ValueError")
+            yield without_tokens(
+                "router 'stablemoe'", "nothing is distilled, and the second stage raises ValueError"
+            )
 
     def __init__(self, config: Config, **common: Any) -> None:
-        """``common``: the keywords of :class:`Router`; ``facts`` has the size of the vocabulary and the steps of the run."""
+        """``common``: the keywords of :class:`Router`; ``facts`` has the size of the vocabulary and the steps
+        of the run.
+        """
         super().__init__(config, **common)
         words, experts, size = self.facts.vocab_size, self.num_experts, config.word_size
         self.centroid_ED = nn.Parameter(torch.empty(experts, self.hidden_size))
@@ -92,8 +110,14 @@ class StableMoERouter(Router, name="stablemoe"):
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Centroids ~ N(0, init_std^2); D ~ N(0, 1) and E' ~ N(0, 1/W), so that s' starts with unit standard deviation."""
-        stds = {"centroid_ED": self.config.init_std, "word_VW": 1.0, "word_centroid_EW": self.config.word_size**-0.5}
+        """Centroids ~ N(0, init_std^2); D ~ N(0, 1) and E' ~ N(0, 1/W), so that s' starts with unit standard
+        deviation.
+        """
+        stds = {
+            "centroid_ED": self.config.init_std,
+            "word_VW": 1.0,
+            "word_centroid_EW": self.config.word_size**-0.5,
+        }
         with torch.no_grad():
             for name, std in stds.items():
                 parameter = self.get_parameter(name)
@@ -109,7 +133,9 @@ class StableMoERouter(Router, name="stablemoe"):
         return step >= first
 
     def _by_words(self, now: Pass) -> bool:
-        """The second stage; evaluation knows it by the copy too, as a reader of a checkpoint may not know the step."""
+        """The second stage; evaluation knows it by the copy too, as a reader of a checkpoint may not know the
+        step.
+        """
         return self.is_frozen(now.step) or (not now.training and int(self.frozen_at) >= 0)
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -128,9 +154,13 @@ class StableMoERouter(Router, name="stablemoe"):
         losses, config = super().balance_losses(logits_TE, experts_TK, now), self.config
         if config.balance_coeff:
             values_TK = logits_TE.gather(-1, experts_TK).sigmoid()
-            losses["balance"] = config.balance_coeff * overload_loss(values_TK, experts_TK, self.num_experts, self.over_shards)
+            losses["balance"] = config.balance_coeff * overload_loss(
+                values_TK, experts_TK, self.num_experts, self.over_shards
+            )
         if config.distillation_coeff and now.training and now.tokens is not None:
-            distilled_TE = F.linear(F.embedding(now.tokens.ids_T, self.word_VW).float(), self.word_centroid_EW.float())
+            distilled_TE = F.linear(
+                F.embedding(now.tokens.ids_T, self.word_VW).float(), self.word_centroid_EW.float()
+            )
             wrong_T = -distilled_TE.log_softmax(-1).gather(-1, experts_TK).mean(-1)
             losses["distillation"] = config.distillation_coeff * token_mean(wrong_T, self.over_shards)
         return losses
@@ -139,7 +169,9 @@ class StableMoERouter(Router, name="stablemoe"):
         """The second stage's decision; raises ValueError where it does not know the token ids."""
         if self._by_words(now):
             experts_TK = self._frozen_experts(now)
-            first = first._replace(weights_TK=first.logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK=experts_TK)
+            first = first._replace(
+                weights_TK=first.logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK=experts_TK
+            )
         elif now.training:
             self.frozen_at.fill_(-1)
         if now.training and "distillation" not in first.losses:
@@ -150,12 +182,15 @@ class StableMoERouter(Router, name="stablemoe"):
     def _frozen_experts(self, now: Pass) -> Tensor:
         if now.tokens is None:
             raise ValueError(
-                f"router 'stablemoe' at step {now.step} is in its second stage and routes by token ids: call it with tokens=Tokens(...), "
+                f"router 'stablemoe' at step {now.step} is in its second stage and routes by token ids: "
+                "call it with tokens=Tokens(...), "
                 "or build it with stage1_share=1.0 to stay in the first stage"
             )
         with torch.no_grad():
             self._freeze(now.step)
-            return best_experts(F.linear(F.embedding(now.tokens.ids_T, self.frozen_word_VW), self.frozen_centroid_EW), now.k)
+            return best_experts(
+                F.linear(F.embedding(now.tokens.ids_T, self.frozen_word_VW), self.frozen_centroid_EW), now.k
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _freeze(self, step: int) -> None:
@@ -163,12 +198,16 @@ class StableMoERouter(Router, name="stablemoe"):
         if self.frozen_at.device.type == "cpu" and int(self.frozen_at) >= 0:
             return
         done = self.frozen_at >= 0  # decided on the device: the host of a GPU need not wait for the number
-        for kept, live in ((self.frozen_word_VW, self.word_VW), (self.frozen_centroid_EW, self.word_centroid_EW)):
+        for kept, live in (
+            (self.frozen_word_VW, self.word_VW),
+            (self.frozen_centroid_EW, self.word_centroid_EW),
+        ):
             kept.copy_(torch.where(done, kept, live.float()))
         self.frozen_at.copy_(torch.where(done, self.frozen_at, step))
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """Refused."""
         raise NotImplementedError(
-            "router 'stablemoe' does not fold: its weights are sigmoids that are not normalised, and its second stage routes by token ids"
+            "router 'stablemoe' does not fold: its weights are sigmoids that are not normalised, and its "
+            "second stage routes by token ids"
         )

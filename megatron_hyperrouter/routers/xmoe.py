@@ -5,15 +5,19 @@ Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``
 With the projection A (``[P, D]``) and the expert embeddings e_i (P numbers each), all trained:
 
 - ``u = A x / |A x|`` (``normalize_input``, the paper's equation 6), ``s_i = u . e_i / |e_i|``, in [-1, 1];
-- logits ``g_i = s_i / tau`` with one trained tau a layer, ``tau = init_temperature * exp(t)``, t trained: tau stays positive;
-- gate ``p = softmax(g)`` over all E, or ``sigmoid(g)``; the k largest are chosen, ``w_i = p_i``: at k = 1 the router learns
-  from the task.  ``renormalise`` divides by their sum over the chosen, as many do for k > 1 (the paper has k = 1);
-- auxiliary loss ``coefficient * E sum_i f_i mean softmax(s / tau0)_i`` for both gates, tau0 fixed: 0.3 with softmax, 0.07 with sigmoid.
+- logits ``g_i = s_i / tau`` with one trained tau a layer, ``tau = init_temperature * exp(t)``, t trained:
+  tau stays positive;
+- gate ``p = softmax(g)`` over all E, or ``sigmoid(g)``; the k largest are chosen, ``w_i = p_i``: at k = 1
+  the router learns from the task.  ``renormalise`` divides by their sum over the chosen, as many do for k > 1
+  (the paper has k = 1);
+- auxiliary loss ``coefficient * E sum_i f_i mean softmax(s / tau0)_i`` for both gates, tau0 fixed: 0.3 with
+  softmax, 0.07 with sigmoid.
 
-Published code (the repositories of CompeteSMoE v1 and SimSMoE) leaves the input as it is: ``s_i = A x . e_i / |e_i|``
-(``normalize_input`` off).  That is a linear map and no cosine: the length of A x sharpens the gate, and the router folds.
-Their code also has 8 for P, no temperature in the gate, and rescales e_i in place, which the normalisation undoes.  Ours differs
-from both in its initial values: rows of A ~ N(0, 1/D), e_i ~ N(0, 1/P), tau = tau0.
+Published code (the repositories of CompeteSMoE v1 and SimSMoE) leaves the input as it is: ``s_i = A x . e_i /
+|e_i|`` (``normalize_input`` off).  That is a linear map and no cosine: the length of A x sharpens the gate,
+and the router folds. Their code also has 8 for P, no temperature in the gate, and rescales e_i in place,
+which the normalisation undoes.  Ours differs from both in its initial values: rows of A ~ N(0, 1/D), e_i ~
+N(0, 1/P), tau = tau0.
 """
 
 from __future__ import annotations
@@ -44,11 +48,19 @@ class XMoERouter(Router, name="xmoe"):
     class Config(Router.Config):
         """The paper's router; without ``normalize_input`` that of published code, which folds."""
 
-        projection_size: Annotated[Count | None, "dimensions of the hypersphere; default: half the experts"] = None
-        score_function: Annotated[Literal["softmax", "sigmoid"], "gate over logits, before the choice"] = "softmax"
+        projection_size: Annotated[
+            Count | None, "dimensions of the hypersphere; default: half the experts"
+        ] = None
+        score_function: Annotated[Literal["softmax", "sigmoid"], "gate over logits, before the choice"] = (
+            "softmax"
+        )
         renormalise: Annotated[bool, "divide the weights by their sum over the chosen experts"] = False
-        normalize_input: Annotated[bool, "project tokens onto the sphere (the paper); off: published code, a linear map"] = True
-        init_temperature: Annotated[float | None, Gt(0.0), "tau at the start; default 0.3 with softmax, 0.07 with sigmoid"] = None
+        normalize_input: Annotated[
+            bool, "project tokens onto the sphere (the paper); off: published code, a linear map"
+        ] = True
+        init_temperature: Annotated[
+            float | None, Gt(0.0), "tau at the start; default 0.3 with softmax, 0.07 with sigmoid"
+        ] = None
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Weights that sum to 1 teach the router nothing at k = 1."""
@@ -66,14 +78,22 @@ class XMoERouter(Router, name="xmoe"):
         self.first_temperature = config.init_temperature or config.balance_temperature
         self.projection_PD = nn.Parameter(torch.empty(size, self.hidden_size))
         self.embedding_EP = nn.Parameter(torch.empty(self.num_experts, size))
-        self.log_temperature = nn.Parameter(torch.empty(1))  # less that of the start: near 0 bfloat16 is fine enough
+        self.log_temperature = nn.Parameter(
+            torch.empty(1)
+        )  # less that of the start: near 0 bfloat16 is fine enough
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """A ~ N(0, 1/D): A x has the variance of x; e ~ N(0, 1/P): lengths near 1; tau = ``init_temperature``."""
+        """A ~ N(0, 1/D): A x has the variance of x; e ~ N(0, 1/P): lengths near 1; tau =
+        ``init_temperature``.
+        """
         with torch.no_grad():
-            self.projection_PD.copy_(draw("projection_PD", tuple(self.projection_PD.shape)) * self.hidden_size**-0.5)
-            self.embedding_EP.copy_(draw("embedding_EP", tuple(self.embedding_EP.shape)) * self.embedding_EP.size(1) ** -0.5)
+            self.projection_PD.copy_(
+                draw("projection_PD", tuple(self.projection_PD.shape)) * self.hidden_size**-0.5
+            )
+            self.embedding_EP.copy_(
+                draw("embedding_EP", tuple(self.embedding_EP.shape)) * self.embedding_EP.size(1) ** -0.5
+            )
             self.log_temperature.zero_()
 
     def temperature(self) -> Tensor:
@@ -89,14 +109,20 @@ class XMoERouter(Router, name="xmoe"):
 
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The gate comes before the choice."""
-        return scored_topk(logits_TE, k, score=self.config.score_function, renormalise=self.config.renormalise)
+        return scored_topk(
+            logits_TE, k, score=self.config.score_function, renormalise=self.config.renormalise
+        )
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """``aux`` over softmax(s / tau0), whose gradient to tau cancels but for rounding; ``z`` of the logits."""
+        """``aux`` over softmax(s / tau0), whose gradient to tau cancels but for rounding; ``z`` of the
+        logits.
+        """
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:
             scale = self.temperature() / self.config.balance_temperature
-            losses["aux"] = self.aux_loss_coeff * switch_loss((logits_TE * scale).softmax(-1), experts_TK, self.over_shards)
+            losses["aux"] = self.aux_loss_coeff * switch_loss(
+                (logits_TE * scale).softmax(-1), experts_TK, self.over_shards
+            )
         if self.z_loss_coeff:
             losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
         return losses
@@ -105,7 +131,8 @@ class XMoERouter(Router, name="xmoe"):
         """W = (e / |e|) A / tau, without ``normalize_input``; raises where tokens are normalised."""
         if self.config.normalize_input:
             raise NotImplementedError(
-                "router 'xmoe' divides each token's projection by its length, which is no linear map of the token; "
+                "router 'xmoe' divides each token's projection by its length, which is no linear map of the "
+                "token; "
                 "--router.no-normalize-input trains a router that is one"
             )
         return on_sphere(self.embedding_EP.float()) @ self.projection_PD.float() / self.temperature(), None
@@ -113,7 +140,11 @@ class XMoERouter(Router, name="xmoe"):
     def folded_options(self) -> dict[str, Any]:
         """The gate of the ``topk`` router; its auxiliary loss has the temperature of the gate, not tau0."""
         softmax = self.config.score_function == "softmax"
-        return {"score_function": self.config.score_function, "pre_softmax": softmax, "renormalise": self.config.renormalise}
+        return {
+            "score_function": self.config.score_function,
+            "pre_softmax": softmax,
+            "renormalise": self.config.renormalise,
+        }
 
 
 def on_sphere(vector_NP: Tensor) -> Tensor:

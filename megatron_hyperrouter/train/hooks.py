@@ -1,4 +1,6 @@
-"""Watching a run: hooks that are told what happened, on the main rank alone; none of them changes the run."""
+"""Watching a run: hooks that are told what happened, on the main rank alone; none of them changes the
+run.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Hook:
 
 
 class SettingsHook(Hook):
-    """Writes ``config.yaml`` once the run has begun: a ``--load`` that was refused leaves the settings of the run as they were."""
+    """Writes ``config.yaml`` once the run has begun: a ``--load`` that was refused leaves the settings of
+    the run as they were.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -78,7 +82,9 @@ class MetricsHook(Hook):
 
 
 class ConsoleHook(Hook):
-    """Tells a person how far the run is: a live bar on a terminal, else a line every ``log_interval`` steps."""
+    """Tells a person how far the run is: a live bar on a terminal, else a line every ``log_interval``
+    steps.
+    """
 
     def __init__(self, train_iters: int, *, log_interval: int, screen: Console | None = None) -> None:
         self._train_iters, self._log_interval = train_iters, log_interval
@@ -90,7 +96,12 @@ class ConsoleHook(Hook):
         """Open the bar where somebody can see it move."""
         if not self._screen.is_terminal or step >= self._train_iters:
             return
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+        )
         self._progress = Progress(*columns, console=self._screen, transient=True)
         self._progress.add_task("", total=self._train_iters, completed=step)
         self._progress.start()
@@ -110,7 +121,8 @@ class ConsoleHook(Hook):
         """One line."""
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits per byte"
         self._say(
-            f"step {record['step']}  {record['split']} loss {record['lm_loss']:.4f}, perplexity {record['perplexity']:.2f}{bits}"
+            f"step {record['step']}  {record['split']} loss {record['lm_loss']:.4f}, perplexity "
+            f"{record['perplexity']:.2f}{bits}"
             f" with k = {record['topk']}"
         )
 
@@ -130,13 +142,17 @@ class ConsoleHook(Hook):
     def _summary(self, step: int) -> str:
         last, count = self._recent[-1], len(self._recent)
         mean = {
-            name: sum(float(record.get(name) or 0.0) for record in self._recent) / count for name in ("step_time", "data_time", "lm_loss")
+            name: sum(float(record.get(name) or 0.0) for record in self._recent) / count
+            for name in ("step_time", "data_time", "lm_loss")
         }
         speed = float(last["tokens_per_second"] or 0.0) * float(last["step_time"] or 0.0) / mean["step_time"]
         left = duration((self._train_iters - step) * mean["step_time"])
         waits = mean["data_time"] / mean["step_time"]
         late = f"  {waits:.0%} of the time waiting for data" if waits >= 0.01 else ""
-        return f"loss {mean['lm_loss']:.4f}  lr {last['learning_rate']:.2e}  k {last['topk']}  {speed:,.0f} tokens/s  {left} left{late}"
+        return (
+            f"loss {mean['lm_loss']:.4f}  lr {last['learning_rate']:.2e}  k {last['topk']}  {speed:,.0f} "
+            f"tokens/s  {left} left{late}"
+        )
 
 
 class TensorBoardHook(Hook):
@@ -174,7 +190,9 @@ class TensorBoardHook(Hook):
 
 
 class WandbHook(Hook):
-    """Reports to Weights & Biases; a resumed run goes on under the id that ``wandb-id.txt`` in the run folder keeps."""
+    """Reports to Weights & Biases; a resumed run goes on under the id that ``wandb-id.txt`` in the run
+    folder keeps.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._wandb = _wandb()
@@ -196,7 +214,9 @@ class WandbHook(Hook):
             resume="allow" if known else None,
         )
         id_file.write_text(f"{self._run.id}\n")
-        self._run.define_metric("*", step_metric="step")  # W&B's own step cannot go back, as a resumed run does
+        self._run.define_metric(
+            "*", step_metric="step"
+        )  # W&B's own step cannot go back, as a resumed run does
 
     def on_step(self, record: Record) -> None:
         """All numbers of the step."""
@@ -204,7 +224,12 @@ class WandbHook(Hook):
 
     def on_evaluation(self, record: Record) -> None:
         """All numbers, under the name of the split: ``valid/lm_loss``."""
-        self._run.log({"step": record["step"], **{f"{record['split']}/{name}": value for name, value in _numbers(record).items()}})
+        self._run.log(
+            {
+                "step": record["step"],
+                **{f"{record['split']}/{name}": value for name, value in _numbers(record).items()},
+            }
+        )
 
     def on_end(self) -> None:
         """Close the run."""
@@ -243,7 +268,9 @@ def duration(seconds: float) -> str:
 
 
 def _numbers(record: Record) -> dict[str, float | int]:
-    return {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+    return {
+        name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)
+    }
 
 
 def _tensorboard() -> ModuleType:
@@ -258,4 +285,6 @@ def _import(module: str, *, asked: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise HostError(f"{asked} needs {package}, which cannot be imported: {error}", remedy=f"pip install {package}") from error
+        raise HostError(
+            f"{asked} needs {package}, which cannot be imported: {error}", remedy=f"pip install {package}"
+        ) from error

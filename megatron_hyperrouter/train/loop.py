@@ -1,4 +1,6 @@
-"""The training loop: everything that varies in time is a function of the step, so a resumed run is the same run."""
+"""The training loop: everything that varies in time is a function of the step, so a resumed run is the same
+run.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,18 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.train.hooks import Hook
 
 
-def train(engine: Engine, config: RunConfig, splits: Splits, hooks: Sequence[Hook], *, token_bytes_V: Tensor | None = None) -> int:
+def train(
+    engine: Engine,
+    config: RunConfig,
+    splits: Splits,
+    hooks: Sequence[Hook],
+    *,
+    token_bytes_V: Tensor | None = None,
+) -> int:
     """Train to ``--train-iters``, or until a SIGTERM reaches any rank; returns the number of completed steps.
 
-    Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token id, or None
-    where they are not known.
+    Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token
+    id, or None where they are not known.
     """
     run = Run(engine, config, splits, hooks, token_bytes_V)
     first = resume(engine, config, run.folders)
@@ -50,11 +59,15 @@ def train(engine: Engine, config: RunConfig, splits: Splits, hooks: Sequence[Hoo
                 run.evaluate("valid", step)
                 if last:
                     run.evaluate("test", step)
-            if not stopped and (last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0)):
+            if not stopped and (
+                last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0)
+            ):
                 run.save(step)
             if stopped:
                 if engine.place.is_main:
-                    console.note(f"stopped by SIGTERM after step {step}; continue with --load {config.logging.run_dir}")
+                    console.note(
+                        f"stopped by SIGTERM after step {step}; continue with --load {config.logging.run_dir}"
+                    )
                 return step
     if first >= config.train.train_iters and engine.place.is_main:
         console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
@@ -68,11 +81,17 @@ def samples_needed(config: RunConfig, world_size: int | None = None) -> dict[str
     """
     batch = global_batch_size(config, launched_world_size() if world_size is None else world_size)
     scored = config.train.eval_iters * batch if config.train.eval_interval else 0
-    return {"train_samples": config.train.train_iters * batch, "valid_samples": scored, "test_samples": scored}
+    return {
+        "train_samples": config.train.train_iters * batch,
+        "valid_samples": scored,
+        "test_samples": scored,
+    }
 
 
 class StopRequest:
-    """Whether SIGTERM came.  A bare attribute: a signal handler must not take a lock, as ``threading.Event`` does."""
+    """Whether SIGTERM came.  A bare attribute: a signal handler must not take a lock, as ``threading.Event``
+    does.
+    """
 
     came = False
 
@@ -85,7 +104,9 @@ def stop_signal(*, enabled: bool) -> Iterator[StopRequest]:
     def note(number: int, frame: object) -> None:
         request.came = True
 
-    if not enabled or threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    if (
+        not enabled or threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may handle signals
         yield request
         return
     before = signal.signal(signal.SIGTERM, note)

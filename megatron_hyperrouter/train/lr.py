@@ -8,12 +8,14 @@ from megatron_hyperrouter.config.tree import OptimizerConfig
 
 
 def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) -> float:
-    """Learning rate of step ``step``, counted from 1: linear warm-up to ``lr``, then the decay, then ``min_lr``.
+    """Learning rate of step ``step``, counted from 1: linear warm-up to ``lr``, then the decay, then
+    ``min_lr``.
 
-    The formulas are those of Megatron-LM's ``OptimizerParamScheduler`` (decay styles constant, linear, cosine,
-    inverse-square-root, WSD; WSD ends in its default, the exponential shape).  One thing differs: Megatron-LM takes step n
-    with the rate after n - 1 steps, so its first step has rate 0 under warm-up; here step n has the rate after n steps, so
-    warm-up step n of w uses ``lr * n / w`` and the last step of the decay uses ``min_lr``.
+    The formulas are those of Megatron-LM's ``OptimizerParamScheduler`` (decay styles constant, linear,
+    cosine, inverse-square-root, WSD; WSD ends in its default, the exponential shape).  One thing differs:
+    Megatron-LM takes step n with the rate after n - 1 steps, so its first step has rate 0 under warm-up; here
+    step n has the rate after n steps, so warm-up step n of w uses ``lr * n / w`` and the last step of the
+    decay uses ``min_lr``.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, got {step}")
@@ -27,7 +29,9 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) ->
         return optimizer.min_lr
     if optimizer.lr_decay_style == "inverse-square-root":
         return max(optimizer.min_lr, optimizer.lr * math.sqrt(max(warmup, 1) / step))
-    return optimizer.min_lr + _remaining(step, optimizer, warmup, decay_end) * (optimizer.lr - optimizer.min_lr)
+    return optimizer.min_lr + _remaining(step, optimizer, warmup, decay_end) * (
+        optimizer.lr - optimizer.min_lr
+    )
 
 
 def _remaining(step: int, optimizer: OptimizerConfig, warmup: int, decay_end: int) -> float:

@@ -35,8 +35,9 @@ def training_record(
 ) -> Record:
     """The record of step ``step``, counted from 1.
 
-    ``tokens`` of this step; ``consumed``: samples and tokens of all steps so far; ``step_time`` in seconds, ``data_time`` the part of
-    it in which this rank waited for its batches; ``N`` in ``router/entropy/N`` a MoE layer from 1.
+    ``tokens`` of this step; ``consumed``: samples and tokens of all steps so far; ``step_time`` in seconds,
+    ``data_time`` the part of it in which this rank waited for its batches; ``N`` in ``router/entropy/N`` a
+    MoE layer from 1.
     """
     record: Record = {
         "step": step,
@@ -52,13 +53,18 @@ def training_record(
         "data_time": data_time,
         "tokens_per_second": tokens / step_time,
     }
-    for name, values_L in (("entropy", result.entropy_L), ("load_max_over_mean", result.load_max_over_mean_L)):
+    for name, values_L in (
+        ("entropy", result.entropy_L),
+        ("load_max_over_mean", result.load_max_over_mean_L),
+    ):
         record |= {f"router/{name}/{layer}": value for layer, value in enumerate(values_L, start=1)}
     return record
 
 
 def evaluation_record(result: EvalResult, *, step: int, split: str, topk: int) -> Record:
-    """Loss in nats per token, its exponential, and bits per UTF-8 byte of the targets (None where bytes are unknown)."""
+    """Loss in nats per token, its exponential, and bits per UTF-8 byte of the targets (None where bytes are
+    unknown).
+    """
     loss = result.loss_sum / result.tokens
     return {
         "step": step,
@@ -79,7 +85,8 @@ def score(
     num_batches: int | None = None,
     token_bytes_V: Tensor | None = None,
 ) -> EvalResult:
-    """Evaluate the first ``num_batches`` micro-batches of each rank, all whole ones when None, with ``topk`` experts (collective).
+    """Evaluate the first ``num_batches`` micro-batches of each rank, all whole ones when None, with ``topk``
+    experts (collective).
 
     Always the same samples, so that the losses of two evaluations can be compared.
     """
@@ -88,7 +95,8 @@ def score(
     whole = len(dataset) // together
     if whole < 1:
         raise DataError(
-            f"the split has {len(dataset)} samples; an evaluation needs {together}: {micro_batch_size} for each of {place.data_size} ranks",
+            f"the split has {len(dataset)} samples; an evaluation needs {together}: {micro_batch_size} for "
+            f"each of {place.data_size} ranks",
             remedy="give it a larger share with --split, or use a smaller --micro-batch-size or --seq-length",
         )
     with Batches(
@@ -109,17 +117,27 @@ def check_finite(record: Record, *, remedy: Callable[[], str]) -> None:
     for name in ("lm_loss", "grad_norm"):
         value = record[name]
         if not isinstance(value, float) or not math.isfinite(value):
-            raise HyperRouterError(f"step {record['step']}: {name} is {value}; the run stops before it saves such weights", remedy=remedy())
+            raise HyperRouterError(
+                f"step {record['step']}: {name} is {value}; the run stops before it saves such weights",
+                remedy=remedy(),
+            )
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-    """One JSON object on one line, floats so that they read back equal; what JSON has no number for (nan, inf) is null."""
-    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    """One JSON object on one line, floats so that they read back equal; what JSON has no number for (nan,
+    inf) is null.
+    """
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
     return json.dumps(plain, allow_nan=False)
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, on disk as far as the last whole line whenever the process dies."""
+    """``metrics.jsonl``: one JSON object a line, on disk as far as the last whole line whenever the process
+    dies.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +151,8 @@ class MetricsFile:
             self._file.flush()
         except OSError as error:
             raise HyperRouterError(
-                f"{self.path} cannot be written: {error}", remedy="make room on that disk, then continue with --load RUN_DIR"
+                f"{self.path} cannot be written: {error}",
+                remedy="make room on that disk, then continue with --load RUN_DIR",
             ) from error
 
     def cut_after(self, step: int) -> None:

@@ -22,12 +22,18 @@ def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int
     if folder := _checkpoint_to_load(config, folders.root, is_main=engine.place.is_main):
         manifest, ours = read_manifest(folder), run_meta(config, engine)
         fixed = not (config.checkpoint.finetune or may_change_ranks(config))
-        _refuse_misfit(folder, manifest["meta"], ours, weights_only=config.checkpoint.finetune, ranks_fixed=fixed)
+        _refuse_misfit(
+            folder, manifest["meta"], ours, weights_only=config.checkpoint.finetune, ranks_fixed=fixed
+        )
         verify(folder, engine)
         engine.load(folder, weights_only=config.checkpoint.finetune)
         step = 0 if config.checkpoint.finetune else int(manifest["step"])
         if engine.place.is_main:
-            console.note(f"continuing after step {step} of {folder}" if step else f"starting from the weights of {folder}")
+            console.note(
+                f"continuing after step {step} of {folder}"
+                if step
+                else f"starting from the weights of {folder}"
+            )
             for line in _differences("layout", manifest["meta"], ours) if step else ():
                 console.note(f"{line}: the optimizer's state is shared out anew")
             for line in _differences("order", manifest["meta"], ours) if step else ():
@@ -39,13 +45,22 @@ def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int
         metrics = folders.root.with_name("metrics.jsonl")
         if metrics.exists():
             shutil.copy2(metrics, aside)
-        console.warn(f"{folders.root.parent} holds checkpoints after step {step}: moved to {aside}, with a copy of the metrics")
+        console.warn(
+            f"{folders.root.parent} holds checkpoints after step {step}: moved to {aside}, with a copy of "
+            "the metrics"
+        )
     return step
 
 
 def past_of(config: RunConfig) -> tuple[list[dict[str, Any]], int]:
-    """The ledger of what the checkpoint to continue from had read (see ``data.course``), and its steps; empty and 0 for a new run."""
-    folder = find(Path(config.checkpoint.load)) if config.checkpoint.load and not config.checkpoint.finetune else None
+    """The ledger of what the checkpoint to continue from had read (see ``data.course``), and its steps; empty
+    and 0 for a new run.
+    """
+    folder = (
+        find(Path(config.checkpoint.load))
+        if config.checkpoint.load and not config.checkpoint.finetune
+        else None
+    )
     if folder is None:
         return [], 0
     manifest = read_manifest(folder)
@@ -53,7 +68,9 @@ def past_of(config: RunConfig) -> tuple[list[dict[str, Any]], int]:
 
 
 def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it: model sizes, what orders the samples, and the layout."""
+    """What a checkpoint says about the run that wrote it: model sizes, what orders the samples, and the
+    layout.
+    """
     world_size = engine.place.world_size
     order = {
         "seed": config.train.seed,
@@ -72,7 +89,9 @@ def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
 
 
 def model_sizes(config: RunConfig) -> dict[str, Any]:
-    """What must be equal in a checkpoint and in the settings; defaults that depend on other sizes are worked out."""
+    """What must be equal in a checkpoint and in the settings; defaults that depend on other sizes are worked
+    out.
+    """
     model = config.model
     return {
         "num_layers": model.num_layers,
@@ -106,19 +125,25 @@ def _checkpoint_to_load(config: RunConfig, own_root: Path, *, is_main: bool) -> 
     return folder
 
 
-def _refuse_misfit(folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, weights_only: bool, ranks_fixed: bool) -> None:
+def _refuse_misfit(
+    folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, weights_only: bool, ranks_fixed: bool
+) -> None:
     if lines := list(_differences("sizes", saved, ours)):
         raise CheckpointError(
             "\n  - ".join([f"{folder} holds a model of other sizes:", *lines]),
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
-    alike = {**ours, "layout": {**ours["layout"], "world_size": saved.get("layout", {}).get("world_size")}}  # but for the ranks
+    alike = {
+        **ours,
+        "layout": {**ours["layout"], "world_size": saved.get("layout", {}).get("world_size")},
+    }  # but for the ranks
     if weights_only or not (ranks_fixed or any(_differences("layout", saved, alike))):
         return
     if lines := list(_differences("layout", saved, ours)):
         raise CheckpointError(
             "\n  - ".join([f"the optimizer state in {folder} is spread in another way:", *lines]),
-            remedy="resume with the layout of the run that wrote it, or load the weights alone with --finetune",
+            remedy="resume with the layout of the run that wrote it, or load the weights alone with "
+            "--finetune",
         )
 
 

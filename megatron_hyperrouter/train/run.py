@@ -50,9 +50,14 @@ class Run:
         return self.config.train.eval_interval > 0 and self.config.train.eval_iters > 0
 
     def batches(self, first: int) -> Batches:
-        """This rank's micro-batches from step ``first + 1`` on: their position is ``step * global batch size``."""
+        """This rank's micro-batches from step ``first + 1`` on: their position is ``step * global batch
+        size``.
+        """
         if self.splits.train is None:
-            raise DataError("there are no samples to train on", remedy="give training a share with --split, or --train-data-path")
+            raise DataError(
+                "there are no samples to train on",
+                remedy="give training a share with --split, or --train-data-path",
+            )
         place = self.engine.place
         return Batches(
             self.splits.train,
@@ -69,7 +74,9 @@ class Run:
         """Take step ``step``, counted from 1; returns its record and whether some rank was asked to stop."""
         learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
         started, waited = time.perf_counter(), batches.waited
-        result = self.engine.train_step(islice(batches, self.micro_batches), step=step - 1, learning_rate=learning_rate, stop=stop)
+        result = self.engine.train_step(
+            islice(batches, self.micro_batches), step=step - 1, learning_rate=learning_rate, stop=stop
+        )
         record = training_record(
             result,
             step=step,
@@ -85,7 +92,9 @@ class Run:
         return record, result.stop
 
     def consumed(self, step: int) -> tuple[int, int]:
-        """Samples and tokens that the run has read after ``step`` steps, with those of other settings before a checkpoint."""
+        """Samples and tokens that the run has read after ``step`` steps, with those of other settings before
+        a checkpoint.
+        """
         if isinstance(self.splits.train, Course):
             return self.splits.train.consumed(step)
         samples = step * self.global_batch_size
@@ -122,5 +131,9 @@ class Run:
     def remedy(self) -> str:
         """What to do when the loss is lost."""
         steps = self.folders.steps()
-        back = f"continue after step {steps[-1]} with --load {self.config.logging.run_dir}" if steps else "start again"
+        back = (
+            f"continue after step {steps[-1]} with --load {self.config.logging.run_dir}"
+            if steps
+            else "start again"
+        )
         return f"{back}, and use a lower --lr, more --lr-warmup-iters, or a --clip-grad greater than 0"

@@ -10,7 +10,12 @@ from cka_loops import cka, linear_kernel
 from torch import Tensor
 
 from megatron_hyperrouter import build_router
-from megatron_hyperrouter.analysis.experts import MOST_TOKENS, expert_similarity, mean_similarity, open_to_routers
+from megatron_hyperrouter.analysis.experts import (
+    MOST_TOKENS,
+    expert_similarity,
+    mean_similarity,
+    open_to_routers,
+)
 from megatron_hyperrouter.routers.base import ROUTERS
 
 T, D, E = 9, 5, 4
@@ -25,7 +30,10 @@ class Bank:
 
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
         self.asked.append(x_TD)
-        return torch.stack([score((x_TD @ expert_DD).view(1, 1, *x_TD.shape)).flatten() for expert_DD in self.experts_EDD], -1)
+        return torch.stack(
+            [score((x_TD @ expert_DD).view(1, 1, *x_TD.shape)).flatten() for expert_DD in self.experts_EDD],
+            -1,
+        )
 
 
 def test_mean_over_pairs_against_loops():
@@ -40,7 +48,8 @@ def test_mean_over_pairs_against_loops():
 
 def test_looking_changes_no_routing_and_leaves_nothing():
     routers = [
-        build_router(name, hidden_size=D, num_experts=E, topk=2, layer_number=layer) for layer, name in ((3, "topk"), (1, "simsmoe"))
+        build_router(name, hidden_size=D, num_experts=E, topk=2, layer_number=layer)
+        for layer, name in ((3, "topk"), (1, "simsmoe"))
     ]
     bank, batches = Bank(), torch.randn(2, T, D, generator=torch.Generator().manual_seed(3))
     before = [[router(x_TD) for x_TD in batches] for router in routers]

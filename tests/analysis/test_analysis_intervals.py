@@ -10,7 +10,18 @@ import pytest
 
 from megatron_hyperrouter.analysis.intervals import mean_and_half, t_below, t_quantile
 
-TABLE = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 10: 2.2281, 29: 2.0452, 30: 2.0423, 120: 1.9799}
+TABLE = {
+    1: 12.7062,
+    2: 4.3027,
+    3: 3.1824,
+    4: 2.7764,
+    5: 2.5706,
+    9: 2.2622,
+    10: 2.2281,
+    29: 2.0452,
+    30: 2.0423,
+    120: 1.9799,
+}
 
 
 @pytest.mark.parametrize("degrees", TABLE)

@@ -1,4 +1,6 @@
-"""Scaling laws: known constants come back, with noise inside their intervals; the minimum against another minimiser; what is refused."""
+"""Scaling laws: known constants come back, with noise inside their intervals; the minimum against another
+minimiser; what is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,14 @@ NS, DS = (1e7, 3e7, 1e8, 3e8, 1e9), (2e8, 1e9, 5e9, 2e10)
 
 
 def true_loss(n: float, d: float | None) -> float:
-    return TRUE["E"] + TRUE["A"] * n ** -TRUE["alpha"] + (0.0 if d is None else TRUE["B"] * d ** -TRUE["beta"])
+    return (
+        TRUE["E"] + TRUE["A"] * n ** -TRUE["alpha"] + (0.0 if d is None else TRUE["B"] * d ** -TRUE["beta"])
+    )
 
 
-def study(*, over_d: bool, noise: float = 0.0, seeds: int = 1, seed: int = 0) -> tuple[dict[str, list[float]], list[float]]:
+def study(
+    *, over_d: bool, noise: float = 0.0, seeds: int = 1, seed: int = 0
+) -> tuple[dict[str, list[float]], list[float]]:
     draw = random.Random(seed)
     pairs = [pair for pair in itertools.product(NS, DS if over_d else [1e9]) for _ in range(seeds)]
     losses = [true_loss(n, d if over_d else None) * math.exp(draw.gauss(0.0, noise)) for n, d in pairs]
@@ -70,13 +76,20 @@ def test_the_minimum_is_that_of_lbfgs(over_d):
     y = torch.tensor(losses, dtype=torch.float64).log()
 
     def lbfgs(start: dict[str, float]) -> float:
-        theta = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in start.items()}
-        optimizer = torch.optim.LBFGS(theta.values(), max_iter=2000, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0)
+        theta = {
+            name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+            for name, value in start.items()
+        }
+        optimizer = torch.optim.LBFGS(
+            theta.values(), max_iter=2000, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
+        )
 
         def value() -> torch.Tensor:
             terms = [theta["E"].expand_as(y), theta["A"] - theta["alpha"] * logs["N"]]
             terms += [theta["B"] - theta["beta"] * logs["D"]] if over_d else []
-            return torch.nn.functional.huber_loss(torch.stack(terms).logsumexp(0), y, reduction="sum", delta=HUBER)
+            return torch.nn.functional.huber_loss(
+                torch.stack(terms).logsumexp(0), y, reduction="sum", delta=HUBER
+            )
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
@@ -88,12 +101,17 @@ def test_the_minimum_is_that_of_lbfgs(over_d):
         return value().item()
 
     def logs_of(parameters: dict[str, float]) -> dict[str, float]:
-        return {name: value if name in ("alpha", "beta") else math.log(value) for name, value in parameters.items()}
+        return {
+            name: value if name in ("alpha", "beta") else math.log(value)
+            for name, value in parameters.items()
+        }
 
     own = objective(found, sizes, losses)
     assert own <= lbfgs(logs_of(dict(found.parameters))) * (1 + 1e-6)
     for moved in (0.8, 1.3):
-        assert own <= lbfgs(logs_of({name: value * moved for name, value in TRUE.items() if name in found.parameters})) * (1 + 1e-6)
+        assert own <= lbfgs(
+            logs_of({name: value * moved for name, value in TRUE.items() if name in found.parameters})
+        ) * (1 + 1e-6)
 
 
 def test_one_run_that_went_wrong_moves_least_squares_more_than_ten_times_as_far(monkeypatch):
@@ -106,7 +124,9 @@ def test_one_run_that_went_wrong_moves_least_squares_more_than_ten_times_as_far(
 
 
 def test_intervals_hold_the_constants_and_grow_with_the_noise():
-    """Of 30 made-up studies, 95 % intervals hold alpha in at least 24: fewer has a chance below 1e-3 if they are what they say."""
+    """Of 30 made-up studies, 95 % intervals hold alpha in at least 24: fewer has a chance below 1e-3 if they
+    are what they say.
+    """
     held, widths = 0, []
     for seed in range(30):
         sizes, losses = study(over_d=False, noise=0.003, seeds=3, seed=seed)
@@ -144,7 +164,9 @@ def test_what_the_runs_do_not_tell_is_said():
     plain = [1e5, 1e6, 1e7, 1e8]
     assert fit({"N": plain}, [50.0 * n**-0.2 for n in plain]).at_bounds == ("E",)  # a pure power law
     assert fit({"N": plain}, [0.5 + 50.0 * n**-0.2 for n in plain]).at_bounds == ()
-    assert fit({"N": [1e5, 1.2e5, 1.5e5, 1.8e5]}, [9.0, 2.0, 2.0, 2.0]).at_bounds == ("alpha",)  # all the fall before the second size
+    assert fit({"N": [1e5, 1.2e5, 1.5e5, 1.8e5]}, [9.0, 2.0, 2.0, 2.0]).at_bounds == (
+        "alpha",
+    )  # all the fall before the second size
     assert fit(*study(over_d=True)).at_bounds == ()
 
 
@@ -156,10 +178,18 @@ def test_the_same_study_has_the_same_intervals():
 
 REFUSED = {
     "one point": ([1e6] * 5, [1e9] * 5, "N and D are the same"),
-    "three models": ([1e6, 1e7, 1e8], [1e9] * 3, "3 parameters and needs runs of 4 different sizes at least, there are 3"),
+    "three models": (
+        [1e6, 1e7, 1e8],
+        [1e9] * 3,
+        "3 parameters and needs runs of 4 different sizes at least, there are 3",
+    ),
     "seeds are no sizes": ([1e6, 1e7, 1e8] * 3, [1e9] * 9, "there are 3"),
     "sizes that hardly differ": ([1e6, 1.02e6, 1e7, 1.01e7], [1e9] * 4, "there are 2"),
-    "two by two": ([1e6, 1e6, 1e7, 1e7], [1e9, 1e10] * 2, "5 parameters and needs runs of 6 different sizes at least, there are 4"),
+    "two by two": (
+        [1e6, 1e6, 1e7, 1e7],
+        [1e9, 1e10] * 2,
+        "5 parameters and needs runs of 6 different sizes at least, there are 4",
+    ),
     "two lengths": ([1e6, 1e6, 1e7, 1e7, 1e8, 1e8], [1e9, 1e10] * 3, "needs 3 different D, there are 2"),
 }
 

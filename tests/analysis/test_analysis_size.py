@@ -20,7 +20,10 @@ def config_of(*flags: str):
 
 def shapes_of(router: dict[str, tuple[int, ...]], *, untied: bool = False) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint of the tiny model."""
-    found: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (V, D), "decoder.final_layernorm.weight": (D,)}
+    found: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (V, D),
+        "decoder.final_layernorm.weight": (D,),
+    }
     if untied:
         found["output_layer.weight"] = (V, D)
     for layer in range(L):
@@ -50,12 +53,16 @@ def test_parameters_by_hand(untied):
 
 def test_frozen_matrix_is_no_parameter():
     shapes = shapes_of({"weight_ED": (E, D)})
-    learned, frozen = (size_of(config_of("--router.name", "topk", *more), shapes) for more in ((), ("--router.freeze",)))
+    learned, frozen = (
+        size_of(config_of("--router.name", "topk", *more), shapes) for more in ((), ("--router.freeze",))
+    )
     assert learned.total - frozen.total == L * E * D
 
 
 def test_flops_against_those_that_torch_counts():
-    """torch's own counter on the matrix products of one sample, a triangle of the scores, times 3 for the backward pass."""
+    """torch's own counter on the matrix products of one sample, a triangle of the scores, times 3 for the
+    backward pass.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,7 +91,15 @@ def test_trained_names_are_those_of_a_real_router(name):
 
     config = config_of("--router.name", name)
     facts = RunFacts(num_layers=L, train_iters=12, vocab_size=V)
-    sizes = {"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 1, "seed": 1, "aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}
+    sizes = {
+        "hidden_size": D,
+        "num_experts": E,
+        "topk": 2,
+        "layer_number": 1,
+        "seed": 1,
+        "aux_loss_coeff": 0.0,
+        "z_loss_coeff": 0.0,
+    }
     router = ROUTERS[name](config.router.options, **sizes, facts=facts)
     trained = {each for each, parameter in router.named_parameters() if parameter.requires_grad}
     assert trained_in_router(config) == trained

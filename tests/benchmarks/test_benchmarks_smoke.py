@@ -1,4 +1,6 @@
-"""The benchmarks run and print their table; what they measure on a busy machine says nothing and is not looked at."""
+"""The benchmarks run and print their table; what they measure on a busy machine says nothing and is not
+looked at.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from distributed import REPOSITORY, environment
 
 NUMBER = r"\d+\.\d+"
 ROW = re.compile(
-    rf"(?P<case>.+?) +(?P<pairs>\d+) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} to {NUMBER} +{NUMBER}( +<= \d\.\d\d +(met|missed))?"
+    rf"(?P<case>.+?) +(?P<pairs>\d+) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} to {NUMBER} +{NUMBER}( +<= "
+    r"\d\.\d\d +(met|missed))?"
 )
 
 
@@ -41,7 +44,10 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
         (
             "router_methods.py --method v2 --method simsmoe --method stablemoe",
             [
-                *(f"competesmoe v2, {row}" for row in ("layer", "experts", "ordinary", "competing", "average")),
+                *(
+                    f"competesmoe v2, {row}"
+                    for row in ("layer", "experts", "ordinary", "competing", "average")
+                ),
                 *(f"simsmoe, {row}" for row in ("ordinary", "comparing a pair", "average")),
                 *(f"stablemoe, {row}" for row in ("stage 1", "stage 2", "average")),
             ],
@@ -69,8 +75,16 @@ def test_flags(name: str) -> None:
 def test_the_table_s_arithmetic() -> None:
     """Ratios are taken pair by pair: a pair in which the whole machine was slow does not shift them."""
     pairs = load("_pairs")
-    base = [pairs.Seconds(wall=2.0, cpu=1.0), pairs.Seconds(wall=40.0, cpu=10.0), pairs.Seconds(wall=2.0, cpu=1.0)]
-    ours = [pairs.Seconds(wall=3.0, cpu=1.1), pairs.Seconds(wall=60.0, cpu=11.0), pairs.Seconds(wall=3.0, cpu=1.3)]
+    base = [
+        pairs.Seconds(wall=2.0, cpu=1.0),
+        pairs.Seconds(wall=40.0, cpu=10.0),
+        pairs.Seconds(wall=2.0, cpu=1.0),
+    ]
+    ours = [
+        pairs.Seconds(wall=3.0, cpu=1.1),
+        pairs.Seconds(wall=60.0, cpu=11.0),
+        pairs.Seconds(wall=3.0, cpu=1.3),
+    ]
     cells = pairs.Row("case", 1.1000001, base, ours).cells("cpu")
     assert cells == ["case", "3", "1000.00", "1300.00", "1.100", "1.100 to 1.200", "1.500", "<= 1.10", "met"]
     assert pairs.Row("case", 1.4, base, ours).cells("wall")[-1] == "missed"
@@ -103,7 +117,9 @@ def test_a_run_s_average_is_taken_pair_by_pair() -> None:
         "v2": 0.07,
         "simsmoe": 1 / 16,
     }
-    assert all(sum(kind.share for kind in method.kinds) == pytest.approx(1.0) for method in methods.METHODS.values())
+    assert all(
+        sum(kind.share for kind in method.kinds) == pytest.approx(1.0) for method in methods.METHODS.values()
+    )
 
 
 def load(name: str) -> Any:

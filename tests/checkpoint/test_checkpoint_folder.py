@@ -19,7 +19,14 @@ from pathlib import Path
 import pytest
 from fakes import Alone, ThreadRanks
 
-from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, folder_name, read_manifest, read_meta, verify
+from megatron_hyperrouter.checkpoint.folder import (
+    CheckpointFolders,
+    find,
+    folder_name,
+    read_manifest,
+    read_meta,
+    verify,
+)
 from megatron_hyperrouter.errors import CheckpointError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,7 +51,12 @@ def visible(root: Path) -> list[str]:
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments], cwd=REPOSITORY, check=False, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -142,7 +154,9 @@ class TestDamage:
         assert "weights.bin" in caught.value.message
         assert f"--load {folder.parent / 'step_0000050'}" in caught.value.remedy
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2, "step": 100, "files": {}}'])
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", '{"format": 1}', '{"format": 2, "step": 100, "files": {}}']
+    )
     def test_of_the_manifest(self, folder: Path, text: str) -> None:
         (folder / "manifest.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -174,7 +188,9 @@ class TestFailedSave:
         assert find(root) == root / "step_0000050"
         verify(root / "step_0000050", Alone())
 
-    @pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+    @pytest.mark.parametrize(
+        "kind", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+    )
     def test_in_the_writer(self, tmp_path: Path, kind: Exception) -> None:
         def fill_the_disk(folder: Path) -> None:
             write_two_files(folder)
@@ -245,10 +261,12 @@ class TestFailedSave:
             from types import SimpleNamespace
             from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
             from megatron_hyperrouter.errors import HyperRouterError
-            alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1), any_rank=bool, first_word=str)  # without torch
+            alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1), any_rank=bool,
+            first_word=str)  # without torch
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             try:
-                CheckpointFolders(Path(sys.argv[1]), alone).save(100, lambda f: torch.save(torch.zeros(100_000), f / "weights.pt"), {})
+                CheckpointFolders(Path(sys.argv[1]), alone).save(100,
+                lambda f: torch.save(torch.zeros(100_000), f / "weights.pt"), {})
             except HyperRouterError as error:
                 sys.exit(error.exit_status)
             """,
@@ -261,7 +279,12 @@ class TestFailedSave:
     def tiny_disk(self, tmp_path: Path) -> Iterator[Path]:
         disk = tmp_path / "disk"
         disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=False, capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
         if mounted.returncode:
             pytest.skip(f"no right to mount a small file system: {mounted.stderr.strip()}")
         yield disk
@@ -270,7 +293,9 @@ class TestFailedSave:
     def test_by_a_full_disk(self, tiny_disk: Path) -> None:
         folders = saved(tiny_disk, 50)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
-            folders.save(100, lambda folder: (folder / "weights.bin").write_bytes(bytes(500_000)) and None, {})
+            folders.save(
+                100, lambda folder: (folder / "weights.bin").write_bytes(bytes(500_000)) and None, {}
+            )
         self.check(tiny_disk, caught.value)
         folders.save(150, write_two_files, {})  # room again
         assert find(tiny_disk) == tiny_disk / folder_name(150)
@@ -291,7 +316,9 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     (tmp_path / "step_0000007/rank2").write_bytes(b"")
     answers = ThreadRanks.run(3, lambda ranks: verify(tmp_path / "step_0000007", ranks))
     assert all(isinstance(answer, CheckpointError) for answer in answers)
-    assert all("rank2 has 0 bytes, 1000 were saved" in str(answer) for answer in answers)  # rank 0 tells it, whoever read the file
+    assert all(
+        "rank2 has 0 bytes, 1000 were saved" in str(answer) for answer in answers
+    )  # rank 0 tells it, whoever read the file
     assert all(str(answer).count("remedy") == 1 for answer in answers)
 
 
@@ -300,14 +327,16 @@ KILLED_AT_EACH_CALL = """
     from pathlib import Path
     from types import SimpleNamespace
     from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, verify
-    alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1), any_rank=bool)  # without torch: starts at once
+    alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1),
+    any_rank=bool)  # without torch: starts at once
 
     def write(folder):
         for name in "ab":
             (folder / name).write_bytes(name.encode() * 5000)
 
     root = Path(sys.argv[1])
-    watched = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
+    watched = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "os.listdir",
+    "shutil.rmtree"}
     CheckpointFolders(root, alone).save(1, write, {})
     step, call, killed = 1, 0, 0
     while True:  # one more call of the system each time, until the save comes through
@@ -343,7 +372,9 @@ KILLED_AT_EACH_CALL = """
 
 
 def test_killed_before_each_call_of_a_save(tmp_path: Path) -> None:
-    """Kill the saver before its 1st, 2nd, 3rd, ... call that opens, renames or removes: latest is always good."""
+    """Kill the saver before its 1st, 2nd, 3rd, ... call that opens, renames or removes: latest is always
+    good.
+    """
     result = run_python(KILLED_AT_EACH_CALL, str(tmp_path / "checkpoints"))
     assert result.returncode == 0, result.stderr
     killed, hidden = map(int, result.stdout.split())
@@ -356,7 +387,8 @@ SAVE_FOREVER = """
     from pathlib import Path
     from types import SimpleNamespace
     from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find
-    alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1), any_rank=bool)  # without torch: starts at once
+    alone = SimpleNamespace(place=SimpleNamespace(rank=0, world_size=1),
+    any_rank=bool)  # without torch: starts at once
 
     root = Path(sys.argv[1])
     folders = CheckpointFolders(root, alone, keep=2)
@@ -377,7 +409,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     moments, reached = random.Random(1), 0
     for _ in range(8):
         saver = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SAVE_FOREVER), str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE
+            [sys.executable, "-c", textwrap.dedent(SAVE_FOREVER), str(tmp_path)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
         )
         assert saver.stdout is not None and saver.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0.0, 0.12))

@@ -30,7 +30,10 @@ def test_every_bit_comes_back_from_the_files_of_several_ranks(tmp_path: Path) ->
     for rank in range(2):
         write_weights(tmp_path, rank, {name: tensors[name] for name in names[rank::2]})
     write_weights(tmp_path, 2, {})  # a rank that owns nothing
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights-00000.safetensors", "weights-00001.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "weights-00000.safetensors",
+        "weights-00001.safetensors",
+    ]
     assert weight_names(tmp_path) == set(names)
     for name, tensor in read_tensors(tmp_path, [*names, "unknown"]).items():
         assert tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name]), name
@@ -48,10 +51,19 @@ def test_a_part_is_read_without_the_rest(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_told_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
     write_weights(tmp_path, 0, some())
-    targets = {"a.weight": torch.zeros(3, 5), "b.weight": torch.zeros(4, 7), "x.weight": torch.zeros(2), "y.weight": torch.zeros(2)}
+    targets = {
+        "a.weight": torch.zeros(3, 5),
+        "b.weight": torch.zeros(4, 7),
+        "x.weight": torch.zeros(2),
+        "y.weight": torch.zeros(2),
+    }
     with pytest.raises(CheckpointError, match="other sizes or another router") as caught:
         read_weights(tmp_path, targets)
-    for line in ("b.weight: [4, 6] in the checkpoint, [4, 7] in this model", "x.weight: not in the checkpoint", "y.weight: not in"):
+    for line in (
+        "b.weight: [4, 6] in the checkpoint, [4, 7] in this model",
+        "x.weight: not in the checkpoint",
+        "y.weight: not in",
+    ):
         assert line in caught.value.message
     assert "config.yaml" in caught.value.remedy
     assert not targets["a.weight"].any()

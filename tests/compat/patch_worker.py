@@ -1,4 +1,5 @@
-"""One rank of the tests of the host patches: with every patch but one, the host's own call has to fail; with that one too, it works.
+"""One rank of the tests of the host patches: with every patch but one, the host's own call has to fail; with
+that one too, it works.
 
 Called with a folder and the name of a patch; writes ``RANK.json``: the error without the patch, and with it.
 """
@@ -32,7 +33,9 @@ MEGATRON = {
         for_megatron.run_helpers_eagerly,
     )
 }
-DEEPSPEED = {patch.__name__: patch for patch in (for_deepspeed.skip_shm_build, for_deepspeed.shape_gathered_tokens)}
+DEEPSPEED = {
+    patch.__name__: patch for patch in (for_deepspeed.skip_shm_build, for_deepspeed.shape_gathered_tokens)
+}
 PATCHES: dict[str, Callable[[], None]] = MEGATRON | DEEPSPEED
 
 
@@ -56,14 +59,20 @@ def keep_adam_step() -> None:
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     module = DistributedDataParallel(config, ddp, torch.nn.Linear(4, 3))
-    whole = get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [module], use_gloo_process_groups=False)
+    whole = get_megatron_optimizer(
+        OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [module], use_gloo_process_groups=False
+    )
     (optimizer,) = whole.chained_optimizers
     module.module(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     for parameter in module.parameters():
         group, order = optimizer.model_param_group_index_map[parameter]
         size = optimizer.optimizer.param_groups[group]["params"][order].shape
-        saved = {"param": torch.full(size, 2.0), "exp_avg": torch.full(size, 3.0), "exp_avg_sq": torch.full(size, 4.0)}
+        saved = {
+            "param": torch.full(size, 2.0),
+            "exp_avg": torch.full(size, 3.0),
+            "exp_avg_sq": torch.full(size, 4.0),
+        }
         with torch.no_grad():
             optimizer._set_main_param_and_optimizer_states(parameter, saved)
         state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
@@ -108,8 +117,12 @@ def serve_splits() -> None:
     from megatron.core import tensor_parallel
     from megatron.core.transformer.moe import token_dispatcher
 
-    sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2] if dist.get_rank() == 0 else [2, 4]), as_numpy=True)
-    sent = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2] if dist.get_rank() == 0 else [2, 4]), as_numpy=True)
+    sizes = token_dispatcher.maybe_move_tensor_to_cpu(
+        torch.tensor([1, 2] if dist.get_rank() == 0 else [2, 4]), as_numpy=True
+    )
+    sent = token_dispatcher.maybe_move_tensor_to_cpu(
+        torch.tensor([1, 2] if dist.get_rank() == 0 else [2, 4]), as_numpy=True
+    )
     out = tensor_parallel.all_to_all(dist.group.WORLD, torch.ones(int(sum(sent)), 2), sizes, sent)
     assert out.sum() == 2 * sum(sizes)
 
@@ -119,7 +132,9 @@ def serve_unequal_shards() -> None:
     from megatron.core.tensor_parallel import mappings
 
     rank, sizes = dist.get_rank(), [1, 3]
-    whole = mappings._gather_along_first_dim(torch.full((sizes[rank], 2), 1.0 + rank), dist.group.WORLD, sizes)
+    whole = mappings._gather_along_first_dim(
+        torch.full((sizes[rank], 2), 1.0 + rank), dist.group.WORLD, sizes
+    )
     assert whole[:, 0].tolist() == [1.0, 2.0, 2.0, 2.0]
     own = mappings._reduce_scatter_along_first_dim(whole, dist.group.WORLD, sizes)
     assert own.tolist() == (2 * whole.split(sizes)[rank]).tolist()

@@ -1,4 +1,6 @@
-"""The patch of DeepSpeed is still needed, and does what it says.  A failure here says: look at compat/deepspeed.py again."""
+"""The patch of DeepSpeed is still needed, and does what it says.  A failure here says: look at
+compat/deepspeed.py again.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,21 @@ class TestShmBuild:
         builder = host.get_accelerator().create_op_builder("ShareMemCommBuilder")
         assert builder is not None
         loads: list[str] = []
-        stand_in = SimpleNamespace(NAME=builder.NAME, load=lambda: loads.append("compiled"), absolute_name=builder.absolute_name)
-        monkeypatch.setattr(host, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda name: stand_in))
-        monkeypatch.setitem(deepspeed.ops.__compatible_ops__, builder.NAME, True)  # as where there is a compiler
+        stand_in = SimpleNamespace(
+            NAME=builder.NAME, load=lambda: loads.append("compiled"), absolute_name=builder.absolute_name
+        )
+        monkeypatch.setattr(
+            host, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda name: stand_in)
+        )
+        monkeypatch.setitem(
+            deepspeed.ops.__compatible_ops__, builder.NAME, True
+        )  # as where there is a compiler
         host.build_shm_op()
         assert loads == ["compiled"]
 
-    def test_the_host_still_asks_for_it_at_its_start(self, host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_host_still_asks_for_it_at_its_start(
+        self, host: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         calls: list[str] = []
         monkeypatch.setattr(host, "build_shm_op", lambda: calls.append("asked"))
         with world(tmp_path):

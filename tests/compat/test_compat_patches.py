@@ -1,4 +1,6 @@
-"""Each patch of a host is still needed: all the others alone leave a call of the host's failing.  A failure here says: drop the patch."""
+"""Each patch of a host is still needed: all the others alone leave a call of the host's failing.  A failure
+here says: drop the patch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ NEEDED = {
     "skip_shm_build": (1, "DeepSpeed compiles"),
     "shape_gathered_tokens": (2, "RuntimeError|ValueError"),
 }
-WITHOUT_TE = ("name_te_general_gemm", "keep_adam_step")  # needed on any machine, where Transformer Engine and apex are missing
+WITHOUT_TE = (
+    "name_te_general_gemm",
+    "keep_adam_step",
+)  # needed on any machine, where Transformer Engine and apex are missing
 
 
 @pytest.mark.processes
@@ -66,4 +71,6 @@ def test_patch_names_version_file_and_line(patch: str) -> None:
     root = Path(host.submodule_search_locations[0])
     for file, line in cited:
         found = [path for path in root.rglob(Path(file).name) if path.as_posix().endswith(f"/{file}")]
-        assert any(len(path.read_text(encoding="utf-8").splitlines()) >= int(line) for path in found), f"{file}:{line}"
+        assert any(len(path.read_text(encoding="utf-8").splitlines()) >= int(line) for path in found), (
+            f"{file}:{line}"
+        )

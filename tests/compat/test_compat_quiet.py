@@ -1,4 +1,6 @@
-"""The hosts still say what hush() silences, and hush() silences that alone.  A failure here says: look at compat/quiet.py again."""
+"""The hosts still say what hush() silences, and hush() silences that alone.  A failure here says: look at
+compat/quiet.py again.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,13 @@ class TestHosts:
         assert spec is not None and spec.loader is not None
         with hearing(hushed=hushed) as heard:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        assert [str(one.message) for one in heard] == ([] if hushed else ["Apex is not installed. Falling back to Torch Norm"])
+        assert [str(one.message) for one in heard] == (
+            [] if hushed else ["Apex is not installed. Falling back to Torch Norm"]
+        )
 
-    def test_unknown_mlp_type_at_each_layer(self, hushed: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    def test_unknown_mlp_type_at_each_layer(
+        self, hushed: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
         logger = logging.getLogger("megatron.core.transformer.transformer_layer")
         kept, logger.filters = logger.filters, []
         try:

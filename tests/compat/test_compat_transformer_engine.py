@@ -1,4 +1,6 @@
-"""--transformer-impl: what is chosen, what is refused with status 5 and the command that installs it, and what is told."""
+"""--transformer-impl: what is chosen, what is refused with status 5 and the command that installs it, and
+what is told.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,16 @@ class Machine:
         self.gpu, self.error = True, None
         find, load = importlib.util.find_spec, importlib.import_module
         monkeypatch.setattr(torch.cuda, "is_available", lambda: self.gpu)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: self.version if name == "transformer_engine" else find(name))
-        monkeypatch.setattr(importlib, "import_module", lambda name: self.load() if name.startswith("transformer_engine") else load(name))
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name: self.version if name == "transformer_engine" else find(name),
+        )
+        monkeypatch.setattr(
+            importlib,
+            "import_module",
+            lambda name: self.load() if name.startswith("transformer_engine") else load(name),
+        )
 
     error: Exception | None
 
@@ -38,8 +48,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-@pytest.mark.parametrize(("wanted", "bf16"), [("auto", True), ("transformer_engine", True), ("transformer_engine", False)])
-def test_used_where_it_is_and_its_version_named(machine: Machine, wanted: str, bf16: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "bf16"), [("auto", True), ("transformer_engine", True), ("transformer_engine", False)]
+)
+def test_used_where_it_is_and_its_version_named(
+    machine: Machine, wanted: str, bf16: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert implementation(wanted, bf16=bf16) == "transformer_engine"
     told = capsys.readouterr().err
     assert "transformer-engine 2.8.0 was not tested" in told and "--transformer-impl local" in told
@@ -70,7 +84,11 @@ def test_what_it_cannot_have(
     assert (words in capsys.readouterr().err) == told  # silent where nobody could expect it
     with pytest.raises(HostError) as caught:
         implementation("transformer_engine", bf16=True)
-    assert words in caught.value.message and "pip install" in caught.value.remedy and "--transformer-impl local" in caught.value.remedy
+    assert (
+        words in caught.value.message
+        and "pip install" in caught.value.remedy
+        and "--transformer-impl local" in caught.value.remedy
+    )
     assert console.run(lambda: implementation("transformer_engine", bf16=True)) == 5  # type: ignore[arg-type,return-value]
 
 

@@ -1,4 +1,6 @@
-"""A missing host ends the run with status 5, a version that was not tested is named, and the pinned ones are silent."""
+"""A missing host ends the run with status 5, a version that was not tested is named, and the pinned ones are
+silent.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_tested_versions_are_the_pinned_ones() -> None:
-    pinned = dict(line.split("==") for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if "==" in line)
+    pinned = dict(
+        line.split("==") for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if "==" in line
+    )
     assert {library: pinned[library] for library in versions.TESTED} == {
         library: version for library, (_, version) in versions.TESTED.items()
     }
 
 
 @pytest.mark.parametrize("engine", versions.NEEDED)
-def test_tested_versions_are_silent(installed: dict[str, str], engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tested_versions_are_silent(
+    installed: dict[str, str], engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     versions.check(engine)
     installed |= {"torch": "2.13.1+cu130", "megatron-core": "0.16.7"}
     versions.check(engine)
@@ -46,9 +52,17 @@ def test_tested_versions_are_silent(installed: dict[str, str], engine: str, caps
 
 @pytest.mark.parametrize(
     ("library", "version"),
-    [("torch", "2.12.1"), ("torch", "3.13.0"), ("megatron-core", "0.16.0rc2"), ("megatron-core", "0.17.0"), ("deepspeed", "main")],
+    [
+        ("torch", "2.12.1"),
+        ("torch", "3.13.0"),
+        ("megatron-core", "0.16.0rc2"),
+        ("megatron-core", "0.17.0"),
+        ("deepspeed", "main"),
+    ],
 )
-def test_others_are_named(installed: dict[str, str], library: str, version: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_others_are_named(
+    installed: dict[str, str], library: str, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed[library] = version
     versions.check("deepspeed")
     told = capsys.readouterr().err
@@ -56,11 +70,15 @@ def test_others_are_named(installed: dict[str, str], library: str, version: str,
     assert f"pip install {library}=={versions.TESTED[library][1]}" in told
 
 
-def test_only_the_hosts_of_the_engine_matter(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_hosts_of_the_engine_matter(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     del installed["deepspeed"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     versions.check("megatron")
-    with pytest.raises(versions.HostError, match="--engine deepspeed needs deepspeed, which is not installed"):
+    with pytest.raises(
+        versions.HostError, match="--engine deepspeed needs deepspeed, which is not installed"
+    ):
         versions.check("deepspeed")
 
 
@@ -79,7 +97,9 @@ def test_missing_hosts_end_with_status_5(
     assert "pip install torch==2.13.0 megatron-core==0.16.1 deepspeed==0.19.8" in told
 
 
-def test_a_checkout_without_metadata_tells_its_version(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_without_metadata_tells_its_version(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     del installed["deepspeed"]
     checkout = ModuleType("deepspeed")
     checkout.__version__ = "0.18.2"  # type: ignore[attr-defined]

@@ -24,7 +24,9 @@ class Hyper:
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             if self.hypernet_width > hidden_size * num_experts:
-                yield Problem("--router.hypernet-width", self.hypernet_width, "is wider than what it makes", "use less")
+                yield Problem(
+                    "--router.hypernet-width", self.hypernet_width, "is wider than what it makes", "use less"
+                )
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             if topk == 1:

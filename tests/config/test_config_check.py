@@ -33,28 +33,100 @@ class Case:
 
 
 def case(
-    rule: str, settings: dict[str, Any], field: str, words: str, mended: dict[str, Any], world: int | None = None, more: int = 0
+    rule: str,
+    settings: dict[str, Any],
+    field: str,
+    words: str,
+    mended: dict[str, Any],
+    world: int | None = None,
+    more: int = 0,
 ) -> Case:
     return Case(rule, settings, field, words, mended, world, more)
 
 
 CASES = [
-    case("hidden_size_by_heads", {"hidden_size": 250}, "--hidden-size", "divisible by --num-attention-heads = 4", {"hidden_size": 248}),
+    case(
+        "hidden_size_by_heads",
+        {"hidden_size": 250},
+        "--hidden-size",
+        "divisible by --num-attention-heads = 4",
+        {"hidden_size": 248},
+    ),
     case("hidden_size_by_heads", {"hidden_size": 250}, "--hidden-size", "divisible", {"kv_channels": 64}),
-    case("heads_by_query_groups", {"num_query_groups": 3}, "--num-attention-heads", "--num-query-groups = 3", {"num_query_groups": 2}),
-    case("head_width_is_even", {"hidden_size": 20, "num_attention_heads": 4}, "--hidden-size", "heads of width 5", {"hidden_size": 24}),
+    case(
+        "heads_by_query_groups",
+        {"num_query_groups": 3},
+        "--num-attention-heads",
+        "--num-query-groups = 3",
+        {"num_query_groups": 2},
+    ),
+    case(
+        "head_width_is_even",
+        {"hidden_size": 20, "num_attention_heads": 4},
+        "--hidden-size",
+        "heads of width 5",
+        {"hidden_size": 24},
+    ),
     case("head_width_is_even", {"kv_channels": 7}, "--kv-channels", "even", {"kv_channels": 8}),
     case("head_width_is_even", {"kv_channels": 1}, "--kv-channels", "even", {"kv_channels": 2}),
-    case("topk_within_experts", {"moe_router_topk": 9}, "--moe-router-topk", "at most --num-experts = 8", {"num_experts": 9}),
     case(
-        "topk_within_experts", {"topk_start": 9, "topk_schedule": "linear"}, "--topk-start", "at most --num-experts = 8", {"topk_start": 8}
+        "topk_within_experts",
+        {"moe_router_topk": 9},
+        "--moe-router-topk",
+        "at most --num-experts = 8",
+        {"num_experts": 9},
     ),
-    case("topk_fields_need_a_schedule", {"topk_start": 4}, "--topk-start", "needs a schedule", {"topk_schedule": "cosine"}),
-    case("topk_fields_need_a_schedule", {"topk_schedule_steps": 4}, "--topk-schedule-steps", "schedule", {"topk_schedule_steps": None}),
-    case("schedule_needs_a_start", {"topk_schedule": "linear"}, "--topk-schedule", "needs --topk-start", {"topk_start": 1}),
-    case("router_options", {"router.hypernet_width": 10**6}, "--router.hypernet-width", "wider", {"router.hypernet_width": 8}),
-    case("world_by_layout", {"pipeline_model_parallel_size": 2}, "ranks started", "1 x 2 x 1", {"pipeline_model_parallel_size": 3}, 3),
-    case("world_by_layout", {**TP2, "context_parallel_size": 2}, "ranks started", "2 x 1 x 2", {"context_parallel_size": 1}, 2),
+    case(
+        "topk_within_experts",
+        {"topk_start": 9, "topk_schedule": "linear"},
+        "--topk-start",
+        "at most --num-experts = 8",
+        {"topk_start": 8},
+    ),
+    case(
+        "topk_fields_need_a_schedule",
+        {"topk_start": 4},
+        "--topk-start",
+        "needs a schedule",
+        {"topk_schedule": "cosine"},
+    ),
+    case(
+        "topk_fields_need_a_schedule",
+        {"topk_schedule_steps": 4},
+        "--topk-schedule-steps",
+        "schedule",
+        {"topk_schedule_steps": None},
+    ),
+    case(
+        "schedule_needs_a_start",
+        {"topk_schedule": "linear"},
+        "--topk-schedule",
+        "needs --topk-start",
+        {"topk_start": 1},
+    ),
+    case(
+        "router_options",
+        {"router.hypernet_width": 10**6},
+        "--router.hypernet-width",
+        "wider",
+        {"router.hypernet_width": 8},
+    ),
+    case(
+        "world_by_layout",
+        {"pipeline_model_parallel_size": 2},
+        "ranks started",
+        "1 x 2 x 1",
+        {"pipeline_model_parallel_size": 3},
+        3,
+    ),
+    case(
+        "world_by_layout",
+        {**TP2, "context_parallel_size": 2},
+        "ranks started",
+        "2 x 1 x 2",
+        {"context_parallel_size": 1},
+        2,
+    ),
     case(
         "data_ranks_by_experts",
         {"expert_model_parallel_size": 4},
@@ -81,7 +153,12 @@ CASES = [
     ),
     case(
         "world_by_expert_layout",
-        {**TP2, "expert_tensor_parallel_size": 1, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4},
+        {
+            **TP2,
+            "expert_tensor_parallel_size": 1,
+            "pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 4,
+        },
         "--expert-model-parallel-size",
         "4 x 1 x 2 must divide the 4 ranks",
         {"expert_model_parallel_size": 2},
@@ -109,10 +186,34 @@ CASES = [
         {"expert_tensor_parallel_size": 1},
         4,
     ),
-    case("experts_by_expert_parallel", {"expert_model_parallel_size": 3}, "--num-experts", "= 3", {"num_experts": 9}),
-    case("heads_by_tensor_parallel", {"tensor_model_parallel_size": 3, "num_attention_heads": 4}, "--num-attention-heads", "= 3", TP2),
-    case("heads_by_tensor_parallel", {**TP2, "num_query_groups": 1}, "--num-query-groups", "= 2", {"num_query_groups": 2}),
-    case("vocabulary_by_tensor_parallel", {"tensor_model_parallel_size": 3}, "--make-vocab-size-divisible-by", "= 3", TP2),
+    case(
+        "experts_by_expert_parallel",
+        {"expert_model_parallel_size": 3},
+        "--num-experts",
+        "= 3",
+        {"num_experts": 9},
+    ),
+    case(
+        "heads_by_tensor_parallel",
+        {"tensor_model_parallel_size": 3, "num_attention_heads": 4},
+        "--num-attention-heads",
+        "= 3",
+        TP2,
+    ),
+    case(
+        "heads_by_tensor_parallel",
+        {**TP2, "num_query_groups": 1},
+        "--num-query-groups",
+        "= 2",
+        {"num_query_groups": 2},
+    ),
+    case(
+        "vocabulary_by_tensor_parallel",
+        {"tensor_model_parallel_size": 3},
+        "--make-vocab-size-divisible-by",
+        "= 3",
+        TP2,
+    ),
     case(
         "expert_width_by_tensor_parallel",
         {**TP2, "moe_ffn_hidden_size": 33},
@@ -120,7 +221,13 @@ CASES = [
         "width 33",
         {"expert_tensor_parallel_size": 1},
     ),
-    case("expert_width_by_tensor_parallel", {**TP2, "ffn_hidden_size": 33}, "--ffn-hidden-size", "width 33", {"ffn_hidden_size": 34}),
+    case(
+        "expert_width_by_tensor_parallel",
+        {**TP2, "ffn_hidden_size": 33},
+        "--ffn-hidden-size",
+        "width 33",
+        {"ffn_hidden_size": 34},
+    ),
     case(
         "expert_width_by_tensor_parallel",
         {"expert_tensor_parallel_size": 3},
@@ -135,7 +242,13 @@ CASES = [
         "a residual MLP of width 33",
         {"mlp_type": "standard"},
     ),
-    case("sequence_parallel_needs_tensor_parallel", {"sequence_parallel": True}, "--sequence-parallel", "parallel-size > 1", TP2),
+    case(
+        "sequence_parallel_needs_tensor_parallel",
+        {"sequence_parallel": True},
+        "--sequence-parallel",
+        "parallel-size > 1",
+        TP2,
+    ),
     case(
         "tensor_parallel_experts_need_sequence_parallel",
         {**MEGATRON, **TP2},
@@ -143,10 +256,34 @@ CASES = [
         "must be on",
         {"sequence_parallel": True},
     ),
-    case("sequence_by_ranks", {"context_parallel_size": 3}, "--seq-length", "divisible by 6", {"seq_length": 252}),
-    case("sequence_by_ranks", {**TP2, "sequence_parallel": True, "seq_length": 33}, "--seq-length", "by 2", {"sequence_parallel": False}),
-    case("layers_by_pipeline", {"pipeline_model_parallel_size": 5}, "--num-layers", "each of 5 pipeline stages", {"num_layers": 5}),
-    case("layers_by_pipeline", {"pipeline_model_parallel_size": 3, **MEGATRON}, "--num-layers", "stages = 3", {"engine": "deepspeed"}),
+    case(
+        "sequence_by_ranks",
+        {"context_parallel_size": 3},
+        "--seq-length",
+        "divisible by 6",
+        {"seq_length": 252},
+    ),
+    case(
+        "sequence_by_ranks",
+        {**TP2, "sequence_parallel": True, "seq_length": 33},
+        "--seq-length",
+        "by 2",
+        {"sequence_parallel": False},
+    ),
+    case(
+        "layers_by_pipeline",
+        {"pipeline_model_parallel_size": 5},
+        "--num-layers",
+        "each of 5 pipeline stages",
+        {"num_layers": 5},
+    ),
+    case(
+        "layers_by_pipeline",
+        {"pipeline_model_parallel_size": 3, **MEGATRON},
+        "--num-layers",
+        "stages = 3",
+        {"engine": "deepspeed"},
+    ),
     case(
         "layers_by_pipeline",
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "num_layers": 6},
@@ -169,17 +306,33 @@ CASES = [
         {"global_batch_size": 16},
         2,
     ),
-    case("global_batch_by_micro_batches", {"global_batch_size": 6}, "--global-batch-size", "size = 4", {"micro_batch_size": 3}),
+    case(
+        "global_batch_by_micro_batches",
+        {"global_batch_size": 6},
+        "--global-batch-size",
+        "size = 4",
+        {"micro_batch_size": 3},
+    ),
     case(
         "micro_batches_by_pipeline",
-        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 12},
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "global_batch_size": 12,
+        },
         "--global-batch-size",
         "3 micro-batches",
         {"global_batch_size": 16},
         2,
     ),
     case("min_lr_within_lr", {"min_lr": 1.0}, "--min-lr", "at most --lr = 0.0003", {"lr": 1.0}),
-    case("warmup_within_decay", {"lr_warmup_iters": 101}, "--lr-warmup-iters", "--train-iters = 100", {"train_iters": 101}),
+    case(
+        "warmup_within_decay",
+        {"lr_warmup_iters": 101},
+        "--lr-warmup-iters",
+        "--train-iters = 100",
+        {"train_iters": 101},
+    ),
     case(
         "warmup_within_decay",
         {"lr_warmup_iters": 60, "lr_decay_iters": 50},
@@ -196,13 +349,35 @@ CASES = [
     ),
     case("finetune_needs_load", {"finetune": True}, "--finetune", "needs --load", {"load": "runs/base"}),
     case("some_data", {"data_path": ()}, "--data-path", "no training data", {"train_data_path": ("a",)}),
-    case("some_data", {"data_path": (), "valid_data_path": ("a",)}, "--data-path", "no training data", {"data_path": ("a",)}),
+    case(
+        "some_data",
+        {"data_path": (), "valid_data_path": ("a",)},
+        "--data-path",
+        "no training data",
+        {"data_path": ("a",)},
+    ),
     case("some_data", {"data_path": ()}, "--data-path", "no training data", {"data_schedule": "mixes.yaml"}),
     case(
-        "split_is_three_shares", {"data_path": (), "data_schedule": "m", "split": "0,1"}, "--split", "nothing to train on", {"split": "1"}
+        "split_is_three_shares",
+        {"data_path": (), "data_schedule": "m", "split": "0,1"},
+        "--split",
+        "nothing to train on",
+        {"split": "1"},
     ),
-    case("one_source_of_data", {"train_data_path": ("a",)}, "--train-data-path", "beside --data-path", {"data_path": ()}),
-    case("one_source_of_data", {"test_data_path": ("a",)}, "--test-data-path", "beside --data-path", {"test_data_path": ()}),
+    case(
+        "one_source_of_data",
+        {"train_data_path": ("a",)},
+        "--train-data-path",
+        "beside --data-path",
+        {"data_path": ()},
+    ),
+    case(
+        "one_source_of_data",
+        {"test_data_path": ("a",)},
+        "--test-data-path",
+        "beside --data-path",
+        {"test_data_path": ()},
+    ),
     case(
         "schedule_is_one",
         {"data_schedule": "[{from_step: 3, data_path: [a]}]"},
@@ -210,13 +385,51 @@ CASES = [
         "begins at step 3",
         {"data_schedule": None},
     ),
-    case("blends", {"data_path": ("0.3", "a", "0.7")}, "--data-path", "alternate", {"data_path": ("0.3", "a", "0.7", "b")}),
-    case("blends", {"data_path": ("0.3", "a", "b", "c")}, "--data-path", "alternate", {"data_path": ("a", "b", "c")}),
-    case("blends", {"data_path": ("0.0", "a", "1", "b")}, "--data-path", "greater than 0", {"data_path": ("1", "b")}),
-    case("blends", {"data_path": ("nan", "a", "1", "b")}, "--data-path", "greater than 0", {"data_path": ("1", "b")}),
-    case("blends", {"data_path": ("inf", "a", "1", "b")}, "--data-path", "greater than 0", {"data_path": ("1", "b")}),
-    case("split_is_three_shares", {"split": "969;30;1"}, "--split", "non-negative numbers", {"split": "969, 30, 1"}),
-    case("split_is_three_shares", {"split": "98,-2,1"}, "--split", "non-negative numbers", {"split": "98,2,0"}),
+    case(
+        "blends",
+        {"data_path": ("0.3", "a", "0.7")},
+        "--data-path",
+        "alternate",
+        {"data_path": ("0.3", "a", "0.7", "b")},
+    ),
+    case(
+        "blends",
+        {"data_path": ("0.3", "a", "b", "c")},
+        "--data-path",
+        "alternate",
+        {"data_path": ("a", "b", "c")},
+    ),
+    case(
+        "blends",
+        {"data_path": ("0.0", "a", "1", "b")},
+        "--data-path",
+        "greater than 0",
+        {"data_path": ("1", "b")},
+    ),
+    case(
+        "blends",
+        {"data_path": ("nan", "a", "1", "b")},
+        "--data-path",
+        "greater than 0",
+        {"data_path": ("1", "b")},
+    ),
+    case(
+        "blends",
+        {"data_path": ("inf", "a", "1", "b")},
+        "--data-path",
+        "greater than 0",
+        {"data_path": ("1", "b")},
+    ),
+    case(
+        "split_is_three_shares",
+        {"split": "969;30;1"},
+        "--split",
+        "non-negative numbers",
+        {"split": "969, 30, 1"},
+    ),
+    case(
+        "split_is_three_shares", {"split": "98,-2,1"}, "--split", "non-negative numbers", {"split": "98,2,0"}
+    ),
     case("split_is_three_shares", {"split": "1,1,1,1"}, "--split", "up to three", {"split": "100"}),
     case("split_is_three_shares", {"split": "0,0,0"}, "--split", "greater than 0", {"split": "1,0,0"}),
     case("split_is_three_shares", {"split": "0,1,1"}, "--split", "nothing to train on", {"split": ".5,1,1"}),
@@ -227,8 +440,20 @@ CASES = [
         "tokenizer-model",
         {"tokenizer_model": "t.json"},
     ),
-    case("tokenizer_is_complete", {"tokenizer_type": "NullTokenizer"}, "--tokenizer-type", "needs --vocab-size", {"vocab_size": 99}),
-    case("in_this_version", {"context_parallel_size": 2}, "--context-parallel-size", "context", {"context_parallel_size": 1}),
+    case(
+        "tokenizer_is_complete",
+        {"tokenizer_type": "NullTokenizer"},
+        "--tokenizer-type",
+        "needs --vocab-size",
+        {"vocab_size": 99},
+    ),
+    case(
+        "in_this_version",
+        {"context_parallel_size": 2},
+        "--context-parallel-size",
+        "context",
+        {"context_parallel_size": 1},
+    ),
     case(
         "in_this_version",
         {"virtual_pipeline_model_parallel_size": 2},
@@ -238,18 +463,62 @@ CASES = [
     ),
     case("in_this_version", {"context_parallel_size": 2}, "--context-parallel-size", "context", MEGATRON),
     case("zero_3_with_experts", {"zero_stage": 3}, "--zero-stage", "mixture-of-experts", {"zero_stage": 2}),
-    case("zero_3_with_experts", {"zero_stage": 3, "pipeline_model_parallel_size": 2}, "--zero-stage", "refused", {"zero_stage": 1}),
-    case("zero_2_without_pipeline", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, "--zero-stage", "pipeline", {"zero_stage": 1}),
-    case("zero_0_alone", {"zero_stage": 0, "expert_model_parallel_size": 2}, "--zero-stage", "norms", {"zero_stage": 1}),
-    case("zero_0_alone", {"zero_stage": 0, **TP2}, "--zero-stage", "norms", {"tensor_model_parallel_size": 1}),
     case(
-        "zero_0_alone", {"zero_stage": 0, "pipeline_model_parallel_size": 2}, "--zero-stage", "norms", {"pipeline_model_parallel_size": 1}
+        "zero_3_with_experts",
+        {"zero_stage": 3, "pipeline_model_parallel_size": 2},
+        "--zero-stage",
+        "refused",
+        {"zero_stage": 1},
+    ),
+    case(
+        "zero_2_without_pipeline",
+        {"zero_stage": 2, "pipeline_model_parallel_size": 2},
+        "--zero-stage",
+        "pipeline",
+        {"zero_stage": 1},
+    ),
+    case(
+        "zero_0_alone",
+        {"zero_stage": 0, "expert_model_parallel_size": 2},
+        "--zero-stage",
+        "norms",
+        {"zero_stage": 1},
+    ),
+    case(
+        "zero_0_alone", {"zero_stage": 0, **TP2}, "--zero-stage", "norms", {"tensor_model_parallel_size": 1}
+    ),
+    case(
+        "zero_0_alone",
+        {"zero_stage": 0, "pipeline_model_parallel_size": 2},
+        "--zero-stage",
+        "norms",
+        {"pipeline_model_parallel_size": 1},
     ),
     case("zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "bfloat16", {"zero_stage": 1}),
-    case("zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "wrong norms", {"bf16": False}),
-    case("settings_of_the_other_engine", {"use_distributed_optimizer": True}, "--use-distributed-optimizer", "megatron engine", MEGATRON),
-    case("settings_of_the_other_engine", {"overlap_grad_reduce": True}, "--overlap-grad-reduce", "megatron engine", MEGATRON),
-    case("settings_of_the_other_engine", {"overlap_param_gather": True}, "--overlap-param-gather", "megatron engine", MEGATRON),
+    case(
+        "zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "wrong norms", {"bf16": False}
+    ),
+    case(
+        "settings_of_the_other_engine",
+        {"use_distributed_optimizer": True},
+        "--use-distributed-optimizer",
+        "megatron engine",
+        MEGATRON,
+    ),
+    case(
+        "settings_of_the_other_engine",
+        {"overlap_grad_reduce": True},
+        "--overlap-grad-reduce",
+        "megatron engine",
+        MEGATRON,
+    ),
+    case(
+        "settings_of_the_other_engine",
+        {"overlap_param_gather": True},
+        "--overlap-param-gather",
+        "megatron engine",
+        MEGATRON,
+    ),
     case(
         "settings_of_the_other_engine",
         {"moe_token_dispatcher_type": "allgather"},
@@ -257,7 +526,13 @@ CASES = [
         "megatron engine, and the engine is deepspeed",
         {"moe_token_dispatcher_type": "alltoall"},
     ),
-    case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 2}, "--zero-stage", "deepspeed engine", {"engine": "deepspeed"}),
+    case(
+        "settings_of_the_other_engine",
+        {**MEGATRON, "zero_stage": 2},
+        "--zero-stage",
+        "deepspeed engine",
+        {"engine": "deepspeed"},
+    ),
     case(
         "documents_need_attention_of_ours",
         {**MEGATRON, "transformer_impl": "transformer_engine", "reset_attention_mask": True},
@@ -287,14 +562,40 @@ CASES = [
         {"eod_mask_loss": True},
     ),
     case(
-        "packing_knows_all_documents", {**PACKED, "data_index": "on-demand"}, "--data-index", "sort all documents", {"data_index": "auto"}
+        "packing_knows_all_documents",
+        {**PACKED, "data_index": "on-demand"},
+        "--data-index",
+        "sort all documents",
+        {"data_index": "auto"},
     ),
     case(
-        "packing_knows_all_documents", {**PACKED, "data_schedule": "mixes.yaml"}, "--data-schedule", "another mix", {"data_schedule": None}
+        "packing_knows_all_documents",
+        {**PACKED, "data_schedule": "mixes.yaml"},
+        "--data-schedule",
+        "another mix",
+        {"data_schedule": None},
     ),
-    case("settings_of_the_other_engine", {"transformer_impl": "transformer_engine"}, "--transformer-impl", "megatron engine", MEGATRON),
-    case("settings_of_the_other_engine", {**MEGATRON, "mlp_type": "residual"}, "--mlp-type", "deepspeed engine", {"engine": "deepspeed"}),
-    case("settings_of_the_other_engine", {**MEGATRON, "zero_stage": 3}, "--zero-stage", "deepspeed engine", {"zero_stage": 1}),
+    case(
+        "settings_of_the_other_engine",
+        {"transformer_impl": "transformer_engine"},
+        "--transformer-impl",
+        "megatron engine",
+        MEGATRON,
+    ),
+    case(
+        "settings_of_the_other_engine",
+        {**MEGATRON, "mlp_type": "residual"},
+        "--mlp-type",
+        "deepspeed engine",
+        {"engine": "deepspeed"},
+    ),
+    case(
+        "settings_of_the_other_engine",
+        {**MEGATRON, "zero_stage": 3},
+        "--zero-stage",
+        "deepspeed engine",
+        {"zero_stage": 1},
+    ),
     case(
         "settings_of_the_other_engine",
         {**MEGATRON, "deepspeed_config": "x"},
@@ -344,7 +645,13 @@ CASES = [
         "several ranks",
         {"expert_model_parallel_size": 2},
     ),
-    case("deepspeed_json", {"deepspeed_config": "/no/such.json"}, "--deepspeed-config", "No such file", {"deepspeed_config": None}),
+    case(
+        "deepspeed_json",
+        {"deepspeed_config": "/no/such.json"},
+        "--deepspeed-config",
+        "No such file",
+        {"deepspeed_config": None},
+    ),
 ]
 
 
@@ -390,8 +697,13 @@ def test_rules_about_ranks_are_silent_where_the_ranks_are_not_known(base):
 def test_a_rule_that_looked_at_a_doubtful_setting_is_silent(base):
     config = replace_leaves(base, hidden_size=250, min_lr=1.0)
     assert [p.field for p in problems(config, world_size=None)] == ["--hidden-size", "--min-lr"]
-    assert [p.field for p in problems(config, world_size=None, unsure={"num_attention_heads"})] == ["--min-lr"]
-    assert [p.field for p in problems(config, world_size=None, unsure={"train_iters"})] == ["--hidden-size", "--min-lr"]
+    assert [p.field for p in problems(config, world_size=None, unsure={"num_attention_heads"})] == [
+        "--min-lr"
+    ]
+    assert [p.field for p in problems(config, world_size=None, unsure={"train_iters"})] == [
+        "--hidden-size",
+        "--min-lr",
+    ]
     wide = replace_leaves(base, **{"router.hypernet_width": 10**6})
     assert problems(wide, world_size=None, unsure={"router.bias"}) == []
 
@@ -428,7 +740,13 @@ def test_no_warning_where_there_is_nothing_to_route(base):
 
 
 @pytest.mark.parametrize(
-    "layout", [TP2, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}]
+    "layout",
+    [
+        TP2,
+        {"pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+        {"expert_model_parallel_size": 2},
+    ],
 )
 def test_dropout_on_a_layout(layout, base):
     config = replace_leaves(base, eval_interval=0, hidden_dropout=0.1, attention_dropout=0.1)
@@ -441,7 +759,9 @@ def test_dropout_on_a_layout(layout, base):
 
 def test_flex_where_its_kernels_are(base, monkeypatch):
     monkeypatch.setattr(megatron, "installed", lambda library: library == "deep_ep")
-    flex = replace_leaves(base, engine="megatron", moe_token_dispatcher_type="flex", expert_model_parallel_size=2)
+    flex = replace_leaves(
+        base, engine="megatron", moe_token_dispatcher_type="flex", expert_model_parallel_size=2
+    )
     assert problems(flex, world_size=2) == []
 
 
@@ -456,14 +776,57 @@ def test_installed_finds_without_importing():
         {**TP2, "sequence_parallel": True, "zero_stage": 2},
         {**TP2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 4},
         {**TP2, "pipeline_model_parallel_size": 2},
-        {**TP2, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2, "moe_expert_capacity_factor": 1.0},
-        {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "bf16": True, "recompute_granularity": "full"},
-        {**MEGATRON, **TP2, "sequence_parallel": True, "pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
-        {**MEGATRON, **TP2, "sequence_parallel": True, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 4, "bf16": True},
-        {**MEGATRON, "context_parallel_size": 2, "expert_model_parallel_size": 4, "moe_token_dispatcher_type": "allgather"},
-        {**MEGATRON, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 16},
-        {**MEGATRON, "expert_model_parallel_size": 4, "moe_expert_capacity_factor": 1.0, "recompute_granularity": "selective"},
-        {**MEGATRON, "overlap_grad_reduce": True, "overlap_param_gather": True, "use_distributed_optimizer": True},
+        {
+            **TP2,
+            "expert_tensor_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "moe_expert_capacity_factor": 1.0,
+        },
+        {
+            "pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "bf16": True,
+            "recompute_granularity": "full",
+        },
+        {
+            **MEGATRON,
+            **TP2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "use_distributed_optimizer": True,
+        },
+        {
+            **MEGATRON,
+            **TP2,
+            "sequence_parallel": True,
+            "expert_tensor_parallel_size": 1,
+            "expert_model_parallel_size": 4,
+            "bf16": True,
+        },
+        {
+            **MEGATRON,
+            "context_parallel_size": 2,
+            "expert_model_parallel_size": 4,
+            "moe_token_dispatcher_type": "allgather",
+        },
+        {
+            **MEGATRON,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "global_batch_size": 16,
+        },
+        {
+            **MEGATRON,
+            "expert_model_parallel_size": 4,
+            "moe_expert_capacity_factor": 1.0,
+            "recompute_granularity": "selective",
+        },
+        {
+            **MEGATRON,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "use_distributed_optimizer": True,
+        },
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.config import check
-from megatron_hyperrouter.config.cli import dump, launched_world_size, load_file, parse, replace_leaves, write_settings
+from megatron_hyperrouter.config.cli import (
+    dump,
+    launched_world_size,
+    load_file,
+    parse,
+    replace_leaves,
+    write_settings,
+)
 from megatron_hyperrouter.config.leaves import Leaf, router_leaves, tree_leaves, value_of
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 from megatron_hyperrouter.errors import ConfigError
@@ -49,7 +56,10 @@ class TestPrecedence:
         assert dataclasses.replace(config, router=expected.router, data=expected.data) == expected
 
     def test_flags_over_yaml_over_defaults(self, routers, write):
-        path = write("num_layers: 6\nhidden_size: 128\nlr: 1e-4\ndata_path: [0.3, a, 0.7, b]\nrouter: {name: hyper, hypernet_width: 32}\n")
+        path = write(
+            "num_layers: 6\nhidden_size: 128\nlr: 1e-4\ndata_path: [0.3, a, 0.7, b]\nrouter: {name: hyper, "
+            "hypernet_width: 32}\n"
+        )
         config = parse(["--hidden-size", "64", "--config", path, "--router.init=paper"], routers=routers)
         assert (config.model.num_layers, config.model.hidden_size, config.model.num_experts) == (6, 64, 8)
         assert config.optimizer.lr == 1e-4
@@ -94,7 +104,9 @@ class TestRouter:
     def test_another_name_on_the_command_line_replaces_the_files_router(self, routers, write):
         path = write("data_path: a\nrouter: {name: hyper, hypernet_width: 64, seed: 7}")
         config = parse(["--config", path, "--router.name", "plain"], routers=routers)
-        assert config.router.options == routers["plain"].Config()  # not seed 7, which was said to another router
+        assert (
+            config.router.options == routers["plain"].Config()
+        )  # not seed 7, which was said to another router
         same = parse(["--config", path, "--router.name", "hyper"], routers=routers)
         assert same.router.options == routers["hyper"].Config(hypernet_width=64, seed=7)
 
@@ -211,7 +223,12 @@ class TestFile:
         assert "UTF-8" in self.problem_with(routers, str(tmp_path / "x.yaml")).rule
 
     def test_broken_yaml_names_the_line(self, routers, write):
-        assert "line 3" in self.problem_with(routers, write("num_layers: 2\nhidden_size: 64\nlr: [1, 2]]\nseed: 1\n")).rule
+        assert (
+            "line 3"
+            in self.problem_with(
+                routers, write("num_layers: 2\nhidden_size: 64\nlr: [1, 2]]\nseed: 1\n")
+            ).rule
+        )
 
     @pytest.mark.parametrize("value", ["2001-13-45", "9" * 5000, "[" * 5000])
     def test_a_value_that_yaml_fails_on(self, routers, write, value):
@@ -240,17 +257,30 @@ class TestFile:
         assert problem.field == "--config"
 
     def test_an_empty_file_sets_nothing(self, routers, write):
-        assert parse([*DATA, "--config", write("# nothing\n")], routers=routers) == parse(DATA, routers=routers)
+        assert parse([*DATA, "--config", write("# nothing\n")], routers=routers) == parse(
+            DATA, routers=routers
+        )
 
 
 def value_strategy(leaf: Leaf) -> st.SearchStrategy:
     """Good values of a leaf, as its rules have it."""
-    low = max([rule.ge for rule in leaf.rules if hasattr(rule, "ge")] + [rule.gt for rule in leaf.rules if hasattr(rule, "gt")], default=0)
-    high = min(
-        [rule.le for rule in leaf.rules if hasattr(rule, "le")] + [rule.lt for rule in leaf.rules if hasattr(rule, "lt")], default=2**40
+    low = max(
+        [rule.ge for rule in leaf.rules if hasattr(rule, "ge")]
+        + [rule.gt for rule in leaf.rules if hasattr(rule, "gt")],
+        default=0,
     )
-    excluded = {"exclude_min": any(hasattr(r, "gt") for r in leaf.rules), "exclude_max": any(hasattr(r, "lt") for r in leaf.rules)}
-    text = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda word: not leaf.optional or word.strip().lower() != "none")
+    high = min(
+        [rule.le for rule in leaf.rules if hasattr(rule, "le")]
+        + [rule.lt for rule in leaf.rules if hasattr(rule, "lt")],
+        default=2**40,
+    )
+    excluded = {
+        "exclude_min": any(hasattr(r, "gt") for r in leaf.rules),
+        "exclude_max": any(hasattr(r, "lt") for r in leaf.rules),
+    }
+    text = st.text(st.characters(exclude_categories=["Cs"])).filter(
+        lambda word: not leaf.optional or word.strip().lower() != "none"
+    )
     if leaf.choices:
         values = st.sampled_from(leaf.choices)
     elif leaf.base is bool:
@@ -276,14 +306,19 @@ def test_what_is_dumped_parses_to_an_equal_tree(data, routers, tmp_path_factory)
     config = replace_leaves(config, **values)
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(dump(config), encoding="utf-8")
-    with mock.patch.object(check, "problems", return_value=[]):  # rules that join settings may object; that is another matter
+    with mock.patch.object(
+        check, "problems", return_value=[]
+    ):  # rules that join settings may object; that is another matter
         again = parse(["--config", str(path)], routers=routers)
     assert again == config
     for leaf in leaves:  # 1 == 1.0 == True
         assert type(value_of(again, leaf)) is type(value_of(config, leaf)), leaf
 
 
-@pytest.mark.parametrize("name", ["a\x85b", "a: b", "# no comment", "1e5", "yes", "~", "", " ", "a\n b", "\u2028", "läuft", "\U0001f600"])
+@pytest.mark.parametrize(
+    "name",
+    ["a\x85b", "a: b", "# no comment", "1e5", "yes", "~", "", " ", "a\n b", "\u2028", "läuft", "\U0001f600"],
+)
 def test_names_that_yaml_could_take_for_something_else(name, routers, write):
     config = parse([*DATA, f"--run-dir={name}"], routers=routers)
     assert parse(["--config", write(dump(config))], routers=routers).logging.run_dir == name
@@ -292,7 +327,13 @@ def test_names_that_yaml_could_take_for_something_else(name, routers, write):
 def test_dump_is_readable(routers):
     config = parse([*DATA, "--router.hypernet-width", "64", "--lr", "1e-5"], routers=routers)
     document = yaml.safe_load(dump(config))
-    assert document["router"] == {"name": "hyper", "hypernet_width": 64, "init": "width", "bias": False, "seed": None}
+    assert document["router"] == {
+        "name": "hyper",
+        "hypernet_width": 64,
+        "init": "width",
+        "bias": False,
+        "seed": None,
+    }
     assert document["lr"] == 1e-5
     assert document["data_path"] == ["corpus"]
     assert set(document) == {*tree_leaves(), "router"}
@@ -315,9 +356,19 @@ class TestHelpers:
             replace_leaves(parse(DATA, routers=routers), widht=1)
 
     def test_load_file(self, routers, write):
-        path = write("data_path: a\nnum_layers: 3\nexpert_model_parallel_size: 2\nrouter: {name: hyper, bias: true}")
-        config = load_file(path, routers=routers, overrides={"expert_model_parallel_size": 1, "num_workers": 0, "router.bias": False})
-        assert (config.model.num_layers, config.parallel.expert_model_parallel_size, config.data.num_workers) == (3, 1, 0)
+        path = write(
+            "data_path: a\nnum_layers: 3\nexpert_model_parallel_size: 2\nrouter: {name: hyper, bias: true}"
+        )
+        config = load_file(
+            path,
+            routers=routers,
+            overrides={"expert_model_parallel_size": 1, "num_workers": 0, "router.bias": False},
+        )
+        assert (
+            config.model.num_layers,
+            config.parallel.expert_model_parallel_size,
+            config.data.num_workers,
+        ) == (3, 1, 0)
         assert config.router.options.bias is False
 
     def test_load_file_reports_bad_overrides(self, routers, write):
@@ -332,11 +383,16 @@ class TestHelpers:
 
 class TestWriteSettings:
     def test_a_runs_own_file_starts_the_same_run_again(self, routers, tmp_path):
-        config = parse([*DATA, "--run-dir", str(tmp_path / "run"), "--load", str(tmp_path / "other"), "--router.bias"], routers=routers)
+        config = parse(
+            [*DATA, "--run-dir", str(tmp_path / "run"), "--load", str(tmp_path / "other"), "--router.bias"],
+            routers=routers,
+        )
         path = write_settings(config)
         assert path == tmp_path / "run/config.yaml"
         assert parse(["--config", str(path)], routers=routers) == config
-        assert [each.name for each in path.parent.iterdir()] == ["config.yaml"]  # nothing unfinished beside it
+        assert [each.name for each in path.parent.iterdir()] == [
+            "config.yaml"
+        ]  # nothing unfinished beside it
 
     def test_a_run_that_goes_on_is_still_the_same_run(self, routers, tmp_path):
         first = parse([*DATA, "--run-dir", str(tmp_path)], routers=routers)
@@ -356,13 +412,24 @@ class TestHelp:
         flat = " ".join(text.split())
         assert "usage: train.py" in text
         for leaf in tree_leaves().values():
-            assert len([line for line in text.splitlines() if line.split() and line.split()[0].rstrip(",") == leaf.flag]) == 1, leaf.flag
+            assert (
+                len(
+                    [
+                        line
+                        for line in text.splitlines()
+                        if line.split() and line.split()[0].rstrip(",") == leaf.flag
+                    ]
+                )
+                == 1
+            ), leaf.flag
             assert " ".join(leaf.help.split()) in flat
         assert max(map(len, text.splitlines())) <= 140
 
     def test_every_router_lists_its_own_options(self, routers, capsys):
         text = self.text(routers, capsys)
-        hyper, plain = text.split("router hyper: A generated router.")[1].split("router plain: A trained router.")
+        hyper, plain = text.split("router hyper: A generated router.")[1].split(
+            "router plain: A trained router."
+        )
         assert "--router.hypernet-width" in hyper and "one of width, paper; default: width" in hyper
         assert "--router.init-std" in plain and "--router.init-std" not in hyper
 

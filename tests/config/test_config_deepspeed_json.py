@@ -29,7 +29,12 @@ class TestDeepSpeedJson:
         return problems(replace_leaves(base, deepspeed_config=str(path), **settings), world_size=world_size)
 
     def test_what_the_flags_do_not_set_is_free(self, base, tmp_path):
-        assert self.found(base, tmp_path, {"steps_per_print": 10, "zero_optimization": {"reduce_bucket_size": 5}}) == []
+        assert (
+            self.found(
+                base, tmp_path, {"steps_per_print": 10, "zero_optimization": {"reduce_bucket_size": 5}}
+            )
+            == []
+        )
 
     def test_what_agrees_with_the_flags_passes(self, base, tmp_path):
         document = {
@@ -93,7 +98,11 @@ class TestDeepSpeedJson:
             ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size", "our own flag"),
             ({"sequence_parallel_size": 2}, "sequence_parallel_size", "cuts sequences"),
             ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled", "mixes types"),
-            ({"zero_optimization": {"reduce_scatter": False}}, "zero_optimization.reduce_scatter", "must be on"),
+            (
+                {"zero_optimization": {"reduce_scatter": False}},
+                "zero_optimization.reduce_scatter",
+                "must be on",
+            ),
             ({"eigenvalue": {"enabled": False}}, "eigenvalue", "no longer part of DeepSpeed"),
             ({"sparse_gradients": True}, "sparse_gradients", "no longer part of DeepSpeed"),
             ({"amp": {"enabled": True}}, "amp", "no longer part of DeepSpeed"),
@@ -110,7 +119,9 @@ class TestDeepSpeedJson:
             pytest.skip("no DeepSpeed here")
         text = (Path(spec.origin).parent / "runtime" / "config.py").read_text(encoding="utf-8")
         keys = [
-            key for table in re.findall(r"_REMOVED_(?:TOP_LEVEL|ZERO)_CONFIG_KEYS = \{(.*?)\n\}", text, re.DOTALL) for key in KEYS(table)
+            key
+            for table in re.findall(r"_REMOVED_(?:TOP_LEVEL|ZERO)_CONFIG_KEYS = \{(.*?)\n\}", text, re.DOTALL)
+            for key in KEYS(table)
         ]
         assert len(keys) > 10 and {key.rpartition(".")[2] for key in REMOVED} == set(keys)
 

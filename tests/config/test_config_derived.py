@@ -21,10 +21,14 @@ def test_attention():
 
 def test_expert_tensor_size_follows_tp():
     assert derived.expert_tensor_size(config(tensor_model_parallel_size=4)) == 4
-    assert derived.expert_tensor_size(config(tensor_model_parallel_size=4, expert_tensor_parallel_size=1)) == 1
+    assert (
+        derived.expert_tensor_size(config(tensor_model_parallel_size=4, expert_tensor_parallel_size=1)) == 1
+    )
 
 
-@pytest.mark.parametrize(("world", "tp", "pp", "cp", "ranks"), [(8, 1, 1, 1, 8), (8, 2, 2, 1, 2), (8, 2, 2, 2, 1), (6, 2, 2, 1, 0)])
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "cp", "ranks"), [(8, 1, 1, 1, 8), (8, 2, 2, 1, 2), (8, 2, 2, 2, 1), (6, 2, 2, 1, 0)]
+)
 def test_data_parallel_size(world, tp, pp, cp, ranks):
     layout = config(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
     assert derived.data_parallel_size(layout, world) == ranks
@@ -56,7 +60,9 @@ def test_split_shares(split, shares):
     assert derived.split_shares(split) == pytest.approx(shares, abs=1e-15)
 
 
-@pytest.mark.parametrize("split", ["", "a", "1;2;3", "-1,2,3", "1,2,3,4", "0,0,0", "1,,2", "1e3,2,3", "nan,1,1"])
+@pytest.mark.parametrize(
+    "split", ["", "a", "1;2;3", "-1,2,3", "1,2,3,4", "0,0,0", "1,,2", "1e3,2,3", "nan,1,1"]
+)
 def test_bad_splits(split):
     with pytest.raises(ValueError, match="must"):
         derived.split_shares(split)

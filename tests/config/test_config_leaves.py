@@ -12,13 +12,18 @@ from megatron_hyperrouter.config.leaves import flag, router_leaves, tree_leaves,
 from megatron_hyperrouter.config.tree import RunConfig
 
 CONTRACT = """
---num-layers --hidden-size --num-attention-heads --num-query-groups --ffn-hidden-size --moe-ffn-hidden-size --seq-length --qk-layernorm
---untie-embeddings-and-output-weights --num-experts --moe-router-topk --moe-aux-loss-coeff --moe-z-loss-coeff
---tensor-model-parallel-size --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size --context-parallel-size
+--num-layers --hidden-size --num-attention-heads --num-query-groups --ffn-hidden-size
+--moe-ffn-hidden-size --seq-length --qk-layernorm
+--untie-embeddings-and-output-weights --num-experts --moe-router-topk --moe-aux-loss-coeff
+--moe-z-loss-coeff
+--tensor-model-parallel-size --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size
+--context-parallel-size
 --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
---micro-batch-size --global-batch-size --train-iters --lr --min-lr --lr-decay-style --lr-warmup-iters --weight-decay --clip-grad
+--micro-batch-size --global-batch-size --train-iters --lr --min-lr --lr-decay-style --lr-warmup-iters
+--weight-decay --clip-grad
 --adam-beta1 --adam-beta2 --seed --bf16 --recompute-granularity --use-distributed-optimizer
---data-path --train-data-path --valid-data-path --test-data-path --split --tokenizer-type --tokenizer-model --num-workers
+--data-path --train-data-path --valid-data-path --test-data-path --split --tokenizer-type
+--tokenizer-model --num-workers
 --save-interval --load --eval-interval --eval-iters --log-interval --tensorboard-dir --wandb-project
 --engine --run-dir --zero-stage --deepspeed-config --topk-schedule --topk-start --topk-schedule-steps
 """
@@ -82,7 +87,13 @@ class CalledName:
 
 
 @pytest.mark.parametrize(
-    ("config", "words"), [(NoHelp, "help text"), (NoDefault, "default"), (TwoTypes, "one type"), (CalledName, "chooses the router")]
+    ("config", "words"),
+    [
+        (NoHelp, "help text"),
+        (NoDefault, "default"),
+        (TwoTypes, "one type"),
+        (CalledName, "chooses the router"),
+    ],
 )
 def test_a_router_that_declares_badly_is_told_so(config, words):
     with pytest.raises(TypeError, match=words):

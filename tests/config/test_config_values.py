@@ -84,14 +84,21 @@ def test_a_choice_that_is_nearly_right_is_named():
 
 @pytest.mark.parametrize(
     ("name", "words", "value"),
-    [("bf16", [], True), ("bf16", ["false"], False), ("lr", ["0.1"], 0.1), ("data_path", ["a", "b"], ("a", "b")), ("load", ["None"], None)],
+    [
+        ("bf16", [], True),
+        ("bf16", ["false"], False),
+        ("lr", ["0.1"], 0.1),
+        ("data_path", ["a", "b"], ("a", "b")),
+        ("load", ["None"], None),
+    ],
 )
 def test_words_of_flags(name, words, value):
     assert from_words(leaf(name), words) == value
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "rule"), [("lr", [], "needs a value"), ("lr", ["1", "2"], "takes one value, got 2"), ("data_path", [], "needs")]
+    ("name", "words", "rule"),
+    [("lr", [], "needs a value"), ("lr", ["1", "2"], "takes one value, got 2"), ("data_path", [], "needs")],
 )
 def test_flags_with_the_wrong_number_of_words(name, words, rule):
     with pytest.raises(BadValue, match=rule):

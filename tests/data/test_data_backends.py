@@ -1,4 +1,6 @@
-"""Encoding back ends: the same ids as the library ``tokenizers``, refused where they differ, and bounded memory."""
+"""Encoding back ends: the same ids as the library ``tokenizers``, refused where they differ, and bounded
+memory.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def chosen(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("bpe") / "tokenizer.json")
-    bpe.train_bpe(iter([inspect.getsource(json.decoder), inspect.getsource(inspect), *(probe * 3 for probe in PROBES)]), 900, path)
+    bpe.train_bpe(
+        iter([inspect.getsource(json.decoder), inspect.getsource(inspect), *(probe * 3 for probe in PROBES)]),
+        900,
+        path,
+    )
     return path
 
 
@@ -47,11 +53,30 @@ def fast(model: str) -> GigatokenTokenizer:
 
 
 PIECES = st.sampled_from(
-    ["'s", "'LL", "<|endoftext|>", "<|endo", "\r\n", "\n\n", "  ", "\u00a0", "123", " word", "\u0301", "\u017f", "🙂", "東"]
+    [
+        "'s",
+        "'LL",
+        "<|endoftext|>",
+        "<|endo",
+        "\r\n",
+        "\n\n",
+        "  ",
+        "\u00a0",
+        "123",
+        " word",
+        "\u0301",
+        "\u017f",
+        "🙂",
+        "東",
+    ]
 )
 
 
-@given(text=st.one_of(st.text(max_size=60), st.lists(st.one_of(PIECES, st.text(max_size=3)), max_size=20).map("".join)))
+@given(
+    text=st.one_of(
+        st.text(max_size=60), st.lists(st.one_of(PIECES, st.text(max_size=3)), max_size=20).map("".join)
+    )
+)
 def test_ids_are_those_of_tokenizers(fast: GigatokenTokenizer, library: Library, text: str) -> None:
     (found,) = fast.encode_batch([text])
     assert found.dtype == np.int32
@@ -75,7 +100,9 @@ def test_auto_takes_the_fastest_that_knows_the_tokenizer(model: str, tmp_path: P
     words.save(str(tmp_path / "tokenizer.json"))
     assert chosen("HuggingFaceTokenizer", str(tmp_path), "auto", FIRST, told.append) == "tokenizers"
     assert "does not know the tokenizer" in told[0] and "WordLevel" in told[0]
-    with pytest.raises(ConfigError, match=r"--tokenizer-backend = gigatoken: does not know the tokenizer .*WordLevel"):
+    with pytest.raises(
+        ConfigError, match=r"--tokenizer-backend = gigatoken: does not know the tokenizer .*WordLevel"
+    ):
         chosen("HuggingFaceTokenizer", str(tmp_path), "gigatoken", FIRST)
 
 
@@ -84,7 +111,9 @@ def test_the_named_back_end_encodes(model: str) -> None:
     assert type(build_encoder("HuggingFaceTokenizer", model, "tokenizers")) is HuggingFaceTokenizer
 
 
-def test_a_back_end_that_differs_is_refused_by_document_and_id(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_back_end_that_differs_is_refused_by_document_and_id(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = GigatokenTokenizer.encode_batch
 
     def wrong(self: GigatokenTokenizer, texts: list[str]) -> list[np.ndarray]:
@@ -98,7 +127,9 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(model: str, monke
     assert expected[1] != 7
     monkeypatch.setattr(GigatokenTokenizer, "encode_batch", wrong)
     monkeypatch.setattr(backends, "PROBES", PROBES[:2])
-    with pytest.raises(DataError, match=rf"a\.jsonl, document 2: id 1 is 7 from gigatoken and {expected[1]} from tokenizers") as caught:
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl, document 2: id 1 is 7 from gigatoken and {expected[1]} from tokenizers"
+    ) as caught:
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
     assert "--tokenizer-backend tokenizers" in caught.value.remedy
     told: list[str] = []
@@ -108,15 +139,25 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(model: str, monke
 
 def test_a_text_that_ends_early_or_late_differs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     true = GigatokenTokenizer.encode_batch
-    monkeypatch.setattr(GigatokenTokenizer, "encode_batch", lambda self, texts: [ids[:-1] for ids in true(self, texts)])
-    with pytest.raises(DataError, match=r"the text ' ': id 0 is the end from gigatoken and \d+ from tokenizers"):
+    monkeypatch.setattr(
+        GigatokenTokenizer, "encode_batch", lambda self, texts: [ids[:-1] for ids in true(self, texts)]
+    )
+    with pytest.raises(
+        DataError, match=r"the text ' ': id 0 is the end from gigatoken and \d+ from tokenizers"
+    ):
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
 
 
-def test_hard_texts_are_compared_even_where_the_corpus_is_plain(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_texts_are_compared_even_where_the_corpus_is_plain(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A library that drops one accent is found by the probes, not by a corpus in ASCII."""
     true = GigatokenTokenizer.encode_batch
-    monkeypatch.setattr(GigatokenTokenizer, "encode_batch", lambda self, texts: true(self, [t.replace("\u0301", "") for t in texts]))
+    monkeypatch.setattr(
+        GigatokenTokenizer,
+        "encode_batch",
+        lambda self, texts: true(self, [t.replace("\u0301", "") for t in texts]),
+    )
     with pytest.raises(DataError, match="the text 'caf"):
         chosen("HuggingFaceTokenizer", model, "gigatoken", [("plain", "plain")])
 
@@ -139,7 +180,9 @@ def test_settings(model: str) -> None:
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_a_full_cache_is_emptied(model: str, library: Library, monkeypatch: pytest.MonkeyPatch, blind: bool) -> None:
+def test_a_full_cache_is_emptied(
+    model: str, library: Library, monkeypatch: pytest.MonkeyPatch, blind: bool
+) -> None:
     monkeypatch.setattr(backends, "_LOOK_EVERY", 100)
     monkeypatch.setattr(backends, "_BLIND_LIMIT", 300)
     if blind:

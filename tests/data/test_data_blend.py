@@ -30,12 +30,23 @@ def test_weights_and_prefixes_alternate(weights):
 @pytest.mark.parametrize("words", [["a"], ["a", "b"], ["a", "b", "c"], ["7"], ["a", "1", "b", "2"]])
 def test_prefixes_alone_have_no_weights(words):
     prefixes, numbers = utils.get_blend_from_list(words)
-    assert (list(parse_blend(words, flag="--data-path").prefixes), parse_blend(words, flag="--data-path").weights) == (prefixes, numbers)
+    assert (
+        list(parse_blend(words, flag="--data-path").prefixes),
+        parse_blend(words, flag="--data-path").weights,
+    ) == (prefixes, numbers)
 
 
 @pytest.mark.parametrize(
     "words",
-    [["0.3", "a", "0.7"], ["0.3", "a", "b", "0.7"], ["0", "a", "1", "b"], ["-1", "a"], ["nan", "a"], ["inf", "a"], ["a", "b", "1", "c"]],
+    [
+        ["0.3", "a", "0.7"],
+        ["0.3", "a", "b", "0.7"],
+        ["0", "a", "1", "b"],
+        ["-1", "a"],
+        ["nan", "a"],
+        ["inf", "a"],
+        ["a", "b", "1", "c"],
+    ],
 )
 def test_a_blend_that_is_neither_is_refused(words):
     with pytest.raises(ConfigError, match="--valid-data-path") as caught:
@@ -50,7 +61,9 @@ def test_normalising_rounds_as_megatron_core_does(weights):
 
 
 @given(
-    shares=st.lists(st.one_of(st.integers(0, 1000), st.decimals(0, 1, places=4)), min_size=1, max_size=3).filter(any),
+    shares=st.lists(
+        st.one_of(st.integers(0, 1000), st.decimals(0, 1, places=4)), min_size=1, max_size=3
+    ).filter(any),
     documents=st.integers(0, 5000),
 )
 def test_split_documents_are_megatron_cores(shares, documents):
@@ -80,7 +93,9 @@ def test_blend_sizes_are_megatron_cores(weights, num_samples):
     weights = normalise(weights)
     size, built = blend_sizes(weights, num_samples)
     assert size == sum(sizes[0] for sizes in builder._get_size_per_split_per_dataset(weights, [num_samples]))
-    assert list(built) == [sizes[0] for sizes in builder._get_size_per_split_per_dataset(weights, [num_samples], surplus=0.005)]
+    assert list(built) == [
+        sizes[0] for sizes in builder._get_size_per_split_per_dataset(weights, [num_samples], surplus=0.005)
+    ]
 
 
 def test_set_counts_in_pieces(monkeypatch):

@@ -11,7 +11,10 @@ from megatron_hyperrouter.data.bpe import train_bpe
 from megatron_hyperrouter.data.tokenizer import HuggingFaceTokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError
 
-TEXTS = [Path(json.__file__).with_name(name).read_text() for name in ("decoder.py", "encoder.py", "scanner.py", "tool.py")]
+TEXTS = [
+    Path(json.__file__).with_name(name).read_text()
+    for name in ("decoder.py", "encoder.py", "scanner.py", "tool.py")
+]
 
 
 def test_same_texts_same_file(tmp_path: Path) -> None:

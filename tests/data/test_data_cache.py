@@ -1,4 +1,6 @@
-"""Index files: built once by however many processes, whole or not there at all, and never believed when they are damaged."""
+"""Index files: built once by however many processes, whole or not there at all, and never believed when they
+are damaged.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_what_was_built_is_found_again(tmp_path):
     before = (tmp_path / name).read_bytes()
     found = arrays(tmp_path, never)
     assert_made(found)
-    assert not any(array.flags.owndata or array.flags.writeable for array in found.values()), "mapped, and nobody can change them"
+    assert not any(array.flags.owndata or array.flags.writeable for array in found.values()), (
+        "mapped, and nobody can change them"
+    )
     assert (tmp_path / name).read_bytes() == before
     with pytest.raises(AssertionError, match="built again"):
         arrays(tmp_path, never, key=KEY | {"share": 0.5})
@@ -78,7 +82,9 @@ def test_a_file_may_lie_where_nobody_may_write(tmp_path):
     assert len(os.listdir(tmp_path)) == 1, "not even a lock was made"
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "longer", "magic", "header", "bit", "zeroed page", "another key", "garbage"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "longer", "magic", "header", "bit", "zeroed page", "another key", "garbage"]
+)
 def test_a_damaged_or_foreign_file_is_built_again(tmp_path, damage):
     arrays(tmp_path, made)
     (path,) = [tmp_path / name for name in files(tmp_path)]
@@ -211,7 +217,9 @@ def test_a_full_disk_beside_the_data_leaves_the_other_folder(tmp_path, monkeypat
 
 
 def test_without_locks_of_the_file_system_one_of_a_machine_builds(tmp_path, monkeypatch):
-    """Each process of a machine takes a lock in the machine's own folder; nobody removes what another one is writing."""
+    """Each process of a machine takes a lock in the machine's own folder; nobody removes what another one is
+    writing.
+    """
     import fcntl
 
     flock, places = fcntl.flock, []
@@ -248,7 +256,12 @@ def test_a_file_is_known_by_all_that_changes_with_it(tmp_path):
     os.utime(path, ns=(1, 1))
     first = file_identity(path)
     assert file_identity(path) == first
-    for content, changed in ((b"a" * 10_001, 1), (b"a" * 10_000, 2), (b"b" + b"a" * 9_999, 1), (b"a" * 9_999 + b"b", 1)):
+    for content, changed in (
+        (b"a" * 10_001, 1),
+        (b"a" * 10_000, 2),
+        (b"b" + b"a" * 9_999, 1),
+        (b"a" * 9_999 + b"b", 1),
+    ):
         path.write_bytes(content)
         os.utime(path, ns=(changed, changed))
         assert file_identity(path) != first
@@ -257,9 +270,22 @@ def test_a_file_is_known_by_all_that_changes_with_it(tmp_path):
 # ---- in datasets ----
 
 
-def splits(prefixes: list[str], folder: Path | None, *, cached_from: int = 1, weights: bool = False, **other) -> Splits:
-    words = [word for number, prefix in enumerate(prefixes, 1) for word in ((str(number), prefix) if weights else (prefix,))]
-    arguments = {"seq_length": 16, "seed": 1, "vocab_size": 1000, "train_samples": 300, "valid_samples": 20, "test_samples": 0} | other
+def splits(
+    prefixes: list[str], folder: Path | None, *, cached_from: int = 1, weights: bool = False, **other
+) -> Splits:
+    words = [
+        word
+        for number, prefix in enumerate(prefixes, 1)
+        for word in ((str(number), prefix) if weights else (prefix,))
+    ]
+    arguments = {
+        "seq_length": 16,
+        "seed": 1,
+        "vocab_size": 1000,
+        "train_samples": 300,
+        "valid_samples": 20,
+        "test_samples": 0,
+    } | other
     where = Cache(None if folder is None else str(folder), cached_from=cached_from)
     return build_splits(DataConfig(data_path=tuple(words), split="8,2"), cache=where, **arguments)
 

@@ -59,10 +59,15 @@ def test_kind_by_name_else_by_first_character(tmp_path: Path, name: str, data: b
 
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("batch_bytes", [1, 200, 1 << 18])
-def test_json_lines_arrive_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, batch_bytes: int) -> None:
+def test_json_lines_arrive_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, batch_bytes: int
+) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     stories = [f"story {number} — żółw " + "x" * (number * 7 % 50) for number in range(100)]
-    data = "\n\n".join(json.dumps({"text": story, "n": 1}, ensure_ascii=number % 2 == 0) for number, story in enumerate(stories)).encode()
+    data = "\n\n".join(
+        json.dumps({"text": story, "n": 1}, ensure_ascii=number % 2 == 0)
+        for number, story in enumerate(stories)
+    ).encode()
     path = written(tmp_path, "a.jsonl" + ending, PACK[ending](data))
     batches = list(read_batches([path]))
     assert b"".join(piece for batch in batches for piece in batch.pieces) == data
@@ -74,7 +79,9 @@ def test_json_lines_arrive_once_and_in_order(tmp_path: Path, monkeypatch: pytest
 
 
 @given(text=st.text(alphabet=st.sampled_from("ab\n .é東🙂"), max_size=200), size=st.integers(4, 40))
-def test_plain_text_pieces_are_bounded_and_lose_nothing(tmp_path_factory: pytest.TempPathFactory, text: str, size: int) -> None:
+def test_plain_text_pieces_are_bounded_and_lose_nothing(
+    tmp_path_factory: pytest.TempPathFactory, text: str, size: int
+) -> None:
     path = written(tmp_path_factory.mktemp("text"), "a.txt", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "PIECE_BYTES", size)
@@ -83,7 +90,9 @@ def test_plain_text_pieces_are_bounded_and_lose_nothing(tmp_path_factory: pytest
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= size for piece in pieces)
     assert [batch.closes for batch in batches] == [False] * (len(batches) - 1) + [True] * bool(batches)
-    assert [batch.first_byte for batch in batches] == [sum(len(p.encode()) for p in pieces[:n]) for n in range(len(pieces))]
+    assert [batch.first_byte for batch in batches] == [
+        sum(len(p.encode()) for p in pieces[:n]) for n in range(len(pieces))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +108,9 @@ def test_plain_text_pieces_are_bounded_and_lose_nothing(tmp_path_factory: pytest
         (11, "12345678901\nabc", "12345678901"),  # no room for the line end
     ],
 )
-def test_plain_text_is_cut_at_the_best_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, text: str, first: str) -> None:
+def test_plain_text_is_cut_at_the_best_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, text: str, first: str
+) -> None:
     monkeypatch.setattr(corpus, "PIECE_BYTES", size)
     pieces = [piece for (sequences,) in found(written(tmp_path, "a.txt", text)) for piece in sequences]
     assert pieces[0] == first
@@ -133,11 +144,17 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("batch_bytes", [1, 1 << 18])
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, batch_bytes: int) -> None:
+def test_a_bad_line_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, batch_bytes: int
+) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     line, message = BAD_LINES[bad]
     start = b'{"text": "first"}\n\n'
-    path = written(tmp_path, "a.jsonl", start + b" " * (30 - len(start)) + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    path = written(
+        tmp_path,
+        "a.jsonl",
+        start + b" " * (30 - len(start)) + (line if isinstance(line, bytes) else line.encode()) + b"\n",
+    )
     with pytest.raises(DataError, match=message) as caught:
         found(path)
     assert caught.value.remedy
@@ -190,11 +207,21 @@ def test_texts_stop_at_the_limit(tmp_path: Path) -> None:
 LINES = st.lists(st.sampled_from(['{"text": "a"}', '{"text": "longer żółw"}', "", " "]), max_size=12)
 
 
-@given(files=st.lists(LINES, min_size=1, max_size=3), of=st.integers(1, 9), mark=st.booleans(), end=st.sampled_from(["", "\n"]))
-def test_parts_hold_each_line_once(tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], of: int, mark: bool, end: str) -> None:
+@given(
+    files=st.lists(LINES, min_size=1, max_size=3),
+    of=st.integers(1, 9),
+    mark=st.booleans(),
+    end=st.sampled_from(["", "\n"]),
+)
+def test_parts_hold_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], of: int, mark: bool, end: str
+) -> None:
     folder = tmp_path_factory.mktemp("parts")
     start = "\ufeff" if mark else ""
-    paths = [written(folder, f"{number}.jsonl", start + "\n".join(lines) + end) for number, lines in enumerate(files)]
+    paths = [
+        written(folder, f"{number}.jsonl", start + "\n".join(lines) + end)
+        for number, lines in enumerate(files)
+    ]
     paths.append(written(folder, "z.jsonl.gz", gzip.compress(b'{"text": "packed"}\n')))
     paths.append(written(folder, "z.txt", "plain text"))
     whole = [document for batch in read_batches(paths) for document in documents(batch, ("text",))]
@@ -204,7 +231,9 @@ def test_parts_hold_each_line_once(tmp_path_factory: pytest.TempPathFactory, fil
 
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_reading_goes_on_from_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, kind: str) -> None:
+def test_reading_goes_on_from_every_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, kind: str
+) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", 90)
     monkeypatch.setattr(corpus, "PIECE_BYTES", 31)
     stories = [f"story {number} — żółw, and more of it. " * (1 + number % 3) for number in range(40)]
@@ -232,7 +261,9 @@ def test_a_bad_line_is_named_in_every_part(tmp_path: Path) -> None:
     assert "a.jsonl, line 51: broken JSON" in messages[0]
 
 
-def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_end_is_refused_before_it_fills_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus, "MOST_LINE_BYTES", 100)
     path = written(tmp_path, "a.jsonl", '{"text": "good"}\n' + "x" * 101 + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: a line of more than 100 bytes") as caught:

@@ -1,4 +1,6 @@
-"""Datasets hold megatron-core's samples in megatron-core's order; unusable data is refused with file, place and remedy."""
+"""Datasets hold megatron-core's samples in megatron-core's order; unusable data is refused with file, place
+and remedy.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ from megatron_hyperrouter.errors import ConfigError, DataError
 
 gpt_dataset = importlib.import_module("megatron.core.datasets.gpt_dataset")
 
-every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())])
+every = pytest.mark.parametrize(
+    "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
+)
 
 SEQ_LENGTH, SEED = 16, 1234
 
 
 def sizes_of(count: int, seed: int) -> list[int]:
-    """Many short documents, among them empty ones and ones of a single token, and some longer than several samples."""
+    """Many short documents, among them empty ones and ones of a single token, and some longer than several
+    samples.
+    """
     random = np.random.default_rng(seed)
     return [int(size) for size in random.choice([0, 1, 2, 5, 17, 40, 90], count)]
 
@@ -68,7 +74,9 @@ def assert_same(found, expected) -> None:
 def test_one_file_is_megatron_cores(tmp_path, impl, dtype, samples):
     prefix = write_corpus(tmp_path / "corpus", sizes_of(150, seed=1), dtype=dtype)
     found = ours(DataConfig(data_path=(prefix,), split="80,12,8"), samples, impl=impl)
-    expected = megatron_datasets(samples, seq_length=SEQ_LENGTH, seed=SEED, blend=([prefix], None), split="80,12,8")
+    expected = megatron_datasets(
+        samples, seq_length=SEQ_LENGTH, seed=SEED, blend=([prefix], None), split="80,12,8"
+    )
     for mine, theirs in zip((found.train, found.valid, found.test), expected, strict=True):
         assert_same(mine, theirs)
 
@@ -80,10 +88,14 @@ def test_the_last_epoch_by_itself_and_with_the_others(tmp_path, share_of_last_ep
     per_epoch = sum(sizes) // SEQ_LENGTH
     samples = (2 * per_epoch + int(share_of_last_epoch * per_epoch), 0, 0)
     found = ours(DataConfig(train_data_path=(prefix,)), samples).train
-    expected = megatron_datasets(samples, seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[([prefix], None), None, None])[0]
+    expected = megatron_datasets(
+        samples, seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[([prefix], None), None, None]
+    )[0]
     assert_same(found, expected)
     last = set(found.order.document_index[-len(sizes) :].tolist()) == set(range(len(sizes)))
-    assert last == separate, "the last epoch of documents is a whole one exactly where it is shuffled by itself"
+    assert last == separate, (
+        "the last epoch of documents is a whole one exactly where it is shuffled by itself"
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
@@ -91,7 +103,9 @@ def test_the_last_epoch_by_itself_and_with_the_others(tmp_path, share_of_last_ep
 def test_every_seed_and_length_is_megatron_cores(tmp_path, seed, seq_length):
     prefix = write_corpus(tmp_path / "corpus", sizes_of(60, seed=3))
     found = ours(DataConfig(train_data_path=(prefix,)), (30, 0, 0), seed=seed, seq_length=seq_length).train
-    expected = megatron_datasets((30, 0, 0), seq_length=seq_length, seed=seed, blend_per_split=[([prefix], None), None, None])[0]
+    expected = megatron_datasets(
+        (30, 0, 0), seq_length=seq_length, seed=seed, blend_per_split=[([prefix], None), None, None]
+    )[0]
     for i in range(len(expected)):
         np.testing.assert_array_equal(found[i], megatron_sample(expected, i))
 
@@ -105,7 +119,12 @@ def test_a_file_of_megatron_cores_writer_with_several_sequences_a_document(tmp_p
     builder.finalize(str(tmp_path / "corpus.idx"))
     prefix = str(tmp_path / "corpus")
     found = ours(DataConfig(train_data_path=(prefix,)), (11, 0, 0)).train
-    assert_same(found, megatron_datasets((11, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[([prefix], None), None, None])[0])
+    assert_same(
+        found,
+        megatron_datasets(
+            (11, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[([prefix], None), None, None]
+        )[0],
+    )
 
 
 # ---- blends ----
@@ -113,16 +132,23 @@ def test_a_file_of_megatron_cores_writer_with_several_sequences_a_document(tmp_p
 
 @pytest.fixture
 def three(tmp_path) -> list[str]:
-    return [write_corpus(tmp_path / name, sizes_of(count, seed=count), seed=count) for name, count in (("a", 80), ("b", 150), ("c", 60))]
+    return [
+        write_corpus(tmp_path / name, sizes_of(count, seed=count), seed=count)
+        for name, count in (("a", 80), ("b", 150), ("c", 60))
+    ]
 
 
 @every
 @pytest.mark.parametrize("weights", [(0.3, 0.5, 0.2), (1.0, 1.0, 1.0), (70.0, 1.0, 29.0)])
 @pytest.mark.parametrize("samples", [(150, 20, 10), (1000, 100, 1)])
 def test_a_blend_with_weights_is_megatron_cores(three, impl, weights, samples):
-    words = tuple(word for weight, prefix in zip(weights, three, strict=True) for word in (str(weight), prefix))
+    words = tuple(
+        word for weight, prefix in zip(weights, three, strict=True) for word in (str(weight), prefix)
+    )
     found = ours(DataConfig(data_path=words, split="6,2,2"), samples, impl=impl)
-    expected = megatron_datasets(samples, seq_length=SEQ_LENGTH, seed=SEED, blend=(three, list(weights)), split="6,2,2")
+    expected = megatron_datasets(
+        samples, seq_length=SEQ_LENGTH, seed=SEED, blend=(three, list(weights)), split="6,2,2"
+    )
     for mine, theirs in zip((found.train, found.valid, found.test), expected, strict=True):
         assert_same(mine, theirs)
 
@@ -131,7 +157,9 @@ def test_a_blend_with_weights_is_megatron_cores(three, impl, weights, samples):
 @pytest.mark.parametrize("samples", [(None, None, None), (50, 10, 4), (1, 1, 1)])
 def test_a_blend_without_weights_is_megatron_cores(three, impl, samples):
     found = ours(DataConfig(data_path=tuple(three), split="6,2,2"), samples, impl=impl)
-    expected = megatron_datasets(samples, seq_length=SEQ_LENGTH, seed=SEED, blend=(three, None), split="6,2,2")
+    expected = megatron_datasets(
+        samples, seq_length=SEQ_LENGTH, seed=SEED, blend=(three, None), split="6,2,2"
+    )
     for mine, theirs in zip((found.train, found.valid, found.test), expected, strict=True):
         assert_same(mine, theirs)
 
@@ -139,7 +167,9 @@ def test_a_blend_without_weights_is_megatron_cores(three, impl, samples):
 def test_a_blend_without_weights_may_be_used_up(three):
     whole = len(ours(DataConfig(train_data_path=tuple(three)), (None, 0, 0)).train)
     found = ours(DataConfig(train_data_path=tuple(three)), (whole, 0, 0)).train
-    expected = megatron_datasets((whole, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[(three, None), None, None])[0]
+    expected = megatron_datasets(
+        (whole, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[(three, None), None, None]
+    )[0]
     assert_same(found, expected)
 
 
@@ -149,9 +179,13 @@ def test_weights_are_rounded_as_often_as_megatron_core_rounds_them(tmp_path):
     once = normalise(weights)
     assert (index.blending_indices(once, 60)[0] != index.blending_indices(normalise(once), 60)[0]).any()
     prefixes = [write_corpus(tmp_path / str(i), [40] * 10, seed=i) for i in range(6)]
-    words = tuple(word for weight, prefix in zip(weights, prefixes, strict=True) for word in (str(weight), prefix))
+    words = tuple(
+        word for weight, prefix in zip(weights, prefixes, strict=True) for word in (str(weight), prefix)
+    )
     found = ours(DataConfig(train_data_path=words), (60, 0, 0)).train
-    expected = megatron_datasets((60, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[(prefixes, weights), None, None])[0]
+    expected = megatron_datasets(
+        (60, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[(prefixes, weights), None, None]
+    )[0]
     assert_same(found, expected)
 
 
@@ -160,7 +194,10 @@ def test_each_split_may_have_files_of_its_own(three):
     samples = (300, 40, 7)
     data = DataConfig(train_data_path=("0.9", a, "0.1", b), valid_data_path=(b, c), test_data_path=("2.0", c))
     expected = megatron_datasets(
-        samples, seq_length=SEQ_LENGTH, seed=SEED, blend_per_split=[([a, b], [0.9, 0.1]), ([b, c], None), ([c], [2.0])]
+        samples,
+        seq_length=SEQ_LENGTH,
+        seed=SEED,
+        blend_per_split=[([a, b], [0.9, 0.1]), ([b, c], None), ([c], [2.0])],
     )
     found = ours(data, samples)
     for mine, theirs in zip((found.train, found.valid, found.test), expected, strict=True):
@@ -170,7 +207,9 @@ def test_each_split_may_have_files_of_its_own(three):
 
 def test_one_prefix_with_a_weight_is_megatron_cores_blend_of_one(three):
     found = ours(DataConfig(data_path=("1.0", three[0]), split="1"), (200, 0, 0)).train
-    expected = megatron_datasets((200, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend=([three[0]], [1.0]), split="1,0,0")[0]
+    expected = megatron_datasets(
+        (200, 0, 0), seq_length=SEQ_LENGTH, seed=SEED, blend=([three[0]], [1.0]), split="1,0,0"
+    )[0]
     assert isinstance(found, BlendedDataset)
     assert_same(found, expected)
 
@@ -187,7 +226,9 @@ def test_a_blend_without_weights_goes_on_after_one_epoch(three):
 
 
 def test_a_set_never_runs_out_of_samples(tmp_path):
-    """A blend of many sets can draw more from one than its part and the surplus of 0.5 %; megatron-core gives up there."""
+    """A blend of many sets can draw more from one than its part and the surplus of 0.5 %; megatron-core gives
+    up there.
+    """
     weights = np.random.default_rng(5).random(60) ** 3 + 1e-3
     prefixes = [write_corpus(tmp_path / str(i), [SEQ_LENGTH + 1], seed=i) for i in range(60)]
     words = [word for weight, prefix in zip(weights, prefixes, strict=True) for word in (str(weight), prefix)]
@@ -244,8 +285,14 @@ def test_a_blend_with_weights_needs_a_number_of_samples(three):
 
 def test_an_empty_corpus_is_refused(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [])
-    for data in (DataConfig(data_path=(prefix,)), DataConfig(train_data_path=(prefix,)), DataConfig(train_data_path=(prefix, prefix))):
-        with pytest.raises(DataError, match=re.escape(f"{prefix}.idx: the corpus is empty: 0 documents")) as caught:
+    for data in (
+        DataConfig(data_path=(prefix,)),
+        DataConfig(train_data_path=(prefix,)),
+        DataConfig(train_data_path=(prefix, prefix)),
+    ):
+        with pytest.raises(
+            DataError, match=re.escape(f"{prefix}.idx: the corpus is empty: 0 documents")
+        ) as caught:
             ours(data, (5, 5, 5))
         assert "preprocess" in caught.value.remedy
 
@@ -253,7 +300,10 @@ def test_an_empty_corpus_is_refused(tmp_path):
 @pytest.mark.parametrize("sizes", [[16], [4, 4, 4, 4], [0]])
 def test_a_sequence_longer_than_the_data_is_refused(tmp_path, sizes):
     prefix = write_corpus(tmp_path / "corpus", sizes)
-    expected = rf"{prefix}.bin: the train split has {len(sizes)} of its {len(sizes)} documents, with {sum(sizes)} tokens"
+    expected = (
+        rf"{prefix}.bin: the train split has {len(sizes)} of its {len(sizes)} documents, with "
+        rf"{sum(sizes)} tokens"
+    )
     with pytest.raises(DataError, match=re.escape(expected)) as caught:
         ours(DataConfig(train_data_path=(prefix,)), (5, 0, 0))
     assert "--seq-length 16" in caught.value.message and "17" in caught.value.message
@@ -269,7 +319,9 @@ def test_the_shortest_data_that_will_do(tmp_path):
 
 def test_a_split_shorter_than_a_sequence_is_named(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [40] * 9 + [10])
-    with pytest.raises(DataError, match=r"the valid split has 1 of its 10 documents, with 10 tokens.*needs 17") as caught:
+    with pytest.raises(
+        DataError, match=r"the valid split has 1 of its 10 documents, with 10 tokens.*needs 17"
+    ) as caught:
         ours(DataConfig(data_path=(prefix,), split="90,10,0"), (5, 5, 0))
     assert "--split" in caught.value.remedy
 
@@ -281,7 +333,9 @@ def test_a_file_of_a_blend_without_documents_in_a_split_is_named(tmp_path):
 
 
 @every
-@pytest.mark.parametrize(("dtype", "token"), [(np.uint16, 1000), (np.uint16, 65_535), (np.int32, 2**31 - 1), (np.int32, -1)])
+@pytest.mark.parametrize(
+    ("dtype", "token"), [(np.uint16, 1000), (np.uint16, 65_535), (np.int32, 2**31 - 1), (np.int32, -1)]
+)
 def test_a_token_id_beyond_the_vocabulary_is_named(tmp_path, impl, dtype, token):
     sizes = [30, 0, 5, 40, 1, 25]
     prefix = write_corpus(tmp_path / "corpus", sizes, dtype=dtype)
@@ -297,7 +351,10 @@ def test_a_token_id_beyond_the_vocabulary_is_named(tmp_path, impl, dtype, token)
                 assert data[i].max() < 1000
             except DataError as error:
                 found += 1
-                place = f"{prefix}.bin, byte {at * np.dtype(dtype).itemsize}, document {document}: token id {token}"
+                place = (
+                    f"{prefix}.bin, byte {at * np.dtype(dtype).itemsize}, document {document}: token id "
+                    f"{token}"
+                )
                 assert error.message.startswith(place + ", but"), error.message
                 assert "1000 ids: 0 to 999" in error.message
                 assert "--tokenizer-model" in error.remedy

@@ -35,7 +35,9 @@ def test_numbers(prefix: str) -> None:
     assert found["empty documents"] == "1"
     assert found["first tokens"] == "104 101 108"
     for ending in ("bin", "idx"):
-        assert found[f"sha256 .{ending}"] == hashlib.sha256(Path(f"{prefix}.{ending}").read_bytes()).hexdigest()
+        assert (
+            found[f"sha256 .{ending}"] == hashlib.sha256(Path(f"{prefix}.{ending}").read_bytes()).hexdigest()
+        )
     assert "first text" not in found
 
 
@@ -53,7 +55,10 @@ def test_a_name_with_an_ending_is_the_same(prefix: str) -> None:
 
 
 def test_text(prefix: str) -> None:
-    assert describe(prefix, num_first=9, tokenizer=build_tokenizer("ByteTokenizer"))["first text"] == "'hello<|endoftext|>one'"
+    assert (
+        describe(prefix, num_first=9, tokenizer=build_tokenizer("ByteTokenizer"))["first text"]
+        == "'hello<|endoftext|>one'"
+    )
 
 
 def test_a_tokenizer_of_other_data(prefix: str) -> None:

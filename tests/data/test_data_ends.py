@@ -40,7 +40,10 @@ def test_what_is_told(tmp_path: Path, documents: list[list[int]], warns: bool, h
     told = warning_about_ends(ALL, [written(tmp_path / "a", documents, halves=halves)], EOD)
     assert (told is not None) is warns
     if told:
-        assert told.startswith(f"{tmp_path / 'a'}: none of the first documents ends with id 9, by which --reset-attention-mask, --eod-")
+        assert told.startswith(
+            f"{tmp_path / 'a'}: none of the first documents ends with id 9, by which "
+            "--reset-attention-mask, --eod-"
+        )
         assert "mask-loss tell documents apart; preprocess the text with --append-eod" in told
 
 
@@ -48,7 +51,10 @@ def test_once_for_all_files(tmp_path: Path) -> None:
     stores = [written(tmp_path / str(number), [[1, EOD] if number == 2 else [1]]) for number in range(6)]
     told = warning_about_ends(DataConfig(reset_position_ids=True), stores, EOD)
     assert told is not None
-    assert told.startswith(f"{tmp_path}/0, {tmp_path}/1, {tmp_path}/3 and 2 more files: none") and "--reset-position-ids tells" in told
+    assert (
+        told.startswith(f"{tmp_path}/0, {tmp_path}/1, {tmp_path}/3 and 2 more files: none")
+        and "--reset-position-ids tells" in told
+    )
 
 
 def test_nothing_is_told_where_nothing_goes_by_it(tmp_path: Path) -> None:

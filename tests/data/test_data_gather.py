@@ -13,7 +13,13 @@ import pytest
 from megatron_hyperrouter.data.gather import default_root, find_text_files, read_text_file, write_corpus
 from megatron_hyperrouter.errors import DataError
 
-KEPT = {"one.py": "print(1)\n", "deep/er/two.txt": "żółw\n", "deep/README": "# readme\r\n", "three.md": "\ufeffmark", "é.rst": "x"}
+KEPT = {
+    "one.py": "print(1)\n",
+    "deep/er/two.txt": "żółw\n",
+    "deep/README": "# readme\r\n",
+    "three.md": "\ufeffmark",
+    "é.rst": "x",
+}
 
 
 @pytest.fixture
@@ -22,7 +28,13 @@ def tree(tmp_path: Path) -> Path:
     for name, text in KEPT.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text.encode())
-    for name in ("__pycache__/x.py", "site-packages/y.py", "deep/dist-packages/z.py", ".hidden/h.py", ".secret"):
+    for name in (
+        "__pycache__/x.py",
+        "site-packages/y.py",
+        "deep/dist-packages/z.py",
+        ".hidden/h.py",
+        ".secret",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("left out\n")
     (root / "latin.txt").write_bytes(b"caf\xe9 in another encoding")
@@ -43,7 +55,9 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_every_text_file_once_and_nothing_else(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "corpus.jsonl"
     made = write_corpus(str(tree), str(out))
-    assert {line["source"]: line["text"] for line in lines(out)} == {name: text.removeprefix("\ufeff") for name, text in KEPT.items()}
+    assert {line["source"]: line["text"] for line in lines(out)} == {
+        name: text.removeprefix("\ufeff") for name, text in KEPT.items()
+    }
     assert all(list(line) == ["text", "source"] for line in lines(out))
     assert (made.documents, made.size, made.left_out) == (len(KEPT), out.stat().st_size, 5)
     assert os.listdir(out.parent) == ["corpus.jsonl"]
@@ -52,7 +66,9 @@ def test_every_text_file_once_and_nothing_else(tree: Path, tmp_path: Path) -> No
 def test_order_is_that_of_the_hashed_names(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "corpus.jsonl"
     write_corpus(str(tree), str(out))
-    assert [line["source"] for line in lines(out)] == sorted(KEPT, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert [line["source"] for line in lines(out)] == sorted(
+        KEPT, key=lambda name: hashlib.sha256(name.encode()).hexdigest()
+    )
     again = tmp_path / "again.jsonl"
     write_corpus(str(tree) + "/", str(again))
     assert again.read_bytes() == out.read_bytes()
@@ -108,7 +124,11 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a").write_text("a")
     calls: list[tuple[int, int]] = []
-    write_corpus(str(tmp_path / "root"), str(tmp_path / "out"), progress=lambda done, total: calls.append((done, total)))
+    write_corpus(
+        str(tmp_path / "root"),
+        str(tmp_path / "out"),
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls == [(1, 1)]
 
 
@@ -117,7 +137,9 @@ def test_unreadable_is_no_text(tmp_path: Path) -> None:
     assert read_text_file(str(tmp_path)) is None
 
 
-def test_a_folder_that_cannot_be_read_is_told(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_told(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.scandir
 
     def scandir(path: str) -> object:

@@ -22,7 +22,9 @@ IMPLEMENTATIONS = sorted(index.IMPLEMENTATIONS.items())
 native = pytest.mark.skipif("C++" not in index.IMPLEMENTATIONS, reason="the extension is not built")
 every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in IMPLEMENTATIONS])
 
-sizes_lists = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 40)), min_size=1, max_size=30).filter(lambda sizes: sum(sizes) >= 2)
+sizes_lists = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 40)), min_size=1, max_size=30).filter(
+    lambda sizes: sum(sizes) >= 2
+)
 
 
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler")
@@ -56,7 +58,9 @@ def shuffled(sizes: list[int], epochs: int, seed: int) -> tuple[np.ndarray, np.n
 )
 @example(sizes=[0, 5, 0, 1, 1, 0, 9], epochs=1, seq_length=3, drop_last=True, extra=1, seed=0)
 @example(sizes=[4, 4], epochs=1, seq_length=4, drop_last=False, extra=0, seed=0)
-def test_sample_index_is_megatron_cores_and_cuts_the_stream_evenly(impl, sizes, epochs, seq_length, drop_last, extra, seed):
+def test_sample_index_is_megatron_cores_and_cuts_the_stream_evenly(
+    impl, sizes, epochs, seq_length, drop_last, extra, seed
+):
     sizes, order = shuffled(sizes, epochs, seed)
     per_epoch = int(sizes.sum())
     ours = index.sample_index(sizes, order, seq_length, epochs, per_epoch, drop_last, extra, impl=impl)
@@ -65,20 +69,30 @@ def test_sample_index_is_megatron_cores_and_cuts_the_stream_evenly(impl, sizes, 
     partial = (epochs * per_epoch - extra) % seq_length != 0 and not drop_last
     if partial and extra and sizes[order[-1]] == 0:  # there megatron-core ends at token -1
         np.testing.assert_array_equal(ours[:-1], raw[:-1])
-        assert raw[-1, 1] == -1 and ours[-1, 1] == sizes[order[ours[-1, 0]]] - 1 and not sizes[order[ours[-1, 0] + 1 :]].any()
+        assert (
+            raw[-1, 1] == -1
+            and ours[-1, 1] == sizes[order[ours[-1, 0]]] - 1
+            and not sizes[order[ours[-1, 0] + 1 :]].any()
+        )
     else:
         np.testing.assert_array_equal(ours, raw)
 
-    stream = [(position, token) for position, document in enumerate(order) for token in range(sizes[document])]
+    stream = [
+        (position, token) for position, document in enumerate(order) for token in range(sizes[document])
+    ]
     for k in range(len(ours) - 1):
         (first, begin), (last, end) = ours[k], ours[k + 1] + [0, extra]
         read = [
             (position, token)
             for position in range(first, last + 1)
-            for token in range(begin if position == first else 0, end if position == last else sizes[order[position]])
+            for token in range(
+                begin if position == first else 0, end if position == last else sizes[order[position]]
+            )
         ]
         assert read == stream[k * seq_length : (k + 1) * seq_length + extra]
-    assert len(ours) - 1 == ((len(stream) - extra) // seq_length if drop_last else -(-(len(stream) - extra) // seq_length))
+    assert len(ours) - 1 == (
+        (len(stream) - extra) // seq_length if drop_last else -(-(len(stream) - extra) // seq_length)
+    )
 
 
 @every
@@ -107,7 +121,9 @@ def test_rows_are_int64_once_int32_cannot_count_the_documents(impl, monkeypatch)
 def test_document_ids_may_be_int64(impl):
     sizes, order = shuffled([3, 0, 7, 1, 12], 2, seed=5)
     narrow = index.sample_index(sizes, order, 4, 2, 23, impl=impl)
-    np.testing.assert_array_equal(index.sample_index(sizes, order.astype(np.int64), 4, 2, 23, impl=impl), narrow)
+    np.testing.assert_array_equal(
+        index.sample_index(sizes, order.astype(np.int64), 4, 2, 23, impl=impl), narrow
+    )
 
 
 @every
@@ -116,13 +132,22 @@ def test_counts_beyond_32_bits_are_exact(impl):
     sizes, order = np.full(3, size, np.int32), np.tile(np.arange(3, dtype=np.int32), epochs)
     total = 3 * size * epochs
     for drop_last, rows in ((True, (total - 1) // seq_length), (False, -(-(total - 1) // seq_length))):
-        found = index.sample_index(sizes, order, seq_length, epochs, 3 * size, drop_last, 1, impl=impl).tolist()
+        found = index.sample_index(
+            sizes, order, seq_length, epochs, 3 * size, drop_last, 1, impl=impl
+        ).tolist()
         assert len(found) - 1 == rows
         short = [] if drop_last else [found.pop()]
         assert short in ([], [[len(order) - 1, size - 1]])
-        assert [position * size + token for position, token in found] == [k * seq_length for k in range(len(found))]
+        assert [position * size + token for position, token in found] == [
+            k * seq_length for k in range(len(found))
+        ]
         if drop_last:
-            assert found == helpers.build_sample_idx_int64(sizes, order, seq_length, epochs, 3 * size, True, 1).tolist()
+            assert (
+                found
+                == helpers.build_sample_idx_int64(
+                    sizes, order, seq_length, epochs, 3 * size, True, 1
+                ).tolist()
+            )
 
 
 @every
@@ -133,7 +158,9 @@ def test_a_result_of_whole_pages_and_parts_of_them_is_complete_and_its_own(impl,
     expected = helpers.build_sample_idx_int32(sizes, order, 1, 1, tokens, True, 0)
     np.testing.assert_array_equal(found, expected)
     found += 1  # writable, and nobody else's
-    np.testing.assert_array_equal(index.sample_index(sizes, order, 1, 1, tokens, True, 0, impl=impl), found - 1)
+    np.testing.assert_array_equal(
+        index.sample_index(sizes, order, 1, 1, tokens, True, 0, impl=impl), found - 1
+    )
 
 
 @native
@@ -157,7 +184,9 @@ def test_sizes_may_lie_at_an_odd_byte(impl):
     sizes, order = shuffled([3, 0, 7, 1, 12], 2, seed=5)
     odd = np.frombuffer(b"\0\0\0" + sizes.tobytes(), np.int32, len(sizes), 3)
     assert not odd.flags.aligned
-    np.testing.assert_array_equal(index.sample_index(odd, order, 4, 2, 23, impl=impl), index.sample_index(sizes, order, 4, 2, 23))
+    np.testing.assert_array_equal(
+        index.sample_index(odd, order, 4, 2, 23, impl=impl), index.sample_index(sizes, order, 4, 2, 23)
+    )
 
 
 @every
@@ -175,10 +204,14 @@ def test_sizes_may_lie_at_an_odd_byte(impl):
         ([2**31], [0], 2, 1, 9, 1, "sizes must fit int32"),
     ],
 )
-def test_arguments_that_contradict_each_other_are_refused(impl, sizes, order, seq_length, epochs, per_epoch, extra, message):
+def test_arguments_that_contradict_each_other_are_refused(
+    impl, sizes, order, seq_length, epochs, per_epoch, extra, message
+):
     for drop_last in (True, False):
         with pytest.raises(ValueError, match=message):
-            index.sample_index(sizes, np.array(order, np.int32), seq_length, epochs, per_epoch, drop_last, extra, impl=impl)
+            index.sample_index(
+                sizes, np.array(order, np.int32), seq_length, epochs, per_epoch, drop_last, extra, impl=impl
+            )
 
 
 @every
@@ -192,7 +225,12 @@ def test_a_document_that_is_not_there_is_refused(impl, bad):
 
 
 @every
-@given(size=st.integers(0, 3000), seed=st.integers(0, 2**32 - 1), used=st.integers(0, 700), kind=st.sampled_from(["<i4", "<u4", "<i8"]))
+@given(
+    size=st.integers(0, 3000),
+    seed=st.integers(0, 2**32 - 1),
+    used=st.integers(0, 700),
+    kind=st.sampled_from(["<i4", "<u4", "<i8"]),
+)
 @example(size=2, seed=0, used=624, kind="<i4")
 @example(size=4096, seed=1, used=1, kind="<u4")
 @example(size=4097, seed=1, used=623, kind="<u4")
@@ -239,7 +277,13 @@ def test_shuffle_index_refuses_a_part_larger_than_the_whole():
 
 
 @every
-@given(first=st.integers(0, 50), count=st.integers(1, 60), epochs=st.integers(1, 5), separate=st.booleans(), seed=st.integers(0, 1000))
+@given(
+    first=st.integers(0, 50),
+    count=st.integers(1, 60),
+    epochs=st.integers(1, 5),
+    separate=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_document_index_is_megatron_cores(impl, first, count, epochs, separate, seed):
     documents = np.arange(first, first + count, dtype=np.int32)
     expected = gpt_dataset._build_document_index(documents, epochs, np.random.RandomState(seed), separate)
@@ -270,7 +314,10 @@ def megatron_blend(weights: list[float], size: int) -> tuple[np.ndarray, np.ndar
 
 @every
 @given(
-    weights=st.lists(st.one_of(st.sampled_from([0.25, 0.5, 1.0]), st.floats(1e-4, 1.0)), min_size=1, max_size=90), size=st.integers(0, 150)
+    weights=st.lists(
+        st.one_of(st.sampled_from([0.25, 0.5, 1.0]), st.floats(1e-4, 1.0)), min_size=1, max_size=90
+    ),
+    size=st.integers(0, 150),
 )
 @example(weights=[0.125] * 8, size=80)  # nothing but ties
 @example(weights=[1 / 97] * 97, size=300)
@@ -278,7 +325,9 @@ def megatron_blend(weights: list[float], size: int) -> tuple[np.ndarray, np.ndar
 def test_blending_indices_are_megatron_cores(impl, weights, size):
     sets, samples = index.blending_indices(weights, size, impl=impl)
     assert sets.dtype == np.int16 and samples.dtype == np.int64
-    assert list(zip(sets.tolist(), samples.tolist(), strict=True)) == blend_by_loop(weights, [np.inf] * len(weights), size)
+    assert list(zip(sets.tolist(), samples.tolist(), strict=True)) == blend_by_loop(
+        weights, [np.inf] * len(weights), size
+    )
     for found, expected in zip((sets, samples), megatron_blend(weights, size), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -291,10 +340,14 @@ def test_blending_indices_are_megatron_cores(impl, weights, size):
 def test_exhaustive_blending_indices_are_megatron_cores(impl, sizes):
     sets, samples = index.exhaustive_blending_indices(sizes, impl=impl)
     expected_sets, expected_samples = np.zeros(sum(sizes), np.int16), np.zeros(sum(sizes), np.int64)
-    helpers.build_exhaustive_blending_indices(expected_sets, expected_samples, np.array(sizes, np.int64), len(sizes))
+    helpers.build_exhaustive_blending_indices(
+        expected_sets, expected_samples, np.array(sizes, np.int64), len(sizes)
+    )
     np.testing.assert_array_equal(sets, expected_sets)
     np.testing.assert_array_equal(samples, expected_samples)
-    assert sorted(zip(sets.tolist(), samples.tolist(), strict=True)) == [(i, n) for i, size in enumerate(sizes) for n in range(size)]
+    assert sorted(zip(sets.tolist(), samples.tolist(), strict=True)) == [
+        (i, n) for i, size in enumerate(sizes) for n in range(size)
+    ]
 
 
 @every
@@ -316,7 +369,9 @@ def test_many_sets_and_many_samples_in_every_implementation(impl):
     random = np.random.default_rng(0)
     weights = random.random(300) + 0.01
     weights /= weights.sum()
-    for found, expected in zip(index.blending_indices(weights, 5000, impl=impl), megatron_blend(weights.tolist(), 5000), strict=True):
+    for found, expected in zip(
+        index.blending_indices(weights, 5000, impl=impl), megatron_blend(weights.tolist(), 5000), strict=True
+    ):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -336,7 +391,9 @@ def test_what_the_candidates_leave_out_is_never_furthest_behind(kind, count):
     }[kind]
     if kind in ("random", "few heavy", "one heavy"):
         weights /= weights.sum()
-    for found, expected in zip(index.blending_indices(weights, 60_000), megatron_blend(weights.tolist(), 60_000), strict=True):
+    for found, expected in zip(
+        index.blending_indices(weights, 60_000), megatron_blend(weights.tolist(), 60_000), strict=True
+    ):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -428,7 +485,18 @@ def test_gather_refuses_documents_outside_the_file(impl):
         ([0], POINTERS, SIZES + 2**30),
     ):
         with pytest.raises(IndexError):
-            impl.gather(TOKENS, pointers, sizes.astype(np.int32), np.array(order, np.int32), 0, 0, 0, 3, 100, np.zeros(3, np.int64))
+            impl.gather(
+                TOKENS,
+                pointers,
+                sizes.astype(np.int32),
+                np.array(order, np.int32),
+                0,
+                0,
+                0,
+                3,
+                100,
+                np.zeros(3, np.int64),
+            )
 
 
 # ---- the extension itself ----
@@ -457,7 +525,9 @@ def test_the_extension_copies_no_array_in_silence():
 
 @native
 def test_other_threads_run_while_the_extension_works():
-    """With so long a switch interval another thread runs during the call only if the call lets go of the interpreter's lock."""
+    """With so long a switch interval another thread runs during the call only if the call lets go of the
+    interpreter's lock.
+    """
     done, steps = threading.Event(), [0]
 
     def count() -> None:

@@ -1,4 +1,6 @@
-"""Indices where numbers change their width, and with arguments that no caller gives: the extension and its twin agree, or both refuse."""
+"""Indices where numbers change their width, and with arguments that no caller gives: the extension and its
+twin agree, or both refuse.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_sizes_on_both_sides_of_16_bits_in_as_many_documents_as_are_narrowed(cou
     for ids in (order, order.astype(np.int64)):
         wide = index.IMPLEMENTATIONS["C++"].sample_index(sizes, ids, seq_length, samples, tokens, 1, True)
         assert wide.dtype == np.int64
-        np.testing.assert_array_equal(wide, helpers.build_sample_idx_int64(sizes, order, seq_length, 1, tokens, True, 1))
+        np.testing.assert_array_equal(
+            wide, helpers.build_sample_idx_int64(sizes, order, seq_length, 1, tokens, True, 1)
+        )
 
 
 @native
@@ -61,7 +65,9 @@ def test_a_part_of_many_documents_and_several_epochs_of_them():
         order = np.tile(np.random.default_rng(count).permutation(everyone)[:count], 2)
         tokens = int(sizes[order].sum()) // 2
         asked = (sizes, order, 100, 2, tokens, False)
-        np.testing.assert_array_equal(index.sample_index(*asked), index.sample_index(*asked, impl=_numpy_index))
+        np.testing.assert_array_equal(
+            index.sample_index(*asked), index.sample_index(*asked, impl=_numpy_index)
+        )
     with pytest.raises(ValueError, match=r"sizes\[77\] = -5 is negative"):
         index.sample_index(sizes, np.arange(2**18, dtype=np.int32), 100, 1, tokens, False)
 
@@ -70,10 +76,14 @@ def test_a_part_of_many_documents_and_several_epochs_of_them():
 
 
 @native
-@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="there a request that cannot be met ends the process")
+@pytest.mark.skipif(
+    "ASAN_OPTIONS" in os.environ, reason="there a request that cannot be met ends the process"
+)
 def test_rows_that_the_system_has_no_memory_for_are_refused():
     with pytest.raises(MemoryError):
-        index.IMPLEMENTATIONS["C++"].sample_index(np.ones(1, np.int32), np.zeros(1, np.int32), 1, 2**55, 5, 1, False)
+        index.IMPLEMENTATIONS["C++"].sample_index(
+            np.ones(1, np.int32), np.zeros(1, np.int32), 1, 2**55, 5, 1, False
+        )
 
 
 ids = st.one_of(st.integers(-1, 8), st.sampled_from([2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63)]))
@@ -95,8 +105,18 @@ wholes = st.one_of(st.integers(-1, 12), st.sampled_from([2**31, 2**62, 2**63 - 1
 @example(sizes=[3], order=[0], seq_length=1, num_samples=2**63 - 1, num_tokens=3, extra=1, wide=False)
 @example(sizes=[0, 0], order=[0, 1], seq_length=1, num_samples=1, num_tokens=0, extra=1, wide=True)
 @example(sizes=[2, 0], order=[0, 1], seq_length=2**62, num_samples=1, num_tokens=2, extra=1, wide=True)
-@example(sizes=[2**31 - 1], order=[0, 0], seq_length=2**31, num_samples=1, num_tokens=2**32 - 2, extra=0, wide=False)
-def test_sample_index_takes_what_the_twin_takes(sizes, order, seq_length, num_samples, num_tokens, extra, wide):
+@example(
+    sizes=[2**31 - 1],
+    order=[0, 0],
+    seq_length=2**31,
+    num_samples=1,
+    num_tokens=2**32 - 2,
+    extra=0,
+    wide=False,
+)
+def test_sample_index_takes_what_the_twin_takes(
+    sizes, order, seq_length, num_samples, num_tokens, extra, wide
+):
     given_sizes = np.array(sizes, np.int32)
     kinds = [np.int64, np.int32] if all(-(2**31) <= number < 2**31 for number in order) else [np.int64]
     for kind in kinds:
@@ -109,13 +129,26 @@ def test_sample_index_takes_what_the_twin_takes(sizes, order, seq_length, num_sa
 
 
 @native
-@given(data=st.data(), sizes=st.lists(st.integers(0, 9), min_size=1, max_size=9), seq_length=st.integers(1, 12), extra=st.integers(0, 1))
+@given(
+    data=st.data(),
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=9),
+    seq_length=st.integers(1, 12),
+    extra=st.integers(0, 1),
+)
 def test_fewer_or_more_samples_than_the_documents_hold(data, sizes, seq_length, extra):
     order = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=40))
     tokens = sum(sizes[document] for document in order)
     assume(tokens > extra)
     num_samples = data.draw(st.integers(0, (tokens - extra) // seq_length + 2))
-    asked = (np.array(sizes, np.int32), np.array(order, np.int32), seq_length, num_samples, tokens, extra, False)
+    asked = (
+        np.array(sizes, np.int32),
+        np.array(order, np.int32),
+        seq_length,
+        num_samples,
+        tokens,
+        extra,
+        False,
+    )
     found = outcome(index.IMPLEMENTATIONS["C++"], "sample_index", *asked)
     assert found == outcome(_numpy_index, "sample_index", *asked)
     assert (found is None) == (num_samples > (tokens - extra) // seq_length + 1)
@@ -123,7 +156,9 @@ def test_fewer_or_more_samples_than_the_documents_hold(data, sizes, seq_length, 
 
 @native
 @given(
-    pointers=st.lists(st.one_of(st.integers(-3, 9), st.sampled_from([2**62, 2**63 - 1, -(2**63)])), min_size=3, max_size=3),
+    pointers=st.lists(
+        st.one_of(st.integers(-3, 9), st.sampled_from([2**62, 2**63 - 1, -(2**63)])), min_size=3, max_size=3
+    ),
     sizes=st.lists(lengths, min_size=3, max_size=3),
     order=st.lists(st.integers(0, 3), max_size=5),
     span=st.tuples(*[st.one_of(st.integers(-1, 5), st.sampled_from([2**62, 2**63 - 1, -(2**63)]))] * 4),
@@ -139,7 +174,15 @@ def test_gather_takes_what_the_twin_takes(pointers, sizes, order, span, limit, k
     found = []
     for impl in (index.IMPLEMENTATIONS["C++"], _numpy_index):
         out = np.zeros(length, np.int64)
-        asked = (tokens, np.array(pointers, np.int64), np.array(sizes, np.int32), np.array(order, np.int32), *span, limit, out)
+        asked = (
+            tokens,
+            np.array(pointers, np.int64),
+            np.array(sizes, np.int32),
+            np.array(order, np.int32),
+            *span,
+            limit,
+            out,
+        )
         bad = outcome(impl, "gather", *asked)
         found.append((bad, None if bad is None else out.tolist()))
     assert found[0] == found[1]

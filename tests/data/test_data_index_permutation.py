@@ -1,4 +1,6 @@
-"""Keyed permutations: C++ and the NumPy twin give the same one, which holds each number once and looks random."""
+"""Keyed permutations: C++ and the NumPy twin give the same one, which holds each number once and looks
+random.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,24 @@ def test_permutations_of_huge_sizes_are_the_same_in_every_implementation(size, k
 
 
 def test_every_key_names_another_permutation_and_every_place_gets_every_number():
-    """A chi-square of numbers over places: 99 % of random tables stay below 1155 with 32 x 32 - 2 x 32 + 1 = 961 degrees of freedom."""
+    """A chi-square of numbers over places: 99 % of random tables stay below 1155 with 32 x 32 - 2 x 32 + 1 =
+    961 degrees of freedom.
+    """
     size, draws = 32, 4000
     counts = np.zeros((size, size))
     for number in range(draws):
         counts[np.arange(size), index._numpy_index.permutation(size, index.key_of(number))] += 1
     assert ((counts - draws / size) ** 2 / (draws / size)).sum() < 1155
-    assert len({tuple(index._numpy_index.permutation(6, index.key_of(number))) for number in range(8000)}) > 690, "of 720 orders"
+    assert (
+        len({tuple(index._numpy_index.permutation(6, index.key_of(number))) for number in range(8000)}) > 690
+    ), "of 720 orders"
 
 
 def test_keys_change_with_every_number():
-    found = [index.key_of(*numbers) for numbers in ((0,), (1,), (-1,), (0, 0), (0, 1), (1, 0), (2**40, 3), (2**64, 1))]
+    found = [
+        index.key_of(*numbers)
+        for numbers in ((0,), (1,), (-1,), (0, 0), (0, 1), (1, 0), (2**40, 3), (2**64, 1))
+    ]
     assert len(set(found)) == len(found) and all(0 <= key < 2**64 for key in found)
 
 

@@ -24,7 +24,11 @@ def test_globs_are_sorted_and_names_keep_their_order(tmp_path: Path, monkeypatch
     for name in ("b/2.jsonl", "b/10.jsonl", "b/c/1.jsonl", "a.jsonl", "odd[1].jsonl", "b/d.jsonl/x"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("{}")
-    assert expand(["b/*.jsonl", "a.jsonl"]) == ["b/10.jsonl", "b/2.jsonl", "a.jsonl"]  # the folder b/d.jsonl is no file
+    assert expand(["b/*.jsonl", "a.jsonl"]) == [
+        "b/10.jsonl",
+        "b/2.jsonl",
+        "a.jsonl",
+    ]  # the folder b/d.jsonl is no file
     assert expand(["b/**/*.jsonl"]) == ["b/10.jsonl", "b/2.jsonl", "b/c/1.jsonl"]
     assert expand(["odd[1].jsonl"]) == ["odd[1].jsonl"]
     assert expand(["a.jsonl", "a.jsonl", "gone.jsonl"]) == ["a.jsonl", "a.jsonl", "gone.jsonl"]
@@ -51,7 +55,15 @@ def test_parts_are_the_whole_end_to_end(total: int, of: int) -> None:
 def test_shard_flags() -> None:
     assert parse_part(None, None) == parse_part(None, 1) == parse_part("1/1", None) == WHOLE
     assert parse_part("2/4", None) == parse_part("2", 4) == parse_part("2/4", 4) == Part(2, 4)
-    for text, partitions in (("0/4", None), ("5/4", None), ("2", None), ("2/4", 5), ("a/b", None), ("1/0", None), ("-1/4", None)):
+    for text, partitions in (
+        ("0/4", None),
+        ("5/4", None),
+        ("2", None),
+        ("2/4", 5),
+        ("a/b", None),
+        ("1/0", None),
+        ("-1/4", None),
+    ):
         with pytest.raises(ConfigError, match=r"--shard = .*must be I/N with 1 <= I <= N"):
             parse_part(text, partitions)
     with pytest.raises(ConfigError, match=r"--partitions = 4: says in how many parts, and not which"):
@@ -80,7 +92,9 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize(("name", "case"), [(name, n) for name, cases in FOREIGN.items() for n in range(len(cases))])
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, n) for name, cases in FOREIGN.items() for n in range(len(cases))]
+)
 def test_a_foreign_file_is_told_by_what_it_is(tmp_path: Path, name: str, case: int) -> None:
     data, message, remedy = FOREIGN[name][case]
     (tmp_path / name).write_bytes(data)
@@ -100,7 +114,9 @@ def test_a_hollow_file_is_truncated_and_an_empty_text_is_not(tmp_path: Path) -> 
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.zst", "d.parquet", "e.txt")]
     for path in paths:
         path.touch()
-    with pytest.raises(DataError, match=r"0 bytes, without even a header: [^,]*b\.jsonl\.gz, [^,]*c\.zst, [^,]*d\.parquet\n") as caught:
+    with pytest.raises(
+        DataError, match=r"0 bytes, without even a header: [^,]*b\.jsonl\.gz, [^,]*c\.zst, [^,]*d\.parquet\n"
+    ) as caught:
         total_bytes([str(path) for path in paths])
     assert "truncated" in caught.value.remedy
     assert total_bytes([str(paths[0]), str(paths[4])]) == 0

@@ -46,7 +46,11 @@ def test_every_way_to_cut_the_last_line_loses_that_line_alone(path: str) -> None
     lines = whole.splitlines(keepends=True)
     for cut in range(len(whole)):
         Path(path).write_bytes(whole[:cut])
-        kept = sum(len(b"".join(lines[: number + 2])) <= cut for number in range(2)) if cut >= len(lines[0]) else 0
+        kept = (
+            sum(len(b"".join(lines[: number + 2])) <= cut for number in range(2))
+            if cut >= len(lines[0])
+            else 0
+        )
         assert records(path) == RECORDS[:kept], cut
         journal = Journal(path, SETTINGS, INPUTS)
         journal.append({"n": 3})
@@ -72,7 +76,10 @@ def test_other_settings_are_named(path: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([INPUTS[0], ("b.jsonl", 21, 222)], r"b\.jsonl: the input has changed since .*had 20 bytes, and has 21"),
+        (
+            [INPUTS[0], ("b.jsonl", 21, 222)],
+            r"b\.jsonl: the input has changed since .*had 20 bytes, and has 21",
+        ),
         ([INPUTS[0], ("b.jsonl", 20, 223)], r"b\.jsonl: the input has changed since"),
         ([INPUTS[0], ("c.jsonl", 20, 222)], r"c\.jsonl: the input was b\.jsonl"),
         (INPUTS[:1], "1 inputs, and 2 in the unfinished run"),
@@ -97,7 +104,9 @@ def test_a_second_process_is_refused(path: str) -> None:
     assert records(path) == RECORDS
 
 
-def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a third process would find no journal, and write the same files."""
     real = fcntl.flock
 
@@ -114,7 +123,9 @@ def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(pa
     journal.close(remove=True)
 
 
-@pytest.mark.parametrize("foreign", [b"Dear diary", b"[1]\n", b'{"version": 0, \n'.replace(b"version", b"edition"), b"\0\0text"])
+@pytest.mark.parametrize(
+    "foreign", [b"Dear diary", b"[1]\n", b'{"version": 0, \n'.replace(b"version", b"edition"), b"\0\0text"]
+)
 def test_another_file_of_that_name_is_left_alone(path: str, foreign: bytes) -> None:
     Path(path).write_bytes(foreign)
     for overwrite in (False, True):

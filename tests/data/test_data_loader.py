@@ -105,7 +105,9 @@ def test_ranks_share_out_each_global_batch(batch, micro_batches, data_size, star
     for stream in streams:
         assert next(stream, None) is None
         stream.close()
-    assert sorted(dataset.read) == list(range(start * together, (start + steps) * together)), "each sample once, none before the start"
+    assert sorted(dataset.read) == list(range(start * together, (start + steps) * together)), (
+        "each sample once, none before the start"
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -119,7 +121,13 @@ def test_a_later_start_reads_on_where_the_first_run_stopped(num_workers):
 def test_real_data_is_the_same_with_and_without_workers(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [50, 3, 0, 70, 41] * 4)
     data = build_splits(
-        DataConfig(train_data_path=(prefix,)), seq_length=8, seed=1, vocab_size=1000, train_samples=160, valid_samples=0, test_samples=0
+        DataConfig(train_data_path=(prefix,)),
+        seq_length=8,
+        seed=1,
+        vocab_size=1000,
+        train_samples=160,
+        valid_samples=0,
+        test_samples=0,
     ).train
     read = []
     for num_workers in (0, 1, 4):
@@ -259,14 +267,17 @@ from megatron_hyperrouter.data.loader import Batches
 class Zeros:
     def __len__(self): return 10**9
     def __getitem__(self, i): return np.zeros(9, np.int64)
-stream = Batches(Zeros(), micro_batch_size=1, global_batch_size=1, data_rank=0, data_size=1, start_step=0, num_steps=10**9, num_workers=3)
+stream = Batches(Zeros(), micro_batch_size=1, global_batch_size=1, data_rank=0, data_size=1,
+start_step=0, num_steps=10**9, num_workers=3)
 next(stream)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
 def test_a_signal_to_the_process_leaves_the_batches_alone():
-    """Launchers send SIGTERM to every process of a run; readers that were processes would die before the last checkpoint."""
+    """Launchers send SIGTERM to every process of a run; readers that were processes would die before the
+    last checkpoint.
+    """
     got = []
     before = signal.signal(signal.SIGTERM, lambda *_: got.append(True))
     try:

@@ -1,4 +1,6 @@
-"""A dataset is megatron-core's, sample for sample, over random corpora, blends, splits, lengths, epochs and seeds."""
+"""A dataset is megatron-core's, sample for sample, over random corpora, blends, splits, lengths, epochs and
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,16 @@ from megatron_hyperrouter.data.dataset import Dataset, build_splits
 from megatron_hyperrouter.errors import DataError
 
 NAMES = ("train", "valid", "test")
-in_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=100)
+in_tmp_path = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+    max_examples=100,
+)
 
 
-def ours(words: tuple[str, ...], split: str | None, number: int, samples: int | None, **order: int) -> Dataset | None:
+def ours(
+    words: tuple[str, ...], split: str | None, number: int, samples: int | None, **order: int
+) -> Dataset | None:
     """Split ``number`` alone; without ``split`` the files are its own."""
     wanted: Any = {f"{name}_samples": samples if place == number else 0 for place, name in enumerate(NAMES)}
     if split:
@@ -33,11 +41,22 @@ def ours(words: tuple[str, ...], split: str | None, number: int, samples: int | 
     return found
 
 
-def theirs(prefixes: list[str], weights: list[float] | None, split: str | None, number: int, samples: int | None, **order: int) -> Any:
+def theirs(
+    prefixes: list[str],
+    weights: list[float] | None,
+    split: str | None,
+    number: int,
+    samples: int | None,
+    **order: int,
+) -> Any:
     """The same from megatron-core's own builder."""
     each = [(prefixes, weights) if place == number else None for place in range(3)]
-    where: dict[str, Any] = {"blend": (prefixes, weights), "split": split} if split else {"blend_per_split": each}
-    return megatron_datasets(tuple(samples if place == number else 0 for place in range(3)), **order, **where)[number]
+    where: dict[str, Any] = (
+        {"blend": (prefixes, weights), "split": split} if split else {"blend_per_split": each}
+    )
+    return megatron_datasets(
+        tuple(samples if place == number else 0 for place in range(3)), **order, **where
+    )[number]
 
 
 def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> None:
@@ -45,7 +64,9 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
 
     @in_tmp_path
     @given(
-        corpora=st.lists(st.lists(st.sampled_from([0, 1, 2, 17, 40, 90]), min_size=8, max_size=40), min_size=1, max_size=4),
+        corpora=st.lists(
+            st.lists(st.sampled_from([0, 1, 2, 17, 40, 90]), min_size=8, max_size=40), min_size=1, max_size=4
+        ),
         weights=st.one_of(st.none(), st.lists(st.floats(0.01, 100.0), min_size=4, max_size=4)),
         split=st.sampled_from([None, "2,1,1", "1,1,0", "1,0,0", "90,5,5"]),
         number=st.sampled_from([0, 1, 2]),
@@ -53,9 +74,21 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         samples=st.one_of(st.integers(1, 40), st.integers(1, 1500), st.none()),
         seed=st.integers(0, 2**32 - 1),
     )
-    @example(corpora=[[30] * 9], weights=[1.0] * 4, split="1,0,0", number=0, seq_length=5, samples=200, seed=1)
-    @example(corpora=[[30] * 9, [7] * 50], weights=None, split=None, number=2, seq_length=5, samples=40, seed=1)
-    @example(corpora=[[30] * 9, [7] * 50], weights=[1.0, 2.0, 1.0, 1.0], split="2,1,1", number=1, seq_length=5, samples=90, seed=1)
+    @example(
+        corpora=[[30] * 9], weights=[1.0] * 4, split="1,0,0", number=0, seq_length=5, samples=200, seed=1
+    )
+    @example(
+        corpora=[[30] * 9, [7] * 50], weights=None, split=None, number=2, seq_length=5, samples=40, seed=1
+    )
+    @example(
+        corpora=[[30] * 9, [7] * 50],
+        weights=[1.0, 2.0, 1.0, 1.0],
+        split="2,1,1",
+        number=1,
+        seq_length=5,
+        samples=90,
+        seed=1,
+    )
     def compare(
         corpora: list[list[int]],
         weights: list[float] | None,
@@ -65,17 +98,26 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         samples: int | None,
         seed: int,
     ) -> None:
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))  # megatron-core would find the index of the last corpus under this name
-        prefixes = [write_corpus(folder / str(place), sizes, seed=place) for place, sizes in enumerate(corpora)]
+        folder = Path(
+            tempfile.mkdtemp(dir=tmp_path)
+        )  # megatron-core would find the index of the last corpus under this name
+        prefixes = [
+            write_corpus(folder / str(place), sizes, seed=place) for place, sizes in enumerate(corpora)
+        ]
         weights = None if weights is None else weights[: len(corpora)]
         if weights is not None and samples is None:
             samples = 50  # such a blend has no epoch
         words = (
-            tuple(prefixes) if weights is None else tuple(word for pair in zip(map(str, weights), prefixes, strict=True) for word in pair)
+            tuple(prefixes)
+            if weights is None
+            else tuple(word for pair in zip(map(str, weights), prefixes, strict=True) for word in pair)
         )
         order = {"seq_length": seq_length, "seed": seed}
         spans = [split_documents(split or "1,0,0", len(sizes)) for sizes in corpora]
-        tokens = [[sum(sizes[part.start : part.stop]) for part in three] for sizes, three in zip(corpora, spans, strict=True)]
+        tokens = [
+            [sum(sizes[part.start : part.stop]) for part in three]
+            for sizes, three in zip(corpora, spans, strict=True)
+        ]
         own = [three[number if split else 0] for three in tokens]
         try:
             mine = ours(words, split, number, samples, **order)
@@ -88,8 +130,12 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
             met["no documents"] += 1
             return
         assert min(own) > seq_length
-        if split and any(share and not sums[place] for sums in tokens for place, share in enumerate(split_shares(split))):
-            met["a split without tokens"] += 1  # megatron-core counts epochs for ever, of a split that nobody asked for
+        if split and any(
+            share and not sums[place] for sums in tokens for place, share in enumerate(split_shares(split))
+        ):
+            met["a split without tokens"] += (
+                1  # megatron-core counts epochs for ever, of a split that nobody asked for
+            )
             return
         if weights is None and samples is not None and len(corpora) > 1:
             once = ours(words, split, number, None, **order)
@@ -101,9 +147,18 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         assert len(mine) == len(expected)
         for i in {*range(min(len(mine), 40)), *range(max(len(mine) - 40, 0), len(mine))}:
             np.testing.assert_array_equal(mine[i], megatron_sample(expected, i))
-        met[f"{NAMES[number]}, {'weights' if weights else 'no weights'}, {'one' if len(corpora) == 1 else 'several'}"] += 1
+        met[
+            f"{NAMES[number]}, {'weights' if weights else 'no weights'}, "
+            f"{'one' if len(corpora) == 1 else 'several'}"
+        ] += 1
 
     compare()
     compared = [name.split(", ") for name in met.elements() if ", " in name]
     assert len(compared) > 30, met
-    assert {name for kinds in compared for name in kinds} == {*NAMES, "weights", "no weights", "one", "several"}, met
+    assert {name for kinds in compared for name in kinds} == {
+        *NAMES,
+        "weights",
+        "no weights",
+        "one",
+        "several",
+    }, met

@@ -1,4 +1,6 @@
-"""Shards made apart and joined are the bytes of one run; manifests tell what is missing, damaged or of other settings."""
+"""Shards made apart and joined are the bytes of one run; manifests tell what is missing, damaged or of other
+settings.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,14 @@ ENDINGS = (".bin", ".idx", ".manifest.json")
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
-    records = [{"text": [f"document {n}", "", "x" * (n % 5)] if n % 3 else "", "note": f"note {n}"} for n in range(40)]
-    lines = ["".join(json.dumps(record) + "\n" for record in records[begin : begin + 20]).encode() for begin in (0, 20)]
+    records = [
+        {"text": [f"document {n}", "", "x" * (n % 5)] if n % 3 else "", "note": f"note {n}"}
+        for n in range(40)
+    ]
+    lines = [
+        "".join(json.dumps(record) + "\n" for record in records[begin : begin + 20]).encode()
+        for begin in (0, 20)
+    ]
     (tmp_path / "a.jsonl").write_bytes(lines[0])
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines[1]))
     (tmp_path / "c.txt").write_text("plain text\n")
@@ -46,7 +54,9 @@ def shards(tmp_path: Path, inputs: list[str], of: int, recipe: Recipe = RECIPE) 
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 11, 64])
-def test_shards_end_to_end_are_one_run(tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, of: int) -> None:
+def test_shards_end_to_end_are_one_run(
+    tmp_path: Path, inputs: list[str], monkeypatch: pytest.MonkeyPatch, of: int
+) -> None:
     monkeypatch.setattr(merging, "_CHUNK", 3)
     preprocess(inputs, str(tmp_path / "whole"), RECIPE)
     before = set(tmp_path.iterdir())
@@ -57,7 +67,9 @@ def test_shards_end_to_end_are_one_run(tmp_path: Path, inputs: list[str], monkey
     passed: list[tuple[int, int]] = []
     written = merge(prefix, remove_shards=True, progress=lambda done, total: passed.append((done, total)))
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
-    assert {path.name for path in set(tmp_path.iterdir()) - before} == {f"p_{key}_document{e}" for key in RECIPE.keys for e in ENDINGS}
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {
+        f"p_{key}_document{e}" for key in RECIPE.keys for e in ENDINGS
+    }
     assert sorted(pair.documents for pair in written) == [41, 41]
     assert passed[-1][0] == passed[-1][1] == sum(len(content) for content in contents(tmp_path / "p")[::3])
 
@@ -67,9 +79,18 @@ def test_the_manifest_says_what_is_there(tmp_path: Path, inputs: list[str]) -> N
     manifest = read_manifest(pair.prefix)
     for ending in ("bin", "idx"):
         content = Path(f"{pair.prefix}.{ending}").read_bytes()
-        assert asdict(getattr(manifest, ending)) == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert (manifest.documents, manifest.sequences, manifest.tokens) == (pair.documents, pair.sequences, pair.tokens)
-    assert [(each["path"], each["bytes"]) for each in manifest.inputs] == [(path, Path(path).stat().st_size) for path in inputs]
+        assert asdict(getattr(manifest, ending)) == {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    assert (manifest.documents, manifest.sequences, manifest.tokens) == (
+        pair.documents,
+        pair.sequences,
+        pair.tokens,
+    )
+    assert [(each["path"], each["bytes"]) for each in manifest.inputs] == [
+        (path, Path(path).stat().st_size) for path in inputs
+    ]
     assert manifest.settings == {"key": "text", "append_eod": True}
     assert manifest.tokenizer == {"type": "ByteTokenizer", "sha256": None, "vocab_size": 257}
     assert "verified" in describe(pair.prefix, verify=True)["manifest"]
@@ -77,7 +98,11 @@ def test_the_manifest_says_what_is_there(tmp_path: Path, inputs: list[str]) -> N
 
 
 DAMAGE = {
-    "changed token": ("bin", lambda data: data[:10] + b"\x01" + data[11:], r"p_text_document\.bin: SHA-256 \w+\.\.\., and"),
+    "changed token": (
+        "bin",
+        lambda data: data[:10] + b"\x01" + data[11:],
+        r"p_text_document\.bin: SHA-256 \w+\.\.\., and",
+    ),
     "cut tokens": ("bin", lambda data: data[:-2], r"p_text_document\.bin, byte \d+: \d+ bytes, and \d+ in"),
     "longer tokens": ("bin", lambda data: data + b"\0\0", r"p_text_document\.bin, byte \d+"),
     "changed index": ("idx", lambda data: data[:-1] + b"\x01", r"p_text_document\.idx: SHA-256"),
@@ -85,7 +110,11 @@ DAMAGE = {
     "broken manifest": ("manifest.json", lambda data: data[:-9], r"manifest\.json: cannot be read"),
     "foreign manifest": ("manifest.json", lambda data: b'{"version": 1}', r"not a manifest of token files"),
     "list": ("manifest.json", lambda data: b"[1]", r"not a manifest of token files"),
-    "newer manifest": ("manifest.json", lambda data: data.replace(b'"version": 1', b'"version": 2'), "version 2, expected 1"),
+    "newer manifest": (
+        "manifest.json",
+        lambda data: data.replace(b'"version": 1', b'"version": 2'),
+        "version 2, expected 1",
+    ),
     "other counts": (
         "manifest.json",
         lambda data: data.replace(b'"documents": 41', b'"documents": 42'),
@@ -118,7 +147,9 @@ def test_shards_that_do_not_fit(tmp_path: Path, inputs: list[str]) -> None:
         merge(prefix)
     assert "--shard" in caught.value.remedy
     manifest.write_bytes(content.replace(b'"append_eod": true', b'"append_eod": false'))
-    with pytest.raises(DataError, match=r"shard-00002-of-00003.*settings .*False.*, and .*True.* in .*shard-00001"):
+    with pytest.raises(
+        DataError, match=r"shard-00002-of-00003.*settings .*False.*, and .*True.* in .*shard-00001"
+    ):
         merge(prefix)
     manifest.write_bytes(content)
     tokens = Path(f"{name}.bin").read_bytes()

@@ -64,7 +64,9 @@ def test_equal_to_loops_over_dictionaries(stretches: list[list[int]], chunk: int
         patch.setattr(ngram, "_CHUNK", chunk)
         ours = fitted(stretches)
         nats = ours.bigram_nats(contexts, targets)
-    expected = [bigram_by_hand(stretches, c, t) for c, t in zip(contexts.tolist(), targets.tolist(), strict=True)]
+    expected = [
+        bigram_by_hand(stretches, c, t) for c, t in zip(contexts.tolist(), targets.tolist(), strict=True)
+    ]
     np.testing.assert_allclose(ours.bigram_N(contexts, targets), expected, rtol=1e-12)
     assert nats == pytest.approx(-sum(map(math.log, expected)) / V**2, rel=1e-12)
     tokens = [token for stretch in stretches for token in stretch]
@@ -91,7 +93,9 @@ def test_closed_form_discounts_on_a_long_tail() -> None:
 
 
 def test_neighbours_tell_more_than_frequencies() -> None:
-    """Tokens that follow a noisy cycle: the bigram comes close to the noise, the unigram to the logarithm of V."""
+    """Tokens that follow a noisy cycle: the bigram comes close to the noise, the unigram to the logarithm of
+    V.
+    """
     random = np.random.default_rng(0)
     steps = np.where(random.random(40000) < 0.9, 1, random.integers(0, V, 40000))
     tokens = np.cumsum(steps) % V

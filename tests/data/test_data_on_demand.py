@@ -1,4 +1,6 @@
-"""The on-demand order reads each token once an epoch, is the one that plain lists would give, and costs nothing to begin."""
+"""The on-demand order reads each token once an epoch, is the one that plain lists would give, and costs
+nothing to begin.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,12 @@ from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.errors import DataError
 
-every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())])
-in_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+every = pytest.mark.parametrize(
+    "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
+)
+in_tmp_path = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 
 
 class Sizes:
@@ -59,8 +65,20 @@ def tokens_of(order: OnDemandOrder, store: Sizes, i: int) -> list[int]:
     return found
 
 
-def materialised(sizes: list[int], documents: range, *, seq_length: int, epochs: int, one: bool, seed: int, block: int, shard: int):
-    """The same order as lists: the stream of ``epochs`` and a little of the next one, and its samples in reading order."""
+def materialised(
+    sizes: list[int],
+    documents: range,
+    *,
+    seq_length: int,
+    epochs: int,
+    one: bool,
+    seed: int,
+    block: int,
+    shard: int,
+):
+    """The same order as lists: the stream of ``epochs`` and a little of the next one, and its samples in
+    reading order.
+    """
     starts = np.concatenate([[0], np.cumsum(sizes)])
     blocks = [list(documents[i : i + block]) for i in range(0, len(documents), block)]
     stream, borders = [], [0]
@@ -98,14 +116,20 @@ corpora = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 40)), min_size=1,
     block=st.integers(1, 6),
     shard=st.integers(1, 4),
 )
-@example(sizes=[0] * 9 + [12] + [0] * 9, cut=(0, 0), seq_length=5, epochs=3, one=False, seed=0, block=1, shard=1)  # empty shards
-@example(sizes=[2] * 30, cut=(0, 0), seq_length=30, epochs=2, one=False, seed=0, block=1, shard=1)  # samples over many shards
+@example(
+    sizes=[0] * 9 + [12] + [0] * 9, cut=(0, 0), seq_length=5, epochs=3, one=False, seed=0, block=1, shard=1
+)  # empty shards
+@example(
+    sizes=[2] * 30, cut=(0, 0), seq_length=30, epochs=2, one=False, seed=0, block=1, shard=1
+)  # samples over many shards
 @example(sizes=[7, 6], cut=(0, 0), seq_length=12, epochs=3, one=False, seed=0, block=9, shard=9)
 @settings(deadline=None)
 def test_the_order_is_that_of_its_materialised_twin_and_reads_each_token_once(
     impl, sizes, cut, seq_length, epochs, one, seed, block, shard
 ):
-    documents = range(min(cut[0], len(sizes) - 1), len(sizes) - min(cut[1], len(sizes) - 1 - min(cut[0], len(sizes) - 1)))
+    documents = range(
+        min(cut[0], len(sizes) - 1), len(sizes) - min(cut[1], len(sizes) - 1 - min(cut[0], len(sizes) - 1))
+    )
     store, tokens = Sizes(sizes), sum(sizes[documents.start : documents.stop])
     epochs = 1 if one else epochs
     arguments = {"seq_length": seq_length, "seed": seed, "block": block, "shard": shard}
@@ -119,14 +143,18 @@ def test_the_order_is_that_of_its_materialised_twin_and_reads_each_token_once(
     assert found == materialised(sizes, documents, epochs=epochs, one=one, **arguments)
 
     read = np.bincount([token for sample in found for token in sample[:-1]], minlength=int(store.starts[-1]))
-    assert read.sum() == len(found) * seq_length, "a token is an input of one sample, and a label of the same or the one before"
+    assert read.sum() == len(found) * seq_length, (
+        "a token is an input of one sample, and a label of the same or the one before"
+    )
     inside = read[store.starts[documents.start] : store.starts[documents.stop]]
     assert read.sum() == inside.sum()
     if one:
         rest = tokens - len(found) * seq_length
         assert 1 <= rest <= seq_length and inside.max() <= 1 and (inside == 0).sum() == rest
     else:
-        assert inside.min() >= epochs, "each token once an epoch, and a few again: the last sample goes on in the next epoch"
+        assert inside.min() >= epochs, (
+            "each token once an epoch, and a few again: the last sample goes on in the next epoch"
+        )
         assert inside.sum() - epochs * tokens < seq_length
 
 
@@ -135,7 +163,8 @@ def test_the_order_is_that_of_its_materialised_twin_and_reads_each_token_once(
 def test_a_longer_run_begins_like_a_shorter_one(sizes, more, seed):
     store = Sizes(sizes)
     short, long = (
-        OnDemandOrder(store, range(len(sizes)), seq_length=7, num_samples=n, seed=seed, block=3, shard=2) for n in (20, 20 + more)
+        OnDemandOrder(store, range(len(sizes)), seq_length=7, num_samples=n, seed=seed, block=3, shard=2)
+        for n in (20, 20 + more)
     )
     assert (len(short), len(long)) == (20, 20 + more)
     assert [tokens_of(short, store, i) for i in range(20)] == [tokens_of(long, store, i) for i in range(20)]
@@ -144,12 +173,18 @@ def test_a_longer_run_begins_like_a_shorter_one(sizes, more, seed):
 def test_neighbours_change_from_epoch_to_epoch_and_come_from_all_over_the_file():
     count, block, shard = 4000, 50, 20
     store = Sizes([1] * count)
-    order = OnDemandOrder(store, range(count), seq_length=1, num_samples=3 * count, seed=5, block=block, shard=shard)
-    epochs = [np.concatenate([order.shard(epoch, number).documents for number in range(4)]) for epoch in range(3)]
+    order = OnDemandOrder(
+        store, range(count), seq_length=1, num_samples=3 * count, seed=5, block=block, shard=shard
+    )
+    epochs = [
+        np.concatenate([order.shard(epoch, number).documents for number in range(4)]) for epoch in range(3)
+    ]
     pairs = [set(zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True)) for documents in epochs]
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert len(pairs[one] & pairs[other]) < 10, "of 3999 pairs; chance alone gives 1"
-    near = np.mean([abs(a - b) < block for documents in epochs for a, b in itertools.pairwise(documents.tolist())])
+    near = np.mean(
+        [abs(a - b) < block for documents in epochs for a, b in itertools.pairwise(documents.tolist())]
+    )
     assert near < 0.12, "a twentieth of a shard lies in the same block"
 
 
@@ -192,7 +227,11 @@ def test_threads_make_each_shard_once(monkeypatch):
 
 
 @in_tmp_path
-@given(sizes=corpora.filter(lambda sizes: sum(sizes) >= 30), dtype=st.sampled_from([np.uint16, np.int32]), samples=st.integers(1, 60))
+@given(
+    sizes=corpora.filter(lambda sizes: sum(sizes) >= 30),
+    dtype=st.sampled_from([np.uint16, np.int32]),
+    samples=st.integers(1, 60),
+)
 def test_a_dataset_reads_what_the_order_says(tmp_path, sizes, dtype, samples):
     prefix = write_corpus(tmp_path / "corpus", sizes, dtype=dtype)
     found = build_splits(
@@ -204,7 +243,11 @@ def test_a_dataset_reads_what_the_order_says(tmp_path, sizes, dtype, samples):
         valid_samples=0,
         test_samples=0,
     ).train
-    assert isinstance(found, SequenceDataset) and isinstance(found.order, OnDemandOrder) and len(found) == samples
+    assert (
+        isinstance(found, SequenceDataset)
+        and isinstance(found.order, OnDemandOrder)
+        and len(found) == samples
+    )
     store, whole = Sizes(sizes), np.fromfile(f"{prefix}.bin", dtype)
     order = OnDemandOrder(store, range(len(sizes)), seq_length=16, num_samples=samples, seed=3)
     for i in range(samples):
@@ -213,7 +256,13 @@ def test_a_dataset_reads_what_the_order_says(tmp_path, sizes, dtype, samples):
 
 def splits_of(prefix: str, **settings):
     wanted = {"train_samples": 5, "valid_samples": 2, "test_samples": 0}
-    return build_splits(DataConfig(data_path=(prefix,), split="8,2", **settings), seq_length=16, seed=3, vocab_size=1000, **wanted)
+    return build_splits(
+        DataConfig(data_path=(prefix,), split="8,2", **settings),
+        seq_length=16,
+        seed=3,
+        vocab_size=1000,
+        **wanted,
+    )
 
 
 def test_auto_decides_by_the_number_of_documents(tmp_path, monkeypatch):
@@ -228,11 +277,15 @@ def test_auto_decides_by_the_number_of_documents(tmp_path, monkeypatch):
 
 def test_a_split_too_short_is_named(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [40] * 9 + [5, 5])
-    with pytest.raises(DataError, match=r"the valid split has 2 of its 11 documents, with 10 tokens.*needs 17"):
+    with pytest.raises(
+        DataError, match=r"the valid split has 2 of its 11 documents, with 10 tokens.*needs 17"
+    ):
         splits_of(prefix, data_index="on-demand")
 
 
-@pytest.mark.parametrize(("place", "number"), [(34 + 4 * 2, struct.pack("<i", 39)), (34 + 4 * 20 + 8 * 2, struct.pack("<q", 4))])
+@pytest.mark.parametrize(
+    ("place", "number"), [(34 + 4 * 2, struct.pack("<i", 39)), (34 + 4 * 20 + 8 * 2, struct.pack("<q", 4))]
+)
 def test_documents_that_do_not_lie_one_after_another_are_refused(tmp_path, place, number):
     """Some tokens belong to two documents, and some to none."""
     prefix = write_corpus(tmp_path / "corpus", [40] * 20)
@@ -275,7 +328,9 @@ def test_files_that_change_while_they_are_read(tmp_path, fate):
     orders = []
     for _ in range(2):
         store = IndexedDataset(prefix, whole=False)
-        orders.append(OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4))
+        orders.append(
+            OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4)
+        )
     expected = [orders[0].span(i) for i in range(1000)]
     if fate == "deleted":
         (tmp_path / "corpus.idx").unlink()

@@ -16,10 +16,14 @@ from megatron_hyperrouter.data.order import build_order
 gpt_dataset = importlib.import_module("megatron.core.datasets.gpt_dataset")
 utils = importlib.import_module("megatron.core.datasets.utils")
 
-every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())])
+every = pytest.mark.parametrize(
+    "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
+)
 
 
-def megatron_order(sizes: np.ndarray, documents: range, *, seq_length: int, num_samples: int | None, seed: int) -> tuple[np.ndarray, ...]:
+def megatron_order(
+    sizes: np.ndarray, documents: range, *, seq_length: int, num_samples: int | None, seed: int
+) -> tuple[np.ndarray, ...]:
     """GPTDataset's three indices for documents of these sizes, without any file."""
     bare = object.__new__(gpt_dataset.GPTDataset)
     bare.config = SimpleNamespace(
@@ -45,12 +49,21 @@ def megatron_order(sizes: np.ndarray, documents: range, *, seq_length: int, num_
     num_samples=st.one_of(st.none(), st.integers(1, 120)),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(sizes=[11] * 10, cut=(0, 0), seq_length=10, num_samples=12, seed=1)  # the last epoch hardly begins: by itself
-@example(sizes=[11] * 10, cut=(0, 0), seq_length=10, num_samples=21, seed=1)  # the last epoch is nearly whole: with the others
-@example(sizes=[21] * 10, cut=(0, 0), seq_length=10, num_samples=35, seed=1)  # 15 of 20 samples of the last epoch: by itself
+@example(
+    sizes=[11] * 10, cut=(0, 0), seq_length=10, num_samples=12, seed=1
+)  # the last epoch hardly begins: by itself
+@example(
+    sizes=[11] * 10, cut=(0, 0), seq_length=10, num_samples=21, seed=1
+)  # the last epoch is nearly whole: with the others
+@example(
+    sizes=[21] * 10, cut=(0, 0), seq_length=10, num_samples=35, seed=1
+)  # 15 of 20 samples of the last epoch: by itself
 @example(sizes=[21] * 10, cut=(0, 0), seq_length=10, num_samples=36, seed=1)  # 16 of 20: with the others
 def test_the_order_is_megatron_cores(impl, sizes, cut, seq_length, num_samples, seed):
-    sizes, documents = np.array(sizes, np.int32), range(min(cut[0], len(sizes) - 1), max(len(sizes) - cut[1], 1))
+    sizes, documents = (
+        np.array(sizes, np.int32),
+        range(min(cut[0], len(sizes) - 1), max(len(sizes) - cut[1], 1)),
+    )
     documents = range(documents.start, max(documents.stop, documents.start + 1))
     arguments = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
     if sizes[documents.start : documents.stop].sum() < seq_length + 1:
@@ -59,7 +72,9 @@ def test_the_order_is_megatron_cores(impl, sizes, cut, seq_length, num_samples, 
         return
     found = build_order(sizes, documents, **arguments, impl=impl)
     expected = megatron_order(sizes, documents, **arguments)
-    for ours, theirs in zip((found.document_index, found.sample_index, found.shuffle_index), expected, strict=True):
+    for ours, theirs in zip(
+        (found.document_index, found.sample_index, found.shuffle_index), expected, strict=True
+    ):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
     assert len(found) == len(found.sample_index) - 1 >= (num_samples or 1)
@@ -76,7 +91,10 @@ def test_both_ways_to_shuffle_the_last_epoch_are_met():
 
 
 @every
-@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(lambda sizes: sum(sizes) > 10), epochs=st.integers(1, 4))
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(lambda sizes: sum(sizes) > 10),
+    epochs=st.integers(1, 4),
+)
 def test_each_token_is_read_once_an_epoch(impl, sizes, epochs):
     total, seq_length = sum(sizes), 7
     order = build_order(

@@ -1,4 +1,6 @@
-"""Packed documents: none is cut without need, each token is read once an epoch, and no label crosses from one to another."""
+"""Packed documents: none is cut without need, each token is read once an epoch, and no label crosses from one
+to another.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from megatron_hyperrouter.errors import CheckpointError, DataError
 
 EOD, VOCABULARY = 0, 60_000
 
-every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())])
+every = pytest.mark.parametrize(
+    "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
+)
 
 
 def write(prefix: Path, sizes: list[int]) -> tuple[str, list[list[int]]]:
@@ -53,7 +57,11 @@ def dataset(prefix: str, length: int, impl: Any = None, *, samples: int | None =
     return PackedDataset(store, packing, **sizes, eod=EOD, seed=3, impl=impl)  # type: ignore[arg-type]
 
 
-@given(st.integers(1, 40).flatmap(lambda length: st.tuples(st.just(length), st.lists(st.integers(1, length), min_size=1, max_size=60))))
+@given(
+    st.integers(1, 40).flatmap(
+        lambda length: st.tuples(st.just(length), st.lists(st.integers(1, length), min_size=1, max_size=60))
+    )
+)
 def test_best_fit_is_that_of_one_item_after_another(case: tuple[int, list[int]]) -> None:
     length, sizes = case
     rooms: list[int] = []
@@ -72,7 +80,10 @@ def test_best_fit_is_that_of_one_item_after_another(case: tuple[int, list[int]])
 
 @every
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 30)), min_size=1, max_size=40), length=st.integers(1, 12))
+@given(
+    sizes=st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 30)), min_size=1, max_size=40),
+    length=st.integers(1, 12),
+)
 def test_each_token_once_and_no_document_cut_that_a_sample_holds(
     tmp_path_factory: pytest.TempPathFactory, impl: Any, sizes: list[int], length: int
 ) -> None:
@@ -113,7 +124,9 @@ def test_epochs_differ_in_order_alone_and_a_longer_run_begins_like_a_shorter_one
     one = dataset(prefix, 9)
     two = dataset(prefix, 9, samples=2 * len(one))
     first, second = ([two[epoch * len(one) + i].tolist() for i in range(len(one))] for epoch in range(2))
-    assert first == [sample.tolist() for sample in one] and first != second and sorted(first) == sorted(second)
+    assert (
+        first == [sample.tolist() for sample in one] and first != second and sorted(first) == sorted(second)
+    )
     for impl in index.IMPLEMENTATIONS.values():
         assert [each.tolist() for each in dataset(prefix, 9, impl)] == first
     for i in (-1, len(one)):
@@ -126,7 +139,10 @@ def test_a_kept_packing_is_the_one_that_was_built(tmp_path: Path) -> None:
     cache = Cache(str(tmp_path / "cache"), cached_from=0)
     samples = {"train_samples": 50, "valid_samples": 0, "test_samples": 0}
     runs = [
-        build_splits(builder(prefix).data, seq_length=9, seed=3, vocab_size=VOCABULARY, eod=EOD, cache=cache, **samples).train for _ in "ab"
+        build_splits(
+            builder(prefix).data, seq_length=9, seed=3, vocab_size=VOCABULARY, eod=EOD, cache=cache, **samples
+        ).train
+        for _ in "ab"
     ]
     assert len(cache.used) == 2 and cache.used[0] == cache.used[1]
     expected = dataset(prefix, 9, samples=50)
@@ -158,7 +174,12 @@ def test_a_foreign_token_is_found_in_a_piece_of_a_document(tmp_path: Path) -> No
 @pytest.mark.parametrize("apart", [True, False])
 def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> None:
     """By the float64 model to which the engines are held; and not where attention goes across."""
-    flags = ["--router.name", "topk", "--eod-mask-loss", *(["--reset-attention-mask", "--pack-documents"] if apart else [])]
+    flags = [
+        "--router.name",
+        "topk",
+        "--eod-mask-loss",
+        *(["--reset-attention-mask", "--pack-documents"] if apart else []),
+    ]
     config, random = tiny_config(flags), np.random.default_rng(5)
     shapes = {
         "input_layernorm": (32,),
@@ -171,11 +192,17 @@ def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> No
         **{f"mlp.experts.local_experts.{expert}.linear_fc1": (96, 32) for expert in range(4)},
         **{f"mlp.experts.local_experts.{expert}.linear_fc2": (32, 48) for expert in range(4)},
     }
-    named = {f"decoder.layers.{layer}.{name}.weight": shape for layer in range(2) for name, shape in shapes.items()}
+    named = {
+        f"decoder.layers.{layer}.{name}.weight": shape for layer in range(2) for name, shape in shapes.items()
+    }
     named |= {"embedding.word_embeddings.weight": (64, 32), "decoder.final_layernorm.weight": (32,)}
     weights = {name: torch.from_numpy(random.normal(0, 0.3, shape)) for name, shape in named.items()}
-    model = ReferenceGPT(config, weights, lambda w, layer: w[f"decoder.layers.{layer}.router.weight"], eod=ENDS)
-    documents = [[*random.integers(0, ENDS, size - 1).tolist(), ENDS][-size:] for size in (5, 1, 40, 9, 17, 3, 7)]
+    model = ReferenceGPT(
+        config, weights, lambda w, layer: w[f"decoder.layers.{layer}.router.weight"], eod=ENDS
+    )
+    documents = [
+        [*random.integers(0, ENDS, size - 1).tolist(), ENDS][-size:] for size in (5, 1, 40, 9, 17, 3, 7)
+    ]
     with IndexedWriter(tmp_path / "p", np.uint16) as writer:
         for document in documents:
             writer.add_document(np.array(document))
@@ -185,7 +212,9 @@ def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> No
 
     def total(rows: list[list[int]]) -> float:
         with torch.no_grad():
-            return sum(float(model.loss(torch.tensor([row[:-1]]), torch.tensor([row[1:]]), 2)[0]) for row in rows)
+            return sum(
+                float(model.loss(torch.tensor([row[:-1]]), torch.tensor([row[1:]]), 2)[0]) for row in rows
+            )
 
     alone = [document[begin : begin + 17] for document in documents for begin in range(0, len(document), 17)]
     found = total([samples[i].tolist() for i in range(len(samples))])
@@ -193,13 +222,19 @@ def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> No
 
 
 def course_of(first: Builder, ledger: Any, *, step: int, train_iters: int, batch: int = 2) -> Course:
-    return build_course(first, ((0, first.data.data_path),), ledger, step=step, train_iters=train_iters, batch=batch)
+    return build_course(
+        first, ((0, first.data.data_path),), ledger, step=step, train_iters=train_iters, batch=batch
+    )
 
 
 @pytest.mark.parametrize("weights", [(), ("0.3", "0.7")])
-def test_a_run_goes_on_where_it_stopped_and_further_than_planned(tmp_path: Path, weights: tuple[str, ...]) -> None:
+def test_a_run_goes_on_where_it_stopped_and_further_than_planned(
+    tmp_path: Path, weights: tuple[str, ...]
+) -> None:
     paths = [write(tmp_path / name, [3, 9, 1, 30, 5, 5, 2] * 3)[0] for name in "ab"]
-    words = tuple(word for pair in zip(weights, paths, strict=True) for word in pair) if weights else (paths[0],)
+    words = (
+        tuple(word for pair in zip(weights, paths, strict=True) for word in pair) if weights else (paths[0],)
+    )
     whole = course_of(builder(*words), [], step=0, train_iters=60)
     stopped = course_of(builder(*words), [], step=0, train_iters=20)
     resumed = course_of(builder(*words), stopped.ledger(7), step=7, train_iters=60)
@@ -208,7 +243,9 @@ def test_a_run_goes_on_where_it_stopped_and_further_than_planned(tmp_path: Path,
 
 
 def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
-    prefix, other = (write(tmp_path / name, [3, 9, 1, 30, 5, 5, size] * 3)[0] for name, size in (("a", 2), ("b", 4)))
+    prefix, other = (
+        write(tmp_path / name, [3, 9, 1, 30, 5, 5, size] * 3)[0] for name, size in (("a", 2), ("b", 4))
+    )
     packed = course_of(builder(prefix), [], step=0, train_iters=9).ledger(4)
     for changed, batch, name in (
         (builder(prefix, length=5), 2, "seq_length was 6 and is 5"),

@@ -1,4 +1,6 @@
-"""The writer of growing files against megatron-core's builder, going on after a death at any place, and one message for a full disk."""
+"""The writer of growing files against megatron-core's builder, going on after a death at any place, and one
+message for a full disk.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.data import pair_writer
-from megatron_hyperrouter.data.pair_writer import Counts, DiskRefused, PairWriter, holds, put_in_place, remove_partial
+from megatron_hyperrouter.data.pair_writer import (
+    Counts,
+    DiskRefused,
+    PairWriter,
+    holds,
+    put_in_place,
+    remove_partial,
+)
 
 Document = list[list[int]]  # the ids of each sequence
-DOCUMENTS = st.lists(st.lists(st.lists(st.integers(0, 65499), min_size=1, max_size=4), max_size=3), min_size=1, max_size=6)
+DOCUMENTS = st.lists(
+    st.lists(st.lists(st.integers(0, 65499), min_size=1, max_size=4), max_size=3), min_size=1, max_size=6
+)
 # each: the documents of a call, and whether the last goes on with the next call
 CALLS = st.lists(st.tuples(DOCUMENTS, st.booleans()), min_size=1, max_size=5)
 
@@ -24,7 +35,9 @@ def by_megatron(prefix: str, documents: list[Document], dtype: type) -> tuple[by
 
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=dtype)
     for sequences in documents:
-        builder.add_document([token for sequence in sequences for token in sequence], [len(sequence) for sequence in sequences])
+        builder.add_document(
+            [token for sequence in sequences for token in sequence], [len(sequence) for sequence in sequences]
+        )
     builder.finalize(prefix + ".idx")
     return both(prefix)
 
@@ -46,14 +59,27 @@ def joined(calls: list[tuple[list[Document], bool]]) -> list[Document]:
 
 
 def write(writer: PairWriter, documents: list[Document], closes: bool, dtype: type) -> None:
-    tokens = np.array([token for sequences in documents for sequence in sequences for token in sequence], dtype)
+    tokens = np.array(
+        [token for sequences in documents for sequence in sequences for token in sequence], dtype
+    )
     lengths = np.array([len(sequence) for sequences in documents for sequence in sequences], np.int32)
-    writer.write(tokens, lengths, np.array([len(sequences) for sequences in documents], np.int32), closes=closes)
+    writer.write(
+        tokens, lengths, np.array([len(sequences) for sequences in documents], np.int32), closes=closes
+    )
 
 
-@given(calls=CALLS, dtype=st.sampled_from([np.uint16, np.int32]), chunk=st.integers(1, 9), deaths=st.sets(st.integers(0, 4)))
+@given(
+    calls=CALLS,
+    dtype=st.sampled_from([np.uint16, np.int32]),
+    chunk=st.integers(1, 9),
+    deaths=st.sets(st.integers(0, 4)),
+)
 def test_bytes_are_those_of_megatron_however_often_it_dies(
-    tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[list[Document], bool]], dtype: type, chunk: int, deaths: set[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    calls: list[tuple[list[Document], bool]],
+    dtype: type,
+    chunk: int,
+    deaths: set[int],
 ) -> None:
     folder = tmp_path_factory.mktemp("pair")
     prefix = str(folder / "p")

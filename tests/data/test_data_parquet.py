@@ -1,4 +1,6 @@
-"""Parquet against the rows that were written: every row once, bounded batches, parts, and a place in every message."""
+"""Parquet against the rows that were written: every row once, bounded batches, parts, and a place in every
+message.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ def table(path: Path, values: object, kind: object = None, rows: int = 7, name: 
 
 
 def found(path: str, keys: tuple[str, ...] = ("text",), **options: object) -> list[tuple[list[str], ...]]:
-    return [document for batch in read_batches([path], keys, **options) for document in documents(batch, keys)]
+    return [
+        document for batch in read_batches([path], keys, **options) for document in documents(batch, keys)
+    ]
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 300, 1 << 18])
 @pytest.mark.parametrize("rows", [1, 7, 50])
-def test_rows_arrive_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batch_bytes: int) -> None:
+def test_rows_arrive_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batch_bytes: int
+) -> None:
     monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     path = table(tmp_path / "a.parquet", TEXTS, rows=rows)
     assert found(path) == [([text],) for text in TEXTS]
@@ -53,11 +59,19 @@ def test_parts_hold_whole_row_groups(tmp_path: Path, of: int) -> None:
 
 
 def test_a_row_group_of_any_size_is_read_a_few_pages_at_a_time(tmp_path: Path) -> None:
-    """Many writers put the whole file into one row group; its column as it lies on disk must not come into memory at once."""
+    """Many writers put the whole file into one row group; its column as it lies on disk must not come into
+    memory at once.
+    """
     letters = random.Random(0)
     texts = ["".join(letters.choices("abcdefghijklmnop", k=1000)) for _ in range(4000)] * 6  # 24 MB
     path = tmp_path / "a.parquet"
-    parquet.write_table(arrow.table({"text": texts}), path, row_group_size=len(texts), compression="none", use_dictionary=False)
+    parquet.write_table(
+        arrow.table({"text": texts}),
+        path,
+        row_group_size=len(texts),
+        compression="none",
+        use_dictionary=False,
+    )
     assert parquet.ParquetFile(path).num_row_groups == 1
     before, most, rows = arrow.total_allocated_bytes(), 0, 0
     for batch in read_batches([str(path)]):
@@ -68,9 +82,16 @@ def test_a_row_group_of_any_size_is_read_a_few_pages_at_a_time(tmp_path: Path) -
 
 
 def test_kinds_of_columns(tmp_path: Path) -> None:
-    assert found(table(tmp_path / "a.parquet", [b"bytes", "żółw".encode()], arrow.binary())) == [(["bytes"],), (["żółw"],)]
+    assert found(table(tmp_path / "a.parquet", [b"bytes", "żółw".encode()], arrow.binary())) == [
+        (["bytes"],),
+        (["żółw"],),
+    ]
     assert found(table(tmp_path / "b.parquet", ["large"], arrow.large_string())) == [(["large"],)]
-    assert found(table(tmp_path / "c.parquet", [["one", "two"], [], ["three"]])) == [(["one", "two"],), ([],), (["three"],)]
+    assert found(table(tmp_path / "c.parquet", [["one", "two"], [], ["three"]])) == [
+        (["one", "two"],),
+        ([],),
+        (["three"],),
+    ]
     encoded = arrow.array(["same"] * 9).dictionary_encode()
     parquet.write_table(arrow.table({"title": encoded, "text": TEXTS[:9]}), tmp_path / "d.parquet")
     assert found(str(tmp_path / "d.parquet"), ("text", "title")) == [([text], ["same"]) for text in TEXTS[:9]]
@@ -79,7 +100,9 @@ def test_kinds_of_columns(tmp_path: Path) -> None:
 def test_bad_rows_and_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; columns present: 'body', 'n'"):
         found(table(tmp_path / "a.parquet", TEXTS, name="body"))
-    with pytest.raises(DataError, match=r"b\.parquet, row 9: the value of 'text' is a NoneType, not a string"):
+    with pytest.raises(
+        DataError, match=r"b\.parquet, row 9: the value of 'text' is a NoneType, not a string"
+    ):
         found(table(tmp_path / "b.parquet", [*TEXTS[:8], None]))
     with pytest.raises(DataError, match=r"c\.parquet, row 1: the value of 'n' is a int"):
         found(table(tmp_path / "c.parquet", TEXTS), ("n",))
@@ -92,7 +115,11 @@ def test_bad_rows_and_columns(tmp_path: Path) -> None:
 
 def test_truncated_damaged_and_foreign(tmp_path: Path) -> None:
     whole = Path(table(tmp_path / "a.parquet", TEXTS * 20, rows=100)).read_bytes()
-    for name, data in {"cut": whole[:-9], "half": whole[: len(whole) // 2], "foreign": b'{"text": "x"}\n' * 9}.items():
+    for name, data in {
+        "cut": whole[:-9],
+        "half": whole[: len(whole) // 2],
+        "foreign": b'{"text": "x"}\n' * 9,
+    }.items():
         path = tmp_path / f"{name}.parquet"
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}\.parquet, footer: cannot be read") as caught:
@@ -108,6 +135,8 @@ def test_truncated_damaged_and_foreign(tmp_path: Path) -> None:
 def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = table(tmp_path / "a.parquet", TEXTS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(HostError, match=r"a\.parquet: reading Parquet files needs the library pyarrow") as caught:
+    with pytest.raises(
+        HostError, match=r"a\.parquet: reading Parquet files needs the library pyarrow"
+    ) as caught:
         found(path)
     assert caught.value.remedy == "pip install pyarrow"

@@ -1,4 +1,6 @@
-"""A run that goes on knows its files by what they hold: another file of the name is refused, a copy of another name is not."""
+"""A run that goes on knows its files by what they hold: another file of the name is refused, a copy of
+another name is not.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,14 @@ def samples(course: Course) -> list[list[int]]:
 
 HAD = "it had 24 documents with 300 tokens"
 CHANGES = {
-    "another file": (lambda prefix: write_corpus(prefix, SIZES, seed=9), f"{HAD}, and has as many, but their digest was"),
-    "a longer one": (lambda prefix: write_corpus(prefix, [*SIZES, 3]), f"{HAD}, and has 25 documents with 303 tokens"),
+    "another file": (
+        lambda prefix: write_corpus(prefix, SIZES, seed=9),
+        f"{HAD}, and has as many, but their digest was",
+    ),
+    "a longer one": (
+        lambda prefix: write_corpus(prefix, [*SIZES, 3]),
+        f"{HAD}, and has 25 documents with 303 tokens",
+    ),
     "cut otherwise": (lambda prefix: recut(prefix), f"{HAD}, and has as many, but their digest was"),
 }
 
@@ -56,11 +64,19 @@ def recut(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("how", [{}, {"length": 5}, {"kind": "on-demand"}], ids=["same settings", "another length", "another index"])
-def test_another_file_of_that_name_is_refused(two: tuple[str, str], ledger: Ledger, change: str, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"length": 5}, {"kind": "on-demand"}],
+    ids=["same settings", "another length", "another index"],
+)
+def test_another_file_of_that_name_is_refused(
+    two: tuple[str, str], ledger: Ledger, change: str, how: dict[str, Any]
+) -> None:
     make, message = CHANGES[change]
     make(Path(two[1]))
-    with pytest.raises(DataError, match=rf"another file of the same name:\n  - {two[1]}: {message}") as caught:
+    with pytest.raises(
+        DataError, match=rf"another file of the same name:\n  - {two[1]}: {message}"
+    ) as caught:
         resumed(two, ledger, **how)
     assert "--finetune" in caught.value.remedy
     resumed(two[:1], ledger)  # which does not read it any more
@@ -69,11 +85,15 @@ def test_another_file_of_that_name_is_refused(two: tuple[str, str], ledger: Ledg
 def test_each_file_is_named(two: tuple[str, str], ledger: Ledger) -> None:
     for prefix in two:
         write_corpus(Path(prefix), [300])
-    with pytest.raises(DataError, match=rf"(?s)other files .*{two[0]}: it had 24 .*{two[1]}: it had 24 .* has 1 documents"):
+    with pytest.raises(
+        DataError, match=rf"(?s)other files .*{two[0]}: it had 24 .*{two[1]}: it had 24 .* has 1 documents"
+    ):
         resumed(two, ledger)
 
 
-def test_copied_moved_and_touched_data_goes_on(tmp_path: Path, two: tuple[str, str], ledger: Ledger, capsys: Any) -> None:
+def test_copied_moved_and_touched_data_goes_on(
+    tmp_path: Path, two: tuple[str, str], ledger: Ledger, capsys: Any
+) -> None:
     expected = samples(resumed(two, ledger))
     moved = str(tmp_path / "elsewhere" / "web")
     Path(moved).parent.mkdir()
@@ -91,10 +111,14 @@ def test_copied_moved_and_touched_data_goes_on(tmp_path: Path, two: tuple[str, s
     assert samples(resumed(now, again))[2:] == expected[2:] and not capsys.readouterr().out
 
 
-def test_a_file_that_is_not_read_any_more_may_be_gone_and_is_known_when_it_comes_back(two: tuple[str, str], ledger: Ledger) -> None:
+def test_a_file_that_is_not_read_any_more_may_be_gone_and_is_known_when_it_comes_back(
+    two: tuple[str, str], ledger: Ledger
+) -> None:
     a, b = two
     kept = {ending: Path(f"{b}.{ending}").read_bytes() for ending in ("bin", "idx")}
-    expected = course_of(builder((b,)), ((0, (b,)),), resumed((a,), ledger).ledger(4), step=4, train_iters=6, batch=2)
+    expected = course_of(
+        builder((b,)), ((0, (b,)),), resumed((a,), ledger).ledger(4), step=4, train_iters=6, batch=2
+    )
     for ending in kept:
         os.remove(f"{b}.{ending}")
     without = resumed((a,), ledger).ledger(4)

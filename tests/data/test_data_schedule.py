@@ -47,7 +47,11 @@ def test_mixes_and_their_steps(tmp_path: Path) -> None:
         ("- {from_step: 0, data_path: [gone]}", r"gone\.bin is not there"),
         ("- {from_step: 0, data_path: [0.5, A, B]}", "alternate|weight"),
         ("- {from_step: 2, data_path: [A]}", "begins at step 2"),
-        ("- {from_step: 0, data_path: [A]}\n- {from_step: 4, data_path: [A]}\n- {from_step: 4, data_path: [A]}", "do not rise: 0, 4, 4"),
+        (
+            "- {from_step: 0, data_path: [A]}\n- {from_step: 4, data_path: [A]}\n- {from_step: 4, "
+            "data_path: [A]}",
+            "do not rise: 0, 4, 4",
+        ),
     ],
 )
 def test_what_is_no_schedule(tmp_path: Path, text: str, rule: str) -> None:
@@ -64,7 +68,11 @@ def test_a_schedule_that_is_not_there(tmp_path: Path) -> None:
 def test_settled_it_needs_no_file(tmp_path: Path) -> None:
     a, b = (write_corpus(tmp_path / name, [5]) for name in "ab")
     data = replace(
-        given(tmp_path, f"- {{from_step: 0, data_path: [{a}]}}\n- {{from_step: 7, data_path: [0.5, {a}, 2, {b}]}}\n"), data_path=()
+        given(
+            tmp_path,
+            f"- {{from_step: 0, data_path: [{a}]}}\n- {{from_step: 7, data_path: [0.5, {a}, 2, {b}]}}\n",
+        ),
+        data_path=(),
     )
     mixes = mixes_of(data)
     found = settled(data, mixes)

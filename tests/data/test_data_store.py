@@ -1,4 +1,6 @@
-"""Token files: megatron-core reads ours, we read megatron-core's, byte for byte; damaged files are refused by file and byte."""
+"""Token files: megatron-core reads ours, we read megatron-core's, byte for byte; damaged files are refused by
+file and byte.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ megatron = importlib.import_module("megatron.core.datasets.indexed_dataset")
 
 in_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 dtypes = st.sampled_from([np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64])
-corpora = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=4), min_size=0, max_size=12)  # documents of sequence lengths
+corpora = st.lists(
+    st.lists(st.integers(0, 5), min_size=0, max_size=4), min_size=0, max_size=12
+)  # documents of sequence lengths
 
 
 def random_documents(shape: list[list[int]], dtype: type, seed: int = 0) -> list[np.ndarray]:
     random, limits = np.random.default_rng(seed), np.iinfo(dtype)
-    return [random.integers(limits.min, limits.max, sum(lengths), dtype=dtype, endpoint=True) for lengths in shape]
+    return [
+        random.integers(limits.min, limits.max, sum(lengths), dtype=dtype, endpoint=True) for lengths in shape
+    ]
 
 
 def write_ours(prefix: Path, shape: list[list[int]], dtype: type) -> None:
@@ -70,7 +76,9 @@ def test_both_readers_read_the_same(tmp_path, shape, dtype):
     flat = np.concatenate([np.zeros(0, dtype), *random_documents(shape, dtype)])
     assert (len(ours), ours.num_tokens, ours.dtype) == (sum(map(len, shape)), len(flat), dtype)
     np.testing.assert_array_equal(ours.tokens, flat)
-    assert [ours.document_of(i) for i in range(len(ours))] == [d for d, lengths in enumerate(shape) for _ in lengths]
+    assert [ours.document_of(i) for i in range(len(ours))] == [
+        d for d, lengths in enumerate(shape) for _ in lengths
+    ]
     if not len(flat):
         return  # megatron-core cannot map an empty file
     theirs = megatron.IndexedDataset(str(tmp_path / "corpus"))
@@ -147,7 +155,8 @@ def test_a_pickled_dataset_opens_its_files_again(prefix):
     np.testing.assert_array_equal(pickle.loads(text).tokens, IndexedDataset(prefix).tokens)
 
 
-# ---- damaged files; the header is magic 0-8, version 9-16, type 17, sequences 18-25, marks 26-33; then 4 sizes at 34,
+# ---- damaged files; the header is magic 0-8, version 9-16, type 17, sequences 18-25, marks 26-33; then 4
+# sizes at 34,
 # ---- 4 pointers at 50 and 4 marks at 82, up to byte 114
 
 
@@ -204,7 +213,9 @@ def test_an_idx_that_goes_on_is_refused(prefix):
     refuses(prefix, ".idx", 114, "114 bytes for 4 sequences and 4 document marks")
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(200), b"#!/bin/sh\n" * 20, b"MMIDIDX\x00\x01" + bytes(200)])
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04" + bytes(200), b"#!/bin/sh\n" * 20, b"MMIDIDX\x00\x01" + bytes(200)]
+)
 def test_a_foreign_idx_is_refused(prefix, content):
     Path(f"{prefix}.idx").write_bytes(content)
     refuses(prefix, ".idx", 0, "MMIDIDX")
@@ -233,10 +244,18 @@ def test_an_inconsistent_idx_is_refused(prefix, byte, content, words, chunk, mon
     refuses(prefix, ".idx", byte, *words)
 
 
-@pytest.mark.parametrize(("sequences", "marks"), [(3, 4), (4, 3), (5, 4), (2**60, 4), (4, 2**60), (2**64 - 1, 2**64 - 1)])
+@pytest.mark.parametrize(
+    ("sequences", "marks"), [(3, 4), (4, 3), (5, 4), (2**60, 4), (4, 2**60), (2**64 - 1, 2**64 - 1)]
+)
 def test_counts_that_do_not_fit_the_idx_are_refused(prefix, sequences, marks):
     overwrite(prefix, ".idx", 18, struct.pack("<QQ", sequences, marks))
-    refuses(prefix, ".idx", min(114, 34 + 12 * sequences + 8 * marks), f"{sequences} sequences and {marks} document marks", "114 bytes")
+    refuses(
+        prefix,
+        ".idx",
+        min(114, 34 + 12 * sequences + 8 * marks),
+        f"{sequences} sequences and {marks} document marks",
+        "114 bytes",
+    )
 
 
 def test_an_idx_without_marks_is_refused(tmp_path):
@@ -267,7 +286,9 @@ def test_a_sequence_beyond_the_bin_is_refused(prefix, byte, content, sequence, c
 def test_no_damage_reads_outside_the_file_or_ends_in_another_error(tmp_path, data):
     prefix = tmp_path / "corpus"
     write_ours(prefix, [[5], [0], [1, 2], [4]], np.uint16)
-    for ending in data.draw(st.lists(st.sampled_from([".idx", ".idx", ".idx", ".bin"]), min_size=1, max_size=3)):
+    for ending in data.draw(
+        st.lists(st.sampled_from([".idx", ".idx", ".idx", ".bin"]), min_size=1, max_size=3)
+    ):
         path = Path(str(prefix) + ending)
         content = bytearray(path.read_bytes())
         if content and data.draw(st.booleans()):
@@ -330,7 +351,10 @@ def test_lengths_that_do_not_add_up_are_refused(tmp_path, lengths):
 def test_a_document_longer_than_the_format_allows_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_INT32_MAX", 4)
     for lengths in (None, [5]):
-        with pytest.raises(DataError, match="document 0: 5 tokens; the format ends at 4"), IndexedWriter(tmp_path / "a", "u2") as writer:
+        with (
+            pytest.raises(DataError, match="document 0: 5 tokens; the format ends at 4"),
+            IndexedWriter(tmp_path / "a", "u2") as writer,
+        ):
             writer.add_document([1, 2, 3, 4, 5], lengths)
 
 
@@ -350,7 +374,10 @@ class FullDisk(io.BytesIO):
 @pytest.mark.parametrize("when", ["add", "close"])
 def test_a_full_disk_ends_in_one_message_and_the_old_files(prefix, when):
     before = pair(prefix)
-    with pytest.raises(DataError, match=r"corpus.*No space left on device") as caught, IndexedWriter(prefix, np.uint16) as writer:
+    with (
+        pytest.raises(DataError, match=r"corpus.*No space left on device") as caught,
+        IndexedWriter(prefix, np.uint16) as writer,
+    ):
         if when == "add":
             writer._bin.close()
             writer._bin = FullDisk()
@@ -386,11 +413,17 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_checking_an_index_does_not_keep_it_in_memory(tmp_path):
-    """The index of 2 million sequences has 40 MB, of which their sizes, 8 MB, stay mapped: a sample index reads them next."""
+    """The index of 2 million sequences has 40 MB, of which their sizes, 8 MB, stay mapped: a sample index
+    reads them next.
+    """
     sizes = np.full(2_000_000, 3, np.int32)
     with open(tmp_path / "c.idx", "wb") as stream:
         stream.write(store.index_header("<u2", len(sizes), len(sizes)))
-        for part in (sizes, np.arange(len(sizes), dtype=np.int64) * 6, np.arange(len(sizes) + 1, dtype=np.int64)):
+        for part in (
+            sizes,
+            np.arange(len(sizes), dtype=np.int64) * 6,
+            np.arange(len(sizes) + 1, dtype=np.int64),
+        ):
             part.tofile(stream)
     with open(tmp_path / "c.bin", "wb") as stream:
         stream.truncate(6 * len(sizes))
@@ -404,5 +437,7 @@ before = peak()
 store.check()
 print(peak() - before)
 """
-    told = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True, check=True
+    )
     assert float(told.stdout) < 16

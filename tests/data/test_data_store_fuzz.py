@@ -23,12 +23,37 @@ from megatron_hyperrouter.data.dataset import build_splits
 from megatron_hyperrouter.data.store import IndexedDataset
 from megatron_hyperrouter.errors import DataError
 
-in_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
-every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())])
+in_tmp_path = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
+every = pytest.mark.parametrize(
+    "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
+)
 
 SIZES = [40, 0, 7, 1, 90, 17, 3, 60, 25, 31]
 FIELDS = {"magic": (0, 9), "version": (9, 8), "type": (17, 1), "sequences": (18, 8), "marks": (26, 8)}
-EDGES = [0, 1, 2, 3, 7, 9, 10, 11, 12, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+EDGES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    9,
+    10,
+    11,
+    12,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**61,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 def read_everything(prefix: Path, kind: str, impl: index.Implementation) -> int:
@@ -109,7 +134,9 @@ def test_any_bytes_at_all_are_refused_or_read(tmp_path, impl, content, head):
 def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(tmp_path, kind, ending):
     prefix = Path(write_corpus(tmp_path / "corpus", [400] * 100))
     data = DataConfig(train_data_path=(str(prefix),), data_index=kind)
-    found = build_splits(data, seq_length=16, seed=1, vocab_size=1000, train_samples=None, valid_samples=0, test_samples=0).train
+    found = build_splits(
+        data, seq_length=16, seed=1, vocab_size=1000, train_samples=None, valid_samples=0, test_samples=0
+    ).train
     expected = found[0]
     path = Path(f"{prefix}.{ending}")
     size = path.stat().st_size
@@ -117,7 +144,9 @@ def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(tmp_path, kind, e
         stream.write(b"longer")
     np.testing.assert_array_equal(found[0], expected)
     os.truncate(path, 100)
-    with pytest.raises(DataError, match=re.escape(f"{path}, byte 100: the file ends here now, and had {size} bytes")) as caught:
+    with pytest.raises(
+        DataError, match=re.escape(f"{path}, byte 100: the file ends here now, and had {size} bytes")
+    ) as caught:
         found[0]
     assert "while a run reads" in caught.value.remedy
 

@@ -20,9 +20,9 @@ from megatron_hyperrouter.errors import ConfigError, DataError, HostError
 
 TEXT = inspect.getsource(json.decoder) + "\n" + "Zażółć gęślą jaźń — 東京 🙂\n\n\tnaïve\r\n" * 3
 # Any characters at all, and the ones that word patterns care about, close together.
-ANY_TEXT = st.text() | st.lists(st.sampled_from(["a", "B", "7", " ", "\n", "\t", "/", "'s", "é", "\u00a0", "東", "🙂", ").", "\r\n"])).map(
-    "".join
-)
+ANY_TEXT = st.text() | st.lists(
+    st.sampled_from(["a", "B", "7", " ", "\n", "\t", "/", "'s", "é", "\u00a0", "東", "🙂", ").", "\r\n"])
+).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,9 @@ def test_no_bytes_where_tokens_are_not_bytes(bpe_file: str, tmp_path: Path) -> N
     marked.pre_tokenizer = pre_tokenizers.ByteLevel()
     assert saved(marked, tmp_path).token_bytes_V() is None
     split = Backend.from_file(bpe_file)
-    split.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    split.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     ours = saved(split, tmp_path)
     assert int(ours.token_bytes_V()[ours.encode(TEXT)].sum()) == len(TEXT.encode())
 
@@ -122,7 +124,9 @@ def with_greedy_token(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("change", [with_other_words, with_prefix_space, with_normalizer, with_greedy_token])
-def test_other_tokenizers_see_the_whole_text(bpe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change) -> None:
+def test_other_tokenizers_see_the_whole_text(
+    bpe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change
+) -> None:
     backend = Backend.from_file(bpe_file)
     change(backend)
     expected = backend.encode(TEXT).ids
@@ -135,7 +139,9 @@ def test_truncation_padding_and_templates_of_the_file_are_left_out(bpe_file: str
     plain = backend.encode(TEXT).ids
     backend.enable_truncation(16)
     backend.enable_padding(length=4096)
-    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $0", special_tokens=[("<|endoftext|>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $0", special_tokens=[("<|endoftext|>", 0)]
+    )
     assert backend.encode(TEXT).ids != plain
     assert saved(backend, tmp_path).encode(TEXT) == plain
 
@@ -148,7 +154,8 @@ def test_batches_equal_single_texts(ours: HuggingFaceTokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("present", "expected"), [(("[SEP]", "</s>"), "</s>"), (("[SEP]",), "[SEP]"), (("</s>", "<|endoftext|>"), "<|endoftext|>")]
+    ("present", "expected"),
+    [(("[SEP]", "</s>"), "</s>"), (("[SEP]",), "[SEP]"), (("</s>", "<|endoftext|>"), "<|endoftext|>")],
 )
 def test_end_of_document_token(tmp_path: Path, present: tuple[str, ...], expected: str) -> None:
     vocab = {name: place for place, name in enumerate(("a", *present))}

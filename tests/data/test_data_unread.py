@@ -1,4 +1,6 @@
-"""However often the length changes on the way, what was read and what is left are the stream, each token once an epoch."""
+"""However often the length changes on the way, what was read and what is left are the stream, each token once
+an epoch.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ from megatron_hyperrouter.data.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order import Span, build_order
 from megatron_hyperrouter.data.unread import BuiltStream, Unread, UnreadOrder
 
-every = pytest.mark.parametrize("impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())])
+every = pytest.mark.parametrize(
+    "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
+)
 corpora = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 30)), min_size=1, max_size=25)
-changes = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=6)  # sequence length, samples
+changes = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=6
+)  # sequence length, samples
 
 
 def tokens_of(span: Span, store: Any) -> list[int]:
@@ -60,14 +66,27 @@ def make(sizes: list[int], block: int, shard: int, impl: Any) -> tuple[Sizes, On
     return store, on_demand(store, 1, 1, block, shard, impl)
 
 
-def on_demand(store: Any, seq_length: int, num_samples: int, block: int, shard: int, impl: Any) -> OnDemandOrder:
+def on_demand(
+    store: Any, seq_length: int, num_samples: int, block: int, shard: int, impl: Any
+) -> OnDemandOrder:
     everyone = range(len(store.sizes))
-    return OnDemandOrder(store, everyone, seq_length=seq_length, num_samples=num_samples, seed=5, block=block, shard=shard, impl=impl)
+    return OnDemandOrder(
+        store,
+        everyone,
+        seq_length=seq_length,
+        num_samples=num_samples,
+        seed=5,
+        block=block,
+        shard=shard,
+        impl=impl,
+    )
 
 
 @every
 @given(sizes=corpora, course=changes, block=st.integers(1, 6), shard=st.integers(1, 3))
-def test_each_token_is_read_once_an_epoch(sizes: list[int], course: list[tuple[int, int]], block: int, shard: int, impl: Any) -> None:
+def test_each_token_is_read_once_an_epoch(
+    sizes: list[int], course: list[tuple[int, int]], block: int, shard: int, impl: Any
+) -> None:
     store, stream = make(sizes, block, shard, impl)
     unread, read = Unread(), Counter[int]()
     for length, samples in course:
@@ -75,26 +94,38 @@ def test_each_token_is_read_once_an_epoch(sizes: list[int], course: list[tuple[i
         for i in range(samples):
             read.update(sample_of(order, store, i, length)[:-1])
         unread = order.after(samples)
-    whole = Counter(tokens_of(stream.between(0, unread.following), store)) if unread.following else Counter[int]()
+    whole = (
+        Counter(tokens_of(stream.between(0, unread.following), store)) if unread.following else Counter[int]()
+    )
     assert read + left_in(unread, stream, None, store) == whole
     assert unread.changes == len(course)
     # What is left comes first: with it and the rest of the epoch, every token has been read equally often.
     rest = -unread.following % stream.tokens_per_epoch
     total = sum(piece.end - piece.begin for piece in unread.pieces) + rest
     if total:
-        last = UnreadOrder(Unread(unread.pieces, unread.following, 9), stream, None, seq_length=total, seed=5, impl=impl)
+        last = UnreadOrder(
+            Unread(unread.pieces, unread.following, 9), stream, None, seq_length=total, seed=5, impl=impl
+        )
         read.update(sample_of(last, store, 0, total)[:-1])
     assert len({read[token] for token in range(sum(sizes))}) == 1
 
 
 @every
-@given(sizes=corpora, length=st.integers(1, 6), samples=st.integers(1, 30), until=st.integers(0, 30), course=changes)
+@given(
+    sizes=corpora,
+    length=st.integers(1, 6),
+    samples=st.integers(1, 30),
+    until=st.integers(0, 30),
+    course=changes,
+)
 def test_what_a_built_index_leaves_is_read_before_the_stream(
     sizes: list[int], length: int, samples: int, until: int, course: list[tuple[int, int]], impl: Any
 ) -> None:
     store, stream = make(sizes, 2, 2, impl)
     assume(sum(sizes) > length)
-    index_of = build_order(store.sizes, range(len(sizes)), seq_length=length, num_samples=samples, seed=3, impl=impl)
+    index_of = build_order(
+        store.sizes, range(len(sizes)), seq_length=length, num_samples=samples, seed=3, impl=impl
+    )
     until = min(until, len(index_of))
     built, read = BuiltStream(index_of, store.sizes), Counter[int]()
     for i in range(until):
@@ -107,14 +138,18 @@ def test_what_a_built_index_leaves_is_read_before_the_stream(
         for i in range(more):
             read.update(sample_of(order, store, i, piece)[:-1])
         unread = order.after(more)
-    whole = Counter(tokens_of(stream.between(0, unread.following), store)) if unread.following else Counter[int]()
+    whole = (
+        Counter(tokens_of(stream.between(0, unread.following), store)) if unread.following else Counter[int]()
+    )
     whole.update(dict.fromkeys(range(sum(sizes)), epochs))
     assert read + left_in(unread, stream, built, store) == whole
 
 
 @every
 @given(sizes=corpora, length=st.integers(1, 7), block=st.integers(1, 6), shard=st.integers(1, 3))
-def test_before_any_change_it_is_the_on_demand_order(sizes: list[int], length: int, block: int, shard: int, impl: Any) -> None:
+def test_before_any_change_it_is_the_on_demand_order(
+    sizes: list[int], length: int, block: int, shard: int, impl: Any
+) -> None:
     store, stream = make(sizes, block, shard, impl)
     assume(sum(sizes) > length)
     plain = on_demand(store, length, 50, block, shard, impl)
@@ -125,7 +160,13 @@ def test_before_any_change_it_is_the_on_demand_order(sizes: list[int], length: i
 
 def test_pieces_are_read_in_another_order_than_they_lie() -> None:
     store, stream = make([40] * 10, 2, 2, None)
-    order = UnreadOrder(UnreadOrder(Unread(), stream, None, seq_length=4, seed=5).after(15), stream, None, seq_length=3, seed=5)
+    order = UnreadOrder(
+        UnreadOrder(Unread(), stream, None, seq_length=4, seed=5).after(15),
+        stream,
+        None,
+        seq_length=3,
+        seed=5,
+    )
     starts = [sample_of(order, store, i, 3)[0] for i in range(20)]
     assert starts != sorted(starts)
     with pytest.raises(IndexError):

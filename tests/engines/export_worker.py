@@ -1,4 +1,6 @@
-"""One process that trains a tiny model, exports it, and loads the export into models that megatron-core builds by itself."""
+"""One process that trains a tiny model, exports it, and loads the export into models that megatron-core
+builds by itself.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,17 @@ def plain_loss(run: RunConfig, folder: Path) -> float:
     state: Any = {"model": model.sharded_state_dict()}
     found = dist_checkpointing.load(state, str(folder))
     missing, unexpected = model.load_state_dict(found["model"], strict=False)
-    assert not [name for name in missing if "_extra_state" not in name] and not unexpected, (missing, unexpected)
+    assert not [name for name in missing if "_extra_state" not in name] and not unexpected, (
+        missing,
+        unexpected,
+    )
     model.eval()
     total = tokens = 0.0
     with torch.no_grad():
         for tokens_BS, labels_BS in micro_batches(run, HERE, 99):
-            loss_BS = model(tokens_BS, torch.arange(tokens_BS.size(1))[None].expand_as(tokens_BS), None, labels=labels_BS)
+            loss_BS = model(
+                tokens_BS, torch.arange(tokens_BS.size(1))[None].expand_as(tokens_BS), None, labels=labels_BS
+            )
             total, tokens = total + float(loss_BS.double().sum()), tokens + loss_BS.numel()
     return total / tokens
 

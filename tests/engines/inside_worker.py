@@ -1,4 +1,6 @@
-"""One rank of the tests that look inside a DeepSpeed run: what it generates, keeps, updates and is configured with."""
+"""One rank of the tests that look inside a DeepSpeed run: what it generates, keeps, updates and is configured
+with.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def look_inside(flags: list[str], world_size: int, calls: Calls) -> dict[str, An
     config: RunConfig = tiny_config(flags, world_size)
     engine: Any = open_engine(config, vocab_size=VOCABULARY)
     try:
-        embeddings = {name: parameter for name, parameter in engine.named_parameters() if name.endswith("embedding_S")}
+        embeddings = {
+            name: parameter for name, parameter in engine.named_parameters() if name.endswith("embedding_S")
+        }
         before = {name: parameter.detach().clone() for name, parameter in embeddings.items()}
         calls.take()
         told: dict[str, Any] = {"digests": [digests(engine)], "calls": [], "steps": []}
@@ -73,7 +77,10 @@ def look_inside(flags: list[str], world_size: int, calls: Calls) -> dict[str, An
                 engine.evaluate(micro_batches(config, engine.place, 99), topk=2)
                 told["calls_of_evaluation"] = calls.take()
         told["digests"].append(digests(engine))
-        told["moved"] = {name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in embeddings.items()}
+        told["moved"] = {
+            name: float((parameter.detach() - before[name]).abs().max())
+            for name, parameter in embeddings.items()
+        }
         told["trained"] = sum(parameter.numel() for _, parameter in engine.named_parameters())
         told["kept"], told["given"] = elements_kept(engine)
         host = engine.host
@@ -96,7 +103,9 @@ def main() -> None:
     told, calls = [], Calls()
     for number, flags in enumerate(json.loads(task.read_text(encoding="utf-8"))):
         store = f"file://{task}-world-{number}"
-        deepspeed.init_distributed("gloo", False, verbose=False, init_method=store, rank=rank, world_size=world_size)
+        deepspeed.init_distributed(
+            "gloo", False, verbose=False, init_method=store, rank=rank, world_size=world_size
+        )
         told.append(look_inside(flags, world_size, calls))
         torch.distributed.destroy_process_group()
     if rank == 0:

@@ -1,8 +1,10 @@
-"""One rank of the layout tests: trains each case of the task for a few steps on made-up tokens and reports what it saw.
+"""One rank of the layout tests: trains each case of the task for a few steps on made-up tokens and reports
+what it saw.
 
-A case: ``flags`` of the program, and optionally ``steps`` and the ``first`` of them, ``load`` (a folder) or ``load_weights``, ``watch``,
-``save_at`` (a step), ``folder`` for its weights, ``topk_eval``, ``resume``, and ``probe``: at which weights (``start``) and with the k of
-which ``step`` it tells gradients, in ``folder/probed``.
+A case: ``flags`` of the program, and optionally ``steps`` and the ``first`` of them, ``load`` (a folder) or
+``load_weights``, ``watch``, ``save_at`` (a step), ``folder`` for its weights, ``topk_eval``, ``resume``, and
+``probe``: at which weights (``start``) and with the k of which ``step`` it tells gradients, in
+``folder/probed``.
 """
 
 from __future__ import annotations
@@ -33,17 +35,21 @@ from megatron_hyperrouter.engines.base import Batch, Engine, Place
 from megatron_hyperrouter.routers import ROUTERS
 
 VOCABULARY = 61
-EOD = 60  # ends a document, where the settings mind documents; ids from 54 on become it, so that samples have several
-# A step of Adam whose epsilon drowns its normalisation tells gradients: weight -= SCALE x gradient.  SCALE is so large that the
-# weight itself, to which the result is rounded, does not matter.
+# ends a document, where the settings mind documents; ids from 54 on become it, so that samples have several
+EOD = 60
+# A step of Adam whose epsilon drowns its normalisation tells gradients: weight -= SCALE x gradient.  SCALE is
+# so large that the weight itself, to which the result is rounded, does not matter.
 SCALE = 2.0**20
 DROWNING_EPSILON = 1e6
 PROBE_TOKENS = 98  # the step whose tokens are those of the probe
 TINY = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --moe-ffn-hidden-size 48 --seq-length 16 --num-experts 4 "
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --moe-ffn-hidden-size 48 "
+    "--seq-length 16 --num-experts 4 "
     "--qk-layernorm "
-    "--make-vocab-size-divisible-by 8 --init-method-std 0.06 --lr 3e-3 --micro-batch-size 2 --global-batch-size 8 --train-iters 10 "
-    "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --data-path unused --tokenizer-type NullTokenizer --vocab-size 61"
+    "--make-vocab-size-divisible-by 8 --init-method-std 0.06 --lr 3e-3 --micro-batch-size 2 "
+    "--global-batch-size 8 --train-iters 10 "
+    "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --data-path unused --tokenizer-type NullTokenizer "
+    "--vocab-size 61"
 ).split()
 
 
@@ -69,10 +75,14 @@ def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]
 
 
 def packed_rows(config: RunConfig, count: int, generator: torch.Generator) -> torch.Tensor:
-    """The first samples of a file of made-up documents, from 1 token to more than a sample holds, as the program packs them."""
+    """The first samples of a file of made-up documents, from 1 token to more than a sample holds, as the
+    program packs them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with IndexedWriter(f"{folder}/made-up", np.int32) as writer:
-            for size in torch.randint(0, 2 * config.model.seq_length, (4 * count,), generator=generator).tolist():
+            for size in torch.randint(
+                0, 2 * config.model.seq_length, (4 * count,), generator=generator
+            ).tolist():
                 writer.add_document([*torch.randint(0, 54, (size,), generator=generator).tolist(), EOD])
         data = replace(config.data, data_path=(), train_data_path=(f"{folder}/made-up",))
         builder = Builder(data, config.model.seq_length, config.train.seed, VOCABULARY, Cache(), eod=EOD)
@@ -122,7 +132,9 @@ def train(engine: Engine, config: RunConfig, case: dict[str, Any]) -> list[dict[
 
 def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]:
     """One optimizer step."""
-    result = engine.train_step(micro_batches(config, engine.place, step), step=step, learning_rate=config.optimizer.lr)
+    result = engine.train_step(
+        micro_batches(config, engine.place, step), step=step, learning_rate=config.optimizer.lr
+    )
     return {
         "lm_loss": result.lm_loss,
         "aux_loss": result.aux_loss,
@@ -142,11 +154,15 @@ def save(engine: Engine, folder: Path) -> None:
 
 
 def probe(engine: Any, config: RunConfig, step: int) -> None:
-    """Move each weight by SCALE times its gradient, whatever Adam remembers; nothing can be trained afterwards."""
+    """Move each weight by SCALE times its gradient, whatever Adam remembers; nothing can be trained
+    afterwards.
+    """
     optimizer = engine.optimizer if config.engine.engine == "megatron" else engine.host.optimizer
     for group in optimizer.param_groups:
         group.update(betas=(0.0, group["betas"][1]), eps=DROWNING_EPSILON, weight_decay=0.0)
-    engine.train_step(micro_batches(config, engine.place, PROBE_TOKENS), step=step, learning_rate=SCALE * DROWNING_EPSILON)
+    engine.train_step(
+        micro_batches(config, engine.place, PROBE_TOKENS), step=step, learning_rate=SCALE * DROWNING_EPSILON
+    )
 
 
 def resume(engine: Engine, config: RunConfig, folder: Path, start: int) -> list[dict[str, Any]]:
@@ -157,7 +173,8 @@ def resume(engine: Engine, config: RunConfig, folder: Path, start: int) -> list[
 
 
 def main() -> None:
-    """Run each case of the task in a fork of this process: the hosts are imported once, and whatever they keep ends with the case.
+    """Run each case of the task in a fork of this process: the hosts are imported once, and whatever they
+    keep ends with the case.
 
     DeepSpeed's engine is never freed, and with it stay 50 threads of process groups a case.
     """
@@ -178,7 +195,9 @@ def main() -> None:
         if code := os.waitstatus_to_exitcode(status):
             sys.exit(f"case {number}, {case['flags']}: exit status {code}")
     if os.environ["RANK"] == "0":
-        answer.write_text(json.dumps([json.loads(part.read_text(encoding="utf-8")) for part in parts]), encoding="utf-8")
+        answer.write_text(
+            json.dumps([json.loads(part.read_text(encoding="utf-8")) for part in parts]), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

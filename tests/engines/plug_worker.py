@@ -1,4 +1,5 @@
-"""One rank of the tests of ``megatron_router_builder``: a caller's own MoELayer against a plain loop over tokens and experts.
+"""One rank of the tests of ``megatron_router_builder``: a caller's own MoELayer against a plain loop over
+tokens and experts.
 
 Called with a file for the answer and cases in JSON: ``{"layout": {...}, "config": {...}, "router": name}``.
 """
@@ -38,12 +39,33 @@ def build(case: dict[str, Any]) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    sizes = {"moe_ffn_hidden_size": 12, "ffn_hidden_size": 12, "num_layers": 4, "hidden_size": D, "num_attention_heads": 2}
-    fields = {"num_moe_experts": E, "moe_router_topk": 2, "moe_aux_loss_coeff": AUX, "moe_z_loss_coeff": Z, "add_bias_linear": False}
-    plain = {"gradient_accumulation_fusion": False, "bias_activation_fusion": False, "moe_token_dispatcher_type": "alltoall"}
+    sizes = {
+        "moe_ffn_hidden_size": 12,
+        "ffn_hidden_size": 12,
+        "num_layers": 4,
+        "hidden_size": D,
+        "num_attention_heads": 2,
+    }
+    fields = {
+        "num_moe_experts": E,
+        "moe_router_topk": 2,
+        "moe_aux_loss_coeff": AUX,
+        "moe_z_loss_coeff": Z,
+        "add_bias_linear": False,
+    }
+    plain = {
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+    }
     config = TransformerConfig(**(sizes | fields | plain | case["layout"] | case.get("config", {})))
-    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    moe = MoELayer(config, MoESubmodules(experts=experts, router=megatron_router_builder(case["router"], seed=7)))
+    experts = ModuleSpec(
+        module=SequentialMLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    moe = MoELayer(
+        config, MoESubmodules(experts=experts, router=megatron_router_builder(case["router"], seed=7))
+    )
     moe.set_layer_number(LAYER)
     first = parallel_state.get_expert_model_parallel_rank() * len(moe.experts.local_experts)
     for local, expert in enumerate(moe.experts.local_experts):
@@ -94,7 +116,9 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     moe = build(case)
     rank, world = dist.get_rank(), dist.get_world_size()
-    shared = "context_parallel_size" in layout or "tensor_model_parallel_size" in layout  # the ranks share one micro-batch
+    shared = (
+        "context_parallel_size" in layout or "tensor_model_parallel_size" in layout
+    )  # the ranks share one micro-batch
     batches = [numbers(1, S, B, D)] if shared else [numbers(1 + each, S, B, D) for each in range(world)]
     probes = [numbers(50 + each, S, B, D) for each in range(len(batches))]
 
@@ -122,7 +146,9 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     grads = torch.autograd.grad(total, [*inputs, *leaves])
     x_grads, wanted = grads[: len(inputs)], grads[len(inputs) :]
     load_E = sum(
-        torch.bincount((batch.reshape(-1, D) @ W_ED.t()).topk(moe.config.moe_router_topk).indices.flatten(), minlength=E)
+        torch.bincount(
+            (batch.reshape(-1, D) @ W_ED.t()).topk(moe.config.moe_router_topk).indices.flatten(), minlength=E
+        )
         for batch in batches
     )
     (counts,) = counted
@@ -136,7 +162,10 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     }
     marked = [getattr(parameter, "sequence_parallel", None) for parameter in router.parameters()]
     parallel_state.destroy_model_parallel()
-    return worst | {"marked": float(all(marked)), "router grad": max(grad.abs().max().item() for grad in wanted)}
+    return worst | {
+        "marked": float(all(marked)),
+        "router grad": max(grad.abs().max().item() for grad in wanted),
+    }
 
 
 def difference(found: Any, wanted: Tensor) -> float:

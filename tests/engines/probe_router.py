@@ -1,4 +1,5 @@
-"""A router that asks an engine for everything that the protocol offers: what its layouts disagree on, the engine gets wrong.
+"""A router that asks an engine for everything that the protocol offers: what its layouts disagree on, the
+engine gets wrong.
 
 Legend: as in ``routers/base.py``; ``P`` features of its head.
 """
@@ -29,7 +30,9 @@ class ProbeRouter(Router, name="probe"):
         super().__init__(config, **common)
         self.weight_ED = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
         self.head_PD = nn.Parameter(torch.empty(P, self.hidden_size))
-        self.register_buffer("history_EE", torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64))
+        self.register_buffer(
+            "history_EE", torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+        )
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -53,7 +56,12 @@ class ProbeRouter(Router, name="probe"):
         scores_TE = now.experts.scores_TE(x_TD, lambda output: output.square().mean(-1))
         assert not scores_TE.requires_grad
         target_TE = (50 * scores_TE).softmax(-1)
-        losses = {**first.losses, "distil": token_mean((first.logits_TE.softmax(-1) - target_TE).square().mean(-1), self.over_shards)}
+        losses = {
+            **first.losses,
+            "distil": token_mean(
+                (first.logits_TE.softmax(-1) - target_TE).square().mean(-1), self.over_shards
+            ),
+        }
         if not self.wants_outputs(now):
             return first._replace(losses=losses, weights_TK=reaching(first.weights_TK, self.head_PD))
         experts_TK = best_experts(target_TE, now.k)
@@ -69,14 +77,19 @@ class ProbeRouter(Router, name="probe"):
         if self.gather_shards is not None:
             features_TP = self.gather_shards(features_TP)
         spread = features_TP.var(0).log().mean()
-        return routing._replace(weights_TK=score_TK / score_TK.sum(-1, keepdim=True), losses={**routing.losses, "spread": 0.01 * spread})
+        return routing._replace(
+            weights_TK=score_TK / score_TK.sum(-1, keepdim=True),
+            losses={**routing.losses, "spread": 0.01 * spread},
+        )
 
     @property
     def num_extra_counts(self) -> int:
         return self.num_experts**2
 
     def extra_counts(self, routing: Routing) -> Tensor:
-        chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.float64).scatter_(1, routing.experts_TK, 1.0)
+        chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.float64).scatter_(
+            1, routing.experts_TK, 1.0
+        )
         return (chosen_TE.T @ chosen_TE).flatten()
 
     def end_step(self, counts: StepCounts) -> None:

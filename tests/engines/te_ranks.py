@@ -1,4 +1,6 @@
-"""Starts ranks afresh: what stands in for a library must be there before the hosts are imported, so the zygote cannot serve."""
+"""Starts ranks afresh: what stands in for a library must be there before the hosts are imported, so the
+zygote cannot serve.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,16 @@ def run_afresh(worker: Path, task: dict[str, Any], *, ranks: int, folder: Path, 
     command = [sys.executable, str(worker), str(folder / "task.json"), str(folder / "answer.json")]
     processes = []
     for rank in range(ranks):
-        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        env = environment(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(store.port),
+        )
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     try:
         told = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:

@@ -1,7 +1,9 @@
-"""A stand-in for Transformer Engine on machines without a GPU: its classes, arguments and parameter names, computed by torch.
+"""A stand-in for Transformer Engine on machines without a GPU: its classes, arguments and parameter
+names, computed by torch.
 
-Written after the calls that megatron-core 0.16.1 makes (extensions/transformer_engine.py).  It claims to be version 1.12.
-``partition_dim`` is wrong on the second matrix of experts that are cut, as in the original, which knows nothing of their parallelism.
+Written after the calls that megatron-core 0.16.1 makes (extensions/transformer_engine.py).  It claims to
+be version 1.12. ``partition_dim`` is wrong on the second matrix of experts that are cut, as in the
+original, which knows nothing of their parallelism.
 """
 
 from __future__ import annotations
@@ -49,12 +51,17 @@ class Stateful(nn.Module):
 
 class Linear(Stateful):
     def __init__(
-        self, *, in_features: int, out_features: int, parallel_mode: str | None, tp_size: int, tp_group: Any, sequence_parallel: bool,
+        self, *, in_features: int, out_features: int, parallel_mode: str | None, tp_size: int,
+        tp_group: Any, sequence_parallel: bool,
         bias: bool, return_bias: bool, init_method: Any, **made: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         assert not bias and not return_bias and made["fuse_wgrad_accumulation"] is False
-        self.mode, self.group, self.sequence = parallel_mode if tp_size > 1 else None, tp_group, sequence_parallel
+        self.mode, self.group, self.sequence = (
+            parallel_mode if tp_size > 1 else None,
+            tp_group,
+            sequence_parallel,
+        )
         out_features //= tp_size if parallel_mode == "column" else 1
         in_features //= tp_size if parallel_mode == "row" else 1
         self.weight = matrix(out_features, in_features, 1 if parallel_mode == "row" else 0, **made)
@@ -64,17 +71,33 @@ class Linear(Stateful):
         from megatron.core.tensor_parallel import mappings
 
         if self.mode == "column":
-            into = mappings.gather_from_sequence_parallel_region if self.sequence else mappings.copy_to_tensor_model_parallel_region
+            into = (
+                mappings.gather_from_sequence_parallel_region
+                if self.sequence
+                else mappings.copy_to_tensor_model_parallel_region
+            )
             x = into(x, group=self.group)
         x = x @ self.weight.t()
         if self.mode == "row":
-            to = mappings.reduce_scatter_to_sequence_parallel_region if self.sequence else mappings.reduce_from_tensor_model_parallel_region
+            to = (
+                mappings.reduce_scatter_to_sequence_parallel_region
+                if self.sequence
+                else mappings.reduce_from_tensor_model_parallel_region
+            )
             x = to(x, group=self.group)
         return x
 
 
 class LayerNormLinear(Linear):
-    def __init__(self, *, eps: float, normalization: str, zero_centered_gamma: bool, return_layernorm_output: bool, **made: Any) -> None:
+    def __init__(
+        self,
+        *,
+        eps: float,
+        normalization: str,
+        zero_centered_gamma: bool,
+        return_layernorm_output: bool,
+        **made: Any,
+    ) -> None:
         assert normalization == "RMSNorm" and not zero_centered_gamma and not return_layernorm_output
         super().__init__(**made)
         self.eps = eps
@@ -96,31 +119,49 @@ class RMSNorm(nn.Module):
 
 class GroupedLinear(Stateful):
     def __init__(
-        self, *, num_gemms: int, in_features: int, out_features: int, tp_size: int, bias: bool, init_method: Any,
+        self, *, num_gemms: int, in_features: int, out_features: int, tp_size: int, bias: bool,
+        init_method: Any,
         parallel_mode: str | None, **made: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         assert tp_size == 1 and not bias
         self.num_gemms, self.use_bias = num_gemms, bias
         for number in range(num_gemms):
-            self.register_parameter(f"weight{number}", matrix(out_features, in_features, 1 if parallel_mode == "row" else 0, **made))
+            self.register_parameter(
+                f"weight{number}",
+                matrix(out_features, in_features, 1 if parallel_mode == "row" else 0, **made),
+            )
             init_method(self.get_parameter(f"weight{number}"))
 
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         parts = x.split(m_splits)
-        return torch.cat([part @ self.get_parameter(f"weight{number}").t() for number, part in enumerate(parts)])
+        return torch.cat(
+            [part @ self.get_parameter(f"weight{number}").t() for number, part in enumerate(parts)]
+        )
 
 
 class DotProductAttention(Stateful):
-    def __init__(self, *, attn_mask_type: str, attention_dropout: float, num_gqa_groups: int, kv_channels: int, **_: Any) -> None:
+    def __init__(
+        self,
+        *,
+        attn_mask_type: str,
+        attention_dropout: float,
+        num_gqa_groups: int,
+        kv_channels: int,
+        **_: Any,
+    ) -> None:
         super().__init__()
         assert attn_mask_type == "causal" and isinstance(kv_channels, int) and "cp_group" not in _
         self.dropout, self.groups = attention_dropout, num_gqa_groups
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, attn_mask_type: str) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, attn_mask_type: str
+    ) -> Tensor:
         assert attention_mask is None and attn_mask_type == "causal"
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, dropout_p=self.dropout)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, dropout_p=self.dropout
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -130,7 +171,10 @@ class Tracker:
 
 def install() -> None:
     """Make ``import transformer_engine`` find this; before megatron-core is imported."""
-    parts = "common common.recipe pytorch pytorch.distributed pytorch.fp8 pytorch.float8_tensor pytorch.cpp_extensions".split()
+    parts = (
+        "common common.recipe pytorch pytorch.distributed pytorch.fp8 pytorch.float8_tensor "
+        "pytorch.cpp_extensions"
+    ).split()
     names = ["transformer_engine", *(f"transformer_engine.{part}" for part in parts)]
     for name in names:
         module = ModuleType(name)

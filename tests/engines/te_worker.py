@@ -1,4 +1,6 @@
-"""One rank of the layout tests on a machine that believes that it has Transformer Engine, and a GPU for it."""
+"""One rank of the layout tests on a machine that believes that it has Transformer Engine, and a GPU for
+it.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     skip_shm_build()
     store = f"file://{tmp_path_factory.mktemp('world')}/store"
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, init_method=store, rank=0, world_size=1)
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, verbose=False, init_method=store, rank=0, world_size=1
+    )
     yield
     groups._release_process_group_references(None)
     torch.distributed.destroy_process_group()
@@ -42,7 +44,14 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def moe_with(router: Router, **options: Any) -> MoE:
     """DeepSpeed's own layer, as a caller builds it, with our gate in it."""
-    moe = MoE(D, nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)), num_experts=E, ep_size=1, k=1, use_rts=False)
+    moe = MoE(
+        D,
+        nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)),
+        num_experts=E,
+        ep_size=1,
+        k=1,
+        use_rts=False,
+    )
     moe.set_deepspeed_parallelism()
     for expert in experts_of(moe):  # DeepSpeed's experts are copies of one another
         for parameter in expert.parameters():
@@ -57,11 +66,16 @@ def experts_of(moe: MoE) -> nn.ModuleList:
 
 
 def router_of(name: str, k: int, **options: Any) -> Router:
-    return build_router(name, hidden_size=D, num_experts=E, topk=k, aux_loss_coeff=0.1, z_loss_coeff=0.01, **options)
+    return build_router(
+        name, hidden_size=D, num_experts=E, topk=k, aux_loss_coeff=0.1, z_loss_coeff=0.01, **options
+    )
 
 
-def by_loop(x_TD: Tensor, router: Router, experts: nn.ModuleList, k: int, capacity: int) -> tuple[Tensor, list[list[int]]]:
-    """Token by token, expert by expert; an expert keeps its heaviest routes, earlier tokens first among equals.
+def by_loop(
+    x_TD: Tensor, router: Router, experts: nn.ModuleList, k: int, capacity: int
+) -> tuple[Tensor, list[list[int]]]:
+    """Token by token, expert by expert; an expert keeps its heaviest routes, earlier tokens first among
+    equals.
 
     Returns the output and the tokens that each expert was given.
     """
@@ -73,7 +87,10 @@ def by_loop(x_TD: Tensor, router: Router, experts: nn.ModuleList, k: int, capaci
     ]
     out, kept = [torch.zeros(D) for _ in range(len(x_TD))], []
     for expert in range(E):
-        routes = sorted((t for t in range(len(x_TD)) if expert in weights[t]), key=lambda t: (-weights[t][expert].item(), t))
+        routes = sorted(
+            (t for t in range(len(x_TD)) if expert in weights[t]),
+            key=lambda t: (-weights[t][expert].item(), t),
+        )
         kept.append(sorted(routes[:capacity]))
         for t in routes[:capacity]:
             out[t] = out[t] + weights[t][expert] * experts[expert](x_TD[t])
@@ -100,7 +117,10 @@ def test_layer_is_a_loop_over_experts(name: str, k: int, capacity_factor: float 
     torch.testing.assert_close(output.flatten(0, 1), expected, rtol=1e-5, atol=1e-6)
     # The routes before dropping, as DeepSpeed tells its caller.
     W_ED, _ = router.linear()
-    assert counts.tolist() == torch.bincount((x.flatten(0, 1) @ W_ED.t()).topk(k).indices.flatten(), minlength=E).tolist()
+    assert (
+        counts.tolist()
+        == torch.bincount((x.flatten(0, 1) @ W_ED.t()).topk(k).indices.flatten(), minlength=E).tolist()
+    )
     if capacity_factor is not None and capacity_factor < 1:
         assert max(map(len, kept)) == capacity  # something was dropped
     own = torch.stack(list(router(x.flatten(0, 1)).losses.values())).sum()
@@ -143,7 +163,10 @@ def test_slots_are_cut_evenly_over_tensor_parallel_ranks() -> None:
 
 def test_padding_for_tensor_parallel_ranks_takes_no_more_routes() -> None:
     x_TD = torch.randn(T, D)
-    whole, cut = (RouterGate(router_of("topk", 2), capacity_factor=0.5, capacity_multiple=ranks)(x_TD) for ranks in (1, 7))
+    whole, cut = (
+        RouterGate(router_of("topk", 2), capacity_factor=0.5, capacity_multiple=ranks)(x_TD)
+        for ranks in (1, 7)
+    )
     assert cut.capacity % 7 == 0 and cut.capacity > whole.capacity
     assert torch.equal(cut.experts_KT, whole.experts_KT) and torch.equal(cut.slots_KT, whole.slots_KT)
     assert (whole.experts_KT < 0).any()

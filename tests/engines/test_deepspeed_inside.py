@@ -1,4 +1,6 @@
-"""What a run under DeepSpeed does inside: the frozen hypernetwork, its calls, the optimizer's state, recomputation, bf16, settings."""
+"""What a run under DeepSpeed does inside: the frozen hypernetwork, its calls, the optimizer's state,
+recomputation, bf16, settings.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ CASES = {
     "frozen": "--router.name smoe_dropout --moe-router-topk 2",
     "more settings": HYPER,  # --deepspeed-config is added below
 }
-ON_TWO = {"EP2": f"{HYPER} --expert-model-parallel-size 2", "EP2 bf16": f"{HYPER} --expert-model-parallel-size 2 --bf16"}
+ON_TWO = {
+    "EP2": f"{HYPER} --expert-model-parallel-size 2",
+    "EP2 bf16": f"{HYPER} --expert-model-parallel-size 2 --bf16",
+}
 MICRO_BATCHES = {1: 4, 2: 2}  # 8 samples a step, two at a time
 LAYERS = 2
 Told = dict[str, Any]
@@ -40,13 +45,17 @@ def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What rank 0 of each case saw."""
     root = tmp_path_factory.mktemp("inside")
     (root / "ds.json").write_text(
-        json.dumps({"zero_optimization": {"reduce_bucket_size": 12345}, "gradient_clipping": 1.0}), encoding="utf-8"
+        json.dumps({"zero_optimization": {"reduce_bucket_size": 12345}, "gradient_clipping": 1.0}),
+        encoding="utf-8",
     )
     found: dict[str, Told] = {}
     for ranks, cases in ((1, CASES), (2, ON_TWO)):
         more = {"more settings": ["--deepspeed-config", str(root / "ds.json")]}
         task, answer = root / f"task{ranks}.json", root / f"answer{ranks}.json"
-        task.write_text(json.dumps([flags.split() + more.get(name, []) for name, flags in cases.items()]), encoding="utf-8")
+        task.write_text(
+            json.dumps([flags.split() + more.get(name, []) for name, flags in cases.items()]),
+            encoding="utf-8",
+        )
         zygote.run([task, answer], program=WORKER, ranks=ranks)
         found.update(zip(cases, json.loads(answer.read_text(encoding="utf-8")), strict=True))
     return found
@@ -57,21 +66,39 @@ ALL_HYPER = [name for name in (*CASES, *ON_TWO) if name != "frozen"]
 
 class TestHypernetwork:
     @pytest.mark.parametrize("case", [*CASES, *ON_TWO])
-    def test_bytes_are_the_same_after_training_and_those_of_a_fresh_draw(self, runs: dict[str, Told], case: str) -> None:
+    def test_bytes_are_the_same_after_training_and_those_of_a_fresh_draw(
+        self, runs: dict[str, Told], case: str
+    ) -> None:
         before, after = runs[case]["digests"]
         config = tiny_config({**CASES, **ON_TWO}[case].split(), world_size=2 if case in ON_TWO else 1)
         fresh = [
-            ROUTERS[config.router.name](config.router.options, hidden_size=32, num_experts=4, topk=2, layer_number=layer + 1, seed=1234)
+            ROUTERS[config.router.name](
+                config.router.options,
+                hidden_size=32,
+                num_experts=4,
+                topk=2,
+                layer_number=layer + 1,
+                seed=1234,
+            )
             for layer in range(LAYERS)
         ]
         assert before == after == [router.frozen.digest for router in fresh]
         assert len(set(after)) == (1 if case == "shared" else LAYERS)
 
     @pytest.mark.parametrize("case", ALL_HYPER)
-    def test_runs_once_a_step_and_layer_and_back_once_a_micro_batch(self, runs: dict[str, Told], case: str) -> None:
+    def test_runs_once_a_step_and_layer_and_back_once_a_micro_batch(
+        self, runs: dict[str, Told], case: str
+    ) -> None:
         micro_batches = MICRO_BATCHES[2 if case in ON_TWO else 1]
-        assert runs[case]["calls"] == [[LAYERS, LAYERS * micro_batches], [0, LAYERS * micro_batches], [LAYERS, LAYERS * micro_batches]]
-        assert runs[case]["calls_of_evaluation"] == [LAYERS, 0]  # which the next step reuses: the weights are the same
+        assert runs[case]["calls"] == [
+            [LAYERS, LAYERS * micro_batches],
+            [0, LAYERS * micro_batches],
+            [LAYERS, LAYERS * micro_batches],
+        ]
+        assert runs[case]["calls_of_evaluation"] == [
+            LAYERS,
+            0,
+        ]  # which the next step reuses: the weights are the same
 
     @pytest.mark.parametrize("case", ALL_HYPER)
     def test_embedding_learns(self, runs: dict[str, Told], case: str) -> None:
@@ -100,7 +127,9 @@ class TestSameRun:
 
     @pytest.mark.parametrize("case", ["bf16", "EP2 bf16"])
     def test_bf16_within_its_rounding(self, runs: dict[str, Told], case: str) -> None:
-        """bfloat16 keeps 8 bits: a relative error of 2^-9 at each rounding, which mostly cancels in a mean over 128 tokens."""
+        """bfloat16 keeps 8 bits: a relative error of 2^-9 at each rounding, which mostly cancels in a mean
+        over 128 tokens.
+        """
         for found, expected in zip(runs[case]["steps"], runs["hyper"]["steps"], strict=True):
             assert all(math.isfinite(found[number]) for number in ("lm_loss", "grad_norm"))
             assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=2**-9)

@@ -1,4 +1,6 @@
-"""The same settings on any layout of the DeepSpeed engine are the same run; one process agrees with a plain-torch model."""
+"""The same settings on any layout of the DeepSpeed engine are the same run; one process agrees with a
+plain-torch model.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,21 @@ def test_one_process_is_the_plain_model(table: Table, router: str, tmp_path: Pat
     found = table.references[router, ""]
     flags = ["--router.name", router, *COMMON]
     initial = tmp_path / "initial"
-    run_ranks(zygote, WORKER, {"cases": [{"flags": flags, "steps": 0, "folder": str(initial)}]}, ranks=1, folder=tmp_path)
+    run_ranks(
+        zygote,
+        WORKER,
+        {"cases": [{"flags": flags, "steps": 0, "folder": str(initial)}]},
+        ranks=1,
+        folder=tmp_path,
+    )
     config = tiny_config(flags)
     model = plain_model(router, config, initial)
     steps = [(list(micro_batches(config, HERE, step)), topk) for step, topk in enumerate((1, 2, 4))]
     expected = train_reference(model, steps, config.optimizer.lr)
     assert len(expected) == STEPS
-    assert [(step["lm_loss"], step["grad_norm"]) for step in found.told["steps"]] == [pytest.approx(pair, rel=1e-5) for pair in expected]
+    assert [(step["lm_loss"], step["grad_norm"]) for step in found.told["steps"]] == [
+        pytest.approx(pair, rel=1e-5) for pair in expected
+    ]
 
 
 @pytest.mark.parametrize("router", THREE)
@@ -68,7 +78,9 @@ def test_gradients_of_one_process_are_those_of_the_plain_model(table: Table, rou
     found = table.references[router, ""]
     config = tiny_config(["--router.name", router, *COMMON])
     model = plain_model(router, config, found.weights)
-    ((_, norm),) = train_reference(model, [(list(micro_batches(config, HERE, PROBE_TOKENS)), (1, 2, 4)[PROBED])], 0.0)
+    ((_, norm),) = train_reference(
+        model, [(list(micro_batches(config, HERE, PROBE_TOKENS)), (1, 2, 4)[PROBED])], 0.0
+    )
     told = gradients(found, found.weights)
     assert told.keys() == model.weights.keys()
     for name, weight in model.weights.items():
@@ -94,7 +106,8 @@ def router_matrix(name: str, config: Any, weights: dict[str, torch.Tensor], laye
     if name == "topk":
         return weights[prefix + "weight_ED"]
     router = ROUTERS[name](
-        config.router.options, hidden_size=config.model.hidden_size, num_experts=config.model.num_experts, topk=1,
+        config.router.options, hidden_size=config.model.hidden_size,
+        num_experts=config.model.num_experts, topk=1,
         layer_number=layer + 1, seed=config.train.seed,
     )  # fmt: skip
     if name == "smoe_dropout":

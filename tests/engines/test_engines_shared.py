@@ -15,7 +15,9 @@ from megatron_hyperrouter.engines.shared import SharedEngine
 @pytest.mark.parametrize(("stages", "count"), [(1, 0), (1, 1), (1, 16), (1, 50), (2, 50)])
 def test_an_evaluation_forgets_what_it_has_seen(stages: int, count: int) -> None:
     place = Place(rank=0, world_size=1, data_rank=0, data_size=1)
-    engine = SimpleNamespace(clock=Clock(), config=SimpleNamespace(parallel=SimpleNamespace(pipeline_model_parallel_size=stages)))
+    engine = SimpleNamespace(
+        clock=Clock(), config=SimpleNamespace(parallel=SimpleNamespace(pipeline_model_parallel_size=stages))
+    )
     engine.clock.begin(step=7, topk=3)
     batches = [(torch.full((1, 4), number), torch.zeros(1, 4)) for number in range(count)]
     seen, turns = [], set()

@@ -1,4 +1,6 @@
-"""What a rank keeps of its optimizer and of its random generators, and what it says where that cannot be read."""
+"""What a rank keeps of its optimizer and of its random generators, and what it says where that cannot be
+read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from megatron_hyperrouter.errors import CheckpointError
 
 
 def drawn() -> list[float]:
-    return [random.random(), float(np.random.rand()), float(torch.rand(())), float(torch.nn.functional.dropout(torch.ones(64)).sum())]
+    return [
+        random.random(),
+        float(np.random.rand()),
+        float(torch.rand(())),
+        float(torch.nn.functional.dropout(torch.ones(64)).sum()),
+    ]
 
 
 def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
@@ -31,7 +38,9 @@ def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
 
 def test_another_number_of_ranks(tmp_path: Path) -> None:
     save_state(tmp_path, 0, {})
-    with pytest.raises(CheckpointError, match=r"state-00001\.pt is missing: .* another number of ranks") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"state-00001\.pt is missing: .* another number of ranks"
+    ) as caught:
         load_state(tmp_path, 1)
     assert "--finetune" in caught.value.remedy
 

@@ -1,4 +1,6 @@
-"""One engine reads the other's weights on another layout: the evaluation and the next step are those of the run that wrote them."""
+"""One engine reads the other's weights on another layout: the evaluation and the next step are those of the
+run that wrote them.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,25 @@ WRITTEN = 2  # steps
 
 
 @pytest.fixture(scope="module", params=["topk", "hyper", "smoe_dropout"])
-def told(request: pytest.FixtureRequest, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """For each pair: the writer's answer, with two steps more; the reader's evaluation; the reader's next step."""
+def told(
+    request: pytest.FixtureRequest, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """For each pair: the writer's answer, with two steps more; the reader's evaluation; the reader's next
+    step.
+    """
     root = tmp_path_factory.mktemp("exchanged")
     cases: list[dict[str, Any]] = []
     for number, (writer, reader) in enumerate(PAIRS.values()):
         folder = str(root / str(number))
-        writes, reads = ({"flags": ["--router.name", request.param, *COMMON, *flags.split()]} for flags in (writer, reader))
+        writes, reads = (
+            {"flags": ["--router.name", request.param, *COMMON, *flags.split()]} for flags in (writer, reader)
+        )
         cases.append(writes | {"steps": WRITTEN, "folder": folder, "topk_eval": [1, 3], "resume": True})
         cases.append(reads | {"load_weights": folder, "steps": 0, "topk_eval": [1, 3]})
         cases.append(reads | {"load_weights": folder, "first": WRITTEN, "steps": 1})
-    answers: list[dict[str, Any]] = run_ranks(zygote, WORKER, {"cases": cases}, ranks=2, folder=root / "ranks", timeout=600)
+    answers: list[dict[str, Any]] = run_ranks(
+        zygote, WORKER, {"cases": cases}, ranks=2, folder=root / "ranks", timeout=600
+    )
     return answers
 
 
@@ -54,9 +64,17 @@ def test_what_one_engine_wrote_is_the_same_model_in_the_other(told: list[dict[st
 
 
 def test_routers_of_the_writer_are_checked(zygote: Zygote, tmp_path: Path) -> None:
-    """Weights of another router are refused, so equal losses above are no accident of a router that reads nothing."""
+    """Weights of another router are refused, so equal losses above are no accident of a router that reads
+    nothing.
+    """
     cases = [{"flags": ["--router.name", "topk"], "steps": 0, "folder": str(tmp_path / "written")}]
     run_ranks(zygote, WORKER, {"cases": cases}, ranks=1, folder=tmp_path / "writer")
-    cases = [{"flags": ["--router.name", "hyper", "--engine", "megatron"], "steps": 0, "load_weights": str(tmp_path / "written")}]
+    cases = [
+        {
+            "flags": ["--router.name", "hyper", "--engine", "megatron"],
+            "steps": 0,
+            "load_weights": str(tmp_path / "written"),
+        }
+    ]
     with pytest.raises(AssertionError, match="CheckpointError"):
         run_ranks(zygote, WORKER, {"cases": cases}, ranks=1, folder=tmp_path / "reader")

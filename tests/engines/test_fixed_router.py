@@ -1,4 +1,6 @@
-"""``--router.freeze`` in both engines: the router stays as drawn, is in the checkpoint, and the rest trains."""
+"""``--router.freeze`` in both engines: the router stays as drawn, is in the checkpoint, and the rest
+trains.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_a_frozen_router_stays_and_everything_else_trains(table: Table, name: st
         prefix = f"decoder.layers.{layer}.mlp.router."
         for folder in (run.weights, run.probed, reference.weights):
             saved = read_tensors(folder, [f"{prefix}weight_ED", f"{prefix}bias_E"])
-            assert torch.equal(saved[f"{prefix}weight_ED"], keyed.normal((4, 32), seed=1234, name=f"{prefix}weight_ED") * 0.3)
+            assert torch.equal(
+                saved[f"{prefix}weight_ED"], keyed.normal((4, 32), seed=1234, name=f"{prefix}weight_ED") * 0.3
+            )
             assert not saved[f"{prefix}bias_E"].any()
     assert run.told["steps"][-1]["lm_loss"] != run.told["steps"][0]["lm_loss"]
     found = table.differences("topk", name)

@@ -31,7 +31,9 @@ def test_nothing_is_wrong_with_the_same_run(table: Table) -> None:
 
 def test_gradients_tell_what_no_other_number_does(table: Table) -> None:
     assert set(exceeded(table, "gradients 5e-5 too large")) == {"gradients"}
-    assert table.differences("hyper", "gradients 5e-5 too large")["gradients"][0] == pytest.approx(5e-5, rel=0.05)
+    assert table.differences("hyper", "gradients 5e-5 too large")["gradients"][0] == pytest.approx(
+        5e-5, rel=0.05
+    )
 
 
 def test_a_wrong_loss_is_told_by_the_parameter_that_it_trains(table: Table) -> None:

@@ -1,4 +1,6 @@
-"""Exported weights in megatron-core's own model: its spec for Transformer Engine (over a stand-in), its router, the same losses."""
+"""Exported weights in megatron-core's own model: its spec for Transformer Engine (over a stand-in), its
+router, the same losses.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ K2 = "--moe-router-topk 2"
 LOCAL = "--engine megatron --transformer-impl local"
 LOADED = {
     "hyper": f"{LOCAL} --router.name hyper {K2}",
-    "deepspeed, topk, untied": f"--router.name topk {K2} --untie-embeddings-and-output-weights --zero-stage 0",
+    "deepspeed, topk, untied": f"--router.name topk {K2} --untie-embeddings-and-output-weights --zero-stage "
+    "0",
 }
 REFUSED = {
     f"{LOCAL} --router.name topk --router.bias {K2}": "adds a bias to its logits",
@@ -31,7 +34,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What came of each case."""
     cases = [*LOADED.values(), *REFUSED]
     task = {"cases": [shlex.split(flags) for flags in cases]}
-    return dict(zip(cases, run_afresh(WORKER, task, ranks=1, folder=tmp_path_factory.mktemp("export")), strict=True))
+    return dict(
+        zip(cases, run_afresh(WORKER, task, ranks=1, folder=tmp_path_factory.mktemp("export")), strict=True)
+    )
 
 
 @pytest.mark.parametrize("case", LOADED)
@@ -49,7 +54,14 @@ def test_flags_describe_the_model() -> None:
     from megatron_hyperrouter.engines.megatron.export import model_flags
 
     words = model_flags(tiny_config(shlex.split(f"{LOCAL} {K2} --rotary-base 500")))
-    ours = {"num-layers": 2, "hidden-size": 32, "num-query-groups": 2, "kv-channels": 8, "moe-ffn-hidden-size": 48, "num-experts": 4}
+    ours = {
+        "num-layers": 2,
+        "hidden-size": 32,
+        "num-query-groups": 2,
+        "kv-channels": 8,
+        "moe-ffn-hidden-size": 48,
+        "num-experts": 4,
+    }
     for name, value in {**ours, "rotary-base": 500, "moe-router-topk": 2}.items():
         assert words[words.index(f"--{name}") + 1] == str(value)
     assert {"--qk-layernorm", "--swiglu", "--disable-bias-linear"} <= set(words) and "--bf16" not in words

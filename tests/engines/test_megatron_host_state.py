@@ -1,4 +1,6 @@
-"""Optimizer state of the Megatron engine: optimizers that count steps by group, and checkpoints of other layers."""
+"""Optimizer state of the Megatron engine: optimizers that count steps by group, and checkpoints of other
+layers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class GroupAdam(torch.optim.Optimizer):
                 for name, decay, power in (("exp_avg", 0.9, 1), ("exp_avg_sq", 0.99, 2)):
                     state[name] = decay * state.get(name, 0.0) + (1 - decay) * parameter.grad**power
                 first = state["exp_avg"] / (1 - 0.9 ** group["step"])
-                parameter -= group["lr"] * first / ((state["exp_avg_sq"] / (1 - 0.99 ** group["step"])).sqrt() + 1e-8)
+                parameter -= (
+                    group["lr"] * first / ((state["exp_avg_sq"] / (1 - 0.99 ** group["step"])).sqrt() + 1e-8)
+                )
 
 
 def host(optimizer: type[torch.optim.Optimizer]) -> Any:
@@ -60,6 +64,8 @@ def test_goes_on_bit_for_bit(tmp_path: Path, optimizer: type[torch.optim.Optimiz
 def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
     """Their parameters stand in another order, and some have the same shapes."""
     host_state.save(host(GroupAdam), tmp_path, 0, layers="transformer_engine")
-    with pytest.raises(CheckpointError, match="written with --transformer-impl transformer_engine, and this run has local") as caught:
+    with pytest.raises(
+        CheckpointError, match="written with --transformer-impl transformer_engine, and this run has local"
+    ) as caught:
         host_state.load(host(GroupAdam), tmp_path, 0, layers="local")
     assert "--finetune" in caught.value.remedy

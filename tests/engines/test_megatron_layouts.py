@@ -26,19 +26,29 @@ PLAIN = {
 SPLIT = "--use-distributed-optimizer"
 ON_MEGATRON = {
     **PLAIN,
-    **{f"{name}, distributed optimizer": layout._replace(flags=f"{layout.flags} {SPLIT}") for name, layout in PLAIN.items()},
+    **{
+        f"{name}, distributed optimizer": layout._replace(flags=f"{layout.flags} {SPLIT}")
+        for name, layout in PLAIN.items()
+    },
     "DP2, overlap": Layout(2, f"{SPLIT} --overlap-grad-reduce --overlap-param-gather"),
-    "EP2, allgather, recompute": Layout(2, f"{EP2} --moe-token-dispatcher-type allgather --recompute-granularity full"),
+    "EP2, allgather, recompute": Layout(
+        2, f"{EP2} --moe-token-dispatcher-type allgather --recompute-granularity full"
+    ),
     "CP2, recompute": Layout(2, "--context-parallel-size 2 --recompute-granularity selective"),
     "no clipping": Layout(1, "", "--clip-grad 0"),
 }
-LAYOUTS = {name: layout._replace(flags=f"--engine megatron {layout.flags}") for name, layout in ON_MEGATRON.items()}
+LAYOUTS = {
+    name: layout._replace(flags=f"--engine megatron {layout.flags}") for name, layout in ON_MEGATRON.items()
+}
 
 # One process of the other engine is the reference, which is compared with a plain float64 model elsewhere.
 table, test_layout_gives_the_run_of_one_process = same_runs(LAYOUTS)
 
 
 def test_the_norm_is_told_without_clipping(table: Table) -> None:
-    free, clipped = table.runs["hyper", "no clipping"].told["steps"], table.runs["hyper", "1 rank"].told["steps"]
+    free, clipped = (
+        table.runs["hyper", "no clipping"].told["steps"],
+        table.runs["hyper", "1 rank"].told["steps"],
+    )
     assert free[0]["grad_norm"] == pytest.approx(clipped[0]["grad_norm"], rel=1e-5)
     assert free[1]["lm_loss"] != clipped[1]["lm_loss"]

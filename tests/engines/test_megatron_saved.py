@@ -1,4 +1,6 @@
-"""What the Megatron engine saves is what the optimizer has just written, wherever the pieces of it lie at that moment."""
+"""What the Megatron engine saves is what the optimizer has just written, wherever the pieces of it lie at
+that moment.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ SPLIT = "--engine megatron --use-distributed-optimizer"
 @pytest.mark.parametrize("experts", [1, 2])
 def test_tensor_parallel_ranks_share_the_writing(tmp_path: Path, zygote: Zygote, experts: int) -> None:
     """Each tensor is in one file, and no rank writes much more than the other."""
-    flags = f"--engine megatron --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size {experts}"
+    flags = (
+        "--engine megatron --tensor-model-parallel-size 2 --sequence-parallel "
+        f"--expert-tensor-parallel-size {experts}"
+    )
     case = {"flags": flags.split(), "steps": 0, "folder": str(tmp_path)}
     run_ranks(zygote, WORKER, {"cases": [case]}, ranks=2, folder=tmp_path / "ranks")
     names, sizes = [], []

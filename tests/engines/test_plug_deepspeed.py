@@ -31,7 +31,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     skip_shm_build()
     store = f"file://{tmp_path_factory.mktemp('world')}/store"
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, init_method=store, rank=0, world_size=1)
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, verbose=False, init_method=store, rank=0, world_size=1
+    )
     yield
     groups._release_process_group_references(None)
     torch.distributed.destroy_process_group()
@@ -50,7 +52,13 @@ class Odd(nn.Module):
 
 def layer(k: int = 2, *, ready: bool = True, expert: nn.Module | None = None, **options: Any) -> MoE:
     """DeepSpeed's own layer, as a caller builds it."""
-    moe = MoE(D, expert or nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)), num_experts=E, k=k, **options)
+    moe = MoE(
+        D,
+        expert or nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)),
+        num_experts=E,
+        k=k,
+        **options,
+    )
     for parameter in moe.deepspeed_moe.experts.parameters():
         nn.init.normal_(parameter, std=0.3)
     if ready:
@@ -59,7 +67,9 @@ def layer(k: int = 2, *, ready: bool = True, expert: nn.Module | None = None, **
 
 
 def loop(moe: MoE, x_TD: Tensor, W_ED: Tensor, k: int, capacity: int) -> tuple[Tensor, int]:
-    """Token by token; an expert keeps its heaviest tokens.  Returns the output and how many routes were dropped."""
+    """Token by token; an expert keeps its heaviest tokens.  Returns the output and how many routes were
+    dropped.
+    """
     experts = moe.deepspeed_moe.experts.deepspeed_experts
     routes: list[list[tuple[Tensor, int]]] = [[] for _ in range(E)]
     for t, row in enumerate(x_TD @ W_ED.t()):
@@ -101,9 +111,13 @@ def test_layer_is_a_loop_over_experts(name: str, k: int, expert: nn.Module | Non
     assert moe.deepspeed_moe.gate.ep_group is moe.deepspeed_moe.ep_group is not None
 
 
-@pytest.mark.parametrize(("training", "capacity"), [(True, math.ceil(T * 2 / E * 0.5)), (False, math.ceil(T * 2 / E * 0.8))])
+@pytest.mark.parametrize(
+    ("training", "capacity"), [(True, math.ceil(T * 2 / E * 0.5)), (False, math.ceil(T * 2 / E * 0.8))]
+)
 def test_capacities_are_those_of_the_layer(training: bool, capacity: int) -> None:
-    moe = layer(drop_tokens=True, capacity_factor=0.5, eval_capacity_factor=0.8, min_capacity=2).train(training)
+    moe = layer(drop_tokens=True, capacity_factor=0.5, eval_capacity_factor=0.8, min_capacity=2).train(
+        training
+    )
     router = plug_into_deepspeed(moe, "topk", init_std=1.0)
     assert router.training is training
     x_TD = torch.randn(T, D)
@@ -116,7 +130,9 @@ def test_least_capacity() -> None:
     moe = layer(drop_tokens=True, capacity_factor=0.01, min_capacity=5)
     router = plug_into_deepspeed(moe, "topk")
     x_TD = torch.randn(T, D)
-    torch.testing.assert_close(moe(x_TD)[0], loop(moe, x_TD, router.linear()[0], 2, 5)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        moe(x_TD)[0], loop(moe, x_TD, router.linear()[0], 2, 5)[0], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("aux", "z"), [(0.3, 0.2), (0.0, 0.5), (0.0, 0.0), (None, None)])
@@ -128,7 +144,9 @@ def test_second_value_is_the_sum_of_weighted_losses(aux: float | None, z: float 
     logits_TE = x_TD @ router.linear()[0].t()
     share_E = torch.bincount(logits_TE.topk(2).indices.flatten(), minlength=E) / (2 * T)
     switch = E * (share_E * logits_TE.softmax(-1).mean(0)).sum()
-    expected = (1.0 if aux is None else aux) * switch + (z or 0.0) * logits_TE.exp().sum(-1).log().square().mean()
+    expected = (1.0 if aux is None else aux) * switch + (z or 0.0) * logits_TE.exp().sum(
+        -1
+    ).log().square().mean()
     torch.testing.assert_close(moe(x_TD)[1], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -221,8 +239,12 @@ def test_refusals(make: Any, arguments: dict[str, Any], error: type[Exception], 
 
 def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> None:
     moe = layer(drop_tokens=False)
-    with pytest.warns(UserWarning, match=r"similarity loss of router 'simsmoe' .* stands still until it is told"):
-        router = plug_into_deepspeed(moe, "simsmoe", frequency=0.1, threshold=0.0, min_tokens=3, aux_loss_coeff=0.0)
+    with pytest.warns(
+        UserWarning, match=r"similarity loss of router 'simsmoe' .* stands still until it is told"
+    ):
+        router = plug_into_deepspeed(
+            moe, "simsmoe", frequency=0.1, threshold=0.0, min_tokens=3, aux_loss_coeff=0.0
+        )
     told: list[StepCounts] = []
     end_step = router.end_step
     router.end_step = lambda counts: (told.append(counts), end_step(counts))
@@ -236,7 +258,9 @@ def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> Non
     chosen = steps.end()
     choices = [router(x_TD, step=4).experts_TK for x_TD in micro_batches]
     load_E = sum(torch.bincount(experts_TK.flatten(), minlength=E) for experts_TK in choices)
-    together = sum(float((experts_TK == 0).any(1).logical_and((experts_TK == 1).any(1)).sum()) for experts_TK in choices)
+    together = sum(
+        float((experts_TK == 0).any(1).logical_and((experts_TK == 1).any(1)).sum()) for experts_TK in choices
+    )
     (counts,) = told
     assert (counts.step, counts.tokens, counts.load_E.tolist()) == (5, 2.0 * T, load_E.tolist())
     assert counts.extra[0] == together, "tokens that experts 0 and 1 share"
@@ -273,7 +297,10 @@ def test_a_layer_that_a_model_leaves_out_learns_of_its_own_tokens_alone() -> Non
     for number, moe in enumerate(layers, start=1):
         with pytest.warns(UserWarning, match="stands still until it is told"):
             router = plug_into_deepspeed(moe, "topk", layer_number=number, expert_bias=True)
-        router.end_step = lambda counts, number=number, end_step=router.end_step: (told.update({number: counts}), end_step(counts))
+        router.end_step = lambda counts, number=number, end_step=router.end_step: (
+            told.update({number: counts}),
+            end_step(counts),
+        )
     steps = RouterSteps(nn.ModuleList(layers), batch_first=True)
     steps.begin(0)
     for micro_batch in range(3):
@@ -286,7 +313,9 @@ def test_a_layer_that_a_model_leaves_out_learns_of_its_own_tokens_alone() -> Non
         2: (3.0 * T, 1.0 * T * 2),
     }
     assert [math.isnan(value) for value in chosen["entropy"]] == [False, False, True]
-    assert [moe.deepspeed_moe.gate.router.choice_bias_E.isfinite().all().item() for moe in layers] == [True] * 3
+    assert [moe.deepspeed_moe.gate.router.choice_bias_E.isfinite().all().item() for moe in layers] == [
+        True
+    ] * 3
     assert not layers[2].deepspeed_moe.gate.router.choice_bias_E.any()
 
 
@@ -297,7 +326,10 @@ def test_a_pass_whose_tokens_have_not_arrived_is_refused() -> None:
     steps.begin(0)
     steps.arrive(torch.zeros(1, T, dtype=torch.int64))
     moe(torch.randn(T, D))
-    with pytest.raises(ValueError, match=r"layer 4: forward pass 2 since .*, of which the tokens of 1 have arrived: call arrive\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer 4: forward pass 2 since .*, of which the tokens of 1 have arrived: call arrive\(\)",
+    ):
         moe(torch.randn(T, D))
 
 
@@ -333,7 +365,9 @@ def test_facts_of_the_run_reach_the_router() -> None:
     losses = []
     for step in range(4):
         moe.deepspeed_moe.gate.clock.step = step
-        losses.append(set(moe.deepspeed_moe.gate.router(torch.randn(T, D), step=step, experts=moe.deepspeed_moe).losses))
+        losses.append(
+            set(moe.deepspeed_moe.gate.router(torch.randn(T, D), step=step, experts=moe.deepspeed_moe).losses)
+        )
     assert losses == [{"aux"}, {"aux"}, {"competition"}, {"competition"}]
 
 
@@ -364,8 +398,12 @@ class TestUnderTheEngine:
         monkeypatch.setenv("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
 
     def start(self, moe: MoE) -> Any:
-        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(moe.parameters()), "name": "all"})
-        engine, *_ = deepspeed.initialize(model=nn.Sequential(moe), optimizer=torch.optim.AdamW(groups, lr=0.1), config=self.CONFIG)
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            {"params": list(moe.parameters()), "name": "all"}
+        )
+        engine, *_ = deepspeed.initialize(
+            model=nn.Sequential(moe), optimizer=torch.optim.AdamW(groups, lr=0.1), config=self.CONFIG
+        )
         return engine
 
     def test_trains_the_embedding_saves_and_loads_it(self, tmp_path: Path) -> None:
@@ -401,6 +439,10 @@ class TestUnderTheEngine:
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_example(zygote: Zygote, ranks: int) -> None:
-    lines = [line for line in zygote.run([], program=EXAMPLE, ranks=ranks).stdout.splitlines() if line.startswith("step ")]
+    lines = [
+        line
+        for line in zygote.run([], program=EXAMPLE, ranks=ranks).stdout.splitlines()
+        if line.startswith("step ")
+    ]
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
     assert len(losses) == 6 and losses[-1] < losses[0] < 3 and losses[-1] < 0.1, lines

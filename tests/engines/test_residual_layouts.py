@@ -1,4 +1,6 @@
-"""PR-MoE's residual layers: one run on every layout, and that of a plain-torch model; DeepSpeed's own layer is their definition."""
+"""PR-MoE's residual layers: one run on every layout, and that of a plain-torch model; DeepSpeed's own layer
+is their definition.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,18 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
     """One router on all layouts."""
-    return run_table(zygote, {**LAYOUTS, "bf16": Layout(1, "--bf16", RESIDUAL)}, ["topk"], tmp_path_factory.mktemp("residual"))
+    return run_table(
+        zygote,
+        {**LAYOUTS, "bf16": Layout(1, "--bf16", RESIDUAL)},
+        ["topk"],
+        tmp_path_factory.mktemp("residual"),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_gives_the_run_of_one_process(table: Table, layout: str, record_property: Callable[[str, object], None]) -> None:
+def test_layout_gives_the_run_of_one_process(
+    table: Table, layout: str, record_property: Callable[[str, object], None]
+) -> None:
     assert_same_run(table, "topk", layout, record_property)
 
 
@@ -45,7 +54,10 @@ def test_bf16_within_its_rounding(table: Table) -> None:
     """A relative error of 2^-9 at each rounding, which mostly cancels in a mean over 128 tokens."""
     steps, others = table.runs["topk", "bf16"].told["steps"], table.references["topk", RESIDUAL].told["steps"]
     for found, expected in zip(steps, others, strict=True):
-        assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=2**-9) and found["lm_loss"] != expected["lm_loss"]
+        assert (
+            found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=2**-9)
+            and found["lm_loss"] != expected["lm_loss"]
+        )
 
 
 class ResidualGPT(ReferenceGPT):
@@ -56,24 +68,39 @@ class ResidualGPT(ReferenceGPT):
         prefix = f"decoder.layers.{layer}.mlp."
         gate, up = (x_BSD @ self.weights[prefix + "residual.linear_fc1.weight"].t()).chunk(2, -1)
         dense_BSD = (gate * gate.sigmoid() * up) @ self.weights[prefix + "residual.linear_fc2.weight"].t()
-        scores = x_BSD @ self.weights[prefix + "coefficient.weight"].t() + self.weights[prefix + "coefficient.bias"]
+        scores = (
+            x_BSD @ self.weights[prefix + "coefficient.weight"].t()
+            + self.weights[prefix + "coefficient.bias"]
+        )
         first = 1 / (1 + (scores[..., 1:] - scores[..., :1]).exp())
         return first * out_BSD + (1 - first) * dense_BSD, aux, z
 
 
 def test_one_process_is_the_plain_model(table: Table, tmp_path: Path, zygote: Zygote) -> None:
     flags = ["--router.name", "topk", *COMMON, *RESIDUAL.split()]
-    run_ranks(zygote, WORKER, {"cases": [{"flags": flags, "steps": 0, "folder": str(tmp_path / "initial")}]}, ranks=1, folder=tmp_path)
+    run_ranks(
+        zygote,
+        WORKER,
+        {"cases": [{"flags": flags, "steps": 0, "folder": str(tmp_path / "initial")}]},
+        ranks=1,
+        folder=tmp_path,
+    )
     config = tiny_config(flags)
     weights = read_tensors(tmp_path / "initial", weight_names(tmp_path / "initial"))
     for layer in range(config.model.num_layers):
-        assert not weights[f"decoder.layers.{layer}.mlp.coefficient.bias"].any()  # both halves start as equals
-    model = ResidualGPT(config, weights, lambda weights, layer: weights[f"decoder.layers.{layer}.mlp.router.weight_ED"])
+        assert not weights[
+            f"decoder.layers.{layer}.mlp.coefficient.bias"
+        ].any()  # both halves start as equals
+    model = ResidualGPT(
+        config, weights, lambda weights, layer: weights[f"decoder.layers.{layer}.mlp.router.weight_ED"]
+    )
     here = Place(rank=0, world_size=1, data_rank=0, data_size=1)
     steps = [(list(micro_batches(config, here, step)), topk) for step, topk in enumerate((1, 2, 4))]
     expected = train_reference(model, steps, config.optimizer.lr)
     run = table.references["topk", RESIDUAL]
-    assert [(step["lm_loss"], step["grad_norm"]) for step in run.told["steps"]] == [pytest.approx(pair, rel=1e-5) for pair in expected]
+    assert [(step["lm_loss"], step["grad_norm"]) for step in run.told["steps"]] == [
+        pytest.approx(pair, rel=1e-5) for pair in expected
+    ]
     final = read_tensors(run.weights, list(weights))
     for name, weight in model.weights.items():
         torch.testing.assert_close(final[name].double(), weight.detach(), rtol=0, atol=1e-6, msg=name)

@@ -1,4 +1,6 @@
-"""A run that goes on from its checkpoint repeats its losses bit for bit, on the layouts that the program tests leave out."""
+"""A run that goes on from its checkpoint repeats its losses bit for bit, on the layouts that the program
+tests leave out.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ LAYOUTS = {
     2: [
         "--engine megatron --expert-model-parallel-size 2 --use-distributed-optimizer",
         "--engine megatron --pipeline-model-parallel-size 2",
-        "--engine megatron --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2 --num-layers 4",
+        "--engine megatron --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2 "
+        "--num-layers 4",
         "--engine megatron --context-parallel-size 2 --use-distributed-optimizer",
         f"--engine megatron {TP2} --sequence-parallel --expert-tensor-parallel-size 1",
         TP2,
     ],
     4: [
-        f"--engine megatron {TP2} --sequence-parallel --expert-model-parallel-size 2 --use-distributed-optimizer",
+        f"--engine megatron {TP2} --sequence-parallel --expert-model-parallel-size 2 "
+        "--use-distributed-optimizer",
         "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2",
     ],
 }
@@ -30,10 +34,17 @@ LAYOUTS = {
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_resumes_bit_for_bit(ranks: int, tmp_path: Path, zygote: Zygote) -> None:
     cases = [
-        {"flags": ["--router.name", "hyper", *flags.split()], "steps": 2, "folder": str(tmp_path / str(number)), "resume": True}
+        {
+            "flags": ["--router.name", "hyper", *flags.split()],
+            "steps": 2,
+            "folder": str(tmp_path / str(number)),
+            "resume": True,
+        }
         for number, flags in enumerate(LAYOUTS[ranks])
     ]
-    for flags, answer in zip(LAYOUTS[ranks], run_ranks(zygote, WORKER, {"cases": cases}, ranks=ranks, folder=tmp_path), strict=True):
+    for flags, answer in zip(
+        LAYOUTS[ranks], run_ranks(zygote, WORKER, {"cases": cases}, ranks=ranks, folder=tmp_path), strict=True
+    ):
         first, again = answer["steps"][2:4], answer["steps"][4:6]
         assert first == again, flags
         assert first[0]["lm_loss"] != first[1]["lm_loss"]

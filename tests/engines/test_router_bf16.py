@@ -17,7 +17,8 @@ RUNS = {
     "deepspeed, float32": EP2,
     "deepspeed": f"{EP2} --bf16",
     "megatron": f"--engine megatron {EP2} --bf16",
-    "megatron, distributed optimizer": f"--engine megatron {EP2} --bf16 --use-distributed-optimizer --recompute-granularity full",
+    "megatron, distributed optimizer": f"--engine megatron {EP2} --bf16 --use-distributed-optimizer "
+    "--recompute-granularity full",
 }
 # Competitions, comparisons and a change of stage within the steps.
 OPTIONS = {
@@ -33,16 +34,23 @@ def losses(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
     """(router, run) -> its steps."""
     keys = [(router, run) for router in sorted(ROUTERS) for run in RUNS]
     cases = [
-        {"flags": ["--router.name", router, *OPTIONS.get(router, "").split(), *COMMON, *RUNS[run].split()], "steps": STEPS}
+        {
+            "flags": ["--router.name", router, *OPTIONS.get(router, "").split(), *COMMON, *RUNS[run].split()],
+            "steps": STEPS,
+        }
         for router, run in keys
     ]
-    told = run_ranks(zygote, WORKER, {"cases": cases}, ranks=2, folder=tmp_path_factory.mktemp("bf16"), timeout=900)
+    told = run_ranks(
+        zygote, WORKER, {"cases": cases}, ranks=2, folder=tmp_path_factory.mktemp("bf16"), timeout=900
+    )
     return {key: answer["steps"] for key, answer in zip(keys, told, strict=True)}
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run != "deepspeed, float32"])
 @pytest.mark.parametrize("router", sorted(ROUTERS))
-def test_losses_are_those_of_float32_but_for_rounding(losses: dict[tuple[str, str], Any], router: str, run: str) -> None:
+def test_losses_are_those_of_float32_but_for_rounding(
+    losses: dict[tuple[str, str], Any], router: str, run: str
+) -> None:
     exact, rounded = losses[router, "deepspeed, float32"], losses[router, run]
     assert len(rounded) == STEPS
     for one, other in zip(rounded, exact, strict=True):

@@ -1,4 +1,6 @@
-"""Methods that consult experts, tokens and counts give the run of one process on every layout of both engines, and resume bit for bit."""
+"""Methods that consult experts, tokens and counts give the run of one process on every layout of both
+engines, and resume bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,21 @@ from program.launched import Zygote
 from megatron_hyperrouter.ops.competition import Capped
 
 WORKER = Path(__file__).with_name("probe_worker.py")
-# Options that bring a competition, a comparison of experts and a change of stage into the few steps of a test.
+# Options that bring a competition, a comparison of experts and a change of stage into the few steps of a
+# test.
 ROUTERS = {
-    "competesmoe, v2": "competesmoe --router.rate 0.6 --router.warm-up 0 --router.max-competing 1 --router.router-coeff 0.5",
+    "competesmoe, v2": "competesmoe --router.rate 0.6 --router.warm-up 0 --router.max-competing 1 "
+    "--router.router-coeff 0.5",
     "competesmoe, v1": "competesmoe --router.version v1 --router.rate 0.6 --router.router-coeff 0.5",
     "simsmoe": "simsmoe --router.frequency 0.15 --router.threshold 0 --router.similarity-coeff 0.1",
     "stablemoe": "stablemoe --router.stage1-steps 2",
     "probe": "probe",
 }
-TP2, EP2, PP2 = "--tensor-model-parallel-size 2", "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+TP2, EP2, PP2 = (
+    "--tensor-model-parallel-size 2",
+    "--expert-model-parallel-size 2",
+    "--pipeline-model-parallel-size 2",
+)
 MEGATRON = "--engine megatron"
 LAYOUTS = {
     "deepspeed, EP2, recompute": Layout(2, f"{EP2} --recompute-granularity full"),
@@ -33,7 +41,9 @@ LAYOUTS = {
     "megatron, TP2": Layout(2, f"{MEGATRON} {TP2} --sequence-parallel"),
     "megatron, PP2": Layout(2, f"{MEGATRON} {PP2}"),
     "megatron, CP2": Layout(2, f"{MEGATRON} --context-parallel-size 2"),
-    "megatron, DP2, overlap": Layout(2, f"{MEGATRON} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    "megatron, DP2, overlap": Layout(
+        2, f"{MEGATRON} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    ),
     **{
         f"{name}, capacity": layout._replace(settings="--moe-expert-capacity-factor 0.7")
         for name, layout in {
@@ -89,13 +99,21 @@ def resumed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[tu
             }
             for number, (router, layout) in enumerate(now)
         ]
-        found |= zip(now, run_ranks(zygote, WORKER, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}", timeout=900), strict=True)
+        found |= zip(
+            now,
+            run_ranks(
+                zygote, WORKER, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}", timeout=900
+            ),
+            strict=True,
+        )
     return found
 
 
 @pytest.mark.parametrize("layout", RESUMED)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_resumed_steps_are_the_same_bit_for_bit(resumed: dict[tuple[str, str], Any], router: str, layout: str) -> None:
+def test_resumed_steps_are_the_same_bit_for_bit(
+    resumed: dict[tuple[str, str], Any], router: str, layout: str
+) -> None:
     steps = resumed[router, layout]["steps"]
     assert len(steps) == 7
     assert steps[5:] == steps[3:5]

@@ -1,4 +1,6 @@
-"""Options that look at places of tokens, at sequences and at the load of a global batch give one run on every layout of both engines."""
+"""Options that look at places of tokens, at sequences and at the load of a global batch give one run on every
+layout of both engines.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,20 @@ from engines.layout_table import Layout, Table, assert_same_run, run_table
 from program.launched import Zygote
 
 OPTIONS = {
-    "deepseek": "--router.score-function sigmoid --router.renormalise --router.expert-bias --router.bias-update-rate 0.05 "
+    "deepseek": "--router.score-function sigmoid --router.renormalise --router.expert-bias "
+    "--router.bias-update-rate 0.05 "
     "--router.aux-loss sequence --router.init-std 0.2",
-    "switch": "--router.pre-softmax --router.jitter-eps 0.1 --router.aux-loss global_batch --router.init-std 0.2",
+    "switch": "--router.pre-softmax --router.jitter-eps 0.1 --router.aux-loss global_batch "
+    "--router.init-std 0.2",
 }
-# In two dimensions, half of four experts, tokens near the origin of the projection would turn rounding into directions.
+# In two dimensions, half of four experts, tokens near the origin of the projection would turn rounding into
+# directions.
 XMOE = "xmoe --router.projection-size 16"
-TP2, PP2, EP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--expert-model-parallel-size 2"
+TP2, PP2, EP2 = (
+    "--tensor-model-parallel-size 2",
+    "--pipeline-model-parallel-size 2",
+    "--expert-model-parallel-size 2",
+)
 LAYOUTS = {
     "deepspeed, EP2": Layout(2, EP2),
     "deepspeed, TP2": Layout(2, TP2),
@@ -27,7 +36,9 @@ LAYOUTS = {
     "megatron, PP2": Layout(2, f"--engine megatron {PP2}"),
 }
 WITH_OPTIONS = {
-    f"{name}: {where}": layout._replace(settings=options) for name, options in OPTIONS.items() for where, layout in LAYOUTS.items()
+    f"{name}: {where}": layout._replace(settings=options)
+    for name, options in OPTIONS.items()
+    for where, layout in LAYOUTS.items()
 }
 
 
@@ -42,10 +53,14 @@ def xmoe(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
-def test_topk_gives_the_run_of_one_process(topk: Table, name: str, record_property: Callable[[str, object], None]) -> None:
+def test_topk_gives_the_run_of_one_process(
+    topk: Table, name: str, record_property: Callable[[str, object], None]
+) -> None:
     assert_same_run(topk, "topk", name, record_property)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_xmoe_gives_the_run_of_one_process(xmoe: Table, name: str, record_property: Callable[[str, object], None]) -> None:
+def test_xmoe_gives_the_run_of_one_process(
+    xmoe: Table, name: str, record_property: Callable[[str, object], None]
+) -> None:
     assert_same_run(xmoe, XMOE, name, record_property)

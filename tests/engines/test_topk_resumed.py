@@ -1,4 +1,6 @@
-"""k changes right after a resume and within it: routers, dispatch and statistics of both engines go by the k of the step."""
+"""k changes right after a resume and within it: routers, dispatch and statistics of both engines go by the k
+of the step.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LAYOUTS = {
     "megatron, EP2, allgather": f"--engine megatron {EP2} --moe-token-dispatcher-type allgather",
     "megatron, PP2, distributed optimizer": f"--engine megatron {PP2} --use-distributed-optimizer",
 }
-SCHEDULE = "--router.name hyper --moe-router-topk 4 --topk-start 1 --topk-schedule multistep --topk-schedule-steps 6".split()
+SCHEDULE = (
+    "--router.name hyper --moe-router-topk 4 --topk-start 1 --topk-schedule multistep --topk-schedule-steps 6"
+).split()
 TOPK = (1, 1, 2, 2, 4, 4)
 SAVED = 2  # the next step is the first with k = 2
 Told = list[dict[str, Any]]
@@ -27,7 +31,9 @@ Told = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Told, Told]]:
-    """Steps of a run that is saved in its middle, and of another that goes on from there with an engine of its own."""
+    """Steps of a run that is saved in its middle, and of another that goes on from there with an engine of
+    its own.
+    """
     root = tmp_path_factory.mktemp("topk")
     cases: list[dict[str, Any]] = []
     for number, flags in enumerate(LAYOUTS.values()):
@@ -35,7 +41,10 @@ def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         folder = str(root / str(number))
         cases.append(case | {"steps": len(TOPK), "save_at": SAVED, "folder": folder})
         cases.append(case | {"steps": len(TOPK) - SAVED, "first": SAVED, "load": folder})
-    told = [answer["steps"] for answer in run_ranks(zygote, WORKER, {"cases": cases}, ranks=2, folder=root / "ranks", timeout=600)]
+    told = [
+        answer["steps"]
+        for answer in run_ranks(zygote, WORKER, {"cases": cases}, ranks=2, folder=root / "ranks", timeout=600)
+    ]
     return dict(zip(LAYOUTS, zip(told[::2], told[1::2], strict=True), strict=True))
 
 
@@ -68,7 +77,11 @@ def test_slots_hold_the_largest_load_and_no_more(runs: dict[str, tuple[Told, Tol
         for step in told:
             seen = step["watched"]
             together = "EP2" in layout  # ranks that exchange tokens need as many slots as one another
-            wanted = [[max(pair) for pair in zip(*seen["largest"], strict=True)]] * 2 if together else seen["largest"]
+            wanted = (
+                [[max(pair) for pair in zip(*seen["largest"], strict=True)]] * 2
+                if together
+                else seen["largest"]
+            )
             assert seen["slots"] == wanted and seen["slots"][0]
 
 

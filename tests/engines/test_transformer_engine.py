@@ -1,4 +1,6 @@
-"""Layers of Transformer Engine, as far as a machine without a GPU can tell: over a stand-in, the run is that of torch's layers."""
+"""Layers of Transformer Engine, as far as a machine without a GPU can tell: over a stand-in, the run is
+that of torch's layers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ LAYOUTS = {
     "1 rank, untied": Layout(1, TE, UNTIED),
     "TP2": Layout(2, TP2),
     "TP2, expert-TP 1": Layout(2, f"{TP2} --expert-tensor-parallel-size 1"),
-    "EP2, distributed optimizer": Layout(2, f"{TE} --expert-model-parallel-size 2 --use-distributed-optimizer"),
+    "EP2, distributed optimizer": Layout(
+        2, f"{TE} --expert-model-parallel-size 2 --use-distributed-optimizer"
+    ),
     "PP2": Layout(2, f"{TE} --pipeline-model-parallel-size 2"),
 }
 ROUTER = "hyper"
@@ -33,7 +37,10 @@ RESUMED = 4  # steps told beyond the first: two more, and the same two from the 
 
 
 def cases_over(layouts: dict[str, Layout], root: Path) -> list[dict[str, Any]]:
-    return [case_of(ROUTER, layout, str(root / name), start=str(root / f"reference{layout.settings}")) for name, layout in layouts.items()]
+    return [
+        case_of(ROUTER, layout, str(root / name), start=str(root / f"reference{layout.settings}"))
+        for name, layout in layouts.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +49,23 @@ def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
     root = tmp_path_factory.mktemp("te")
 
     def runs_of(layouts: dict[str, Layout], answers: list[dict[str, Any]]) -> dict[str, Run]:
-        return {name: Run(answer, root / name, root / name / "probed") for name, answer in zip(layouts, answers, strict=True)}
+        return {
+            name: Run(answer, root / name, root / name / "probed")
+            for name, answer in zip(layouts, answers, strict=True)
+        }
 
     references = {f"reference{settings}": Layout(1, "", settings) for settings in ("", UNTIED)}
-    told = run_ranks(zygote, WORKER, {"cases": cases_over(references, root)}, ranks=1, folder=root / "references")
+    told = run_ranks(
+        zygote, WORKER, {"cases": cases_over(references, root)}, ranks=1, folder=root / "references"
+    )
     expected = runs_of(references, told)
     found: dict[str, Run] = {}
     for ranks in (1, 2):
         layouts = {name: layout for name, layout in LAYOUTS.items() if layout.ranks == ranks}
         cases = [case | {"resume": True} for case in cases_over(layouts, root)]
-        found |= runs_of(layouts, run_afresh(OVER_STAND_IN, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}"))
+        found |= runs_of(
+            layouts, run_afresh(OVER_STAND_IN, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}")
+        )
     for run in found.values():
         run.told["resumed"] = [run.told["steps"].pop() for _ in range(RESUMED)]
     return Table(
@@ -62,7 +76,9 @@ def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_run_is_that_of_local_layers(table: Table, layout: str, record_property: Callable[[str, object], None]) -> None:
+def test_the_run_is_that_of_local_layers(
+    table: Table, layout: str, record_property: Callable[[str, object], None]
+) -> None:
     """Initial weights, names, cuts, gradients."""
     assert_same_run(table, ROUTER, layout, record_property)
 
@@ -82,26 +98,40 @@ import json
 from megatron.core.transformer.spec_utils import ModuleSpec
 from engines.layout_worker import tiny_config
 from megatron_hyperrouter.model.spec import expert_spec, last_norm, layer_spec, transformer_config
-run = tiny_config("--engine megatron --transformer-impl transformer_engine --recompute-granularity selective".split())
-parts, experts, config = layer_spec(run, ModuleSpec(module=int)).submodules, expert_spec(run), transformer_config(run)
+flags = "--engine megatron --transformer-impl transformer_engine --recompute-granularity selective"
+run = tiny_config(flags.split())
+parts = layer_spec(run, ModuleSpec(module=int)).submodules
+experts, config = expert_spec(run), transformer_config(run)
 apart = expert_spec(run, apart=True)
 attention = parts.self_attention.submodules
 classes = [
-    parts.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.core_attention, attention.linear_proj,
-    parts.pre_mlp_layernorm, parts.mlp.module, experts.module, experts.submodules.linear_fc1, experts.submodules.linear_fc2, last_norm(run),
+    parts.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.core_attention,
+    attention.linear_proj,
+    parts.pre_mlp_layernorm, parts.mlp.module, experts.module, experts.submodules.linear_fc1,
+    experts.submodules.linear_fc2, last_norm(run),
     apart.module, apart.submodules.linear_fc1, apart.submodules.linear_fc2,
 ]
-print(json.dumps([[found.__name__ for found in classes], config.moe_grouped_gemm, config.recompute_granularity, config.recompute_modules]))
+print(json.dumps([[found.__name__ for found in classes], config.moe_grouped_gemm,
+config.recompute_granularity, config.recompute_modules]))
 """
 
 
 def test_classes_of_the_spec() -> None:
-    done = subprocess.run([sys.executable, "-c", CLASSES], env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CLASSES],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     names, grouped, recompute, modules = json.loads(done.stdout.splitlines()[-1])
     assert names == [
-        "IdentityOp", "TELayerNormColumnParallelLinear", "TENorm", "TEDotProductAttention", "TERowParallelLinear",
-        "TENorm", "int", "TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear", "TENorm",
+        "IdentityOp", "TELayerNormColumnParallelLinear", "TENorm", "TEDotProductAttention",
+        "TERowParallelLinear",
+        "TENorm", "int", "TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear",
+        "TENorm",
         "SequentialMLP", "TEColumnParallelLinear", "TERowParallelLinear",
     ]  # fmt: skip
     assert (grouped, recompute, modules) == (True, "selective", ["core_attn"])

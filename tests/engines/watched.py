@@ -1,4 +1,5 @@
-"""What routers chose and what arrived at experts in one step, seen from outside the engine: hooks on the modules of one rank.
+"""What routers chose and what arrived at experts in one step, seen from outside the engine: hooks on the
+modules of one rank.
 
 A micro-batch's slots are those of DeepSpeed's dispatch, of the same size for every expert.
 """
@@ -14,19 +15,27 @@ from torch import Tensor
 
 
 class Watched:
-    """Sees each pass of a micro-batch through a router and its experts; :meth:`take` tells a step, the same on every rank."""
+    """Sees each pass of a micro-batch through a router and its experts; :meth:`take` tells a step, the same
+    on every rank.
+    """
 
     def __init__(self, engine: Any) -> None:
         """``engine``: of either host, not with activation recompute, which would count twice."""
         self.engine = engine
         self._forget()
         for prefix, router in engine.routers.items():
-            router.register_forward_hook(lambda _, inputs, routing, prefix=prefix: self._routed(prefix, routing))
+            router.register_forward_hook(
+                lambda _, inputs, routing, prefix=prefix: self._routed(prefix, routing)
+            )
         for chunk in engine.modules():
             for module in chunk.modules():
-                if type(module).__name__ == "Experts":  # of DeepSpeed: [ranks, local experts, slots, D], empty slots are zero
+                if (
+                    type(module).__name__ == "Experts"
+                ):  # of DeepSpeed: [ranks, local experts, slots, D], empty slots are zero
                     module.register_forward_pre_hook(lambda _, inputs: self._dispatched(inputs[0]))
-                elif type(module).__name__ == "SequentialMLP":  # of megatron-core: (routes, routes to each local expert, weights)
+                elif (
+                    type(module).__name__ == "SequentialMLP"
+                ):  # of megatron-core: (routes, routes to each local expert, weights)
                     module.register_forward_pre_hook(lambda _, inputs: self._permuted(inputs[1]))
 
     def _forget(self) -> None:
@@ -47,10 +56,16 @@ class Watched:
         if not hasattr(self.engine, "core"):
             return []
         dispatchers = [
-            module.token_dispatcher for chunk in self.engine.chunks for module in chunk.modules() if hasattr(module, "token_dispatcher")
+            module.token_dispatcher
+            for chunk in self.engine.chunks
+            for module in chunk.modules()
+            if hasattr(module, "token_dispatcher")
         ]
         assert dispatchers
-        return [self.engine.core.moe_router_topk, *(each.router_topk for each in dispatchers if hasattr(each, "router_topk"))]
+        return [
+            self.engine.core.moe_router_topk,
+            *(each.router_topk for each in dispatchers if hasattr(each, "router_topk")),
+        ]
 
     def _dispatched(self, inputs: Tensor) -> None:
         self.arrived += int((inputs != 0).any(dim=-1).sum())
@@ -60,7 +75,9 @@ class Watched:
         self.arrived += int(counts_E.sum())
 
     def take(self) -> dict[str, Any]:
-        """All k that were seen; routes that arrived; the most loaded expert over the mean, by layer; slots, and what they had to hold."""
+        """All k that were seen; routes that arrived; the most loaded expert over the mean, by layer; slots,
+        and what they had to hold.
+        """
         mine = (self.topk, self.arrived, self.slots, self.largest, self.load)
         ranks: list[Any] = [None] * int(os.environ["WORLD_SIZE"])
         dist.all_gather_object(ranks, mine)

@@ -25,17 +25,28 @@ def gradients() -> dict[str, Tensor]:
 
 
 def left(
-    folder: Path, own: Mapping[str, Tensor], *, aux: tuple[float, ...] = (1.1, 1.2), digests: tuple[str, ...] = ("a", "a")
+    folder: Path,
+    own: Mapping[str, Tensor],
+    *,
+    aux: tuple[float, ...] = (1.1, 1.2),
+    digests: tuple[str, ...] = ("a", "a"),
 ) -> Evidence:
     """A run of two steps on two ranks with these gradients."""
-    for name, tensors in (("before", {key: torch.zeros(5) for key in own}), ("after", {key: -SCALE * value for key, value in own.items()})):
+    for name, tensors in (
+        ("before", {key: torch.zeros(5) for key in own}),
+        ("after", {key: -SCALE * value for key, value in own.items()}),
+    ):
         (folder / name).mkdir(parents=True)
         write_weights(folder / name, 0, tensors)
     steps = [{"lm_loss": 5.0, "aux_loss": value, "grad_norm": 1.0} for value in aux]
-    return Evidence(steps, [{ROUTER: digest} for digest in digests], folder / "before", folder / "after", folder / "after")
+    return Evidence(
+        steps, [{ROUTER: digest} for digest in digests], folder / "before", folder / "after", folder / "after"
+    )
 
 
-def told(tmp_path: Path, changed: Mapping[str, Tensor] | None = None, **more: tuple[float, ...] | tuple[str, ...]) -> list[str]:
+def told(
+    tmp_path: Path, changed: Mapping[str, Tensor] | None = None, **more: tuple[float, ...] | tuple[str, ...]
+) -> list[str]:
     reference = left(tmp_path / "reference", gradients())
     found = left(tmp_path / "found", {**gradients(), **(changed or {})}, **more)  # type: ignore[arg-type]
     return causes(found, reference, sizes=SIZES, tolerance=1e-3)
@@ -66,8 +77,12 @@ def test_a_norm_of_which_nothing_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("aux", "known"), [((2.2, 2.4), True), ((2.2, 1.3), False)])
-def test_aux_loss_is_scaled_in_every_step_or_not_at_all(tmp_path: Path, aux: tuple[float, ...], known: bool) -> None:
-    assert told(tmp_path, aux=aux) == (["the auxiliary loss is 2 times (TP = 2) that of one process"] if known else [])
+def test_aux_loss_is_scaled_in_every_step_or_not_at_all(
+    tmp_path: Path, aux: tuple[float, ...], known: bool
+) -> None:
+    assert told(tmp_path, aux=aux) == (
+        ["the auxiliary loss is 2 times (TP = 2) that of one process"] if known else []
+    )
 
 
 @pytest.mark.parametrize(("digests", "who"), [(("a", "b"), "rank 1 has"), (("b", "b"), "all ranks have")])

@@ -39,7 +39,9 @@ def test_each_k_by_hand() -> None:
     for topk, result in zip((1, 4), results, strict=True):
         assert list(result) == ["topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"]
         losses_NS = F.cross_entropy(
-            (engine.table_VV[tokens_NS[:, :-1]] * (1 + 0.1 * topk)).transpose(1, 2), tokens_NS[:, 1:], reduction="none"
+            (engine.table_VV[tokens_NS[:, :-1]] * (1 + 0.1 * topk)).transpose(1, 2),
+            tokens_NS[:, 1:],
+            reduction="none",
         )
         expected = losses_NS.double().mean().item()
         assert result["topk"] == topk and result["tokens"] == 64
@@ -78,7 +80,9 @@ def token_file(prefix: Path, *, documents: int, seed: int) -> str:
     random = np.random.default_rng(seed)
     with IndexedWriter(str(prefix), smallest_dtype(257)) as writer:
         for _ in range(documents):
-            writer.add_document(random.integers(97, 123, size=random.integers(20, 60)).astype(smallest_dtype(257)))
+            writer.add_document(
+                random.integers(97, 123, size=random.integers(20, 60)).astype(smallest_dtype(257))
+            )
     return str(prefix)
 
 
@@ -87,8 +91,13 @@ def run_dir(tmp_path: Path) -> Path:
     """A finished run on two ranks with expert parallelism 2: settings, data, one checkpoint."""
     data = token_file(tmp_path / "data", documents=60, seed=1)
     run = tmp_path / "run"
-    flags = f"--data-path {data} --split 50,25,25 --seq-length 8 --micro-batch-size 4 --global-batch-size 8 --run-dir {run}"
-    config = parse(f"{flags} --expert-model-parallel-size 2 --num-experts 8".split(), routers=ROUTERS, world_size=2)
+    flags = (
+        f"--data-path {data} --split 50,25,25 --seq-length 8 --micro-batch-size 4 --global-batch-size 8 "
+        f"--run-dir {run}"
+    )
+    config = parse(
+        f"{flags} --expert-model-parallel-size 2 --num-experts 8".split(), routers=ROUTERS, world_size=2
+    )
     engine = FakeEngine(build_tokenizer("ByteTokenizer").vocab_size, seed=7)
     meta = run_meta(config, replace_place(engine, world_size=2))
     CheckpointFolders(run / "checkpoints", Alone()).save(30, engine.save, meta)
@@ -102,14 +111,23 @@ def replace_place(engine: FakeEngine, *, world_size: int) -> FakeEngine:
 
 
 def score_by_hand(run_dir: Path, split: str, *, topk: int, data_path: str | None = None) -> tuple[float, int]:
-    """(loss, tokens) of every whole batch of 4 samples of a split, through the data and the weights themselves."""
+    """(loss, tokens) of every whole batch of 4 samples of a split, through the data and the weights
+    themselves.
+    """
     tokenizer = build_tokenizer("ByteTokenizer")
     table_VV = torch.load(run_dir / "checkpoints/step_0000030/rank0.pt", weights_only=True)["table"]
     config = parse(["--config", str(run_dir / "config.yaml")], routers=ROUTERS)
     if data_path is not None:
         config = replace_leaves(config, data_path=(data_path,))
-    wanted: dict[str, Any] = {"train_samples": 0, "valid_samples": 0, "test_samples": 0, f"{split}_samples": None}
-    splits = build_splits(config.data, seq_length=8, seed=config.train.seed, vocab_size=tokenizer.vocab_size, **wanted)
+    wanted: dict[str, Any] = {
+        "train_samples": 0,
+        "valid_samples": 0,
+        "test_samples": 0,
+        f"{split}_samples": None,
+    }
+    splits = build_splits(
+        config.data, seq_length=8, seed=config.train.seed, vocab_size=tokenizer.vocab_size, **wanted
+    )
     dataset = getattr(splits, split)
     count = len(dataset) // 4 * 4
     tokens_NS = torch.from_numpy(np.stack([dataset[index] for index in range(count)]))
@@ -127,7 +145,9 @@ class TestTool:
         results: list[dict[str, Any]] = content["results"]
         return results
 
-    def test_scores_the_whole_test_split_at_each_k(self, tool: ModuleType, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_scores_the_whole_test_split_at_each_k(
+        self, tool: ModuleType, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         results = self.results(tool, run_dir, "--topk", "1", "2", "8")
         assert [result["topk"] for result in results] == [1, 2, 8]
         for result in results:
@@ -135,7 +155,9 @@ class TestTool:
             assert result["tokens"] == tokens > 100
             assert result["lm_loss"] == pytest.approx(loss, rel=1e-6)
             assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
-            assert result["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-6)  # every target is one byte
+            assert result["bits_per_byte"] == pytest.approx(
+                loss / math.log(2), rel=1e-6
+            )  # every target is one byte
         assert len(capsys.readouterr().out.splitlines()) == 4
 
     def test_another_split(self, tool: ModuleType, run_dir: Path) -> None:
@@ -147,19 +169,31 @@ class TestTool:
 
     def test_other_data_whole_or_in_part(self, tool: ModuleType, run_dir: Path, tmp_path: Path) -> None:
         other = token_file(tmp_path / "other", documents=30, seed=2)
-        whole, part = (self.results(tool, run_dir, "--topk", "2", "--data-path", other, *more)[0] for more in ((), ("--split", "valid")))
+        whole, part = (
+            self.results(tool, run_dir, "--topk", "2", "--data-path", other, *more)[0]
+            for more in ((), ("--split", "valid"))
+        )
         assert part["tokens"] < whole["tokens"] / 3
-        assert (part["lm_loss"], part["tokens"]) == pytest.approx(score_by_hand(run_dir, "valid", topk=2, data_path=other))
+        assert (part["lm_loss"], part["tokens"]) == pytest.approx(
+            score_by_hand(run_dir, "valid", topk=2, data_path=other)
+        )
         tokens = sum(np.fromfile(f"{other}.bin", np.uint16).shape)
         assert tokens - 8 * 5 < whole["tokens"] < tokens
 
     def test_a_blend_is_scored_whole(self, tool: ModuleType, run_dir: Path, tmp_path: Path) -> None:
         other = token_file(tmp_path / "other", documents=30, seed=2)
-        alone = [self.results(tool, run_dir, "--topk", "2", "--data-path", path)[0]["tokens"] for path in (other, str(tmp_path / "data"))]
-        blend = self.results(tool, run_dir, "--topk", "2", "--data-path", "0.9", other, "0.1", str(tmp_path / "data"))[0]
+        alone = [
+            self.results(tool, run_dir, "--topk", "2", "--data-path", path)[0]["tokens"]
+            for path in (other, str(tmp_path / "data"))
+        ]
+        blend = self.results(
+            tool, run_dir, "--topk", "2", "--data-path", "0.9", other, "0.1", str(tmp_path / "data")
+        )[0]
         assert abs(blend["tokens"] - sum(alone)) <= 2 * 4 * 8
 
-    def test_a_split_smaller_than_a_micro_batch(self, tool: ModuleType, run_dir: Path, tmp_path: Path) -> None:
+    def test_a_split_smaller_than_a_micro_batch(
+        self, tool: ModuleType, run_dir: Path, tmp_path: Path
+    ) -> None:
         tiny = token_file(tmp_path / "tiny", documents=1, seed=3)
         tokens = np.fromfile(f"{tiny}.bin", np.uint16).size
         settings = run_dir / "config.yaml"
@@ -175,11 +209,16 @@ class TestTool:
             (["--topk", "2", "--data-path", "/nowhere/data"], DataError, "/nowhere/data"),
         ],
     )
-    def test_bad_input(self, tool: ModuleType, run_dir: Path, flags: list[str], error: type[Exception], words: str) -> None:
+    def test_bad_input(
+        self, tool: ModuleType, run_dir: Path, flags: list[str], error: type[Exception], words: str
+    ) -> None:
         with pytest.raises(error, match=words):
             self.results(tool, run_dir, *flags)
 
-    @pytest.mark.parametrize("flags", [["--topk", "x"], ["--topk", "2", "--eval-iters", "0"], ["--topk", "2", "--split", "most"], []])
+    @pytest.mark.parametrize(
+        "flags",
+        [["--topk", "x"], ["--topk", "2", "--eval-iters", "0"], ["--topk", "2", "--split", "most"], []],
+    )
     def test_bad_flags(self, tool: ModuleType, run_dir: Path, flags: list[str]) -> None:
         with pytest.raises(SystemExit) as caught:
             self.results(tool, run_dir, *flags)

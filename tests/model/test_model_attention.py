@@ -23,9 +23,15 @@ from megatron_hyperrouter.model.spec import transformer_config
 S, B, C = 7, 2, 6
 
 
-def attention(heads: int, groups: int, *, recompute: bool = False, dropout: float = 0.0) -> ScaledDotProductAttention:
-    sizes = ModelConfig(hidden_size=heads * C, num_attention_heads=heads, num_query_groups=groups, attention_dropout=dropout)
-    return ScaledDotProductAttention(transformer_config(RunConfig(model=sizes)), 1, AttnMaskType.causal, recompute=recompute)
+def attention(
+    heads: int, groups: int, *, recompute: bool = False, dropout: float = 0.0
+) -> ScaledDotProductAttention:
+    sizes = ModelConfig(
+        hidden_size=heads * C, num_attention_heads=heads, num_query_groups=groups, attention_dropout=dropout
+    )
+    return ScaledDotProductAttention(
+        transformer_config(RunConfig(model=sizes)), 1, AttnMaskType.causal, recompute=recompute
+    )
 
 
 def inputs(heads: int, groups: int) -> list[Tensor]:
@@ -39,7 +45,9 @@ def by_loop(query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor) -> Tensor:
         for b in range(B):
             for head in range(heads):
                 group = head // (heads // groups)
-                scores = torch.stack([query_SBNC[s, b, head] @ key_SBGC[t, b, group] for t in range(s + 1)]) / math.sqrt(C)
+                scores = torch.stack(
+                    [query_SBNC[s, b, head] @ key_SBGC[t, b, group] for t in range(s + 1)]
+                ) / math.sqrt(C)
                 shares = (scores - scores.max()).exp()
                 rows.append((shares / shares.sum()) @ value_SBGC[: s + 1, b, group])
     return torch.stack(rows).view(S, B, heads * C)
@@ -53,7 +61,9 @@ def test_is_a_softmax_over_the_past(heads: int, groups: int, recompute: bool) ->
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     probe = torch.randn_like(output)
     for found, wanted in zip(
-        torch.autograd.grad((output * probe).sum(), given), torch.autograd.grad((expected * probe).sum(), given), strict=True
+        torch.autograd.grad((output * probe).sum(), given),
+        torch.autograd.grad((expected * probe).sum(), given),
+        strict=True,
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -94,7 +104,10 @@ def test_what_is_not_provided_is_refused() -> None:
 def test_visible_keys_of_a_context_parallel_rank(size: int) -> None:
     """Rank r holds slices r and 2 size - 1 - r of 2 size; keys come gathered in the order of the ranks."""
     half = 3
-    held = [[*range(r * half, (r + 1) * half), *range((2 * size - 1 - r) * half, (2 * size - r) * half)] for r in range(size)]
+    held = [
+        [*range(r * half, (r + 1) * half), *range((2 * size - 1 - r) * half, (2 * size - r) * half)]
+        for r in range(size)
+    ]
     assert sorted(position for part in held for position in part) == list(range(2 * half * size))
     for rank in range(size):
         expected = [[key <= query for part in held for key in part] for query in held[rank]]
@@ -103,7 +116,9 @@ def test_visible_keys_of_a_context_parallel_rank(size: int) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_stays_within_documents_whatever_the_origin_of_positions(recompute: bool) -> None:
-    """Each document by itself gives the same as all of them in one sample; so rotary positions need no reset there."""
+    """Each document by itself gives the same as all of them in one sample; so rotary positions need no reset
+    there.
+    """
     starts_BS = torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 5, 5]])
     given = inputs(4, 2)
     module = attention(4, 2, recompute=recompute)
@@ -118,7 +133,9 @@ def test_stays_within_documents_whatever_the_origin_of_positions(recompute: bool
     # The same queries and keys with positions counted from the beginning of their documents
     turned = [turned_back(x, starts_BS.t(), 100.0) for x in given[:2]]
     torch.testing.assert_close(module(*turned, given[2]), output, rtol=1e-5, atol=1e-5)
-    assert (plain(*turned, given[2]) - plain(*given)).abs().max() > 1e-2  # where attention crosses documents it matters
+    assert (
+        plain(*turned, given[2]) - plain(*given)
+    ).abs().max() > 1e-2  # where attention crosses documents it matters
     probe = torch.randn_like(output)
     again = module(*given)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad((again * probe).sum(), given))
@@ -129,6 +146,8 @@ def test_positions_alone_start_anew() -> None:
     query, key, value = inputs(4, 2)
     module = attention(4, 2)
     module.next_starts, module.rotary_base = (lambda: starts_BS), 100.0
-    expected = by_loop(turned_back(query, starts_BS.t(), 100.0), turned_back(key, starts_BS.t(), 100.0), value)
+    expected = by_loop(
+        turned_back(query, starts_BS.t(), 100.0), turned_back(key, starts_BS.t(), 100.0), value
+    )
     torch.testing.assert_close(module(query, key, value), expected, rtol=1e-5, atol=1e-5)
     assert (expected - by_loop(query, key, value)).abs().max() > 1e-2

@@ -31,7 +31,9 @@ def test_borders_are_those_of_megatron_core(ids: list[int]) -> None:
 def test_some_queries_of_a_sequence() -> None:
     starts_BS = document_starts(torch.tensor([[0, EOD, 1, 2, EOD, 0]]), EOD)
     queries, keys = torch.tensor([5, 0]), torch.tensor([4, 5, 1])
-    assert same_document(starts_BS, queries, keys).tolist() == [[[[False, True, False], [False, False, True]]]]
+    assert same_document(starts_BS, queries, keys).tolist() == [
+        [[[False, True, False], [False, False, True]]]
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,11 +46,17 @@ def test_turned_back_is_the_rotation_of_the_smaller_position(dtype: torch.dtype)
         for i in range(channels // 2):
             angle = position * base ** (-2 * i / channels)
             out[:, i] = x_NC[:, i] * math.cos(angle) - x_NC[:, i + channels // 2] * math.sin(angle)
-            out[:, i + channels // 2] = x_NC[:, i + channels // 2] * math.cos(angle) + x_NC[:, i] * math.sin(angle)
+            out[:, i + channels // 2] = x_NC[:, i + channels // 2] * math.cos(angle) + x_NC[:, i] * math.sin(
+                angle
+            )
         return out
 
     before = torch.stack([rotated(p, x[0])[None] for p, x in zip(positions, x_SBNC, strict=True)]).to(dtype)
-    expected = torch.stack([rotated(p - s, x[0])[None] for p, s, x in zip(positions, starts, x_SBNC, strict=True)])
+    expected = torch.stack(
+        [rotated(p - s, x[0])[None] for p, s, x in zip(positions, starts, x_SBNC, strict=True)]
+    )
     found = turned_back(before, torch.tensor(starts)[:, None], base)
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2
+    )

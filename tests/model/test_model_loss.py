@@ -24,7 +24,10 @@ def test_is_the_mean_cross_entropy_and_counts_what_it_saw(dtype: torch.dtype) ->
         value = loss(logits_SBV.clone(), labels_BS)
         expected = F.cross_entropy(logits_SBV.transpose(0, 1).flatten(0, 1).float(), labels_BS.flatten())
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-        found, wanted = torch.autograd.grad(value, logits_SBV)[0], torch.autograd.grad(expected, logits_SBV)[0]
+        found, wanted = (
+            torch.autograd.grad(value, logits_SBV)[0],
+            torch.autograd.grad(expected, logits_SBV)[0],
+        )
         torch.testing.assert_close(found, wanted, rtol=1e-4 if dtype == torch.float32 else 2**-7, atol=1e-7)
         total += expected.item() * S * B
         count += int(labels_BS.sum()) if number else 0  # id n has n bytes here
@@ -35,7 +38,9 @@ def test_is_the_mean_cross_entropy_and_counts_what_it_saw(dtype: torch.dtype) ->
 
 @pytest.mark.usefixtures("groups")
 def test_labels_that_do_not_count() -> None:
-    """Scaled by positions over counted labels of all micro-batches, their mean is the mean over all labels that count."""
+    """Scaled by positions over counted labels of all micro-batches, their mean is the mean over all labels
+    that count.
+    """
     loss, bytes_V = LanguageModelLoss(), torch.arange(V)
     loss.token_bytes_V = bytes_V
     logits = [torch.randn(S, B, V, requires_grad=True) for _ in range(2)]
@@ -44,9 +49,21 @@ def test_labels_that_do_not_count() -> None:
     counted = sum(int((part >= 0).sum()) for part in labels)
     loss.scale = torch.tensor(2 * B * S / counted)
     value = torch.stack([loss(x.clone(), part) for x, part in zip(logits, labels, strict=True)]).mean()
-    pairs = [(x[s, b], part[b, s]) for x, part in zip(logits, labels, strict=True) for b in range(B) for s in range(S) if part[b, s] >= 0]
+    pairs = [
+        (x[s, b], part[b, s])
+        for x, part in zip(logits, labels, strict=True)
+        for b in range(B)
+        for s in range(S)
+        if part[b, s] >= 0
+    ]
     expected = torch.stack([-x_V.log_softmax(0)[label] for x_V, label in pairs]).mean()
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-    for found, wanted in zip(torch.autograd.grad(value, logits), torch.autograd.grad(expected, logits), strict=True):
+    for found, wanted in zip(
+        torch.autograd.grad(value, logits), torch.autograd.grad(expected, logits), strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
-    assert loss.take().tolist() == [pytest.approx(expected.item() * counted, rel=1e-6), counted, sum(int(label) for _, label in pairs)]
+    assert loss.take().tolist() == [
+        pytest.approx(expected.item() * counted, rel=1e-6),
+        counted,
+        sum(int(label) for _, label in pairs),
+    ]

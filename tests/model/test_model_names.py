@@ -17,7 +17,12 @@ RESIDUAL = "decoder.layers.0.mlp.residual.linear_fc1.weight"
 
 @pytest.mark.parametrize(
     ("name", "expert", "router"),
-    [(EXPERT, True, None), (ROUTER, False, (11, "embedding_S")), (DENSE, False, None), (RESIDUAL, False, None)],
+    [
+        (EXPERT, True, None),
+        (ROUTER, False, (11, "embedding_S")),
+        (DENSE, False, None),
+        (RESIDUAL, False, None),
+    ],
 )
 def test_kinds(name: str, expert: bool, router: tuple[int, str] | None) -> None:
     assert is_expert(name) == expert

@@ -16,7 +16,9 @@ def test_is_position_times_rate() -> None:
     assert table.shape == (5, 1, 1, 6) and table.dtype == torch.float32
     for position in range(5):
         rates = [100 ** (-2 * pair / 6) for pair in range(3)]
-        assert table[position, 0, 0].tolist() == pytest.approx([position * rate for rate in rates * 2], rel=1e-6)
+        assert table[position, 0, 0].tolist() == pytest.approx(
+            [position * rate for rate in rates * 2], rel=1e-6
+        )
 
 
 @pytest.mark.parametrize(("channels", "base", "length"), [(64, 10000, 300), (8, 500000, 33)])

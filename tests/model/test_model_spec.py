@@ -23,21 +23,33 @@ def test_rms_norm_is_its_formula() -> None:
     assert norm.weight.sequence_parallel is False
 
 
-@pytest.mark.parametrize(("vocabulary", "multiple", "rows"), [(257, 128, 384), (256, 128, 256), (1, 8, 8), (50257, 128, 50304)])
+@pytest.mark.parametrize(
+    ("vocabulary", "multiple", "rows"), [(257, 128, 384), (256, 128, 256), (1, 8, 8), (50257, 128, 50304)]
+)
 def test_padded_vocabulary(vocabulary: int, multiple: int, rows: int) -> None:
     assert padded_vocab_size(vocabulary, run_of(make_vocab_size_divisible_by=multiple)) == rows
 
 
 @pytest.mark.parametrize(
     ("sizes", "width"),
-    [({"hidden_size": 64}, 256), ({"ffn_hidden_size": 100}, 100), ({"ffn_hidden_size": 100, "moe_ffn_hidden_size": 24}, 24)],
+    [
+        ({"hidden_size": 64}, 256),
+        ({"ffn_hidden_size": 100}, 100),
+        ({"ffn_hidden_size": 100, "moe_ffn_hidden_size": 24}, 24),
+    ],
 )
 def test_expert_width(sizes: dict[str, int], width: int) -> None:
     assert expert_width(run_of(**sizes)) == transformer_config(run_of(**sizes)).moe_ffn_hidden_size == width
 
 
 def test_settings_reach_megatron_core() -> None:
-    sizes = {"num_attention_heads": 8, "num_query_groups": 2, "kv_channels": 20, "norm_epsilon": 1e-3, "hidden_dropout": 0.2}
+    sizes = {
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "kv_channels": 20,
+        "norm_epsilon": 1e-3,
+        "hidden_dropout": 0.2,
+    }
     config = transformer_config(run_of(**sizes, moe_router_topk=1))
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 2, 20)
     assert (config.layernorm_epsilon, config.hidden_dropout, config.attention_dropout) == (1e-3, 0.2, 0.0)

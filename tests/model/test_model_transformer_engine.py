@@ -19,10 +19,16 @@ LAYER = "decoder.layers.3"
     [
         (f"{LAYER}.self_attention.linear_qkv.layer_norm_weight", f"{LAYER}.input_layernorm.weight"),
         (f"{LAYER}.mlp.experts.linear_fc1.weight0", f"{LAYER}.mlp.experts.local_experts.0.linear_fc1.weight"),
-        (f"{LAYER}.mlp.experts.linear_fc2.weight12", f"{LAYER}.mlp.experts.local_experts.12.linear_fc2.weight"),
+        (
+            f"{LAYER}.mlp.experts.linear_fc2.weight12",
+            f"{LAYER}.mlp.experts.local_experts.12.linear_fc2.weight",
+        ),
         (f"{LAYER}.self_attention.linear_qkv.weight", f"{LAYER}.self_attention.linear_qkv.weight"),
         (f"{LAYER}.self_attention.q_layernorm.weight", f"{LAYER}.self_attention.q_layernorm.weight"),
-        (f"{LAYER}.mlp.experts.local_experts.1.linear_fc1.weight", f"{LAYER}.mlp.experts.local_experts.1.linear_fc1.weight"),
+        (
+            f"{LAYER}.mlp.experts.local_experts.1.linear_fc1.weight",
+            f"{LAYER}.mlp.experts.local_experts.1.linear_fc1.weight",
+        ),
         (f"{LAYER}.mlp.router.router.weight_ED", f"{LAYER}.mlp.router.router.weight_ED"),
     ],
 )
@@ -32,7 +38,11 @@ def test_names(name: str, expected: str) -> None:
 
 def run_with(impl: str) -> RunConfig:
     engine = EngineConfig(engine="megatron", transformer_impl=impl)  # type: ignore[arg-type]
-    return RunConfig(engine=engine, model=ModelConfig(qk_layernorm=True), train=TrainConfig(recompute_granularity="selective"))
+    return RunConfig(
+        engine=engine,
+        model=ModelConfig(qk_layernorm=True),
+        train=TrainConfig(recompute_granularity="selective"),
+    )
 
 
 @pytest.mark.parametrize("impl", ["local", "auto"])

@@ -7,12 +7,22 @@ import math
 import pytest
 import torch
 
-from megatron_hyperrouter.ops.balance import bias_step, entropy, known_load_loss, load, sequence_loss, switch_loss, z_loss
+from megatron_hyperrouter.ops.balance import (
+    bias_step,
+    entropy,
+    known_load_loss,
+    load,
+    sequence_loss,
+    switch_loss,
+    z_loss,
+)
 from megatron_hyperrouter.ops.topk import topk_softmax
 
 
 def random_routing(num_tokens: int, num_experts: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_TE = 2 * torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens + k))
+    logits_TE = 2 * torch.randn(
+        num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens + k)
+    )
     return logits_TE, topk_softmax(logits_TE, k)[1]
 
 
@@ -50,7 +60,9 @@ def test_switch_loss_gradient_is_E_times_share_over_T():
 def test_megatron_core_has_the_same_balance_loss():
     moe_utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
     logits_TE, experts_TK = random_routing(24, 8, 3)
-    theirs = moe_utils.switch_load_balancing_loss_func(logits_TE.softmax(-1), load(experts_TK, 8), 24, 3, 8, 1.0)
+    theirs = moe_utils.switch_load_balancing_loss_func(
+        logits_TE.softmax(-1), load(experts_TK, 8), 24, 3, 8, 1.0
+    )
     assert float(switch_loss(logits_TE.softmax(-1), experts_TK)) == pytest.approx(float(theirs), rel=1e-6)
 
 
@@ -102,8 +114,12 @@ def test_known_load_loss_against_a_loop_and_one_when_uniform():
     share = [0.5, 0.25, 0.125, 0.125, 0.0, 0.0]
     probs = logits_TE.softmax(-1).double().tolist()
     expected = 6 * sum(share[e] * sum(row[e] for row in probs) / 15 for e in range(6))
-    assert float(known_load_loss(logits_TE.softmax(-1), torch.tensor(share))) == pytest.approx(expected, rel=1e-6)
-    assert float(known_load_loss(logits_TE.softmax(-1), torch.full((6,), 1 / 6))) == pytest.approx(1.0, rel=1e-6)
+    assert float(known_load_loss(logits_TE.softmax(-1), torch.tensor(share))) == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert float(known_load_loss(logits_TE.softmax(-1), torch.full((6,), 1 / 6))) == pytest.approx(
+        1.0, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["switch", "sequence", "known"])
@@ -126,7 +142,9 @@ def test_parts_of_shards_add_up_to_the_whole_loss_and_gradient(kind):
     totals: list[torch.Tensor] = []
     ranks = [slice(0, 16), slice(16, 24)]
     for rows in ranks:  # what each rank would contribute to its all-reduce
-        loss(probs_TE[rows], experts_TK[rows], sequence_T[rows], lambda values: totals.append(values) or values)
+        loss(
+            probs_TE[rows], experts_TK[rows], sequence_T[rows], lambda values: totals.append(values) or values
+        )
     parts, gradients = [], []
     for rows in ranks:
         own_TE = probs_TE[rows].clone().requires_grad_()
@@ -138,5 +156,10 @@ def test_parts_of_shards_add_up_to_the_whole_loss_and_gradient(kind):
 
 
 def test_bias_step_lifts_who_has_less_than_the_mean():
-    assert bias_step(torch.tensor([1.0, 7.0, 4.0, 4.0], dtype=torch.float64), 0.5).tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert bias_step(torch.tensor([1.0, 7.0, 4.0, 4.0], dtype=torch.float64), 0.5).tolist() == [
+        0.5,
+        -0.5,
+        0.0,
+        0.0,
+    ]
     assert not bias_step(torch.full((7,), 3.0, dtype=torch.float64), 0.5).any()

@@ -9,13 +9,23 @@ from megatron_hyperrouter.ops.coin import shared_coin
 
 
 def test_another_process_tosses_the_same():
-    code = "from megatron_hyperrouter.ops.coin import shared_coin; print([shared_coin(seed=7, step=s, layer=2).hex() for s in range(20)])"
+    code = (
+        "from megatron_hyperrouter.ops.coin import shared_coin; print([shared_coin(seed=7, step=s, "
+        "layer=2).hex() for s in range(20)])"
+    )
     ours = [shared_coin(seed=7, step=step, layer=2).hex() for step in range(20)]
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(ours)
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip() == str(ours)
 
 
 def test_every_argument_counts():
-    tosses = {shared_coin(seed=seed, step=step, layer=layer) for seed in (1, 11) for step in range(112) for layer in (1, 11, 12)}
+    tosses = {
+        shared_coin(seed=seed, step=step, layer=layer)
+        for seed in (1, 11)
+        for step in range(112)
+        for layer in (1, 11, 12)
+    }
     assert len(tosses) == 2 * 112 * 3  # 1:11 and 11:1 are different, too
 
 

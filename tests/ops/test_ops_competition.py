@@ -1,4 +1,6 @@
-"""Scores, targets and losses of competitions against plain-Python loops in float64, and the plan against its own rules."""
+"""Scores, targets and losses of competitions against plain-Python loops in float64, and the plan against its
+own rules.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_scores_against_loops():
     torch.testing.assert_close(competition.softplus_scores(outputs_TED), torch.tensor(means))
     assert float(competition.softplus_scores(torch.zeros(1, D))) == pytest.approx(math.log(2))
     assert (
-        competition.norm_scores(outputs_TED.bfloat16()).dtype == competition.softplus_scores(outputs_TED.bfloat16()).dtype == torch.float32
+        competition.norm_scores(outputs_TED.bfloat16()).dtype
+        == competition.softplus_scores(outputs_TED.bfloat16()).dtype
+        == torch.float32
     )
 
 
@@ -53,8 +57,14 @@ def test_targets_and_errors_against_loops():
     experts_TK = best_experts(scores_TE, K)
     target_TE = competition.winners_target(scores_TE, experts_TK)
     targets, mse, kl, hybrid = [], [], [], []
-    for logits, scores, winners in zip(logits_TE.double().tolist(), scores_TE.double().tolist(), experts_TK.tolist(), strict=True):
-        probs, all_shares, of_winners = softmax(logits), softmax(scores), softmax([scores[i] for i in winners])
+    for logits, scores, winners in zip(
+        logits_TE.double().tolist(), scores_TE.double().tolist(), experts_TK.tolist(), strict=True
+    ):
+        probs, all_shares, of_winners = (
+            softmax(logits),
+            softmax(scores),
+            softmax([scores[i] for i in winners]),
+        )
         target = [of_winners[winners.index(i)] if i in winners else 0.0 for i in range(E)]
         targets.append(target)
         mse.append(math.fsum((p - t) ** 2 for p, t in zip(probs, target, strict=True)) / E)
@@ -78,9 +88,13 @@ def test_similarity_of_winners_against_loops(k):
             for j in range(k):
                 if i != j:
                     dot = math.fsum(a * b for a, b in zip(row[i], row[j], strict=True))
-                    total += dot / math.sqrt(math.fsum(a * a for a in row[i]) * math.fsum(b * b for b in row[j]))
+                    total += dot / math.sqrt(
+                        math.fsum(a * a for a in row[i]) * math.fsum(b * b for b in row[j])
+                    )
         expected.append(total / k**2)
-    torch.testing.assert_close(competition.similarity_of_winners(outputs_TKD), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        competition.similarity_of_winners(outputs_TKD), torch.tensor(expected), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_equal_winners_are_as_similar_as_can_be_and_dead_ones_do_no_harm():
@@ -110,9 +124,14 @@ def plan_by_hand(schedule: Capped, window: int) -> list[set[int]]:
             free = [
                 other
                 for other in table
-                if other >= schedule.warm_up and len(table[other]) < schedule.max_competing and layer not in table[other]
+                if other >= schedule.warm_up
+                and len(table[other]) < schedule.max_competing
+                and layer not in table[other]
             ]
-            earlier, later = [other for other in free if other <= step], [other for other in free if other > step]
+            earlier, later = (
+                [other for other in free if other <= step],
+                [other for other in free if other > step],
+            )
             if earlier:
                 table[max(earlier)].add(layer)
             elif later:
@@ -135,7 +154,12 @@ def test_the_plan_keeps_its_rules(seed, rate, warm_up, num_layers, max_competing
     assert all(len(layers) <= max_competing for layers in plan)
     steps = range(window * WINDOW, (window + 1) * WINDOW)
     assert not any(plan[step % WINDOW] for step in steps if step < warm_up)
-    drawn = sum(shared_coin(seed=seed, step=s, layer=n) < rate for s in steps if s >= warm_up for n in range(1, num_layers + 1))
+    drawn = sum(
+        shared_coin(seed=seed, step=s, layer=n) < rate
+        for s in steps
+        if s >= warm_up
+        for n in range(1, num_layers + 1)
+    )
     room = min(max_competing, num_layers) * sum(step >= warm_up for step in steps)
     placed = sum(map(len, plan))
     assert placed <= min(drawn, room)
@@ -153,7 +177,9 @@ def test_without_a_cap_the_plan_is_the_coins():
 
 def test_the_rate_is_met_and_no_layer_is_favoured():
     schedule = Capped(seed=1, rate=0.07, warm_up=0, num_layers=16, max_competing=3)
-    counts = [sum(schedule.competes(step=step, layer=layer) for step in range(8 * WINDOW)) for layer in range(1, 17)]
+    counts = [
+        sum(schedule.competes(step=step, layer=layer) for step in range(8 * WINDOW)) for layer in range(1, 17)
+    ]
     steps = 8 * WINDOW
     sigma = math.sqrt(steps * 0.07 * 0.93)
     assert all(abs(count - 0.07 * steps) < 4 * sigma for count in counts)
@@ -170,5 +196,7 @@ def test_asked_in_any_order_and_far_out_it_is_the_same_plan():
         "from megatron_hyperrouter.ops.competition import Capped\n"
         "print([Capped(1, 0.1, 5, 3, 1).competes(step=s, layer=2) for s in range(600)])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert said == str([schedule.competes(step=step, layer=2) for step in range(600)])

@@ -18,7 +18,10 @@ def tensors(bias: bool = True, dtype: torch.dtype = torch.float32) -> list[torch
 
 def generate_loops(embedding, w1, b1, w2, b2, bias):
     """W2 relu(W1 e + b1) + b2, then rows of D numbers, each with its bias behind it."""
-    hidden = [max(sum(w * e for w, e in zip(row, embedding, strict=True)) + b, 0.0) for row, b in zip(w1, b1, strict=True)]
+    hidden = [
+        max(sum(w * e for w, e in zip(row, embedding, strict=True)) + b, 0.0)
+        for row, b in zip(w1, b1, strict=True)
+    ]
     u = [sum(w * h for w, h in zip(row, hidden, strict=True)) + b for row, b in zip(w2, b2, strict=True)]
     rows = [u[i * (D + bias) : (i + 1) * (D + bias)] for i in range(E)]
     return [row[:D] for row in rows], [row[D] for row in rows] if bias else None
@@ -50,7 +53,9 @@ def test_transposed_pass_against_loops_and_autograd(bias):
     active = active_units(embedding.detach(), w1, b1)
     ours = transposed(grad_W, grad_b, active, w1, w2)
 
-    grad_u = [value for i in range(E) for value in (*grad_W[i].tolist(), *([grad_b[i].item()] if bias else []))]
+    grad_u = [
+        value for i in range(E) for value in (*grad_W[i].tolist(), *([grad_b[i].item()] if bias else []))
+    ]
     grad_hidden = [sum(w2[p, h].item() * grad_u[p] for p in range(len(grad_u))) for h in range(H)]
     inputs = [sum(w1[h, s].item() * embedding[s].item() for s in range(S)) + b1[h].item() for h in range(H)]
     loops = [sum(w1[h, s].item() * grad_hidden[h] for h in range(H) if inputs[h] > 0) for s in range(S)]

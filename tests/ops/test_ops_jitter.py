@@ -28,7 +28,10 @@ def test_against_python_integers(num_features):
     words = -(-num_features // 4)
     for place, row in zip(places, factors, strict=True):
         for feature, factor in enumerate(row):
-            bits = word(place * words + feature // 4, seed=3, name="jitter.2.11") >> (16 * (feature % 4)) & 0xFFFF
+            bits = (
+                word(place * words + feature // 4, seed=3, name="jitter.2.11") >> (16 * (feature % 4))
+                & 0xFFFF
+            )
             number = bits - (1 << 16) if bits >> 15 else bits
             assert factor == pytest.approx(1 + 0.25 * (number + 0.5) / 2**15, abs=1e-7)
 

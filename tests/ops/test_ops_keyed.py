@@ -37,7 +37,9 @@ def test_numbers_are_those_of_python_integers_and_floats(seed, name):
 
 def test_inverse_distribution_far_out_in_the_tails():
     upper = [0, 1, 2, 1000, 2**20, 2**40, 2**51 - 1, 2**51, 2**52 - 2**20, 2**52 - 2, 2**52 - 1]
-    numbers = keyed._standard_normal(torch.tensor([n << 12 if n < 2**51 else (n << 12) - 2**64 for n in upper])).tolist()
+    numbers = keyed._standard_normal(
+        torch.tensor([n << 12 if n < 2**51 else (n << 12) - 2**64 for n in upper])
+    ).tolist()
     assert numbers == pytest.approx([NormalDist().inv_cdf((n + 0.5) / 2**52) for n in upper], rel=1e-14)
     assert max(numbers) < 8.3
 

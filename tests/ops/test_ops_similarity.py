@@ -1,4 +1,6 @@
-"""CKA against the H-centred formula in plain-Python loops, in float64; its invariances; and the cases where it is 0 / 0."""
+"""CKA against the H-centred formula in plain-Python loops, in float64; its invariances; and the cases where
+it is 0 / 0.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,22 @@ CKAS: dict[str, Callable[..., Tensor]] = {
 KERNELS = {"linear": linear_kernel, "rbf": rbf_kernel(1.5)}
 
 
-def two_sides(num_tokens: int, features: tuple[int, int] = (4, 6), dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def two_sides(
+    num_tokens: int, features: tuple[int, int] = (4, 6), dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Related, but not the same."""
     generator = torch.Generator().manual_seed(num_tokens)
-    x_ND, y_ND = (torch.randn(num_tokens, size, generator=generator, dtype=torch.float64) for size in features)
+    x_ND, y_ND = (
+        torch.randn(num_tokens, size, generator=generator, dtype=torch.float64) for size in features
+    )
     shared = min(features)
     y_ND[:, :shared] += x_ND[:, :shared]
     return (x_ND + 3.0).to(dtype), (0.5 * y_ND).to(dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 5, 11])  # both forms of the linear one: fewer tokens than features, and more
+@pytest.mark.parametrize(
+    "num_tokens", [3, 5, 11]
+)  # both forms of the linear one: fewer tokens than features, and more
 @pytest.mark.parametrize("name", CKAS)
 def test_against_loops(name, num_tokens):
     x_ND, y_ND = two_sides(num_tokens)
@@ -49,7 +57,9 @@ def test_gradients_against_finite_differences(name, num_tokens):
     assert torch.autograd.gradcheck(lambda x_ND, y_ND: CKAS[name](x_ND, y_ND, valid_N), sides)
     singles = [side.detach().float().requires_grad_() for side in sides]
     for exact, rounded in zip(
-        torch.autograd.grad(CKAS[name](*sides), sides), torch.autograd.grad(CKAS[name](*singles), singles), strict=True
+        torch.autograd.grad(CKAS[name](*sides), sides),
+        torch.autograd.grad(CKAS[name](*singles), singles),
+        strict=True,
     ):
         torch.testing.assert_close(rounded.double(), exact, rtol=1e-3, atol=1e-5)
 
@@ -57,7 +67,10 @@ def test_gradients_against_finite_differences(name, num_tokens):
 @pytest.mark.parametrize("name", CKAS)
 def test_rows_that_do_not_exist_have_no_say(name):
     many, few = two_sides(9), two_sides(5)
-    x_RND, y_RND = (torch.stack((a, torch.cat((b, torch.full_like(b[:4], torch.nan))))) for a, b in zip(many, few, strict=True))
+    x_RND, y_RND = (
+        torch.stack((a, torch.cat((b, torch.full_like(b[:4], torch.nan)))))
+        for a, b in zip(many, few, strict=True)
+    )
     valid_RN = torch.arange(9) < torch.tensor([[9], [5]])
     found_R = CKAS[name](x_RND, y_RND, valid_RN)
     torch.testing.assert_close(found_R, torch.stack((CKAS[name](*many), CKAS[name](*few))))
@@ -89,12 +102,21 @@ def test_scaling(scale):
 
 
 def test_an_absolute_sigma_far_below_the_distances_sees_collapse_everywhere():
-    """Why the bandwidth follows the features by default: 50 unrelated tokens of 16 features, the published sigma."""
-    x_ND, y_ND = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(3)).mul(2.0).requires_grad_().unbind()
-    absolute, relative = rbf_cka(x_ND, y_ND, 0.8), rbf_cka(x_ND / median_distance(x_ND), y_ND / median_distance(y_ND), 0.8)
+    """Why the bandwidth follows the features by default: 50 unrelated tokens of 16 features, the published
+    sigma.
+    """
+    x_ND, y_ND = (
+        torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(3)).mul(2.0).requires_grad_().unbind()
+    )
+    absolute, relative = (
+        rbf_cka(x_ND, y_ND, 0.8),
+        rbf_cka(x_ND / median_distance(x_ND), y_ND / median_distance(y_ND), 0.8),
+    )
     assert float(absolute) > 0.999999
     assert float(relative) < 0.6
-    sizes = [torch.autograd.grad(value, x_ND, retain_graph=True)[0].abs().max() for value in (absolute, relative)]
+    sizes = [
+        torch.autograd.grad(value, x_ND, retain_graph=True)[0].abs().max() for value in (absolute, relative)
+    ]
     assert sizes[0] < 1e-3 * sizes[1]
 
 

@@ -28,14 +28,22 @@ def softmax_loop(values: list[float]) -> list[float]:
 @settings(max_examples=60, deadline=None)
 def test_equal_logits_go_to_the_lower_id(data, num_experts, num_tokens):
     k = data.draw(st.integers(1, num_experts))
-    rows = data.draw(st.lists(st.lists(LOGITS, min_size=num_experts, max_size=num_experts), min_size=num_tokens, max_size=num_tokens))
+    rows = data.draw(
+        st.lists(
+            st.lists(LOGITS, min_size=num_experts, max_size=num_experts),
+            min_size=num_tokens,
+            max_size=num_tokens,
+        )
+    )
     assert best_experts(torch.tensor(rows), k).tolist() == [chosen_by_sort(row, k) for row in rows]
 
 
 @pytest.mark.parametrize(("num_experts", "k"), [(16, 1), (32, 2), (48, 3)])
 def test_rounds_agree_with_the_sort_on_any_floats(num_experts, k):
     """Where E >= 16 k the choice is made by rounds of argmax."""
-    logits_TE = torch.randn(200, num_experts, generator=torch.Generator().manual_seed(1)).mul(3).round()  # ties in every row
+    logits_TE = (
+        torch.randn(200, num_experts, generator=torch.Generator().manual_seed(1)).mul(3).round()
+    )  # ties in every row
     logits_TE[0], logits_TE[1, 5], logits_TE[2] = -math.inf, math.nan, torch.finfo(torch.float32).min
     by_sort = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(best_experts(logits_TE, k), by_sort)
@@ -48,16 +56,24 @@ def test_weights_against_loops(function, num_experts, k):
     weights_TK, experts_TK = function(logits_TE, k)
     assert weights_TK.dtype == torch.float32
     assert experts_TK.dtype == torch.int64
-    for row, weights, experts in zip(logits_TE.double().tolist(), weights_TK.tolist(), experts_TK.tolist(), strict=True):
+    for row, weights, experts in zip(
+        logits_TE.double().tolist(), weights_TK.tolist(), experts_TK.tolist(), strict=True
+    ):
         assert experts == chosen_by_sort(row, k)
-        kept = softmax_loop([row[i] for i in experts]) if function is topk_softmax else [softmax_loop(row)[i] for i in experts]
+        kept = (
+            softmax_loop([row[i] for i in experts])
+            if function is topk_softmax
+            else [softmax_loop(row)[i] for i in experts]
+        )
         assert weights == pytest.approx(kept, abs=1e-6)
 
 
 @pytest.mark.parametrize(("num_experts", "k"), [(6, 2), (6, 6), (32, 2)])
 @pytest.mark.parametrize("function", [topk_softmax, softmax_topk])
 def test_gradient_against_finite_differences(function, num_experts, k):
-    logits_TE = torch.randn(3, num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    logits_TE = torch.randn(
+        3, num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     assert torch.autograd.gradcheck(lambda logits: function(logits, k)[0], logits_TE)
 
 
@@ -77,7 +93,9 @@ def test_megatron_core_chooses_and_weighs_alike(k, pre_softmax):
     probs_TE, map_TE = moe_utils.topk_routing_with_score_function(logits_TE, k, use_pre_softmax=pre_softmax)
     weights_TK, experts_TK = (softmax_topk if pre_softmax else topk_softmax)(logits_TE, k)
     assert torch.equal(torch.zeros(64, 8, dtype=torch.bool).scatter(1, experts_TK, True), map_TE)
-    torch.testing.assert_close(torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("k", [0, 5, -1])
@@ -97,11 +115,17 @@ def test_scores_weigh_and_the_biased_scores_choose(score, renormalise, with_bias
     generator = torch.Generator().manual_seed(6)
     logits_TE = torch.randn(30, 7, generator=generator)
     choice_bias_E = 0.3 * torch.randn(7, generator=generator) if with_bias else None
-    weights_TK, experts_TK = scored_topk(logits_TE, 3, score=score, renormalise=renormalise, choice_bias_E=choice_bias_E)
+    weights_TK, experts_TK = scored_topk(
+        logits_TE, 3, score=score, renormalise=renormalise, choice_bias_E=choice_bias_E
+    )
     moved = 0
-    for row, weights, experts in zip(logits_TE.double().tolist(), weights_TK.tolist(), experts_TK.tolist(), strict=True):
+    for row, weights, experts in zip(
+        logits_TE.double().tolist(), weights_TK.tolist(), experts_TK.tolist(), strict=True
+    ):
         own = softmax_loop(row) if score == "softmax" else [sigmoid(value) for value in row]
-        compared = [s + b for s, b in zip(own, choice_bias_E.tolist() if with_bias else [0.0] * 7, strict=True)]
+        compared = [
+            s + b for s, b in zip(own, choice_bias_E.tolist() if with_bias else [0.0] * 7, strict=True)
+        ]
         assert experts == chosen_by_sort(compared, 3)
         moved += experts != chosen_by_sort(own, 3)
         total = sum(own[i] for i in experts) if renormalise else 1.0
@@ -117,9 +141,14 @@ def test_renormalised_sigmoids_that_underflow_are_still_weights():
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_gradient_of_scores_against_finite_differences(score, renormalise):
-    logits_TE = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    logits_TE = torch.randn(
+        3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     bias_E = torch.linspace(-0.3, 0.3, 6, dtype=torch.float64)
-    weigh = lambda logits: scored_topk(logits, 2, score=score, renormalise=renormalise, choice_bias_E=bias_E)[0]  # noqa: E731
+
+    def weigh(logits):
+        return scored_topk(logits, 2, score=score, renormalise=renormalise, choice_bias_E=bias_E)[0]
+
     assert torch.autograd.gradcheck(weigh, logits_TE)
 
 
@@ -127,7 +156,11 @@ def test_megatron_core_has_deepseek_v3s_choice():
     moe_utils = pytest.importorskip("megatron.core.transformer.moe.moe_utils")
     generator = torch.Generator().manual_seed(8)
     logits_TE, bias_E = torch.randn(64, 8, generator=generator), 0.2 * torch.randn(8, generator=generator)
-    probs_TE, map_TE = moe_utils.topk_routing_with_score_function(logits_TE, 3, score_function="sigmoid", expert_bias=bias_E)
+    probs_TE, map_TE = moe_utils.topk_routing_with_score_function(
+        logits_TE, 3, score_function="sigmoid", expert_bias=bias_E
+    )
     weights_TK, experts_TK = scored_topk(logits_TE, 3, score="sigmoid", choice_bias_E=bias_E)
     assert torch.equal(torch.zeros(64, 8, dtype=torch.bool).scatter(1, experts_TK, True), map_TE)
-    torch.testing.assert_close(torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""The program, where the data of rank 1 take longer to build than any collective may; a worker of test_program_late.py."""
+"""The program, where the data of rank 1 take longer to build than any collective may; a worker of
+test_program_late.py.
+"""
 
 from __future__ import annotations
 

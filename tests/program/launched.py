@@ -36,11 +36,15 @@ class Job:
         running = [pid for pid, status in zip(self.pids, self.statuses, strict=True) if status is None]
         if running:
             found = self.zygote.ask({"poll": running})
-            self.statuses = [found.get(str(pid), status) for pid, status in zip(self.pids, self.statuses, strict=True)]
+            self.statuses = [
+                found.get(str(pid), status) for pid, status in zip(self.pids, self.statuses, strict=True)
+            ]
         return self.statuses
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to every rank that runs, as a scheduler does, and to the processes that read its data."""
+        """Send a signal to every rank that runs, as a scheduler does, and to the processes that read its
+        data.
+        """
         for pid, status in zip(self.pids, self.statuses, strict=True):
             if status is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -71,7 +75,9 @@ class Job:
 
     @property
     def status(self) -> int:
-        """The first exit status that is not 0; signals come from the launcher's part that this class plays."""
+        """The first exit status that is not 0; signals come from the launcher's part that this class
+        plays.
+        """
         own = [status for status in self.statuses if status is not None and status > 0]
         return own[0] if own else 0 if not any(self.statuses) else -1
 
@@ -94,7 +100,12 @@ class Zygote:
         worker = Path(__file__).with_name("zygote.py")
         with (folder / "zygote.log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment()
+                [sys.executable, str(worker)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment(),
             )
         while (line := self._read()) != "ready\n":  # hosts print at import
             assert line, (folder / "zygote.log").read_text()
@@ -107,8 +118,17 @@ class Zygote:
         answer: dict[str, Any] = json.loads(self._read())
         return answer
 
-    def start(self, arguments: Sequence[object], *, ranks: int = 1, program: Path = PROGRAM, launched: bool = False, **more: Any) -> Job:
-        """Start ``program`` as a launcher would; plain ``python program`` when ``ranks`` is 1, unless ``launched``.
+    def start(
+        self,
+        arguments: Sequence[object],
+        *,
+        ranks: int = 1,
+        program: Path = PROGRAM,
+        launched: bool = False,
+        **more: Any,
+    ) -> Job:
+        """Start ``program`` as a launcher would; plain ``python program`` when ``ranks`` is 1, unless
+        ``launched``.
 
         ``more``: see ``zygote.become``.
         """
@@ -120,7 +140,13 @@ class Zygote:
         for rank in range(ranks):
             place: dict[str, object] = {}
             if store:  # of this process, as under torchrun
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": ranks,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": store.port,
+                }
                 place["TORCHELASTIC_USE_AGENT_STORE"] = True
             request = {
                 "program": str(program),
@@ -152,9 +178,15 @@ class Zygote:
 
 
 def metrics(run_dir: Path, *, times: bool = False) -> list[Record]:
-    """The lines of ``metrics.jsonl``; without times they have to be equal in every bit in two runs that are the same."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in record.items() if times or name not in TIMES} for record in records]
+    """The lines of ``metrics.jsonl``; without times they have to be equal in every bit in two runs that
+    are the same.
+    """
+    records = [
+        json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return [
+        {name: value for name, value in record.items() if times or name not in TIMES} for record in records
+    ]
 
 
 def one_message(stderr: str) -> str:

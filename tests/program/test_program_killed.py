@@ -1,4 +1,6 @@
-"""Kills at any moment, SIGTERM, a full disk: the same command with --load gives the run that was never stopped, bit for bit."""
+"""Kills at any moment, SIGTERM, a full disk: the same command with --load gives the run that was never
+stopped, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ PACE = 0.05  # seconds more for each step: a signal comes before the run is over
 def folders_are_alike(run_dir: Path, other: Path) -> None:
     """Every byte of the last weights."""
     last = f"checkpoints/step_{STEPS:07d}"
-    names, expected = (sorted(path.name for path in (folder / last).glob("weights-*")) for folder in (run_dir, other))
+    names, expected = (
+        sorted(path.name for path in (folder / last).glob("weights-*")) for folder in (run_dir, other)
+    )
     assert len(names) > 1 and names == expected
     for name in names:
         assert (run_dir / last / name).read_bytes() == (other / last / name).read_bytes(), name
@@ -34,17 +38,30 @@ def has_written(run_dir: Path, steps: int) -> bool:
 
 
 def killed_at(
-    moments: list[int | str], zygote: Zygote, flags: list[str], run_dir: Path, dice: random.Random, *, ranks: int, **more: object
+    moments: list[int | str],
+    zygote: Zygote,
+    flags: list[str],
+    run_dir: Path,
+    dice: random.Random,
+    *,
+    ranks: int,
+    **more: object,
 ) -> list[list[str]]:
-    """Start the run again and again, and kill all ranks at each moment; returns what lay in ``checkpoints/`` after each kill.
+    """Start the run again and again, and kill all ranks at each moment; returns what lay in
+    ``checkpoints/`` after each kill.
 
-    A number: so many steps are written.  A pattern: a save has come so far, and its next file is on its way to the disk.
+    A number: so many steps are written.  A pattern: a save has come so far, and its next file is on its
+    way to the disk.
     """
     folders, left_behind = run_dir / "checkpoints", []
     for moment in moments:
         stall = {"stall_at": str(folders / moment)} if isinstance(moment, str) else {"pace": PACE}
         job = zygote.start(flags, ranks=ranks, **stall, **more)
-        there = (job.folder / "stalled").exists if isinstance(moment, str) else partial(has_written, run_dir, moment)
+        there = (
+            (job.folder / "stalled").exists
+            if isinstance(moment, str)
+            else partial(has_written, run_dir, moment)
+        )
         assert job.wait_for(there), job.stderr
         time.sleep(dice.uniform(0.0, PACE))
         job.kill()
@@ -67,7 +84,9 @@ class TestKilled:
         ]
         left_behind = killed_at(moments, zygote, flags, run_dir, dice, ranks=RANKS)
         assert left_behind[1] == [".writing-step_0000003"]
-        assert ".writing-step_0000006" in left_behind[3] and {"step_0000006", ".latest-step_0000006"} <= {*left_behind[4]}
+        assert ".writing-step_0000006" in left_behind[3] and {"step_0000006", ".latest-step_0000006"} <= {
+            *left_behind[4]
+        }
         zygote.run(flags, ranks=RANKS)
         assert metrics(run_dir) == metrics(whole)
         folders_are_alike(run_dir, whole)
@@ -79,31 +98,46 @@ class TestKilled:
 
 
 # The same dropout and the same growing k as on two ranks
-K_AND_DROPOUT = "--router.name hyper --moe-router-topk 3 --topk-schedule linear --topk-start 1 --hidden-dropout 0.1 --attention-dropout 0.1"
+K_AND_DROPOUT = (
+    "--router.name hyper --moe-router-topk 3 --topk-schedule linear --topk-start 1 "
+    "--hidden-dropout 0.1 --attention-dropout 0.1"
+)
 ON_FOUR_RANKS = {
-    "megatron": "--engine megatron --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
-    "deepspeed": "--engine deepspeed --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --zero-stage 1",
+    "megatron": "--engine megatron --tensor-model-parallel-size 2 --sequence-parallel "
+    "--expert-model-parallel-size 2",
+    "deepspeed": "--engine deepspeed --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 "
+    "--zero-stage 1",
 }
 
 
 @pytest.mark.parametrize("engine", ON_FOUR_RANKS)
 def test_killed_on_four_ranks(zygote: Zygote, text: Path, tmp_path: Path, engine: str) -> None:
-    """TP2 x EP2 and PP2 x EP2: killed between two steps, then inside a save; the rest is the rest of a run that nobody killed."""
+    """TP2 x EP2 and PP2 x EP2: killed between two steps, then inside a save; the rest is the rest of a
+    run that nobody killed.
+    """
     layout = [*K_AND_DROPOUT.split(), *ON_FOUR_RANKS[engine].split()]
     zygote.run(flags_of(text, tmp_path / "whole", layout=layout), ranks=4)
     run_dir, dice = tmp_path / "run", random.Random(engine)
     flags = flags_of(text, run_dir, "--load", run_dir, layout=layout)
-    moments: list[int | str] = [3 + dice.choice((1, 2)), dice.choice((".writing-*", ".writing-*/manifest.json", ".latest-*"))]
+    moments: list[int | str] = [
+        3 + dice.choice((1, 2)),
+        dice.choice((".writing-*", ".writing-*/manifest.json", ".latest-*")),
+    ]
     between, inside = killed_at(moments, zygote, flags, run_dir, dice, ranks=4)
     assert "latest" in between and any(name.startswith((".writing-", ".latest-")) for name in inside)
     before = find(run_dir)
-    assert before is not None and f"continuing after step {int(before.name[-7:])} of " in zygote.run(flags, ranks=4).stdout
+    assert (
+        before is not None
+        and f"continuing after step {int(before.name[-7:])} of " in zygote.run(flags, ranks=4).stdout
+    )
     assert metrics(run_dir) == metrics(tmp_path / "whole")
     folders_are_alike(run_dir, tmp_path / "whole")
 
 
 class TestSigterm:
-    def test_saves_exits_with_0_and_goes_on_from_its_own_settings(self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path) -> None:
+    def test_saves_exits_with_0_and_goes_on_from_its_own_settings(
+        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path
+    ) -> None:
         run_dir = tmp_path / "run"
         job = zygote.start(flags_of(text, run_dir, "--save-interval", 0), ranks=RANKS, pace=PACE)
         assert job.wait_for(partial(has_written, run_dir, 4))
@@ -119,7 +153,9 @@ class TestSigterm:
 
 
 class TestFullDisk:
-    def test_ends_with_4_and_the_old_checkpoint_survives(self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path) -> None:
+    def test_ends_with_4_and_the_old_checkpoint_survives(
+        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path
+    ) -> None:
         run_dir = tmp_path / "run"
         flags = flags_of(text, run_dir, "--load", run_dir)
         job = zygote.start(flags, ranks=RANKS, pace=PACE)
@@ -131,7 +167,11 @@ class TestFullDisk:
         folders = {path.name for path in before.parent.glob("[!.]*")}
         job = zygote.run(flags, ranks=RANKS, largest_file=60_000, expect=4)
         message = one_message(job.stderr)
-        assert "could not be saved" in message and "make room on that disk" in message and f"--load {before}" in message
+        assert (
+            "could not be saved" in message
+            and "make room on that disk" in message
+            and f"--load {before}" in message
+        )
         after = {path.name for path in before.parent.iterdir()}
         assert find(run_dir) == before and {"latest", before.name} <= after <= folders
         zygote.run(flags, ranks=RANKS)
@@ -139,7 +179,9 @@ class TestFullDisk:
 
 
 def test_job_reports_what_it_should(zygote: Zygote, tmp_path: Path) -> None:
-    """The part of a launcher that ``Job`` plays: one rank's failure ends the other, and its status is told."""
+    """The part of a launcher that ``Job`` plays: one rank's failure ends the other, and its status is
+    told.
+    """
     program = tmp_path / "program.py"
     program.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(60)\n")
     job: Job = zygote.run([], ranks=2, program=program, expect=3)

@@ -1,4 +1,6 @@
-"""Real starts: the ``deepspeed`` launcher and plain ``python``, with all that hosts and launchers say at import."""
+"""Real starts: the ``deepspeed`` launcher and plain ``python``, with all that hosts and launchers say at
+import.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def launch(flags: list[str], folder: Path, *, launcher: bool) -> Result:
         command = [deepspeed, "--num_gpus", "2", "--master_port", str(free_port()), str(PROGRAM), *flags]
     env = environment(PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
     env.pop("PYTHONWARNINGS")  # hosts may say all that they say to a user
-    return subprocess.run(command, check=False, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command, check=False, cwd=folder, env=env, capture_output=True, text=True, timeout=280
+    )
 
 
 def errors_told(result: Result) -> list[str]:
@@ -36,7 +40,10 @@ def errors_told(result: Result) -> list[str]:
     lines = (result.stderr + result.stdout).splitlines()
     heads = [index for index, line in enumerate(lines) if line.startswith("error")]
     assert "Traceback" not in result.stderr + result.stdout, result.stderr
-    return ["\n".join([lines[head], *(line for line in lines[head + 1 : head + 9] if line.startswith("  "))]) for head in heads]
+    return [
+        "\n".join([lines[head], *(line for line in lines[head + 1 : head + 9] if line.startswith("  "))])
+        for head in heads
+    ]
 
 
 class TestPlainPython:
@@ -59,7 +66,8 @@ class TestPlainPython:
 
 
 @pytest.mark.skipif(
-    shutil.which("deepspeed", path=str(Path(sys.executable).parent)) is None, reason="no deepspeed launcher beside this Python"
+    shutil.which("deepspeed", path=str(Path(sys.executable).parent)) is None,
+    reason="no deepspeed launcher beside this Python",
 )
 class TestDeepSpeedLauncher:
     def test_settings(self, text: Path, tmp_path: Path) -> None:
@@ -70,7 +78,9 @@ class TestDeepSpeedLauncher:
         assert "2 problems in the settings" in message and not (tmp_path / "run").exists()
 
     def test_an_error_of_one_rank_alone_in_the_middle_of_a_step(self, tmp_path: Path) -> None:
-        """One rank meets a token beyond the vocabulary, the other waits for it in a collective: both end, with 3."""
+        """One rank meets a token beyond the vocabulary, the other waits for it in a collective: both end,
+        with 3.
+        """
         with IndexedWriter(tmp_path / "numbers", np.uint16) as writer:
             for number in range(40):
                 tokens = np.arange(50, dtype=np.uint16)
@@ -83,5 +93,8 @@ class TestDeepSpeedLauncher:
         (message,) = errors_told(result)
         assert "Warning" not in result.stderr  # of the hosts, at each collective
         assert f"{tmp_path / 'numbers'}.bin, byte {(17 * 50 + 25) * 2}, document 17: token id 300" in message
-        steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = [
+            json.loads(line)["step"]
+            for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert steps and steps == list(range(1, len(steps) + 1)) and len(steps) < 15

@@ -1,4 +1,6 @@
-"""Runs on other layouts go on from a checkpoint bit for bit, and are evaluated, in processes that never saw the first half."""
+"""Runs on other layouts go on from a checkpoint bit for bit, and are evaluated, in processes that never saw
+the first half.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from program.launched import Zygote, metrics
 from program.settings import flags_of
 
 pytestmark = pytest.mark.processes
-SHORT = "--train-iters 4 --save-interval 2 --eval-interval 4 --eval-iters 1 --hidden-dropout 0.1 --moe-router-topk 2"
+SHORT = (
+    "--train-iters 4 --save-interval 2 --eval-interval 4 --eval-iters 1 --hidden-dropout 0.1 "
+    "--moe-router-topk 2"
+)
 
 
 @pytest.mark.parametrize(
@@ -21,10 +26,16 @@ SHORT = "--train-iters 4 --save-interval 2 --eval-interval 4 --eval-iters 1 --hi
         (2, "--router.name topk --zero-stage 2 --expert-model-parallel-size 2 --recompute-granularity full"),
         (2, "--router.name hyper --zero-stage 1 --expert-model-parallel-size 2 --bf16"),
         (2, "--router.name hyper --pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights"),
-        (2, "--router.name hyper --router.shared model --router.bias --zero-stage 1 --moe-expert-capacity-factor 1.0"),
+        (
+            2,
+            "--router.name hyper --router.shared model --router.bias --zero-stage 1 "
+            "--moe-expert-capacity-factor 1.0",
+        ),
     ],
 )
-def test_resumes_bit_for_bit_and_is_evaluated_where_it_trained(zygote: Zygote, text: Path, tmp_path: Path, ranks: int, layout: str) -> None:
+def test_resumes_bit_for_bit_and_is_evaluated_where_it_trained(
+    zygote: Zygote, text: Path, tmp_path: Path, ranks: int, layout: str
+) -> None:
     words = [*SHORT.split(), *layout.split()]
     zygote.run(flags_of(text, tmp_path / "whole", layout=words), ranks=ranks)
     middle = tmp_path / "whole/checkpoints/step_0000002"
@@ -35,7 +46,8 @@ def test_resumes_bit_for_bit_and_is_evaluated_where_it_trained(zygote: Zygote, t
     last = "checkpoints/step_0000004"
     names = sorted(path.name for path in (tmp_path / "whole" / last).glob("weights-*"))
     assert names and all(
-        (tmp_path / "rest" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes() for name in names
+        (tmp_path / "rest" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
+        for name in names
     )
     output = tmp_path / "scores.json"
     evaluate = ["--load", tmp_path / "rest", "--topk", 2, "--eval-iters", 1, "--output", output]

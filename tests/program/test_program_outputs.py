@@ -1,4 +1,6 @@
-"""What a run leaves behind: settings that start it again, metrics, checkpoints that tools and other layouts read."""
+"""What a run leaves behind: settings that start it again, metrics, checkpoints that tools and other layouts
+read.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,31 @@ class TestMetrics:
     def test_fields_of_a_step(self, steps: list[Record]) -> None:
         # 1 + 2 t / 12 after t steps, rounded with halves to even.
         assert [record["topk"] for record in steps] == [1] * 4 + [2] * 5 + [3] * 3
-        per_layer = {f"router/{name}/{layer}" for name in ("entropy", "load_max_over_mean") for layer in range(1, LAYERS + 1)}
-        named = {"step", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "topk", "consumed_samples", "consumed_tokens"}
+        per_layer = {
+            f"router/{name}/{layer}"
+            for name in ("entropy", "load_max_over_mean")
+            for layer in range(1, LAYERS + 1)
+        }
+        named = {
+            "step",
+            "lm_loss",
+            "aux_loss",
+            "grad_norm",
+            "learning_rate",
+            "topk",
+            "consumed_samples",
+            "consumed_tokens",
+        }
         for step, record in enumerate(steps, start=1):
-            assert record.keys() - {"z_loss"} == named | per_layer | {"step_time", "data_time", "tokens_per_second"}
+            assert record.keys() - {"z_loss"} == named | per_layer | {
+                "step_time",
+                "data_time",
+                "tokens_per_second",
+            }
             assert record["step"] == step
-            assert record["consumed_samples"] == step * BATCH and record["consumed_tokens"] == step * BATCH * SEQ
+            assert (
+                record["consumed_samples"] == step * BATCH and record["consumed_tokens"] == step * BATCH * SEQ
+            )
             assert 0 < record["data_time"] < record["step_time"]
             assert record["tokens_per_second"] == pytest.approx(BATCH * SEQ / record["step_time"])
             for layer in range(1, LAYERS + 1):
@@ -55,12 +76,18 @@ class TestMetrics:
             assert record["grad_norm"] > 0 and 0.9 < record["aux_loss"] < EXPERTS
 
     def test_the_model_learns_from_near_a_uniform_guess(self, steps: list[Record]) -> None:
-        assert steps[0]["lm_loss"] == pytest.approx(math.log(264), rel=0.05)  # 257 ids, padded to a multiple of 8
+        assert steps[0]["lm_loss"] == pytest.approx(
+            math.log(264), rel=0.05
+        )  # 257 ids, padded to a multiple of 8
         assert steps[-1]["lm_loss"] < steps[0]["lm_loss"] - 1
 
     def test_evaluations(self, lines: list[Record]) -> None:
         evaluations = [line for line in lines if "split" in line]
-        assert [(line["step"], line["split"], line["topk"]) for line in evaluations] == [(6, "valid", 2), (12, "valid", 3), (12, "test", 3)]
+        assert [(line["step"], line["split"], line["topk"]) for line in evaluations] == [
+            (6, "valid", 2),
+            (12, "valid", 3),
+            (12, "test", 3),
+        ]
         for line in evaluations:
             assert line.keys() == {"step", "split", "topk", "lm_loss", "perplexity", "bits_per_byte"}
             assert line["perplexity"] == pytest.approx(math.exp(line["lm_loss"]))
@@ -77,13 +104,21 @@ class TestSettings:
     def test_start_the_same_run_again(self, zygote: Zygote, whole: Path, tmp_path: Path) -> None:
         zygote.run(["--config", whole / "config.yaml", "--run-dir", tmp_path / "again"], ranks=RANKS)
         assert metrics(tmp_path / "again") == metrics(whole)
-        first, second = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) for run in (whole, tmp_path / "again"))
+        first, second = (
+            yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+            for run in (whole, tmp_path / "again")
+        )
         assert second == first | {"run_dir": str(tmp_path / "again")}
 
     def test_hold_the_schedule_of_data(self, zygote: Zygote, text: Path, tmp_path: Path) -> None:
-        """Which needs no --data-path: its first mix is that of validation, too.  Then the run starts again from its folder alone."""
+        """Which needs no --data-path: its first mix is that of validation, too.  Then the run starts again
+        from its folder alone.
+        """
         other, schedule = write_text(tmp_path / "other", 30), tmp_path / "mixes.yaml"
-        schedule.write_text(f"- {{from_step: 0, data_path: [{text}]}}\n- {{from_step: 2, data_path: [0.5, {text}, 0.5, {other}]}}\n")
+        schedule.write_text(
+            f"- {{from_step: 0, data_path: [{text}]}}\n- {{from_step: 2, data_path: [0.5, {text}, 0.5, "
+            f"{other}]}}\n"
+        )
         short = [*ONE_RANK, "--train-iters", 4, "--topk-schedule-steps", 4, "--data-schedule", schedule]
         zygote.run(flags_of(text, tmp_path / "both", *short))
         alone = flags_of(text, tmp_path / "alone", *short)
@@ -95,17 +130,25 @@ class TestSettings:
         assert {record.get("split") for record in told} == {None, "valid", "test"}
         assert told == metrics(tmp_path / "both") == metrics(tmp_path / "again")
         ledger = read_manifest(tmp_path / "again/checkpoints/step_0000004")["meta"]["data"]
-        assert [(part["from_step"], part["mix"]) for part in ledger] == [(0, [str(text)]), (2, ["0.5", str(text), "0.5", str(other)])]
+        assert [(part["from_step"], part["mix"]) for part in ledger] == [
+            (0, [str(text)]),
+            (2, ["0.5", str(text), "0.5", str(other)]),
+        ]
 
 
 class TestCheckpoints:
     def test_latest_names_the_last_of_whole_folders(self, whole: Path) -> None:
         root = whole / "checkpoints"
-        assert sorted(path.name for path in root.iterdir()) == ["latest", *(f"step_{step:07d}" for step in (3, 6, 9, 12))]
+        assert sorted(path.name for path in root.iterdir()) == [
+            "latest",
+            *(f"step_{step:07d}" for step in (3, 6, 9, 12)),
+        ]
         assert (root / "latest").read_text(encoding="utf-8").strip() == "step_0000012"
         assert read_manifest(root / "step_0000006")["step"] == 6
 
-    def test_hold_each_weight_once_and_of_the_hypernetwork_no_more_than_seed_and_hash(self, whole: Path) -> None:
+    def test_hold_each_weight_once_and_of_the_hypernetwork_no_more_than_seed_and_hash(
+        self, whole: Path
+    ) -> None:
         folder = whole / "checkpoints/step_0000012"
         found = weights_of(whole)
         router = {name: tensor for name, tensor in found.items() if ".mlp.router." in name}
@@ -119,12 +162,18 @@ class TestCheckpoints:
                 ("frozen_hash", (torch.uint8, 32)),
             )
         }
-        experts = [f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}." for layer in range(LAYERS) for expert in range(EXPERTS)]
+        experts = [
+            f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}."
+            for layer in range(LAYERS)
+            for expert in range(EXPERTS)
+        ]
         names = [prefix + part for prefix in experts for part in ("linear_fc1.weight", "linear_fc2.weight")]
         assert {name for name in found if ".experts." in name} == set(names)
         numbers = sum(tensor.numel() for tensor in found.values())
         on_disk = sum(path.stat().st_size for path in folder.glob("weights-*"))
-        assert on_disk < 4 * numbers + 20_000  # nothing twice, no float32 hypernetwork of 32 * 256 + 256 * 4 * 32 numbers a layer
+        assert (
+            on_disk < 4 * numbers + 20_000
+        )  # nothing twice, no float32 hypernetwork of 32 * 256 + 256 * 4 * 32 numbers a layer
 
     def test_optimizer_keeps_state_of_trained_numbers_alone(self, whole: Path) -> None:
         trained = sum(tensor.numel() for tensor in weights_of(whole).values() if tensor.is_floating_point())
@@ -132,12 +181,27 @@ class TestCheckpoints:
         for rank in range(RANKS):
             state = torch.load(whole / f"checkpoints/step_0000012/state-{rank:05d}.pt", weights_only=False)
             moments += sum(tensor.numel() for tensor in tensors_under(state["optimizer"], "exp_avg"))
-        # ZeRO pads each group of parameters to a multiple of the ranks; it keeps the moments of each number on one rank.
+        # ZeRO pads each group of parameters to a multiple of the ranks; it keeps the moments of each number
+        # on one rank.
         assert trained <= moments <= trained + 64
 
-    def test_another_layout_reads_the_same_weights(self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path) -> None:
+    def test_another_layout_reads_the_same_weights(
+        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path
+    ) -> None:
         """Two ranks -> one -> two; a step with a learning rate of 0 leaves weights as they are."""
-        still = ["--finetune", "--train-iters", 1, "--lr", 0, "--lr-warmup-iters", 0, "--eval-iters", 0, "--topk-schedule-steps", 1]
+        still = [
+            "--finetune",
+            "--train-iters",
+            1,
+            "--lr",
+            0,
+            "--lr-warmup-iters",
+            0,
+            "--eval-iters",
+            0,
+            "--topk-schedule-steps",
+            1,
+        ]
         zygote.run(flags_of(text, tmp_path / "one", "--load", whole, *still, *ONE_RANK))
         zygote.run(flags_of(text, tmp_path / "two", "--load", tmp_path / "one", *still), ranks=RANKS)
         there = weights_of(whole)
@@ -148,16 +212,29 @@ class TestCheckpoints:
                 assert torch.equal(tensor, there[name]), name
             assert metrics(run_dir)[0]["step"] == 1
 
-    def test_refused_where_the_settings_are_others(self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path) -> None:
+    def test_refused_where_the_settings_are_others(
+        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path
+    ) -> None:
         """Exit status 4, one message with what to do."""
 
         def refused(*flags: object, ranks: int = RANKS) -> str:
-            return one_message(zygote.run(flags_of(text, tmp_path / "run", "--load", whole, *flags), ranks=ranks, expect=4).stderr)
+            return one_message(
+                zygote.run(
+                    flags_of(text, tmp_path / "run", "--load", whole, *flags), ranks=ranks, expect=4
+                ).stderr
+            )
 
         sizes = refused("--hidden-size", 64, "--num-experts", 8)
-        assert "--hidden-size was 32 in the checkpoint and is 64 now" in sizes and "--num-experts was 4" in sizes and "config.yaml" in sizes
+        assert (
+            "--hidden-size was 32 in the checkpoint and is 64 now" in sizes
+            and "--num-experts was 4" in sizes
+            and "config.yaml" in sizes
+        )
         ranks = refused(*ONE_RANK, ranks=1)
-        assert "the number of ranks was 2 in the checkpoint and is 1 now" in ranks and "--expert-model-parallel-size was 2" in ranks
+        assert (
+            "the number of ranks was 2 in the checkpoint and is 1 now" in ranks
+            and "--expert-model-parallel-size was 2" in ranks
+        )
         assert "--finetune" in ranks
         seed = refused("--router.seed", 77)
         assert "frozen weights of seed 1234" in seed and "set --router.seed 1234" in seed
@@ -165,7 +242,9 @@ class TestCheckpoints:
 
 
 class TestDamaged:
-    def test_checkpoint_is_told_with_the_one_before_it(self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path) -> None:
+    def test_checkpoint_is_told_with_the_one_before_it(
+        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path
+    ) -> None:
         """Loads a copy, in which a byte of a file of the second rank has turned."""
         copy = tmp_path / "run/checkpoints"
         for step in (9, 12):
@@ -178,33 +257,50 @@ class TestDamaged:
         content = bytearray(damaged.read_bytes())
         content[-5] ^= 1
         damaged.write_bytes(content)
-        message = one_message(zygote.run(flags_of(text, tmp_path / "run", "--load", tmp_path / "run"), ranks=RANKS, expect=4).stderr)
+        message = one_message(
+            zygote.run(
+                flags_of(text, tmp_path / "run", "--load", tmp_path / "run"), ranks=RANKS, expect=4
+            ).stderr
+        )
         assert f"{damaged} was altered" in message and f"--load {copy / 'step_0000009'}" in message
 
 
 class TestTools:
-    def test_evaluate_and_baselines(self, zygote: Zygote, whole: Path, lines: list[Record], tmp_path: Path) -> None:
+    def test_evaluate_and_baselines(
+        self, zygote: Zygote, whole: Path, lines: list[Record], tmp_path: Path
+    ) -> None:
         """One process scores a run of two."""
         output = tmp_path / "scores.json"
         program = REPOSITORY / "tools/evaluate.py"
-        zygote.run(["--load", whole, "--topk", 1, 2, 3, EXPERTS, "--eval-iters", 2, "--output", output], program=program)
+        zygote.run(
+            ["--load", whole, "--topk", 1, 2, 3, EXPERTS, "--eval-iters", 2, "--output", output],
+            program=program,
+        )
         results = json.loads(output.read_text(encoding="utf-8"))["results"]
         assert [row["topk"] for row in results] == [1, 2, 3, EXPERTS]
         for row in results:
             assert row.keys() == {"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}
-            assert row["tokens"] == 2 * BATCH * SEQ and row["perplexity"] == pytest.approx(math.exp(row["lm_loss"]))
+            assert row["tokens"] == 2 * BATCH * SEQ and row["perplexity"] == pytest.approx(
+                math.exp(row["lm_loss"])
+            )
         own = lines[-1]
         assert own["split"] == "test" and own["topk"] == 3
-        assert {name: results[2][name] for name in ("lm_loss", "perplexity", "bits_per_byte")} == pytest.approx(
-            {name: own[name] for name in ("lm_loss", "perplexity", "bits_per_byte")}, rel=1e-5
-        )
+        assert {
+            name: results[2][name] for name in ("lm_loss", "perplexity", "bits_per_byte")
+        } == pytest.approx({name: own[name] for name in ("lm_loss", "perplexity", "bits_per_byte")}, rel=1e-5)
         assert len({row["lm_loss"] for row in results}) == 4
 
         table = tmp_path / "table.json"
-        job = zygote.run(["--load", whole, "--results", output, "--output", table], program=REPOSITORY / "tools/baselines.py")
+        job = zygote.run(
+            ["--load", whole, "--results", output, "--output", table],
+            program=REPOSITORY / "tools/baselines.py",
+        )
         rows = json.loads(table.read_text(encoding="utf-8"))["bits_per_byte"]
         assert list(rows) == ["unigram", "bigram", *(f"model, k = {k} of 4" for k in (1, 2, 3, 4))]
-        assert rows["model, k = 3 of 4"] == results[2]["bits_per_byte"] and 1 < rows["bigram"] < rows["unigram"] < 8
+        assert (
+            rows["model, k = 3 of 4"] == results[2]["bits_per_byte"]
+            and 1 < rows["bigram"] < rows["unigram"] < 8
+        )
         assert all(name in job.stdout for name in rows)
 
     def test_evaluate_refuses(self, zygote: Zygote, whole: Path, tmp_path: Path) -> None:
@@ -215,7 +311,9 @@ class TestTools:
         assert not output.exists()
 
     def test_export_to_megatron_core(self, zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-        """A DeepSpeed run of two ranks; that the weights serve in megatron-core's model is tested with the engine."""
+        """A DeepSpeed run of two ranks; that the weights serve in megatron-core's model is tested with the
+        engine.
+        """
         program, output = REPOSITORY / "tools/export_megatron.py", tmp_path / "megatron"
         job = zygote.run(["--load", whole, "--output", output], program=program)
         assert (output / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "12\n"
@@ -230,4 +328,8 @@ def tensors_under(tree: Any, key: str) -> list[torch.Tensor]:
     if isinstance(tree, dict):
         own = [value for name, value in tree.items() if name == key and isinstance(value, torch.Tensor)]
         return own + [tensor for value in tree.values() for tensor in tensors_under(value, key)]
-    return [tensor for value in tree for tensor in tensors_under(value, key)] if isinstance(tree, list | tuple) else []
+    return (
+        [tensor for value in tree for tensor in tensors_under(value, key)]
+        if isinstance(tree, list | tuple)
+        else []
+    )

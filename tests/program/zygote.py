@@ -1,7 +1,9 @@
-"""Imports the hosts once, then forks ranks of a program on request: a start takes a fraction of a second instead of many.
+"""Imports the hosts once, then forks ranks of a program on request: a start takes a fraction of a second
+instead of many.
 
-One JSON object a line on stdin, one answer a line on stdout: ``{"start": {...}}`` gives ``{"pid": N}``, ``{"poll": [N, ...]}`` gives
-``{"N": exit status, or null while it runs}`` (negative: the signal that ended it).  The end of stdin ends every rank.
+One JSON object a line on stdin, one answer a line on stdout: ``{"start": {...}}`` gives ``{"pid": N}``,
+``{"poll": [N, ...]}`` gives ``{"N": exit status, or null while it runs}`` (negative: the signal that ended
+it).  The end of stdin ends every rank.
 """
 
 from __future__ import annotations
@@ -63,12 +65,16 @@ def become(request: dict[str, Any]) -> None:
     if limit := request.get("largest_file"):  # bytes; writing more fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if pace := request.get("pace"):  # seconds that each optimizer step takes longer, so that a signal comes in time
+    if pace := request.get(
+        "pace"
+    ):  # seconds that each optimizer step takes longer, so that a signal comes in time
         from megatron_hyperrouter.train.run import Run
 
         step = Run.step
         Run.step = lambda *args, **kwargs: (time.sleep(pace), step(*args, **kwargs))[1]
-    if folder := request.get("noted"):  # where each rank writes its samples as it reads them: the first one's number, and their inputs
+    if folder := request.get(
+        "noted"
+    ):  # where each rank writes its samples as it reads them: the first one's number, and their inputs
         from megatron_hyperrouter.data.loader import Batches
 
         read, path = Batches._read, Path(folder, os.environ.get("RANK", "0"))
@@ -81,7 +87,9 @@ def become(request: dict[str, Any]) -> None:
             return batch
 
         Batches._read = noting
-    if pattern := request.get("stall_at"):  # the first fsync of a file while such a path is there does not come back
+    if pattern := request.get(
+        "stall_at"
+    ):  # the first fsync of a file while such a path is there does not come back
         quick = os.fsync
         os.fsync = lambda file: stall() if glob.glob(pattern) else quick(file)
     sys.argv = [request["program"], *request["arguments"]]

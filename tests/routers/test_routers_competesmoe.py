@@ -1,4 +1,6 @@
-"""CompeteSMoE: competing passes against loops in float64, their gradients, who competes when, and what ordinary passes are."""
+"""CompeteSMoE: competing passes against loops in float64, their gradients, who competes when, and what
+ordinary passes are.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Experts(nn.Module):
         self.asked = 0
 
     def outputs_TED(self, x_TD: Tensor) -> Tensor:
-        return torch.einsum("ted,edf->tef", torch.einsum("td,edf->tef", x_TD, self.first_EDD).tanh(), self.second_EDD)
+        return torch.einsum(
+            "ted,edf->tef", torch.einsum("td,edf->tef", x_TD, self.first_EDD).tanh(), self.second_EDD
+        )
 
     @torch.no_grad()
     def scores_TE(self, x_TD: Tensor, score) -> Tensor:
@@ -45,7 +49,15 @@ class Experts(nn.Module):
 
 
 def small(version="v2", **changes):
-    sizes = {"hidden_size": D, "num_experts": E, "topk": K, "layer_number": 1, "seed": 5, "init_std": 0.7, **ALWAYS[version]}
+    sizes = {
+        "hidden_size": D,
+        "num_experts": E,
+        "topk": K,
+        "layer_number": 1,
+        "seed": 5,
+        "init_std": 0.7,
+        **ALWAYS[version],
+    }
     return build_router("competesmoe", version=version, **{**sizes, **changes})
 
 
@@ -64,7 +76,9 @@ def run_layer(router, experts, x_TD, *, step=0, topk=None):
 
 
 def looped(router, experts, x_TD, settings, k=K):
-    """(weights, ids, loss of each name, output) of a competing pass, token by token and expert by expert, in float64."""
+    """(weights, ids, loss of each name, output) of a competing pass, token by token and expert by expert,
+    in float64.
+    """
     W, outs = router.weight_ED.double(), Experts.outputs_TED(experts, x_TD)
     version, count = router.config.version, x_TD.size(0)
     weights, ids, outputs, all_probs, losses = [], [], [], [], {}
@@ -99,7 +113,8 @@ def looped(router, experts, x_TD, settings, k=K):
                 if i != j and settings["diversity"]:
                     cosine = outs[t, i] @ outs[t, j] / (outs[t, i].norm() * outs[t, j].norm())
                     add("diversity", cosine / k**2)
-        mixed = [s[i] if i in winners else constant[i] for i in range(E)]  # losers' outputs are never sent
+        # losers' outputs are never sent
+        mixed = [s[i] if i in winners else constant[i] for i in range(E)]
         below = sum(value.exp() for value in mixed)
         all_probs.append([value.exp() / below for value in mixed])
         weights.append(torch.stack(w))
@@ -109,7 +124,9 @@ def looped(router, experts, x_TD, settings, k=K):
         for i in range(E):
             share = sum(i in winners for winners in ids) / (count * k)
             mean = sum(row[i] for row in all_probs) / count
-            losses["competition_balance"] = losses.get("competition_balance", 0.0) + settings["competition_balance"] * E * share * mean
+            losses["competition_balance"] = (
+                losses.get("competition_balance", 0.0) + settings["competition_balance"] * E * share * mean
+            )
     return torch.stack(weights), ids, losses, torch.stack(outputs)
 
 
@@ -118,9 +135,17 @@ def looped(router, experts, x_TD, settings, k=K):
     ("version", "options", "coefficients"),
     [
         ("v1", {}, (0.05, 0.0, 0.0)),
-        ("v1", {"loss": "kl", "router_coeff": 0.5, "balance_coeff": 0.25, "diversity_coeff": 2.0}, (0.5, 2.0, 0.25)),
+        (
+            "v1",
+            {"loss": "kl", "router_coeff": 0.5, "balance_coeff": 0.25, "diversity_coeff": 2.0},
+            (0.5, 2.0, 0.25),
+        ),
         ("v2", {}, (0.01, 0.01, 0.01)),
-        ("v2", {"theta": 3.0, "router_coeff": 4.0, "balance_coeff": 0.5, "diversity_coeff": 2.0}, (4.0, 2.0, 0.5)),
+        (
+            "v2",
+            {"theta": 3.0, "router_coeff": 4.0, "balance_coeff": 0.5, "diversity_coeff": 2.0},
+            (4.0, 2.0, 0.5),
+        ),
     ],
 )
 def test_a_competing_pass_against_loops(version, options, coefficients, k):
@@ -163,7 +188,9 @@ def test_the_target_moves_the_router_towards_the_winners_and_trains_no_expert(ve
     x_TD = numbers(rows=200)
     first = router(x_TD, experts=experts)
     (gradient_ED,) = torch.autograd.grad(first.losses["competition"], [router.weight_ED])
-    assert torch.autograd.grad(router(x_TD, experts=experts).losses["competition"], list(experts.parameters()), allow_unused=True) == (
+    assert torch.autograd.grad(
+        router(x_TD, experts=experts).losses["competition"], list(experts.parameters()), allow_unused=True
+    ) == (
         None,
         None,
     )
@@ -193,7 +220,9 @@ def test_permuting_experts_with_router_rows_changes_nothing_but_the_order(versio
 
 
 class Shards:
-    """Two ranks that share a micro-batch: the first run records what each puts in, the second hands out the sums."""
+    """Two ranks that share a micro-batch: the first run records what each puts in, the second hands out
+    the sums.
+    """
 
     def __init__(self) -> None:
         self.given = {0: [], 1: []}
@@ -223,13 +252,26 @@ def test_parts_of_a_micro_batch_add_up_to_the_whole(version):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"version": "v1"}, {"version": "v1", "schedule": "function", "block_steps": 50}], ids=["capped", "fixed", "function"]
+    "options",
+    [{}, {"version": "v1"}, {"version": "v1", "schedule": "function", "block_steps": 50}],
+    ids=["capped", "fixed", "function"],
 )
 def test_ordinary_passes_are_those_of_a_plain_router(options):
     """Outside competitions, in evaluation and without a bank: top-k of the logits, aux and z."""
-    common = {"hidden_size": D, "num_experts": E, "topk": K, "seed": 5, "init_std": 0.7, "aux_loss_coeff": 0.1, "z_loss_coeff": 0.2}
+    common = {
+        "hidden_size": D,
+        "num_experts": E,
+        "topk": K,
+        "seed": 5,
+        "init_std": 0.7,
+        "aux_loss_coeff": 0.1,
+        "z_loss_coeff": 0.2,
+    }
     facts, experts, x_TD = RunFacts(num_layers=2, train_iters=400), Experts(), numbers()
-    router, plain = build_router("competesmoe", facts=facts, **options, **common), build_router("topk", **common)
+    router, plain = (
+        build_router("competesmoe", facts=facts, **options, **common),
+        build_router("topk", **common),
+    )
     competing = 0
     for step in range(0, 400, 3):
         now = router.at(step=step, experts=experts)
@@ -251,13 +293,18 @@ def test_ordinary_passes_are_those_of_a_plain_router(options):
         assert not router.wants_outputs(router.at(step=step, experts=experts))
     routing = router(x_TD, step=399, experts=experts)
     assert experts.asked == asked
-    torch.testing.assert_close(routing.losses["aux"], 0.1 * switch_loss(routing.logits_TE.softmax(-1), routing.experts_TK))
+    torch.testing.assert_close(
+        routing.losses["aux"], 0.1 * switch_loss(routing.logits_TE.softmax(-1), routing.experts_TK)
+    )
     torch.testing.assert_close(routing.losses["z"], 0.2 * z_loss(routing.logits_TE))
 
 
 def test_who_competes_when():
     """The three schedules against their rules; layers of a model agree on one plan."""
-    facts, sizes = RunFacts(num_layers=6, train_iters=1000), {"hidden_size": D, "num_experts": E, "topk": K, "seed": 9}
+    facts, sizes = (
+        RunFacts(num_layers=6, train_iters=1000),
+        {"hidden_size": D, "num_experts": E, "topk": K, "seed": 9},
+    )
     layers = range(1, 7)
     make = partial(build_router, "competesmoe", facts=facts, **sizes)
     capped = [make(layer_number=layer, rate=0.3, max_competing=2, warm_up=0.1) for layer in layers]
@@ -266,10 +313,15 @@ def test_who_competes_when():
         row = [router.competes(step) for router in capped]
         assert row == [plan.competes(step=step, layer=layer) for layer in layers]
         assert sum(row) <= (2 if step >= 100 else 0)
-    fixed, function = make(layer_number=2, version="v1", rate=0.25), make(layer_number=2, version="v1", schedule="function", block_steps=10)
+    fixed, function = (
+        make(layer_number=2, version="v1", rate=0.25),
+        make(layer_number=2, version="v1", schedule="function", block_steps=10),
+    )
     for step in range(300):
         assert fixed.competes(step) == (shared_coin(seed=9, step=step, layer=2) < 0.25)
-        assert function.competes(step) == (shared_coin(seed=9, step=step // 10, layer=2) < 2 / (2 + math.sqrt(step // 10 + 1)))
+        assert function.competes(step) == (
+            shared_coin(seed=9, step=step // 10, layer=2) < 2 / (2 + math.sqrt(step // 10 + 1))
+        )
 
 
 def test_a_longer_run_begins_as_the_shorter_one_did():
@@ -294,7 +346,12 @@ def test_recomputing_a_competing_layer_gives_the_same_gradients(version, reentra
             return output_TD.square().sum() + sum(routing.losses.values())
 
         (checkpoint(layer, x_TD, use_reentrant=reentrant) if recompute else layer(x_TD)).backward()
-        results.append([x_TD.grad, *(parameter.grad for module in (router, experts) for parameter in module.parameters())])
+        results.append(
+            [
+                x_TD.grad,
+                *(parameter.grad for module in (router, experts) for parameter in module.parameters()),
+            ]
+        )
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -307,7 +364,11 @@ def test_bfloat16_tokens_outputs_and_module(version):
     bank = Experts()
     bank.scores_TE = lambda rows_TD, score: experts.scores_TE(rows_TD.float(), score)
     now, routing = router.at(experts=bank), router(x_TD, experts=bank)
-    outputs_TKD = experts.outputs_TED(x_TD.float()).gather(1, routing.experts_TK.unsqueeze(-1).expand(-1, -1, D)).bfloat16()
+    outputs_TKD = (
+        experts.outputs_TED(x_TD.float())
+        .gather(1, routing.experts_TK.unsqueeze(-1).expand(-1, -1, D))
+        .bfloat16()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = router.combine(routing, x_TD, outputs_TKD, now)
     expected = exact.combine(exact(x_TD.float(), experts=bank), x_TD.float(), outputs_TKD.float(), now)
@@ -374,7 +435,8 @@ def test_warnings():
 
 
 @pytest.mark.parametrize(
-    ("layers", "rate", "warns"), [(8, 0.5, True), (8, 0.375, False), (7, 0.4, False), (60, 0.07, True), (3, 1.0, False)]
+    ("layers", "rate", "warns"),
+    [(8, 0.5, True), (8, 0.375, False), (7, 0.4, False), (60, 0.07, True), (3, 1.0, False)],
 )
 def test_warning_where_the_cap_cuts_the_rate(layers, rate, warns):
     """Where it warns, steps are full from end to end, and the rate that it tells is the plan's own."""
@@ -390,21 +452,30 @@ def test_warning_where_the_cap_cuts_the_rate(layers, rate, warns):
 
 
 def test_only_a_capped_schedule_has_a_cap():
-    fixed = build_router("competesmoe", hidden_size=D, num_experts=E, topk=K, schedule="fixed", rate=1.0).config
+    fixed = build_router(
+        "competesmoe", hidden_size=D, num_experts=E, topk=K, schedule="fixed", rate=1.0
+    ).config
     assert not list(fixed.lost(num_layers=60, aux_loss_coeff=0.0))
 
 
 def test_the_settings_of_a_run_are_checked_against_the_cap():
     words = "--data-path a --router.name competesmoe --router.rate 0.9 --eval-interval 0 --num-layers"
-    few, many = (warnings(parse([*words.split(), str(layers)], routers=ROUTERS, world_size=1)) for layers in (3, 4))
+    few, many = (
+        warnings(parse([*words.split(), str(layers)], routers=ROUTERS, world_size=1)) for layers in (3, 4)
+    )
     assert not few
     assert len(many) == 1 and "3.6 competing layers a step" in many[0]
 
 
 def test_layers_that_do_not_know_the_model_plan_once_each():
-    """Without facts each layer counts itself and those before it: 24 plans, none of which pushes another out."""
+    """Without facts each layer counts itself and those before it: 24 plans, none of which pushes another
+    out.
+    """
     planned.cache_clear()
-    routers = [build_router("competesmoe", hidden_size=D, num_experts=E, topk=2, layer_number=number) for number in range(1, 25)]
+    routers = [
+        build_router("competesmoe", hidden_size=D, num_experts=E, topk=2, layer_number=number)
+        for number in range(1, 25)
+    ]
     for step in (60, 61):
         assert len([router.competes(step) for router in routers]) == 24
     assert planned.cache_info().misses == 24

@@ -1,4 +1,6 @@
-"""The contract that every router keeps: one test each over the registry, so a new router is under test when its file exists."""
+"""The contract that every router keeps: one test each over the registry, so a new router is under test when
+its file exists.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class LocalExperts:
 
 
 def small(name: str, **changes: Any) -> Router:
-    return build_router(name, **{"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 3, "seed": 5, **changes})
+    return build_router(
+        name, **{"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 3, "seed": 5, **changes}
+    )
 
 
 def tokens(**options: Any) -> Tensor:
@@ -49,7 +53,9 @@ def route(router: Callable[..., Routing], x_TD: Tensor, **arguments: Any) -> Rou
 
 def objective(routing: Routing) -> Tensor:
     """Something that reaches weights, logits and losses."""
-    total = (routing.weights_TK * torch.arange(1.0, routing.weights_TK.size(1) + 1)).sum() + routing.logits_TE.square().mean()
+    total = (
+        routing.weights_TK * torch.arange(1.0, routing.weights_TK.size(1) + 1)
+    ).sum() + routing.logits_TE.square().mean()
     return total + sum(routing.losses.values())
 
 
@@ -68,7 +74,11 @@ def test_routing_has_the_promised_shapes(name):
     assert len(routing) == 4  # callers may take it apart
     assert routing.logits_TE.shape == (T, E)
     assert routing.weights_TK.shape == routing.experts_TK.shape == (T, 2)
-    assert (routing.logits_TE.dtype, routing.weights_TK.dtype, routing.experts_TK.dtype) == (torch.float32, torch.float32, torch.int64)
+    assert (routing.logits_TE.dtype, routing.weights_TK.dtype, routing.experts_TK.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.int64,
+    )
     assert all(len(set(row)) == 2 and min(row) >= 0 and max(row) < E for row in routing.experts_TK.tolist())
     assert all(loss.shape == () for loss in routing.losses.values())
 
@@ -137,14 +147,20 @@ def test_reset_fills_every_parameter_from_the_draws(name):
             parameter.fill_(torch.nan)
     router.reset_parameters(draw)
     assert all(torch.isfinite(parameter).all() for parameter in router.parameters())
-    assert {name: list(router.get_parameter(name).shape) for name in asked}.keys() <= dict(router.named_parameters()).keys()
+    assert {name: list(router.get_parameter(name).shape) for name in asked}.keys() <= dict(
+        router.named_parameters()
+    ).keys()
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_routes_alike_and_is_independent(name, copier):
     router = small(name)
-    route(router, tokens(requires_grad=True))  # a forward pass must not leave anything behind that cannot be copied
+    route(
+        router, tokens(requires_grad=True)
+    )  # a forward pass must not leave anything behind that cannot be copied
     before = route(router, tokens())
     twin = copier(router)
     assert same(before, route(twin, tokens()))
@@ -163,7 +179,9 @@ def test_compiled_routing_and_gradients(name):
     compiled = route(torch.compile(router, backend="aot_eager"), x_TD)
     for left, right in zip(plain[:3], compiled[:3], strict=True):
         torch.testing.assert_close(left, right)
-    for left, right in zip(gradients(router, x_TD, objective(plain)), gradients(router, x_TD, objective(compiled)), strict=True):
+    for left, right in zip(
+        gradients(router, x_TD, objective(plain)), gradients(router, x_TD, objective(compiled)), strict=True
+    ):
         torch.testing.assert_close(left, right)
 
 
@@ -211,7 +229,10 @@ def test_evaluation_in_inference_mode_before_training_changes_nothing(name):
     evaluated.hold()
     with torch.inference_mode():
         route(evaluated, tokens())
-    for left, right in zip(*(gradients(router, x_TD, objective(route(router, x_TD))) for router in (fresh, evaluated)), strict=True):
+    for left, right in zip(
+        *(gradients(router, x_TD, objective(route(router, x_TD))) for router in (fresh, evaluated)),
+        strict=True,
+    ):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
 
 
@@ -220,7 +241,10 @@ def test_balance_losses_are_multiplied_and_only_there_when_switched_on(name):
     plain = route(small(name), tokens())
     both = route(small(name, aux_loss_coeff=0.25, z_loss_coeff=0.5), tokens())
     assert {"aux", "z"}.isdisjoint(plain.losses)
-    expected = {"aux": 0.25 * switch_loss(both.logits_TE.softmax(-1), both.experts_TK), "z": 0.5 * z_loss(both.logits_TE)}
+    expected = {
+        "aux": 0.25 * switch_loss(both.logits_TE.softmax(-1), both.experts_TK),
+        "z": 0.5 * z_loss(both.logits_TE),
+    }
     for key, value in expected.items():
         torch.testing.assert_close(both.losses[key], value)
 
@@ -239,7 +263,9 @@ def test_folding(name):
     assert plain.name == "topk"
     routing = route(plain, tokens())
     assert same(route(router, tokens()), routing)
-    torch.testing.assert_close(routing.logits_TE, torch.nn.functional.linear(tokens(), W_ED, b_E), rtol=0, atol=0)
+    torch.testing.assert_close(
+        routing.logits_TE, torch.nn.functional.linear(tokens(), W_ED, b_E), rtol=0, atol=0
+    )
     assert routing.losses.keys() == {"aux"}
     with torch.no_grad():
         for parameter in plain.parameters():
@@ -251,7 +277,11 @@ def test_folding(name):
 def test_unknown_options_and_sizes_are_reported_together(name):
     with pytest.raises(ConfigError) as caught:
         small(name, topk=E + 1, num_experts=E, hidden_size=0, no_such_option=3)
-    assert [problem.field for problem in caught.value.problems] == ["--hidden-size", "--moe-router-topk", "--router.no_such_option"]
+    assert [problem.field for problem in caught.value.problems] == [
+        "--hidden-size",
+        "--moe-router-topk",
+        "--router.no_such_option",
+    ]
     assert caught.value.exit_status == 2
 
 
@@ -294,12 +324,16 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 def test_what_needs_tokens_or_counts_says_so(name, options):
-    """Where nobody brings them, as in a layer that a caller built, the method would be another one in silence."""
+    """Where nobody brings them, as in a layer that a caller built, the method would be another one in
+    silence.
+    """
     told = Tokens(torch.arange(T) % 5, 7 + torch.arange(T), T // 2)
     router = small(name, aux_loss_coeff=0.1, **options)
     with_them, without = route(router, tokens(), tokens=told), route(router, tokens())
     needs_tokens = not same(with_them, without) or with_them.losses != without.losses
-    router.end_step(StepCounts(1, float(T), torch.arange(E).double(), torch.ones(router.num_extra_counts).double()))
+    router.end_step(
+        StepCounts(1, float(T), torch.arange(E).double(), torch.ones(router.num_extra_counts).double())
+    )
     changed = small(name, **options).state_dict()
     needs_counts = any(not torch.equal(tensor, changed[key]) for key, tensor in router.state_dict().items())
     warned = " ".join(router.config.unserved())

@@ -19,7 +19,16 @@ from megatron_hyperrouter.ops.hypernet import generate
 
 def small(**changes):
     return build_router(
-        "hyper", **{"hidden_size": 12, "num_experts": 6, "topk": 2, "layer_number": 3, "seed": 5, "hypernet_width": 20, **changes}
+        "hyper",
+        **{
+            "hidden_size": 12,
+            "num_experts": 6,
+            "topk": 2,
+            "layer_number": 3,
+            "seed": 5,
+            "hypernet_width": 20,
+            **changes,
+        },
     )
 
 
@@ -32,7 +41,10 @@ def test_the_hypernetwork_is_made_of_named_streams():
     assert torch.equal(w1_HS, keyed.normal((20, 7), seed=5, name="hypernet.layer3.w1") * 0.02)
     w2_HED = keyed.normal((20, 6, 12), seed=5, name="hypernet.layer3.w2") * 0.02
     assert torch.equal(w2_HP.view(20, 6, 13)[:, :, :12], w2_HED)
-    assert torch.equal(w2_HP.view(20, 6, 13)[:, :, 12:], keyed.normal((20, 6, 1), seed=5, name="hypernet.layer3.w2_bias") * 0.02)
+    assert torch.equal(
+        w2_HP.view(20, 6, 13)[:, :, 12:],
+        keyed.normal((20, 6, 1), seed=5, name="hypernet.layer3.w2_bias") * 0.02,
+    )
     assert not b1_H.any()
     assert not b2_P.any()
 
@@ -49,7 +61,9 @@ def test_linear_is_generated_from_the_embedding(embedding_size):
 
 
 def test_the_bias_leaves_the_weights_alone():
-    (with_W, with_b), (without_W, without_b) = (small(init="paper", bias=bias).linear() for bias in (True, False))
+    (with_W, with_b), (without_W, without_b) = (
+        small(init="paper", bias=bias).linear() for bias in (True, False)
+    )
     torch.testing.assert_close(with_W, without_W, rtol=1e-5, atol=1e-6)
     assert with_b.shape == (6,)
     assert without_b is None
@@ -72,16 +86,22 @@ def test_width_init_starts_logits_at_unit_standard_deviation(sizes):
         router = build_router("hyper", topk=2, layer_number=layer, **sizes)
         x_TD = keyed.normal((256, sizes["hidden_size"]), seed=layer, name="x")
         variances.append(router(x_TD).logits_TE.detach().square().mean().item())
-    assert sum(variances) / 16 == pytest.approx(1.0, abs=0.15)  # a layer's own scale varies by a tenth with its draw
+    assert sum(variances) / 16 == pytest.approx(
+        1.0, abs=0.15
+    )  # a layer's own scale varies by a tenth with its draw
     assert min(variances) > 0.4
     assert max(variances) < 2.0
 
 
 def test_paper_init_has_the_published_scale():
-    """methods.md 3.4.5: generated weights of std 0.0725 and entropy 2.25 of at most 2.77 at D = H = 256, E = 16."""
+    """methods.md 3.4.5: generated weights of std 0.0725 and entropy 2.25 of at most 2.77 at D = H = 256, E =
+    16.
+    """
     stds, entropies = [], []
     for layer in range(1, 6):
-        router = build_router("hyper", hidden_size=256, num_experts=16, topk=2, layer_number=layer, init="paper", bias=True)
+        router = build_router(
+            "hyper", hidden_size=256, num_experts=16, topk=2, layer_number=layer, init="paper", bias=True
+        )
         W_ED, b_E = router.linear()
         stds.append(torch.cat((W_ED.flatten(), b_E)).detach().std().item())
         entropies.append(entropy(router(keyed.normal((500, 256), seed=layer, name="x")).logits_TE).item())
@@ -111,8 +131,12 @@ def test_embedding_gradient_is_the_formula_and_finite_differences(held, bias):
     W_ED, b_E = (None if t is None else t.detach().requires_grad_() for t in router.linear())
     logits_TE = torch.nn.functional.linear(x_TD, W_ED, b_E)
     kept = logits_TE.gather(1, router(x_TD).experts_TK).softmax(-1)
-    by_weights = torch.autograd.grad((kept * target_TK).sum() + logits_TE.square().mean(), [W_ED, *([b_E] if bias else [])])
-    grad_u = torch.cat((by_weights[0], by_weights[1][:, None]), 1).flatten() if bias else by_weights[0].flatten()
+    by_weights = torch.autograd.grad(
+        (kept * target_TK).sum() + logits_TE.square().mean(), [W_ED, *([b_E] if bias else [])]
+    )
+    grad_u = (
+        torch.cat((by_weights[0], by_weights[1][:, None]), 1).flatten() if bias else by_weights[0].flatten()
+    )
     w1_HS, b1_H, w2_HP, _ = router.frozen.tensors
     formula = w1_HS.t() @ ((w1_HS @ e + b1_H > 0) * (w2_HP @ grad_u))
     torch.testing.assert_close(ours, formula, rtol=1e-4, atol=1e-6)
@@ -142,7 +166,13 @@ def test_training_moves_the_embedding_and_no_byte_of_the_hypernetwork(held):
 
 @pytest.mark.parametrize(
     "change",
-    [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))],
+    [
+        torch.nn.Module.bfloat16,
+        torch.nn.Module.half,
+        torch.nn.Module.double,
+        copy.deepcopy,
+        lambda r: pickle.loads(pickle.dumps(r)),
+    ],
     ids=["bfloat16", "half", "double", "deepcopy", "pickle"],
 )
 def test_no_cast_and_no_copy_changes_the_hypernetwork(change):
@@ -166,14 +196,23 @@ def test_a_pickle_holds_no_frozen_bytes_and_another_process_would_redraw_them():
 
 def test_one_hypernetwork_for_all_layers():
     one, two = (small(layer_number=layer, shared="model") for layer in (1, 2))
-    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(one.frozen.tensors, two.frozen.tensors, strict=True))
-    assert torch.equal(one.frozen.tensors[0], keyed.normal((20, 12), seed=5, name="hypernet.model.w1") * 12**-0.5)
+    assert all(
+        a.data_ptr() == b.data_ptr() for a, b in zip(one.frozen.tensors, two.frozen.tensors, strict=True)
+    )
+    assert torch.equal(
+        one.frozen.tensors[0], keyed.normal((20, 12), seed=5, name="hypernet.model.w1") * 12**-0.5
+    )
     assert not torch.equal(one.embedding_S, two.embedding_S)
     assert frozen_digest(small(layer_number=1)) != frozen_digest(small(layer_number=2))
 
 
 def test_the_seed_option_is_that_of_the_hypernetwork_alone():
-    own, run = small(seed=5), build_router("hyper", hidden_size=12, num_experts=6, topk=2, layer_number=3, seed=5, hypernet_width=20)
+    own, run = (
+        small(seed=5),
+        build_router(
+            "hyper", hidden_size=12, num_experts=6, topk=2, layer_number=3, seed=5, hypernet_width=20
+        ),
+    )
     assert frozen_digest(own) == frozen_digest(run)
     config = type(own.config)(hypernet_width=20, seed=77)
     other = type(own)(config, hidden_size=12, num_experts=6, topk=2, layer_number=3, seed=5)
@@ -183,7 +222,11 @@ def test_the_seed_option_is_that_of_the_hypernetwork_alone():
 
 def test_a_checkpoint_holds_seed_hash_and_embedding():
     state = small().state_dict()
-    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {"embedding_S": (12,), "frozen_seed": (1,), "frozen_hash": (32,)}
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
+        "embedding_S": (12,),
+        "frozen_seed": (1,),
+        "frozen_hash": (32,),
+    }
     assert int(state["frozen_seed"]) == 5
     assert bytes(state["frozen_hash"].tolist()).hex() == frozen_digest(small())
 
@@ -202,7 +245,9 @@ def test_a_checkpoint_holds_seed_hash_and_embedding():
 def test_a_checkpoint_of_another_hypernetwork_is_refused(change, remedy):
     router = torch.nn.Sequential(small(**change))
     embedding = router[0].embedding_S.detach().clone()
-    with pytest.raises(CheckpointError, match=r"0\.frozen_hash: the checkpoint was trained with frozen weights of seed 5") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"0\.frozen_hash: the checkpoint was trained with frozen weights of seed 5"
+    ) as caught:
         router.load_state_dict(torch.nn.Sequential(small()).state_dict())
     assert remedy in caught.value.remedy
     assert caught.value.exit_status == 4

@@ -1,4 +1,6 @@
-"""HyperRouter inside an engine: generation once per step is the same training as generation in every forward."""
+"""HyperRouter inside an engine: generation once per step is the same training as generation in every
+forward.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ D, E, STEPS, MICRO_BATCHES = 12, 6, 4, 3
 
 def small(**changes):
     return build_router(
-        "hyper", **{"hidden_size": D, "num_experts": E, "topk": 2, "seed": 5, "hypernet_width": 20, "bias": True, **changes}
+        "hyper",
+        **{
+            "hidden_size": D,
+            "num_experts": E,
+            "topk": 2,
+            "seed": 5,
+            "hypernet_width": 20,
+            "bias": True,
+            **changes,
+        },
     )
 
 
@@ -40,7 +51,9 @@ class Layer(torch.nn.Module):
     def forward(self, x_TD, recompute=None, topk=None):
         x_TD = x_TD @ self.before_DD
         out_TD, aux = (
-            self.moe(x_TD, topk) if recompute is None else checkpoint(self.moe, x_TD, topk, use_reentrant=recompute == "reentrant")
+            self.moe(x_TD, topk)
+            if recompute is None
+            else checkpoint(self.moe, x_TD, topk, use_reentrant=recompute == "reentrant")
         )
         return out_TD.square().mean() + aux
 
@@ -64,10 +77,16 @@ def train(*, held, recompute=None, evaluate=None, compiled=False):
         if evaluate is not None:
             with evaluate():
                 run(torch.randn(16, D, generator=torch.Generator().manual_seed(7)), topk=E)
-    return torch.stack(losses), {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    return torch.stack(losses), {
+        name: parameter.detach().clone() for name, parameter in layer.named_parameters()
+    }
 
 
-@pytest.mark.parametrize("evaluate", [None, torch.no_grad, torch.inference_mode], ids=["no evaluation", "no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "evaluate",
+    [None, torch.no_grad, torch.inference_mode],
+    ids=["no evaluation", "no_grad", "inference_mode"],
+)
 @pytest.mark.parametrize("recompute", [None, "reentrant", "non-reentrant"])
 def test_held_training_is_the_same_training(recompute, evaluate):
     expected_losses, expected = train(held=False)
@@ -84,7 +103,9 @@ def test_compiled_training_is_the_same_training(held):
     expected_losses, expected = train(held=False)
     losses, parameters = train(held=held, compiled=True, evaluate=torch.no_grad)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(parameters["router.embedding_S"], expected["router.embedding_S"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        parameters["router.embedding_S"], expected["router.embedding_S"], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("recompute", [None, "reentrant", "non-reentrant"])
@@ -103,7 +124,10 @@ def test_one_generation_a_step_and_one_transposed_pass_a_micro_batch(monkeypatch
     counted("generate")
     counted("transposed")
     train(held=True, recompute=recompute, evaluate=torch.no_grad)
-    assert calls == {"generate": STEPS + 1, "transposed": STEPS * MICRO_BATCHES}  # the last evaluation generates anew
+    assert calls == {
+        "generate": STEPS + 1,
+        "transposed": STEPS * MICRO_BATCHES,
+    }  # the last evaluation generates anew
 
 
 def test_without_begin_step_the_old_router_is_kept():
@@ -140,7 +164,9 @@ def test_loading_and_resetting_need_no_begin_step(change):
     torch.testing.assert_close(router(x_TD).logits_TE, expected(x_TD).logits_TE, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_a_held_router_is_not_held(copier):
     """Nobody calls begin_step on it."""
     router, x_TD = small(), torch.randn(5, D, requires_grad=True)

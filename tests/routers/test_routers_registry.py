@@ -19,8 +19,13 @@ SIZES = {"hidden_size": 16, "num_experts": 8, "topk": 2}
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, megatron_hyperrouter as m; print('torch' in sys.modules, m.__version__, 'ROUTERS' in dir(m), *sorted(m.ROUTERS))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        "import sys, megatron_hyperrouter as m; print('torch' in sys.modules, m.__version__, 'ROUTERS' "
+        "in dir(m), *sorted(m.ROUTERS))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert said[:3] == ["False", megatron_hyperrouter.__version__, "True"]
     assert said[3:] == sorted(ROUTERS)
     assert {"topk", "smoe_dropout", "hyper"} <= set(said)
@@ -73,7 +78,12 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize(
     ("name", "options", "warns"),
-    [("topk", {}, True), ("topk", {"pre_softmax": True}, False), ("hyper", {}, True), ("smoe_dropout", {}, False)],
+    [
+        ("topk", {}, True),
+        ("topk", {"pre_softmax": True}, False),
+        ("hyper", {}, True),
+        ("smoe_dropout", {}, False),
+    ],
 )
 def test_warning_exactly_where_k1_gives_no_gradient(name, options, warns):
     """The warning is right: the task loss reaches the router's own parameters, or does not."""

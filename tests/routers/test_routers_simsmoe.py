@@ -1,4 +1,6 @@
-"""SimSMoE against plain-Python loops in float64: which pairs are due, which tokens are compared, and the loss."""
+"""SimSMoE against plain-Python loops in float64: which pairs are due, which tokens are compared, and the
+loss.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ PAIRS = [(i, j) for i in range(E) for j in range(i + 1, E)]
 
 
 def small(**changes: Any) -> SimSMoERouter:
-    settings = {"hidden_size": D, "num_experts": E, "topk": 3, "init_std": 0.5, "threshold": 0.0, "similarity_coeff": 0.25, "seed": 5}
+    settings = {
+        "hidden_size": D,
+        "num_experts": E,
+        "topk": 3,
+        "init_std": 0.5,
+        "threshold": 0.0,
+        "similarity_coeff": 0.25,
+        "seed": 5,
+    }
     router = build_router("simsmoe", **{**settings, **changes})
     assert isinstance(router, SimSMoERouter)
     with torch.no_grad():  # biases that are 0 would hide behind the weights
@@ -69,7 +79,13 @@ def head_in_loops(router: SimSMoERouter, outputs: Matrix) -> Matrix:
     weights = {name: part.double().tolist() for name, part in router.state_dict().items()}
 
     def layer(rows: Matrix, weight: Matrix, bias: list[float]) -> Matrix:
-        return [[math.fsum(w * v for w, v in zip(ws, row, strict=True)) + b for ws, b in zip(weight, bias, strict=True)] for row in rows]
+        return [
+            [
+                math.fsum(w * v for w, v in zip(ws, row, strict=True)) + b
+                for ws, b in zip(weight, bias, strict=True)
+            ]
+            for row in rows
+        ]
 
     if router.config.head == "mlp":
         hidden = layer(outputs, weights["head_in_WD"], weights["head_in_bias_W"])
@@ -77,7 +93,9 @@ def head_in_loops(router: SimSMoERouter, outputs: Matrix) -> Matrix:
     return layer(outputs, weights["head_out_FW"], [0.0] * len(weights["head_out_FW"]))
 
 
-def sides_in_loops(router: SimSMoERouter, experts_TK: Tensor, outputs_TKD: Tensor, pair: tuple[int, int]) -> tuple[Matrix, Matrix]:
+def sides_in_loops(
+    router: SimSMoERouter, experts_TK: Tensor, outputs_TKD: Tensor, pair: tuple[int, int]
+) -> tuple[Matrix, Matrix]:
     """Features of both experts on the tokens that have both, in the order of the rows."""
     sides: tuple[Matrix, Matrix] = ([], [])
     for ids, outputs in zip(experts_TK.tolist(), outputs_TKD.double().tolist(), strict=True):
@@ -92,7 +110,10 @@ def cka_in_loops(router: SimSMoERouter, x: Matrix, y: Matrix) -> float:
         return cka(x, y, linear_kernel)
     if router.config.bandwidth == "absolute":
         return cka(x, y, rbf_kernel(router.config.sigma))
-    medians = [statistics.median_low([math.dist(a, b) for n, a in enumerate(side) for b in side[:n]]) for side in (x, y)]
+    medians = [
+        statistics.median_low([math.dist(a, b) for n, a in enumerate(side) for b in side[:n]])
+        for side in (x, y)
+    ]
     return cka(x, y, *(rbf_kernel(router.config.sigma * median) for median in medians))
 
 
@@ -108,11 +129,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_loss_against_loops(options):
     router = due(small(**options), (1, 3), (2, 4))
     routing, outputs_TKD = run(router, tokens())
-    parts = [cka_in_loops(router, *sides_in_loops(router, routing.experts_TK, outputs_TKD.detach(), pair)) for pair in router.due_pairs()]
+    parts = [
+        cka_in_loops(router, *sides_in_loops(router, routing.experts_TK, outputs_TKD.detach(), pair))
+        for pair in router.due_pairs()
+    ]
     assert all(0.05 < part < 0.999 for part in parts)
     assert float(routing.losses["similarity"].detach()) == pytest.approx(0.25 * sum(parts), rel=1e-4)
     plain = build_router("topk", hidden_size=D, num_experts=E, topk=3, bias=router.config.bias)
-    plain.load_state_dict({name: part for name, part in router.state_dict().items() if name in plain.state_dict()})
+    plain.load_state_dict(
+        {name: part for name, part in router.state_dict().items() if name in plain.state_dict()}
+    )
     for left, right in zip(routing[:3], plain(tokens())[:3], strict=True):
         assert torch.equal(left, right)
 
@@ -136,7 +162,9 @@ def test_gradients_against_one_pair_at_a_time_in_float64(options):
             side = side @ exact["head_out_FW"].T
             relative = router.config.kernel == "rbf" and router.config.bandwidth == "median"
             sides.append(side / median_distance(side) if relative else side)
-        loss = loss + 0.25 * (linear_cka(*sides) if router.config.kernel == "linear" else rbf_cka(*sides, router.config.sigma))
+        loss = loss + 0.25 * (
+            linear_cka(*sides) if router.config.kernel == "linear" else rbf_cka(*sides, router.config.sigma)
+        )
     for left, right in zip(found, torch.autograd.grad(loss, [exact_TKD, *exact.values()]), strict=True):
         torch.testing.assert_close(left.double(), right, rtol=1e-3, atol=1e-6)
     assert found[0].abs().max() > 1e-4
@@ -145,7 +173,10 @@ def test_gradients_against_one_pair_at_a_time_in_float64(options):
 def test_pairs_below_the_threshold_cost_nothing():
     probe = due(small(), (1, 3), (2, 4))
     routing, outputs_TKD = run(probe, tokens())
-    values = [cka_in_loops(probe, *sides_in_loops(probe, routing.experts_TK, outputs_TKD.detach(), pair)) for pair in probe.due_pairs()]
+    values = [
+        cka_in_loops(probe, *sides_in_loops(probe, routing.experts_TK, outputs_TKD.detach(), pair))
+        for pair in probe.due_pairs()
+    ]
     between = sum(values) / 2
     assert min(values) < between < max(values)
     routing, outputs_TKD = run(due(small(threshold=between), (1, 3), (2, 4)), tokens())
@@ -186,14 +217,21 @@ def test_most_tokens_are_evenly_spaced_over_places_whatever_the_rows():
     assert n > 12
     kept = [t for rank, t in enumerate(shared) if (rank + 1) * 8 // n > rank * 8 // n]
     assert len(kept) == 8
-    gaps = [b - a for a, b in zip([shared.index(t) for t in kept][:-1], [shared.index(t) for t in kept][1:], strict=True)]
+    gaps = [
+        b - a
+        for a, b in zip(
+            [shared.index(t) for t in kept][:-1], [shared.index(t) for t in kept][1:], strict=True
+        )
+    ]
     assert max(gaps) - min(gaps) <= 1
 
     def losses(rows_T: Tensor) -> tuple[float, set[int]]:
         facts = Tokens(ids_T=torch.zeros(T, dtype=torch.int64), places_T=places_T[rows_T], seq_length=T)
         routing, outputs_TKD = run(router, tokens()[rows_T], tokens=facts)
         (gradient_TKD,) = torch.autograd.grad(routing.losses["similarity"], outputs_TKD)
-        return float(routing.losses["similarity"].detach()), {int(rows_T[t]) for t in gradient_TKD.any(-1).any(-1).nonzero()[:, 0]}
+        return float(routing.losses["similarity"].detach()), {
+            int(rows_T[t]) for t in gradient_TKD.any(-1).any(-1).nonzero()[:, 0]
+        }
 
     value, compared = losses(torch.arange(T))
     assert compared == set(kept)
@@ -208,7 +246,9 @@ def test_permuting_experts_with_their_rows_changes_only_their_order():
     state = old.state_dict()
     state["weight_ED"] = state["weight_ED"][order_E]
     old_count = dict(zip(PAIRS, old.pair_counts_P.tolist(), strict=True))
-    state["pair_counts_P"] = torch.tensor([old_count[tuple(sorted((order_E[i], order_E[j])))] for i, j in PAIRS], dtype=torch.float64)
+    state["pair_counts_P"] = torch.tensor(
+        [old_count[tuple(sorted((order_E[i], order_E[j])))] for i, j in PAIRS], dtype=torch.float64
+    )
     new.load_state_dict(state)
     assert [tuple(sorted((order_E[i], order_E[j]))) for i, j in new.due_pairs()] == [(1, 3), (2, 4)]
     before, outputs_TKD = run(old, tokens())
@@ -237,13 +277,17 @@ class Meeting:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_micro_batch_spread_over_ranks(options):
-    """Context parallelism's cut, both ends to the first rank: the parts add up to the loss and the gradients of one rank."""
+    """Context parallelism's cut, both ends to the first rank: the parts add up to the loss and the
+    gradients of one rank.
+    """
     rows = [torch.tensor([*range(10), *range(30, 40)]), torch.arange(10, 30)]
     pairs = ((1, 3), (2, 4), (0, 1))
     router = due(small(max_tokens=11, **options), *pairs)
     whole, outputs_TKD = run(router, tokens())
     names = [name for name, _ in router.named_parameters() if name.startswith("head_")]
-    expected = torch.autograd.grad(whole.losses["similarity"], [outputs_TKD, *map(router.get_parameter, names)])
+    expected = torch.autograd.grad(
+        whole.losses["similarity"], [outputs_TKD, *map(router.get_parameter, names)]
+    )
     meeting = Meeting(2)
 
     def one(rank: ThreadRanks) -> tuple[Tensor, ...]:
@@ -269,19 +313,23 @@ def test_a_spread_micro_batch_needs_places():
         run(router, tokens())
 
 
-# ------------------------------------------------------------------------------------------------------------------- counting
+# ----------------------------------------------------------------------------------------- counting
 @pytest.mark.parametrize("k", range(1, E + 1))
 def test_shared_tokens_against_loops(k):
     router = small(topk=k)
     routing = router(tokens())
     counts = router.extra_counts(routing)
     assert counts.dtype == torch.float64
-    assert counts.tolist() == [sum({i, j} <= set(ids) for ids in routing.experts_TK.tolist()) for i, j in PAIRS]
+    assert counts.tolist() == [
+        sum({i, j} <= set(ids) for ids in routing.experts_TK.tolist()) for i, j in PAIRS
+    ]
     assert router.num_extra_counts == len(PAIRS) == counts.numel()
 
 
 def step(router: SimSMoERouter, number: int, extra: list[float], num_tokens: float) -> None:
-    counts = StepCounts(number, num_tokens, torch.zeros(E, dtype=torch.float64), torch.tensor(extra, dtype=torch.float64))
+    counts = StepCounts(
+        number, num_tokens, torch.zeros(E, dtype=torch.float64), torch.tensor(extra, dtype=torch.float64)
+    )
     router.end_step(counts)
 
 
@@ -341,13 +389,17 @@ def test_the_head_has_a_gradient_of_zero_where_nothing_is_compared():
     for head in ("mlp", "linear"):
         router = small(head=head)
         with torch.no_grad():
-            next(part for name, part in router.named_parameters() if name.startswith("head_out_F")).fill_(math.inf)
+            next(part for name, part in router.named_parameters() if name.startswith("head_out_F")).fill_(
+                math.inf
+            )
         routing = router(tokens())
         assert torch.isfinite(routing.weights_TK).all()
         routing.weights_TK.square().sum().backward()
         parts = {name: part.grad for name, part in router.named_parameters()}
         assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in parts.values())
-        assert [name for name, gradient in parts.items() if gradient is not None and gradient.any()] == ["weight_ED"]
+        assert [name for name, gradient in parts.items() if gradient is not None and gradient.any()] == [
+            "weight_ED"
+        ]
 
 
 def test_descending_on_the_loss_makes_twins_unlike():
@@ -369,7 +421,7 @@ def test_descending_on_the_loss_makes_twins_unlike():
     assert values[-1] < 0.6
 
 
-# -------------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 def test_options_are_checked_together():
     with pytest.raises(ConfigError) as caught:
         small(min_tokens=20, max_tokens=10)
@@ -377,7 +429,9 @@ def test_options_are_checked_together():
     with pytest.raises(ConfigError) as caught:
         small(min_tokens=2, sigma=0.0, threshold=1.5, frequency=0.0, kernel="poly")
     fields = sorted(problem.field for problem in caught.value.problems)
-    assert fields == [f"--router.{name}" for name in ("frequency", "kernel", "min_tokens", "sigma", "threshold")]
+    assert fields == [
+        f"--router.{name}" for name in ("frequency", "kernel", "min_tokens", "sigma", "threshold")
+    ]
 
 
 def test_k_of_1_is_warned_about():

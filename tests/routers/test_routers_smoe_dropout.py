@@ -15,7 +15,10 @@ from megatron_hyperrouter.ops.schedule import topk_at
 
 
 def small(**changes):
-    return build_router("smoe_dropout", **{"hidden_size": 16, "num_experts": 8, "topk": 2, "layer_number": 2, "seed": 9, **changes})
+    return build_router(
+        "smoe_dropout",
+        **{"hidden_size": 16, "num_experts": 8, "topk": 2, "layer_number": 2, "seed": 9, **changes},
+    )
 
 
 def test_weights_are_the_named_stream_and_nothing_is_trained_or_saved():
@@ -24,7 +27,10 @@ def test_weights_are_the_named_stream_and_nothing_is_trained_or_saved():
     assert torch.equal(W_ED, keyed.normal((8, 16), seed=9, name="smoe_dropout.layer2.weight") * 0.02)
     assert b_E is None
     assert not list(router.parameters())
-    assert {key: tuple(tensor.shape) for key, tensor in router.state_dict().items()} == {"frozen_seed": (1,), "frozen_hash": (32,)}
+    assert {key: tuple(tensor.shape) for key, tensor in router.state_dict().items()} == {
+        "frozen_seed": (1,),
+        "frozen_hash": (32,),
+    }
 
 
 def test_linear_is_a_copy():
@@ -40,10 +46,17 @@ def test_tokens_get_a_gradient():
 
 
 @pytest.mark.parametrize(
-    ("change", "remedy"), [({"seed": 8}, "--router.seed 9"), ({"init_std": 0.1}, "config.yaml"), ({"layer_number": 1}, "config.yaml")]
+    ("change", "remedy"),
+    [
+        ({"seed": 8}, "--router.seed 9"),
+        ({"init_std": 0.1}, "config.yaml"),
+        ({"layer_number": 1}, "config.yaml"),
+    ],
 )
 def test_other_frozen_weights_are_refused(change, remedy):
-    with pytest.raises(CheckpointError, match="frozen_hash: the checkpoint was trained with frozen weights of seed 9") as caught:
+    with pytest.raises(
+        CheckpointError, match="frozen_hash: the checkpoint was trained with frozen weights of seed 9"
+    ) as caught:
         small(**change).load_state_dict(small().state_dict())
     assert remedy in caught.value.remedy
 
@@ -52,7 +65,9 @@ def test_weights_against_loops_and_layers_differ():
     router, x_TD = small(init_std=0.5), torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
     routing = router(x_TD)
     W = router.linear()[0].double().tolist()
-    for x, weights, experts in zip(x_TD.double().tolist(), routing.weights_TK.tolist(), routing.experts_TK.tolist(), strict=True):
+    for x, weights, experts in zip(
+        x_TD.double().tolist(), routing.weights_TK.tolist(), routing.experts_TK.tolist(), strict=True
+    ):
         logits = [math.fsum(w * v for w, v in zip(row, x, strict=True)) for row in W]
         assert experts == sorted(range(8), key=lambda e: -logits[e])[:2]
         powers = [math.exp(logits[e]) for e in experts]

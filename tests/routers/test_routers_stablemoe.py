@@ -1,4 +1,6 @@
-"""StableMoE: both stages against loops in float64, the switch between them, and that what is frozen stays so."""
+"""StableMoE: both stages against loops in float64, the switch between them, and that what is frozen stays
+so.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,18 @@ SWITCH = 4
 
 
 def small(**changes):
-    sizes = {"hidden_size": D, "num_experts": E, "topk": 2, "seed": 5, "init_std": 0.7, "word_size": W, "stage1_steps": SWITCH}
-    return build_router("stablemoe", **{**sizes, "facts": RunFacts(num_layers=2, train_iters=40, vocab_size=V), **changes})
+    sizes = {
+        "hidden_size": D,
+        "num_experts": E,
+        "topk": 2,
+        "seed": 5,
+        "init_std": 0.7,
+        "word_size": W,
+        "stage1_steps": SWITCH,
+    }
+    return build_router(
+        "stablemoe", **{**sizes, "facts": RunFacts(num_layers=2, train_iters=40, vocab_size=V), **changes}
+    )
 
 
 def numbers(seed: int = 2) -> Tensor:
@@ -60,7 +72,9 @@ def test_stage_one_against_loops(k):
     ids = [top(row, k) for row in scores]
     assert routing.experts_TK.tolist() == ids
     torch.testing.assert_close(routing.logits_TE, torch.tensor(scores))
-    torch.testing.assert_close(routing.weights_TK, torch.tensor([[sigmoid(scores[t][i]) for i in ids[t]] for t in range(T)]))
+    torch.testing.assert_close(
+        routing.weights_TK, torch.tensor([[sigmoid(scores[t][i]) for i in ids[t]] for t in range(T)])
+    )
     balance = wrong = 0.0
     mean = T * k / E
     for i in range(E):
@@ -78,17 +92,23 @@ def test_stage_one_against_loops(k):
 
 def test_balance_is_zero_when_uniform_and_pushes_the_crowded_down():
     values_TK = torch.rand(10, 1, requires_grad=True)
-    assert float(overload_loss(values_TK, torch.arange(10).view(-1, 1) % 5, 5)) == pytest.approx(0.0, abs=1e-6)
+    assert float(overload_loss(values_TK, torch.arange(10).view(-1, 1) % 5, 5)) == pytest.approx(
+        0.0, abs=1e-6
+    )
     crowded_TK = torch.tensor([[0]] * 7 + [[1]] * 3)
     (gradient_TK,) = torch.autograd.grad(overload_loss(values_TK, crowded_TK, 2), values_TK)
-    torch.testing.assert_close(gradient_TK.flatten(), torch.tensor([0.04] * 7 + [-0.04] * 3))  # (7 - 5) / 5 / 10
+    torch.testing.assert_close(
+        gradient_TK.flatten(), torch.tensor([0.04] * 7 + [-0.04] * 3)
+    )  # (7 - 5) / 5 / 10
 
 
 def test_who_learns_from_what_in_stage_one():
     """Balance trains the centroids; distillation the light router alone, towards the chosen ids."""
     router, x_TD, tokens = small(), numbers(), words()
     losses = router(x_TD, tokens=tokens).losses
-    balance = torch.autograd.grad(losses["balance"], list(router.parameters()), allow_unused=True, retain_graph=True)
+    balance = torch.autograd.grad(
+        losses["balance"], list(router.parameters()), allow_unused=True, retain_graph=True
+    )
     assert [gradient is None for gradient in balance] == [False, True, True]
     distillation = torch.autograd.grad(losses["distillation"], list(router.parameters()), allow_unused=True)
     assert distillation[0] is None
@@ -97,7 +117,9 @@ def test_who_learns_from_what_in_stage_one():
     loss = 0.0
     for t, word in enumerate(tokens.ids_T.tolist()):
         distilled_E = torch.stack([router64.word_centroid_EW[i] @ router64.word_VW[word] for i in range(E)])
-        loss = loss + sum(distilled_E.exp().sum().log() - distilled_E[i] for i in chosen[t].tolist()) / (2 * T)
+        loss = loss + sum(distilled_E.exp().sum().log() - distilled_E[i] for i in chosen[t].tolist()) / (
+            2 * T
+        )
     expected = torch.autograd.grad(loss, [router64.word_VW, router64.word_centroid_EW])
     for one, other in zip(distillation[1:], expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
@@ -106,7 +128,11 @@ def test_who_learns_from_what_in_stage_one():
 @pytest.mark.parametrize("k", [1, 3])
 def test_stage_two_against_loops(k):
     """Ids by token id from the light router; weights, and the only gradient, by the centroids."""
-    router, x_TD, tokens = small(topk=k, aux_loss_coeff=0.1, z_loss_coeff=0.1), numbers().requires_grad_(), words()
+    router, x_TD, tokens = (
+        small(topk=k, aux_loss_coeff=0.1, z_loss_coeff=0.1),
+        numbers().requires_grad_(),
+        words(),
+    )
     routing = router(x_TD, step=SWITCH, tokens=tokens)
     ids = frozen_ids(router.word_VW, router.word_centroid_EW, tokens, k)
     assert routing.experts_TK.tolist() == ids
@@ -115,8 +141,11 @@ def test_stage_two_against_loops(k):
     expected = [[sigmoid(dot(centroids[i], rows[t])) for i in ids[t]] for t in range(T)]
     torch.testing.assert_close(routing.weights_TK, torch.tensor(expected))
     routing.weights_TK.sum().backward()
-    gradient_ED = [[math.fsum(expected[t][n] * (1 - expected[t][n]) * rows[t][d] for t in range(T) for n in range(k) if ids[t][n] == i)
-                    for d in range(D)] for i in range(E)]  # fmt: skip
+    gradient_ED = [[0.0] * D for _ in range(E)]
+    for t in range(T):
+        for n in range(k):
+            for d in range(D):
+                gradient_ED[ids[t][n]][d] += expected[t][n] * (1 - expected[t][n]) * rows[t][d]
     torch.testing.assert_close(router.centroid_ED.grad, torch.tensor(gradient_ED), rtol=1e-5, atol=1e-6)
     assert not router.word_VW.grad.any()
     assert not router.word_centroid_EW.grad.any()
@@ -206,7 +235,9 @@ def test_a_checkpoint_of_the_second_stage_is_evaluated_and_finetuned_by_its_froz
     found = evaluated(numbers(), tokens=tokens)
     assert found.experts_TK.tolist() == expected
     assert found.losses == {}
-    assert train(finetuned, adam(finetuned), range(3))[0] == frozen_ids(router.frozen_word_VW, router.frozen_centroid_EW, words(0), 2)
+    assert train(finetuned, adam(finetuned), range(3))[0] == frozen_ids(
+        router.frozen_word_VW, router.frozen_centroid_EW, words(0), 2
+    )
     assert finetuned(numbers(), step=3, tokens=tokens).experts_TK.tolist() == expected
     with pytest.raises(ValueError, match="routes by token ids"):
         evaluated(numbers())
@@ -236,7 +267,11 @@ def test_recomputed_passes_agree(step, reentrant):
     results = []
     for recompute in (False, True):
         router, x_TD = small(), numbers().requires_grad_()
-        total = checkpoint(partial(layer, router), x_TD, use_reentrant=reentrant) if recompute else layer(router, x_TD)
+        total = (
+            checkpoint(partial(layer, router), x_TD, use_reentrant=reentrant)
+            if recompute
+            else layer(router, x_TD)
+        )
         total.backward()
         results.append([x_TD.grad, *(parameter.grad for parameter in router.parameters()), *router.buffers()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -279,7 +314,12 @@ def test_freezing_again_changes_nothing_where_the_device_decides():
 
 @pytest.mark.parametrize(
     ("options", "last"),
-    [({}, 3), ({"stage1_steps": None}, 3), ({"stage1_steps": None, "stage1_share": 0.5}, 19), ({"stage1_steps": 25}, 24)],
+    [
+        ({}, 3),
+        ({"stage1_steps": None}, 3),
+        ({"stage1_steps": None, "stage1_share": 0.5}, 19),
+        ({"stage1_steps": 25}, 24),
+    ],
 )
 def test_the_switch_is_by_completed_steps(options, last):
     router = small(**options)
@@ -356,13 +396,17 @@ def test_distillation_teaches_the_light_router_what_depends_on_the_word():
 
 
 def test_it_does_not_fold():
-    with pytest.raises(NotImplementedError, match=r"'stablemoe' does not fold: .* not normalised, .* token ids"):
+    with pytest.raises(
+        NotImplementedError, match=r"'stablemoe' does not fold: .* not normalised, .* token ids"
+    ):
         small().fold()
 
 
 def test_options():
     make = partial(build_router, "stablemoe", hidden_size=D, num_experts=E, topk=1)
-    with pytest.raises(ConfigError, match=r"--router\.stage1-share = 0\.5: does nothing beside --router\.stage1-steps 10"):
+    with pytest.raises(
+        ConfigError, match=r"--router\.stage1-share = 0\.5: does nothing beside --router\.stage1-steps 10"
+    ):
         make(stage1_share=0.5, stage1_steps=10)
     assert not list(make().config.warnings(topk=1))
     assert not list(make(distillation_coeff=0.0, stage1_share=1.0).config.warnings(topk=1))

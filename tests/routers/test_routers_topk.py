@@ -48,7 +48,18 @@ def test_switch_weighs_by_probability():
 
 
 def make(**changes) -> TopKRouter:
-    return build_router("topk", **{"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 3, "seed": 5, "init_std": 0.5, **changes})
+    return build_router(
+        "topk",
+        **{
+            "hidden_size": D,
+            "num_experts": E,
+            "topk": 2,
+            "layer_number": 3,
+            "seed": 5,
+            "init_std": 0.5,
+            **changes,
+        },
+    )
 
 
 def some(num_tokens: int, seed: int = 1) -> torch.Tensor:
@@ -56,11 +67,18 @@ def some(num_tokens: int, seed: int = 1) -> torch.Tensor:
 
 
 def places(first: int, num_tokens: int, seq_length: int) -> Tokens:
-    return Tokens(torch.zeros(num_tokens, dtype=torch.int64), torch.arange(first, first + num_tokens), seq_length)
+    return Tokens(
+        torch.zeros(num_tokens, dtype=torch.int64), torch.arange(first, first + num_tokens), seq_length
+    )
 
 
 def step_counts(router: TopKRouter, load: list[float]) -> StepCounts:
-    return StepCounts(1, sum(load), torch.tensor(load, dtype=torch.float64), torch.zeros(router.num_extra_counts, dtype=torch.float64))
+    return StepCounts(
+        1,
+        sum(load),
+        torch.tensor(load, dtype=torch.float64),
+        torch.zeros(router.num_extra_counts, dtype=torch.float64),
+    )
 
 
 def aux_loop(probs: list[list[float]], share: list[float]) -> float:
@@ -75,7 +93,13 @@ OPTIONS = {
     "switch": {"pre_softmax": True},
     "renormalised switch": {"pre_softmax": True, "renormalise": True},
     "sigmoid": {"score_function": "sigmoid"},
-    "deepseek": {"score_function": "sigmoid", "renormalise": True, "expert_bias": True, "bias_update_rate": 0.2, "aux_loss": "sequence"},
+    "deepseek": {
+        "score_function": "sigmoid",
+        "renormalise": True,
+        "expert_bias": True,
+        "bias_update_rate": 0.2,
+        "aux_loss": "sequence",
+    },
     "biased softmax": {"expert_bias": True},
     "jitter": {"jitter_eps": 0.2, "bias": True},
     "global": {"aux_loss": "global_batch"},
@@ -91,11 +115,17 @@ def test_weights_of_every_option_against_loops(options):
     x_TD = some(9)
     routing = router(x_TD)
     W = router.weight_ED.double().tolist()
-    for row, weights, experts in zip(x_TD.double().tolist(), routing.weights_TK.tolist(), routing.experts_TK.tolist(), strict=True):
+    for row, weights, experts in zip(
+        x_TD.double().tolist(), routing.weights_TK.tolist(), routing.experts_TK.tolist(), strict=True
+    ):
         logits = [math.fsum(w * v for w, v in zip(W[e], row, strict=True)) for e in range(E)]
         powers = [math.exp(value) for value in logits]
         sigmoid = router.config.score_function == "sigmoid"
-        scores = [1 / (1 + math.exp(-value)) for value in logits] if sigmoid else [power / sum(powers) for power in powers]
+        scores = (
+            [1 / (1 + math.exp(-value)) for value in logits]
+            if sigmoid
+            else [power / sum(powers) for power in powers]
+        )
         offered = [s + 0.4 - 0.16 * e for e, s in enumerate(scores)] if router.config.expert_bias else scores
         assert experts == sorted(range(E), key=lambda e: -offered[e])[:2]
         raw = [scores[e] for e in experts]
@@ -109,12 +139,19 @@ def test_resumed_and_folded_routers_do_the_same_in_training(options):
     router.end_step(step_counts(router, [9.0, 1.0, 2.0, 6.0, 0.0, 0.0]))
     fresh = make(aux_loss_coeff=0.1, z_loss_coeff=0.1, seed=5, **options)
     fresh.load_state_dict(router.state_dict(), strict=True)
-    for other in (fresh, router.fold(), make(aux_loss_coeff=0.1, z_loss_coeff=0.1, **options).bfloat16().float()):
+    for other in (
+        fresh,
+        router.fold(),
+        make(aux_loss_coeff=0.1, z_loss_coeff=0.1, **options).bfloat16().float(),
+    ):
         if other is not fresh:
             other.load_state_dict(router.state_dict(), strict=True)
         for training in (True, False):
             arguments = {"step": 7, "tokens": places(16, 8, 4)}
-            left, right = router.train(training)(some(8), **arguments), other.train(training)(some(8), **arguments)
+            left, right = (
+                router.train(training)(some(8), **arguments),
+                other.train(training)(some(8), **arguments),
+            )
             assert all(torch.equal(a, b) for a, b in zip(left[:3], right[:3], strict=True))
             assert all(torch.equal(left.losses[key], right.losses[key]) for key in ("aux", "z"))
 
@@ -139,12 +176,20 @@ def test_auxiliary_losses_against_loops(kind, score_function):
     router.end_step(step_counts(router, load))
     routing = router(some(8), tokens=places(16, 8, 4))
     logits, experts = routing.logits_TE.double().tolist(), routing.experts_TK.tolist()
-    powers = [[math.exp(g) if score_function == "softmax" else 1 / (1 + math.exp(-g)) for g in row] for row in logits]
+    powers = [
+        [math.exp(g) if score_function == "softmax" else 1 / (1 + math.exp(-g)) for g in row]
+        for row in logits
+    ]
     probs = [[power / sum(row) for power in row] for row in powers]
     if kind == "sequence":
-        expected = sum(aux_loop(probs[first : first + 4], shares(experts[first : first + 4])) for first in (0, 4)) / 2
+        expected = (
+            sum(aux_loop(probs[first : first + 4], shares(experts[first : first + 4])) for first in (0, 4))
+            / 2
+        )
     else:
-        expected = aux_loop(probs, shares(experts) if kind == "micro_batch" else [value / 18 for value in load])
+        expected = aux_loop(
+            probs, shares(experts) if kind == "micro_batch" else [value / 18 for value in load]
+        )
     assert float(routing.losses["aux"]) == pytest.approx(0.5 * expected, rel=1e-5)
 
 
@@ -188,13 +233,18 @@ def test_jitter_is_a_function_of_the_place_and_of_training():
     router = make(jitter_eps=0.3)
     x_TD = some(8)
     whole = router(x_TD, step=4, tokens=places(0, 8, 4)).logits_TE
-    parts = [router(x_TD[rows], step=4, tokens=places(rows.start, 4, 4)).logits_TE for rows in (slice(0, 4), slice(4, 8))]
+    parts = [
+        router(x_TD[rows], step=4, tokens=places(rows.start, 4, 4)).logits_TE
+        for rows in (slice(0, 4), slice(4, 8))
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
     noisy_TD = x_TD * jitter(torch.arange(8), D, 0.3, seed=5, step=4, layer=3)
     torch.testing.assert_close(whole, noisy_TD @ router.weight_ED.T)
     torch.testing.assert_close(router(x_TD, step=4).logits_TE, whole)  # without places they count from 0
     assert not torch.allclose(router(x_TD, step=5, tokens=places(0, 8, 4)).logits_TE, whole)
-    torch.testing.assert_close(router.eval()(x_TD, step=4, tokens=places(0, 8, 4)).logits_TE, x_TD @ router.weight_ED.T)
+    torch.testing.assert_close(
+        router.eval()(x_TD, step=4, tokens=places(0, 8, 4)).logits_TE, x_TD @ router.weight_ED.T
+    )
 
 
 def test_jitter_survives_recomputation_compilation_and_bfloat16():
@@ -259,14 +309,33 @@ def test_k1_warns_exactly_where_the_weight_is_one(options, warns):
 
 
 def test_options_come_as_flags_and_from_yaml(tmp_path):
-    flags = "--router.score-function sigmoid --router.renormalise --router.expert-bias --router.bias-update-rate 0.01"
-    argv = ["--data-path", "corpus", "--router.name", "topk", *flags.split(), "--router.aux-loss", "sequence", "--router.no-freeze"]
+    flags = (
+        "--router.score-function sigmoid --router.renormalise --router.expert-bias "
+        "--router.bias-update-rate 0.01"
+    )
+    argv = [
+        "--data-path",
+        "corpus",
+        "--router.name",
+        "topk",
+        *flags.split(),
+        "--router.aux-loss",
+        "sequence",
+        "--router.no-freeze",
+    ]
     options = parse(argv, routers=ROUTERS).router.options
-    expected = TopKRouter.Config(score_function="sigmoid", renormalise=True, expert_bias=True, bias_update_rate=0.01, aux_loss="sequence")
+    expected = TopKRouter.Config(
+        score_function="sigmoid",
+        renormalise=True,
+        expert_bias=True,
+        bias_update_rate=0.01,
+        aux_loss="sequence",
+    )
     assert options == expected
     file = tmp_path / "run.yaml"
     file.write_text(
-        "data_path: corpus\nrouter: {name: topk, jitter_eps: 0.01, aux_loss: global_batch, freeze: yes, bias_update_rate: none}\n"
+        "data_path: corpus\nrouter: {name: topk, jitter_eps: 0.01, aux_loss: global_batch, freeze: yes, "
+        "bias_update_rate: none}\n"
     )
     config = load_file(file, routers=ROUTERS)
     assert config.router.options == TopKRouter.Config(jitter_eps=0.01, aux_loss="global_batch", freeze=True)
@@ -277,7 +346,10 @@ def test_options_come_as_flags_and_from_yaml(tmp_path):
 @pytest.mark.parametrize("kind", ["micro_batch", "global_batch", "sequence"])
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
 def test_warning_where_the_chosen_loss_is_multiplied_by_zero(kind, coefficient):
-    words = f"--data-path a --router.name topk --router.aux-loss {kind} --moe-aux-loss-coeff {coefficient} --eval-interval 0"
+    words = (
+        f"--data-path a --router.name topk --router.aux-loss {kind} --moe-aux-loss-coeff {coefficient} "
+        "--eval-interval 0"
+    )
     told = warnings(parse(words.split(), routers=ROUTERS, world_size=1))
     assert len(told) == (kind != "micro_batch" and not coefficient)
     assert all(f"--router.aux-loss {kind} does nothing" in line for line in told)

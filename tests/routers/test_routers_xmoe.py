@@ -22,7 +22,9 @@ FORMS = {
 
 
 def make(**changes) -> XMoERouter:
-    router = build_router("xmoe", **{"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 2, "seed": 4, **changes})
+    router = build_router(
+        "xmoe", **{"hidden_size": D, "num_experts": E, "topk": 2, "layer_number": 2, "seed": 4, **changes}
+    )
     with torch.no_grad():
         router.log_temperature.fill_(0.4)  # as after some training
     return router
@@ -65,11 +67,17 @@ def test_logits_weights_and_losses_against_loops(form, k):
     tau0 = 0.3 if config.score_function == "softmax" else 0.07
     tau = tau0 * math.exp(0.4)
     balance, z = [], 0.0
-    for s, g, w, ids in zip(loop_scores(router, some()), *(part.tolist() for part in routing[:3]), strict=True):
+    for s, g, w, ids in zip(
+        loop_scores(router, some()), *(part.tolist() for part in routing[:3]), strict=True
+    ):
         logits = [value / tau for value in s]
         assert g == pytest.approx(logits, rel=1e-5, abs=1e-5)
         assert ids == sorted(range(E), key=lambda e: -logits[e])[:k]
-        gate = softmax(logits) if config.score_function == "softmax" else [1 / (1 + math.exp(-value)) for value in logits]
+        gate = (
+            softmax(logits)
+            if config.score_function == "softmax"
+            else [1 / (1 + math.exp(-value)) for value in logits]
+        )
         total = sum(gate[e] for e in ids) if config.renormalise else 1.0
         assert w == pytest.approx([gate[e] / total for e in ids], rel=1e-4, abs=1e-6)
         balance.append(softmax([value / tau0 for value in s]))
@@ -103,11 +111,15 @@ def test_gradients_against_finite_differences(form):
 
     exact = {name: router.get_parameter(name).detach().double().requires_grad_() for name in names}
     x_TD = seen.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: value(dict(zip(names, inputs[:-1], strict=True)), inputs[-1]), (*exact.values(), x_TD))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: value(dict(zip(names, inputs[:-1], strict=True)), inputs[-1]), (*exact.values(), x_TD)
+    )
     expected = torch.autograd.grad(value(exact, x_TD), [*exact.values(), x_TD])
     seen.requires_grad_()
     routing = router(seen)
-    found = torch.autograd.grad((routing.weights_TK * weights_TK).sum() + routing.losses["aux"], [*router.parameters(), seen])
+    found = torch.autograd.grad(
+        (routing.weights_TK * weights_TK).sum() + routing.losses["aux"], [*router.parameters(), seen]
+    )
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left.double(), right, rtol=1e-4, atol=1e-5)
 
@@ -172,11 +184,16 @@ def test_the_published_variant_folds_with_its_temperature(form, k):
     assert all(torch.equal(one, other) for one, other in zip(left[:3], right[:3], strict=True))
     with torch.no_grad():
         router.log_temperature.add_(1.0)
-    assert not torch.equal(router(some()).weights_TK, plain(some()).weights_TK) or (k == 1 and router.config.renormalise)
+    assert not torch.equal(router(some()).weights_TK, plain(some()).weights_TK) or (
+        k == 1 and router.config.renormalise
+    )
 
 
 def test_the_cosine_does_not_fold_and_says_why():
-    with pytest.raises(NotImplementedError, match=r"divides each token's projection by its length.*--router\.no-normalize-input"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"divides each token's projection by its length.*--router\.no-normalize-input",
+    ):
         make().fold()
 
 
@@ -202,6 +219,9 @@ def test_k1_warns_exactly_where_the_weight_is_one(renormalise, learns):
 def test_sizes_and_flags():
     assert make().embedding_EP.shape == (E, E // 2)
     assert build_router("xmoe", hidden_size=D, num_experts=1, topk=1).projection_PD.shape == (1, D)
-    flags = "--router.name xmoe --router.no-normalize-input --router.projection-size 8 --router.init-temperature 0.1"
+    flags = (
+        "--router.name xmoe --router.no-normalize-input --router.projection-size 8 "
+        "--router.init-temperature 0.1"
+    )
     options = parse(["--data-path", "corpus", *flags.split()], routers=ROUTERS).router.options
     assert options == XMoERouter.Config(normalize_input=False, projection_size=8, init_temperature=0.1)

@@ -1,4 +1,6 @@
-"""The data tools with what nobody should give them: one message with a remedy, the right status, and no file of the user's lost."""
+"""The data tools with what nobody should give them: one message with a remedy, the right status, and no file
+of the user's lost.
+"""
 
 from __future__ import annotations
 
@@ -37,49 +39,91 @@ HEAD = b'{"version": 1, "settings": {"--tokenizer-type": "ByteTokenizer"}, "inpu
 CASES = {
     # settings: status 2
     "no prefix": case(PREPROCESS + " --output-prefix=", 2, "--output-prefix = '': must not be empty"),
-    "a key with a slash": case(PREPROCESS + " --json-keys ../b", 2, "--json-keys = '../b': is a part of the output's name"),
+    "a key with a slash": case(
+        PREPROCESS + " --json-keys ../b", 2, "--json-keys = '../b': is a part of the output's name"
+    ),
     "an empty key": case(PREPROCESS + " --json-keys=", 2, "--json-keys = '': is a part of the output's name"),
     "100000 workers": case(PREPROCESS + " --workers 100000", 2, "--workers = 100000: must be 1 to 1024"),
-    "a negative time": case(PREPROCESS + " --save-seconds -1", 2, "--save-seconds = -1.0: must be at least 0"),
-    "no number of a time": case(PREPROCESS + " --save-seconds nan", 2, "--save-seconds = nan: must be at least 0"),
+    "a negative time": case(
+        PREPROCESS + " --save-seconds -1", 2, "--save-seconds = -1.0: must be at least 0"
+    ),
+    "no number of a time": case(
+        PREPROCESS + " --save-seconds nan", 2, "--save-seconds = nan: must be at least 0"
+    ),
     "a shard of 20 digits": case(PREPROCESS + " --shard 1/" + "9" * 20, 2, r"--shard = 1/9+: must be I/N"),
     "input and output": case(
-        PREPROCESS + " --input p_text_document.bin", 2, "would write over the input .*p_text_document.bin", p_text_document__bin=b"a text"
+        PREPROCESS + " --input p_text_document.bin",
+        2,
+        "would write over the input .*p_text_document.bin",
+        p_text_document__bin=b"a text",
     ),
-    "input and journal": case(PREPROCESS + " --input p.journal", 2, "would write over the input .*p.journal", p__journal=b"Dear diary\n"),
+    "input and journal": case(
+        PREPROCESS + " --input p.journal",
+        2,
+        "would write over the input .*p.journal",
+        p__journal=b"Dear diary\n",
+    ),
     "vocabulary 2**40": case(f"{TRAIN} {2**40}", 2, f"--vocab-size = {2**40}: must be at most 16777216"),
     "vocabulary 10**30": case(f"{TRAIN} {10**30}", 2, f"--vocab-size = {10**30}: must be at most 16777216"),
     "no bytes to train on": case(f"{TRAIN} 300 --max-bytes 0", 2, "--max-bytes = 0: must be at least 1"),
-    "a tokenizer over its text": case(f"{TRAIN} 300 --output ./a.jsonl", 2, "--output = ./a.jsonl: is one of the inputs"),
-    "no bytes of a corpus": case("make_corpus --root . --output c.jsonl --max-bytes -1", 2, "--max-bytes = -1: must be at least 1"),
+    "a tokenizer over its text": case(
+        f"{TRAIN} 300 --output ./a.jsonl", 2, "--output = ./a.jsonl: is one of the inputs"
+    ),
+    "no bytes of a corpus": case(
+        "make_corpus --root . --output c.jsonl --max-bytes -1", 2, "--max-bytes = -1: must be at least 1"
+    ),
     "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
     # data: status 3
-    "another p.journal": case(PREPROCESS, 3, "p.journal: not the journal of an unfinished run", p__journal=b"Dear diary\n"),
-    "another p.journal, overwrite": case(PREPROCESS + " --overwrite", 3, "p.journal: not the journal", p__journal=b'{"dear": "diary"}\n'),
-    "a journal of another version": case(PREPROCESS, 3, "p.journal: of another version", p__journal=HEAD.replace(b"1", b"9", 1)),
-    "a folder in the way": case(PREPROCESS, 3, "p_text_document.bin.partial: cannot be written", p_text_document__bin__partial=None),
-    "UTF-16": case(PREPROCESS, 3, "a.jsonl, byte 0: the file is UTF-16\n  remedy: .*iconv -f UTF-16", a__jsonl=TEXT.encode("utf-16")),
+    "another p.journal": case(
+        PREPROCESS, 3, "p.journal: not the journal of an unfinished run", p__journal=b"Dear diary\n"
+    ),
+    "another p.journal, overwrite": case(
+        PREPROCESS + " --overwrite", 3, "p.journal: not the journal", p__journal=b'{"dear": "diary"}\n'
+    ),
+    "a journal of another version": case(
+        PREPROCESS, 3, "p.journal: of another version", p__journal=HEAD.replace(b"1", b"9", 1)
+    ),
+    "a folder in the way": case(
+        PREPROCESS, 3, "p_text_document.bin.partial: cannot be written", p_text_document__bin__partial=None
+    ),
+    "UTF-16": case(
+        PREPROCESS,
+        3,
+        "a.jsonl, byte 0: the file is UTF-16\n  remedy: .*iconv -f UTF-16",
+        a__jsonl=TEXT.encode("utf-16"),
+    ),
     "a manifest of other types": case(
         "inspect_data p --verify",
         3,
         "not a manifest of token files",
         p__manifest__json=b'{"version": 1, "bin": {"bytes": "x", "sha256": 5}}',
     ),
-    "a manifest without end": case("inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000),
-    "a corpus without a name": case("make_corpus --root . --output=", 3, "'': cannot be written: not the name of a file"),
-    "a corpus in a folder's place": case("make_corpus --root . --output c", 3, "c: cannot be written: not the name of a file", c=None),
+    "a manifest without end": case(
+        "inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000
+    ),
+    "a corpus without a name": case(
+        "make_corpus --root . --output=", 3, "'': cannot be written: not the name of a file"
+    ),
+    "a corpus in a folder's place": case(
+        "make_corpus --root . --output c", 3, "c: cannot be written: not the name of a file", c=None
+    ),
 }
 
 
 def run(command: list[str], folder: Path, **options: object) -> tuple[int, str, str]:
     tool, *arguments = command
     command = [sys.executable, str(TOOLS / f"{tool}.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120, **options)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120, **options
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    return {os.fspath(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+    return {
+        os.fspath(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,16 +145,31 @@ def test_one_message_a_remedy_and_no_file_lost(tmp_path: Path, name: str) -> Non
 def test_a_disk_too_full_for_the_first_line_of_the_journal(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.jsonl").write_text(TEXT)
     before = tree(tmp_path)
-    status, _, err = run(PREPROCESS.split(), tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    status, _, err = run(
+        PREPROCESS.split(),
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
     assert status == 3 and "p.journal: cannot be written: File too large\n  remedy: free space" in err, err
     assert tree(tmp_path) == before
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     """From such a file to such files, and what a manifest says of them is what they are called."""
-    source, prefix = b"a\xff.jsonl".decode(errors="surrogateescape"), b"p\xff".decode(errors="surrogateescape")
+    source, prefix = (
+        b"a\xff.jsonl".decode(errors="surrogateescape"),
+        b"p\xff".decode(errors="surrogateescape"),
+    )
     (tmp_path / source).write_text(TEXT)
-    command = ["preprocess_data", "--input", source, "--output-prefix", prefix, "--tokenizer-type", "ByteTokenizer"]
+    command = [
+        "preprocess_data",
+        "--input",
+        source,
+        "--output-prefix",
+        prefix,
+        "--tokenizer-type",
+        "ByteTokenizer",
+    ]
     status, _, err = run(command, tmp_path)
     assert status == 0, err
     manifest = json.loads((tmp_path / f"{prefix}_text_document.manifest.json").read_bytes())
@@ -123,7 +182,9 @@ def test_a_terminal_that_knows_no_such_letters(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "żółw"}\n')
     assert run(PREPROCESS.split(), tmp_path)[0] == 0
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    status, out, err = run(["inspect_data", "p_text_document", "--tokenizer-type", "ByteTokenizer"], tmp_path, env=ascii_only)
+    status, out, err = run(
+        ["inspect_data", "p_text_document", "--tokenizer-type", "ByteTokenizer"], tmp_path, env=ascii_only
+    )
     assert status == 0 and r"\u017c\xf3\u0142w" in out, err
 
 
@@ -163,9 +224,16 @@ def test_the_key_that_a_message_names_is_taken(tmp_path: Path) -> None:
     assert run(f"{TRAIN} 260 --json-keys body".split(), tmp_path)[0] == 0
 
 
-@pytest.mark.parametrize(("make", "says"), [("bytes(2**62)", ""), ("numpy.zeros(2**58)", r": Unable to allocate .+ EiB .+")])
+@pytest.mark.parametrize(
+    ("make", "says"), [("bytes(2**62)", ""), ("numpy.zeros(2**58)", r": Unable to allocate .+ EiB .+")]
+)
 def test_too_little_memory_is_one_message(make: str, says: str) -> None:
-    script = f"import numpy, sys; sys.path.insert(0, {str(TOOLS)!r}); import _common; _common.run_tool(lambda arguments: {make})"
+    script = (
+        f"import numpy, sys; sys.path.insert(0, {str(TOOLS)!r}); import _common; "
+        f"_common.run_tool(lambda arguments: {make})"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert re.fullmatch(rf"-c: error: not enough memory{says}\n  remedy: free memory, or ask for less\n", done.stderr), done.stderr
+    assert re.fullmatch(
+        rf"-c: error: not enough memory{says}\n  remedy: free memory, or ask for less\n", done.stderr
+    ), done.stderr

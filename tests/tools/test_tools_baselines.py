@@ -1,4 +1,6 @@
-"""tools/baselines.py counts the targets that the evaluation counts: with --eod-mask-loss none that begins a document."""
+"""tools/baselines.py counts the targets that the evaluation counts: with --eod-mask-loss none that begins a
+document.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,15 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def splits(tmp_path: Path, *, pack: bool) -> tuple[Splits, list[list[int]]]:
     """Training and test are the same documents, each of which a packed sample holds."""
     random = np.random.default_rng(0)
-    documents = [[*random.integers(0, EOD, size).tolist(), EOD] for size in random.integers(0, LENGTH + 1, 60)]
+    documents = [
+        [*random.integers(0, EOD, size).tolist(), EOD] for size in random.integers(0, LENGTH + 1, 60)
+    ]
     with IndexedWriter(tmp_path / "p", np.uint16) as writer:
         for document in documents:
             writer.add_document(np.array(document))
-    data = DataConfig(train_data_path=(str(tmp_path / "p"),), test_data_path=(str(tmp_path / "p"),), pack_documents=pack)
+    data = DataConfig(
+        train_data_path=(str(tmp_path / "p"),), test_data_path=(str(tmp_path / "p"),), pack_documents=pack
+    )
     builder = Builder(data, LENGTH, 1, VOCABULARY, Cache(), None, EOD)
     return Splits(builder.build(0, None), None, builder.build(2, None)), documents
 
@@ -51,7 +57,9 @@ def bits(documents: list[list[int]], fitted: NgramBaselines) -> dict[str, float]
     pairs = [(document[i], document[i + 1]) for document in documents for i in range(len(document) - 1)]
     total = sum(int(BYTES_V[target]) for _, target in pairs)
     unigram = sum(-math.log2(fitted.unigram_V[target]) for _, target in pairs)
-    bigram = sum(-math.log2(fitted.bigram_N(np.array([context]), np.array([target]))[0]) for context, target in pairs)
+    bigram = sum(
+        -math.log2(fitted.bigram_N(np.array([context]), np.array([target]))[0]) for context, target in pairs
+    )
     return {"unigram": unigram / total, "bigram": bigram / total}
 
 
@@ -61,7 +69,9 @@ def test_packed_documents_count_as_each_alone(tool: ModuleType, tmp_path: Path) 
     found = tool.baseline_bits(data, counted, BYTES_V, VOCABULARY, eod=EOD)
     fitted = NgramBaselines([np.array(document) for document in documents if len(document) > 1], VOCABULARY)
     assert found == pytest.approx(bits(documents, fitted), rel=1e-12)
-    assert tool.baseline_bits(data, len(data.test) * LENGTH, BYTES_V, VOCABULARY) != pytest.approx(found, rel=1e-2)  # type: ignore[arg-type]
+    assert tool.baseline_bits(data, len(data.test) * LENGTH, BYTES_V, VOCABULARY) != pytest.approx(
+        found, rel=1e-2
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("eod", [None, EOD])
@@ -72,7 +82,12 @@ def test_the_first_samples_are_counted(tool: ModuleType, tmp_path: Path, eod: in
     pieces = [[pair for pair in pairwise(row) if pair[0] != eod] for row in rows]
     found = tool.baseline_bits(data, sum(map(len, pieces)), BYTES_V, VOCABULARY, eod=eod)
     trained = [data.train[i].tolist() for i in range(len(data.train))]
-    parts = [np.array(part) for row in trained for part in (documents_in(row) if eod is not None else [row]) if len(part) > 1]
+    parts = [
+        np.array(part)
+        for row in trained
+        for part in (documents_in(row) if eod is not None else [row])
+        if len(part) > 1
+    ]
     fitted = NgramBaselines(parts, VOCABULARY)
     assert found == pytest.approx(bits([list(pair) for piece in pieces for pair in piece], fitted), rel=1e-12)
 

@@ -1,4 +1,6 @@
-"""Comparing routers: an interrupted comparison of two routers with two seeds, its table against loops, and what is refused."""
+"""Comparing routers: an interrupted comparison of two routers with two seeds, its table against loops, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,19 @@ def folder_of(output: Path, label: str, seed: int) -> Path:
     return output / "runs" / f"{label}-seed{seed}"
 
 
-def start(folder: Path, *arguments: object, settings: str = SETTINGS, options: str = OPTIONS) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *arguments: object, settings: str = SETTINGS, options: str = OPTIONS
+) -> subprocess.Popen[str]:
     (folder / "run.yaml").write_text(settings, encoding="utf-8")
     (folder / "options.yaml").write_text(options, encoding="utf-8")
     command = [sys.executable, TOOL, "--config", "run.yaml", "--output", "out", *arguments]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder, "env": environment()}
+    quiet = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": folder,
+        "env": environment(),
+    }
     return subprocess.Popen([str(word) for word in command], **quiet)
 
 
@@ -77,7 +87,9 @@ class Compared(NamedTuple):
     out: str
 
     def results(self, label: str, seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((folder_of(self.folder / "out", label, seed) / "results.json").read_text())
+        found: dict[str, Any] = json.loads(
+            (folder_of(self.folder / "out", label, seed) / "results.json").read_text()
+        )
         return found
 
     def rows(self, name: str) -> list[Mapping[str, str]]:
@@ -90,7 +102,18 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     """SIGTERM comes when the first run has its first checkpoint."""
     folder = tmp_path_factory.mktemp("compare")
     data = write_text(folder / "text")
-    words = ["--routers", *LABELS, "--seeds", len(SEEDS), "--options", "options.yaml", "--test-iters", 2, "--jobs", 2]
+    words = [
+        "--routers",
+        *LABELS,
+        "--seeds",
+        len(SEEDS),
+        "--options",
+        "options.yaml",
+        "--test-iters",
+        2,
+        "--jobs",
+        2,
+    ]
     words += ["--data-path", data, "--train-iters", STEPS]
     process = start(folder, *words)
     first = folder_of(folder / "out", LABELS[0], SEEDS[0])
@@ -114,16 +137,22 @@ def test_an_interruption_saves_and_is_taken_up(compared: Compared) -> None:
     assert f"continuing after step {compared.step_when_stopped} of" in log
 
 
-def test_the_interrupted_run_is_the_run_of_the_program_with_these_settings(compared: Compared, zygote: Zygote, tmp_path: Path) -> None:
+def test_the_interrupted_run_is_the_run_of_the_program_with_these_settings(
+    compared: Compared, zygote: Zygote, tmp_path: Path
+) -> None:
     """SimSMoE's pair counts survive: the same numbers to the last bit."""
     folder = folder_of(compared.folder / "out", LABELS[0], SEEDS[0])
-    zygote.run(["--config", folder / "settings.yaml", "--run-dir", tmp_path / "again"], env={"OMP_NUM_THREADS": "1"})
+    zygote.run(
+        ["--config", folder / "settings.yaml", "--run-dir", tmp_path / "again"], env={"OMP_NUM_THREADS": "1"}
+    )
     assert metrics(folder) == metrics(tmp_path / "again")
 
 
 def test_runs_differ_in_router_and_seed_alone(compared: Compared) -> None:
     settings = {
-        (label, seed): yaml.safe_load((folder_of(compared.folder / "out", label, seed) / "settings.yaml").read_text())
+        (label, seed): yaml.safe_load(
+            (folder_of(compared.folder / "out", label, seed) / "settings.yaml").read_text()
+        )
         for label in LABELS
         for seed in SEEDS
     }
@@ -134,14 +163,21 @@ def test_runs_differ_in_router_and_seed_alone(compared: Compared) -> None:
     assert settings["topk", 7]["expert_model_parallel_size"] == 1  # one process, whatever --config says
     assert routers["topk", 7] == routers["topk", 8]
     assert (routers["topk", 7]["name"], routers["topk", 7]["bias"]) == ("topk", True)
-    assert (routers["twins", 7]["name"], routers["twins", 7]["frequency"], routers["twins", 7]["bias"]) == ("simsmoe", 0.5, False)
+    assert (routers["twins", 7]["name"], routers["twins", 7]["frequency"], routers["twins", 7]["bias"]) == (
+        "simsmoe",
+        0.5,
+        False,
+    )
 
 
 def test_what_a_run_tells_against_its_metrics(compared: Compared) -> None:
     for label in LABELS:
         for seed in SEEDS:
             records = metrics(folder_of(compared.folder / "out", label, seed), times=True)
-            steps, results = [record for record in records if "split" not in record], compared.results(label, seed)
+            steps, results = (
+                [record for record in records if "split" not in record],
+                compared.results(label, seed),
+            )
             assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
             last = steps[-3:]
             for name in ("entropy", "load_max_over_mean"):
@@ -158,18 +194,29 @@ def test_what_a_run_tells_against_its_metrics(compared: Compared) -> None:
 
 def test_table_against_loops(compared: Compared) -> None:
     rows, by_router = compared.rows("runs.csv"), {row["router"]: row for row in compared.rows("table.csv")}
-    assert [(row["router"], int(row["seed"])) for row in rows] == [(label, seed) for label in LABELS for seed in SEEDS]
+    assert [(row["router"], int(row["seed"])) for row in rows] == [
+        (label, seed) for label in LABELS for seed in SEEDS
+    ]
     for label in LABELS:
         pair = [compared.results(label, seed) for seed in SEEDS]
-        measures = {f"bits_per_byte_k{k}": [results["results"][at]["bits_per_byte"] for results in pair] for at, k in enumerate(TOPKS)}
-        measures |= {name: [results[name] for results in pair] for name in ("entropy", "load_max_over_mean", "expert_similarity")}
+        measures = {
+            f"bits_per_byte_k{k}": [results["results"][at]["bits_per_byte"] for results in pair]
+            for at, k in enumerate(TOPKS)
+        }
+        measures |= {
+            name: [results[name] for results in pair]
+            for name in ("entropy", "load_max_over_mean", "expert_similarity")
+        }
         for name, values in measures.items():
             assert [float(row[name]) for row in rows if row["router"] == label] == values
             assert float(by_router[label][name]) == pytest.approx(sum(values) / 2, rel=1e-12)
             half = ONE_DEGREE * abs(values[0] - values[1]) / math.sqrt(2) / math.sqrt(2)
             assert float(by_router[label][f"{name}_half95"]) == pytest.approx(half, rel=1e-9)
         assert by_router[label]["seeds"] == "2"
-        shown = f"{float(by_router[label]['bits_per_byte_k2']):.4f} ± {float(by_router[label]['bits_per_byte_k2_half95']):.4f}"
+        shown = (
+            f"{float(by_router[label]['bits_per_byte_k2']):.4f} ± "
+            f"{float(by_router[label]['bits_per_byte_k2_half95']):.4f}"
+        )
         assert shown in compared.out
     assert compared.out == (compared.folder / "out" / "table.md").read_text(encoding="utf-8")
 
@@ -178,10 +225,15 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
     (row,) = compared.rows("differences.csv")
     assert (row["router"], row["seeds"]) == (LABELS[1], "2")
     for at, k in enumerate(TOPKS):
-        first, other = ([compared.results(label, seed)["results"][at]["bits_per_byte"] for seed in SEEDS] for label in LABELS)
+        first, other = (
+            [compared.results(label, seed)["results"][at]["bits_per_byte"] for seed in SEEDS]
+            for label in LABELS
+        )
         apart = [other[0] - first[0], other[1] - first[1]]
         assert float(row[f"bits_per_byte_k{k}"]) == pytest.approx(sum(apart) / 2, rel=1e-9)
-        assert float(row[f"bits_per_byte_k{k}_half95"]) == pytest.approx(ONE_DEGREE * abs(apart[0] - apart[1]) / 2, rel=1e-6)
+        assert float(row[f"bits_per_byte_k{k}_half95"]) == pytest.approx(
+            ONE_DEGREE * abs(apart[0] - apart[1]) / 2, rel=1e-6
+        )
         assert f"{sum(apart) / 2:+.4f} ± " in compared.out
     assert f"| less {LABELS[0]}, seed by seed |" in compared.out
 
@@ -193,7 +245,16 @@ def test_plots_are_there(compared: Compared) -> None:
 
 
 def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(compared: Compared) -> None:
-    words = ["--routers", *LABELS, "--options", "options.yaml", "--test-iters", 2, "--data-path", compared.folder / "text"]
+    words = [
+        "--routers",
+        *LABELS,
+        "--options",
+        "options.yaml",
+        "--test-iters",
+        2,
+        "--data-path",
+        compared.folder / "text",
+    ]
     out, err = finish(start(compared.folder, *words, "--seeds", 2, "--train-iters", STEPS))
     assert out == compared.out
     assert "started" not in err
@@ -202,7 +263,9 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(co
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> None:
-    _, err = finish(start(tmp_path, "--routers", "topk", "--seeds", 1, "--data-path", tmp_path / "nothing"), expect=1)
+    _, err = finish(
+        start(tmp_path, "--routers", "topk", "--seeds", 1, "--data-path", tmp_path / "nothing"), expect=1
+    )
     assert "topk-seed7: training ended with exit status 3" in err
     assert "nothing" in err.partition("end of its log")[2]
     assert not list(tmp_path.glob("out/*.csv"))
@@ -210,17 +273,41 @@ def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> No
 
 REFUSED: dict[str, tuple[list[str], str, str]] = {
     "an unknown router": (["--routers", "topk", "hiper"], "", "did you mean hyper?"),
-    "an option of another router": (["--routers", "topk", "--options", "options.yaml"], "topk: {frequency: 3.0}", "frequency"),
-    "a label without its router": (["--routers", "mine", "--options", "options.yaml"], "mine: {bias: true}", "--router.name"),
-    "options of nobody": (["--routers", "topk", "--options", "options.yaml"], "hyper: {bias: true}", "which --routers does not name"),
-    "options that are no mapping": (["--routers", "topk", "--options", "options.yaml"], "[1, 2]", "must map labels to options"),
+    "an option of another router": (
+        ["--routers", "topk", "--options", "options.yaml"],
+        "topk: {frequency: 3.0}",
+        "frequency",
+    ),
+    "a label without its router": (
+        ["--routers", "mine", "--options", "options.yaml"],
+        "mine: {bias: true}",
+        "--router.name",
+    ),
+    "options of nobody": (
+        ["--routers", "topk", "--options", "options.yaml"],
+        "hyper: {bias: true}",
+        "which --routers does not name",
+    ),
+    "options that are no mapping": (
+        ["--routers", "topk", "--options", "options.yaml"],
+        "[1, 2]",
+        "must map labels to options",
+    ),
     "no such file": (["--routers", "topk", "--options", "none.yaml"], "", "cannot be read"),
     "a flag of ours": (["--routers", "topk", "--run-dir", "x"], "", "set by this tool"),
-    "an option as a flag": (["--routers", "topk", "--router.bias", "true"], "", "options of routers go into --options"),
+    "an option as a flag": (
+        ["--routers", "topk", "--router.bias", "true"],
+        "",
+        "options of routers go into --options",
+    ),
     "twice": (["--routers", "topk", "topk"], "", "names topk twice"),
     "a label that is a path": (["--routers", "../x"], "", "labels name folders"),
     "no seed": (["--routers", "topk", "--seeds", "0"], "", "--seeds must be at least 1"),
-    "too many experts": (["--routers", "topk", "--topk-eval", "2", "5"], "", "must be from 1 to the 4 experts"),
+    "too many experts": (
+        ["--routers", "topk", "--topk-eval", "2", "5"],
+        "",
+        "must be from 1 to the 4 experts",
+    ),
     "an unknown flag": (["--routers", "topk", "--no-such-flag", "1"], "", "unknown flag"),
 }
 

@@ -71,8 +71,26 @@ def test_from_folder_to_described_tokens(tmp_path: Path) -> None:
     tokenizer = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "out/tokenizer.json")
     steps = [
         ("make_corpus", "--root", "root", "--output", "out/corpus.jsonl"),
-        ("train_tokenizer", "--input", "out/corpus.jsonl", "--vocab-size", 300, "--output", "out/tokenizer.json"),
-        ("preprocess_data", "--input", "out/corpus.jsonl", "--output-prefix", "out/p", "--append-eod", "--workers", 2, *tokenizer),
+        (
+            "train_tokenizer",
+            "--input",
+            "out/corpus.jsonl",
+            "--vocab-size",
+            300,
+            "--output",
+            "out/tokenizer.json",
+        ),
+        (
+            "preprocess_data",
+            "--input",
+            "out/corpus.jsonl",
+            "--output-prefix",
+            "out/p",
+            "--append-eod",
+            "--workers",
+            2,
+            *tokenizer,
+        ),
         ("inspect_data", "out/p_text_document", "--verify", "--tokens", 20, *tokenizer),
     ]
     for tool, *arguments in steps:
@@ -91,10 +109,25 @@ def test_from_folder_to_described_tokens(tmp_path: Path) -> None:
 WRONG = [
     ("make_corpus", ["--output", "o", "--root", "gone"], 3, "gone: no such folder"),
     ("make_corpus", [], 2, "--output"),
-    ("train_tokenizer", ["--input", "good.jsonl", "--vocab-size", "256", "--output", "o"], 2, "must be at least 257"),
+    (
+        "train_tokenizer",
+        ["--input", "good.jsonl", "--vocab-size", "256", "--output", "o"],
+        2,
+        "must be at least 257",
+    ),
     ("train_tokenizer", ["--input", "gone.jsonl", "--vocab-size", "300", "--output", "o"], 3, "gone.jsonl"),
-    ("train_tokenizer", ["--input", "broken.jsonl", "--vocab-size", "300", "--output", "o"], 3, "broken.jsonl, line 2: broken JSON"),
-    ("train_tokenizer", ["--input", "good.jsonl", "--vocab-size", "300", "--output", "o", "--json-key", "body"], 3, "keys present: 'text'"),
+    (
+        "train_tokenizer",
+        ["--input", "broken.jsonl", "--vocab-size", "300", "--output", "o"],
+        3,
+        "broken.jsonl, line 2: broken JSON",
+    ),
+    (
+        "train_tokenizer",
+        ["--input", "good.jsonl", "--vocab-size", "300", "--output", "o", "--json-key", "body"],
+        3,
+        "keys present: 'text'",
+    ),
     (
         "preprocess_data",
         ["--input", "gone.jsonl", *(BYTES := ["--output-prefix", "o", "--tokenizer-type", "ByteTokenizer"])],
@@ -103,9 +136,19 @@ WRONG = [
     ),
     ("preprocess_data", ["--input", "broken.jsonl", *BYTES], 3, "broken.jsonl, line 2: broken JSON"),
     ("preprocess_data", ["--input", "empty.jsonl", *BYTES], 3, "empty.jsonl: no documents"),
-    ("preprocess_data", ["--input", "good.jsonl", *BYTES, "--json-keys", "body"], 3, "line 1: no key 'body'; keys present: 'text'"),
+    (
+        "preprocess_data",
+        ["--input", "good.jsonl", *BYTES, "--json-keys", "body"],
+        3,
+        "line 1: no key 'body'; keys present: 'text'",
+    ),
     ("preprocess_data", ["--input", "good.jsonl", *BYTES, "--workers", "0"], 2, "--workers = 0"),
-    ("preprocess_data", ["--input", "good.jsonl", "--output-prefix", "o", "--tokenizer-type", "SentencePiece"], 2, "SentencePiece"),
+    (
+        "preprocess_data",
+        ["--input", "good.jsonl", "--output-prefix", "o", "--tokenizer-type", "SentencePiece"],
+        2,
+        "SentencePiece",
+    ),
     (
         "preprocess_data",
         ["--input", "good.jsonl", "--output-prefix", "o", "--tokenizer-type", "HuggingFaceTokenizer"],
@@ -123,7 +166,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("tool", "arguments", "status", "message"), WRONG, ids=[f"{tool}-{message}" for tool, _, _, message in WRONG])
+@pytest.mark.parametrize(
+    ("tool", "arguments", "status", "message"),
+    WRONG,
+    ids=[f"{tool}-{message}" for tool, _, _, message in WRONG],
+)
 def test_wrong_use(tmp_path: Path, tool: str, arguments: list[str], status: int, message: str) -> None:
     (tmp_path / "good.jsonl").write_text('{"text": "good"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
@@ -149,12 +196,20 @@ def test_a_missing_library_has_status_5(tmp_path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_nothing_behind(tmp_path: Path, slow: tuple[object, ...], number: signal.Signals, workers: int) -> None:
+def test_a_signal_leaves_nothing_behind(
+    tmp_path: Path, slow: tuple[object, ...], number: signal.Signals, workers: int
+) -> None:
     process = start("preprocess_data", *slow, "--workers", workers, cwd=tmp_path, start_new_session=True)
     _wait_for(
-        lambda: (tmp_path / "p_text_document.bin.partial").exists() and os.path.getsize(tmp_path / "p_text_document.bin.partial"), process
+        lambda: (
+            (tmp_path / "p_text_document.bin.partial").exists()
+            and os.path.getsize(tmp_path / "p_text_document.bin.partial")
+        ),
+        process,
     )
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the workers too
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
+        number
+    )  # Ctrl-C reaches the workers too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"stopped by {number.name}; the same command goes on" in err
@@ -191,23 +246,50 @@ def test_a_full_disk_keeps_the_files_that_were_there(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"big.jsonl", "p_text_document.bin"}
 
 
-# Run by an interpreter of its own: a process inherits the peak of the one that started it, and pytest may hold all of torch.
-PEAK = "import os, subprocess, sys; usage = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0); print(usage[1], usage[2].ru_maxrss)"
+# Run by an interpreter of its own: a process inherits the peak of the one that started it, and pytest may
+# hold all of torch.
+PEAK = (
+    "import os, subprocess, sys; usage = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0); "
+    "print(usage[1], usage[2].ru_maxrss)"
+)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["small documents", "plain text"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, workers: int, kind: str) -> None:
-    """40 MB more of text, and less than 10 MB more of memory in the largest process: holding the text or its tokens would show."""
+    """40 MB more of text, and less than 10 MB more of memory in the largest process: holding the text or its
+    tokens would show.
+    """
     peaks = []
     for size in (4_000_000, 44_000_000):
         name = "big.jsonl" if kind == "small documents" else "big.txt"
-        corpus(tmp_path / name, size) if name == "big.jsonl" else (tmp_path / name).write_text(STORY * (size // len(STORY)))
-        arguments = ("--input", name, "--output-prefix", "p", "--tokenizer-type", "ByteTokenizer", "--append-eod", "--workers", workers)
-        command = [sys.executable, "-c", PEAK, sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
+        corpus(tmp_path / name, size) if name == "big.jsonl" else (tmp_path / name).write_text(
+            STORY * (size // len(STORY))
+        )
+        arguments = (
+            "--input",
+            name,
+            "--output-prefix",
+            "p",
+            "--tokenizer-type",
+            "ByteTokenizer",
+            "--append-eod",
+            "--workers",
+            workers,
+        )
+        command = [
+            sys.executable,
+            "-c",
+            PEAK,
+            sys.executable,
+            str(TOOLS / "preprocess_data.py"),
+            *map(str, arguments),
+        ]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        status, kilobytes = map(int, done.stdout.split())  # of the tool, or of the largest worker that it has waited for
+        status, kilobytes = map(
+            int, done.stdout.split()
+        )  # of the tool, or of the largest worker that it has waited for
         assert status == 0, done.stderr
         peaks.append(kilobytes / 1024)
     assert peaks[0] < 80, peaks  # else something else was measured
@@ -230,7 +312,9 @@ def test_a_terminal_gets_a_bar_with_speed_and_eta(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, str(TOOLS / "preprocess_data.py"), *arguments]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=slave, stdout=slave, stdin=slave, env=environment)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=slave, stdout=slave, stdin=slave, env=environment
+    )
     os.close(slave)
     seen = b""
     try:
@@ -240,16 +324,22 @@ def test_a_terminal_gets_a_bar_with_speed_and_eta(tmp_path: Path) -> None:
         pass
     os.close(master)
     assert process.wait(timeout=60) == 0
-    assert re.search(rb"[\d.]+ of [\d.]+ MB, [\d.]+ MB/s, [\d,]+ documents/s, \d+:\d\d:\d\d left \(ETA\)", seen), "whole, on 80 columns"
+    assert re.search(
+        rb"[\d.]+ of [\d.]+ MB, [\d.]+ MB/s, [\d,]+ documents/s, \d+:\d\d:\d\d left \(ETA\)", seen
+    ), "whole, on 80 columns"
     assert "━".encode() in seen
 
 
-@pytest.mark.parametrize("tool", ["make_corpus", "train_tokenizer", "preprocess_data", "inspect_data", "merge_data"])
+@pytest.mark.parametrize(
+    "tool", ["make_corpus", "train_tokenizer", "preprocess_data", "inspect_data", "merge_data"]
+)
 def test_help_explains_every_option(tool: str) -> None:
     status, out, _ = run(tool, "--help")
     assert status == 0
     sections = out.split("options:\n")[1].split("\n\n")[0]
-    entries = [entry.strip() for entry in re.split(r"^  (?=-)", sections, flags=re.MULTILINE) if entry.strip()]
+    entries = [
+        entry.strip() for entry in re.split(r"^  (?=-)", sections, flags=re.MULTILINE) if entry.strip()
+    ]
     assert len(entries) >= 2
     for entry in entries:
         explained = re.match(r"-.*?(?:\s{2,}|\n\s+)(\S+ .+)", entry, flags=re.DOTALL)
@@ -258,7 +348,16 @@ def test_help_explains_every_option(tool: str) -> None:
 
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     corpus(tmp_path / "a.jsonl", 1000)
-    run("preprocess_data", "--input", "a.jsonl", "--output-prefix", "p", "--tokenizer-type", "ByteTokenizer", cwd=tmp_path)
+    run(
+        "preprocess_data",
+        "--input",
+        "a.jsonl",
+        "--output-prefix",
+        "p",
+        "--tokenizer-type",
+        "ByteTokenizer",
+        cwd=tmp_path,
+    )
     command = f"{sys.executable} {TOOLS / 'inspect_data.py'} p_text_document | true"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr

@@ -39,7 +39,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def lines(count: int) -> str:
-    return "".join(json.dumps({"text": f"line {n} of a story about żółw number {n * n} " * (n % 7)}) + "\n" for n in range(count))
+    return "".join(
+        json.dumps({"text": f"line {n} of a story about żółw number {n * n} " * (n % 7)}) + "\n"
+        for n in range(count)
+    )
 
 
 @pytest.mark.processes
@@ -47,14 +50,17 @@ def lines(count: int) -> str:
 def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: int, kills: int) -> None:
     """``kills`` that hit a run which has saved something, and others from its start on.
 
-    The process is stopped whenever it is looked at, so that none gets away between the look and the kill, however fast the machine.
+    The process is stopped whenever it is looked at, so that none gets away between the look and the kill,
+    however fast the machine.
     """
     generator = random.Random(seed)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     data = lines(60_000)
     (tmp_path / "a.jsonl").write_text(data)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data[: len(data) // 2].rsplit("\n", 1)[0].encode(), 1))
+    (tmp_path / "b.jsonl.gz").write_bytes(
+        gzip.compress(data[: len(data) // 2].rsplit("\n", 1)[0].encode(), 1)
+    )
     total = sum(path.stat().st_size for path in tmp_path.glob("*.jsonl*"))
     arguments = ("--input", "../*.jsonl*", *BYTES, "--append-eod", "--save-seconds", 0)
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path / "whole")
@@ -65,11 +71,18 @@ def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: in
         before = saved(folder)
         position = before[-1]["position"] if before else 0
         moment = generator.uniform(position, (position + total) / 2)
-        seconds = generator.uniform(0, 0.5) if attempt % 2 else 60.0  # every other one soon after it starts, wherever that is
+        seconds = (
+            generator.uniform(0, 0.5) if attempt % 2 else 60.0
+        )  # every other one soon after it starts, wherever that is
         finishes = hits == kills
         process = start("preprocess_data", *arguments, "--workers", generator.choice([1, 1, 2]), cwd=folder)
         if not finishes:
-            kill_later(process, lambda at=moment: bool(now := saved(folder)) and now[-1]["position"] > at, seconds, generator)
+            kill_later(
+                process,
+                lambda at=moment: bool(now := saved(folder)) and now[-1]["position"] > at,
+                seconds,
+                generator,
+            )
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0 if finishes else process.returncode in (0, -signal.SIGKILL), err
         after = saved(folder)
@@ -81,7 +94,9 @@ def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: in
         if (folder / "p.journal").exists():
             assert after[: len(before)] == before  # nothing that was saved is done again
             hits += process.returncode != 0 and len(after) > len(before)
-        elif (folder / "p_text_document.manifest.json").exists():  # whole before the kill: once more from the start
+        elif (
+            folder / "p_text_document.manifest.json"
+        ).exists():  # whole before the kill: once more from the start
             assert {name: folder.joinpath(name).read_bytes() for name in whole} == whole
             for path in folder.iterdir():
                 path.unlink()
@@ -101,8 +116,12 @@ def saved(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal[: journal.rfind(b"\n") + 1].splitlines()[1:]]
 
 
-def kill_later(process: subprocess.Popen[str], hit: Callable[[], bool], seconds: float, generator: random.Random) -> None:
-    """Let the process run a few milliseconds at a time; kill it when ``hit()``, or after so many seconds of that, unless it ends before."""
+def kill_later(
+    process: subprocess.Popen[str], hit: Callable[[], bool], seconds: float, generator: random.Random
+) -> None:
+    """Let the process run a few milliseconds at a time; kill it when ``hit()``, or after so many seconds of
+    that, unless it ends before.
+    """
     while True:
         slice_of_time = min(generator.uniform(0, 0.01), seconds)
         time.sleep(slice_of_time)
@@ -164,7 +183,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
         "cut.jsonl.zst": ("cut.jsonl.zst", r"cut\.jsonl\.zst, byte \d+: cannot be read further"),
         "latin": ("latin.jsonl", r"latin\.jsonl, line 2, byte 27: not UTF-8"),
         "broken": ("broken.jsonl", r"broken\.jsonl, line 2: broken JSON at column"),
-        "tokens": ("tokens.jsonl", r"tokens\.jsonl, byte 0: the file is the index of a pair of token files already"),
+        "tokens": (
+            "tokens.jsonl",
+            r"tokens\.jsonl, byte 0: the file is the index of a pair of token files already",
+        ),
         "binary": ("binary.txt", r"binary\.txt, byte 4: a NUL"),
         "empty": ("empty.jsonl", r"empty\.jsonl: no documents"),
         "hollow": ("hollow.parquet", r"0 bytes, without even a header: hollow\.parquet"),
@@ -174,7 +196,19 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-BAD = ("cut.jsonl.gz", "cut.jsonl.zst", "latin", "broken", "tokens", "binary", "empty", "hollow", "foreign", "key", "glob")
+BAD = (
+    "cut.jsonl.gz",
+    "cut.jsonl.zst",
+    "latin",
+    "broken",
+    "tokens",
+    "binary",
+    "empty",
+    "hollow",
+    "foreign",
+    "key",
+    "glob",
+)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -194,7 +228,9 @@ def test_three_machines_and_a_merge(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(arrow.table({"text": [f"row {n}" for n in range(90)]}), tmp_path / "b.parquet", row_group_size=20)
+    parquet.write_table(
+        arrow.table({"text": [f"row {n}" for n in range(90)]}), tmp_path / "b.parquet", row_group_size=20
+    )
     common = ("--input", "a.jsonl", "b.parquet", "--tokenizer-type", "ByteTokenizer", "--append-eod")
     for shard in (("--shard", "1/3"), ("--shard", "2", "--partitions", 3), ("--shard", "3/3")):
         status, _, err = run("preprocess_data", *common, "--output-prefix", "p", *shard, cwd=tmp_path)
@@ -234,7 +270,9 @@ with Progress() as progress:
         progress.show(50_000_000 + second * 1_000_000, 1_050_000_000, 10 + 7 * second)
 print(progress.summary(), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(TOOLS)], capture_output=True, text=True, check=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(TOOLS)], capture_output=True, text=True, check=True, env=os.environ
+    )
     told = done.stderr.splitlines()
     assert told[0] == "preprocess_data: goes on from 50.0 of 1,050.0 MB"
     assert told[1] == "preprocess_data: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left (ETA)"

@@ -1,4 +1,6 @@
-"""What starts the runs of a study: stages in order, no more at a time than asked for, and a failure that ends all."""
+"""What starts the runs of a study: stages in order, no more at a time than asked for, and a failure that ends
+all.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from program.settings import TINY
 
 pytestmark = pytest.mark.processes
 
-NOTE = "import sys, time; print(sys.argv[1], 'begins', flush=True); time.sleep(0.3); print(sys.argv[1], 'ends')"
+NOTE = (
+    "import sys, time; print(sys.argv[1], 'begins', flush=True); time.sleep(0.3); print(sys.argv[1], 'ends')"
+)
 
 
 @pytest.fixture
@@ -40,29 +44,47 @@ def plan_of(runs: Any, folder: Path, commands: list[tuple[str, list[str]]]) -> A
     return Told(folder, config, {"settings": runs.digest_of(config, {})}, commands)
 
 
-def test_stages_come_in_order_and_runs_one_at_a_time(runs: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages_come_in_order_and_runs_one_at_a_time(
+    runs: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "all.txt"
     code = f"import sys; file = open({str(log)!r}, 'a'); sys.stdout = file; exec({NOTE!r})"
-    plans = [plan_of(runs, tmp_path / name, [(part, ["-c", code, name + part]) for part in "xy"]) for name in "ab"]
+    plans = [
+        plan_of(runs, tmp_path / name, [(part, ["-c", code, name + part]) for part in "xy"]) for name in "ab"
+    ]
     runs.run_all(plans, 1)
     words = [f"{name}{part} {what}" for name in "ab" for part in "xy" for what in ("begins", "ends")]
     assert log.read_text().splitlines() == words
-    assert capfd.readouterr().err.splitlines() == ["a: started (0 of 2 runs are finished)", "b: started (1 of 2 runs are finished)"]
+    assert capfd.readouterr().err.splitlines() == [
+        "a: started (0 of 2 runs are finished)",
+        "b: started (1 of 2 runs are finished)",
+    ]
     assert json.loads((tmp_path / "a" / "task.json").read_text()) == plans[0].task
 
 
 def test_a_failure_ends_the_others_and_nothing_more_starts(runs: Any, tmp_path: Path) -> None:
-    waits = ["-c", "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved'))); time.sleep(60)"]
+    waits = [
+        "-c",
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved'))); "
+        "time.sleep(60)",
+    ]
     fails = ["-c", "import time; time.sleep(0.5); print('no data'); raise SystemExit(3)"]
-    plans = [plan_of(runs, tmp_path / name, [("scoring", command)]) for name, command in (("a", waits), ("b", fails), ("c", waits))]
-    with pytest.raises(RuntimeError, match=r"b: scoring ended with exit status 3\n--- end of its log\nno data"):
+    plans = [
+        plan_of(runs, tmp_path / name, [("scoring", command)])
+        for name, command in (("a", waits), ("b", fails), ("c", waits))
+    ]
+    with pytest.raises(
+        RuntimeError, match=r"b: scoring ended with exit status 3\n--- end of its log\nno data"
+    ):
         runs.run_all(plans, 2)
     assert (tmp_path / "a" / "log.txt").read_text() == "saved\n"
     assert not (tmp_path / "c").exists()
 
 
 def test_training_that_somebody_has_stopped_is_not_scored(runs: Any, tmp_path: Path) -> None:
-    plan = plan_of(runs, tmp_path / "a", [("training", ["-c", "pass"]), ("scoring", ["-c", "print('scored')"])])
+    plan = plan_of(
+        runs, tmp_path / "a", [("training", ["-c", "pass"]), ("scoring", ["-c", "print('scored')"])]
+    )
     with pytest.raises(RuntimeError, match="a: training was stopped before its last step"):
         runs.run_all([plan], 1)
     assert (tmp_path / "a" / "log.txt").read_text() == ""
@@ -85,7 +107,9 @@ def test_runs_of_other_settings_are_strangers(runs: Any, tmp_path: Path) -> None
 def test_several_ranks_are_torchrun(runs: Any) -> None:
     assert runs.on_ranks(["x.py", "--y"], 1) == ["x.py", "--y"]
     words = runs.on_ranks(["x.py", "--y"], 4)
-    assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"] and words[-2:] == ["x.py", "--y"]
+    assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"] and words[
+        -2:
+    ] == ["x.py", "--y"]
     patience = float(words[words.index("--shutdown-timeout") + 1])
     assert 0 < patience < runs.SECONDS_TO_SAVE
     assert sys.executable not in words  # run_all puts it in front

@@ -1,4 +1,6 @@
-"""The loss study: a tiny grid from end to end, tables and fits of made-up runs, what it submits and collects, and what is refused."""
+"""The loss study: a tiny grid from end to end, tables and fits of made-up runs, what it submits and collects,
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,16 @@ VOCABULARY, LAYERS, SEQ, BATCH, STEPS = 264, 2, 16, 4, 4
 
 def words_of(folder: Path, *arguments: object) -> list[str]:
     (folder / "run.yaml").write_text(SETTINGS, encoding="utf-8")
-    words = ["loss", "--config", folder / "run.yaml", "--output", folder / "out", "--data-path", folder / "text", *arguments]
+    words = [
+        "loss",
+        "--config",
+        folder / "run.yaml",
+        "--output",
+        folder / "out",
+        "--data-path",
+        folder / "text",
+        *arguments,
+    ]
     return [str(word) for word in words]
 
 
@@ -63,7 +74,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     write_text(folder / "text")
     axes = ["--axis", "hidden_size,moe-ffn-hidden-size", "16,24", "32,48", "--axis", "num_experts", "2", "4"]
     words = words_of(folder, *axes, "--seeds", 1, "--score-iters", 1, "--topk-eval", 1, 2, "--jobs", 2)
-    ended = subprocess.run([sys.executable, str(TOOL), *words], env=environment(), capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(
+        [sys.executable, str(TOOL), *words], env=environment(), capture_output=True, text=True, timeout=400
+    )
     assert ended.returncode == 0, ended.stderr
     return Study(folder, words, ended.stdout, ended.stderr)
 
@@ -80,7 +93,9 @@ def by_hand(hidden: int, experts: int, k: int) -> tuple[int, int]:
 @pytest.mark.slow
 def test_a_row_for_each_run(study: Study) -> None:
     found = rows(study.folder / "out" / "runs.csv")
-    assert [(int(row["hidden_size"]), int(row["moe_ffn_hidden_size"]), int(row["num_experts"])) for row in found] == [
+    assert [
+        (int(row["hidden_size"]), int(row["moe_ffn_hidden_size"]), int(row["num_experts"])) for row in found
+    ] == [
         (16, 24, 2),
         (16, 24, 4),
         (32, 48, 2),
@@ -89,13 +104,19 @@ def test_a_row_for_each_run(study: Study) -> None:
     for row in found:
         hidden, experts = int(row["hidden_size"]), int(row["num_experts"])
         total, active = by_hand(hidden, experts, 2)
-        assert (int(row["seed"]), int(row["parameters_total"]), int(row["parameters_active"])) == (7, total, active)
+        assert (int(row["seed"]), int(row["parameters_total"]), int(row["parameters_active"])) == (
+            7,
+            total,
+            active,
+        )
         assert int(row["tokens"]) == STEPS * BATCH * SEQ
         run = study.folder / "out" / "runs" / f"hidden_size={hidden},num_experts={experts}-seed7"
         records = [record for record in metrics(run, times=True) if "split" not in record]
         assert [record["topk"] for record in records] == [1, 1, 1, 2]
         attention = 12 * LAYERS * hidden * (SEQ + 1) // 2
-        work = sum(BATCH * SEQ * (6 * by_hand(hidden, experts, record["topk"])[1] + attention) for record in records)
+        work = sum(
+            BATCH * SEQ * (6 * by_hand(hidden, experts, record["topk"])[1] + attention) for record in records
+        )
         assert float(row["flops"]) == work
         assert float(row["seconds"]) == pytest.approx(sum(record["step_time"] for record in records))
         results = json.loads((run / "results.json").read_text())
@@ -111,7 +132,9 @@ def test_two_by_two_have_no_fit_and_it_is_said_before_and_after(study: Study) ->
     reason = "E + A/N^alpha has 3 parameters and needs runs of 4 different sizes at least, there are 2"
     assert study.err.startswith(f"note: no fit will be made: {reason}\n")
     assert f"No fit of k = 2: {reason}." in study.out
-    assert [found["refused"] for found in json.loads((study.folder / "out" / "fit.json").read_text())] == [reason] * 2
+    assert [found["refused"] for found in json.loads((study.folder / "out" / "fit.json").read_text())] == [
+        reason
+    ] * 2
     assert study.out == (study.folder / "out" / "table.md").read_text(encoding="utf-8")
     pytest.importorskip("matplotlib")
     assert (study.folder / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
@@ -119,7 +142,9 @@ def test_two_by_two_have_no_fit_and_it_is_said_before_and_after(study: Study) ->
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_finished_runs_stay_and_a_cluster_gets_the_others(study: Study, zygote: Zygote, tmp_path: Path) -> None:
+def test_finished_runs_stay_and_a_cluster_gets_the_others(
+    study: Study, zygote: Zygote, tmp_path: Path
+) -> None:
     again = zygote.run(study.arguments, program=TOOL)
     assert again.stdout == study.out and "started" not in again.stderr
     shutil.copytree(study.folder / "out", tmp_path / "out")
@@ -129,32 +154,65 @@ def test_finished_runs_stay_and_a_cluster_gets_the_others(study: Study, zygote: 
     (line,) = zygote.run([*words, "--dry-run"], program=TOOL).stdout.splitlines()
     start, flags = line.split(" examples/slurm.sh ")
     assert shlex.split(start) == ["sbatch", f"--job-name={lost.name}", "--nodes=1", "--gpus-per-node=1"]
-    assert shlex.split(flags) == ["--config", str(lost / "settings.yaml"), "--load", str(lost), "--engine", "deepspeed"]
+    assert shlex.split(flags) == [
+        "--config",
+        str(lost / "settings.yaml"),
+        "--load",
+        str(lost),
+        "--engine",
+        "deepspeed",
+    ]
     partly = zygote.run([*words, "--collect"], program=TOOL)
     assert f"not finished: {lost}" in partly.stderr and len(rows(tmp_path / "out" / "runs.csv")) == 3
     zygote.run(shlex.split(flags), program=PROGRAM)  # what the job does
     zygote.run([*words, "--collect"], program=TOOL)
     for name in ("lm_loss_k1", "lm_loss_k2", "flops"):  # the same run, to the last bit
-        assert rows(tmp_path / "out" / "runs.csv")[3][name] == rows(study.folder / "out" / "runs.csv")[3][name]
+        assert (
+            rows(tmp_path / "out" / "runs.csv")[3][name] == rows(study.folder / "out" / "runs.csv")[3][name]
+        )
     _, other = study.arguments, zygote.run([*study.arguments, "--lr", "0.5"], program=TOOL, expect=2)
     assert other.stderr.count("holds a run with other settings") == 4
 
 
 def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
     """--axes, an axis of routers, several ranks: every setting reaches its runs, and nothing else differs."""
-    (tmp_path / "axes.yaml").write_text("width: [{hidden_size: 16, moe_ffn_hidden_size: 8}, {hidden_size: 32, moe_ffn_hidden_size: 16}]\n")
-    words = words_of(tmp_path, "--axes", tmp_path / "axes.yaml", "--axis", "router.name", "topk", "hyper", "--seeds", 2)
-    more = ["--ranks", 16, "--global-batch-size", 32, "--gpus-per-node", 8, "--dry-run", "--engine", "megatron", "--topk-eval", 4]
+    (tmp_path / "axes.yaml").write_text(
+        "width: [{hidden_size: 16, moe_ffn_hidden_size: 8}, {hidden_size: 32, moe_ffn_hidden_size: 16}]\n"
+    )
+    words = words_of(
+        tmp_path, "--axes", tmp_path / "axes.yaml", "--axis", "router.name", "topk", "hyper", "--seeds", 2
+    )
+    more = [
+        "--ranks",
+        16,
+        "--global-batch-size",
+        32,
+        "--gpus-per-node",
+        8,
+        "--dry-run",
+        "--engine",
+        "megatron",
+        "--topk-eval",
+        4,
+    ]
     job = zygote.run([*words, *more], program=TOOL)
     assert "router.name = topk: E + A/N^alpha" in job.stderr
     lines = [shlex.split(line) for line in job.stdout.splitlines()]
     assert all(line[2:5] == ["--nodes=2", "--gpus-per-node=8", "examples/slurm.sh"] for line in lines)
     assert all(line[-2:] == ["--engine", "megatron"] for line in lines)
     settings = [yaml.safe_load(Path(line[line.index("--config") + 1]).read_text()) for line in lines]
-    assert [(each["hidden_size"], each["moe_ffn_hidden_size"], each["router"]["name"], each["seed"]) for each in settings] == [
-        (width, inner, router, seed) for seed in (7, 8) for width, inner in ((16, 8), (32, 16)) for router in ("topk", "hyper")
+    assert [
+        (each["hidden_size"], each["moe_ffn_hidden_size"], each["router"]["name"], each["seed"])
+        for each in settings
+    ] == [
+        (width, inner, router, seed)
+        for seed in (7, 8)
+        for width, inner in ((16, 8), (32, 16))
+        for router in ("topk", "hyper")
     ]
-    assert all(each["expert_model_parallel_size"] == 2 for each in settings)  # several ranks: the layout of --config
+    assert all(
+        each["expert_model_parallel_size"] == 2 for each in settings
+    )  # several ranks: the layout of --config
     for each in settings:
         for name in ("hidden_size", "moe_ffn_hidden_size", "router", "seed", "run_dir"):
             each.pop(name)
@@ -163,7 +221,9 @@ def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """Two routers, five sizes, three lengths, two seeds; losses from known constants, that are all of the table."""
+    """Two routers, five sizes, three lengths, two seeds; losses from known constants, that are all of the
+    table.
+    """
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     told = []
     for router, irreducible in (("topk", 1.8), ("hyper", 1.7)):
@@ -173,7 +233,13 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]
                     loss = irreducible + 300.0 * n**-0.35 + 500.0 * tokens**-0.3
                     score = {"topk": 2, "lm_loss": loss, "bits_per_byte": None, "active": n, "total": 2 * n}
                     point = {"router.name": router, "hidden_size": int(n**0.5), "train_iters": tokens}
-                    sizes = {"parameters_total": 2 * n, "parameters_active": n, "tokens": tokens, "flops": 6 * n * tokens, "seconds": 1.5}
+                    sizes = {
+                        "parameters_total": 2 * n,
+                        "parameters_active": n,
+                        "tokens": tokens,
+                        "flops": 6 * n * tokens,
+                        "seconds": 1.5,
+                    }
                     told.append((Namespace(point=point), {**point, "seed": seed, **sizes, "scores": [score]}))
     return told
 
@@ -181,11 +247,23 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]
 def arguments(output: Path, **changed: Any) -> Namespace:
     output.mkdir(exist_ok=True)
     return Namespace(
-        **({"output": output, "topk_eval": None, "curve_for": [], "size": "active", "resamples": 20, "score": "valid"} | changed)
+        **(
+            {
+                "output": output,
+                "topk_eval": None,
+                "curve_for": [],
+                "size": "active",
+                "resamples": 20,
+                "score": "valid",
+            }
+            | changed
+        )
     )
 
 
-def test_a_curve_for_each_router(made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_curve_for_each_router(
+    made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from _scaling_fit import write_results
 
     write_results(made_up, arguments(tmp_path / "a"))
@@ -198,7 +276,10 @@ def test_a_curve_for_each_router(made_up: list[tuple[Any, dict[str, Any]]], tmp_
         assert found["optimal_exponents"]["N"] == pytest.approx(0.3 / 0.65, rel=1e-5)
     out = capsys.readouterr().out
     assert (
-        "N grows as C^0.46 [0.46, 0.46]" in out and "do not tell" not in out and "Scores of the valid split" in out and "nats/token" in out
+        "N grows as C^0.46 [0.46, 0.46]" in out
+        and "do not tell" not in out
+        and "Scores of the valid split" in out
+        and "nats/token" in out
     )
     write_results(made_up, arguments(tmp_path / "b", size="total", topk_eval=[2]))
     for found in json.loads((tmp_path / "b" / "fit.json").read_text()):
@@ -217,7 +298,10 @@ def test_what_the_runs_do_not_tell_stands_in_the_table(
         row["scores"][0]["lm_loss"] -= 1.8 if row["router.name"] == "topk" else 0.0
     write_results(made_up, arguments(tmp_path / "a"))
     assert "router.name = topk: these runs do not tell E, which ended at a bound" in capsys.readouterr().out
-    assert [found["at_bounds"] for found in json.loads((tmp_path / "a" / "fit.json").read_text())] == [["E"], []]
+    assert [found["at_bounds"] for found in json.loads((tmp_path / "a" / "fit.json").read_text())] == [
+        ["E"],
+        [],
+    ]
 
 
 def test_curve_for_takes_axes_apart(made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path) -> None:
@@ -229,7 +313,9 @@ def test_curve_for_takes_axes_apart(made_up: list[tuple[Any, dict[str, Any]]], t
         "router.name = topk, train_iters = 1000000000",
         "router.name = topk, train_iters = 10000000000",
     ]
-    assert found[0]["parameters"] == pytest.approx({"E": 1.8 + 500.0 * 1e9**-0.3, "A": 300.0, "alpha": 0.35}, rel=1e-5)
+    assert found[0]["parameters"] == pytest.approx(
+        {"E": 1.8 + 500.0 * 1e9**-0.3, "A": 300.0, "alpha": 0.35}, rel=1e-5
+    )
 
 
 AXIS = ["--axis", "hidden_size", "16", "32"]
@@ -239,8 +325,16 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "no such setting": (["--axis", "hiden_size", "16", "32"], "", "did you mean hidden_size"),
     "a bad value": (["--axis", "hidden_size", "16", "0"], "", "must be an integer >= 1"),
     "a size that cannot be": (["--axis", "hidden_size", "16", "33"], "", "--num-attention-heads"),
-    "values that lack one": (["--axis", "hidden_size,num_layers", "16,2", "32"], "", "must be 2 values, for hidden_size,num_layers"),
-    "an axis twice": ([*AXIS, "--axis", "hidden_size,num_layers", "16,2", "32,2"], "", "hidden_size: is set twice"),
+    "values that lack one": (
+        ["--axis", "hidden_size,num_layers", "16,2", "32"],
+        "",
+        "must be 2 values, for hidden_size,num_layers",
+    ),
+    "an axis twice": (
+        [*AXIS, "--axis", "hidden_size,num_layers", "16,2", "32,2"],
+        "",
+        "hidden_size: is set twice",
+    ),
     "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set twice"),
     "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this tool"),
     "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this tool"),
@@ -251,10 +345,18 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval must be at least 1"),
     "both": ([*AXIS, "--dry-run", "--collect"], "", "not allowed with"),
     "nothing to collect": ([*AXIS, "--collect"], "", "has none of the 6 runs of this study finished"),
-    "half a node": ([*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"], "", "must be divisible by --gpus-per-node = 8"),
+    "half a node": (
+        [*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"],
+        "",
+        "must be divisible by --gpus-per-node = 8",
+    ),
     "no such file": (["--axes", "none.yaml"], "", "cannot be read"),
     "a file of no axes": (["--axes", "axes.yaml"], "[1, 2]", "must map axes to lists"),
-    "a file of other settings": (["--axes", "axes.yaml"], "a: [{num_layers: 2}, {hidden_size: 32}]", "of the same settings"),
+    "a file of other settings": (
+        ["--axes", "axes.yaml"],
+        "a: [{num_layers: 2}, {hidden_size: 32}]",
+        "of the same settings",
+    ),
     "an unknown flag": ([*AXIS, "--no-such-flag", "1"], "", "unknown flag"),
 }
 

@@ -1,4 +1,6 @@
-"""The speed study: tiny runs on one and two ranks, numbers against loops, what it submits and collects, and what is refused."""
+"""The speed study: tiny runs on one and two ranks, numbers against loops, what it submits and collects, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,16 @@ LAYOUTS = ["--ranks", "1", "2", "--layouts", "", "ep=2"]
 
 def words_of(folder: Path, *arguments: object, settings: str = SETTINGS) -> list[str]:
     (folder / "run.yaml").write_text(settings, encoding="utf-8")
-    words = ["speed", "--config", folder / "run.yaml", "--output", folder / "out", "--data-path", folder / "text", *arguments]
+    words = [
+        "speed",
+        "--config",
+        folder / "run.yaml",
+        "--output",
+        folder / "out",
+        "--data-path",
+        folder / "text",
+        *arguments,
+    ]
     return [str(word) for word in words]
 
 
@@ -65,7 +76,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("speed")
     write_text(folder / "text")
     words = words_of(folder, *LAYOUTS, "--warmup", WARMUP, "--steps", STEPS, "--repeats", 1)
-    ended = subprocess.run([sys.executable, str(TOOL), *words], env=environment(), capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(
+        [sys.executable, str(TOOL), *words], env=environment(), capture_output=True, text=True, timeout=400
+    )
     assert ended.returncode == 0, ended.stderr
     return Study(folder, words, ended.stdout)
 
@@ -80,9 +93,13 @@ def test_the_table_against_the_metrics_of_the_runs(study: Study) -> None:
         ranks = int(row["ranks"])
         run = study.folder / "out" / "runs" / f"ranks={ranks},{row['layout']}-run1"
         records = metrics(run, times=True)
-        assert [record["step"] for record in records] == list(range(1, WARMUP + STEPS + 1))  # and nothing was evaluated
+        assert [record["step"] for record in records] == list(
+            range(1, WARMUP + STEPS + 1)
+        )  # and nothing was evaluated
         assert {record["topk"] for record in records} == {2}
-        assert records[-1]["consumed_tokens"] == (WARMUP + STEPS) * 2 * ranks * SEQ  # weak: as many samples for each rank
+        assert (
+            records[-1]["consumed_tokens"] == (WARMUP + STEPS) * 2 * ranks * SEQ
+        )  # weak: as many samples for each rank
         settings = yaml.safe_load((run / "config.yaml").read_text())
         assert settings["expert_model_parallel_size"] == (2 if row["layout"] == "ep=2" else 1)
         timed = records[WARMUP:]
@@ -90,29 +107,42 @@ def test_the_table_against_the_metrics_of_the_runs(study: Study) -> None:
         assert float(row["step_time"]) == step_time
         assert float(row["tokens_per_second"]) == pytest.approx(2 * ranks * SEQ / step_time)
         assert float(row["tokens_per_second_per_rank"]) == pytest.approx(2 * SEQ / step_time)
-        assert float(row["data_share"]) == statistics.median(record["data_time"] / record["step_time"] for record in timed)
+        assert float(row["data_share"]) == statistics.median(
+            record["data_time"] / record["step_time"] for record in timed
+        )
         speeds.append(2 * SEQ / step_time)
         assert float(row["efficiency"]) == pytest.approx(speeds[-1] / speeds[0])
         assert not (run / "checkpoints").exists()
     assert study.out == (study.folder / "out" / "table.md").read_text(encoding="utf-8")
     assert "this says nothing about a cluster" in study.out
-    assert "Refused by the settings: 1 x ep=2: --expert-model-parallel-size: must divide the 1 data-parallel rank" in study.out
+    assert (
+        "Refused by the settings: 1 x ep=2: --expert-model-parallel-size: must divide the 1 data-parallel "
+        "rank" in study.out
+    )
     pytest.importorskip("matplotlib")
     assert (study.folder / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_finished_runs_stay_and_more_repetitions_are_submitted_and_collected(study: Study, zygote: Zygote) -> None:
+def test_finished_runs_stay_and_more_repetitions_are_submitted_and_collected(
+    study: Study, zygote: Zygote
+) -> None:
     again = zygote.run(study.arguments, program=TOOL)
     assert again.stdout == study.out and "started" not in again.stderr
     more = [*study.arguments[:-1], "2"]
     jobs = submitted(zygote.run([*more, "--dry-run"], program=TOOL))
     names = [Path(settings["run_dir"]).name for _, settings in jobs]
-    assert names == ["ranks=2,ep=2-run2", "ranks=2,dp-run2", "ranks=1,dp-run2"]  # the other way round, what is finished left out
+    assert names == [
+        "ranks=2,ep=2-run2",
+        "ranks=2,dp-run2",
+        "ranks=1,dp-run2",
+    ]  # the other way round, what is finished left out
     for words, _ in jobs[:2]:
         assert words[1:4] == [f"--job-name={names[jobs.index((words, _))]}", "--nodes=1", "--gpus-per-node=2"]
-    zygote.run(jobs[0][0][jobs[0][0].index("examples/slurm.sh") + 1 :], program=PROGRAM, ranks=2)  # what the job does
+    zygote.run(
+        jobs[0][0][jobs[0][0].index("examples/slurm.sh") + 1 :], program=PROGRAM, ranks=2
+    )  # what the job does
     partly = zygote.run([*more, "--collect"], program=TOOL)
     assert partly.stderr.count("not finished: ") == 2
     assert [row["runs"] for row in rows(study.folder / "out" / "table.csv")] == ["1", "1", "2"]
@@ -122,7 +152,9 @@ def test_finished_runs_stay_and_more_repetitions_are_submitted_and_collected(stu
 
 
 def test_rows_take_turns_and_quiet_settings(zygote: Zygote, tmp_path: Path) -> None:
-    job = zygote.run(words_of(tmp_path, "--ranks", 16, 8, "--repeats", 2, "--dry-run", "--gpus-per-node", 4), program=TOOL)
+    job = zygote.run(
+        words_of(tmp_path, "--ranks", 16, 8, "--repeats", 2, "--dry-run", "--gpus-per-node", 4), program=TOOL
+    )
     jobs = submitted(job)
     found = [(words[2], Path(settings["run_dir"]).name) for words, settings in jobs]
     assert found == [
@@ -133,7 +165,15 @@ def test_rows_take_turns_and_quiet_settings(zygote: Zygote, tmp_path: Path) -> N
     ]
     for words, settings in jobs:
         assert words[words.index("--load") + 1] == "none"
-        quiet = ("eval_interval", "save_interval", "topk_schedule", "topk_start", "train_iters", "lr_warmup_iters", "lr_decay_style")
+        quiet = (
+            "eval_interval",
+            "save_interval",
+            "topk_schedule",
+            "topk_start",
+            "train_iters",
+            "lr_warmup_iters",
+            "lr_decay_style",
+        )
         assert [settings[name] for name in quiet] == [0, 0, "constant", None, 25, 0, "constant"]
 
 
@@ -142,12 +182,17 @@ BATCHES: dict[str, tuple[list[str], list[int]]] = {
     "weak by default": (["--ranks", "2", "4", "8"], [4, 8, 16]),
     "weak with tensor parallelism": (["--ranks", "2", "4", "--layouts", "", "tp=2"], [4, 4, 8, 8]),
     "strong": (["--ranks", "2", "4", "8", "--scaling", "strong", "--global-batch-size", "48"], [48, 48, 48]),
-    "ranks of the layouts": (["--layouts", "pp=2,ep=2", "dp=2", "cp=2,dp=2", "--engine", "megatron"], [4, 8, 8]),
+    "ranks of the layouts": (
+        ["--layouts", "pp=2,ep=2", "dp=2", "cp=2,dp=2", "--engine", "megatron"],
+        [4, 8, 8],
+    ),
 }
 
 
 @pytest.mark.parametrize(("arguments", "batches"), BATCHES.values(), ids=BATCHES)
-def test_what_the_ranks_share(zygote: Zygote, tmp_path: Path, arguments: list[str], batches: list[int]) -> None:
+def test_what_the_ranks_share(
+    zygote: Zygote, tmp_path: Path, arguments: list[str], batches: list[int]
+) -> None:
     jobs = submitted(zygote.run(words_of(tmp_path, *arguments, "--repeats", 1, "--dry-run"), program=TOOL))
     assert [settings["global_batch_size"] for _, settings in jobs] == batches
 
@@ -157,7 +202,9 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
 
 
-def test_efficiency_is_taken_in_each_repetition(tools: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_efficiency_is_taken_in_each_repetition(
+    tools: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The machine is half as fast in the second repetition: speeds spread, efficiency does not."""
     from _scaling_speed import Row
     from _speed_tables import write_results
@@ -167,16 +214,32 @@ def test_efficiency_is_taken_in_each_repetition(tools: None, tmp_path: Path, cap
         for ranks, seconds in ((1, 0.1), (2, 0.125)):
             folder = tmp_path / f"{ranks}-{number}"
             folder.mkdir()
-            told = {"tokens_per_step": 100 * ranks, "step_time": seconds * slow, "data_share": 0.01, "peak_memory": ranks * 2.0**30}
-            told |= {"tokens_per_second": 100 * ranks / seconds / slow, "tokens_per_second_per_rank": 100 / seconds / slow}
+            told = {
+                "tokens_per_step": 100 * ranks,
+                "step_time": seconds * slow,
+                "data_share": 0.01,
+                "peak_memory": ranks * 2.0**30,
+            }
+            told |= {
+                "tokens_per_second": 100 * ranks / seconds / slow,
+                "tokens_per_second_per_rank": 100 / seconds / slow,
+            }
             (folder / "results.json").write_text(json.dumps({**told, "started": "under Slurm"}))
             plans.append(Namespace(folder=folder, row=Row(ranks, "dp"), number=number))
-    write_results(plans, [Row(2, "ep=4", refused="no")], Namespace(output=tmp_path, scaling="weak", steps=3, warmup=1))
+    write_results(
+        plans, [Row(2, "ep=4", refused="no")], Namespace(output=tmp_path, scaling="weak", steps=3, warmup=1)
+    )
     one, two = rows(tmp_path / "table.csv")
-    assert (float(one["efficiency"]), float(two["efficiency"]), float(two["efficiency_half95"])) == pytest.approx((1.0, 0.8, 0.0))
+    assert (
+        float(one["efficiency"]),
+        float(two["efficiency"]),
+        float(two["efficiency_half95"]),
+    ) == pytest.approx((1.0, 0.8, 0.0))
     assert float(two["tokens_per_second"]) == pytest.approx((1600 + 800) / 2)
     one_degree = 12.7062047364  # of freedom, from a printed table
-    assert float(two["tokens_per_second_half95"]) == pytest.approx(one_degree * 800 / math.sqrt(2) / math.sqrt(2), rel=1e-9)
+    assert float(two["tokens_per_second_half95"]) == pytest.approx(
+        one_degree * 800 / math.sqrt(2) / math.sqrt(2), rel=1e-9
+    )
     out = capsys.readouterr().out
     assert "| 2 | dp | 200 |" in out and "0.800 ± 0.000" in out and "| 2.00 ± 0.00 |" in out
     assert "Refused by the settings: 2 x ep=4: no." in out
@@ -187,7 +250,13 @@ def test_measures_of_one_run_by_hand(tools: None) -> None:
     from _scaling_speed import measures
 
     times = [(0.5, 0.1, 10.0), (0.25, 0.1, 30.0), (1.0, 0.1, 20.0)]
-    told = measures([{"step_time": s, "data_time": d, "tokens_per_second": 64 / s, "peak_memory_bytes": m} for s, d, m in times], 4)
+    told = measures(
+        [
+            {"step_time": s, "data_time": d, "tokens_per_second": 64 / s, "peak_memory_bytes": m}
+            for s, d, m in times
+        ],
+        4,
+    )
     assert told == {
         "tokens_per_step": 64,
         "step_time": 0.5,
@@ -218,7 +287,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no such size": (["--layouts", "xp=2"], "there is no setting xp"),
     "a fault": (["--layouts", "ep=2,fault=aux-loss"], "a fault has no speed"),
     "nothing can run": (["--ranks", "3", "--layouts", "tp=2"], "must be divisible by"),
-    "strong without a batch": (["--ranks", "1", "2", "--scaling", "strong"], "must be given for strong scaling"),
+    "strong without a batch": (
+        ["--ranks", "1", "2", "--scaling", "strong"],
+        "must be given for strong scaling",
+    ),
     "steps as a flag": (["--ranks", "1", "--train-iters", "4"], "--train-iters: set by this tool"),
     "a layout twice": (["--layouts", "ep=2", "--expert-model-parallel-size", "4"], "--layouts says it"),
     "an unknown flag": (["--ranks", "1", "--no-such-flag", "1"], "unknown flag"),
@@ -228,7 +300,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "says"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_run_ends_with_status_2_before_anything_starts(tmp_path: Path, zygote: Zygote, arguments: list[str], says: str) -> None:
+def test_what_cannot_run_ends_with_status_2_before_anything_starts(
+    tmp_path: Path, zygote: Zygote, arguments: list[str], says: str
+) -> None:
     job = zygote.run(words_of(tmp_path, *arguments), program=TOOL, expect=2)
     assert says in job.stderr
     assert "Traceback" not in job.stderr

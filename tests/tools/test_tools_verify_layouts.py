@@ -1,4 +1,6 @@
-"""The proof that layouts agree: it passes right runs, catches and names what is seeded, and refuses what cannot run."""
+"""The proof that layouts agree: it passes right runs, catches and names what is seeded, and refuses what
+cannot run.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ micro_batch_size: 2
 lr: 3.0e-3
 """
 )
-FAULTS = ("ep=2,fault=expert-gradient", "pp=2,fault=embedding-reduce", "tp=2,fault=aux-loss", "dp=2,fault=hypernetwork")
+FAULTS = (
+    "ep=2,fault=expert-gradient",
+    "pp=2,fault=embedding-reduce",
+    "tp=2,fault=aux-loss",
+    "dp=2,fault=hypernetwork",
+)
 RIGHT = ("tp=2,ep=2,etp=1", "cp=2")
 ENGINES = ("deepspeed", "megatron")
 
@@ -48,9 +55,17 @@ class Proof(NamedTuple):
         return {each["number"]: (each["value"], each["where"]) for each in found if not each["ok"]}
 
 
-def call(folder: Path, *arguments: str, settings: str = SETTINGS, **env: str) -> subprocess.CompletedProcess[str]:
+def call(
+    folder: Path, *arguments: str, settings: str = SETTINGS, **env: str
+) -> subprocess.CompletedProcess[str]:
     (folder / "run.yaml").write_text(settings, encoding="utf-8")
-    command = [sys.executable, str(REPOSITORY / "tools" / "verify_layouts.py"), "--config", str(folder / "run.yaml"), *arguments]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "verify_layouts.py"),
+        "--config",
+        str(folder / "run.yaml"),
+        *arguments,
+    ]
     return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=900)
 
 
@@ -65,7 +80,8 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
 
 
 @pytest.mark.parametrize(
-    ("layout", "engine"), [("1 process", "megatron"), (RIGHT[0], "deepspeed"), (RIGHT[0], "megatron"), (RIGHT[1], "megatron")]
+    ("layout", "engine"),
+    [("1 process", "megatron"), (RIGHT[0], "deepspeed"), (RIGHT[0], "megatron"), (RIGHT[1], "megatron")],
 )
 def test_right_layouts_agree(proof: Proof, layout: str, engine: str) -> None:
     row = proof.rows[layout, engine]
@@ -87,10 +103,17 @@ def test_faults_fail_the_call(proof: Proof) -> None:
 
 NAMED: dict[str, Callable[[dict[str, tuple[float, str]]], bool]] = {
     # The whole gradient of an expert is added once more
-    FAULTS[0]: lambda told: told["gradients"][0] == pytest.approx(1.0, rel=1e-3) and ".mlp.experts." in told["gradients"][1],
+    FAULTS[0]: lambda told: (
+        told["gradients"][0] == pytest.approx(1.0, rel=1e-3) and ".mlp.experts." in told["gradients"][1]
+    ),
     FAULTS[1]: lambda told: told["gradients"][1] == told["weights"][1] == "embedding.word_embeddings.weight",
-    FAULTS[2]: lambda told: told["aux_loss"][0] == pytest.approx(1.0, rel=1e-3) and ".mlp.router." in told["gradients"][1],
-    FAULTS[3]: lambda told: told["frozen parts"][0] == 1 and told["frozen parts"][1].startswith("rank 1 has another decoder.layers.0."),
+    FAULTS[2]: lambda told: (
+        told["aux_loss"][0] == pytest.approx(1.0, rel=1e-3) and ".mlp.router." in told["gradients"][1]
+    ),
+    FAULTS[3]: lambda told: (
+        told["frozen parts"][0] == 1
+        and told["frozen parts"][1].startswith("rank 1 has another decoder.layers.0.")
+    ),
 }
 
 
@@ -121,30 +144,53 @@ def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -
     ("arguments", "settings", "world", "says"),
     [
         (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "no such fault"),
-        (("--local_rank=0", "--layouts", "tp=none"), SETTINGS, "1", "tp=none: needs a whole number"),  # as the deepspeed launcher starts it
+        (
+            ("--local_rank=0", "--layouts", "tp=none"),
+            SETTINGS,
+            "1",
+            "tp=none: needs a whole number",
+        ),  # as the deepspeed launcher starts it
         ((), SETTINGS.replace("moe_router_topk: 2", "moe_router_topk: 5"), "1", "--moe-router-topk"),
-        (("--layouts", "tp=2,ep=2", "ep=2"), SETTINGS, "2", "--layouts = tp=2,ep=2: needs more ranks than the 2 that the launcher started"),
+        (
+            ("--layouts", "tp=2,ep=2", "ep=2"),
+            SETTINGS,
+            "2",
+            "--layouts = tp=2,ep=2: needs more ranks than the 2 that the launcher started",
+        ),
         (("--layouts", "ep=2,hiden_size=3"), SETTINGS, "1", "there is no setting hiden_size"),
-        (("--layouts", "cp=2", "tp=3", "--engines", "deepspeed"), SETTINGS, "1", "2 problems in the settings"),
+        (
+            ("--layouts", "cp=2", "tp=3", "--engines", "deepspeed"),
+            SETTINGS,
+            "1",
+            "2 problems in the settings",
+        ),
     ],
 )
-def test_bad_settings_end_with_status_2(tmp_path: Path, arguments: tuple[str, ...], settings: str, world: str, says: str) -> None:
+def test_bad_settings_end_with_status_2(
+    tmp_path: Path, arguments: tuple[str, ...], settings: str, world: str, says: str
+) -> None:
     launcher = {"RANK": "0", "WORLD_SIZE": world} if world != "1" else {}
     ended = call(tmp_path, *arguments, settings=settings, **launcher)
     assert ended.returncode == 2 and says in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, re.sub("topk_s.*\n", "", SETTINGS)], ids=["k grows", "k is constant"])
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, re.sub("topk_s.*\n", "", SETTINGS)], ids=["k grows", "k is constant"]
+)
 def test_own_data_that_is_not_there_ends_with_status_3(tmp_path: Path, settings: str) -> None:
     ended = call(tmp_path, "--own-data", settings=f"{settings}data_path: [{tmp_path / 'nowhere'}]\n")
-    assert ended.returncode == 3 and "nowhere" in ended.stderr and "ranks ..." not in ended.stderr, ended.stderr
+    assert ended.returncode == 3 and "nowhere" in ended.stderr and "ranks ..." not in ended.stderr, (
+        ended.stderr
+    )
 
 
 FAULTS_IN_BF16 = ("ep=2,fault=expert-gradient", "tp=2,fault=aux-loss")
 
 
 def test_bfloat16(tmp_path: Path) -> None:
-    """Right layouts pass within what bfloat16 itself changes, faults do not, and the tolerance is no wider than that."""
+    """Right layouts pass within what bfloat16 itself changes, faults do not, and the tolerance is no wider
+    than that.
+    """
     layouts = ("ep=2", "pp=2", "tp=2,ep=2,etp=1", *FAULTS_IN_BF16)
     output = tmp_path / "found.json"
     ended = call(tmp_path, "--layouts", *layouts, "--output", str(output), settings=f"{SETTINGS}bf16: true\n")
@@ -161,23 +207,52 @@ def test_bfloat16(tmp_path: Path) -> None:
         assert allowed["lm_loss"] < 0.03 and allowed["gradients"] <= 0.25 and allowed["frozen parts"] == 0
 
 
-@pytest.mark.skipif(shutil.which("torchrun", path=str(Path(sys.executable).parent)) is None, reason="no torchrun beside this Python")
+@pytest.mark.skipif(
+    shutil.which("torchrun", path=str(Path(sys.executable).parent)) is None,
+    reason="no torchrun beside this Python",
+)
 def test_under_a_launcher_on_the_runs_own_data(tmp_path: Path) -> None:
-    """Four ranks of torchrun: ZeRO-2, VPP, distributed optimizer, TP2 x EP2, PP2 x EP2, on real text; one answer, from rank 0."""
+    """Four ranks of torchrun: ZeRO-2, VPP, distributed optimizer, TP2 x EP2, PP2 x EP2, on real text; one
+    answer, from rank 0.
+    """
     prefix = write_text(tmp_path / "text")
     settings = SETTINGS.replace("num_layers: 2", "num_layers: 4") + f'data_path: [{prefix}]\nsplit: "8,1,1"\n'
     layouts = ("dp=2,zero=2", "pp=2,vpp=2", "dp=2,use_distributed_optimizer=true", "tp=2,ep=2", "pp=2,ep=2")
     (tmp_path / "run.yaml").write_text(settings, encoding="utf-8")
-    start = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "4", "--master_port", str(free_port())]
-    tool = [str(REPOSITORY / "tools" / "verify_layouts.py"), "--config", "run.yaml", "--own-data", "--steps", "2", "--output", "found.json"]
+    start = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--nproc_per_node",
+        "4",
+        "--master_port",
+        str(free_port()),
+    ]
+    tool = [
+        str(REPOSITORY / "tools" / "verify_layouts.py"),
+        "--config",
+        "run.yaml",
+        "--own-data",
+        "--steps",
+        "2",
+        "--output",
+        "found.json",
+    ]
     ended = subprocess.run(
-        [*start, *tool, "--layouts", *layouts], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
+        [*start, *tool, "--layouts", *layouts],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     right = {(row["layout"], row["engine"]) for row in rows if row["ok"] and len(row["differences"]) == 6}
     refused = {(layouts[0], "megatron"), (layouts[1], "deepspeed"), (layouts[2], "deepspeed")}
     assert {(row["layout"], row["engine"]) for row in rows if row["refused"]} == refused
-    assert right == {("1 process", "megatron"), *((layout, engine) for layout in layouts for engine in ENGINES)} - refused
+    assert (
+        right
+        == {("1 process", "megatron"), *((layout, engine) for layout in layouts for engine in ENGINES)}
+        - refused
+    )
     assert ended.stdout.count("8 agree, 0 differ, 3 refused by the settings") == 1
     assert [path.name for path in tmp_path.glob("runs/*")] == []

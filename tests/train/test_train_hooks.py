@@ -16,13 +16,28 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_hyperrouter.config.tree import LoggingConfig, RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.train.hooks import ConsoleHook, MetricsHook, SettingsHook, TensorBoardHook, WandbHook, duration, hooks_for
+from megatron_hyperrouter.train.hooks import (
+    ConsoleHook,
+    MetricsHook,
+    SettingsHook,
+    TensorBoardHook,
+    WandbHook,
+    duration,
+    hooks_for,
+)
 
 MAIN, OTHER = Place(0, 2, 0, 2), Place(1, 2, 1, 2)
 
 
 def step_record(step: int, *, loss: float = 3.0) -> dict[str, float | int | str | None]:
-    return {"step": step, "lm_loss": loss, "learning_rate": 0.001, "topk": 2, "step_time": 0.5, "tokens_per_second": 2000.0}
+    return {
+        "step": step,
+        "lm_loss": loss,
+        "learning_rate": 0.001,
+        "topk": 2,
+        "step_time": 0.5,
+        "tokens_per_second": 2000.0,
+    }
 
 
 VALID = {"step": 4, "split": "valid", "topk": 2, "lm_loss": 2.0, "perplexity": 7.389, "bits_per_byte": 1.25}
@@ -56,8 +71,13 @@ class TestConsole:
         hook.on_step({**step_record(2), "step_time": 1.0, "tokens_per_second": 300.0})
         assert "150 tokens/s" in self.lines(hook, screen)[0]  # 600 tokens in 4 s
 
-    @pytest.mark.parametrize(("waits", "said"), [((0.0, 0.0), None), ((0.004, 0.004), None), ((0.5, 0.5), "25%"), ((0.0, 0.04), "1%")])
-    def test_waiting_for_data_is_told_where_it_matters(self, waits: tuple[float, float], said: str | None) -> None:
+    @pytest.mark.parametrize(
+        ("waits", "said"),
+        [((0.0, 0.0), None), ((0.004, 0.004), None), ((0.5, 0.5), "25%"), ((0.0, 0.04), "1%")],
+    )
+    def test_waiting_for_data_is_told_where_it_matters(
+        self, waits: tuple[float, float], said: str | None
+    ) -> None:
         screen = Console(file=io.StringIO(), width=200)
         hook = ConsoleHook(2, log_interval=2, screen=screen)
         for step, (wait, time) in enumerate(zip(waits, (1.0, 3.0), strict=True), start=1):
@@ -95,7 +115,10 @@ class TestConsole:
         assert "loss nan" in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (59.6, "1:00 min"), (125, "2:05 min"), (3723, "1:02:03 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (59.6, "1:00 min"), (125, "2:05 min"), (3723, "1:02:03 h")],
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -121,7 +144,13 @@ class TestTensorBoard:
                 hook.on_step(step_record(step, loss=10.0 * first + step))
             hook.on_end()
         events = EventAccumulator(str(tmp_path)).Reload().Scalars("lm_loss")
-        assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+        assert [(event.step, event.value) for event in events] == [
+            (1, 1.0),
+            (2, 2.0),
+            (3, 23.0),
+            (4, 24.0),
+            (5, 25.0),
+        ]
 
 
 class FakeWandb(ModuleType):
@@ -164,12 +193,21 @@ class TestWandb:
             ("routers", "run", None, None),  # started afresh: a run of its own
         ]
         assert wandb.logged[0] == {**step_record(1)}
-        assert wandb.logged[1] == {"step": 4, "valid/topk": 2, "valid/lm_loss": 2.0, "valid/perplexity": 7.389}
+        assert wandb.logged[1] == {
+            "step": 4,
+            "valid/topk": 2,
+            "valid/lm_loss": 2.0,
+            "valid/perplexity": 7.389,
+        }
         assert wandb.finished == 3
 
     @pytest.mark.parametrize("place", [MAIN, OTHER])
-    def test_missing_library_is_told_on_every_rank(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place) -> None:
-        monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself notes for a module that must not be imported
+    def test_missing_library_is_told_on_every_rank(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+    ) -> None:
+        monkeypatch.setitem(
+            sys.modules, "wandb", None
+        )  # what Python itself notes for a module that must not be imported
         with pytest.raises(HostError, match="--wandb-project needs wandb") as caught:
             hooks_for(config_with(tmp_path, wandb_project="routers"), place)
         assert caught.value.exit_status == 5 and "pip install wandb" in caught.value.remedy
@@ -188,5 +226,10 @@ def test_only_the_main_rank_has_hooks(tmp_path: Path) -> None:
     config = config_with(tmp_path, tensorboard_dir=str(tmp_path / "events"))
     assert hooks_for(config, OTHER) == []
     assert not (tmp_path / "run").exists()
-    assert [type(hook) for hook in hooks_for(config, MAIN)] == [SettingsHook, MetricsHook, ConsoleHook, TensorBoardHook]
+    assert [type(hook) for hook in hooks_for(config, MAIN)] == [
+        SettingsHook,
+        MetricsHook,
+        ConsoleHook,
+        TensorBoardHook,
+    ]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

@@ -1,4 +1,6 @@
-"""The loop: what it records, when it evaluates and saves, and that a resumed run is the run that was never stopped."""
+"""The loop: what it records, when it evaluates and saves, and that a resumed run is the run that was never
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,13 @@ def run(config: RunConfig, *hooks: Hook, engine: FakeEngine | None = None, data:
 
 
 def lines(config: RunConfig, *, timeless: bool = True) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (Path(config.logging.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if not timeless or name not in TIMES} for record in records]
+    records = [
+        json.loads(line) for line in (Path(config.logging.run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {name: value for name, value in record.items() if not timeless or name not in TIMES}
+        for record in records
+    ]
 
 
 def change(config: RunConfig, section: str, **values: object) -> RunConfig:
@@ -112,7 +119,9 @@ class TestRecords:
     def test_steps_and_evaluations_stand_in_order(self, whole: list[dict[str, Any]]) -> None:
         written = [(record["step"], record.get("split")) for record in whole]
         evaluated = {4: ["valid"], 8: ["valid"], 12: ["valid", "test"]}
-        assert written == [(step, split) for step in range(1, 13) for split in [None, *evaluated.get(step, [])]]
+        assert written == [
+            (step, split) for step in range(1, 13) for split in [None, *evaluated.get(step, [])]
+        ]
 
     def test_numbers_of_a_step(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
         for record in (record for record in whole if "split" not in record):
@@ -125,11 +134,17 @@ class TestRecords:
             assert record["tokens_per_second"] == pytest.approx(32 / record["step_time"])
             assert 0 < record["data_time"] < record["step_time"]
 
-    def test_what_was_consumed_before_batch_and_length_changed(self, config: RunConfig, again: RunConfig, tmp_path: Path) -> None:
+    def test_what_was_consumed_before_batch_and_length_changed(
+        self, config: RunConfig, again: RunConfig, tmp_path: Path
+    ) -> None:
         words = (write_corpus(tmp_path / "corpus", [700], vocab_size=VOCAB_SIZE),)
         batches, lengths = [4] * 6 + [6] * 3 + [2] * 3, [8] * 6 + [5] * 3 + [10] * 3  # of each step
         for last in (6, 9, 12):
-            now = change(change(again, "train", global_batch_size=batches[last - 1]), "model", seq_length=lengths[last - 1])
+            now = change(
+                change(again, "train", global_batch_size=batches[last - 1]),
+                "model",
+                seq_length=lengths[last - 1],
+            )
             data = change(now, "data", data_path=words, split="1,0,0").data
             ledger, step = past_of(now)
             course = build_course(
@@ -145,9 +160,13 @@ class TestRecords:
         told = lines(config)
         samples = list(accumulate(batches))
         tokens = list(accumulate(batch * length for batch, length in zip(batches, lengths, strict=True)))
-        assert [(record["consumed_samples"], record["consumed_tokens"]) for record in told] == list(zip(samples, tokens, strict=True))
+        assert [(record["consumed_samples"], record["consumed_tokens"]) for record in told] == list(
+            zip(samples, tokens, strict=True)
+        )
 
-    def test_evaluation_is_that_of_the_weights_at_that_moment(self, config: RunConfig, whole: list[dict[str, Any]]) -> None:
+    def test_evaluation_is_that_of_the_weights_at_that_moment(
+        self, config: RunConfig, whole: list[dict[str, Any]]
+    ) -> None:
         engine = run(config)
         data = splits().test
         tokens_NS = torch.from_numpy(np.stack([data[index] for index in range(8)]))
@@ -181,7 +200,10 @@ class TestRecords:
                 asked.append(index)
                 return super().__getitem__(index)
 
-        engine = run(change(config, "train", eval_interval=0), data=SimpleNamespace(train=Noted(48), valid=None, test=None))
+        engine = run(
+            change(config, "train", eval_interval=0),
+            data=SimpleNamespace(train=Noted(48), valid=None, test=None),
+        )
         assert asked == list(range(48))
         assert engine.steps_taken == list(range(12))
         assert engine.micro_batches == [2] * 12
@@ -208,13 +230,21 @@ class TestMoments:
 
     def test_a_rank_that_asks_to_stop_stops_all_after_a_save(self, config: RunConfig) -> None:
         class AskedElsewhere(FakeEngine):
-            def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+            def train_step(
+                self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+            ) -> StepResult:
                 result = super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
                 return replace(result, stop=step == 3)
 
         diary = Diary()
         assert train(AskedElsewhere(VOCAB_SIZE), config, splits(), [diary]) == 4
-        assert diary.events == ["start 0", "save 3", "save 4", "valid 4", "end"]  # saved before it takes time to evaluate
+        assert diary.events == [
+            "start 0",
+            "save 3",
+            "save 4",
+            "valid 4",
+            "end",
+        ]  # saved before it takes time to evaluate
 
     def test_hooks_end_when_the_run_breaks(self, config: RunConfig) -> None:
         diary = Diary()
@@ -224,9 +254,13 @@ class TestMoments:
 
 
 class TestLostLoss:
-    def test_is_recorded_told_and_not_saved(self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]]) -> None:
+    def test_is_recorded_told_and_not_saved(
+        self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]]
+    ) -> None:
         class Diverging(FakeEngine):
-            def train_step(self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False) -> StepResult:
+            def train_step(
+                self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+            ) -> StepResult:
                 self.loss_offset = math.nan if step == 5 else 0.0
                 return super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
 
@@ -234,7 +268,9 @@ class TestLostLoss:
             run(config, engine=Diverging(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5))
         assert f"continue after step 3 with --load {config.logging.run_dir}" in caught.value.remedy
         assert lines(config)[-1]["step"] == 6 and lines(config)[-1]["lm_loss"] is None
-        assert find(Path(config.logging.run_dir)) == Path(config.logging.run_dir) / "checkpoints" / folder_name(3)
+        assert find(Path(config.logging.run_dir)) == Path(
+            config.logging.run_dir
+        ) / "checkpoints" / folder_name(3)
         run(again)
         assert lines(config) == whole
 
@@ -252,7 +288,11 @@ class TestResume:
         assert lines(config) == whole
 
     def test_of_a_finished_run_does_nothing(
-        self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+        self,
+        config: RunConfig,
+        again: RunConfig,
+        whole: list[dict[str, Any]],
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         run(config)
         assert run(again).steps_taken == []
@@ -271,7 +311,9 @@ class TestResume:
             "step_0000012",
         ]
 
-    def test_into_another_run_folder(self, config: RunConfig, tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+    def test_into_another_run_folder(
+        self, config: RunConfig, tmp_path: Path, whole: list[dict[str, Any]]
+    ) -> None:
         run(change(config, "train", train_iters=12), KillAt(99))
         other = change(
             change(config, "logging", run_dir=str(tmp_path / "other")),
@@ -284,7 +326,12 @@ class TestResume:
 
     def test_finetune_takes_weights_alone(self, config: RunConfig, tmp_path: Path) -> None:
         trained = run(config).table_VV.detach().clone()
-        tuned = change(change(config, "logging", run_dir=str(tmp_path / "tuned")), "checkpoint", load=config.logging.run_dir, finetune=True)
+        tuned = change(
+            change(config, "logging", run_dir=str(tmp_path / "tuned")),
+            "checkpoint",
+            load=config.logging.run_dir,
+            finetune=True,
+        )
         seen: list[torch.Tensor] = []
 
         class Watched(FakeEngine):
@@ -308,7 +355,11 @@ class TestResume:
         assert "checkpoints-earlier-1" in capsys.readouterr().err
 
     def test_own_run_without_a_checkpoint_starts_from_scratch(
-        self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+        self,
+        config: RunConfig,
+        again: RunConfig,
+        whole: list[dict[str, Any]],
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         with pytest.raises(Killed):
             run(config, KillAt(2))
@@ -335,7 +386,10 @@ class TestResume:
         run(change(again, "model", num_query_groups=4, moe_ffn_hidden_size=1024))  # the defaults, written out
 
     def test_a_refused_load_leaves_the_run_as_it_was(self, config: RunConfig, again: RunConfig) -> None:
-        engine, files = FakeEngine(VOCAB_SIZE), [Path(config.logging.run_dir) / name for name in ("config.yaml", "metrics.jsonl")]
+        engine, files = (
+            FakeEngine(VOCAB_SIZE),
+            [Path(config.logging.run_dir) / name for name in ("config.yaml", "metrics.jsonl")],
+        )
         train(engine, config, splits(), hooks_for(config, engine.place))
         before = [path.read_bytes() for path in files]
         other = change(again, "model", hidden_size=512)
@@ -347,20 +401,30 @@ class TestResume:
     def test_another_layout_needs_finetune(self, config: RunConfig, again: RunConfig, tmp_path: Path) -> None:
         run(config)
         other = change(again, "engine", zero_stage=2)
-        with pytest.raises(CheckpointError, match="--zero-stage was 1 in the checkpoint and is 2 now") as caught:
+        with pytest.raises(
+            CheckpointError, match="--zero-stage was 1 in the checkpoint and is 2 now"
+        ) as caught:
             run(other)
         assert "--finetune" in caught.value.remedy
         run(change(change(other, "checkpoint", finetune=True), "logging", run_dir=str(tmp_path / "tuned")))
 
-    def test_another_order_of_samples_is_told(self, config: RunConfig, again: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_another_order_of_samples_is_told(
+        self, config: RunConfig, again: RunConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with pytest.raises(Killed):
             run(config, KillAt(4))
         run(change(again, "train", seed=99, global_batch_size=2))
         told = capsys.readouterr().err
-        assert "--seed was 1234 in the checkpoint and is 99 now" in told and "--global-batch-size was 4" in told
+        assert (
+            "--seed was 1234 in the checkpoint and is 99 now" in told and "--global-batch-size was 4" in told
+        )
 
-    @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
-    def test_damage_is_told(self, config: RunConfig, again: RunConfig, damage: Callable[[Path], object]) -> None:
+    @pytest.mark.parametrize(
+        "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])]
+    )
+    def test_damage_is_told(
+        self, config: RunConfig, again: RunConfig, damage: Callable[[Path], object]
+    ) -> None:
         run(config)
         damage(Path(config.logging.run_dir) / "checkpoints" / folder_name(12) / "rank0.pt")
         with pytest.raises(CheckpointError, match=r"rank0\.pt") as caught:
@@ -370,7 +434,11 @@ class TestResume:
     def test_meta_says_what_wrote_it(self, config: RunConfig) -> None:
         run(config)
         meta = read_meta(find(Path(config.logging.run_dir)) or Path())
-        assert meta["sizes"]["num_experts"] == 8 and meta["layout"]["world_size"] == 1 and meta["order"]["global_batch_size"] == 4
+        assert (
+            meta["sizes"]["num_experts"] == 8
+            and meta["layout"]["world_size"] == 1
+            and meta["order"]["global_batch_size"] == 4
+        )
 
 
 class TestScore:
@@ -389,7 +457,11 @@ def test_samples_needed(config: RunConfig) -> None:
     assert samples_needed(config) == {"train_samples": 48, "valid_samples": 8, "test_samples": 8}
     whole_layout = change(config, "train", global_batch_size=None)
     assert samples_needed(whole_layout, world_size=3)["train_samples"] == 12 * 2 * 3
-    assert samples_needed(change(config, "train", eval_interval=0)) == {"train_samples": 48, "valid_samples": 0, "test_samples": 0}
+    assert samples_needed(change(config, "train", eval_interval=0)) == {
+        "train_samples": 48,
+        "valid_samples": 0,
+        "test_samples": 0,
+    }
 
 
 class TestSignal:
@@ -410,9 +482,21 @@ class TestSignal:
     @pytest.mark.parametrize(("num_workers", "whole_group"), [(0, False), (1, True)])
     def test_sigterm_saves_and_stops(self, tmp_path: Path, num_workers: int, whole_group: bool) -> None:
         """``whole_group``: launchers send it to the reading processes, too."""
-        command = [sys.executable, str(TESTS / "tiny_run.py"), str(tmp_path / "run"), "--endless", "--workers", str(num_workers)]
+        command = [
+            sys.executable,
+            str(TESTS / "tiny_run.py"),
+            str(tmp_path / "run"),
+            "--endless",
+            "--workers",
+            str(num_workers),
+        ]
         trainer = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment()
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=environment(),
         )
         assert trainer.stdout is not None
         for line in trainer.stdout:

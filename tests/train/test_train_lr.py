@@ -49,7 +49,9 @@ def megatron_rates(config: OptimizerConfig, train_iters: int, count: int) -> lis
     wsd=st.none() | st.integers(1, 80),
     share=st.floats(0.0, 1.0),
 )
-def test_equals_megatron_after_as_many_steps(style: str, warmup: int, after: int, decay_iters: bool, wsd: int | None, share: float) -> None:
+def test_equals_megatron_after_as_many_steps(
+    style: str, warmup: int, after: int, decay_iters: bool, wsd: int | None, share: float
+) -> None:
     decay = warmup + after
     train_iters = decay + 10 if decay_iters else decay
     config = OptimizerConfig(
@@ -66,7 +68,9 @@ def test_equals_megatron_after_as_many_steps(style: str, warmup: int, after: int
 
 def test_warm_up_counts_from_one() -> None:
     config = OptimizerConfig(lr=0.4, lr_warmup_iters=4, lr_decay_style="constant")
-    assert [learning_rate_at(step, config, 9) for step in range(1, 7)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert [learning_rate_at(step, config, 9) for step in range(1, 7)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
+    )
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine", "WSD"])

@@ -1,4 +1,6 @@
-"""Records and the file that keeps them: names of the public interface, full precision, valid JSON, no step twice."""
+"""Records and the file that keeps them: names of the public interface, full precision, valid JSON, no step
+twice.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from hypothesis import strategies as st
 
 from megatron_hyperrouter.engines.base import EvalResult, StepResult
 from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.train.metrics import MetricsFile, check_finite, evaluation_record, to_json, training_record
+from megatron_hyperrouter.train.metrics import (
+    MetricsFile,
+    check_finite,
+    evaluation_record,
+    to_json,
+    training_record,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,7 +37,9 @@ def read(path: Path) -> list[dict[str, object]]:
 def test_training_record_holds_the_fields_of_the_contract() -> None:
     result = StepResult(2.5, 1.1, 0.3, 0.9, (1.0, 0.5), (1.5, 2.0), stop=False)
     times = {"step_time": 0.5, "data_time": 0.125}
-    record = training_record(result, step=3, learning_rate=0.01, topk=2, tokens=40, consumed=(12, 120), **times)
+    record = training_record(
+        result, step=3, learning_rate=0.01, topk=2, tokens=40, consumed=(12, 120), **times
+    )
     assert record == {
         "step": 3,
         "lm_loss": 2.5,
@@ -55,13 +65,17 @@ def test_evaluation_record() -> None:
     record = evaluation_record(EvalResult(8 * math.log(4), 8, 32), step=7, split="valid", topk=2)
     assert list(record) == ["step", "split", "topk", "lm_loss", "perplexity", "bits_per_byte"]
     assert record["step"] == 7 and record["split"] == "valid" and record["topk"] == 2
-    assert [record["lm_loss"], record["perplexity"], record["bits_per_byte"]] == pytest.approx([math.log(4), 4.0, 0.5])
+    assert [record["lm_loss"], record["perplexity"], record["bits_per_byte"]] == pytest.approx(
+        [math.log(4), 4.0, 0.5]
+    )
     assert evaluation_record(EvalResult(1.0, 1, 0), step=1, split="test", topk=1)["bits_per_byte"] is None
 
 
 @given(st.floats())
 def test_floats_come_back_equal_and_others_are_null(value: float) -> None:
-    back = json.loads(to_json({"x": value}), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["x"]
+    back = json.loads(to_json({"x": value}), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))[
+        "x"
+    ]
     assert back == value if math.isfinite(value) else back is None
 
 
@@ -101,7 +115,9 @@ class TestFile:
         self.fill(path, steps=range(1, 4)).cut_after(0)
         assert path.read_bytes() == b""
 
-    @pytest.mark.parametrize("half", ['{"step": 3, "lm_lo', '{"step": 3}', "", "\x00\x00\n", "[3]\n", '{"lm_loss": 3}\n'])
+    @pytest.mark.parametrize(
+        "half", ['{"step": 3, "lm_lo', '{"step": 3}', "", "\x00\x00\n", "[3]\n", '{"lm_loss": 3}\n']
+    )
     def test_half_a_line_goes(self, path: Path, half: str) -> None:
         self.fill(path, steps=range(1, 3)).close()
         with path.open("a") as file:
@@ -121,7 +137,9 @@ class TestFile:
                 file.append({"step": step})
             os.kill(os.getpid(), signal.SIGKILL)
         """
-        killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False, cwd=REPOSITORY, timeout=60)
+        killed = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), str(path)], check=False, cwd=REPOSITORY, timeout=60
+        )
         assert killed.returncode == -signal.SIGKILL
         assert [record["step"] for record in read(path)] == [1, 2, 3]
 

@@ -17,12 +17,19 @@ def broken(config: RunConfig, name: str, rule: str, remedy: str) -> Problem:
     return Problem(flag(name), " ".join(value) if isinstance(value, tuple) else value, rule, remedy)
 
 
-def indivisible(config: RunConfig, name: str, by: str, *, value: int | None = None, divisor: int | None = None) -> Iterator[Problem]:
-    """A problem where setting ``name`` is no multiple of setting ``by``; pass numbers where those in force are not the settings' own."""
+def indivisible(
+    config: RunConfig, name: str, by: str, *, value: int | None = None, divisor: int | None = None
+) -> Iterator[Problem]:
+    """A problem where setting ``name`` is no multiple of setting ``by``; pass numbers where those in force
+    are not the settings' own.
+    """
     value = value_of(config, name) if value is None else value
     divisor = value_of(config, by) if divisor is None else divisor
     if value % divisor:
-        rule, remedy = f"must be divisible by {flag(by)} = {divisor}", f"use {multiples(value, divisor)}, or change {flag(by)}"
+        rule, remedy = (
+            f"must be divisible by {flag(by)} = {divisor}",
+            f"use {multiples(value, divisor)}, or change {flag(by)}",
+        )
         yield Problem(flag(name), value, rule, remedy)
 
 

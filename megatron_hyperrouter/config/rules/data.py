@@ -18,7 +18,12 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """There is something to train on."""
     if not config.data.data_path and not config.data.train_data_path and config.data.data_schedule is None:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
-        yield broken(config, "data_path", "no training data: needs --data-path, --train-data-path or --data-schedule", remedy)
+        yield broken(
+            config,
+            "data_path",
+            "no training data: needs --data-path, --train-data-path or --data-schedule",
+            remedy,
+        )
 
 
 def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -27,7 +32,12 @@ def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Pr
         return
     for name in PATHS[1:]:
         if getattr(config.data, name):
-            yield broken(config, name, "cannot stand beside --data-path, which --split divides", "give --data-path alone, or without it")
+            yield broken(
+                config,
+                name,
+                "cannot stand beside --data-path, which --split divides",
+                "give --data-path alone, or without it",
+            )
 
 
 def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -57,7 +67,9 @@ def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator
     except ValueError as error:
         yield broken(config, "split", str(error), "write training, validation and test shares: 969,30,1")
         return
-    only_scheduled = config.data.data_schedule is not None and not any(getattr(config.data, name) for name in PATHS[1:])
+    only_scheduled = config.data.data_schedule is not None and not any(
+        getattr(config.data, name) for name in PATHS[1:]
+    )
     if shares[0] == 0 and (config.data.data_path or only_scheduled):
         yield broken(config, "split", "leaves nothing to train on", "give the first number a share: 969,30,1")
 
@@ -66,7 +78,12 @@ def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator
     """Each tokenizer has what it needs to know its vocabulary."""
     kind = config.data.tokenizer_type
     if kind == "HuggingFaceTokenizer" and config.data.tokenizer_model is None:
-        yield broken(config, "tokenizer_type", "needs --tokenizer-model", "name tokenizer.json; tools/train_tokenizer.py makes one")
+        yield broken(
+            config,
+            "tokenizer_type",
+            "needs --tokenizer-model",
+            "name tokenizer.json; tools/train_tokenizer.py makes one",
+        )
     if kind == "NullTokenizer" and config.data.vocab_size is None:
         yield broken(config, "tokenizer_type", "needs --vocab-size", "give the number of token ids")
 
@@ -77,12 +94,17 @@ def packed_documents_stay_apart(config: RunConfig, world_size: int | None) -> It
         if config.data.pack_documents and not getattr(config.data, name):
             remedy = f"add {flag(name)}, or leave --pack-documents out"
             yield broken(
-                config, "pack_documents", f"needs {flag(name)}, for what shares a sample has nothing to do with each other", remedy
+                config,
+                "pack_documents",
+                f"needs {flag(name)}, for what shares a sample has nothing to do with each other",
+                remedy,
             )
 
 
 def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Packing sorts the documents; and the ledger tells tokens of a stream, which packed samples are not cut from."""
+    """Packing sorts the documents; and the ledger tells tokens of a stream, which packed samples are not cut
+    from.
+    """
     if not config.data.pack_documents:
         return
     if config.data.data_index == "on-demand":
@@ -90,7 +112,9 @@ def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> It
         yield broken(config, "data_index", rule, "use --data-index auto, or leave --pack-documents out")
     if config.data.data_schedule is not None:
         rule = "reads on where another mix stopped, which is not known for samples of --pack-documents"
-        yield broken(config, "data_schedule", rule, "use one mix with --data-path, or leave --pack-documents out")
+        yield broken(
+            config, "data_schedule", rule, "use one mix with --data-path, or leave --pack-documents out"
+        )
 
 
 RULES: tuple[Rule, ...] = (

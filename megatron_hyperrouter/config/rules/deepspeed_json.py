@@ -1,4 +1,6 @@
-"""Rules about ``--deepspeed-config``: a JSON file that is merged into our own settings for DeepSpeed, and may not contradict them."""
+"""Rules about ``--deepspeed-config``: a JSON file that is merged into our own settings for DeepSpeed, and may
+not contradict them.
+"""
 
 from __future__ import annotations
 
@@ -59,19 +61,34 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         return
     for key in ("optimizer", "scheduler"):
         if key in document:
-            yield Problem(f"{key} in {path}", document[key], "is made from the flags alone", "leave it out, and use --lr and its kin")
+            yield Problem(
+                f"{key} in {path}",
+                document[key],
+                "is made from the flags alone",
+                "leave it out, and use --lr and its kin",
+            )
     for key, expected, name in expectations(config, world_size):
         value = at(document, key)
-        agrees = value == expected and isinstance(value, bool) == isinstance(expected, bool)  # 1 == True in Python
+        agrees = value == expected and isinstance(value, bool) == isinstance(
+            expected, bool
+        )  # 1 == True in Python
         if value is not ABSENT and not agrees:
             remedy = f"leave it out, or make the two agree ({flag(name)})"
-            yield Problem(f"{key} in {path}", json.dumps(value), f"contradicts the flags, which make it {json.dumps(expected)}", remedy)
+            yield Problem(
+                f"{key} in {path}",
+                json.dumps(value),
+                f"contradicts the flags, which make it {json.dumps(expected)}",
+                remedy,
+            )
     yield from _keys_that_cannot_run(document, path)
     for key in ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"):
         if at(document, key) not in (ABSENT, False) and config.parallel.pipeline_model_parallel_size > 1:
             rule = "breaks with what our stages hand on (DeepSpeed, runtime/pipe/engine.py:736)"
             yield Problem(f"{key} in {path}", json.dumps(at(document, key)), rule, "leave it out")
-    if at(document, "zero_optimization.contiguous_gradients") is False and config.parallel.expert_model_parallel_size > 1:
+    if (
+        at(document, "zero_optimization.contiguous_gradients") is False
+        and config.parallel.expert_model_parallel_size > 1
+    ):
         name = f"zero_optimization.contiguous_gradients in {path}"
         yield Problem(name, "false", "gives wrong gradients with expert parallelism", "leave it out")
 
@@ -80,7 +97,9 @@ def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Probl
     """Whatever the flags say: DeepSpeed would stop at them, or cut the model a second time."""
     for key in REMOVED:
         if (value := at(document, key)) is not ABSENT:
-            yield Problem(f"{key} in {path}", json.dumps(value), "is no longer part of DeepSpeed", "leave it out")
+            yield Problem(
+                f"{key} in {path}", json.dumps(value), "is no longer part of DeepSpeed", "leave it out"
+            )
     for key, allowed, rule, remedy in UNFIT:
         value = at(document, key)
         if value is not ABSENT and value != allowed:
@@ -88,7 +107,12 @@ def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Probl
 
 
 UNFIT: tuple[tuple[str, object, str, str], ...] = (  # key, the value that changes nothing, rule, remedy
-    ("tensor_parallel.autotp_size", 1, "cuts layers that are cut by our own flag", "use --tensor-model-parallel-size"),
+    (
+        "tensor_parallel.autotp_size",
+        1,
+        "cuts layers that are cut by our own flag",
+        "use --tensor-model-parallel-size",
+    ),
     (
         "sequence_parallel_size",
         1,
@@ -96,7 +120,12 @@ UNFIT: tuple[tuple[str, object, str, str], ...] = (  # key, the value that chang
         "use the megatron engine's --context-parallel-size",
     ),
     ("torch_autocast.enabled", False, "mixes types inside of experts, which are of one type", "use --bf16"),
-    ("zero_optimization.reduce_scatter", True, "must be on with mixture-of-experts layers (stage_1_and_2.py)", "leave it out"),
+    (
+        "zero_optimization.reduce_scatter",
+        True,
+        "must be on with mixture-of-experts layers (stage_1_and_2.py)",
+        "leave it out",
+    ),
 )
 
 

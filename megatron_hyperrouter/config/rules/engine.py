@@ -12,7 +12,9 @@ from megatron_hyperrouter.errors import Problem
 
 
 class Missing(NamedTuple):
-    """Something that this version does not do: the setting that asks for it, on which engine, and what to do instead."""
+    """Something that this version does not do: the setting that asks for it, on which engine, and what to do
+    instead.
+    """
 
     name: str
     asked_for: Callable[[RunConfig], bool]
@@ -51,27 +53,47 @@ def zero_3_with_experts(config: RunConfig, world_size: int | None) -> Iterator[P
     """DeepSpeed 0.19.8 asserts that its own MoE layers are not used with ZeRO-3 (runtime/engine.py:2215)."""
     if config.engine.engine == "deepspeed" and config.engine.zero_stage == 3:
         best = 1 if config.parallel.pipeline_model_parallel_size > 1 else 2
-        yield broken(config, "zero_stage", "is refused by DeepSpeed's mixture-of-experts layers", f"use --zero-stage {best}")
+        yield broken(
+            config,
+            "zero_stage",
+            "is refused by DeepSpeed's mixture-of-experts layers",
+            f"use --zero-stage {best}",
+        )
 
 
 def zero_2_without_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """DeepSpeed's pipeline engine asserts ZeRO < 2 (runtime/pipe/engine.py:76)."""
-    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 2 and config.parallel.pipeline_model_parallel_size > 1:
+    if (
+        config.engine.engine == "deepspeed"
+        and config.engine.zero_stage == 2
+        and config.parallel.pipeline_model_parallel_size > 1
+    ):
         yield broken(config, "zero_stage", "does not go with pipeline parallelism", "use --zero-stage 1")
 
 
 def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without ZeRO, gradient norms are taken of what one rank holds (DeepSpeed 0.19.8 mixes them up: 4.32783 for 4.32807)."""
+    """Without ZeRO, gradient norms are taken of what one rank holds (DeepSpeed 0.19.8 mixes them up: 4.32783
+    for 4.32807).
+    """
     if config.engine.engine != "deepspeed" or config.engine.zero_stage != 0:
         return
     parallel = config.parallel
-    if max(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size) > 1:
+    if (
+        max(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.expert_model_parallel_size,
+        )
+        > 1
+    ):
         rule = "takes wrong gradient norms with tensor, pipeline or expert parallelism"
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 
 def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without ZeRO, DeepSpeed 0.19.8 adds up bfloat16 gradients in bfloat16 (norm 0.6097 for 0.6525; runtime/engine.py:2323)."""
+    """Without ZeRO, DeepSpeed 0.19.8 adds up bfloat16 gradients in bfloat16 (norm 0.6097 for 0.6525;
+    runtime/engine.py:2323).
+    """
     if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.train.bf16:
         rule = "adds up gradients in bfloat16 with --bf16, and takes wrong norms of them"
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")

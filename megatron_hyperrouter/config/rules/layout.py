@@ -1,6 +1,7 @@
 """Rules about how work is spread over ranks: what must divide what.
 
-Words: TP tensor, PP pipeline, VPP virtual pipeline, CP context, EP expert, ETP expert-tensor parallelism, DP data-parallel ranks.
+Words: TP tensor, PP pipeline, VPP virtual pipeline, CP context, EP expert, ETP expert-tensor parallelism, DP
+data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -8,7 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.derived import data_parallel_size, expert_tensor_size, model_parallel_size, query_groups
+from megatron_hyperrouter.config.derived import (
+    data_parallel_size,
+    expert_tensor_size,
+    model_parallel_size,
+    query_groups,
+)
 from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible, multiples
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -19,9 +25,18 @@ def world_by_layout(config: RunConfig, world_size: int | None) -> Iterator[Probl
     size = model_parallel_size(config)
     if world_size is not None and world_size % size:
         sizes = config.parallel
-        parts = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
+        parts = (
+            sizes.tensor_model_parallel_size,
+            sizes.pipeline_model_parallel_size,
+            sizes.context_parallel_size,
+        )
         rule = "must be divisible by tensor x pipeline x context parallelism = " + " x ".join(map(str, parts))
-        yield Problem("ranks started", world_size, rule, f"start a multiple of {size} ranks, or make these sizes smaller")
+        yield Problem(
+            "ranks started",
+            world_size,
+            rule,
+            f"start a multiple of {size} ranks, or make these sizes smaller",
+        )
 
 
 def expert_tensor_parallel_is_all_or_none(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -34,13 +49,20 @@ def expert_tensor_parallel_is_all_or_none(config: RunConfig, world_size: int | N
 
 
 def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed cuts expert-parallel groups out of the data-parallel ranks, unless TP ranks have experts of their own."""
+    """DeepSpeed cuts expert-parallel groups out of the data-parallel ranks, unless TP ranks have experts of
+    their own.
+    """
     if world_size is None or not _experts_over_data_ranks(config):
         return
     ranks = data_parallel_size(config, world_size)
     if ranks % config.parallel.expert_model_parallel_size:
-        rule = f"must divide the {ranks} data-parallel rank{'s' if ranks > 1 else ''} of the {world_size} started"
-        yield broken(config, "expert_model_parallel_size", rule, f"use {divisors(ranks)}, or start more ranks")
+        rule = (
+            f"must divide the {ranks} data-parallel rank{'s' if ranks > 1 else ''} of the {world_size} "
+            "started"
+        )
+        yield broken(
+            config, "expert_model_parallel_size", rule, f"use {divisors(ranks)}, or start more ranks"
+        )
 
 
 def world_by_expert_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -48,14 +70,26 @@ def world_by_expert_layout(config: RunConfig, world_size: int | None) -> Iterato
     if world_size is None or _experts_over_data_ranks(config):
         return
     parallel = config.parallel
-    sizes = (parallel.expert_model_parallel_size, expert_tensor_size(config), parallel.pipeline_model_parallel_size)
+    sizes = (
+        parallel.expert_model_parallel_size,
+        expert_tensor_size(config),
+        parallel.pipeline_model_parallel_size,
+    )
     if world_size % math.prod(sizes):
-        rule = f"x expert tensor x pipeline parallelism = {' x '.join(map(str, sizes))} must divide the {world_size} ranks"
-        yield broken(config, "expert_model_parallel_size", rule, "make these sizes smaller, or start more ranks")
+        rule = (
+            f"x expert tensor x pipeline parallelism = {' x '.join(map(str, sizes))} must divide the "
+            f"{world_size} ranks"
+        )
+        yield broken(
+            config, "expert_model_parallel_size", rule, "make these sizes smaller, or start more ranks"
+        )
 
 
 def _experts_over_data_ranks(config: RunConfig) -> bool:
-    return config.engine.engine == "deepspeed" and expert_tensor_size(config) == config.parallel.tensor_model_parallel_size
+    return (
+        config.engine.engine == "deepspeed"
+        and expert_tensor_size(config) == config.parallel.tensor_model_parallel_size
+    )
 
 
 def experts_by_expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -67,7 +101,9 @@ def heads_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Itera
     """TP cuts attention between heads, and between key/value heads."""
     yield from indivisible(config, "num_attention_heads", "tensor_model_parallel_size")
     if config.model.num_query_groups is not None:
-        yield from indivisible(config, "num_query_groups", "tensor_model_parallel_size", value=query_groups(config))
+        yield from indivisible(
+            config, "num_query_groups", "tensor_model_parallel_size", value=query_groups(config)
+        )
 
 
 def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -78,12 +114,22 @@ def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> 
 def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """ETP cuts the width of an expert; TP that of a residual MLP, which is as wide."""
     model = config.model
-    name = "moe_ffn_hidden_size" if model.moe_ffn_hidden_size else "ffn_hidden_size" if model.ffn_hidden_size else "hidden_size"
+    name = (
+        "moe_ffn_hidden_size"
+        if model.moe_ffn_hidden_size
+        else "ffn_hidden_size"
+        if model.ffn_hidden_size
+        else "hidden_size"
+    )
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
     residual = model.mlp_type == "residual"
     ranks = config.parallel.tensor_model_parallel_size if residual else expert_tensor_size(config)
     if width % ranks:
-        who, other = ("a residual MLP", "--mlp-type standard") if residual else ("experts", "--expert-tensor-parallel-size 1")
+        who, other = (
+            ("a residual MLP", "--mlp-type standard")
+            if residual
+            else ("experts", "--expert-tensor-parallel-size 1")
+        )
         rule = f"gives {who} of width {width}, which must be divisible by their tensor parallelism = {ranks}"
         yield broken(config, name, rule, f"set --moe-ffn-hidden-size to a multiple, or {other}")
 
@@ -91,7 +137,12 @@ def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -
 def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Sequence parallelism spreads over the TP ranks."""
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        yield broken(config, "sequence_parallel", "needs --tensor-model-parallel-size > 1", "leave it out, or set tensor parallelism")
+        yield broken(
+            config,
+            "sequence_parallel",
+            "needs --tensor-model-parallel-size > 1",
+            "leave it out, or set tensor parallelism",
+        )
 
 
 def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -100,7 +151,10 @@ def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Pro
     slices = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     slices *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if config.model.seq_length % slices:
-        rule = f"must be divisible by {slices}: 2 x context parallelism, x tensor parallelism under sequence parallelism"
+        rule = (
+            f"must be divisible by {slices}: 2 x context parallelism, x tensor parallelism under "
+            "sequence parallelism"
+        )
         yield broken(config, "seq_length", rule, f"use a multiple of {slices}")
 
 
@@ -109,7 +163,12 @@ def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Pr
     layers, stages = config.model.num_layers, config.parallel.pipeline_model_parallel_size
     chunks = stages * (config.parallel.virtual_pipeline_model_parallel_size or 1)
     if chunks > 1 and layers < chunks:
-        yield broken(config, "num_layers", f"must be at least one for each of {chunks} pipeline stages", f"use {chunks} or more layers")
+        yield broken(
+            config,
+            "num_layers",
+            f"must be at least one for each of {chunks} pipeline stages",
+            f"use {chunks} or more layers",
+        )
     elif layers % chunks and (config.engine.engine == "megatron" or chunks > stages):
         rule = f"must be divisible by pipeline x virtual pipeline stages = {chunks}"
         yield broken(config, "num_layers", rule, f"use {multiples(layers, chunks)}")
@@ -120,7 +179,12 @@ def virtual_pipeline_needs_pipeline(config: RunConfig, world_size: int | None) -
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     if chunks is not None and chunks > 1 and config.parallel.pipeline_model_parallel_size == 1:
         name = "virtual_pipeline_model_parallel_size"
-        yield broken(config, name, "needs --pipeline-model-parallel-size > 1", "leave it out, or set pipeline parallelism")
+        yield broken(
+            config,
+            name,
+            "needs --pipeline-model-parallel-size > 1",
+            "leave it out, or set pipeline parallelism",
+        )
 
 
 def divisors(number: int) -> str:

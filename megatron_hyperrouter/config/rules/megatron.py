@@ -13,7 +13,9 @@ from megatron_hyperrouter.errors import Problem
 
 
 def param_gather_has_parts_to_gather(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Only the distributed optimizer leaves weights to gather; megatron-core ties the overlap to that of gradients (arguments.py)."""
+    """Only the distributed optimizer leaves weights to gather; megatron-core ties the overlap to that of
+    gradients (arguments.py).
+    """
     if config.engine.engine != "megatron" or not config.optimizer.overlap_param_gather:
         return
     needed = ("use_distributed_optimizer", "overlap_grad_reduce")
@@ -22,40 +24,80 @@ def param_gather_has_parts_to_gather(config: RunConfig, world_size: int | None) 
         yield broken(config, "overlap_param_gather", f"needs {missing}", f"add {missing}, or leave it out")
 
 
-def tensor_parallel_experts_need_sequence_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+def tensor_parallel_experts_need_sequence_parallel(
+    config: RunConfig, world_size: int | None
+) -> Iterator[Problem]:
     """megatron-core trains MoE layers under TP only with sequence parallelism (moe_layer.py:380 raises)."""
     parallel = config.parallel
-    if config.engine.engine == "megatron" and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        yield broken(config, "sequence_parallel", "must be on with tensor parallelism on the megatron engine", "add --sequence-parallel")
+    if (
+        config.engine.engine == "megatron"
+        and parallel.tensor_model_parallel_size > 1
+        and not parallel.sequence_parallel
+    ):
+        yield broken(
+            config,
+            "sequence_parallel",
+            "must be on with tensor parallelism on the megatron engine",
+            "add --sequence-parallel",
+        )
 
 
 def capacity_of_whole_samples(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A capacity of each rank's own tokens drops others than a capacity of all: the loss is off by 1.2e-2 with TP 2."""
+    """A capacity of each rank's own tokens drops others than a capacity of all: the loss is off by 1.2e-2
+    with TP 2.
+    """
     parallel = config.parallel
     cut = max(parallel.tensor_model_parallel_size, parallel.context_parallel_size) > 1
     if config.engine.engine == "megatron" and cut and config.model.moe_expert_capacity_factor is not None:
-        rule = "counts the tokens of one rank, and tensor or context parallelism cuts samples: other tokens would be dropped"
-        yield broken(config, "moe_expert_capacity_factor", rule, "leave it out, or use expert and pipeline parallelism")
+        rule = (
+            "counts the tokens of one rank, and tensor or context parallelism cuts samples: other tokens "
+            "would be dropped"
+        )
+        yield broken(
+            config, "moe_expert_capacity_factor", rule, "leave it out, or use expert and pipeline parallelism"
+        )
 
 
 def flex_has_its_kernels(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The flex dispatcher is DeepEP's (token_dispatcher.py:1149 raises ImportError)."""
-    if config.engine.engine == "megatron" and config.engine.moe_token_dispatcher_type == "flex" and not installed("deep_ep"):
+    if (
+        config.engine.engine == "megatron"
+        and config.engine.moe_token_dispatcher_type == "flex"
+        and not installed("deep_ep")
+    ):
         remedy = "install DeepEP (github.com/deepseek-ai/DeepEP, needs GPUs), or use alltoall"
-        yield broken(config, "moe_token_dispatcher_type", "needs the library deep_ep, which is not installed", remedy)
+        yield broken(
+            config, "moe_token_dispatcher_type", "needs the library deep_ep, which is not installed", remedy
+        )
 
 
 def flex_has_ranks_to_dispatch_to(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The flex dispatcher asserts that there is somebody to send tokens to (token_dispatcher.py:1346)."""
     ranks = expert_tensor_size(config) * config.parallel.expert_model_parallel_size
-    if config.engine.engine == "megatron" and config.engine.moe_token_dispatcher_type == "flex" and ranks == 1:
-        yield broken(config, "moe_token_dispatcher_type", "needs experts on several ranks", "use alltoall, or --expert-model-parallel-size")
+    if (
+        config.engine.engine == "megatron"
+        and config.engine.moe_token_dispatcher_type == "flex"
+        and ranks == 1
+    ):
+        yield broken(
+            config,
+            "moe_token_dispatcher_type",
+            "needs experts on several ranks",
+            "use alltoall, or --expert-model-parallel-size",
+        )
 
 
 def documents_need_attention_of_ours(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Transformer Engine's attention is given no borders of documents."""
-    if config.engine.engine == "megatron" and config.engine.transformer_impl == "transformer_engine" and resets_documents(config):
-        rule = "has attention that knows no documents, which --reset-attention-mask and --reset-position-ids ask for"
+    if (
+        config.engine.engine == "megatron"
+        and config.engine.transformer_impl == "transformer_engine"
+        and resets_documents(config)
+    ):
+        rule = (
+            "has attention that knows no documents, which --reset-attention-mask and "
+            "--reset-position-ids ask for"
+        )
         yield broken(config, "transformer_impl", rule, "use --transformer-impl local, or leave those two out")
 
 

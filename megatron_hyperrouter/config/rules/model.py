@@ -27,25 +27,51 @@ def head_width_is_even(config: RunConfig, world_size: int | None) -> Iterator[Pr
     if width % 2 == 0:
         return
     if config.model.kv_channels is not None:
-        yield broken(config, "kv_channels", "must be even, for rotary embeddings", f"use {width - 1 or 2} or {width + 1}")
-    elif config.model.hidden_size % config.model.num_attention_heads == 0:  # otherwise that is the problem to report
-        rule = f"gives {config.model.num_attention_heads} heads of width {width}, which must be even for rotary embeddings"
-        yield broken(config, "hidden_size", rule, f"use {config.model.num_attention_heads * (width + 1)}, or set --kv-channels")
+        yield broken(
+            config,
+            "kv_channels",
+            "must be even, for rotary embeddings",
+            f"use {width - 1 or 2} or {width + 1}",
+        )
+    elif (
+        config.model.hidden_size % config.model.num_attention_heads == 0
+    ):  # otherwise that is the problem to report
+        rule = (
+            f"gives {config.model.num_attention_heads} heads of width {width}, which must be even for "
+            "rotary embeddings"
+        )
+        yield broken(
+            config,
+            "hidden_size",
+            rule,
+            f"use {config.model.num_attention_heads * (width + 1)}, or set --kv-channels",
+        )
 
 
 def topk_within_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """k <= E, at the end of the schedule and at its start."""
     experts = config.model.num_experts
-    for name, topk in (("moe_router_topk", config.model.moe_router_topk), ("topk_start", config.topk.topk_start)):
+    for name, topk in (
+        ("moe_router_topk", config.model.moe_router_topk),
+        ("topk_start", config.topk.topk_start),
+    ):
         if topk is not None and topk > experts:
-            yield broken(config, name, f"must be at most --num-experts = {experts}", f"use 1 to {experts}, or more experts")
+            yield broken(
+                config,
+                name,
+                f"must be at most --num-experts = {experts}",
+                f"use 1 to {experts}, or more experts",
+            )
 
 
 def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Without a schedule, its start and its length would say nothing."""
     if config.topk.topk_schedule != "constant":
         return
-    for name, value in (("topk_start", config.topk.topk_start), ("topk_schedule_steps", config.topk.topk_schedule_steps)):
+    for name, value in (
+        ("topk_start", config.topk.topk_start),
+        ("topk_schedule_steps", config.topk.topk_schedule_steps),
+    ):
         if value is not None:
             rule = "needs a schedule, and --topk-schedule is constant"
             yield broken(config, name, rule, "choose --topk-schedule linear, or leave it out")
@@ -54,7 +80,12 @@ def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> It
 def schedule_needs_a_start(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A schedule from k to k is no schedule."""
     if config.topk.topk_schedule != "constant" and config.topk.topk_start is None:
-        yield broken(config, "topk_schedule", "needs --topk-start, or k would never change", "set --topk-start to the k of step 0")
+        yield broken(
+            config,
+            "topk_schedule",
+            "needs --topk-start, or k would never change",
+            "set --topk-start to the k of step 0",
+        )
 
 
 def router_options(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

@@ -15,29 +15,51 @@ def global_batch_by_micro_batches(config: RunConfig, world_size: int | None) -> 
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     if total is None:
         return
-    ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1  # a layout that does not fit is reported by itself
+    ranks = (
+        1 if world_size is None else data_parallel_size(config, world_size) or 1
+    )  # a layout that does not fit is reported by itself
     if total % (micro * ranks):
         among = "" if world_size is None else f" x data-parallel ranks = {micro} x {ranks}"
         rule = f"must be divisible by --micro-batch-size{among or f' = {micro}'}"
-        yield broken(config, "global_batch_size", rule, f"use {multiples(total, micro * ranks)}, or change --micro-batch-size")
+        yield broken(
+            config,
+            "global_batch_size",
+            rule,
+            f"use {multiples(total, micro * ranks)}, or change --micro-batch-size",
+        )
 
 
 def micro_batches_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The interleaved schedule goes round the stages in whole turns."""
-    stages, chunks = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    stages, chunks = (
+        config.parallel.pipeline_model_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size or 1,
+    )
     ranks = 0 if world_size is None else data_parallel_size(config, world_size)
     if chunks == 1 or ranks == 0:
         return
-    micro_batches = (config.train.global_batch_size or config.train.micro_batch_size * ranks) // (config.train.micro_batch_size * ranks)
+    micro_batches = (config.train.global_batch_size or config.train.micro_batch_size * ranks) // (
+        config.train.micro_batch_size * ranks
+    )
     if micro_batches % stages:
-        rule = f"gives {micro_batches} micro-batches, which must be divisible by the {stages} interleaved pipeline stages"
-        yield broken(config, "global_batch_size", rule, f"use a multiple of {config.train.micro_batch_size * ranks * stages}")
+        rule = (
+            f"gives {micro_batches} micro-batches, which must be divisible by the {stages} interleaved "
+            "pipeline stages"
+        )
+        yield broken(
+            config,
+            "global_batch_size",
+            rule,
+            f"use a multiple of {config.train.micro_batch_size * ranks * stages}",
+        )
 
 
 def min_lr_within_lr(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The learning rate decays downwards."""
     if config.optimizer.min_lr > config.optimizer.lr:
-        yield broken(config, "min_lr", f"must be at most --lr = {config.optimizer.lr}", "lower it, or raise --lr")
+        yield broken(
+            config, "min_lr", f"must be at most --lr = {config.optimizer.lr}", "lower it, or raise --lr"
+        )
 
 
 def warmup_within_decay(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -45,7 +67,9 @@ def warmup_within_decay(config: RunConfig, world_size: int | None) -> Iterator[P
     warmup, end = config.optimizer.lr_warmup_iters, decay_iters(config)
     if warmup > end:
         name = "--lr-decay-iters" if config.optimizer.lr_decay_iters else "--train-iters"
-        yield broken(config, "lr_warmup_iters", f"must be at most {name} = {end}", f"use {end // 10}, or train longer")
+        yield broken(
+            config, "lr_warmup_iters", f"must be at most {name} = {end}", f"use {end // 10}, or train longer"
+        )
 
 
 def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -54,13 +78,23 @@ def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
         return
     room = decay_iters(config) - config.optimizer.lr_warmup_iters
     if config.optimizer.lr_wsd_decay_iters > room >= 0:
-        yield broken(config, "lr_wsd_decay_iters", f"must be at most {room}: the steps between warm-up and the end", f"use at most {room}")
+        yield broken(
+            config,
+            "lr_wsd_decay_iters",
+            f"must be at most {room}: the steps between warm-up and the end",
+            f"use at most {room}",
+        )
 
 
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Fine-tuning starts from somebody's weights."""
     if config.checkpoint.finetune and config.checkpoint.load is None:
-        yield broken(config, "finetune", "needs --load", "name the run or checkpoint folder with --load, or leave it out")
+        yield broken(
+            config,
+            "finetune",
+            "needs --load",
+            "name the run or checkpoint folder with --load, or leave it out",
+        )
 
 
 RULES: tuple[Rule, ...] = (

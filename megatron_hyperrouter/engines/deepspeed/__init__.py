@@ -1,4 +1,6 @@
-"""The DeepSpeed engine: megatron-core layers, DeepSpeed-MoE in their MLP slot, ZeRO and pipeline stages around them."""
+"""The DeepSpeed engine: megatron-core layers, DeepSpeed-MoE in their MLP slot, ZeRO and pipeline stages
+around them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
 
-def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> Engine:
+def open_engine(
+    config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+) -> Engine:
     """See :func:`megatron_hyperrouter.engines.open_engine`."""
     # Not at the top: plug_into_deepspeed stands in this room too, and needs no megatron-core.
     from megatron_hyperrouter.engines.deepspeed.engine import DeepSpeedEngine

@@ -31,16 +31,22 @@ if TYPE_CHECKING:
 class DeepSpeedEngine(SharedEngine):
     """Serves ``engines.base.Engine``."""
 
-    def __init__(self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+    ) -> None:
         """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document."""
         self._found_world = dist.is_initialized()
         super().__init__(config, join(config), eod=eod)
         self.stages = config.parallel.pipeline_model_parallel_size
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
-            self.model = model.build(config, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics, loss=self.loss)
+            self.model = model.build(
+                config, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics, loss=self.loss
+            )
             initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
             # DeepSpeed's engine alone runs pipeline stages, in an evaluation too.
-            self.host: Any = self._wrap() if for_training or self.stages > 1 else self._place_without_optimizer()
+            self.host: Any = (
+                self._wrap() if for_training or self.stages > 1 else self._place_without_optimizer()
+            )
         self.hold_routers(model.routers(self.model, config))
 
     def _wrap(self) -> Any:
@@ -48,9 +54,15 @@ class DeepSpeedEngine(SharedEngine):
 
         settings = deepspeed_settings(self.config, data_parallel_size=self.place.data_size)
         self.micro_batches: int = settings["gradient_accumulation_steps"]
-        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / self.micro_batches))  # of the shape that the Megatron engine sets
+        MoEAuxLossAutoScaler.set_loss_scale(
+            torch.full((1,), 1.0 / self.micro_batches)
+        )  # of the shape that the Megatron engine sets
         optimizer = adamw(self.named_parameters(), self.config.optimizer)
-        self._clipper = Clipper(optimizer, self.config.optimizer.clip_grad) if self.config.engine.zero_stage == 0 else None
+        self._clipper = (
+            Clipper(optimizer, self.config.optimizer.clip_grad)
+            if self.config.engine.zero_stage == 0
+            else None
+        )
         spread = self.config.parallel.tensor_model_parallel_size > 1
         if spread:
             tensor.sum_partial_gradients(self.named_parameters())
@@ -102,7 +114,9 @@ class DeepSpeedEngine(SharedEngine):
                 self.model(tokens_BS, labels_BS)
 
     def _told(self, held: list[Batch]) -> list[Batch]:
-        """The same; the layers of every stage know the tokens now, of which DeepSpeed gives the middle ones nothing."""
+        """The same; the layers of every stage know the tokens now, of which DeepSpeed gives the middle ones
+        nothing.
+        """
         for tokens_BS, _ in held:
             self.clock.arrive(tokens_BS.to(self.device, non_blocking=True), self.place)
         return held

@@ -35,7 +35,8 @@ class SparseRoutes(NamedTuple):
 class RouterGate(nn.Module):
     """Hands a router's choice to DeepSpeed's dispatch, for any k from 1 to E, dropless or with a capacity.
 
-    DeepSpeed's own gate differs by k: at k = 1 weights are not renormalised, at k = 2 the balance loss counts first choices only.
+    DeepSpeed's own gate differs by k: at k = 1 weights are not renormalised, at k = 2 the balance loss counts
+    first choices only.
     """
 
     def __init__(
@@ -49,13 +50,16 @@ class RouterGate(nn.Module):
         min_capacity: int = 0,
         capacity_multiple: int | Callable[[], int] = 1,
     ) -> None:
-        """``capacity_factor``: slots as a multiple of an even load, None drops nothing; ``eval_capacity_factor``: outside training, by
-        default the same; ``min_capacity``: slots at least; ``capacity_multiple``: MOELayer cuts the slots over this many TP ranks.
+        """``capacity_factor``: slots as a multiple of an even load, None drops nothing;
+        ``eval_capacity_factor``: outside training, by default the same; ``min_capacity``: slots at least;
+        ``capacity_multiple``: MOELayer cuts the slots over this many TP ranks.
         """
         super().__init__()
         self.router = router
         self.site = RouterSite(router, clock=clock, statistics=statistics)
-        self.dropless = False  # whatever the capacity: as long as a router waits for the outputs of all its choices
+        self.dropless = (
+            False  # whatever the capacity: as long as a router waits for the outputs of all its choices
+        )
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
         self.min_capacity = min_capacity
@@ -70,18 +74,32 @@ class RouterGate(nn.Module):
     def _set_ep_group(self, ep_group: dist.ProcessGroup | None) -> None:
         self.ep_group = ep_group
 
-    def forward(self, x_TD: Tensor, used_token: Tensor | None = None, sparse_routes: bool = True, use_tutel: bool = False) -> SparseRoutes:
-        """Route the tokens of this rank; the optional arguments are DeepSpeed's and have to keep these values."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = True,
+        use_tutel: bool = False,
+    ) -> SparseRoutes:
+        """Route the tokens of this rank; the optional arguments are DeepSpeed's and have to keep these
+        values.
+        """
         if used_token is not None or not sparse_routes or use_tutel:
             raise NotImplementedError("RouterGate serves sparse routes of all tokens only")
         routing = self.site.routing(x_TD)
         load_E = load(routing.experts_TK, self.router.num_experts)
-        chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
-        factor = None if self.dropless else self.capacity_factor if self.training else self.eval_capacity_factor
+        chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool).scatter_(
+            1, routing.experts_TK, True
+        )
+        factor = (
+            None if self.dropless else self.capacity_factor if self.training else self.eval_capacity_factor
+        )
         slots = self._slots(factor, routing.experts_TK, load_E)
         multiple = self.capacity_multiple() if callable(self.capacity_multiple) else self.capacity_multiple
         if factor is not None:
-            weights_TE = torch.zeros_like(routing.logits_TE).scatter_(1, routing.experts_TK, routing.weights_TK.detach())
+            weights_TE = torch.zeros_like(routing.logits_TE).scatter_(
+                1, routing.experts_TK, routing.weights_TK.detach()
+            )
             chosen_TE = chosen_TE & heaviest(weights_TE, slots)  # not the padding: TP drops no fewer
         kept_TK = chosen_TE.gather(1, routing.experts_TK)
         slots_TK = (chosen_TE.cumsum(0, dtype=torch.int32) - 1).gather(1, routing.experts_TK)

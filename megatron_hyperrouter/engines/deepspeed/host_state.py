@@ -21,11 +21,14 @@ def save(optimizer: Any, folder: Path, rank: int) -> None:
 
 
 def load(optimizer: Any, folder: Path, rank: int) -> None:
-    """Read what :func:`save` wrote, on the same layout or on another number of ranks that are data-parallel alone.
+    """Read what :func:`save` wrote, on the same layout or on another number of ranks that are data-parallel
+    alone.
 
     The model's weights must be there already.
     """
-    state = load_state(folder, rank) if as_many_ranks(folder) else _cut_anew(load_states(folder, rank), optimizer)
+    state = (
+        load_state(folder, rank) if as_many_ranks(folder) else _cut_anew(load_states(folder, rank), optimizer)
+    )
     if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0 in float32: torch's own
         optimizer.load_state_dict(state)
         return
@@ -38,7 +41,8 @@ def load(optimizer: Any, folder: Path, rank: int) -> None:
 def _cut_anew(states: list[Any], optimizer: Any) -> Any:
     """This rank's state, from those of another number of data-parallel ranks.
 
-    ZeRO lays the parameters of a group end to end, fills up, and gives each rank an equal piece, which is saved without the filling.
+    ZeRO lays the parameters of a group end to end, fills up, and gives each rank an equal piece, which is
+    saved without the filling.
     """
     if isinstance(optimizer, torch.optim.Optimizer):  # every rank has all of it
         return states[0]
@@ -47,7 +51,8 @@ def _cut_anew(states: list[Any], optimizer: Any) -> Any:
         what = type(optimizer).__name__ + (" with round_robin_gradients" if shuffled else "")
         raise CheckpointError(
             f"the state of a {what} cannot be cut anew for another number of ranks",
-            remedy="resume with the number of ranks of the run that wrote it, or load weights alone with --finetune",
+            remedy="resume with the number of ranks of the run that wrote it, or load weights alone with "
+            "--finetune",
         )
     place = dist.get_rank(group=optimizer.dp_process_group)
     values: list[Tensor] = []
@@ -60,7 +65,12 @@ def _cut_anew(states: list[Any], optimizer: Any) -> Any:
         (number,) = states[0]["base_optimizer_state"]["param_groups"][group]["params"]
         saved = [state["base_optimizer_state"]["state"][number] for state in states]
         moments[number] = {
-            name: _filled(_between([own[name][: len(piece)] for own, piece in zip(saved, pieces, strict=True)], begin, end), size)
+            name: _filled(
+                _between(
+                    [own[name][: len(piece)] for own, piece in zip(saved, pieces, strict=True)], begin, end
+                ),
+                size,
+            )
             if isinstance(value, Tensor) and value.dim()
             else value
             for name, value in saved[0].items()

@@ -1,4 +1,5 @@
-"""The model as a list of layers: stages of DeepSpeed's ``PipelineModule``, or one after the other without it.
+"""The model as a list of layers: stages of DeepSpeed's ``PipelineModule``, or one after the other without
+it.
 
 Legend: ``B`` batch, ``S`` sequence, ``D`` hidden size, ``V`` vocabulary (padded).
 """
@@ -27,13 +28,21 @@ from megatron_hyperrouter.model.rotary import RotaryTable
 from megatron_hyperrouter.model.spec import RMSNorm, layer_spec
 
 
-def model_layers(run: RunConfig, config: TransformerConfig, moe: ModuleSpec, vocab_size: int, *, clock: Clock) -> list[LayerSpec]:
+def model_layers(
+    run: RunConfig, config: TransformerConfig, moe: ModuleSpec, vocab_size: int, *, clock: Clock
+) -> list[LayerSpec]:
     """Embedding, transformer layers, final norm, output; ``vocab_size`` is the padded one."""
     tied = not run.model.untie_embeddings_and_output_weights
     embedding_args = (run, config, vocab_size, tied)
     if tied:
         first = TiedLayerSpec("embed", Embedding, *embedding_args, tied_weight_attr=[WORD_EMBEDDINGS])
-        last = TiedLayerSpec("embed", Embedding, *embedding_args, forward_fn=Embedding.logits, tied_weight_attr=[WORD_EMBEDDINGS])
+        last = TiedLayerSpec(
+            "embed",
+            Embedding,
+            *embedding_args,
+            forward_fn=Embedding.logits,
+            tied_weight_attr=[WORD_EMBEDDINGS],
+        )
     else:
         first = LayerSpec(Embedding, *embedding_args)
         last = LayerSpec(Output, config, vocab_size)
@@ -43,7 +52,9 @@ def model_layers(run: RunConfig, config: TransformerConfig, moe: ModuleSpec, voc
 
 
 class Block(TransformerLayer):
-    """A transformer layer as a pipeline layer: one tensor in, one out; its rotary table is its own, its mask the core attention's."""
+    """A transformer layer as a pipeline layer: one tensor in, one out; its rotary table is its own, its
+    mask the core attention's.
+    """
 
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
@@ -58,8 +69,12 @@ class Block(TransformerLayer):
         return self._layer(hidden_SBD)
 
     def _layer(self, hidden_SBD: Tensor) -> Tensor:
-        length = hidden_SBD.size(0) * (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
-        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length, hidden_SBD.device))
+        length = hidden_SBD.size(0) * (
+            self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        )
+        output, _ = super().forward(
+            hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length, hidden_SBD.device)
+        )
         return output
 
 
@@ -68,7 +83,9 @@ class Embedding(nn.Module):
 
     def __init__(self, run: RunConfig, config: TransformerConfig, vocab_size: int, tied: bool) -> None:
         super().__init__()
-        self.embedding = LanguageModelEmbedding(config, vocab_size, run.model.seq_length, position_embedding_type="rope")
+        self.embedding = LanguageModelEmbedding(
+            config, vocab_size, run.model.seq_length, position_embedding_type="rope"
+        )
         if tied:
             self.output_layer = _output_layer(config, vocab_size, own_weight=False)
 
@@ -98,11 +115,15 @@ class Output(nn.Module):
 
 
 class Sequence(nn.Module):
-    """The layers one after the other, for what PipelineModule refuses (ZeRO-2) or does not need (one stage)."""
+    """The layers one after the other, for what PipelineModule refuses (ZeRO-2) or does not need (one
+    stage).
+    """
 
     def __init__(self, layers: list[LayerSpec], loss: LanguageModelLoss) -> None:
         super().__init__()
-        self.tied_modules = nn.ModuleDict()  # PipelineModule's name, so that both kinds of model share one map of names
+        self.tied_modules = (
+            nn.ModuleDict()
+        )  # PipelineModule's name, so that both kinds of model share one map of names
         self.loss = loss
         self.calls: list[Callable[[Tensor], Tensor]] = []
         for position, layer in enumerate(layers):

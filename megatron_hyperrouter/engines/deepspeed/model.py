@@ -1,4 +1,6 @@
-"""The model of a run under DeepSpeed: layers in a row or in pipeline stages, with initial weights and global names."""
+"""The model of a run under DeepSpeed: layers in a row or in pipeline stages, with initial weights and global
+names.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.model.loss import LanguageModelLoss
 
 
-def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics, loss: LanguageModelLoss) -> nn.Module:
+def build(
+    run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics, loss: LanguageModelLoss
+) -> nn.Module:
     """``vocab_size``: ids of the tokenizer, before padding.  Weights are left as they come."""
     parallel = run.parallel
     core = transformer_config(
@@ -31,7 +35,8 @@ def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterSt
         sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(run),
-        # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers (transformer_layer.py:48).
+        # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers
+        # (transformer_layer.py:48).
         pipeline_model_parallel_size=1,
     )
     moe = moe_spec(run, vocab_size=vocab_size, clock=clock, statistics=statistics)
@@ -43,7 +48,9 @@ def build(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterSt
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     topology = PipeModelDataParallelTopology(
-        num_pp=stages, num_mp=parallel.tensor_model_parallel_size, num_dp=parallel_state.get_data_parallel_world_size()
+        num_pp=stages,
+        num_mp=parallel.tensor_model_parallel_size,
+        num_dp=parallel_state.get_data_parallel_world_size(),
     )
     return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="type:Block")
 
@@ -57,7 +64,11 @@ def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn
 
 def routers(model: nn.Module, run: RunConfig) -> dict[str, Router]:
     """Prefix of the global names -> router."""
-    return {_global(f"{name}.", run): module for name, module in model.named_modules() if isinstance(module, Router)}
+    return {
+        _global(f"{name}.", run): module
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+    }
 
 
 def _global(name: str, run: RunConfig) -> str:

@@ -34,14 +34,22 @@ from megatron_hyperrouter.routers.base import Router
 class MoESlot(MegatronModule):
     """DeepSpeed's MoE layer with megatron-core's SwiGLU experts and one of our routers.
 
-    The routers' losses join the graph where they arise (``MoEAuxLossAutoScaler``), so no pipeline stage has to carry them.
+    The routers' losses join the graph where they arise (``MoEAuxLossAutoScaler``), so no pipeline stage has
+    to carry them.
 
-    ``--mlp-type residual`` is the Residual-MoE of PR-MoE (DeepSpeed-MoE, 2201.05596, section 4.1), as DeepSpeed computes it
-    (moe/layer.py:124): ``c_0 MoE(x) + c_1 MLP(x)`` with ``c = softmax(W x + b)``, and an MLP as wide as one expert.
+    ``--mlp-type residual`` is the Residual-MoE of PR-MoE (DeepSpeed-MoE, 2201.05596, section 4.1), as
+    DeepSpeed computes it (moe/layer.py:124): ``c_0 MoE(x) + c_1 MLP(x)`` with ``c = softmax(W x + b)``, and
+    an MLP as wide as one expert.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, run: RunConfig, make: Callable[[int], Router], clock: Clock, statistics: RouterStatistics
+        self,
+        config: TransformerConfig,
+        *,
+        run: RunConfig,
+        make: Callable[[int], Router],
+        clock: Clock,
+        statistics: RouterStatistics,
     ) -> None:
         """``make``: the router of the layer of this number, counted from 1 over the whole model."""
         super().__init__(config)
@@ -57,7 +65,9 @@ class MoESlot(MegatronModule):
             enable_expert_tensor_parallelism=shared_experts,
             use_residual=residual,
         )
-        if residual:  # DeepSpeed takes the first expert; ours is cut over all TP ranks, and is no expert to the data-parallel sums
+        # DeepSpeed takes the first expert; ours is cut over all TP ranks, and is no expert to the
+        # data-parallel sums
+        if residual:
             self.moe.mlp = Expert(config, shared=True)
         for parameter in self.moe.deepspeed_moe.experts.parameters():
             # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
@@ -66,7 +76,9 @@ class MoESlot(MegatronModule):
         self._run, self._make, self._clock, self._statistics = run, make, clock, statistics
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the whole model)."""
+        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the
+        whole model).
+        """
         self.moe.deepspeed_moe.gate = RouterGate(
             self._make(layer_number),
             clock=self._clock,
@@ -78,7 +90,9 @@ class MoESlot(MegatronModule):
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
-        if self.config.sequence_parallel:  # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
+        if (
+            self.config.sequence_parallel
+        ):  # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
         output_SBD, loss, _ = self.moe(hidden_SBD)
         if self.training:
@@ -101,12 +115,16 @@ class Expert(MLP):
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             is_expert=not shared,
             ffn_hidden_size=config.moe_ffn_hidden_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group() if shared else parallel_state.get_expert_tensor_parallel_group(),
+            tp_group=parallel_state.get_tensor_model_parallel_group()
+            if shared
+            else parallel_state.get_expert_tensor_parallel_group(),
         )
         self._given = (config, shared)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Expert:
-        """DeepSpeed copies one expert E times; megatron-core's layers hold a process group, which cannot be copied: build another."""
+        """DeepSpeed copies one expert E times; megatron-core's layers hold a process group, which cannot be
+        copied: build another.
+        """
         config, shared = self._given
         return Expert(config, shared=shared)
 
@@ -122,4 +140,6 @@ class Expert(MLP):
 def moe_spec(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> ModuleSpec:
     """Spec of the MLP slot; ``vocab_size``: ids of the tokenizer."""
     make = partial(make_router, run, vocab_size=vocab_size)
-    return ModuleSpec(module=MoESlot, params={"run": run, "make": make, "clock": clock, "statistics": statistics})
+    return ModuleSpec(
+        module=MoESlot, params={"run": run, "make": make, "clock": clock, "statistics": statistics}
+    )

@@ -12,7 +12,9 @@ _RESIDUAL, _COEFFICIENT = ".mlp.moe.mlp.", ".mlp.moe.coefficient."
 
 
 def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
-    """``name`` is that of the layer list (position.rest); ``first_expert`` the number of this rank's first expert."""
+    """``name`` is that of the layer list (position.rest); ``first_expert`` the number of this rank's first
+    expert.
+    """
     if _EMBEDDING.match(name):
         return _EMBEDDING.sub("embedding.", name)
     match = _LAYER.match(name)
@@ -24,5 +26,9 @@ def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
     if position == num_layers + 2:
         return rest
     rest = f"decoder.layers.{position - 1}.{rest}"
-    rest = rest.replace(_ROUTER, ".mlp.router.").replace(_RESIDUAL, ".mlp.residual.").replace(_COEFFICIENT, ".mlp.coefficient.")
+    rest = (
+        rest.replace(_ROUTER, ".mlp.router.")
+        .replace(_RESIDUAL, ".mlp.residual.")
+        .replace(_COEFFICIENT, ".mlp.coefficient.")
+    )
     return _EXPERT.sub(lambda found: f".mlp.experts.local_experts.{first_expert + int(found[1])}.", rest)

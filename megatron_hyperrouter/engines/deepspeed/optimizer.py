@@ -1,4 +1,6 @@
-"""AdamW over the parameter groups that DeepSpeed wants: with and without weight decay, dense and expert apart."""
+"""AdamW over the parameter groups that DeepSpeed wants: with and without weight decay, dense and expert
+apart.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,31 @@ def adamw(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig) 
     for decay in (True, False):
         parameters = [parameter for name, parameter in trained if decays(name, parameter) == decay]
         if parameters:
-            groups.append({"name": f"decay_{decay}", "params": parameters, "weight_decay": settings.weight_decay if decay else 0.0})
-    split = [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+            groups.append(
+                {
+                    "name": f"decay_{decay}",
+                    "params": parameters,
+                    "weight_decay": settings.weight_decay if decay else 0.0,
+                }
+            )
+    split = [
+        group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]
+    ]
     return torch.optim.AdamW(
-        split, lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, fused=torch.cuda.is_available()
+        split,
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        fused=torch.cuda.is_available(),
     )
 
 
 class Clipper:
-    """Gradient norm and clipping without ZeRO, where DeepSpeed tells no norm and clips experts and stages apart.
+    """Gradient norm and clipping without ZeRO, where DeepSpeed tells no norm and clips experts and stages
+    apart.
 
-    Each rank holds all gradients here: ``config.check`` keeps ZeRO-0 to one expert-parallel rank and one stage.
+    Each rank holds all gradients here: ``config.check`` keeps ZeRO-0 to one expert-parallel rank and one
+    stage.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, limit: float) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed's ``MOELayer`` for routers that consult the experts.
 
-Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts, ``G`` expert-parallel
-ranks, ``L`` experts on each of them, ``R = G * T``.
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active
+experts, ``G`` expert-parallel ranks, ``L`` experts on each of them, ``R = G * T``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from megatron_hyperrouter.engines.routing import total_loss
 
 
 def consult_experts(layer: MOELayer) -> None:
-    """Give ``layer`` the forward pass that its router needs, if the router needs more than its own logits."""
+    """Give ``layer`` the forward pass that its router needs, if the router needs more than its own
+    logits.
+    """
     if layer.gate.router.needs_experts:
         # Its parameters stay where the optimizer found them.
         layer.__class__ = RoutedMOELayer
@@ -35,7 +37,9 @@ class RoutedMOELayer(MOELayer):
     _autocast: bool = False  # of the pass that is going on
 
     def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
-        """As ``MOELayer.forward`` (sharded_moe.py:632), whose host dispatches once, by the router's decision."""
+        """As ``MOELayer.forward`` (sharded_moe.py:632), whose host dispatches once, by the router's
+        decision.
+        """
         hidden, site = given[0], self.gate.site
         self._autocast = torch.is_autocast_enabled(hidden.device.type)
         x_TD = hidden.reshape(-1, hidden.size(-1))
@@ -56,15 +60,21 @@ class RoutedMOELayer(MOELayer):
 
     @torch.no_grad()
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
+        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores
+        alone come back.
+        """
         ranks = self.ep_size
         all_RD = x_TD if ranks == 1 else rows_of_all(x_TD, self.ep_group)
         columns = []
         for expert in self.experts.deepspeed_experts:
             parts = []
             for rows_TD in all_RD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
-                given = rows_TD.view(1, 1, *rows_TD.shape)  # as the experts get their tokens: [groups, 1, slots, D]
-                with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
+                given = rows_TD.view(
+                    1, 1, *rows_TD.shape
+                )  # as the experts get their tokens: [groups, 1, slots, D]
+                with torch.autocast(
+                    x_TD.device.type, enabled=self._autocast
+                ):  # the router's maths around it is without
                     output = _output(expert, given)
                 parts.append(score(output.float()).flatten())
             columns.append(torch.stack(parts))

@@ -10,14 +10,18 @@ from megatron_hyperrouter.config.tree import RunConfig
 
 
 def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[str, Any]:
-    """Our settings, with the user's ``--deepspeed-config`` merged in (``config.check`` has refused contradictions)."""
+    """Our settings, with the user's ``--deepspeed-config`` merged in (``config.check`` has refused
+    contradictions).
+    """
     train = config.train
     global_batch = train.global_batch_size or train.micro_batch_size * data_parallel_size
     made: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": global_batch // (train.micro_batch_size * data_parallel_size),
-        "gradient_clipping": config.optimizer.clip_grad if config.engine.zero_stage else 0.0,  # without ZeRO: optimizer.Clipper
+        "gradient_clipping": config.optimizer.clip_grad
+        if config.engine.zero_stage
+        else 0.0,  # without ZeRO: optimizer.Clipper
         "steps_per_print": 10**9,  # the console is ours
         "bf16": {"enabled": train.bf16},
         "zero_optimization": {"stage": config.engine.zero_stage},

@@ -1,4 +1,6 @@
-"""What tensor parallelism needs beside DeepSpeed: the names it asks for, and the gradients that it does not sum."""
+"""What tensor parallelism needs beside DeepSpeed: the names it asks for, and the gradients that it does not
+sum.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,12 @@ class ModelParallelUnit:
 
 
 def sum_partial_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Sum over the TP ranks the gradients of weights that each rank holds whole and uses for its part of the work.
+    """Sum over the TP ranks the gradients of weights that each rank holds whole and uses for its part of the
+    work.
 
-    These are the norms of queries and keys (each rank has its heads), and under sequence parallelism all norms (each rank has its
-    tokens).  megatron-core does it in ``finalize_model_grads``; DeepSpeed has no counterpart, and without it replicas drift apart:
-    the loss by 1.7e-3 after 6 steps.
+    These are the norms of queries and keys (each rank has its heads), and under sequence parallelism all
+    norms (each rank has its tokens).  megatron-core does it in ``finalize_model_grads``; DeepSpeed has no
+    counterpart, and without it replicas drift apart: the loss by 1.7e-3 after 6 steps.
     """
     for name, parameter in named:
         heads = "q_layernorm" in name or "k_layernorm" in name

@@ -7,7 +7,9 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
 
-def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> Engine:
+def open_engine(
+    config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+) -> Engine:
     """See :func:`megatron_hyperrouter.engines.open_engine`."""
     install()  # before anything of megatron-core binds what it patches
     from megatron_hyperrouter.engines.megatron.engine import MegatronEngine

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -34,12 +38,16 @@ if TYPE_CHECKING:
 class MegatronEngine(SharedEngine):
     """Serves ``engines.base.Engine``."""
 
-    def __init__(self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+    ) -> None:
         """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document."""
         self._found_world = dist.is_initialized()
         super().__init__(config, _join(config), eod=eod)
         self.core: TransformerConfig = model.core_config(config)
-        self.chunks = model.build(config, self.core, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics)
+        self.chunks = model.build(
+            config, self.core, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics
+        )
         initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
         for chunk in self.chunks:
             chunk.to(self.device)
@@ -59,10 +67,15 @@ class MegatronEngine(SharedEngine):
             overlap_param_gather=run.optimizer.overlap_param_gather,
         )
         wrapped: list[nn.Module] = [
-            DistributedDataParallel(self.core, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+            DistributedDataParallel(self.core, ddp, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
         ]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(run, self.core), wrapped, use_gloo_process_groups=False)
-        for group in self.optimizer.param_groups:  # wd_mult is a note to megatron's scheduler; without one, norms would decay
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(run, self.core), wrapped, use_gloo_process_groups=False
+        )
+        for group in (
+            self.optimizer.param_groups
+        ):  # wd_mult is a note to megatron's scheduler; without one, norms would decay
             group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]
         self.core.finalize_model_grads_func = finalize_model_grads
         self.core.grad_scale_func = self.optimizer.scale_loss
@@ -79,7 +92,8 @@ class MegatronEngine(SharedEngine):
         """The chunks, wrapped."""
         return self.wrapped
 
-    # ---------------------------------------------------------------------------------------------------- work
+    # ----------------------------------------------------------------------------------------------------
+    # work
     def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
         """See :class:`SharedEngine`."""
         for chunk in self.wrapped:
@@ -122,22 +136,29 @@ class MegatronEngine(SharedEngine):
         output = chunk(tokens_BS, None, None, labels=labels_BS.clamp(min=0))
 
         def loss_of(loss_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            # The schedule multiplies by the context-parallel size, and DDP averages over it: a mean of equal parts is the mean.
+            # The schedule multiplies by the context-parallel size, and DDP averages over it: a mean of equal
+            # parts is the mean.
             mean = self.loss.mean(loss_BS, labels_BS)
             return mean / self.config.parallel.context_parallel_size, {}
 
         return output, loss_of
 
     def _on_this_rank(self, batch: Batch) -> Batch:
-        """The part of a micro-batch that this rank computes with; its layers know the tokens now, on every pipeline stage."""
+        """The part of a micro-batch that this rank computes with; its layers know the tokens now, on every
+        pipeline stage.
+        """
         tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
         self.clock.arrive(tokens_BS, self.place, self._routed_part)
         return self._slices(tokens_BS), self._slices(labels_BS)
 
     def _slices(self, whole_BS: Tensor) -> Tensor:
-        """The slices of the sequence that this context-parallel rank has: one from either end, so that all have equal work."""
+        """The slices of the sequence that this context-parallel rank has: one from either end, so that all
+        have equal work.
+        """
         size = self.config.parallel.context_parallel_size
-        return whole_BS if size == 1 else _two_slices(whole_BS, parallel_state.get_context_parallel_rank(), size)
+        return (
+            whole_BS if size == 1 else _two_slices(whole_BS, parallel_state.get_context_parallel_rank(), size)
+        )
 
     def _routed_part(self, whole_BS: Tensor) -> Tensor:
         """The positions whose vectors reach this rank's routers; sequence parallelism cuts once more."""
@@ -145,9 +166,12 @@ class MegatronEngine(SharedEngine):
         parallel = self.config.parallel
         if not parallel.sequence_parallel:
             return own_BS
-        return own_BS.chunk(parallel.tensor_model_parallel_size, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
+        return own_BS.chunk(parallel.tensor_model_parallel_size, dim=1)[
+            parallel_state.get_tensor_model_parallel_rank()
+        ]
 
-    # ---------------------------------------------------------------------------------------------- checkpoints
+    # ----------------------------------------------------------------------------------------------
+    # checkpoints
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""
         if self.optimizer is not None and self.config.optimizer.overlap_param_gather:
@@ -164,7 +188,9 @@ class MegatronEngine(SharedEngine):
     def save_optimizer(self, folder: Path) -> None:
         """See :class:`SharedEngine`."""
         if self.optimizer is not None:
-            host_state.save(self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl)
+            host_state.save(
+                self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl
+            )
 
     def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
         """See :class:`SharedEngine`."""
@@ -172,7 +198,9 @@ class MegatronEngine(SharedEngine):
             return
         self.optimizer.reload_model_params()
         if not weights_only:
-            host_state.load(self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl)
+            host_state.load(
+                self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl
+            )
 
     def close(self) -> None:
         """Leave the process groups; those that stood before this engine stay."""

@@ -1,7 +1,9 @@
-"""A checkpoint's weights for users who go on in plain megatron-core: its ``dist_checkpointing`` format, its own router.
+"""A checkpoint's weights for users who go on in plain megatron-core: its ``dist_checkpointing`` format, its
+own router.
 
-The names of the sharded tensors are those that megatron-core 0.16.1 gives a ``GPTModel`` of Transformer Engine's layers, which are
-Megatron-LM's default (models/gpt/gpt_layer_specs.py).  Its local layers give the norm before the experts another name.
+The names of the sharded tensors are those that megatron-core 0.16.1 gives a ``GPTModel`` of Transformer
+Engine's layers, which are Megatron-LM's default (models/gpt/gpt_layer_specs.py).  Its local layers give the
+norm before the experts another name.
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, layer_spec, tr
 
 
 def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> Path:
-    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; to be called inside ``one_process``.
+    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; to be called inside
+    ``one_process``.
 
-    A router that is a linear map of its input becomes megatron-core's ``TopKRouter``, which takes the softmax over the chosen logits
-    as well (``moe_router_pre_softmax`` False).  CheckpointError where that would be another model.
+    A router that is a linear map of its input becomes megatron-core's ``TopKRouter``, which takes the softmax
+    over the chosen logits as well (``moe_router_pre_softmax`` False).  CheckpointError where that would be
+    another model.
     """
     if run.model.moe_router_topk < 2:
         raise CheckpointError(
-            f"{folder} is of a run with k = 1", remedy="megatron-core's router takes the softmax of chosen logits for k > 1 alone"
+            f"{folder} is of a run with k = 1",
+            remedy="megatron-core's router takes the softmax of chosen logits for k > 1 alone",
         )
     if run.model.mlp_type != "standard":
         raise CheckpointError(
-            f"{folder} has --mlp-type {run.model.mlp_type}", remedy="megatron-core's layers are of the standard type alone"
+            f"{folder} has --mlp-type {run.model.mlp_type}",
+            remedy="megatron-core's layers are of the standard type alone",
         )
     rows = _rows(folder)
     model = plain_model(run, rows=rows)
@@ -47,7 +53,9 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
             named[name].copy_(matrix_ED)
     target = output / f"iter_{step:07d}"
     if target.exists():
-        raise CheckpointError(f"{target} is already there", remedy="give another --output, or move that folder away")
+        raise CheckpointError(
+            f"{target} is already there", remedy="give another --output, or move that folder away"
+        )
     target.mkdir(parents=True)
     state = {"model": model.sharded_state_dict(), "iteration": step, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(target))
@@ -58,11 +66,16 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
 def plain_model(run: RunConfig, *, rows: int) -> GPTModel:
     """The model with megatron-core's own router; ``rows``: of the embedding."""
     spec = layer_spec(run, ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=expert_spec(run))))
-    # Of the local spec's names only this one differs from Transformer Engine's where all layers are MoE layers.
-    spec.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    # Of the local spec's names only this one differs from Transformer Engine's where all layers are MoE
+    # layers.
+    spec.submodules.sharded_state_dict_keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+    }
     return GPTModel(
         config=transformer_config(run),
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * run.model.num_layers, layer_norm=RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[spec] * run.model.num_layers, layer_norm=RMSNorm
+        ),
         vocab_size=rows,
         max_sequence_length=run.model.seq_length,
         position_embedding_type="rope",
@@ -72,7 +85,9 @@ def plain_model(run: RunConfig, *, rows: int) -> GPTModel:
 
 
 def model_flags(run: RunConfig) -> list[str]:
-    """Megatron-LM's command line for the exported model, but for data and training; most of our names are its names."""
+    """Megatron-LM's command line for the exported model, but for data and training; most of our names are its
+    names.
+    """
     model, core = run.model, transformer_config(run)
     sizes = {
         "num-layers": model.num_layers,
@@ -107,5 +122,7 @@ def model_flags(run: RunConfig) -> list[str]:
 
 def _rows(folder: Path) -> int:
     if WORD_EMBEDDINGS not in weight_names(folder):
-        raise CheckpointError(f"{folder} has no {WORD_EMBEDDINGS}", remedy="name a checkpoint of this project")
+        raise CheckpointError(
+            f"{folder} has no {WORD_EMBEDDINGS}", remedy="name a checkpoint of this project"
+        )
     return read_tensors(folder, [WORD_EMBEDDINGS])[WORD_EMBEDDINGS].size(0)

@@ -1,4 +1,6 @@
-"""The optimizer state that megatron-core keeps on one rank: float32 weights and Adam's moments, plain or distributed."""
+"""The optimizer state that megatron-core keeps on one rank: float32 weights and Adam's moments, plain or
+distributed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from megatron_hyperrouter.errors import CheckpointError
 
 
 def save(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
-    """Write this rank's file into ``folder``; ``layers``: whose layers the model has, which decides the order of its parameters."""
+    """Write this rank's file into ``folder``; ``layers``: whose layers the model has, which decides the order
+    of its parameters.
+    """
     save_state(folder, rank, {"layers": layers, "parts": [_state(part) for part in _parts(optimizer)]})
 
 
@@ -40,20 +44,27 @@ def load(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """megatron-core chains one optimizer for dense and one for expert parameters; a part without parameters has no torch optimizer."""
+    """megatron-core chains one optimizer for dense and one for expert parameters; a part without parameters
+    has no torch optimizer.
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(part, "optimizer", None) is not None and not getattr(part, "is_stub_optimizer", False):
             yield part
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """For each parameter that the optimizer updates (float32, this rank's piece) its value and its moments, in order.
+    """For each parameter that the optimizer updates (float32, this rank's piece) its value and its moments,
+    in order.
 
-    torch's AdamW counts steps for each parameter; apex's and Transformer Engine's, which megatron-core prefers, for each group.
+    torch's AdamW counts steps for each parameter; apex's and Transformer Engine's, which megatron-core
+    prefers, for each group.
     """
     adam = part.optimizer
     parameters = [
-        {"value": parameter.detach().cpu().clone(), **{key: _copied(value) for key, value in adam.state[parameter].items()}}
+        {
+            "value": parameter.detach().cpu().clone(),
+            **{key: _copied(value) for key, value in adam.state[parameter].items()},
+        }
         for group in adam.param_groups
         for parameter in group["params"]
     ]
@@ -77,7 +88,8 @@ def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
         with torch.no_grad():
             parameter.copy_(value)
         adam.state[parameter] = {
-            key: moved.to(parameter.device) if isinstance(moved, Tensor) and key != "step" else moved for key, moved in state.items()
+            key: moved.to(parameter.device) if isinstance(moved, Tensor) and key != "step" else moved
+            for key, moved in state.items()
         }
 
 

@@ -23,20 +23,29 @@ def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mappin
     """``decoder.layers.N.mlp.router.weight`` -> ``W_ED`` in float32."""
     found: dict[str, Tensor] = {}
     for layer in range(run.model.num_layers):
-        router, prefix = make_router(run, layer + 1, vocab_size=vocab_size), f"decoder.layers.{layer}.mlp.router."
+        router, prefix = (
+            make_router(run, layer + 1, vocab_size=vocab_size),
+            f"decoder.layers.{layer}.mlp.router.",
+        )
         state = read_tensors(folder, [prefix + name for name in router.state_dict()])
         router.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         try:
             matrix_ED, bias_E = router.linear()
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{folder}: {error}", remedy="only routers that are linear have a counterpart in megatron-core"
+                f"{folder}: {error}",
+                remedy="only routers that are linear have a counterpart in megatron-core",
             ) from error
         if bias_E is not None or not chooses_by_softmax(router):
             what = (
-                "adds a bias to its logits" if bias_E is not None else "weighs experts otherwise than by the softmax over the chosen logits"
+                "adds a bias to its logits"
+                if bias_E is not None
+                else "weighs experts otherwise than by the softmax over the chosen logits"
             )
-            raise CheckpointError(f"{folder}: router {run.router.name!r} {what}", remedy="megatron-core's router has no counterpart of it")
+            raise CheckpointError(
+                f"{folder}: router {run.router.name!r} {what}",
+                remedy="megatron-core's router has no counterpart of it",
+            )
         found[f"{prefix}weight"] = matrix_ED.detach()
     return found
 

@@ -20,7 +20,13 @@ from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_name
-from megatron_hyperrouter.model.spec import expert_spec, last_norm, layer_spec, padded_vocab_size, transformer_config
+from megatron_hyperrouter.model.spec import (
+    expert_spec,
+    last_norm,
+    layer_spec,
+    padded_vocab_size,
+    transformer_config,
+)
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.routers.base import Router
 
@@ -37,7 +43,9 @@ def core_config(run: RunConfig) -> TransformerConfig:
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size if interleaved else None,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size
+        if interleaved
+        else None,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_size(run),
@@ -48,23 +56,37 @@ def core_config(run: RunConfig) -> TransformerConfig:
         "batch_p2p_comm": not interleaved,
     }
     if run.model.moe_expert_capacity_factor is not None:
-        fields |= {"moe_expert_capacity_factor": run.model.moe_expert_capacity_factor, "moe_token_drop_policy": "probs"}
+        fields |= {
+            "moe_expert_capacity_factor": run.model.moe_expert_capacity_factor,
+            "moe_token_drop_policy": "probs",
+        }
     if train.recompute_granularity == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return transformer_config(run, **fields)
 
 
-def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> list[nn.Module]:
-    """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they come."""
+def build(
+    run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics
+) -> list[nn.Module]:
+    """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they
+    come.
+    """
     experts = expert_spec(run, apart=ROUTERS[run.router.name].needs_experts)
-    router = partial(MegatronRouter, make=partial(make_router, run, vocab_size=vocab_size), clock=clock, statistics=statistics)
+    router = partial(
+        MegatronRouter,
+        make=partial(make_router, run, vocab_size=vocab_size),
+        clock=clock,
+        statistics=statistics,
+    )
     moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=router))
     spec = layer_spec(run, moe, starts=clock.starts_site)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
     for number in range(stages or 1):
         chunk = number if stages else None
-        block = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(core, chunk), layer_norm=last_norm(run))
+        block = TransformerBlockSubmodules(
+            layer_specs=[spec] * get_num_layers_to_build(core, chunk), layer_norm=last_norm(run)
+        )
         model = GPTModel(
             config=core,
             transformer_layer_spec=block,
@@ -87,8 +109,8 @@ def build(run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Cl
 def mark_experts(chunks: list[nn.Module], run: RunConfig) -> None:
     """Tell megatron-core which parameters are experts' where it does not see it itself.
 
-    It marks them only when EP > 1 (tensor_parallel/layers.py:886, 1209); with TP 2, EP 1 and expert-TP 1 their gradients would not be
-    summed over TP: silently wrong by 1e-1.
+    It marks them only when EP > 1 (tensor_parallel/layers.py:886, 1209); with TP 2, EP 1 and expert-TP 1
+    their gradients would not be summed over TP: silently wrong by 1e-1.
     """
     if expert_tensor_size(run) == run.parallel.tensor_model_parallel_size:
         return
@@ -116,13 +138,20 @@ def set_topk(chunks: list[nn.Module], topk: int) -> None:
 def routers(chunks: list[nn.Module], run: RunConfig) -> dict[str, Router]:
     """Prefix of the global names -> router."""
     return {
-        _global(f"{name}.", chunk, run): module for chunk in chunks for name, module in chunk.named_modules() if isinstance(module, Router)
+        _global(f"{name}.", chunk, run): module
+        for chunk in chunks
+        for name, module in chunk.named_modules()
+        if isinstance(module, Router)
     }
 
 
 def _global(name: str, chunk: Any, run: RunConfig) -> str:
     name = plain_name(name)
-    name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{chunk.decoder.layers[int(m[1])].layer_number - 1}.", name)
+    name = re.sub(
+        r"^decoder\.layers\.(\d+)\.",
+        lambda m: f"decoder.layers.{chunk.decoder.layers[int(m[1])].layer_number - 1}.",
+        name,
+    )
     experts = run.model.num_experts // run.parallel.expert_model_parallel_size
     first = parallel_state.get_expert_model_parallel_rank() * experts
     name = re.sub(r"\.local_experts\.(\d+)\.", lambda m: f".local_experts.{first + int(m[1])}.", name)

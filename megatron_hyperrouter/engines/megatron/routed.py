@@ -1,7 +1,8 @@
 """megatron-core's ``MoELayer`` for routers that consult the experts.
 
-Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active experts, ``R = T * K`` routes,
-``N`` ranks that share the experts, ``G`` expert-parallel ranks among them, ``L`` experts on each.
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active
+experts, ``R = T * K`` routes, ``N`` ranks that share the experts, ``G`` expert-parallel ranks among them,
+``L`` experts on each.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class RoutedMoELayer(MoELayer):
     _autocast: bool = False  # of the pass that is going on
 
     def forward(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
-        """As ``MoELayer.forward`` (moe_layer.py:383), whose dispatcher works once, by the router's decision."""
+        """As ``MoELayer.forward`` (moe_layer.py:383), whose dispatcher works once, by the router's
+        decision.
+        """
         router = self.router
         if not router.router.needs_experts:
             return super().forward(hidden_states, *more, **kwargs)
@@ -51,16 +54,22 @@ class RoutedMoELayer(MoELayer):
 
     @torch.no_grad()
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores alone come back."""
+        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores
+        alone come back.
+        """
         sharers, parts = self.token_dispatcher.tp_ep_group, self.token_dispatcher.tp_group
         all_TD = rows_of_all(x_TD, sharers)
         columns = []
         for expert in self.experts.local_experts:
             scores = []
             for rows_TD in all_TD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
-                with torch.autocast(x_TD.device.type, enabled=self._autocast):  # the router's maths around it is without
+                with torch.autocast(
+                    x_TD.device.type, enabled=self._autocast
+                ):  # the router's maths around it is without
                     output_TD, _ = expert(rows_TD)
-                if parts.size() > 1:  # each rank has a partial sum: it must be whole before a score, which is not linear
+                if (
+                    parts.size() > 1
+                ):  # each rank has a partial sum: it must be whole before a score, which is not linear
                     dist.all_reduce(output_TD, group=parts)
                 scores.append(score(output_TD.float()))
             columns.append(torch.cat(scores))
@@ -70,16 +79,20 @@ class RoutedMoELayer(MoELayer):
         return all_GTL[:, first : first + x_TD.size(0)].transpose(0, 1).flatten(1)
 
     def _refuse(self) -> None:
-        """Settings of a caller's own model under which a decision that is given would be lost, or an output be more than an expert's."""
+        """Settings of a caller's own model under which a decision that is given would be lost, or an
+        output be more than an expert's.
+        """
         found = {
-            "moe_shared_expert_intermediate_size": self.config.moe_shared_expert_intermediate_size is not None,
+            "moe_shared_expert_intermediate_size": self.config.moe_shared_expert_intermediate_size
+            is not None,
             "moe_latent_size": bool(self.config.moe_latent_size),
             "moe_pad_expert_input_to_capacity": self.config.moe_pad_expert_input_to_capacity,
             'recompute_modules with "moe"': self.moe_layer_recompute,
         }
         if names := [name for name, there in found.items() if there]:
             raise HostError(
-                f"router {self.router.router.name!r} consults the experts, which does not go with {', '.join(names)}",
+                f"router {self.router.router.name!r} consults the experts, which does not go with "
+                f"{', '.join(names)}",
                 remedy="leave it out, or take a router that needs no experts",
             )
 
@@ -96,11 +109,15 @@ class RoutedMoELayer(MoELayer):
             self.router.dropless = False
 
     def set_topk(self, topk: int) -> None:
-        """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487, 1161)."""
+        """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487,
+        1161).
+        """
         self.config.moe_router_topk = topk
         dispatcher = self.token_dispatcher
         if hasattr(dispatcher, "router_topk"):
             dispatcher.router_topk = topk
-        manager = getattr(dispatcher, "_comm_manager", None)  # flex: each expert counts once for each of its TP ranks (:1351)
+        manager = getattr(
+            dispatcher, "_comm_manager", None
+        )  # flex: each expert counts once for each of its TP ranks (:1351)
         if hasattr(manager, "router_topk"):
             manager.router_topk = topk * dispatcher.tp_size

@@ -1,6 +1,7 @@
 """A router in the router slot of megatron-core's ``MoELayer``.
 
-Legend: ``S`` sequence and ``B`` batch on this rank, ``T = S * B`` tokens, ``D`` hidden size, ``E`` experts of the whole model.
+Legend: ``S`` sequence and ``B`` batch on this rank, ``T = S * B`` tokens, ``D`` hidden size, ``E`` experts of
+the whole model.
 """
 
 from __future__ import annotations
@@ -42,18 +43,23 @@ class MegatronRouter(MegatronModule):
         """``make``: the router of the layer of this number, counted from 1 over the whole model."""
         super().__init__(config=config)
         self.make, self._clock, self._statistics = make, clock or Clock(), statistics
-        self.dropless = False  # whatever the capacity: as long as a router waits for the outputs of all its choices
+        self.dropless = (
+            False  # whatever the capacity: as long as a router waits for the outputs of all its choices
+        )
         # Under sequence and context parallelism the ranks of this group share one micro-batch.
         self.group = None if pg_collection is None else pg_collection.tp_cp
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the whole model)."""
+        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the
+        whole model).
+        """
         self.router = self.make(layer_number)
         self.site = RouterSite(self.router, clock=self._clock, statistics=self._statistics)
         if self.group is not None and self.group.size() > 1:
             self.router.over_shards, self.router.gather_shards = self.over_shards, self.gather_shards
         for parameter in self.router.parameters():
-            # Each TP rank sees its part of the tokens: finalize_model_grads sums what they found, as for the stock router.
+            # Each TP rank sees its part of the tokens: finalize_model_grads sums what they found, as for the
+            # stock router.
             parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     @property
@@ -69,7 +75,9 @@ class MegatronRouter(MegatronModule):
 
     def gather_shards(self, rows: Tensor) -> Tensor:
         """The rows of all these ranks; the gradient of this rank's rows comes back."""
-        gathered: Tensor = gather_from_sequence_parallel_region(rows.contiguous(), tensor_parallel_output_grad=False, group=self.group)
+        gathered: Tensor = gather_from_sequence_parallel_region(
+            rows.contiguous(), tensor_parallel_output_grad=False, group=self.group
+        )
         return gathered
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,8 +87,10 @@ class MegatronRouter(MegatronModule):
         x_TD = hidden_SBD.flatten(0, -2)
         if self.router.needs_experts and not self.site.decided:
             raise HostError(
-                f"router {self.router.name!r} consults the experts, which megatron-core's own MoELayer does not let it",
-                remedy="use megatron_hyperrouter.engines.megatron.routed.RoutedMoELayer as the module of the layer spec",
+                f"router {self.router.name!r} consults the experts, which megatron-core's own MoELayer does "
+                "not let it",
+                remedy="use megatron_hyperrouter.engines.megatron.routed.RoutedMoELayer as the module of "
+                "the layer spec",
             )
         routing = self.site.routing(x_TD)
         zeros_TE = torch.zeros_like(routing.logits_TE)
@@ -96,13 +106,16 @@ class MegatronRouter(MegatronModule):
         if not (self.training and routing.losses):
             return value
         loss = total_loss(routing, value.device)
-        # A host that divides the gradients by the number of tokens divides this loss, a mean already, as well (router.py:417).
+        # A host that divides the gradients by the number of tokens divides this loss, a mean already, as well
+        # (router.py:417).
         loss = loss * routing.logits_TE.size(0) if self.config.calculate_per_token_loss else loss
         joined: Tensor = MoEAuxLossAutoScaler.apply(value, loss)
         return joined
 
     def _kept(self, weights_TE: Tensor, chosen_TE: Tensor, routes: int) -> Tensor:
-        """What the capacity of each expert leaves of this rank's routes: in this host it is the router that drops (router.py:587)."""
+        """What the capacity of each expert leaves of this rank's routes: in this host it is the router that
+        drops (router.py:587).
+        """
         capacity = math.ceil(routes / self.router.num_experts * self.config.moe_expert_capacity_factor)
         by_weight = self.config.moe_token_drop_policy == "probs"
         kept_TE = heaviest(weights_TE if by_weight else chosen_TE.float(), capacity)
