@@ -45,7 +45,7 @@ def main() -> None:
     kind, prefix, epochs = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     modules = {
         "megatron": ["megatron.core.datasets.gpt_dataset"],
-        "ours": ["megatron_hyperrouter.data.dataset", "torch"],
+        "ours": ["megatron_hyperrouter.data.stream.dataset", "torch"],
         "cold": [],
     }
     for name in modules[kind]:  # imports are not what is measured

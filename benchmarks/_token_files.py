@@ -10,7 +10,7 @@ import numpy as np
 from _pairs import Seconds as Seconds  # sets the import path
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.data.dataset import Dataset
+    from megatron_hyperrouter.data.stream.dataset import Dataset
 
 SEQ_LENGTH = 2048
 SEED = 1234
@@ -49,7 +49,7 @@ def write_tokens(prefix: Path, sizes: np.ndarray) -> None:
 def our_dataset(prefix: Path, samples: int, **how: Any) -> Dataset:
     """At least that many samples; ``how``: settings of the data."""
     from megatron_hyperrouter.config.tree import DataConfig
-    from megatron_hyperrouter.data.dataset import build_splits
+    from megatron_hyperrouter.data.stream.dataset import build_splits
 
     wanted = {"train_samples": samples, "valid_samples": 0, "test_samples": 0}
     data = DataConfig(train_data_path=(str(prefix),), **how)

@@ -19,7 +19,7 @@ from _pairs import Row, Seconds, flags, in_turn, print_table, stopwatch
 from _token_files import SEQ_LENGTH, megatron_dataset, our_dataset, write_sizes, write_tokens
 from preprocess import measured as preprocessing
 
-from megatron_hyperrouter.data import index
+from megatron_hyperrouter.data.order import index
 
 PARTS = ("preprocess", "index", "shuffle", "dataset", "blend", "sample", "cold")
 Work = Callable[[], Any]

@@ -76,10 +76,10 @@ def world(sizes: Sizes, threads: int) -> Iterator[None]:
     """Process groups of one rank, as the engine makes them."""
     import torch
 
-    from megatron_hyperrouter.compat.quiet import hush
+    from megatron_hyperrouter.compat.host_logs import hush
 
     hush()
-    from megatron_hyperrouter.engines.deepspeed.launch import join, leave
+    from megatron_hyperrouter.engines.deepspeed.groups import join, leave
 
     torch.set_num_threads(threads)
     join(sizes.config("topk", 1))
@@ -126,7 +126,7 @@ def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_hyperrouter.engines.clock import Clock
-    from megatron_hyperrouter.engines.deepspeed.moe import MoESlot
+    from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import MoESlot
     from megatron_hyperrouter.engines.routing import make_router
     from megatron_hyperrouter.engines.statistics import RouterStatistics
     from megatron_hyperrouter.model.spec import transformer_config
@@ -177,7 +177,7 @@ def check_same_work(slot: Any, bare: Any, statistics: RouterStatistics, *, runs:
 
 def device() -> Any:
     """Where the layers compute."""
-    from megatron_hyperrouter.engines.launch import device as chosen
+    from megatron_hyperrouter.engines.world import device as chosen
 
     return chosen()
 

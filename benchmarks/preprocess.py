@@ -78,9 +78,9 @@ def measured(
 
 def make_inputs(folder: Path, size: int, vocabulary: int) -> tuple[Path, Path]:
     """The text and the tokenizer."""
-    from megatron_hyperrouter.data.bpe import train_bpe
-    from megatron_hyperrouter.data.corpus import texts
-    from megatron_hyperrouter.data.gather import default_root, write_corpus
+    from megatron_hyperrouter.data.text.collect import default_root, write_corpus
+    from megatron_hyperrouter.data.text.corpus import texts
+    from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 
     once, source, tokenizer = folder / "once.jsonl", folder / "corpus.jsonl", folder / "tokenizer.json"
     write_corpus(default_root(), str(once), max_bytes=size)

@@ -178,7 +178,7 @@ def engine_of(config: RunConfig, *, for_training: bool = True) -> Any:
     import torch
 
     from megatron_hyperrouter.engines import open_engine
-    from megatron_hyperrouter.engines.deepspeed.launch import leave
+    from megatron_hyperrouter.engines.deepspeed.groups import leave
 
     gc.collect()  # of the method before: hosts hold themselves in cycles
     if torch.distributed.is_initialized():
@@ -273,7 +273,7 @@ def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Ite
     """
     import torch
 
-    from megatron_hyperrouter.engines.deepspeed.moe import MoESlot
+    from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import MoESlot
 
     engine = engine_of(sizes.config(method.options), for_training=False)
     (slot,) = (module for module in engine.model.modules() if isinstance(module, MoESlot))

@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.engines.deepspeed.plug import plug_into_deepspeed as plug_into_deepspeed
+    from megatron_hyperrouter.engines.deepspeed.mlp_slot.plug import (
+        plug_into_deepspeed as plug_into_deepspeed,
+    )
     from megatron_hyperrouter.engines.megatron.plug import megatron_router_builder as megatron_router_builder
     from megatron_hyperrouter.engines.steps import RouterSteps as RouterSteps
     from megatron_hyperrouter.routers import ROUTERS as ROUTERS
@@ -23,7 +25,7 @@ _HOMES = {
     "RouterSteps": "megatron_hyperrouter.engines.steps",
     "build_router": "megatron_hyperrouter.routers",
     "megatron_router_builder": "megatron_hyperrouter.engines.megatron.plug",
-    "plug_into_deepspeed": "megatron_hyperrouter.engines.deepspeed.plug",
+    "plug_into_deepspeed": "megatron_hyperrouter.engines.deepspeed.mlp_slot.plug",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
 
 
 def write_corpus(

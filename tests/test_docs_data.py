@@ -13,9 +13,14 @@ import torch.distributed as dist
 from test_definitions import ROOT
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data import cache, dataset, loader, on_demand, order, preprocess, store
-from megatron_hyperrouter.data.schedule import mixes_of
-from megatron_hyperrouter.engines import launch
+from megatron_hyperrouter.data.order import index_files as cache
+from megatron_hyperrouter.data.order import on_demand
+from megatron_hyperrouter.data.order import shuffled as order
+from megatron_hyperrouter.data.store import token_files as store
+from megatron_hyperrouter.data.stream import dataset, loader
+from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
+from megatron_hyperrouter.data.tokenize import preprocess
+from megatron_hyperrouter.engines import world as launch
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 PLAIN = re.sub(r"\s+", " ", PAGE)

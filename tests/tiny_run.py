@@ -24,7 +24,7 @@ from megatron_hyperrouter.config.tree import (
     RunConfig,
     TrainConfig,
 )
-from megatron_hyperrouter.data.dataset import Splits
+from megatron_hyperrouter.data.stream.dataset import Splits
 from megatron_hyperrouter.train.hooks import Hook, hooks_for
 from megatron_hyperrouter.train.loop import train
 

@@ -1,36 +1,7 @@
-"""Join the shards that preprocess_data.py --shard I/N has made on several machines."""
-
-from __future__ import annotations
+"""The command `mhr merge` of this checkout; --help explains it."""
 
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
-from _common import Bar, parser, run_tool
-
-EPILOG = """\
-Reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 .. N and each KEY, and writes
-P_KEY_document.*, byte for byte what one run over all inputs writes.  Checksums are compared with the
-manifests on the way. """
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Read the flags, merge, say what was written."""
-    from megatron_hyperrouter.data.merge import merge
-
-    flags = parser(__doc__ or "", EPILOG)
-    flags.add_argument(
-        "prefix", metavar="P", help="the --output-prefix that was given to preprocess_data.py on each machine"
-    )
-    flags.add_argument("--remove-shards", action="store_true", help="remove the shards once all is joined")
-    args = flags.parse_args(arguments)
-    with Bar("merge_data") as bar:
-        written = merge(args.prefix, remove_shards=args.remove_shards, progress=bar.update)
-    for pair in written:
-        print(
-            f"{pair.prefix}: {pair.documents:,} documents, {pair.tokens:,} tokens, {pair.dtype.name}",
-            file=sys.stderr,
-        )
-
-
-if __name__ == "__main__":
-    run_tool(main)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+__import__("megatron_hyperrouter.commands.main", fromlist=["start"]).start("merge")

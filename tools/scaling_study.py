@@ -1,33 +1,7 @@
-"""Scaling studies: how the loss falls with model and data, and how the speed grows with the ranks.
+"""The command `mhr scaling` of this checkout; --help explains it."""
 
-    python tools/scaling_study.py loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis
-    num_experts 4 8 16 python tools/scaling_study.py speed --config FILE --output DIR --ranks 1 2 4 --layouts
-    "" "ep=2"
+import sys
+from pathlib import Path
 
-Each study has its own flags: scaling_study.py loss --help.  docs/scaling.md says how to read the results.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from _common import parser, run_tool
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The first word says which study, the others are its flags."""
-    flags = parser(str(__doc__))
-    flags.add_argument("study", choices=("loss", "speed"), help="which study")
-    study = flags.parse_args(arguments[:1]).study
-    if study == "loss":
-        import _scaling_loss
-
-        _scaling_loss.main(arguments[1:])
-    else:
-        import _scaling_speed
-
-        _scaling_speed.main(arguments[1:])
-
-
-if __name__ == "__main__":
-    run_tool(main)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+__import__("megatron_hyperrouter.commands.main", fromlist=["start"]).start("scaling")

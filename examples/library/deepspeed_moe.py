@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter import RouterSteps, plug_into_deepspeed
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend
+from megatron_hyperrouter.engines.world import alone_without_launcher, backend
 
 STEPS, VOCABULARY, WIDTH, EXPERTS = 60, 50, 32, 4
 

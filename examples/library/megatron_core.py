@@ -13,7 +13,7 @@ import torch
 
 from megatron_hyperrouter import megatron_router_builder
 from megatron_hyperrouter.compat.megatron import install
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend, device
+from megatron_hyperrouter.engines.world import alone_without_launcher, backend, device
 
 # lets megatron-core train on a CPU, and without Transformer Engine; changes nothing where that is
 # needless

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 
-from megatron_hyperrouter.compat.quiet import hush
+from megatron_hyperrouter.compat.host_logs import hush
 from megatron_hyperrouter.compat.transformer_engine import implementation
 from megatron_hyperrouter.compat.versions import check
 from megatron_hyperrouter.config.derived import minds_documents, resets_documents

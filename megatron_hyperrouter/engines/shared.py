@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.checkpoint.folder import MANIFEST, read_manifest
 from megatron_hyperrouter.engines.clock import Clock
-from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import any_rank, eval_result, first_word, mean_scale, step_result
+from megatron_hyperrouter.engines.world import device
 from megatron_hyperrouter.model.loss import UNCOUNTED, LanguageModelLoss
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.clock import Clock, RouterSite
-from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.engines.world import device
 from megatron_hyperrouter.routers.base import Router
 
 

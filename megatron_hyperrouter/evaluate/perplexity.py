@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_hyperrouter.data.dataset import Dataset
+from megatron_hyperrouter.data.stream.dataset import Dataset
 from megatron_hyperrouter.engines.base import Engine
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.train.metrics import Record, evaluation_record, score

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention import NextStarts, ScaledDotProductAttention
-from megatron_hyperrouter.model.transformer_engine import fused_expert_spec, fused_layer_spec, fused_norm
+from megatron_hyperrouter.model.te_layers import fused_expert_spec, fused_layer_spec, fused_norm
 
 
 def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerConfig:

@@ -21,7 +21,7 @@ from megatron_hyperrouter.train.run import Run
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.data.dataset import Splits
+    from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.train.hooks import Hook
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_hyperrouter.data.dataset import Dataset
-from megatron_hyperrouter.data.loader import Batches
+from megatron_hyperrouter.data.stream.dataset import Dataset
+from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.engines.base import Engine, EvalResult, StepResult
 from megatron_hyperrouter.errors import DataError, HyperRouterError
 

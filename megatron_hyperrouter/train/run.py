@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
-from megatron_hyperrouter.data.course import Course
-from megatron_hyperrouter.data.loader import Batches
+from megatron_hyperrouter.data.stream.loader import Batches
+from megatron_hyperrouter.data.stream.segments import Course
 from megatron_hyperrouter.errors import DataError
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import Record, evaluation_record, score, training_record
@@ -22,7 +22,7 @@ from megatron_hyperrouter.train.resume import run_meta
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.data.dataset import Splits
+    from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.train.hooks import Hook
 

@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
-from megatron_hyperrouter.data import backends, bpe
-from megatron_hyperrouter.data.backends import PROBES, GigatokenTokenizer, build_encoder, choose_encoder
-from megatron_hyperrouter.data.tokenizer import HuggingFaceTokenizer
+from megatron_hyperrouter.data.tokenize import backends, bpe
+from megatron_hyperrouter.data.tokenize.backends import (
+    PROBES,
+    GigatokenTokenizer,
+    build_encoder,
+    choose_encoder,
+)
+from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError
 
 pytest.importorskip("gigatoken")

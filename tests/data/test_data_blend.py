@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data import blend
-from megatron_hyperrouter.data.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
+from megatron_hyperrouter.data.order import blend
+from megatron_hyperrouter.data.order.blend import Blend, blend_sizes, normalise, parse_blend, split_documents
 from megatron_hyperrouter.errors import ConfigError
 
 utils = importlib.import_module("megatron.core.datasets.utils")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hyperrouter.data.bpe import train_bpe
-from megatron_hyperrouter.data.tokenizer import HuggingFaceTokenizer
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 TEXTS = [

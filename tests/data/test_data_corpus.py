@@ -12,9 +12,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data import corpus
-from megatron_hyperrouter.data.corpus import documents, read_batches, texts
-from megatron_hyperrouter.data.inputs import Part, kind_of, total_bytes
+from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.text.corpus import documents, read_batches, texts
+from megatron_hyperrouter.data.text.inputs import Part, kind_of, total_bytes
 from megatron_hyperrouter.errors import DataError, HostError
 
 

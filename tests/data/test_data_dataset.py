@@ -12,10 +12,11 @@ import pytest
 from corpora import megatron_datasets, megatron_sample, write_corpus
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data import dataset, index
-from megatron_hyperrouter.data.blend import blend_sizes, normalise
-from megatron_hyperrouter.data.dataset import BlendedDataset, SequenceDataset, Splits, build_splits
-from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.order import index
+from megatron_hyperrouter.data.order.blend import blend_sizes, normalise
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream import dataset
+from megatron_hyperrouter.data.stream.dataset import BlendedDataset, SequenceDataset, Splits, build_splits
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 gpt_dataset = importlib.import_module("megatron.core.datasets.gpt_dataset")

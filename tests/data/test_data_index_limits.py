@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data import _numpy_index, index
+from megatron_hyperrouter.data.order import _numpy_index, index
 
 helpers = importlib.import_module("megatron.core.datasets.helpers")
 native = pytest.mark.skipif("C++" not in index.IMPLEMENTATIONS, reason="the extension is not built")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data import index
+from megatron_hyperrouter.data.order import index
 
 IMPLEMENTATIONS = sorted(index.IMPLEMENTATIONS.items())
 native = pytest.mark.skipif("C++" not in index.IMPLEMENTATIONS, reason="the extension is not built")

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data.inputs import WHOLE, Part, expand, kind_of, parse_part, total_bytes
+from megatron_hyperrouter.data.text.inputs import WHOLE, Part, expand, kind_of, parse_part, total_bytes
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import pytest
 
-from megatron_hyperrouter.data.journal import Journal
+from megatron_hyperrouter.data.store.journal import Journal
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 SETTINGS = {"--append-eod": False, "--json-keys": "text"}

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.dataset import build_splits
-from megatron_hyperrouter.data.loader import Batches
+from megatron_hyperrouter.data.stream.dataset import build_splits
+from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.errors import DataError
 
 SEQ_LENGTH = 6
@@ -263,7 +263,7 @@ def test_closing_drops_what_has_not_been_begun():
 def test_a_program_ends_though_nobody_closed_its_batches():
     program = """
 import numpy as np
-from megatron_hyperrouter.data.loader import Batches
+from megatron_hyperrouter.data.stream.loader import Batches
 class Zeros:
     def __len__(self): return 10**9
     def __getitem__(self, i): return np.zeros(9, np.int64)

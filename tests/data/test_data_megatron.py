@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from megatron_hyperrouter.config.derived import split_shares
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.blend import split_documents
-from megatron_hyperrouter.data.dataset import Dataset, build_splits
+from megatron_hyperrouter.data.order.blend import split_documents
+from megatron_hyperrouter.data.stream.dataset import Dataset, build_splits
 from megatron_hyperrouter.errors import DataError
 
 NAMES = ("train", "valid", "test")
@@ -98,9 +98,8 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         samples: int | None,
         seed: int,
     ) -> None:
-        folder = Path(
-            tempfile.mkdtemp(dir=tmp_path)
-        )  # megatron-core would find the index of the last corpus under this name
+        # a folder of its own: megatron-core would find the index of the last corpus under the same name
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
         prefixes = [
             write_corpus(folder / str(place), sizes, seed=place) for place, sizes in enumerate(corpora)
         ]
@@ -133,9 +132,7 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         if split and any(
             share and not sums[place] for sums in tokens for place, share in enumerate(split_shares(split))
         ):
-            met["a split without tokens"] += (
-                1  # megatron-core counts epochs for ever, of a split that nobody asked for
-            )
+            met["a split without tokens"] += 1  # megatron-core counts its epochs for ever
             return
         if weights is None and samples is not None and len(corpora) > 1:
             once = ours(words, split, number, None, **order)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hyperrouter.data import merge as merging
-from megatron_hyperrouter.data.bpe import train_bpe
-from megatron_hyperrouter.data.describe import describe
-from megatron_hyperrouter.data.inputs import Part
-from megatron_hyperrouter.data.journal import Journal
-from megatron_hyperrouter.data.manifest import read_manifest
-from megatron_hyperrouter.data.merge import find_shards, merge
-from megatron_hyperrouter.data.preprocess import Recipe, preprocess
-from megatron_hyperrouter.data.tokenizer import build_tokenizer
+from megatron_hyperrouter.data.store.journal import Journal
+from megatron_hyperrouter.data.store.manifest import read_manifest
+from megatron_hyperrouter.data.text.inputs import Part
+from megatron_hyperrouter.data.tokenize import merge as merging
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+from megatron_hyperrouter.data.tokenize.describe import describe
+from megatron_hyperrouter.data.tokenize.merge import find_shards, merge
+from megatron_hyperrouter.data.tokenize.preprocess import Recipe, preprocess
+from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import DataError
 
 RECIPE = Recipe("ByteTokenizer", keys=("text", "note"), append_eod=True)

@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data import _numpy_index, dataset, index
-from megatron_hyperrouter.data.dataset import SequenceDataset, build_splits
-from megatron_hyperrouter.data.on_demand import OnDemandOrder
-from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.order import _numpy_index, index
+from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream import dataset
+from megatron_hyperrouter.data.stream.dataset import SequenceDataset, build_splits
 from megatron_hyperrouter.errors import DataError
 
 every = pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from reference_gpt import ReferenceGPT
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data import index
-from megatron_hyperrouter.data.cache import Cache
-from megatron_hyperrouter.data.course import Course, build_course
-from megatron_hyperrouter.data.dataset import Builder, build_splits
-from megatron_hyperrouter.data.packed import PackedDataset, best_fit, pack
-from megatron_hyperrouter.data.store import IndexedDataset, IndexedWriter
+from megatron_hyperrouter.data.order import index
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.packed import PackedDataset, best_fit, pack
+from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
+from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
+from megatron_hyperrouter.data.stream.segments import Course, build_course
 from megatron_hyperrouter.errors import CheckpointError, DataError
 
 EOD, VOCABULARY = 0, 60_000

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data import pair_writer
-from megatron_hyperrouter.data.pair_writer import (
+from megatron_hyperrouter.data.store import pair_writer
+from megatron_hyperrouter.data.store.pair_writer import (
     Counts,
     DiskRefused,
     PairWriter,

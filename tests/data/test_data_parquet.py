@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hyperrouter.data import corpus
-from megatron_hyperrouter.data.corpus import documents, read_batches
-from megatron_hyperrouter.data.inputs import Part, total_bytes
+from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.text.corpus import documents, read_batches
+from megatron_hyperrouter.data.text.inputs import Part, total_bytes
 from megatron_hyperrouter.errors import DataError, HostError
 
 arrow = pytest.importorskip("pyarrow")

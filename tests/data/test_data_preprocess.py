@@ -16,9 +16,10 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer as Backend
 
-from megatron_hyperrouter.data import bpe, corpus, preprocess
-from megatron_hyperrouter.data.preprocess import Recipe
-from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.tokenize import bpe, preprocess
+from megatron_hyperrouter.data.tokenize.preprocess import Recipe
 from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError
 
 SOURCES = [inspect.getsource(module) for module in (json.decoder, json.encoder, gzip, inspect)]
@@ -274,7 +275,7 @@ def test_settings_that_cannot_be(records_file: str, tmp_path: Path) -> None:
 def test_an_id_beyond_the_vocabulary_is_never_written(
     records_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_hyperrouter.data.tokenizer import ByteTokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import ByteTokenizer
 
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 100)
     with pytest.raises(DataError, match=r"made id \d+, beyond its vocabulary of 100"):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hyperrouter.data import bpe, corpus
-from megatron_hyperrouter.data.preprocess import Recipe, preprocess
+from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.tokenize import bpe
+from megatron_hyperrouter.data.tokenize.preprocess import Recipe, preprocess
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 NAMES = ("replace", "unlink")  # the steps that give files their names, and take old ones away

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data import index
-from megatron_hyperrouter.data.dataset import build_splits
-from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.order import index
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream.dataset import build_splits
 from megatron_hyperrouter.errors import DataError
 
 in_tmp_path = settings(

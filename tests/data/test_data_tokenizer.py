@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from megatron_hyperrouter.data import bpe, tokenizer
-from megatron_hyperrouter.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
+from megatron_hyperrouter.data.tokenize import bpe, tokenizer
+from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer, build_tokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError
 
 TEXT = inspect.getsource(json.decoder) + "\n" + "Zażółć gęślą jaźń — 東京 🙂\n\n\tnaïve\r\n" * 3

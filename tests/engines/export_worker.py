@@ -62,9 +62,9 @@ def plain_loss(run: RunConfig, folder: Path) -> float:
 
 def one(flags: list[str], folder: Path) -> dict[str, Any]:
     """Train, export, load, compare; or tell why it was refused."""
-    from megatron_hyperrouter.engines.megatron.alone import one_process
-    from megatron_hyperrouter.engines.megatron.export import export_weights
+    from megatron_hyperrouter.engines.megatron.single_process import one_process
     from megatron_hyperrouter.errors import CheckpointError
+    from megatron_hyperrouter.export.megatron import export_weights
 
     with world(folder.name):
         trained = run_case({"flags": flags, "steps": 2, "folder": str(folder / "ours"), "topk_eval": [2]}, 1)

@@ -27,9 +27,9 @@ from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import minds_documents
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.cache import Cache
-from megatron_hyperrouter.data.dataset import Builder
-from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
+from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, Engine, Place
 from megatron_hyperrouter.routers import ROUTERS

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.engines.clock import Clock
-from megatron_hyperrouter.engines.deepspeed.gate import RouterGate
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.routers import build_router
 from megatron_hyperrouter.routers.base import Router, Routing

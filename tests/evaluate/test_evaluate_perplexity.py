@@ -20,9 +20,9 @@ import megatron_hyperrouter.engines
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.config.cli import dump, parse, replace_leaves
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.dataset import build_splits
-from megatron_hyperrouter.data.store import IndexedWriter, smallest_dtype
-from megatron_hyperrouter.data.tokenizer import build_tokenizer
+from megatron_hyperrouter.data.store.token_files import IndexedWriter, smallest_dtype
+from megatron_hyperrouter.data.stream.dataset import build_splits
+from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError
 from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
 from megatron_hyperrouter.routers import ROUTERS

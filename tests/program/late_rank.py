@@ -15,8 +15,8 @@ import deepspeed.constants
 import torch.distributed as dist
 from torch.distributed import constants, distributed_c10d
 
-from megatron_hyperrouter.data import course
-from megatron_hyperrouter.engines import launch
+from megatron_hyperrouter.data.stream import segments as course
+from megatron_hyperrouter.engines import world as launch
 
 COLLECTIVES, BUILDING, SILENCE = 10.0, 14.0, 4.0  # seconds
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
 
 RANKS = 2
 STEPS = 12

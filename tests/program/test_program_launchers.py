@@ -16,7 +16,7 @@ from distributed import environment, free_port
 from program.launched import PROGRAM, metrics, one_message
 from program.settings import flags_of
 
-from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
 
 pytestmark = pytest.mark.processes
 Result = subprocess.CompletedProcess[str]

@@ -16,7 +16,7 @@ from distributed import environment
 from program.launched import PROGRAM, Zygote, metrics, one_message
 from program.settings import flags_of
 
-from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
 
 pytestmark = pytest.mark.processes
 ONE_RANK = "--router.name hyper --moe-router-topk 2".split()

@@ -30,8 +30,8 @@ HOSTS = (
     "rich.progress",
     "torch.utils.checkpoint",
     "torch.utils.data",
-    "megatron_hyperrouter.data.ngram",
-    "megatron_hyperrouter.data.tokenizer",
+    "megatron_hyperrouter.evaluate.ngram",
+    "megatron_hyperrouter.data.tokenize.tokenizer",
     "megatron_hyperrouter.engines.deepspeed.engine",
     "megatron_hyperrouter.evaluate.perplexity",
     "megatron_hyperrouter.train.hooks",
@@ -41,7 +41,7 @@ HOSTS = (
 
 def import_hosts() -> None:
     """All that a run imports; nothing here may start a thread, which a fork would lose."""
-    from megatron_hyperrouter.compat.quiet import hush
+    from megatron_hyperrouter.compat.host_logs import hush
 
     hush()
     for name in HOSTS:
@@ -75,7 +75,7 @@ def become(request: dict[str, Any]) -> None:
     if folder := request.get(
         "noted"
     ):  # where each rank writes its samples as it reads them: the first one's number, and their inputs
-        from megatron_hyperrouter.data.loader import Batches
+        from megatron_hyperrouter.data.stream.loader import Batches
 
         read, path = Batches._read, Path(folder, os.environ.get("RANK", "0"))
         path.parent.mkdir(exist_ok=True)

@@ -16,11 +16,11 @@ import pytest
 from distributed import REPOSITORY
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.cache import Cache
-from megatron_hyperrouter.data.dataset import Builder, Splits
-from megatron_hyperrouter.data.ngram import NgramBaselines
-from megatron_hyperrouter.data.store import IndexedWriter
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
+from megatron_hyperrouter.data.stream.dataset import Builder, Splits
 from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.evaluate.ngram import NgramBaselines
 
 EOD, VOCABULARY, LENGTH = 7, 8, 9
 BYTES_V = np.array([1, 2, 1, 3, 1, 1, 2, 0])

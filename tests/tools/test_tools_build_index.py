@@ -11,10 +11,10 @@ import pytest
 from corpora import write_corpus
 
 from megatron_hyperrouter.config.cli import parse
-from megatron_hyperrouter.data.cache import Cache
-from megatron_hyperrouter.data.course import splits_of_run
-from megatron_hyperrouter.data.dataset import Builder, build_splits
-from megatron_hyperrouter.data.schedule import mixes_of
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
+from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
+from megatron_hyperrouter.data.stream.segments import splits_of_run
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.loop import samples_needed
 

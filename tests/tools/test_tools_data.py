@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_hyperrouter.data.store import IndexedDataset
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 STORY = "".join(f"Line {n} of a story about żółw number {n * n}.\n" for n in range(40))
@@ -44,7 +44,7 @@ def corpus(path: Path, num_bytes: int, text: str = STORY) -> Path:
 @pytest.fixture
 def slow(tmp_path: Path) -> tuple[object, ...]:
     """Arguments of a preprocess_data that takes several seconds at least: time to interrupt it."""
-    from megatron_hyperrouter.data.bpe import train_bpe
+    from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 
     corpus(tmp_path / "big.jsonl", 60_000_000)
     train_bpe(iter([STORY]), 300, str(tmp_path / "tokenizer.json"))

@@ -5,12 +5,7 @@ stopped.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate
@@ -22,78 +17,22 @@ import numpy as np
 import pytest
 import torch
 from corpora import write_corpus
-from distributed import environment
 from fakes import FakeDataset, FakeEngine
 from tiny_run import VOCAB_SIZE, settings, splits
+from train.loop_runs import Diary, KillAt, Killed, change, lines, run
 
 from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.cache import Cache
-from megatron_hyperrouter.data.course import build_course
-from megatron_hyperrouter.data.dataset import Builder
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.stream.dataset import Builder
+from megatron_hyperrouter.data.stream.segments import build_course
 from megatron_hyperrouter.engines.base import Batch, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
-from megatron_hyperrouter.train.hooks import Hook, MetricsHook, hooks_for
-from megatron_hyperrouter.train.loop import samples_needed, stop_signal, train
+from megatron_hyperrouter.train.hooks import hooks_for
+from megatron_hyperrouter.train.loop import samples_needed, train
 from megatron_hyperrouter.train.lr import learning_rate_at
-from megatron_hyperrouter.train.metrics import Record, score
+from megatron_hyperrouter.train.metrics import score
 from megatron_hyperrouter.train.resume import past_of
-
-TESTS = Path(__file__).parents[1]
-TIMES = ("step_time", "data_time", "tokens_per_second")
-
-
-class Killed(Exception):
-    """Stands for a SIGKILL where a real one is not needed."""
-
-
-class KillAt(Hook):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, record: Record) -> None:
-        if record["step"] == self.step:
-            raise Killed
-
-
-class Diary(Hook):
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def on_start(self, step: int) -> None:
-        self.events.append(f"start {step}")
-
-    def on_evaluation(self, record: Record) -> None:
-        self.events.append(f"{record['split']} {record['step']}")
-
-    def on_save(self, step: int, folder: Path) -> None:
-        assert find(folder.parent) == folder  # it is complete by now
-        self.events.append(f"save {step}")
-
-    def on_end(self) -> None:
-        self.events.append("end")
-
-
-def run(config: RunConfig, *hooks: Hook, engine: FakeEngine | None = None, data: Any = None) -> FakeEngine:
-    engine = engine or FakeEngine(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5)
-    metrics = MetricsHook(Path(config.logging.run_dir) / "metrics.jsonl")
-    bytes_V = torch.arange(VOCAB_SIZE, dtype=torch.int32)
-    train(engine, config, data or splits(), [metrics, *hooks], token_bytes_V=bytes_V)
-    return engine
-
-
-def lines(config: RunConfig, *, timeless: bool = True) -> list[dict[str, Any]]:
-    records = [
-        json.loads(line) for line in (Path(config.logging.run_dir) / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [
-        {name: value for name, value in record.items() if not timeless or name not in TIMES}
-        for record in records
-    ]
-
-
-def change(config: RunConfig, section: str, **values: object) -> RunConfig:
-    return replace(config, **{section: replace(getattr(config, section), **values)})
 
 
 @pytest.fixture
@@ -462,60 +401,3 @@ def test_samples_needed(config: RunConfig) -> None:
         "valid_samples": 0,
         "test_samples": 0,
     }
-
-
-class TestSignal:
-    def test_is_noted_and_the_old_handler_comes_back(self) -> None:
-        before = signal.getsignal(signal.SIGTERM)
-        with stop_signal(enabled=True) as request:
-            assert not request.came
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert request.came
-        assert signal.getsignal(signal.SIGTERM) == before
-
-    def test_is_left_alone_when_not_asked_for(self) -> None:
-        before = signal.getsignal(signal.SIGTERM)
-        with stop_signal(enabled=False):
-            assert signal.getsignal(signal.SIGTERM) == before
-
-    @pytest.mark.processes
-    @pytest.mark.parametrize(("num_workers", "whole_group"), [(0, False), (1, True)])
-    def test_sigterm_saves_and_stops(self, tmp_path: Path, num_workers: int, whole_group: bool) -> None:
-        """``whole_group``: launchers send it to the reading processes, too."""
-        command = [
-            sys.executable,
-            str(TESTS / "tiny_run.py"),
-            str(tmp_path / "run"),
-            "--endless",
-            "--workers",
-            str(num_workers),
-        ]
-        trainer = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=environment(),
-        )
-        assert trainer.stdout is not None
-        for line in trainer.stdout:
-            if "step 5/" in line:
-                break
-        (os.killpg if whole_group else os.kill)(trainer.pid, signal.SIGTERM)
-        _, errors = trainer.communicate(timeout=60)
-        assert trainer.returncode == 0, errors
-        folder = find(tmp_path / "run")
-        last = lines(settings(tmp_path / "run"))[-1]["step"]
-        assert folder is not None and folder.name == folder_name(last) and last >= 5
-
-    @pytest.mark.processes
-    def test_killed_at_random_moments_and_resumed(self, tmp_path: Path, whole: list[dict[str, Any]]) -> None:
-        """Real SIGKILLs, also during saves; every attempt is the same command with --load."""
-        result = subprocess.run(
-            [sys.executable, str(TESTS / "tiny_run.py"), str(tmp_path / "run"), "--kill"],
-            check=False, capture_output=True, text=True, timeout=120, env=environment(),
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        assert int(result.stdout.split()[-1]) >= 5  # attempts that were killed
-        assert lines(settings(tmp_path / "run")) == whole

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
 from megatron_hyperrouter.engines.deepspeed import host_state, model, tensor
-from megatron_hyperrouter.engines.deepspeed.launch import join, leave
+from megatron_hyperrouter.engines.deepspeed.groups import join, leave
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
 from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
 from megatron_hyperrouter.engines.routing import draw_by_name

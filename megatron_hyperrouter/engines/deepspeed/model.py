@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
-from megatron_hyperrouter.engines.deepspeed.moe import moe_spec
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
 from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
 from megatron_hyperrouter.routers.base import Router

@@ -22,11 +22,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import Place
-from megatron_hyperrouter.engines.launch import alone_without_launcher, backend, join_world
 from megatron_hyperrouter.engines.megatron import host_state, model
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.shared import SharedEngine
 from megatron_hyperrouter.engines.state import Holding
+from megatron_hyperrouter.engines.world import alone_without_launcher, backend, join_world
 from megatron_hyperrouter.model.init import initialise
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 

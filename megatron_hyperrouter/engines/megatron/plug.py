@@ -10,8 +10,8 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hyperrouter.engines.launch import device
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
+from megatron_hyperrouter.engines.world import device
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.routers import build_router
 from megatron_hyperrouter.routers.base import Router, RunFacts

@@ -17,8 +17,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
-from megatron_hyperrouter.engines.gathering import rows_of_all
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
+from megatron_hyperrouter.engines.row_gather import rows_of_all
 from megatron_hyperrouter.errors import HostError
 
 

@@ -1,0 +1,1 @@
+"""One file a command; `mhr NAME` and `tools/*.py` start them."""

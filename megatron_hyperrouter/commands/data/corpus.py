@@ -1,0 +1,40 @@
+"""Turn the text files below a folder into JSON lines, one document a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_hyperrouter.terminal import Bar, parser
+
+EPILOG = """\
+Each line is {"text": ..., "source": path below the folder}.  Left out: hidden entries, links, __pycache__,
+site-packages, dist-packages, and files that are binary, blank or not UTF-8.  The order is that of the
+SHA-256 of the paths: the same everywhere, and mixed, so that the last documents, which a split takes for
+its test, are a fair sample of the whole. """
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the flags, write the corpus, say what was written."""
+    from megatron_hyperrouter.data.text.collect import default_root, write_corpus
+
+    flags = parser(__doc__ or "", EPILOG)
+    flags.add_argument(
+        "--output", required=True, metavar="FILE.jsonl", help="file to write; appears when it is whole"
+    )
+    flags.add_argument(
+        "--root", metavar="DIR", help="folder to search (default: the Python standard library's sources)"
+    )
+    flags.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="stop before the document that would make FILE.jsonl longer than this",
+    )
+    args = flags.parse_args(arguments)
+    with Bar("make_corpus", "files") as bar:
+        made = write_corpus(
+            args.root or default_root(), args.output, max_bytes=args.max_bytes, progress=bar.update
+        )
+    summary = f"{made.documents:,} documents, {made.size / 1e6:,.1f} MB, {made.left_out:,} files left out"
+    print(f"{args.output}: {summary}; {bar.seconds():.1f} s", file=sys.stderr)

@@ -1,0 +1,100 @@
+"""Build the index files of a run ahead of it, away from the cluster: the run finds them and starts at once.
+
+Takes the flags of pretrain_gpt_hyperrouter.py; only those about data, seed, sequence length, batch size and
+steps matter, and --load for a run that goes on from a checkpoint.  Files lie where the run looks for them: in
+--data-cache-path, or else in cache/hyperrouter beside the data, or else, where that cannot be written, in
+index-cache of the --run-dir; they hold for token files of the same time of change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_hyperrouter.terminal import parser
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.data.stream.dataset import Splits
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the flags, build, say what was built."""
+    flags = parser(__doc__ or "", epilog="all other flags: python pretrain_gpt_hyperrouter.py --help")
+    flags.add_argument("--config", metavar="FILE", help="YAML file of the run")
+    flags.add_argument(
+        "--world-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of the run; matters without --global-batch-size",
+    )
+    args, others = flags.parse_known_args(arguments)
+    if args.world_size < 1:
+        flags.error(f"--world-size = {args.world_size}: must be at least 1")
+
+    from megatron_hyperrouter.config.cli import parse
+    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.errors import DataError
+    from megatron_hyperrouter.routers import ROUTERS
+
+    class Counting(Cache):
+        """Knows how many files were asked for: what cannot be written is made in memory, which is of no use
+        here.
+        """
+
+        asked = 0
+
+        def arrays(self, *key: object, numbers: int, **how: object) -> object:
+            self.asked += numbers >= self.cached_from
+            return super().arrays(*key, numbers=numbers, **how)  # type: ignore[arg-type]
+
+    config = parse([*(["--config", args.config] if args.config else []), *others], routers=ROUTERS)
+    cache = Counting(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache")
+    begin = time.monotonic()
+    splits = build(config, cache, world_size=args.world_size)
+    for name in ("train", "valid", "test"):
+        dataset = getattr(splits, name)
+        print(f"{name + ':':<7} {'no samples' if dataset is None else f'{len(dataset):,} samples'}")
+    for path in dict.fromkeys(cache.used):
+        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    if len(cache.used) < cache.asked:
+        raise DataError(
+            f"{cache.asked - len(cache.used)} of {cache.asked} index files could not be written",
+            remedy="name a folder that can be written with --data-cache-path, here and in the run",
+        )
+    if not cache.used:
+        print(
+            "no index file is needed: what is small, or looked up on demand, is made by each process in no "
+            "time"
+        )
+    print(f"{time.monotonic() - begin:.1f} s")
+
+
+def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
+    """The datasets that the program would build with these settings."""
+    from megatron_hyperrouter.data.stream.dataset import Builder
+    from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
+    from megatron_hyperrouter.data.stream.segments import splits_of_run
+    from megatron_hyperrouter.train.loop import samples_needed
+    from megatron_hyperrouter.train.resume import past_of
+
+    ledger, step = past_of(config)
+    mixes = mixes_of(config.data, step=step)
+    data = settled(config.data, mixes)
+    needed = samples_needed(config, world_size)
+    no_token_is_read = {"vocab_size": 2**31, "eod": 0}
+    return splits_of_run(
+        Builder(
+            data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read
+        ),
+        mixes,
+        ledger,
+        step=step,
+        train_iters=config.train.train_iters,
+        batch=needed["train_samples"] // config.train.train_iters,
+        valid_samples=needed["valid_samples"],
+        test_samples=needed["test_samples"],
+    )

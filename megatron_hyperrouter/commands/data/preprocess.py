@@ -1,0 +1,166 @@
+"""Turn JSON lines, plain text or Parquet into token files in Megatron's format (.bin and .idx)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron_hyperrouter.terminal import Bar, Stopped, parser
+
+EPILOG = """\
+Writes P_KEY_document.bin and .idx for each key, byte for byte what Megatron-LM's preprocess_data.py writes
+from the same tokenizer, and P_KEY_document.manifest.json with counts and checksums, which inspect_data.py
+--verify compares.
+
+A name that ends in .jsonl, .json or .ndjson (before .gz or .zst) is JSON lines: each line one document,
+blank lines skipped; a value is a string, or a list of strings that become sequences of one document.  A
+name that ends in .txt is plain text: the file is one document, stored as sequences of at most 64 KiB of
+text, cut at line ends.  A name that ends in .parquet is a table: each row one document, KEY a column.  Any
+other file is JSON lines if it starts with "{".
+
+Output has temporary names (.partial) until all of it is written.  What is done is saved every
+--save-seconds (P.journal): after a kill, a signal or a full disk the same command goes on from there, and
+the bytes are the same.  Bad input leaves nothing behind. On N machines: --shard 1/N to N/N with the same
+inputs and prefix, then merge_data.py P. Token ids are uint16 for a vocabulary below 65500, else int32.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the flags, preprocess, say what was written."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
+    from megatron_hyperrouter.data.text.inputs import expand, parse_part
+    from megatron_hyperrouter.data.tokenize.preprocess import Recipe, preprocess
+
+    args = read_flags(arguments)
+    recipe = Recipe(
+        args.tokenizer_type,
+        args.tokenizer_model,
+        tuple(args.json_keys),
+        args.append_eod,
+        args.tokenizer_backend,
+    )
+    with Progress() as progress:
+        try:
+            written = preprocess(
+                expand(args.input),
+                args.output_prefix,
+                recipe,
+                workers=args.workers,
+                part=parse_part(args.shard, args.partitions),
+                overwrite=args.overwrite,
+                save_seconds=args.save_seconds,
+                progress=progress.show,
+                report=tell,
+            )
+        except Stopped as reason:
+            reason.left = "the same command goes on from what was saved, or else from the start"
+            raise
+    for pair in written:
+        print(
+            f"{pair.prefix}: {pair.documents:,} documents, {pair.tokens:,} tokens, {pair.dtype.name}",
+            file=sys.stderr,
+        )
+    tell(progress.summary())
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    from megatron_hyperrouter.data.tokenize.backends import BACKENDS
+    from megatron_hyperrouter.data.tokenize.preprocess import SAVE_SECONDS
+
+    flags = parser(__doc__ or "", EPILOG)
+    flags.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs",
+    )
+    flags.add_argument(
+        "--output-prefix", required=True, metavar="P", help="path of the output without _KEY_document.bin"
+    )
+    flags.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys to take from each line (default: text)",
+    )
+    types = ["ByteTokenizer", "HuggingFaceTokenizer"]
+    flags.add_argument(
+        "--tokenizer-type", required=True, choices=types, help="bytes as they are, or a tokenizer.json"
+    )
+    flags.add_argument(
+        "--tokenizer-model", metavar="FILE", help="HuggingFaceTokenizer: the tokenizer.json, or its folder"
+    )
+    flags.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document token"
+    )
+    flags.add_argument(
+        "--tokenizer-backend",
+        default="auto",
+        choices=BACKENDS,
+        help="library that encodes; changes no byte of the output (default: auto, the fastest that is "
+        "installed and gives the same ids)",
+    )
+    flags.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that encode (default: 1); changes no byte of the output",
+    )
+    flags.add_argument(
+        "--shard", metavar="I/N", help="do part I of N alone, from 1, and write P.shard-I-of-N_KEY_document.*"
+    )
+    flags.add_argument(
+        "--partitions", type=int, metavar="N", help="the N of --shard, where that gives I alone"
+    )
+    flags.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="discard what an unfinished run has left, instead of going on with it",
+    )
+    flags.add_argument(
+        "--save-seconds",
+        type=float,
+        default=SAVE_SECONDS,
+        metavar="S",
+        help=f"time between two saves (default: {SAVE_SECONDS:g})",
+    )
+    return flags.parse_args(arguments)
+
+
+def tell(message: str) -> None:
+    """A line on stderr."""
+    print(f"preprocess_data: {message}", file=sys.stderr)
+
+
+class Progress(Bar):
+    """Megabytes and documents, and how fast they pass."""
+
+    def __init__(self) -> None:
+        super().__init__("preprocess_data")
+        self._first: tuple[int, int] | None = None  # bytes and documents of the runs before this one
+        self._done = self._documents = 0
+
+    def show(self, done: int, total: int, documents: int) -> None:
+        """As ``preprocess`` calls it."""
+        if self._first is None:
+            self._first = (done, documents)
+            self.begin_at(done)
+            if done:
+                tell(f"goes on from {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        self._done, self._documents = done, documents
+        self.update(done, total, f"{self._rate():,.0f} documents/s")
+
+    def summary(self) -> str:
+        """What this run did."""
+        passed = self._done - (self._first or (0, 0))[0]
+        speeds = f"{self.speed(self._done):,.1f} MB/s, {self._rate():,.0f} documents/s"
+        return f"{passed / 1e6:,.1f} MB in {self.seconds():.1f} s, {speeds}"
+
+    def _rate(self) -> float:
+        return (self._documents - (self._first or (0, 0))[1]) / self.seconds()

@@ -1,0 +1,73 @@
+"""Train a byte-level BPE tokenizer (Hugging Face format) on JSON lines, plain text or Parquet."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_hyperrouter.terminal import Bar, parser
+
+EPILOG = """\
+Words are cut as in GPT-2; <|endoftext|> is id 0.  Same input, same file, byte for byte.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the flags, train, say what was written."""
+    from megatron_hyperrouter.data.text.corpus import texts
+    from megatron_hyperrouter.data.text.inputs import expand, total_bytes
+    from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    flags = parser(__doc__ or "", EPILOG)
+    flags.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs",
+    )
+    flags.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="token ids, at least 257: bytes, merges, <|endoftext|>",
+    )
+    flags.add_argument(
+        "--output", required=True, metavar="tokenizer.json", help="file to write; appears when it is whole"
+    )
+    flags.add_argument(
+        "--json-key",
+        "--json-keys",
+        default="text",
+        metavar="KEY",
+        help="key that holds the text (default: text)",
+    )
+    flags.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="train on the first N bytes of text alone (default: on all)",
+    )
+    args = flags.parse_args(arguments)
+    inputs = expand(args.input)
+    total_bytes(inputs)
+    problems = []
+    if args.max_bytes is not None and args.max_bytes < 1:
+        problems.append(
+            Problem("--max-bytes", args.max_bytes, "must be at least 1", "leave it out to train on all")
+        )
+    if any(os.path.realpath(path) == os.path.realpath(args.output) for path in inputs):
+        problems.append(Problem("--output", args.output, "is one of the inputs", "choose another name"))
+    if problems:
+        raise ConfigError(problems)
+    bar = Bar("train_tokenizer")
+    size = train_bpe(texts(inputs, args.json_key, args.max_bytes), args.vocab_size, args.output)
+    fewer = (
+        ""
+        if size == args.vocab_size
+        else f" of the {args.vocab_size:,} asked for: the text has no more pairs to merge"
+    )
+    print(f"{args.output}: {size:,} tokens{fewer}; {bar.seconds():.1f} s", file=sys.stderr)

@@ -1,0 +1,70 @@
+"""``mhr NAME ...``: finds the command and starts it; also the way in of ``tools/*.py``."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from megatron_hyperrouter.commands.names import GROUPS, Command
+
+_COMMANDS: dict[str, Command] = {
+    name: command for group in GROUPS.values() for name, command in group.items()
+}
+_WRONG_USE = 2  # exit status of the public contract
+_NEXT = """megatron_hyperrouter pretrains mixture-of-experts models with better routers.
+
+Start with one of these:
+  mhr train --help          every setting of a training run
+  mhr evaluate --help       score a trained run at several k
+  mhr --help                all commands
+"""
+
+
+def mhr() -> NoReturn:
+    """The console script: runs the command that the first argument names."""
+    words = sys.argv[1:]
+    if not words:
+        print(_NEXT, end="")
+        sys.exit(0)
+    if words[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        sys.exit(0)
+    if words[0] == "--version":
+        from megatron_hyperrouter import __version__
+
+        print(f"megatron_hyperrouter {__version__}")
+        sys.exit(0)
+    if words[0] not in _COMMANDS:
+        print(f"mhr: error: {_unknown(words[0])}", file=sys.stderr)
+        sys.exit(_WRONG_USE)
+    sys.argv = [f"mhr {words[0]}", *words[1:]]
+    start(words[0])
+
+
+def start(name: str) -> NoReturn:
+    """Run the command ``name`` with ``sys.argv[1:]`` and end the process with its exit status."""
+    main = import_module(f"megatron_hyperrouter.commands.{_COMMANDS[name].module}").main
+    if name == "train":
+        from megatron_hyperrouter import console
+
+        sys.exit(console.run(main))
+    from megatron_hyperrouter.terminal import run_tool
+
+    run_tool(main)
+
+
+def overview() -> str:
+    """All commands in groups, one line each."""
+    lines = ["usage: mhr COMMAND [arguments]       (mhr COMMAND --help explains one)", ""]
+    for group, commands in GROUPS.items():
+        lines += [f"{group}:", *(f"  {name:<16} {command.summary}" for name, command in commands.items()), ""]
+    return "\n".join(lines)
+
+
+def _unknown(word: str) -> str:
+    near: Sequence[str] = difflib.get_close_matches(word, _COMMANDS, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "mhr --help lists all commands"
+    return f"there is no command {word}; {hint}"

@@ -1,0 +1,162 @@
+"""Set a model's scores beside the unigram and bigram baselines of the same tokens.
+
+Fits both baselines on the training part of the run's data, scores them on the targets that tools/evaluate.py
+scored in one process, and prints a table in bits per byte.  With --eod-mask-loss neither model nor baselines
+count what follows a document's end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.terminal import parser
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_hyperrouter.data.stream.dataset import Dataset, Splits
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Results of an evaluation -> data of that run -> baselines -> table."""
+    flags = parser(__doc__ or "")
+    flags.add_argument(
+        "--load", type=Path, required=True, metavar="RUN_DIR", help="run folder that was evaluated"
+    )
+    flags.add_argument(
+        "--results",
+        type=Path,
+        required=True,
+        metavar="FILE.json",
+        help="what tools/evaluate.py wrote, for the test split",
+    )
+    flags.add_argument("--output", type=Path, metavar="FILE.json", help="write the table's numbers here, too")
+    args = flags.parse_args(arguments)
+
+    from megatron_hyperrouter.config.cli import load_file
+    from megatron_hyperrouter.data.stream.dataset import build_splits
+    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.errors import DataError
+    from megatron_hyperrouter.routers import ROUTERS
+
+    results: list[dict[str, Any]] = read_results(args.results)
+    config = load_file(args.load / "config.yaml", routers=ROUTERS)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
+    bytes_V = tokenizer.token_bytes_V()
+    if bytes_V is None:
+        raise DataError(
+            f"{config.data.tokenizer_type} does not tell the bytes of its tokens",
+            remedy="use a byte-level tokenizer",
+        )
+    splits = build_splits(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod if config.data.pack_documents else None,
+        train_samples=None,
+        valid_samples=0,
+        test_samples=None,
+    )
+    eod = tokenizer.eod if config.data.eod_mask_loss else None
+    rows = baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size, eod=eod)
+    rows |= {
+        f"model, k = {row['topk']} of {config.model.num_experts}": row["bits_per_byte"] for row in results
+    }
+    show(rows, results[0]["tokens"], masked=eod is not None)
+    if args.output is not None:
+        args.output.write_text(
+            json.dumps({"bits_per_byte": rows, "tokens": results[0]["tokens"]}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation."""
+    from megatron_hyperrouter.errors import DataError
+
+    try:
+        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not an evaluation: {error!r}",
+            remedy="write it with tools/evaluate.py --output FILE.json",
+        ) from error
+    if not results:
+        raise DataError(f"{path}: no results", remedy="evaluate at one k at least")
+    return results
+
+
+def baseline_bits(
+    splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: int, *, eod: int | None = None
+) -> dict[str, float]:
+    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an
+    evaluation.
+
+    ``eod``: the id that ends a document, where what follows it counts neither there nor here.
+    """
+    import numpy as np
+
+    from megatron_hyperrouter.errors import DataError
+    from megatron_hyperrouter.evaluate.ngram import NgramBaselines
+
+    if splits.train is None or splits.test is None:
+        raise DataError(
+            "the run has no training or no test data",
+            remedy="give all three shares of --split a number above 0",
+        )
+    fitted = NgramBaselines(stretches(splits.train, eod), vocab_size)
+    parts, left = [np.zeros((0, 2), np.int64)], tokens
+    for sample in samples_of(splits.test):
+        if left <= 0:
+            break
+        pairs_N2 = np.stack([sample[:-1], sample[1:]], axis=1)
+        parts.append(pairs_N2 if eod is None else pairs_N2[pairs_N2[:, 0] != eod])
+        left -= len(parts[-1])
+    if left:
+        raise DataError(
+            f"the results count {tokens:,} targets, which is no number of whole samples of the run's test "
+            "split",
+            remedy="write the results with tools/evaluate.py in one process, from the data of the run",
+        )
+    contexts_N, targets_N = np.concatenate(parts).T
+    per_byte = targets_N.size / bytes_V[targets_N].sum() / math.log(2)
+    return {
+        "unigram": fitted.unigram_nats(targets_N) * per_byte,
+        "bigram": fitted.bigram_nats(contexts_N, targets_N) * per_byte,
+    }
+
+
+def samples_of(dataset: Dataset) -> Iterator[np.ndarray]:
+    """One after another."""
+    return (dataset[i] for i in range(len(dataset)))
+
+
+def stretches(dataset: Dataset, eod: int | None) -> Iterator[np.ndarray]:
+    """Samples, cut after each ``eod``: what fills up a packed sample has no pair, and is left out."""
+    import numpy as np
+
+    for sample in samples_of(dataset):
+        parts = [sample] if eod is None else np.split(sample, np.flatnonzero(sample == eod) + 1)
+        yield from (part for part in parts if len(part) > 1)
+
+
+def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
+    """The table for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    left_out = ", without those that begin a document" if masked else ""
+    table = Table(title=f"bits per byte on {tokens:,} tokens of the test split{left_out}")
+    table.add_column("")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("against the bigram", justify="right")
+    for name, bits in rows.items():
+        table.add_row(name, f"{bits:.4f}", f"{bits / rows['bigram'] - 1:+.1%}")
+    Console().print(table)

@@ -1,0 +1,118 @@
+"""Score a trained model at several k: what routing each token to fewer or more experts costs.
+
+Writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to --output and a
+table to stdout. Runs in one process, or under torchrun or deepspeed on several ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hyperrouter.evaluate.trained import checkpoint_of, dataset_of, settings_of
+from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.terminal import parser
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.train.metrics import Record
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings of the run -> data -> model -> one loss for each k."""
+    args = read_flags(arguments)
+    import torch
+
+    from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
+    from megatron_hyperrouter.config.cli import launched_world_size
+    from megatron_hyperrouter.config.derived import data_parallel_size, minds_documents
+    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.engines import open_engine
+    from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
+    from megatron_hyperrouter.train.metrics import to_json
+
+    folder = checkpoint_of(args.load)
+    manifest = read_manifest(folder)
+    config = settings_of(folder, world_size=launched_world_size())
+    check_topks(args.topk, config.model.num_experts)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
+    samples = args.eval_iters and args.eval_iters * manifest["meta"]["order"]["global_batch_size"]
+    eod = tokenizer.eod if minds_documents(config) else None
+    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)
+    ranks = data_parallel_size(config, launched_world_size())
+    micro_batch_size = min(config.train.micro_batch_size, max(len(dataset) // ranks, 1))
+    bytes_V = tokenizer.token_bytes_V()
+    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod, for_training=False)
+    try:
+        verify(folder, engine)
+        engine.load(folder, weights_only=True)
+        results = loss_by_topk(
+            engine,
+            dataset,
+            args.topk,
+            micro_batch_size=micro_batch_size,
+            num_batches=samples and max(samples // (micro_batch_size * ranks), 1),
+            token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+        )
+        if engine.place.is_main:
+            rows = ", ".join(to_json(result) for result in results)
+            head = {
+                "checkpoint": str(folder),
+                "step": manifest["step"],
+                "data": args.data_path,
+                "split": args.split,
+            }
+            show(results)
+            write_json(args.output, json.loads(f'{{"results": [{rows}]}}') | head)
+    finally:
+        engine.close()
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(__doc__ or "")
+    flags.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="RUN_DIR",
+        help="run folder, its checkpoints/, or one checkpoint",
+    )
+    flags.add_argument(
+        "--topk", type=int, nargs="+", required=True, metavar="K", help="active experts, one or several"
+    )
+    flags.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="P",
+        help="other data: all of it, or the --split of it that is named",
+    )
+    flags.add_argument(
+        "--split", choices=("train", "valid", "test"), help="which part of the data (default: test)"
+    )
+    flags.add_argument(
+        "--eval-iters",
+        type=int,
+        metavar="N",
+        help="global batches of the run, as in training (default: the whole split)",
+    )
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
+    args = flags.parse_args(arguments)
+    if args.eval_iters is not None and args.eval_iters < 1:
+        flags.error("--eval-iters must be at least 1")
+    return args
+
+
+def show(results: Sequence[Record]) -> None:
+    """A table for a person."""
+    print(f"{'k':>4} {'loss':>9} {'perplexity':>11} {'bits/byte':>10} {'tokens':>12}")
+    for row in results:
+        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+        print(
+            f"{row['topk']:>4} {row['lm_loss']:>9.4f} {row['perplexity']:>11.3f} {bits:>10} "
+            f"{row['tokens']:>12,}"
+        )

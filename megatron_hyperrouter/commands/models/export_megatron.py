@@ -1,0 +1,45 @@
+"""Write the weights of a run as a megatron-core checkpoint, to go on in Megatron-LM with its own router and
+its own layers.
+
+Tested with megatron-core's GPTModel of Transformer Engine's layers; the folder has the form that
+Megatron-LM's --load takes (with --finetune --no-load-optim --no-load-rng).  The router becomes a plain
+matrix: a HyperRouter's is the one that it generates. Prints the folder and the model's flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hyperrouter.terminal import parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings of the run -> megatron-core's own model with its weights -> files."""
+    flags = parser(__doc__ or "")
+    flags.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="RUN_DIR",
+        help="run folder, its checkpoints/, or one checkpoint",
+    )
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes"
+    )
+    args = flags.parse_args(arguments)
+    from megatron_hyperrouter.checkpoint.folder import read_manifest
+    from megatron_hyperrouter.compat.host_logs import hush
+    from megatron_hyperrouter.compat.versions import check
+    from megatron_hyperrouter.evaluate.trained import checkpoint_of, settings_of
+
+    folder = checkpoint_of(args.load)
+    run = settings_of(folder, world_size=1)
+    hush()
+    check("megatron")
+    from megatron_hyperrouter.engines.megatron.single_process import one_process
+    from megatron_hyperrouter.export.megatron import export_weights, model_flags
+
+    with one_process(run):
+        target = export_weights(run, folder, args.output, step=read_manifest(folder)["step"])
+    print(f"{target}\n{' '.join(model_flags(run))}")

@@ -1,0 +1,41 @@
+"""The commands of ``mhr``: what each does, in groups, and the file that holds it.
+
+A command is one file with ``main(arguments)`` in one of the folders beside this one.  Only this table is read
+to show the help.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """One command of ``mhr``."""
+
+    module: str  # below megatron_hyperrouter.commands
+    summary: str
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "Train": {
+        "train": Command("training.train", "pretrain a GPT-style mixture-of-experts model"),
+    },
+    "Data": {
+        "corpus": Command("data.corpus", "turn the text files below a folder into JSON lines"),
+        "tokenizer": Command("data.tokenizer", "train a byte-level BPE tokenizer"),
+        "preprocess": Command("data.preprocess", "turn text into token files (.bin and .idx)"),
+        "merge": Command("data.merge", "merge the token files of several machines"),
+        "inspect": Command("data.inspect", "describe and verify token files"),
+        "index": Command("data.index", "build the index files of a run ahead of time"),
+    },
+    "Models": {
+        "evaluate": Command("models.evaluate", "score a trained run at several k"),
+        "baselines": Command("models.baselines", "compare its scores with unigram and bigram models"),
+        "export-megatron": Command("models.export_megatron", "write a run's weights for Megatron-LM"),
+    },
+    "Studies": {
+        "compare": Command("studies.compare", "train several routers alike and compare them"),
+        "scaling": Command("studies.scaling", "study how loss and speed scale"),
+        "verify": Command("studies.verify", "check that layouts train the same model"),
+    },
+}

@@ -1,0 +1,212 @@
+"""Train routers alike and compare them: same data in the same order, same initial experts and trunk, same
+steps, several seeds.
+
+Each router is trained with each seed in a process of its own, then scored at every k on the test split.
+--output gets a folder for each run, runs.csv (a row for each run), table.csv (mean and half of the 95 %
+t-interval over seeds), differences.csv (each router less the first, seed by seed), table.md with both,
+bits_per_byte.png and learning_curves.png.  The same command again goes on after an interruption: finished
+runs are kept, others continue from their last checkpoint (--save-interval says how often there is one).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.studies.runs import (
+    LAYOUT,
+    Plan,
+    Stage,
+    check_finished,
+    digest_of,
+    file_values,
+    is_trained,
+    refuse_flags,
+    run_all,
+    training,
+)
+from megatron_hyperrouter.terminal import parser
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.tree import RunConfig
+
+EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.  A run has one process: sizes
+of the layout in --config are not taken over.  --routers takes names of routers, or labels that --options
+explains (YAML: label to options; "name" says which router):
+  hyper: {hypernet_width: 128}
+  switch: {name: topk, pre_softmax: true}
+A router that is not in it has the options that --config gives to it, or its defaults.
+
+Columns: router entropy (nats) and load (largest over mean) are means over layers and the last tenth of the
+steps; similarity is the mean linear CKA of two experts' outputs for the same tokens; step time is the
+median, which --jobs above 1 disturbs."""
+
+
+@dataclass(frozen=True)
+class Trial(Plan):
+    """One router with one seed; its task is for _compare_run.py."""
+
+    label: str
+    seed: int
+
+    def stages(self) -> list[Stage]:
+        """Train, and score what was trained to its end."""
+        scoring = Stage(
+            "scoring", ["-m", "megatron_hyperrouter.studies.router_scores", str(self.folder / "task.json")]
+        )
+        return [scoring] if is_trained(self) else [training(self), scoring]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings of all runs -> the runs -> table and plots."""
+    args, more = read_flags(arguments)
+    plans = list(plans_of(args, more))
+    check_finished(plans)
+    run_all([plan for plan in plans if not plan.finished], args.jobs)
+    from megatron_hyperrouter.studies.router_tables import write_tables
+
+    told = [
+        (plan.label, plan.seed, json.loads((plan.folder / "results.json").read_text(encoding="utf-8")))
+        for plan in plans
+    ]
+    write_tables(told, args.output)
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
+    """The flags of this tool, and those of the program."""
+    from megatron_hyperrouter.config.sources import read_flags as read_program_flags
+
+    flags = parser(str(__doc__), EPILOG)
+    flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
+    flags.add_argument(
+        "--routers", nargs="+", required=True, metavar="NAME", help="routers, or labels of --options"
+    )
+    flags.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="runs of each router, with --seed of the settings, + 1, ... (default: 3)",
+    )
+    flags.add_argument(
+        "--topk-eval",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="active experts to score with (default: powers of 2)",
+    )
+    flags.add_argument("--options", metavar="FILE", help="options of each router (YAML), see below")
+    flags.add_argument(
+        "--test-iters",
+        type=int,
+        metavar="N",
+        help="global batches of the test split to score, of another order for each seed (default: all of it)",
+    )
+    flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where runs, table and plots go"
+    )
+    args, rest = flags.parse_known_args(arguments)
+    for name in ("seeds", "jobs", "test_iters"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flags.error(f"--{name.replace('_', '-')} must be at least 1")
+    line = read_program_flags(rest)
+    if reason := refuse_flags(line, [name for name in line.flags if name.startswith("--router.")]):
+        flags.error(f"{reason}; options of routers go into --options")
+    if odd := [name for name in args.routers if not re.fullmatch(r"\w[\w.-]*", name)]:
+        flags.error(
+            f"--routers {' '.join(odd)}: labels name folders, so letters, digits, '.', '_' and '-' alone"
+        )
+    if twice := {name for name in args.routers if args.routers.count(name) > 1}:
+        flags.error(f"--routers names {', '.join(sorted(twice))} twice")
+    return args, line
+
+
+# -------------------------------------------------------------------------------------------- plans
+def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
+    """All runs, seed by seed, with settings that were checked; raises ConfigError."""
+    from megatron_hyperrouter.config.cli import replace_leaves
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
+
+    options = read_options(args.options, args.routers)
+    configs = {label: settings_of(args.config, options.get(label, {}), label, line) for label in args.routers}
+    num_experts = next(iter(configs.values())).model.num_experts
+    topks = args.topk_eval or [
+        2**power for power in range(num_experts.bit_length()) if 2**power <= num_experts
+    ]
+    check_topks(topks, num_experts)
+    for number in range(args.seeds):
+        for label, config in configs.items():
+            seed = config.train.seed + number
+            folder = args.output / "runs" / f"{label}-seed{seed}"
+            scored = {"topk": topks, "test_iters": args.test_iters}
+            digest = digest_of(replace_leaves(config, seed=seed), scored)
+            task = {
+                "run_dir": str(folder),
+                "settings": digest,
+                "output": str(folder / "results.json"),
+                **scored,
+            }
+            yield Trial(folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, label, seed)
+
+
+def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """``--options``: label to options; raises ConfigError."""
+    import yaml
+
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            [Problem("--options", path, f"cannot be read ({error})", "name a YAML file")]
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(options, dict) for options in found.values()):
+        raise ConfigError(
+            [
+                Problem(
+                    "--options",
+                    path,
+                    "must map labels to options",
+                    "write lines like hyper: {hypernet_width: 128}",
+                )
+            ]
+        )
+    if unused := sorted(str(label) for label in set(found) - set(labels)):
+        rule = f"has options of {', '.join(unused)}, which --routers does not name"
+        raise ConfigError([Problem("--options", path, rule, "name them, or leave their options out")])
+    return found
+
+
+def settings_of(path: str, options: Mapping[str, Any], label: str, line: CommandLine) -> RunConfig:
+    """The settings of ``path`` with another router, in one process, and the flags over them; raises
+    ConfigError.
+    """
+    from megatron_hyperrouter.config.draft import Draft
+    from megatron_hyperrouter.config.sources import YamlFile, read_yaml
+    from megatron_hyperrouter.routers import ROUTERS
+
+    file = read_yaml(path)
+    own = {key: value for key, value in file.values.items() if key.startswith("router.")}
+    values = file_values(file, without=[*own, *LAYOUT])
+    name = options.get("name", label)
+    if not options and own.get("router.name", "hyper") == name:
+        options = {key.removeprefix("router."): value for key, value in own.items()}
+    values |= {f"router.{key}": value for key, value in {**options, "name": name}.items()}
+    changed = YamlFile(f"{path} and --options" if options else path, values, file.problems, file.readable)
+    overrides = (
+        {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
+    )
+    return Draft(ROUTERS, changed, flags=line.flags, problems=line.problems, overrides=overrides).finish(
+        world_size=1
+    )

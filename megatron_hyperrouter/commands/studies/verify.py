@@ -1,0 +1,413 @@
+"""Prove that a run is the same on every layout and engine: trains a few steps on each and compares with
+one process.
+
+The model, router, optimizer and precision are those of --config; the layout and the global batch are the
+tool's, tokens are made up unless --own-data is given, dropout is off, a k schedule runs to its end within
+the steps, and Adam's epsilon is at least 1e-4 (below, rounding noise in a gradient of almost nothing
+becomes a whole step).
+
+    python tools/verify_layouts.py --config FILE.yaml                                            # one
+    machine, a laptop torchrun --nnodes 2 --nproc_per_node 8 ... tools/verify_layouts.py --config
+    FILE.yaml # a cluster deepspeed --hostfile hostfile tools/verify_layouts.py --config FILE.yaml
+    # any launcher that sets RANK
+
+Without a launcher all ranks are started on this machine, on its GPUs where it has one for each, else on
+its CPU.  Under a launcher the first of its ranks run each layout; start as many as the largest layout
+needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.terminal import parser
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.verify.differences import Difference, Layout
+    from megatron_hyperrouter.verify.start import Starter
+
+ENGINES = ("deepspeed", "megatron")
+LAYOUTS = (
+    "dp=2",
+    "dp=2,zero=2",
+    "dp=2,use_distributed_optimizer=true",
+    "ep=2",
+    "tp=2",
+    "pp=2",
+    "pp=2,vpp=2",
+    "cp=2",
+    "tp=2,ep=2",
+    "pp=2,ep=2",
+)
+EPILOG = """A layout: tp, pp, vpp, cp, ep, etp (expert-tensor), dp, zero with their sizes, and settings by
+name, joined by commas. It has as few ranks as the sizes need, and tp brings sequence parallelism along:
+  --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
+A layout that the settings rule out is shown with the reason, and is no failure.
+For tests of this tool a layout may seed a fault: fault=expert-gradient, embedding-reduce, aux-loss or
+hypernetwork.
+
+Differences are relative: of a parameter's gradients to the largest of them, of weights to the path that
+Adam can have gone and a hundredth of the weight.  In float32 they may be 1e-5, of weights 1e-4.  In
+bfloat16 the tool also trains one process in float32: numbers may differ by twice what bfloat16 itself
+changes, gradients by as much (a quarter at most), weights by 1.5 (2 is the other way).
+
+Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 data that
+cannot be read."""
+
+
+@dataclass
+class Row:
+    """One layout on one engine: its settings, or why there are none; then what was found."""
+
+    layout: Layout
+    engine: str
+    config: RunConfig | None = None
+    refused: str = ""
+    folder: Path = Path()
+    told: dict[str, Any] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing speaks against it."""
+        return all(difference.ok for difference in self.differences)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings of each row -> ranks -> differences from the first row -> table."""
+    args = read_flags(arguments)
+    from megatron_hyperrouter.verify.differences import check_names, parse_layout, samples_for
+
+    layouts = [parse_layout(""), *(parse_layout(text) for text in dict.fromkeys(args.layouts))]
+    check_names(layouts)
+    check_ranks(layouts)
+    engine = args.engines[0]
+    samples = samples_for(layouts, settings_of(args, layouts[0], engine, samples=None).train.micro_batch_size)
+    reference = Row(
+        layouts[0], engine, settings_of(args, layouts[0], engine, samples)
+    )  # its ConfigError is the user's
+    check_data(reference, args)
+    rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
+    rows = [row for row in rows if (row.layout, row.engine) != (reference.layout, reference.engine)]
+    check_some_run(rows)
+    exact = in_float32(reference)
+    starter = starter_for(args, max(row.layout.ranks for row in [reference, *rows] if row.config))
+    try:
+        run_all([reference, *rows, *([exact] if exact else [])], args, starter)
+        if starter.is_main:
+            judge(rows, reference, exact)
+    finally:
+        starter.close()
+    if not starter.is_main:
+        return
+    show(rows, reference)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps([record(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    if not all(row.ok for row in rows):
+        sys.exit(1)
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags of this tool."""
+    flags = parser(str(__doc__), EPILOG)
+    flags.add_argument("--config", required=True, metavar="FILE", help="settings of the run (YAML)")
+    flags.add_argument(
+        "--layouts",
+        nargs="+",
+        default=LAYOUTS,
+        metavar="LAYOUT",
+        help=f"see below; default: {' '.join(LAYOUTS)}",
+    )
+    flags.add_argument(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=ENGINES,
+        help="default: both; the first is the reference",
+    )
+    flags.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
+    flags.add_argument(
+        "--own-data", action="store_true", help="train on the data of --config instead of made-up tokens"
+    )
+    flags.add_argument(
+        "--vocab-size", type=int, default=256, help="made-up tokens are below this (default: 256)"
+    )
+    flags.add_argument(
+        "--timeout",
+        type=float,
+        default=1800,
+        help="seconds for all runs of one number of ranks (default: 1800)",
+    )
+    flags.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where runs put weights for a while; under a launcher all nodes must see it (default: runs)",
+    )
+    flags.add_argument("--output", type=Path, metavar="JSON", help="also write what was found to this file")
+    args = flags.parse_args(arguments)
+    args.engines = list(dict.fromkeys(args.engines))
+    if args.steps < 1 or args.vocab_size < 2:
+        flags.error("--steps must be 1 or more, --vocab-size 2 or more")
+    return args
+
+
+def check_ranks(layouts: Sequence[Layout]) -> None:
+    """Under a launcher the tool cannot start more ranks; raises ConfigError."""
+    from megatron_hyperrouter.config.cli import launched_world_size
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    started = launched_world_size()
+    large = [layout for layout in layouts if layout.ranks > started]
+    if under_launcher() and large:
+        rule = f"needs more ranks than the {started} that the launcher started"
+        raise ConfigError(
+            [
+                Problem("--layouts", layout.text, rule, f"start {layout.ranks} ranks, or name others")
+                for layout in large
+            ]
+        )
+
+
+def check_some_run(rows: Sequence[Row]) -> None:
+    """A proof of nothing must not look like a proof; raises ConfigError."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    if all(row.refused for row in rows):
+        remedy = "name a layout that goes with these settings"
+        raise ConfigError(
+            [Problem("--layouts", f"{row.layout.text} on {row.engine}", row.refused, remedy) for row in rows]
+        )
+
+
+def check_data(reference: Row, args: Namespace) -> None:
+    """Data that cannot be read is told once, before ranks start; raises DataError."""
+    from megatron_hyperrouter.verify.rank import read_data
+
+    assert reference.config is not None
+    read_data(reference.config, args.steps, own=args.own_data)
+
+
+def under_launcher() -> bool:
+    """Whether somebody else starts the ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def starter_for(args: Namespace, most_ranks: int) -> Starter:
+    """What runs cases: this machine, or the launcher's ranks."""
+    from megatron_hyperrouter.verify.start import Here, Launched
+
+    if under_launcher():
+        return Launched(args.folder, timeout=args.timeout)
+    return Here(args.folder, timeout=args.timeout, most_ranks=most_ranks)
+
+
+def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | None) -> RunConfig:
+    """The user's settings on ``layout``; raises ConfigError where they cannot run there."""
+    from megatron_hyperrouter.config.cli import load_file, replace_leaves
+    from megatron_hyperrouter.routers import ROUTERS
+
+    overrides: dict[str, object] = {
+        "engine": engine,
+        "load": None,
+        "finetune": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "global_batch_size": samples,
+        **({} if args.own_data else MADE_UP | {"vocab_size": args.vocab_size}),
+        **(NOT_OF_DEEPSPEED if engine == "deepspeed" else NOT_OF_MEGATRON),
+    }
+    config = load_file(
+        args.config,
+        routers=ROUTERS,
+        overrides=overrides | layout.overrides,
+        world_size=layout.ranks if samples else None,
+    )
+    if config.topk.topk_schedule != "constant" and "topk_schedule_steps" not in layout.overrides:
+        config = replace_leaves(config, topk_schedule_steps=args.steps)
+    return replace_leaves(config, adam_eps=max(config.optimizer.adam_eps, 1e-4))
+
+
+MADE_UP: Mapping[str, object] = {
+    "data_path": ["made-up-tokens"],
+    "train_data_path": [],
+    "valid_data_path": [],
+    "test_data_path": [],
+    "tokenizer_type": "NullTokenizer",
+    "tokenizer_model": None,
+}
+# Settings of the other engine, which this one refuses
+NOT_OF_DEEPSPEED: Mapping[str, object] = {
+    "use_distributed_optimizer": False,
+    "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "transformer_impl": "auto",
+}
+NOT_OF_MEGATRON: Mapping[str, object] = {"zero_stage": 1, "deepspeed_config": None}
+
+
+def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> Row:
+    """A row to run, or one that is refused."""
+    from megatron_hyperrouter.errors import ConfigError
+
+    try:
+        return Row(layout, engine, settings_of(args, layout, engine, samples))
+    except ConfigError as error:
+        return Row(
+            layout,
+            engine,
+            refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems),
+        )
+
+
+def in_float32(reference: Row) -> Row | None:
+    """The reference without the rounding of bfloat16, where it has that."""
+    from dataclasses import replace
+
+    from megatron_hyperrouter.config.cli import replace_leaves
+
+    assert reference.config is not None
+    return (
+        replace(reference, config=replace_leaves(reference.config, bf16=False))
+        if reference.config.train.bf16
+        else None
+    )
+
+
+def run_all(rows: Sequence[Row], args: Namespace, starter: Starter) -> None:
+    """All rows with as many ranks run in one start of those ranks."""
+    runnable = [row for row in rows if row.config is not None]
+    for number, row in enumerate(runnable):
+        row.folder = starter.folder / f"run-{number}"
+        row.folder.mkdir(exist_ok=True)  # each rank of a launcher comes here
+    for ranks in sorted({row.layout.ranks for row in runnable}):
+        started = [row for row in runnable if row.layout.ranks == ranks]
+        if starter.is_main:
+            print(
+                f"{len(started)} run{'s' * (len(started) > 1)} on {ranks} rank{'s' * (ranks > 1)} ...",
+                file=sys.stderr,
+                flush=True,
+            )
+        answers = starter.run([case_of(row, args, starter) for row in started], ranks)
+        for row, told in zip(started, answers, strict=bool(answers)):
+            row.told = told
+
+
+def judge(rows: Sequence[Row], reference: Row, exact: Row | None) -> None:
+    """Differences of each row, and what they look like."""
+    from megatron_hyperrouter.verify.causes import causes
+    from megatron_hyperrouter.verify.differences import Tolerances, compare, evidence, in_bfloat16
+
+    assert reference.config is not None
+    expected, allowed = evidence(reference.folder, reference.told), Tolerances()
+    if exact is not None:
+        rounding = compare(
+            expected, evidence(exact.folder, exact.told), config=reference.config, allowed=allowed
+        )
+        allowed = in_bfloat16(rounding)
+    for row in rows:
+        if row.config is not None:
+            found = evidence(row.folder, row.told)
+            row.differences = compare(found, expected, config=row.config, allowed=allowed)
+            if not row.ok:
+                row.causes = causes(
+                    found, expected, sizes=row.layout.sizes, tolerance=1e-3 if exact is None else 0.1
+                )
+
+
+def case_of(row: Row, args: Namespace, starter: Starter) -> dict[str, Any]:
+    """What the ranks read: two settings files, see ``evaluate.layouts`` for how gradients are told."""
+    from megatron_hyperrouter.config.cli import dump, replace_leaves
+    from megatron_hyperrouter.verify.differences import DROWNING_EPSILON, SCALE
+
+    assert row.config is not None
+    tells = replace_leaves(
+        row.config,
+        lr=SCALE * DROWNING_EPSILON,
+        adam_eps=DROWNING_EPSILON,
+        weight_decay=0.0,
+        clip_grad=1e30 if row.config.optimizer.clip_grad else 0.0,
+    )
+    case: dict[str, Any] = {
+        "steps": args.steps,
+        "folder": str(row.folder),
+        "fault": row.layout.fault,
+        "own_data": args.own_data,
+    }
+    for name, config in (("settings", row.config), ("gradients", tells)):
+        path = row.folder / f"{name}.yaml"
+        if starter.is_main:
+            path.write_text(dump(config), encoding="utf-8")
+        case[name] = str(path)
+    return case
+
+
+def show(rows: Sequence[Row], reference: Row) -> None:
+    """A table for a person, then what exceeds its tolerance."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=180)
+    title = f"Largest differences from 1 process on {reference.engine}"
+    table = Table(
+        "layout", "ranks", "engine", "number", "difference", "tolerance", "", "seen at", title=title
+    )
+    for row in rows:
+        head = (row.layout.text, str(row.layout.ranks), row.engine)
+        if row.refused:
+            table.add_row(*head, "", "", "", "refused", row.refused, style="dim", end_section=True)
+        for number, found in enumerate(row.differences):
+            verdict = "ok" if found.ok else "[bold red]FAIL[/]"
+            values = (found.number, f"{found.value:.1e}", f"{found.tolerance:.0e}", verdict, found.where)
+            table.add_row(
+                *(head if number == 0 else ("", "", "")),
+                *values,
+                end_section=number == len(row.differences) - 1,
+            )
+    console.print(table)
+    refused, failed = sum(bool(row.refused) for row in rows), [row for row in rows if not row.ok]
+    for row in failed:
+        console.print(f"[bold red]FAIL[/] {row.layout.text} on {row.engine}", highlight=False)
+        for found in row.differences:
+            if not found.ok:
+                console.print(
+                    f"  {found.number}: {found.value:.1e} > {found.tolerance:.0e}; {found.where}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        for cause in row.causes:
+            console.print(f"  [bold]looks like this:[/] {cause}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} refused by the settings",
+        highlight=False,
+    )
+
+
+def record(row: Row) -> dict[str, Any]:
+    """One row for a program; JSON has no infinity and no NaN."""
+    differences = [
+        asdict(found)
+        | {"value": found.value if math.isfinite(found.value) else str(found.value), "ok": found.ok}
+        for found in row.differences
+    ]
+    return {
+        "layout": row.layout.text,
+        "ranks": row.layout.ranks,
+        "engine": row.engine,
+        "refused": row.refused,
+        "ok": row.ok,
+        "differences": differences,
+        "causes": row.causes,
+    }

@@ -1,0 +1,88 @@
+"""Pretrain a GPT-style mixture-of-experts model with any router of this project.
+
+    deepspeed --num_nodes 8 pretrain_gpt_hyperrouter.py --config FILE.yaml [--flag value ...]   # a cluster
+    torchrun --nproc_per_node 2 pretrain_gpt_hyperrouter.py --config FILE.yaml                  # any launcher
+    mhr train --config FILE.yaml                                                                # one process
+
+``bash examples/quickstart.sh`` shows the whole way from text files to a trained and evaluated model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_hyperrouter import console
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Settings -> data -> engine -> training; each stage refuses what the next one could not run."""
+    # Imported here, where console.run() turns a library that is missing into a message and an exit status.
+    import torch
+
+    from megatron_hyperrouter.config.check import warnings
+    from megatron_hyperrouter.config.cli import make_folders, parse
+    from megatron_hyperrouter.config.derived import minds_documents
+    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.data.stream.dataset import Builder
+    from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
+    from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
+    from megatron_hyperrouter.data.stream.segments import splits_of_run
+    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.engines import open_engine
+    from megatron_hyperrouter.routers import ROUTERS
+    from megatron_hyperrouter.train.hooks import hooks_for
+    from megatron_hyperrouter.train.loop import samples_needed, train
+    from megatron_hyperrouter.train.resume import past_of
+
+    config = parse(
+        sys.argv[1:] if argv is None else argv,
+        routers=ROUTERS,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    for warning in warnings(config, has_gpu=torch.cuda.is_available()):
+        console.warn(warning)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
+    )
+    eod = tokenizer.eod if minds_documents(config) else None
+    ledger, step = past_of(config)
+    mixes = mixes_of(config.data, step=step)
+    config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml stands for itself
+    needed = samples_needed(config)
+    builder = Builder(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        vocab_size=tokenizer.vocab_size,
+        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+        eod=eod,
+    )
+    splits = splits_of_run(
+        builder,
+        mixes,
+        ledger,
+        step=step,
+        train_iters=config.train.train_iters,
+        batch=needed["train_samples"] // config.train.train_iters,
+        valid_samples=needed["valid_samples"],
+        test_samples=needed["test_samples"],
+    )
+    if warning := warning_about_ends(config.data, builder.stores.values(), eod):
+        console.warn(warning)
+    if console.speaks():
+        make_folders(config)
+    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
+    try:
+        bytes_V = tokenizer.token_bytes_V()
+        train(
+            engine,
+            config,
+            splits,
+            hooks_for(config, engine.place),
+            token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+        )
+    finally:
+        engine.close()

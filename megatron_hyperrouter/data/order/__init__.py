@@ -1,0 +1,1 @@
+"""The order of samples: shuffled, on demand, packed, blended; index files."""

@@ -1,0 +1,260 @@
+"""An order of samples that is looked up and never built: for corpora whose index would take minutes and
+gigabytes.
+
+Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and cut into shards of
+several blocks, so a shard holds documents from all over the corpus; the documents of a shard are permuted
+once more and laid end to end.  Samples are cut from the stream of all shards and epochs, each of
+``seq_length`` tokens and one more, its last label; those that begin in the same shard are permuted among
+themselves.  So each token is read exactly once an epoch, shard after shard, and neighbours change from epoch
+to epoch.  The order is a function of the seed and the sample's number: it does not change with the number of
+samples.
+
+What is kept: where each block begins (8 bytes a block), and a few shards (16 bytes a document).  ``tokens``
+below are positions in an epoch's stream unless said otherwise; all arithmetic is in whole numbers of any
+size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from megatron_hyperrouter.data.order import index
+from megatron_hyperrouter.data.order.index import Implementation, Integers
+from megatron_hyperrouter.data.order.shuffled import Span
+from megatron_hyperrouter.data.store.token_files import IndexedDataset, Int32s, Int64s
+from megatron_hyperrouter.errors import DataError
+
+Made = TypeVar("Made")
+
+BLOCK = 2048  # documents; part of what the order is, as is the next number
+SHARD = 64  # blocks
+_BLOCKS, _DOCUMENTS, _SAMPLES = range(3)  # what a key is for
+_EPOCHS_KEPT, _SHARDS_KEPT = 2, 3  # a sample may end in the next shard, and threads read ahead
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """``blocks`` [B]: blocks in the order of this epoch; ``shard_starts`` [shards + 1]: token at which each
+    shard begins.
+    """
+
+    blocks: Int64s
+    shard_starts: Int64s
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``documents`` [D] in reading order, int32 where that can name them; ``starts`` [D + 1]: token of the
+    shard at which each begins, and where the shard ends.
+    """
+
+    documents: Integers
+    starts: Int64s
+
+
+@dataclass(frozen=True)
+class Window:
+    """The samples that begin in a shard: numbers ``first`` to before ``until``, in the permutation of
+    ``key``; ``begin``: the token of the stream of all epochs at which the shard begins.
+    """
+
+    first: int
+    until: int
+    key: int
+    epoch: int
+    number: int
+    begin: int
+    shard: Shard
+
+
+class OnDemandOrder:
+    """Samples of ``documents`` of one file, ``num_samples`` of them or those of one epoch (None), by any
+    number of threads.
+
+    ValueError where one epoch holds no whole sample.  DataError where documents do not lie one after another
+    in ``.bin``, as soon as such a block is read: nothing else of the index is looked at before it is needed.
+    """
+
+    def __init__(
+        self,
+        store: IndexedDataset,
+        documents: range,
+        *,
+        seq_length: int,
+        num_samples: int | None,
+        seed: int,
+        block: int = BLOCK,
+        shard: int = SHARD,
+        impl: Implementation | None = None,
+    ) -> None:
+        self._store, self._documents, self._seq_length, self._seed = store, documents, seq_length, seed
+        self._block, self._shard = block, shard
+        self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
+        firsts = range(documents.start, documents.stop, block)
+        self._block_starts = store.first_tokens([*firsts, documents.stop])
+        self.tokens_per_epoch = int(self._block_starts[-1] - self._block_starts[0])
+        whole = (self.tokens_per_epoch - 1) // seq_length  # the samples that need no token of a second epoch
+        if whole < 1:
+            raise ValueError(
+                f"{self.tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label"
+            )
+        self._end = whole if num_samples is None else None
+        self._num_samples = whole if num_samples is None else num_samples
+        self._epochs: _Recent[Epoch] = _Recent(_EPOCHS_KEPT)
+        self._shards: _Recent[Shard] = _Recent(_SHARDS_KEPT)
+        self._window: Window | None = None  # of the last sample; most of the next ones are of the same
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._num_samples
+
+    def span(self, i: int) -> Span:
+        """Where sample ``i`` lies.  IndexError outside 0 .. len - 1."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i}: there are {len(self)}")
+        window = self._window  # once: another thread may put its own in place
+        if window is None or not window.first <= i < window.until:
+            window = self._window = self._make_window(i)
+        sample = window.first + self._impl.permuted(i - window.first, window.until - window.first, window.key)
+        return self._span(
+            window.shard,
+            window.epoch,
+            window.number,
+            sample * self._seq_length - window.begin,
+            self._seq_length + 1,
+        )
+
+    def between(self, token: int, length: int) -> Span:
+        """Where ``length`` tokens of the stream lie, from ``token`` of all epochs on."""
+        epoch, number = self.shard_at(token)
+        begin, _ = self.borders(epoch, number)
+        return self._span(self.shard(epoch, number), epoch, number, token - begin, length)
+
+    def shard_at(self, token: int) -> tuple[int, int]:
+        """Epoch and shard that hold ``token`` of the stream of all epochs."""
+        epoch, inside = divmod(token, self.tokens_per_epoch)
+        return epoch, int(np.searchsorted(self.epoch(epoch).shard_starts, inside, "right")) - 1
+
+    def borders(self, epoch: int, number: int) -> tuple[int, int]:
+        """The tokens of the stream of all epochs between which a shard lies."""
+        begin, end = self.epoch(epoch).shard_starts[number : number + 2].tolist()
+        return epoch * self.tokens_per_epoch + begin, epoch * self.tokens_per_epoch + end
+
+    def among(self, position: int, count: int, epoch: int, number: int) -> int:
+        """Which of the ``count`` samples that begin in a shard is read at ``position`` among them."""
+        return self._impl.permuted(position, count, self._key(_SAMPLES, epoch, number))
+
+    def first_among(self, read: int, count: int, epoch: int, number: int) -> Int64s:
+        """The first ``read`` of them."""
+        return self._impl.permutation(count, self._key(_SAMPLES, epoch, number))[:read]
+
+    def _span(self, shard: Shard, epoch: int, number: int, begin: int, length: int) -> Span:
+        """``length`` tokens from token ``begin`` of a shard on."""
+        first = int(shard.starts.searchsorted(begin, "right")) - 1
+        last_token = begin + length - 1
+        head = begin - int(shard.starts[first])
+        if last_token < shard.starts[-1]:
+            last = int(shard.starts.searchsorted(last_token, "right")) - 1
+            return Span(shard.documents, first, head, last, last_token - int(shard.starts[last]) + 1)
+        pieces = [shard.documents[first:]]
+        while (
+            last_token >= shard.starts[-1]
+        ):  # the sample goes on in the next shard, or in the one after that
+            last_token -= int(shard.starts[-1])
+            epoch, number = (
+                (epoch, number + 1) if number + 2 < len(self.epoch(epoch).shard_starts) else (epoch + 1, 0)
+            )
+            shard = self.shard(epoch, number)
+            pieces.append(shard.documents)
+        last = int(shard.starts.searchsorted(last_token, "right")) - 1
+        pieces[-1] = shard.documents[: last + 1]
+        documents = np.concatenate(pieces)
+        return Span(documents, 0, head, len(documents) - 1, last_token - int(shard.starts[last]) + 1)
+
+    def epoch(self, number: int) -> Epoch:
+        """The order of blocks in an epoch."""
+        return self._epochs.get(number, lambda: self._make_epoch(number))
+
+    def shard(self, epoch: int, number: int) -> Shard:
+        """The order of documents in a shard of an epoch."""
+        return self._shards.get((epoch, number), lambda: self._make_shard(epoch, number))
+
+    def _make_window(self, i: int) -> Window:
+        """The window of sample ``i``."""
+        epoch, number = self.shard_at(i * self._seq_length)
+        begin, end = self.borders(epoch, number)
+        first, until = -(-begin // self._seq_length), -(-end // self._seq_length)
+        if self._end is not None:
+            until = min(until, self._end)
+        return Window(
+            first, until, self._key(_SAMPLES, epoch, number), epoch, number, begin, self.shard(epoch, number)
+        )
+
+    def _make_epoch(self, number: int) -> Epoch:
+        blocks = self._impl.permutation(len(self._block_starts) - 1, self._key(_BLOCKS, number))
+        ends = np.cumsum(np.diff(self._block_starts)[blocks])
+        last_of_shard = (
+            np.minimum(np.arange(self._shard, len(ends) + self._shard, self._shard), len(ends)) - 1
+        )
+        return Epoch(blocks, np.concatenate([[0], ends[last_of_shard]]).astype(np.int64))
+
+    def _make_shard(self, epoch: int, number: int) -> Shard:
+        blocks = self.epoch(epoch).blocks[number * self._shard : (number + 1) * self._shard].tolist()
+        firsts = [self._documents.start + block * self._block for block in blocks]
+        ranges = [range(first, min(first + self._block, self._documents.stop)) for first in firsts]
+        found = self._store.read_sequences(ranges)
+        sizes = np.concatenate([self._checked(*each) for each in zip(blocks, ranges, found, strict=True)])
+        kind = np.int32 if self._documents.stop < 2**31 else np.int64
+        documents = np.concatenate([np.arange(each.start, each.stop, dtype=kind) for each in ranges])
+        order = self._impl.permutation(len(documents), self._key(_DOCUMENTS, epoch, number))
+        starts = np.zeros(len(documents) + 1, np.int64)
+        np.cumsum(sizes[order], out=starts[1:])
+        return Shard(documents[order], starts)
+
+    def _checked(self, block: int, documents: range, found: tuple[Int32s, Int64s]) -> Int32s:
+        """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after
+        another.
+        """
+        sizes, pointers = found
+        begin, end = self._block_starts[block : block + 2].tolist()
+        bounds = begin + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        if (
+            sizes.min() < 0
+            or bounds[-1] != end
+            or not np.array_equal(pointers, bounds[:-1] * self._store.dtype.itemsize)
+        ):
+            place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
+            raise DataError(
+                f"{place} do not fill the {end - begin} tokens between the first of them and the next, one "
+                "after another",
+                remedy="an on-demand index needs documents in the order of the file: use --data-index "
+                "materialised, or preprocess again",
+            )
+        return sizes
+
+    def _key(self, purpose: int, epoch: int, shard: int = 0) -> int:
+        return index.key_of(self._seed, purpose, epoch, shard)
+
+
+class _Recent(Generic[Made]):
+    """The last few things that were made; several threads that need the same one make it once."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept, self._lock = kept, threading.Lock()
+        self._made: OrderedDict[Hashable, Made] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """The one of that key."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+                if len(self._made) > self._kept:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(key)
+            return self._made[key]

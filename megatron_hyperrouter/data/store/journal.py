@@ -1,0 +1,190 @@
+"""What an unfinished run has done, on disk, so that another can go on: one line of JSON when it starts, and
+one at each save.
+
+A line counts once all of it is there; the files that it speaks of are durable before it is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_hyperrouter.data.store.pair_writer import refusing, sync_folder
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+_START = b'{"version": '
+_AFRESH = "or give --overwrite to start afresh"
+
+
+class Journal:
+    """The journal at ``path``, locked against a second process.
+
+    ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
+    change of each file. ``records`` holds what an earlier run saved, oldest first.  ``overwrite``: forget
+    that. Raises ConfigError where that run had other settings, DataError where an input has changed since, or
+    another process is at work.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        settings: Mapping[str, object],
+        inputs: list[tuple[str, int, int]],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        with refusing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._stream = _locked(path)
+        fresh = not os.fstat(self._stream.fileno()).st_size
+        try:
+            head = {"version": 1, "settings": dict(settings), "inputs": [list(each) for each in inputs]}
+            self._check_start()
+            lines = [] if overwrite else self._read()
+            if lines:
+                self._check(lines[0], json.loads(json.dumps(head)))
+                self.records = lines[1:]
+            else:
+                with refusing(path):
+                    self._stream.truncate(0)
+                self.append(head)
+                sync_folder(path)
+        except BaseException:
+            self.close(remove=fresh)
+            raise
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Add a line, durably."""
+        with refusing(self.path):
+            self._stream.write(json.dumps(record).encode() + b"\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self, *, remove: bool) -> None:
+        """Release the lock; ``remove``: nothing is left to go on with."""
+        if remove:
+            with suppress(OSError):  # one that stays is understood by the next run
+                Path(self.path).unlink()
+        with suppress(OSError):  # a full disk refuses the last line once more
+            self._stream.close()
+
+    def _check_start(self) -> None:
+        """DataError for another file of that name, which must not be lost; what a death left of the first
+        line is no other file.
+        """
+        self._stream.seek(0)
+        start = self._stream.read(len(_START))
+        if start.strip(b"\0") and not _START.startswith(start):
+            message = f"{self.path}: not the journal of an unfinished run, which would have this name"
+            raise DataError(message, remedy="move it away, or choose another --output-prefix")
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The whole lines; what a death left of the last is cut off."""
+        self._stream.seek(0)
+        lines: list[dict[str, Any]] = []
+        whole = 0
+        for line in self._stream:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                break
+            lines.append(record)
+            whole += len(line)
+        with refusing(self.path):
+            self._stream.truncate(whole)
+        return lines
+
+    def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if old.get("version") != new["version"]:
+            raise DataError(
+                f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh"
+            )
+        before, now = old.get("settings", {}), new["settings"]
+        problems = []
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                rule = f"was {before.get(name)} in the unfinished run that left {self.path}"
+                problems.append(
+                    Problem(name, now.get(name), rule, f"give the same again to go on, {_AFRESH}")
+                )
+        if problems:
+            raise ConfigError(problems)
+        for was, found in zip(old["inputs"], new["inputs"], strict=False):
+            if was != found:
+                what = (
+                    f"{found[0]}: the input has changed"
+                    if was[0] == found[0]
+                    else f"{found[0]}: the input was {was[0]}"
+                )
+                sizes = (
+                    f" (it had {was[1]} bytes, and has {found[1]})"
+                    if was[0] == found[0] and was[1] != found[1]
+                    else ""
+                )
+                raise DataError(
+                    f"{what} since the unfinished run that left {self.path}{sizes}",
+                    remedy=f"restore it, {_AFRESH}",
+                )
+        if len(old["inputs"]) != len(new["inputs"]):
+            message = (
+                f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that "
+                f"left {self.path}"
+            )
+            raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
+
+
+@contextmanager
+def alone(output_prefix: str) -> Iterator[None]:
+    """Keep other processes away from an output that is not gone on with; DataError where one is at work, or
+    has left unfinished files.
+    """
+    path = f"{output_prefix}.journal"
+    stream = _locked(path)
+    unused = not os.fstat(stream.fileno()).st_size
+    try:
+        if not unused:
+            remedy = "finish it with the command that it was begun with, or remove that file"
+            raise DataError(f"{path}: of an unfinished run with this output", remedy=remedy)
+        yield
+    finally:
+        if unused:
+            with suppress(OSError):
+                Path(path).unlink()
+        stream.close()
+
+
+def _locked(path: str) -> BinaryIO:
+    """The journal, open and locked; opened again where the process that held the lock has removed it
+    meanwhile.
+    """
+    while True:
+        with refusing(path):
+            stream = open(path, "a+b")  # noqa: SIM115 - holds the lock until close()
+        try:
+            _lock(stream, path)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                    return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _lock(stream: BinaryIO, path: str) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"{path}: another process is writing these files"
+        raise DataError(message, remedy="wait for it, or choose another --output-prefix") from error
+    except OSError:
+        return  # a file system without locks

@@ -1,0 +1,141 @@
+"""``PREFIX.manifest.json``: what a pair of token files holds, of what it was made, and the checksums to
+verify it by.
+
+The same text and settings give the same manifest, byte for byte, on however many machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from megatron_hyperrouter.data.store.pair_writer import DiskRefused, FileSum
+from megatron_hyperrouter.data.text.inputs import Part
+from megatron_hyperrouter.data.text.streams import replacing
+from megatron_hyperrouter.errors import DataError
+
+ENDING = ".manifest.json"
+_VERSION = 1
+_BLOCK = 1 << 20
+_AGAIN = "copy the files again, or make them again with tools/preprocess_data.py"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a pair; written and read as JSON."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    dtype: str
+    bin: FileSum
+    idx: FileSum
+    tokenizer: dict[str, Any]  # type, SHA-256 of its file, vocabulary size
+    settings: dict[str, Any]  # key, append_eod
+    inputs: list[dict[str, Any]]  # path and bytes of each
+    part: str  # "1/1", or which of how many shards
+
+    def whole(self) -> bool:
+        """Whether this is no shard."""
+        return self.part == str(Part())
+
+
+def write_manifest(prefix: str, manifest: Manifest) -> None:
+    """Beside the pair, whole or not at all; DiskRefused."""
+    # a path that is not UTF-8 has characters which JSON knows by that very escape alone
+    escaped = "backslashreplace"
+    try:
+        with replacing(prefix + ENDING) as stream:
+            stream.write(
+                json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1, ensure_ascii=False).encode(
+                    errors=escaped
+                )
+                + b"\n"
+            )
+    except DataError as error:
+        raise DiskRefused(error.message, remedy=error.remedy) from error
+
+
+def read_manifest(prefix: str) -> Manifest:
+    """The manifest of a pair; DataError where there is none, or none that can be understood."""
+    path = Path(prefix + ENDING)
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        remedy = (
+            "without one there are no checksums to compare with; pairs of other programs have none, "
+            "tools/preprocess_data.py writes it"
+        )
+        raise DataError(f"{path}: no such manifest", remedy=remedy) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read: {error}", remedy=_AGAIN) from error
+    try:
+        if found["version"] != _VERSION:
+            raise DataError(
+                f"{path}: version {found['version']}, expected {_VERSION}",
+                remedy="use the version of this program that made it",
+            )
+        sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}
+        return Manifest(**_typed(Manifest, {**found, **sums}))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a manifest of token files ({error})", remedy=_AGAIN) from error
+
+
+def _typed(kind: type[Manifest | FileSum], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``kind``; KeyError for one that is not there, TypeError for one of another type."""
+    for name, wanted in get_type_hints(kind).items():
+        if not isinstance(found[name], get_origin(wanted) or wanted):
+            raise TypeError(f"{name} is {found[name]!r}")
+    return {each.name: found[each.name] for each in fields(kind)}
+
+
+def tokenizer_sum(path: str) -> str:
+    """SHA-256 of a ``tokenizer.json``, or of the one in a folder."""
+    return file_sum(str(Path(path) / "tokenizer.json") if Path(path).is_dir() else path).sha256
+
+
+def compare(prefix: str, manifest: Manifest, found: Mapping[str, object], sums: dict[str, FileSum]) -> None:
+    """DataError for the first difference between a pair and its manifest: counts ``found`` by name, sizes and
+    checksums.
+    """
+    name = prefix + ENDING
+    for ending, real in sums.items():
+        told: FileSum = getattr(manifest, ending)
+        if real.bytes != told.bytes:
+            message = (
+                f"{prefix}.{ending}, byte {min(real.bytes, told.bytes)}: {real.bytes} bytes, and "
+                f"{told.bytes} in {name}"
+            )
+            raise DataError(message, remedy=_AGAIN)
+        if real.sha256 != told.sha256:
+            message = (
+                f"{prefix}.{ending}: SHA-256 {real.sha256[:16]}..., and {told.sha256[:16]}... in "
+                f"{name}: it has changed since it was made"
+            )
+            raise DataError(message, remedy=_AGAIN)
+    for what, value in found.items():
+        if value != getattr(manifest, what):
+            raise DataError(
+                f"{name}: {what} {getattr(manifest, what)}, and {value} in the files", remedy=_AGAIN
+            )
+
+
+def file_sum(path: str, told: Callable[[int], None] | None = None) -> FileSum:
+    """Size and checksum of a file; DataError where it cannot be read.  ``told(bytes)``: how many more were
+    read.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+                if told:
+                    told(len(block))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}", remedy=_AGAIN) from error
+    return FileSum(size, digest.hexdigest())

@@ -1,0 +1,254 @@
+"""Writes a pair of token files so that a process may die at any moment and another go on.
+
+While it is under way a pair is three files that only grow: tokens (``.bin.partial``), the length of each
+sequence (``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  Where they
+end at some moment is told by :class:`Counts`, so that going on means to cut them there.  ``.idx`` is made
+from the last two when all tokens are written. Memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from megatron_hyperrouter.data.store.token_files import index_header
+from megatron_hyperrouter.data.text.streams import refusal
+from megatron_hyperrouter.errors import DataError
+
+_BUFFER = 1 << 20
+_CHUNK = 1 << 20  # sequences handled at a time while the index is made
+_SIZE = np.dtype("<i4")
+
+
+class DiskRefused(DataError):
+    """The output cannot be written: what is done stays, and the same command can go on."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much of a pair is written."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    open_sequences: int = 0  # sequences so far of a document that is not yet complete
+
+    def as_dict(self) -> dict[str, int]:
+        """For the journal; back with ``Counts(**it)``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class PairWriter:
+    """The growing files of one pair; ``counts``: go on from there, instead of from nothing.  Raises
+    DiskRefused.
+    """
+
+    def __init__(self, prefix: str, dtype: DTypeLike, counts: Counts | None = None) -> None:
+        self.prefix = prefix
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.counts = counts or Counts()
+        self.digest = hashlib.sha256()  # of .bin
+        self._streams: dict[str, BinaryIO] = {}
+        with refusing(prefix):
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            for ending, size in _file_sizes(self.counts, self.dtype).items():
+                mode: Literal["r+b", "wb"] = "r+b" if counts else "wb"
+                stream: BinaryIO = open(f"{prefix}.{ending}.partial", mode, buffering=_BUFFER)  # noqa: SIM115
+                self._streams[ending] = stream
+                if ending == "bin" and counts:
+                    for block in _blocks(stream, size):
+                        self.digest.update(block)
+                stream.truncate(size)
+                stream.seek(size)
+
+    def write(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        *,
+        closes: bool = True,
+    ) -> None:
+        """Append documents: their tokens end to end, the length of each sequence, how many sequences each
+        document has.
+
+        ``closes`` false: the last document goes on with the next call.
+        """
+        assert tokens.dtype == self.dtype
+        old = self.counts
+        complete, left = sequences.astype(_SIZE), old.open_sequences
+        if complete.size:
+            complete[0] += left
+            left = 0 if closes else int(complete[-1])
+            complete = complete if closes else complete[:-1]
+        with refusing(self.prefix):
+            self._streams["bin"].write(tokens.data)
+            self._streams["sizes"].write(lengths.astype(_SIZE).data)
+            self._streams["counts"].write(complete.data)
+        self.digest.update(tokens.data)
+        self.counts = Counts(
+            old.documents + complete.size, old.sequences + lengths.size, old.tokens + tokens.size, left
+        )
+
+    def save(self) -> Counts:
+        """Make durable what is written so far, and say how much that is."""
+        with refusing(self.prefix):
+            for stream in self._streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+        return self.counts
+
+    def close(self) -> None:
+        """Close the files, which stay."""
+        for stream in self._streams.values():
+            try:
+                stream.close()
+            except OSError:
+                continue  # a full disk refuses the last buffer too; what is durable is in the journal
+
+    def bin_sum(self) -> FileSum:
+        """Size and checksum of the tokens written so far."""
+        return FileSum(self.counts.tokens * self.dtype.itemsize, self.digest.hexdigest())
+
+
+def holds(prefix: str, dtype: DTypeLike, counts: Counts, *, complete: bool = False) -> bool:
+    """Whether the growing files of a pair hold at least this much; ``complete``: the tokens may have their
+    name already.
+    """
+    sizes = _file_sizes(counts, dtype)
+    try:
+        growing = Path(f"{prefix}.bin.partial")
+        if complete and not growing.exists() and os.path.getsize(f"{prefix}.bin") == sizes["bin"]:
+            del sizes["bin"]
+        return all(os.path.getsize(f"{prefix}.{ending}.partial") >= size for ending, size in sizes.items())
+    except OSError:
+        return False
+
+
+def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
+    """Make ``.idx`` of a pair whose tokens are all written, and give both files their names; returns the sum
+    of ``.idx``.
+
+    May be called again after a death in the middle.  No moment has an old index beside new tokens, and the
+    index comes last, for it tells readers that the pair is whole.
+    """
+    partial, final = (
+        {ending: Path(f"{prefix}.{ending}{more}") for ending in ("bin", "idx")} for more in (".partial", "")
+    )
+    with refusing(prefix):
+        digest = hashlib.sha256()
+        with open(partial["idx"], "wb", buffering=_BUFFER) as stream:
+            for block in _index_blocks(prefix, np.dtype(dtype), counts):
+                digest.update(block)
+                stream.write(block)
+            size = stream.tell()
+            stream.flush()
+            os.fsync(stream.fileno())
+        if partial["bin"].exists():
+            final["idx"].unlink(missing_ok=True)
+            partial["bin"].replace(final["bin"])
+        partial["idx"].replace(final["idx"])
+        sync_folder(prefix)
+    return FileSum(size, digest.hexdigest())
+
+
+def changed_since(path: str) -> DataError:
+    """What to raise for a growing file that does not hold what was saved in it."""
+    message = f"{path}: has changed since an unfinished run saved it"
+    return DataError(message, remedy="what was saved is discarded: the same command starts afresh")
+
+
+def remove_partial(prefix: str) -> None:
+    """Remove the growing files, where there are any that can be removed: no reason to hide why a run has
+    ended.
+    """
+    for ending in ("bin", "idx", "sizes", "counts"):
+        with suppress(OSError):
+            Path(f"{prefix}.{ending}.partial").unlink()
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in the folder of ``path`` durable, where the system can."""
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:
+        return  # some network file systems know no such thing
+    finally:
+        os.close(folder)
+
+
+class refusing:
+    """Turns an OSError of its block into DiskRefused."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            message, remedy = refusal(error, self._prefix, "choose another --output-prefix")
+            raise DiskRefused(message, remedy=remedy) from error
+
+
+def _file_sizes(counts: Counts, dtype: DTypeLike) -> dict[str, int]:
+    return {
+        "bin": counts.tokens * np.dtype(dtype).itemsize,
+        "sizes": counts.sequences * _SIZE.itemsize,
+        "counts": counts.documents * _SIZE.itemsize,
+    }
+
+
+def _blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    while size > 0 and (block := stream.read(min(size, _BUFFER))):
+        size -= len(block)
+        yield block
+
+
+def _index_blocks(prefix: str, dtype: np.dtype[Any], counts: Counts) -> Iterator[bytes]:
+    """The bytes of ``.idx``: header, sizes, where each sequence begins, and document marks."""
+    yield index_header(dtype, counts.sequences, counts.documents)
+    files = _file_sizes(counts, dtype)
+    with open(f"{prefix}.sizes.partial", "rb") as stream:
+        yield from _blocks(stream, files["sizes"])
+        stream.seek(0)
+        yield from _starts(stream, files["sizes"], dtype.itemsize, counts.tokens, last=False)
+    with open(f"{prefix}.counts.partial", "rb") as stream:
+        yield from _starts(stream, files["counts"], 1, counts.sequences, last=True)
+
+
+def _starts(stream: BinaryIO, size: int, scale: int, total: int, *, last: bool) -> Iterator[bytes]:
+    """Where each of consecutive int32 lengths begins, as int64 bytes, in units of ``scale``; with ``last``
+    also where all end.
+
+    DataError where they do not add up to ``total``: the file is not the one that was written.
+    """
+    start = 0
+    for _ in range(0, size, _CHUNK * _SIZE.itemsize):
+        lengths = np.frombuffer(stream.read(min(size, _CHUNK * _SIZE.itemsize)), _SIZE)
+        size -= lengths.nbytes
+        ends = start + np.cumsum(lengths, dtype="<i8") * scale
+        yield np.concatenate(([start], ends[:-1])).astype("<i8").tobytes()
+        start = int(ends[-1])
+    if start != total * scale:
+        raise changed_since(stream.name)
+    if last:
+        yield np.array([start], "<i8").tobytes()

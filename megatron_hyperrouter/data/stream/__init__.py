@@ -1,0 +1,1 @@
+"""What a run reads, step by step: datasets, mixes, the ledger, the loader."""

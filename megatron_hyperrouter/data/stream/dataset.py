@@ -1,0 +1,374 @@
+"""Samples of token files: fixed-length pieces in a random order that depends on the seed alone, from one file
+or a blend of several.
+
+``S`` is the sequence length; a sample is S + 1 tokens: positions 0 .. S - 1 are the inputs, 1 .. S their
+labels. Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same
+files, split and seed, unless the file's index is an on-demand one (``--data-index``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_hyperrouter.data.order import index
+from megatron_hyperrouter.data.order.blend import (
+    Blend,
+    blend_sizes,
+    normalise,
+    parse_blend,
+    set_counts,
+    split_documents,
+)
+from megatron_hyperrouter.data.order.index_files import Cache, Named, file_identity
+from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
+from megatron_hyperrouter.data.order.packed import PackedDataset, Packing, pack
+from megatron_hyperrouter.data.order.shuffled import Order, SampleOrder, Span, order_of, plan_order
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import DataConfig
+    from megatron_hyperrouter.data.order.index import Implementation
+
+Sample = npt.NDArray[np.int64]
+SPLITS = ("train", "valid", "test")
+ON_DEMAND_FROM = 2**25  # sequences of a file; an epoch of that many takes a second and a gigabyte to shuffle
+
+
+class Dataset(Protocol):
+    """Samples by number."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run reads; None: no samples were asked for, or the split has no documents."""
+
+    train: Dataset | None
+    valid: Dataset | None
+    test: Dataset | None
+
+
+class SequenceDataset:
+    """The samples of one file in the order that is given, by any number of threads."""
+
+    def __init__(
+        self,
+        store: IndexedDataset,
+        order: Order,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        impl: Implementation | None = None,
+    ) -> None:
+        self.store, self.order, self.seq_length, self.vocab_size = store, order, seq_length, vocab_size
+        self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary.
+        """
+        return self.read(self.order.span(i), self.seq_length + 1)
+
+    def read(self, span: Span, length: int) -> Sample:
+        """The ``length`` tokens of a span."""
+        store, sample = self.store, np.empty(length, np.int64)
+        store.check_length()
+        bad = self._impl.gather(store.tokens, store.pointers, store.sizes, *span, self.vocab_size, sample)
+        if bad >= 0:
+            raise self._foreign_token(span, bad, int(sample[bad]))
+        return sample
+
+    def _foreign_token(self, span: Span, bad: int, token: int) -> DataError:
+        """Find the document and the byte of token number ``bad`` of a sample."""
+        offset = span.begin + bad
+        for position in range(span.first, span.last + 1):
+            sequence = int(span.documents[position])
+            if offset < self.store.sizes[sequence]:
+                break
+            offset -= int(self.store.sizes[sequence])
+        return self.store.foreign_token(sequence, offset, token, self.vocab_size)
+
+
+class BlendedDataset:
+    """Samples of several datasets, mixed: sample i is sample ``sample_index[i]`` of dataset
+    ``dataset_index[i]``.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        dataset_index: npt.NDArray[np.int16],
+        sample_index: npt.NDArray[np.int64],
+    ) -> None:
+        self.datasets, self.dataset_index, self.sample_index = tuple(datasets), dataset_index, sample_index
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset_index)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``: int64 [S + 1].  IndexError outside 0 .. len - 1; DataError for a token id outside the
+        vocabulary.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i}: there are {len(self)}")
+        return self.datasets[int(self.dataset_index[i])][int(self.sample_index[i])]
+
+
+def build_splits(
+    data: DataConfig,
+    *,
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    train_samples: int | None,
+    valid_samples: int | None,
+    test_samples: int | None,
+    eod: int | None = None,
+    cache: Cache | None = None,
+    impl: Implementation | None = None,
+) -> Splits:
+    """The datasets of a run, each with at least the samples asked for (None: one epoch; 0: no dataset).
+
+    ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation
+    and test may have no documents at all, and are None then.  ``eod``: the id that ends a document, for
+    ``--pack-documents``.  ``cache``: where index files lie; by default as ``data`` says.
+    DataError for files that are unusable, empty, or shorter than one sample.
+    """
+    if not data.data_path and not data.train_data_path:
+        remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
+        raise ConfigError(
+            [Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)]
+        )
+    builder = Builder(data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod)
+    samples = (train_samples, valid_samples, test_samples)
+    return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
+
+
+@dataclass
+class Builder:
+    """Builds the datasets of one run; a file that several splits read is opened once."""
+
+    data: DataConfig
+    seq_length: int
+    seed: int
+    vocab_size: int
+    cache: Cache
+    impl: Implementation | None = None
+    eod: int | None = None  # the id that ends a document; what packs them needs it
+    stores: dict[str, IndexedDataset] = field(default_factory=dict)
+    asked: dict[str, int | None] = field(
+        default_factory=dict
+    )  # file -> the number of samples that its last index was made for
+
+    def build(self, number: int, num_samples: int | None) -> Dataset | None:
+        """Dataset of split ``number``."""
+        own = (self.data.train_data_path, self.data.valid_data_path, self.data.test_data_path)[number]
+        flag, words = (
+            ("--data-path", self.data.data_path)
+            if self.data.data_path
+            else (f"--{SPLITS[number]}-data-path", own)
+        )
+        if num_samples == 0 or not words:
+            return None
+        blend = parse_blend(words, flag=flag)
+        if number > 0 and not any(self.documents(prefix, number) for prefix in blend.prefixes):
+            return None
+        return self.mixed(blend, number, num_samples)
+
+    def mixed(self, blend: Blend, number: int, num_samples: int | None) -> Dataset:
+        """The files of a blend, or the one file."""
+        # megatron-core treats one prefix with a weight as a blend of one, but only where --split divides it.
+        if len(blend.prefixes) == 1 and (blend.weights is None or not self.data.data_path):
+            return self.one(blend.prefixes[0], number, num_samples)
+        return self.blended(blend, number, num_samples)
+
+    def blended(self, blend: Blend, number: int, num_samples: int | None) -> BlendedDataset:
+        """Several files in the shares of their weights; without weights each sample at most once, as far as
+        they reach.
+        """
+        weights = blend.weights
+        if weights is None:
+            parts = [self.one(prefix, number, None) for prefix in blend.prefixes]
+            lengths = [len(part) for part in parts]
+            if num_samples is None:
+                return BlendedDataset(parts, *self.mix(blend, lengths, None))
+            weights = normalise(lengths)
+            if num_samples <= sum(lengths):
+                return BlendedDataset(parts, *self.mix(blend, weights, num_samples))
+            # More than one epoch: megatron-core stops here; the same shares go on.
+        elif num_samples is None:
+            raise ValueError(
+                "a blend with weights needs a number of samples: its sets would end at different times"
+            )
+        size, built = blend_sizes(weights, num_samples)
+        sets, samples = self.mix(blend, normalise(weights), size)
+        # The surplus can be too small for many small sets, where megatron-core gives up.
+        needed = [max(pair) for pair in zip(built, set_counts(sets, len(built)), strict=True)]
+        parts = [
+            self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)
+        ]
+        return BlendedDataset(parts, sets, samples)
+
+    def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.Blend:
+        """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are
+        used up.
+        """
+
+        def build() -> Named:
+            made = (
+                index.exhaustive_blending_indices(shares, impl=self.impl)
+                if size is None
+                else index.blending_indices(shares, size, impl=self.impl)
+            )
+            yield from zip(("sets", "samples"), made, strict=True)
+
+        key = {
+            "kind": "megatron-core 0.16 BlendedDataset",
+            "shares": [float(share).hex() for share in shares],
+            "size": size,
+        }
+        found = self.cache.arrays(
+            key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size)
+        )
+        return found["sets"], found["samples"]
+
+    def one(self, prefix: str, number: int, num_samples: int | None) -> Dataset:
+        """One file, or its part in this split."""
+        store, documents = self.open(prefix), self.documents(prefix, number)
+        self.check_length(store, documents, number)
+        self.asked[prefix] = num_samples
+        if self.data.pack_documents:
+            return self.packed(store, documents, num_samples)
+        order = self.order(store, documents, num_samples)
+        return SequenceDataset(
+            store, order, seq_length=self.seq_length, vocab_size=self.vocab_size, impl=self.impl
+        )
+
+    def check_length(self, store: IndexedDataset, documents: range, number: int) -> int:
+        """Tokens that these documents hold; DataError where they are fewer than one sample."""
+        tokens = self.tokens(store, documents)
+        if tokens < self.seq_length + 1:
+            part = (
+                f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with "
+                f"{tokens} tokens"
+            )
+            raise DataError(
+                f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length "
+                f"{self.seq_length} and the last label",
+                remedy="use more text, a smaller --seq-length, or another --split",
+            )
+        return tokens
+
+    def packed(self, store: IndexedDataset, documents: range, num_samples: int | None) -> PackedDataset:
+        """Samples of whole documents."""
+        if self.eod is None:
+            raise ValueError("documents are packed by the id that ends one: eod must be given")
+        length = self.seq_length + 1
+        key = {
+            "kind": "packed documents",
+            "file": file_identity(store.idx_path),
+            "documents": [documents.start, documents.stop],
+            "seed": self.seed,
+            "length": length,
+        }
+
+        def build() -> Named:
+            yield from vars(
+                pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl)
+            ).items()
+
+        packing = Packing(**self.cache.arrays(key, build, beside=store.prefix, numbers=3 * len(documents)))
+        return PackedDataset(
+            store,
+            packing,
+            seq_length=self.seq_length,
+            vocab_size=self.vocab_size,
+            eod=self.eod,
+            seed=self.seed,
+            num_samples=num_samples,
+            impl=self.impl,
+        )
+
+    def order(self, store: IndexedDataset, documents: range, num_samples: int | None) -> Order:
+        """The samples of these documents, by the kind of index that the file has."""
+        if self.on_demand(store):
+            return OnDemandOrder(
+                store,
+                documents,
+                seq_length=self.seq_length,
+                num_samples=num_samples,
+                seed=self.seed,
+                impl=self.impl,
+            )
+        plan = plan_order(self.tokens(store, documents), seq_length=self.seq_length, num_samples=num_samples)
+        key = {
+            "kind": "megatron-core 0.16 GPTDataset",
+            "file": file_identity(store.idx_path),
+            "documents": [documents.start, documents.stop],
+            "seed": self.seed,
+            "seq_length": self.seq_length,
+            **asdict(plan),
+        }
+
+        def build() -> Named:
+            return order_of(
+                plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl
+            )
+
+        numbers = plan.epochs * (len(documents) + 3 * plan.tokens_per_epoch // self.seq_length)
+        return SampleOrder(**self.cache.arrays(key, build, beside=store.prefix, numbers=numbers))
+
+    def on_demand(self, store: IndexedDataset) -> bool:
+        """Whether the index of this file is looked up rather than built: the same for all its splits and
+        whatever the run's length.
+        """
+        if self.data.pack_documents:
+            return False
+        kind = self.data.data_index
+        return kind == "on-demand" or (kind == "auto" and len(store) >= ON_DEMAND_FROM)
+
+    def tokens(self, store: IndexedDataset, documents: range) -> int:
+        """Tokens that these documents hold."""
+        if self.on_demand(store):
+            begin, end = store.first_tokens((documents.start, documents.stop)).tolist()
+            return int(end - begin)
+        return int(store.sizes[documents.start : documents.stop].sum(dtype=np.int64))
+
+    def documents(self, prefix: str, number: int) -> range:
+        """The documents of a file that split ``number`` reads."""
+        count = len(self.open(prefix))
+        return split_documents(self.data.split, count)[number] if self.data.data_path else range(count)
+
+    def open(self, prefix: str) -> IndexedDataset:
+        """The file, checked."""
+        if prefix not in self.stores:
+            store = self.stores[prefix] = IndexedDataset(prefix, whole=False)
+            if not self.on_demand(store):
+                store.check()
+            if not len(store):
+                raise DataError(
+                    f"{os.fspath(prefix)}.idx: the corpus is empty: 0 documents",
+                    remedy="preprocess a file that holds text",
+                )
+        return self.stores[prefix]

@@ -1,0 +1,40 @@
+"""Whether documents end as the settings that mind documents expect: a cheap look at a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.tree import DataConfig
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+
+MINDING = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss", "pack_documents")
+_LOOKED_AT, _AMONG = 8, 256  # documents that hold something, and documents among which they are looked for
+_NAMED = 3  # files
+
+
+def warning_about_ends(data: DataConfig, stores: Iterable[IndexedDataset], eod: int | None) -> str | None:
+    """What to tell where no document that was looked at ends with ``eod``, and settings go by it (None: no
+    setting does).
+    """
+    flags = [flag(name) for name in MINDING if getattr(data, name)]
+    found = [] if eod is None or not flags else [store.prefix for store in stores if not _ends(store, eod)]
+    if not found:
+        return None
+    more = f" and {len(found) - _NAMED} more files" if len(found) > _NAMED else ""
+    return (
+        f"{', '.join(found[:_NAMED])}{more}: none of the first documents ends with id {eod}, by which "
+        f"{', '.join(flags)}"
+        f" {'tell' if len(flags) > 1 else 'tells'} documents apart; preprocess the text with --append-eod "
+        "and the tokenizer of this run"
+    )
+
+
+def _ends(store: IndexedDataset, eod: int) -> bool:
+    """Whether a document that was looked at ends with ``eod``; True where none holds a token."""
+    last = (
+        int(mark) - 1 for mark in store.document_indices[1 : 1 + _AMONG]
+    )  # sequences with which documents end
+    some = list(islice((i for i in last if i >= 0 and store.sizes[i] > 0), _LOOKED_AT))
+    return not some or any(int(store.get(i, int(store.sizes[i]) - 1)[0]) == eod for i in some)

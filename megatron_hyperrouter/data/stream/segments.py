@@ -1,0 +1,382 @@
+"""The training samples of a run whose mix, sequence length or batch changes on the way, and the ledger of
+what it has read.
+
+A run is a row of segments.  Inside one, everything that orders samples stays the same; where one ends,
+each of its files has been read up to some sample, and the next segment that reads the file goes on with
+what is left (:mod:`unread`).  A ledger is the list of these segments, as JSON: settings, and the samples
+that each file has given.  What follows from it is a pure function of it and of the settings of the next
+segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_hyperrouter.data.order.blend import normalise, parse_blend, set_counts
+from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
+from megatron_hyperrouter.data.order.shuffled import SampleOrder
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream.dataset import (
+    BlendedDataset,
+    Builder,
+    Dataset,
+    Sample,
+    SequenceDataset,
+    Splits,
+)
+from megatron_hyperrouter.data.stream.file_identity import Identity, Ledger, identity, under_present_names
+from megatron_hyperrouter.data.stream.remaining import BuiltStream, Unread, UnreadOrder
+from megatron_hyperrouter.errors import CheckpointError
+
+Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
+
+
+class UnreadDataset:
+    """Samples of what is unread of one file."""
+
+    def __init__(self, order: UnreadOrder, *, size: int, whole: SequenceDataset) -> None:
+        """``whole``: reads the spans of the file."""
+        self._order, self._size, self._whole = order, size, whole
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._size
+
+    def __getitem__(self, i: int) -> Sample:
+        """See :class:`Dataset`."""
+        if not 0 <= i < self._size:
+            raise IndexError(f"sample {i}: there are {self._size}")
+        sample: Sample = np.concatenate(
+            [self._whole.read(span, length) for span, length in self._order.spans(i)]
+        )
+        return sample
+
+
+@dataclass
+class _Set:
+    """One file: what is unread of it, and the streams that this refers to."""
+
+    store: IndexedDataset
+    stream: OnDemandOrder
+    seed: int
+    built: BuiltStream | None = None
+    unread: Unread | None = None  # None: nothing was read yet
+
+
+class Course:
+    """The training samples of all steps; sample ``i`` is number ``i - step * global batch`` of step
+    ``step``, counted from 0.
+    """
+
+    def __init__(
+        self,
+        segments: list[tuple[int, Dataset, dict[str, Any]]],
+        past: Ledger,
+        *,
+        num_samples: int,
+        batch: int,
+    ) -> None:
+        self._segments, self._past, self._num_samples, self._batch = segments, past, num_samples, batch
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> Sample:
+        """See :class:`Dataset`."""
+        for first_step, dataset, _ in reversed(self._segments):
+            if i >= first_step * self._batch:
+                sample: Sample = dataset[i - first_step * self._batch]
+                return sample
+        raise IndexError(f"sample {i} was read before this run was resumed")
+
+    def consumed(self, step: int) -> tuple[int, int]:
+        """Samples, and tokens of their inputs, that the whole run has read after ``step`` steps, whatever
+        changed on the way.
+        """
+        first_step, _, now = self._segments[0]
+        parts = [(entry["until_step"] - entry["from_step"], entry) for entry in self._past] + [
+            (step - first_step, now)
+        ]
+        samples = [steps * entry["global_batch_size"] for steps, entry in parts]
+        return sum(samples), sum(
+            count * entry["seq_length"] for count, (_, entry) in zip(samples, parts, strict=True)
+        )
+
+    def ledger(self, step: int) -> Ledger:
+        """What has been read after ``step`` steps."""
+        told = list(self._past)
+        for number, (first_step, dataset, settings) in enumerate(self._segments):
+            if step <= first_step and number:
+                break
+            ends = [start for start, _, _ in self._segments[number + 1 :]]
+            until = min([step, *ends])
+            counts = _counts(dataset, (until - first_step) * self._batch, len(settings["sets"]))
+            sets = [
+                {**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)
+            ]
+            told.append({**settings, "until_step": until, "sets": sets})
+        return told
+
+
+def build_course(
+    builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int
+) -> Course:
+    """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says
+    was read before.
+
+    ``mixes``: what is read from which step on, the first from 0.  DataError where a file is not the one
+    that was read, CheckpointError where ``--split`` gives training another part of it.
+    """
+    if not ledger:  # of no run, or of one that kept none
+        step = 0
+    first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
+    files = _identities(
+        builder, [words for start, words in mixes[first:] if start <= step or start < train_iters]
+    )
+    past, sets = under_present_names(ledger, files), dict[str, _Set]()
+    for entry in (entry for segment in past for entry in segment["sets"] if entry["path"] in files):
+        _check_part(entry, builder)
+    end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
+    now, last = _settings(builder, mixes[first][1], batch), past[-1] if past else None
+    same = last is not None and now == {name: last.get(name, False) for name in now}
+    if last is not None and (now["pack_documents"] or last.get("pack_documents")):
+        _check_packed(now, last, longer=(end - last["from_step"]) * batch > last["planned"])
+        step = int(last["from_step"])
+        past, last = [], None  # nothing was built for a number of samples
+    # A longer run than was planned may need a longer index, which would be in another order.
+    elif last is not None and same and (end - last["from_step"]) * batch <= last["planned"]:
+        past.pop()
+    else:
+        last = None
+    for segment in past:  # but for files that are not read any more, which may be gone
+        _replay(
+            {**segment, "sets": [entry for entry in segment["sets"] if entry["path"] in files]}, builder, sets
+        )
+    segments: list[tuple[int, Dataset, dict[str, Any]]] = []
+    starts = [int(last["from_step"]) if last else step, *(start for start, _ in mixes[first + 1 :])]
+    for number, (start, (_, words)) in enumerate(zip(starts, mixes[first:], strict=True)):
+        if start >= train_iters and number:
+            break
+        end = min([train_iters, *starts[number + 1 :]])
+        dataset, settings = _segment(
+            builder, words, sets, last if number == 0 else None, samples=(end - start) * batch
+        )
+        settings["sets"] = [{**entry, "file": files[entry["path"]]} for entry in settings["sets"]]
+        segments.append(
+            (start, dataset, {"from_step": start, **_settings(builder, words, batch), **settings})
+        )
+        if number + 1 < len(starts):  # another one follows, which reads on
+            counts = _counts(dataset, (end - start) * batch, len(settings["sets"]))
+            done = [
+                {**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)
+            ]
+            _replay({**segments[-1][2], "sets": done}, builder, sets)
+    return Course(segments, past, num_samples=train_iters * batch, batch=batch)
+
+
+def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, Identity]:
+    """Each file of these mixes, and what it is known by."""
+    prefixes = dict.fromkeys(
+        prefix for words in mixes for prefix in parse_blend(words, flag="--data-path").prefixes
+    )
+    return {prefix: identity(builder.open(prefix)) for prefix in prefixes}
+
+
+def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
+    """The documents of a file that training reads are those of the ledger."""
+    found = _entry(builder, entry["path"], None)
+    if any(found[name] != entry[name] for name in ("documents", "tokens")):
+        raise CheckpointError(
+            f"{entry['path']}: the checkpoint has read documents {entry['documents']} with "
+            f"{entry['tokens']} tokens,"
+            f" and these settings make them {found['documents']} with {found['tokens']}",
+            remedy="use the files and the --split of that run, or start a new epoch with --finetune",
+        )
+
+
+def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bool) -> None:
+    """Packed samples are no pieces of a stream: what is unread of them cannot be cut anew, and what is
+    unread of a stream not packed.
+    """
+    changed = [
+        f"{name} was {last.get(name, False)} and is {value}"
+        for name, value in now.items()
+        if last.get(name, False) != value
+    ]
+    if longer and parse_blend(now["mix"], flag="--data-path").weights is None and len(now["mix"]) > 1:
+        changed.append(
+            f"it was planned for {last['planned']} samples, by which files without weights are mixed, "
+            "and "
+            "is longer now"
+        )
+    if changed:
+        raise CheckpointError(
+            f"a run with --pack-documents cannot change what orders its samples: {'; '.join(changed)}",
+            remedy="use the settings of that run, or start a new epoch with --finetune",
+        )
+
+
+def splits_of_run(
+    builder: Builder,
+    mixes: Mixes,
+    ledger: Ledger,
+    *,
+    step: int,
+    train_iters: int,
+    batch: int,
+    valid_samples: int,
+    test_samples: int,
+) -> Splits:
+    """As ``build_splits``, with the course of a run for training."""
+    course = build_course(builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch)
+    return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
+
+
+def _settings(builder: Builder, words: Sequence[str], batch: int) -> dict[str, Any]:
+    """What orders the samples of a segment."""
+    return {
+        "mix": list(words),
+        "split": builder.data.split if builder.data.data_path else None,
+        "seq_length": builder.seq_length,
+        "global_batch_size": batch,
+        "seed": builder.seed,
+        "data_index": builder.data.data_index,
+        "pack_documents": builder.data.pack_documents,
+    }
+
+
+def _segment(
+    builder: Builder,
+    words: Sequence[str],
+    sets: Mapping[str, _Set],
+    last: Mapping[str, Any] | None,
+    *,
+    samples: int,
+) -> tuple[Dataset, dict[str, Any]]:
+    """``samples`` samples of a mix, and what a ledger says about them; ``last``: the segment in the
+    ledger that goes on.
+    """
+    blend, planned = parse_blend(words, flag="--data-path"), samples if last is None else int(last["planned"])
+    recorded = {} if last is None else {entry["path"]: entry for entry in last["sets"]}
+    if not sets and not recorded:  # the order of megatron-core, as of a run that never changes
+        builder.asked.clear()
+        dataset = builder.mixed(blend, 0, samples)
+        return dataset, {
+            "planned": planned,
+            "sets": [_entry(builder, prefix, builder.asked[prefix]) for prefix in blend.prefixes],
+        }
+    tokens = [
+        builder.check_length(builder.open(prefix), builder.documents(prefix, 0), 0)
+        for prefix in blend.prefixes
+    ]
+    lengths = [(count - 1) // builder.seq_length for count in tokens]
+    shares = normalise(lengths) if blend.weights is None else blend.weights
+    if blend.weights is not None or planned > sum(lengths):
+        shares = normalise(shares)
+    mixed = builder.mix(blend, shares, samples) if len(blend.prefixes) > 1 else None
+    counts = [samples] if mixed is None else set_counts(mixed[0], len(blend.prefixes))
+    parts: list[Dataset] = []
+    entries = []
+    for prefix, count in zip(blend.prefixes, counts, strict=True):
+        asked = recorded[prefix]["asked"] if prefix in recorded else count
+        entries.append(_entry(builder, prefix, asked))
+        parts.append(_part(builder, prefix, sets.get(prefix), asked=asked, size=count))
+    dataset = parts[0] if mixed is None else BlendedDataset(parts, *mixed)
+    return dataset, {"planned": planned, "sets": entries}
+
+
+def _part(builder: Builder, prefix: str, known: _Set | None, *, asked: int | None, size: int) -> Dataset:
+    """The samples of one file."""
+    if known is None or known.unread is None:
+        return builder.one(prefix, 0, asked)
+    order = UnreadOrder(
+        known.unread,
+        known.stream,
+        known.built,
+        seq_length=builder.seq_length,
+        seed=known.seed,
+        impl=builder.impl,
+    )
+    whole = SequenceDataset(
+        known.store,
+        known.stream,
+        seq_length=builder.seq_length,
+        vocab_size=builder.vocab_size,
+        impl=builder.impl,
+    )
+    return UnreadDataset(order, size=size, whole=whole)
+
+
+def _entry(builder: Builder, prefix: str, asked: int | None) -> dict[str, Any]:
+    """What a ledger says about a file, but for the samples read; ``asked``: for how many its index was
+    built.
+    """
+    store, documents = builder.open(prefix), builder.documents(prefix, 0)
+    return {
+        "path": prefix,
+        "documents": [documents.start, documents.stop],
+        "tokens": builder.tokens(store, documents),
+        "on_demand": builder.on_demand(store),
+        "asked": asked,
+    }
+
+
+def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set]) -> None:
+    """Bring ``sets`` to where they are after a segment."""
+    length, seen = int(segment["seq_length"]), set()
+    for entry in segment["sets"]:
+        prefix, read = entry["path"], int(entry["samples"])
+        if prefix in seen:
+            raise CheckpointError(
+                f"{prefix}: stands twice in the mix that the checkpoint has read, so what is unread of "
+                "it "
+                "is not known",
+                remedy="use the settings of that run, or start a new epoch with --finetune",
+            )
+        seen.add(prefix)
+        if not read:
+            continue
+        if prefix not in sets:
+            store, documents, seed = builder.open(prefix), builder.documents(prefix, 0), int(segment["seed"])
+            stream = OnDemandOrder(
+                store, documents, seq_length=1, num_samples=1, seed=seed, impl=builder.impl
+            )
+            sets[prefix] = _Set(store, stream, seed)
+            if not entry["on_demand"]:
+                data = replace(builder.data, data_index="materialised")
+                index_of = replace(builder, data=data, seq_length=length, seed=seed).order(
+                    store, documents, entry["asked"]
+                )
+                assert isinstance(index_of, SampleOrder)
+                sets[prefix].built = BuiltStream(index_of, store.sizes)
+        known = sets[prefix]
+        if known.unread is None and known.built is not None:
+            known.unread = known.built.after(read, length)
+        else:
+            # The samples of one epoch were shuffled without those that begin in it and end in the next.
+            limit = (
+                (entry["tokens"] - 1) // length if known.unread is None and entry["asked"] is None else None
+            )
+            before = known.unread or Unread()
+            order = UnreadOrder(
+                before,
+                known.stream,
+                known.built,
+                seq_length=length,
+                seed=known.seed,
+                limit=limit,
+                impl=builder.impl,
+            )
+            known.unread = order.after(read)
+
+
+def _counts(dataset: Dataset, read: int, sets: int) -> list[int]:
+    """How many of the first ``read`` samples each file gives."""
+    if not isinstance(dataset, BlendedDataset):
+        return [read]
+    return set_counts(dataset.dataset_index[:read], sets)

@@ -1,0 +1,1 @@
+"""Text: files that hold it, read as one stream of documents."""

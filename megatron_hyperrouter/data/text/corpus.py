@@ -1,0 +1,342 @@
+"""Text files as a bounded stream: JSON lines, plain text or Parquet, plain or compressed (.gz, .zst).
+
+A JSON line, or a row of a Parquet file, is one document.  A plain-text file is one document, read in pieces
+of at most ``PIECE_BYTES`` so that memory does not depend on its length; each piece becomes a sequence of that
+document.  What a batch holds depends on where it starts, so reading may stop after any batch and go on from
+the place where it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron_hyperrouter.data.text.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of, size_of
+from megatron_hyperrouter.data.text.parquet import read_rows
+from megatron_hyperrouter.data.text.streams import ByteStream
+from megatron_hyperrouter.errors import DataError
+
+BATCH_BYTES = 1 << 18
+PIECE_BYTES = 1 << 16
+MOST_LINE_BYTES = 1 << 29  # a longer line is no JSON line, and would fill memory
+_SKIP_BYTES = 1 << 20
+# Best: a line end between two ASCII characters that are no spaces (the second no slash, which some patterns
+# let follow a line end). Words end there too; next best is any place where they surely do.
+_SAFE_LINE_END = re.compile(rb"[!-~]\n(?=[!-.0-~])")
+# Before a space that a letter follows.  Every usual pattern of words starts a new word there, whatever comes
+# before it, so that both sides encode apart as they do together.
+SAFE_CUT = r"(?= [A-Za-z])"
+_SAFE_CUT = re.compile(SAFE_CUT.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place between two batches."""
+
+    source: int = 0  # number of the input, from 0
+    offset: int = 0  # bytes of the decompressed file before it, or rows of a Parquet file
+    line: int = (
+        1  # number of the JSON line that follows, from 1; 0: not known, for reading began inside the file
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Consecutive lines of a JSON file, rows of a Parquet file, or one piece of a plain-text file, not yet
+    decoded.
+    """
+
+    path: str
+    kind: Kind
+    pieces: tuple[bytes, ...]
+    first_line: int  # number of the first line or row, from 1; 0: not known (JSON only)
+    first_byte: int  # where the first piece starts in the decompressed file
+    closes: bool  # a plain-text document ends with this piece; always true for other kinds
+    position: int  # bytes of all inputs read so far, as they lie on disk
+    end: Place
+    columns: tuple[list[object], ...] = field(default=())  # Parquet: values of each key
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One input, and which stretch of it to read."""
+
+    number: int
+    path: str
+    before: int  # bytes of the inputs before it
+    size: int
+    low: int  # the part that is read, in bytes from the start of this file; may lie outside of it
+    high: int
+
+    def owns(self, byte: float) -> bool:
+        """Whether what begins at ``byte`` of this file on disk belongs to the part that is read."""
+        return self.low <= byte < self.high
+
+
+def read_batches(
+    paths: Sequence[str], keys: Sequence[str] = ("text",), *, part: Part = WHOLE, start: Place | None = None
+) -> Iterator[Batch]:
+    """Every input in turn, in batches of about ``BATCH_BYTES``; DataError for a file that cannot be read or
+    decompressed.
+
+    ``keys``: columns of Parquet files.  ``part``: read this part alone.  ``start``: go on from there, the
+    ``end`` of an earlier batch.
+    """
+    start = start or Place()
+    sizes = [size_of(path) for path in paths]
+    low, high = part.stretch(sum(sizes))
+    before = 0
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        source = _Source(number, path, before, size, low - before, high - before)
+        before += size
+        if number < start.source or source.low >= size or source.high <= 0:
+            continue
+        place = start if number == start.source else Place(number)
+        kind = kind_of(path)
+        if kind == "parquet":
+            yield from _parquet_batches(source, keys, place)
+        elif kind == "json" and not is_compressed(path):
+            yield from _json_batches(source, place)
+        elif source.owns(0):  # can only be read from its start
+            yield from (_json_batches if kind == "json" else _text_batches)(source, place)
+
+
+def documents(batch: Batch, keys: Sequence[str]) -> Iterator[tuple[list[str], ...]]:
+    """The documents of a JSON or Parquet batch, or the one piece of a plain-text batch: for each key, the
+    list of its sequences.
+
+    A value is a string, or a list of strings (sequences of one document, as in Megatron-LM).  Blank lines are
+    left out.  Plain text has the same text under every key.  DataError names the file and the line, row or
+    byte.
+    """
+    where = _Where(batch)
+    if batch.kind == "parquet":
+        for where.index, values in enumerate(zip(*batch.columns, strict=True)):
+            yield tuple(_sequences(value, key, where) for key, value in zip(keys, values, strict=True))
+        return
+    byte = batch.first_byte
+    for where.index, piece in enumerate(batch.pieces):
+        where.byte = byte
+        text = _utf8(piece, where)
+        if batch.kind == "text":
+            yield tuple([text] for _ in keys)
+        elif not text.isspace():
+            yield _parse(text, where, keys)
+        byte += len(piece)
+
+
+def texts(paths: Sequence[str], key: str = "text", max_bytes: int | None = None) -> Iterator[str]:
+    """Every text in turn; stops once ``max_bytes`` of UTF-8 have passed."""
+    passed = 0
+    for batch in read_batches(paths, (key,)):
+        for (sequences,) in documents(batch, (key,)):
+            for text in sequences:
+                yield text
+                passed += len(text.encode())
+                if max_bytes is not None and passed >= max_bytes:
+                    return
+
+
+class _Stream(ByteStream):
+    """The decompressed bytes of a file from ``offset`` on."""
+
+    def __init__(self, path: str, offset: int) -> None:
+        super().__init__(path)
+        if not is_compressed(path):
+            self._file.on_disk.seek(offset)
+            return
+        while offset > 0:
+            skipped = len(self.read(min(offset, _SKIP_BYTES)))
+            if not skipped:
+                break
+            offset -= skipped
+
+
+def _json_batches(source: _Source, place: Place) -> Iterator[Batch]:
+    """Lines from ``place`` on, or from the first that begins in the source's stretch, to the last that begins
+    in it.
+    """
+    offset, number = place.offset, place.line
+    inside = source.low > offset  # of the file: the line that holds the byte before is of the part before
+    if inside:
+        offset, number = source.low - 1, 0
+    high = None if is_compressed(source.path) or source.high >= source.size else source.high
+    with _Stream(source.path, offset) as stream:
+        mark = -1  # the first line begins at byte 0, whatever mark stands before it
+        if inside:
+            offset += len(_line(stream, source.path, offset, number))
+        elif not offset:
+            offset = mark = _skip_bom(stream)
+        first, size = offset, 0
+        lines: list[bytes] = []
+        while high is None or offset < high or offset == mark:
+            line = _line(stream, source.path, offset, number + len(lines) if number else 0)
+            if not line:
+                break
+            lines.append(line)
+            size += len(line)
+            offset += len(line)
+            if size >= BATCH_BYTES:
+                yield _json_batch(source, lines, number, first, stream)
+                number, first, lines, size = number + len(lines) if number else 0, offset, [], 0
+        if lines:
+            yield _json_batch(source, lines, number, first, stream)
+
+
+def _json_batch(source: _Source, lines: list[bytes], number: int, first: int, stream: ByteStream) -> Batch:
+    end = Place(source.number, first + sum(map(len, lines)), number + len(lines) if number else 0)
+    return Batch(
+        source.path, "json", tuple(lines), number, first, True, source.before + stream.disk_position(), end
+    )
+
+
+def _line(stream: ByteStream, path: str, offset: int, number: int) -> bytes:
+    line = stream.readline(MOST_LINE_BYTES + 1)
+    if len(line) > MOST_LINE_BYTES:
+        where = f"line {number}" if number else f"byte {offset}"
+        message = f"{path}, {where}: a line of more than {MOST_LINE_BYTES} bytes"
+        raise DataError(
+            message,
+            remedy="write one JSON object a line; a file of plain text needs a name that ends in .txt",
+        )
+    return line
+
+
+def _text_batches(source: _Source, place: Place) -> Iterator[Batch]:
+    byte = place.offset
+    with _Stream(source.path, byte) as stream:
+        byte += _skip_bom(stream) if not byte else 0
+        held, last = b"", False
+        while not last:
+            block = stream.read(PIECE_BYTES)
+            held, last = held + block, not block
+            # A cut looks two bytes ahead, and must see them wherever reading began.
+            while len(held) >= PIECE_BYTES + 2 or (last and len(held) > PIECE_BYTES):
+                cut = _cut(held)
+                yield _text_batch(source, held[:cut], byte, False, stream)
+                byte, held = byte + cut, held[cut:]
+        if held:
+            yield _text_batch(source, held, byte, True, stream)
+
+
+def _text_batch(source: _Source, piece: bytes, byte: int, closes: bool, stream: ByteStream) -> Batch:
+    end = Place(source.number, byte + len(piece))
+    return Batch(source.path, "text", (piece,), 1, byte, closes, source.before + stream.disk_position(), end)
+
+
+def _parquet_batches(source: _Source, keys: Sequence[str], place: Place) -> Iterator[Batch]:
+    for rows in read_rows(
+        source.path,
+        keys,
+        BATCH_BYTES,
+        lambda fraction: source.owns(int(fraction * source.size)),
+        place.offset,
+    ):
+        end = Place(source.number, rows.first + len(rows))
+        position = source.before + int(rows.done * source.size)
+        yield Batch(source.path, "parquet", (), rows.first + 1, 0, True, position, end, rows.columns)
+
+
+def _skip_bom(stream: ByteStream) -> int:
+    """Skip a byte-order mark; how many bytes that were."""
+    return len(stream.read(len(BOM))) if stream.peek(len(BOM)).startswith(BOM) else 0
+
+
+def _cut(data: bytes) -> int:
+    """Where to cut ``data`` (longer than PIECE_BYTES): the last line end or space where a word surely ends,
+    else the last line end, else between two characters.
+    """
+    window = data[: PIECE_BYTES + 2]  # two bytes more than the piece, to see what follows the cut
+    for places in (_SAFE_LINE_END.finditer(window), _SAFE_CUT.finditer(window)):
+        last = max((match.end() for match in places if match.end() <= PIECE_BYTES), default=0)
+        if last:
+            return last
+    cut = window.rfind(b"\n", 0, PIECE_BYTES) + 1 or PIECE_BYTES
+    while cut > PIECE_BYTES - 3 and data[cut] & 0xC0 == 0x80:  # a byte inside a UTF-8 character
+        cut -= 1
+    return cut
+
+
+class _Where:
+    """The place of one document in its file, in words only when an error needs them."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self.index = 0
+        self.byte = 0
+
+    def __str__(self) -> str:
+        batch = self._batch
+        if batch.kind == "text":
+            return batch.path
+        first = batch.first_line or _lines_before(batch.path, batch.first_byte) + 1
+        return f"{batch.path}, {'row' if batch.kind == 'parquet' else 'line'} {first + self.index}"
+
+
+def _lines_before(path: str, byte: int) -> int:
+    """Line ends in the first ``byte`` bytes of a file."""
+    count = 0
+    with open(path, "rb") as stream:
+        while byte > 0 and (block := stream.read(min(byte, _SKIP_BYTES))):
+            count += block.count(b"\n")
+            byte -= len(block)
+    return count
+
+
+def _utf8(piece: bytes, where: _Where) -> str:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError as error:
+        message = f"{where}, byte {where.byte + error.start}: not UTF-8 ({error.reason})"
+        raise DataError(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
+
+
+def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ...]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: broken JSON at column {error.colno}: {error.msg}",
+            remedy="write one whole JSON object a line",
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
+        raise DataError(
+            f"{where}: unusable JSON: {error}", remedy="write one JSON object of plain text a line"
+        ) from error
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: a JSON {type(record).__name__}, not an object",
+            remedy='write {"text": "..."} on each line',
+        )
+    for key in keys:
+        if key not in record:
+            present = ", ".join(map(repr, record)) or "none"
+            message = f"{where}: no key {key!r}; keys present: {present}"
+            raise DataError(message, remedy="name the key that holds the text: --json-keys KEY")
+    return tuple(_sequences(record[key], key, where) for key in keys)
+
+
+def _sequences(value: object, key: str, where: _Where) -> list[str]:
+    sequences: list[str] = []
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, bytes):  # a binary column of a Parquet file
+            where.byte = 0
+            text = _utf8(text, where)
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise DataError(
+                f"{where}: the value of {key!r} is a {kind}, not a string",
+                remedy="name a key that holds text: --json-keys KEY",
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = f"\\u{ord(text[error.start]):04x}"
+            message = (
+                f"{where}: the value of {key!r} has half a surrogate pair ({lone}), which is no character"
+            )
+            raise DataError(message, remedy="remove it or pair it") from error
+        sequences.append(text)
+    return sequences

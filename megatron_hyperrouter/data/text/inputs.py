@@ -1,0 +1,213 @@
+"""The input files of a corpus: names and globs, what each of them is, and which part of them one machine of
+several reads.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_hyperrouter.data.text.streams import SUFFIXES, ByteStream
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+Kind = Literal["json", "text", "parquet"]
+BOM = b"\xef\xbb\xbf"
+_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+_HEAD = 1 << 12
+# How files begin that are something else than their name says, or that nobody here reads.
+_SIGNATURES = (
+    (b"\x1f\x8b", "is compressed with gzip", "let its name end in .gz"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "let its name end in .zst"),
+    (
+        b"BZh",
+        "is compressed with bzip2, which is not read here",
+        "decompress it, or compress it as .gz or .zst",
+    ),
+    (
+        b"\xfd7zXZ",
+        "is compressed with xz, which is not read here",
+        "decompress it, or compress it as .gz or .zst",
+    ),
+    (b"PK\x03\x04", "is a zip archive", "unpack it, and give the files inside"),
+    (b"\xff\xfe", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (
+        b"MMIDIDX",
+        "is the index of a pair of token files already",
+        "give the text that the tokens were made from",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part ``number`` (from 1) of ``of``: the bytes of all inputs, as they lie on disk, cut into ``of`` equal
+    stretches.
+
+    A JSON line, a row group of a Parquet file, and a file that cannot be entered in the middle (compressed,
+    or plain text, which is one document) belong to the part that holds their first byte.  Parts end to end
+    are the whole, in order.
+    """
+
+    number: int = 1
+    of: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def stretch(self, total: int) -> tuple[int, int]:
+        """First byte and end of this part."""
+        return total * (self.number - 1) // self.of, total * self.number // self.of
+
+
+WHOLE = Part()
+
+
+def parse_part(text: str | None, partitions: int | None) -> Part:
+    """``--shard I/N``, or ``--shard I`` with ``--partitions N``; ConfigError for anything else."""
+    if text is None:
+        if partitions in (None, 1):
+            return WHOLE
+        remedy = "give each machine its --shard I, then run tools/merge_data.py; on one machine use --workers"
+        raise ConfigError(
+            [
+                Problem(
+                    "--partitions",
+                    partitions,
+                    "says in how many parts, and not which of them to read",
+                    remedy,
+                )
+            ]
+        )
+    match = re.fullmatch(r"([0-9]{1,9})(?:/([0-9]{1,9}))?", text)
+    number, of = (int(match[1]), int(match[2] or partitions or 0)) if match else (0, 0)
+    if not 1 <= number <= of or (match and match[2] and partitions not in (None, of)):
+        raise ConfigError(
+            [
+                Problem(
+                    "--shard",
+                    text,
+                    "must be I/N with 1 <= I <= N, the same N on all machines",
+                    "use 1/4 for the first of 4",
+                )
+            ]
+        )
+    return Part(number, of)
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """The files that names and globs stand for: patterns in the order given, the matches of each sorted;
+    ``**`` is any depth.
+
+    A name that exists is itself, whatever characters it has.  DataError for a pattern that matches no file.
+    """
+    found: list[str] = []
+    empty = []
+    for pattern in patterns:
+        if os.path.exists(pattern) or not glob.has_magic(pattern):
+            found.append(pattern)
+            continue
+        matches = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        found += matches
+        empty += [] if matches else [pattern]
+    if empty:
+        raise DataError(
+            "no input file matches: " + ", ".join(empty),
+            remedy="correct the pattern; quote it so that the shell leaves it alone",
+        )
+    return found
+
+
+def total_bytes(paths: Sequence[str]) -> int:
+    """Size of all inputs on disk; DataError lists every one that is no readable file, or empty though its
+    kind has a header.
+    """
+    bad = [path for path in paths if not (os.path.isfile(path) and os.access(path, os.R_OK))]
+    if bad:
+        folders = [path for path in bad if os.path.isdir(path)]
+        remedy = (
+            f"give files, for example '{folders[0]}/**/*.jsonl'"
+            if folders
+            else "give existing files to --input"
+        )
+        if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
+            remedy = "write it to a file first: a pipe or a device cannot be read twice"
+        raise DataError("no such readable input file: " + ", ".join(bad), remedy=remedy)
+    hollow = [
+        path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)
+    ]
+    if hollow:
+        raise DataError(
+            "a file of 0 bytes, without even a header: " + ", ".join(hollow),
+            remedy="it is truncated: fetch it again",
+        )
+    return sum(map(size_of, paths))
+
+
+def size_of(path: str) -> int:
+    """Size of a file; DataError where it is not there any more."""
+    return _status_of(path).st_size
+
+
+def facts_of(path: str) -> tuple[str, int, int]:
+    """Path, size and time of change of a file, by which it is known again; DataError where it is not there
+    any more.
+    """
+    status = _status_of(path)
+    return path, status.st_size, status.st_mtime_ns
+
+
+def _status_of(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and leave it there"
+        ) from error
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the file is decompressed while it is read, told by its name."""
+    return path.endswith(SUFFIXES)
+
+
+def kind_of(path: str) -> Kind:
+    """JSON lines, plain text or Parquet, told by the name; a name that tells nothing is JSON where the text
+    starts with ``{``.
+
+    DataError for a file that begins as something else.
+    """
+    raw = _raw_head(path)
+    name = Path(path)
+    suffix = (name.with_suffix("") if is_compressed(path) else name).suffix.lower()
+    if raw.startswith(b"PAR1") or (suffix in _PARQUET_SUFFIXES and not is_compressed(path)):
+        return "parquet"
+    for signature, what, remedy in _SIGNATURES:
+        if raw.startswith(signature) and not is_compressed(path):
+            raise DataError(f"{path}, byte 0: the file {what}", remedy=remedy)
+    if suffix in _JSON_SUFFIXES:
+        return "json"
+    with ByteStream(path) as stream:
+        head = stream.read(_HEAD)
+    if suffix != ".txt" and head.removeprefix(BOM).lstrip().startswith(b"{"):
+        return "json"
+    if b"\0" in head:
+        message = f"{path}, byte {head.index(0)}: a NUL: this is no text"
+        raise DataError(message, remedy="give JSON lines, plain text or Parquet, whole or as .gz or .zst")
+    return "text"
+
+
+def _raw_head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(16)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file"
+        ) from error

@@ -1,0 +1,64 @@
+"""Training of a byte-level BPE tokenizer with the library ``tokenizers``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_hyperrouter.data.text.streams import replacing
+from megatron_hyperrouter.data.tokenize.tokenizer import END_OF_TEXT
+from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Problem
+
+SMALLEST_VOCAB = 257  # 256 bytes and the end of a document
+LARGEST_VOCAB = (
+    1 << 24
+)  # the library asks for all the memory at once, and ends the process where there is too little
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
+    """Train on ``texts``, write a ``tokenizer.json`` and return the size of its vocabulary.
+
+    Every text encodes and decodes without loss; words are cut as in GPT-2.  The result depends on the texts
+    alone.  It has fewer than ``vocab_size`` ids where the texts hold no more pairs to merge.  ConfigError for
+    a size below 257 or beyond 2**24, DataError for no text.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        rule = f"must be at least {SMALLEST_VOCAB} (256 bytes and {END_OF_TEXT})"
+        raise ConfigError([Problem("--vocab-size", vocab_size, rule, f"use {SMALLEST_VOCAB} or more")])
+    if vocab_size > LARGEST_VOCAB:
+        raise ConfigError(
+            [
+                Problem(
+                    "--vocab-size",
+                    vocab_size,
+                    f"must be at most {LARGEST_VOCAB}",
+                    "use a usual size, as 50000",
+                )
+            ]
+        )
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise HostError(
+            "training a tokenizer needs the library tokenizers", remedy="bash tools/setup_env.sh"
+        ) from error
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on", remedy="give a corpus that holds text to --input")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_again(first, texts), trainer)
+    with replacing(output) as stream:
+        stream.write(backend.to_str(pretty=True).encode())
+    return int(backend.get_vocab_size())
+
+
+def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest

@@ -1,0 +1,164 @@
+"""Batches of text to tokens, in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_hyperrouter.data.store.token_files import smallest_dtype
+from megatron_hyperrouter.data.text.corpus import Batch, documents
+from megatron_hyperrouter.data.tokenize.backends import Backend, build_encoder
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+from megatron_hyperrouter.errors import DataError, HyperRouterError
+
+_BATCHES_PER_WORKER = 3  # one in work, one waiting for the worker, one waiting for the writer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How text becomes tokens: all that a worker must know."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    backend: str = "auto"  # one of backends.BACKENDS; changes no byte of the output
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of a batch under one key: sequences end to end, the length of each, and how many each
+    document has.
+    """
+
+    tokens: NDArray[np.integer]
+    lengths: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+
+
+class Encoder:
+    """Batches of undecoded text to tokens; one in each process."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
+        """``tokenizer``: that of the recipe, where it is loaded already."""
+        self.recipe = recipe
+        self._tokenizer = tokenizer or build_encoder(
+            recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend)
+        )
+        self._eod = np.array([self._tokenizer.eod], dtype=np.int32) if recipe.append_eod else None
+        self.vocab_size = self._tokenizer.vocab_size
+        self.dtype = smallest_dtype(self.vocab_size)
+
+    def __call__(self, batch: Batch) -> list[Encoded]:
+        """One result for each key; DataError for bad input."""
+        found = list(documents(batch, self.recipe.keys))
+        return [
+            self._encode([document[column] for document in found], batch.closes)
+            for column in range(len(self.recipe.keys))
+        ]
+
+    def _encode(self, found: list[list[str]], closes: bool) -> Encoded:
+        encoded = iter(self._tokenizer.encode_batch([text for sequences in found for text in sequences]))
+        parts: list[NDArray[np.int32]] = []
+        lengths: list[int] = []
+        counts: list[int] = []
+        for sequences in found:
+            before = len(lengths)
+            for _ in sequences:
+                tokens = next(encoded)
+                if tokens.size:
+                    parts.append(tokens)
+                    lengths.append(tokens.size)
+            if self._eod is not None and closes and len(lengths) > before:
+                parts.append(self._eod)
+                lengths[-1] += 1
+            counts.append(len(lengths) - before)
+        tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        if tokens.size and int(tokens.max()) >= self._tokenizer.vocab_size:
+            raise DataError(
+                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of "
+                f"{self._tokenizer.vocab_size}",
+                remedy="its file is inconsistent: train or fetch it again",
+            )
+        return Encoded(
+            tokens.astype(self.dtype), np.array(lengths, dtype=np.int32), np.array(counts, dtype=np.int32)
+        )
+
+
+def encode_all(
+    batches: Iterator[Batch], encoder: Encoder, workers: int
+) -> Iterator[tuple[Batch, list[Encoded]]]:
+    """Each batch with its tokens, in the order of the batches; ``workers``: processes that encode, 1 encodes
+    in this one.
+    """
+    if workers == 1:
+        for batch in batches:
+            yield batch, encoder(batch)
+        return
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # forking a process that has threads (progress, tokenizers) can hang
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
+    try:
+        for batch in batches:
+            under_way.append((batch, _submit(pool, encoder.recipe, batch)))
+            if len(under_way) >= _BATCHES_PER_WORKER * workers:
+                done, future = under_way.popleft()
+                yield done, future.result()
+        for done, future in under_way:
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise HyperRouterError(
+            "a worker process died, killed or out of memory", remedy="use fewer --workers, or free memory"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def _encoder(recipe: Recipe) -> Encoder:
+    """The encoder of this worker: loading a tokenizer for each batch would cost more than encoding it."""
+    return Encoder(recipe)
+
+
+def _submit(pool: ProcessPoolExecutor, recipe: Recipe, batch: Batch) -> Future[list[Encoded]]:
+    """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who
+    cleans up.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode, recipe, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _encode(recipe: Recipe, batch: Batch) -> list[Encoded]:
+    return _encoder(recipe)(batch)
+
+
+def _start_worker() -> None:
+    """Leave parallelism to the parent, and end when it has died (kill -9), for no one else would end this
+    process.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,364 @@
+"""Text files to token files: read, encode in worker processes, write in order; a run that dies is gone on
+with by the next.
+
+Memory is bounded: a few batches are under way at a time, and the results of a batch are written before
+the next is read.  What is written depends on the inputs and the tokenizer alone, not on the number of
+workers or of machines, nor on how often the run has died. Documents are Megatron-LM's: an empty text is
+an empty document, and the end-of-document token joins the last sequence of a document that holds any
+token.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_hyperrouter.data.store.journal import Journal
+from megatron_hyperrouter.data.store.manifest import Manifest, tokenizer_sum, write_manifest
+from megatron_hyperrouter.data.store.pair_writer import (
+    Counts,
+    DiskRefused,
+    FileSum,
+    PairWriter,
+    changed_since,
+    holds,
+    put_in_place,
+    remove_partial,
+)
+from megatron_hyperrouter.data.text.corpus import Place, documents, read_batches
+from megatron_hyperrouter.data.text.inputs import WHOLE, Part, facts_of, total_bytes
+from megatron_hyperrouter.data.tokenize.backends import choose_encoder
+from megatron_hyperrouter.data.tokenize.encode import Encoder, Recipe, encode_all
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+
+__all__ = ["Job", "Recipe", "Written", "preprocess"]
+_CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
+_MOST_WORKERS = 1024  # each holds batches of text, and more than the cores there are help nobody
+SAVE_SECONDS = 10.0
+
+
+class InputChanged(DataError):
+    """Another program wrote to an input while it was read: what is done stays."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One finished pair of files."""
+
+    prefix: str
+    documents: int
+    sequences: int
+    tokens: int
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to read, what of it, and where to write."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    recipe: Recipe
+    part: Part = WHOLE
+
+    def stem(self) -> str:
+        """The output prefix, with the number of the shard where there are several."""
+        return (
+            self.output_prefix
+            if self.part == WHOLE
+            else f"{self.output_prefix}.shard-{self.part.number:05}-of-{self.part.of:05}"
+        )
+
+    def prefixes(self) -> list[str]:
+        """Of each key's pair."""
+        return [f"{self.stem()}_{key}_document" for key in self.recipe.keys]
+
+
+def preprocess(
+    inputs: Sequence[str],
+    output_prefix: str,
+    recipe: Recipe,
+    *,
+    workers: int = 1,
+    part: Part = WHOLE,
+    overwrite: bool = False,
+    save_seconds: float = SAVE_SECONDS,
+    progress: Callable[[int, int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> list[Written]:
+    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the recipe, whole
+    or not at all.
+
+    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do this part alone, as
+    ``{output_prefix}.shard-I-of-N``. ``overwrite``: discard what an unfinished run has left, instead of
+    going on with it.  ``save_seconds``: seconds between two moments at which what is done is made
+    durable. ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start.
+    ``report``: told which back end was passed over and why. Raises DataError (file, and line or byte, of
+    bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and a full disk
+    leave what was saved, beside the output, under temporary names.
+    """
+    job = Job(tuple(inputs), output_prefix, recipe, part)
+    _check(job, workers, save_seconds)
+    total_bytes(inputs)
+    first = _first_documents(job)
+    tokenizer, backend = choose_encoder(
+        recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, first, report
+    )
+    encoder = Encoder(replace(recipe, backend=backend), tokenizer)
+    run = _Run(job, encoder, overwrite, save_seconds, progress)
+    try:
+        if not run.complete:
+            run.encode(workers)
+        written = run.finish()
+    except BaseException as error:
+        bad_input = isinstance(error, DataError) and not isinstance(error, DiskRefused | InputChanged)
+        run.close(forget=bad_input or not run.saved)
+        raise
+    run.close(forget=True)
+    return written
+
+
+class _Run:
+    """The journal, what it says, and the steps from there to the finished files."""
+
+    def __init__(
+        self,
+        job: Job,
+        encoder: Encoder,
+        overwrite: bool,
+        save_seconds: float,
+        progress: Callable[[int, int, int], None] | None,
+    ) -> None:
+        self._job, self._encoder, self._save_seconds, self._progress = job, encoder, save_seconds, progress
+        self._low, self._high = job.part.stretch(total_bytes(job.inputs))
+        self._files = [facts_of(path) for path in job.inputs]
+        self._tokenizer = _tokenizer_facts(job.recipe, encoder)
+        self.dtype = encoder.dtype
+        self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
+        try:
+            self._record: dict[str, Any] = next(
+                (record for record in reversed(self._journal.records) if self._usable(record)), {}
+            )
+        except BaseException:
+            self._journal.close(remove=False)
+            raise
+
+    @property
+    def complete(self) -> bool:
+        """All is encoded; only names are to be given."""
+        return bool(self._record.get("complete"))
+
+    @property
+    def saved(self) -> bool:
+        """There is something to go on with."""
+        return bool(self._record)
+
+    def encode(self, workers: int) -> None:
+        """Encode what is not yet encoded, and save it."""
+        keys = self._job.recipe.keys
+        start = Place(*self._record.get("place", ()))
+        position = int(self._record.get("position", 0))
+        writers = [
+            PairWriter(prefix, self.dtype, counts)
+            for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)
+        ]
+        told = time.monotonic()
+        try:
+            for writer, pair in zip(writers, self._record.get("pairs", ()), strict=False):
+                if asdict(writer.bin_sum()) != pair["bin"]:
+                    raise changed_since(f"{writer.prefix}.bin.partial")
+            self._show(position, writers[0])
+            batches = read_batches(self._job.inputs, keys, part=self._job.part, start=start)
+            for batch, results in encode_all(batches, self._encoder, workers):
+                for writer, encoded in zip(writers, results, strict=True):
+                    writer.write(encoded.tokens, encoded.lengths, encoded.sequences, closes=batch.closes)
+                start, position = batch.end, batch.position
+                self._show(position, writers[0])
+                if time.monotonic() - told >= self._save_seconds:
+                    self._save(writers, start, position)
+                    told = time.monotonic()
+            if self._job.part == WHOLE:
+                for writer, key in zip(writers, keys, strict=True):
+                    check_not_empty(writer.counts, key, self._job.inputs)
+            self._save(writers, start, position, complete=True)
+        finally:
+            for writer in writers:
+                writer.close()
+
+    def finish(self) -> list[Written]:
+        """Give the files their names and write the manifests."""
+        self._check_inputs()
+        written = []
+        for prefix, key, state, counts in zip(
+            self._job.prefixes(), self._job.recipe.keys, self._record["pairs"], self._counts(), strict=True
+        ):
+            assert counts is not None
+            manifest = Manifest(
+                counts.documents,
+                counts.sequences,
+                counts.tokens,
+                self.dtype.name,
+                bin=FileSum(**state["bin"]),
+                idx=put_in_place(prefix, self.dtype, counts),
+                tokenizer=self._tokenizer,
+                settings={"key": key, "append_eod": self._job.recipe.append_eod},
+                inputs=[{"path": path, "bytes": size} for path, size, _ in self._files],
+                part=str(self._job.part),
+            )
+            write_manifest(prefix, manifest)
+            written.append(Written(prefix, counts.documents, counts.sequences, counts.tokens, self.dtype))
+        return written
+
+    def close(self, *, forget: bool) -> None:
+        """``forget``: remove the journal and the growing files; else they stay for the next run."""
+        self._journal.close(remove=forget)
+        for prefix in self._job.prefixes() if forget else ():
+            remove_partial(prefix)
+
+    def _check_inputs(self) -> None:
+        """InputChanged where another program has written to an input meanwhile: nobody knows what was
+        read.
+        """
+        for was in self._files:
+            now = facts_of(was[0])
+            if now != was:
+                sizes = f" (it had {was[1]} bytes, and has {now[1]})" if was[1] != now[1] else ""
+                remedy = "let nothing write to it, and start afresh with --overwrite"
+                raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
+
+    def _save(
+        self, writers: list[PairWriter], place: Place, position: int, *, complete: bool = False
+    ) -> None:
+        pairs = [{"counts": writer.save().as_dict(), "bin": asdict(writer.bin_sum())} for writer in writers]
+        record = {
+            "place": list(asdict(place).values()),
+            "position": position,
+            "pairs": pairs,
+            "complete": complete,
+        }
+        self._journal.append(record)
+        self._record = record
+
+    def _usable(self, record: dict[str, Any]) -> bool:
+        """Whether the files hold what the record says; a complete run's tokens may have their name
+        already.
+        """
+        try:
+            pairs = zip(self._job.prefixes(), record["pairs"], strict=True)
+            return all(
+                holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"])
+                for prefix, pair in pairs
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{self._journal.path}: holds what no run of this program saves ({error!r})"
+            raise DataError(message, remedy="give --overwrite to start afresh") from error
+
+    def _counts(self) -> list[Counts | None]:
+        pairs = self._record.get("pairs")
+        return [Counts(**pair["counts"]) for pair in pairs] if pairs else [None] * len(self._job.recipe.keys)
+
+    def _settings(self) -> dict[str, object]:
+        recipe = self._job.recipe
+        return {
+            "--tokenizer-type": recipe.tokenizer_type,
+            "--tokenizer-model": f"a file of SHA-256 {self._tokenizer['sha256'][:16]}..."
+            if self._tokenizer["sha256"]
+            else None,
+            "--json-keys": " ".join(recipe.keys),
+            "--append-eod": recipe.append_eod,
+            "--shard": str(self._job.part),
+        }
+
+    def _show(self, position: int, writer: PairWriter) -> None:
+        if self._progress:
+            total = self._high - self._low
+            self._progress(min(max(0, position - self._low), total), total, writer.counts.documents)
+
+
+def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
+    """DataError where there is nothing to train on."""
+    names = ", ".join(inputs)
+    if not counts.documents:
+        raise DataError(
+            f"{names}: no documents",
+            remedy='give JSON lines {"text": "..."}, or plain text that is not empty',
+        )
+    if not counts.tokens:
+        raise DataError(
+            f"{names}: {counts.documents} documents, and each is empty under the key {key!r}",
+            remedy="name another key: --json-keys KEY",
+        )
+
+
+def _check(job: Job, workers: int, save_seconds: float) -> None:
+    keys, problems = job.recipe.keys, []
+    if not 1 <= workers <= _MOST_WORKERS:
+        problems.append(
+            Problem(
+                "--workers",
+                workers,
+                f"must be 1 to {_MOST_WORKERS}",
+                "use as many as there are processor cores",
+            )
+        )
+    if not save_seconds >= 0:
+        problems.append(
+            Problem("--save-seconds", save_seconds, "must be at least 0", f"use {SAVE_SECONDS:g}")
+        )
+    if not keys or len(set(keys)) < len(keys):
+        problems.append(
+            Problem("--json-keys", " ".join(keys), "must name each key once", "leave out the repeated key")
+        )
+    for key in keys:
+        if not key or "/" in key:
+            rule = "is a part of the output's name, so it must not be empty or hold a slash"
+            problems.append(Problem("--json-keys", repr(key), rule, "rename the key in the input"))
+    if not job.output_prefix:
+        problems.append(
+            Problem("--output-prefix", "''", "must not be empty", "name the output, for example data/corpus")
+        )
+    endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
+    written = [
+        f"{job.stem()}.journal",
+        *(f"{prefix}.{ending}" for prefix in job.prefixes() for ending in endings),
+    ]
+    for path in sorted(
+        {os.path.realpath(path) for path in job.inputs} & {os.path.realpath(path) for path in written}
+    ):
+        problems.append(
+            Problem(
+                "--output-prefix",
+                job.output_prefix,
+                f"would write over the input {path}",
+                "choose another prefix",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
+    """Names and texts of the first documents: those of the first batch."""
+    batch = next(read_batches(job.inputs, job.recipe.keys, part=job.part), None)
+    if batch is None:
+        return
+    size = 0
+    for number, document in enumerate(documents(batch, job.recipe.keys), start=1):
+        for key, sequences in zip(job.recipe.keys, document, strict=True):
+            for text in sequences:
+                yield f"{batch.path}, document {number}, key {key!r}", text[:_CHECKED_CHARACTERS]
+                size += len(text)
+        if size > _CHECKED_CHARACTERS:
+            return
+
+
+def _tokenizer_facts(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
+    """What a manifest says of the tokenizer."""
+    has_file = recipe.tokenizer_model and recipe.tokenizer_type == "HuggingFaceTokenizer"
+    digest = tokenizer_sum(recipe.tokenizer_model or "") if has_file else None
+    return {"type": recipe.tokenizer_type, "sha256": digest, "vocab_size": encoder.vocab_size}

@@ -1,0 +1,1 @@
+"""DeepSpeed-MoE in the MLP slot of a transformer layer, and in models of callers."""

@@ -1,0 +1,151 @@
+"""Our routers in a caller's own DeepSpeed model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import TopKGate
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import nn
+
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.routed import consult_experts
+from megatron_hyperrouter.routers import build_router
+from megatron_hyperrouter.routers.base import Router, RunFacts
+
+
+def plug_into_deepspeed(
+    moe: MoE,
+    name: str,
+    *,
+    seed: int = 1234,
+    layer_number: int = 1,
+    topk: int | Callable[[int], int] | None = None,
+    aux_loss_coeff: float = 1.0,
+    z_loss_coeff: float = 0.0,
+    facts: RunFacts | None = None,
+    **options: Any,
+) -> Router:
+    """Put the router ``name`` in the place of the gate of ``moe``; returns the router.
+
+    ``moe`` is a ``deepspeed.moe.layer.MoE`` with experts of any kind.  Do it before
+    ``deepspeed.initialize``, which hands the router's parameters to the optimizer; before or after
+    ``set_deepspeed_parallelism``.  A model without an optimizer may be plugged at any time.
+
+    - ``layer_number`` (from 1): give each layer of a model its own; routers of equal seed and number
+      start with equal weights.
+    - ``topk``: k, or k as a function of completed optimizer steps; by default the old gate's.  Where k or
+      the router follows the step, make a :class:`RouterSteps` of the model, or set
+      ``moe.deepspeed_moe.gate.clock.step`` before each step: it counts completed ones and stays 0 by
+      itself.
+    - ``aux_loss_coeff``, ``z_loss_coeff``: the second value that ``moe`` returns is the sum of the
+      router's losses, each multiplied by its coefficient.  By default that is the Switch loss, 1 when the
+      load is even, as of the old gate at k = 1: a caller who multiplies it by a coefficient of his own
+      goes on to do so.
+    - ``facts``: layers, steps and vocabulary of the model's run, for routers that go by them
+      (``competesmoe``, ``stablemoe``).
+    - ``options``: fields of the router's ``Config``.  A few need more than forward passes: the ids or
+      places of tokens, or what all ranks chose in a step (``simsmoe``, ``stablemoe``; ``topk`` with
+      ``expert_bias``, ``jitter_eps`` or another ``aux_loss``).  The caller brings that by a
+      :class:`RouterSteps`; a warning says so.
+    - ``competesmoe`` asks for as many tokens on each rank of the expert-parallel group.
+
+    Hidden size, experts, process group, device, dtype, ``drop_tokens``, both capacity factors and
+    ``min_capacity`` stay those of the old gate.  Over capacity an expert keeps its heaviest tokens.
+    Noise, random token selection and the sampling of second experts go with the old gate.  The router
+    derives its weights in each forward pass, so they are never stale.
+
+    Raises TypeError and ValueError for a layer that cannot be plugged, ConfigError for an unknown router
+    or wrong options.
+    """
+    old = _gate_of(moe)
+    if layer_number < 1:
+        raise ValueError(f"layer_number = {layer_number}: layers count from 1")
+    for taken in ("hidden_size", "num_experts"):
+        if taken in options:
+            raise TypeError(f"{taken} is the layer's own and cannot be given")
+    weight = old.wg.weight
+    hidden_size, num_experts = weight.size(1), weight.size(0)
+    router = build_router(
+        name,
+        hidden_size=hidden_size,
+        num_experts=num_experts,
+        topk=old.k if topk is None else topk,
+        layer_number=layer_number,
+        seed=seed,
+        aux_loss_coeff=aux_loss_coeff,
+        z_loss_coeff=z_loss_coeff,
+        facts=facts,
+        **options,
+    ).to(weight.device, weight.dtype)
+    _refuse_too_late(old, router)
+    for lost in router.config.unserved():
+        warnings.warn(lost, stacklevel=2)
+    gate = RouterGate(
+        router,
+        capacity_factor=old.capacity_factor if old.drop_tokens else None,
+        eval_capacity_factor=old.eval_capacity_factor if old.drop_tokens else None,
+        min_capacity=old.min_capacity,
+        capacity_multiple=_tensor_ranks,
+    )
+    gate.train(old.training)
+    if old.ep_group is not None:  # set_deepspeed_parallelism() was there already
+        gate._set_ep_group(old.ep_group)
+    moe.deepspeed_moe.gate = gate
+    consult_experts(moe.deepspeed_moe)
+    return router
+
+
+def _gate_of(moe: nn.Module) -> TopKGate:
+    if not isinstance(moe, MoE):
+        hint = (
+            "; give its layers one by one"
+            if isinstance(moe, nn.Module) and any(isinstance(part, MoE) for part in moe.modules())
+            else ""
+        )
+        raise TypeError(f"moe must be a deepspeed.moe.layer.MoE, not {type(moe).__qualname__}{hint}")
+    gate = moe.deepspeed_moe.gate
+    if isinstance(gate, RouterGate):
+        raise ValueError(
+            f"this MoE layer has the router {gate.router.name!r} already; build the layer anew to give "
+            "it "
+            "another"
+        )
+    if not isinstance(gate, TopKGate):
+        raise TypeError(
+            f"the gate of this MoE layer is a {type(gate).__qualname__}; only DeepSpeed's own TopKGate "
+            "can "
+            "be replaced"
+        )
+    if moe.deepspeed_moe.use_tutel:
+        raise ValueError(
+            "this MoE layer dispatches by Tutel, which asks the gate for another form; build it with "
+            "use_tutel=False"
+        )
+    return gate
+
+
+def _refuse_too_late(old: TopKGate, router: Router) -> None:
+    """ZeRO has cut its parameters into partitions: one that comes later would never be trained, in
+    silence.
+    """
+    in_zero = getattr(old.wg.weight, "_hp_mapping", None) is not None or hasattr(old.wg.weight, "ds_id")
+    if in_zero and any(parameter.requires_grad for parameter in router.parameters()):
+        raise ValueError(
+            "deepspeed.initialize has handed this layer's parameters to ZeRO, which would never train "
+            "those "
+            "of a new router; "
+            "call plug_into_deepspeed before deepspeed.initialize"
+        )
+
+
+def _tensor_ranks() -> int:
+    """TP ranks that MOELayer cuts the slots over; DeepSpeed knows them once it is initialised
+    (sharded_moe.py:686).
+    """
+    ranks: int = bwc_tensor_model_parallel_world_size(groups.mpu)
+    return ranks

@@ -1,0 +1,101 @@
+"""DeepSpeed's ``MOELayer`` for routers that consult the experts.
+
+Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active
+experts, ``G`` expert-parallel ranks, ``L`` experts on each of them, ``R = G * T``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.sharded_moe import MOELayer
+from torch import Tensor
+
+from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
+from megatron_hyperrouter.engines.routing import total_loss
+from megatron_hyperrouter.engines.row_gather import rows_of_all
+
+
+def consult_experts(layer: MOELayer) -> None:
+    """Give ``layer`` the forward pass that its router needs, if the router needs more than its own
+    logits.
+    """
+    if layer.gate.router.needs_experts:
+        # Its parameters stay where the optimizer found them.
+        layer.__class__ = RoutedMOELayer
+
+
+class RoutedMOELayer(MOELayer):
+    """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
+
+    gate: RouterGate
+    _autocast: bool = False  # of the pass that is going on
+
+    def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
+        """As ``MOELayer.forward`` (sharded_moe.py:632), whose host dispatches once, by the router's
+        decision.
+        """
+        hidden, site = given[0], self.gate.site
+        self._autocast = torch.is_autocast_enabled(hidden.device.type)
+        x_TD = hidden.reshape(-1, hidden.size(-1))
+        routing, now = site.route(x_TD, experts=self)
+        if not site.router.wants_outputs(now):
+            with site.given(routing):
+                output: Tensor = super().forward(*given, **kwargs)
+            return output
+        if given[1] is not None:
+            raise NotImplementedError("RouterGate serves all tokens only: used_token is not provided")
+        routes_RD = x_TD.repeat_interleave(routing.experts_TK.size(1), 0)
+        with site.given(single_routes(routing)), self._dropping_nothing():
+            outputs_RD = super().forward(routes_RD, None)
+        outputs_TKD = outputs_RD.view(*routing.experts_TK.shape, -1)
+        routing = site.router.combine(routing, x_TD, outputs_TKD, now)
+        self.l_aux = total_loss(routing, x_TD.device)
+        return weighted_sum(routing.weights_TK, outputs_TKD).view(hidden.shape)
+
+    @torch.no_grad()
+    def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """See :class:`megatron_hyperrouter.routers.base.ExpertBank`: tokens go to the experts, scores
+        alone come back.
+        """
+        ranks = self.ep_size
+        all_RD = x_TD if ranks == 1 else rows_of_all(x_TD, self.ep_group)
+        columns = []
+        for expert in self.experts.deepspeed_experts:
+            parts = []
+            for rows_TD in all_RD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
+                given = rows_TD.view(
+                    1, 1, *rows_TD.shape
+                )  # as the experts get their tokens: [groups, 1, slots, D]
+                with torch.autocast(
+                    x_TD.device.type, enabled=self._autocast
+                ):  # the router's maths around it is without
+                    output = _output(expert, given)
+                parts.append(score(output.float()).flatten())
+            columns.append(torch.stack(parts))
+        local_GTL = torch.stack(columns, -1)
+        if ranks == 1:
+            return local_GTL[0]
+        mine_GTL = torch.empty_like(local_GTL)
+        dist.all_to_all_single(mine_GTL, local_GTL, group=self.ep_group)
+        return mine_GTL.transpose(0, 1).flatten(1)
+
+    @contextmanager
+    def _dropping_nothing(self) -> Iterator[None]:
+        self.gate.dropless = True
+        try:
+            yield
+        finally:
+            self.gate.dropless = False
+
+
+def _output(expert: Any, rows: Tensor) -> Tensor:
+    """A caller's own expert may return its bias as well."""
+    made = expert(rows)
+    output: Tensor = made[0] if isinstance(made, tuple) else made
+    return output

@@ -1,0 +1,145 @@
+"""DeepSpeed-MoE in the MLP slot of megatron-core's transformer layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+from deepspeed.moe.layer import MoE
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_hyperrouter.config.derived import expert_tensor_size
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.clock import Clock
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.routed import consult_experts
+from megatron_hyperrouter.engines.routing import make_router
+from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.routers.base import Router
+
+
+class MoESlot(MegatronModule):
+    """DeepSpeed's MoE layer with megatron-core's SwiGLU experts and one of our routers.
+
+    The routers' losses join the graph where they arise (``MoEAuxLossAutoScaler``), so no pipeline stage has
+    to carry them.
+
+    ``--mlp-type residual`` is the Residual-MoE of PR-MoE (DeepSpeed-MoE, 2201.05596, section 4.1), as
+    DeepSpeed computes it (moe/layer.py:124): ``c_0 MoE(x) + c_1 MLP(x)`` with ``c = softmax(W x + b)``, and
+    an MLP as wide as one expert.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        run: RunConfig,
+        make: Callable[[int], Router],
+        clock: Clock,
+        statistics: RouterStatistics,
+    ) -> None:
+        """``make``: the router of the layer of this number, counted from 1 over the whole model."""
+        super().__init__(config)
+        model, parallel = run.model, run.parallel
+        shared_experts, residual = expert_tensor_size(run) > 1, model.mlp_type == "residual"
+        self.moe = MoE(
+            model.hidden_size,
+            Expert(config, shared=shared_experts),
+            num_experts=model.num_experts,
+            ep_size=parallel.expert_model_parallel_size,
+            k=1,  # DeepSpeed's own gate, which is replaced below
+            use_rts=False,
+            enable_expert_tensor_parallelism=shared_experts,
+            use_residual=residual,
+        )
+        # DeepSpeed takes the first expert; ours is cut over all TP ranks, and is no expert to the
+        # data-parallel sums
+        if residual:
+            self.moe.mlp = Expert(config, shared=True)
+        for parameter in self.moe.deepspeed_moe.experts.parameters():
+            # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
+            parameter.model_parallel = parallel.tensor_model_parallel_size > 1
+        # The layer number is known when the transformer layer calls set_layer_number().
+        self._run, self._make, self._clock, self._statistics = run, make, clock, statistics
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the
+        whole model).
+        """
+        self.moe.deepspeed_moe.gate = RouterGate(
+            self._make(layer_number),
+            clock=self._clock,
+            statistics=self._statistics,
+            capacity_factor=self._run.model.moe_expert_capacity_factor,
+            capacity_multiple=self._run.parallel.tensor_model_parallel_size,
+        )
+        consult_experts(self.moe.deepspeed_moe)
+
+    def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+        """Returns (output ``[S, B, D]``, no bias)."""
+        if (
+            self.config.sequence_parallel
+        ):  # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        output_SBD, loss, _ = self.moe(hidden_SBD)
+        if self.training:
+            output_SBD = MoEAuxLossAutoScaler.apply(output_SBD, loss)
+        if self.config.sequence_parallel:
+            output_SBD = scatter_to_sequence_parallel_region(output_SBD)
+        return output_SBD, None
+
+
+class Expert(MLP):
+    """megatron-core's SwiGLU MLP as DeepSpeed calls it: an expert, or the dense MLP beside the experts."""
+
+    def __init__(self, config: TransformerConfig, *, shared: bool) -> None:
+        """``shared``: the TP ranks share it; DeepSpeed then leaves the sum over them to the expert."""
+        own = copy.copy(config)
+        own.sequence_parallel = False  # DeepSpeed gathers the tokens before it dispatches them
+        own.ffn_hidden_size = config.moe_ffn_hidden_size  # mlp.py sizes linear_fc2 by it
+        super().__init__(
+            own,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            is_expert=not shared,
+            ffn_hidden_size=config.moe_ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group()
+            if shared
+            else parallel_state.get_expert_tensor_parallel_group(),
+        )
+        self._given = (config, shared)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Expert:
+        """DeepSpeed copies one expert E times; megatron-core's layers hold a process group, which cannot be
+        copied: build another.
+        """
+        config, shared = self._given
+        return Expert(config, shared=shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [groups, 1, slots, D], or [S, B, D] beside the experts.
+
+        megatron-core's weight gradient wants two dimensions (tensor_parallel/layers.py:614).
+        """
+        output, _ = super().forward(x.reshape(-1, x.shape[-1]))
+        return output.view(x.shape)
+
+
+def moe_spec(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> ModuleSpec:
+    """Spec of the MLP slot; ``vocab_size``: ids of the tokenizer."""
+    make = partial(make_router, run, vocab_size=vocab_size)
+    return ModuleSpec(
+        module=MoESlot, params={"run": run, "make": make, "clock": clock, "statistics": statistics}
+    )

@@ -1,0 +1,134 @@
+"""What both studies of tools/scaling_study.py share: their common flags, runs for a cluster, and which
+runs a table can have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from megatron_hyperrouter.studies.runs import (
+    PROGRAM,
+    Plan,
+    check_finished,
+    refuse_flags,
+    training,
+    write_plan,
+)
+from megatron_hyperrouter.terminal import note, parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.tree import RunConfig
+
+P = TypeVar("P", bound=Plan)
+EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.
+
+On a cluster, from the folder that has examples/:
+  ... --dry-run | bash        writes the settings of each run that is not finished, prints its sbatch
+command, and submits it
+  ... --collect               later, the same command again: the table of the runs that are finished"""
+
+
+def common_parser(study: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the flags of both studies."""
+    flags = parser(description, f"{epilog}\n{EPILOG}")
+    flags.prog = f"{flags.prog} {study}"
+    flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where runs, tables and the plot go"
+    )
+    instead = flags.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="start nothing: print a command for Slurm for each run that is not finished",
+    )
+    instead.add_argument(
+        "--collect", action="store_true", help="train nothing: the table of the runs that are finished"
+    )
+    flags.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster, for --dry-run (default: 8)"
+    )
+    return flags
+
+
+def read_common(
+    flags: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str], ours: Sequence[str] = ()
+) -> tuple[Namespace, CommandLine]:
+    """The flags, of which ``counts`` must be at least 1, and those of the program, without ``ours``."""
+    from megatron_hyperrouter.config.sources import read_flags
+
+    args, rest = flags.parse_known_args(arguments)
+    for name in ("gpus_per_node", *counts):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            flags.error(f"--{name.replace('_', '-')} must be at least 1")
+    line = read_flags(rest)
+    if reason := refuse_flags(line, ours):
+        flags.error(reason)
+    args.output = args.output.resolve()  # a job may start in another folder
+    return args, line
+
+
+def gather(makers: Iterable[Callable[[], RunConfig]]) -> list[RunConfig]:
+    """Settings of all runs; ConfigError with every problem of all of them, each once."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    made, problems = [], dict[str, Problem]()
+    for make in makers:
+        try:
+            made.append(make())
+        except ConfigError as error:
+            problems |= {str(problem): problem for problem in error.problems}
+    if problems:
+        raise ConfigError(list(problems.values()))
+    return made
+
+
+def submit(plans: Sequence[tuple[Plan, int]], gpus_per_node: int) -> None:
+    """Write the settings of runs, and print what starts each on its number of ranks; raises ConfigError."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    uneven = sorted({ranks for _, ranks in plans if ranks > gpus_per_node and ranks % gpus_per_node})
+    if uneven:
+        rule, remedy = f"must be divisible by --gpus-per-node = {gpus_per_node}", "use whole nodes"
+        raise ConfigError([Problem("--ranks", ranks, rule, remedy) for ranks in uneven])
+    for plan, ranks in plans:
+        write_plan(plan)
+        nodes, gpus = max(ranks // gpus_per_node, 1), min(ranks, gpus_per_node)
+        start = [
+            "sbatch",
+            f"--job-name={plan.folder.name}",
+            f"--nodes={nodes}",
+            f"--gpus-per-node={gpus}",
+            "examples/slurm.sh",
+        ]
+        # --engine as well: examples/slurm.sh has another one
+        flags = training(plan).command[len(PROGRAM) :]
+        show(shlex.join([*start, *flags, "--engine", plan.config.engine.engine]))
+
+
+def without_strangers(plans: Sequence[P]) -> list[P]:
+    """Those that are not finished, after a look at what the folder has of other settings (ConfigError)."""
+    check_finished(plans)
+    return [plan for plan in plans if not plan.finished]
+
+
+def check_collected(plans: Sequence[P]) -> list[P]:
+    """The finished ones; says which are missing, and raises ConfigError where all are."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    missing = [plan for plan in plans if not plan.finished]
+    if len(missing) == len(plans):
+        rule = f"has none of the {len(plans)} runs of this study finished"
+        raise ConfigError(
+            [Problem("--output", plans[0].folder.parent.parent, rule, "submit them with --dry-run, or wait")]
+        )
+    for plan in missing:
+        note(f"not finished: {plan.folder}")
+    return [plan for plan in plans if plan.finished]

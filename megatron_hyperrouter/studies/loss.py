@@ -1,0 +1,337 @@
+"""Train a grid of models with several seeds, score them alike, and fit L = E + A / N^alpha + B / D^beta.
+
+--output gets a folder for each run, runs.csv (a row for each run), table.csv and table.md (mean and
+  half of the 95 % t-interval over
+seeds), fit.json and scaling.png.  The same command again goes on after an interruption: finished runs are
+kept, others continue from their last checkpoint (--save-interval says how often there is one), and the
+fit is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.studies.jobs import (
+    check_collected,
+    common_parser,
+    gather,
+    read_common,
+    submit,
+    without_strangers,
+)
+from megatron_hyperrouter.studies.runs import (
+    LAYOUT,
+    OURS,
+    Plan,
+    Stage,
+    digest_of,
+    file_values,
+    is_trained,
+    on_ranks,
+    run_all,
+    training,
+)
+from megatron_hyperrouter.terminal import note
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.tree import RunConfig
+
+EPILOG = """An axis is a setting and its values; joined by commas, several settings move together:
+  --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000 --axis router.name
+topk hyper or, in a file for --axes, a list of settings for each value of an axis:
+  width:
+    - {hidden_size: 64, moe_ffn_hidden_size: 96}
+    - {hidden_size: 128, moe_ffn_hidden_size: 192}
+  num_experts: [4, 8, 16]
+
+N: the trained parameters, or those that a token is multiplied with when it goes to k experts (an input
+embedding that is no output matrix is not).  D: the tokens that a run has trained on.  FLOPs: 6 for each
+active parameter and token, with the k of each step, and 12 for each channel of attention and each position
+that a token sees, (S + 1) / 2 on average; recomputed activations, the optimizer and what a method computes
+beyond its routing are not counted. A term is fitted where its size varies, over all runs that agree in the
+axes of --curve-for; with fewer different sizes than parameters + 1 there is no fit.  Intervals hold 95 % of
+the curves through resampled residuals."""
+SIZES = ("active", "total")
+
+
+@dataclass(frozen=True)
+class Trained(Plan):
+    """One model of the grid with one seed."""
+
+    point: Mapping[str, Any]  # the settings of its axes
+    seed: int
+    ranks: int
+
+    def stages(self) -> list[Stage]:
+        """Train, and score what was trained to its end."""
+        words = [
+            "--load",
+            str(self.folder),
+            "--output",
+            str(self.folder / "results.json"),
+            "--split",
+            self.task["split"],
+        ]
+        words += ["--topk", *map(str, self.task["topk"])]
+        words += ["--eval-iters", str(self.task["iters"])] if self.task["iters"] else []
+        scoring = Stage("scoring", on_ranks(["-m", "megatron_hyperrouter", "evaluate", *words], self.ranks))
+        return [scoring] if is_trained(self) else [training(self, self.ranks), scoring]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Grid -> the runs -> table, fit and plot."""
+    args, line = read_flags(arguments)
+    from megatron_hyperrouter.studies.loss_tables import obstacles, write_results
+
+    plans = list(plans_of(args, line))
+    left = without_strangers(plans)
+    for reason in obstacles(plans, args):
+        note(f"note: no fit will be made: {reason}")
+    if args.dry_run:
+        submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
+        return
+    run_all([plan for plan in left if not args.collect or is_trained(plan)], args.jobs, ranks=args.ranks)
+    write_results([(plan, told_by(plan)) for plan in check_collected(plans)], args)
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
+    """The flags of this study, and those of the program."""
+    flags = common_parser("loss", str(__doc__), EPILOG)
+    flags.add_argument(
+        "--axis",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="a setting, then its values; see below",
+    )
+    flags.add_argument("--axes", metavar="FILE", help="axes (YAML), see below")
+    flags.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="runs of each model: --seed, + 1, ... (default: 3)"
+    )
+    flags.add_argument(
+        "--topk-eval",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="active experts to score with (default: the k of the run)",
+    )
+    flags.add_argument(
+        "--score", choices=("test", "valid"), default="test", help="split to score (default: test)"
+    )
+    flags.add_argument(
+        "--score-iters",
+        type=int,
+        metavar="N",
+        help="global batches of it, of another order for each seed (default: all of it)",
+    )
+    flags.add_argument(
+        "--size", choices=SIZES, default="active", help="which parameters are N (default: active)"
+    )
+    flags.add_argument(
+        "--curve-for",
+        nargs="+",
+        default=[],
+        metavar="SETTING",
+        help="a curve for each value of these axes (always: those of words)",
+    )
+    flags.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resampled curves for the intervals (default: 1000)",
+    )
+    flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    flags.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of each run; with 1 the layout in --config is not taken over (default: 1)",
+    )
+    args, line = read_common(
+        flags, arguments, ("seeds", "topk_eval", "score_iters", "resamples", "jobs", "ranks")
+    )
+    args.curve_for = [name.replace("-", "_") for name in args.curve_for]
+    return args, line
+
+
+# --------------------------------------------------------------------------------------------- grid
+def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
+    """All runs, seed by seed, with settings that were checked; raises ConfigError."""
+    from megatron_hyperrouter.config.cli import replace_leaves
+    from megatron_hyperrouter.config.leaves import value_of
+    from megatron_hyperrouter.errors import ConfigError
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
+
+    axes = axes_of(args, line)
+    chosen = [
+        {name: value for part in parts for name, value in part.items()} for parts in product(*axes.values())
+    ]
+    configs = gather(partial(settings_of, args, point, line) for point in chosen)
+    if args.topk_eval:
+        check_topks(args.topk_eval, min(config.model.num_experts for config in configs))
+    labels = [label_of(parts) for parts in product(*axes.values())]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(
+            [
+                _bad(
+                    "--axis",
+                    ", ".join(twice),
+                    "is named twice",
+                    "the first settings of an axis have to differ",
+                )
+            ]
+        )
+    for number in range(args.seeds):
+        for label, point, config in zip(labels, chosen, configs, strict=True):
+            seed = config.train.seed + number
+            folder = args.output / "runs" / f"{label}-seed{seed}"
+            scored = {
+                "topk": args.topk_eval or [config.model.moe_router_topk],
+                "split": args.score,
+                "iters": args.score_iters,
+            }
+            task = {"settings": digest_of(replace_leaves(config, seed=seed), scored), **scored}
+            typed = {name: value_of(config, name) for name in point}
+            yield Trained(
+                folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, typed, seed, args.ranks
+            )
+
+
+def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]]]:
+    """Axis -> the settings of each of its values; raises ConfigError."""
+    from megatron_hyperrouter.errors import ConfigError
+
+    axes = read_axes(args.axes)
+    for name, *words in args.axis:
+        names = [each.replace("-", "_") for each in name.split(",")]
+        rows = [word.split(",") if len(names) > 1 else [word] for word in words]
+        if odd := next((row for row in rows if len(row) != len(names)), None):
+            raise ConfigError(
+                [
+                    _bad(
+                        "--axis",
+                        ",".join(odd),
+                        f"must be {len(names)} values, for {name}",
+                        "write them with commas between",
+                    )
+                ]
+            )
+        axes[name] = [dict(zip(names, row, strict=True)) for row in rows]
+    settings = [name for values in axes.values() for name in (values[0] if values else {})]
+    known = {flag.removeprefix("--").replace("-", "_") for flag in line.flags}
+    problems = []
+    if not axes:
+        problems.append(_bad("--axis", "", "is missing", "name a setting and its values"))
+    for name, values in axes.items():
+        if len(values) < 2 or any(value.keys() != values[0].keys() for value in values):
+            problems.append(
+                _bad("--axis", name, "must have two values at least, of the same settings", "see --help")
+            )
+    for name in dict.fromkeys(settings):
+        if settings.count(name) > 1 or name in known:
+            problems.append(_bad("--axis", name, "is set twice", "keep one axis or flag that sets it"))
+        if name == "seed" or f"--{name.replace('_', '-')}" in OURS:
+            problems.append(
+                _bad("--axis", name, "is set by this tool", "leave it out; --seeds says how many seeds")
+            )
+    problems += [
+        _bad("--curve-for", name, "is no setting of an axis", "leave it out")
+        for name in args.curve_for
+        if name not in settings
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return axes
+
+
+def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
+    """``--axes``; raises ConfigError."""
+    import yaml
+
+    from megatron_hyperrouter.errors import ConfigError
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([_bad("--axes", path, f"cannot be read ({error})", "name a YAML file")]) from error
+    if not isinstance(found, dict) or not all(isinstance(values, list) for values in found.values()):
+        raise ConfigError(
+            [_bad("--axes", path, "must map axes to lists", "write lines like num_experts: [4, 8]")]
+        )
+    return {
+        str(axis): [
+            value if isinstance(value, dict) else {str(axis).replace("-", "_"): value} for value in values
+        ]
+        for axis, values in found.items()
+    }
+
+
+def settings_of(args: Namespace, point: Mapping[str, Any], line: CommandLine) -> RunConfig:
+    """The settings of one model of the grid; raises ConfigError."""
+    from megatron_hyperrouter.config.draft import Draft
+    from megatron_hyperrouter.config.sources import YamlFile, read_yaml
+    from megatron_hyperrouter.routers import ROUTERS
+
+    file = read_yaml(args.config)
+    values = file_values(file, without=LAYOUT if args.ranks == 1 else ())
+    if "router.name" in point and point["router.name"] != values.get("router.name", "hyper"):
+        values = {name: value for name, value in values.items() if not name.startswith("router.")}
+    values |= point
+    changed = YamlFile(f"{args.config} or --axis", values, file.problems, file.readable)
+    overrides = (
+        {} if "keep_checkpoints" in values or "--keep-checkpoints" in line.flags else {"keep_checkpoints": 1}
+    )
+    draft = Draft(ROUTERS, changed, flags=line.flags, problems=line.problems, overrides=overrides)
+    return draft.finish(world_size=args.ranks)
+
+
+def label_of(parts: Sequence[Mapping[str, Any]]) -> str:
+    """What the folder of a model is called: the first setting of each axis and its value."""
+    words = [f"{name}={value}" for name, value in (next(iter(part.items())) for part in parts)]
+    return re.sub(r"[^\w.=,-]+", "_", ",".join(words))
+
+
+def told_by(plan: Trained) -> dict[str, Any]:
+    """The row of one finished run: settings of its axes, sizes, work, seconds and losses."""
+    from megatron_hyperrouter.analysis.size import size_of
+    from megatron_hyperrouter.checkpoint.weights import weight_shapes
+    from megatron_hyperrouter.evaluate.trained import checkpoint_of
+
+    size = size_of(plan.config, weight_shapes(checkpoint_of(plan.folder)))
+    lines = (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [record for record in map(json.loads, lines) if "split" not in record]
+    tokens = [record["consumed_tokens"] for record in steps]
+    each = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
+    results = json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))["results"]
+    return {
+        **plan.point,
+        "seed": plan.seed,
+        "parameters_total": size.total,
+        "parameters_active": size.active(plan.config.model.moe_router_topk),
+        "tokens": tokens[-1],
+        "flops": float(
+            sum(count * size.flops(record["topk"]) for count, record in zip(each, steps, strict=True))
+        ),
+        "seconds": sum(record["step_time"] for record in steps),
+        "scores": [row | {"active": size.active(row["topk"]), "total": size.total} for row in results],
+    }
+
+
+def _bad(field: str, value: object, rule: str, remedy: str) -> Any:
+    from megatron_hyperrouter.errors import Problem
+
+    return Problem(field, value, rule, remedy)

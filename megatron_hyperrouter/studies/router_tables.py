@@ -1,0 +1,202 @@
+"""Tables and plots of tools/compare_routers.py, from what its runs have told."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
+from megatron_hyperrouter.terminal import show
+
+Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
+Interval = tuple[float, float | None]  # mean, half of the 95 % interval
+Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
+HEADS = {
+    "entropy": "router entropy",
+    "load_max_over_mean": "load max/mean",
+    "expert_similarity": "similarity",
+    "step_time": "step, ms",
+}
+POINTS = 60  # of a training curve: each the mean of the steps between
+
+
+def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Path) -> None:
+    """runs.csv, table.csv, differences.csv, table.md and, where matplotlib is, the plots; the table goes to
+    stdout as well.
+    """
+    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for label, seed, results in finished:
+        runs.setdefault(label, {})[seed] = results
+    table = intervals(runs)
+    measures = list(next(iter(table.values())))
+    write_csv(
+        output / "runs.csv",
+        ["router", "seed", *measures],
+        [
+            [label, seed, *measures_of(results).values()]
+            for label, seeds in runs.items()
+            for seed, results in seeds.items()
+        ],
+    )
+    heads = ["router", "seeds", *(f"{measure}{ending}" for measure in measures for ending in ("", "_half95"))]
+    apart = differences(runs)
+    for name, part in (("table.csv", table), ("differences.csv", apart)):
+        write_csv(
+            output / name,
+            heads,
+            [[label, len(runs[label]), *chain.from_iterable(row.values())] for label, row in part.items()],
+        )
+    text = markdown(table, apart, runs)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    show(text.rstrip("\n"))
+    if_matplotlib(lambda: plot(runs, table, output))
+
+
+def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one run: ``bits_per_byte_kN`` (``lm_loss_kN``, nats per token, where bytes are unknown),
+    then those of HEADS.
+    """
+    scored = results["results"]
+    unit = "lm_loss" if any(row["bits_per_byte"] is None for row in scored) else "bits_per_byte"
+    return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {name: results[name] for name in HEADS}
+
+
+def intervals(runs: Runs) -> dict[str, dict[str, Interval]]:
+    """label -> measure -> (mean, half) over seeds."""
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    table = {}
+    for label, seeds in runs.items():
+        columns = [measures_of(results) for results in seeds.values()]
+        table[label] = {name: mean_and_half([column[name] for column in columns]) for name in columns[0]}
+    return table
+
+
+def differences(runs: Runs) -> dict[str, dict[str, Interval]]:
+    """As :func:`intervals`, of each router's numbers less those of the first with the same seed.
+
+    Runs of one seed share data and initial weights, so a difference varies less than either number.
+    """
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    (_, first), *others = runs.items()
+    base = {seed: measures_of(results) for seed, results in first.items()}
+    found = {}
+    for label, seeds in others:
+        columns = [(measures_of(results), base[seed]) for seed, results in seeds.items()]
+        found[label] = {
+            name: mean_and_half([own[name] - other[name] for own, other in columns]) for name in columns[0][0]
+        }
+    return found
+
+
+def markdown(
+    table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: Runs
+) -> str:
+    """Tables for a person, and what their columns are."""
+    first, measures = next(iter(table)), list(next(iter(table.values())))
+    scored = [name for name in measures if name not in HEADS]
+    unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
+    heads = [*(f"k = {name.rpartition('_k')[2]}" for name in scored), *HEADS.values()]
+
+    def lines(corner: str, rows: Mapping[str, Mapping[str, Interval]], sign: str) -> str:
+        body = [[label, *(cell(name, *row[name], sign) for name in measures)] for label, row in rows.items()]
+        return markdown_table([corner, *heads], body)
+
+    seeds = sorted({len(each) for each in runs.values()})
+    steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
+    about = (
+        f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last "
+        "steps; similarity: mean linear "
+        f"CKA of two experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
+        f"{_listed(steps)} steps."
+    )
+    text = f"{lines('router', table, '')}\n{about}\n"
+    return text if not apart else f"{text}\n{lines(f'less {first}, seed by seed', apart, '+')}"
+
+
+def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
+    """``mean ± half``, with as many digits as the measure deserves; ``sign`` "+" shows it of positive numbers
+    as well.
+    """
+    digits, scale = {
+        "step_time": (1, 1e3),
+        "entropy": (3, 1),
+        "load_max_over_mean": (2, 1),
+        "expert_similarity": (3, 1),
+    }.get(measure, (4, 1))
+    return with_half(mean * scale, None if half is None else half * scale, f".{digits}f", sign)
+
+
+def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Curve]:
+    """label -> a curve's means and halves over seeds; ``points``: of that many pieces, each the mean of its
+    steps.
+    """
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    found = {}
+    for label, seeds in runs.items():
+        thinned = [_pieces(results[name], points) for results in seeds.values()]
+        steps = [step for step, _ in thinned[0]]
+        if not steps:
+            continue
+        pairs = [mean_and_half([curve[at][1] for curve in thinned]) for at in range(len(steps))]
+        found[label] = (steps, [mean for mean, _ in pairs], [half or 0.0 for _, half in pairs])
+    return found
+
+
+def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) -> None:
+    """bits_per_byte.png: score against k; learning_curves.png: training and validation loss against steps."""
+    from matplotlib.figure import Figure
+
+    scored = [name for name in next(iter(table.values())) if name not in HEADS]
+    unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
+    ks = [int(name.rpartition("_k")[2]) for name in scored]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, row) in enumerate(table.items()):
+        shift = 1 + 0.015 * (number - (len(table) - 1) / 2)  # so that intervals do not hide one another
+        means, halves = ([row[name][part] or 0.0 for name in scored] for part in (0, 1))
+        axes.errorbar(
+            [k * shift for k in ks], means, halves, label=label, marker="osD^vPX*"[number % 8], capsize=3
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="active experts k",
+        ylabel=f"test, {unit}",
+        title="Score against k: mean and 95 % interval over seeds",
+    )
+    finish(figure, output / "bits_per_byte.png")
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = (
+        (left, curves(runs, "train_curve", points=POINTS), "training, nats per token"),
+        (right, curves(runs, "valid_curve"), f"validation, {unit}"),
+    )
+    for axes, found, title in shown:
+        for label, (steps, means, halves) in found.items():
+            (drawn,) = axes.plot(steps, means, label=label)
+            low, high = (
+                [mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1)
+            )
+            axes.fill_between(steps, low, high, alpha=0.15, color=drawn.get_color())
+        axes.set(xlabel="step", ylabel=title)
+    finish(figure, output / "learning_curves.png")
+
+
+def _pieces(curve: Sequence[tuple[int, float]], points: int | None) -> list[tuple[int, float]]:
+    if points is None or len(curve) <= points:
+        return list(curve)
+    size = -(-len(curve) // points)
+    parts = [curve[first : first + size] for first in range(0, len(curve), size)]
+    return [(part[-1][0], statistics.fmean(value for _, value in part)) for part in parts]
+
+
+def _listed(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))

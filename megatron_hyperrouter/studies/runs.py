@@ -1,0 +1,239 @@
+"""Starts the runs of a study, several at a time: each finishes its stages one after another, goes on
+after an interruption, and is never mixed with runs of other settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+
+from megatron_hyperrouter.evaluate.trained import LAYOUT as SIZES
+from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.processes import child_environment
+from megatron_hyperrouter.terminal import Stopped, note
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.sources import CommandLine, YamlFile
+    from megatron_hyperrouter.config.tree import RunConfig
+
+PROGRAM = ("-m", "megatron_hyperrouter", "train")
+OURS = ("--run-dir", "--load", "--finetune", "--config")  # flags of the program that a study sets
+LAYOUT = (*SIZES, "virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel")
+SECONDS_TO_SAVE = 60.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process of a run; ``command`` starts with the file or the ``-m`` of what Python is to run."""
+
+    what: str  # for messages: "training"
+    command: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a study."""
+
+    folder: Path
+    config: RunConfig
+    # goes to task.json; "settings" is the digest of all that the results depend on
+    task: Mapping[str, Any]
+
+    resumes: ClassVar[bool] = True  # from its last checkpoint
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do; a study says when."""
+        return (self.folder / "results.json").exists()
+
+    def stages(self) -> list[Stage]:
+        """What is left to do, asked when the run starts: its settings are in ``settings.yaml``, its task
+        in ``task.json``.
+        """
+        raise NotImplementedError
+
+
+def digest_of(config: RunConfig, scored: Mapping[str, Any]) -> str:
+    """What results are filed under: settings, wherever the folder of the run is, and how it is scored."""
+    from megatron_hyperrouter.config.cli import dump
+
+    return hashlib.sha256((dump(config) + json.dumps(scored)).encode()).hexdigest()
+
+
+def check_finished(plans: Sequence[Plan]) -> None:
+    """A table must not mix settings; raises ConfigError that names the runs that were made with others."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    problems = []
+    for plan in plans:
+        started = plan.folder / "task.json"
+        if (
+            started.exists()
+            and json.loads(started.read_text(encoding="utf-8"))["settings"] != plan.task["settings"]
+        ):
+            problems.append(
+                Problem(
+                    "--output",
+                    plan.folder,
+                    "holds a run with other settings",
+                    "give another folder, or remove this one",
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def refuse_flags(line: CommandLine, more: Sequence[str] = ()) -> str:
+    """Why flags of the program cannot be given here; "" where they can."""
+    taken = [name for name in line.flags if name in (*OURS, *more)]
+    return f"{', '.join(taken)}: set by this tool" if taken else ""
+
+
+def file_values(file: YamlFile, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of ``--config`` but those that the study sets, and those named."""
+    dropped = {*without, *(flag.removeprefix("--").replace("-", "_") for flag in OURS)}
+    return {key: value for key, value in file.values.items() if key not in dropped}
+
+
+def write_plan(plan: Plan) -> Path:
+    """Put settings and task into the folder of a run; returns the settings' file."""
+    from megatron_hyperrouter.config.cli import dump
+
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    settings = plan.folder / "settings.yaml"
+    settings.write_text(dump(plan.config), encoding="utf-8")
+    write_json(plan.folder / "task.json", plan.task)
+    return settings
+
+
+def is_trained(plan: Plan) -> bool:
+    """Its last checkpoint is that of its last step."""
+    from megatron_hyperrouter.checkpoint.folder import find, read_manifest
+
+    newest = find(plan.folder)
+    return newest is not None and read_manifest(newest)["step"] >= plan.config.train.train_iters
+
+
+def training(plan: Plan, ranks: int = 1) -> Stage:
+    """Train, from the last checkpoint where there is one."""
+    load = str(plan.folder) if plan.resumes else "none"
+    return Stage(
+        "training",
+        on_ranks([*PROGRAM, "--config", str(plan.folder / "settings.yaml"), "--load", load], ranks),
+    )
+
+
+def on_ranks(command: Sequence[str], ranks: int) -> list[str]:
+    """``command`` on as many ranks of this machine; torchrun gives them less time to save than a study
+    gives torchrun.
+    """
+    if ranks == 1:
+        return list(command)
+    patience = ["--shutdown-timeout", str(int(0.8 * SECONDS_TO_SAVE))]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        *patience,
+        *command,
+    ]
+
+
+# --------------------------------------------------------------------------------------------- runs
+@dataclass
+class _Started:
+    """A run in progress."""
+
+    plan: Plan
+    log: TextIO
+    left: list[Stage]
+    process: subprocess.Popen[bytes] | None = None
+    what: str = ""
+
+
+def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
+    """Finish all plans, ``jobs`` at a time, of at most ``ranks`` each; the first failure ends them all,
+    and is the error.
+    """
+    waiting, running, ended = list(plans), list[_Started](), 0
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // (jobs * ranks), 1))
+    env = child_environment(OMP_NUM_THREADS=threads, PYTHONWARNINGS="ignore")
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_start(waiting.pop(0)))
+                name = running[-1].plan.folder.name
+                note(f"{name}: started ({ended} of {len(plans)} runs are finished)")
+            for run in list(running):
+                if run.process is not None and run.process.poll() is None:
+                    continue
+                _check_status(run)
+                if run.left:
+                    _next_stage(run, env)
+                else:
+                    run.log.close()
+                    running.remove(run)
+                    ended += 1
+            time.sleep(0.1)
+    except Stopped as reason:
+        reason.left = "the same command goes on"
+        raise
+    finally:
+        _stop(running)
+
+
+def _start(plan: Plan) -> _Started:
+    write_plan(plan)
+    return _Started(plan, (plan.folder / "log.txt").open("a", encoding="utf-8"), plan.stages())
+
+
+def _next_stage(run: _Started, env: Mapping[str, str]) -> None:
+    """A Python process of its own group: a Ctrl-C reaches this tool alone, which then lets runs save."""
+    stage = run.left.pop(0)
+    run.what = stage.what
+    command = [sys.executable, *stage.command]
+    run.process = subprocess.Popen(
+        command, env=env, stdout=run.log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _check_status(run: _Started) -> None:
+    """RuntimeError, with the end of its log, for a run that failed, or whose training somebody else has
+    stopped.
+    """
+    if run.process is None:
+        return
+    status = run.process.returncode
+    if status or (run.what == "training" and not is_trained(run.plan)):
+        run.log.flush()
+        tail = Path(run.log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
+        how = f"ended with exit status {status}" if status else "was stopped before its last step"
+        raise RuntimeError(f"{run.plan.folder}: {run.what} {how}\n--- end of its log\n{tail}")
+
+
+def _stop(running: Sequence[_Started]) -> None:
+    """Let runs save a checkpoint and end."""
+    started = [(run, run.process) for run in running if run.process is not None]
+    for _, process in started:
+        if process.poll() is None:
+            process.terminate()
+    end = time.monotonic() + SECONDS_TO_SAVE
+    for _, process in started:
+        try:
+            process.wait(max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    for run in running:
+        run.log.close()

@@ -1,0 +1,160 @@
+"""Table and plot of the speed study of tools/scaling_study.py."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
+from megatron_hyperrouter.terminal import show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.studies.speed import Row, Timed
+
+Key = tuple[int, str]  # ranks, layout
+Runs = Mapping[Key, Mapping[int, Mapping[str, float]]]  # -> repetition -> measures
+Table = Mapping[Key, Mapping[str, tuple[float, float | None]]]
+SHOWN = {  # measure -> (head, digits, factor)
+    "step_time": ("step, ms", ",.1f", 1e3),
+    "tokens_per_second": ("tokens/s", ",.0f", 1.0),
+    "tokens_per_second_per_rank": ("tokens/s per rank", ",.0f", 1.0),
+    "efficiency": ("efficiency", ".3f", 1.0),
+    "data_share": ("data", ".3f", 1.0),
+    "peak_memory": ("peak memory, GiB", ".2f", 2.0**-30),
+}
+
+
+def write_results(plans: Sequence[Timed], refused: Sequence[Row], args: Namespace) -> None:
+    """runs.csv, table.csv, table.md and, where matplotlib is, the plot; the table goes to stdout as well."""
+    runs: dict[Key, dict[int, dict[str, float]]] = {}
+    started = set()
+    for plan in sorted(plans, key=lambda plan: (plan.row.ranks, plan.number)):
+        told = json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))
+        started.add(told.pop("started"))
+        runs.setdefault((plan.row.ranks, plan.row.layout), {})[plan.number] = told
+    add_efficiency(runs)
+    table = means(runs)
+    names = ["tokens_per_step", *(name for name in SHOWN if all(name in row for row in table.values()))]
+    flat = [
+        [*key, number, *(row.get(name) for name in names)]
+        for key, group in runs.items()
+        for number, row in group.items()
+    ]
+    write_csv(args.output / "runs.csv", ["ranks", "layout", "run", *names], flat)
+    heads = [
+        "ranks",
+        "layout",
+        "runs",
+        "tokens_per_step",
+        *(f"{name}{end}" for name in names[1:] for end in ("", "_half95")),
+    ]
+    body = [
+        [
+            *key,
+            len(runs[key]),
+            row["tokens_per_step"][0],
+            *(part for name in names[1:] for part in row.get(name, (None, None))),
+        ]
+        for key, row in table.items()
+    ]
+    write_csv(args.output / "table.csv", heads, body)
+    text = markdown(table, names[1:], refused, args, started, max(len(group) for group in runs.values()))
+    (args.output / "table.md").write_text(text, encoding="utf-8")
+    show(text.rstrip("\n"))
+    if_matplotlib(lambda: plot(table, args.output / "speed.png"))
+
+
+def add_efficiency(runs: Mapping[Key, dict[int, dict[str, float]]]) -> None:
+    """Tokens per second and rank against the first row, in the same repetition."""
+    reference = {
+        number: row["tokens_per_second_per_rank"] for number, row in next(iter(runs.values())).items()
+    }
+    for group in runs.values():
+        for number, row in group.items():
+            if number in reference:
+                row["efficiency"] = row["tokens_per_second_per_rank"] / reference[number]
+
+
+def means(runs: Runs) -> Table:
+    """Mean and half of its interval over the repetitions that have the measure."""
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    table = {}
+    for key, group in runs.items():
+        columns: dict[str, list[float]] = {}
+        for row in group.values():
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+        table[key] = {name: mean_and_half(column) for name, column in columns.items()}
+    return table
+
+
+def markdown(
+    table: Table,
+    names: Sequence[str],
+    refused: Sequence[Row],
+    args: Namespace,
+    started: set[str],
+    repeats: int,
+) -> str:
+    """The table for a person, and what it is worth."""
+    body = []
+    for (ranks, layout), row in table.items():
+        cells = []
+        for name in names:
+            _, digits, factor = SHOWN[name]
+            mean, half = row[name]
+            cells.append(with_half(mean * factor, None if half is None else half * factor, digits))
+        body.append([str(ranks), layout, f"{row['tokens_per_step'][0]:,.0f}", *cells])
+    (ranks, layout), *others = table
+    text = markdown_table(["ranks", "layout", "tokens a step", *(SHOWN[name][0] for name in names)], body)
+    first = f"{ranks} rank{'s' * (ranks > 1)}, {layout}"
+    text += (
+        f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}: medians of "
+        f"{args.steps} "
+        f"steps after {args.warmup}; mean "
+        f"± half of the 95 % t-interval over {repeats} run{'s' * (repeats > 1)}. Efficiency: tokens per "
+        f"second and rank against {first}.\n"
+    )
+    if any(word.endswith("cores") for word in started) and any(
+        number > 1 for number, _ in [(ranks, layout), *others]
+    ):
+        text += (
+            "Ranks shared the cores of one machine, and its memory was their network: this says nothing "
+            "about a cluster.\n"
+        )
+    return text + "".join(
+        f"Refused by the settings: {row.ranks} x {row.layout}: {row.refused}.\n" for row in refused
+    )
+
+
+def plot(table: Table, path: Path) -> None:
+    """Tokens per second over ranks, a line for each layout; dashed: as many times the first row's as
+    ranks.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for layout in dict.fromkeys(layout for _, layout in table):
+        rows = {ranks: row["tokens_per_second"] for (ranks, name), row in table.items() if name == layout}
+        axes.errorbar(
+            list(rows),
+            [mean for mean, _ in rows.values()],
+            [half or 0.0 for _, half in rows.values()],
+            label=layout,
+            marker="o",
+            capsize=3,
+        )
+    numbers = sorted({ranks for ranks, _ in table})
+    first, row = next(iter(table.items()))
+    ideal = [row["tokens_per_second"][0] * ranks / first[0] for ranks in numbers]
+    axes.plot(numbers, ideal, linestyle="--", color="grey", linewidth=1, label="linear")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(numbers, [str(ranks) for ranks in numbers])
+    axes.set(xlabel="ranks", ylabel="tokens per second")
+    finish(figure, path)

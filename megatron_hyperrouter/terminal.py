@@ -1,0 +1,177 @@
+"""What every command but training shares: exit statuses, stopping on signals, flags, and progress."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+from megatron_hyperrouter.errors import HyperRouterError
+
+_SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 5.0, 120.0
+_MISSING_LIBRARY = 5
+_PATIENCE = 3.0  # seconds
+
+
+class Stopped(BaseException):
+    """A signal asks the tool to stop; no ``except Exception`` holds it up, every ``finally`` runs."""
+
+    left = "unfinished files were removed"
+
+
+def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run ``main(arguments)`` and end the process with the status of the public contract, telling errors on
+    stderr.
+
+    0 done, 2 settings, 3 data, 4 checkpoint, 5 missing library, 1 anything else.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if (
+            signal.getsignal(number) is not signal.SIG_IGN
+        ):  # started by nohup, or in the background of a script
+            signal.signal(number, _stop)
+    name = Path(sys.argv[0]).name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a terminal that knows no such letter, a name that is not UTF-8
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except HyperRouterError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(
+                _PATIENCE
+            )  # if rank 0 met the same error, its launcher ends this process before it repeats it
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except ModuleNotFoundError as error:
+        print(
+            f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh",
+            file=sys.stderr,
+        )
+        sys.exit(_MISSING_LIBRARY)
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        print(
+            f"{name}: error: not enough memory{reason}\n  remedy: free memory, or ask for less",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except Stopped as reason:
+        print(f"{name}: stopped by {reason}; {reason.left}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has gone, as in "inspect_data.py P | head -1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(again, signal.SIG_IGN)  # a second signal must not cut the cleaning up short
+    raise Stopped(signal.Signals(number).name)
+
+
+def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A command-line parser in the style of all tools; a wrong flag ends with status 2."""
+    flags = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flags.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher puts it in front
+    return flags
+
+
+def show(text: str) -> None:
+    """A result, on stdout."""
+    print(text)
+
+
+def note(text: str) -> None:
+    """What a person may want to know meanwhile, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Progress on stderr: a bar with speed and remaining time on a terminal, a line now and then elsewhere.
+
+    ``unit``: "MB" (``done`` and ``total`` are bytes) or a plural noun.
+    """
+
+    def __init__(self, name: str, unit: str = "MB") -> None:
+        self._name, self._unit = name, unit
+        self._scale = 1e6 if unit == "MB" else 1
+        self._start = self._told = time.monotonic()
+        self._pause = (
+            _SECONDS_BETWEEN_LINES  # grows: a run of days tells hundreds of lines, not tens of thousands
+        )
+        self._before = 0.0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Bar:
+        self._show: Callable[[float, float, str], None] | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (
+                TextColumn("{task.fields[status]}"),
+                BarColumn(),
+            )  # the numbers first: 80 characters are enough for them
+            bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+            task = bar.add_task(self._name, status="")
+            self._show = lambda done, total, note: bar.update(
+                task, completed=done, total=total, status=self._status(done, total, note)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def begin_at(self, done: float) -> None:
+        """So much was done before the start: it counts for what is left, and not for the speed."""
+        self._before = done
+
+    def update(self, done: float, total: float, note: str = "") -> None:
+        """Show that ``done`` of ``total`` are finished; ``note``: what else to say."""
+        if self._show is not None:
+            self._show(done, total, note)
+        elif time.monotonic() - self._told >= self._pause:
+            self._told = time.monotonic()
+            self._pause = min(1.5 * self._pause, _MOST_SECONDS_BETWEEN_LINES)
+            print(f"{self._name}: {self._status(done, total, note)}", file=sys.stderr, flush=True)
+
+    def speed(self, done: float) -> float:
+        """Units a second since the start."""
+        return (done - self._before) / self._scale / self.seconds()
+
+    def seconds(self) -> float:
+        """Time since the start, never 0."""
+        return max(time.monotonic() - self._start, 1e-9)
+
+    def _status(self, done: float, total: float, note: str = "") -> str:
+        passed = done - self._before
+        left = round((total - done) / passed * self.seconds()) if passed > 0 else None
+        left_text = (
+            "? left (ETA)"
+            if left is None
+            else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left (ETA)"
+        )
+        digits = 1 if self._unit == "MB" else 0
+        amounts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"
+        return f"{amounts}, {self.speed(done):,.1f} {self._unit}/s, {note}{', ' if note else ''}{left_text}"

@@ -1,0 +1,1 @@
+"""Whether layouts train the same model."""

@@ -1,0 +1,126 @@
+"""What a difference between two runs looks like: the faults that a distributed trainer has most often, by
+their marks.
+
+A guess from numbers: the table of ``evaluate.layouts`` says that something is wrong, this says where to look
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
+from megatron_hyperrouter.verify.differences import Evidence, gradients
+
+
+class Fit(NamedTuple):
+    """How a parameter's gradients fit ``factor`` x the reference's: what is left, relative to the largest of
+    them.
+    """
+
+    factor: float
+    rest: float
+
+    def wrong(self, tolerance: float) -> bool:
+        """Not the reference's own gradients."""
+        return abs(self.factor - 1) > tolerance or self.rest > tolerance
+
+    def scaled(self, tolerance: float) -> bool:
+        """A multiple of the reference's gradients, and not once."""
+        return abs(self.factor - 1) > tolerance >= self.rest
+
+
+def causes(found: Evidence, reference: Evidence, *, sizes: Mapping[str, int], tolerance: float) -> list[str]:
+    """Sentences for what the differences look like, none where they look like nothing known.
+
+    ``sizes``: name of a parallel size (``EP``) -> ranks.  ``tolerance``: relative, of gradients that are the
+    same.
+    """
+    return [
+        *_frozen(found, reference),
+        *_aux_loss(found, reference, sizes, tolerance),
+        *_gradients(found, reference, sizes, tolerance),
+    ]
+
+
+def _frozen(found: Evidence, reference: Evidence) -> Iterator[str]:
+    expected = {name: digest for rank in reference.routers for name, digest in rank.items()}
+    guilty = [
+        rank
+        for rank, held in enumerate(found.routers)
+        if any(expected.get(name) != digest for name, digest in held.items())
+    ]
+    if guilty:
+        who = (
+            "all ranks have"
+            if len(guilty) == len(found.routers) > 1
+            else f"rank {', '.join(map(str, guilty))} has"
+        )
+        yield (
+            f"{who} another frozen part (hypernetwork) than one process: another seed, or weights that "
+            "were not loaded"
+        )
+
+
+def _aux_loss(
+    found: Evidence, reference: Evidence, sizes: Mapping[str, int], tolerance: float
+) -> Iterator[str]:
+    factors = [
+        one["aux_loss"] / other["aux_loss"]
+        for one, other in zip(found.steps, reference.steps, strict=True)
+        if other["aux_loss"]
+    ]
+    if factors and abs(factors[0] - 1) > tolerance and max(factors) - min(factors) <= tolerance * factors[0]:
+        yield f"the auxiliary loss is {_times(factors[0], sizes, tolerance)} that of one process"
+
+
+def _gradients(
+    found: Evidence, reference: Evidence, sizes: Mapping[str, int], tolerance: float
+) -> Iterator[str]:
+    fits = {
+        name: _fit(difference, expected, scale)
+        for name, difference, expected, scale in gradients(found, reference)
+    }
+    wrong = {name for name, fit in fits.items() if fit.wrong(tolerance)}
+    experts = {name for name in fits if is_expert(name)}
+    # A fault in the last layers changes little else in its own step; experts without tokens have no gradient
+    # to scale
+    factors = [fits[name].factor for name in experts if fits[name].scaled(tolerance)]
+    if factors and wrong <= experts and max(factors) - min(factors) <= tolerance * factors[0]:
+        yield (
+            f"gradients of experts, and no others, are {_times(factors[0], sizes, tolerance)} those of "
+            "one process"
+        )
+    elif wrong == {WORD_EMBEDDINGS}:
+        yield (
+            "only the embedding's gradient is wrong: a part of its sum over first and last pipeline "
+            "stage, or over ranks, is missing"
+        )
+    elif wrong and wrong == set(fits):
+        every = [fit.factor for fit in fits.values()]
+        if max(every) - min(every) <= tolerance * every[0]:
+            yield f"all gradients are {_times(every[0], sizes, tolerance)} those of one process"
+
+
+def _fit(difference: Tensor, expected: Tensor, scale: float) -> Fit:
+    square = float(expected.square().sum())
+    off = float((difference * expected).sum()) / square if square else 0.0  # least squares
+    return Fit(1 + off, float((difference - off * expected).abs().max()) / scale if scale else 0.0)
+
+
+def _times(factor: float, sizes: Mapping[str, int], tolerance: float) -> str:
+    """``2 times (EP = 2)``."""
+    near = [
+        f"{name} = {size}"
+        for name, size in sizes.items()
+        if size > 1 and abs(factor - size) <= tolerance * size
+    ]
+    near += [
+        f"1 / {name}, {name} = {size}"
+        for name, size in sizes.items()
+        if size > 1 and abs(factor * size - 1) <= tolerance
+    ]
+    return f"{factor:.4g} times" + (f" ({' or '.join(near)})" if near else "")
