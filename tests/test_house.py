@@ -59,7 +59,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "processes": (set(), set()),
     "config": (set(), {"annotated_types", "pydantic", "yaml"}),
     "ops": (set(), {"torch"}),
-    "routers": ({"ops"}, {"torch", "annotated_types", "pydantic"}),
+    "routers": ({"ops", "config.kinds", "config.roles"}, {"torch", "annotated_types", "pydantic"}),
     "data": (set(), set()),
     "data/text": (set(), {"pyarrow", "zstandard"}),
     "data/store": ({"data/text"}, {"numpy"}),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
+from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.derived import decay_iters, smallest_topk
-from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.leaves import value_of
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.rules import data, deepspeed_json, engine, layout, megatron, model, training
 from megatron_hyperrouter.config.rules.base import Rule
 from megatron_hyperrouter.config.tree import RunConfig
@@ -44,7 +46,7 @@ def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
     return [
         *_about_router(config),
         *_about_training(config),
-        *_about_dropout(config),
+        *_about_noise(config),
         *_about_ignored(config),
         *_about_hardware(config, has_gpu),
     ]
@@ -87,19 +89,12 @@ def _about_training(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _about_dropout(config: RunConfig) -> Iterator[str]:
-    parallel = config.parallel
-    sizes = (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-    )
-    spread = [flag(name) for name in sizes if getattr(parallel, name) > 1]
-    for name in ("hidden_dropout", "attention_dropout"):
-        if spread and getattr(config.model, name):
+def _about_noise(config: RunConfig) -> Iterator[str]:
+    spread = [leaf.flag for leaf in leaves_with(Role.LAYOUT) if (value_of(config, leaf.name) or 1) > 1]
+    for leaf in leaves_with(Role.NOISE):
+        if spread and value_of(config, leaf.name) != leaf.quiet:
             yield (
-                f"{flag(name)} draws other numbers on another layout: with {spread[0]}, losses differ "
+                f"{leaf.flag} draws other numbers on another layout: with {spread[0]}, losses differ "
                 "from those of one process"
             )
 

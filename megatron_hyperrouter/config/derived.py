@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.tree import RunConfig
 
 
@@ -15,6 +18,30 @@ def query_groups(config: RunConfig) -> int:
 def head_width(config: RunConfig) -> int:
     """Channels of one attention head."""
     return config.model.kv_channels or config.model.hidden_size // config.model.num_attention_heads
+
+
+def dense_width(config: RunConfig) -> int:
+    """Hidden units of a dense feed-forward layer."""
+    return config.model.ffn_hidden_size or 4 * config.model.hidden_size
+
+
+def expert_width(config: RunConfig) -> int:
+    """Hidden units of one expert."""
+    return config.model.moe_ffn_hidden_size or dense_width(config)
+
+
+def in_effect(config: RunConfig, name: str) -> Any:
+    """The value of a setting; where its default follows from other settings, what follows."""
+    follow = FOLLOWS.get(name)
+    return value_of(config, name) if follow is None else follow(config)
+
+
+FOLLOWS: Mapping[str, Callable[[RunConfig], int]] = {
+    "num_query_groups": query_groups,
+    "kv_channels": head_width,
+    "ffn_hidden_size": dense_width,
+    "moe_ffn_hidden_size": expert_width,
+}
 
 
 def expert_tensor_size(config: RunConfig) -> int:

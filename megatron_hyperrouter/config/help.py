@@ -57,7 +57,7 @@ def _rows(leaves: Iterable[Leaf]) -> Iterator[str]:
 
 
 def _row(left: str, text: str) -> Iterator[str]:
-    lines = textwrap.wrap(text, WIDTH - COLUMN)
+    lines = textwrap.wrap(text, WIDTH - COLUMN, break_on_hyphens=False)
     if len(left) + 4 > COLUMN:
         yield f"  {left}"
     else:

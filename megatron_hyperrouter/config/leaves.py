@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from megatron_hyperrouter.config.roles import IsPath, Only, Quiet, Role
 from megatron_hyperrouter.config.tree import RunConfig
+
+T = TypeVar("T")
 
 ROUTER_PREFIX = "router."
 WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
@@ -30,6 +33,10 @@ class Leaf:
     optional: bool  # None is allowed
     default: Any
     help: str
+    role: Role = Role.FUNCTION  # what it changes
+    only: Only | None = None  # the one engine that has it
+    quiet: Any = None  # the value with which it does nothing
+    is_path: bool = False  # ``~`` and ``$VARIABLE`` in it are expanded
 
     @property
     def flag(self) -> str:
@@ -102,9 +109,7 @@ def tree_leaves() -> Mapping[str, Leaf]:
     for section, config_type in sections().items():
         for leaf in _leaves_of(config_type, section, ""):
             if other := found.get(leaf.name):
-                raise TypeError(
-                    f"setting {leaf.name!r} stands in two sections: {other.section} and {section}"
-                )
+                raise TypeError(f"setting {leaf.name!r} is in two sections: {other.section} and {section}")
             found[leaf.name] = leaf
     return types.MappingProxyType(found)
 
@@ -133,12 +138,37 @@ def _leaves_of(config_type: type, section: str, prefix: str) -> Iterator[Leaf]:
     hints = get_type_hints(config_type, include_extras=True)
     for entry in fields(config_type):
         base, metadata, optional = _unwrap(hints[entry.name])
-        texts = [item for item in metadata if isinstance(item, str)]
-        rules = tuple(item for item in metadata if not isinstance(item, str))
         where = f"{config_type.__qualname__}.{entry.name}"
+        texts = [item for item in metadata if isinstance(item, str)]
         if not texts:
-            raise TypeError(f"{where} needs a help text: Annotated[type, rules..., 'help'] = default")
-        yield Leaf(section, prefix + entry.name, base, rules, optional, _default(entry, where), texts[-1])
+            raise TypeError(f"{where} needs a help text: Annotated[type, rules..., role, 'help'] = default")
+        role = _only(Role, metadata, where) or (Role.FUNCTION if prefix else None)
+        if role is None:
+            raise TypeError(f"{where} needs a role: Annotated[type, rules..., role, 'help'] = default")
+        default, quiet = _default(entry, where), _only(Quiet, metadata, where)
+        yield Leaf(
+            section=section,
+            name=prefix + entry.name,
+            base=base,
+            rules=tuple(
+                item for item in metadata if not isinstance(item, str | Role | Only | Quiet | IsPath)
+            ),
+            optional=optional,
+            default=default,
+            help=texts[-1],
+            role=role,
+            only=_only(Only, metadata, where),
+            quiet=quiet.value if quiet else default,
+            is_path=_only(IsPath, metadata, where) is not None,
+        )
+
+
+def _only(kind: type[T], metadata: Iterable[object], where: str) -> T | None:
+    """The one item of this kind; None where there is none."""
+    found = [item for item in metadata if isinstance(item, kind)]
+    if len(found) > 1:
+        raise TypeError(f"{where} has {len(found)} times a {kind.__name__}; keep one")
+    return found[0] if found else None
 
 
 def _default(entry: Field[Any], where: str) -> Any:

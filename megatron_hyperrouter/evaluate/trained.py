@@ -10,13 +10,6 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import DataConfig, RunConfig
     from megatron_hyperrouter.data.stream.dataset import Dataset
 
-LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-)
-
 
 def checkpoint_of(load: Path) -> Path:
     """The checkpoint that ``--load`` means."""
@@ -36,7 +29,9 @@ def settings_of(folder: Path, *, world_size: int) -> RunConfig:
     """The settings of the run that wrote a checkpoint: its layout where it fits these ranks, else
     data-parallel ranks alone.
     """
+    from megatron_hyperrouter.config.by_role import quiet
     from megatron_hyperrouter.config.cli import load_file
+    from megatron_hyperrouter.config.roles import Role
     from megatron_hyperrouter.errors import CheckpointError, ConfigError
     from megatron_hyperrouter.routers import ROUTERS
 
@@ -45,29 +40,15 @@ def settings_of(folder: Path, *, world_size: int) -> RunConfig:
         raise CheckpointError(
             f"{path} is missing: it says what model {folder} holds", remedy="put the run's config.yaml there"
         )
-    # What only training needs must not stand in the way.
-    neutral: dict[str, object] = {
-        "load": None,
-        "global_batch_size": None,
-        "deepspeed_config": None,
-        "recompute_granularity": None,
-    }
-    neutral |= {
-        "moe_token_dispatcher_type": "alltoall",
-        "transformer_impl": "auto",
-    }  # others give the same, and may want GPUs
+    # What only training needs must not stand in the way; other ways to compute the same may want GPUs.
+    neutral = quiet(Role.START, Role.BATCH, Role.SPEED)
     if world_size > 1:
         try:
             return load_file(path, routers=ROUTERS, overrides=neutral, world_size=world_size)
         except ConfigError:
             pass
-    alone = dict.fromkeys(LAYOUT, 1) | {
-        "virtual_pipeline_model_parallel_size": None,
-        "expert_tensor_parallel_size": None,
-    }
-    return load_file(
-        path, routers=ROUTERS, overrides=neutral | alone | {"sequence_parallel": False}, world_size=world_size
-    )
+    alone = neutral | quiet(Role.LAYOUT)
+    return load_file(path, routers=ROUTERS, overrides=alone, world_size=world_size)
 
 
 def dataset_of(

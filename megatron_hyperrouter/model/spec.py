@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_hyperrouter.config.derived import dense_width, expert_width
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention import NextStarts, ScaledDotProductAttention
 from megatron_hyperrouter.model.te_layers import fused_expert_spec, fused_layer_spec, fused_norm
@@ -36,7 +37,7 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
         "kv_channels": model.kv_channels,
-        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "ffn_hidden_size": dense_width(config),
         "moe_ffn_hidden_size": expert_width(config),
         "num_moe_experts": model.num_experts,
         # megatron-core refuses k = 1 with softmax after top-k (transformer_config.py); k is the router's
@@ -82,12 +83,6 @@ def uses_transformer_engine(config: RunConfig) -> bool:
 def parameter_dtype(config: RunConfig) -> torch.dtype:
     """dtype of weights and activations; the optimizer works in float32 either way."""
     return torch.bfloat16 if config.train.bf16 else torch.float32
-
-
-def expert_width(config: RunConfig) -> int:
-    """Hidden units of one expert."""
-    model = config.model
-    return model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
 
 
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 
 from megatron_hyperrouter.errors import Problem
@@ -23,9 +22,6 @@ from megatron_hyperrouter.ops.balance import switch_loss, z_loss
 from megatron_hyperrouter.ops.topk import topk_softmax
 
 ROUTERS: dict[str, type[Router]] = {}
-
-Count = Annotated[int, Ge(1)]  # 1, 2, 3, ...
-Natural = Annotated[int, Ge(0)]  # 0, 1, 2, ...
 
 
 class Routing(NamedTuple):

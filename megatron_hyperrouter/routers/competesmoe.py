@@ -49,12 +49,13 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
+from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
 from megatron_hyperrouter.ops.topk import best_experts
-from megatron_hyperrouter.routers.base import Count, Pass, Router, Routing, float32_maths
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, float32_maths
 
 Coefficient = Annotated[float, Ge(0.0)]
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.ops.hypernet import active_units, generate, transposed
-from megatron_hyperrouter.routers.base import Count, Natural, float32_maths, no_gradient_at_k1
+from megatron_hyperrouter.routers.base import float32_maths, no_gradient_at_k1
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
 
 

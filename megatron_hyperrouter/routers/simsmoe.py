@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
+from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
 from megatron_hyperrouter.routers.base import (
-    Count,
     Pass,
     Router,
     Routing,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from megatron_hyperrouter.routers.base import Natural
+from megatron_hyperrouter.config.kinds import Natural
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
 
 

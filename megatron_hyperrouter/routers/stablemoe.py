@@ -42,10 +42,11 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
+from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
 from megatron_hyperrouter.ops.topk import best_experts
-from megatron_hyperrouter.routers.base import Count, Natural, Pass, Router, Routing, reaching, without_tokens
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, without_tokens
 
 
 class StableMoERouter(Router, name="stablemoe"):

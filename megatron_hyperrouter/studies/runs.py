@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-from megatron_hyperrouter.evaluate.trained import LAYOUT as SIZES
+from megatron_hyperrouter.config.by_role import names_with
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.processes import child_environment
 from megatron_hyperrouter.terminal import Stopped, note
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
 
 PROGRAM = ("-m", "megatron_hyperrouter", "train")
-OURS = ("--run-dir", "--load", "--finetune", "--config")  # flags of the program that a study sets
-LAYOUT = (*SIZES, "virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel")
+OURS = ("--config", "--run-dir", *map(flag, names_with(Role.START)))  # flags of the program that a study sets
+LAYOUT = names_with(Role.LAYOUT)
 SECONDS_TO_SAVE = 60.0
 
 
@@ -100,7 +102,7 @@ def refuse_flags(line: CommandLine, more: Sequence[str] = ()) -> str:
 
 def file_values(file: YamlFile, *, without: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of ``--config`` but those that the study sets, and those named."""
-    dropped = {*without, *(flag.removeprefix("--").replace("-", "_") for flag in OURS)}
+    dropped = {*without, *(word.removeprefix("--").replace("-", "_") for word in OURS)}
     return {key: value for key, value in file.values.items() if key not in dropped}
 
 

@@ -20,6 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron_hyperrouter.config.by_role import quiet
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.studies.jobs import check_collected, common_parser, read_common, submit
 from megatron_hyperrouter.studies.runs import (
@@ -51,19 +54,8 @@ Data: share of a step's time in which rank 0 waited for its batch.
 
 Here k does not grow, the learning rate is constant and nothing is evaluated; the checkpoint that a run ends
 with is removed."""
-OURS = ("--train-iters", "--eval-interval", "--save-interval", "--topk-schedule", "--topk-start")
-QUIET: dict[str, Any] = {
-    "eval_interval": 0,
-    "save_interval": 0,
-    "keep_checkpoints": 1,
-    "topk_schedule": "constant",
-    "topk_start": None,
-    "topk_schedule_steps": None,
-    "lr_warmup_iters": 0,
-    "lr_decay_iters": None,
-    "lr_wsd_decay_iters": None,
-    "lr_decay_style": "constant",
-}
+QUIET = quiet(Role.SCHEDULE, Role.UPKEEP)
+OURS = ("--train-iters", *map(flag, QUIET))
 
 
 @dataclass(frozen=True)

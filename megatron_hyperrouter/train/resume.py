@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_manifest, verify
-from megatron_hyperrouter.config.derived import global_batch_size, head_width, may_change_ranks, query_groups
+from megatron_hyperrouter.config.by_role import SPREAD, names_with, values_with
+from megatron_hyperrouter.config.derived import global_batch_size, in_effect, may_change_ranks
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 from megatron_hyperrouter.errors import CheckpointError
@@ -72,40 +73,17 @@ def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
     layout.
     """
     world_size = engine.place.world_size
-    order = {
-        "seed": config.train.seed,
-        "global_batch_size": global_batch_size(config, world_size),
-        "seq_length": config.model.seq_length,
+    order = values_with(config, Role.ORDER, Role.BATCH) | {
+        "global_batch_size": global_batch_size(config, world_size)
     }
-    layout = {
-        "engine": config.engine.engine,
-        "world_size": world_size,
-        **asdict(config.parallel),
-        "zero_stage": config.engine.zero_stage,
-        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
-        "bf16": config.train.bf16,
-    }
-    return {"sizes": model_sizes(config), "order": order, "layout": layout}
+    layout = values_with(config, *SPREAD)
+    return {"sizes": model_sizes(config), "order": order, "layout": layout | {"world_size": world_size}}
 
 
 def model_sizes(config: RunConfig) -> dict[str, Any]:
-    """What must be equal in a checkpoint and in the settings; defaults that depend on other sizes are worked
-    out.
-    """
-    model = config.model
-    return {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": query_groups(config),
-        "kv_channels": head_width(config),
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size,
-        "num_experts": model.num_experts,
-        "qk_layernorm": model.qk_layernorm,
-        "mlp_type": model.mlp_type,
-        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "router.name": config.router.name,
-    }
+    """What must be equal in a checkpoint and in the settings, and the router."""
+    shapes = {name: in_effect(config, name) for name in names_with(Role.SHAPE)}
+    return shapes | {"router.name": config.router.name}
 
 
 def _checkpoint_to_load(config: RunConfig, own_root: Path, *, is_main: bool) -> Path | None:
@@ -150,6 +128,6 @@ def _refuse_misfit(
 def _differences(part: str, saved: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
     theirs = saved.get(part, {})
     for name, value in ours[part].items():
-        if (before := theirs.get(name)) != value:
+        if (before := theirs.get(name, value)) != value:  # an older checkpoint does not know all settings
             label = "the number of ranks" if name == "world_size" else f"--{name.replace('_', '-')}"
             yield f"{label} was {before} in the checkpoint and is {value} now"

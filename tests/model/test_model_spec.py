@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_hyperrouter.config.derived import expert_width
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig, TrainConfig
-from megatron_hyperrouter.model.spec import RMSNorm, expert_width, padded_vocab_size, transformer_config
+from megatron_hyperrouter.model.spec import RMSNorm, padded_vocab_size, transformer_config
 
 
 def run_of(**sizes: object) -> RunConfig:

@@ -23,7 +23,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,19 +215,22 @@ def starter_for(args: Namespace, most_ranks: int) -> Starter:
 
 def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | None) -> RunConfig:
     """The user's settings on ``layout``; raises ConfigError where they cannot run there."""
+    from megatron_hyperrouter.config.by_role import quiet, quiet_on
     from megatron_hyperrouter.config.cli import load_file, replace_leaves
+    from megatron_hyperrouter.config.roles import Role
     from megatron_hyperrouter.routers import ROUTERS
 
-    overrides: dict[str, object] = {
-        "engine": engine,
-        "load": None,
-        "finetune": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "global_batch_size": samples,
-        **({} if args.own_data else MADE_UP | {"vocab_size": args.vocab_size}),
-        **(NOT_OF_DEEPSPEED if engine == "deepspeed" else NOT_OF_MEGATRON),
+    made_up = quiet(Role.DATA, Role.TOKENIZER) | {
+        "data_path": ["made-up-tokens"],
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": args.vocab_size,
     }
+    overrides = (
+        {"engine": engine, "global_batch_size": samples}
+        | quiet(Role.START, Role.NOISE)
+        | quiet_on(engine)
+        | ({} if args.own_data else made_up)
+    )
     config = load_file(
         args.config,
         routers=ROUTERS,
@@ -237,25 +240,6 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
     if config.topk.topk_schedule != "constant" and "topk_schedule_steps" not in layout.overrides:
         config = replace_leaves(config, topk_schedule_steps=args.steps)
     return replace_leaves(config, adam_eps=max(config.optimizer.adam_eps, 1e-4))
-
-
-MADE_UP: Mapping[str, object] = {
-    "data_path": ["made-up-tokens"],
-    "train_data_path": [],
-    "valid_data_path": [],
-    "test_data_path": [],
-    "tokenizer_type": "NullTokenizer",
-    "tokenizer_model": None,
-}
-# Settings of the other engine, which this one refuses
-NOT_OF_DEEPSPEED: Mapping[str, object] = {
-    "use_distributed_optimizer": False,
-    "overlap_grad_reduce": False,
-    "overlap_param_gather": False,
-    "moe_token_dispatcher_type": "alltoall",
-    "transformer_impl": "auto",
-}
-NOT_OF_MEGATRON: Mapping[str, object] = {"zero_stage": 1, "deepspeed_config": None}
 
 
 def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> Row:

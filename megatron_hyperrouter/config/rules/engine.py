@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from megatron_hyperrouter.config.leaves import value_of
+from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -102,21 +102,12 @@ def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Pro
 def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A setting that only the other engine reads would be silently ignored."""
     engine = config.engine.engine
-    for name, owner, remedy in OWNED:
-        if owner != engine and value_of(config, name) != value_of(RunConfig(), name):
-            yield broken(config, name, f"belongs to the {owner} engine, and the engine is {engine}", remedy)
+    for leaf in tree_leaves().values():
+        owner = leaf.only
+        if owner is not None and owner.engine != engine and value_of(config, leaf.name) != leaf.default:
+            rule = f"belongs to the {owner.engine} engine, and the engine is {engine}"
+            yield broken(config, leaf.name, rule, owner.remedy)
 
-
-OWNED: tuple[tuple[str, str, str], ...] = (  # setting, the engine that reads it, what to do on the other one
-    ("zero_stage", "deepspeed", "leave it out; --use-distributed-optimizer does the same as stage 1"),
-    ("deepspeed_config", "deepspeed", "leave it out"),
-    ("mlp_type", "deepspeed", "leave it out, or use --engine deepspeed"),
-    ("use_distributed_optimizer", "megatron", "use --zero-stage 1, which does the same"),
-    ("overlap_grad_reduce", "megatron", "leave it out"),
-    ("overlap_param_gather", "megatron", "leave it out"),
-    ("transformer_impl", "megatron", "leave it out; the layers are torch's"),
-    ("moe_token_dispatcher_type", "megatron", "leave it out; DeepSpeed's layers dispatch by all-to-all"),
-)
 
 RULES: tuple[Rule, ...] = (
     in_this_version,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from megatron_hyperrouter.config.derived import (
     data_parallel_size,
     expert_tensor_size,
+    expert_width,
     model_parallel_size,
     query_groups,
 )
@@ -121,7 +122,7 @@ def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -
         if model.ffn_hidden_size
         else "hidden_size"
     )
-    width = model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
+    width = expert_width(config)
     residual = model.mlp_type == "residual"
     ranks = config.parallel.tensor_model_parallel_size if residual else expert_tensor_size(config)
     if width % ranks:

@@ -1,0 +1,12 @@
+"""The kinds of numbers that settings and routers' options share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+Count = Annotated[int, Ge(1)]  # 1, 2, 3, ...
+Natural = Annotated[int, Ge(0)]  # 0, 1, 2, ...
+Share = Annotated[float, Ge(0.0), Le(1.0)]
+NonNegative = Annotated[float, Ge(0.0)]
