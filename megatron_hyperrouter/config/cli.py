@@ -27,9 +27,9 @@ from megatron_hyperrouter.config.leaves import (
     tree_leaves,
     value_of,
 )
-from megatron_hyperrouter.config.sources import YamlFile, read_flags, read_yaml
+from megatron_hyperrouter.config.reading.sources import YamlFile, read_flags, read_yaml
+from megatron_hyperrouter.config.reading.values import BadValue, convert
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.config.values import BadValue, convert
 from megatron_hyperrouter.errors import ConfigError, Problem
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final, Literal
 
 from megatron_hyperrouter.config import check
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, sections, tree_leaves
-from megatron_hyperrouter.config.sources import YamlFile
+from megatron_hyperrouter.config.reading.sources import YamlFile
+from megatron_hyperrouter.config.reading.values import BadValue, convert, from_words, nearest, switched_off
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
-from megatron_hyperrouter.config.values import BadValue, convert, from_words, nearest, switched_off
 from megatron_hyperrouter.errors import ConfigError, Problem
 
 ROUTER_NAME = "router.name"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from megatron_hyperrouter.config.sources import load_yaml, parse_yaml
+from megatron_hyperrouter.config.reading.sources import load_yaml, parse_yaml
 from megatron_hyperrouter.config.tree import DataConfig
 
 Mix = tuple[int, tuple[str, ...]]  # completed steps from which on, words of --data-path

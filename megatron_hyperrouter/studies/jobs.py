@@ -22,7 +22,7 @@ from megatron_hyperrouter.studies.runs import (
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
 P = TypeVar("P", bound=Plan)
@@ -61,7 +61,7 @@ def read_common(
     flags: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str], ours: Sequence[str] = ()
 ) -> tuple[Namespace, CommandLine]:
     """The flags, of which ``counts`` must be at least 1, and those of the program, without ``ours``."""
-    from megatron_hyperrouter.config.sources import read_flags
+    from megatron_hyperrouter.config.reading.sources import read_flags
 
     args, rest = flags.parse_known_args(arguments)
     for name in ("gpus_per_node", *counts):

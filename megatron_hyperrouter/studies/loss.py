@@ -42,7 +42,7 @@ from megatron_hyperrouter.studies.runs import (
 from megatron_hyperrouter.terminal import note
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
 EPILOG = """An axis is a setting and its values; joined by commas, several settings move together:
@@ -283,7 +283,7 @@ def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
 def settings_of(args: Namespace, point: Mapping[str, Any], line: CommandLine) -> RunConfig:
     """The settings of one model of the grid; raises ConfigError."""
     from megatron_hyperrouter.config.draft import Draft
-    from megatron_hyperrouter.config.sources import YamlFile, read_yaml
+    from megatron_hyperrouter.config.reading.sources import YamlFile, read_yaml
     from megatron_hyperrouter.routers import ROUTERS
 
     file = read_yaml(args.config)

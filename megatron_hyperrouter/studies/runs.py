@@ -24,7 +24,7 @@ from megatron_hyperrouter.processes import child_environment
 from megatron_hyperrouter.terminal import Stopped, note
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.sources import CommandLine, YamlFile
+    from megatron_hyperrouter.config.reading.sources import CommandLine, YamlFile
     from megatron_hyperrouter.config.tree import RunConfig
 
 PROGRAM = ("-m", "megatron_hyperrouter", "train")

@@ -38,7 +38,7 @@ from megatron_hyperrouter.studies.runs import (
 )
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.verify.differences import Layout
 
@@ -250,7 +250,7 @@ def settings_of(
 ) -> RunConfig:
     """The settings of one row; ``ranks`` None: without the rules of ranks.  Raises ConfigError."""
     from megatron_hyperrouter.config.draft import Draft
-    from megatron_hyperrouter.config.sources import read_yaml
+    from megatron_hyperrouter.config.reading.sources import read_yaml
     from megatron_hyperrouter.routers import ROUTERS
 
     file = read_yaml(args.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_hyperrouter.config.leaves import Leaf, router_leaves, tree_leaves
-from megatron_hyperrouter.config.values import BadValue, convert, from_words, nearest
+from megatron_hyperrouter.config.reading.values import BadValue, convert, from_words, nearest
 
 
 def leaf(name: str) -> Leaf:

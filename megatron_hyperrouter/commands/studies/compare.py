@@ -33,7 +33,7 @@ from megatron_hyperrouter.studies.runs import (
 from megatron_hyperrouter.terminal import parser
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.sources import CommandLine
+    from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
 EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.  A run has one process: sizes
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this tool, and those of the program."""
-    from megatron_hyperrouter.config.sources import read_flags as read_program_flags
+    from megatron_hyperrouter.config.reading.sources import read_flags as read_program_flags
 
     flags = parser(str(__doc__), EPILOG)
     flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
@@ -193,7 +193,7 @@ def settings_of(path: str, options: Mapping[str, Any], label: str, line: Command
     ConfigError.
     """
     from megatron_hyperrouter.config.draft import Draft
-    from megatron_hyperrouter.config.sources import YamlFile, read_yaml
+    from megatron_hyperrouter.config.reading.sources import YamlFile, read_yaml
     from megatron_hyperrouter.routers import ROUTERS
 
     file = read_yaml(path)
