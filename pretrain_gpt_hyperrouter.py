@@ -1,7 +1,6 @@
-"""The command `mhr train` of this checkout; --help explains it."""
+"""The command `mhr train` of this checkout, for a launcher; --help explains it."""
 
-import sys
-from pathlib import Path
+from megatron_hyperrouter.commands.main import start
 
-sys.path[0] = str(Path(__file__).resolve().parent)
-__import__("megatron_hyperrouter.commands.main", fromlist=["start"]).start("train")
+if __name__ == "__main__":
+    start("train")

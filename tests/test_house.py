@@ -278,10 +278,8 @@ class TestWriting:
     def test_annotations_are_postponed(self):
         with_code = [s for s in sources() if len(s.tree.body) > bool(ast.get_docstring(s.tree))]
         guilty = [s.name for s in with_code if "from __future__ import annotations" not in s.text]
-        fail_with(
-            "files without 'from __future__ import annotations'",
-            [name for name in guilty if name != "setup.py"],
-        )
+        guilty = [name for name in guilty if name != "setup.py" and name not in wrappers()]
+        fail_with("files without 'from __future__ import annotations'", guilty)
 
     def test_nothing_prints_but_console_terminal_and_commands(self):
         guilty = []

@@ -1,7 +1,8 @@
 """The command `mhr scaling` of this checkout; --help explains it."""
 
 import sys
-from pathlib import Path
+from importlib import import_module
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-__import__("megatron_hyperrouter.commands.main", fromlist=["start"]).start("scaling")
+if __name__ == "__main__":
+    sys.path[0] = sys.path[0].removesuffix("tools")
+    import_module("megatron_hyperrouter.commands.main").start("scaling")

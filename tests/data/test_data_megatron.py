@@ -74,30 +74,10 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         samples=st.one_of(st.integers(1, 40), st.integers(1, 1500), st.none()),
         seed=st.integers(0, 2**32 - 1),
     )
-    @example(
-        corpora=[[30] * 9], weights=[1.0] * 4, split="1,0,0", number=0, seq_length=5, samples=200, seed=1
-    )
-    @example(
-        corpora=[[30] * 9, [7] * 50], weights=None, split=None, number=2, seq_length=5, samples=40, seed=1
-    )
-    @example(
-        corpora=[[30] * 9, [7] * 50],
-        weights=[1.0, 2.0, 1.0, 1.0],
-        split="2,1,1",
-        number=1,
-        seq_length=5,
-        samples=90,
-        seed=1,
-    )
-    def compare(
-        corpora: list[list[int]],
-        weights: list[float] | None,
-        split: str | None,
-        number: int,
-        seq_length: int,
-        samples: int | None,
-        seed: int,
-    ) -> None:
+    @example([[30] * 9], [1.0] * 4, "1,0,0", 0, 5, 200, 1)
+    @example([[30] * 9, [7] * 50], None, None, 2, 5, 40, 1)
+    @example([[30] * 9, [7] * 50], [1.0, 2.0, 1.0, 1.0], "2,1,1", 1, 5, 90, 1)
+    def compare(corpora, weights, split, number, seq_length, samples, seed):
         # a folder of its own: megatron-core would find the index of the last corpus under the same name
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         prefixes = [
@@ -106,11 +86,9 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
         weights = None if weights is None else weights[: len(corpora)]
         if weights is not None and samples is None:
             samples = 50  # such a blend has no epoch
-        words = (
-            tuple(prefixes)
-            if weights is None
-            else tuple(word for pair in zip(map(str, weights), prefixes, strict=True) for word in pair)
-        )
+        words = tuple(prefixes)
+        if weights is not None:
+            words = tuple(word for pair in zip(map(str, weights), prefixes, strict=True) for word in pair)
         order = {"seq_length": seq_length, "seed": seed}
         spans = [split_documents(split or "1,0,0", len(sizes)) for sizes in corpora]
         tokens = [
@@ -129,9 +107,8 @@ def test_random_settings_give_the_samples_of_megatron_core(tmp_path: Path) -> No
             met["no documents"] += 1
             return
         assert min(own) > seq_length
-        if split and any(
-            share and not sums[place] for sums in tokens for place, share in enumerate(split_shares(split))
-        ):
+        shares = split_shares(split) if split else ()
+        if any(share and not sums[place] for sums in tokens for place, share in enumerate(shares)):
             met["a split without tokens"] += 1  # megatron-core counts its epochs for ever
             return
         if weights is None and samples is not None and len(corpora) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 import megatron_hyperrouter.engines
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+from megatron_hyperrouter.commands.models import evaluate as evaluate_command
 from megatron_hyperrouter.config.cli import dump, parse, replace_leaves
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.store.token_files import IndexedWriter, smallest_dtype
@@ -25,10 +25,9 @@ from megatron_hyperrouter.data.stream.dataset import build_splits
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError
 from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
+from megatron_hyperrouter.evaluate.trained import settings_of
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resume import run_meta
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_each_k_by_hand() -> None:
@@ -61,19 +60,14 @@ def test_every_k_out_of_range_is_named() -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """``tools/evaluate.py`` as a module, on a model of bytes."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("tools_evaluate", TOOLS / "evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The command as a module, on a model of bytes."""
 
     def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None, for_training: bool) -> FakeEngine:
         assert not for_training and config.parallel.expert_model_parallel_size == 1
         return FakeEngine(vocab_size, seed=99)
 
     monkeypatch.setattr(megatron_hyperrouter.engines, "open_engine", open_engine)
-    return module
+    return evaluate_command
 
 
 def token_file(prefix: Path, *, documents: int, seed: int) -> str:
@@ -240,6 +234,6 @@ class TestTool:
 
     def test_layout_under_a_launcher(self, tool: ModuleType, run_dir: Path) -> None:
         folder = run_dir / "checkpoints" / "step_0000030"
-        assert tool.settings_of(folder, world_size=2).parallel.expert_model_parallel_size == 2
-        assert tool.settings_of(folder, world_size=3).parallel.expert_model_parallel_size == 1
-        assert tool.settings_of(folder, world_size=1).parallel.expert_model_parallel_size == 1
+        assert settings_of(folder, world_size=2).parallel.expert_model_parallel_size == 2
+        assert settings_of(folder, world_size=3).parallel.expert_model_parallel_size == 1
+        assert settings_of(folder, world_size=1).parallel.expert_model_parallel_size == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from distributed import environment
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TEXT = "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(50))
@@ -229,10 +230,12 @@ def test_the_key_that_a_message_names_is_taken(tmp_path: Path) -> None:
 )
 def test_too_little_memory_is_one_message(make: str, says: str) -> None:
     script = (
-        f"import numpy, sys; sys.path.insert(0, {str(TOOLS)!r}); import _common; "
-        f"_common.run_tool(lambda arguments: {make})"
+        "import numpy; from megatron_hyperrouter.terminal import run_tool; "
+        f"run_tool(lambda arguments: {make})"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment()
+    )
     assert done.returncode == 1
     assert re.fullmatch(
         rf"-c: error: not enough memory{says}\n  remedy: free memory, or ask for less\n", done.stderr

@@ -4,7 +4,6 @@ document.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import REPOSITORY
 
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order.index_files import Cache
@@ -27,13 +25,10 @@ BYTES_V = np.array([1, 2, 1, 3, 1, 1, 2, 0])
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    spec = importlib.util.spec_from_file_location("baselines_tool", REPOSITORY / "tools/baselines.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool() -> ModuleType:
+    from megatron_hyperrouter.commands.models import baselines
+
+    return baselines
 
 
 def splits(tmp_path: Path, *, pack: bool) -> tuple[Splits, list[list[int]]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from distributed import environment
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 BYTES = ("--output-prefix", "p", "--tokenizer-type", "ByteTokenizer")
@@ -259,9 +260,7 @@ def test_progress_tells_speeds_and_the_time_left(tmp_path: Path) -> None:
     """Lines elsewhere than on a terminal: speed, documents, and the time left; a few, ever further apart."""
     script = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
-import _common
-from preprocess_data import Progress
+from megatron_hyperrouter.commands.data.preprocess import Progress
 clock = [100.0]
 time.monotonic = lambda: clock[0]
 with Progress() as progress:
@@ -271,7 +270,7 @@ with Progress() as progress:
 print(progress.summary(), file=sys.stderr)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(TOOLS)], capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment()
     )
     told = done.stderr.splitlines()
     assert told[0] == "preprocess_data: goes on from 50.0 of 1,050.0 MB"

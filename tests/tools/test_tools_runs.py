@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import REPOSITORY
 from program.settings import TINY
 
 pytestmark = pytest.mark.processes
@@ -22,11 +21,10 @@ NOTE = (
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import _runs
+def runs() -> Any:
+    from megatron_hyperrouter.studies import runs
 
-    return _runs
+    return runs
 
 
 def plan_of(runs: Any, folder: Path, commands: list[tuple[str, list[str]]]) -> Any:

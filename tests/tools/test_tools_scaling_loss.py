@@ -220,11 +220,10 @@ def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+def made_up() -> list[tuple[Any, dict[str, Any]]]:
     """Two routers, five sizes, three lengths, two seeds; losses from known constants, that are all of the
     table.
     """
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     told = []
     for router, irreducible in (("topk", 1.8), ("hyper", 1.7)):
         for n in (1e6, 3e6, 1e7, 3e7, 1e8):
@@ -264,7 +263,7 @@ def arguments(output: Path, **changed: Any) -> Namespace:
 def test_a_curve_for_each_router(
     made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from _scaling_fit import write_results
+    from megatron_hyperrouter.studies.loss_tables import write_results
 
     write_results(made_up, arguments(tmp_path / "a"))
     topk, hyper = json.loads((tmp_path / "a" / "fit.json").read_text())
@@ -292,7 +291,7 @@ def test_a_curve_for_each_router(
 def test_what_the_runs_do_not_tell_stands_in_the_table(
     made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from _scaling_fit import write_results
+    from megatron_hyperrouter.studies.loss_tables import write_results
 
     for _, row in made_up:
         row["scores"][0]["lm_loss"] -= 1.8 if row["router.name"] == "topk" else 0.0
@@ -305,7 +304,7 @@ def test_what_the_runs_do_not_tell_stands_in_the_table(
 
 
 def test_curve_for_takes_axes_apart(made_up: list[tuple[Any, dict[str, Any]]], tmp_path: Path) -> None:
-    from _scaling_fit import write_results
+    from megatron_hyperrouter.studies.loss_tables import write_results
 
     write_results(made_up, arguments(tmp_path / "a", curve_for=["train_iters"]))
     found = json.loads((tmp_path / "a" / "fit.json").read_text())
