@@ -323,7 +323,32 @@ class TestWriting:
         fail_with("globals that change", guilty)
 
 
+# What makes a tensor from nothing: on the CPU, unless it is given a device.
+FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
+FACTORIES |= {"randperm", "tensor", "tril_indices", "triu_indices", "zeros"}
+
+
+def without_device(tree: ast.AST) -> list[int]:
+    """Lines of calls of ``torch.zeros`` and its kin that give no device."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and node.func.attr in FACTORIES
+        and not {"device", None} & {keyword.arg for keyword in node.keywords}
+    ]
+
+
 class TestContents:
+    def test_engines_say_where_a_tensor_is_made(self):
+        """A tensor on the CPU that meets one on the GPU ends the run, and no test without a GPU sees it."""
+        rooms = [source for source in package() if source.room.startswith("engines")]
+        guilty = [f"{s.name}:{line}" for s in rooms for line in without_device(s.tree)]
+        fail_with("tensors of the engines without device=", guilty)
+
     # written so that this file does not hold what it looks for
     FORBIDDEN = (
         r"/wo" + r"rk/",
@@ -409,6 +434,10 @@ class TestTheseTests:
         assert written_to(ast.parse("A = {}\ndef f():\n    A[1] = 2\n"), {"A"})
         assert written_to(ast.parse("A = []\ndef f():\n    A.append(2)\n"), {"A"})
         assert not written_to(ast.parse("A = {1: 2}\ndef f():\n    return A[1]\n"), {"A"})
+
+    def test_tensors_without_a_device(self):
+        text = "torch.zeros(2)\ntorch.full((1,), 2.0, device=d)\ntorch.ones(2, **k)\ntorch.zeros_like(x)\n"
+        assert without_device(ast.parse(text)) == [1]
 
     def test_handlers_and_with_blocks_count_as_code(self):
         (found,) = imports_of(ast.parse("with x:\n    import a\n").body, for_types=False, at_top=True)

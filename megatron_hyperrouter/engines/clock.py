@@ -68,7 +68,7 @@ class Clock:
             tokens_BS, places_BS = part(tokens_BS), part(places_BS)
         if not batch_first:
             tokens_BS, places_BS = tokens_BS.t(), places_BS.t()
-        self.arrived.append(Tokens(tokens_BS.flatten(), places_BS.flatten(), length))
+        self.arrived.append(Tokens(tokens_BS.flatten(), places_BS.flatten(), length, size))
 
 
 class Passes:

@@ -47,7 +47,7 @@ class SharedEngine(ABC):
         resets = config.data.reset_attention_mask or config.data.reset_position_ids
         self.clock = Clock(eod=eod if resets else None)
         self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
-        self.loss = LanguageModelLoss()
+        self.loss = LanguageModelLoss(self.device)
         self.topk_at = topk_schedule(config)
 
     def hold_routers(self, routers: dict[str, Router]) -> None:

@@ -28,9 +28,9 @@ class RouterStatistics:
 
     def make_room(self, num_extra: int) -> None:
         """Start with ``num_extra`` more numbers a layer, for what the method counts."""
-        self.sums: Tensor = torch.zeros(
-            self.num_layers, self.num_experts + len(self._TAIL) + num_extra, dtype=torch.float64
-        )
+        numbers = self.num_experts + len(self._TAIL) + num_extra
+        # They move to where the routers compute with the first micro-batch.
+        self.sums: Tensor = torch.zeros(self.num_layers, numbers, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def record(self, router: Router, routing: Routing) -> None:

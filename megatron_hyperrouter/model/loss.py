@@ -21,8 +21,9 @@ class LanguageModelLoss:
     the mean over all labels that count.
     """
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of the targets
+    def __init__(self, device: torch.device) -> None:
+        """``device``: where the sums are kept, also on a pipeline stage that computes no loss."""
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, target bytes
         self.token_bytes_V: Tensor | None = None
         self.scale: Tensor | None = None
 
@@ -39,14 +40,12 @@ class LanguageModelLoss:
         counted = labels >= 0
         loss = torch.where(counted, loss, 0.0)
         with torch.no_grad():
-            bytes_ = (
-                0 if self.token_bytes_V is None else (self.token_bytes_V[labels.clamp(min=0)] * counted).sum()
-            )
+            # A new number on a GPU makes the host wait; zeros that are filled there do not.
+            bytes_ = self.sums.new_zeros(())
+            if self.token_bytes_V is not None:
+                bytes_ = (self.token_bytes_V[labels.clamp(min=0)] * counted).sum()
             row = (loss.sum(dtype=torch.float64), counted.sum(), bytes_)
-            added = torch.stack(
-                [torch.as_tensor(value, dtype=torch.float64, device=loss.device) for value in row]
-            )
-            self.sums = self.sums.to(loss.device) + added
+            self.sums = self.sums + torch.stack([value.double() for value in row])
         return loss.mean() if self.scale is None else loss.mean() * self.scale
 
     def take(self) -> Tensor:

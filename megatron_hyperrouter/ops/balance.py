@@ -51,27 +51,28 @@ def overload_loss(
 
 
 def sequence_loss(
-    probs_TE: Tensor, experts_TK: Tensor, sequence_T: Tensor, over_shards: OverShards | None = None
+    probs_TE: Tensor,
+    experts_TK: Tensor,
+    sequence_T: Tensor,
+    num_sequences: int,
+    over_shards: OverShards | None = None,
 ) -> Tensor:
     """:func:`switch_loss` of each sequence by itself, averaged over the sequences (DeepSeek-V3, arXiv
     2412.19437, equation 17).
 
-    ``sequence_T``: any integer that says to which sequence a token belongs.  ``over_shards``: as in
-    :func:`switch_loss`; every rank holds tokens of every sequence of the micro-batch, as under sequence and
-    context parallelism.
+    ``sequence_T``: the number of each token's sequence, from 0.  ``over_shards``: as in :func:`switch_loss`;
+    every rank holds tokens of every sequence of the micro-batch, as under sequence and context parallelism.
     """
     num_experts, topk = probs_TE.size(1), experts_TK.size(1)
-    names_N, place_T = torch.unique(sequence_T, return_inverse=True)  # sorted: the same order on all ranks
-    num_sequences = names_N.numel()
-    load_NE = load(place_T[:, None] * num_experts + experts_TK, num_sequences * num_experts).view(
+    load_NE = load(sequence_T[:, None] * num_experts + experts_TK, num_sequences * num_experts).view(
         num_sequences, num_experts
     )
     load_NE = (load_NE if over_shards is None else over_shards(load_NE)).to(probs_TE.dtype)
     routes_N1 = load_NE.sum(-1, keepdim=True).clamp(min=1)
-    sum_NE = probs_TE.new_zeros(num_sequences, num_experts).index_add(0, place_T, probs_TE)
-    loss_N = num_experts * (load_NE / routes_N1 * sum_NE * (topk / routes_N1)).sum(-1)
-    total: Tensor = loss_N.sum() / max(num_sequences, 1)
-    return total
+    # A product, not index_add, which adds in an order of its own on a GPU.
+    belongs_NT = sequence_T == torch.arange(num_sequences, device=sequence_T.device).unsqueeze(1)
+    sum_NE = belongs_NT.to(probs_TE.dtype) @ probs_TE
+    return num_experts * (load_NE / routes_N1 * sum_NE * (topk / routes_N1)).sum(-1).mean()
 
 
 def known_load_loss(probs_TE: Tensor, share_E: Tensor, over_shards: OverShards | None = None) -> Tensor:
@@ -107,7 +108,7 @@ def token_mean(values_T: Tensor, over_shards: OverShards | None = None) -> Tenso
     """
     if over_shards is None:
         return values_T.mean()
-    return values_T.sum() / over_shards(values_T.new_tensor([float(values_T.numel())]))[0]
+    return values_T.sum() / over_shards(values_T.new_full((1,), values_T.numel()))[0]
 
 
 def entropy(logits_TE: Tensor) -> Tensor:

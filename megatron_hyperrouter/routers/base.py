@@ -53,6 +53,7 @@ class Tokens(NamedTuple):
     # int64, sample * seq_length + position, counted over the global batch: the same on every layout
     places_T: Tensor
     seq_length: int
+    sequences: int | None = None  # in the micro-batch; None: to be read from the places
 
 
 class RunFacts(NamedTuple):

@@ -227,7 +227,9 @@ class TopKRouter(Router, name="topk"):
         # else all tokens are one sequence
         if self.config.aux_loss == "sequence" and now.tokens is not None:
             sequence_T = now.tokens.places_T // now.tokens.seq_length
-            return sequence_loss(probs_TE, experts_TK, sequence_T, self.over_shards)
+            sequence_T = sequence_T - sequence_T.min()
+            number = int(sequence_T.max()) + 1 if now.tokens.sequences is None else now.tokens.sequences
+            return sequence_loss(probs_TE, experts_TK, sequence_T, number, self.over_shards)
         return switch_loss(probs_TE, experts_TK, self.over_shards)
 
     def end_step(self, counts: StepCounts) -> None:

@@ -14,7 +14,7 @@ S, B, V = 5, 3, 11
 @pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_the_mean_cross_entropy_and_counts_what_it_saw(dtype: torch.dtype) -> None:
-    loss = LanguageModelLoss()
+    loss = LanguageModelLoss(torch.device("cpu"))
     bytes_V = torch.arange(V)
     total, count = 0.0, 0
     for number in range(2):
@@ -41,7 +41,7 @@ def test_labels_that_do_not_count() -> None:
     """Scaled by positions over counted labels of all micro-batches, their mean is the mean over all labels
     that count.
     """
-    loss, bytes_V = LanguageModelLoss(), torch.arange(V)
+    loss, bytes_V = LanguageModelLoss(torch.device("cpu")), torch.arange(V)
     loss.token_bytes_V = bytes_V
     logits = [torch.randn(S, B, V, requires_grad=True) for _ in range(2)]
     labels = [torch.randint(1, V, (B, S)) for _ in range(2)]

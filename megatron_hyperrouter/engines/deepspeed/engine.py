@@ -54,9 +54,8 @@ class DeepSpeedEngine(SharedEngine):
 
         settings = deepspeed_settings(self.config, data_parallel_size=self.place.data_size)
         self.micro_batches: int = settings["gradient_accumulation_steps"]
-        MoEAuxLossAutoScaler.set_loss_scale(
-            torch.full((1,), 1.0 / self.micro_batches)
-        )  # of the shape that the Megatron engine sets
+        # Of the shape that the Megatron engine sets; its gradient is multiplied by it on the GPU.
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / self.micro_batches, device=self.device))
         optimizer = adamw(self.named_parameters(), self.config.optimizer)
         self._clipper = (
             Clipper(optimizer, self.config.optimizer.clip_grad)
