@@ -79,13 +79,15 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors", "megatron"}),
+    "huggingface": (set(), {"torch", "transformers", "safetensors"}),  # runs in other environments, too
+    "proof": ({*LATE_ROOM, "evaluate", "export"}, {"torch", "numpy", "safetensors"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "verify": ({*COMMAND, "verify"}, {"torch", "numpy", "deepspeed"}),
     "studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "commands": (set(), set()),
     "commands/training": (COMMAND, {"torch"}),
     "commands/data": (COMMAND, {"torch", "numpy"}),
-    "commands/models": ({*COMMAND, "export"}, {"torch", "numpy", "rich"}),
+    "commands/models": ({*COMMAND, "export", "proof"}, {"torch", "numpy", "rich"}),
     "commands/studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "rich", "yaml"}),
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),

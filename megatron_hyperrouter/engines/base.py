@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -54,6 +54,7 @@ class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
     place: Place
+    routers: Mapping[str, Any]  # of this rank's layers: prefix of the global names -> router
 
     def topk_at(self, step: int) -> int:
         """Active experts k after ``step`` completed steps: what step ``step + 1`` trains with."""
@@ -73,6 +74,12 @@ class Engine(Protocol):
         """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes nothing.
 
         Every rank brings the same number of batches.  ``token_bytes_V``: UTF-8 bytes of each token id.
+        """
+        ...
+
+    def logits(self, tokens_BS: Tensor, *, topk: int) -> Tensor:
+        """Logits ``_BSV`` (padded vocabulary) of this rank's samples with ``topk`` active experts; changes
+        nothing (collective).
         """
         ...
 

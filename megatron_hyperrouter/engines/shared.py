@@ -20,7 +20,12 @@ from megatron_hyperrouter.engines.state import Holding, load_weights, save_weigh
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import any_rank, eval_result, first_word, mean_scale, step_result
 from megatron_hyperrouter.engines.world import device
-from megatron_hyperrouter.model.loss import UNCOUNTED, LanguageModelLoss
+from megatron_hyperrouter.model.loss import (
+    UNCOUNTED,
+    LanguageModelLoss,
+    captured_logits,
+    whole_logits,
+)
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -111,6 +116,19 @@ class SharedEngine(ABC):
                 module.train(training)
             self.clock.topk, self.statistics.enabled, self.loss.token_bytes_V = None, True, None
         return eval_result(self.loss.take(), replicas=self.config.parallel.tensor_model_parallel_size)
+
+    def logits(self, tokens_BS: Tensor, *, topk: int) -> Tensor:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        parallel = self.config.parallel
+        if parallel.context_parallel_size > 1:
+            raise NotImplementedError("logits of a sequence that is cut over context-parallel ranks")
+        with captured_logits(self.modules()) as seen:
+            self.evaluate(iter([(tokens_BS, tokens_BS)]), topk=topk)
+        return whole_logits(
+            seen,
+            tensor_size=parallel.tensor_model_parallel_size,
+            stages=parallel.pipeline_model_parallel_size,
+        )
 
     @abstractmethod
     def forward_all(self, batches: Iterator[Batch]) -> None:

@@ -5,9 +5,15 @@ Legend: ``B`` batch, ``S`` sequence, ``V`` vocabulary (padded).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from torch import Tensor
+from torch import Tensor, nn
 
 UNCOUNTED = -1  # a label that no loss is asked for
 
@@ -52,3 +58,45 @@ class LanguageModelLoss:
         """The sums so far; starts afresh."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
+
+
+@contextmanager
+def captured_logits(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, what the output layer computes: ``_SBV``.  Copies, as the loss writes into its input."""
+    seen: list[Tensor] = []
+
+    def note(_layer: Any, _inputs: Any, output: tuple[Tensor, Any]) -> None:
+        seen.append(output[0].detach().float().clone())
+
+    hooks = [
+        part.register_forward_hook(note)
+        for module in modules
+        for name, part in module.named_modules()
+        if name.endswith("output_layer")
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_logits(seen: list[Tensor], *, tensor_size: int, stages: int) -> Tensor:
+    """``_BSV`` on every rank that worked on these samples, from the parts that some of them have
+    (collective).
+    """
+    part_SBV = seen[0] if seen else None
+    if tensor_size > 1 and part_SBV is not None:
+        pieces = [torch.empty_like(part_SBV) for _ in range(tensor_size)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_gather(pieces, part_SBV.contiguous(), group=group)
+        part_SBV = torch.cat(pieces, -1)
+    if stages > 1:
+        held = [part_SBV]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast_object_list(held, src=last, group=group)
+        part_SBV = held[0]
+    if part_SBV is None:
+        raise RuntimeError("no output layer ran in this forward pass")
+    return part_SBV.transpose(0, 1).contiguous()

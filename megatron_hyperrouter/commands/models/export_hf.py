@@ -1,0 +1,211 @@
+"""Write a trained run as a Hugging Face folder, with a certificate that transformers computes the same model.
+
+The router is folded into a plain matrix, and the class of transformers follows from the run's settings.  The
+proof runs transformers in a process of its own and compares logits, choices of experts and losses for several
+k; a proof out of bounds leaves FOLDER.failed and ends with status 4.  --verify FOLDER checks a copy, with the
+standard library alone; --numbers runs transformers again, too.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.export.verify import differences, read_certificate
+from megatron_hyperrouter.terminal import note, parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.export.folder import Export
+    from megatron_hyperrouter.proof.exports import Asked
+    from megatron_hyperrouter.routers.base import Router
+
+_DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write a folder, or check one."""
+    args = read_flags(arguments)
+    if args.verify is not None:
+        verify_folder(args)
+        return
+    write_folder(args)
+
+
+def write_folder(args: Namespace) -> None:
+    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name."""
+    from megatron_hyperrouter.export.card import write_card
+    from megatron_hyperrouter.export.certificate import certificate, source, write_certificate
+    from megatron_hyperrouter.export.folder import write_model
+    from megatron_hyperrouter.files import publish, unfinished_folder
+    from megatron_hyperrouter.proof.bounds import bounds
+    from megatron_hyperrouter.proof.exports import prove
+
+    job, routers = export_of(args)
+    came_from = source(job.run, job.checkpoint, routers)
+    with unfinished_folder(args.output) as draft:
+        digests = write_model(job, draft)
+        proof, faults = (None, []) if args.no_proof else prove(job, draft, asked_of(args))
+        write_card(job, draft, proof=proof, step=came_from["step"], license_=args.license)
+        content = certificate(
+            job, draft, came_from=came_from, tensors=digests, proof=proof, bounds=bounds(job.dtype)
+        )
+        write_certificate(draft, content)
+        folder = publish(draft, args.output, failed=bool(faults))
+    if faults:
+        raise CheckpointError(
+            "\n  - ".join(["the proof is out of bounds:", *faults]),
+            remedy=f"the folder is {folder}; its certificate.json has all numbers",
+        )
+    report(job, folder, len(digests), proof)
+
+
+def export_of(args: Namespace) -> tuple[Export, list[Router]]:
+    """What will be written, and the run's routers."""
+    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
+    from megatron_hyperrouter.evaluate.trained import checkpoint_of, settings_of
+    from megatron_hyperrouter.export.folder import Export
+    from megatron_hyperrouter.export.gates import custom_gates, standard_gates
+    from megatron_hyperrouter.export.sources import (
+        check_files,
+        plain_run,
+        routers_of,
+        vocabulary_rows,
+        weight_reader,
+    )
+
+    checkpoint = checkpoint_of(args.load)
+    check_files(checkpoint)
+    run = plain_run(settings_of(checkpoint, world_size=1))
+    topk = args.topk or run.model.moe_router_topk
+    check_topks([topk, *(args.proof_topk or [])], run.model.num_experts)
+    tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+    reader = weight_reader(checkpoint)
+    routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
+    rows = vocabulary_rows(reader)
+    gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers)
+    if run.model.moe_expert_capacity_factor is not None:
+        note("note: training dropped tokens over an expert's capacity; the exported model drops none")
+    job = Export(run, checkpoint, gates, tokenizer, args.dtype, topk, args.max_shard_size)
+    return job, routers
+
+
+def asked_of(args: Namespace) -> Asked:
+    """What a proof is asked for."""
+    from megatron_hyperrouter.proof.exports import Asked
+
+    return Asked(args.proof_topk, args.proof_samples, args.proof_data, args.python)
+
+
+def verify_folder(args: Namespace) -> None:
+    """Compare the folder with its certificate; status 4 lists every difference."""
+    content = read_certificate(args.verify)
+    found = differences(args.verify, content)
+    if not found and args.numbers:
+        from megatron_hyperrouter.proof.bounds import score_faults
+        from megatron_hyperrouter.proof.child import ask
+
+        if content["proof"] is None:
+            raise CheckpointError(
+                f"{args.verify} was written with --no-proof: there are no numbers to compare with",
+                remedy="export it again without --no-proof, or leave --numbers out",
+            )
+        dtype = content["model"]["dtype"]
+        task = {
+            "folder": str(args.verify.resolve()),
+            "tokens": content["proof"]["rows"],
+            "topks": [row["topk"] for row in content["proof"]["results"]],
+            "dtype": dtype,
+            "custom_code": content["model"]["custom_code"],
+        }
+        found = score_faults(content, ask(task, python=args.python), dtype)
+    if found:
+        raise CheckpointError(
+            "\n  - ".join([f"{args.verify} is not as certified:", *found]),
+            remedy="copy the folder again from where it was written",
+        )
+    what = f"{len(content['tensors'])} tensors and {len(content['files'])} files"
+    show(f"{args.verify}: {what} are as certified" + (", and so are its numbers" if args.numbers else ""))
+
+
+def report(job: Export, folder: Path, tensors: int, proof: dict[str, Any] | None) -> None:
+    """A table for a person."""
+    show(f"{folder}: {job.gates.target.architecture}, {tensors} tensors in {job.dtype}, k = {job.topk}")
+    if proof is None:
+        show("The numbers of this folder were not proved (--no-proof).")
+        return
+    show(f"{'k':>4} {'max difference':>15} {'same experts':>13} {'perplexity':>11} {'transformers':>13}")
+    for row in proof["results"]:
+        same = 100 * min(row["equal_experts"], default=1.0)
+        show(
+            f"{row['topk']:>4} {row['max_difference']:>15.2e} {same:>12.2f}% {row['perplexity']:>11.4f} "
+            f"{row['perplexity_hf']:>13.4f}"
+        )
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(__doc__ or "")
+    add = flags.add_argument
+    add("--load", type=Path, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
+    add("--output", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the weights (default: float32)",
+    )
+    add(
+        "--topk",
+        type=int,
+        metavar="K",
+        help="active experts by default (default: those that the run ended on)",
+    )
+    add(
+        "--max-shard-size", type=size, default=size("5GB"), metavar="SIZE", help="largest file (default: 5GB)"
+    )
+    add(
+        "--custom-code",
+        action="store_true",
+        help="add a modeling file of our own, for routers that no class has",
+    )
+    add("--license", metavar="NAME", help="license of the model card, such as apache-2.0")
+    add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to prove (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=4, metavar="N", help="samples to prove with (default: 4)")
+    add(
+        "--proof-data",
+        nargs="+",
+        metavar="P",
+        help="token files to prove with (default: the run's test split)",
+    )
+    add("--python", metavar="FILE", help="Python that has transformers (default: this one)")
+    add("--verify", type=Path, metavar="FOLDER", help="compare a folder with its certificate instead")
+    add("--numbers", action="store_true", help="with --verify: run transformers and compare losses, too")
+    args = flags.parse_args(arguments)
+    _check_together(flags, args)
+    return args
+
+
+def _check_together(flags: ArgumentParser, args: Namespace) -> None:
+    if args.verify is None:
+        if missing := [name for name in ("load", "output") if getattr(args, name) is None]:
+            flags.error(" and ".join(f"--{name}" for name in missing) + " must be given, or --verify FOLDER")
+        if args.numbers:
+            flags.error("--numbers needs --verify FOLDER")
+    elif args.load is not None or args.output is not None:
+        flags.error("--verify FOLDER takes neither --load nor --output")
+    if args.proof_samples < 1:
+        flags.error("--proof-samples must be at least 1")
+
+
+def size(word: str) -> int:
+    """``5GB`` -> 5 * 10**9; raises ValueError."""
+    number, unit = word[:-2], word[-2:].upper()
+    found = int(float(number) * _DECIMAL[unit]) if unit in _DECIMAL else int(word)
+    if found < 1:
+        raise ValueError(word)
+    return found

@@ -1,0 +1,84 @@
+"""The model card: what the model is, how to run it, and which k is good for what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.export.folder import Export
+
+_SCHEDULE = "k grew from {start} to {end} during training ({kind})"
+
+
+def write_card(
+    job: Export, folder: Path, *, proof: dict[str, Any] | None, step: int, license_: str | None
+) -> None:
+    """Write ``README.md``."""
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"license: {license_}"] if license_ else []
+    parts = ["\n".join([*head, "---"]), _about(job, step), _usage(job), _topks(job, proof), _limits(job)]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _about(job: Export, step: int) -> str:
+    run, model = job.run, job.run.model
+    schedule = run.topk
+    grown = (
+        f"k = {model.moe_router_topk} active experts throughout training"
+        if schedule.topk_schedule == "constant"
+        else _SCHEDULE.format(
+            start=schedule.topk_start or model.moe_router_topk,
+            end=model.moe_router_topk,
+            kind=schedule.topk_schedule,
+        )
+    )
+    router = (
+        "Its router needs the modeling file in this folder."
+        if job.gates.target.custom_code
+        else "The router is folded into a plain matrix: nothing is generated any more."
+    )
+    return (
+        f"# {Path(run.logging.run_dir).name}\n\n"
+        f"A mixture-of-experts language model: {model.num_layers} layers of {model.num_experts} experts, "
+        f"hidden size {model.hidden_size}, context of {model.seq_length} tokens, trained for {step} steps "
+        f"with the router `{run.router.name}`; {grown}.  {router}"
+    )
+
+
+def _usage(job: Export) -> str:
+    trust = ", trust_remote_code=True" if job.gates.target.custom_code else ""
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained(FOLDER, num_experts_per_tok={job.topk}{trust})\n"
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
+        "```"
+    )
+
+
+def _topks(job: Export, proof: dict[str, Any] | None) -> str:
+    text = (
+        f"## Active experts\n\n`num_experts_per_tok` may be any number from 1 to "
+        f"{job.run.model.num_experts} and is {job.topk} by default."
+    )
+    if proof is None:
+        return text + "  The numbers of this folder were not proved."
+    rows = [f"| {row['topk']} | {row['perplexity_hf']:.4f} |" for row in proof["results"]]
+    table = "\n".join(["| k | perplexity |", "|---|---|", *rows])
+    return f"{text}  Perplexity on {proof['tokens']} tokens ({proof['data']}):\n\n{table}"
+
+
+def _limits(job: Export) -> str:
+    lines = [
+        f"`certificate.json` holds digests of all files and tensors and the proof that transformers computes "
+        f"what the training program computed (weights in {job.dtype}).  "
+        f"`mhr export-hf --verify FOLDER` checks a copy."
+    ]
+    padded = job.run.model.make_vocab_size_divisible_by
+    lines.append(
+        f"The embedding has rows for ids up to the next multiple of {padded}; ids that the tokenizer does "
+        f"not have were never trained."
+    )
+    if job.run.model.moe_expert_capacity_factor is not None:
+        lines.append("Training dropped tokens over an expert's capacity; this model drops none.")
+    return "## Limits\n\n" + "\n\n".join(lines)

@@ -1,0 +1,96 @@
+"""What ``certificate.json`` says: where a folder comes from, what it holds, and what was proved of it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.checkpoint.folder import read_manifest
+from megatron_hyperrouter.checkpoint.tensor_files import digest_of_bytes
+from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
+from megatron_hyperrouter.export.names import Sizes
+from megatron_hyperrouter.export.sources import weight_reader
+from megatron_hyperrouter.export.verify import CERTIFICATE, FORMAT
+from megatron_hyperrouter.files import write_json
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.export.folder import Export
+    from megatron_hyperrouter.routers.base import Router
+
+_LIBRARIES = ("torch", "safetensors", "tokenizers")
+
+
+def source(run: RunConfig, checkpoint: Path, routers: list[Router]) -> dict[str, Any]:
+    """Which weights of which run these are."""
+    manifest = read_manifest(checkpoint)
+    hashes = [getattr(router, "frozen_hash", None) for router in routers]
+    return {
+        "run": Path(run.logging.run_dir).name,
+        "checkpoint": checkpoint.name,
+        "step": manifest["step"],
+        "router": run.router.name,
+        "frozen_hash": [None if each is None else bytes(each.flatten().tolist()).hex() for each in hashes],
+        "files": manifest["files"],
+        "weights_sha256": weight_reader(checkpoint).digest(),
+    }
+
+
+def certificate(
+    job: Export,
+    folder: Path,
+    *,
+    came_from: dict[str, Any],
+    tensors: dict[str, str],
+    proof: dict[str, Any] | None,
+    bounds: dict[str, float],
+) -> dict[str, Any]:
+    """The certificate of a folder that lacks nothing else."""
+    model, sizes = job.run.model, Sizes.of(job.run.model)
+    text = tokenizer_json(job.tokenizer)
+    return {
+        "format": FORMAT,
+        "product": {"name": "megatron-hyperrouter", "version": _version("megatron-hyperrouter")},
+        "versions": {
+            **{name: _version(name) for name in _LIBRARIES},
+            **(proof["versions"] if proof else {}),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+        "source": came_from,
+        "model": {
+            "class": job.gates.target.architecture,
+            "custom_code": job.gates.target.custom_code,
+            "dtype": job.dtype,
+            "topk": job.topk,
+            "router": job.gates.options,
+            "norm_epsilon": model.norm_epsilon,
+            "rotary_base": model.rotary_base,
+            "tied": sizes.tied,
+            "qk_layernorm": sizes.qk_norm,
+            "head_width": sizes.heads.channels,
+            "tokenizer_sha256": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        },
+        "tensors": tensors,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": digest_of_bytes(path)}
+            for path in sorted(folder.iterdir())
+        },
+        "proof": proof,
+        "bounds": bounds,
+    }
+
+
+def write_certificate(folder: Path, content: dict[str, Any]) -> None:
+    """The last file: a folder without one is unfinished."""
+    write_json(folder / CERTIFICATE, content)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,144 @@
+"""Routers as what a Hugging Face folder holds: a folded matrix for a class of transformers, or the gate of
+our own modeling file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.export.names import PACKED
+from megatron_hyperrouter.export.target import (
+    CHOICE_BIAS,
+    Target,
+    choose,
+    no_class,
+    qwen3_moe,
+    refuse_unknown,
+)
+from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers.stablemoe import StableMoERouter
+from megatron_hyperrouter.routers.xmoe import XMoERouter
+
+MODELING_FILE = "modeling_hyperrouter.py"
+
+
+class Gates(NamedTuple):
+    """What the routers of a run become."""
+
+    target: Target
+    tensors: dict[
+        str, Tensor
+    ]  # our global name of the router's tensor (``decoder.layers.0.mlp.router.weight``) -> tensor
+    options: dict[str, Any]  # of the folded router, or of our own gate
+
+
+def standard_gates(run: RunConfig, routers: list[Router]) -> Gates:
+    """The gates of a class of transformers; CheckpointError with the reason where there is none."""
+    folded = [_folded(router) for router in routers]
+    options = folded[0].config
+    target = choose(run, options)
+    tensors: dict[str, Tensor] = {}
+    for layer, router in enumerate(folded):
+        prefix = f"decoder.layers.{layer}.mlp.router."
+        W_ED, _ = router.linear()
+        tensors[f"{prefix}weight"] = W_ED.detach().float()
+        if CHOICE_BIAS in target.router_leaves:
+            bias = getattr(router, "choice_bias_E", None)
+            zeros_E = torch.zeros(run.model.num_experts)
+            tensors[prefix + CHOICE_BIAS] = zeros_E if bias is None else bias.detach().float()
+    kept = ("score_function", "pre_softmax", "renormalise", "expert_bias", "bias")
+    return Gates(target, tensors, {name: getattr(options, name) for name in kept})
+
+
+def _folded(router: Router) -> Any:
+    try:
+        return router.fold()
+    except NotImplementedError as error:
+        raise no_class(str(error)) from error
+
+
+def custom_gates(run: RunConfig, routers: list[Router], *, rows: int) -> Gates:
+    """The gates of ``huggingface/modeling_hyperrouter.py``; ``rows`` of the embedding."""
+    if run.model.mlp_type != "standard":
+        raise no_class("--mlp-type residual, which the modeling file does not have either")
+    refuse_unknown(run, None)
+    kind: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for layer, router in enumerate(routers):
+        with torch.no_grad():
+            kind, own = _gate(router, rows)
+        tensors |= {
+            f"decoder.layers.{layer}.mlp.router.{leaf}": tensor.detach().float()
+            for leaf, tensor in own.items()
+        }
+    leaves = tuple(
+        name.removeprefix("decoder.layers.0.mlp.router.") for name in tensors if ".layers.0." in name
+    )
+    plain = qwen3_moe(run, renormalise=True)
+    module = MODELING_FILE.removesuffix(".py")
+    fields = {
+        **plain.fields,
+        "hyperrouter": {**kind, "qk_norm": run.model.qk_layernorm},
+        "auto_map": {
+            "AutoConfig": f"{module}.HyperRouterConfig",
+            "AutoModelForCausalLM": f"{module}.HyperRouterForCausalLM",
+        },
+    }
+    target = replace(
+        plain,
+        architecture="HyperRouterForCausalLM",
+        model_type="hyperrouter_moe",
+        # transformers joins single experts for the model types that it knows, and for no other
+        naming=PACKED,
+        fields=fields,
+        router_leaves=leaves,
+        custom_code=True,
+    )
+    return Gates(target, tensors, kind)
+
+
+def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    kind: dict[str, Any]
+    own: dict[str, Tensor]
+    if isinstance(router, StableMoERouter):
+        kind = {"scores": "linear", "weights": "sigmoid", "renormalise": False, "bias": False}
+        own = {"weight": router.centroid_ED}
+        if int(router.frozen_at) < 0:
+            return kind | {"choice": "scores"}, own
+        words, size = router.frozen_word_VW.shape
+        word = torch.zeros(rows, size)
+        word[:words] = router.frozen_word_VW
+        own |= {"word": word, "word_centroid": router.frozen_centroid_EW}
+        return kind | {"choice": "words", "word_size": size}, own
+    if isinstance(router, XMoERouter) and router.config.normalize_input:
+        own = {"projection": router.projection_PD, "embedding": router.embedding_EP}
+        kind = {
+            "scores": "cosine",
+            "weights": router.config.score_function,
+            "renormalise": router.config.renormalise,
+            "bias": False,
+            "choice": "scores",
+            "projection_size": router.projection_PD.size(0),
+        }
+        return kind, own | {"temperature": router.temperature()}
+    folded = _folded(router)
+    W_ED, bias_E = folded.linear()
+    options = folded.config
+    kind = {
+        "scores": "linear",
+        "weights": "kept" if options.renormalised_anyway else options.score_function,
+        "renormalise": options.renormalise,
+        "bias": bias_E is not None,
+        "choice": "biased" if options.expert_bias else "scores",
+    }
+    own = {"weight": W_ED}
+    if bias_E is not None:
+        own["bias"] = bias_E
+    if options.expert_bias:
+        own[CHOICE_BIAS] = folded.choice_bias_E
+    return kind, own

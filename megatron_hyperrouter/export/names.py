@@ -1,0 +1,181 @@
+"""Where each tensor of a Hugging Face folder lies among our global names, and how to cut it out and put it
+back.
+
+Legend: ``G`` key/value heads, ``N`` query heads, ``C`` channels of a head, ``D`` hidden size, ``E`` experts,
+``F`` width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.config.tree import ModelConfig
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
+
+FINAL_NORM, OUTPUT = "decoder.final_layernorm.weight", "output_layer.weight"
+
+
+class Part(Enum):
+    """Which part of our tensor a Hugging Face tensor is."""
+
+    WHOLE = "whole"
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    GATE = "gate"
+    UP = "up"
+    STACK = "stack"  # all experts in one tensor
+    ROUTER = "router"  # made by folding: no tensor of ours has it
+
+
+class Place(NamedTuple):
+    """The tensors of ours that a Hugging Face tensor comes from."""
+
+    ours: tuple[str, ...]
+    part: Part = Part.WHOLE
+
+
+class Heads(NamedTuple):
+    """Sizes of the attention."""
+
+    queries: int
+    groups: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides which tensors a model has."""
+
+    num_layers: int
+    num_experts: int
+    heads: Heads
+    qk_norm: bool
+    tied: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Sizes:
+        """Of a run's settings."""
+        queries = model.num_attention_heads
+        channels = model.kv_channels or model.hidden_size // queries
+        return cls(
+            num_layers=model.num_layers,
+            num_experts=model.num_experts,
+            heads=Heads(queries, model.num_query_groups or queries, channels),
+            qk_norm=model.qk_layernorm,
+            tied=not model.untie_embeddings_and_output_weights,
+        )
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a class of transformers names its MoE layer; the rest of the layer has one name in all of them."""
+
+    moe: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    packed: bool = False  # experts stacked in two tensors instead of one by one
+
+
+QWEN = Naming()
+MIXTRAL = Naming(moe="block_sparse_moe", gate="w1", up="w3", down="w2")
+PACKED = Naming(packed=True)
+
+_ALIKE = {  # Hugging Face's name inside a layer -> ours
+    "input_layernorm.weight": "input_layernorm.weight",
+    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+}
+_QK_NORMS = {
+    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+}
+_QKV = {"q": Part.QUERY, "k": Part.KEY, "v": Part.VALUE}
+
+
+def places(sizes: Sizes, naming: Naming, router_leaves: Sequence[str] = ("weight",)) -> dict[str, Place]:
+    """Hugging Face's name -> place, in the order of the layers; ``router_leaves``: the router's tensors
+    there.
+    """
+    found = {"model.embed_tokens.weight": Place((WORD_EMBEDDINGS,))}
+    for layer in range(sizes.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        found |= _attention(ours, theirs, sizes)
+        router = f"{ours}mlp.router."
+        found |= {
+            f"{theirs}{naming.moe}.gate.{leaf}": Place((router + leaf,), Part.ROUTER)
+            for leaf in router_leaves
+        }
+        found |= _experts(ours, theirs, sizes.num_experts, naming)
+    found["model.norm.weight"] = Place((FINAL_NORM,))
+    if not sizes.tied:
+        found["lm_head.weight"] = Place((OUTPUT,))
+    return found
+
+
+def _attention(ours: str, theirs: str, sizes: Sizes) -> dict[str, Place]:
+    qkv = (f"{ours}self_attention.linear_qkv.weight",)
+    found = {f"{theirs}self_attn.{leaf}_proj.weight": Place(qkv, part) for leaf, part in _QKV.items()}
+    alike = _ALIKE | (_QK_NORMS if sizes.qk_norm else {})
+    return found | {theirs + hf: Place((ours + own,)) for hf, own in alike.items()}
+
+
+def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[str, Place]:
+    first, second = (
+        tuple(f"{ours}mlp.experts.local_experts.{expert}.linear_{fc}.weight" for expert in range(num_experts))
+        for fc in ("fc1", "fc2")
+    )
+    experts = f"{theirs}{naming.moe}.experts."
+    if naming.packed:
+        return {
+            f"{experts}gate_up_proj": Place(first, Part.STACK),
+            f"{experts}down_proj": Place(second, Part.STACK),
+        }
+    found: dict[str, Place] = {}
+    for expert in range(num_experts):
+        found |= {
+            f"{experts}{expert}.{naming.gate}.weight": Place((first[expert],), Part.GATE),
+            f"{experts}{expert}.{naming.up}.weight": Place((first[expert],), Part.UP),
+            f"{experts}{expert}.{naming.down}.weight": Place((second[expert],)),
+        }
+    return found
+
+
+def cut(ours: Sequence[Tensor], part: Part, heads: Heads) -> Tensor:
+    """The Hugging Face tensor out of ours; works on the meta device as well."""
+    if part is Part.STACK:
+        return torch.stack(list(ours))
+    (whole,) = ours
+    if part in (Part.GATE, Part.UP):  # [gate; up]
+        return whole.chunk(2)[part is Part.UP].contiguous()
+    if part in (Part.QUERY, Part.KEY, Part.VALUE):
+        # megatron-core: for each group its query heads, then its key, then its value
+        per_group = heads.queries // heads.groups
+        rows = whole.view(heads.groups, per_group + 2, heads.channels, -1)
+        chosen = {
+            Part.QUERY: slice(per_group),
+            Part.KEY: slice(per_group, per_group + 1),
+            Part.VALUE: slice(per_group + 1, None),
+        }
+        return rows[:, chosen[part]].reshape(-1, whole.size(-1)).contiguous()
+    return whole
+
+
+def join(parts: Mapping[Part, Tensor], heads: Heads) -> Tensor:
+    """Our tensor out of its parts: the inverse of :func:`cut`; stacks are taken apart by index."""
+    if Part.GATE in parts:
+        return torch.cat((parts[Part.GATE], parts[Part.UP]))
+    if Part.QUERY not in parts:
+        return parts[Part.WHOLE]
+    groups, channels = heads.groups, heads.channels
+    query = parts[Part.QUERY].view(groups, heads.queries // groups, channels, -1)
+    key, value = (parts[part].view(groups, 1, channels, -1) for part in (Part.KEY, Part.VALUE))
+    rows = (heads.queries + 2 * groups) * channels
+    return torch.cat((query, key, value), 1).reshape(rows, -1).contiguous()

@@ -1,0 +1,95 @@
+"""A checkpoint as the source of an export: checked files, settings that bear on the function alone, and its
+routers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
+from megatron_hyperrouter.checkpoint.streams import TensorReader
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.routing import make_router
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
+from megatron_hyperrouter.routers.base import Router
+
+
+def weight_reader(checkpoint: Path) -> TensorReader:
+    """The weights that the checkpoint's manifest lists."""
+    files = read_manifest(checkpoint)["files"]
+    names = sorted(name for name in files if name.startswith("weights-") and name.endswith(".safetensors"))
+    if not names:
+        raise CheckpointError(
+            f"{checkpoint} has no weights", remedy="name a run folder or one of its checkpoints"
+        )
+    return TensorReader(checkpoint / name for name in names)
+
+
+def vocabulary_rows(reader: TensorReader) -> int:
+    """Rows of the embedding."""
+    if WORD_EMBEDDINGS not in reader:
+        raise CheckpointError(
+            f"the checkpoint has no {WORD_EMBEDDINGS}", remedy="name a checkpoint of this project"
+        )
+    return reader.meta(WORD_EMBEDDINGS).size(0)
+
+
+def plain_run(run: RunConfig) -> RunConfig:
+    """The run's model as a single text sees it: float32, no tokens dropped, no borders of documents."""
+    return replace(
+        run,
+        model=replace(run.model, moe_expert_capacity_factor=None),
+        train=replace(run.train, bf16=False),
+        data=replace(
+            run.data,
+            reset_attention_mask=False,
+            reset_position_ids=False,
+            eod_mask_loss=False,
+            pack_documents=False,
+        ),
+    )
+
+
+def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> list[Router]:
+    """The router of each layer with the checkpoint's weights."""
+    found: list[Router] = []
+    for layer in range(run.model.num_layers):
+        router = make_router(run, layer + 1, vocab_size=vocab_size)
+        prefix = f"decoder.layers.{layer}.mlp.router."
+        names = [prefix + name for name in router.state_dict()]
+        if missing := [name for name in names if name not in reader]:
+            raise CheckpointError(
+                f"the checkpoint has no {missing[0]}: it is of another router than {run.router.name!r}",
+                remedy="use the settings of the run that wrote it",
+            )
+        router.load_state_dict({name.removeprefix(prefix): reader.read(name) for name in names})
+        router.eval()
+        found.append(router)
+    return found
+
+
+class _OnePlace:
+    rank, world_size = 0, 1
+
+
+class _OneProcess:
+    """The ranks that check a checkpoint's files: this process alone."""
+
+    place = _OnePlace()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Nobody else is asked."""
+        return flag
+
+    def first_word(self, word: str) -> str:
+        """Nobody else is asked."""
+        return word
+
+
+def check_files(checkpoint: Path) -> None:
+    """Compare every file with the checkpoint's manifest; CheckpointError names the one that is missing or
+    altered.
+    """
+    verify(checkpoint, _OneProcess())

@@ -1,0 +1,73 @@
+"""A folder beside its certificate; the standard library alone, so that any machine can check a copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.checkpoint.tensor_files import digest_of_bytes, read_header
+from megatron_hyperrouter.errors import CheckpointError
+
+CERTIFICATE = "certificate.json"
+FORMAT = 1
+
+
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """The certificate; CheckpointError where there is none, or none that this version reads."""
+    path = folder / CERTIFICATE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known, _, _ = found["format"], dict(found["files"]), dict(found["tensors"])
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no {CERTIFICATE}: it is not an export, or an unfinished one",
+            remedy="name a folder that export-hf has written",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}", remedy="restore it from a copy") from error
+    if known != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {known}; this program reads format {FORMAT}",
+            remedy="use the version that wrote it",
+        )
+    return dict(found)
+
+
+def differences(folder: Path, certificate: dict[str, Any]) -> list[str]:
+    """What of the folder is not as certified: files and tensors that are missing, altered or too many."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for name, wanted in certificate["files"].items():
+        found += _differences_of_file(folder / name, wanted, certificate["tensors"], seen)
+    found += [f"{tensor}: in no file" for tensor in sorted(set(certificate["tensors"]) - seen)]
+    extra = {path.name for path in folder.iterdir()} - set(certificate["files"]) - {CERTIFICATE}
+    return found + [f"{name}: not in the certificate" for name in sorted(extra)]
+
+
+def _differences_of_file(
+    path: Path, wanted: dict[str, Any], tensors: dict[str, str], seen: set[str]
+) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path.name}: missing"
+        return
+    if (size := path.stat().st_size) != wanted["bytes"]:
+        yield f"{path.name}: {size} bytes; {wanted['bytes']} were written"
+    altered = digest_of_bytes(path) != wanted["sha256"]
+    told = False
+    if path.suffix == ".safetensors":
+        try:
+            entries = read_header(path)
+        except (OSError, ValueError) as error:
+            yield f"{path.name}: {error}"
+            return
+        for entry in entries:
+            seen.add(entry.name)
+            if entry.name not in tensors:
+                yield f"{path.name}: {entry.name} is not in the certificate"
+            elif altered and digest_of_bytes(path, entry.begin, entry.end) != tensors[entry.name]:
+                told = True
+                yield f"{path.name}: {entry.name} ({entry.dtype} {list(entry.shape)}) was altered"
+    if altered and not told and size == wanted["bytes"]:
+        yield f"{path.name}: was altered"

@@ -1,0 +1,106 @@
+"""A mixture of experts with a router that no class of transformers has; ``config.hyperrouter`` describes it.
+
+Written by megatron_hyperrouter; needs transformers 5 and ``trust_remote_code=True``.  The gate scores
+(``linear``, ``cosine``), weighs (``kept``, ``softmax``, ``sigmoid``) and chooses experts (by ``scores``,
+``biased``, ``words``).
+
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``P`` projection, ``V``
+vocabulary, ``W`` word features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+
+class HyperRouterConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's settings and the gate's."""
+
+    model_type = "hyperrouter_moe"
+
+    def __init__(self, hyperrouter: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.hyperrouter = hyperrouter
+        super().__init__(**kwargs)
+
+
+class RoutedGate(nn.Module):
+    """The gate, in float32 whatever the model's dtype; returns what Qwen3-MoE's gate returns."""
+
+    def __init__(self, config: HyperRouterConfig) -> None:
+        super().__init__()
+        self.kind = dict(config.hyperrouter)
+        self.top_k = config.num_experts_per_tok
+        self.ids_T: Tensor | None = None
+        E, D = config.num_experts, config.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"weight": (E, D)}
+        if self.kind["scores"] == "cosine":
+            P = self.kind["projection_size"]
+            shapes = {"projection": (P, D), "embedding": (E, P), "temperature": (1,)}
+        if self.kind["bias"]:
+            shapes["bias"] = (E,)
+        if self.kind["choice"] == "biased":
+            shapes["e_score_correction_bias"] = (E,)
+        if self.kind["choice"] == "words":
+            W = self.kind["word_size"]
+            shapes |= {"word": (config.vocab_size, W), "word_centroid": (E, W)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (logits_TE, weights_TK, experts_TK)."""
+        x_TD = hidden_states.reshape(-1, hidden_states.size(-1)).float()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self._logits(x_TD)
+            order_TE = torch.sort(self._choice(logits_TE), dim=-1, descending=True, stable=True).indices
+            experts_TK = order_TE[:, : self.top_k]
+            if self.kind["weights"] == "kept":
+                weights_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
+            else:
+                weights_TK = self._scores(logits_TE).gather(-1, experts_TK)
+            if self.kind["renormalise"]:
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return logits_TE, weights_TK.to(hidden_states.dtype), experts_TK
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if self.kind["scores"] == "cosine":
+            point_TP = F.normalize(F.linear(x_TD, self.projection.float()), dim=-1, eps=1e-6)
+            embedding_EP = F.normalize(self.embedding.float(), dim=-1, eps=1e-6)
+            return F.linear(point_TP, embedding_EP) / self.temperature.float()
+        return F.linear(x_TD, self.weight.float(), self.bias.float() if self.kind["bias"] else None)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.sigmoid() if self.kind["weights"] == "sigmoid" else logits_TE.softmax(-1)
+
+    def _choice(self, logits_TE: Tensor) -> Tensor:
+        if self.kind["choice"] == "words":
+            words_TW = F.embedding(self.ids_T, self.word).float()
+            return F.linear(words_TW, self.word_centroid.float())
+        if self.kind["choice"] == "biased":
+            return self._scores(logits_TE) + self.e_score_correction_bias.float()
+        return logits_TE
+
+
+class HyperRouterForCausalLM(Qwen3MoeForCausalLM):
+    """Qwen3-MoE with :class:`RoutedGate`, and without q/k norms where the run had none."""
+
+    config_class = HyperRouterConfig
+
+    def __init__(self, config: HyperRouterConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.gate = RoutedGate(config)
+            if not config.hyperrouter["qk_norm"]:
+                layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+        self.post_init()
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """As Qwen3-MoE's; a gate that chooses by words is given the ids."""
+        if self.config.hyperrouter["choice"] == "words":
+            for layer in self.model.layers:
+                layer.mlp.gate.ids_T = input_ids.reshape(-1)
+        return super().forward(input_ids=input_ids, **kwargs)

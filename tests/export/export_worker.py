@@ -1,0 +1,59 @@
+"""Makes the run folders of the table in one process, exports them, and writes what their engines compute."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from export.cases import CASES, REFUSED, Case
+from export.untrained import make_run
+
+from megatron_hyperrouter.commands.models.export_hf import export_of, main, read_flags
+from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.proof.exports import product_side
+from megatron_hyperrouter.proof.samples import proof_rows
+
+TOPKS, SAMPLES, PROMPT = (1, 2, 4, 8), 3, 16
+
+
+def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
+    """Make the run and export it without a proof; the product's numbers go beside it."""
+    make_run(home / "run", text, case.settings)
+    flags = ["--load", home / "run", "--output", home / "folder", "--no-proof", *shlex.split(case.flags)]
+    words = [str(word) for word in flags]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(words)
+    except HyperRouterError as error:
+        return {"refused": str(error), "status": error.exit_status, "left": [p.name for p in home.iterdir()]}
+    job, _ = export_of(read_flags(words))
+    rows_BS, _ = proof_rows(job.run, job.tokenizer.vocab_size, samples=SAMPLES)
+    prompt = [int(token) for token in rows_BS[0, :PROMPT]]
+    (home / "reference").mkdir()
+    own = product_side(job, rows_BS, TOPKS, prompt, home / "reference")
+    return {"architecture": job.gates.target.architecture, "prompt": prompt, "greedy": own}
+
+
+def run_all() -> None:
+    """All cases of the task."""
+    task, answer = (Path(argument) for argument in sys.argv[1:])
+    torch.set_num_threads(1)
+    skip_shm_build()
+    asked = json.loads(task.read_text(encoding="utf-8"))
+    table = CASES | REFUSED
+    told = {
+        name: one(table[name], answer.parent / str(number), Path(asked["text"]))
+        for number, name in enumerate(asked["cases"])
+    }
+    answer.write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_all()

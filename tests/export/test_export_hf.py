@@ -1,0 +1,188 @@
+"""Exported runs in transformers' own classes: the same logits, experts, losses and text, for every k."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from export.cases import CASES, REFUSED
+from program.launched import Zygote
+from program.settings import write_text
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_hyperrouter.export.names import Heads, Part, join
+from megatron_hyperrouter.proof.bounds import faults
+
+pytestmark = pytest.mark.processes
+WORKER = Path(__file__).with_name("export_worker.py")
+TOPKS = (1, 2, 4, 8)
+
+
+@dataclass
+class Made:
+    """What the worker left."""
+
+    folder: Path
+    told: dict[str, dict[str, Any]]
+
+    def home(self, case: str) -> Path:
+        return self.folder / str(list(self.told).index(case))
+
+    def task(self, case: str, **more: Any) -> dict[str, Any]:
+        """What the other side is asked about a case."""
+        home, told = self.home(case), self.told[case]
+        return {
+            "folder": str(home / "folder"),
+            "reference": str(home / "reference"),
+            "topks": list(TOPKS),
+            "dtype": "float32",
+            "custom_code": told["architecture"] == "HyperRouterForCausalLM",
+            "prompt": told["prompt"],
+            "prompt_topk": int(next(iter(told["greedy"]))),
+            "new_tokens": 16,
+        } | more
+
+
+@pytest.fixture(scope="module")
+def made(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The runs of the table, exported."""
+    folder = tmp_path_factory.mktemp("export-hf")
+    text = write_text(folder / "text")
+    task = {"text": str(text), "cases": [*CASES, *REFUSED]}
+    return Made(folder, run_ranks(zygote, WORKER, task, ranks=1, folder=folder))
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The other side, in this process: its imports cost more than the table."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        from megatron_hyperrouter.huggingface.compare import answer
+
+        yield answer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_computes_the_same(made: Made, answer: Any, case: str) -> None:
+    told = made.told[case]
+    assert told.get("architecture") == CASES[case].architecture, told
+    found = answer(made.task(case))
+    assert faults(found, "float32", greedy=told["greedy"]) == []
+    for result in found["results"]:
+        assert result["equal_argmax"] == 1.0 and min(result["equal_experts"]) == 1.0
+        assert result["loss_hf"] == pytest.approx(result["loss"], abs=2e-6)
+        assert result["logits_std"] > 0.3  # a model that says something
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_no_class_computes_is_refused(made: Made, reason: str) -> None:
+    told = made.told[reason]
+    assert reason in told["refused"] and told["status"] == 4
+    assert told["left"] == ["run"]
+
+
+# ---------------------------------------------------------------------------- the proof's own worth
+Edit = Callable[[dict[str, Any], dict[str, Tensor]], None]  # changes config.json and the tensors
+
+
+def exchange(first: str, second: str) -> Edit:
+    """Swap all tensors whose names differ in these words alone."""
+
+    def edit(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if first in name]:
+            other = name.replace(first, second)
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    return edit
+
+
+def settings(**values: Any) -> Edit:
+    """Other values in ``config.json``."""
+    return lambda config, _tensors: config.update(values)
+
+
+def changed(word: str, function: Callable[[Tensor], Tensor]) -> Edit:
+    """A function of the tensors whose name has this word."""
+
+    def edit(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if word in name]:
+            tensors[name] = function(tensors[name])
+
+    return edit
+
+
+def interleaved(weight: Tensor) -> Tensor:
+    """Rows of a query or key matrix in the order of RoPE's other convention."""
+    channels = 8
+    return weight.view(-1, 2, channels // 2, weight.size(-1)).transpose(1, 2).reshape(weight.shape)
+
+
+def without_groups(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The joined matrix cut in three, as if it were not laid out by groups."""
+    heads = Heads(4, 2, 8)
+    for layer in range(2):
+        names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
+        parts = dict(zip((Part.QUERY, Part.KEY, Part.VALUE), (tensors[name] for name in names), strict=True))
+        cut_anew = join(parts, heads).split((32, 16, 16))
+        tensors.update(zip(names, cut_anew, strict=True))
+
+
+def tensor_left_out(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.self_attn.q_norm.weight"]
+
+
+def expert_left_out(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.experts.3.down_proj.weight"]
+
+
+FAULTS: dict[str, Edit] = {
+    "norm_topk_prob left at its default": settings(norm_topk_prob=False),
+    "rms_norm_eps left at its default": settings(rms_norm_eps=1e-6),
+    "another theta": settings(rope_theta=1e6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "q and k norms swapped": exchange("q_norm", "k_norm"),
+    "input and post-attention norms swapped": exchange("input_layernorm", "post_attention_layernorm"),
+    "gate and up swapped": exchange("gate_proj", "up_proj"),
+    "router rounded to bfloat16": changed(".mlp.gate.", lambda weight: weight.bfloat16().float()),
+    "router rows rolled by one expert": changed("layers.0.mlp.gate.", lambda weight: weight.roll(1, 0)),
+    "q rows in interleaved RoPE order": changed(".q_proj.", interleaved),
+    "qkv cut without regard to groups": without_groups,
+    "a tensor left out": tensor_left_out,
+    "an expert left out": expert_left_out,
+    "a tensor too many": lambda _config, tensors: tensors.update(extra=torch.zeros(2)),
+    "numbers that are not finite": changed("norm.weight", lambda weight: weight.fill_(torch.nan)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_proof_fails_for_a_wrong_export(made: Made, answer: Any, fault: str, tmp_path: Path) -> None:
+    source = made.home("hyper") / "folder"
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    FAULTS[fault](config, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = answer(made.task("hyper", folder=str(tmp_path), topks=[4]))
+    assert faults(found, "float32", greedy=made.told["hyper"]["greedy"])
+
+
+def test_bfloat16_is_bound_by_experts_and_perplexity() -> None:
+    result = {
+        "topk": 2,
+        "finite": True,
+        "equal_experts": [0.99, 0.98],
+        "perplexity": 40.0,
+        "perplexity_hf": 40.1,
+    }
+    told = {"problems": [], "generated": {}}
+    assert faults({**told, "results": [result]}, "bfloat16") == []
+    for worse in ({"equal_experts": [0.99, 0.96]}, {"perplexity_hf": 40.3}, {"finite": False}):
+        assert faults({**told, "results": [result | worse]}, "bfloat16")
