@@ -83,6 +83,7 @@ setup(
     extras_require={
         # faster encoding, Parquet, .zst
         "data": ["gigatoken>=0.10,<0.11", "pyarrow>=15", "zstandard>=0.20"],
+        "hf": ["transformers>=4.57,<6"],  # the proof of export-hf and import-hf
         "plots": ["matplotlib>=3.7"],  # of the tools that compare runs
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],

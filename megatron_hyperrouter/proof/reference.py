@@ -25,7 +25,7 @@ def write_reference(engine: Engine, rows_BS: Tensor, topks: Sequence[int], folde
     process.
     """
     save_file(
-        {"tokens_BS": rows_BS[:, :-1].contiguous(), "labels_BS": rows_BS[:, 1:].contiguous()},
+        {"tokens_BS": rows_BS[:, :-1].clone(), "labels_BS": rows_BS[:, 1:].clone()},
         folder / "tokens.safetensors",
     )
     for k in topks:

@@ -17,6 +17,7 @@ from export.untrained import make_run
 from megatron_hyperrouter.commands.models.export_hf import export_of, main, read_flags
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.proof import exports
 from megatron_hyperrouter.proof.exports import product_side
 from megatron_hyperrouter.proof.samples import proof_rows
 
@@ -41,6 +42,40 @@ def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
     return {"architecture": job.gates.target.architecture, "prompt": prompt, "greedy": own}
 
 
+def proved(home: Path) -> dict[str, Any]:
+    """The whole command with its proof in a child process; then with a child that tells other numbers."""
+    words = ["--load", str(home / "run"), "--proof-topk", "2", "--proof-samples", "1", "--license", "mit"]
+    words += ["--dtype", "bfloat16", "--topk", "3"]
+    answers: list[dict[str, Any]] = []
+
+    def noted(task: dict[str, Any], python: str | None = None) -> dict[str, Any]:
+        answers.append(ask(task, python=python))
+        return answers[-1]
+
+    def worse(task: dict[str, Any], python: str | None = None) -> dict[str, Any]:
+        answers[-1]["results"][0]["perplexity_hf"] *= 2
+        return answers[-1]
+
+    ask, exports.ask = exports.ask, noted
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*words, "--output", str(home / "proved")])
+        main(["--verify", str(home / "proved")])
+    missing = refusal([*words, "--output", str(home / "bad"), "--python", "/nowhere/python"])
+    exports.ask = worse
+    failed = refusal([*words, "--output", str(home / "bad")])
+    exports.ask = ask
+    return {"stdout": out.getvalue(), "failed": failed, "missing": missing}
+
+
+def refusal(words: list[str]) -> dict[str, Any]:
+    """The error that the command ends with."""
+    try:
+        main(words)
+    except HyperRouterError as error:
+        return {"message": str(error), "status": error.exit_status}
+    return {}
+
+
 def run_all() -> None:
     """All cases of the task."""
     task, answer = (Path(argument) for argument in sys.argv[1:])
@@ -52,6 +87,7 @@ def run_all() -> None:
         name: one(table[name], answer.parent / str(number), Path(asked["text"]))
         for number, name in enumerate(asked["cases"])
     }
+    told["proved"] = proved(answer.parent / "0")
     answer.write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_hyperrouter.export.names import Heads, Part, join
+from megatron_hyperrouter.export.verify import differences
 from megatron_hyperrouter.proof.bounds import faults
 
 pytestmark = pytest.mark.processes
@@ -87,6 +88,40 @@ def test_what_no_class_computes_is_refused(made: Made, reason: str) -> None:
     told = made.told[reason]
     assert reason in told["refused"] and told["status"] == 4
     assert told["left"] == ["run"]
+
+
+def test_the_command_proves_what_it_writes(made: Made) -> None:
+    home, told = made.folder / "0", made.told["proved"]
+    folder = home / "proved"
+    certificate = json.loads((folder / "certificate.json").read_text())
+    assert differences(folder, certificate) == []
+    assert [row["topk"] for row in certificate["proof"]["results"]] == [2, 3]
+    assert certificate["proof"]["tokens"] == 48 and certificate["proof"]["faults"] == []
+    assert certificate["model"]["dtype"] == "bfloat16" and certificate["source"]["step"] == 5
+    assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 3
+    assert {file.dtype for file in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "| 3 | " in card and "k grew from 2 to 4" in card
+    assert "are as certified" in told["stdout"]
+
+
+def test_a_proof_out_of_bounds_leaves_a_failed_folder(made: Made) -> None:
+    home, told = made.folder / "0", made.told["proved"]
+    assert told["failed"]["status"] == 4 and "k = 2: the perplexity is" in told["failed"]["message"]
+    assert not (home / "bad").exists() and (home / "bad.failed" / "certificate.json").is_file()
+    assert told["missing"]["status"] == 5
+    assert "/nowhere/python cannot be started" in told["missing"]["message"]
+    assert {path.name for path in home.iterdir()} == {"run", "folder", "reference", "proved", "bad.failed"}
+
+
+def test_the_tokenizer_goes_with_the_model(made: Made) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made.folder / "0" / "folder")
+    text = "def f(x):\n\treturn 'naïve café ☕' + x\r\n"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer.eos_token_id == 256 and tokenizer.bos_token_id is None
 
 
 # ---------------------------------------------------------------------------- the proof's own worth
