@@ -67,7 +67,7 @@ def _about_training(config: RunConfig) -> Iterator[str]:
     model, train, checkpoint = config.model, config.train, config.checkpoint
     if train.eval_iters and train.eval_interval > train.train_iters:
         yield (
-            f"no evaluation during training: --eval-interval = {train.eval_interval} is more than "
+            f"one evaluation, at the end: --eval-interval = {train.eval_interval} is more than "
             f"--train-iters = {train.train_iters}"
         )
     if checkpoint.save_interval > train.train_iters:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_hyperrouter.config.draft import Draft
-from megatron_hyperrouter.config.help import help_text
+from megatron_hyperrouter.config.help.router_listing import listed_routers
+from megatron_hyperrouter.config.help.text import help_text
 from megatron_hyperrouter.config.leaves import (
     ROUTER_PREFIX,
     Leaf,
@@ -29,6 +29,7 @@ from megatron_hyperrouter.config.leaves import (
 )
 from megatron_hyperrouter.config.reading.sources import YamlFile, read_flags, read_yaml
 from megatron_hyperrouter.config.reading.values import BadValue, convert
+from megatron_hyperrouter.config.reading.yaml_text import dump_yaml
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import ConfigError, Problem
 
@@ -48,12 +49,39 @@ def parse(
     """
     line = read_flags(argv)
     if "--help" in line.flags:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(help_text(routers, prog=prog))
+        _show_help(routers, prog=prog, topic=line.flags["--help"])
         raise SystemExit(0)
     words = line.pop("--config")
-    file = YamlFile("") if words is None else read_yaml(" ".join(words))
+    if words is None:
+        file = YamlFile("")
+    elif not words:
+        file = YamlFile("", readable=False)
+        line.problems.append(Problem("--config", "", "needs a file name", "write --config FILE.yaml"))
+    else:
+        file = read_yaml(" ".join(words))
     return Draft(routers, file, flags=line.flags, problems=line.problems).finish(world_size=world_size)
+
+
+def show_help_first(argv: Sequence[str], *, prog: str) -> bool:
+    """Show what ``--help`` asks for, without loading torch; False where nothing asks for it.
+
+    Raises ConfigError where the words after it are not a section.
+    """
+    flags = read_flags(argv).flags
+    if "--help" not in flags:
+        return False
+    try:
+        routers = listed_routers()
+    except ValueError:  # an unusual router: its file has to be imported
+        return False
+    _show_help(routers, prog=prog, topic=flags["--help"])
+    return True
+
+
+def _show_help(routers: Mapping[str, Any], *, prog: str, topic: Sequence[str]) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        width = shutil.get_terminal_size().columns
+        sys.stdout.write(help_text(routers, prog=prog, topic=topic, width=width))
 
 
 def load_file(
@@ -79,7 +107,7 @@ def dump(config: RunConfig) -> str:
     parts = []
     for section in sections():
         values = {
-            leaf.name: value_of(config, leaf.name)
+            leaf.name: _to_write(leaf, value_of(config, leaf.name))
             for leaf in tree_leaves().values()
             if leaf.section == section
         }
@@ -88,6 +116,13 @@ def dump(config: RunConfig) -> str:
     router = {name.removeprefix(ROUTER_PREFIX): value_of(config, name) for name in options}
     parts.append(_yaml("router", {"router": {"name": config.router.name, **router}}))
     return "\n".join(parts)
+
+
+def _to_write(leaf: Leaf, value: Any) -> Any:
+    """A path's dollar signs are doubled: reading fills in variables."""
+    if not leaf.is_path or value is None:
+        return value
+    return tuple(word.replace("$", "$$") for word in value) if leaf.is_tuple else value.replace("$", "$$")
 
 
 def make_folders(config: RunConfig) -> None:
@@ -156,7 +191,4 @@ def _option_leaves(config: RunConfig) -> Mapping[str, Leaf]:
 
 def _yaml(title: str, values: Mapping[str, object]) -> str:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    text = yaml.safe_dump(
-        plain, sort_keys=False, width=100
-    )  # not allow_unicode: PyYAML then loses the character U+0085
-    return f"# {title}\n{text}"
+    return f"# {title}\n{dump_yaml(plain)}"

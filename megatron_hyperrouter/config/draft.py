@@ -9,8 +9,16 @@ from typing import Any, Final, Literal
 
 from megatron_hyperrouter.config import check
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, sections, tree_leaves
+from megatron_hyperrouter.config.reading import foreign
 from megatron_hyperrouter.config.reading.sources import YamlFile
-from megatron_hyperrouter.config.reading.values import BadValue, convert, from_words, nearest, switched_off
+from megatron_hyperrouter.config.reading.values import (
+    BadValue,
+    convert,
+    from_file,
+    from_words,
+    nearest,
+    switched_off,
+)
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 from megatron_hyperrouter.errors import ConfigError, Problem
 
@@ -115,7 +123,7 @@ class Draft:
             return self._attempt(leaf, leaf.flag, override, lambda: convert(leaf, override))
         if in_file is not ABSENT:
             place = f"{leaf.flag} ({leaf.name} in {self.file.path})"
-            return self._attempt(leaf, place, in_file, lambda: convert(leaf, in_file))
+            return self._attempt(leaf, place, in_file, lambda: from_file(leaf, in_file))
         return leaf.default
 
     def _attempt(self, leaf: Leaf, place: str, shown: object, read: Callable[[], Any]) -> Any:
@@ -130,31 +138,34 @@ class Draft:
     def _report_unknown(self, router: str) -> None:
         """A problem for everything that no setting took."""
         for name, words in self.flags.items():
-            self._unknown(
-                name, name.removeprefix("--").replace("-", "_"), " ".join(words), "unknown flag", router
-            )
+            self._unknown(name, _plain(name), " ".join(words), "unknown flag", router)
         for name, value in self.overrides.items():
             self._unknown(flag(name), name, value, "unknown setting", router)
         for name, value in self.values.items():
-            self._unknown(
-                f"{name} in {self.file.path}", name.replace("-", "_"), value, "unknown setting", router
-            )
+            self._unknown(f"{name} in {self.file.path}", name, value, "unknown setting", router)
 
     def _unknown(self, place: str, name: str, value: object, rule: str, router: str) -> None:
         leaves = {**tree_leaves(), **self._options_of(router)}
-        off = {
-            leaf.off_flag.removeprefix("--").replace("-", "_"): leaf.name
-            for leaf in leaves.values()
-            if leaf.off_flag
-        }
-        close = nearest(name, [*leaves, *off, ROUTER_NAME, "config"])
+        off = {_plain(leaf.off_flag): leaf.name for leaf in leaves.values() if leaf.off_flag}
+        known = [*leaves, *off, ROUTER_NAME, "config"]
+        written = flag if place.startswith("--") else str
         owners = [other for other in self.routers if name in self._options_of(other)]
         if owners:
             rule = f"is an option of router {' and '.join(owners)}, not of {router}"
             remedy = f"leave it out, or take --router.name {owners[0]}"
-        elif close:
+        elif name in foreign.REMEDIES:
+            remedy = foreign.REMEDIES[name]
+        elif ours := foreign.OURS.get(name):
+            self.unsure.add(ours)
+            remedy = f"write {written(ours)}, its name here"
+        elif close := nearest(name, known):
             self.unsure.add(off.get(close, close))
-            remedy = f"did you mean {flag(close) if place.startswith('--') else close}?"
+            remedy = f"did you mean {written(close)}?"
         else:
             remedy = "leave it out; --help lists all settings"
         self.problems.append(Problem(place, value, rule, remedy))
+
+
+def _plain(flag_name: str) -> str:
+    """``--no-bf16`` -> ``no_bf16``."""
+    return flag_name.removeprefix("--").replace("-", "_")

@@ -5,11 +5,12 @@ looking at a data file.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from megatron_hyperrouter.config.reading.sources import load_yaml, parse_yaml
+from megatron_hyperrouter.config.reading.values import expanded
+from megatron_hyperrouter.config.reading.yaml_text import load_yaml, parse_yaml
 from megatron_hyperrouter.config.tree import DataConfig
 
 Mix = tuple[int, tuple[str, ...]]  # completed steps from which on, words of --data-path
@@ -43,13 +44,14 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot be read: {error}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError("is no list of mixes")
-    mixes = tuple(_mix(number, entry) for number, entry in enumerate(entries, start=1))
+        raise ValueError("must be a list of mixes")
+    fill = str if is_inline(given) else expanded  # what a run's config.yaml holds has been expanded
+    mixes = tuple(_mix(number, entry, fill) for number, entry in enumerate(entries, start=1))
     steps = [step for step, _ in mixes]
     if steps[0] != 0:
         raise ValueError(f"begins at step {steps[0]}, not 0")
     if any(later <= earlier for earlier, later in pairwise(steps)):
-        raise ValueError(f"has steps that do not rise: {', '.join(map(str, steps))}")
+        raise ValueError(f"from_step values must increase: {', '.join(map(str, steps))}")
     return mixes
 
 
@@ -58,7 +60,7 @@ def is_inline(schedule: str) -> bool:
     return schedule.lstrip().startswith("[")
 
 
-def _mix(number: int, entry: Any) -> Mix:
+def _mix(number: int, entry: Any, fill: Callable[[str], str]) -> Mix:
     if not isinstance(entry, dict) or set(entry) != {"from_step", "data_path"}:
         raise ValueError(f"entry {number} must have from_step and data_path, and nothing else")
     step, words = entry["from_step"], entry["data_path"]
@@ -72,7 +74,7 @@ def _mix(number: int, entry: Any) -> Mix:
         raise ValueError(
             f"entry {number}: data_path must be a list of prefixes, each optionally after its weight"
         )
-    path = tuple(str(word) for word in words)
+    path = tuple(fill(str(word)) for word in words)
     try:
         prefixes, _ = prefixes_and_weights(path)
     except ValueError as error:

@@ -56,3 +56,15 @@ class Plain:
 @pytest.fixture(scope="session")
 def routers() -> dict[str, Any]:
     return {"hyper": Hyper, "plain": Plain}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a YAML file and returns its path."""
+
+    def writer(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return writer

@@ -16,10 +16,17 @@ from dataclasses import replace
 
 from megatron_hyperrouter import console
 
+PROGRAM = "mhr train"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings -> data -> engine -> training; each stage refuses what the next one could not run."""
     # Imported here, where console.run() turns a library that is missing into a message and an exit status.
+    from megatron_hyperrouter.config.cli import show_help_first
+
+    words = sys.argv[1:] if argv is None else argv
+    if show_help_first(words, prog=PROGRAM):
+        return
     import torch
 
     from megatron_hyperrouter.config.check import warnings
@@ -38,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.train.resume import past_of
 
     config = parse(
-        sys.argv[1:] if argv is None else argv,
+        words,
         routers=ROUTERS,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )

@@ -1,24 +1,22 @@
-"""Reads raw settings from a command line and from a YAML file; checks syntax only, and collects every
-problem.
+"""Reads raw settings from a command line and from a YAML file: checks syntax only, collects every problem.
 
 argparse stops at the first mistake and the contract asks for all of them at once, so the few rules of flags
-stand here: ``--name value``, ``--name=value``, several words after one flag, and the last of two equal flags
-wins.
+are here: ``--name value``, ``--name=value``, several words after one flag, underscores count as dashes, and
+the last of two equal flags wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_hyperrouter.config.leaves import ROUTER_PREFIX
+from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, tree_leaves
+from megatron_hyperrouter.config.reading.yaml_text import compose, duplicates, value_of_node
 from megatron_hyperrouter.errors import Problem
 
-LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # put in front of ours by the deepspeed launcher
+LAUNCHER_FLAGS = ("--local-rank",)  # put in front of ours by the deepspeed launcher
 
 
 @dataclass
@@ -50,15 +48,12 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
-            words = line.flags[name] = [value] if equals else []
+            words = line.flags[name.replace("_", "-")] = [value] if equals else []
         elif word == "-h":
             words = line.flags["--help"] = []
         elif words is None:
-            line.problems.append(
-                Problem(
-                    "command line", word, "stands after no flag", "write --flag value; --help lists all flags"
-                )
-            )
+            remedy = "write --flag value; --help lists all flags"
+            line.problems.append(Problem("command line", word, "does not follow a flag", remedy))
         else:
             words.append(word)
     for name in LAUNCHER_FLAGS:
@@ -74,81 +69,66 @@ def read_yaml(path: str) -> YamlFile:
         return _unreadable(path, f"cannot be read ({error.strerror})", "name an existing YAML file")
     except UnicodeDecodeError as error:
         return _unreadable(path, f"is not UTF-8 text (byte {error.start})", "name a YAML file")
+    except ValueError as error:  # a NUL in the name
+        return _unreadable(repr(path), f"is not a file name ({error})", "name an existing YAML file")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        return _unreadable(
-            path, f"is not valid YAML{line}: {getattr(error, 'problem', None) or error}", "mend that line"
-        )
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a 13th month, a number of thousands of digits, nesting without end
-        return _unreadable(
-            path, f"holds a value that YAML cannot read ({error})", "write plain settings, one a line"
-        )
+        root = compose(text)
+        document = value_of_node(root)
+    except ValueError as error:
+        return _unreadable(path, str(error), "write plain settings, one a line: num_layers: 4")
     if document is None:
         return YamlFile(path)
     if not isinstance(document, dict):
+        kind = "list" if isinstance(document, list) else "single value"
         return _unreadable(
-            path,
-            f"must be a mapping of settings, is a {type(document).__name__}",
-            "write lines like num_layers: 4",
+            path, f"must be a mapping of settings, not a {kind}", "write lines like num_layers: 4"
         )
-    return _flatten(path, document, list(_duplicates(root, path)))
+    twice = [_twice(path, name, f"lines {first} and {line}") for name, first, line in duplicates(root)]
+    return _flatten(path, document, twice)
 
 
-def _flatten(path: str, document: dict[Any, Any], problems: list[Problem]) -> YamlFile:
-    values = {str(key): value for key, value in document.items() if key != "router"}
-    router = document.get("router", {})
-    if isinstance(router, dict):
-        options = {f"{ROUTER_PREFIX}{key}": value for key, value in router.items()}
-        twice = [key for key in options if key in values]
-        problems += [
-            Problem(f"{key} in {path}", values[key], "stands twice", "keep the one below router:")
-            for key in twice
-        ]
-        values |= options
-    else:
-        problems.append(
-            Problem(f"router in {path}", router, "must be a mapping", "write router: {name: hyper}")
-        )
-    return YamlFile(path, values, problems)
+def _flatten(path: str, document: dict[str, Any], problems: list[Problem]) -> YamlFile:
+    """The settings of a document; a section around some of them is reported, and they are read."""
+    file = YamlFile(path, {}, problems)
+    for key, value in document.items():
+        name = _name(key)
+        if name == "router" and isinstance(value, dict):
+            _add(
+                file,
+                ((ROUTER_PREFIX + _name(option), each) for option, each in value.items()),
+                "below router:",
+            )
+        elif name == "router":
+            remedy = "write router: {name: hyper}"
+            problems.append(
+                Problem(f"router in {path}", value, "must be a mapping of the router's options", remedy)
+            )
+        elif isinstance(value, dict) and name not in tree_leaves():
+            example = next(iter(value), "num_layers")
+            rule = "is a section; the settings of a file are flat"
+            remedy = f"write {example}: ... at the left margin, without {key}:"
+            problems.append(Problem(f"{key} in {path}", "", rule, remedy))
+            _add(file, ((_name(inner), each) for inner, each in value.items()), "outside of the section")
+        else:
+            _add(file, ((name, value),), "of them")
+    return file
+
+
+def _add(file: YamlFile, settings: Iterable[tuple[str, Any]], where: str) -> None:
+    for name, value in settings:
+        if name in file.values:
+            file.problems.append(_twice(file.path, name, file.values[name], f"keep the one {where}"))
+        file.values[name] = value
+
+
+def _name(key: str) -> str:
+    """A flag's spelling is accepted: ``hypernet-width`` for ``hypernet_width``."""
+    return key.removeprefix("--").replace("-", "_")
+
+
+def _twice(path: str, name: str, value: object, remedy: str = "keep one of them") -> Problem:
+    return Problem(f"{name} in {path}", value, "appears twice", remedy)
 
 
 def _unreadable(path: str, rule: str, remedy: str) -> YamlFile:
     return YamlFile(path, problems=[Problem("--config", path, rule, remedy)], readable=False)
-
-
-def _duplicates(root: yaml.Node | None, path: str) -> Iterator[Problem]:
-    """Keys that stand twice in one mapping, of which YAML would silently take the last."""
-    if not isinstance(root, yaml.MappingNode):
-        return
-    first_line: dict[str, int] = {}
-    for key, value in root.value:
-        line = key.start_mark.line + 1
-        if key.value in first_line:
-            yield Problem(
-                f"{key.value} in {path}",
-                f"lines {first_line[key.value]} and {line}",
-                "stands twice",
-                "keep one of them",
-            )
-        first_line.setdefault(str(key.value), line)
-        yield from _duplicates(value, path)
-
-
-def load_yaml(path: str) -> Any:
-    """What a YAML file holds.  OSError where it cannot be read, ValueError where it is no YAML."""
-    return parse_yaml(Path(path).read_text(encoding="utf-8"))
-
-
-def parse_yaml(text: str) -> Any:
-    """What YAML text says.  ValueError where it is none."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error)) from error

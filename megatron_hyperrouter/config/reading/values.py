@@ -5,6 +5,8 @@ must be.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_hyperrouter.config.leaves import Leaf
+
+LIKENESS = 0.8  # below it, a suggestion is more often wrong than right
 
 
 class BadValue(ValueError):
@@ -25,6 +29,15 @@ class BadValue(ValueError):
 
 def from_words(leaf: Leaf, words: list[str]) -> Any:
     """The value of a flag that was given with ``words``; raises :class:`BadValue`."""
+    return _as_meant(leaf, _from_words(leaf, words))
+
+
+def from_file(leaf: Leaf, raw: object) -> Any:
+    """The value of a setting that a YAML file gives; raises :class:`BadValue`."""
+    return _as_meant(leaf, convert(leaf, raw))
+
+
+def _from_words(leaf: Leaf, words: list[str]) -> Any:
     if leaf.base is bool and not words:
         return True
     if not words:
@@ -59,9 +72,48 @@ def convert(leaf: Leaf, raw: object) -> Any:
         raise BadValue(f"must be {leaf.describe()}", _remedy(leaf, raw)) from error
 
 
+def expanded(path: str) -> str:
+    """A path with ``~`` and ``$VARIABLE`` filled in as a shell does it; ``$$`` is a dollar sign.
+
+    Raises :class:`BadValue` where there is no such variable or user.
+    """
+    if "\0" in path:
+        raise BadValue("must not hold a NUL character", "write the name of a file or folder")
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name is None:
+            return "$"
+        if name not in os.environ:
+            raise BadValue(
+                f"names the variable ${name}, which is not set", "set it, or write $$ for a dollar sign"
+            )
+        return os.environ[name]
+
+    full = re.sub(r"\$(?:\{(\w+)\}|(\w+)|\$)", fill, path)
+    if full.startswith("~"):
+        full = os.path.expanduser(full)
+        if full.startswith("~"):
+            raise BadValue("names the home folder of an unknown user", "write ./~ for a file of that name")
+    return full
+
+
+def _as_meant(leaf: Leaf, value: Any) -> Any:
+    """Paths as a shell would have expanded them, and a blend that was written as one text in its words."""
+    if not leaf.is_path or value is None:
+        return value
+    return tuple(map(expanded, _blend_words(value))) if leaf.is_tuple else expanded(value)
+
+
+def _blend_words(words: tuple[str, ...]) -> Iterable[str]:
+    """``("0.3 a 0.7 b",)`` -> its four words; a prefix with spaces in it stays as it is."""
+    parts = words[0].split() if len(words) == 1 else []
+    return parts if len(parts) > 1 and re.fullmatch(r"\d+(\.\d*)?|\.\d+", parts[0]) else words
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that ``word`` was probably meant to be."""
-    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=LIKENESS)
     return found[0] if found else None
 
 

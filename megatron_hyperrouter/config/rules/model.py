@@ -60,7 +60,7 @@ def topk_within_experts(config: RunConfig, world_size: int | None) -> Iterator[P
                 config,
                 name,
                 f"must be at most --num-experts = {experts}",
-                f"use 1 to {experts}, or more experts",
+                f"use {'1' if experts == 1 else f'1 to {experts}'}, or more experts",
             )
 
 

@@ -34,7 +34,10 @@ def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[st
     if train.bf16:
         made["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.engine.deepspeed_config:
-        return merged(made, json.loads(Path(config.engine.deepspeed_config).read_text(encoding="utf-8")))
+        theirs = json.loads(Path(config.engine.deepspeed_config).read_text(encoding="utf-8"))
+        if config.engine.zero_stage == 0:  # the Clipper would measure a norm that DeepSpeed has clipped
+            theirs.pop("gradient_clipping", None)
+        return merged(made, theirs)
     return made
 
 

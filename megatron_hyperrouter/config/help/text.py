@@ -1,0 +1,133 @@
+"""The text of ``--help``, made from the tree of settings and from every router's own options."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_hyperrouter.config.leaves import Leaf, flag, router_leaves, sections, tree_leaves
+from megatron_hyperrouter.config.reading.values import nearest
+from megatron_hyperrouter.config.tree import RouterChoice
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+NARROWEST, WIDEST = 60, 120  # columns; longer lines are hard to read
+TWO_COLUMNS = 100  # from this width on, the text of a flag is beside it
+COLUMN = 46
+KINDS = {int: "N", float: "X", str: "TEXT"}
+EXAMPLES = (
+    "{prog} --config examples/quickstart.yaml --lr 1e-3",
+    "{prog} --config run.yaml --router.name hyper --router.hypernet-width 64",
+    "deepspeed pretrain_gpt_hyperrouter.py --config examples/cluster.yaml",
+)
+
+
+def help_text(routers: Mapping[str, Any], *, prog: str, topic: Sequence[str] = (), width: int = 80) -> str:
+    """The settings by section, with meaning, range and default, for a terminal of ``width`` columns.
+
+    ``routers``: name -> class with a nested ``Config``.  ``topic``: words after ``--help``.
+    Raises ConfigError where there is no such section.
+    """
+    page = _Page(min(max(width, NARROWEST), WIDEST) - 1)
+    wanted = _wanted(topic, routers)
+    lines = [] if topic else list(_head(page, prog, routers))
+    for section, config_type in sections().items():
+        if section in wanted:
+            found = (leaf for leaf in tree_leaves().values() if leaf.section == section)
+            lines += ["", *page.title(section, config_type), *page.rows(found)]
+    if "router" in wanted:
+        names = f"One of {', '.join(sorted(routers))} (default: {RouterChoice().name})"
+        lines += ["", "router: The router and its options", *page.row(f"{flag('router.name')} NAME", names)]
+    for name in sorted(routers):
+        if f"router {name}" in wanted:
+            rows = list(page.rows(router_leaves(routers[name].Config).values()))
+            lines += ["", *page.title(f"router {name}", routers[name]), *(rows or ["  (no options)"])]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _wanted(topic: Sequence[str], routers: Mapping[str, Any]) -> set[str]:
+    """The titles of the sections to show."""
+    all_routers = {f"router {name}" for name in routers}
+    everything = {*sections(), "router", *all_routers}
+    asked = " ".join(topic).removeprefix("--").replace(".", " ")
+    if not topic:
+        return everything
+    if asked == "router":
+        return {"router", *all_routers}
+    if asked in everything:
+        return {asked}
+    remedy = "choose one of " + ", ".join([*sections(), "router", "router NAME"])
+    if close := nearest(asked, everything):
+        remedy = f"did you mean --help {close}?"
+    raise ConfigError([Problem("--help", asked, "is not a section of the settings", remedy)])
+
+
+def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
+    yield f"usage: {prog} [--config FILE.yaml] [--flag VALUE ...]"
+    yield from ("", "examples:")
+    for line in EXAMPLES:
+        yield from page.wrapped(line.format(prog=prog), indent=2)
+    yield ""
+    yield from page.wrapped(
+        "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name with"
+        " underscores; the router's settings form a mapping: router: {name: hyper, hypernet_width: 256}."
+        " A --router.name that differs from the file's replaces that whole mapping."
+    )
+    yield ""
+    names = ", ".join([*sections(), "router", "or router NAME"])
+    yield from page.wrapped(f"Show one section with --help SECTION: {names}.")
+    yield ""
+    yield from page.row("--config FILE", "YAML file of settings; a run's config.yaml starts that run again")
+    yield from page.row("--help, -h [SECTION]", "Show this text, or one section of it")
+
+
+class _Page:
+    """Lines of one width."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.column = COLUMN if width + 1 >= TWO_COLUMNS else 8
+
+    def wrapped(self, text: str, *, indent: int = 0) -> Iterator[str]:
+        prefix = " " * indent
+        yield from textwrap.wrap(
+            text, self.width, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
+        )
+
+    def title(self, name: str, documented: object) -> Iterator[str]:
+        """``model: The transformer ...``: the first line of a docstring."""
+        summary = " ".join((documented.__doc__ or "").strip().split("\n\n")[0].split()).replace("``", "")
+        yield from self.wrapped(f"{name}: {summary}")
+
+    def rows(self, leaves: Iterable[Leaf]) -> Iterator[str]:
+        for leaf in leaves:
+            notes = "; ".join(filter(None, [_engine(leaf), leaf.bounds(), _default(leaf)]))
+            yield from self.row(_usage(leaf), f"{leaf.help} ({notes})" if notes else leaf.help)
+
+    def row(self, left: str, text: str) -> Iterator[str]:
+        lines = list(self.wrapped(text, indent=self.column))
+        if len(left) + 4 <= self.column and lines:
+            lines[0] = f"  {left}".ljust(self.column) + lines[0].lstrip()
+        else:
+            yield from self.wrapped(left, indent=2)
+        yield from lines
+
+
+def _usage(leaf: Leaf) -> str:
+    if leaf.off_flag:
+        return f"{leaf.flag}, {leaf.off_flag}"
+    if leaf.choices:
+        return f"{leaf.flag} {{{','.join(map(str, leaf.choices))}}}"
+    return f"{leaf.flag} {'TEXT [TEXT ...]' if leaf.is_tuple else KINDS.get(leaf.base, 'VALUE')}"
+
+
+def _engine(leaf: Leaf) -> str:
+    return f"{leaf.only.engine} engine" if leaf.only else ""
+
+
+def _default(leaf: Leaf) -> str:
+    if leaf.default in (None, ()):
+        return "" if "default:" in leaf.help else "default: none"
+    if isinstance(leaf.default, tuple):
+        return "default: " + " ".join(map(str, leaf.default))
+    return f"default: {str(leaf.default).lower() if leaf.base is bool else leaf.default}"

@@ -1,0 +1,92 @@
+"""Names that other programs give to our settings: a user who writes one is told ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# As nanoGPT, transformers, DeepSpeed's JSON, LitGPT, torchtitan and older Megatron-LM have them.
+_NAMES = """
+num_layers:                  n_layer n_layers num_hidden_layers layers
+hidden_size:                 n_embd d_model dim model_dim embed_dim hidden_dim width
+num_attention_heads:         n_head n_heads num_heads heads
+num_query_groups:            n_kv_head n_kv_heads num_key_value_heads num_kv_heads n_query_groups
+kv_channels:                 head_dim head_size
+ffn_hidden_size:             intermediate_size d_ff ffn_dim ffn_hidden_dim
+moe_ffn_hidden_size:         moe_intermediate_size expert_hidden_size expert_ffn_hidden_size
+seq_length:                  block_size seq_len max_seq_len max_seq_length sequence_length context_length
+norm_epsilon:                rms_norm_eps layer_norm_eps norm_eps layer_norm_epsilon layernorm_epsilon
+rotary_base:                 rope_theta rope_base
+init_method_std:             initializer_range init_std
+hidden_dropout:              dropout resid_dropout resid_pdrop hidden_dropout_prob
+attention_dropout:           attn_dropout attn_pdrop
+num_experts:                 n_experts n_expert num_local_experts n_routed_experts moe_num_experts experts
+moe_router_topk:             top_k topk k num_experts_per_tok num_experts_per_token experts_per_token
+moe_aux_loss_coeff:          router_aux_loss_coef aux_loss_coef aux_loss_coeff aux_loss_alpha
+moe_z_loss_coeff:            z_loss_coef z_loss_coeff router_z_loss_coef
+moe_expert_capacity_factor:  capacity_factor expert_capacity_factor
+micro_batch_size:            batch_size device_batch_size per_device_train_batch_size
+global_batch_size:           train_batch_size total_batch_size
+train_iters:                 max_steps max_iters num_steps num_iterations train_steps total_steps steps
+lr:                          learning_rate max_lr peak_lr
+min_lr:                      min_learning_rate lr_min
+lr_decay_style:              lr_scheduler lr_scheduler_type lr_schedule scheduler decay_style
+lr_decay_iters:              decay_steps lr_decay_steps
+lr_warmup_iters:             warmup_steps warmup_iters num_warmup_steps lr_warmup_steps warmup
+weight_decay:                wd
+clip_grad:                   grad_clip gradient_clipping max_grad_norm max_norm grad_norm_clip
+adam_beta1:                  beta1 beta_1
+adam_beta2:                  beta2 beta_2
+adam_eps:                    adam_epsilon
+recompute_granularity:       gradient_checkpointing activation_checkpointing grad_checkpointing
+eval_interval:               eval_steps eval_every val_interval val_check_interval
+eval_iters:                  max_eval_steps eval_batches
+save_interval:               save_steps checkpoint_interval save_every ckpt_interval
+keep_checkpoints:            save_total_limit
+load:                        resume resume_from resume_from_checkpoint init_from checkpoint
+run_dir:                     output_dir out_dir output save_dir
+log_interval:                logging_steps log_every
+data_path:                   dataset dataset_path train_data
+tokenizer_model:             tokenizer tokenizer_path tokenizer_name
+num_workers:                 dataloader_num_workers
+wandb_project:               wandb
+seed:                        random_seed
+tensor_model_parallel_size:  tp tp_size tensor_parallel_size tensor_parallel
+pipeline_model_parallel_size: pp pp_size pipeline_parallel_size pipeline_parallel
+context_parallel_size:       cp cp_size
+expert_model_parallel_size:  ep ep_size expert_parallel_size moe_expert_parallel_size
+zero_stage:                  zero
+router.name:                 router_name router_type
+router.hypernet_width:       hypernet_width
+"""
+OURS: Mapping[str, str] = MappingProxyType(
+    {
+        other: ours.strip()
+        for ours, _, others in (line.partition(":") for line in _NAMES.strip().splitlines())
+        for other in others.split()
+    }
+)
+# Names whose values differ as well: what to write instead.
+REMEDIES: Mapping[str, str] = MappingProxyType(
+    {
+        "dtype": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
+        "precision": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
+        "torch_dtype": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
+        "fp32": "leave it out: float32 is the default",
+        "fp16": "use --bf16: this program has no float16 training",
+        "gradient_accumulation_steps": "set --global-batch-size: micro-batches add up to it",
+        "epochs": "set --train-iters: the start of a run shows how many epochs that is",
+        "num_train_epochs": "set --train-iters: the start of a run shows how many epochs that is",
+        "num_epochs": "set --train-iters: the start of a run shows how many epochs that is",
+        "warmup_ratio": "use --lr-warmup-fraction",
+        "gpus": "start the program with deepspeed or torchrun, which set the number of ranks",
+        "num_gpus": "start the program with deepspeed or torchrun, which set the number of ranks",
+        "device": "leave it out: a GPU is used where there is one",
+        "optimizer": "leave it out: the optimizer is AdamW",
+        "betas": "use --adam-beta1 and --adam-beta2",
+        "vocab": "use --vocab-size with --tokenizer-type NullTokenizer, or --tokenizer-model",
+        "router": "use --router.name NAME",
+        "compile": "leave it out: the program does not compile the model",
+        "hidden_act": "leave it out: the activation is SwiGLU",
+    }
+)

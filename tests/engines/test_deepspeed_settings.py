@@ -1,0 +1,21 @@
+"""engines/deepspeed/settings.py: what DeepSpeed is told, and what it is not told because we do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_hyperrouter.config.cli import replace_leaves
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
+
+
+def test_without_zero_deepspeed_never_clips(tmp_path: Path) -> None:
+    """Our Clipper measures ``grad_norm`` before it clips; a user's gradient_clipping would clip first."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_clipping": 0.05, "wall_clock_breakdown": True}))
+    for stage, expected in ((0, 0.0), (1, 0.05)):
+        config = replace_leaves(RunConfig(), zero_stage=stage, clip_grad=0.05, deepspeed_config=str(path))
+        settings = deepspeed_settings(config, data_parallel_size=1)
+        assert settings["gradient_clipping"] == expected
+        assert settings["wall_clock_breakdown"] is True
