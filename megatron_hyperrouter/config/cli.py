@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.config.draft import Draft
-from megatron_hyperrouter.config.help.router_listing import listed_routers
-from megatron_hyperrouter.config.help.text import help_text
+from megatron_hyperrouter.config.help.show import show_help
 from megatron_hyperrouter.config.leaves import (
     ROUTER_PREFIX,
     Leaf,
@@ -49,7 +46,7 @@ def parse(
     """
     line = read_flags(argv)
     if "--help" in line.flags:
-        _show_help(routers, prog=prog, topic=line.flags["--help"])
+        show_help(routers, prog=prog, topic=line.flags["--help"])
         raise SystemExit(0)
     words = line.pop("--config")
     if words is None:
@@ -60,28 +57,6 @@ def parse(
     else:
         file = read_yaml(" ".join(words))
     return Draft(routers, file, flags=line.flags, problems=line.problems).finish(world_size=world_size)
-
-
-def show_help_first(argv: Sequence[str], *, prog: str) -> bool:
-    """Show what ``--help`` asks for, without loading torch; False where nothing asks for it.
-
-    Raises ConfigError where the words after it are not a section.
-    """
-    flags = read_flags(argv).flags
-    if "--help" not in flags:
-        return False
-    try:
-        routers = listed_routers()
-    except ValueError:  # an unusual router: its file has to be imported
-        return False
-    _show_help(routers, prog=prog, topic=flags["--help"])
-    return True
-
-
-def _show_help(routers: Mapping[str, Any], *, prog: str, topic: Sequence[str]) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        width = shutil.get_terminal_size().columns
-        sys.stdout.write(help_text(routers, prog=prog, topic=topic, width=width))
 
 
 def load_file(

@@ -160,14 +160,14 @@ def test_every_foreign_name_leads_to_a_setting_and_hides_none(routers):
 
 class TestPaths:
     def test_home_and_variables_are_filled_in(self, routers, write, monkeypatch):
-        monkeypatch.setenv("HOME", "/home/me")
+        monkeypatch.setenv("HOME", "/homes/me")
         monkeypatch.setenv("SCRATCH", "/fast")
         path = write('run_dir: "~/run"\ndata_path: [0.5, $SCRATCH/a, 0.5, "${SCRATCH}/b"]\nload: ~/x$$y\n')
         config = parse(["--config", path, "--tensorboard-dir=~/tb"], routers=routers)
-        assert config.logging.run_dir == "/home/me/run"
-        assert config.logging.tensorboard_dir == "/home/me/tb"
+        assert config.logging.run_dir == "/homes/me/run"
+        assert config.logging.tensorboard_dir == "/homes/me/tb"
         assert config.data.data_path == ("0.5", "/fast/a", "0.5", "/fast/b")
-        assert config.checkpoint.load == "/home/me/x$y"
+        assert config.checkpoint.load == "/homes/me/x$y"
 
     def test_what_does_not_exist_is_refused(self, routers, write):
         for value, rule in [("$NO_SUCH_VARIABLE/a", "is not set"), ("~no-such-user/a", "unknown user")]:

@@ -22,7 +22,7 @@ PROGRAM = "mhr train"
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings -> data -> engine -> training; each stage refuses what the next one could not run."""
     # Imported here, where console.run() turns a library that is missing into a message and an exit status.
-    from megatron_hyperrouter.config.cli import show_help_first
+    from megatron_hyperrouter.config.help.show import show_help_first
 
     words = sys.argv[1:] if argv is None else argv
     if show_help_first(words, prog=PROGRAM):
