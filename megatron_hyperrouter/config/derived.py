@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.tree import RunConfig
+
+MOST_LAYERS = 10_000  # of a pattern: more is a slip of the pen, which must not fill the memory
 
 
 def query_groups(config: RunConfig) -> int:
@@ -126,3 +129,61 @@ def split_shares(split: str) -> tuple[float, float, float]:
     if not total > 0:
         raise ValueError("must have a share greater than 0")
     return (shares[0] / total, shares[1] / total, shares[2] / total)
+
+
+def pattern(text: str) -> int | tuple[int, ...]:
+    """``2`` -> 2; ``[0,1,1]`` or ``([0]*1+[1]*2)`` -> (0, 1, 1): Megatron-LM's forms of a pattern of layers.
+
+    Raises ValueError with the rule that is broken.
+    """
+    try:
+        value = _evaluated(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            "must be a number, or a list of 0 and 1 made with + and *, such as ([0]*1+[1]*26)"
+        ) from error
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+    if not set(value) <= {0, 1}:
+        raise ValueError("must have only 0 and 1 in its list")
+    return tuple(value)
+
+
+def _evaluated(node: ast.expr) -> int | list[int]:
+    """What an expression of integers, lists, + and * means; raises ValueError for any other."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.List):
+        items = [item for item in map(_evaluated, node.elts) if isinstance(item, int)]
+        if len(items) == len(node.elts):
+            return items
+    if isinstance(node, ast.BinOp):
+        left, right = _evaluated(node.left), _evaluated(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+        if isinstance(node.op, ast.Mult):
+            if isinstance(left, int):
+                left, right = right, left
+            if isinstance(left, list) and isinstance(right, int) and len(left) * right <= MOST_LAYERS:
+                return left * right
+    raise ValueError("not a pattern")
+
+
+def moe_layers(config: RunConfig) -> tuple[bool, ...]:
+    """For each layer whether it has experts; the others have one dense MLP. Raises as :func:`pattern`."""
+    layers, found = config.model.num_layers, pattern(config.model.moe_layer_freq)
+    if isinstance(found, int):
+        return tuple(layer % found == 0 for layer in range(layers))
+    if len(found) != layers:
+        raise ValueError(f"must have one entry for each of --num-layers = {layers}, not {len(found)}")
+    return tuple(map(bool, found))
+
+
+def has_dense_layers(config: RunConfig) -> bool:
+    """Whether some layer has no experts; False for a pattern that is broken, which is reported by itself."""
+    try:
+        return not all(moe_layers(config))
+    except ValueError:
+        return False

@@ -1,12 +1,15 @@
-"""The kinds of numbers that settings and routers' options share."""
+"""The kinds of values that settings and routers' options share."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from annotated_types import Ge, Le
+from pydantic import BeforeValidator
 
 Count = Annotated[int, Ge(1)]  # 1, 2, 3, ...
 Natural = Annotated[int, Ge(0)]  # 0, 1, 2, ...
 Share = Annotated[float, Ge(0.0), Le(1.0)]
 NonNegative = Annotated[float, Ge(0.0)]
+# Text that a YAML file may hold as a number or a list too: 2, [0, 1, 1].
+Written = Annotated[str, BeforeValidator(lambda raw: str(raw) if isinstance(raw, int | list) else raw)]

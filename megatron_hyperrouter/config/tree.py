@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share
+from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 
 
@@ -59,6 +59,20 @@ class ModelConfig:
         128
     )
     num_experts: Annotated[Count, Role.SHAPE, "Experts E in each MoE layer"] = 8
+    moe_layer_freq: Annotated[
+        Written,
+        Role.SHAPE,
+        "Which layers have experts; N: every Nth, from the first on; or a list of 0 (dense) and 1, also as "
+        "an expression: ([0]*1+[1]*26)",
+    ] = "1"
+    moe_shared_expert_intermediate_size: Annotated[
+        Count | None,
+        Role.SHAPE,
+        "Width of a shared expert, which processes every token beside the chosen experts; default: none",
+    ] = None
+    moe_shared_expert_gate: Annotated[
+        bool, Role.SHAPE, "Multiply the shared expert's output by a trained sigmoid gate of the token"
+    ] = False
     moe_router_topk: Annotated[
         Count, Role.FUNCTION, "Active experts k; with --topk-schedule, the k that the schedule ends with"
     ] = 2

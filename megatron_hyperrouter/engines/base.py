@@ -39,6 +39,7 @@ class StepResult:
     entropy_L: tuple[float, ...]  # mean router entropy of each MoE layer, in nats
     load_max_over_mean_L: tuple[float, ...]
     stop: bool  # some rank asked to stop
+    moe_layers: tuple[int, ...] | None = None  # their numbers in the model, from 1; None: all layers
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.engines.totals import any_rank, eval_result, first_word, mean_scale, step_result
+from megatron_hyperrouter.engines.totals import (
+    any_rank,
+    eval_result,
+    first_word,
+    largest,
+    mean_scale,
+    step_result,
+)
 from megatron_hyperrouter.engines.world import device
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
@@ -60,7 +67,9 @@ class SharedEngine(ABC):
         self.routers = routers
         for router in routers.values():
             router.hold(True)
-        self.statistics.make_room(max(router.num_extra_counts for router in routers.values()))
+        # A pipeline stage of dense layers alone has no router; its sums are of the same size all the same.
+        extra = max((router.num_extra_counts for router in routers.values()), default=0)
+        self.statistics.make_room(largest(extra, self.device))
 
     # ----------------------------------------------------------------------------------------------------
     # work

@@ -70,9 +70,10 @@ class RouterStatistics:
         return sums
 
     def summary(self, sums: Tensor) -> dict[str, list[float]]:
-        """Per layer, from sums over all ranks: entropy (nats), load_max_over_mean, aux and z (before
+        """Per MoE layer, from sums over all ranks: entropy (nats), load_max_over_mean, aux and z (before
         coefficients).
         """
+        sums = sums[self.routed(sums)]
         load_LE, tail = sums[:, : self.num_experts], self._tail(sums)
         return {
             "entropy": (tail["entropy_sum"] / tail["tokens"]).tolist(),
@@ -89,6 +90,10 @@ class RouterStatistics:
         return StepCounts(
             step, float(tokens), row[: self.num_experts], row[self.num_experts + len(self._TAIL) :]
         )
+
+    def routed(self, sums: Tensor) -> Tensor:
+        """Indices of the layers that have routed tokens, from sums over all ranks: dense layers have not."""
+        return self.tokens_L(sums).nonzero().flatten()
 
     def tokens_L(self, sums: Tensor) -> Tensor:
         """How many tokens each layer has seen, from sums over all ranks; replicas count each time."""

@@ -26,15 +26,16 @@ def step_result(
     own = own.cpu()
     loss, tokens, _, stopped = own[:4].tolist()
     sums = own[4:].view(rows.shape)
-    layers = statistics.summary(sums)
+    layers, routed = statistics.summary(sums), statistics.routed(sums).tolist()
     result = StepResult(
         lm_loss=loss / max(tokens, 1.0),
-        aux_loss=sum(layers["aux"]) / statistics.num_layers,
-        z_loss=sum(layers["z"]) / statistics.num_layers,
+        aux_loss=sum(layers["aux"]) / len(routed),
+        z_loss=sum(layers["z"]) / len(routed),
         grad_norm=grad_norm,
         entropy_L=tuple(layers["entropy"]),
         load_max_over_mean_L=tuple(layers["load_max_over_mean"]),
         stop=bool(stopped),
+        moe_layers=tuple(layer + 1 for layer in routed),
     )
     return result, sums
 
@@ -63,6 +64,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     told = torch.tensor([float(flag)], device=device)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     return bool(told)
+
+
+def largest(number: int, device: torch.device) -> int:
+    """On all ranks, the largest of their numbers (collective)."""
+    told = torch.tensor([number], device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return int(told)
 
 
 def first_word(word: str) -> str:

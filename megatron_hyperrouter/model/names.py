@@ -6,6 +6,9 @@ whole model.
     decoder.layers.{layer}.self_attention.linear_qkv.weight
     decoder.layers.{layer}.mlp.router.{parameter of the router}
     decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight
+    decoder.layers.{layer}.mlp.shared_experts.linear_fc1.weight      the expert that sees every token
+    decoder.layers.{layer}.mlp.shared_experts.gate_weight            its gate
+    decoder.layers.{layer}.mlp.linear_fc1.weight                     a dense layer
     decoder.layers.{layer}.mlp.residual.linear_fc1.weight            --mlp-type residual
     decoder.layers.{layer}.mlp.coefficient.weight                    --mlp-type residual
     decoder.final_layernorm.weight
@@ -25,6 +28,7 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 # Transformer Engine's: the input norm is a part of the first matrix, and a matrix of all experts is one
 # module.
 _FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
+_FUSED_MLP_NORM = re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$")
 _GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 _ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.(.+)$")
 
@@ -50,4 +54,5 @@ def decays(name: str, parameter: Tensor) -> bool:
 def plain_name(name: str) -> str:
     """The name that a parameter of Transformer Engine's layers has without it."""
     name = _FUSED_NORM.sub(".input_layernorm.weight", name)
+    name = _FUSED_MLP_NORM.sub(".pre_mlp_layernorm.weight", name)
     return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_hyperrouter.config.derived import dense_width, expert_width
+from megatron_hyperrouter.config.derived import dense_width, expert_width, moe_layers
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention import NextStarts, ScaledDotProductAttention
 from megatron_hyperrouter.model.te_layers import fused_expert_spec, fused_layer_spec, fused_norm
@@ -39,6 +40,9 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "kv_channels": model.kv_channels,
         "ffn_hidden_size": dense_width(config),
         "moe_ffn_hidden_size": expert_width(config),
+        "moe_layer_freq": [int(routed) for routed in moe_layers(config)],
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
         "num_moe_experts": model.num_experts,
         # megatron-core refuses k = 1 with softmax after top-k (transformer_config.py); k is the router's
         # business here anyway.
@@ -93,14 +97,33 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def layer_specs(
+    config: RunConfig,
+    moe: ModuleSpec,
+    *,
+    starts: Callable[[], NextStarts] | None = None,
+    dense: type[MLP] = MLP,
+) -> list[ModuleSpec]:
+    """Spec of each layer of the model: its MLP slot holds ``moe`` in MoE layers, ``dense`` in the others."""
+    mlp = ModuleSpec(module=dense, submodules=_mlp_parts())
+    return [
+        layer_spec(config, moe if routed else mlp, routed=routed, starts=starts)
+        for routed in moe_layers(config)
+    ]
+
+
 def layer_spec(
-    config: RunConfig, moe: ModuleSpec, *, starts: Callable[[], NextStarts] | None = None
+    config: RunConfig,
+    mlp: ModuleSpec,
+    *,
+    routed: bool = True,
+    starts: Callable[[], NextStarts] | None = None,
 ) -> ModuleSpec:
-    """Spec of one transformer layer with ``moe`` in its MLP slot; ``starts`` as in
-    :class:`ScaledDotProductAttention`.
+    """Spec of one transformer layer with ``mlp`` in its MLP slot, a mixture of experts where it is
+    ``routed``; ``starts`` as in :class:`ScaledDotProductAttention`.
     """
     if uses_transformer_engine(config):
-        return fused_layer_spec(config, moe)
+        return fused_layer_spec(config, mlp if routed else None)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_layernorm)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -116,7 +139,7 @@ def layer_spec(
     attention.core_attention = ModuleSpec(module=ScaledDotProductAttention, params=params)
     if config.model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    parts.mlp = moe
+    parts.mlp = mlp
     return spec
 
 
@@ -126,10 +149,16 @@ def expert_spec(config: RunConfig, *, apart: bool = False) -> ModuleSpec:
     """
     if uses_transformer_engine(config):
         return fused_expert_spec(config, grouped=not apart)
-    return ModuleSpec(
-        module=SequentialMLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
+    return ModuleSpec(module=SequentialMLP, submodules=_mlp_parts())
+
+
+def shared_expert_spec() -> ModuleSpec:
+    """Spec of the expert that sees every token beside the chosen ones; all tensor-parallel ranks share it."""
+    return ModuleSpec(module=SharedExpertMLP, submodules=_mlp_parts())
+
+
+def _mlp_parts() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 def last_norm(config: RunConfig) -> type:

@@ -14,15 +14,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_hyperrouter.config.tree import RunConfig
 
 
-def fused_layer_spec(config: RunConfig, moe: ModuleSpec) -> ModuleSpec:
-    """Spec of one transformer layer with ``moe`` in its MLP slot; the input norm is a part of the first
-    matrix.
+def fused_layer_spec(config: RunConfig, moe: ModuleSpec | None) -> ModuleSpec:
+    """Spec of one transformer layer with ``moe`` in its MLP slot, or with one dense MLP for None.
+
+    A norm is a part of the matrix that follows it: the input norm, and in a dense layer that before the MLP.
     """
     model = config.model
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=model.num_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm
+        num_experts=None if moe is None else model.num_experts,
+        moe_grouped_gemm=moe is not None,
+        qk_layernorm=model.qk_layernorm,
     )
-    spec.submodules.mlp = moe
+    if moe is not None:
+        spec.submodules.mlp = moe
     return spec
 
 

@@ -1,11 +1,12 @@
 """Choice of the k best experts of each token.
 
-Legend: ``T`` tokens, ``E`` experts of the whole model, ``K`` active experts.
+Legend: ``T`` tokens, ``E`` experts of the whole model, ``K`` active experts, ``G`` groups of ``M`` experts
+each, of which a token may use ``C``.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,17 @@ Score = Literal["softmax", "sigmoid"]
 _ROUNDS_PAY_FROM = 16
 
 
-def topk_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+class Groups(NamedTuple):
+    """``total`` equal groups of neighbouring experts, of which a token may use ``chosen``.
+
+    DeepSeek-V2 (arXiv 2405.04434, device-limited routing) and DeepSeek-V3 (arXiv 2412.19437, node-limited).
+    """
+
+    total: int
+    chosen: int
+
+
+def topk_softmax(logits_TE: Tensor, k: int, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
     """The k largest logits of each token, and the softmax over these k alone, as in SMoE, SMoE-Dropout and
     HyperRouter.
 
@@ -25,7 +36,7 @@ def topk_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits go to the lower expert id.  At k = 1 the weight is 1, so the logits get no gradient.  Raises
     ValueError unless 1 <= k <= E.
     """
-    experts_TK = best_experts(logits_TE, k)
+    experts_TK = best_experts(logits_TE, k, groups)
     return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
 
@@ -47,19 +58,23 @@ def scored_topk(
     score: Score = "softmax",
     renormalise: bool = True,
     choice_bias_E: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores s = softmax over all E, or the sigmoid of each logit; the k experts with the largest ``s +
     choice_bias``, weighed by s.
 
     ``renormalise``: weights are divided by their sum; with the softmax that is :func:`topk_softmax`, without
     it :func:`softmax_topk`. ``choice_bias_E`` moves the choice alone, never a weight (arXiv 2408.15664,
-    equation 3), and gets no gradient. Returns ``(weights_TK, experts_TK)``, best expert first by what was
-    compared; ids are int64.
+    equation 3), and gets no gradient. ``groups`` limits the choice by what is compared, as Megatron-LM does.
+    Returns ``(weights_TK, experts_TK)``, best expert first by what was compared; ids are int64.
     """
-    # The scores rise with the logits, but round to equal numbers where logits still differ.
-    experts_TK = best_experts(
-        logits_TE if choice_bias_E is None else scores(logits_TE, score) + choice_bias_E, k
-    )
+    # The scores rise with the logits, but round to equal numbers where logits still differ; sums of a group's
+    # scores do not rise with sums of its logits.
+    kept_logits = renormalise and score == "softmax"
+    compared_TE = logits_TE if kept_logits or groups is None else scores(logits_TE, score)
+    if choice_bias_E is not None:
+        compared_TE = scores(logits_TE, score) + choice_bias_E
+    experts_TK = best_experts(compared_TE, k, groups)
     if renormalise:
         return log_scores(logits_TE, score).gather(-1, experts_TK).softmax(-1), experts_TK
     return scores(logits_TE, score).gather(-1, experts_TK), experts_TK
@@ -78,9 +93,9 @@ def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
     return logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
 
 
-def best_experts(scores_TE: Tensor, k: int) -> Tensor:
+def best_experts(scores_TE: Tensor, k: int, groups: Groups | None = None) -> Tensor:
     """Ids ``_TK`` of the k largest scores, largest first, equal scores in the order of their ids; has no
-    gradient.
+    gradient.  ``groups``: among the experts of each token's best groups alone.
 
     ``torch.topk`` leaves the order of equal scores open, so that devices may route one token to different
     experts.
@@ -89,9 +104,30 @@ def best_experts(scores_TE: Tensor, k: int) -> Tensor:
     if not 1 <= k <= num_experts:
         raise ValueError(f"k = {k}: must be from 1 to E = {num_experts}")
     scores_TE = scores_TE.detach()
+    if groups is not None:
+        scores_TE = within_best_groups(scores_TE, k, groups)
     if scores_TE.device.type == "cpu" and num_experts >= _ROUNDS_PAY_FROM * k:
         return _by_rounds(scores_TE, k)
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:
+    """The same scores, and -inf for the experts outside of each token's best groups; has no gradient.
+
+    A group is as good as the sum of its best scores, of as many as its part of the k: ``k // chosen``, as in
+    Megatron-LM, and at least one, which smaller k at evaluation needs.  Raises ValueError where the chosen
+    groups have fewer than k experts.
+    """
+    size = scores_TE.size(-1) // groups.total
+    if k > groups.chosen * size:
+        raise ValueError(f"k = {k}: must be at most {groups.chosen} groups x {size} experts")
+    counted = min(max(k // groups.chosen, 1), size)
+    scores_TGM = scores_TE.detach().view(*scores_TE.shape[:-1], groups.total, size)
+    group_score_TG = scores_TGM.topk(counted, dim=-1).values.sum(-1)
+    best_TC = best_experts(group_score_TG, groups.chosen)
+    inside_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter_(-1, best_TC, True)
+    limited_TE: Tensor = scores_TGM.masked_fill(~inside_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+    return limited_TE
 
 
 def _by_rounds(scores_TE: Tensor, k: int) -> Tensor:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from annotated_types import Gt
 from torch import Tensor, nn
 
+from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
-from megatron_hyperrouter.ops.topk import topk_softmax
+from megatron_hyperrouter.ops.topk import Groups, best_experts, topk_softmax
 
 ROUTERS: dict[str, type[Router]] = {}
 
@@ -102,11 +104,46 @@ class Router(nn.Module):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Options of the method; each becomes ``--router.OPTION``."""
+        """Options of the method; each becomes ``--router.OPTION``.  These are every router's."""
+
+        num_groups: Annotated[
+            Count | None, "equal groups of experts, of which a token uses --router.group-topk; default: none"
+        ] = None
+        group_topk: Annotated[Count | None, "groups whose experts a token may use"] = None
+        scaling_factor: Annotated[
+            float, Gt(0.0), "multiplies the weights of the chosen experts (DeepSeek-V2, DeepSeek-V3)"
+        ] = 1.0
+
+        @property
+        def groups(self) -> Groups | None:
+            """The limit on a token's choice; None: all experts are open to it."""
+            if self.num_groups is None or self.group_topk is None or self.group_topk >= self.num_groups:
+                return None
+            return Groups(self.num_groups, self.group_topk)
+
+        def largest_topk(self, num_experts: int) -> int:
+            """How many experts a token can have at most."""
+            groups = self.groups
+            return num_experts if groups is None else groups.chosen * (num_experts // groups.total)
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """What is wrong with these options for a model of this size, beyond the rules on each value."""
-            return iter(())
+            """What is wrong with these options for a model of this size, beyond the rules on each value.
+
+            A method that has rules of its own yields these as well: ``yield from super().problems(...)``.
+            """
+            if (self.num_groups is None) != (self.group_topk is None):
+                given, other = (
+                    ("num_groups", "group_topk") if self.group_topk is None else ("group_topk", "num_groups")
+                )
+                flag, needed = (f"--router.{name.replace('_', '-')}" for name in (given, other))
+                yield Problem(flag, getattr(self, given), f"needs {needed}", f"add {needed}, or drop both")
+            elif self.num_groups is not None and self.group_topk is not None:
+                if num_experts % self.num_groups:
+                    rule = f"must divide --num-experts = {num_experts}"
+                    yield Problem("--router.num-groups", self.num_groups, rule, "use a divisor of it")
+                if self.group_topk > self.num_groups:
+                    rule = f"must be at most --router.num-groups = {self.num_groups}"
+                    yield Problem("--router.group-topk", self.group_topk, rule, "use fewer")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """What the user of these options should know before a run whose smallest k is ``topk``."""
@@ -175,7 +212,16 @@ class Router(nn.Module):
         """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them, unless a method
         weighs otherwise.
         """
-        return topk_softmax(logits_TE, k)
+        return topk_softmax(logits_TE, k, self.config.groups)
+
+    def best(self, scores_TE: Tensor, k: int) -> Tensor:
+        """Ids ``_TK`` of the k largest scores among the experts that the groups leave open."""
+        return best_experts(scores_TE, k, self.config.groups)
+
+    def scaled(self, weights_TK: Tensor) -> Tensor:
+        """``weights_TK`` times ``scaling_factor``: the last thing that happens to weights."""
+        factor = self.config.scaling_factor
+        return weights_TK if factor == 1.0 else weights_TK * factor
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
         """``aux`` (Switch balance) and ``z``, multiplied by their coefficients; only those that are
@@ -238,8 +284,10 @@ class Router(nn.Module):
     ) -> Pass:
         """The pass that :meth:`forward` makes of these arguments; raises ValueError unless 1 <= k <= E."""
         k = self.topk_at(step) if topk is None else topk
-        if not 1 <= k <= self.num_experts:
-            raise ValueError(f"topk = {k}: must be from 1 to num_experts = {self.num_experts}")
+        most = self.config.largest_topk(self.num_experts)
+        if not 1 <= k <= most:
+            name = "num_experts" if most == self.num_experts else "the experts of group_topk groups"
+            raise ValueError(f"topk = {k}: must be from 1 to {name} = {most}")
         return Pass(step, k, self.training, tokens, experts)
 
     def forward(
@@ -261,7 +309,10 @@ class Router(nn.Module):
             logits_TE = self.logits(self.view(x_TD, now))
             weights_TK, experts_TK = self.choose(logits_TE, now.k)
             first = Routing(
-                logits_TE, weights_TK, experts_TK, self.balance_losses(logits_TE, experts_TK, now)
+                logits_TE,
+                self.scaled(weights_TK),
+                experts_TK,
+                self.balance_losses(logits_TE, experts_TK, now),
             )
             return self.refine(first, x_TD, now)
 
@@ -279,7 +330,7 @@ class Router(nn.Module):
             W_ED, b_E = self.linear()
         plain_class: Any = ROUTERS["topk"]
         plain = plain_class(
-            plain_class.Config(bias=b_E is not None, **self.folded_options()),
+            plain_class.Config(bias=b_E is not None, **self._common_options(), **self.folded_options()),
             hidden_size=self.hidden_size,
             num_experts=self.num_experts,
             topk=self.topk,
@@ -290,14 +341,22 @@ class Router(nn.Module):
             facts=self.facts,
         ).to(W_ED.device)
         assert isinstance(plain, Router)
-        plain.load_state_dict({"weight_ED": W_ED} if b_E is None else {"weight_ED": W_ED, "bias_E": b_E})
+        state = {"weight_ED": W_ED, **self.folded_buffers()}
+        plain.load_state_dict(state if b_E is None else state | {"bias_E": b_E})
         return plain
 
+    def folded_buffers(self) -> dict[str, Tensor]:
+        """Buffers of the ``topk`` router with the options of :meth:`folded_options`."""
+        return {}
+
     def folded_options(self) -> dict[str, Any]:
-        """Options of the ``topk`` router that choose and weigh as this method does; none: the softmax
-        over the kept logits.
+        """Options of the ``topk`` router, beyond those that every router has, that choose and weigh as this
+        method does; none: the softmax over the kept logits.
         """
         return {}
+
+    def _common_options(self) -> dict[str, Any]:
+        return {field.name: getattr(self.config, field.name) for field in fields(Router.Config)}
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the

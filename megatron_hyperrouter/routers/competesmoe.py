@@ -54,7 +54,6 @@ from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
-from megatron_hyperrouter.ops.topk import best_experts
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, float32_maths
 
 Coefficient = Annotated[float, Ge(0.0)]
@@ -121,6 +120,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """Options of another version or schedule: they would do nothing."""
+            yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             used = {
                 "warm_up": ("schedule", ("capped",)),
                 "max_competing": ("schedule", ("capped",)),
@@ -230,7 +230,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         if now.experts is None or not self.wants_outputs(now):
             return first
         scores_TE = now.experts.scores_TE(x_TD, self.score).detach().float()
-        experts_TK = best_experts(scores_TE, now.k)
+        experts_TK = self.best(scores_TE, now.k)
         distance = token_mean(self._distances(first.logits_TE, scores_TE, experts_TK), self.over_shards)
         losses = {"competition": self.config.chosen("router_coeff") * distance}
         routing = Competition(
@@ -257,7 +257,8 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             return routing._replace(weights_TK=self._mix(scores_TK), losses=losses)
 
     def _mix(self, scores_TK: Tensor) -> Tensor:
-        return scores_TK.softmax(-1) if self.config.version == "v1" else competition.shares(scores_TK)
+        v1 = self.config.version == "v1"
+        return self.scaled(scores_TK.softmax(-1) if v1 else competition.shares(scores_TK))
 
     def _distances(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         if self.config.version == "v2":

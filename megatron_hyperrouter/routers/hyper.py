@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.ops.hypernet import active_units, generate, transposed
 from megatron_hyperrouter.routers.base import float32_maths, no_gradient_at_k1
+from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
 
 
@@ -70,7 +71,7 @@ class Generated(NamedTuple):
     active_H: Tensor
 
 
-class HyperRouter(FrozenRouter, name="hyper"):
+class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     """``logits = W x + b`` with ``(W, b)`` generated from a trained embedding by a frozen hypernetwork.
 
     By itself it generates in every forward pass, which is always right.  An engine that keeps the promise of
@@ -84,7 +85,7 @@ class HyperRouter(FrozenRouter, name="hyper"):
     _generated: Generated | None
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(FrozenRouter.Config):
+    class Config(ChoosingRouter.Config):
         """The published method has ``bias`` on and ``init`` = ``paper``."""
 
         hypernet_width: Annotated[Count, "hidden units of the hypernetwork"] = 256
@@ -101,8 +102,8 @@ class HyperRouter(FrozenRouter, name="hyper"):
         ] = "layer"
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """At k = 1 the embedding does not learn."""
-            return no_gradient_at_k1("hyper", topk)
+            """At k = 1 the embedding does not learn where weights sum to 1."""
+            return no_gradient_at_k1("hyper", topk) if self.sums_to_one else iter(())
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""

@@ -35,6 +35,9 @@ def make_options(
     config = cls.Config(**options)
     if problems := list(config.problems(hidden_size=hidden_size, num_experts=num_experts)):
         raise ConfigError(problems)
+    if isinstance(topk, int) and topk > (most := config.largest_topk(num_experts)):
+        rule = f"must be at most {most}, the experts of --router.group-topk {config.group_topk} groups"
+        raise ConfigError([Problem("--moe-router-topk", topk, rule, "use fewer experts or more groups")])
     return config
 
 

@@ -90,6 +90,7 @@ class SimSMoERouter(Router, name="simsmoe"):
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """The bounds on tokens must leave room for some."""
+            yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.max_tokens < self.min_tokens:
                 rule = f"must be at least --router.min-tokens = {self.min_tokens}"
                 yield Problem("--router.max-tokens", self.max_tokens, rule, "raise it, or lower the other")

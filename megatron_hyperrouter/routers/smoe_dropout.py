@@ -21,6 +21,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from megatron_hyperrouter.config.kinds import Natural
+from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
 
 
@@ -37,13 +38,13 @@ class LinearRecipe(Recipe):
         return (self.normal("weight", (self.num_experts, self.hidden_size), self.std, device),)
 
 
-class SMoEDropoutRouter(FrozenRouter, name="smoe_dropout"):
+class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
     """``logits = W x`` with a frozen W; routing still drifts because x does.  It has no parameters."""
 
     config: Config
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(FrozenRouter.Config):
+    class Config(ChoosingRouter.Config):
         """The published router; raise ``init_std`` to match another router's logits."""
 
         init_std: Annotated[float, Ge(0.0), "standard deviation of the frozen weights"] = 0.02

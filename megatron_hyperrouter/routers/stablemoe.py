@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
-from megatron_hyperrouter.ops.topk import best_experts
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, without_tokens
 
 
@@ -78,6 +77,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """Two lengths of the first stage."""
+            yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.stage1_steps is not None and self.stage1_share != type(self).stage1_share:
                 rule = f"does nothing beside --router.stage1-steps {self.stage1_steps}"
                 yield Problem("--router.stage1-share", self.stage1_share, rule, "give one of the two")
@@ -145,7 +145,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The first stage's decision."""
-        experts_TK = best_experts(logits_TE, k)
+        experts_TK = self.best(logits_TE, k)
         return logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
@@ -170,9 +170,8 @@ class StableMoERouter(Router, name="stablemoe"):
         """The second stage's decision; raises ValueError where it does not know the token ids."""
         if self._by_words(now):
             experts_TK = self._frozen_experts(now)
-            first = first._replace(
-                weights_TK=first.logits_TE.gather(-1, experts_TK).sigmoid(), experts_TK=experts_TK
-            )
+            weights_TK = self.scaled(first.logits_TE.gather(-1, experts_TK).sigmoid())
+            first = first._replace(weights_TK=weights_TK, experts_TK=experts_TK)
         elif now.training:
             self.frozen_at.fill_(-1)
         if now.training and "distillation" not in first.losses:
@@ -189,7 +188,7 @@ class StableMoERouter(Router, name="stablemoe"):
             )
         with torch.no_grad():
             self._freeze(now.step)
-            return best_experts(
+            return self.best(
                 F.linear(F.embedding(now.tokens.ids_T, self.frozen_word_VW), self.frozen_centroid_EW), now.k
             )
 

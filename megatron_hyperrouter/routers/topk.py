@@ -1,29 +1,9 @@
 """SMoE's trained linear router, and by its options that of Switch Transformers and of DeepSeek-V3.
 
-Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts.
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
 
-With logits ``g = W x + b`` (b where ``bias`` is on), scores ``s`` (softmax of g over all E, or sigmoid),
-the chosen set S:
-
-- default (Shazeer et al. 2017, arXiv 1701.06538, without its noise): S = the k largest g, ``w =
-  softmax(g_S)``;
-- ``pre_softmax`` (Switch, arXiv 2101.03961; k = 1 there): ``w_i = s_i``, which sum to less than 1; with
-  ``renormalise`` ``w_i = s_i / sum_S s``, which is the default's softmax over the kept logits, and is
-  computed as that;
-- ``score_function sigmoid`` (DeepSeek-V3, arXiv 2412.19437): ``w_i = s_i``, with ``renormalise``
-  divided by their sum;
-- ``expert_bias`` (arXiv 2408.15664): S = the k largest ``s + c``; weights as above, without c.  After
-  each optimizer step ``c_i += bias_update_rate * sign(mean load - load_i)``, loads over the whole global
-  batch;
-- ``jitter_eps`` (Switch): in training the router, and it alone, sees x times a uniform number from [1 -
-  eps, 1 + eps];
-- ``freeze``: W and b stay as drawn; checkpoints hold them.
-
-Auxiliary loss: coefficient times ``E sum_i f_i P_i``, where P is the mean over tokens of s (sigmoid:
-divided by its sum over E), and f_i the share of routes that went to i, in the micro-batch, in each
-sequence (averaged), or in the last global batch. ``global_batch``: f is that of the step before (uniform
-at first), the gradient flows through the P of this micro-batch. Megatron-core takes a running mean over
-the micro-batches seen so far instead: it depends on how many replicas there are.
+Logits ``g = W x + b``, with b where ``bias`` is on.  ``freeze``: W and b stay as drawn; checkpoints hold
+them.  How g decides is told in ``choice.py``.
 """
 
 from __future__ import annotations
@@ -31,85 +11,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Lt
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from megatron_hyperrouter.errors import Problem
-from megatron_hyperrouter.ops.balance import bias_step, known_load_loss, sequence_loss, switch_loss, z_loss
-from megatron_hyperrouter.ops.jitter import jitter
-from megatron_hyperrouter.ops.topk import log_scores, scored_topk
-from megatron_hyperrouter.routers.base import (
-    Pass,
-    Router,
-    StepCounts,
-    no_gradient_at_k1,
-    without_counts,
-    without_tokens,
-)
-
-_UPDATE_RATE = 0.001  # arXiv 2408.15664, section 4.1
+from megatron_hyperrouter.routers.base import Router, no_gradient_at_k1
+from megatron_hyperrouter.routers.choice import ChoosingRouter
 
 
-class TopKRouter(Router, name="topk"):
+class TopKRouter(ChoosingRouter, name="topk"):
     """``logits = W x + b`` with trained W; the options make Switch and DeepSeek-V3 out of it."""
 
     config: Config
-    share_E: Tensor  # float32, of the routes of the last global batch; there with aux_loss global_batch
-    choice_bias_E: Tensor  # float32; there with expert_bias
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Router.Config):
+    class Config(ChoosingRouter.Config):
         """A plain router: bias off, weights from the softmax over the kept logits."""
 
         init_std: Annotated[float, Ge(0.0), "standard deviation of the router's initial weights"] = 0.02
         bias: Annotated[bool, "add a trained bias to the logits"] = False
-        score_function: Annotated[
-            Literal["softmax", "sigmoid"], "what makes scores of logits; sigmoid: DeepSeek-V3"
-        ] = "softmax"
-        pre_softmax: Annotated[
-            bool, "Switch: weights are probabilities over all experts, not renormalised over the chosen"
-        ] = False
-        renormalise: Annotated[
-            bool, "divide the weights of pre_softmax or sigmoid by their sum over the chosen"
-        ] = False
-        jitter_eps: Annotated[
-            float, Ge(0.0), Lt(1.0), "Switch: in training the router sees its input times 1 - eps to 1 + eps"
-        ] = 0.0
-        aux_loss: Annotated[
-            Literal["micro_batch", "global_batch", "sequence"],
-            "what --moe-aux-loss-coeff balances; global_batch: by the load of the step before",
-        ] = "micro_batch"
-        expert_bias: Annotated[
-            bool, "balance without a loss: a bias that moves the choice, not the weights (DeepSeek-V3)"
-        ] = False
-        bias_update_rate: Annotated[
-            float | None, Ge(0.0), "change of expert_bias in a step, default 0.001; 0 keeps it"
-        ] = None
         freeze: Annotated[bool, "leave the weights as they were drawn"] = False
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Options that contradict one another, or that another one leaves without a meaning."""
-            if self.pre_softmax and self.score_function == "sigmoid":
-                yield Problem(
-                    "--router.pre-softmax",
-                    True,
-                    "asks for softmax scores, --router.score-function sigmoid for others",
-                    "drop one",
-                )
-            if self.renormalise and self.renormalised_anyway:
-                rule = "changes nothing: the softmax over the kept logits sums to 1"
-                yield Problem("--router.renormalise", True, rule, "drop it, or add --router.pre-softmax")
-            if self.bias_update_rate is not None and not self.expert_bias:
-                yield Problem(
-                    "--router.bias-update-rate",
-                    self.bias_update_rate,
-                    "needs --router.expert-bias",
-                    "add it, or drop the rate",
-                )
+            """What is frozen must not change."""
+            yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.freeze and self.expert_bias and self.update_rate:
                 rule = (
                     "keeps the router as it is, but --router.expert-bias would change the choice in each step"
@@ -122,39 +51,6 @@ class TopKRouter(Router, name="topk"):
             """A router that is trained, whose weights sum to 1, learns nothing from the task at k = 1."""
             return iter(()) if self.freeze or not self.sums_to_one else no_gradient_at_k1("topk", topk)
 
-        def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
-            """A kind of loss that is multiplied by 0."""
-            if self.aux_loss != type(self).aux_loss and not aux_loss_coeff:
-                yield f"--router.aux-loss {self.aux_loss} does nothing: --moe-aux-loss-coeff is 0"
-
-        def unserved(self) -> Iterator[str]:
-            """Options that look at the global batch or at places of tokens."""
-            if self.expert_bias and self.update_rate:
-                yield without_counts("--router.expert-bias")
-            if self.aux_loss == "global_batch":
-                yield without_counts("--router.aux-loss global_batch")
-            if self.aux_loss == "sequence":
-                yield without_tokens("--router.aux-loss sequence", "all tokens of a pass are one sequence")
-            if self.jitter_eps:
-                yield without_tokens(
-                    "--router.jitter-eps", "all passes of a step have the same noise, on every rank"
-                )
-
-        @property
-        def renormalised_anyway(self) -> bool:
-            """Weights come from the softmax over the kept logits."""
-            return self.score_function == "softmax" and not self.pre_softmax
-
-        @property
-        def sums_to_one(self) -> bool:
-            """A token's weights sum to 1."""
-            return self.renormalise or self.renormalised_anyway
-
-        @property
-        def update_rate(self) -> float:
-            """Change of the choice bias in a step."""
-            return _UPDATE_RATE if self.bias_update_rate is None else self.bias_update_rate
-
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""
         super().__init__(config, **common)
@@ -166,10 +62,6 @@ class TopKRouter(Router, name="topk"):
             if config.bias
             else None
         )
-        if config.aux_loss == "global_batch":
-            self.register_buffer("share_E", torch.full((self.num_experts,), 1.0 / self.num_experts))
-        if config.expert_bias:
-            self.register_buffer("choice_bias_E", torch.zeros(self.num_experts))
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -179,67 +71,9 @@ class TopKRouter(Router, name="topk"):
             if self.bias_E is not None:
                 self.bias_E.zero_()
 
-    def view(self, x_TD: Tensor, now: Pass) -> Tensor:
-        """In training the input with its jitter; without places of tokens they count from 0."""
-        eps = self.config.jitter_eps
-        if not (eps and now.training):
-            return x_TD
-        places_T = (
-            torch.arange(x_TD.size(0), device=x_TD.device) if now.tokens is None else now.tokens.places_T
-        )
-        return x_TD.float() * jitter(
-            places_T, x_TD.size(1), eps, seed=self.seed, step=now.step, layer=self.layer_number
-        )
-
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""
         return F.linear(x_TD.float(), *self.linear())
-
-    def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest scores, by the choice bias where there is one, and the weights that the options
-        ask for.
-        """
-        config = self.config
-        choice_bias_E = self.choice_bias_E if config.expert_bias else None
-        return scored_topk(
-            logits_TE,
-            k,
-            score=config.score_function,
-            renormalise=config.sums_to_one,
-            choice_bias_E=choice_bias_E,
-        )
-
-    def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """``aux`` of the kind that ``aux_loss`` names, over probabilities of the score function, and
-        ``z``.
-        """
-        losses: dict[str, Tensor] = {}
-        if self.aux_loss_coeff:
-            losses["aux"] = self.aux_loss_coeff * self._balance(logits_TE, experts_TK, now)
-        if self.z_loss_coeff:
-            losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
-        return losses
-
-    def _balance(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> Tensor:
-        probs_TE = log_scores(logits_TE, self.config.score_function).softmax(-1)
-        if self.config.aux_loss == "global_batch":
-            return known_load_loss(probs_TE, self.share_E, self.over_shards)
-        # else all tokens are one sequence
-        if self.config.aux_loss == "sequence" and now.tokens is not None:
-            sequence_T = now.tokens.places_T // now.tokens.seq_length
-            sequence_T = sequence_T - sequence_T.min()
-            number = int(sequence_T.max()) + 1 if now.tokens.sequences is None else now.tokens.sequences
-            return sequence_loss(probs_TE, experts_TK, sequence_T, number, self.over_shards)
-        return switch_loss(probs_TE, experts_TK, self.over_shards)
-
-    def end_step(self, counts: StepCounts) -> None:
-        """Take the load of the global batch over into the buffers that follow it."""
-        load_E = counts.load_E
-        with torch.no_grad():
-            if self.config.aux_loss == "global_batch":
-                self.share_E.copy_(load_E / load_E.sum())
-            if self.config.expert_bias:
-                self.choice_bias_E.add_(bias_step(load_E, self.config.update_rate).to(self.choice_bias_E))
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The weights themselves; ``expert_bias`` is no part of the map, as it moves no logit."""

@@ -111,7 +111,11 @@ class XMoERouter(Router, name="xmoe"):
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The gate comes before the choice."""
         return scored_topk(
-            logits_TE, k, score=self.config.score_function, renormalise=self.config.renormalise
+            logits_TE,
+            k,
+            score=self.config.score_function,
+            renormalise=self.config.renormalise,
+            groups=self.config.groups,
         )
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:

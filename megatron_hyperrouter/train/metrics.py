@@ -57,7 +57,8 @@ def training_record(
         ("entropy", result.entropy_L),
         ("load_max_over_mean", result.load_max_over_mean_L),
     ):
-        record |= {f"router/{name}/{layer}": value for layer, value in enumerate(values_L, start=1)}
+        layers = result.moe_layers or range(1, len(values_L) + 1)
+        record |= {f"router/{name}/{layer}": value for layer, value in zip(layers, values_L, strict=True)}
     return record
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from config import rule_cases_first, rule_cases_second
+from config import rule_cases_family, rule_cases_first, rule_cases_second
 
 from megatron_hyperrouter.config.check import RULES, problems, warnings
 from megatron_hyperrouter.config.cli import parse, replace_leaves
@@ -15,7 +15,7 @@ BY_NAME = {rule.__name__: rule for rule in RULES}
 MEGATRON = {"engine": "megatron"}
 TP2 = {"tensor_model_parallel_size": 2}
 
-CASES = [*rule_cases_first.CASES, *rule_cases_second.CASES]
+CASES = [*rule_cases_first.CASES, *rule_cases_second.CASES, *rule_cases_family.CASES]
 
 
 @pytest.fixture(autouse=True)

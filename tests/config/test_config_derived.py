@@ -83,3 +83,31 @@ def test_bad_splits(split):
 )
 def test_whose_state_may_go_to_another_number_of_ranks(leaves, may):
     assert derived.may_change_ranks(config(**leaves)) is may
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("1", "1111"),
+        ("2", "1010"),
+        ("3", "1001"),
+        ("[0, 1,1,0]", "0110"),
+        ("([0]*1+[1]*3)", "0111"),
+        ("([1]*1+[0]*1)*2", "1010"),
+        ("2*[0,1]", "0101"),
+    ],
+)
+def test_layers_with_experts_as_python_evaluates_them(text, layers):
+    """Megatron-LM's rule: an integer N makes a MoE layer of each layer i with i % N == 0."""
+    value = eval(text)
+    expected = [int(i % value == 0) for i in range(4)] if isinstance(value, int) else list(value)
+    found = derived.moe_layers(config(moe_layer_freq=text))
+    assert "".join(str(int(layer)) for layer in found) == layers == "".join(map(str, expected))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "[2,1]", "1.5", "x", "[1]*10**9", "[[1],[0]]*2", "[1]*99999999999", "(" * 500]
+)
+def test_what_is_no_pattern_is_refused_and_never_evaluated(text):
+    with pytest.raises(ValueError, match="must"):
+        derived.pattern(text)

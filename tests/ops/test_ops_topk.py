@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.ops.topk import best_experts, scored_topk, softmax_topk, topk_softmax
+from megatron_hyperrouter.ops.topk import Groups, best_experts, scored_topk, softmax_topk, topk_softmax
 
 LOGITS = st.sampled_from([-math.inf, -2.5, -1.0, 0.0, 0.5, 1.0, 3.0])  # few values, so that ties are common
 
@@ -164,3 +164,59 @@ def test_megatron_core_has_deepseek_v3s_choice():
     torch.testing.assert_close(
         torch.zeros(64, 8).scatter(1, experts_TK, weights_TK), probs_TE, rtol=0, atol=1e-6
     )
+
+
+def limited_by_loop(row: list[float], k: int, groups: Groups) -> list[int]:
+    """Group-limited choice, expert by expert."""
+    size = len(row) // groups.total
+    counted = min(max(k // groups.chosen, 1), size)
+    totals = [
+        math.fsum(sorted(row[first : first + size], reverse=True)[:counted])
+        for first in range(0, len(row), size)
+    ]
+    best = chosen_by_sort(totals, groups.chosen)
+    inside = [row[i] if i // size in best else -math.inf for i in range(len(row))]
+    return chosen_by_sort(inside, k)
+
+
+@given(st.data(), st.sampled_from([(4, 2, 2), (2, 1, 8), (8, 3, 4), (3, 3, 2)]), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_groups_against_a_loop(data, sizes, num_tokens):
+    count, chosen, size = sizes
+    k = data.draw(st.integers(1, chosen * size))
+    values = st.sampled_from([-2.5, -1.0, 0.0, 0.5, 1.0, 3.0])
+    row = st.lists(values, min_size=count * size, max_size=count * size)
+    rows = data.draw(st.lists(row, min_size=num_tokens, max_size=num_tokens))
+    groups = Groups(count, chosen)
+    found = best_experts(torch.tensor(rows), k, groups).tolist()
+    assert found == [limited_by_loop(row, k, groups) for row in rows]
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("kind", ["softmax", "pre_softmax", "sigmoid", "sigmoid, bias"])
+def test_groups_against_megatron_core(kind, k):
+    """DeepSeek-V3's node-limited routing as the host of the other engine has it."""
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    generator = torch.Generator().manual_seed(7)
+    logits_TE = torch.randn(50, 16, generator=generator)
+    bias_E = 0.3 * torch.randn(16, generator=generator) if kind == "sigmoid, bias" else None
+    score = "sigmoid" if "sigmoid" in kind else "softmax"
+    dense_TE, chosen_TE = topk_routing_with_score_function(
+        logits_TE,
+        k,
+        use_pre_softmax=kind == "pre_softmax",
+        num_groups=8,
+        group_topk=2,
+        score_function=score,
+        expert_bias=bias_E,
+    )
+    options = {"score": score, "renormalise": kind != "pre_softmax", "choice_bias_E": bias_E}
+    weights_TK, experts_TK = scored_topk(logits_TE, k, groups=Groups(8, 2), **options)
+    assert torch.equal(torch.zeros_like(chosen_TE).scatter(1, experts_TK, True), chosen_TE)
+    torch.testing.assert_close(torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK), dense_TE)
+
+
+def test_groups_must_have_room_for_k():
+    with pytest.raises(ValueError, match="k = 5: must be at most 2 groups x 2 experts"):
+        best_experts(torch.zeros(1, 16), 5, Groups(8, 2))

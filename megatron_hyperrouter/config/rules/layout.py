@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import (
     data_parallel_size,
+    dense_width,
     expert_tensor_size,
     expert_width,
+    has_dense_layers,
     model_parallel_size,
     query_groups,
 )
@@ -135,6 +137,15 @@ def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -
         yield broken(config, name, rule, f"set --moe-ffn-hidden-size to a multiple, or {other}")
 
 
+def dense_widths_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """TP cuts the width of dense layers and of the shared expert."""
+    if config.model.moe_shared_expert_intermediate_size is not None:
+        yield from indivisible(config, "moe_shared_expert_intermediate_size", "tensor_model_parallel_size")
+    if has_dense_layers(config):
+        name = "ffn_hidden_size" if config.model.ffn_hidden_size else "hidden_size"
+        yield from indivisible(config, name, "tensor_model_parallel_size", value=dense_width(config))
+
+
 def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Sequence parallelism spreads over the TP ranks."""
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
@@ -203,6 +214,7 @@ RULES: tuple[Rule, ...] = (
     heads_by_tensor_parallel,
     vocabulary_by_tensor_parallel,
     expert_width_by_tensor_parallel,
+    dense_widths_by_tensor_parallel,
     sequence_parallel_needs_tensor_parallel,
     sequence_by_ranks,
     layers_by_pipeline,

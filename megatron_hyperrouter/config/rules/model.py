@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.derived import head_width, query_groups
+from megatron_hyperrouter.config.derived import head_width, moe_layers, query_groups
 from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -49,19 +49,20 @@ def head_width_is_even(config: RunConfig, world_size: int | None) -> Iterator[Pr
 
 
 def topk_within_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """k <= E, at the end of the schedule and at its start."""
-    experts = config.model.num_experts
+    """k <= E, or the experts of the groups that a token may use; at the schedule's end and at its start."""
+    experts, options = config.model.num_experts, config.router.options
+    most = options.largest_topk(experts) if hasattr(options, "largest_topk") else experts
     for name, topk in (
         ("moe_router_topk", config.model.moe_router_topk),
         ("topk_start", config.topk.topk_start),
     ):
         if topk is not None and topk > experts:
-            yield broken(
-                config,
-                name,
-                f"must be at most --num-experts = {experts}",
-                f"use {'1' if experts == 1 else f'1 to {experts}'}, or more experts",
-            )
+            rule = f"must be at most --num-experts = {experts}"
+            few = "1" if experts == 1 else f"1 to {experts}"
+            yield broken(config, name, rule, f"use {few}, or more experts")
+        elif topk is not None and topk > most:
+            rule = f"must be at most {most}, the experts of --router.group-topk {options.group_topk} groups"
+            yield broken(config, name, rule, f"use 1 to {most}, or let a token use more groups")
 
 
 def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -95,11 +96,35 @@ def router_options(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield from own_rules(hidden_size=config.model.hidden_size, num_experts=config.model.num_experts)
 
 
+def layers_have_a_pattern(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A pattern of layers is readable, fits the layers, and leaves a layer that routes."""
+    try:
+        routed = any(moe_layers(config))
+    except ValueError as error:
+        yield broken(config, "moe_layer_freq", str(error), "use 1 for MoE in every layer")
+        return
+    if not routed:
+        yield broken(config, "moe_layer_freq", "leaves no MoE layer to route", "put a 1 into the list")
+
+
+def shared_expert_gate_needs_its_expert(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Without a shared expert there is nothing to gate; a residual MLP is one of another kind."""
+    model = config.model
+    if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
+        needed = "--moe-shared-expert-intermediate-size"
+        yield broken(config, "moe_shared_expert_gate", f"needs {needed}", f"add {needed}, or leave it out")
+    if model.mlp_type == "residual" and model.moe_shared_expert_intermediate_size is not None:
+        rule = "already puts a dense MLP beside the experts, so a shared expert cannot be added"
+        yield broken(config, "mlp_type", rule, "use --mlp-type standard, or leave out the shared expert")
+
+
 RULES: tuple[Rule, ...] = (
     hidden_size_by_heads,
     heads_by_query_groups,
     head_width_is_even,
     topk_within_experts,
+    layers_have_a_pattern,
+    shared_expert_gate_needs_its_expert,
     topk_fields_need_a_schedule,
     schedule_needs_a_start,
     router_options,

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.dense import DenseSlot
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.rotary import RotaryTable
-from megatron_hyperrouter.model.spec import RMSNorm, layer_spec
+from megatron_hyperrouter.model.spec import RMSNorm, layer_specs
 
 
 def model_layers(
@@ -46,8 +47,10 @@ def model_layers(
     else:
         first = LayerSpec(Embedding, *embedding_args)
         last = LayerSpec(Output, config, vocab_size)
-    submodules = layer_spec(run, moe, starts=clock.starts_site).submodules
-    blocks = [LayerSpec(Block, run, config, submodules, number + 1) for number in range(run.model.num_layers)]
+    specs = layer_specs(run, moe, starts=clock.starts_site, dense=DenseSlot)
+    blocks = [
+        LayerSpec(Block, run, config, spec.submodules, number) for number, spec in enumerate(specs, start=1)
+    ]
     return [first, *blocks, LayerSpec(RMSNorm, config, config.hidden_size, config.layernorm_epsilon), last]
 
 

@@ -14,7 +14,7 @@ from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
-from megatron_hyperrouter.model.spec import padded_vocab_size, transformer_config
+from megatron_hyperrouter.model.spec import padded_vocab_size, shared_expert_spec, transformer_config
 from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
@@ -39,7 +39,13 @@ def build(
         # (transformer_layer.py:48).
         pipeline_model_parallel_size=1,
     )
-    moe = moe_spec(run, vocab_size=vocab_size, clock=clock, statistics=statistics)
+    moe = moe_spec(
+        run,
+        vocab_size=vocab_size,
+        clock=clock,
+        statistics=statistics,
+        shared_expert=shared_expert_spec(),
+    )
     layers = model_layers(run, core, moe, padded_vocab_size(vocab_size, run), clock=clock)
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from megatron_hyperrouter.config.derived import expert_tensor_size
@@ -23,8 +24,9 @@ from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_n
 from megatron_hyperrouter.model.spec import (
     expert_spec,
     last_norm,
-    layer_spec,
+    layer_specs,
     padded_vocab_size,
+    shared_expert_spec,
     transformer_config,
 )
 from megatron_hyperrouter.routers import ROUTERS
@@ -78,15 +80,16 @@ def build(
         clock=clock,
         statistics=statistics,
     )
-    moe = ModuleSpec(module=RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=router))
-    spec = layer_spec(run, moe, starts=clock.starts_site)
+    parts = MoESubmodules(experts=experts, shared_experts=shared_expert_spec(), router=router)
+    moe = ModuleSpec(module=RoutedMoELayer, submodules=parts)
+    specs = layer_specs(run, moe, starts=clock.starts_site)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
     for number in range(stages or 1):
         chunk = number if stages else None
-        block = TransformerBlockSubmodules(
-            layer_specs=[spec] * get_num_layers_to_build(core, chunk), layer_norm=last_norm(run)
-        )
+        first = get_transformer_layer_offset(core, chunk)
+        own = specs[first : first + get_num_layers_to_build(core, chunk)]
+        block = TransformerBlockSubmodules(layer_specs=own, layer_norm=last_norm(run))
         model = GPTModel(
             config=core,
             transformer_layer_spec=block,

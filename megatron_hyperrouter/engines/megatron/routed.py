@@ -45,12 +45,14 @@ class RoutedMoELayer(MoELayer):
         if any(value is not None for value in (*more, *kwargs.values())):
             raise NotImplementedError("padding masks and partial passes are not provided: samples are full")
         routes_R1D = x_TD.repeat_interleave(routing.experts_TK.size(1), 0).unsqueeze(1)
+        shared = self.shared_experts_compute(hidden_states)
         with router.site.given(single_routes(routing)), self._one_expert_each():
             outputs_R1D, _ = super().forward(routes_R1D)
         outputs_TKD = outputs_R1D.view(*routing.experts_TK.shape, -1)
         routing = router.router.combine(routing, x_TD, outputs_TKD, now)
         output_TD = router.with_losses(weighted_sum(routing.weights_TK, outputs_TKD), routing)
-        return output_TD.view(hidden_states.shape), None
+        output = output_TD.view(hidden_states.shape)
+        return output if shared is None else output + shared, None
 
     @torch.no_grad()
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
@@ -83,8 +85,7 @@ class RoutedMoELayer(MoELayer):
         output be more than an expert's.
         """
         found = {
-            "moe_shared_expert_intermediate_size": self.config.moe_shared_expert_intermediate_size
-            is not None,
+            "moe_shared_expert_overlap": self.shared_expert_overlap,
             "moe_latent_size": bool(self.config.moe_latent_size),
             "moe_pad_expert_input_to_capacity": self.config.moe_pad_expert_input_to_capacity,
             'recompute_modules with "moe"': self.moe_layer_recompute,
@@ -98,15 +99,15 @@ class RoutedMoELayer(MoELayer):
 
     @contextmanager
     def _one_expert_each(self) -> Iterator[None]:
-        """Inside, the dispatcher expects one route a token, and nothing is dropped."""
-        topk = self.config.moe_router_topk
+        """Inside: one route a token, nothing is dropped, and no shared expert is added."""
+        topk, shared = self.config.moe_router_topk, self.use_shared_expert
         self.set_topk(1)
-        self.router.dropless = True
+        self.router.dropless, self.use_shared_expert = True, False
         try:
             yield
         finally:
             self.set_topk(topk)
-            self.router.dropless = False
+            self.router.dropless, self.use_shared_expert = False, shared
 
     def set_topk(self, topk: int) -> None:
         """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487,

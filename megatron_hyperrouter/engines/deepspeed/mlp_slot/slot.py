@@ -8,6 +8,7 @@ from functools import partial
 
 from deepspeed.moe.layer import MoE
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -17,7 +18,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -50,8 +51,11 @@ class MoESlot(MegatronModule):
         make: Callable[[int], Router],
         clock: Clock,
         statistics: RouterStatistics,
+        shared_expert: ModuleSpec,
     ) -> None:
-        """``make``: the router of the layer of this number, counted from 1 over the whole model."""
+        """``make``: the router of the layer of this number, counted from 1 over the whole model;
+        ``shared_expert``: built where the settings ask for one.
+        """
         super().__init__(config)
         model, parallel = run.model, run.parallel
         shared_experts, residual = expert_tensor_size(run) > 1, model.mlp_type == "residual"
@@ -69,6 +73,14 @@ class MoESlot(MegatronModule):
         # data-parallel sums
         if residual:
             self.moe.mlp = Expert(config, shared=True)
+        self.shared_experts = None
+        if config.moe_shared_expert_intermediate_size is not None:
+            self.shared_experts = build_module(
+                shared_expert,
+                config=config,
+                gate=config.moe_shared_expert_gate,
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(["tp"]),
+            )
         for parameter in self.moe.deepspeed_moe.experts.parameters():
             # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
             parameter.model_parallel = parallel.tensor_model_parallel_size > 1
@@ -90,6 +102,7 @@ class MoESlot(MegatronModule):
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
+        shared_SBD = None if self.shared_experts is None else self.shared_experts(hidden_SBD)
         if (
             self.config.sequence_parallel
         ):  # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
@@ -99,7 +112,7 @@ class MoESlot(MegatronModule):
             output_SBD = MoEAuxLossAutoScaler.apply(output_SBD, loss)
         if self.config.sequence_parallel:
             output_SBD = scatter_to_sequence_parallel_region(output_SBD)
-        return output_SBD, None
+        return output_SBD if shared_SBD is None else output_SBD + shared_SBD, None
 
 
 class Expert(MLP):
@@ -137,9 +150,20 @@ class Expert(MLP):
         return output.view(x.shape)
 
 
-def moe_spec(run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics) -> ModuleSpec:
+def moe_spec(
+    run: RunConfig,
+    *,
+    vocab_size: int,
+    clock: Clock,
+    statistics: RouterStatistics,
+    shared_expert: ModuleSpec,
+) -> ModuleSpec:
     """Spec of the MLP slot; ``vocab_size``: ids of the tokenizer."""
-    make = partial(make_router, run, vocab_size=vocab_size)
-    return ModuleSpec(
-        module=MoESlot, params={"run": run, "make": make, "clock": clock, "statistics": statistics}
-    )
+    params = {
+        "run": run,
+        "make": partial(make_router, run, vocab_size=vocab_size),
+        "clock": clock,
+        "statistics": statistics,
+        "shared_expert": shared_expert,
+    }
+    return ModuleSpec(module=MoESlot, params=params)

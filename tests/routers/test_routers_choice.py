@@ -1,0 +1,95 @@
+"""Options that every router has, and the choice that routers by logits share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from megatron_hyperrouter import ROUTERS, build_router
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.ops.schedule import topk_at
+
+SIZES = {"hidden_size": 16, "num_experts": 8, "topk": 2, "seed": 3}
+CHOOSING = ("topk", "hyper", "smoe_dropout")
+GROUPS = {"num_groups": 4, "group_topk": 2}
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_every_router_can_be_limited_to_groups(name):
+    free, limited = build_router(name, **SIZES), build_router(name, **SIZES, **GROUPS)
+    for k in (1, 2, 3, 4):
+        routing, before = limited(tokens(), topk=k), free(tokens(), topk=k)
+        used = [set(row) for row in (routing.experts_TK // 2).tolist()]
+        assert max(map(len, used)) <= 2
+        assert torch.equal(routing.logits_TE, before.logits_TE)
+    assert any(len(set(row)) > 2 for row in (free(tokens(), topk=4).experts_TK // 2).tolist())
+    with pytest.raises(ValueError, match="topk = 5: must be from 1 to the experts of group_topk groups = 4"):
+        limited(tokens(), topk=5)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_every_router_can_scale_its_weights(name):
+    plain, scaled = build_router(name, **SIZES), build_router(name, **SIZES, scaling_factor=2.5)
+    one, other = plain(tokens()), scaled(tokens())
+    assert torch.equal(one.experts_TK, other.experts_TK)
+    torch.testing.assert_close(other.weights_TK, one.weights_TK * 2.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_groups": 4}, "needs --router.group-topk"),
+        ({"group_topk": 4}, "needs --router.num-groups"),
+        ({"num_groups": 3, "group_topk": 1}, "must divide --num-experts = 8"),
+        ({"num_groups": 4, "group_topk": 5}, "must be at most --router.num-groups = 4"),
+        ({"num_groups": 8, "group_topk": 1}, "must be at most 1, the experts of --router.group-topk 1"),
+    ],
+)
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_bad_groups(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_router(name, **SIZES, **options)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_function": "sigmoid", "renormalise": True, "expert_bias": True, **GROUPS},
+        {"pre_softmax": True, "scaling_factor": 16.0},
+        {"aux_loss": "global_batch"},
+    ],
+)
+def test_a_folded_router_chooses_and_weighs_the_same(name, options):
+    router = build_router(name, **SIZES, aux_loss_coeff=0.01, **options)
+    for buffer in ("choice_bias_E", "share_E"):
+        if hasattr(router, buffer):
+            getattr(router, buffer).copy_(torch.rand(8, generator=torch.Generator().manual_seed(2)))
+    one, other = router(tokens()), router.fold()(tokens())
+    assert torch.equal(one.experts_TK, other.experts_TK)
+    torch.testing.assert_close(one.weights_TK, other.weights_TK)
+    torch.testing.assert_close(one.losses, other.losses)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_balance_loss_can_be_switched_off(name):
+    assert "aux" in build_router(name, **SIZES, aux_loss_coeff=0.01)(tokens()).losses
+    assert not build_router(name, **SIZES, aux_loss_coeff=0.01, aux_loss="off")(tokens()).losses
+
+
+def test_groups_leave_room_for_a_schedule():
+    router = build_router("hyper", **{**SIZES, "topk": partial(topk_at, start=1, end=4, steps=3)}, **GROUPS)
+    assert [router(tokens(), step=step).experts_TK.size(1) for step in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_run_with_more_experts_than_its_groups_have_is_refused():
+    flags = "--data-path x --num-experts 8 --moe-router-topk 5 --router.num-groups 4 --router.group-topk 2"
+    with pytest.raises(ConfigError, match=r"must be at most 4, the experts of --router\.group-topk 2"):
+        parse(flags.split(), routers=ROUTERS)
