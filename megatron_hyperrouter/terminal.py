@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from megatron_hyperrouter.errors import HyperRouterError
 
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 5.0, 120.0
 _MISSING_LIBRARY = 5
 _PATIENCE = 3.0  # seconds
+
+
+Shown = TypeVar("Shown", bound="Bar")
 
 
 class Stopped(BaseException):
@@ -121,7 +124,7 @@ class Bar:
         self._before = 0.0
         self._stack = ExitStack()
 
-    def __enter__(self) -> Bar:
+    def __enter__(self: Shown) -> Shown:
         self._show: Callable[[float, float, str], None] | None = None
         if sys.stderr.isatty():
             from rich.console import Console

@@ -20,7 +20,7 @@ def skip_shm_build() -> None:
     if torch.cuda.is_available():
         return
     # `import deepspeed.comm.torch as x` would bind the real torch: the package re-exports that name.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = _no_shm_op
+    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", _no_shm_op)  # noqa: B010
 
 
 def shape_gathered_tokens() -> None:
@@ -31,7 +31,7 @@ def shape_gathered_tokens() -> None:
     """
     if torch.cuda.is_available():
         return
-    importlib.import_module("deepspeed.moe.mappings")._gather_tokens = _gather_tokens
+    setattr(importlib.import_module("deepspeed.moe.mappings"), "_gather_tokens", _gather_tokens)  # noqa: B010
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:

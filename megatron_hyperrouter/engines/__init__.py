@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from typing import Any
 
 from megatron_hyperrouter.compat.host_logs import hush
 from megatron_hyperrouter.compat.transformer_engine import implementation
@@ -28,11 +29,9 @@ def open_engine(
     check(config.engine.engine)
     if config.engine.engine == "megatron":
         wanted = config.engine.transformer_impl
-        if wanted == "auto" and resets_documents(
-            config
-        ):  # Transformer Engine's attention knows no documents here
-            wanted = "local"
-        chosen = implementation(wanted, bf16=config.train.bf16)
+        if wanted == "auto" and resets_documents(config):
+            wanted = "local"  # Transformer Engine's attention does not keep documents apart
+        chosen: Any = implementation(wanted, bf16=config.train.bf16)
         config = replace(config, engine=replace(config.engine, transformer_impl=chosen))
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
     engine: Engine = room.open_engine(config, vocab_size=vocab_size, eod=eod, for_training=for_training)

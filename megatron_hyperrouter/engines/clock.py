@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class RouterSite:
 
     def route(self, x_TD: Tensor, experts: ExpertBank | None = None) -> tuple[Routing, Pass]:
         """Route the next micro-batch, and count what was chosen."""
-        asked = {
+        asked: dict[str, Any] = {
             "step": self.clock.step,
             "topk": self.clock.topk,
             "experts": experts,

@@ -146,9 +146,9 @@ class SharedEngine(ABC):
     def _counted(self, batch: Batch) -> Batch:
         """The same, without the labels that no loss is asked for."""
         tokens_BS, labels_BS = batch
-        if not self.config.data.eod_mask_loss:
+        if not self.config.data.eod_mask_loss or self.eod is None:
             return batch
-        return tokens_BS, labels_BS.masked_fill(tokens_BS == self.eod, UNCOUNTED)
+        return tokens_BS, labels_BS.masked_fill(tokens_BS.eq(self.eod), UNCOUNTED)
 
     def in_parts(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         """An evaluation's micro-batches, a few at a time: the clock, and a host that wants them all at once,

@@ -62,12 +62,8 @@ class RouterSteps:
         differ in their experts.
         """
         parts = [model] if isinstance(model, nn.Module) else list(model)
-        sites = [
-            module.site
-            for each in parts
-            for module in each.modules()
-            if isinstance(getattr(module, "site", None), RouterSite)
-        ]
+        found = (getattr(module, "site", None) for each in parts for module in each.modules())
+        sites = [site for site in found if isinstance(site, RouterSite)]
         self.routers: list[Router] = [site.router for site in sites]
         self._group, self._replicas = group, replicas
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)

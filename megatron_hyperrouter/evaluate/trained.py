@@ -63,7 +63,7 @@ def dataset_of(
     wanted: dict[str, Any] = {f"{name}_samples": 0 for name in ("train", "valid", "test")} | {
         f"{split}_samples": samples
     }
-    sizes = {"seq_length": config.model.seq_length, "vocab_size": vocab_size}
+    sizes: dict[str, Any] = {"seq_length": config.model.seq_length, "vocab_size": vocab_size}
     splits = build_splits(data, seed=config.train.seed, eod=eod, **sizes, **wanted)
     dataset: Dataset | None = getattr(splits, split)
     if dataset is None:

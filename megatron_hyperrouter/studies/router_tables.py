@@ -137,7 +137,7 @@ def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Cur
     """
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
-    found = {}
+    found: dict[str, Curve] = {}
     for label, seeds in runs.items():
         thinned = [_pieces(results[name], points) for results in seeds.values()]
         steps = [step for step, _ in thinned[0]]
@@ -180,10 +180,10 @@ def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) 
         (right, curves(runs, "valid_curve"), f"validation, {unit}"),
     )
     for axes, found, title in shown:
-        for label, (steps, means, halves) in found.items():
-            (drawn,) = axes.plot(steps, means, label=label)
+        for label, (steps, centres, widths) in found.items():
+            (drawn,) = axes.plot(steps, centres, label=label)
             low, high = (
-                [mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1)
+                [mean + sign * half for mean, half in zip(centres, widths, strict=True)] for sign in (-1, 1)
             )
             axes.fill_between(steps, low, high, alpha=0.15, color=drawn.get_color())
         axes.set(xlabel="step", ylabel=title)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.terminal import parser
 
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> None:
 
         asked = 0
 
-        def arrays(self, *key: object, numbers: int, **how: object) -> object:
+        def arrays(self, *key: Any, numbers: int, **how: Any) -> Any:
             self.asked += numbers >= self.cached_from
-            return super().arrays(*key, numbers=numbers, **how)  # type: ignore[arg-type]
+            return super().arrays(*key, numbers=numbers, **how)
 
     config = parse([*(["--config", args.config] if args.config else []), *others], routers=ROUTERS)
     cache = Counting(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache")
@@ -85,7 +85,7 @@ def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
     mixes = mixes_of(config.data, step=step)
     data = settled(config.data, mixes)
     needed = samples_needed(config, world_size)
-    no_token_is_read = {"vocab_size": 2**31, "eod": 0}
+    no_token_is_read: dict[str, Any] = {"vocab_size": 2**31, "eod": 0}
     return splits_of_run(
         Builder(
             data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read

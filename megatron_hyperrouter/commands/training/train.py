@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         valid_samples=needed["valid_samples"],
         test_samples=needed["test_samples"],
     )
-    if warning := warning_about_ends(config.data, builder.stores.values(), eod):
-        console.warn(warning)
+    if about_ends := warning_about_ends(config.data, builder.stores.values(), eod):
+        console.warn(about_ends)
     if console.speaks():
         make_folders(config)
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)

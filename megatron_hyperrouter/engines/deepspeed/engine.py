@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,9 +44,11 @@ class DeepSpeedEngine(SharedEngine):
             )
             initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
             # DeepSpeed's engine alone runs pipeline stages, in an evaluation too.
-            self.host: Any = (
-                self._wrap() if for_training or self.stages > 1 else self._place_without_optimizer()
-            )
+            self.host: Any = None
+            if for_training or self.stages > 1:
+                self.host = self._wrap()
+            else:
+                self._place_without_optimizer()
         self.hold_routers(model.routers(self.model, config))
 
     def _wrap(self) -> Any:
@@ -74,7 +76,7 @@ class DeepSpeedEngine(SharedEngine):
         """Evaluation needs DeepSpeed's expert groups, not its engine."""
         for module in self.model.modules():
             if hasattr(module, "set_deepspeed_parallelism"):
-                module.set_deepspeed_parallelism()
+                cast(Any, module).set_deepspeed_parallelism()
         self.model.to(self.device, torch.bfloat16 if self.config.train.bf16 else torch.float32)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

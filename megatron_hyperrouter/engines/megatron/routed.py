@@ -117,8 +117,7 @@ class RoutedMoELayer(MoELayer):
         dispatcher = self.token_dispatcher
         if hasattr(dispatcher, "router_topk"):
             dispatcher.router_topk = topk
-        manager = getattr(
-            dispatcher, "_comm_manager", None
-        )  # flex: each expert counts once for each of its TP ranks (:1351)
-        if hasattr(manager, "router_topk"):
+        # flex: each expert counts once for each of its TP ranks (:1351)
+        manager = getattr(dispatcher, "_comm_manager", None)
+        if manager is not None and hasattr(manager, "router_topk"):
             manager.router_topk = topk * dispatcher.tp_size
