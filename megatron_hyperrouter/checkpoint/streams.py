@@ -125,4 +125,4 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, not copied where it is contiguous."""
     if not tensor.numel():
         return memoryview(bytearray())
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -55,7 +55,6 @@ class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
     place: Place
-    routers: Mapping[str, Any]  # of this rank's layers: prefix of the global names -> router
 
     def topk_at(self, step: int) -> int:
         """Active experts k after ``step`` completed steps: what step ``step + 1`` trains with."""
@@ -76,6 +75,11 @@ class Engine(Protocol):
 
         Every rank brings the same number of batches.  ``token_bytes_V``: UTF-8 bytes of each token id.
         """
+        ...
+
+    @property
+    def routers(self) -> Mapping[str, Any]:
+        """The routers on this rank by the global name of their layer."""
         ...
 
     def logits(self, tokens_BS: Tensor, *, topk: int) -> Tensor:
