@@ -25,6 +25,8 @@ from megatron_hyperrouter.errors import HostError
 class RoutedMoELayer(MoELayer):
     """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
 
+    use_shared_expert: bool  # the host's
+
     router: MegatronRouter
     _autocast: bool = False  # of the pass that is going on
 
