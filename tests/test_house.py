@@ -63,7 +63,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "data": (set(), set()),
     "data/text": (set(), {"pyarrow", "zstandard"}),
     "data/store": ({"data/text"}, {"numpy"}),
-    "data/tokenize": ({"data/text", "data/store"}, {"numpy", "tokenizers", "gigatoken"}),
+    "data/tokenize": (
+        {"config", "data/text", "data/store"},
+        {"numpy", "tokenizers", "gigatoken", "huggingface_hub", "sentencepiece", "tiktoken"},
+    ),
     "data/order": ({"config", "data", "data/store"}, {"numpy"}),
     "data/stream": ({"config", "data/store", "data/order"}, {"numpy", "torch"}),
     "model": ({"config"}, {"torch", "megatron"}),

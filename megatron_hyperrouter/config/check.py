@@ -101,10 +101,13 @@ def _about_noise(config: RunConfig) -> Iterator[str]:
 
 def _about_ignored(config: RunConfig) -> Iterator[str]:
     """Settings that nothing reads, given the others."""
-    if config.data.tokenizer_model is not None and config.data.tokenizer_type != "HuggingFaceTokenizer":
-        yield f"--tokenizer-model is ignored: {config.data.tokenizer_type} needs none"
-    if config.data.vocab_size is not None and config.data.tokenizer_type != "NullTokenizer":
-        yield f"--vocab-size is ignored: {config.data.tokenizer_type} knows its own"
+    kind = config.data.tokenizer_type
+    if config.data.tokenizer_model is not None and kind in ("ByteTokenizer", "NullTokenizer"):
+        yield f"--tokenizer-model is ignored: {kind} needs none"
+    if config.data.vocab_size is not None and kind not in ("NullTokenizer", "TikTokenizer"):
+        yield f"--vocab-size is ignored: {kind} knows its own"
+    if config.data.eod_token is not None and kind in ("ByteTokenizer", "NullTokenizer"):
+        yield f"--eod-token is ignored: {kind} has a fixed one"
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
         yield f"--lr-wsd-decay-iters is ignored: --lr-decay-style is {config.optimizer.lr_decay_style}"
     if config.optimizer.lr_decay_style == "constant" and (

@@ -221,14 +221,47 @@ class DataConfig:
     ] = None
     split: Annotated[str, Role.DATA, "Shares of --data-path for training, validation and test"] = "969,30,1"
     tokenizer_type: Annotated[
-        Literal["ByteTokenizer", "HuggingFaceTokenizer", "NullTokenizer"],
+        Literal[
+            "ByteTokenizer",
+            "HuggingFaceTokenizer",
+            "GPT2BPETokenizer",
+            "GPTSentencePieceTokenizer",
+            "Llama2Tokenizer",
+            "TikTokenizer",
+            "NullTokenizer",
+        ],
         Role.TOKENIZER,
         "How token ids map to text",
     ] = "ByteTokenizer"
     tokenizer_model: Annotated[
-        str | None, Role.TOKENIZER, PATH, "HuggingFaceTokenizer: tokenizer.json or its folder"
+        str | None,
+        Role.TOKENIZER,
+        PATH,
+        "File of the tokenizer; HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a model on "
+        "the Hugging Face hub",
     ] = None
-    vocab_size: Annotated[Count | None, Role.TOKENIZER, "NullTokenizer: number of token ids"] = None
+    vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "GPT2BPETokenizer: vocab.json"] = None
+    merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "GPT2BPETokenizer: merges.txt"] = None
+    vocab_size: Annotated[
+        Count | None,
+        Role.TOKENIZER,
+        "NullTokenizer: number of token ids, not counting the end of a document, which is the id after them; "
+        "TikTokenizer: number of token ids",
+    ] = None
+    eod_token: Annotated[
+        str | None,
+        Role.TOKENIZER,
+        "Token that ends a document; default: the one that the tokenizer's own files name",
+    ] = None
+    tiktoken_pattern: Annotated[
+        Literal["v1", "v2"], Role.TOKENIZER, "TikTokenizer: pattern that cuts text into words"
+    ] = "v2"
+    tiktoken_num_special_tokens: Annotated[
+        Count, Role.TOKENIZER, "TikTokenizer: number of ids before those of the file"
+    ] = 1000
+    tokenizer_special_tokens: Annotated[
+        tuple[str, ...], Role.TOKENIZER, "TikTokenizer: names of its first ids; default: Megatron-LM's"
+    ] = ()
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],
         Role.ORDER,

@@ -57,15 +57,13 @@ def scores(
     from megatron_hyperrouter.analysis.experts import expert_similarity, open_to_routers
     from megatron_hyperrouter.checkpoint.folder import read_manifest
     from megatron_hyperrouter.config.derived import minds_documents
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
     from megatron_hyperrouter.routers import ROUTERS
     from megatron_hyperrouter.train.metrics import score
 
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
-    )
+    tokenizer = tokenizer_of(config.data)
     samples = (
         test_iters
         and test_iters * read_manifest(checkpoint_of(run_dir))["meta"]["order"]["global_batch_size"]

@@ -162,11 +162,9 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | N
     from megatron_hyperrouter.config.derived import minds_documents
     from megatron_hyperrouter.data.stream.dataset import build_splits
     from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
-    )
+    tokenizer = tokenizer_of(config.data)
     vocab_size = tokenizer.vocab_size
     eod = tokenizer.eod if minds_documents(config) else None
     if not own:

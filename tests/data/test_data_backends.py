@@ -23,7 +23,7 @@ from megatron_hyperrouter.data.tokenize.backends import (
     build_encoder,
     choose_encoder,
 )
-from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer
+from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer, TokenizerOptions
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError
 
 pytest.importorskip("gigatoken")
@@ -31,7 +31,7 @@ FIRST = [("a.jsonl, document 1", "def f(x):\n    return x"), ("a.jsonl, document
 
 
 def chosen(*arguments: object) -> str:
-    tokenizer, name = choose_encoder(*arguments)
+    tokenizer, name = choose_encoder(TokenizerOptions(*arguments[:2]), *arguments[2:])
     assert isinstance(tokenizer, GigatokenTokenizer) == (name == "gigatoken")
     return name
 
@@ -104,16 +104,22 @@ def test_auto_takes_the_fastest_that_knows_the_tokenizer(model: str, tmp_path: P
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
     assert chosen("HuggingFaceTokenizer", str(tmp_path), "auto", FIRST, told.append) == "tokenizers"
-    assert "does not know the tokenizer" in told[0] and "WordLevel" in told[0]
+    assert "does not support the tokenizer" in told[0] and "WordLevel" in told[0]
     with pytest.raises(
-        ConfigError, match=r"--tokenizer-backend = gigatoken: does not know the tokenizer .*WordLevel"
+        ConfigError, match=r"--tokenizer-backend = gigatoken: does not support the tokenizer .*WordLevel"
     ):
         chosen("HuggingFaceTokenizer", str(tmp_path), "gigatoken", FIRST)
 
 
 def test_the_named_back_end_encodes(model: str) -> None:
-    assert type(build_encoder("HuggingFaceTokenizer", model, "gigatoken")) is GigatokenTokenizer
-    assert type(build_encoder("HuggingFaceTokenizer", model, "tokenizers")) is HuggingFaceTokenizer
+    assert (
+        type(build_encoder(TokenizerOptions("HuggingFaceTokenizer", model), "gigatoken"))
+        is GigatokenTokenizer
+    )
+    assert (
+        type(build_encoder(TokenizerOptions("HuggingFaceTokenizer", model), "tokenizers"))
+        is HuggingFaceTokenizer
+    )
 
 
 def test_a_back_end_that_differs_is_refused_by_document_and_id(
@@ -207,5 +213,5 @@ def test_a_full_cache_is_emptied(
 
 def test_a_file_that_is_not_needed_is_told():
     said: list[str] = []
-    choose_encoder("ByteTokenizer", "tokenizer.json", "auto", [], said.append)
+    choose_encoder(TokenizerOptions("ByteTokenizer", "tokenizer.json"), "auto", [], said.append)
     assert said == ["--tokenizer-model is ignored: ByteTokenizer needs none"]

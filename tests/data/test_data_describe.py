@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hyperrouter.data.store.token_files import IndexedWriter, manifest
+from megatron_hyperrouter.data.store import manifest
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.tokenize.describe import describe
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import DataError

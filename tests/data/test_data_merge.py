@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from encode_settings import settings
 
 from megatron_hyperrouter.data.store.journal import Journal
 from megatron_hyperrouter.data.store.manifest import read_manifest
@@ -19,11 +20,11 @@ from megatron_hyperrouter.data.tokenize import merge as merging
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.describe import describe
 from megatron_hyperrouter.data.tokenize.merge import find_shards, merge
-from megatron_hyperrouter.data.tokenize.preprocess import Recipe, preprocess
+from megatron_hyperrouter.data.tokenize.preprocess import EncodeSettings, preprocess
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import DataError
 
-RECIPE = Recipe("ByteTokenizer", keys=("text", "note"), append_eod=True)
+RECIPE = settings("ByteTokenizer", keys=("text", "note"), append_eod=True)
 ENDINGS = (".bin", ".idx", ".manifest.json")
 
 
@@ -47,7 +48,7 @@ def contents(prefix: Path, keys: tuple[str, ...] = ("text", "note")) -> list[byt
     return [Path(f"{prefix}_{key}_document{ending}").read_bytes() for key in keys for ending in ENDINGS]
 
 
-def shards(tmp_path: Path, inputs: list[str], of: int, recipe: Recipe = RECIPE) -> str:
+def shards(tmp_path: Path, inputs: list[str], of: int, recipe: EncodeSettings = RECIPE) -> str:
     for number in range(1, of + 1):
         preprocess(inputs, str(tmp_path / "p"), recipe, part=Part(number, of))
     return str(tmp_path / "p")
@@ -167,7 +168,7 @@ def test_another_tokenizer_is_told_by_its_checksum(tmp_path: Path, inputs: list[
     models = [str(tmp_path / f"{size}.json") for size in (300, 310)]
     for size, model in zip((300, 310), models, strict=True):
         train_bpe(iter([Path(inputs[0]).read_text()]), size, model)
-    (pair,) = preprocess(inputs, str(tmp_path / "p"), Recipe("HuggingFaceTokenizer", models[0]))
+    (pair,) = preprocess(inputs, str(tmp_path / "p"), settings("HuggingFaceTokenizer", models[0]))
     right, wrong = (build_tokenizer("HuggingFaceTokenizer", model) for model in models)
     assert "verified" in describe(pair.prefix, tokenizer=right, verify=True)["manifest"]
     describe(pair.prefix, tokenizer=wrong)
@@ -185,7 +186,7 @@ def test_a_name_with_odd_characters(tmp_path: Path, inputs: list[str]) -> None:
 def test_empty_shards_join_and_an_empty_whole_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n\n\n')
-    recipe = Recipe("ByteTokenizer")
+    recipe = settings("ByteTokenizer")
     for number in (1, 2):
         preprocess([str(path)], str(tmp_path / "p"), recipe, part=Part(number, 2))
     with pytest.raises(DataError, match=r"a\.jsonl: 1 documents, and each is empty"):

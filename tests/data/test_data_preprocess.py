@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from encode_settings import settings
 from tokenizers import Tokenizer as Backend
 
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.text import corpus
 from megatron_hyperrouter.data.tokenize import bpe, preprocess
-from megatron_hyperrouter.data.tokenize.preprocess import Recipe
 from megatron_hyperrouter.errors import ConfigError, DataError, HyperRouterError
 
 SOURCES = [inspect.getsource(module) for module in (json.decoder, json.encoder, gzip, inspect)]
@@ -93,7 +93,7 @@ def test_bytes_are_those_of_megatron(
     monkeypatch.setattr(corpus, "BATCH_BYTES", batch_bytes)
     backend = Backend.from_file(bpe_file)
     eod = backend.token_to_id("<|endoftext|>") if append_eod else None
-    recipe = Recipe("HuggingFaceTokenizer", bpe_file, ("text", "note"), append_eod)
+    recipe = settings("HuggingFaceTokenizer", bpe_file, ("text", "note"), append_eod)
     written = preprocess.preprocess([records_file], str(tmp_path / "p"), recipe)
     for key, pair in zip(recipe.keys, written, strict=True):
         documents = [[backend.encode(text).ids for text in sequences_of(record, key)] for record in RECORDS]
@@ -107,7 +107,7 @@ def test_bytes_are_those_of_megatron(
 
 
 def test_byte_tokenizer_equals_megatron(records_file: str, tmp_path: Path) -> None:
-    preprocess.preprocess([records_file], str(tmp_path / "p"), Recipe("ByteTokenizer", append_eod=True))
+    preprocess.preprocess([records_file], str(tmp_path / "p"), settings("ByteTokenizer", append_eod=True))
     documents = [[list(text.encode()) for text in sequences_of(record, "text")] for record in RECORDS]
     assert both(tmp_path / "p_text_document") == by_megatron(
         str(tmp_path / "oracle"), documents, 256, np.uint16
@@ -128,7 +128,9 @@ def test_token_type_follows_the_vocabulary(
     )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
-    preprocess.preprocess([records_file], str(tmp_path / "p"), Recipe("HuggingFaceTokenizer", str(tmp_path)))
+    preprocess.preprocess(
+        [records_file], str(tmp_path / "p"), settings("HuggingFaceTokenizer", str(tmp_path))
+    )
     documents = [[backend.encode(text).ids for text in sequences_of(record, "text")] for record in RECORDS]
     assert max(token for sequences in documents for ids in sequences for token in ids) == vocab_size - 1
     assert both(tmp_path / "p_text_document") == by_megatron(str(tmp_path / "oracle"), documents, None, dtype)
@@ -143,7 +145,7 @@ def test_workers_change_no_byte(
     big.write_text(
         "".join(json.dumps({"text": source[: 7 * n]}) + "\n" for n, source in enumerate(SOURCES * 60))
     )
-    recipe = Recipe("HuggingFaceTokenizer", bpe_file, append_eod=True)
+    recipe = settings("HuggingFaceTokenizer", bpe_file, append_eod=True)
     results = []
     for workers in (1, 2, 3):
         preprocess.preprocess(
@@ -159,7 +161,7 @@ def test_inputs_join_in_the_order_given_whatever_their_compression(records_file:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "between"}\n'))
     (tmp_path / "all.jsonl").write_bytes(data + b'{"text": "between"}\n' + data)
-    recipe = Recipe("ByteTokenizer", append_eod=True)
+    recipe = settings("ByteTokenizer", append_eod=True)
     places: list[tuple[int, int]] = []
     parts = [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.jsonl.zst"), records_file]
     preprocess.preprocess(
@@ -181,7 +183,7 @@ def test_plain_text_is_one_document_a_file(
     paths = [tmp_path / f"{number}.txt" for number in range(len(texts))]
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
-    recipe = Recipe("HuggingFaceTokenizer", bpe_file, append_eod=True)
+    recipe = settings("HuggingFaceTokenizer", bpe_file, append_eod=True)
     (pair,) = preprocess.preprocess(list(map(str, paths)), str(tmp_path / "p"), recipe)
     data = IndexedDataset(pair.prefix)
     assert pair.documents == 3  # an empty file is no document
@@ -219,7 +221,7 @@ def test_bad_input_leaves_what_was_there(tmp_path: Path, bad: str) -> None:
     for ending in ("bin", "idx"):
         (tmp_path / f"p_text_document.{ending}").write_text("from before")
     with pytest.raises(DataError, match=message) as caught:
-        preprocess.preprocess([str(tmp_path / "bad.jsonl")], str(tmp_path / "p"), Recipe("ByteTokenizer"))
+        preprocess.preprocess([str(tmp_path / "bad.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"))
     assert caught.value.remedy
     assert {path.name for path in tmp_path.iterdir()} == {
         "bad.jsonl",
@@ -234,7 +236,7 @@ def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n' * 50 + b'{"text": 1}\n' + b'{"text": "a"}\n' * 50)
     with pytest.raises(DataError, match=r"bad\.jsonl, line 51: the value of 'text' is a int") as caught:
         preprocess.preprocess(
-            [str(tmp_path / "bad.jsonl")], str(tmp_path / "p"), Recipe("ByteTokenizer"), workers=2
+            [str(tmp_path / "bad.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), workers=2
         )
     assert "--json-keys" in caught.value.remedy
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
@@ -257,7 +259,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(
 
     with pytest.raises(HyperRouterError, match="a worker process died"):
         preprocess.preprocess(
-            [records_file] * 20, str(tmp_path / "p"), Recipe("ByteTokenizer"), workers=2, progress=kill_one
+            [records_file] * 20, str(tmp_path / "p"), settings("ByteTokenizer"), workers=2, progress=kill_one
         )
     assert not list(tmp_path.iterdir())
 
@@ -265,10 +267,10 @@ def test_a_killed_worker_is_an_error_not_a_hang(
 def test_settings_that_cannot_be(records_file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--workers = 0(.|\n)*--json-keys = text text"):
         preprocess.preprocess(
-            [records_file], str(tmp_path / "p"), Recipe("ByteTokenizer", None, ("text", "text")), workers=0
+            [records_file], str(tmp_path / "p"), settings("ByteTokenizer", None, ("text", "text")), workers=0
         )
     with pytest.raises(DataError, match="no such readable input file"):
-        preprocess.preprocess([str(tmp_path / "gone.jsonl")], str(tmp_path / "p"), Recipe("ByteTokenizer"))
+        preprocess.preprocess([str(tmp_path / "gone.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"))
     assert not list(tmp_path.iterdir())
 
 
@@ -279,5 +281,5 @@ def test_an_id_beyond_the_vocabulary_is_never_written(
 
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 100)
     with pytest.raises(DataError, match=r"made id \d+, beyond its vocabulary of 100"):
-        preprocess.preprocess([records_file], str(tmp_path / "p"), Recipe("ByteTokenizer"))
+        preprocess.preprocess([records_file], str(tmp_path / "p"), settings("ByteTokenizer"))
     assert not list(tmp_path.iterdir())

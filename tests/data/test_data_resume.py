@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from encode_settings import settings
 
 from megatron_hyperrouter.data.text import corpus
 from megatron_hyperrouter.data.tokenize import bpe
-from megatron_hyperrouter.data.tokenize.preprocess import Recipe, preprocess
+from megatron_hyperrouter.data.tokenize.preprocess import EncodeSettings, preprocess
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 NAMES = ("replace", "unlink")  # the steps that give files their names, and take old ones away
@@ -20,7 +22,7 @@ KILLED = 77
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Recipe]:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], EncodeSettings]:
     monkeypatch.setattr(corpus, "BATCH_BYTES", 700)
     monkeypatch.setattr(corpus, "PIECE_BYTES", 500)
     source = inspect.getsource(json.decoder)
@@ -31,7 +33,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Rec
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "b.txt").write_text(source[:3000])
     bpe.train_bpe(iter([source]), 400, str(tmp_path / "tokenizer.json"))
-    recipe = Recipe(
+    recipe = settings(
         "HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"), ("text", "note"), append_eod=True
     )
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], recipe
@@ -42,7 +44,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def until_death(
-    step: int, inputs: list[str], prefix: str, recipe: Recipe, names: tuple[str, ...] = STEPS
+    step: int, inputs: list[str], prefix: str, recipe: EncodeSettings, names: tuple[str, ...] = STEPS
 ) -> int | None:
     """Run in a process that is gone before (odd ``step``) or after (even) a durable step; how it ended, None:
     whole.
@@ -85,7 +87,7 @@ def until_death(
     ids=["all, some", "names, each"],
 )
 def test_a_death_at_a_durable_step(
-    tmp_path: Path, job: tuple[list[str], Recipe], names: tuple[str, ...], steps: range
+    tmp_path: Path, job: tuple[list[str], EncodeSettings], names: tuple[str, ...], steps: range
 ) -> None:
     inputs, recipe = job
     preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
@@ -119,7 +121,7 @@ def test_a_death_at_a_durable_step(
 
 
 @pytest.mark.processes
-def test_many_deaths_of_one_run(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+def test_many_deaths_of_one_run(tmp_path: Path, job: tuple[list[str], EncodeSettings]) -> None:
     """Each life gets a few steps further; with the bytes of one run, in fewer lives than it has steps."""
     inputs, recipe = job
     preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
@@ -131,7 +133,7 @@ def test_many_deaths_of_one_run(tmp_path: Path, job: tuple[list[str], Recipe]) -
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
-def test_what_was_done_is_not_done_again(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+def test_what_was_done_is_not_done_again(tmp_path: Path, job: tuple[list[str], EncodeSettings]) -> None:
     inputs, recipe = job
     until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
     places: list[int] = []
@@ -147,23 +149,25 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, job: tuple[list[str], R
 
 
 def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
-    tmp_path: Path, job: tuple[list[str], Recipe]
+    tmp_path: Path, job: tuple[list[str], EncodeSettings]
 ) -> None:
     inputs, recipe = job
     prefix = str(tmp_path / "out" / "p")
     until_death(120, inputs, prefix, recipe)
     left = outputs(tmp_path / "out")
-    other = Recipe(recipe.tokenizer_type, recipe.tokenizer_model, recipe.keys, append_eod=False)
+    other = replace(recipe, append_eod=False)
     with pytest.raises(
         ConfigError, match=r"--append-eod = False: was True in the unfinished run that left .*p\.journal"
     ):
         preprocess(inputs, prefix, other)
-    Path(recipe.tokenizer_model or "").write_text(Path(recipe.tokenizer_model or "").read_text() + "\n")
+    Path(recipe.tokenizer.tokenizer_model or "").write_text(
+        Path(recipe.tokenizer.tokenizer_model or "").read_text() + "\n"
+    )
     with pytest.raises(
         ConfigError, match=r"--tokenizer-model = a file of SHA-256 \w+\.\.\.: was a file of SHA-256"
     ):
         preprocess(inputs, prefix, recipe)
-    bpe.train_bpe(iter([inspect.getsource(json.decoder)]), 400, recipe.tokenizer_model or "")
+    bpe.train_bpe(iter([inspect.getsource(json.decoder)]), 400, recipe.tokenizer.tokenizer_model or "")
     text = Path(inputs[0]).read_text()
     Path(inputs[0]).write_text(text + '{"text": "more", "note": ""}\n')
     with pytest.raises(
@@ -177,12 +181,12 @@ def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
-def test_another_number_of_workers_or_back_end_goes_on(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+def test_another_number_of_workers_or_back_end_goes_on(
+    tmp_path: Path, job: tuple[list[str], EncodeSettings]
+) -> None:
     inputs, recipe = job
     until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
-    slower = Recipe(
-        recipe.tokenizer_type, recipe.tokenizer_model, recipe.keys, recipe.append_eod, "tokenizers"
-    )
+    slower = replace(recipe, backend="tokenizers")
     starts: list[int] = []
     preprocess(
         inputs, str(tmp_path / "out" / "p"), slower, progress=lambda done, total, count: starts.append(done)
@@ -194,7 +198,7 @@ def test_another_number_of_workers_or_back_end_goes_on(tmp_path: Path, job: tupl
 
 @pytest.mark.parametrize("ending", ["bin", "sizes", "counts"])
 def test_what_was_saved_and_has_changed_is_not_gone_on_with(
-    tmp_path: Path, job: tuple[list[str], Recipe], ending: str
+    tmp_path: Path, job: tuple[list[str], EncodeSettings], ending: str
 ) -> None:
     inputs, recipe = job
     until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
@@ -217,7 +221,7 @@ def test_what_was_saved_and_has_changed_is_not_gone_on_with(
     "record", ['{"n": 1}', '{"place": [0], "position": 1, "pairs": [], "complete": false}']
 )
 def test_a_journal_that_no_run_writes_is_refused(
-    tmp_path: Path, job: tuple[list[str], Recipe], record: str
+    tmp_path: Path, job: tuple[list[str], EncodeSettings], record: str
 ) -> None:
     inputs, recipe = job
     until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
@@ -230,7 +234,7 @@ def test_a_journal_that_no_run_writes_is_refused(
 
 
 def test_an_input_that_another_program_writes_to_is_not_trusted(
-    tmp_path: Path, job: tuple[list[str], Recipe]
+    tmp_path: Path, job: tuple[list[str], EncodeSettings]
 ) -> None:
     inputs, recipe = job
     prefix, more = str(tmp_path / "out" / "p"), iter(['{"text": "more", "note": "of it"}\n'])
@@ -250,7 +254,7 @@ def test_an_input_that_another_program_writes_to_is_not_trusted(
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
-def test_an_input_that_goes_away_is_told(tmp_path: Path, job: tuple[list[str], Recipe]) -> None:
+def test_an_input_that_goes_away_is_told(tmp_path: Path, job: tuple[list[str], EncodeSettings]) -> None:
     inputs, recipe = job
     with pytest.raises(DataError, match=r"b\.txt: cannot be read: No such file"):
         preprocess(

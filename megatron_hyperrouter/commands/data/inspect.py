@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_hyperrouter.commands.data.tokenizer_flags import add_tokenizer_flags, tokenizer_options
 from megatron_hyperrouter.terminal import Bar, parser
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, describe the files on stdout."""
     from megatron_hyperrouter.data.tokenize.describe import describe
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_from
 
     flags = parser(__doc__ or "")
     flags.add_argument("prefix", metavar="P", help="path of the files without .bin or .idx")
-    types = ["ByteTokenizer", "HuggingFaceTokenizer"]
-    flags.add_argument("--tokenizer-type", choices=types, help="decode the first tokens with this tokenizer")
-    flags.add_argument(
-        "--tokenizer-model", metavar="FILE", help="HuggingFaceTokenizer: the tokenizer.json, or its folder"
-    )
+    add_tokenizer_flags(flags, required=False)
     flags.add_argument(
         "--tokens",
         type=int,
@@ -32,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         help="compare counts, sizes and checksums with P.manifest.json; status 3 if they differ",
     )
     args = flags.parse_args(arguments)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model) if args.tokenizer_type else None
+    tokenizer = tokenizer_from(tokenizer_options(args)) if args.tokenizer_type else None
     with Bar("inspect_data") as bar:
         found = describe(
             args.prefix, num_first=args.tokens, tokenizer=tokenizer, verify=args.verify, progress=bar.update

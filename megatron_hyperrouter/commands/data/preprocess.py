@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron_hyperrouter.commands.data.tokenizer_flags import add_tokenizer_flags, tokenizer_options
 from megatron_hyperrouter.terminal import Bar, Stopped, parser
 
 EPILOG = """\
@@ -31,12 +32,11 @@ def main(arguments: Sequence[str]) -> None:
     """Read the flags, preprocess, say what was written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
     from megatron_hyperrouter.data.text.inputs import expand, parse_part
-    from megatron_hyperrouter.data.tokenize.preprocess import Recipe, preprocess
+    from megatron_hyperrouter.data.tokenize.preprocess import EncodeSettings, preprocess
 
     args = read_flags(arguments)
-    recipe = Recipe(
-        args.tokenizer_type,
-        args.tokenizer_model,
+    settings = EncodeSettings(
+        tokenizer_options(args),
         tuple(args.json_keys),
         args.append_eod,
         args.tokenizer_backend,
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
             written = preprocess(
                 expand(args.input),
                 args.output_prefix,
-                recipe,
+                settings,
                 workers=args.workers,
                 part=parse_part(args.shard, args.partitions),
                 overwrite=args.overwrite,
@@ -88,13 +88,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="KEY",
         help="keys to take from each line (default: text)",
     )
-    types = ["ByteTokenizer", "HuggingFaceTokenizer"]
-    flags.add_argument(
-        "--tokenizer-type", required=True, choices=types, help="bytes as they are, or a tokenizer.json"
-    )
-    flags.add_argument(
-        "--tokenizer-model", metavar="FILE", help="HuggingFaceTokenizer: the tokenizer.json, or its folder"
-    )
+    add_tokenizer_flags(flags, required=True)
     flags.add_argument(
         "--append-eod", action="store_true", help="end each document with the end-of-document token"
     )

@@ -39,15 +39,13 @@ def main(arguments: Sequence[str]) -> None:
 
     from megatron_hyperrouter.config.cli import load_file
     from megatron_hyperrouter.data.stream.dataset import build_splits
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.errors import DataError
     from megatron_hyperrouter.routers import ROUTERS
 
     results: list[dict[str, Any]] = read_results(args.results)
     config = load_file(args.load / "config.yaml", routers=ROUTERS)
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
-    )
+    tokenizer = tokenizer_of(config.data)
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
         raise DataError(

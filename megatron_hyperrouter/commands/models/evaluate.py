@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
     from megatron_hyperrouter.config.cli import launched_world_size
     from megatron_hyperrouter.config.derived import data_parallel_size, minds_documents
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
     from megatron_hyperrouter.train.metrics import to_json
@@ -37,9 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     manifest = read_manifest(folder)
     config = settings_of(folder, world_size=launched_world_size())
     check_topks(args.topk, config.model.num_experts)
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
-    )
+    tokenizer = tokenizer_of(config.data)
     samples = args.eval_iters and args.eval_iters * manifest["meta"]["order"]["global_batch_size"]
     eod = tokenizer.eod if minds_documents(config) else None
     dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)

@@ -222,8 +222,8 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
 
     made_up = quiet(Role.DATA, Role.TOKENIZER) | {
         "data_path": ["made-up-tokens"],
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": args.vocab_size,
+        "tokenizer_type": "NullTokenizer",  # which adds one id, for the end of a document
+        "vocab_size": args.vocab_size - 1,
     }
     overrides = (
         {"engine": engine, "global_batch_size": samples}

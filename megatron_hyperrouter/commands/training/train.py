@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
     from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
     from megatron_hyperrouter.data.stream.segments import splits_of_run
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.routers import ROUTERS
     from megatron_hyperrouter.train.hooks import hooks_for
@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, config.data.vocab_size
-    )
+    tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if minds_documents(config) else None
     ledger, step = past_of(config)
     mixes = mixes_of(config.data, step=step)

@@ -77,12 +77,20 @@ def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator
 def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Each tokenizer has what it needs to know its vocabulary."""
     kind = config.data.tokenizer_type
-    if kind == "HuggingFaceTokenizer" and config.data.tokenizer_model is None:
+    if kind == "GPT2BPETokenizer":
+        if config.data.tokenizer_model is None and None in (config.data.vocab_file, config.data.merge_file):
+            yield broken(
+                config,
+                "tokenizer_type",
+                "needs --vocab-file and --merge-file",
+                "name vocab.json and merges.txt",
+            )
+    elif kind not in ("ByteTokenizer", "NullTokenizer") and config.data.tokenizer_model is None:
         yield broken(
             config,
             "tokenizer_type",
             "needs --tokenizer-model",
-            "name tokenizer.json; tools/train_tokenizer.py makes one",
+            "name the tokenizer's file; tools/train_tokenizer.py makes a tokenizer.json",
         )
     if kind == "NullTokenizer" and config.data.vocab_size is None:
         yield broken(config, "tokenizer_type", "needs --vocab-size", "give the number of token ids")

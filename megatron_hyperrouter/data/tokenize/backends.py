@@ -14,7 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer, Tokenizer, build_tokenizer
+from megatron_hyperrouter.data.tokenize.huggingface import is_library_error
+from megatron_hyperrouter.data.tokenize.tokenizer import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    TokenizerOptions,
+    tokenizer_from,
+)
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Problem
 
 Backend = Literal["tokenizers", "gigatoken"]
@@ -53,14 +59,14 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
     ConfigError for a tokenizer that the library does not know, HostError where it is not installed.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, eod_token: str | None = None) -> None:
+        super().__init__(path, eod_token)
         self._fast = self._load_fast()
         self._since_look = self._since_reload = 0
         self._base = _resident_bytes()
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """As the base class says; memory stays bounded, which the library's own cache of words is not."""
+        """See the base class; memory stays bounded, although the library's own cache of words is not."""
         size = sum(map(len, texts))
         self._since_look += size
         self._since_reload += size
@@ -94,68 +100,55 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
             ) from error
         try:
             return gigatoken.Tokenizer.from_json(self.json())
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # what the library raises for a tokenizer that it does not know
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
             reason = str(error).split("\n", 1)[0]
-            raise ConfigError(
-                [
-                    Problem(
-                        _FLAG,
-                        "gigatoken",
-                        f"does not know the tokenizer {self.path}: {reason}",
-                        "use auto or tokenizers",
-                    )
-                ]
-            ) from error
+            rule = f"does not support the tokenizer {self.path}: {reason}"
+            raise ConfigError([Problem(_FLAG, "gigatoken", rule, "use auto or tokenizers")]) from error
 
 
-def build_encoder(tokenizer_type: str, tokenizer_model: str | None, backend: Backend) -> Tokenizer:
+def build_encoder(options: TokenizerOptions, backend: Backend) -> Tokenizer:
     """The tokenizer that encodes a corpus, with the back end that :func:`choose_encoder` named."""
-    if backend == "gigatoken" and tokenizer_type == "HuggingFaceTokenizer" and tokenizer_model:
-        return GigatokenTokenizer(tokenizer_model)
-    return build_tokenizer(tokenizer_type, tokenizer_model)
+    if (
+        backend == "gigatoken"
+        and options.tokenizer_type == "HuggingFaceTokenizer"
+        and options.tokenizer_model
+    ):
+        return GigatokenTokenizer(options.tokenizer_model, options.eod_token)
+    return tokenizer_from(options)
 
 
 def choose_encoder(
-    tokenizer_type: str,
-    tokenizer_model: str | None,
+    options: TokenizerOptions,
     wanted: str,
     first: Iterable[tuple[str, str]],
     report: Callable[[str], None] | None = None,
 ) -> tuple[Tokenizer, Backend]:
     """The tokenizer to encode with, and the name of its back end.
 
-    ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, knows the tokenizer and
-    agrees with ``tokenizers``. ``first``: names and texts of the first documents.  ``report``: told what is
-    ignored, and why ``auto`` passed over a back end. Raises DataError (document, and first id that differs)
-    for a back end asked for by name that disagrees, ConfigError, HostError.
+    ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, supports the tokenizer and
+    agrees with ``tokenizers``.  ``first``: names and texts of the first documents.  ``report``: called with
+    what is ignored, and with the reason why ``auto`` rejected a back end.  Raises DataError (document, and
+    first id that differs) for a back end asked for by name that disagrees, ConfigError, HostError.
     """
+    kind = options.tokenizer_type
     if wanted not in BACKENDS:
         raise ConfigError([Problem(_FLAG, wanted, "is not a back end", f"use {', '.join(BACKENDS)}")])
-    if tokenizer_type != "HuggingFaceTokenizer" and wanted != "auto":
-        raise ConfigError(
-            [
-                Problem(
-                    _FLAG,
-                    wanted,
-                    f"is for HuggingFaceTokenizer; {tokenizer_type} has one way to encode",
-                    "leave it out",
-                )
-            ]
-        )
-    if report and tokenizer_model and tokenizer_type != "HuggingFaceTokenizer":
-        report(f"--tokenizer-model is ignored: {tokenizer_type} needs none")
-    if tokenizer_type != "HuggingFaceTokenizer" or wanted == "tokenizers" or not tokenizer_model:
-        return build_tokenizer(tokenizer_type, tokenizer_model), "tokenizers"
+    if kind != "HuggingFaceTokenizer" and wanted != "auto":
+        rule = f"applies to HuggingFaceTokenizer only; {kind} has one way to encode"
+        raise ConfigError([Problem(_FLAG, wanted, rule, "omit it")])
+    if report and options.tokenizer_model and kind == "ByteTokenizer":
+        report(f"--tokenizer-model is ignored: {kind} needs none")
+    if kind != "HuggingFaceTokenizer" or wanted == "tokenizers" or not options.tokenizer_model:
+        return tokenizer_from(options), "tokenizers"
     try:
-        fast = GigatokenTokenizer(tokenizer_model)
+        fast = GigatokenTokenizer(options.tokenizer_model, options.eod_token)
     except (HostError, ConfigError) as error:
         if wanted == "gigatoken":
             raise
-        plain = build_tokenizer(tokenizer_type, tokenizer_model)
-        if report and isinstance(error, ConfigError):  # nothing to tell where it is not installed
+        plain = tokenizer_from(options)
+        if report and isinstance(error, ConfigError):  # a library that is not installed needs no report
             report(f"encoding with tokenizers, not with gigatoken: {error.problems[0].rule}")
         return plain, "tokenizers"
     found = difference(fast, first)
@@ -165,7 +158,7 @@ def choose_encoder(
         raise DataError(found, remedy=f"use {_FLAG} tokenizers; the two must give the same ids")
     if report:
         report(f"encoding with tokenizers, not with gigatoken: {found}")
-    return build_tokenizer(tokenizer_type, tokenizer_model), "tokenizers"
+    return tokenizer_from(options), "tokenizers"
 
 
 def difference(fast: GigatokenTokenizer, first: Iterable[tuple[str, str]]) -> str | None:

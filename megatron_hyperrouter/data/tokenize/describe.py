@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_hyperrouter.data.store.manifest import compare, file_sum, read_manifest, tokenizer_sum
+from megatron_hyperrouter.data.store.manifest import compare, file_sum, read_manifest, same_tokenizer
 from megatron_hyperrouter.data.store.pair_writer import FileSum
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
-from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 
@@ -64,11 +64,9 @@ def describe(
         }
         compare(prefix, manifest, counts, {})
         found["manifest"] = "verified: counts, sizes and checksums are those of the files"
-        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer_sum(
-            tokenizer.path
-        ) != manifest.tokenizer.get("sha256"):
+        if tokenizer is not None and not same_tokenizer(manifest.tokenizer, tokenizer.identity()):
             message = (
-                f"{tokenizer.path}: not the tokenizer that made {prefix}, by the SHA-256 in its manifest"
+                f"{prefix}: its manifest names {manifest.tokenizer}, not the tokenizer {tokenizer.identity()}"
             )
             raise DataError(message, remedy="give the tokenizer that made the data")
     if tokenizer is not None:

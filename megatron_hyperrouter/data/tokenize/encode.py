@@ -20,18 +20,17 @@ from numpy.typing import NDArray
 from megatron_hyperrouter.data.store.token_files import smallest_dtype
 from megatron_hyperrouter.data.text.corpus import Batch, documents
 from megatron_hyperrouter.data.tokenize.backends import Backend, build_encoder
-from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, TokenizerOptions
 from megatron_hyperrouter.errors import DataError, HyperRouterError
 
 _BATCHES_PER_WORKER = 3  # one in work, one waiting for the worker, one waiting for the writer
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How text becomes tokens: all that a worker must know."""
+class EncodeSettings:
+    """How text becomes tokens: everything that a worker process needs to know."""
 
-    tokenizer_type: str
-    tokenizer_model: str | None = None
+    tokenizer: TokenizerOptions
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     backend: str = "auto"  # one of backends.BACKENDS; changes no byte of the output
@@ -49,28 +48,25 @@ class Encoded:
 
 
 class Encoder:
-    """Batches of undecoded text to tokens; one in each process."""
+    """Turns batches of undecoded text into tokens; one in each process."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
-        """``tokenizer``: that of the recipe, where it is loaded already."""
-        self.recipe = recipe
-        self._tokenizer = tokenizer or build_encoder(
-            recipe.tokenizer_type, recipe.tokenizer_model, cast(Backend, recipe.backend)
-        )
-        self._eod = np.array([self._tokenizer.eod], dtype=np.int32) if recipe.append_eod else None
-        self.vocab_size = self._tokenizer.vocab_size
-        self.dtype = smallest_dtype(self.vocab_size)
+    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer | None = None) -> None:
+        """``tokenizer``: the one of the settings, where it is loaded already."""
+        self.settings = settings
+        self.tokenizer = tokenizer or build_encoder(settings.tokenizer, cast(Backend, settings.backend))
+        self._eod = np.array([self.tokenizer.eod], dtype=np.int32) if settings.append_eod else None
+        self.dtype = smallest_dtype(self.tokenizer.vocab_size)
 
     def __call__(self, batch: Batch) -> list[Encoded]:
         """One result for each key; DataError for bad input."""
-        found = list(documents(batch, self.recipe.keys))
+        found = list(documents(batch, self.settings.keys))
         return [
             self._encode([document[column] for document in found], batch.closes)
-            for column in range(len(self.recipe.keys))
+            for column in range(len(self.settings.keys))
         ]
 
     def _encode(self, found: list[list[str]], closes: bool) -> Encoded:
-        encoded = iter(self._tokenizer.encode_batch([text for sequences in found for text in sequences]))
+        encoded = iter(self.tokenizer.encode_batch([text for sequences in found for text in sequences]))
         parts: list[NDArray[np.int32]] = []
         lengths: list[int] = []
         counts: list[int] = []
@@ -86,10 +82,9 @@ class Encoder:
                 lengths[-1] += 1
             counts.append(len(lengths) - before)
         tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        if tokens.size and int(tokens.max()) >= self._tokenizer.vocab_size:
+        if tokens.size and int(tokens.max()) >= self.tokenizer.vocab_size:
             raise DataError(
-                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of "
-                f"{self._tokenizer.vocab_size}",
+                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of {self.tokenizer.vocab_size}",
                 remedy="its file is inconsistent: train or fetch it again",
             )
         return Encoded(
@@ -114,7 +109,7 @@ def encode_all(
     under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
     try:
         for batch in batches:
-            under_way.append((batch, _submit(pool, encoder.recipe, batch)))
+            under_way.append((batch, _submit(pool, encoder.settings, batch)))
             if len(under_way) >= _BATCHES_PER_WORKER * workers:
                 done, future = under_way.popleft()
                 yield done, future.result()
@@ -129,24 +124,24 @@ def encode_all(
 
 
 @lru_cache(maxsize=1)
-def _encoder(recipe: Recipe) -> Encoder:
+def _encoder(settings: EncodeSettings) -> Encoder:
     """The encoder of this worker: loading a tokenizer for each batch would cost more than encoding it."""
-    return Encoder(recipe)
+    return Encoder(settings)
 
 
-def _submit(pool: ProcessPoolExecutor, recipe: Recipe, batch: Batch) -> Future[list[Encoded]]:
+def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: Batch) -> Future[list[Encoded]]:
     """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who
     cleans up.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_encode, recipe, batch)
+        return pool.submit(_encode, settings, batch)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _encode(recipe: Recipe, batch: Batch) -> list[Encoded]:
-    return _encoder(recipe)(batch)
+def _encode(settings: EncodeSettings, batch: Batch) -> list[Encoded]:
+    return _encoder(settings)(batch)
 
 
 def _start_worker() -> None:

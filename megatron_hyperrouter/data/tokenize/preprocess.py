@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hyperrouter.data.store.journal import Journal
-from megatron_hyperrouter.data.store.manifest import Manifest, tokenizer_sum, write_manifest
+from megatron_hyperrouter.data.store.manifest import Manifest, write_manifest
 from megatron_hyperrouter.data.store.pair_writer import (
     Counts,
     DiskRefused,
@@ -33,10 +33,10 @@ from megatron_hyperrouter.data.store.pair_writer import (
 from megatron_hyperrouter.data.text.corpus import Place, documents, read_batches
 from megatron_hyperrouter.data.text.inputs import WHOLE, Part, facts_of, total_bytes
 from megatron_hyperrouter.data.tokenize.backends import choose_encoder
-from megatron_hyperrouter.data.tokenize.encode import Encoder, Recipe, encode_all
+from megatron_hyperrouter.data.tokenize.encode import Encoder, EncodeSettings, encode_all
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
-__all__ = ["Job", "Recipe", "Written", "preprocess"]
+__all__ = ["EncodeSettings", "Job", "Written", "preprocess"]
 _CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
 _MOST_WORKERS = 1024  # each holds batches of text, and more than the cores there are help nobody
 SAVE_SECONDS = 10.0
@@ -63,7 +63,7 @@ class Job:
 
     inputs: tuple[str, ...]
     output_prefix: str
-    recipe: Recipe
+    settings: EncodeSettings
     part: Part = WHOLE
 
     def stem(self) -> str:
@@ -76,13 +76,13 @@ class Job:
 
     def prefixes(self) -> list[str]:
         """Of each key's pair."""
-        return [f"{self.stem()}_{key}_document" for key in self.recipe.keys]
+        return [f"{self.stem()}_{key}_document" for key in self.settings.keys]
 
 
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
-    recipe: Recipe,
+    settings: EncodeSettings,
     *,
     workers: int = 1,
     part: Part = WHOLE,
@@ -91,7 +91,7 @@ def preprocess(
     progress: Callable[[int, int, int], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Written]:
-    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the recipe, whole
+    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the settings, whole
     or not at all.
 
     ``workers``: processes that encode; 1 encodes in this one.  ``part``: do this part alone, as
@@ -102,14 +102,12 @@ def preprocess(
     bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and a full disk
     leave what was saved, beside the output, under temporary names.
     """
-    job = Job(tuple(inputs), output_prefix, recipe, part)
+    job = Job(tuple(inputs), output_prefix, settings, part)
     _check(job, workers, save_seconds)
     total_bytes(inputs)
     first = _first_documents(job)
-    tokenizer, backend = choose_encoder(
-        recipe.tokenizer_type, recipe.tokenizer_model, recipe.backend, first, report
-    )
-    encoder = Encoder(replace(recipe, backend=backend), tokenizer)
+    tokenizer, backend = choose_encoder(settings.tokenizer, settings.backend, first, report)
+    encoder = Encoder(replace(settings, backend=backend), tokenizer)
     run = _Run(job, encoder, overwrite, save_seconds, progress)
     try:
         if not run.complete:
@@ -137,7 +135,7 @@ class _Run:
         self._job, self._encoder, self._save_seconds, self._progress = job, encoder, save_seconds, progress
         self._low, self._high = job.part.stretch(total_bytes(job.inputs))
         self._files = [facts_of(path) for path in job.inputs]
-        self._tokenizer = _tokenizer_facts(job.recipe, encoder)
+        self._tokenizer = encoder.tokenizer.identity()
         self.dtype = encoder.dtype
         self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
         try:
@@ -160,7 +158,7 @@ class _Run:
 
     def encode(self, workers: int) -> None:
         """Encode what is not yet encoded, and save it."""
-        keys = self._job.recipe.keys
+        keys = self._job.settings.keys
         start = Place(*self._record.get("place", ()))
         position = int(self._record.get("position", 0))
         writers = [
@@ -195,7 +193,7 @@ class _Run:
         self._check_inputs()
         written = []
         for prefix, key, state, counts in zip(
-            self._job.prefixes(), self._job.recipe.keys, self._record["pairs"], self._counts(), strict=True
+            self._job.prefixes(), self._job.settings.keys, self._record["pairs"], self._counts(), strict=True
         ):
             assert counts is not None
             manifest = Manifest(
@@ -206,7 +204,7 @@ class _Run:
                 bin=FileSum(**state["bin"]),
                 idx=put_in_place(prefix, self.dtype, counts),
                 tokenizer=self._tokenizer,
-                settings={"key": key, "append_eod": self._job.recipe.append_eod},
+                settings={"key": key, "append_eod": self._job.settings.append_eod},
                 inputs=[{"path": path, "bytes": size} for path, size, _ in self._files],
                 part=str(self._job.part),
             )
@@ -260,17 +258,20 @@ class _Run:
 
     def _counts(self) -> list[Counts | None]:
         pairs = self._record.get("pairs")
-        return [Counts(**pair["counts"]) for pair in pairs] if pairs else [None] * len(self._job.recipe.keys)
+        return (
+            [Counts(**pair["counts"]) for pair in pairs] if pairs else [None] * len(self._job.settings.keys)
+        )
 
     def _settings(self) -> dict[str, object]:
-        recipe = self._job.recipe
+        settings = self._job.settings
         return {
-            "--tokenizer-type": recipe.tokenizer_type,
+            "--tokenizer-type": settings.tokenizer.tokenizer_type,
             "--tokenizer-model": f"a file of SHA-256 {self._tokenizer['sha256'][:16]}..."
             if self._tokenizer["sha256"]
             else None,
-            "--json-keys": " ".join(recipe.keys),
-            "--append-eod": recipe.append_eod,
+            "--json-keys": " ".join(settings.keys),
+            "--append-eod": settings.append_eod,
+            "--eod-token": self._encoder.tokenizer.eod if settings.append_eod else None,
             "--shard": str(self._job.part),
         }
 
@@ -296,7 +297,7 @@ def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
 
 
 def _check(job: Job, workers: int, save_seconds: float) -> None:
-    keys, problems = job.recipe.keys, []
+    keys, problems = job.settings.keys, []
     if not 1 <= workers <= _MOST_WORKERS:
         problems.append(
             Problem(
@@ -344,21 +345,14 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
 
 def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
     """Names and texts of the first documents: those of the first batch."""
-    batch = next(read_batches(job.inputs, job.recipe.keys, part=job.part), None)
+    batch = next(read_batches(job.inputs, job.settings.keys, part=job.part), None)
     if batch is None:
         return
     size = 0
-    for number, document in enumerate(documents(batch, job.recipe.keys), start=1):
-        for key, sequences in zip(job.recipe.keys, document, strict=True):
+    for number, document in enumerate(documents(batch, job.settings.keys), start=1):
+        for key, sequences in zip(job.settings.keys, document, strict=True):
             for text in sequences:
                 yield f"{batch.path}, document {number}, key {key!r}", text[:_CHECKED_CHARACTERS]
                 size += len(text)
         if size > _CHECKED_CHARACTERS:
             return
-
-
-def _tokenizer_facts(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
-    """What a manifest says of the tokenizer."""
-    has_file = recipe.tokenizer_model and recipe.tokenizer_type == "HuggingFaceTokenizer"
-    digest = tokenizer_sum(recipe.tokenizer_model or "") if has_file else None
-    return {"type": recipe.tokenizer_type, "sha256": digest, "vocab_size": encoder.vocab_size}

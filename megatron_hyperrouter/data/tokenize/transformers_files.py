@@ -11,7 +11,7 @@ from megatron_hyperrouter.data.tokenize.tokenizer import (
     HuggingFaceTokenizer,
     Tokenizer,
 )
-from megatron_hyperrouter.errors import ConfigError, DataError
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
@@ -55,7 +55,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
         tokenizer.encode("")
     except ConfigError:
         return None
-    raise TypeError(f"no tokenizer.json for {type(tokenizer).__name__}")
+    rule = "has no equivalent tokenizer.json"
+    raise ConfigError(
+        [Problem("--tokenizer-type", tokenizer.type, rule, "export a run of another tokenizer")]
+    )
 
 
 def _bytes_json(eod: int) -> str:

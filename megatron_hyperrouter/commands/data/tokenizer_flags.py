@@ -1,0 +1,67 @@
+"""The flags that describe a tokenizer, for every command that takes them without a run's settings."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.data.tokenize.tokenizer import TokenizerOptions
+
+
+def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
+    """Add the flags; their names and meanings are those of ``mhr train``."""
+    from megatron_hyperrouter.data.tokenize.tokenizer import TEXT_TOKENIZER_TYPES, TokenizerOptions
+
+    group = flags.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer-type",
+        required=required,
+        choices=TEXT_TOKENIZER_TYPES,
+        help="ByteTokenizer: each byte is a token; the others read the tokenizer from a file",
+    )
+    group.add_argument(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="file of the tokenizer; HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a "
+        "model on the Hugging Face hub",
+    )
+    group.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: vocab.json")
+    group.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: merges.txt")
+    group.add_argument("--vocab-size", type=int, metavar="N", help="TikTokenizer: number of token ids")
+    group.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="token that ends a document (default: the one that the tokenizer's own files name)",
+    )
+    defaults = TokenizerOptions("")
+    group.add_argument(
+        "--tiktoken-pattern",
+        choices=("v1", "v2"),
+        default=defaults.tiktoken_pattern,
+        help=f"TikTokenizer: pattern that cuts text into words (default: {defaults.tiktoken_pattern})",
+    )
+    number = defaults.tiktoken_num_special_tokens
+    group.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=int,
+        default=number,
+        metavar="N",
+        help=f"TikTokenizer: ids before those of the file (default: {number})",
+    )
+    group.add_argument(
+        "--tokenizer-special-tokens",
+        nargs="+",
+        default=(),
+        metavar="TOKEN",
+        help="TikTokenizer: names of its first ids (default: Megatron-LM's)",
+    )
+
+
+def tokenizer_options(args: Namespace) -> TokenizerOptions:
+    """What the flags describe."""
+    from megatron_hyperrouter.data.tokenize.tokenizer import TokenizerOptions
+
+    values = {each.name: getattr(args, each.name) for each in fields(TokenizerOptions)}
+    return TokenizerOptions(**values | {"tokenizer_special_tokens": tuple(args.tokenizer_special_tokens)})
