@@ -220,7 +220,7 @@ class Stepper:
         seconds = stopwatch(
             lambda: told.append(self.engine.train_step(iter([batch]), step=self.number, learning_rate=0.0))
         )
-        self.loads.append(told[0].load_max_over_mean_L)
+        self.loads.append(told[0].layers["load_max_over_mean"])
         self.number, self.done = self.number + 1, self.done + 1
         return seconds
 

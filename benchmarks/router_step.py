@@ -166,7 +166,7 @@ def work(case: Case, router: str, threads: int, connection: Connection) -> None:
             results.append(engine.train_step(iter(batches), step=n, learning_rate=0.0))
 
         seconds = stopwatch(one_step)
-        connection.send(Step(seconds, results[0].lm_loss, results[0].load_max_over_mean_L))
+        connection.send(Step(seconds, results[0].lm_loss, results[0].layers["load_max_over_mean"]))
     engine.close()
 
 

@@ -6,12 +6,13 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
@@ -31,13 +32,15 @@ _LOST_A_RANK = (
 
 
 def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
-    """Call ``main`` and return the exit status of the public contract; errors are reported once, by rank 0.
+    """Call ``main`` and return the exit status of the public contract: what ``main`` returns where that is
+    an integer, else 0; errors are reported once, by rank 0.
 
     Another rank waits ``patience`` seconds before it speaks: if rank 0 met the same error, the launcher ends
     this process first; if the error is this rank's own, it is told after all.
     """
+    status: object = 0
     try:
-        main()
+        status = main()
     except HyperRouterError as error:
         # Settings are the same on all ranks: if rank 0 has said nothing yet, it is still importing, as on a
         # slow disk.
@@ -56,7 +59,7 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
         _take_turn(patience, left_alone=any(words in str(error) for words in _LOST_A_RANK))
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def report(error: HyperRouterError) -> None:
@@ -76,6 +79,21 @@ def warn(text: str) -> None:
         _say(sys.stderr, "warning", text, "bold yellow")
 
 
+def table(rows: Sequence[tuple[str, str]]) -> None:
+    """Tell several things at once: on rank 0, on stdout, a line each, the labels in a column."""
+    if speaks():
+        width = max(len(label) for label, _ in rows)
+        for label, text in rows:
+            _print(sys.stdout, f"{label:<{width}}  ", text, "bold")
+
+
+def say_at_once(text: str) -> None:
+    """A note from inside a signal handler, on rank 0: written without buffers, which may be in use."""
+    if speaks():
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nnote: {text}\n".encode())
+
+
 def speaks() -> bool:
     """True on the one rank that talks; without a launcher, always."""
     return _rank() == "0"
@@ -83,13 +101,17 @@ def speaks() -> bool:
 
 def _say(stream: TextIO, kind: str, text: str, style: str) -> None:
     who = kind if speaks() else f"{kind} (rank {_rank()})"
+    _print(stream, f"{who}: ", text, style)
+
+
+def _print(stream: TextIO, head: str, text: str, style: str) -> None:
     try:
         from rich.console import Console
         from rich.text import Text
     except ModuleNotFoundError:  # that it is missing has to be told as well
-        stream.write(f"{who}: {text}\n")
+        stream.write(f"{head}{text}\n")
     else:
-        Console(file=stream).print(Text.assemble((f"{who}: ", style), text), soft_wrap=True, highlight=False)
+        Console(file=stream).print(Text.assemble((head, style), text), soft_wrap=True, highlight=False)
 
 
 def _rank() -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+STOPPED = 6  # exit status of a run that stopped before its end on request, after a checkpoint
+
 
 class HyperRouterError(Exception):
     """Base of every error that is the user's to mend: one message, one remedy, one exit status."""

@@ -87,7 +87,7 @@ class FakeEngine:
         self.loss_offset = 0.0  # nan: a run that diverged
 
     def train_step(
-        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: Callable[[], bool] = bool
     ) -> StepResult:
         self.steps_taken.append(step)
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -99,7 +99,8 @@ class FakeEngine:
         assert self.table_VV.grad is not None
         norm = self.table_VV.grad.norm().item()
         self.optimizer.step()
-        return StepResult(loss.item(), 1.0, 0.5, norm, (1.25, 0.75), (1.5, 2.0), self.any_rank(stop))
+        layers = {"entropy": (1.25, 0.75), "load_max_over_mean": (1.5, 2.0), "dead_experts": (0.0, 1.0)}
+        return StepResult(loss.item(), 1.0, 0.5, norm, layers, self.any_rank(stop()), peak_memory=2**20)
 
     def evaluate(
         self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None

@@ -50,7 +50,16 @@ LATE_ROOM = {
     *DATA,
     *ENGINES,
 }
-COMMAND = {*LATE_ROOM, "train", "evaluate", "analysis", "compat", "engines/megatron", "engines/deepspeed"}
+COMMAND = {
+    *LATE_ROOM,
+    "train",
+    "guard",
+    "evaluate",
+    "analysis",
+    "compat",
+    "engines/megatron",
+    "engines/deepspeed",
+}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "console": (set(), {"rich"}),
@@ -76,8 +85,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines": (HOST_ROOM, {"torch", "numpy"}),  # what both hosts share: nothing of either
     "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
+    "guard": ({"engines/base", "config"}, {"torch"}),
     "train": (
-        {"engines/base", *DATA, "config", "checkpoint.folder"},
+        {"engines/base", *DATA, "config", "checkpoint.folder", "guard"},
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),

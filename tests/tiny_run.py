@@ -25,8 +25,9 @@ from megatron_hyperrouter.config.tree import (
     TrainConfig,
 )
 from megatron_hyperrouter.data.stream.dataset import Splits
-from megatron_hyperrouter.train.hooks import Hook, hooks_for
+from megatron_hyperrouter.train.hooks import Hook
 from megatron_hyperrouter.train.loop import train
+from megatron_hyperrouter.train.reporters import hooks_for
 
 VOCAB_SIZE = 16
 

@@ -196,7 +196,9 @@ class TrainConfig:
     ] = None
     eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
     eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
-    exit_on_signal: Annotated[bool, Role.UPKEEP, "On SIGTERM, save a checkpoint and stop"] = True
+    exit_on_signal: Annotated[
+        bool, Role.UPKEEP, "Save and stop on SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP"
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)

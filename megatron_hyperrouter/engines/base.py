@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,9 +36,9 @@ class StepResult:
     aux_loss: float
     z_loss: float  # router z-loss before its coefficient, mean over layers and micro-batches
     grad_norm: float  # before clipping
-    entropy_L: tuple[float, ...]  # mean router entropy of each MoE layer, in nats
-    load_max_over_mean_L: tuple[float, ...]
-    stop: bool  # some rank asked to stop
+    layers: Mapping[str, tuple[float, ...]]  # by name, of each MoE layer: engines.statistics.LAYER_METRICS
+    stop: bool  # some rank was asked to stop
+    peak_memory: int  # bytes, the largest of the ranks
     moe_layers: tuple[int, ...] | None = None  # their numbers in the model, from 1; None: all layers
 
 
@@ -61,10 +61,16 @@ class Engine(Protocol):
         ...
 
     def train_step(
-        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+        self,
+        batches: Iterator[Batch],
+        *,
+        step: int,
+        learning_rate: float,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches of the global batch; ``stop`` is told to all
-        ranks.
+        """One optimizer step over this rank's micro-batches of the global batch.
+
+        ``stop`` is asked once the rank has done its work: whether the run should stop after this step.
         """
         ...
 
@@ -96,6 +102,10 @@ class Engine(Protocol):
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """Read what :meth:`save` wrote."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all weights of the model, by global name, whatever the layout (collective)."""
         ...
 
     def barrier(self) -> None:

@@ -5,7 +5,7 @@ host.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +25,9 @@ from megatron_hyperrouter.engines.totals import (
     largest,
     mean_scale,
     step_result,
+    whole_shapes,
 )
-from megatron_hyperrouter.engines.world import device
+from megatron_hyperrouter.engines.world import device, peak_memory
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
     LanguageModelLoss,
@@ -74,7 +75,12 @@ class SharedEngine(ABC):
     # ----------------------------------------------------------------------------------------------------
     # work
     def train_step(
-        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+        self,
+        batches: Iterator[Batch],
+        *,
+        step: int,
+        learning_rate: float,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         self.clock.begin(step=step)
@@ -84,7 +90,14 @@ class SharedEngine(ABC):
             self.loss.scale = mean_scale([labels_BS for _, labels_BS in held], self.place, self.device)
             batches = iter(held)
         norm = self.optimize(batches, learning_rate)
-        result, sums = step_result(self.loss.take(), self.statistics, grad_norm=norm, stop=stop)
+        result, sums = step_result(
+            self.loss.take(),
+            self.statistics,
+            self.place,
+            grad_norm=norm,
+            stop=stop(),
+            memory=peak_memory(self.device),
+        )
         tokens = self.global_batch_size * self.config.model.seq_length
         replicas = round(float(self.statistics.tokens_L(sums).max()) / tokens)  # tensor-parallel ranks
         for router in self.routers.values():
@@ -195,6 +208,11 @@ class SharedEngine(ABC):
         """Read what :meth:`save_optimizer` wrote; ``weights_only``: take the new weights over into the
         optimizer's copies.
         """
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        held = self.holding()
+        return whole_shapes(held.named, dense=held.first_dense, experts=held.first_expert)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -1,36 +1,101 @@
-"""What routers chose in a step, summed over micro-batches and then over ranks.
+"""What routers chose in a step, summed over micro-batches and ranks, and what the sums say of each layer.
 
-Legend: ``L`` MoE layers, ``E`` experts, ``K`` active experts, ``X`` numbers that a method counts for itself.
+A number of each MoE layer is added here and nowhere else: its value in ``LAYER_METRICS``, and its sum in
+``SUMS`` if those that are there do not suffice.  It appears as ``router/NAME/LAYER`` in the metrics.
+
+Legend: ``L`` MoE layers, ``T`` tokens of a micro-batch on this rank, ``E`` experts, ``K`` active experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.ops.balance import entropy, load, switch_loss, z_loss
+from megatron_hyperrouter.ops.balance import load, switch_loss, z_loss
 from megatron_hyperrouter.routers.base import Router, Routing, StepCounts
+
+DEAD_SHARE = 0.05  # of the mean load: an expert with less is dead
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer's decision for the tokens of a micro-batch on this rank."""
+
+    logits_TE: Tensor
+    probs_TE: Tensor  # softmax over all experts
+    experts_TK: Tensor
+    load_E: Tensor  # of this rank's tokens
+    whole_load_E: Tensor  # of the micro-batch, which several ranks may share
+    part: Tensor  # this rank's share of the micro-batch's tokens: float64 scalar
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A number that adds up over tokens, micro-batches and ranks; ``per_expert``: one for each expert."""
+
+    of: Callable[[Seen], Tensor]
+    per_expert: bool = False
+
+
+SUMS: Mapping[str, Sum] = MappingProxyType(
+    {
+        "load": Sum(lambda seen: seen.load_E, per_expert=True),
+        "probability": Sum(lambda seen: seen.probs_TE.sum(0, dtype=torch.float64), per_expert=True),
+        "entropy": Sum(lambda seen: torch.special.entr(seen.probs_TE).sum(dtype=torch.float64)),
+        "logit_variance": Sum(lambda seen: seen.logits_TE.var(-1, correction=0).sum(dtype=torch.float64)),
+        # filled where the part lies: a number copied to a GPU would make the host wait
+        "tokens": Sum(lambda seen: seen.part.new_full((), seen.logits_TE.size(0))),
+        "aux": Sum(lambda seen: switch_loss(seen.probs_TE, seen.experts_TK, lambda _: seen.whole_load_E)),
+        "z": Sum(lambda seen: z_loss(seen.logits_TE) * seen.part),
+        "micro_batches": Sum(lambda seen: seen.part),
+    }
+)
+
+# From the sums of one step over all ranks (``_LE`` where per expert, else ``_L``) to a number of each layer.
+LAYER_METRICS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = MappingProxyType(
+    {
+        # entropy of the softmax over all experts, mean over tokens, in nats
+        "entropy": lambda sums: sums["entropy"] / sums["tokens"],
+        "load_max_over_mean": lambda sums: sums["load"].amax(1) / sums["load"].mean(1),
+        # experts with less than DEAD_SHARE of the mean load
+        "dead_experts": lambda sums: (
+            (sums["load"] < DEAD_SHARE * sums["load"].mean(1, keepdim=True)).double().sum(1)
+        ),
+        # standard deviation over experts of a token's logits, root mean square over tokens
+        "logit_std": lambda sums: (sums["logit_variance"] / sums["tokens"]).sqrt(),
+        # between token and expert, in nats: 0 when the router says the same of every token
+        "mutual_information": lambda sums: (
+            torch.special.entr(sums["probability"] / sums["tokens"].unsqueeze(1)).sum(1)
+            - sums["entropy"] / sums["tokens"]
+        ),
+        # the losses before their coefficients, mean over micro-batches
+        "aux": lambda sums: sums["aux"] / sums["micro_batches"],
+        "z": lambda sums: sums["z"] / sums["micro_batches"],
+    }
+)
 
 
 class RouterStatistics:
     """Sums over one step of what the routers chose, one row a layer, ready for a single all-reduce.
 
-    A row holds the load of each expert, the sums over tokens and over micro-batches that ``_TAIL`` names, and
-    the method's own counts.
+    A row holds the sums of ``SUMS``, and then the method's own counts.
     """
-
-    _TAIL = ("entropy_sum", "tokens", "aux_sum", "z_sum", "micro_batches")
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
+        self._widths = [num_experts if each.per_expert else 1 for each in SUMS.values()]
         self.enabled = True
         self.make_room(0)
 
     def make_room(self, num_extra: int) -> None:
         """Start with ``num_extra`` more numbers a layer, for what the method counts."""
-        numbers = self.num_experts + len(self._TAIL) + num_extra
+        width = sum(self._widths) + num_extra
         # They move to where the routers compute with the first micro-batch.
-        self.sums: Tensor = torch.zeros(self.num_layers, numbers, dtype=torch.float64, device="cpu")
+        self.sums: Tensor = torch.zeros(self.num_layers, width, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def record(self, router: Router, routing: Routing) -> None:
@@ -45,24 +110,12 @@ class RouterStatistics:
             self.sums = self.sums.to(logits_TE.device)
         load_E = load(experts_TK, self.num_experts)
         whole_E = load_E if router.over_shards is None else router.over_shards(load_E)
-        part = load_E.sum(dtype=torch.float64) / whole_E.sum()  # of the micro-batch's tokens
-        tokens = logits_TE.size(0)
-        tail = (
-            entropy(logits_TE) * tokens,
-            part.new_full(
-                (), tokens
-            ),  # filled where it is: a number copied to a GPU would make the host wait
-            switch_loss(logits_TE.softmax(-1), experts_TK, lambda _: whole_E),
-            z_loss(logits_TE) * part,
-            part,
-        )
+        part = load_E.sum(dtype=torch.float64) / whole_E.sum()
+        seen = Seen(logits_TE, logits_TE.softmax(-1), experts_TK, load_E, whole_E, part)
         row = self.sums[router.layer_number - 1]
-        row[: self.num_experts] += load_E
-        row[self.num_experts : self.num_experts + len(tail)] += torch.stack(
-            [value.double() for value in tail]
-        )
+        row[: sum(self._widths)] += torch.cat([each.of(seen).double().view(-1) for each in SUMS.values()])
         if router.num_extra_counts:
-            row[self.num_experts + len(tail) :] += router.extra_counts(routing)
+            row[sum(self._widths) :] += router.extra_counts(routing)
 
     def take(self) -> Tensor:
         """The sums so far; starts afresh."""
@@ -70,26 +123,16 @@ class RouterStatistics:
         return sums
 
     def summary(self, sums: Tensor) -> dict[str, list[float]]:
-        """Per MoE layer, from sums over all ranks: entropy (nats), load_max_over_mean, aux and z (before
-        coefficients).
-        """
-        sums = sums[self.routed(sums)]
-        load_LE, tail = sums[:, : self.num_experts], self._tail(sums)
-        return {
-            "entropy": (tail["entropy_sum"] / tail["tokens"]).tolist(),
-            "load_max_over_mean": (load_LE.amax(1) / load_LE.mean(1)).tolist(),
-            "aux": (tail["aux_sum"] / tail["micro_batches"]).tolist(),
-            "z": (tail["z_sum"] / tail["micro_batches"]).tolist(),
-        }
+        """Each of ``LAYER_METRICS``, a number a MoE layer, from sums over all ranks."""
+        named = self._named(sums[self.routed(sums)])
+        return {name: value(named).tolist() for name, value in LAYER_METRICS.items()}
 
     def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int, replicas: int) -> StepCounts:
         """One layer's, from sums over all ranks; ``tokens``: of the global batch, each of which ``replicas``
         ranks have counted.
         """
         row = sums[layer_number - 1] / replicas
-        return StepCounts(
-            step, float(tokens), row[: self.num_experts], row[self.num_experts + len(self._TAIL) :]
-        )
+        return StepCounts(step, float(tokens), row[: self.num_experts], row[sum(self._widths) :])
 
     def routed(self, sums: Tensor) -> Tensor:
         """Indices of the layers that have routed tokens, from sums over all ranks: dense layers have not."""
@@ -97,17 +140,14 @@ class RouterStatistics:
 
     def tokens_L(self, sums: Tensor) -> Tensor:
         """How many tokens each layer has seen, from sums over all ranks; replicas count each time."""
-        return self._tail(sums)["tokens"]
+        return self._named(sums)["tokens"]
 
-    def _tail(self, sums: Tensor) -> dict[str, Tensor]:
-        """Name -> ``_L``."""
-        return dict(
-            zip(
-                self._TAIL,
-                sums[:, self.num_experts : self.num_experts + len(self._TAIL)].unbind(1),
-                strict=True,
-            )
-        )
+    def _named(self, sums: Tensor) -> dict[str, Tensor]:
+        columns = sums[:, : sum(self._widths)].split(self._widths, 1)
+        return {
+            name: column if each.per_expert else column.squeeze(1)
+            for (name, each), column in zip(SUMS.items(), columns, strict=True)
+        }
 
 
 def recomputing() -> bool:

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import EvalResult, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.model.names import is_expert
+from megatron_hyperrouter.model.sharding import shard_of
 
 
 def step_result(
-    loss_sums: Tensor, statistics: RouterStatistics, *, grad_norm: float, stop: bool
+    loss_sums: Tensor,
+    statistics: RouterStatistics,
+    place: Place,
+    *,
+    grad_norm: float,
+    stop: bool,
+    memory: int,
 ) -> tuple[StepResult, Tensor]:
-    """Add up the loss, what the routers chose, and who wants to stop (collective); also returns the
+    """Add up the loss, what the routers chose, and who was asked to stop (collective); also returns the
     statistics' sums.
+
+    ``memory``: bytes that this rank has needed at most.  Each rank fills a number of its own, so the sum over
+    ranks holds them all, and their maximum needs no reduction of its own.
 
     Ratios are taken afterwards, so ranks that saw the same tokens (tensor parallelism) may all be counted.
     """
     rows = statistics.take()
-    own = torch.cat(
-        [loss_sums, rows.new_tensor([float(stop)]).to(loss_sums.device), rows.to(loss_sums.device).flatten()]
-    )
-    dist.all_reduce(own)
-    own = own.cpu()
-    loss, tokens, _, stopped = own[:4].tolist()
-    sums = own[4:].view(rows.shape)
+    told = torch.zeros(1 + place.world_size, dtype=loss_sums.dtype, device=loss_sums.device)
+    told[0], told[1 + place.rank] = float(stop), memory
+    parts = (loss_sums, told, rows.to(loss_sums.device).flatten())
+    total = torch.cat(parts)
+    dist.all_reduce(total)
+    loss_part, told, rest = total.cpu().split([len(part) for part in parts])
+    loss, tokens, _ = loss_part.tolist()
+    stopped, *memories = told.tolist()
+    sums = rest.view(rows.shape)
     layers, routed = statistics.summary(sums), statistics.routed(sums).tolist()
     result = StepResult(
         lm_loss=loss / max(tokens, 1.0),
         aux_loss=sum(layers["aux"]) / len(routed),
         z_loss=sum(layers["z"]) / len(routed),
         grad_norm=grad_norm,
-        entropy_L=tuple(layers["entropy"]),
-        load_max_over_mean_L=tuple(layers["load_max_over_mean"]),
+        layers={name: tuple(values_L) for name, values_L in layers.items()},
         stop=bool(stopped),
+        peak_memory=round(max(memories)),
         moe_layers=tuple(layer + 1 for layer in routed),
     )
     return result, sums
@@ -57,6 +72,24 @@ def mean_scale(labels: list[Tensor], place: Place, device: torch.device) -> Tens
     dist.all_reduce(counted)
     replicas = place.world_size // place.data_size  # ranks that brought the same labels
     return (positions * replicas / counted.clamp(min=1)).float()
+
+
+def whole_shapes(
+    named: Iterable[tuple[str, nn.Parameter]], *, dense: bool, experts: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of the model, by global name, from what each rank holds (collective).
+
+    ``dense``, ``experts``: whether this rank tells those of its dense weights, and of its experts.
+    """
+    own = {}
+    for name, parameter in named:
+        if not (experts if is_expert(name) else dense):
+            continue
+        shape, shard = tuple(parameter.shape), shard_of(name)
+        own[name] = shape if shard is None else shard.whole_shape(shape)
+    of_ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, own)
+    return {name: shape for shapes in of_ranks for name, shape in shapes.items()}
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

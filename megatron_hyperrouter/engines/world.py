@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -88,3 +90,11 @@ def device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def peak_memory(where: torch.device) -> int:
+    """Bytes that this process has needed at most: of the GPU where it has one, else of the machine."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

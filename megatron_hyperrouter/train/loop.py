@@ -1,13 +1,12 @@
-"""The training loop: everything that varies in time is a function of the step, so a resumed run is the same
-run.
+"""The training loop.
+
+Everything that varies in time is a function of the step, so a resumed run is the same run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,9 +14,10 @@ from torch import Tensor
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.cli import launched_world_size
 from megatron_hyperrouter.config.derived import global_batch_size
+from megatron_hyperrouter.guard.stopping import StopRequest, stop_signals
 from megatron_hyperrouter.train.metrics import check_finite
 from megatron_hyperrouter.train.resume import resume
-from megatron_hyperrouter.train.run import Run
+from megatron_hyperrouter.train.run import Run, Speed
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -33,24 +33,25 @@ def train(
     hooks: Sequence[Hook],
     *,
     token_bytes_V: Tensor | None = None,
+    speed: Speed | None = None,
 ) -> int:
-    """Train to ``--train-iters``, or until a SIGTERM reaches any rank; returns the number of completed steps.
+    """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 
     Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token
-    id, or None where they are not known.
+    id, or None where they are not known.  ``speed``: what a step costs, where it is known.
     """
-    run = Run(engine, config, splits, hooks, token_bytes_V)
+    run = Run(engine, config, splits, hooks, token_bytes_V, speed or Speed())
     first = resume(engine, config, run.folders)
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
     with contextlib.ExitStack() as stack:
+        request = stack.enter_context(stop_signals(StopRequest(), enabled=config.train.exit_on_signal))
         for hook in hooks:
             stack.callback(hook.on_end)
             hook.on_start(first)
-        stop = stack.enter_context(stop_signal(enabled=config.train.exit_on_signal))
         batches = stack.enter_context(run.batches(first))
         for step in range(first + 1, config.train.train_iters + 1):
-            record, stopped = run.step(step, batches, stop=stop.came)
+            record, stopped = run.step(step, batches, request)
             check_finite(record, remedy=run.remedy)
             last = step == config.train.train_iters
             if stopped:  # whoever sent the signal may not wait long: save before anything else
@@ -63,11 +64,11 @@ def train(
                 last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0)
             ):
                 run.save(step)
-            if stopped:
+            if stopped and not last:
+                reason = engine.first_word(request.reason)
                 if engine.place.is_main:
-                    console.note(
-                        f"stopped by SIGTERM after step {step}; continue with --load {config.logging.run_dir}"
-                    )
+                    run_dir = config.logging.run_dir
+                    console.note(f"stopped by {reason} after step {step}; continue with --load {run_dir}")
                 return step
     if first >= config.train.train_iters and engine.place.is_main:
         console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
@@ -86,31 +87,3 @@ def samples_needed(config: RunConfig, world_size: int | None = None) -> dict[str
         "valid_samples": scored,
         "test_samples": scored,
     }
-
-
-class StopRequest:
-    """Whether SIGTERM came.  A bare attribute: a signal handler must not take a lock, as ``threading.Event``
-    does.
-    """
-
-    came = False
-
-
-@contextlib.contextmanager
-def stop_signal(*, enabled: bool) -> Iterator[StopRequest]:
-    """A request that SIGTERM sets instead of ending the process."""
-    request = StopRequest()
-
-    def note(number: int, frame: object) -> None:
-        request.came = True
-
-    if (
-        not enabled or threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may handle signals
-        yield request
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGTERM, before)

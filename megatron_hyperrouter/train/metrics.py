@@ -1,5 +1,7 @@
-"""What a run measures: the records of a step and of an evaluation, and the file that keeps them.
+"""What a run measures: the table of a step's metrics, the records made of it, and the file that keeps them.
 
+A metric of a step is one entry of ``METRICS``: its name in ``metrics.jsonl``, its group in TensorBoard, its
+value, and how the console shows it.  A number of each MoE layer is one of ``engines.statistics``.
 The names are part of the public interface: scripts read ``metrics.jsonl``.
 """
 
@@ -8,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,46 +22,110 @@ from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.engines.base import Engine, EvalResult, StepResult
 from megatron_hyperrouter.errors import DataError, HyperRouterError
 
-Record = dict[str, float | int | str | None]
+Value = float | int | str | None
+Record = dict[str, Value]
 
 
-def training_record(
-    result: StepResult,
-    *,
-    step: int,
-    learning_rate: float,
-    topk: int,
-    tokens: int,
-    consumed: tuple[int, int],
-    step_time: float,
-    data_time: float,
-) -> Record:
-    """The record of step ``step``, counted from 1.
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of a step once it has been taken."""
 
-    ``tokens`` of this step; ``consumed``: samples and tokens of all steps so far; ``step_time`` in seconds,
-    ``data_time`` the part of it in which this rank waited for its batches; ``N`` in ``router/entropy/N`` a
-    MoE layer from 1.
+    step: int  # counted from 1
+    result: StepResult
+    learning_rate: float
+    topk: int
+    tokens: int  # of this step
+    consumed: tuple[int, int]  # samples and tokens of all steps so far
+    step_time: float  # seconds
+    data_time: float  # the part of it in which this rank waited for its batches
+    devices: int  # ranks, each with a device of its own
+    flops: float = 0.0  # of the model, forward and backward; 0: not known
+    peak_flops: float | None = None  # a second, of one device; None: not known
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a step; a step whose ``value`` is None leaves it out."""
+
+    name: str
+    group: Literal["", "train", "speed", "router"]  # of TensorBoard's tags; "": no tag
+    value: Callable[[StepFacts], Value]
+    line: Callable[[float], str] | None = None  # how the console shows it; None: not at all
+    # Of the steps since the last line: their mean, the mean weighted with their times, or the last of them.
+    over: Literal["steps", "time", "last"] = "last"
+
+
+def _tflops(facts: StepFacts) -> float | None:
+    return facts.flops / facts.step_time / facts.devices / 1e12 if facts.flops else None
+
+
+def _mfu(facts: StepFacts) -> float | None:
+    tflops = _tflops(facts)
+    return None if tflops is None or facts.peak_flops is None else tflops * 1e12 / facts.peak_flops
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("step", "", lambda facts: facts.step),
+    Metric("lm_loss", "train", lambda facts: facts.result.lm_loss, lambda v: f"loss {v:.4f}", "steps"),
+    Metric("aux_loss", "train", lambda facts: facts.result.aux_loss),
+    Metric("z_loss", "train", lambda facts: facts.result.z_loss),
+    Metric(
+        "grad_norm",
+        "train",
+        lambda facts: facts.result.grad_norm,
+        lambda v: f"norm {v:.2f}" if v >= 0.1 else f"norm {v:.1e}",
+        "steps",
+    ),
+    Metric("learning_rate", "train", lambda facts: facts.learning_rate, lambda v: f"lr {v:.2e}"),
+    Metric("topk", "train", lambda facts: facts.topk, lambda v: f"k {v:.0f}"),
+    Metric("consumed_samples", "train", lambda facts: facts.consumed[0]),
+    Metric("consumed_tokens", "train", lambda facts: facts.consumed[1]),
+    Metric("step_time", "speed", lambda facts: facts.step_time),
+    Metric("data_time", "speed", lambda facts: facts.data_time),
+    Metric(
+        "tokens_per_second",
+        "speed",
+        lambda facts: facts.tokens / facts.step_time,
+        lambda v: f"{v:,.0f} tokens/s",
+        "time",
+    ),
+    Metric(
+        "tflops_per_gpu",
+        "speed",
+        _tflops,
+        lambda v: f"{v:.1f} TFLOP/s" if v >= 0.1 else f"{1000 * v:.1f} GFLOP/s",
+        "time",
+    ),
+    Metric("mfu", "speed", _mfu, lambda v: f"MFU {v:.1%}", "time"),
+    Metric(
+        "peak_memory",
+        "speed",
+        lambda facts: facts.result.peak_memory,
+        lambda v: f"{v / 2**30:.2f} GiB",
+    ),
+)
+
+# Layer metrics on the console: over the steps since its last line, and then over layers.
+_LAYERS_ON_THE_LINE: tuple[tuple[str, Callable[[Sequence[float]], float], str], ...] = (
+    ("entropy", lambda values: sum(values) / len(values), "entropy {:.2f}"),
+    ("load_max_over_mean", max, "load {:.2f}"),
+)
+# Of the layer metrics, those that every step records; the others are recorded every --log-interval steps.
+_EVERY_STEP = ("entropy", "load_max_over_mean")
+_NOT_RECORDED = ("aux", "z")  # of single layers: the record has their means
+
+
+def training_record(facts: StepFacts, *, with_all_layers: bool) -> Record:
+    """The record of a step; ``N`` in ``router/entropy/N`` is a MoE layer, counted from 1.
+
+    ``with_all_layers``: also the layer metrics that are recorded every ``--log-interval`` steps.
     """
-    record: Record = {
-        "step": step,
-        "lm_loss": result.lm_loss,
-        "aux_loss": result.aux_loss,
-        "z_loss": result.z_loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": learning_rate,
-        "topk": topk,
-        "consumed_samples": consumed[0],
-        "consumed_tokens": consumed[1],
-        "step_time": step_time,
-        "data_time": data_time,
-        "tokens_per_second": tokens / step_time,
-    }
-    for name, values_L in (
-        ("entropy", result.entropy_L),
-        ("load_max_over_mean", result.load_max_over_mean_L),
-    ):
-        layers = result.moe_layers or range(1, len(values_L) + 1)
-        record |= {f"router/{name}/{layer}": value for layer, value in zip(layers, values_L, strict=True)}
+    values = ((metric.name, metric.value(facts)) for metric in METRICS)
+    record: Record = {name: value for name, value in values if value is not None}
+    for name, values_L in facts.result.layers.items():
+        if name in _EVERY_STEP or (with_all_layers and name not in _NOT_RECORDED):
+            layers = facts.result.moe_layers or range(1, len(values_L) + 1)
+            record |= {f"router/{name}/{layer}": value for layer, value in zip(layers, values_L, strict=True)}
     return record
 
 
@@ -75,6 +142,51 @@ def evaluation_record(result: EvalResult, *, step: int, split: str, topk: int) -
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": result.loss_sum / math.log(2) / result.target_bytes if result.target_bytes else None,
     }
+
+
+def summary(records: Sequence[Record]) -> list[str]:
+    """What the console shows of the steps since its last line, the most important first."""
+    pieces: dict[str, list[str]] = {"train": [], "router": [], "speed": []}
+    for metric in METRICS:
+        if metric.line is not None and metric.name in records[-1]:
+            pieces[metric.group].append(metric.line(_over(metric, records)))
+    for name, over_layers, form in _LAYERS_ON_THE_LINE:
+        if layers := [key for key in records[-1] if key.startswith(f"router/{name}/")]:
+            means_L = [sum(_number(record, key) for record in records) / len(records) for key in layers]
+            pieces["router"].append(form.format(over_layers(means_L)))
+    return [piece for group in pieces.values() for piece in group]
+
+
+def tags(record: Record) -> dict[str, float | int]:
+    """The numbers of a record as TensorBoard and Weights & Biases name them, in groups: ``train/lm_loss``,
+    ``speed/step_time``, ``router/entropy/1``, ``eval/valid/lm_loss``.
+    """
+    groups = {metric.name: metric.group for metric in METRICS}
+    split = record.get("split")
+    found: dict[str, float | int] = {}
+    for name, value in record.items():
+        if isinstance(value, str) or value is None or name == "step":
+            continue
+        if split is not None:
+            found[f"eval/{split}/{name}"] = value
+        elif name.startswith("router/"):
+            found[name] = value
+        elif group := groups.get(name, "train"):
+            found[f"{group}/{name}"] = value
+    return found
+
+
+def _over(metric: Metric, records: Sequence[Record]) -> float:
+    if metric.over == "last":
+        return _number(records[-1], metric.name)
+    weights = [_number(record, "step_time") if metric.over == "time" else 1.0 for record in records]
+    values = [_number(record, metric.name) for record in records]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+
+
+def _number(record: Record, name: str) -> float:
+    value = record.get(name)
+    return float(value) if value is not None else math.nan
 
 
 def score(

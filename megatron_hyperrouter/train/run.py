@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,14 +17,29 @@ from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import Course
 from megatron_hyperrouter.errors import DataError
 from megatron_hyperrouter.train.lr import learning_rate_at
-from megatron_hyperrouter.train.metrics import Record, evaluation_record, score, training_record
+from megatron_hyperrouter.train.metrics import (
+    Record,
+    StepFacts,
+    evaluation_record,
+    score,
+    training_record,
+)
 from megatron_hyperrouter.train.resume import run_meta
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.guard.stopping import StopRequest
     from megatron_hyperrouter.train.hooks import Hook
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step costs and what the devices could do, where that is known."""
+
+    flops_per_token: Callable[[int], float] = lambda topk: 0.0  # forward and backward, at k
+    peak_flops: float | None = None  # a second, of one device
 
 
 @dataclass
@@ -36,6 +51,7 @@ class Run:
     splits: Splits
     hooks: Sequence[Hook]
     token_bytes_V: Tensor | None
+    speed: Speed
 
     def __post_init__(self) -> None:
         world_size = self.engine.place.world_size
@@ -70,23 +86,33 @@ class Run:
             num_workers=self.config.data.num_workers,
         )
 
-    def step(self, step: int, batches: Batches, *, stop: bool) -> tuple[Record, bool]:
+    def step(self, step: int, batches: Batches, request: StopRequest) -> tuple[Record, bool]:
         """Take step ``step``, counted from 1; returns its record and whether some rank was asked to stop."""
         learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
         started, waited = time.perf_counter(), batches.waited
         result = self.engine.train_step(
-            islice(batches, self.micro_batches), step=step - 1, learning_rate=learning_rate, stop=stop
-        )
-        record = training_record(
-            result,
-            step=step,
+            islice(batches, self.micro_batches),
+            step=step - 1,
             learning_rate=learning_rate,
-            topk=self.engine.topk_at(step - 1),
-            tokens=self.global_batch_size * self.config.model.seq_length,
+            stop=lambda: request.came,
+        )
+        topk = self.engine.topk_at(step - 1)
+        tokens = self.global_batch_size * self.config.model.seq_length
+        facts = StepFacts(
+            step=step,
+            result=result,
+            learning_rate=learning_rate,
+            topk=topk,
+            tokens=tokens,
             consumed=self.consumed(step),
             step_time=time.perf_counter() - started,
             data_time=batches.waited - waited,
+            devices=self.engine.place.world_size,
+            flops=tokens * self.speed.flops_per_token(topk),
+            peak_flops=self.speed.peak_flops,
         )
+        on_the_screen = step % self.config.logging.log_interval == 0 or step == self.config.train.train_iters
+        record = training_record(facts, with_all_layers=on_the_screen)
         for hook in self.hooks:
             hook.on_step(record)
         return record, result.stop

@@ -140,8 +140,8 @@ def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]
         "aux_loss": result.aux_loss,
         "z_loss": result.z_loss,
         "grad_norm": result.grad_norm,
-        "entropy": result.entropy_L,
-        "load": result.load_max_over_mean_L,
+        "entropy": result.layers["entropy"],
+        "load": result.layers["load_max_over_mean"],
     }
 
 

@@ -188,13 +188,15 @@ class TestStatistics:
                 statistics.record(router_of("topk", 1, layer_number=layer), one)
         found = statistics.summary(statistics.take())
         for layer, routings in routed.items():
-            loads, entropies, aux, z = np.zeros(E), [], [], []
+            loads, entropies, aux, z, all_probs, variances = np.zeros(E), [], [], [], [], []
             for one in routings:
                 logits = one.logits_TE.double().numpy()
                 probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
                 counts = np.bincount(one.experts_TK.numpy().ravel(), minlength=E)
                 loads += counts
                 entropies += (-(probs * np.log(probs)).sum(1)).tolist()
+                all_probs += probs.tolist()
+                variances += logits.var(1).tolist()
                 aux.append(E * (counts / counts.sum() * probs.mean(0)).sum())
                 z.append((np.log(np.exp(logits).sum(1)) ** 2).mean())
             row = layer - 1
@@ -202,7 +204,23 @@ class TestStatistics:
             assert found["load_max_over_mean"][row] == pytest.approx(loads.max() / loads.mean(), rel=1e-9)
             assert found["aux"][row] == pytest.approx(np.mean(aux), rel=1e-6)
             assert found["z"][row] == pytest.approx(np.mean(z), rel=1e-6)
+            assert found["dead_experts"][row] == sum(load < 0.05 * loads.mean() for load in loads)
+            assert found["logit_std"][row] == pytest.approx(np.sqrt(np.mean(variances)), rel=1e-6)
+            mean = np.mean(all_probs, axis=0)
+            information = -(mean * np.log(mean)).sum() - np.mean(entropies)
+            assert found["mutual_information"][row] == pytest.approx(information, rel=1e-5)
         assert not statistics.take().any()  # it began afresh
+
+    def test_dead_experts_and_a_router_that_says_the_same_of_every_token(self) -> None:
+        logits_TE = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(100, 4)
+        experts_TK = torch.zeros(100, 1, dtype=torch.int64)
+        experts_TK[:10] = 1
+        experts_TK[10] = 2  # 1 of 100, less than 0.05 of the mean of 25
+        statistics = RouterStatistics(1, 4)
+        statistics.record(router_of("topk", 1), Routing(logits_TE, torch.ones(100, 1), experts_TK, {}))
+        found = statistics.summary(statistics.take())
+        assert found["dead_experts"] == [2.0]
+        assert found["mutual_information"][0] == pytest.approx(0.0, abs=1e-6)
 
     def test_are_silent_while_evaluating(self) -> None:
         statistics = RouterStatistics(1, E)

@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from one_rank import world
 from torch import Tensor, nn
 
+from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import eval_result, step_result
@@ -31,6 +32,7 @@ from megatron_hyperrouter.routers.base import Router, RunFacts, Tokens
 from megatron_hyperrouter.routers.frozen import Frozen
 
 META = torch.device("meta")
+PLACE = Place(rank=0, world_size=1, data_rank=0, data_size=1)
 D, E, B, S = 32, 4, 2, 16  # D and E of the tiny model
 T = B * S
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -185,7 +187,7 @@ def test_language_model_loss_and_the_sums_of_a_stage_without_one(monkeypatch: py
         busy.mean(torch.empty(B, S, device=META, requires_grad=True), labels_BS).backward()
     for loss in (idle, busy):
         with pytest.raises(InterruptedError):
-            step_result(loss.take(), RouterStatistics(1, E), grad_norm=1.0, stop=False)
+            step_result(loss.take(), RouterStatistics(1, E), PLACE, grad_norm=1.0, stop=False, memory=0)
         with pytest.raises(InterruptedError):
             eval_result(loss.take(), replicas=1)
     assert brought == [META] * 4

@@ -16,9 +16,12 @@ from typing import Any
 
 from distributed import REPOSITORY, environment, meeting_store
 
+from megatron_hyperrouter.train.metrics import METRICS
+
 PROGRAM = REPOSITORY / "pretrain_gpt_hyperrouter.py"
-TIMES = ("step_time", "data_time", "tokens_per_second")
+TIMES = {metric.name for metric in METRICS if metric.group == "speed"}
 Record = dict[str, Any]
+_PATIENCE = 3.0  # seconds from SIGTERM to SIGKILL; real launchers give 30
 
 
 @dataclass
@@ -66,7 +69,9 @@ class Job:
                 return False
             if any(statuses):
                 self.kill(signal.SIGTERM)
-                time.sleep(0.3)
+                patient = time.monotonic() + _PATIENCE
+                while None in self.poll() and time.monotonic() < patient:
+                    time.sleep(0.01)
                 self.kill()
             if time.monotonic() > end:
                 self.kill()

@@ -15,6 +15,7 @@ from program.launched import Job, Zygote, metrics, one_message
 from program.settings import RANKS, STEPS, flags_of
 
 from megatron_hyperrouter.checkpoint.folder import find
+from megatron_hyperrouter.errors import STOPPED
 
 pytestmark = pytest.mark.processes
 PACE = 0.05  # seconds more for each step: a signal comes before the run is over, on a busy machine too
@@ -134,19 +135,20 @@ def test_killed_on_four_ranks(zygote: Zygote, text: Path, tmp_path: Path, engine
     folders_are_alike(run_dir, tmp_path / "whole")
 
 
-class TestSigterm:
-    def test_saves_exits_with_0_and_goes_on_from_its_own_settings(
-        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path
+class TestStopped:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    def test_saves_exits_with_6_and_continues_from_its_own_settings(
+        self, zygote: Zygote, text: Path, whole: Path, tmp_path: Path, number: signal.Signals
     ) -> None:
         run_dir = tmp_path / "run"
         job = zygote.start(flags_of(text, run_dir, "--save-interval", 0), ranks=RANKS, pace=PACE)
         assert job.wait_for(partial(has_written, run_dir, 4))
-        job.kill(signal.SIGTERM)
-        assert job.wait().statuses == [0] * RANKS, job.stderr
+        job.kill(number)
+        assert job.wait().statuses == [STOPPED] * RANKS, job.stderr
         stopped = metrics(run_dir)[-1]["step"]
         folder = find(run_dir)
         assert 4 <= stopped < STEPS and folder is not None and folder.name == f"step_{stopped:07d}"
-        assert f"stopped by SIGTERM after step {stopped}; continue with --load {run_dir}" in job.stdout
+        assert f"stopped by {number.name} after step {stopped}; continue with --load {run_dir}" in job.stdout
         zygote.run(["--config", run_dir / "config.yaml", "--load", run_dir], ranks=RANKS)
         assert metrics(run_dir) == metrics(whole)
         folders_are_alike(run_dir, whole)

@@ -20,6 +20,7 @@ from megatron_hyperrouter.checkpoint.folder import find, read_manifest
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
 
 pytestmark = pytest.mark.processes
+ON_LOGGED_STEPS = ("dead_experts", "logit_std", "mutual_information")  # of these runs, every step
 ONE_RANK = ["--expert-model-parallel-size", 1]
 
 
@@ -40,12 +41,25 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 class TestMetrics:
-    def test_fields_of_a_step(self, steps: list[Record]) -> None:
+    @staticmethod
+    def flops(run_dir: Path, topk: int) -> float:
+        """Of a token, forward and backward: 6 for each parameter that it meets, by the tensors on disk, and
+        12 for each channel of attention and position before it.
+        """
+        found = 6.0 * 2 * LAYERS * 32 * (SEQ + 1) / 2 * 1.0
+        for name, tensor in weights_of(run_dir).items():
+            if ".mlp.router." in name and not name.endswith("embedding_S"):
+                continue  # the frozen hypernetwork
+            share = topk / EXPERTS if ".experts." in name else 1.0
+            found += 6.0 * tensor.numel() * share
+        return found
+
+    def test_fields_of_a_step(self, whole: Path, steps: list[Record]) -> None:
         # 1 + 2 t / 12 after t steps, rounded with halves to even.
         assert [record["topk"] for record in steps] == [1] * 4 + [2] * 5 + [3] * 3
         per_layer = {
             f"router/{name}/{layer}"
-            for name in ("entropy", "load_max_over_mean")
+            for name in ("entropy", "load_max_over_mean", *ON_LOGGED_STEPS)
             for layer in range(1, LAYERS + 1)
         }
         named = {
@@ -63,6 +77,8 @@ class TestMetrics:
                 "step_time",
                 "data_time",
                 "tokens_per_second",
+                "tflops_per_gpu",
+                "peak_memory",
             }
             assert record["step"] == step
             assert (
@@ -73,6 +89,14 @@ class TestMetrics:
             for layer in range(1, LAYERS + 1):
                 assert 0 < record[f"router/entropy/{layer}"] <= math.log(EXPERTS) + 1e-6
                 assert 1 <= record[f"router/load_max_over_mean/{layer}"] <= EXPERTS / record["topk"]
+                assert 0 <= record[f"router/dead_experts/{layer}"] <= EXPERTS - record["topk"]
+                assert record[f"router/logit_std/{layer}"] > 0
+                information = record[f"router/mutual_information/{layer}"]
+                assert -1e-6 <= information <= math.log(EXPERTS) - record[f"router/entropy/{layer}"] + 1e-6
+            assert record["tflops_per_gpu"] * 1e12 * RANKS == pytest.approx(
+                self.flops(whole, record["topk"]) * BATCH * SEQ / record["step_time"]
+            )
+            assert 2**25 < record["peak_memory"] < 2**36
             assert record["grad_norm"] > 0 and 0.9 < record["aux_loss"] < EXPERTS
 
     def test_the_model_learns_from_near_a_uniform_guess(self, steps: list[Record]) -> None:

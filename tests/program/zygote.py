@@ -34,7 +34,7 @@ HOSTS = (
     "megatron_hyperrouter.data.tokenize.tokenizer",
     "megatron_hyperrouter.engines.deepspeed.engine",
     "megatron_hyperrouter.evaluate.perplexity",
-    "megatron_hyperrouter.train.hooks",
+    "megatron_hyperrouter.train.reporters",
     "megatron_hyperrouter.train.loop",
 )
 

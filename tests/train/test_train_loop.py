@@ -28,10 +28,10 @@ from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.data.stream.segments import build_course
 from megatron_hyperrouter.engines.base import Batch, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
-from megatron_hyperrouter.train.hooks import hooks_for
 from megatron_hyperrouter.train.loop import samples_needed, train
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import score
+from megatron_hyperrouter.train.reporters import hooks_for
 from megatron_hyperrouter.train.resume import past_of
 
 
@@ -170,7 +170,12 @@ class TestMoments:
     def test_a_rank_that_asks_to_stop_stops_all_after_a_save(self, config: RunConfig) -> None:
         class AskedElsewhere(FakeEngine):
             def train_step(
-                self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+                self,
+                batches: Iterator[Batch],
+                *,
+                step: int,
+                learning_rate: float,
+                stop: Callable[[], bool] = bool,
             ) -> StepResult:
                 result = super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
                 return replace(result, stop=step == 3)
@@ -198,7 +203,12 @@ class TestLostLoss:
     ) -> None:
         class Diverging(FakeEngine):
             def train_step(
-                self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: bool = False
+                self,
+                batches: Iterator[Batch],
+                *,
+                step: int,
+                learning_rate: float,
+                stop: Callable[[], bool] = bool,
             ) -> StepResult:
                 self.loss_offset = math.nan if step == 5 else 0.0
                 return super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,8 +22,10 @@ from megatron_hyperrouter.engines.base import EvalResult, StepResult
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.train.metrics import (
     MetricsFile,
+    StepFacts,
     check_finite,
     evaluation_record,
+    tags,
     to_json,
     training_record,
 )
@@ -34,30 +37,59 @@ def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_training_record_holds_the_fields_of_the_contract() -> None:
-    result = StepResult(2.5, 1.1, 0.3, 0.9, (1.0, 0.5), (1.5, 2.0), stop=False)
-    times = {"step_time": 0.5, "data_time": 0.125}
-    record = training_record(
-        result, step=3, learning_rate=0.01, topk=2, tokens=40, consumed=(12, 120), **times
-    )
-    assert record == {
-        "step": 3,
-        "lm_loss": 2.5,
-        "aux_loss": 1.1,
-        "z_loss": 0.3,
-        "grad_norm": 0.9,
-        "learning_rate": 0.01,
-        "topk": 2,
-        "consumed_samples": 12,
-        "consumed_tokens": 120,
-        "step_time": 0.5,
-        "data_time": 0.125,
-        "tokens_per_second": 80.0,
-        "router/entropy/1": 1.0,
-        "router/entropy/2": 0.5,
-        "router/load_max_over_mean/1": 1.5,
-        "router/load_max_over_mean/2": 2.0,
+def facts(**more: Any) -> StepFacts:
+    layers = {
+        "entropy": (1.0, 0.5),
+        "load_max_over_mean": (1.5, 2.0),
+        "dead_experts": (0.0, 3.0),
+        "aux": (1.1, 1.1),
     }
+    result = StepResult(2.5, 1.1, 0.3, 0.9, layers, stop=False, peak_memory=7)
+    known = {"step": 3, "learning_rate": 0.01, "topk": 2, "tokens": 40, "consumed": (12, 120), "devices": 4}
+    return StepFacts(result=result, step_time=0.5, data_time=0.125, **(known | more))
+
+
+FIELDS = {
+    "step": 3,
+    "lm_loss": 2.5,
+    "aux_loss": 1.1,
+    "z_loss": 0.3,
+    "grad_norm": 0.9,
+    "learning_rate": 0.01,
+    "topk": 2,
+    "consumed_samples": 12,
+    "consumed_tokens": 120,
+    "step_time": 0.5,
+    "data_time": 0.125,
+    "tokens_per_second": 80.0,
+    "peak_memory": 7,
+    "router/entropy/1": 1.0,
+    "router/entropy/2": 0.5,
+    "router/load_max_over_mean/1": 1.5,
+    "router/load_max_over_mean/2": 2.0,
+}
+
+
+class TestTrainingRecord:
+    def test_holds_the_fields_of_the_contract(self) -> None:
+        assert training_record(facts(), with_all_layers=False) == FIELDS
+
+    def test_other_layer_metrics_come_when_asked_for(self) -> None:
+        dead = {"router/dead_experts/1": 0.0, "router/dead_experts/2": 3.0}
+        assert training_record(facts(), with_all_layers=True) == FIELDS | dead
+
+    def test_speed_of_the_model(self) -> None:
+        # 6e13 FLOPs in half a second on 4 devices: 30 TFLOP/s each, a quarter of a peak of 120
+        record = training_record(facts(flops=6e13), with_all_layers=False)
+        assert record["tflops_per_gpu"] == pytest.approx(30.0) and "mfu" not in record
+        record = training_record(facts(flops=6e13, peak_flops=120e12), with_all_layers=False)
+        assert record["mfu"] == pytest.approx(0.25)
+
+    def test_every_number_has_a_tag_in_a_group(self) -> None:
+        record = training_record(facts(flops=6e13, peak_flops=120e12), with_all_layers=True)
+        found = tags(record)
+        assert {tag.split("/")[0] for tag in found} == {"train", "speed", "router"}
+        assert len(found) == len(record) - 1  # all but the step
 
 
 def test_evaluation_record() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from distributed import environment
-from tiny_run import settings
+from fakes import FakeEngine
+from tiny_run import VOCAB_SIZE, settings, splits
 from train.loop_runs import TESTS, lines, run
 
 from megatron_hyperrouter.checkpoint.folder import find, folder_name
-from megatron_hyperrouter.train.loop import stop_signal
+from megatron_hyperrouter.engines.base import StepResult
+from megatron_hyperrouter.train.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +29,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 class TestSignal:
-    def test_is_noted_and_the_old_handler_comes_back(self) -> None:
-        before = signal.getsignal(signal.SIGTERM)
-        with stop_signal(enabled=True) as request:
-            assert not request.came
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert request.came
-        assert signal.getsignal(signal.SIGTERM) == before
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+    def test_stops_after_the_step_in_which_it_came(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    ) -> None:
+        class Signalled(FakeEngine):
+            def train_step(self, batches: Any, *, step: int, **more: Any) -> StepResult:
+                if step == 4:
+                    os.kill(os.getpid(), number)
+                return super().train_step(batches, step=step, **more)
 
-    def test_is_left_alone_when_not_asked_for(self) -> None:
-        before = signal.getsignal(signal.SIGTERM)
-        with stop_signal(enabled=False):
-            assert signal.getsignal(signal.SIGTERM) == before
+        config = settings(tmp_path / "run")
+        assert train(Signalled(VOCAB_SIZE), config, splits(), []) == 5
+        folder = find(tmp_path / "run")
+        assert folder is not None and folder.name == folder_name(5)
+        said = capsys.readouterr().out
+        assert f"stopped by {number.name} after step 5; continue with --load {tmp_path / 'run'}" in said
 
     @pytest.mark.processes
     @pytest.mark.parametrize(("num_workers", "whole_group"), [(0, False), (1, True)])

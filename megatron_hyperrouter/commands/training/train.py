@@ -19,16 +19,21 @@ from megatron_hyperrouter import console
 PROGRAM = "mhr train"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Settings -> data -> engine -> training; each stage refuses what the next one could not run."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Settings -> data -> engine -> training; each stage refuses what the next one could not run.
+
+    Returns the exit status: 0, or ``STOPPED`` where the run stopped before its end on request.
+    """
     # Imported here, where console.run() turns a library that is missing into a message and an exit status.
     from megatron_hyperrouter.config.help.show import show_help_first
 
     words = sys.argv[1:] if argv is None else argv
     if show_help_first(words, prog=PROGRAM):
-        return
+        return None
     import torch
 
+    from megatron_hyperrouter.commands.training.execute import run
+    from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
     from megatron_hyperrouter.config.check import warnings
     from megatron_hyperrouter.config.cli import make_folders, parse
     from megatron_hyperrouter.config.derived import minds_documents
@@ -38,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
     from megatron_hyperrouter.data.stream.segments import splits_of_run
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
-    from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.routers import ROUTERS
-    from megatron_hyperrouter.train.hooks import hooks_for
-    from megatron_hyperrouter.train.loop import samples_needed, train
+    from megatron_hyperrouter.train.loop import samples_needed
     from megatron_hyperrouter.train.resume import past_of
 
     config = parse(
@@ -79,15 +82,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.warn(about_ends)
     if console.speaks():
         make_folders(config)
-    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
-    try:
-        bytes_V = tokenizer.token_bytes_V()
-        train(
-            engine,
-            config,
-            splits,
-            hooks_for(config, engine.place),
-            token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
-        )
-    finally:
-        engine.close()
+    return run(config, tokenizer, splits, eod=eod, epoch=tokens_of_an_epoch(builder, mixes))

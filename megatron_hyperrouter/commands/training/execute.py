@@ -1,0 +1,45 @@
+"""Trains: opens the engine, says what will happen, runs the loop."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.analysis.size import size_of
+from megatron_hyperrouter.commands.training.start_block import start_block
+from megatron_hyperrouter.commands.training.throughput import peak_flops
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.stream.dataset import Splits
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+from megatron_hyperrouter.engines import open_engine
+from megatron_hyperrouter.errors import STOPPED
+from megatron_hyperrouter.guard.stopping import ignore_signals
+from megatron_hyperrouter.train.loop import train
+from megatron_hyperrouter.train.reporters import hooks_for
+from megatron_hyperrouter.train.run import Speed
+
+
+def run(config: RunConfig, tokenizer: Tokenizer, splits: Splits, *, eod: int | None, epoch: int) -> int:
+    """Train; returns the exit status.
+
+    ``eod``: the id that ends a document, where the settings need it; ``epoch``: tokens of the training data.
+    """
+    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
+    size = size_of(config, engine.shapes())
+    console.table(start_block(config, size, world_size=engine.place.world_size, epoch=epoch))
+    bytes_V = tokenizer.token_bytes_V()
+    steps = train(
+        engine,
+        config,
+        splits,
+        hooks_for(config, engine.place),
+        token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+        speed=Speed(size.flops, peak_flops(bf16=config.train.bf16)),
+    )
+    stopped = steps < config.train.train_iters
+    if stopped:  # a launcher ends all ranks once one of them has left with a status that is not 0
+        ignore_signals()
+        engine.barrier()
+    # Not reached after an error: it is reported first, since leaving the groups may wait for other ranks.
+    engine.close()
+    return STOPPED if stopped else 0

@@ -1,0 +1,1 @@
+"""What keeps a run from being lost: requests to stop, bad steps, hangs, and their records."""

@@ -1,0 +1,86 @@
+"""Requests to stop: signals of a person, a scheduler or a launcher, which a run answers with a checkpoint.
+
+A request takes effect after the step in which it comes, on all ranks; such a run ends with the exit status
+``errors.STOPPED``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from megatron_hyperrouter import console
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+# Launchers pass a Ctrl-C on that the terminal has sent to every rank already: no second wish of a person.
+_ECHO = 2.0  # seconds
+
+
+class StopRequest:
+    """Whether somebody asked this rank to stop, and who.
+
+    Bare attributes: a signal handler must not take a lock, as ``threading.Event`` does.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""  # "SIGTERM"; empty until somebody asks
+        self._when = 0.0
+
+    @property
+    def came(self) -> bool:
+        """True once somebody has asked."""
+        return bool(self.reason)
+
+    def ask(self, reason: str) -> None:
+        """Ask for a stop; the first reason counts."""
+        if not self.reason:
+            self.reason, self._when = reason, time.monotonic()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """A signal came: note it; a second Ctrl-C ends the process at once."""
+        if not self.reason:
+            self.ask(signal.Signals(number).name)
+            if number == signal.SIGINT:
+                console.say_at_once("stopping after this step, with a checkpoint; Ctrl-C again ends at once")
+        elif number == signal.SIGINT and time.monotonic() - self._when > self._echo():
+            raise KeyboardInterrupt
+
+    @staticmethod
+    def _echo() -> float:
+        return (
+            _ECHO if int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))) > 1 else 0.0
+        )
+
+
+@contextlib.contextmanager
+def stop_signals(request: StopRequest, *, enabled: bool) -> Iterator[StopRequest]:
+    """Inside, the signals of ``SIGNALS`` ask for a stop instead of ending the process.
+
+    A signal that the process ignores stays ignored, as SIGHUP under ``nohup``.
+    """
+    # Only the main thread may handle signals.
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    asked = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in asked:
+        signal.signal(number, request.on_signal)
+    try:
+        yield request
+    finally:
+        for number in asked:
+            signal.signal(number, before[number])
+
+
+def ignore_signals() -> None:
+    """From now on the process ends by itself alone: it has saved, and is about to leave."""
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
