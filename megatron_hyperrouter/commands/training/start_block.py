@@ -71,7 +71,7 @@ def _device(world_size: int) -> str:
 
 
 def _engine(config: RunConfig) -> str:
-    details = [config.engine.engine]
+    details: list[str] = [config.engine.engine]
     if config.engine.engine == "deepspeed":
         details.append(f"ZeRO stage {config.engine.zero_stage}")
     elif config.optimizer.use_distributed_optimizer:

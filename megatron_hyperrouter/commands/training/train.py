@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = sys.argv[1:] if argv is None else argv
     if show_help_first(words, prog=PROGRAM):
-        return None
+        return 0
     import torch
 
     from megatron_hyperrouter.commands.training.execute import run
