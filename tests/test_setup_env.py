@@ -20,7 +20,10 @@ MARK = ".megatron_hyperrouter"
 STAND_IN = r"""#!/usr/bin/env bash
 if [[ ${{1:-}} == -m && ${{2:-}} == venv ]]; then
   mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+elif [[ ${{1:-}} == -m && ${{2:-}} == ensurepip ]]; then
+  [[ -n ${{ENSURE:-}} ]] && touch {log}.ensured
 elif [[ ${{1:-}} == -m && ${{2:-}} == pip ]]; then
+  [[ -z ${{NO_PIP:-}} || -e {log}.ensured ]] || exit 1
   [[ $* == *" install "* ]] || exit 0
   printf '%s\n' "${{*: -2}}" >> {log}
   if [[ -e {broken} ]]; then exit 1; fi
@@ -105,6 +108,19 @@ def test_whatever_the_environment_was_made_from_makes_it_anew(checkout, name):
     (checkout.root / name).write_text("changed")
     assert checkout.setup().returncode == 0
     assert checkout.installs() == FULL
+
+
+def test_an_environment_without_pip_gets_one(checkout):
+    """As ``uv venv`` leaves it."""
+    done = checkout.setup(NO_PIP="1", ENSURE="1")
+    assert done.returncode == 0 and "adding pip" in done.stderr
+    assert checkout.installs() == FULL
+
+
+def test_pip_that_cannot_be_had_is_a_message(checkout):
+    done = checkout.setup(NO_PIP="1")
+    assert done.returncode == 5 and "python3-venv" in done.stderr.splitlines()[-1]
+    assert checkout.installs() == []
 
 
 def test_a_new_source_file_or_a_lost_extension_is_noticed(checkout):

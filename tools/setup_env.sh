@@ -91,15 +91,18 @@ up_to_date() {
 
 install() {
   local pip=("$env/bin/python" -m pip --disable-pip-version-check -qq --no-input) built
-  "${pip[@]}" --version >/dev/null 2>&1 || die "$env has no pip; run: $env/bin/python -m ensurepip, then this again"
+  if ! "${pip[@]}" --version >/dev/null 2>&1; then # as in an environment that uv made
+    say "adding pip to $env"
+    "$env/bin/python" -m ensurepip >/dev/null 2>&1 || die "$env has no pip and could not get one; on Debian and Ubuntu install the package python3-venv, then run this again"
+  fi
   say "installing the requirements into $env (minutes the first time)"
   "${pip[@]}" install -r requirements.txt >&2 || die "pip could not install requirements.txt (above); check the network and the disk, then run this again"
-  [[ -n $compiler ]] || say "no C++ compiler found: going on without the extension, data indices will come from NumPy (slower, same numbers)"
+  [[ -n $compiler ]] || say "no C++ compiler found: continuing without the extension; data indices come from NumPy (slower, same numbers)"
   built=$(extension)
   rm -f "$built" # an extension made from other sources must not outlive a build that fails
   "${pip[@]}" install --no-build-isolation --no-deps -e . >&2 || die "could not install the package itself (above)"
   if [[ ! -f $built ]]; then
-    [[ -z $compiler ]] || say "the C++ extension was not built (for the reason, run: $env/bin/python -m pip install -v --no-build-isolation --no-deps -e .); data indices will come from NumPy (slower, same numbers)"
+    [[ -z $compiler ]] || say "the C++ extension was not built (for the reason, run: $env/bin/python -m pip install -v --no-build-isolation --no-deps -e .); data indices come from NumPy (slower, same numbers)"
     built=none
   fi
   printf '%s\n%s\n' "$want" "$built" >"$env/$mark"
