@@ -1,26 +1,73 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, whoever else can write to the folder.
+
+A file is written under a temporary name that nobody can foresee, which must not exist yet and is never
+followed when it is a symbolic link, and then renamed. Its mode follows the umask, as that of a file made with
+``open``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 
 
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A stream whose content takes the place of ``path`` at the end of the block; after an error, nothing
+    changes.
+
+    ``durable``: also after a power failure. OSError where the file system refuses.
+    """
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        with open_new(unfinished) as stream:
+            yield stream
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a file that is not there yet, for writing; FileExistsError where something has its name, be it a
+    link.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, "wb")
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Make ``content`` all that ``path`` holds."""
+    with replacing(path, durable=durable) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Make ``text`` all that ``path`` holds, in UTF-8."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half of it."""
+    """Write JSON for people and programs to read, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-@contextmanager
+@contextlib.contextmanager
 def unfinished_folder(output: Path) -> Iterator[Path]:
     """A folder under a temporary name, for :func:`publish`; what is left of it at the end is removed."""
     if output.exists():
@@ -50,3 +97,12 @@ def publish(draft: Path, output: Path, *, failed: bool = False) -> Path:
         target = output.with_name(f"{output.name}.failed-{number}")
     draft.rename(target)
     return target
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -84,6 +84,7 @@ class FakeEngine:
         self.optimizer = torch.optim.Adam([self.table_VV])
         self.steps_taken: list[int] = []
         self.micro_batches: list[int] = []
+        self.batches_scored = 0
         self.loss_offset = 0.0  # nan: a run that diverged
 
     def train_step(
@@ -105,12 +106,17 @@ class FakeEngine:
     def evaluate(
         self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
     ) -> EvalResult:
-        loss_sum, tokens, target_bytes = 0.0, 0, 0
+        loss_sum, tokens, target_bytes, self.batches_scored = 0.0, 0, 0, 0
         for tokens_BS, labels_BS in batches:
             with torch.no_grad():
-                loss_sum += self._loss((tokens_BS, labels_BS), topk, dropout=0.0).item() * labels_BS.numel()
-            tokens += labels_BS.numel()
-            target_bytes += 0 if token_bytes_V is None else int(token_bytes_V[labels_BS].sum())
+                self.batches_scored += 1
+                counted = int((labels_BS >= 0).sum())
+                mean = self._loss((tokens_BS, labels_BS), topk, dropout=0.0).item() if counted else 0.0
+                loss_sum += mean * counted
+            tokens += counted
+            target_bytes += (
+                0 if token_bytes_V is None else int(token_bytes_V[labels_BS[labels_BS >= 0]].sum())
+            )
         return EvalResult(loss_sum, tokens, target_bytes)
 
     def save(self, folder: Path) -> None:
@@ -143,7 +149,7 @@ class FakeEngine:
     def _loss(self, batch: Batch, topk: int, *, dropout: float) -> Tensor:
         tokens_BS, labels_BS = batch
         logits_NV = F.dropout(self.table_VV[tokens_BS.flatten()], dropout) * (1 + 0.1 * topk)
-        return F.cross_entropy(logits_NV, labels_BS.flatten())
+        return F.cross_entropy(logits_NV, labels_BS.flatten(), ignore_index=-1)
 
 
 class FakeDataset:

@@ -87,7 +87,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
     "guard": ({"engines/base", "config"}, {"torch"}),
     "train": (
-        {"engines/base", *DATA, "config", "checkpoint.folder", "guard"},
+        {"engines/base", *DATA, "config", "checkpoint.folder", "checkpoint.description", "guard"},
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),

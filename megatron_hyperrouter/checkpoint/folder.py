@@ -1,10 +1,10 @@
 """Checkpoint folders that are either complete or not there at all.
 
-``root/step_0000100/`` holds one checkpoint and ``root/latest`` the name of the newest one.  A save writes
-into a hidden folder, puts every file on disk, seals it with ``manifest.json`` (sizes and checksums),
-renames it, and only then replaces ``latest``.  So whatever moment the machine dies at, ``latest`` names a
-complete checkpoint.  ``latest`` alone counts: a folder that was renamed but never named by it belongs to
-a save that did not happen.
+``root/step_0000100/`` holds one checkpoint and ``root/latest`` the name of the newest one. A save writes into
+a hidden folder, puts every file on disk, seals it with ``manifest.json`` (sizes and checksums), renames it,
+and only then replaces ``latest``. So whatever moment the machine dies at, ``latest`` names a complete
+checkpoint. A sealed checkpoint is never deleted but by ``keep``: what a rewind leaves behind is moved to a
+folder beside ``root``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,47 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
-import zlib
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_hyperrouter import files
+from megatron_hyperrouter.checkpoint import pointers
+from megatron_hyperrouter.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    PART,
+    damage,
+    files_of,
+    fingerprint,
+    folder_name,
+    manifest_text,
+    older,
+    read_manifest,
+    read_meta,
+    refuse_unlisted,
+    sealed_steps,
+    step_of,
+)
+from megatron_hyperrouter.checkpoint.pointers import LATEST, NEW_LATEST, find
 from megatron_hyperrouter.errors import CheckpointError, HyperRouterError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-LATEST = "latest"
-# what a killed run may leave behind
-_WRITING, _REMOVING, _NEW_LATEST = ".writing-", ".removing-", ".latest-"
-_PART = ".part-"  # sizes and checksums from one rank, until the manifest joins them
-_STEP_NAME = re.compile(r"step_(\d{7,})")
-_CHUNK = 1 << 22
+__all__ = [
+    "FORMAT",
+    "LATEST",
+    "MANIFEST",
+    "CheckpointFolders",
+    "Ranks",
+    "find",
+    "folder_name",
+    "read_manifest",
+    "read_meta",
+    "verify",
+]
+
+_WRITING, _REMOVING = ".writing-", ".removing-"  # what a killed run may leave behind
 
 
 class _Place(Protocol):
@@ -56,8 +80,8 @@ class Ranks(Protocol):
 
 
 class CheckpointFolders:
-    """The checkpoints of one run, on a file system that every rank sees; methods marked collective need
-    every rank.
+    """The checkpoints of one run, on a file system that every rank sees; methods marked collective need every
+    rank.
     """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep: int = 0) -> None:
@@ -65,17 +89,25 @@ class CheckpointFolders:
         self.root, self.ranks, self.keep = root, ranks, keep
         self._is_main = ranks.place.rank == 0
 
-    def save(self, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        meta: Mapping[str, Any],
+        *,
+        texts: Mapping[str, bytes] | None = None,
+    ) -> Path:
         """Save one checkpoint (collective): ``write`` is called with the folder for this rank's files.
 
-        ``meta`` is any JSON mapping; :func:`read_meta` gives it back.  When one rank fails, all raise
-        :class:`CheckpointError`, nothing of the new checkpoint stays, and the old ones and ``latest`` are
-        as before. ``write`` must not leave the other ranks waiting in a collective when it raises.
+        ``meta`` is any JSON mapping; ``read_meta`` gives it back. ``texts``: further files, by their path in
+        the folder, which the main rank writes. When one rank fails, all raise CheckpointError, nothing of the
+        new checkpoint stays, and the old ones and ``latest`` are as before. ``write`` must not leave the
+        other ranks waiting in a collective when it raises.
         """
         final = self.root / folder_name(step)
         writing = self.root / f"{_WRITING}{final.name}"
         phases: tuple[Callable[[], None], ...] = (
-            lambda: self._prepare(writing, final),
+            lambda: self._prepare(writing, final, texts or {}),
             lambda: write(writing),
             lambda: self._seal(writing),
             lambda: self._publish(writing, final, step, meta),
@@ -86,7 +118,7 @@ class CheckpointFolders:
                 reason = _reason(self.ranks, error)
                 if self._is_main:
                     shutil.rmtree(writing, ignore_errors=True)
-                    (self.root / f"{_NEW_LATEST}{final.name}").unlink(missing_ok=True)
+                    (self.root / f"{NEW_LATEST}{final.name}").unlink(missing_ok=True)
                 raise self._save_error(step, error, reason) from error
         if self._is_main:
             self._prune()
@@ -95,9 +127,9 @@ class CheckpointFolders:
     def rewind(self, step: int) -> Path | None:
         """Make ``step`` the end of this run's history (collective), as 0 when it starts afresh.
 
-        What killed saves left behind is removed.  Later checkpoints that ``latest`` counted belong to
-        another course of the run; they are moved to a folder beside ``root``, which the main rank gets
-        back (None when there were none).
+        What killed saves left unfinished is removed. Later checkpoints belong to another course of the run;
+        they are moved, with a copy of the metrics, to a folder beside ``root``, which the main rank gets back
+        (None when there were none).
         """
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
@@ -110,55 +142,83 @@ class CheckpointFolders:
 
     def steps(self) -> list[int]:
         """Steps of the sealed checkpoints, oldest first."""
-        return _sealed_steps(self.root)
+        return sealed_steps(self.root)
 
-    def _prepare(self, writing: Path, final: Path) -> None:
+    def prove(self, step: int) -> None:
+        """A healthy step has followed the checkpoint of ``step``, if there is one: its weights were fine."""
+        if self._is_main:
+            with contextlib.suppress(OSError):  # without the note, one more checkpoint is kept
+                pointers.prove(self.root, step)
+
+    def back_to_proved(self) -> int | None:
+        """Make ``latest`` name the newest proved checkpoint, where there is one; returns its step.
+
+        For a run whose loss is lost right after a save: that save may hold ruined weights.
+        """
+        step = pointers.proved_step(self.root)
+        if step is not None and self._is_main:
+            with contextlib.suppress(OSError):  # the remedy names the checkpoint all the same
+                pointers.publish(self.root, step)
+        return step
+
+    def _prepare(self, writing: Path, final: Path, texts: Mapping[str, bytes]) -> None:
         if not self._is_main:
             return
         if not self.root.is_dir():
             self.root.mkdir(parents=True)
-            _sync(self.root.parent)
+            files.sync(self.root.parent)
         self._sweep()
         if final.exists():
             raise CheckpointError(
                 f"{final} is already there", remedy="give another --run-dir, or move that folder away"
             )
         writing.mkdir()
+        for name, content in texts.items():
+            (writing / name).parent.mkdir(parents=True, exist_ok=True)
+            with files.open_new(writing / name) as stream:
+                stream.write(content)
 
     def _seal(self, writing: Path) -> None:
-        """Put this rank's share of the files on disk, and note their sizes and checksums."""
+        """Put this rank's share of the files on disk, readable to whom the umask allows, and note their
+        checksums.
+        """
         place = self.ranks.place
-        files = {}
-        for path in _files(writing)[place.rank :: place.world_size]:
-            files[path.relative_to(writing).as_posix()] = _fingerprint(path)
-            _sync(path)
-        _write_synced(writing / f"{_PART}{place.rank}", json.dumps(files))
+        part = writing / f"{PART}{place.rank}"
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
+        found = {}
+        for path in files_of(writing)[place.rank :: place.world_size]:
+            if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
+                path.chmod(mode)
+            found[path.relative_to(writing).as_posix()] = fingerprint(path)
+            files.sync(path)
+        part.write_text(json.dumps(found))
+        files.sync(part)
 
     def _publish(self, writing: Path, final: Path, step: int, meta: Mapping[str, Any]) -> None:
         if not self._is_main:
             return
-        files: dict[str, Any] = {}
+        listed: dict[str, Any] = {}
         for rank in range(self.ranks.place.world_size):
-            part = writing / f"{_PART}{rank}"
-            files |= json.loads(part.read_text())
+            part = writing / f"{PART}{rank}"
+            listed |= json.loads(part.read_text())
             part.unlink()
-        if missed := {path.relative_to(writing).as_posix() for path in _files(writing)} ^ files.keys():
+        if missed := {path.relative_to(writing).as_posix() for path in files_of(writing)} ^ listed.keys():
             raise OSError(f"the ranks do not see the same files in {writing}: {sorted(missed)[:3]}")
-        manifest = {"format": FORMAT, "step": step, "meta": dict(meta), "files": dict(sorted(files.items()))}
-        _write_synced(writing / MANIFEST, json.dumps(manifest, indent=1))
+        _write_synced(writing / MANIFEST, manifest_text(step, meta, listed))
         for folder, _, _ in os.walk(writing):
-            _sync(Path(folder))
+            files.sync(Path(folder))
         # The new `latest` is written before the rename: from there on no step needs space on the disk.
-        latest = self.root / f"{_NEW_LATEST}{final.name}"
+        latest = self.root / f"{NEW_LATEST}{final.name}"
         _write_synced(latest, final.name + "\n")
         os.rename(writing, final)
         try:
-            _sync(self.root)
+            files.sync(self.root)
             os.replace(latest, self.root / LATEST)
         except OSError:
             os.rename(final, writing)
             raise
-        _sync(self.root)
+        files.sync(self.root)
 
     def _save_error(self, step: int, error: Exception | None, reason: str) -> HyperRouterError:
         if isinstance(error, HyperRouterError):
@@ -166,50 +226,58 @@ class CheckpointFolders:
         free = ""
         with contextlib.suppress(OSError):
             free = f" ({shutil.disk_usage(self.root).free / 1e6:.0f} MB are free)"
-        last = _latest_name(self.root)
+        last = pointers.latest_step(self.root)
+        name = "" if last is None else folder_name(last)
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved in {self.root}: {reason}",
             remedy=f"make room on that disk{free} or give another --run-dir; "
             + (
-                f"{last} is untouched, continue from it with --load {self.root / last}"
-                if last
+                f"{name} is untouched, continue from it with --load {self.root / name}"
+                if name
                 else "no earlier checkpoint exists"
             ),
         )
 
     def _rewind(self, step: int) -> list[Path]:
+        """Each call leaves a folder from which the same rewind, or a resume, begins again: it may be killed
+        anywhere.
+        """
         if not self._is_main or not self.root.is_dir():
             return []
-        self._sweep()
-        published = _latest_name(self.root)
-        later = [folder for folder in self.root.glob("step_*") if (_step_of(folder) or 0) > step]
-        if published == folder_name(
-            step
-        ):  # so a later one was renamed by a save that was killed before it was published
-            for folder in later:
-                self._remove(folder)
-            return []
+        later = [folder for folder in sorted(self.root.glob("step_*")) if (step_of(folder) or 0) > step]
         if step in self.steps():
-            latest = self.root / f"{_NEW_LATEST}{folder_name(step)}"
-            _write_synced(latest, folder_name(step) + "\n")
-            os.replace(latest, self.root / LATEST)
-        else:
+            for unfinished in self.root.glob(
+                f"{NEW_LATEST}*"
+            ):  # or the next start would take up a later save
+                if unfinished.name != f"{NEW_LATEST}{folder_name(step)}":
+                    unfinished.unlink()
+            if pointers.latest_step(self.root) != step:
+                pointers.publish(self.root, step)
+        aside = [self._set_aside(later)] if later else []
+        if step not in self.steps():
             (self.root / LATEST).unlink(missing_ok=True)
-        return self._set_aside(later) if later else []
+        self._sweep()
+        return aside
 
-    def _set_aside(self, checkpoints: list[Path]) -> list[Path]:
+    def _set_aside(self, checkpoints: list[Path]) -> Path:
         number = 1
         while (aside := self.root.with_name(f"{self.root.name}-earlier-{number}")).exists():
             number += 1
         aside.mkdir()
+        metrics = self.root.with_name("metrics.jsonl")
+        if metrics.exists():
+            shutil.copy2(metrics, aside)
         for folder in checkpoints:
             folder.rename(aside / folder.name)
-        return [aside]
+        return aside
 
     def _prune(self) -> None:
+        """Keep the newest checkpoints, and the newest that is known to be good."""
+        proved = pointers.proved_step(self.root)
         for step in self.steps()[: -self.keep] if self.keep else []:
-            with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to stop a run
-                self._remove(self.root / folder_name(step))
+            if step != proved:
+                with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to stop a run
+                    self._remove(self.root / folder_name(step))
 
     def _remove(self, folder: Path) -> None:
         """Renamed first, so that a kill leaves no half of a checkpoint under its real name."""
@@ -218,60 +286,15 @@ class CheckpointFolders:
         shutil.rmtree(doomed)
 
     def _sweep(self) -> None:
+        """Remove what killed saves left; a link by such a name is removed, not followed."""
         for path in self.root.iterdir():
-            if path.name.startswith((_WRITING, _REMOVING, _NEW_LATEST)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def folder_name(step: int) -> str:
-    """``step_0000100`` for step 100."""
-    return f"step_{step:07d}"
-
-
-def find(load: Path) -> Path | None:
-    """The checkpoint that ``load`` means: itself, or the one that ``latest`` names in it or in its
-    ``checkpoints/``.
-
-    None where no checkpoint was ever finished.  CheckpointError where ``latest`` names a folder that is
-    not there.
-    """
-    if (load / MANIFEST).is_file():
-        return load
-    for root in (load / "checkpoints", load):
-        if name := _latest_name(root):
-            if not (root / name / MANIFEST).is_file():
-                raise CheckpointError(
-                    f"{root / LATEST} names {name!r}, but {root / name / MANIFEST} is missing",
-                    remedy=_older(root / name),
-                )
-            return root / name
-    return None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``meta`` and ``files`` of a checkpoint."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        known, _, _ = manifest["format"], int(manifest["step"]), manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}", remedy=_older(folder)) from error
-    if known != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {known}; this program reads format {FORMAT}",
-            remedy="use the version that wrote it",
-        )
-    return dict(manifest)
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The mapping that was given to :meth:`CheckpointFolders.save`."""
-    return dict(read_manifest(folder)["meta"])
+            if path.name.startswith((_WRITING, _REMOVING, NEW_LATEST)) or path.name.endswith(".unfinished"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def verify(folder: Path, ranks: Ranks) -> None:
-    """Compare every file with the manifest (collective): CheckpointError names the file that is missing
-    or altered.
+    """Compare every file with the manifest (collective): CheckpointError names the file that is missing or
+    altered.
 
     The ranks share the reading, since a checksum costs about as much as loading the file.
     """
@@ -280,40 +303,20 @@ def verify(folder: Path, ranks: Ranks) -> None:
         reason = _reason(ranks, error)
         if isinstance(error, HyperRouterError):
             raise error
-        raise CheckpointError(f"{folder} cannot be read: {reason}", remedy=_older(folder)) from error
+        raise CheckpointError(f"{folder} cannot be read: {reason}", remedy=older(folder)) from error
 
 
 def _verify_share(folder: Path, rank: int, world_size: int) -> None:
-    files = read_manifest(folder)["files"]
-    for name in sorted(files)[rank::world_size]:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing", remedy=_older(folder))
-        if (found := path.stat().st_size) != files[name]["bytes"]:
-            raise CheckpointError(
-                f"{path} has {found} bytes, {files[name]['bytes']} were saved", remedy=_older(folder)
-            )
-        if _fingerprint(path) != files[name]:
-            raise CheckpointError(
-                f"{path} was altered: its checksum is not the one in {MANIFEST}", remedy=_older(folder)
-            )
-
-
-def _older(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
-    step = _step_of(folder)
-    older = [other for other in _sealed_steps(folder.parent) if step is not None and other < step]
-    if older:
-        return f"continue from the checkpoint before it: --load {folder.parent / folder_name(older[-1])}"
-    return (
-        f"there is no older checkpoint in {folder.parent}; restore the folder from a copy, or start "
-        "again without --load"
-    )
+    listed = read_manifest(folder)["files"]
+    if rank == 0:
+        refuse_unlisted(folder, listed)
+    if wrong := damage(folder, {name: listed[name] for name in sorted(listed)[rank::world_size]}):
+        raise CheckpointError(wrong, remedy=older(folder))
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:
-    """The exception that ``work`` raised.  Any kind: a rank that left here alone would hang the others in
-    a collective.
+    """The exception that ``work`` raised. Any kind: a rank that left here alone would hang the others in a
+    collective.
     """
     try:
         work()
@@ -323,57 +326,16 @@ def _attempt(work: Callable[[], None]) -> Exception | None:
 
 
 def _reason(ranks: Ranks, error: Exception | None) -> str:
-    """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the
-    one that failed.
+    """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the one
+    that failed.
     """
     own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)
     found = ranks.first_word("" if error is None else f"rank {ranks.place.rank}: {own}")
     return found if error is None else own
 
 
-def _step_of(folder: Path) -> int | None:
-    match = _STEP_NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
-def _sealed_steps(root: Path) -> list[int]:
-    steps = ((_step_of(path.parent), path) for path in root.glob(f"step_*/{MANIFEST}"))
-    return sorted(step for step, _ in steps if step is not None)
-
-
-def _latest_name(root: Path) -> str:
-    try:
-        return (root / LATEST).read_text().strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_PART))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and CRC-32: meant against truncation and decay, not against forgery, and twice as fast as
-    SHA-256.
-    """
-    size = checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            size += len(block)
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": size, "crc32": f"{checksum:08x}"}
-
-
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+    with files.open_new(path) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,13 +34,14 @@ def loss_by_topk(
     topks: Sequence[int],
     *,
     micro_batch_size: int,
-    num_batches: int | None = None,
+    num_samples: int | None = None,
     token_bytes_V: Tensor | None = None,
 ) -> list[Record]:
     """Score ``dataset`` once for each k (collective).
 
     Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None where
-    bytes are unknown) and ``tokens``.  ``num_batches``: micro-batches of each rank; None: all whole ones.
+    bytes are unknown) and ``tokens``.  ``num_samples``: the first so many of its
+    samples; None: all.
     """
     results = []
     for topk in topks:
@@ -49,7 +50,7 @@ def loss_by_topk(
             dataset,
             topk=topk,
             micro_batch_size=micro_batch_size,
-            num_batches=num_batches,
+            num_samples=num_samples,
             token_bytes_V=token_bytes_V,
         )
         record = evaluation_record(sums, step=0, split="", topk=topk)

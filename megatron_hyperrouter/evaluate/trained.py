@@ -1,95 +1,188 @@
-"""A trained run as a value: its checkpoint, its settings and the data to score it on."""
+"""A trained run as a value: its checkpoint, its settings, its tokenizer and its data.
+
+Everything is read from the checkpoint itself, and never from the ``config.yaml`` of the run folder, which
+belongs to whoever started last in it.  Data that were moved with the run, or that are named by a path
+relative to where the run was started, are found again.
+"""
 
 from __future__ import annotations
 
-from argparse import Namespace
+import os
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import DataConfig, RunConfig
     from megatron_hyperrouter.data.stream.dataset import Dataset
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.engines.base import Engine
 
 
-def checkpoint_of(load: Path) -> Path:
-    """The checkpoint that ``--load`` means."""
-    from megatron_hyperrouter.checkpoint.folder import find
-    from megatron_hyperrouter.errors import CheckpointError
+@dataclass(frozen=True)
+class TrainedRun:
+    """One checkpoint and all that is needed to use it.
 
-    folder = find(load)
-    if folder is None:
-        raise CheckpointError(
-            f"--load {load}: there is no finished checkpoint",
-            remedy="name the --run-dir of a run that has saved one",
-        )
-    return folder
-
-
-def settings_of(folder: Path, *, world_size: int) -> RunConfig:
-    """The settings of the run that wrote a checkpoint: its layout where it fits these ranks, else
-    data-parallel ranks alone.
+    ``settings``: those of the run that wrote it, without what only training needs, for as many ranks as were
+    asked for; ``manifest``: see ``checkpoint.manifest``.
     """
-    from megatron_hyperrouter.config.by_role import quiet
-    from megatron_hyperrouter.config.cli import load_file
-    from megatron_hyperrouter.config.roles import Role
-    from megatron_hyperrouter.errors import CheckpointError, ConfigError
-    from megatron_hyperrouter.routers import ROUTERS
 
-    path = folder.parent.parent / "config.yaml"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing: it says what model {folder} holds", remedy="put the run's config.yaml there"
+    checkpoint: Path
+    manifest: Mapping[str, Any]
+    settings: RunConfig
+
+    @classmethod
+    def open(
+        cls,
+        load: str | os.PathLike[str],
+        *,
+        world_size: int = 1,
+        tokenizer_model: str | None = None,
+        overrides: Mapping[str, object] | None = None,
+    ) -> TrainedRun:
+        """The run that ``load`` means: a run folder, its ``checkpoints/``, or one checkpoint.
+
+        ``world_size``: ranks that will hold the model, in the run's own layout where it fits them, else with
+        data-parallel ranks alone.  ``tokenizer_model``: where the tokenizer is now, for a checkpoint that
+        knows only its digest.  ``overrides``: other settings, by flat name.  CheckpointError where there is
+        no whole checkpoint.
+        """
+        from megatron_hyperrouter.checkpoint.folder import find, read_manifest
+        from megatron_hyperrouter.evaluate.saved_settings import settings_of
+        from megatron_hyperrouter.evaluate.whereabouts import with_tokenizer
+
+        folder = find(Path(load))
+        if folder is None:
+            raise CheckpointError(
+                f"--load {load}: there is no finished checkpoint",
+                remedy="name the --run-dir of a run that has saved one",
+            )
+        manifest = read_manifest(folder)
+        settings = settings_of(folder, world_size, overrides or {})
+        return cls(folder, manifest, with_tokenizer(settings, folder, manifest, tokenizer_model))
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return int(self.manifest["step"])
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one optimizer step of the run."""
+        return int(self.manifest["meta"]["order"]["global_batch_size"])
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder that holds the run now."""
+        return self.checkpoint.absolute().parent.parent
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer; ConfigError where another one was given in its place."""
+        from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+
+        tokenizer = tokenizer_of(self.settings.data)
+        known = self.manifest["meta"].get("tokenizer", {}).get("sha256")
+        if known is not None and tokenizer.sha256() != known:
+            model, rule = self.settings.data.tokenizer_model, "is not the tokenizer of the run"
+            remedy = "leave --tokenizer-model out, or name the tokenizer that the run was trained with"
+            raise ConfigError([Problem("--tokenizer-model", model, rule, remedy)])
+        return tokenizer
+
+    def data(
+        self, *, split: str | None = None, data_path: Sequence[str] | None = None, whole: bool = True
+    ) -> DataConfig:
+        """The run's data where they are now, or those of ``data_path``: all of them, or the ``split`` that is
+        named.  ``whole``: without the weights of a blend, for which a whole split has no use.
+        """
+        from megatron_hyperrouter.evaluate.whereabouts import data_of, other_data, without_weights
+
+        own = self.settings.data
+        data = (
+            data_of(own, self.manifest["meta"], self.run_dir)
+            if data_path is None
+            else other_data(own, data_path, split=split)
         )
-    # What only training needs must not stand in the way; other ways to compute the same may want GPUs.
-    neutral = quiet(Role.START, Role.BATCH, Role.SPEED)
-    if world_size > 1:
-        try:
-            return load_file(path, routers=ROUTERS, overrides=neutral, world_size=world_size)
-        except ConfigError:
-            pass
-    alone = neutral | quiet(Role.LAYOUT)
-    return load_file(path, routers=ROUTERS, overrides=alone, world_size=world_size)
+        return without_weights(data) if whole else data
 
+    def dataset(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        split: str | None = None,
+        data_path: Sequence[str] | None = None,
+        samples: int | None = None,
+    ) -> Dataset:
+        """A split of the data (the test split by default): its first ``samples``, or all of it; see
+        :meth:`data`.
+        """
+        from megatron_hyperrouter.data.stream.dataset import build_splits
 
-def dataset_of(
-    config: RunConfig, args: Namespace, *, vocab_size: int, samples: int | None, eod: int | None = None
-) -> Dataset:
-    """The split to score: ``samples`` of it, or all of it."""
-    from megatron_hyperrouter.data.stream.dataset import build_splits
-    from megatron_hyperrouter.errors import DataError
-
-    split = args.split or "test"
-    data = data_of(config, args)
-    wanted: dict[str, Any] = {f"{name}_samples": 0 for name in ("train", "valid", "test")} | {
-        f"{split}_samples": samples
-    }
-    sizes: dict[str, Any] = {"seq_length": config.model.seq_length, "vocab_size": vocab_size}
-    splits = build_splits(data, seed=config.train.seed, eod=eod, **sizes, **wanted)
-    dataset: Dataset | None = getattr(splits, split)
-    if dataset is None:
-        raise DataError(
-            f"the {split} split has no documents",
-            remedy="name another one with --split, or other data with --data-path",
+        name = split or "test"
+        splits = build_splits(
+            self.data(split=split, data_path=data_path, whole=samples is None),
+            seq_length=self.settings.model.seq_length,
+            seed=self.settings.train.seed,
+            vocab_size=tokenizer.vocab_size,
+            eod=self._eod(tokenizer),
+            train_samples=samples if name == "train" else 0,
+            valid_samples=samples if name == "valid" else 0,
+            test_samples=samples if name == "test" else 0,
         )
-    return dataset
+        dataset: Dataset | None = getattr(splits, name)
+        if dataset is None:
+            raise DataError(
+                f"the {name} split has no documents",
+                remedy="name another one with --split, or other data with --data-path",
+            )
+        return dataset
+
+    def open_engine(self, tokenizer: Tokenizer) -> Engine:
+        """The model in its engine, without an optimizer and without its weights yet; close it when done."""
+        from megatron_hyperrouter import engines
+
+        return engines.open_engine(
+            self.settings,
+            vocab_size=tokenizer.vocab_size,
+            eod=self._eod(tokenizer),
+            for_training=False,
+        )
+
+    def load_into(self, engine: Engine) -> None:
+        """Compare the checkpoint's files with their checksums, and read the weights (collective)."""
+        from megatron_hyperrouter.checkpoint.folder import verify
+
+        verify(self.checkpoint, engine)
+        engine.load(self.checkpoint, weights_only=True)
+
+    def _eod(self, tokenizer: Tokenizer) -> int | None:
+        """The id that ends a document, where the settings need to know it."""
+        from megatron_hyperrouter.config.derived import minds_documents
+
+        return tokenizer.eod if minds_documents(self.settings) else None
 
 
-def data_of(config: RunConfig, args: Namespace) -> DataConfig:
-    """The run's data, or that of ``--data-path``; a whole split has no use for the weights of a blend."""
-    from dataclasses import replace
-
-    from megatron_hyperrouter.data.order.blend import parse_blend
-
-    fields = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-    paths: dict[str, Any] = {name: getattr(config.data, name) for name in fields}
-    if args.data_path is not None:
-        given = (
-            ("data_path",) if args.split else ("train_data_path", "test_data_path")
-        )  # a part of it, or all of it
-        paths = {name: tuple(args.data_path) if name in given else () for name in fields}
-    if args.eval_iters is None:
-        paths = {
-            name: tuple(parse_blend(words, flag=f"--{name.replace('_', '-')}").prefixes) if words else ()
-            for name, words in paths.items()
-        }
-    return replace(config.data, **paths)
+def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
+    """``--load``, ``--tokenizer-model`` and ``--data-path``: what every tool that uses a trained run has."""
+    flags.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="RUN_DIR",
+        help="run folder, its checkpoints/, or one checkpoint",
+    )
+    flags.add_argument(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="where the tokenizer is now, if the checkpoint does not hold it (default: the checkpoint's own)",
+    )
+    if data:
+        flags.add_argument(
+            "--data-path",
+            nargs="+",
+            metavar="P",
+            help="other data, or where the run's data are now: all of it, or the --split of it that is named",
+        )

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megatron_hyperrouter.checkpoint.folder import read_manifest
 from megatron_hyperrouter.engines import open_engine
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.export.folder import Export
 from megatron_hyperrouter.proof.bounds import faults
 from megatron_hyperrouter.proof.child import ask
@@ -33,9 +35,8 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
     """The run's engine and transformers on the same tokens: the numbers, and what is out of bounds."""
     topks = asked.topks or [k for k in _TOPKS if k <= job.run.model.num_experts]
     topks = sorted({*topks, job.topk})
-    rows_BS, data = proof_rows(
-        job.run, job.tokenizer.vocab_size, samples=asked.samples, data_path=asked.data_path
-    )
+    run = TrainedRun(job.checkpoint, read_manifest(job.checkpoint), job.run)
+    rows_BS, data = proof_rows(run, job.tokenizer, samples=asked.samples, data_path=asked.data_path)
     prompt = [int(token) for token in rows_BS[0, :_PROMPT]]
     with TemporaryDirectory(prefix="mhr-reference-") as reference:
         own = product_side(job, rows_BS, topks, prompt, Path(reference))

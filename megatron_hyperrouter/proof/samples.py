@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 from megatron_hyperrouter.errors import ConfigError, DataError
-from megatron_hyperrouter.evaluate.trained import dataset_of
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 
 _SEED = 1234
 
 
 def proof_rows(
-    run: RunConfig, vocab_size: int, *, samples: int, data_path: Sequence[str] | None = None
+    run: TrainedRun, tokenizer: Tokenizer, *, samples: int, data_path: Sequence[str] | None = None
 ) -> tuple[Tensor, str]:
     """Samples of S + 1 ids, ``_BS``, and where they come from: the run's test split, or random ids where the
     data has gone.
 
     Random ids show equal functions as well as text does; only their perplexity means nothing.
     """
-    asked = Namespace(data_path=data_path, split=None if data_path else "test", eval_iters=None)
     try:
-        dataset = dataset_of(run, asked, vocab_size=vocab_size, samples=samples)
+        dataset = run.dataset(
+            tokenizer, split=None if data_path else "test", data_path=data_path, samples=samples
+        )
         rows = np.stack([dataset[number] for number in range(min(samples, len(dataset)))])
     except (ConfigError, DataError):
         if data_path:
             raise
         generator = torch.Generator().manual_seed(_SEED)
-        shape = (samples, run.model.seq_length + 1)
+        shape = (samples, run.settings.model.seq_length + 1)
         return torch.randint(
-            vocab_size, shape, generator=generator
+            tokenizer.vocab_size, shape, generator=generator
         ), "random token ids: the run's data is not there"
     return torch.from_numpy(rows), " ".join(data_path) if data_path else "the run's test split"

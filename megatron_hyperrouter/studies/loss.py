@@ -309,9 +309,9 @@ def told_by(plan: Trained) -> dict[str, Any]:
     """The row of one finished run: settings of its axes, sizes, work, seconds and losses."""
     from megatron_hyperrouter.analysis.size import size_of
     from megatron_hyperrouter.checkpoint.weights import weight_shapes
-    from megatron_hyperrouter.evaluate.trained import checkpoint_of
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
 
-    size = size_of(plan.config, weight_shapes(checkpoint_of(plan.folder)))
+    size = size_of(plan.config, weight_shapes(TrainedRun.open(plan.folder).checkpoint))
     lines = (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [record for record in map(json.loads, lines) if "split" not in record]
     tokens = [record["consumed_tokens"] for record in steps]

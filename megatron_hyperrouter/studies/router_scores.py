@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hyperrouter.evaluate.trained import checkpoint_of, dataset_of, settings_of
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import run_tool
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.train.metrics import Record
 
 LAST_SHARE = 0.1  # of the steps, whose mean is a run's entropy and load
@@ -32,8 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     task = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     run_dir = Path(task["run_dir"])
-    config = settings_of(checkpoint_of(run_dir), world_size=1)
-    results, similarity = scores(config, run_dir, task["topk"], task["test_iters"])
+    run = TrainedRun.open(run_dir)
+    results, similarity = scores(run, task["topk"], task["test_iters"])
     records = [
         json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -41,53 +39,42 @@ def main(arguments: Sequence[str]) -> None:
         "settings": task["settings"],
         "results": results,
         "expert_similarity": similarity,
-        **told(records, config.model.num_layers),
+        **told(records, run.settings.model.num_layers),
     }
     write_json(Path(task["output"]), content)
 
 
-def scores(
-    config: RunConfig, run_dir: Path, topks: Sequence[int], test_iters: int | None
-) -> tuple[list[Record], float]:
+def scores(run: TrainedRun, topks: Sequence[int], test_iters: int | None) -> tuple[list[Record], float]:
     """Losses of the test split, and the mean over layers of the experts' similarity on its first
     micro-batch.
     """
     import torch
 
     from megatron_hyperrouter.analysis.experts import expert_similarity, open_to_routers
-    from megatron_hyperrouter.checkpoint.folder import read_manifest
-    from megatron_hyperrouter.config.derived import minds_documents
-    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
-    from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
     from megatron_hyperrouter.routers import ROUTERS
     from megatron_hyperrouter.train.metrics import score
 
-    tokenizer = tokenizer_of(config.data)
-    samples = (
-        test_iters
-        and test_iters * read_manifest(checkpoint_of(run_dir))["meta"]["order"]["global_batch_size"]
-    )
-    args = Namespace(split="test", data_path=None, eval_iters=test_iters)
-    eod = tokenizer.eod if minds_documents(config) else None
-    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)
+    tokenizer = run.tokenizer()
+    samples = test_iters and test_iters * run.global_batch_size
+    dataset = run.dataset(tokenizer, samples=samples)
     bytes_V = tokenizer.token_bytes_V()
-    size = min(config.train.micro_batch_size, max(len(dataset), 1))
-    with open_to_routers(ROUTERS[config.router.name]):
-        engine: Any = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod, for_training=False)
+    size = min(run.settings.train.micro_batch_size, len(dataset))
+    with open_to_routers(ROUTERS[run.settings.router.name]):
+        engine: Any = run.open_engine(tokenizer)
     try:
-        engine.load(checkpoint_of(run_dir), weights_only=True)
+        run.load_into(engine)
         results = loss_by_topk(
             engine,
             dataset,
             topks,
             micro_batch_size=size,
-            num_batches=samples and max(samples // size, 1),
+            num_samples=samples,
             token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         )
         layers = expert_similarity(
             engine.routers.values(),
-            lambda: score(engine, dataset, topk=topks[0], micro_batch_size=size, num_batches=1),
+            lambda: score(engine, dataset, topk=topks[0], micro_batch_size=size, num_samples=size),
         )
     finally:
         engine.close()

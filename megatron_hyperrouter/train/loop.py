@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.cli import launched_world_size
-from megatron_hyperrouter.config.derived import global_batch_size
+from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.guard.stopping import StopRequest, stop_signals
 from megatron_hyperrouter.train.metrics import check_finite
 from megatron_hyperrouter.train.resume import resume
@@ -34,13 +33,15 @@ def train(
     *,
     token_bytes_V: Tensor | None = None,
     speed: Speed | None = None,
+    description: Description | None = None,
 ) -> int:
     """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 
     Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token
-    id, or None where they are not known.  ``speed``: what a step costs, where it is known.
+    id, or None where they are not known.  ``speed``: what a step costs, where it is known.  ``description``:
+    what every checkpoint says about the run.
     """
-    run = Run(engine, config, splits, hooks, token_bytes_V, speed or Speed())
+    run = Run(engine, config, splits, hooks, token_bytes_V, speed or Speed(), description or describe(config))
     first = resume(engine, config, run.folders)
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
@@ -73,17 +74,3 @@ def train(
     if first >= config.train.train_iters and engine.place.is_main:
         console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
     return max(first, config.train.train_iters)
-
-
-def samples_needed(config: RunConfig, world_size: int | None = None) -> dict[str, int]:
-    """How many samples ``build_splits`` must hold: ``train_samples``, ``valid_samples``, ``test_samples``.
-
-    Every evaluation scores the same ``--eval-iters`` global batches, so that its losses can be compared.
-    """
-    batch = global_batch_size(config, launched_world_size() if world_size is None else world_size)
-    scored = config.train.eval_iters * batch if config.train.eval_interval else 0
-    return {
-        "train_samples": config.train.train_iters * batch,
-        "valid_samples": scored,
-        "test_samples": scored,
-    }

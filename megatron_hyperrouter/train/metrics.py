@@ -10,20 +10,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from megatron_hyperrouter.data.stream.dataset import Dataset
+from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
 from megatron_hyperrouter.data.stream.loader import Batches
-from megatron_hyperrouter.engines.base import Engine, EvalResult, StepResult
+from megatron_hyperrouter.engines.base import Batch, Engine, EvalResult, Place, StepResult
 from megatron_hyperrouter.errors import DataError, HyperRouterError
 
 Value = float | int | str | None
 Record = dict[str, Value]
+_UNCOUNTED = -1  # as in model.loss: a label below 0 counts nowhere
 
 
 @dataclass(frozen=True)
@@ -195,34 +196,57 @@ def score(
     *,
     topk: int,
     micro_batch_size: int,
-    num_batches: int | None = None,
+    num_samples: int | None = None,
     token_bytes_V: Tensor | None = None,
 ) -> EvalResult:
-    """Evaluate the first ``num_batches`` micro-batches of each rank, all whole ones when None, with ``topk``
-    experts (collective).
+    """Evaluate the first ``num_samples`` samples, all when None, with ``topk`` experts (collective).
 
-    Always the same samples, so that the losses of two evaluations can be compared.
+    Always the same samples, each once, whatever the micro-batch and the number of ranks, so that the losses
+    of two evaluations can be compared.  Where the last micro-batches are not full, what fills them up counts
+    nowhere.
     """
     place = engine.place
-    together = micro_batch_size * place.data_size
-    whole = len(dataset) // together
-    if whole < 1:
+    scored = len(dataset) if num_samples is None else min(num_samples, len(dataset))
+    if scored < 1:
         raise DataError(
-            f"the split has {len(dataset)} samples; an evaluation needs {together}: {micro_batch_size} for "
-            f"each of {place.data_size} ranks",
-            remedy="give it a larger share with --split, or use a smaller --micro-batch-size or --seq-length",
+            "the split has no samples to score",
+            remedy="give it a larger share with --split, or use a smaller --seq-length",
         )
+    together = micro_batch_size * place.data_size
+    rounds = -(-scored // together)
     with Batches(
-        dataset,
+        _FilledUp(dataset, scored, rounds * together),
         micro_batch_size=micro_batch_size,
         global_batch_size=together,
         data_rank=place.data_rank,
         data_size=place.data_size,
         start_step=0,
-        num_steps=whole if num_batches is None else min(num_batches, whole),
+        num_steps=rounds,
         num_workers=0,
     ) as batches:
-        return engine.evaluate(batches, topk=topk, token_bytes_V=token_bytes_V)
+        counted = _counted(batches, scored, micro_batch_size, place)
+        return engine.evaluate(counted, topk=topk, token_bytes_V=token_bytes_V)
+
+
+class _FilledUp:
+    """The first ``scored`` samples of a dataset, and the first one again up to ``size``."""
+
+    def __init__(self, dataset: Dataset, scored: int, size: int) -> None:
+        self._dataset, self._scored, self._size = dataset, scored, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> Sample:
+        return self._dataset[i if i < self._scored else 0]
+
+
+def _counted(batches: Iterator[Batch], scored: int, micro_batch_size: int, place: Place) -> Iterator[Batch]:
+    """The same micro-batches, without the labels of what only fills them up."""
+    for number, (tokens_BS, labels_BS) in enumerate(batches):
+        first = (number * place.data_size + place.data_rank) * micro_batch_size
+        labels_BS[max(scored - first, 0) :] = _UNCOUNTED
+        yield tokens_BS, labels_BS
 
 
 def check_finite(record: Record, *, remedy: Callable[[], str]) -> None:

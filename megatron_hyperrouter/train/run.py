@@ -27,6 +27,7 @@ from megatron_hyperrouter.train.metrics import (
 from megatron_hyperrouter.train.resume import run_meta
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.checkpoint.description import Description
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
@@ -52,6 +53,7 @@ class Run:
     hooks: Sequence[Hook]
     token_bytes_V: Tensor | None
     speed: Speed
+    description: Description  # which every checkpoint carries
 
     def __post_init__(self) -> None:
         world_size = self.engine.place.world_size
@@ -132,13 +134,12 @@ class Run:
         if dataset is None:
             return
         topk = self.engine.topk_at(step)
-        micro_batches = self.config.train.eval_iters * self.micro_batches
         result = score(
             self.engine,
             dataset,
             topk=topk,
             micro_batch_size=self.config.train.micro_batch_size,
-            num_batches=micro_batches,
+            num_samples=self.config.train.eval_iters * self.global_batch_size,
             token_bytes_V=self.token_bytes_V,
         )
         record = evaluation_record(result, step=step, split=split, topk=topk)
@@ -147,10 +148,10 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint of ``step`` steps."""
-        meta = run_meta(self.config, self.engine)
+        meta = {**run_meta(self.config, self.engine), **self.description.meta}
         if isinstance(self.splits.train, Course):
             meta["data"] = self.splits.train.ledger(step)
-        folder = self.folders.save(step, self.engine.save, meta)
+        folder = self.folders.save(step, self.engine.save, meta, texts=self.description.texts)
         for hook in self.hooks:
             hook.on_save(step, folder)
 

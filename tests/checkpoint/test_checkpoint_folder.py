@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint.saved import REPOSITORY, run_python, saved, visible, write_two_files
 from fakes import Alone, ThreadRanks
+from safetensors.torch import save_file
 
 from megatron_hyperrouter.checkpoint.folder import (
     CheckpointFolders,
@@ -28,36 +31,6 @@ from megatron_hyperrouter.checkpoint.folder import (
     verify,
 )
 from megatron_hyperrouter.errors import CheckpointError
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def write_two_files(folder: Path) -> None:
-    (folder / "weights.bin").write_bytes(bytes(range(256)) * 20)
-    (folder / "optimizer").mkdir()
-    (folder / "optimizer" / "state.bin").write_bytes(b"state")
-
-
-def saved(root: Path, *steps: int, keep: int = 0) -> CheckpointFolders:
-    folders = CheckpointFolders(root, Alone(), keep=keep)
-    for step in steps:
-        folders.save(step, write_two_files, {"hidden_size": 8, "step": step})
-    return folders
-
-
-def visible(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=REPOSITORY,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_layout_on_disk(tmp_path: Path) -> None:
@@ -82,17 +55,6 @@ def test_find_takes_a_run_its_checkpoints_or_one_of_them(tmp_path: Path) -> None
     assert read_meta(newest) == {"hidden_size": 8, "step": 100}
 
 
-def test_a_folder_that_latest_never_named_does_not_count(tmp_path: Path) -> None:
-    saved(tmp_path, 50)
-    (tmp_path / "latest").unlink()
-    assert find(tmp_path) is None
-
-
-def test_keep_prunes_the_oldest(tmp_path: Path) -> None:
-    assert saved(tmp_path, 1, 2, 3, 4, keep=2).steps() == [3, 4]
-    assert visible(tmp_path) == ["latest", "step_0000003", "step_0000004"]
-
-
 def test_the_same_step_is_not_overwritten(tmp_path: Path) -> None:
     folders = saved(tmp_path, 5)
     with pytest.raises(CheckpointError, match="already there"):
@@ -100,32 +62,32 @@ def test_the_same_step_is_not_overwritten(tmp_path: Path) -> None:
     verify(find(tmp_path) or tmp_path, Alone())
 
 
-def test_rewind_sets_later_checkpoints_aside_and_sweeps(tmp_path: Path) -> None:
-    root = tmp_path / "checkpoints"
-    folders = saved(root, 10, 20, 30)
-    (root / ".writing-step_0000040").mkdir()
-    (root / ".latest-step_0000040").write_text("step_0000040")
-    aside = folders.rewind(10)
-    assert visible(root) == ["latest", "step_0000010"]
-    assert find(root) == root / "step_0000010"
-    assert aside is not None and visible(aside) == ["step_0000020", "step_0000030"]
-    verify(aside / "step_0000030", Alone())
-    assert folders.rewind(10) is None
-    assert folders.rewind(0) not in (None, aside)
-    assert find(root) is None
-    folders.save(10, write_two_files, {})
-    assert find(root) == root / "step_0000010"
+def test_planted_links_are_removed_and_not_followed(tmp_path: Path) -> None:
+    victim, root = tmp_path / "victim", tmp_path / "checkpoints"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    folders = saved(root, 10)
+    for name in (".writing-step_0000020", ".removing-step_0000005", ".latest-step_0000020"):
+        (root / name).symlink_to(victim, target_is_directory=True)
+    folders.save(20, write_two_files, {})
+    assert visible(victim) == ["file"] and (victim / "file").read_text() == "mine"
+    assert visible(root) == ["latest", "step_0000010", "step_0000020"]
 
 
-def test_rewind_removes_what_was_renamed_but_never_published(tmp_path: Path) -> None:
-    folders = saved(tmp_path, 10, 20)
-    (tmp_path / "latest").write_text("step_0000010\n")  # as if killed between the two
-    assert folders.rewind(10) is None
-    assert visible(tmp_path) == ["latest", "step_0000010"]
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        save_file({"a": torch.zeros(4)}, folder / "weights-00000.safetensors")  # which nobody else may read
 
-
-def test_rewind_before_anything_was_saved(tmp_path: Path) -> None:
-    assert CheckpointFolders(tmp_path / "none", Alone()).rewind(0) is None
+    before = os.umask(0o027)
+    try:
+        folder = CheckpointFolders(tmp_path, Alone()).save(1, write, {}, texts={"settings.yaml": b"a: 1\n"})
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {
+        "manifest.json": "0o640",
+        "settings.yaml": "0o640",
+        "weights-00000.safetensors": "0o640",
+    }
 
 
 class TestDamage:
@@ -155,7 +117,7 @@ class TestDamage:
         assert f"--load {folder.parent / 'step_0000050'}" in caught.value.remedy
 
     @pytest.mark.parametrize(
-        "text", ["", "{", "[]", '{"format": 1}', '{"format": 2, "step": 100, "files": {}}']
+        "text", ["", "{", "[]", "[" * 10**5, '{"format": 1}', '{"format": 2, "step": 100, "files": {}}']
     )
     def test_of_the_manifest(self, folder: Path, text: str) -> None:
         (folder / "manifest.json").write_text(text)
@@ -164,11 +126,48 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             verify(folder, Alone())
 
-    def test_of_latest(self, folder: Path) -> None:
-        shutil.rmtree(folder)
-        with pytest.raises(CheckpointError, match="latest names 'step_0000100'") as caught:
-            find(folder.parent)
-        assert "step_0000050" in caught.value.remedy
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"step": 50},
+            {"step": -3},
+            {"step": True},
+            {"step": 10**30},
+            {"format": 3},
+            {"meta": []},
+            {"meta": {"hidden_size": 9}},
+            {"files": {}},
+            {"files": {"../step_0000050/weights.bin": {"bytes": 1, "crc32": "0"}}},
+            {"files": {"/etc/hostname": {"bytes": 1, "crc32": "0"}}},
+            {"files": {"weights.bin": 5120}},
+            {"sha256": "0" * 64},
+            {"sha256": None},
+        ],
+    )
+    def test_of_what_the_manifest_says(self, folder: Path, change: dict[str, object]) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        for read in (read_manifest, read_meta, lambda folder: verify(folder, Alone())):
+            with pytest.raises(CheckpointError, match=r"manifest\.json") as caught:
+                read(folder)
+            assert caught.value.remedy
+
+    @pytest.mark.parametrize(
+        "name", ["weights-99999.safetensors", "state-00007.pt", "tokenizer/tokenizer.json"]
+    )
+    def test_of_a_file_too_many(self, folder: Path, name: str) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"manifest\.json does not list it") as caught:
+            verify(folder, Alone())
+        assert name in caught.value.message
+
+    def test_of_the_folders_name(self, folder: Path) -> None:
+        folder.rename(folder.with_name("step_0000200"))
+        with pytest.raises(CheckpointError, match="is of step 100, not of its folder's"):
+            find(folder.with_name("step_0000200")) and read_manifest(folder.with_name("step_0000200"))
+        folder.with_name("step_0000200").rename(folder.with_name("the-best"))  # which names no step
+        assert read_manifest(folder.with_name("the-best"))["step"] == 100
 
     def test_without_an_older_one(self, folder: Path) -> None:
         shutil.rmtree(folder.with_name("step_0000050"))

@@ -16,16 +16,17 @@ from fakes import Alone, FakeDataset, FakeEngine
 from torch.nn import functional as F
 
 import megatron_hyperrouter.engines
+from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
-from megatron_hyperrouter.commands.models import evaluate as evaluate_command
-from megatron_hyperrouter.config.cli import dump, parse, replace_leaves
+from megatron_hyperrouter.commands.models import evaluate
+from megatron_hyperrouter.config.cli import parse, replace_leaves
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.store.token_files import IndexedWriter, smallest_dtype
 from megatron_hyperrouter.data.stream.dataset import build_splits
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError
 from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
-from megatron_hyperrouter.evaluate.trained import settings_of
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resume import run_meta
 
@@ -34,7 +35,7 @@ def test_each_k_by_hand() -> None:
     engine, data = FakeEngine(16, seed=3), FakeDataset(9, vocab_size=16)
     bytes_V = torch.arange(16) % 4
     results = loss_by_topk(engine, data, [1, 4], micro_batch_size=2, token_bytes_V=bytes_V)
-    tokens_NS = torch.from_numpy(np.stack([data[index] for index in range(8)]))  # whole batches of 2
+    tokens_NS = torch.from_numpy(np.stack([data[index] for index in range(9)]))  # the last batch is not full
     for topk, result in zip((1, 4), results, strict=True):
         assert list(result) == ["topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"]
         losses_NS = F.cross_entropy(
@@ -43,11 +44,11 @@ def test_each_k_by_hand() -> None:
             reduction="none",
         )
         expected = losses_NS.double().mean().item()
-        assert result["topk"] == topk and result["tokens"] == 64
+        assert result["topk"] == topk and result["tokens"] == 72
         assert result["lm_loss"] == pytest.approx(expected, rel=1e-6)
         assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
         total_bytes = sum(int(bytes_V[token]) for token in tokens_NS[:, 1:].flatten())
-        assert result["bits_per_byte"] == pytest.approx(expected * 64 / math.log(2) / total_bytes, rel=1e-6)
+        assert result["bits_per_byte"] == pytest.approx(expected * 72 / math.log(2) / total_bytes, rel=1e-6)
     assert loss_by_topk(engine, data, [1], micro_batch_size=2)[0]["bits_per_byte"] is None
 
 
@@ -60,14 +61,14 @@ def test_every_k_out_of_range_is_named() -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The command as a module, on a model of bytes."""
+    """``mhr evaluate``, on a model of bytes."""
 
     def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None, for_training: bool) -> FakeEngine:
         assert not for_training and config.parallel.expert_model_parallel_size == 1
         return FakeEngine(vocab_size, seed=99)
 
     monkeypatch.setattr(megatron_hyperrouter.engines, "open_engine", open_engine)
-    return evaluate_command
+    return evaluate
 
 
 def token_file(prefix: Path, *, documents: int, seed: int) -> str:
@@ -82,20 +83,26 @@ def token_file(prefix: Path, *, documents: int, seed: int) -> str:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A finished run on two ranks with expert parallelism 2: settings, data, one checkpoint."""
-    data = token_file(tmp_path / "data", documents=60, seed=1)
-    run = tmp_path / "run"
+    """A finished run on two ranks with expert parallelism 2: data and one checkpoint."""
+    return finished_run(tmp_path, micro_batch_size=4)
+
+
+def finished_run(folder: Path, *, micro_batch_size: int) -> Path:
+    data = token_file(folder / "data", documents=60, seed=1)
+    run = folder / "run"
     flags = (
-        f"--data-path {data} --split 50,25,25 --seq-length 8 --micro-batch-size 4 --global-batch-size 8 "
-        f"--run-dir {run}"
+        f"--data-path {data} --split 50,25,25 --seq-length 8 --micro-batch-size {micro_batch_size} "
+        f"--global-batch-size {2 * micro_batch_size} --run-dir {run}"
     )
     config = parse(
         f"{flags} --expert-model-parallel-size 2 --num-experts 8".split(), routers=ROUTERS, world_size=2
     )
     engine = FakeEngine(build_tokenizer("ByteTokenizer").vocab_size, seed=7)
-    meta = run_meta(config, replace_place(engine, world_size=2))
-    CheckpointFolders(run / "checkpoints", Alone()).save(30, engine.save, meta)
-    (run / "config.yaml").write_text(dump(config))
+    described = describe(config)
+    meta = run_meta(config, replace_place(engine, world_size=2)) | described.meta
+    CheckpointFolders(run / "checkpoints", Alone()).save(30, engine.save, meta, texts=described.texts)
+    # What somebody else has started in that folder since then; nothing may read it.
+    (run / "config.yaml").write_text("num_layers: 99\n")
     return run
 
 
@@ -105,12 +112,10 @@ def replace_place(engine: FakeEngine, *, world_size: int) -> FakeEngine:
 
 
 def score_by_hand(run_dir: Path, split: str, *, topk: int, data_path: str | None = None) -> tuple[float, int]:
-    """(loss, tokens) of every whole batch of 4 samples of a split, through the data and the weights
-    themselves.
-    """
+    """(loss, tokens) of every sample of a split, through the data and the weights themselves."""
     tokenizer = build_tokenizer("ByteTokenizer")
     table_VV = torch.load(run_dir / "checkpoints/step_0000030/rank0.pt", weights_only=True)["table"]
-    config = parse(["--config", str(run_dir / "config.yaml")], routers=ROUTERS)
+    config = parse(["--config", str(run_dir / "checkpoints/step_0000030/settings.yaml")], routers=ROUTERS)
     if data_path is not None:
         config = replace_leaves(config, data_path=(data_path,))
     wanted: dict[str, Any] = {
@@ -123,7 +128,7 @@ def score_by_hand(run_dir: Path, split: str, *, topk: int, data_path: str | None
         config.data, seq_length=8, seed=config.train.seed, vocab_size=tokenizer.vocab_size, **wanted
     )
     dataset = getattr(splits, split)
-    count = len(dataset) // 4 * 4
+    count = len(dataset)
     tokens_NS = torch.from_numpy(np.stack([dataset[index] for index in range(count)]))
     logits_NSV = table_VV[tokens_NS[:, :-1]].double() * (1 + 0.1 * topk)
     return F.cross_entropy(logits_NSV.transpose(1, 2), tokens_NS[:, 1:]).item(), count * 8
@@ -185,15 +190,18 @@ class TestTool:
         )[0]
         assert abs(blend["tokens"] - sum(alone)) <= 2 * 4 * 8
 
-    def test_a_split_smaller_than_a_micro_batch(
-        self, tool: ModuleType, run_dir: Path, tmp_path: Path
-    ) -> None:
+    def test_a_split_smaller_than_a_micro_batch(self, tool: ModuleType, tmp_path: Path) -> None:
+        run_dir = finished_run(tmp_path, micro_batch_size=400)
         tiny = token_file(tmp_path / "tiny", documents=1, seed=3)
         tokens = np.fromfile(f"{tiny}.bin", np.uint16).size
-        settings = run_dir / "config.yaml"
-        settings.write_text(settings.read_text().replace("micro_batch_size: 4", "micro_batch_size: 400", 1))
         result = self.results(tool, run_dir, "--topk", "2", "--data-path", tiny)[0]
         assert result["tokens"] == (tokens - 1) // 8 * 8
+
+    def test_the_same_tokens_whatever_the_micro_batch(self, tool: ModuleType, tmp_path: Path) -> None:
+        runs = [finished_run(tmp_path / str(size), micro_batch_size=size) for size in (1, 3, 5)]
+        found = [self.results(tool, run, "--topk", "2")[0] for run in runs]
+        assert len({result["tokens"] for result in found}) == 1
+        assert [result["lm_loss"] for result in found] == pytest.approx([found[0]["lm_loss"]] * 3, rel=1e-6)
 
     @pytest.mark.parametrize(
         ("flags", "error", "words"),
@@ -227,13 +235,23 @@ class TestTool:
         with pytest.raises(CheckpointError, match=r"rank0\.pt has 0 bytes"):
             self.results(tool, run_dir, "--topk", "2")
 
-    def test_no_settings(self, tool: ModuleType, run_dir: Path) -> None:
+    def test_a_checkpoint_of_an_older_version(
+        self, tool: ModuleType, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """It has no settings of its own: the run folder's are used, with a warning."""
+        folder = run_dir / "checkpoints/step_0000030"
+        expected = self.results(tool, run_dir, "--topk", "2")
+        (folder / "settings.yaml").replace(run_dir / "config.yaml")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["files"]["settings.yaml"], manifest["sha256"]
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+        assert self.results(tool, run_dir, "--topk", "2") == expected
+        assert "older version" in capsys.readouterr().err
         (run_dir / "config.yaml").unlink()
         with pytest.raises(CheckpointError, match=r"config\.yaml is missing"):
             self.results(tool, run_dir, "--topk", "2")
 
-    def test_layout_under_a_launcher(self, tool: ModuleType, run_dir: Path) -> None:
-        folder = run_dir / "checkpoints" / "step_0000030"
-        assert settings_of(folder, world_size=2).parallel.expert_model_parallel_size == 2
-        assert settings_of(folder, world_size=3).parallel.expert_model_parallel_size == 1
-        assert settings_of(folder, world_size=1).parallel.expert_model_parallel_size == 1
+    def test_layout_under_a_launcher(self, run_dir: Path) -> None:
+        for world_size, expected in ((2, 2), (3, 1), (1, 1)):
+            run = TrainedRun.open(run_dir, world_size=world_size)
+            assert run.settings.parallel.expert_model_parallel_size == expected

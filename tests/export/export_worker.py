@@ -14,9 +14,11 @@ import torch
 from export.cases import CASES, REFUSED, Case
 from export.untrained import make_run
 
+from megatron_hyperrouter.checkpoint.folder import read_manifest
 from megatron_hyperrouter.commands.models.export_hf import export_of, main, read_flags
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.proof import exports
 from megatron_hyperrouter.proof.exports import product_side
 from megatron_hyperrouter.proof.samples import proof_rows
@@ -35,7 +37,8 @@ def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
     except HyperRouterError as error:
         return {"refused": str(error), "status": error.exit_status, "left": [p.name for p in home.iterdir()]}
     job, _ = export_of(read_flags(words))
-    rows_BS, _ = proof_rows(job.run, job.tokenizer.vocab_size, samples=SAMPLES)
+    run = TrainedRun(job.checkpoint, read_manifest(job.checkpoint), job.run)
+    rows_BS, _ = proof_rows(run, job.tokenizer, samples=SAMPLES)
     prompt = [int(token) for token in rows_BS[0, :PROMPT]]
     (home / "reference").mkdir()
     own = product_side(job, rows_BS, TOPKS, prompt, home / "reference")

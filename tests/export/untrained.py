@@ -10,8 +10,9 @@ import yaml
 from fakes import Alone
 from torch import Tensor
 
+from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
-from megatron_hyperrouter.config.cli import load_file, write_settings
+from megatron_hyperrouter.config.cli import load_file
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.engines import open_engine
@@ -54,10 +55,15 @@ def make_run(home: Path, text: Path, settings: dict[str, Any]) -> RunConfig:
     try:
         _shake(engine)
         folders = CheckpointFolders(home / "checkpoints", Alone())
-        folders.save(STEP, lambda folder: save_weights(folder, 0, engine.holding()), run_meta(run, engine))
+        described = describe(run)
+        folders.save(
+            STEP,
+            lambda folder: save_weights(folder, 0, engine.holding()),
+            run_meta(run, engine) | described.meta,
+            texts=described.texts,
+        )
     finally:
         engine.close()
-    write_settings(run)
     return run
 
 

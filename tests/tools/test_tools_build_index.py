@@ -16,7 +16,7 @@ from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
 from megatron_hyperrouter.data.stream.segments import splits_of_run
 from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.train.loop import samples_needed
+from megatron_hyperrouter.train.samples import samples_needed
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "build_index.py"
 

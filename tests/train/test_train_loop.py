@@ -26,13 +26,14 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.data.stream.segments import build_course
-from megatron_hyperrouter.engines.base import Batch, StepResult
+from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
-from megatron_hyperrouter.train.loop import samples_needed, train
+from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import score
 from megatron_hyperrouter.train.reporters import hooks_for
 from megatron_hyperrouter.train.resume import past_of
+from megatron_hyperrouter.train.samples import samples_needed
 
 
 @pytest.fixture
@@ -391,22 +392,37 @@ class TestResume:
 
 
 class TestScore:
-    def test_counts_whole_batches_of_the_whole_split(self) -> None:
+    def test_counts_every_sample_of_the_split_once(self) -> None:
         engine, data = FakeEngine(VOCAB_SIZE), FakeDataset(11, vocab_size=VOCAB_SIZE)
-        assert score(engine, data, topk=1, micro_batch_size=4).tokens == 8 * 8
-        assert score(engine, data, topk=1, micro_batch_size=4, num_batches=1).tokens == 4 * 8
-        assert score(engine, data, topk=1, micro_batch_size=4, num_batches=9).tokens == 8 * 8
+        found = [score(engine, data, topk=1, micro_batch_size=size) for size in (1, 4, 11, 30)]
+        assert [result.tokens for result in found] == [11 * 8] * 4
+        assert [result.loss_sum for result in found] == pytest.approx([found[0].loss_sum] * 4, rel=1e-6)
+        assert score(engine, data, topk=1, micro_batch_size=4, num_samples=4).tokens == 4 * 8
+        assert score(engine, data, topk=1, micro_batch_size=4, num_samples=99).tokens == 11 * 8
 
-    def test_too_few_samples(self) -> None:
-        with pytest.raises(DataError, match="3 samples; an evaluation needs 4"):
-            score(FakeEngine(VOCAB_SIZE), FakeDataset(3), topk=1, micro_batch_size=4)
+    @pytest.mark.parametrize("data_size", [2, 3, 7])
+    def test_ranks_share_the_samples(self, data_size: int) -> None:
+        """However many ranks there are, they count each sample once, in as many batches each."""
+        data, parts = FakeDataset(11, vocab_size=VOCAB_SIZE), list[EvalResult]()
+        for rank in range(data_size):
+            engine = FakeEngine(VOCAB_SIZE)
+            engine.place = Place(rank, data_size, rank, data_size)
+            parts.append(score(engine, data, topk=1, micro_batch_size=2))
+            assert engine.batches_scored == -(-11 // (2 * data_size))
+        alone = score(FakeEngine(VOCAB_SIZE), data, topk=1, micro_batch_size=1)
+        assert sum(part.tokens for part in parts) == alone.tokens
+        assert sum(part.loss_sum for part in parts) == pytest.approx(alone.loss_sum, rel=1e-6)
+
+    def test_no_samples(self) -> None:
+        with pytest.raises(DataError, match="no samples to score"):
+            score(FakeEngine(VOCAB_SIZE), FakeDataset(0), topk=1, micro_batch_size=4)
 
 
 def test_samples_needed(config: RunConfig) -> None:
-    assert samples_needed(config) == {"train_samples": 48, "valid_samples": 8, "test_samples": 8}
+    assert samples_needed(config, 1) == {"train_samples": 48, "valid_samples": 8, "test_samples": 8}
     whole_layout = change(config, "train", global_batch_size=None)
     assert samples_needed(whole_layout, world_size=3)["train_samples"] == 12 * 2 * 3
-    assert samples_needed(change(config, "train", eval_interval=0)) == {
+    assert samples_needed(change(config, "train", eval_interval=0), 1) == {
         "train_samples": 48,
         "valid_samples": 0,
         "test_samples": 0,

@@ -75,26 +75,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
     """The datasets that the program would build with these settings."""
-    from megatron_hyperrouter.data.stream.dataset import Builder
-    from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
-    from megatron_hyperrouter.data.stream.segments import splits_of_run
-    from megatron_hyperrouter.train.loop import samples_needed
     from megatron_hyperrouter.train.resume import past_of
+    from megatron_hyperrouter.train.samples import open_samples
 
     ledger, step = past_of(config)
-    mixes = mixes_of(config.data, step=step)
-    data = settled(config.data, mixes)
-    needed = samples_needed(config, world_size)
-    no_token_is_read: dict[str, Any] = {"vocab_size": 2**31, "eod": 0}
-    return splits_of_run(
-        Builder(
-            data, seq_length=config.model.seq_length, seed=config.train.seed, cache=cache, **no_token_is_read
-        ),
-        mixes,
-        ledger,
-        step=step,
-        train_iters=config.train.train_iters,
-        batch=needed["train_samples"] // config.train.train_iters,
-        valid_samples=needed["valid_samples"],
-        test_samples=needed["test_samples"],
-    )
+    # The vocabulary does not matter: no token is read.
+    return open_samples(
+        config, vocab_size=2**31, eod=0, cache=cache, world_size=world_size, ledger=ledger, step=step
+    ).splits

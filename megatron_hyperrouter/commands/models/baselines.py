@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
 from megatron_hyperrouter.terminal import parser
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> None:
     """Results of an evaluation -> data of that run -> baselines -> table."""
     flags = parser(__doc__ or "")
-    flags.add_argument(
-        "--load", type=Path, required=True, metavar="RUN_DIR", help="run folder that was evaluated"
-    )
+    add_run_flags(flags)
     flags.add_argument(
         "--results",
         type=Path,
@@ -37,15 +36,12 @@ def main(arguments: Sequence[str]) -> None:
     flags.add_argument("--output", type=Path, metavar="FILE.json", help="write the table's numbers here, too")
     args = flags.parse_args(arguments)
 
-    from megatron_hyperrouter.config.cli import load_file
     from megatron_hyperrouter.data.stream.dataset import build_splits
-    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.errors import DataError
-    from megatron_hyperrouter.routers import ROUTERS
 
     results: list[dict[str, Any]] = read_results(args.results)
-    config = load_file(args.load / "config.yaml", routers=ROUTERS)
-    tokenizer = tokenizer_of(config.data)
+    run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+    config, tokenizer = run.settings, run.tokenizer()
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
         raise DataError(
@@ -53,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
             remedy="use a byte-level tokenizer",
         )
     splits = build_splits(
-        config.data,
+        run.data(split="test", data_path=args.data_path),
         seq_length=config.model.seq_length,
         seed=config.train.seed,
         vocab_size=tokenizer.vocab_size,

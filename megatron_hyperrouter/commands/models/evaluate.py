@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_hyperrouter.evaluate.trained import checkpoint_of, dataset_of, settings_of
+from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import parser
 
@@ -25,42 +25,32 @@ def main(arguments: Sequence[str]) -> None:
     args = read_flags(arguments)
     import torch
 
-    from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
     from megatron_hyperrouter.config.cli import launched_world_size
-    from megatron_hyperrouter.config.derived import data_parallel_size, minds_documents
-    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
-    from megatron_hyperrouter.engines import open_engine
     from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
     from megatron_hyperrouter.train.metrics import to_json
 
-    folder = checkpoint_of(args.load)
-    manifest = read_manifest(folder)
-    config = settings_of(folder, world_size=launched_world_size())
-    check_topks(args.topk, config.model.num_experts)
-    tokenizer = tokenizer_of(config.data)
-    samples = args.eval_iters and args.eval_iters * manifest["meta"]["order"]["global_batch_size"]
-    eod = tokenizer.eod if minds_documents(config) else None
-    dataset = dataset_of(config, args, vocab_size=tokenizer.vocab_size, samples=samples, eod=eod)
-    ranks = data_parallel_size(config, launched_world_size())
-    micro_batch_size = min(config.train.micro_batch_size, max(len(dataset) // ranks, 1))
+    run = TrainedRun.open(args.load, world_size=launched_world_size(), tokenizer_model=args.tokenizer_model)
+    check_topks(args.topk, run.settings.model.num_experts)
+    tokenizer = run.tokenizer()
+    samples = args.eval_iters and args.eval_iters * run.global_batch_size
+    dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=samples)
     bytes_V = tokenizer.token_bytes_V()
-    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod, for_training=False)
+    engine = run.open_engine(tokenizer)
     try:
-        verify(folder, engine)
-        engine.load(folder, weights_only=True)
+        run.load_into(engine)
         results = loss_by_topk(
             engine,
             dataset,
             args.topk,
-            micro_batch_size=micro_batch_size,
-            num_batches=samples and max(samples // (micro_batch_size * ranks), 1),
+            micro_batch_size=min(run.settings.train.micro_batch_size, len(dataset)),
+            num_samples=samples,
             token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         )
         if engine.place.is_main:
             rows = ", ".join(to_json(result) for result in results)
             head = {
-                "checkpoint": str(folder),
-                "step": manifest["step"],
+                "checkpoint": str(run.checkpoint),
+                "step": run.step,
                 "data": args.data_path,
                 "split": args.split,
             }
@@ -73,21 +63,9 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
-    flags.add_argument(
-        "--load",
-        type=Path,
-        required=True,
-        metavar="RUN_DIR",
-        help="run folder, its checkpoints/, or one checkpoint",
-    )
+    add_run_flags(flags)
     flags.add_argument(
         "--topk", type=int, nargs="+", required=True, metavar="K", help="active experts, one or several"
-    )
-    flags.add_argument(
-        "--data-path",
-        nargs="+",
-        metavar="P",
-        help="other data: all of it, or the --split of it that is named",
     )
     flags.add_argument(
         "--split", choices=("train", "valid", "test"), help="which part of the data (default: test)"

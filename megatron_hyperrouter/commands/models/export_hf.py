@@ -64,9 +64,8 @@ def write_folder(args: Namespace) -> None:
 
 def export_of(args: Namespace) -> tuple[Export, list[Router]]:
     """What will be written, and the run's routers."""
-    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
     from megatron_hyperrouter.evaluate.perplexity import check_topks
-    from megatron_hyperrouter.evaluate.trained import checkpoint_of, settings_of
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.export.gates import custom_gates, standard_gates
     from megatron_hyperrouter.export.sources import (
@@ -77,12 +76,13 @@ def export_of(args: Namespace) -> tuple[Export, list[Router]]:
         weight_reader,
     )
 
-    checkpoint = checkpoint_of(args.load)
+    trained = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+    checkpoint = trained.checkpoint
     check_files(checkpoint)
-    run = plain_run(settings_of(checkpoint, world_size=1))
+    run = plain_run(trained.settings)
     topk = args.topk or run.model.moe_router_topk
     check_topks([topk, *(args.proof_topk or [])], run.model.num_experts)
-    tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+    tokenizer = trained.tokenizer()
     reader = weight_reader(checkpoint)
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)
@@ -151,6 +151,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags = parser(__doc__ or "")
     add = flags.add_argument
     add("--load", type=Path, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
+    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is, if the checkpoint has none")
     add("--output", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
     add(
         "--dtype",

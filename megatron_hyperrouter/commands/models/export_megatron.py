@@ -11,35 +11,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
 from megatron_hyperrouter.terminal import parser
 
 
 def main(arguments: Sequence[str]) -> None:
     """Settings of the run -> megatron-core's own model with its weights -> files."""
     flags = parser(__doc__ or "")
-    flags.add_argument(
-        "--load",
-        type=Path,
-        required=True,
-        metavar="RUN_DIR",
-        help="run folder, its checkpoints/, or one checkpoint",
-    )
+    add_run_flags(flags, data=False)
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes"
     )
     args = flags.parse_args(arguments)
-    from megatron_hyperrouter.checkpoint.folder import read_manifest
     from megatron_hyperrouter.compat.host_logs import hush
     from megatron_hyperrouter.compat.versions import check
-    from megatron_hyperrouter.evaluate.trained import checkpoint_of, settings_of
 
-    folder = checkpoint_of(args.load)
-    run = settings_of(folder, world_size=1)
+    run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     hush()
     check("megatron")
     from megatron_hyperrouter.engines.megatron.single_process import one_process
     from megatron_hyperrouter.export.megatron import export_weights, model_flags
 
-    with one_process(run):
-        target = export_weights(run, folder, args.output, step=read_manifest(folder)["step"])
-    print(f"{target}\n{' '.join(model_flags(run))}")
+    with one_process(run.settings):
+        target = export_weights(run.settings, run.checkpoint, args.output, step=run.step)
+    print(f"{target}\n{' '.join(model_flags(run.settings))}")

@@ -6,10 +6,9 @@ import torch
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.analysis.size import size_of
+from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.commands.training.start_block import start_block
 from megatron_hyperrouter.commands.training.throughput import peak_flops
-from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.stream.dataset import Splits
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.errors import STOPPED
@@ -17,13 +16,16 @@ from megatron_hyperrouter.guard.stopping import ignore_signals
 from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.reporters import hooks_for
 from megatron_hyperrouter.train.run import Speed
+from megatron_hyperrouter.train.samples import Samples
 
 
-def run(config: RunConfig, tokenizer: Tokenizer, splits: Splits, *, eod: int | None, epoch: int) -> int:
+def run(samples: Samples, tokenizer: Tokenizer, *, eod: int | None, epoch: int) -> int:
     """Train; returns the exit status.
 
     ``eod``: the id that ends a document, where the settings need it; ``epoch``: tokens of the training data.
     """
+    config = samples.config
+    described = description_of(samples, tokenizer)
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     size = size_of(config, engine.shapes())
     console.table(start_block(config, size, world_size=engine.place.world_size, epoch=epoch))
@@ -31,10 +33,11 @@ def run(config: RunConfig, tokenizer: Tokenizer, splits: Splits, *, eod: int | N
     steps = train(
         engine,
         config,
-        splits,
+        samples.splits,
         hooks_for(config, engine.place),
         token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         speed=Speed(size.flops, peak_flops(bf16=config.train.bf16)),
+        description=described,
     )
     stopped = steps < config.train.train_iters
     if stopped:  # a launcher ends all ranks once one of them has left with a status that is not 0
@@ -43,3 +46,15 @@ def run(config: RunConfig, tokenizer: Tokenizer, splits: Splits, *, eod: int | N
     # Not reached after an error: it is reported first, since leaving the groups may wait for other ranks.
     engine.close()
     return STOPPED if stopped else 0
+
+
+def description_of(samples: Samples, tokenizer: Tokenizer) -> Description:
+    """What every checkpoint of the run carries: settings, tokenizer, and the identities of its data."""
+    fetched = getattr(tokenizer, "files", None)
+    described = describe(
+        samples.config,
+        tokenizer=tokenizer.identity(),
+        fetched=(*fetched.model, *fetched.settings) if fetched else (),
+    )
+    described.meta["files"] = samples.files()
+    return described

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_hyperrouter import console
 
@@ -38,48 +37,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_hyperrouter.config.cli import make_folders, parse
     from megatron_hyperrouter.config.derived import minds_documents
     from megatron_hyperrouter.data.order.index_files import Cache
-    from megatron_hyperrouter.data.stream.dataset import Builder
     from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
-    from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
-    from megatron_hyperrouter.data.stream.segments import splits_of_run
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.routers import ROUTERS
-    from megatron_hyperrouter.train.loop import samples_needed
     from megatron_hyperrouter.train.resume import past_of
+    from megatron_hyperrouter.train.samples import open_samples
 
-    config = parse(
-        words,
-        routers=ROUTERS,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = parse(words, routers=ROUTERS, world_size=world_size)
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
     tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if minds_documents(config) else None
     ledger, step = past_of(config)
-    mixes = mixes_of(config.data, step=step)
-    config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml stands for itself
-    needed = samples_needed(config)
-    builder = Builder(
-        config.data,
-        seq_length=config.model.seq_length,
-        seed=config.train.seed,
+    samples = open_samples(
+        config,
         vocab_size=tokenizer.vocab_size,
-        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
         eod=eod,
-    )
-    splits = splits_of_run(
-        builder,
-        mixes,
-        ledger,
+        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+        world_size=world_size,
+        ledger=ledger,
         step=step,
-        train_iters=config.train.train_iters,
-        batch=needed["train_samples"] // config.train.train_iters,
-        valid_samples=needed["valid_samples"],
-        test_samples=needed["test_samples"],
     )
-    if about_ends := warning_about_ends(config.data, builder.stores.values(), eod):
+    config = samples.config
+    if about_ends := warning_about_ends(config.data, samples.builder.stores.values(), eod):
         console.warn(about_ends)
     if console.speaks():
         make_folders(config)
-    return run(config, tokenizer, splits, eod=eod, epoch=tokens_of_an_epoch(builder, mixes))
+    return run(samples, tokenizer, eod=eod, epoch=tokens_of_an_epoch(samples.builder, samples.mixes))

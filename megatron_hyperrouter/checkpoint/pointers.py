@@ -1,0 +1,146 @@
+"""Which checkpoint of a run counts: ``latest`` names it, and where ``latest`` is lost, the newest whole one
+does.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_hyperrouter import console, files
+from megatron_hyperrouter.checkpoint.manifest import (
+    MANIFEST,
+    damage,
+    folder_name,
+    older,
+    read_manifest,
+    sealed_steps,
+    step_of,
+)
+from megatron_hyperrouter.errors import CheckpointError
+
+LATEST = "latest"
+PROVED = "proved"  # names the newest checkpoint that a healthy step has followed
+NEW_LATEST = ".latest-"  # and a folder's name: the next ``latest``, written before that folder is in place
+_LONGEST = 100  # bytes of a pointer
+
+
+class Pointer(NamedTuple):
+    """What a file such as ``latest`` says: a step, or why it cannot be used."""
+
+    step: int | None
+    problem: str
+
+
+def find(load: Path) -> Path | None:
+    """The checkpoint that ``load`` means: itself, or the one that counts in it or in its ``checkpoints/``.
+
+    None where no checkpoint was ever finished.  Where ``latest`` is missing or unusable, the newest
+    checkpoint whose files are all as they were saved, with a warning.  CheckpointError where there are
+    checkpoints and none can be taken.
+    """
+    if (load / MANIFEST).is_file():
+        return load
+    if step_of(load) is not None and load.is_dir():
+        message = f"{load / MANIFEST} is missing: the checkpoint is not whole"
+        raise CheckpointError(message, remedy=older(load))
+    for root in (load / "checkpoints", load):
+        if (folder := _that_counts(root)) is not None:
+            return folder
+    return None
+
+
+def latest_step(root: Path) -> int | None:
+    """The step that ``latest`` names; None where it names none."""
+    return _read(root / LATEST).step
+
+
+def proved_step(root: Path) -> int | None:
+    """The newest sealed checkpoint that a healthy step has followed, as far as it is known."""
+    step = _read(root / PROVED).step
+    return step if step is not None and _is_sealed(root, step) else None
+
+
+def publish(root: Path, step: int) -> None:
+    """Make ``latest`` name a checkpoint, durably."""
+    files.write_text(root / LATEST, folder_name(step) + "\n", durable=True)
+
+
+def prove(root: Path, step: int) -> None:
+    """Note that a healthy step has followed a checkpoint; a power failure may lose the note, which does no
+    harm.
+    """
+    if _is_sealed(root, step):
+        files.write_text(root / PROVED, folder_name(step) + "\n")
+
+
+def _that_counts(root: Path) -> Path | None:
+    try:
+        sealed = sealed_steps(root) if root.is_dir() else []
+    except OSError as error:
+        message = f"{root} cannot be read: {error}"
+        raise CheckpointError(message, remedy="check its permissions and its disk") from error
+    step, problem = _read(root / LATEST)
+    if step in sealed and step is not None:
+        return root / folder_name(_finished(root, step, sealed))
+    if step is not None:
+        problem = f"names {folder_name(step)}, which is not a whole checkpoint"
+    if sealed:
+        return _newest_whole(root, sealed, problem or "is missing")
+    if problem:
+        raise CheckpointError(
+            f"{root / LATEST} {problem}, and there is no whole checkpoint beside it",
+            remedy="restore the folder from a copy, or start again without --load",
+        )
+    return None
+
+
+def _finished(root: Path, step: int, sealed: list[int]) -> int:
+    """``step``, or a later one whose save was killed when its checkpoint was whole and ``latest`` not yet
+    replaced.
+    """
+    new = (other for other in sealed if (root / f"{NEW_LATEST}{folder_name(other)}").is_file())
+    return max([step, *new])
+
+
+def _newest_whole(root: Path, sealed: list[int], why: str) -> Path:
+    """The newest checkpoint whose files are all as they were saved."""
+    damaged: list[str] = []
+    for step in reversed(sealed):
+        folder = root / folder_name(step)
+        try:
+            wrong = damage(folder, read_manifest(folder)["files"])
+        except CheckpointError as error:
+            wrong = error.message
+        except OSError as error:
+            wrong = f"{folder} cannot be read: {error}"
+        if not wrong:
+            passed_over = "".join(f"\n  passed over: {each}" for each in damaged)
+            console.warn(f"{root / LATEST} {why}; using the newest whole checkpoint, {folder}{passed_over}")
+            return folder
+        damaged.append(wrong)
+    raise CheckpointError(
+        "\n  - ".join([f"{root / LATEST} {why}, and no checkpoint beside it is whole:", *damaged]),
+        remedy="restore the folder from a copy, or start again without --load",
+    )
+
+
+def _is_sealed(root: Path, step: int) -> bool:
+    return (root / folder_name(step) / MANIFEST).is_file()
+
+
+def _read(pointer: Path) -> Pointer:
+    """No step and no problem where the file is not there."""
+    try:
+        with open(pointer, "rb") as stream:
+            content = stream.read(_LONGEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return Pointer(None, "")
+    except OSError as error:
+        return Pointer(None, f"cannot be read ({os.strerror(error.errno or 0)})")
+    text = content.decode(errors="replace").strip("\0 \t\r\n")
+    if not text:
+        return Pointer(None, "is empty")
+    step = step_of(Path(text)) if text == Path(text).name else None
+    return Pointer(step, "" if step is not None else f"names {text[:60]!r}, which is not a checkpoint here")

@@ -1,0 +1,37 @@
+"""The settings that a checkpoint carries, for those who only read the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.checkpoint.description import SETTINGS
+from megatron_hyperrouter.config.by_role import quiet
+from megatron_hyperrouter.config.cli import load_file
+from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.routers import ROUTERS
+
+
+def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) -> RunConfig:
+    """The settings of a checkpoint: its layout where it fits these ranks, else data-parallel ranks alone."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        path = folder.parent.parent / "config.yaml"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {SETTINGS}, and {path} is missing: nothing says what model it holds",
+                remedy="put the run's config.yaml there",
+            )
+        console.warn(f"{folder} is of an older version and has no {SETTINGS}: {path} is used instead")
+    # What only training needs must not stand in the way; other ways to compute the same may need GPUs.
+    neutral = {**quiet(Role.START, Role.BATCH, Role.SPEED), **overrides}
+    if world_size > 1:
+        try:
+            return load_file(path, routers=ROUTERS, overrides=neutral, world_size=world_size)
+        except ConfigError:  # another number of ranks
+            pass
+    alone = {**neutral, **quiet(Role.LAYOUT)}
+    return load_file(path, routers=ROUTERS, overrides=alone, world_size=world_size)

@@ -1,0 +1,86 @@
+"""Where the files of a run are now: it may have been moved, or be used from another folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.checkpoint.description import tokenizer_paths
+from megatron_hyperrouter.config.tree import DataConfig, RunConfig
+from megatron_hyperrouter.data.order.blend import parse_blend
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream.file_identity import identity
+
+_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+def places(path: str, origin: Mapping[str, str], run_dir: Path) -> Iterator[str]:
+    """Where a path in the settings of a run may lead now, the likeliest first.
+
+    From the folder that the run was started in, from here, and from where the run is now, as far away as it
+    was then.  ``origin``: see ``checkpoint.description``; ``run_dir``: where the run is now.
+    """
+    then = os.path.join(origin.get("folder", ""), path)
+    yield then
+    yield path
+    if "run_dir" in origin:
+        yield os.path.normpath(os.path.join(run_dir, os.path.relpath(then, origin["run_dir"])))
+
+
+def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataConfig:
+    """The data of a run, named by where they are now; ``meta``: what its checkpoint says."""
+
+    def located(word: str) -> str:
+        known = meta.get("files", {}).get(word)
+        around = places(word, meta.get("origin", {}), run_dir)
+        present = [place for place in around if Path(f"{place}.idx").is_file()]
+        for place in present:
+            if known is None or identity(IndexedDataset(place, whole=False)) == known:
+                return place
+        if present:
+            console.warn(f"{present[0]} is not the file that the run has read: it has changed since")
+        return present[0] if present else word
+
+    return _named(data, {name: tuple(map(located, getattr(data, name))) for name in _PATHS})
+
+
+def other_data(data: DataConfig, words: Sequence[str], *, split: str | None) -> DataConfig:
+    """Other data: all of them for every split, or divided by the run's ``--split`` where one is named."""
+    given = ("data_path",) if split else ("train_data_path", "valid_data_path", "test_data_path")
+    return _named(data, {name: tuple(words) if name in given else () for name in _PATHS})
+
+
+def without_weights(data: DataConfig) -> DataConfig:
+    """The same files: a whole split has no use for the weights of a blend."""
+    paths = {name: getattr(data, name) for name in _PATHS}
+    whole = {
+        name: tuple(parse_blend(words, flag=f"--{name.replace('_', '-')}").prefixes) if words else ()
+        for name, words in paths.items()
+    }
+    return _named(data, whole)
+
+
+def with_tokenizer(
+    settings: RunConfig, folder: Path, manifest: Mapping[str, Any], given: str | None
+) -> RunConfig:
+    """The settings, with the tokenizer where it is now: ``given``, or in the checkpoint, or where it was."""
+    kept = manifest["meta"].get("tokenizer", {}).get("kept", {})
+    origin = manifest["meta"].get("origin", {})
+    paths = dict[str, Any]()
+    for name, value in tokenizer_paths(settings).items():
+        if name in kept:
+            paths[name] = str(folder / kept[name])
+        else:
+            around = places(value, origin, folder.absolute().parent.parent)
+            paths[name] = next((place for place in around if Path(place).exists()), value)
+    if given is not None:
+        paths["tokenizer_model"] = given
+    return replace(settings, data=replace(settings.data, **paths))
+
+
+def _named(data: DataConfig, paths: Mapping[str, Any]) -> DataConfig:
+    return replace(data, **paths)

@@ -1,0 +1,78 @@
+"""The samples of a run, opened before its engine: from its settings and from what it has read so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_hyperrouter.config.derived import global_batch_size
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.stream import segments
+from megatron_hyperrouter.data.stream.dataset import Builder, Splits
+from megatron_hyperrouter.data.stream.file_identity import identity
+from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``config``: the settings, with what the data files settled; ``builder``: what opened the files."""
+
+    config: RunConfig
+    splits: Splits
+    builder: Builder
+    mixes: Sequence[tuple[int, tuple[str, ...]]]  # completed steps from which on -> words of --data-path
+
+    def files(self) -> dict[str, Mapping[str, Any]]:
+        """Prefix -> identity of every file that the run reads."""
+        return {prefix: identity(store) for prefix, store in self.builder.stores.items()}
+
+
+def open_samples(
+    config: RunConfig,
+    *,
+    vocab_size: int,
+    eod: int | None,
+    cache: Cache,
+    world_size: int,
+    ledger: list[dict[str, Any]],
+    step: int,
+) -> Samples:
+    """Open the data of a run that has done ``step`` steps, in which it has read what ``ledger`` says."""
+    mixes = mixes_of(config.data, step=step)
+    config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml says it all
+    builder = Builder(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        vocab_size=vocab_size,
+        cache=cache,
+        eod=eod,
+    )
+    needed = samples_needed(config, world_size)
+    splits = segments.splits_of_run(
+        builder,
+        mixes,
+        ledger,
+        step=step,
+        train_iters=config.train.train_iters,
+        batch=global_batch_size(config, world_size),
+        valid_samples=needed["valid_samples"],
+        test_samples=needed["test_samples"],
+    )
+    return Samples(config, splits, builder, mixes)
+
+
+def samples_needed(config: RunConfig, world_size: int) -> dict[str, int]:
+    """How many samples a run needs: ``train_samples``, ``valid_samples``, ``test_samples``.
+
+    Every evaluation scores the same ``--eval-iters`` global batches, so that its losses can be compared.
+    """
+    batch = global_batch_size(config, world_size)
+    scored = config.train.eval_iters * batch if config.train.eval_interval else 0
+    return {
+        "train_samples": config.train.train_iters * batch,
+        "valid_samples": scored,
+        "test_samples": scored,
+    }
