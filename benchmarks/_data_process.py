@@ -51,9 +51,8 @@ def main() -> None:
     for name in modules[kind]:  # imports are not what is measured
         importlib.import_module(name)
     documents = int(np.fromfile(f"{prefix}.idx", "<u8", 1, offset=18)[0])
-    samples = max(
-        epochs * documents * 990 // SEQ_LENGTH, 16
-    )  # a little less than the epochs hold: no separate last epoch
+    # a little less than the epochs hold: no separate last epoch
+    samples = max(epochs * documents * 990 // SEQ_LENGTH, 16)
     with tempfile.TemporaryDirectory() as cache:
         before, wall, cpu = peak_mb(), time.perf_counter(), time.process_time()
         if kind == "megatron":

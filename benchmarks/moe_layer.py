@@ -156,9 +156,8 @@ def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:
         for parameter in slot.moe.deepspeed_moe.experts.parameters():
             torch.nn.init.normal_(parameter, std=model.hidden_size**-0.5)
         if hasattr(router, "weight_ED"):
-            torch.nn.init.normal_(
-                router.weight_ED, std=model.hidden_size**-0.5
-            )  # logits of unit variance, as hyper has them
+            # logits of unit variance, as hyper has them
+            torch.nn.init.normal_(router.weight_ED, std=model.hidden_size**-0.5)
         bare.deepspeed_moe.gate.wg.weight.copy_(router.linear()[0])
     bare.deepspeed_moe.experts.load_state_dict(slot.moe.deepspeed_moe.experts.state_dict())
     return slot, bare, statistics

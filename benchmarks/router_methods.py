@@ -232,9 +232,8 @@ def prepare(router: Any, kind: str, number: int) -> int:
             number += 1
     if router.name == "simsmoe":
         counts_P = router.pair_counts_P
-        busiest = int(
-            counts_P.argmax()
-        )  # the pair with most tokens: the dearest to compare, and the first to be
+        # the pair with most tokens: the dearest to compare, and the first to be
+        busiest = int(counts_P.argmax())
         counts_P.zero_()
         if kind != "ordinary":
             counts_P[busiest] = 2.0 * FREQUENCY

@@ -120,9 +120,8 @@ def _rank() -> str:
 
 def _take_turn(patience: float, *, left_alone: bool = False) -> None:
     if left_alone or not speaks():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # the run's own handler would outlive the launcher's request
+        # the run's own handler would outlive the launcher's request
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3 * patience if left_alone else patience)
 
 

@@ -30,9 +30,8 @@ class Problem:
     remedy: str  # what to do: "use 2, 4 or 8 experts"
 
     def __str__(self) -> str:
-        given = (
-            "" if self.value in ("", None) else f" = {self.value}"
-        )  # a flag without a word, a setting without a value
+        # a flag without a word, a setting without a value
+        given = "" if self.value in ("", None) else f" = {self.value}"
         return f"{self.field}{given}: {self.rule}; {self.remedy}"
 
 

@@ -37,23 +37,20 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
     0 done, 2 settings, 3 data, 4 checkpoint, 5 missing library, 1 anything else.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if (
-            signal.getsignal(number) is not signal.SIG_IGN
-        ):  # started by nohup, or in the background of a script
+        # started by nohup, or in the background of a script
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     name = Path(sys.argv[0]).name
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a terminal that knows no such letter, a name that is not UTF-8
+        # a terminal that knows no such letter, a name that is not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except HyperRouterError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                _PATIENCE
-            )  # if rank 0 met the same error, its launcher ends this process before it repeats it
+            # if rank 0 met the same error, its launcher ends this process before it repeats it
+            time.sleep(_PATIENCE)
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
@@ -92,9 +89,8 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher puts it in front
+    # the deepspeed launcher puts it in front
+    flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return flags
 
 
@@ -130,10 +126,11 @@ class Bar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
+            # the numbers first: 80 characters are enough for them
             columns = (
                 TextColumn("{task.fields[status]}"),
                 BarColumn(),
-            )  # the numbers first: 80 characters are enough for them
+            )
             bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
             task = bar.add_task(self._name, status="")
             self._show = lambda done, total, note: bar.update(

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+# before torch or numpy is imported
 for name in (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
-):  # before torch or numpy is imported
+):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -22,9 +23,8 @@ settings.register_profile(
     "house", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("few", settings.get_profile("house"), max_examples=10)  # tests/sanitize.sh
-settings.register_profile(
-    "deep", settings.get_profile("house"), derandomize=False, max_examples=2000
-)  # pytest --hypothesis-profile deep
+# pytest --hypothesis-profile deep
+settings.register_profile("deep", settings.get_profile("house"), derandomize=False, max_examples=2000)
 settings.load_profile("house")
 
 

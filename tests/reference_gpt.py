@@ -133,9 +133,8 @@ class ReferenceGPT:
         model, w = self.config.model, self.weights
         x_TD = x_BSD.flatten(0, 1)
         logits_TE = x_TD @ self.router_matrix(w, layer).t()
-        rank_TE = (logits_TE[:, None, :] > logits_TE[:, :, None]).sum(
-            -1
-        )  # how many experts a token prefers to this one
+        # how many experts a token prefers to this one
+        rank_TE = (logits_TE[:, None, :] > logits_TE[:, :, None]).sum(-1)
         chosen_TE = rank_TE < topk
         weights_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
         out_TD = torch.zeros_like(x_TD)

@@ -163,9 +163,8 @@ def test_a_waiting_rank_dies_by_the_launchers_sigterm_even_where_the_run_handles
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         deadline = time.monotonic() + 20
-        while (
-            process.poll() is None and time.monotonic() < deadline
-        ):  # the first ones may still meet the run's own handler
+        # the first ones may still meet the run's own handler
+        while process.poll() is None and time.monotonic() < deadline:
             process.terminate()
             time.sleep(0.1)
         process.kill()

@@ -25,6 +25,7 @@ SECTIONS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | r
 NAMES = sorted(ROUTERS)
 
 T, D, E = 20, 24, 8
+# sizes at the defaults
 LETTERS = {
     "D": D,
     "E": E,
@@ -35,7 +36,7 @@ LETTERS = {
     "W": 50,
     "A": 64,
     "F": E,
-}  # sizes at the defaults
+}
 EVERYTHING: dict[str, dict[str, Any]] = {  # options with which all tensors of a router are there
     "topk": {"bias": True, "expert_bias": True, "aux_loss": "global_batch"},
     "simsmoe": {"bias": True},

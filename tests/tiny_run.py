@@ -77,9 +77,8 @@ def attempt(config: RunConfig) -> None:
 
 def killed_until_done(config: RunConfig) -> int:
     """Kill the run again and again until an attempt comes through; returns how many were killed."""
-    warm = (
-        config.logging.run_dir + "-warm"
-    )  # what torch imports late must not be imported again by every child
+    # what torch imports late must not be imported again by every child
+    warm = config.logging.run_dir + "-warm"
     attempt(replace(config, logging=replace(config.logging, run_dir=warm)))
     moments = random.Random(3)
     for killed in range(100):

@@ -46,9 +46,8 @@ def build_model() -> DistributedDataParallel:
         gradient_accumulation_fusion=False, finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="LayerNorm")
-    spec.submodules.mlp.submodules.router = megatron_router_builder(
-        "hyper", seed=1234
-    )  # the one line that is new
+    # the one line that is new
+    spec.submodules.mlp.submodules.router = megatron_router_builder("hyper", seed=1234)
     model = GPTModel(
         config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE, position_embedding_type="rope"
     ).to(device())

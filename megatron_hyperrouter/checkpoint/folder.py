@@ -246,9 +246,8 @@ class CheckpointFolders:
             return []
         later = [folder for folder in sorted(self.root.glob("step_*")) if (step_of(folder) or 0) > step]
         if step in self.steps():
-            for unfinished in self.root.glob(
-                f"{NEW_LATEST}*"
-            ):  # or the next start would take up a later save
+            # or the next start would take up a later save
+            for unfinished in self.root.glob(f"{NEW_LATEST}*"):
                 if unfinished.name != f"{NEW_LATEST}{folder_name(step)}":
                     unfinished.unlink()
             if pointers.latest_step(self.root) != step:

@@ -19,6 +19,7 @@ from megatron_hyperrouter.errors import CheckpointError
 FORMAT = 2
 MANIFEST = "manifest.json"
 PART = ".part-"  # sizes and checksums of one rank's files, until the manifest joins them
+# what a reader may open
 _READ = (
     "weights-*",
     "state-*",
@@ -26,7 +27,7 @@ _READ = (
     "random*",
     "settings.yaml",
     "tokenizer/*",
-)  # what a reader may open
+)
 _STEP_NAME = re.compile(r"step_(\d{7,})")
 _CHUNK = 1 << 22
 

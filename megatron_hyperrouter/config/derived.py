@@ -123,9 +123,8 @@ def split_shares(split: str) -> tuple[float, float, float]:
     if not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) for word in words) or len(words) > 3:
         raise ValueError("must be up to three non-negative numbers with commas between them")
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))
-    total = (
-        shares[0] + shares[1] + shares[2]
-    )  # sum() compensates for rounding from Python 3.12 on, and could move a split's border
+    # sum() compensates for rounding from Python 3.12 on, and could move a split's border
+    total = shares[0] + shares[1] + shares[2]
     if not total > 0:
         raise ValueError("must have a share greater than 0")
     return (shares[0] / total, shares[1] / total, shares[2] / total)

@@ -27,13 +27,11 @@ class Clock:
     step: int = 0  # completed optimizer steps
     topk: int | None = None  # overrides the schedule while evaluating
     turn: int = 0  # steps and evaluations begun: with each of them layers count their passes anew
-    arrived: list[Tokens] = field(
-        default_factory=list
-    )  # of this rank's micro-batches, in order; empty where nobody tells
+    # of this rank's micro-batches, in order; empty where nobody tells
+    arrived: list[Tokens] = field(default_factory=list)
     eod: int | None = None  # ends a document; None where nobody asks for documents
-    starts: list[Tensor] = field(
-        default_factory=list
-    )  # of these micro-batches: where the document of each token begins, _BS, uncut
+    # of these micro-batches: where the document of each token begins, _BS, uncut
+    starts: list[Tensor] = field(default_factory=list)
 
     def begin(self, *, step: int, topk: int | None = None) -> None:
         """A step, or an evaluation with ``topk``, begins."""

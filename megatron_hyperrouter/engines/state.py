@@ -44,10 +44,11 @@ def save_weights(folder: Path, rank: int, holding: Holding) -> None:
     none holds it all.
     """
     owned: dict[str, Tensor] = {}
+    # experts and dense weights: their tensor-parallel groups differ, and may have other turns
     turns = {
         True: 0,
         False: 0,
-    }  # experts and dense weights: their tensor-parallel groups differ, and may have other turns
+    }
     for name, parameter in holding.named:
         if router_parameter(name) is not None or (name == WORD_EMBEDDINGS and not holding.first_stage):
             continue

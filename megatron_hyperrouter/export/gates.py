@@ -31,9 +31,8 @@ class Gates(NamedTuple):
     """What the routers of a run become."""
 
     target: Target
-    tensors: dict[
-        str, Tensor
-    ]  # our global name of the router's tensor (``decoder.layers.0.mlp.router.weight``) -> tensor
+    # our global name of the router's tensor (``decoder.layers.0.mlp.router.weight``) -> tensor
+    tensors: dict[str, Tensor]
     options: dict[str, Any]  # of the folded router, or of our own gate
 
 

@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.model.documents import same_document, turned_back
 
-NextStarts = Callable[
-    [], Tensor
-]  # of a layer's next micro-batch: where the document of each token of the whole sequence begins, _BS
+# of a layer's next micro-batch: where the document of each token of the whole sequence begins, _BS
+NextStarts = Callable[[], Tensor]
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -102,9 +101,8 @@ class ScaledDotProductAttention(MegatronModule):
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
                 for x in (key_SBGC, value_SBGC)
             )
-        query, key, value = (
-            x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC)
-        )  # [B, heads, S, C]
+        # [B, heads, S, C]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC))
         out = F.scaled_dot_product_attention(
             query,
             key,

@@ -32,9 +32,8 @@ def seed_dropout(config: RunConfig) -> None:
     seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if torch.cuda.is_available() or config.engine.engine == "megatron" or config.parallel.sequence_parallel:
-        tensor_parallel.model_parallel_cuda_manual_seed(
-            seed
-        )  # megatron-core's tracker; on the CPU the compat room serves it
+        # megatron-core's tracker; on the CPU the compat room serves it
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed + 10_000 * data_rank)
 
 

@@ -88,9 +88,8 @@ def bias_step(load_E: Tensor, rate: float) -> Tensor:
     """What balancing without a loss adds to the choice bias: ``rate * sign(mean load - load)`` (arXiv
     2408.15664, algorithm 1).
     """
-    return rate * torch.sign(
-        load_E.sum() - load_E.numel() * load_E
-    )  # integers: exact, where a mean would round
+    # integers: exact, where a mean would round
+    return rate * torch.sign(load_E.sum() - load_E.numel() * load_E)
 
 
 def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:

@@ -90,9 +90,8 @@ _FAR_TAIL = (
     ),
 )
 # fmt: on
-_LOG_SERIES = tuple(
-    1.0 / odd for odd in range(19, 0, -2)
-)  # atanh(s) / s in powers of s^2; s^2 < 0.03, so the rest is below 1e-17
+# atanh(s) / s in powers of s^2; s^2 < 0.03, so the rest is below 1e-17
+_LOG_SERIES = tuple(1.0 / odd for odd in range(19, 0, -2))
 
 
 def normal(
@@ -146,10 +145,11 @@ def _fill(
     here = torch.device(device)
     place = here if here.type in ("cpu", "cuda") else torch.device("cpu")  # others may lack float64
     size = _CHUNK if place.type == "cpu" else _CHUNK << 5
+    # the numbers may be trained on, wherever they are drawn
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-    ):  # the numbers may be trained on, wherever they are drawn
+    ):
         out = torch.empty(tuple(shape), dtype=torch.float32, device=place)
         flat = out.view(-1)
         for first in range(0, flat.numel(), size):
@@ -187,9 +187,8 @@ def _standard_normal(bits: Tensor) -> Tensor:
     # probability less 1/2, exact
     q = _shift(bits, 12).to(torch.float64).sub_(2.0**51 - 0.5).mul_(2.0**-52)
     z = _ratio(_CENTRE, torch.mul(q, q).neg_().add_(0.180625)).mul_(q)
-    tails = (q.abs() > 0.425).nonzero(
-        as_tuple=True
-    )  # 15 % of the numbers; above, they got something finite or not, to be replaced
+    # 15 % of the numbers; above, they got something finite or not, to be replaced
+    tails = (q.abs() > 0.425).nonzero(as_tuple=True)
     q = q[tails]
     r = _log(0.5 - q.abs()).neg_().sqrt_()
     size = torch.where(r <= 5.0, _ratio(_NEAR_TAIL, r - 1.6), _ratio(_FAR_TAIL, r - 5.0))

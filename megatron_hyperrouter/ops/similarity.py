@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDING = (
-    2.0**-20
-)  # a feature that varies by less than this part of its size is constant: the rest is rounding
+# a feature that varies by less than this part of its size is constant: the rest is rounding
+_ROUNDING = 2.0**-20
 
 
 def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
@@ -61,9 +60,8 @@ def median_distance(x_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
         if not flat.size(-1):
             return x_ND.new_ones(x_ND.shape[:-2])
         middle, mean_square = flat.nanmedian(-1).values, flat.square().nanmean(-1)
-        size = torch.where(
-            middle > 0, middle, mean_square.sqrt()
-        )  # nan, of no pairs at all, is above nothing
+        # nan, of no pairs at all, is above nothing
+        size = torch.where(middle > 0, middle, mean_square.sqrt())
         return torch.where(size > 0, size, 1.0)
 
 

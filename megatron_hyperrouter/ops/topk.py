@@ -132,9 +132,8 @@ def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:
 
 def _by_rounds(scores_TE: Tensor, k: int) -> Tensor:
     """Take the best expert k times; argmax promises the first of equal values."""
-    rest_TE = scores_TE.clamp(
-        min=torch.finfo(scores_TE.dtype).min
-    )  # a copy, in which -inf marks nothing but experts already taken
+    # a copy, in which -inf marks nothing but experts already taken
+    rest_TE = scores_TE.clamp(min=torch.finfo(scores_TE.dtype).min)
     rounds = []
     for _ in range(k):
         best_T1 = rest_TE.argmax(-1, keepdim=True)

@@ -110,16 +110,14 @@ class FrozenRouter(Router):
 
     def frozen_tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """The frozen part on ``device``."""
-        if (
-            self.frozen.device != device
-        ):  # the module moved without ``to``, as unpickling with a map_location does
+        # the module moved without ``to``, as unpickling with a map_location does
+        if self.frozen.device != device:
             self.frozen = self.frozen.to(device)
         return self.frozen.tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenRouter:
-        super()._apply(
-            fn, recurse
-        )  # moves parameters and the two buffers; a dtype cannot touch the frozen part
+        # moves parameters and the two buffers; a dtype cannot touch the frozen part
+        super()._apply(fn, recurse)
         self.frozen = self.frozen.to(self.frozen_hash.device)
         return self
 

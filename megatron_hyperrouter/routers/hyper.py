@@ -215,10 +215,11 @@ class _Reuse(torch.autograd.Function):
         w2_HP: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(active_H)
+        # not saved tensors: hooks that offload activations would move them
         ctx.w1_HS, ctx.w2_HP = (
             w1_HS,
             w2_HP,
-        )  # not saved tensors: hooks that offload activations would move them
+        )
         return W_ED.detach(), None if b_E is None else b_E.detach()
 
     @staticmethod

@@ -166,9 +166,8 @@ class SimSMoERouter(Router, name="simsmoe"):
             cka_R, enough_R = self.compare(routing.experts_TK, outputs_TKD, now)
         counts_R = enough_R & (cka_R.detach() >= self.config.threshold)
         loss = self.config.similarity_coeff * torch.where(counts_R, cka_R, 0.0).sum()
-        if (
-            self.over_shards is not None
-        ):  # the value is shared out, as parts that add up; the gradient is of this rank's rows already
+        # the value is shared out, as parts that add up; the gradient is of this rank's rows already
+        if self.over_shards is not None:
             loss = loss - loss.detach() + loss.detach() / self.over_shards(torch.ones_like(loss))
         return routing._replace(losses={**routing.losses, "similarity": loss})
 
@@ -185,9 +184,8 @@ class SimSMoERouter(Router, name="simsmoe"):
             as_tuple=True
         )
         features_TKF = outputs_TKD.new_zeros(*experts_TK.shape, self.head_out_FW.size(0), dtype=torch.float32)
-        features_TKF[wanted] = self.project(
-            outputs_TKD[wanted]
-        )  # of these alone: the head costs little whatever T and K
+        # of these alone: the head costs little whatever T and K
+        features_TKF[wanted] = self.project(outputs_TKD[wanted])
         features_GKF = self._of_all(features_TKF)
         slots_RN2 = slots_RG2.gather(1, rows_RN.unsqueeze(-1).expand(-1, -1, 2))
         first_RNF, second_RNF = (features_GKF[rows_RN, slots_RN2[..., side]] for side in (0, 1))

@@ -79,9 +79,8 @@ class XMoERouter(Router, name="xmoe"):
         self.first_temperature = config.init_temperature or config.balance_temperature
         self.projection_PD = nn.Parameter(torch.empty(size, self.hidden_size))
         self.embedding_EP = nn.Parameter(torch.empty(self.num_experts, size))
-        self.log_temperature = nn.Parameter(
-            torch.empty(1)
-        )  # less that of the start: near 0 bfloat16 is fine enough
+        # less that of the start: near 0 bfloat16 is fine enough
+        self.log_temperature = nn.Parameter(torch.empty(1))
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:

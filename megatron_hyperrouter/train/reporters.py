@@ -71,9 +71,8 @@ class WandbHook(Hook):
             resume="allow" if known else None,
         )
         id_file.write_text(f"{self._run.id}\n")
-        self._run.define_metric(
-            "*", step_metric="step"
-        )  # W&B's own step cannot go back, as a resumed run does
+        # W&B's own step cannot go back, as a resumed run does
+        self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: Record) -> None:
         """All numbers of the step, under the names of :func:`metrics.tags`."""

@@ -111,10 +111,11 @@ def _refuse_misfit(
             "\n  - ".join([f"{folder} holds a model of other sizes:", *lines]),
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
+    # but for the ranks
     alike = {
         **ours,
         "layout": {**ours["layout"], "world_size": saved.get("layout", {}).get("world_size")},
-    }  # but for the ranks
+    }
     if weights_only or not (ranks_fixed or any(_differences("layout", saved, alike))):
         return
     if lines := list(_differences("layout", saved, ours)):

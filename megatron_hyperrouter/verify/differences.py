@@ -57,10 +57,11 @@ class Tolerances:
 
 
 BFLOAT16_UNIT = 2.0**-7  # the step from 1 to the next number
+# least and most that is allowed: a part of a gradient that is missing is more
 BFLOAT16_GRADIENTS = (
     2.0**-4,
     2.0**-2,
-)  # least and most that is allowed: a part of a gradient that is missing is more
+)
 
 
 @dataclass(frozen=True)

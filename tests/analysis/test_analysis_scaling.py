@@ -164,9 +164,8 @@ def test_what_the_runs_do_not_tell_is_said():
     plain = [1e5, 1e6, 1e7, 1e8]
     assert fit({"N": plain}, [50.0 * n**-0.2 for n in plain]).at_bounds == ("E",)  # a pure power law
     assert fit({"N": plain}, [0.5 + 50.0 * n**-0.2 for n in plain]).at_bounds == ()
-    assert fit({"N": [1e5, 1.2e5, 1.5e5, 1.8e5]}, [9.0, 2.0, 2.0, 2.0]).at_bounds == (
-        "alpha",
-    )  # all the fall before the second size
+    # all the fall before the second size
+    assert fit({"N": [1e5, 1.2e5, 1.5e5, 1.8e5]}, [9.0, 2.0, 2.0, 2.0]).at_bounds == ("alpha",)
     assert fit(*study(over_d=True)).at_bounds == ()
 
 

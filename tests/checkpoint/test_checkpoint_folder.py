@@ -315,9 +315,8 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     (tmp_path / "step_0000007/rank2").write_bytes(b"")
     answers = ThreadRanks.run(3, lambda ranks: verify(tmp_path / "step_0000007", ranks))
     assert all(isinstance(answer, CheckpointError) for answer in answers)
-    assert all(
-        "rank2 has 0 bytes, 1000 were saved" in str(answer) for answer in answers
-    )  # rank 0 tells it, whoever read the file
+    # rank 0 tells it, whoever read the file
+    assert all("rank2 has 0 bytes, 1000 were saved" in str(answer) for answer in answers)
     assert all(str(answer).count("remedy") == 1 for answer in answers)
 
 

@@ -46,9 +46,8 @@ class TestShmBuild:
         monkeypatch.setattr(
             host, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda name: stand_in)
         )
-        monkeypatch.setitem(
-            deepspeed.ops.__compatible_ops__, builder.NAME, True
-        )  # as where there is a compiler
+        # as where there is a compiler
+        monkeypatch.setitem(deepspeed.ops.__compatible_ops__, builder.NAME, True)
         host.build_shm_op()
         assert loads == ["compiled"]
 

@@ -28,10 +28,11 @@ NEEDED = {
     "skip_shm_build": (1, "DeepSpeed compiles"),
     "shape_gathered_tokens": (2, "RuntimeError|ValueError"),
 }
+# needed on any machine, where Transformer Engine and apex are missing
 WITHOUT_TE = (
     "name_te_general_gemm",
     "keep_adam_step",
-)  # needed on any machine, where Transformer Engine and apex are missing
+)
 
 
 @pytest.mark.processes

@@ -85,9 +85,8 @@ class TestRouter:
     def test_another_name_on_the_command_line_replaces_the_files_router(self, routers, write):
         path = write("data_path: a\nrouter: {name: hyper, hypernet_width: 64, seed: 7}")
         config = parse(["--config", path, "--router.name", "plain"], routers=routers)
-        assert (
-            config.router.options == routers["plain"].Config()
-        )  # not seed 7, which was said to another router
+        # not seed 7, which was said to another router
+        assert config.router.options == routers["plain"].Config()
         same = parse(["--config", path, "--router.name", "hyper"], routers=routers)
         assert same.router.options == routers["hyper"].Config(hypernet_width=64, seed=7)
 
@@ -231,9 +230,8 @@ def test_what_is_dumped_parses_to_an_equal_tree(data, routers, tmp_path_factory)
     config = replace_leaves(config, **values)
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(dump(config), encoding="utf-8")
-    with mock.patch.object(
-        check, "problems", return_value=[]
-    ):  # rules that join settings may object; that is another matter
+    # rules that join settings may object; that is another matter
+    with mock.patch.object(check, "problems", return_value=[]):
         again = parse(["--config", str(path)], routers=routers)
     assert again == config
     for leaf in leaves:  # 1 == 1.0 == True
@@ -331,9 +329,8 @@ class TestWriteSettings:
         path = write_settings(config)
         assert path == tmp_path / "run/config.yaml"
         assert parse(["--config", str(path)], routers=routers) == config
-        assert [each.name for each in path.parent.iterdir()] == [
-            "config.yaml"
-        ]  # nothing unfinished beside it
+        # nothing unfinished beside it
+        assert [each.name for each in path.parent.iterdir()] == ["config.yaml"]
 
     def test_a_run_that_goes_on_is_still_the_same_run(self, routers, tmp_path):
         first = parse([*DATA, "--run-dir", str(tmp_path)], routers=routers)

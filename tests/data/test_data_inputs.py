@@ -24,11 +24,12 @@ def test_globs_are_sorted_and_names_keep_their_order(tmp_path: Path, monkeypatch
     for name in ("b/2.jsonl", "b/10.jsonl", "b/c/1.jsonl", "a.jsonl", "odd[1].jsonl", "b/d.jsonl/x"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("{}")
+    # the folder b/d.jsonl is no file
     assert expand(["b/*.jsonl", "a.jsonl"]) == [
         "b/10.jsonl",
         "b/2.jsonl",
         "a.jsonl",
-    ]  # the folder b/d.jsonl is no file
+    ]
     assert expand(["b/**/*.jsonl"]) == ["b/10.jsonl", "b/2.jsonl", "b/c/1.jsonl"]
     assert expand(["odd[1].jsonl"]) == ["odd[1].jsonl"]
     assert expand(["a.jsonl", "a.jsonl", "gone.jsonl"]) == ["a.jsonl", "a.jsonl", "gone.jsonl"]

@@ -20,9 +20,8 @@ every = pytest.mark.parametrize(
     "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
 )
 corpora = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 30)), min_size=1, max_size=25)
-changes = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=6
-)  # sequence length, samples
+# sequence length, samples
+changes = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=6)
 
 
 def tokens_of(span: Span, store: Any) -> list[int]:

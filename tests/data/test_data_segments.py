@@ -96,9 +96,8 @@ def runs(draw: st.DrawFn) -> tuple[list[list[int]], list[Part]]:
             st.lists(st.one_of(st.integers(0, 2), st.integers(0, 20)), max_size=12), min_size=1, max_size=3
         )
     )
-    sizes = [
-        [3, *each] for each in sizes
-    ]  # the least with which samples of one token can be made of two thirds of it
+    # the least with which samples of one token can be made of two thirds of it
+    sizes = [[3, *each] for each in sizes]
     split = draw(st.sampled_from(["1,0,0", "2,1,0"]))
     kinds = draw(st.sampled_from([["materialised"], ["on-demand"], ["materialised", "on-demand"]]))
     parts: list[Part] = []
@@ -222,9 +221,8 @@ def test_each_token_is_read_once_an_epoch(
     for part in parts:
         ledger = part.read(paths, ledger, step, counts)
         step += part.steps
-    reach = sum(
-        (part.steps + part.planned) * part.batch * part.length for part in parts
-    )  # no index was made for more
+    # no index was made for more
+    reach = sum((part.steps + part.planned) * part.batch * part.length for part in parts)
     for file, each in enumerate(sizes):
         tokens, read = sum(part_of(each, parts[0].split)), counts[file].total()
         epochs = -(-max(read, 2 * reach) // tokens) + 2

@@ -28,9 +28,8 @@ megatron = importlib.import_module("megatron.core.datasets.indexed_dataset")
 
 in_tmp_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 dtypes = st.sampled_from([np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64])
-corpora = st.lists(
-    st.lists(st.integers(0, 5), min_size=0, max_size=4), min_size=0, max_size=12
-)  # documents of sequence lengths
+# documents of sequence lengths
+corpora = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=4), min_size=0, max_size=12)
 
 
 def random_documents(shape: list[list[int]], dtype: type, seed: int = 0) -> list[np.ndarray]:

@@ -212,11 +212,12 @@ def test_settings_that_name_no_tokenizer() -> None:
 
 def test_null_tokenizer_has_ids_alone() -> None:
     ours = build_tokenizer("NullTokenizer", vocab_size=1000)
+    # Megatron-LM's count leaves the end of a document out
     assert (ours.vocab_size, ours.eod, ours.token_bytes_V()) == (
         1001,
         1000,
         None,
-    )  # Megatron-LM's count leaves the end of a document out
+    )
     with pytest.raises(ConfigError, match="encode"):
         ours.encode("text")
     with pytest.raises(ConfigError, match="decode"):

@@ -116,9 +116,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     moe = build(case)
     rank, world = dist.get_rank(), dist.get_world_size()
-    shared = (
-        "context_parallel_size" in layout or "tensor_model_parallel_size" in layout
-    )  # the ranks share one micro-batch
+    # the ranks share one micro-batch
+    shared = "context_parallel_size" in layout or "tensor_model_parallel_size" in layout
     batches = [numbers(1, S, B, D)] if shared else [numbers(1 + each, S, B, D) for each in range(world)]
     probes = [numbers(50 + each, S, B, D) for each in range(len(batches))]
 

@@ -95,10 +95,11 @@ class TestHypernetwork:
             [0, LAYERS * micro_batches],
             [LAYERS, LAYERS * micro_batches],
         ]
+        # which the next step reuses: the weights are the same
         assert runs[case]["calls_of_evaluation"] == [
             LAYERS,
             0,
-        ]  # which the next step reuses: the weights are the same
+        ]
 
     @pytest.mark.parametrize("case", ALL_HYPER)
     def test_embedding_learns(self, runs: dict[str, Told], case: str) -> None:

@@ -29,9 +29,8 @@ class Watched:
             )
         for chunk in engine.modules():
             for module in chunk.modules():
-                if (
-                    type(module).__name__ == "Experts"
-                ):  # of DeepSpeed: [ranks, local experts, slots, D], empty slots are zero
+                # of DeepSpeed: [ranks, local experts, slots, D], empty slots are zero
+                if type(module).__name__ == "Experts":
                     module.register_forward_pre_hook(lambda _, inputs: self._dispatched(inputs[0]))
                 elif (
                     type(module).__name__ == "SequentialMLP"

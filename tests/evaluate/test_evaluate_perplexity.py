@@ -154,9 +154,8 @@ class TestTool:
             assert result["tokens"] == tokens > 100
             assert result["lm_loss"] == pytest.approx(loss, rel=1e-6)
             assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
-            assert result["bits_per_byte"] == pytest.approx(
-                loss / math.log(2), rel=1e-6
-            )  # every target is one byte
+            # every target is one byte
+            assert result["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-6)
         assert len(capsys.readouterr().out.splitlines()) == 4
 
     def test_another_split(self, tool: ModuleType, run_dir: Path) -> None:

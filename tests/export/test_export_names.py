@@ -50,7 +50,6 @@ def test_every_tensor_has_one_place() -> None:
                 used = [(name, place.part) for place in found.values() for name in place.ours]
                 assert len(used) == len(set(used))
                 ours = {name for name, _ in used}
-                per_layer = (
-                    1 + 1 + 2 + 1 + 2 * 4 + 2 * qk_norm
-                )  # qkv, projection, norms, router, experts, q/k norms
+                # qkv, projection, norms, router, experts, q/k norms
+                per_layer = 1 + 1 + 2 + 1 + 2 * 4 + 2 * qk_norm
                 assert len(ours) == 2 + 2 * per_layer + (not tied)

@@ -46,9 +46,8 @@ class TestInitialise:
                 assert torch.equal(tensor, torch.full_like(tensor, 7.0))  # fills itself
             else:
                 std = 0.05 / math.sqrt(2 * 8) if name.endswith(INTO_THE_RESIDUAL) else 0.05
-                assert tensor.std().item() == pytest.approx(
-                    std, rel=0.06
-                )  # of 1280 numbers and more: 3 sigma
+                # of 1280 numbers and more: 3 sigma
+                assert tensor.std().item() == pytest.approx(std, rel=0.06)
                 assert abs(tensor.mean().item()) < 4 * std / math.sqrt(tensor.numel())
 
     def test_a_weight_depends_on_its_name_and_the_seed_alone(self) -> None:

@@ -41,9 +41,8 @@ def test_equal_logits_go_to_the_lower_id(data, num_experts, num_tokens):
 @pytest.mark.parametrize(("num_experts", "k"), [(16, 1), (32, 2), (48, 3)])
 def test_rounds_agree_with_the_sort_on_any_floats(num_experts, k):
     """Where E >= 16 k the choice is made by rounds of argmax."""
-    logits_TE = (
-        torch.randn(200, num_experts, generator=torch.Generator().manual_seed(1)).mul(3).round()
-    )  # ties in every row
+    # ties in every row
+    logits_TE = torch.randn(200, num_experts, generator=torch.Generator().manual_seed(1)).mul(3).round()
     logits_TE[0], logits_TE[1, 5], logits_TE[2] = -math.inf, math.nan, torch.finfo(torch.float32).min
     by_sort = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(best_experts(logits_TE, k), by_sort)

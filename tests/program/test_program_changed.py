@@ -24,10 +24,11 @@ SETTINGS = (
     "--data-index on-demand"
 ).split()
 SAVED, LAST = 3, 12  # steps
+# tokens before and after the change of the batch from 8 to 4
 FIRST, SECOND = (
     SAVED * 8 * SEQ,
     (LAST - SAVED) * 4 * SEQ,
-)  # tokens before and after the change of the batch from 8 to 4
+)
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,8 @@ class TestMetrics:
             assert record["grad_norm"] > 0 and 0.9 < record["aux_loss"] < EXPERTS
 
     def test_the_model_learns_from_near_a_uniform_guess(self, steps: list[Record]) -> None:
-        assert steps[0]["lm_loss"] == pytest.approx(
-            math.log(264), rel=0.05
-        )  # 257 ids, padded to a multiple of 8
+        # 257 ids, padded to a multiple of 8
+        assert steps[0]["lm_loss"] == pytest.approx(math.log(264), rel=0.05)
         assert steps[-1]["lm_loss"] < steps[0]["lm_loss"] - 1
 
     def test_evaluations(self, lines: list[Record]) -> None:
@@ -195,9 +194,8 @@ class TestCheckpoints:
         assert {name for name in found if ".experts." in name} == set(names)
         numbers = sum(tensor.numel() for tensor in found.values())
         on_disk = sum(path.stat().st_size for path in folder.glob("weights-*"))
-        assert (
-            on_disk < 4 * numbers + 20_000
-        )  # nothing twice, no float32 hypernetwork of 32 * 256 + 256 * 4 * 32 numbers a layer
+        # nothing twice, no float32 hypernetwork of 32 * 256 + 256 * 4 * 32 numbers a layer
+        assert on_disk < 4 * numbers + 20_000
 
     def test_optimizer_keeps_state_of_trained_numbers_alone(self, whole: Path) -> None:
         trained = sum(tensor.numel() for tensor in weights_of(whole).values() if tensor.is_floating_point())

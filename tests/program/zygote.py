@@ -65,16 +65,14 @@ def become(request: dict[str, Any]) -> None:
     if limit := request.get("largest_file"):  # bytes; writing more fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if pace := request.get(
-        "pace"
-    ):  # seconds that each optimizer step takes longer, so that a signal comes in time
+    # seconds that each optimizer step takes longer, so that a signal comes in time
+    if pace := request.get("pace"):
         from megatron_hyperrouter.train.run import Run
 
         step = Run.step
         Run.step = lambda *args, **kwargs: (time.sleep(pace), step(*args, **kwargs))[1]
-    if folder := request.get(
-        "noted"
-    ):  # where each rank writes its samples as it reads them: the first one's number, and their inputs
+    # where each rank writes its samples as it reads them: the first one's number, and their inputs
+    if folder := request.get("noted"):
         from megatron_hyperrouter.data.stream.loader import Batches
 
         read, path = Batches._read, Path(folder, os.environ.get("RANK", "0"))
@@ -87,9 +85,8 @@ def become(request: dict[str, Any]) -> None:
             return batch
 
         Batches._read = noting
-    if pattern := request.get(
-        "stall_at"
-    ):  # the first fsync of a file while such a path is there does not come back
+    # the first fsync of a file while such a path is there does not come back
+    if pattern := request.get("stall_at"):
         quick = os.fsync
         os.fsync = lambda file: stall() if glob.glob(pattern) else quick(file)
     sys.argv = [request["program"], *request["arguments"]]

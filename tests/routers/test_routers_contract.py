@@ -158,9 +158,8 @@ def test_reset_fills_every_parameter_from_the_draws(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_routes_alike_and_is_independent(name, copier):
     router = small(name)
-    route(
-        router, tokens(requires_grad=True)
-    )  # a forward pass must not leave anything behind that cannot be copied
+    # a forward pass must not leave anything behind that cannot be copied
+    route(router, tokens(requires_grad=True))
     before = route(router, tokens())
     twin = copier(router)
     assert same(before, route(twin, tokens()))

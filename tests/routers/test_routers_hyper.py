@@ -86,9 +86,8 @@ def test_width_init_starts_logits_at_unit_standard_deviation(sizes):
         router = build_router("hyper", topk=2, layer_number=layer, **sizes)
         x_TD = keyed.normal((256, sizes["hidden_size"]), seed=layer, name="x")
         variances.append(router(x_TD).logits_TE.detach().square().mean().item())
-    assert sum(variances) / 16 == pytest.approx(
-        1.0, abs=0.15
-    )  # a layer's own scale varies by a tenth with its draw
+    # a layer's own scale varies by a tenth with its draw
+    assert sum(variances) / 16 == pytest.approx(1.0, abs=0.15)
     assert min(variances) > 0.4
     assert max(variances) < 2.0
 

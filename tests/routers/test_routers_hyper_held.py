@@ -124,10 +124,11 @@ def test_one_generation_a_step_and_one_transposed_pass_a_micro_batch(monkeypatch
     counted("generate")
     counted("transposed")
     train(held=True, recompute=recompute, evaluate=torch.no_grad)
+    # the last evaluation generates anew
     assert calls == {
         "generate": STEPS + 1,
         "transposed": STEPS * MICRO_BATCHES,
-    }  # the last evaluation generates anew
+    }
 
 
 def test_without_begin_step_the_old_router_is_kept():

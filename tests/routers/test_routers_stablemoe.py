@@ -97,9 +97,8 @@ def test_balance_is_zero_when_uniform_and_pushes_the_crowded_down():
     )
     crowded_TK = torch.tensor([[0]] * 7 + [[1]] * 3)
     (gradient_TK,) = torch.autograd.grad(overload_loss(values_TK, crowded_TK, 2), values_TK)
-    torch.testing.assert_close(
-        gradient_TK.flatten(), torch.tensor([0.04] * 7 + [-0.04] * 3)
-    )  # (7 - 5) / 5 / 10
+    # (7 - 5) / 5 / 10
+    torch.testing.assert_close(gradient_TK.flatten(), torch.tensor([0.04] * 7 + [-0.04] * 3))
 
 
 def test_who_learns_from_what_in_stage_one():

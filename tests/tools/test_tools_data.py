@@ -207,9 +207,8 @@ def test_a_signal_leaves_nothing_behind(
         ),
         process,
     )
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
-        number
-    )  # Ctrl-C reaches the workers too
+    # Ctrl-C reaches the workers too
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"stopped by {number.name}; the same command goes on" in err
@@ -287,9 +286,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, workers: int, kind
             *map(str, arguments),
         ]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        status, kilobytes = map(
-            int, done.stdout.split()
-        )  # of the tool, or of the largest worker that it has waited for
+        # of the tool, or of the largest worker that it has waited for
+        status, kilobytes = map(int, done.stdout.split())
         assert status == 0, done.stderr
         peaks.append(kilobytes / 1024)
     assert peaks[0] < 80, peaks  # else something else was measured

@@ -72,9 +72,8 @@ def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: in
         before = saved(folder)
         position = before[-1]["position"] if before else 0
         moment = generator.uniform(position, (position + total) / 2)
-        seconds = (
-            generator.uniform(0, 0.5) if attempt % 2 else 60.0
-        )  # every other one soon after it starts, wherever that is
+        # every other one soon after it starts, wherever that is
+        seconds = generator.uniform(0, 0.5) if attempt % 2 else 60.0
         finishes = hits == kills
         process = start("preprocess_data", *arguments, "--workers", generator.choice([1, 1, 2]), cwd=folder)
         if not finishes:

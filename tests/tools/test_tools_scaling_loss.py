@@ -210,9 +210,8 @@ def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
         for width, inner in ((16, 8), (32, 16))
         for router in ("topk", "hyper")
     ]
-    assert all(
-        each["expert_model_parallel_size"] == 2 for each in settings
-    )  # several ranks: the layout of --config
+    # several ranks: the layout of --config
+    assert all(each["expert_model_parallel_size"] == 2 for each in settings)
     for each in settings:
         for name in ("hidden_size", "moe_ffn_hidden_size", "router", "seed", "run_dir"):
             each.pop(name)

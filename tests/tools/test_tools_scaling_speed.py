@@ -93,13 +93,11 @@ def test_the_table_against_the_metrics_of_the_runs(study: Study) -> None:
         ranks = int(row["ranks"])
         run = study.folder / "out" / "runs" / f"ranks={ranks},{row['layout']}-run1"
         records = metrics(run, times=True)
-        assert [record["step"] for record in records] == list(
-            range(1, WARMUP + STEPS + 1)
-        )  # and nothing was evaluated
+        # and nothing was evaluated
+        assert [record["step"] for record in records] == list(range(1, WARMUP + STEPS + 1))
         assert {record["topk"] for record in records} == {2}
-        assert (
-            records[-1]["consumed_tokens"] == (WARMUP + STEPS) * 2 * ranks * SEQ
-        )  # weak: as many samples for each rank
+        # weak: as many samples for each rank
+        assert records[-1]["consumed_tokens"] == (WARMUP + STEPS) * 2 * ranks * SEQ
         settings = yaml.safe_load((run / "config.yaml").read_text())
         assert settings["expert_model_parallel_size"] == (2 if row["layout"] == "ep=2" else 1)
         timed = records[WARMUP:]
@@ -133,16 +131,16 @@ def test_finished_runs_stay_and_more_repetitions_are_submitted_and_collected(
     more = [*study.arguments[:-1], "2"]
     jobs = submitted(zygote.run([*more, "--dry-run"], program=TOOL))
     names = [Path(settings["run_dir"]).name for _, settings in jobs]
+    # the other way round, what is finished left out
     assert names == [
         "ranks=2,ep=2-run2",
         "ranks=2,dp-run2",
         "ranks=1,dp-run2",
-    ]  # the other way round, what is finished left out
+    ]
     for words, _ in jobs[:2]:
         assert words[1:4] == [f"--job-name={names[jobs.index((words, _))]}", "--nodes=1", "--gpus-per-node=2"]
-    zygote.run(
-        jobs[0][0][jobs[0][0].index("examples/slurm.sh") + 1 :], program=PROGRAM, ranks=2
-    )  # what the job does
+    # what the job does
+    zygote.run(jobs[0][0][jobs[0][0].index("examples/slurm.sh") + 1 :], program=PROGRAM, ranks=2)
     partly = zygote.run([*more, "--collect"], program=TOOL)
     assert partly.stderr.count("not finished: ") == 2
     assert [row["runs"] for row in rows(study.folder / "out" / "table.csv")] == ["1", "1", "2"]

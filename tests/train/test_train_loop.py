@@ -183,13 +183,14 @@ class TestMoments:
 
         diary = Diary()
         assert train(AskedElsewhere(VOCAB_SIZE), config, splits(), [diary]) == 4
+        # saved before it takes time to evaluate
         assert diary.events == [
             "start 0",
             "save 3",
             "save 4",
             "valid 4",
             "end",
-        ]  # saved before it takes time to evaluate
+        ]
 
     def test_hooks_end_when_the_run_breaks(self, config: RunConfig) -> None:
         diary = Diary()

@@ -119,9 +119,8 @@ class TestWandb:
     def test_missing_library_is_told_on_every_rank(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
     ) -> None:
-        monkeypatch.setitem(
-            sys.modules, "wandb", None
-        )  # what Python itself notes for a module that must not be imported
+        # what Python itself notes for a module that must not be imported
+        monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(HostError, match="--wandb-project needs wandb") as caught:
             hooks_for(config_with(tmp_path, wandb_project="routers"), place)
         assert caught.value.exit_status == 5 and "pip install wandb" in caught.value.remedy

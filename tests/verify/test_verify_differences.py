@@ -86,10 +86,11 @@ def test_each_number_is_told_with_its_place(tmp_path: Path, reference: Evidence)
         and told["grad_norm"] == (0.0, "")
     )
     assert told["lm_loss"][1].startswith("step 1: 5.5, not 5")
+    # 0.01 of 0.01; the large one is an eighth off
     assert told["gradients"] == (
         pytest.approx(1.0, rel=1e-3),
         "small",
-    )  # 0.01 of 0.01; the large one is an eighth off
+    )
     assert told["weights"] == (pytest.approx(0.5, rel=1e-3), "w")
     assert told["frozen parts"] == (1.0, "rank 1 has another decoder.layers.0.mlp.router")
 

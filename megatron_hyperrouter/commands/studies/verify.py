@@ -93,9 +93,8 @@ def main(arguments: Sequence[str]) -> None:
     check_ranks(layouts)
     engine = args.engines[0]
     samples = samples_for(layouts, settings_of(args, layouts[0], engine, samples=None).train.micro_batch_size)
-    reference = Row(
-        layouts[0], engine, settings_of(args, layouts[0], engine, samples)
-    )  # its ConfigError is the user's
+    # its ConfigError is the user's
+    reference = Row(layouts[0], engine, settings_of(args, layouts[0], engine, samples))
     check_data(reference, args)
     rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
     rows = [row for row in rows if (row.layout, row.engine) != (reference.layout, reference.engine)]

@@ -69,9 +69,8 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
             )
     for key, expected, name in expectations(config, world_size):
         value = at(document, key)
-        agrees = value == expected and isinstance(value, bool) == isinstance(
-            expected, bool
-        )  # 1 == True in Python
+        # 1 == True in Python
+        agrees = value == expected and isinstance(value, bool) == isinstance(expected, bool)
         if value is not ABSENT and not agrees:
             remedy = f"leave it out, or make the two agree ({flag(name)})"
             yield Problem(

@@ -15,9 +15,8 @@ def global_batch_by_micro_batches(config: RunConfig, world_size: int | None) -> 
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     if total is None:
         return
-    ranks = (
-        1 if world_size is None else data_parallel_size(config, world_size) or 1
-    )  # a layout that does not fit is reported by itself
+    # a layout that does not fit is reported by itself
+    ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1
     if total % (micro * ranks):
         among = "" if world_size is None else f" x data-parallel ranks = {micro} x {ranks}"
         rule = f"must be divisible by --micro-batch-size{among or f' = {micro}'}"

@@ -56,9 +56,8 @@ def sample_index(
     rows[1 : inside + 1, 1] = boundaries[:inside] - (ends - lengths)[documents[:inside]]
     if inside < num_samples:
         before = int(ends[-1]) if len(ends) else 0
-        if (
-            inside < num_samples - 1 or before < num_tokens
-        ):  # only a last sample that is shorter than the others can be left
+        # only a last sample that is shorter than the others can be left
+        if inside < num_samples - 1 or before < num_tokens:
             raise ValueError(f"the documents of document_index hold {before} tokens, not {num_tokens}")
         # As megatron-core, in the last document even if it is empty; but not at token -1 of it.
         last = len(lengths) - 1 if lengths[-1] >= extra else int(np.flatnonzero(lengths)[-1])

@@ -124,9 +124,8 @@ def sample_index(
     order = _exact(order, np.int64 if order.dtype == np.int64 else np.int32, "document_index")
     num_tokens = num_epochs * tokens_per_epoch
     usable = num_tokens - int(add_extra_token)
-    num_samples = (
-        usable // seq_length if drop_last else -(-usable // seq_length)
-    )  # exact: megatron-core's float32 is not
+    # exact: megatron-core's float32 is not
+    num_samples = usable // seq_length if drop_last else -(-usable // seq_length)
     if num_tokens + seq_length >= 2**63:
         raise ValueError(f"{num_epochs=} of {tokens_per_epoch=} and {seq_length=}: beyond 2**63 tokens")
     wide = len(order) > _INT32_MAX

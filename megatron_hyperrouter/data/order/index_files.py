@@ -39,9 +39,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 Named = Iterator[tuple[str, npt.NDArray[Any]]]
 Key = Mapping[str, Any]
 
-CACHED_FROM = (
-    2**20
-)  # numbers; what is smaller is built by every process in less time than it takes to open a file
+# numbers; what is smaller is built by every process in less time than it takes to open a file
+CACHED_FROM = 2**20
 _MAGIC = b"MHRINDEX"
 _START = struct.Struct("<8sQ")
 _ALIGN = 64
@@ -138,10 +137,11 @@ def _build(path: Path, key: Key, build: Callable[[], Named]) -> Arrays:
 def _write(path: Path, key: Key, arrays: Named) -> None:
     """Not forced to the disk: what a crash of the machine leaves shows in the sums, and is built again."""
     entries: list[dict[str, Any]] = []
+    # of the header, which is known last
     offset, length = (
         0,
         -(-len(json.dumps(key)) // _ROOM) * _ROOM + _ROOM,
-    )  # of the header, which is known last
+    )
     base = _base(length)
     with open(path, "wb", buffering=0) as stream:
         for name, array in arrays:

@@ -163,9 +163,8 @@ class OnDemandOrder:
             last = int(shard.starts.searchsorted(last_token, "right")) - 1
             return Span(shard.documents, first, head, last, last_token - int(shard.starts[last]) + 1)
         pieces = [shard.documents[first:]]
-        while (
-            last_token >= shard.starts[-1]
-        ):  # the sample goes on in the next shard, or in the one after that
+        # the sample goes on in the next shard, or in the one after that
+        while last_token >= shard.starts[-1]:
             last_token -= int(shard.starts[-1])
             epoch, number = (
                 (epoch, number + 1) if number + 2 < len(self.epoch(epoch).shard_starts) else (epoch + 1, 0)

@@ -59,9 +59,8 @@ def pack(
         len(rest), index.key_of(seed, _SHUFFLED)
     )
     items = shuffled[rest[shuffled] > 0]
-    room = (length - rest[items]).astype(
-        np.uint16 if length < 2**16 else np.int32
-    )  # sorted by counting where it can be
+    # sorted by counting where it can be
+    room = (length - rest[items]).astype(np.uint16 if length < 2**16 else np.int32)
     items = items[np.argsort(room, kind="stable")]
     samples = best_fit(np.bincount(rest[items], minlength=length), length)
     items = items[np.argsort(samples, kind="stable")]

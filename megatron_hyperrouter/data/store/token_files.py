@@ -40,6 +40,7 @@ Int64s = npt.NDArray[np.int64]
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INT32 = struct.Struct("<i")
+# 6 and 7 are floats, which no token is
 _DTYPES = {
     1: "<u1",
     2: "<i1",
@@ -47,7 +48,7 @@ _DTYPES = {
     4: "<i4",
     5: "<i8",
     8: "<u2",
-}  # 6 and 7 are floats, which no token is
+}
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 20  # sequences handled at a time: memory stays a few MB whatever the corpus

@@ -177,9 +177,8 @@ class Builder:
     impl: Implementation | None = None
     eod: int | None = None  # the id that ends a document; what packs them needs it
     stores: dict[str, IndexedDataset] = field(default_factory=dict)
-    asked: dict[str, int | None] = field(
-        default_factory=dict
-    )  # file -> the number of samples that its last index was made for
+    # file -> the number of samples that its last index was made for
+    asked: dict[str, int | None] = field(default_factory=dict)
 
     def build(self, number: int, num_samples: int | None) -> Dataset | None:
         """Dataset of split ``number``."""

@@ -98,9 +98,8 @@ class UnreadOrder:
         """``limit``: samples in all, where the order was made for so many."""
         self._limit = limit
         self.unread, self._stream, self._built, self._seq_length = unread, stream, built, seq_length
-        self._ends = list(
-            accumulate((piece.end - piece.begin for piece in unread.pieces), initial=0)
-        )  # 0, then each piece's
+        # 0, then each piece's
+        self._ends = list(accumulate((piece.end - piece.begin for piece in unread.pieces), initial=0))
         self._left = self._ends[-1]  # tokens of all pieces
         self._from_left = -(-self._left // seq_length)  # samples that begin in them
         self._key = index.key_of(seed, _LEFT, unread.changes)
@@ -121,9 +120,8 @@ class UnreadOrder:
         first, until = 0, self._from_left
         if read >= until:
             epoch, shard, first, until = self._window(read)
-        if (
-            read == first
-        ):  # nothing of this window has been read, and where samples are limited, it may hold none
+        # nothing of this window has been read, and where samples are limited, it may hold none
+        if read == first:
             return Unread(
                 () if first else self.unread.pieces, self._following(first), self.unread.changes + 1
             )
@@ -157,9 +155,8 @@ class UnreadOrder:
 
     def _window(self, i: int) -> tuple[int, int, int, int]:
         """Epoch and shard in which sample ``i`` begins, and the samples from and to which begin there."""
-        shift = (
-            self._left - self.unread.following
-        )  # from a token of the stream to its place in what is unread
+        # from a token of the stream to its place in what is unread
+        shift = self._left - self.unread.following
         epoch, shard = self._stream.shard_at(i * self._seq_length - shift)
         begin, end = (border + shift for border in self._stream.borders(epoch, shard))
         until = -(-end // self._seq_length)

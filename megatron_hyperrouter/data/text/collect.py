@@ -53,9 +53,8 @@ def write_corpus(
         os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root))
         for ending in ("", ".partial")
     }
-    sources = [
-        source for source in find_text_files(root) if source not in own
-    ]  # what an earlier run left is no source
+    # what an earlier run left is no source
+    sources = [source for source in find_text_files(root) if source not in own]
     documents = size = left_out = 0
     with replacing(output) as stream:
         for done, source in enumerate(sources, start=1):

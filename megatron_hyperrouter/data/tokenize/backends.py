@@ -26,9 +26,8 @@ from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Probl
 Backend = Literal["tokenizers", "gigatoken"]
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 _FLAG = "--tokenizer-backend"
-_CACHE_LIMIT = (
-    128 << 20
-)  # bytes of memory by which the library's cache of words may grow before it is emptied
+# bytes of memory by which the library's cache of words may grow before it is emptied
+_CACHE_LIMIT = 128 << 20
 _LOOK_EVERY = 1 << 22  # characters encoded between two looks at the memory
 _BLIND_LIMIT = 1 << 26  # characters between two emptyings where the system does not tell its memory
 

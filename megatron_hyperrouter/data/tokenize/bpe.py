@@ -9,9 +9,8 @@ from megatron_hyperrouter.data.tokenize.tokenizer import END_OF_TEXT
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Problem
 
 SMALLEST_VOCAB = 257  # 256 bytes and the end of a document
-LARGEST_VOCAB = (
-    1 << 24
-)  # the library asks for all the memory at once, and ends the process where there is too little
+# the library asks for all the memory at once, and ends the process where there is too little
+LARGEST_VOCAB = 1 << 24
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:

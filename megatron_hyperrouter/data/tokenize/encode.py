@@ -102,9 +102,8 @@ def encode_all(
         for batch in batches:
             yield batch, encoder(batch)
         return
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # forking a process that has threads (progress, tokenizers) can hang
+    # forking a process that has threads (progress, tokenizers) can hang
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
     try:

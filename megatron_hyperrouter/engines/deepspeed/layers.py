@@ -124,9 +124,8 @@ class Sequence(nn.Module):
 
     def __init__(self, layers: list[LayerSpec], loss: LanguageModelLoss) -> None:
         super().__init__()
-        self.tied_modules = (
-            nn.ModuleDict()
-        )  # PipelineModule's name, so that both kinds of model share one map of names
+        # PipelineModule's name, so that both kinds of model share one map of names
+        self.tied_modules = nn.ModuleDict()
         self.loss = loss
         self.calls: list[Callable[[Tensor], Tensor]] = []
         for position, layer in enumerate(layers):

@@ -73,9 +73,8 @@ class MegatronEngine(SharedEngine):
         self.optimizer = get_megatron_optimizer(
             _optimizer_config(run, self.core), wrapped, use_gloo_process_groups=False
         )
-        for group in (
-            self.optimizer.param_groups
-        ):  # wd_mult is a note to megatron's scheduler; without one, norms would decay
+        # wd_mult is a note to megatron's scheduler; without one, norms would decay
+        for group in self.optimizer.param_groups:
             group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]
         self.core.finalize_model_grads_func = finalize_model_grads
         self.core.grad_scale_func = self.optimizer.scale_loss

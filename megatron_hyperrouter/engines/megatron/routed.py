@@ -67,13 +67,11 @@ class RoutedMoELayer(MoELayer):
         for expert in self.experts.local_experts:
             scores = []
             for rows_TD in all_TD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
-                with torch.autocast(
-                    x_TD.device.type, enabled=self._autocast
-                ):  # the router's maths around it is without
+                # the router's maths around it is without
+                with torch.autocast(x_TD.device.type, enabled=self._autocast):
                     output_TD, _ = expert(rows_TD)
-                if (
-                    parts.size() > 1
-                ):  # each rank has a partial sum: it must be whole before a score, which is not linear
+                # each rank has a partial sum: it must be whole before a score, which is not linear
+                if parts.size() > 1:
                     dist.all_reduce(output_TD, group=parts)
                 scores.append(score(output_TD.float()))
             columns.append(torch.cat(scores))

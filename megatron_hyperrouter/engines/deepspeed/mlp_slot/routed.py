@@ -69,12 +69,10 @@ class RoutedMOELayer(MOELayer):
         for expert in self.experts.deepspeed_experts:
             parts = []
             for rows_TD in all_RD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
-                given = rows_TD.view(
-                    1, 1, *rows_TD.shape
-                )  # as the experts get their tokens: [groups, 1, slots, D]
-                with torch.autocast(
-                    x_TD.device.type, enabled=self._autocast
-                ):  # the router's maths around it is without
+                # as the experts get their tokens: [groups, 1, slots, D]
+                given = rows_TD.view(1, 1, *rows_TD.shape)
+                # the router's maths around it is without
+                with torch.autocast(x_TD.device.type, enabled=self._autocast):
                     output = _output(expert, given)
                 parts.append(score(output.float()).flatten())
             columns.append(torch.stack(parts))

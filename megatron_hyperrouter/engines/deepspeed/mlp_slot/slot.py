@@ -103,9 +103,8 @@ class MoESlot(MegatronModule):
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
         shared_SBD = None if self.shared_experts is None else self.shared_experts(hidden_SBD)
-        if (
-            self.config.sequence_parallel
-        ):  # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
+        # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
+        if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
         output_SBD, loss, _ = self.moe(hidden_SBD)
         if self.training:
