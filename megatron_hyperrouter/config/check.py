@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.derived import decay_iters, smallest_topk
-from megatron_hyperrouter.config.leaves import value_of
+from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.rules import data, deepspeed_json, engine, layout, megatron, model, training
 from megatron_hyperrouter.config.rules.base import Rule
@@ -48,6 +48,7 @@ def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
         *_about_training(config),
         *_about_noise(config),
         *_about_ignored(config),
+        *_about_the_other_engine(config),
         *_about_hardware(config, has_gpu),
     ]
 
@@ -114,6 +115,16 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
         config.optimizer.min_lr or config.optimizer.lr_decay_iters
     ):
         yield "--min-lr and --lr-decay-iters are ignored: --lr-decay-style is constant"
+
+
+def _about_the_other_engine(config: RunConfig) -> Iterator[str]:
+    """Settings of the other engine that change no number."""
+    engine = config.engine.engine
+    for leaf in tree_leaves().values():
+        owner = leaf.only
+        foreign = owner is not None and owner.engine != engine
+        if owner and foreign and owner.harmless and value_of(config, leaf.name) != leaf.default:
+            yield f"{leaf.flag} has no effect on the {engine} engine: {owner.harmless}"
 
 
 def _about_hardware(config: RunConfig, has_gpu: bool | None) -> Iterator[str]:

@@ -37,12 +37,13 @@ def parse(
     routers: Mapping[str, Any],
     world_size: int | None = None,
     prog: str = "pretrain_gpt_hyperrouter.py",
+    notes: list[str] | None = None,
 ) -> RunConfig:
     """The settings of a command line, merged over those of its ``--config`` file.
 
     ``world_size``: ranks of the run, see :func:`launched_world_size`; None where it is not known, which
-    leaves out the rules that need it.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with
-    every problem at once.
+    leaves out the rules that need it.  ``notes`` receives what is worth telling about how the settings were
+    understood.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with every problem at once.
     """
     line = read_flags(argv)
     if "--help" in line.flags:
@@ -56,7 +57,11 @@ def parse(
         line.problems.append(Problem("--config", "", "needs a file name", "write --config FILE.yaml"))
     else:
         file = read_yaml(" ".join(words))
-    return Draft(routers, file, flags=line.flags, problems=line.problems).finish(world_size=world_size)
+    draft = Draft(routers, file, flags=line.flags, problems=line.problems)
+    config = draft.finish(world_size=world_size)
+    if notes is not None:
+        notes += draft.notes()
+    return config
 
 
 def load_file(

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from megatron_hyperrouter.config import check
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, sections, tree_leaves
+from megatron_hyperrouter.config.megatron.carry import Carried, Source, carry_over, words_of, work_out
 from megatron_hyperrouter.config.reading import foreign
 from megatron_hyperrouter.config.reading.sources import YamlFile
 from megatron_hyperrouter.config.reading.values import (
@@ -47,11 +48,16 @@ class Draft:
         self.values = dict(file.values)
         self.problems = [*problems, *file.problems]
         self.unsure: set[str] = set()  # settings of which it is not known what the user meant
+        self.written: set[str] = set()  # settings that some source gives
+        self.carried = Carried()
+        self._notes: list[str] = []
 
     def finish(self, *, world_size: int | None) -> RunConfig:
         """The checked settings; raises ConfigError with every problem."""
+        self._carry_over()
         router = self._router()
         values = {name: self._take(leaf) for name, leaf in tree_leaves().items()}
+        self._work_out(values, world_size)
         self._report_unknown(router.name)
         config = RunConfig(
             router=router,
@@ -67,6 +73,35 @@ class Draft:
         if self.problems:
             raise ConfigError(self.problems)
         return config
+
+    def notes(self) -> list[str]:
+        """What the user should know about how the settings were understood."""
+        return [*self.carried.notes(), *self._notes]
+
+    def _carry_over(self) -> None:
+        """Put our names in the place of Megatron-LM's."""
+        options = {name for router in self.routers for name in self._options_of(router)}
+        leaves = tree_leaves()
+        ours = {
+            *leaves,
+            *options,
+            ROUTER_NAME,
+            *(_plain(leaf.off_flag) for leaf in leaves.values() if leaf.off_flag),
+        }
+        file = Source(self.values, str, lambda key: f"{key} in {self.file.path}", words_of)
+        carry_over(Source(self.flags, flag, str, list), ours, self.carried)
+        carry_over(file, ours, self.carried)
+        self.problems += self.carried.problems
+
+    def _work_out(self, values: dict[str, Any], world_size: int | None) -> None:
+        """What follows from settings that are written in other units, and what cannot be on."""
+        found = work_out(self.carried, values, self.written, world_size)
+        if found:
+            self.problems += found
+            self.unsure.update(("train_iters", "lr_decay_iters", "lr_warmup_iters"))
+        if values["sequence_parallel"] and values["tensor_model_parallel_size"] == 1:
+            values["sequence_parallel"] = False
+            self._notes.append("--sequence-parallel is off: it needs tensor parallelism")
 
     def _router(self) -> RouterChoice:
         default = RouterChoice().name
@@ -113,6 +148,8 @@ class Draft:
         override = self.overrides.pop(leaf.name, ABSENT)
         words = self.flags.pop(leaf.flag, None)
         off = self.flags.pop(leaf.off_flag, None) if leaf.off_flag else None
+        if (in_file, override, words, off) != (ABSENT, ABSENT, None, None):
+            self.written.add(leaf.name)
         if off is not None:
             return self._attempt(
                 leaf, str(leaf.off_flag), " ".join(off), lambda: switched_off(leaf, words, off)

@@ -38,10 +38,14 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Only:
-    """The setting belongs to one engine; the other one refuses it with this remedy."""
+    """The setting belongs to one engine; the other one refuses it with this remedy.
+
+    ``harmless``: it changes how fast the same numbers are computed, so the other engine warns.
+    """
 
     engine: Literal["deepspeed", "megatron"]
     remedy: str = "leave it out"
+    harmless: str = ""  # what the other engine does instead
 
 
 @dataclass(frozen=True)

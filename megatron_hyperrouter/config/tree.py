@@ -163,14 +163,20 @@ class OptimizerConfig:
     use_distributed_optimizer: Annotated[
         bool,
         Role.SHARDING,
-        Only("megatron", "use --zero-stage 1, which does the same"),
+        Only("megatron", harmless="--zero-stage 1 does the same"),
         "Split the optimizer state over the data-parallel ranks",
     ] = False
     overlap_grad_reduce: Annotated[
-        bool, Role.SPEED, Only("megatron"), "Reduce gradients during the backward pass"
+        bool,
+        Role.SPEED,
+        Only("megatron", harmless="DeepSpeed decides by itself"),
+        "Reduce gradients during the backward pass",
     ] = False
     overlap_param_gather: Annotated[
-        bool, Role.SPEED, Only("megatron"), "Gather weights during the forward pass"
+        bool,
+        Role.SPEED,
+        Only("megatron", harmless="DeepSpeed decides by itself"),
+        "Gather weights during the forward pass",
     ] = False
 
 
@@ -338,13 +344,13 @@ class EngineConfig:
     moe_token_dispatcher_type: Annotated[
         Literal["alltoall", "allgather", "flex"],
         Role.SPEED,
-        Only("megatron", "leave it out; DeepSpeed's layers dispatch by all-to-all"),
+        Only("megatron", harmless="DeepSpeed's layers dispatch by all-to-all"),
         "How tokens reach their experts",
     ] = "alltoall"
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
         Role.SPEED,
-        Only("megatron", "leave it out; the layers are PyTorch's"),
+        Only("megatron", harmless="the layers are PyTorch's"),
         "Layer implementation. auto: Transformer Engine in bfloat16 on GPUs when installed, otherwise"
         " PyTorch",
     ] = "auto"

@@ -148,34 +148,6 @@ CASES = [
     ),
     case(
         "settings_of_the_other_engine",
-        {"use_distributed_optimizer": True},
-        "--use-distributed-optimizer",
-        "megatron engine",
-        MEGATRON,
-    ),
-    case(
-        "settings_of_the_other_engine",
-        {"overlap_grad_reduce": True},
-        "--overlap-grad-reduce",
-        "megatron engine",
-        MEGATRON,
-    ),
-    case(
-        "settings_of_the_other_engine",
-        {"overlap_param_gather": True},
-        "--overlap-param-gather",
-        "megatron engine",
-        MEGATRON,
-    ),
-    case(
-        "settings_of_the_other_engine",
-        {"moe_token_dispatcher_type": "allgather"},
-        "--moe-token-dispatcher-type",
-        "megatron engine, and the engine is deepspeed",
-        {"moe_token_dispatcher_type": "alltoall"},
-    ),
-    case(
-        "settings_of_the_other_engine",
         {**MEGATRON, "zero_stage": 2},
         "--zero-stage",
         "deepspeed engine",
@@ -222,13 +194,6 @@ CASES = [
         "--data-schedule",
         "another mix",
         {"data_schedule": None},
-    ),
-    case(
-        "settings_of_the_other_engine",
-        {"transformer_impl": "transformer_engine"},
-        "--transformer-impl",
-        "megatron engine",
-        MEGATRON,
     ),
     case(
         "settings_of_the_other_engine",

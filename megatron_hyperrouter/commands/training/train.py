@@ -43,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_hyperrouter.train.resume import past_of
     from megatron_hyperrouter.train.samples import open_samples
 
+    notes: list[str] = []
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = parse(words, routers=ROUTERS, world_size=world_size)
+    config = parse(words, routers=ROUTERS, world_size=world_size, notes=notes)
+    for note in notes:
+        console.note(note)
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
     tokenizer = tokenizer_of(config.data)

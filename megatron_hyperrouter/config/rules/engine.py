@@ -104,7 +104,9 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
     engine = config.engine.engine
     for leaf in tree_leaves().values():
         owner = leaf.only
-        if owner is not None and owner.engine != engine and value_of(config, leaf.name) != leaf.default:
+        if owner is None or owner.engine == engine or owner.harmless:
+            continue
+        if value_of(config, leaf.name) != leaf.default:
             rule = f"belongs to the {owner.engine} engine, and the engine is {engine}"
             yield broken(config, leaf.name, rule, owner.remedy)
 

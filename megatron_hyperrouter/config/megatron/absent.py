@@ -1,0 +1,140 @@
+"""Flags of Megatron-LM for whole features that are not here, by feature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# (what the flags belong to, what leaving them out would change) -> the flags
+FEATURES: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        ("optimizers other than AdamW", "the optimizer would be AdamW"): """
+apply-wd-to-qk-layernorm lion-beta1 lion-beta2 muon-coefficient-type muon-extra-scale-factor
+muon-fp32-matmul-prec muon-momentum muon-nesterov muon-no-split-qkv muon-num-ns-steps
+muon-scalar-optimizer muon-scale-mode muon-tp-mode muon-use-nesterov muon-use-syrk
+no-weight-decay-cond-type qk-clip qk-clip-alpha qk-clip-threshold sgd-momentum wd-incr-steps
+""",
+        (
+            "BERT, retrieval and encoder-decoder models",
+            "the model would be a decoder-only language model",
+        ): """
+bert-load bert-no-binary-head biencoder-projection-dim biencoder-shared-query-context-model
+block-data-path decoder-num-layers decoder-seq-length embedding-path encoder-num-layers
+encoder-pipeline-model-parallel-size encoder-tensor-model-parallel-size evidence-data-path ict-head-size
+ict-load indexer-batch-size indexer-log-interval pipeline-model-parallel-split-rank query-in-block-prob
+relative-attention-max-distance relative-attention-num-buckets retriever-report-topk-accuracies
+retriever-score-scaling retriever-seq-length retro-add-retriever retro-attention-gate
+retro-cyclic-train-iters retro-encoder-attention-dropout retro-encoder-hidden-dropout
+retro-encoder-layers retro-no-verify-neighbor-count retro-num-neighbors retro-num-retrieved-chunks
+retro-project-dir sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids
+""",
+        ("YaRN scaling of rotary positions", "positions would not be scaled: another model"): """
+beta-fast beta-slow no-yarn-correction-range-round-to-int original-max-position-embeddings
+yarn-beta-fast yarn-beta-slow yarn-correction-range-round-to-int yarn-original-max-position-embeddings
+""",
+        ("vision models", "the model would be a language model"): """
+classes-fraction data-per-class-fraction dino-bottleneck-size dino-freeze-last-layer
+dino-head-hidden-size dino-local-crops-number dino-local-img-size dino-norm-last-layer dino-teacher-temp
+dino-warmup-teacher-temp dino-warmup-teacher-temp-epochs head-lr-mult img-h img-w iter-per-epoch
+mask-factor mask-prob mask-type mrope-section num-channels num-classes patch-dim swin-backbone-type
+vision-backbone-type vision-pretraining vision-pretraining-type
+""",
+        (
+            "fully sharded data parallelism",
+            "weights would not be sharded",
+        ): """
+data-parallel-sharding-strategy enable-full-sharding-in-hsdp expert-tensor-parallel-num-weight-shards
+fsdp-db-use-persist-buf-on-alloc-fail fsdp-double-buffer fsdp-manual-registration
+gtp-expert-remat-nccl-ub gtp-remat-nccl-ub gtp-remat-opt-in-modules
+gtp-remat-reduce-scatter-with-fp32-accumulation megatron-fsdp-enable-fine-grained-param-gather
+megatron-fsdp-grad-comm-dtype megatron-fsdp-main-grads-dtype megatron-fsdp-main-params-dtype
+megatron-fsdp-max-pool-double-buffer megatron-fsdp-version outer-dp-sharding-strategy
+tensor-parallel-num-weight-shards torch-fsdp2-no-reshard-after-forward use-custom-fsdp use-megatron-fsdp
+use-torch-fsdp2
+""",
+        (
+            "state-space, linear and sparse attention layers",
+            "all attention would be full: another model",
+        ): """
+disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu disable-mamba-mem-eff-path
+dsa-indexer-head-dim dsa-indexer-k-norm-epsilon dsa-indexer-k-norm-fp32 dsa-indexer-loss-coeff
+dsa-indexer-n-heads dsa-indexer-rope-interleaved dsa-indexer-skip-topk-offset dsa-indexer-topk
+dsa-indexer-topk-freq dsa-indexer-use-sparse-loss dsa-kernel-backend experimental-attention-variant
+gdp-cutedsl-kernel gdp-num-chunk-states-to-recompute gdp-num-householder
+heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
+hierarchical-context-parallel-sizes hybrid-attention-ratio hybrid-context-parallel hybrid-layer-pattern
+hybrid-mlp-ratio hybrid-override-pattern is-hybrid-model linear-attention-freq linear-conv-kernel-dim
+linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-head-dim
+mamba-num-groups mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype
+max-seqlen-per-dp-cp-rank no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu spec
+""",
+        ("8-bit and 4-bit numbers", "the run would compute in --bf16 or float32"): """
+disable-fp8-wgrad first-last-layers-bf16 fp4 fp4-format fp4-param-gather fp4-quantizer-factory
+fp4-recipe fp8 fp8-amax-compute-algo fp8-amax-history-len fp8-format fp8-interval fp8-margin
+fp8-output-proj fp8-param-gather fp8-quantizer-factory fp8-recipe keep-fp8-transpose-cache
+keep-fp8-transpose-cache-when-using-custom-fsdp kitchen-attention-backend kitchen-config-file
+kitchen-recipe-number no-fp8-wgrad num-layers-at-end-in-bf16 num-layers-at-start-in-bf16
+reuse-grad-buf-for-mxfp8-param-ag
+""",
+        ("residual streams of another kind", "there would be one residual stream: another model"): """
+enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
+mhc-sinkhorn-iterations
+""",
+        ("optimizer states of other number formats", "they would be float32"): """
+exp-avg-dtype exp-avg-sq-dtype main-grads-dtype main-params-dtype use-precision-aware-optimizer
+""",
+        ("fill-in-the-middle data", "samples would be plain text"): """
+fim-data fim-eod-token fim-fragment-rate fim-middle-token fim-no-prefix fim-pad-token fim-prefix-token
+fim-rate fim-split-sample fim-spm-rate fim-suffix-token
+""",
+        ("float16 and its loss scaling", "the run would compute in --bf16 or float32"): """
+fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
+output-logit-dtype
+""",
+        ("reinforcement learning", "the run would pretrain"): """
+grpo-clamp-eps-lower grpo-clamp-eps-upper grpo-entropy-term-weight grpo-filter-groups-with-same-reward
+grpo-group-size grpo-iterations grpo-kl-beta grpo-prompts-per-step langrl-env-config
+langrl-external-server perform-rl-step refit-method rl-consumption-granularity rl-default-temperature
+rl-default-top-k rl-default-top-p rl-durable-rollout-bank rl-generation-lag
+rl-importance-sampling-truncation-coef rl-kv-cache-management-mode rl-max-inflight-requests
+rl-offload-kv-cache-during-training rl-parallel-generation-tasks rl-partial-rollouts rl-profile
+rl-profile-dir rl-prompts-per-eval rl-remove-kv-cache-during-training rl-rollout-bank-dir
+rl-rollout-bank-max-bytes rl-sequence-packing-algo rl-sequence-packing-max-sequences-per-bin
+rl-skip-bos-token rl-submission-granularity rl-use-sequence-packing rl-verify-model-weights-swap
+""",
+        ("multi-latent attention", "attention would be grouped-query attention: another model"): """
+kv-lora-rank q-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim
+""",
+        ("distillation", "the run would learn from the tokens alone"): """
+logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load-kd-loss-alpha
+logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
+logits-save-top-k logits-save-top-p logits-save-top-p-min-k
+""",
+        ("multi-token prediction", "only the next token would be predicted: another model"): """
+mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern mtp-loss-scaling-factor mtp-standalone
+mtp-use-repeated-layer
+""",
+        ("several validation sets or tests", "there would be one"): """
+multiple-validation-sets test-mode validation-set-names
+""",
+        ("scaling of initial weights and rates by width (muP)", "they would not be scaled"): """
+mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
+mup-width-mult use-mup
+""",
+        ("tokenizer options", "the tokenizer's file would decide"): """
+disable-tokenizer-sentencepiece-ignore-extra-whitespaces
+no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
+special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy
+
+""",
+        ("other activations", "the activation would be SwiGLU: another model"): """
+openai-gelu quick-geglu squared-relu
+""",
+        ("fine-tuning on conversations", "the run would pretrain; --finetune starts from weights"): """
+phase-transition-iterations sft sft-tokenizer-prompt-format
+""",
+        ("changed blends of the data", "weights would be used as they are"): """
+renormalize-blend-weights
+""",
+    }
+)

@@ -1,0 +1,166 @@
+"""Carries a command of Megatron-LM over: each flag is translated, dropped and counted, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.megatron.absent import FEATURES
+from megatron_hyperrouter.config.megatron.no_effect import NO_EFFECT
+from megatron_hyperrouter.config.megatron.table import ABSENT, ALWAYS, ARITHMETIC, RENAMED, Absent
+from megatron_hyperrouter.config.megatron.translate import EARLY, in_order, worked_out
+from megatron_hyperrouter.config.reading.values import BadValue
+from megatron_hyperrouter.errors import Problem
+
+ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
+    {
+        name: Absent(f"belongs to {feature}", without)
+        for (feature, without), names in FEATURES.items()
+        for name in names.split()
+    }
+    | dict(ABSENT)
+)
+
+
+@dataclass
+class Carried:
+    """What became of the flags of Megatron-LM."""
+
+    always: list[str] = field(default_factory=list)
+    no_effect: list[str] = field(default_factory=list)
+    translated: list[str] = field(default_factory=list)  # "--save is --run-dir"
+    pending: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # place and words
+    problems: list[Problem] = field(default_factory=list)
+
+    def notes(self) -> Iterator[str]:
+        """One line that counts them."""
+        parts = []
+        if self.always:
+            parts.append(f"{_count(self.always)} for what is always so here")
+        if self.no_effect:
+            parts.append(f"{_count(self.no_effect)} without effect on the result")
+        if self.translated:
+            parts.append("translated: " + ", ".join(self.translated))
+        if parts:
+            yield "flags of Megatron-LM: " + "; ".join(parts)
+
+
+def _count(flags: list[str]) -> str:
+    return f"{len(flags)} ({', '.join(flags)})" if len(flags) <= 3 else str(len(flags))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Settings as one source gives them: the flags of a command line, or the keys of a file."""
+
+    given: dict[str, Any]
+    key: Callable[[str], str]  # name of a setting -> its key: ``--num-layers`` or ``num_layers``
+    place: Callable[[str], str]  # key -> how a message names it
+    words: Callable[[Any], list[str] | None]  # what a key holds -> words; None where it is switched off
+
+
+def carry_over(source: Source, ours: Container[str], carried: Carried) -> None:
+    """Replace the flags that are Megatron-LM's and not ours by what they mean in ours."""
+    for key in list(source.given):
+        name = key.removeprefix("--").replace("_", "-")
+        if key.removeprefix("--").replace("-", "_") in ours or not is_known(name):
+            continue
+        raw = source.given.pop(key)
+        _carry(name, source.place(key), source.words(raw), source, carried)
+
+
+def work_out(
+    carried: Carried, values: dict[str, Any], written: Container[str], world_size: int | None
+) -> list[Problem]:
+    """Put what follows from settings in other units into ``values``; ``written``: what a user gives."""
+    problems = []
+    for name, place, words in in_order(carried.pending):
+        try:
+            ours, value = worked_out(name, words, values, world_size)
+            if ours in written:
+                raise BadValue(f"says what {flag(ours)} says as well", "keep one of the two")
+        except BadValue as bad:
+            problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
+        else:
+            values[ours] = value
+            carried.translated.append(f"{place} {' '.join(words)} is {flag(ours)} {value}")
+    return problems
+
+
+def words_of(raw: object) -> list[str] | None:
+    """A YAML value as the words of a flag; None where it switches the flag off."""
+    if raw is None or raw is False:
+        return None
+    if raw is True:
+        return []
+    return [str(word) for word in raw] if isinstance(raw, list) else [str(raw)]
+
+
+def is_known(name: str) -> bool:
+    """Whether the table has this flag, written with dashes."""
+    return any(name in part for part in (ALWAYS, NO_EFFECT, RENAMED, ARITHMETIC, ALL_ABSENT))
+
+
+def _carry(name: str, place: str, words: list[str] | None, source: Source, carried: Carried) -> None:
+    if words is None:
+        if name in ALWAYS:
+            carried.problems.append(
+                Problem(place, "false", f"is always on here: {ALWAYS[name].fact}", "leave it out")
+            )
+    elif name in ALWAYS:
+        _check_always(name, place, words, carried)
+    elif name in NO_EFFECT:
+        carried.no_effect.append(flag(name))
+    elif name in RENAMED:
+        _put(name, place, {RENAMED[name]: words}, source, carried)
+    elif name in EARLY:
+        try:
+            _put(name, place, EARLY[name](words, lambda other: _read(source, other)), source, carried)
+        except BadValue as bad:
+            carried.problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
+    elif name in ARITHMETIC:
+        carried.pending[name] = (place, words)
+    else:
+        row = ALL_ABSENT[name]
+        carried.problems.append(
+            Problem(place, " ".join(words), f"{row.does}: not here", f"if you leave it out, {row.without}")
+        )
+
+
+def _check_always(name: str, place: str, words: list[str], carried: Carried) -> None:
+    row = ALWAYS[name]
+    if [word for word in words if word not in row.accepted and word.lower() != "true"]:
+        value = " or ".join(row.accepted[:1]) or "given without a value"
+        remedy = f"another model cannot be trained here; {value} is accepted"
+        carried.problems.append(Problem(place, " ".join(words), f"is fixed here: {row.fact}", remedy))
+    else:
+        carried.always.append(flag(name))
+
+
+def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Source, carried: Carried) -> None:
+    """Give settings of ours to the source, unless it has them already."""
+    for ours, words in settings.items():
+        key = source.key(ours)
+        if key in source.given and source.words(source.given[key]) != words:
+            rule = f"is {flag(ours)} here, which is given as well"
+            carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two"))
+            return
+        source.given[key] = words if key.startswith("--") else _plain(words)
+    if settings:
+        texts = (" ".join([flag(ours), *words]) for ours, words in settings.items())
+        carried.translated.append(f"{flag(name)} is {' '.join(texts)}")
+    else:
+        carried.always.append(flag(name))
+
+
+def _plain(words: list[str]) -> Any:
+    return True if not words else words[0] if len(words) == 1 else words
+
+
+def _read(source: Source, name: str) -> str | None:
+    """The first word that the source has for a setting of ours."""
+    words = source.words(source.given.get(source.key(name)))
+    return words[0] if words else None

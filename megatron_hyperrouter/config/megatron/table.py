@@ -1,0 +1,233 @@
+"""What this program does about each flag of Megatron-LM that is not a setting of its own.
+
+One table in three files: here, ``no_effect.py`` and ``absent.py``.  A flag that becomes a setting of ours
+leaves it; a test keeps the table complete, and free of names that Megatron-LM does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Always(NamedTuple):
+    """A flag that asks for what is always so here: accepted with these values alone, or with none."""
+
+    accepted: tuple[str, ...]
+    fact: str
+
+
+class Absent(NamedTuple):
+    """A flag of something that is not here: what it does, and what leaving it out would change."""
+
+    does: str
+    without: str
+
+
+def _rows(text: str) -> dict[str, tuple[str, str]]:
+    """Lines ``name | one | other``."""
+    lines = text.strip().replace("\n ", " ").splitlines()  # a line that starts with a space goes on
+    cells = ([cell.strip() for cell in line.split("|")] for line in lines)
+    return {name: (one, other) for name, one, other in cells}
+
+
+# flag | accepted values | what is so
+ALWAYS: Mapping[str, Always] = MappingProxyType(
+    {
+        name: Always(tuple(values.split()), fact)
+        for name, (values, fact) in _rows(
+            """
+swiglu |  | the activation is SwiGLU
+normalization | RMSNorm | the norm is RMSNorm
+disable-bias-linear |  | linear layers have no biases
+position-embedding-type | rope | positions are rotary
+use-rotary-position-embeddings |  | positions are rotary
+no-position-embedding |  | there are no learned positions
+rotary-percent | 1 1.0 | all channels of a head rotate
+rotary-seq-len-interpolation-factor | 1 | positions are not interpolated
+group-query-attention |  | --num-query-groups alone decides
+use-mcore-models |  | the layers are megatron-core's
+optimizer | adam | the optimizer is AdamW
+moe-router-dtype | fp32 | routers compute in float32
+attention-softmax-in-fp32 |  | attention's softmax is float32
+accumulate-allreduce-grads-in-fp32 |  | gradients add up in float32
+moe-token-drop-policy | probs | the tokens with the smallest weights are dropped first
+dataloader-type | single | samples are read in one shuffled order
+softmax-type | vanilla | attention's softmax is the plain one
+distributed-backend | nccl gloo | the backend follows the device
+exit-on-missing-checkpoint |  | a --load without a checkpoint ends the run
+moe-per-layer-logging |  | metrics.jsonl has each layer
+weight-decay-incr-style | constant | the weight decay is constant
+calculate-per-token-loss |  | the loss is the mean over the tokens of the global batch
+no-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
+disable-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
+no-multi-latent-attention |  | attention is grouped-query attention
+disable-multi-latent-attention |  | attention is grouped-query attention
+cp-comm-type | p2p | context parallelism exchanges keys and values point to point
+"""
+        ).items()
+    }
+)
+
+# flag -> the setting of ours that it is
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "save": "run_dir",
+        "exit-signal-handler": "exit_on_signal",
+        "layernorm-epsilon": "norm_epsilon",
+        "batch-size": "micro_batch_size",
+        "model-parallel-size": "tensor_model_parallel_size",
+        "num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
+        "moe-router-pre-softmax": "router.pre_softmax",
+        "moe-router-num-groups": "router.num_groups",
+        "moe-router-group-topk": "router.group_topk",
+        "moe-router-topk-scaling-factor": "router.scaling_factor",
+        "moe-router-enable-expert-bias": "router.expert_bias",
+        "moe-router-bias-update-rate": "router.bias_update_rate",
+        "moe-input-jitter-eps": "router.jitter_eps",
+        "most-recent-k": "keep_checkpoints",
+    }
+)
+
+# Flags from which another setting is worked out: see ``arithmetic.py``.
+ARITHMETIC = (
+    "train-samples",
+    "lr-decay-samples",
+    "lr-warmup-samples",
+    "lr-warmup-fraction",
+    "lr-wsd-decay-samples",
+    "num-layers-per-virtual-pipeline-stage",
+    "recompute-activations",
+    "data-args-path",
+    "per-split-data-args-path",
+    "moe-router-score-function",
+    "moe-router-load-balancing-type",
+)
+
+# flag | what it does | what leaving it out would change
+ABSENT: Mapping[str, Absent] = MappingProxyType(
+    {
+        name: Absent(*cells)
+        for name, cells in _rows(
+            """
+mock-data | trains on made-up tokens | the run would need data
+rampup-batch-size | grows the global batch from a small one | every step would take the full global batch
+exit-interval | stops the run at a multiple of so many steps | the run would go to --train-iters
+exit-duration-in-mins | stops the run after so many minutes
+  | the run would go to --train-iters, or to a SIGTERM
+lr-warmup-init | is the learning rate at the start of the warm-up | the warm-up would start from 0
+lr-wsd-decay-style | is the shape of WSD's final decay | it would be exponential
+no-load-optim | loads a checkpoint without its optimizer state
+  | the optimizer state would be loaded; --finetune starts a new run from the weights
+no-load-rng | loads a checkpoint without its random state
+  | the random state would be loaded; --finetune starts a new run from the weights
+disable-load-optim | loads a checkpoint without its optimizer state | the optimizer state would be loaded
+disable-load-rng | loads a checkpoint without its random state | the random state would be loaded
+no-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
+disable-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
+no-save-rng | saves checkpoints without the random state | checkpoints would hold it
+disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
+override-opt-param-scheduler | takes the schedule of the command over that of the checkpoint | nothing
+use-checkpoint-opt-param-scheduler | takes the schedule of the checkpoint over that of the command
+  | the command's schedule would count
+recompute-modules | names the parts to recompute
+  | --recompute-granularity selective recomputes attention alone
+recompute-num-layers | is the number of layers to recompute together
+  | --recompute-granularity full recomputes each layer
+recompute-method | says which layers are recomputed | --recompute-granularity full recomputes each layer
+profile | records a trace of some steps | there would be no trace
+profile-step-start | belongs to --profile | there would be no trace
+profile-step-end | belongs to --profile | there would be no trace
+profile-ranks | belongs to --profile | there would be no trace
+use-pytorch-profiler | belongs to --profile | there would be no trace
+moe-router-force-load-balancing | routes tokens evenly, whatever the router says
+  | the router would route them
+log-params-norm | reports the norm of the weights | it would not be reported
+log-num-zeros-in-grad | counts the zeros in the gradient | they would not be counted
+ckpt-step | loads the checkpoint of one step
+  | the newest one would be loaded; --load takes a step's folder, too
+grad-reduce-in-bf16 | reduces gradients in bfloat16 | they would be reduced in float32
+decoder-first-pipeline-num-layers | is the number of layers of the first pipeline stage
+  | stages would have equally many layers
+decoder-last-pipeline-num-layers | is the number of layers of the last pipeline stage
+  | stages would have equally many layers
+moe-latent-size | projects tokens to a smaller width before the experts
+  | experts would see the full width: another model
+multi-latent-attention | compresses keys and values
+  | attention would be grouped-query attention: another model
+add-qkv-bias | adds biases to queries, keys and values | there would be none: another model
+window-size | limits attention to a window | attention would see the whole sample: another model
+window-attn-skip-freq | says which layers have no attention window
+  | attention would see the whole sample: another model
+mtp-num-layers | predicts several tokens ahead | only the next token would be predicted: another model
+rope-type | chooses the kind of rotary positions | they would be plain: another model
+use-rope-scaling | scales rotary positions as Llama 3 | they would not be scaled: another model
+rope-scaling-factor | scales rotary positions as Llama 3 | they would not be scaled: another model
+rotary-interleaved | rotates neighbouring channels | channels of the two halves would rotate: another model
+no-rope-freq | leaves rotary positions out of some layers | all layers would have them: another model
+embedding-init-method-std | is the standard deviation of the initial embedding
+  | it would be --init-method-std
+init-method-xavier-uniform | draws initial weights from Xavier's distribution
+  | they would be normal with --init-method-std
+fp16 | computes in float16 | use --bf16
+fp32-residual-connection | keeps the residual stream in float32 | it would be bfloat16 with --bf16
+apply-layernorm-1p | stores norm weights minus 1 | they would be stored as they are
+apply-residual-connection-post-layernorm | takes the residual after the norm
+  | it would be taken before: another model
+qk-l2-norm | applies an L2 norm to queries and keys
+  | use --qk-layernorm for RMSNorm, or there is none: another model
+attention-output-gate | gates attention's output | it would not be gated: another model
+glu-linear-offset | shifts the linear half of the activation | it would not be shifted: another model
+activation-func-clamp-value | clamps the activation | it would not be clamped: another model
+rotary-scaling-factor | belongs to YaRN scaling | positions would not be scaled: another model
+mscale | belongs to YaRN scaling | positions would not be scaled: another model
+mscale-all-dim | belongs to YaRN scaling | positions would not be scaled: another model
+start-weight-decay | lets the weight decay grow | it would be constant
+end-weight-decay | lets the weight decay grow | it would be constant
+decoupled-lr | gives embedding and output a learning rate of their own | they would have --lr
+decoupled-min-lr | gives embedding and output a learning rate of their own | they would have --min-lr
+skip-train | evaluates without training | the run would train; use mhr evaluate
+iterations-to-skip | leaves out the data of some steps | they would be trained on
+check-weight-hash-across-dp-replicas-interval | compares the replicas of the weights
+  | they would not be compared
+use-checkpoint-args | takes the model's sizes from the checkpoint | the settings must name them
+pretrained-checkpoint | starts from other weights | use --load DIR --finetune
+freeze-all-layers | trains no layer | all layers would be trained
+step-batch-size-schedule | changes the global batch at given steps | it would stay as it is
+decrease-batch-size-if-needed | makes the global batch smaller where it does not divide
+  | use a global batch that divides
+padded-vocab-size | is the number of rows of the embedding
+  | it would follow from the tokenizer and --make-vocab-size-divisible-by
+no-pad-vocab-size | leaves the vocabulary unpadded | use --make-vocab-size-divisible-by 1
+disable-pad-vocab-size | leaves the vocabulary unpadded | use --make-vocab-size-divisible-by 1
+eval-global-batch-size | is the global batch of evaluations | it would be --global-batch-size
+eval-micro-batch-size | is the micro-batch of evaluations | it would be --micro-batch-size
+full-validation | scores the whole validation split | --eval-iters batches would be scored
+start-eval-at-iter | begins evaluations at a step | they would begin with the first --eval-interval
+pipeline-model-parallel-layout | lists the layers of each pipeline stage
+  | stages would have equally many layers
+encoder-seq-length | is the sample's length in an encoder-decoder | use --seq-length
+yaml-cfg | reads settings from Megatron-LM's YAML | use --config with this program's YAML
+data-parallel-random-init | draws other initial weights on each data-parallel rank
+  | all ranks would start alike
+dataloader-inter-document-masking | keeps attention inside a document | use --reset-attention-mask
+moe-apply-probs-on-input | multiplies the experts' inputs by their weights
+  | outputs would be multiplied: another model
+no-initialization | leaves the weights uninitialised | they would be drawn from --seed
+use-mp-args-from-checkpoint-args | takes the layout from the checkpoint | the settings must name it
+checkpoint-activations | is the old name of full recomputation | use --recompute-granularity full
+moe-use-upcycling | starts from a dense model | the experts would start from random weights
+moe-upcycling-granularity | starts from a dense model | the experts would start from random weights
+moe-router-force-biased | adds a random bias to the routing | the router alone would route
+moe-router-quantile-balancing-ema | balances by quantiles
+  | routing would be balanced by --moe-aux-loss-coeff
+moe-expert-rank-capacity-factor | limits the tokens of each rank
+  | use --moe-expert-capacity-factor for each expert
+apply-query-key-layer-scaling | scales attention by the layer's number
+  | it would not be scaled; the result differs in rounding alone
+warmup | is the old name of --lr-warmup-fraction | use --lr-warmup-fraction
+"""
+        ).items()
+    }
+)

@@ -1,0 +1,177 @@
+"""Flags of Megatron-LM that say the same in other words: what they are in ours.
+
+``EARLY`` needs nothing but the flag; ``LATE`` is worked out once all settings are known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from megatron_hyperrouter.config.reading.values import BadValue, expanded
+
+Read = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
+Settings = dict[str, list[str]]  # our names -> words
+
+BALANCING = {"seq_aux_loss": "sequence", "global_aux_loss": "global_batch", "none": "off"}
+
+
+def score_function(words: list[str], read: Read) -> Settings:
+    """Sigmoid scores are divided by their sum over the chosen experts, if there are several."""
+    function = _one(words)
+    if function != "sigmoid" or read("moe_router_topk") == "1":
+        return {"router.score_function": [function]}
+    return {"router.score_function": [function], "router.renormalise": ["true"]}
+
+
+def load_balancing_type(words: list[str], read: Read) -> Settings:
+    """What the balancing loss looks at; "aux_loss" is the micro-batch, as here."""
+    kind = _one(words)
+    if kind == "aux_loss":
+        return {}
+    if kind not in BALANCING:
+        remedy = "use aux_loss, seq_aux_loss, global_aux_loss or none"
+        raise BadValue("is a way to balance that is not here", remedy)
+    return {"router.aux_loss": [BALANCING[kind]]}
+
+
+def data_args(words: list[str], read: Read) -> Settings:
+    """A file with the words of --data-path."""
+    return {"data_path": _text(_one(words)).split()}
+
+
+def per_split_data_args(words: list[str], read: Read) -> Settings:
+    """A JSON file with the words of --train-data-path and its two siblings."""
+    try:
+        parts = json.loads(_text(_one(words)))
+        blends = {split: parts[split] for split in ("train", "valid", "test") if parts.get(split)}
+    except (ValueError, AttributeError) as error:
+        rule = f"must be a JSON object with train, valid and test ({error})"
+        raise BadValue(rule, 'write {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}') from error
+    return {
+        f"{split}_data_path": blend.split() if isinstance(blend, str) else [str(word) for word in blend]
+        for split, blend in blends.items()
+    }
+
+
+def recompute_activations(words: list[str], read: Read) -> Settings:
+    """The short name of selective recomputation."""
+    return {"recompute_granularity": ["selective"]}
+
+
+EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
+    {
+        "moe-router-score-function": score_function,
+        "moe-router-load-balancing-type": load_balancing_type,
+        "data-args-path": data_args,
+        "per-split-data-args-path": per_split_data_args,
+        "recompute-activations": recompute_activations,
+    }
+)
+
+
+def train_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
+    """Steps that fit the samples (training.py, ``update_train_iters``)."""
+    if count < batch:
+        raise BadValue(f"is less than one global batch of {batch}", f"use {batch} or more")
+    return "train_iters", int(count) // batch
+
+
+def lr_decay_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
+    """The nearest step."""
+    return "lr_decay_iters", max(round(count / batch), 1)
+
+
+def lr_wsd_decay_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
+    """The nearest step."""
+    return "lr_wsd_decay_iters", max(round(count / batch), 1)
+
+
+def lr_warmup_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
+    """The nearest step."""
+    return "lr_warmup_iters", round(count / batch)
+
+
+def lr_warmup_fraction(share: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
+    """A share of the steps until the decay ends."""
+    if not share <= 1:
+        raise BadValue("must be at most 1", "give a share of the decay's steps")
+    return "lr_warmup_iters", round(share * (values["lr_decay_iters"] or values["train_iters"]))
+
+
+def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int | None]:
+    """Layers of a stage / layers of a chunk; one stage has nothing to interleave."""
+    stages = int(values["pipeline_model_parallel_size"])
+    layers = int(values["num_layers"])
+    if stages == 1:
+        return "virtual_pipeline_model_parallel_size", None
+    if not count or layers % (stages * int(count)):
+        rule = f"must divide the {layers} layers of {stages} pipeline stages evenly"
+        raise BadValue(rule, "use --virtual-pipeline-model-parallel-size")
+    return "virtual_pipeline_model_parallel_size", layers // stages // int(count)
+
+
+# In the order in which they are worked out.
+LATE: Mapping[str, Callable[[float, Mapping[str, Any], int], tuple[str, Any]]] = MappingProxyType(
+    {
+        "train-samples": train_samples,
+        "lr-decay-samples": lr_decay_samples,
+        "lr-wsd-decay-samples": lr_wsd_decay_samples,
+        "lr-warmup-samples": lr_warmup_samples,
+        "lr-warmup-fraction": lr_warmup_fraction,
+        "num-layers-per-virtual-pipeline-stage": layers_per_chunk,
+    }
+)
+WITHOUT_BATCH = ("lr-warmup-fraction", "num-layers-per-virtual-pipeline-stage")
+
+
+def in_order(pending: Mapping[str, tuple[str, list[str]]]) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, place and words of what is to be worked out."""
+    return ((name, *pending[name]) for name in LATE if name in pending)
+
+
+def worked_out(
+    name: str, words: list[str], values: Mapping[str, Any], world_size: int | None
+) -> tuple[str, Any]:
+    """The setting of ours that flag ``name`` is, and its value; raises :class:`BadValue`."""
+    batch = 1 if name in WITHOUT_BATCH else _global_batch(values, world_size)
+    return LATE[name](_number(words), values, batch)
+
+
+def _global_batch(values: Mapping[str, Any], world_size: int | None) -> int:
+    if given := values["global_batch_size"]:
+        return int(given)
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = 0 if world_size is None else world_size // math.prod(values[name] for name in sizes)
+    if not ranks:
+        raise BadValue("needs --global-batch-size", "add it")
+    return ranks * int(values["micro_batch_size"])
+
+
+def _number(words: list[str]) -> float:
+    """The number that a flag gives; raises :class:`BadValue`."""
+    word = _one(words)
+    try:
+        value = float(word)
+    except ValueError as error:
+        raise BadValue("must be a number", "give a number") from error
+    if not 0 <= value < float("inf"):
+        raise BadValue("must be a number >= 0", "give a number")
+    return value
+
+
+def _one(words: list[str]) -> str:
+    if len(words) != 1:
+        raise BadValue(f"takes one value, got {len(words)}", "give one value")
+    return words[0]
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(expanded(path)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadValue(f"cannot be read ({error})", "name an existing text file") from error
