@@ -52,6 +52,19 @@ def expert_tensor_size(config: RunConfig) -> int:
     return config.parallel.expert_tensor_parallel_size or config.parallel.tensor_model_parallel_size
 
 
+def stacks_experts(config: RunConfig) -> bool:
+    """Whether our own grouped products compute the experts; Transformer Engine has its own.
+
+    Their rows begin at multiples of 16 bytes; experts of other sizes are computed in a loop.
+    """
+    if not config.engine.moe_grouped_gemm or config.engine.transformer_impl == "transformer_engine":
+        return False
+    numbers = 8 if config.train.bf16 else 4
+    return not (
+        config.model.hidden_size % numbers or expert_width(config) // expert_tensor_size(config) % numbers
+    )
+
+
 def model_parallel_size(config: RunConfig) -> int:
     """Ranks that work on the same samples: TP x PP x CP."""
     parallel = config.parallel

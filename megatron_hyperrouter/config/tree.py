@@ -354,6 +354,11 @@ class EngineConfig:
         "Layer implementation. auto: Transformer Engine in bfloat16 on GPUs when installed, otherwise"
         " PyTorch",
     ] = "auto"
+    moe_grouped_gemm: Annotated[
+        bool,
+        Role.SPEED,
+        "Compute the experts of a rank in grouped matrix products. Off: one expert after the other",
+    ] = False
     zero_stage: Annotated[
         int,
         Ge(0),

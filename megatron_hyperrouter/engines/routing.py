@@ -73,6 +73,13 @@ def heaviest(score_TE: Tensor, capacity: int) -> Tensor:
     return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, first_CE, True)
 
 
+def kept_routes(routing: Routing, capacity: int) -> Tensor:
+    """Which routes the capacity of each expert leaves, the heaviest first; boolean ``_TK``."""
+    weights_TE = torch.zeros_like(routing.logits_TE)
+    weights_TE = weights_TE.scatter(1, routing.experts_TK, routing.weights_TK.detach())
+    return heaviest(weights_TE, capacity).gather(1, routing.experts_TK)
+
+
 def draw_by_name(seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
     """Initial numbers of a weight, N(0, 1): a function of (seed, global name) alone."""
     return lambda name, shape: keyed.normal(shape, seed=seed, name=name)

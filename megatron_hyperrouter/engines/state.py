@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, write_weights
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, router_parameter
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, matrices, router_parameter
 from megatron_hyperrouter.model.parallel import dropout_states, set_dropout_states
 from megatron_hyperrouter.model.sharding import gathered, shard_of, tensor_parallel_place
 from megatron_hyperrouter.routers.base import Router
@@ -49,7 +49,7 @@ def save_weights(folder: Path, rank: int, holding: Holding) -> None:
         True: 0,
         False: 0,
     }
-    for name, parameter in holding.named:
+    for name, parameter in matrices(holding.named):
         if router_parameter(name) is not None or (name == WORD_EMBEDDINGS and not holding.first_stage):
             continue
         expert = is_expert(name)
@@ -69,7 +69,7 @@ def save_weights(folder: Path, rank: int, holding: Holding) -> None:
 
 def load_weights(folder: Path, holding: Holding) -> None:
     """Read this rank's part from what any layout of any engine wrote."""
-    named = {name: parameter for name, parameter in holding.named if router_parameter(name) is None}
+    named = {name: parameter for name, parameter in matrices(holding.named) if router_parameter(name) is None}
     shards = {name: shard for name in named if (shard := shard_of(name)) is not None}
     targets: dict[str, Tensor] = dict(named)
     for prefix, router in holding.routers.items():  # frozen hashes are compared by the router itself

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.tree import ModelConfig
-from megatron_hyperrouter.model.names import router_parameter
+from megatron_hyperrouter.model.names import matrices, router_parameter
 from megatron_hyperrouter.model.sharding import shard_of
 
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
@@ -37,7 +37,7 @@ def initialise(
     alone.
     """
     with torch.no_grad():
-        for name, parameter in named:
+        for name, parameter in matrices(named):
             if router_parameter(name) is not None:
                 continue
             if "layernorm" in name:

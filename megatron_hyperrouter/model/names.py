@@ -21,6 +21,7 @@ every layout and engine.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -30,6 +31,9 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
 _FUSED_MLP_NORM = re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$")
 _GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+# Ours: a parameter holds the matrices of all experts of a rank, engines/grouped.py.
+_STACKED = re.compile(r"\.mlp\.experts\.(linear_fc[12])_L\w+$")
+_SEVERAL = re.compile(r"\.local_experts\.(\d+):(\d+)\.")
 _ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.(.+)$")
 
 
@@ -56,3 +60,25 @@ def plain_name(name: str) -> str:
     name = _FUSED_NORM.sub(".input_layernorm.weight", name)
     name = _FUSED_MLP_NORM.sub(".pre_mlp_layernorm.weight", name)
     return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)
+
+
+def stacked_name(name: str, *, first: int, count: int) -> str:
+    """Of a parameter that holds the matrices of experts ``first`` to before ``first + count``:
+    ``...local_experts.4:8.linear_fc1.weight``; any other name as it is.
+    """
+    return _STACKED.sub(rf".mlp.experts.local_experts.{first}:{first + count}.\1.weight", name)
+
+
+def matrices(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(global name, tensor) of all that the parameters hold: a stacked one is a matrix for each expert.
+
+    The matrices are parts of the parameter: what is copied into them is in it.
+    """
+    for name, parameter in named:
+        match = _SEVERAL.search(name)
+        if match is None:
+            yield name, parameter
+            continue
+        before, after = name[: match.start()], name[match.end() :]
+        for number, matrix in zip(range(int(match[1]), int(match[2])), parameter.detach(), strict=True):
+            yield f"{before}.local_experts.{number}.{after}", matrix

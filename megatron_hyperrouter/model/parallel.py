@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
@@ -25,6 +26,12 @@ def make_groups(config: RunConfig) -> None:
         expert_tensor_parallel_size=expert_tensor_size(config),
         create_gloo_process_groups=False,
     )
+
+
+def expert_group() -> dist.ProcessGroup | None:
+    """The ranks that share all experts, those of one expert side by side; None if this rank has them all."""
+    group: dist.ProcessGroup = parallel_state.get_expert_tensor_and_model_parallel_group()
+    return None if group.size() == 1 else group
 
 
 def seed_dropout(config: RunConfig) -> None:

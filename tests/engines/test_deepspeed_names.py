@@ -21,6 +21,10 @@ MOE = "mlp.moe.deepspeed_moe"
             f"2.{MOE}.experts.deepspeed_experts.3.linear_fc1.weight",
             "decoder.layers.1.mlp.experts.local_experts.7.linear_fc1.weight",
         ),
+        (
+            f"2.{MOE}.experts.linear_fc1_LGD",
+            "decoder.layers.1.mlp.experts.local_experts.4:8.linear_fc1.weight",
+        ),
         ("3.mlp.moe.mlp.linear_fc1.weight", "decoder.layers.2.mlp.residual.linear_fc1.weight"),
         ("3.mlp.moe.coefficient.bias", "decoder.layers.2.mlp.coefficient.bias"),
         ("13.weight", "decoder.final_layernorm.weight"),
@@ -28,7 +32,7 @@ MOE = "mlp.moe.deepspeed_moe"
     ],
 )
 def test_each_kind(name: str, expected: str) -> None:
-    assert global_name(name, num_layers=12, first_expert=4) == expected
+    assert global_name(name, num_layers=12, first_expert=4, experts=4) == expected
 
 
 def test_no_two_parameters_share_a_name() -> None:

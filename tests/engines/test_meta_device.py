@@ -44,6 +44,12 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("hyper", {"bias": True, "shared": "model"}),
 )
 
+SLOTS = {
+    "grouped": "--moe-grouped-gemm",
+    "grouped, capacity": "--moe-grouped-gemm --moe-expert-capacity-factor 1.0",
+    "loop": "--no-moe-grouped-gemm",
+}
+
 
 class Read(NamedTuple):
     """A read of a number that is allowed: the file that asks for it, and why it has to stay for now."""
@@ -57,8 +63,8 @@ ALLOWED = {
     "simsmoe, outputs": Read(
         "simsmoe.py", "the rows to compare are looked up, in the few steps that compare"
     ),
-    "deepspeed slot, capacity None": Read("gate.py", "DeepSpeed's dispatch pads experts to the largest load"),
-    "megatron slot": Read("moe_utils.py", "megatron-core's dispatch selects rows by a mask"),
+    "deepspeed, loop": Read("gate.py", "DeepSpeed's dispatch pads experts to the largest load"),
+    "megatron, loop": Read("moe_utils.py", "megatron-core's dispatch selects rows by a mask"),
 }
 
 
@@ -235,13 +241,12 @@ def deepspeed_world(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deepspeed_world")
-@pytest.mark.parametrize("capacity", [None, 1.0])
-def test_slot_of_the_deepspeed_engine(capacity: float | None) -> None:
+@pytest.mark.parametrize(("case", "flags"), SLOTS.items())
+def test_slot_of_the_deepspeed_engine(case: str, flags: str) -> None:
     from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import MoESlot
     from megatron_hyperrouter.model.spec import transformer_config
 
-    flags = [] if capacity is None else ["--moe-expert-capacity-factor", str(capacity)]
-    run = tiny_config(["--bf16", *flags])
+    run = tiny_config(["--bf16", *flags.split()])
     statistics = RouterStatistics(1, E)
     slot = MoESlot(
         transformer_config(run),
@@ -254,21 +259,21 @@ def test_slot_of_the_deepspeed_engine(capacity: float | None) -> None:
     slot.moe.set_deepspeed_parallelism()
     on_meta(slot)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=META))
-    check(f"deepspeed slot, capacity {capacity}", lambda: slot(vectors(S, B, D))[0].sum().backward())
+    check(f"deepspeed, {case}", lambda: slot(vectors(S, B, D))[0].sum().backward())
 
 
-def test_slot_of_the_megatron_engine() -> None:
+@pytest.mark.parametrize(("case", "flags"), SLOTS.items())
+def test_slot_of_the_megatron_engine(case: str, flags: str) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
     from megatron_hyperrouter.compat.megatron import install
-    from megatron_hyperrouter.engines.megatron.model import core_config
+    from megatron_hyperrouter.engines.megatron.model import core_config, experts_of
     from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
     from megatron_hyperrouter.engines.megatron.router import MegatronRouter
-    from megatron_hyperrouter.model.spec import expert_spec
 
     install()
-    run = tiny_config(["--bf16", "--engine", "megatron"])
+    run = tiny_config(["--bf16", "--engine", "megatron", *flags.split()])
     statistics = RouterStatistics(1, E)
 
     def router(**given: Any) -> MegatronRouter:
@@ -276,10 +281,10 @@ def test_slot_of_the_megatron_engine() -> None:
 
     layer = RoutedMoELayer(
         core_config(run),
-        MoESubmodules(experts=expert_spec(run), router=router),
+        MoESubmodules(experts=experts_of(run), router=router),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     layer.set_layer_number(1)
     on_meta(layer)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=META))
-    check("megatron slot", lambda: layer(vectors(S, B, D))[0].sum().backward())
+    check(f"megatron, {case}", lambda: layer(vectors(S, B, D))[0].sum().backward())

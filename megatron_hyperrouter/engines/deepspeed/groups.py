@@ -20,7 +20,9 @@ def join(config: RunConfig) -> Place:
     alone_without_launcher()
     skip_shm_build()
     shape_gathered_tokens()
-    if config.parallel.sequence_parallel:  # megatron-core's scatter and gather ask for the CUDA device
+    if (
+        config.parallel.tensor_model_parallel_size > 1
+    ):  # megatron-core's scatter and gather ask for the CUDA device
         serve_megatron()
     import deepspeed
     from deepspeed.constants import default_pg_timeout

@@ -62,7 +62,9 @@ def build(
 
 
 def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of what this rank holds and trains."""
+    """(global name, parameter) of what this rank holds and trains; one name may stand for several matrices,
+    which ``model.names.matrices`` takes apart.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield _global(name, run), parameter
@@ -80,4 +82,4 @@ def routers(model: nn.Module, run: RunConfig) -> dict[str, Router]:
 def _global(name: str, run: RunConfig) -> str:
     experts = run.model.num_experts // run.parallel.expert_model_parallel_size
     first = parallel_state.get_expert_model_parallel_rank() * experts
-    return global_name(name, num_layers=run.model.num_layers, first_expert=first)
+    return global_name(name, num_layers=run.model.num_layers, first_expert=first, experts=experts)

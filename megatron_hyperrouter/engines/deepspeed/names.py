@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 
+from megatron_hyperrouter.model.names import stacked_name
+
 _EMBEDDING = re.compile(r"^(?:tied_modules\.embed|0)\.embedding\.")
 _LAYER = re.compile(r"^(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
+_EXPERTS = ".mlp.moe.deepspeed_moe.experts."
 _ROUTER = ".mlp.moe.deepspeed_moe.gate.router."
 _RESIDUAL, _COEFFICIENT = ".mlp.moe.mlp.", ".mlp.moe.coefficient."
 
 
-def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
-    """``name`` is that of the layer list (position.rest); ``first_expert`` the number of this rank's first
-    expert.
+def global_name(name: str, *, num_layers: int, first_expert: int, experts: int = 1) -> str:
+    """``name`` is that of the layer list (position.rest); this rank has ``experts`` experts from
+    ``first_expert`` on.
     """
     if _EMBEDDING.match(name):
         return _EMBEDDING.sub("embedding.", name)
@@ -31,4 +34,5 @@ def global_name(name: str, *, num_layers: int, first_expert: int) -> str:
         .replace(_RESIDUAL, ".mlp.residual.")
         .replace(_COEFFICIENT, ".mlp.coefficient.")
     )
-    return _EXPERT.sub(lambda found: f".mlp.experts.local_experts.{first_expert + int(found[1])}.", rest)
+    rest = _EXPERT.sub(lambda found: f".mlp.experts.local_experts.{first_expert + int(found[1])}.", rest)
+    return stacked_name(rest.replace(_EXPERTS, ".mlp.experts."), first=first_expert, count=experts)

@@ -16,11 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
-from megatron_hyperrouter.config.derived import expert_tensor_size
-from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer
+from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_experts
+from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer, StackedExperts
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
-from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_name
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_name, stacked_name
 from megatron_hyperrouter.model.spec import (
     expert_spec,
     last_norm,
@@ -73,14 +73,13 @@ def build(
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they
     come.
     """
-    experts = expert_spec(run, apart=ROUTERS[run.router.name].needs_experts)
     router = partial(
         MegatronRouter,
         make=partial(make_router, run, vocab_size=vocab_size),
         clock=clock,
         statistics=statistics,
     )
-    parts = MoESubmodules(experts=experts, shared_experts=shared_expert_spec(), router=router)
+    parts = MoESubmodules(experts=experts_of(run), shared_experts=shared_expert_spec(), router=router)
     moe = ModuleSpec(module=RoutedMoELayer, submodules=parts)
     specs = layer_specs(run, moe, starts=clock.starts_site)
     chunks: list[nn.Module] = []
@@ -109,6 +108,13 @@ def build(
     return chunks
 
 
+def experts_of(run: RunConfig) -> ModuleSpec:
+    """Spec of the experts of a rank; routers that consult them need to call each by itself."""
+    if stacks_experts(run):
+        return ModuleSpec(module=StackedExperts, params={"run": run})
+    return expert_spec(run, apart=ROUTERS[run.router.name].needs_experts)
+
+
 def mark_experts(chunks: list[nn.Module], run: RunConfig) -> None:
     """Tell megatron-core which parameters are experts' where it does not see it itself.
 
@@ -123,7 +129,9 @@ def mark_experts(chunks: list[nn.Module], run: RunConfig) -> None:
 
 
 def named_parameters(chunks: list[nn.Module], run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of what this rank holds and trains."""
+    """(global name, parameter) of what this rank holds and trains; one name may stand for several matrices,
+    which ``model.names.matrices`` takes apart.
+    """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad:
@@ -158,6 +166,7 @@ def _global(name: str, chunk: Any, run: RunConfig) -> str:
     experts = run.model.num_experts // run.parallel.expert_model_parallel_size
     first = parallel_state.get_expert_model_parallel_rank() * experts
     name = re.sub(r"\.local_experts\.(\d+)\.", lambda m: f".local_experts.{first + int(m[1])}.", name)
+    name = stacked_name(name, first=first, count=experts)
     if name == "output_layer.weight" and not run.model.untie_embeddings_and_output_weights:
         return WORD_EMBEDDINGS  # the last stage's copy of the tied matrix
     return name.replace(".mlp.router.router.", ".mlp.router.")

@@ -13,13 +13,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
+from megatron_hyperrouter.engines.grouped import GroupedExperts, sharing_of
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.row_gather import rows_of_all
 from megatron_hyperrouter.errors import HostError
+
+
+class StackedExperts(GroupedExperts):
+    """Grouped experts as ``MoELayer`` builds its experts, with the marks that megatron-core's layers set."""
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *, run: RunConfig, **_: object
+    ) -> None:
+        """``run``: the settings that ``config`` was made of."""
+        super().__init__(run, sharing_of(run))
+        for parameter, cut in ((self.linear_fc1_LGD, 1), (self.linear_fc2_LDF, 2)):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=cut, stride=1)
+            parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
 
 
 class RoutedMoELayer(MoELayer):
@@ -35,6 +53,10 @@ class RoutedMoELayer(MoELayer):
         decision.
         """
         router = self.router
+        if isinstance(self.experts, GroupedExperts) and self.config.moe_token_dispatcher_type == "alltoall":
+            if self.moe_layer_recompute and self.training:
+                return tensor_parallel.checkpoint(self._stacked, False, hidden_states), None
+            return self._stacked(hidden_states), None
         if not router.router.needs_experts:
             return super().forward(hidden_states, *more, **kwargs)
         self._refuse()
@@ -55,6 +77,21 @@ class RoutedMoELayer(MoELayer):
         output_TD = router.with_losses(weighted_sum(routing.weights_TK, outputs_TKD), routing)
         output = output_TD.view(hidden_states.shape)
         return output if shared is None else output + shared, None
+
+    def _stacked(self, hidden: Tensor) -> Tensor:
+        """With our own way to the experts, which pads nothing and waits for at most one number."""
+        x_TD, router = hidden.flatten(0, -2), self.router
+        routing, now = router.site.route(x_TD, experts=self)
+        if router.router.wants_outputs(now):
+            outputs_TKD = self.experts.outputs_TKD(x_TD, routing.experts_TK)
+            routing = router.router.combine(routing, x_TD, outputs_TKD, now)
+            output_TD = weighted_sum(routing.weights_TK, outputs_TKD)
+        else:
+            kept_TK = router.kept_TK(routing)
+            output_TD = self.experts.weighted(x_TD, routing.weights_TK, routing.experts_TK, kept_TK)
+        output = router.with_losses(output_TD, routing).view(hidden.shape)
+        shared = self.shared_experts_compute(hidden)
+        return output if shared is None else output + shared
 
     @torch.no_grad()
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_hyperrouter.engines.clock import Clock, RouterSite
-from megatron_hyperrouter.engines.routing import heaviest, total_loss
+from megatron_hyperrouter.engines.routing import heaviest, kept_routes, total_loss
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.routers.base import Router, Routing
@@ -111,6 +111,13 @@ class MegatronRouter(MegatronModule):
         loss = loss * routing.logits_TE.size(0) if self.config.calculate_per_token_loss else loss
         joined: Tensor = MoEAuxLossAutoScaler.apply(value, loss)
         return joined
+
+    def kept_TK(self, routing: Routing) -> Tensor | None:
+        """The routes that the capacity leaves; None where nothing is dropped."""
+        factor = self.config.moe_expert_capacity_factor
+        if factor is None:
+            return None
+        return kept_routes(routing, math.ceil(routing.experts_TK.numel() / self.router.num_experts * factor))
 
     def _kept(self, weights_TE: Tensor, chosen_TE: Tensor, routes: int) -> Tensor:
         """What the capacity of each expert leaves of this rank's routes: in this host it is the router that

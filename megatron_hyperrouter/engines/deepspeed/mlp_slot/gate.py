@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.clock import Clock, RouterSite
-from megatron_hyperrouter.engines.routing import heaviest, total_loss
+from megatron_hyperrouter.engines.routing import kept_routes, total_loss
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.ops.balance import load
-from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers.base import Router, Routing
 
 
 class SparseRoutes(NamedTuple):
@@ -88,20 +88,13 @@ class RouterGate(nn.Module):
             raise NotImplementedError("RouterGate serves sparse routes of all tokens only")
         routing = self.site.routing(x_TD)
         load_E = load(routing.experts_TK, self.router.num_experts)
-        chosen_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool).scatter_(
-            1, routing.experts_TK, True
-        )
-        factor = (
-            None if self.dropless else self.capacity_factor if self.training else self.eval_capacity_factor
-        )
-        slots = self._slots(factor, routing.experts_TK, load_E)
+        kept_TK = self.kept_TK(routing)
+        slots = self._largest(load_E) if kept_TK is None else self._capacity(routing.experts_TK)
         multiple = self.capacity_multiple() if callable(self.capacity_multiple) else self.capacity_multiple
-        if factor is not None:
-            weights_TE = torch.zeros_like(routing.logits_TE).scatter_(
-                1, routing.experts_TK, routing.weights_TK.detach()
-            )
-            chosen_TE = chosen_TE & heaviest(weights_TE, slots)  # not the padding: TP drops no fewer
-        kept_TK = chosen_TE.gather(1, routing.experts_TK)
+        if kept_TK is None:
+            kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
+        nothing_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool)
+        chosen_TE = nothing_TE.scatter(1, routing.experts_TK, kept_TK)
         slots_TK = (chosen_TE.cumsum(0, dtype=torch.int32) - 1).gather(1, routing.experts_TK)
         loss = total_loss(routing, x_TD.device)
         return SparseRoutes(
@@ -114,11 +107,25 @@ class RouterGate(nn.Module):
             load_E=load_E,
         )
 
-    def _slots(self, factor: float | None, experts_TK: Tensor, load_E: Tensor) -> int:
-        """Slots an expert: the largest load in the expert-parallel group, or the capacity that was set."""
-        if factor is not None:
-            tokens, topk = experts_TK.shape
-            return max(math.ceil(tokens * topk / self.router.num_experts * factor), self.min_capacity)
+    def kept_TK(self, routing: Routing) -> Tensor | None:
+        """The routes that the capacity leaves; None where nothing is dropped."""
+        if self._factor is None:
+            return None
+        return kept_routes(routing, self._capacity(routing.experts_TK))
+
+    @property
+    def _factor(self) -> float | None:
+        if self.dropless:
+            return None
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    def _capacity(self, experts_TK: Tensor) -> int:
+        """Without the padding for TP ranks, which would drop fewer tokens."""
+        even = experts_TK.numel() / self.router.num_experts
+        return max(math.ceil(even * (self._factor or 0.0)), self.min_capacity)
+
+    def _largest(self, load_E: Tensor) -> int:
+        """The largest load in the expert-parallel group."""
         largest = load_E.max()
         if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.ep_group)

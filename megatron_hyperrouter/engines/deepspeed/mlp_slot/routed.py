@@ -1,4 +1,4 @@
-"""DeepSpeed's ``MOELayer`` for routers that consult the experts.
+"""DeepSpeed's ``MOELayer`` for routers that consult the experts, and for experts in grouped products.
 
 Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active
 experts, ``G`` expert-parallel ranks, ``L`` experts on each of them, ``R = G * T``.
@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.moe.sharded_moe import MOELayer
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
+from megatron_hyperrouter.engines.grouped import GroupedExperts
 from megatron_hyperrouter.engines.routing import total_loss
 from megatron_hyperrouter.engines.row_gather import rows_of_all
 
@@ -25,8 +33,10 @@ def consult_experts(layer: MOELayer) -> None:
     """Give ``layer`` the forward pass that its router needs, if the router needs more than its own
     logits.
     """
-    if layer.gate.router.needs_experts:
-        # Its parameters stay where the optimizer found them.
+    # Its parameters stay where the optimizer found them.
+    if isinstance(layer.experts, GroupedExperts):
+        layer.__class__ = GroupedMOELayer
+    elif layer.gate.router.needs_experts:
         layer.__class__ = RoutedMOELayer
 
 
@@ -66,7 +76,7 @@ class RoutedMOELayer(MOELayer):
         ranks = self.ep_size
         all_RD = x_TD if ranks == 1 else rows_of_all(x_TD, self.ep_group)
         columns = []
-        for expert in self.experts.deepspeed_experts:
+        for expert in self.each_expert():
             parts = []
             for rows_TD in all_RD.split(x_TD.size(0)):  # hidden units of one rank's tokens at a time
                 # as the experts get their tokens: [groups, 1, slots, D]
@@ -83,6 +93,10 @@ class RoutedMOELayer(MOELayer):
         dist.all_to_all_single(mine_GTL, local_GTL, group=self.ep_group)
         return mine_GTL.transpose(0, 1).flatten(1)
 
+    def each_expert(self) -> list[Callable[[Tensor], Any]]:
+        """The experts of this rank."""
+        return list(self.experts.deepspeed_experts)
+
     @contextmanager
     def _dropping_nothing(self) -> Iterator[None]:
         self.gate.dropless = True
@@ -90,6 +104,68 @@ class RoutedMOELayer(MOELayer):
             yield
         finally:
             self.gate.dropless = False
+
+
+class GroupedMOELayer(RoutedMOELayer):
+    """The experts of a rank in grouped products, and a way to them that pads nothing.
+
+    Every tensor-parallel rank routes all tokens; each brings its part of them to the experts.
+    """
+
+    def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
+        """As :meth:`RoutedMOELayer.forward`."""
+        hidden, site = given[0], self.gate.site
+        x_TD = hidden.reshape(-1, hidden.size(-1))
+        routing, now = site.route(x_TD, experts=self)
+        tokens = TensorRanksTokens(x_TD.size(0))
+        x_TD, experts_TK = tokens.own(x_TD), tokens.own(routing.experts_TK)
+        if site.router.wants_outputs(now):
+            outputs_TKD = tokens.all(self.experts.outputs_TKD(x_TD, experts_TK))
+            routing = site.router.combine(routing, hidden.reshape(-1, hidden.size(-1)), outputs_TKD, now)
+            output_TD = weighted_sum(routing.weights_TK, outputs_TKD)
+        else:
+            kept_TK = self.gate.kept_TK(routing)
+            own_kept_TK = None if kept_TK is None else tokens.own(kept_TK)
+            weights_TK = tokens.own(routing.weights_TK)
+            output_TD = tokens.all(self.experts.weighted(x_TD, weights_TK, experts_TK, own_kept_TK))
+        self.l_aux, self.exp_counts = total_loss(routing, hidden.device), None
+        return output_TD.view(hidden.shape)
+
+    def each_expert(self) -> list[Callable[[Tensor], Any]]:
+        """Each whole, whichever ranks share it."""
+        shared = self.experts.sharing.parts > 1
+        return [partial(_whole, expert) if shared else expert for expert in self.experts.local_experts]
+
+
+class TensorRanksTokens:
+    """Tokens that all TP ranks have: each rank takes its part of them, and gets all parts back."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.ranks = parallel_state.get_tensor_model_parallel_world_size()
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This rank's rows; what is missing for equal parts is filled with 0."""
+        if self.ranks == 1:
+            return rows
+        filled = F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, -self.count % self.ranks])
+        if not rows.is_floating_point():
+            return filled.chunk(self.ranks)[parallel_state.get_tensor_model_parallel_rank()]
+        part: Tensor = scatter_to_sequence_parallel_region(filled)
+        return part
+
+    def all(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks; their gradients are those of the whole, so each rank takes its part back."""
+        if self.ranks == 1:
+            return rows
+        whole: Tensor = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)
+        return whole[: self.count]
+
+
+def _whole(expert: Callable[[Tensor], tuple[Tensor, None]], rows: Tensor) -> Tensor:
+    output, _ = expert(rows)
+    dist.all_reduce(output, group=parallel_state.get_tensor_model_parallel_group())
+    return output
 
 
 def _output(expert: Any, rows: Tensor) -> Tensor:

@@ -20,13 +20,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_hyperrouter.config.derived import expert_tensor_size
+from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_experts
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.routed import consult_experts
+from megatron_hyperrouter.engines.grouped import GroupedExperts, sharing_of
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.routers.base import Router
@@ -59,9 +60,10 @@ class MoESlot(MegatronModule):
         super().__init__(config)
         model, parallel = run.model, run.parallel
         shared_experts, residual = expert_tensor_size(run) > 1, model.mlp_type == "residual"
+        stacked = stacks_experts(run)
         self.moe = MoE(
             model.hidden_size,
-            Expert(config, shared=shared_experts),
+            nn.Identity() if stacked else Expert(config, shared=shared_experts),
             num_experts=model.num_experts,
             ep_size=parallel.expert_model_parallel_size,
             k=1,  # DeepSpeed's own gate, which is replaced below
@@ -81,7 +83,11 @@ class MoESlot(MegatronModule):
                 gate=config.moe_shared_expert_gate,
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(["tp"]),
             )
+        if stacked:
+            self.moe.deepspeed_moe.experts = GroupedExperts(run, sharing_of(run))
         for parameter in self.moe.deepspeed_moe.experts.parameters():
+            # As DeepSpeed marks its own experts (moe/experts.py).
+            parameter.allreduce, parameter.group_name = False, self.moe.expert_group_name
             # Else DeepSpeed's gradient norm leaves out the experts of all TP ranks but the first.
             parameter.model_parallel = parallel.tensor_model_parallel_size > 1
         # The layer number is known when the transformer layer calls set_layer_number().
