@@ -1,8 +1,8 @@
 """Patches of megatron-core, tested with 0.16.1: what lets it train on CPU with gloo, and without Transformer
 Engine.
 
-None of the CPU patches acts where there is a GPU.  Each one changes calls that would raise, so no program
-that worked changes.
+None of the CPU patches acts where there is a GPU.  Each one changes calls that would raise, or make a GPU
+wait, so no program that worked gives other numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def install() -> None:
     """Patch what this machine needs; idempotent, to be called before a model is built."""
     name_te_general_gemm()
     keep_adam_step()
+    keep_norms_on_device()
     if torch.cuda.is_available() or getattr(torch.cuda, "_hyperrouter_cpu", False):
         return
     serve_cuda_calls()
@@ -234,3 +235,22 @@ def keep_adam_step() -> None:
 
     set_states._hyperrouter = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def keep_norms_on_device() -> None:
+    """Without apex and TE the host reads the norm of each gradient by itself (utils.py:1206), and a GPU waits
+    for each; torch's own function reads none.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: list[list[Tensor]], per_tensor: bool, *args: Any
+) -> tuple[Tensor, None]:
+    """``[1]``, float32, where the gradients are."""
+    (gradients,) = tensor_lists
+    return torch.nn.utils.get_total_norm(gradients).float().view(1), None

@@ -1,6 +1,6 @@
 """The language-model loss, the same in both engines.
 
-Legend: ``B`` batch, ``S`` sequence, ``V`` vocabulary (padded).
+Legend: ``B`` batch, ``S`` sequence, ``T = S * B`` tokens, ``V`` vocabulary (padded).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
+
+from megatron_hyperrouter.model.output import Projection, token_losses
 
 UNCOUNTED = -1  # a label that no loss is asked for
 
@@ -33,26 +35,30 @@ class LanguageModelLoss:
         self.token_bytes_V: Tensor | None = None
         self.scale: Tensor | None = None
 
-    def __call__(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """The micro-batch's part of the mean, in nats per token; logits may be cut over tensor-parallel
-        ranks.
+    def __call__(self, output: Projection | Tensor, labels_BS: Tensor) -> Tensor:
+        """The micro-batch's part of the mean, in nats per token, from what :class:`OutputLayer` gives: logits
+        ``_SBV``, or their two factors, either cut over tensor-parallel ranks.
         """
         labels_SB = labels_BS.t().contiguous()
-        loss_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB.clamp(min=0))
-        return self.mean(loss_SB, labels_SB)
+        if isinstance(output, Tensor):
+            losses_SB: Tensor = vocab_parallel_cross_entropy(output.float(), labels_SB.clamp(min=0))
+            losses_T = torch.where(labels_SB >= 0, losses_SB, 0.0).flatten()
+            total = losses_T.sum()
+        else:
+            total, losses_T = token_losses(output, labels_SB.flatten())
+        self._count(losses_T.detach(), labels_SB.flatten())
+        mean = total / labels_SB.numel()
+        return mean if self.scale is None else mean * self.scale
 
-    def mean(self, loss: Tensor, labels: Tensor) -> Tensor:
-        """Mean of per-token losses, of the same shape as ``labels``, times ``scale``; counts them."""
-        counted = labels >= 0
-        loss = torch.where(counted, loss, 0.0)
-        with torch.no_grad():
-            # A new number on a GPU makes the host wait; zeros that are filled there do not.
-            bytes_ = self.sums.new_zeros(())
-            if self.token_bytes_V is not None:
-                bytes_ = (self.token_bytes_V[labels.clamp(min=0)] * counted).sum()
-            row = (loss.sum(dtype=torch.float64), counted.sum(), bytes_)
-            self.sums = self.sums + torch.stack([value.double() for value in row])
-        return loss.mean() if self.scale is None else loss.mean() * self.scale
+    @torch.no_grad()
+    def _count(self, losses_T: Tensor, labels_T: Tensor) -> None:
+        counted_T = labels_T >= 0
+        # A new number on a GPU makes the host wait; zeros that are filled there do not.
+        bytes_ = self.sums.new_zeros(())
+        if self.token_bytes_V is not None:
+            bytes_ = (self.token_bytes_V[labels_T.clamp(min=0)] * counted_T).sum()
+        row = (losses_T.sum(dtype=torch.float64), counted_T.sum(), bytes_)
+        self.sums = self.sums + torch.stack([value.double() for value in row])
 
     def take(self) -> Tensor:
         """The sums so far; starts afresh."""

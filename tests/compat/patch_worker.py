@@ -25,6 +25,7 @@ MEGATRON = {
     for patch in (
         for_megatron.name_te_general_gemm,
         for_megatron.keep_adam_step,
+        for_megatron.keep_norms_on_device,
         for_megatron.serve_cuda_calls,
         for_megatron.serve_cuda_devices,
         for_megatron.serve_random_state,
@@ -77,6 +78,19 @@ def keep_adam_step() -> None:
             optimizer._set_main_param_and_optimizer_states(parameter, saved)
         state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
         assert (state["exp_avg"] == 3).all() and (state["exp_avg_sq"] == 4).all()
+
+
+def keep_norms_on_device() -> None:
+    """The norm of gradients that hold no numbers to be read, and its value where they do."""
+    from megatron.core.optimizer import clip_grads
+
+    sizes = [17 * (number % 5 + 1) for number in range(20)]
+    empty = [torch.empty(size, device="meta") for size in sizes]
+    (norm, _) = clip_grads.l2_norm_impl(2**16, None, [empty], False)
+    assert norm.shape == (1,) and norm.device.type == "meta"
+    gradients = [torch.randn(size) for size in sizes]
+    (norm, _) = clip_grads.l2_norm_impl(2**16, None, [gradients], False)
+    torch.testing.assert_close(norm.double(), torch.cat(gradients).double().norm().view(1), rtol=1e-6, atol=0)
 
 
 def serve_cuda_calls() -> None:

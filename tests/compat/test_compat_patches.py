@@ -19,6 +19,7 @@ WORKER = Path(__file__).with_name("patch_worker.py")
 NEEDED = {
     "name_te_general_gemm": (1, "NameError: name 'te_general_gemm'"),
     "keep_adam_step": (1, "KeyError: 'step'"),
+    "keep_norms_on_device": (1, "meta"),
     "serve_cuda_calls": (1, "not compiled with CUDA|NVIDIA|CUDA"),
     "serve_cuda_devices": (1, "not compiled with CUDA|NVIDIA|CUDA|AssertionError"),
     "serve_random_state": (1, "not compiled with CUDA|NVIDIA|default stream went on|not that of its seed"),
@@ -32,6 +33,7 @@ NEEDED = {
 WITHOUT_TE = (
     "name_te_general_gemm",
     "keep_adam_step",
+    "keep_norms_on_device",
 )
 
 

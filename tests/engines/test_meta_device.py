@@ -27,6 +27,7 @@ from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import eval_result, step_result
 from megatron_hyperrouter.model.loss import LanguageModelLoss
+from megatron_hyperrouter.model.output import Projection
 from megatron_hyperrouter.routers import ROUTERS, build_router
 from megatron_hyperrouter.routers.base import Router, RunFacts, Tokens
 from megatron_hyperrouter.routers.frozen import Frozen
@@ -188,9 +189,10 @@ def test_language_model_loss_and_the_sums_of_a_stage_without_one(monkeypatch: py
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     idle, busy = LanguageModelLoss(META), LanguageModelLoss(META)
     labels_BS = torch.empty(B, S, dtype=torch.int64, device=META)
+    weight_VD = torch.empty(50, D, device=META, dtype=torch.bfloat16, requires_grad=True)
     for token_bytes_V in (None, torch.empty(50, dtype=torch.int64, device=META)):
         busy.token_bytes_V = token_bytes_V
-        busy.mean(torch.empty(B, S, device=META, requires_grad=True), labels_BS).backward()
+        busy(Projection(vectors(S, B, D), weight_VD), labels_BS).backward()
     for loss in (idle, busy):
         with pytest.raises(InterruptedError):
             step_result(loss.take(), RouterStatistics(1, E), PLACE, grad_norm=1.0, stop=False, memory=0)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -25,6 +24,7 @@ from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.dense import DenseSlot
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
+from megatron_hyperrouter.model.output import OutputLayer, Projection
 from megatron_hyperrouter.model.rotary import RotaryTable
 from megatron_hyperrouter.model.spec import RMSNorm, layer_specs
 
@@ -41,7 +41,7 @@ def model_layers(
             "embed",
             Embedding,
             *embedding_args,
-            forward_fn=Embedding.logits,
+            forward_fn=Embedding.output,
             tied_weight_attr=[WORD_EMBEDDINGS],
         )
     else:
@@ -82,7 +82,7 @@ class Block(TransformerLayer):
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors; where the output matrix is tied to the embedding, also vectors to logits."""
+    """Token ids to vectors; where the output matrix is tied to the embedding, also the output."""
 
     def __init__(self, run: RunConfig, config: TransformerConfig, vocab_size: int, tied: bool) -> None:
         super().__init__()
@@ -98,23 +98,23 @@ class Embedding(nn.Module):
         return hidden_SBD
 
     @staticmethod
-    def logits(self: Embedding, hidden_SBD: Tensor) -> Tensor:
-        """Returns ``[S, B, V]``; the form that TiedLayerSpec asks for."""
-        logits_SBV, _ = self.output_layer(hidden_SBD, weight=self.embedding.word_embeddings.weight)
-        return logits_SBV
+    def output(self: Embedding, hidden_SBD: Tensor) -> Projection | Tensor:
+        """What :class:`OutputLayer` gives; the form that TiedLayerSpec asks for."""
+        made, _ = self.output_layer(hidden_SBD, weight=self.embedding.word_embeddings.weight)
+        return made  # type: ignore[no-any-return]
 
 
 class Output(nn.Module):
-    """Vectors to logits by a matrix of its own."""
+    """The output with a matrix of its own."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
         self.output_layer = _output_layer(config, vocab_size, own_weight=True)
 
-    def forward(self, hidden_SBD: Tensor) -> Tensor:
-        """Returns ``[S, B, V]``."""
-        logits_SBV, _ = self.output_layer(hidden_SBD)
-        return logits_SBV
+    def forward(self, hidden_SBD: Tensor) -> Projection | Tensor:
+        """What :class:`OutputLayer` gives."""
+        made, _ = self.output_layer(hidden_SBD)
+        return made  # type: ignore[no-any-return]
 
 
 class Sequence(nn.Module):
@@ -127,11 +127,11 @@ class Sequence(nn.Module):
         # PipelineModule's name, so that both kinds of model share one map of names
         self.tied_modules = nn.ModuleDict()
         self.loss = loss
-        self.calls: list[Callable[[Tensor], Tensor]] = []
+        self.calls: list[Callable[[Any], Any]] = []
         for position, layer in enumerate(layers):
             self.calls.append(self._add(position, layer))
 
-    def _add(self, position: int, layer: LayerSpec) -> Callable[[Tensor], Tensor]:
+    def _add(self, position: int, layer: LayerSpec) -> Callable[[Any], Any]:
         if not isinstance(layer, TiedLayerSpec):
             module: nn.Module = layer.build()
             self.add_module(str(position), module)
@@ -143,14 +143,14 @@ class Sequence(nn.Module):
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns the mean loss of the micro-batch, in nats per token."""
-        value = tokens_BS
+        value: Any = tokens_BS
         for call in self.calls:
             value = call(value)
         return self.loss(value, labels_BS)
 
 
-def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: bool) -> ColumnParallelLinear:
-    return ColumnParallelLinear(
+def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: bool) -> OutputLayer:
+    return OutputLayer(
         config.hidden_size,
         vocab_size,
         config=config,

@@ -46,7 +46,12 @@ class MegatronEngine(SharedEngine):
         super().__init__(config, _join(config), eod=eod)
         self.core: TransformerConfig = model.core_config(config)
         self.chunks = model.build(
-            config, self.core, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics
+            config,
+            self.core,
+            vocab_size=vocab_size,
+            clock=self.clock,
+            statistics=self.statistics,
+            loss=self.loss,
         )
         initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
         for chunk in self.chunks:
@@ -76,6 +81,8 @@ class MegatronEngine(SharedEngine):
         # wd_mult is a note to megatron's scheduler; without one, norms would decay
         for group in self.optimizer.param_groups:
             group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]
+            if "fused" in group:  # torch's own AdamW, where apex and Transformer Engine are missing
+                group["fused"], group["foreach"] = True, False
         self.core.finalize_model_grads_func = finalize_model_grads
         self.core.grad_scale_func = self.optimizer.scale_loss
         if run.optimizer.overlap_grad_reduce:
@@ -132,12 +139,11 @@ class MegatronEngine(SharedEngine):
 
     def _forward_step(self, iterator: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Any]:
         tokens_BS, labels_BS = next(iterator)
-        output = chunk(tokens_BS, None, None, labels=labels_BS.clamp(min=0))
+        output = chunk(tokens_BS, None, None, labels=labels_BS)
 
-        def loss_of(loss_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             # The schedule multiplies by the context-parallel size, and DDP averages over it: a mean of equal
             # parts is the mean.
-            mean = self.loss.mean(loss_BS, labels_BS)
             return mean / self.config.parallel.context_parallel_size, {}
 
         return output, loss_of

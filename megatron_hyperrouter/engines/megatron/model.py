@@ -14,13 +14,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_experts
 from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer, StackedExperts
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_name, stacked_name
+from megatron_hyperrouter.model.output import OutputLayer, Projection
 from megatron_hyperrouter.model.spec import (
     expert_spec,
     last_norm,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.clock import Clock
     from megatron_hyperrouter.engines.statistics import RouterStatistics
+    from megatron_hyperrouter.model.loss import LanguageModelLoss
 
 
 def core_config(run: RunConfig) -> TransformerConfig:
@@ -67,8 +69,29 @@ def core_config(run: RunConfig) -> TransformerConfig:
     return transformer_config(run, **fields)
 
 
+class LossGPT(GPTModel):
+    """megatron-core's model, whose output is the loss of the micro-batch, a scalar."""
+
+    def __init__(self, *, loss: LanguageModelLoss, **given: Any) -> None:
+        """``given``: the host's arguments."""
+        super().__init__(**given)
+        self._loss = loss
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer
+
+    def compute_language_model_loss(self, labels_BS: Tensor, output: Projection | Tensor) -> Tensor:
+        """In place of the host's loss of each token."""
+        return self._loss(output, labels_BS)
+
+
 def build(
-    run: RunConfig, core: TransformerConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics
+    run: RunConfig,
+    core: TransformerConfig,
+    *,
+    vocab_size: int,
+    clock: Clock,
+    statistics: RouterStatistics,
+    loss: LanguageModelLoss,
 ) -> list[nn.Module]:
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they
     come.
@@ -89,7 +112,8 @@ def build(
         first = get_transformer_layer_offset(core, chunk)
         own = specs[first : first + get_num_layers_to_build(core, chunk)]
         block = TransformerBlockSubmodules(layer_specs=own, layer_norm=last_norm(run))
-        model = GPTModel(
+        model = LossGPT(
+            loss=loss,
             config=core,
             transformer_layer_spec=block,
             vocab_size=padded_vocab_size(vocab_size, run),
