@@ -103,6 +103,10 @@ class ScaledDotProductAttention(MegatronModule):
             )
         # [B, heads, S, C]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC))
+        if query.is_cuda and (mask is not None or query.dtype == torch.float32):
+            # torch's flash kernel takes no mask and no float32, its memory-efficient one no groups of heads:
+            # what neither takes goes to one that writes all scores.
+            key, value = (one_for_each_head(x, query.size(1)) for x in (key, value))
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -113,6 +117,11 @@ class ScaledDotProductAttention(MegatronModule):
             enable_gqa=key.size(1) != query.size(1),
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def one_for_each_head(x_BGSC: Tensor, heads: int) -> Tensor:
+    """Keys or values, those of a group repeated for each of its query heads: ``_BNSC``."""
+    return x_BGSC.repeat_interleave(heads // x_BGSC.size(1), 1)
 
 
 def visible(length: int, rank: int, size: int, device: torch.device) -> Tensor:

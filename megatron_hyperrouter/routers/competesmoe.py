@@ -45,7 +45,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
@@ -54,6 +53,7 @@ from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
+from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, float32_maths
 
 Coefficient = Annotated[float, Ge(0.0)]
@@ -186,7 +186,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x``."""
-        return F.linear(x_TD.float(), self.weight_ED.float())
+        return float32_linear(x_TD, self.weight_ED.float())
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The trained weights themselves: what evaluation routes by."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.ops.hypernet import active_units, generate, transposed
+from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.base import float32_maths, no_gradient_at_k1
 from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
@@ -132,7 +132,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""
-        return F.linear(x_TD.float(), *self.linear())
+        return float32_linear(x_TD, *self.linear())
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The generated router; its gradient goes to the embedding."""

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
 from megatron_hyperrouter.routers.base import (
     Pass,
@@ -140,7 +141,7 @@ class SimSMoERouter(Router, name="simsmoe"):
     # routing
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""
-        return F.linear(x_TD.float(), *self.linear())
+        return float32_linear(x_TD, *self.linear())
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
         """The same; the head takes part with a gradient of zero, which hosts wait for in passes that compare

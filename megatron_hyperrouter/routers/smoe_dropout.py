@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
 from megatron_hyperrouter.config.kinds import Natural
+from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
 
@@ -69,7 +69,7 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x``."""
-        return F.linear(x_TD.float(), *self.frozen_tensors(x_TD.device))
+        return float32_linear(x_TD, *self.frozen_tensors(x_TD.device))
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """A copy of the frozen weights."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
 from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.base import Router, no_gradient_at_k1
 from megatron_hyperrouter.routers.choice import ChoosingRouter
 
@@ -73,7 +73,7 @@ class TopKRouter(ChoosingRouter, name="topk"):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""
-        return F.linear(x_TD.float(), *self.linear())
+        return float32_linear(x_TD, *self.linear())
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The weights themselves; ``expert_bias`` is no part of the map, as it moves no logit."""

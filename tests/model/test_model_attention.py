@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig
-from megatron_hyperrouter.model.attention import ScaledDotProductAttention, visible
+from megatron_hyperrouter.model.attention import ScaledDotProductAttention, one_for_each_head, visible
 from megatron_hyperrouter.model.documents import turned_back
 from megatron_hyperrouter.model.spec import transformer_config
 
@@ -151,3 +151,11 @@ def test_positions_alone_start_anew() -> None:
     )
     torch.testing.assert_close(module(query, key, value), expected, rtol=1e-5, atol=1e-5)
     assert (expected - by_loop(query, key, value)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_repeated_keys_are_those_of_each_heads_group(groups: int) -> None:
+    """What a GPU is given where its kernels take no groups of heads."""
+    key_BGSC = torch.randn(B, groups, S, C)
+    repeated_BNSC = one_for_each_head(key_BGSC, 4)
+    assert all(torch.equal(repeated_BNSC[:, head], key_BGSC[:, head // (4 // groups)]) for head in range(4))

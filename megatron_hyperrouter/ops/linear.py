@@ -1,0 +1,39 @@
+"""A linear map in float32 of an input that is kept in its own dtype.
+
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def float32_linear(x_TD: Tensor, W_ED: Tensor, b_E: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` in float32; for the way back it keeps ``x`` as it came, not a float32 copy of it."""
+    if x_TD.dtype == torch.float32:
+        return F.linear(x_TD, W_ED, b_E)
+    logits_TE: Tensor = _Float32Linear.apply(x_TD, W_ED, b_E)  # type: ignore[no-untyped-call]
+    return logits_TE
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, W_ED: Tensor, b_E: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD, W_ED)
+        return F.linear(x_TD.float(), W_ED, b_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, W_ED = ctx.saved_tensors
+        need_x, need_W, need_b = ctx.needs_input_grad
+        return (
+            (grad_TE @ W_ED).to(x_TD.dtype) if need_x else None,
+            grad_TE.t() @ x_TD.float() if need_W else None,
+            grad_TE.sum(0) if need_b else None,
+        )
