@@ -246,7 +246,7 @@ def deepspeed_world(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(("case", "flags"), SLOTS.items())
 def test_slot_of_the_deepspeed_engine(case: str, flags: str) -> None:
     from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import MoESlot
-    from megatron_hyperrouter.model.spec import transformer_config
+    from megatron_hyperrouter.model.spec import shared_expert_spec, transformer_config
 
     run = tiny_config(["--bf16", *flags.split()])
     statistics = RouterStatistics(1, E)
@@ -256,6 +256,7 @@ def test_slot_of_the_deepspeed_engine(case: str, flags: str) -> None:
         make=lambda number: router_of("topk"),
         clock=Clock(),
         statistics=statistics,
+        shared_expert=shared_expert_spec(),
     )
     slot.set_layer_number(1)
     slot.moe.set_deepspeed_parallelism()
