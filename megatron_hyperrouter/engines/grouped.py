@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,9 +54,10 @@ class GroupedExperts(nn.Module):
         self.sharing = sharing
         self.num_local = num_local = run.model.num_experts * sharing.parts // sharing.ranks
         hidden_size, width = run.model.hidden_size, expert_width(run) // sharing.parts
-        dtype = parameter_dtype(run)
-        self.linear_fc1_LGD = nn.Parameter(torch.empty(num_local, 2 * width, hidden_size, dtype=dtype))
-        self.linear_fc2_LDF = nn.Parameter(torch.empty(num_local, hidden_size, width, dtype=dtype))
+        # An engine moves the model to its device once it is initialised.
+        made: dict[str, Any] = {"dtype": parameter_dtype(run), "device": torch.get_default_device()}
+        self.linear_fc1_LGD = nn.Parameter(torch.empty(num_local, 2 * width, hidden_size, **made))
+        self.linear_fc2_LDF = nn.Parameter(torch.empty(num_local, hidden_size, width, **made))
 
     def forward(self, x_RD: Tensor, rows_L: Tensor, weights_R: Tensor) -> tuple[Tensor, None]:
         """Rows that a host has put in the order of the experts, as megatron-core calls its experts."""

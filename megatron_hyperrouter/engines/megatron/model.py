@@ -30,8 +30,7 @@ from megatron_hyperrouter.model.spec import (
     shared_expert_spec,
     transformer_config,
 )
-from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers import ROUTERS, Router
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig

@@ -22,11 +22,17 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
-from megatron_hyperrouter.engines.grouped import GroupedExperts
+from megatron_hyperrouter.engines.grouped import GroupedExperts, sharing_of
 from megatron_hyperrouter.engines.routing import total_loss
 from megatron_hyperrouter.engines.row_gather import rows_of_all
+
+
+def stack_experts(layer: MOELayer, run: RunConfig) -> None:
+    """Give ``layer`` the experts of a run as one module; before :func:`consult_experts`."""
+    layer.experts = GroupedExperts(run, sharing_of(run))
 
 
 def consult_experts(layer: MOELayer) -> None:
@@ -44,6 +50,7 @@ class RoutedMOELayer(MOELayer):
     """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
 
     gate: RouterGate
+    l_aux: Tensor
     _autocast: bool = False  # of the pass that is going on
 
     def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
@@ -128,7 +135,8 @@ class GroupedMOELayer(RoutedMOELayer):
             own_kept_TK = None if kept_TK is None else tokens.own(kept_TK)
             weights_TK = tokens.own(routing.weights_TK)
             output_TD = tokens.all(self.experts.weighted(x_TD, weights_TK, experts_TK, own_kept_TK))
-        self.l_aux, self.exp_counts = total_loss(routing, hidden.device), None
+        self.l_aux = total_loss(routing, hidden.device)
+        self.exp_counts = None  # nobody asks
         return output_TD.view(hidden.shape)
 
     def each_expert(self) -> list[Callable[[Tensor], Any]]:

@@ -26,8 +26,7 @@ from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_exper
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
-from megatron_hyperrouter.engines.deepspeed.mlp_slot.routed import consult_experts
-from megatron_hyperrouter.engines.grouped import GroupedExperts, sharing_of
+from megatron_hyperrouter.engines.deepspeed.mlp_slot.routed import consult_experts, stack_experts
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.routers.base import Router
@@ -84,7 +83,7 @@ class MoESlot(MegatronModule):
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(["tp"]),
             )
         if stacked:
-            self.moe.deepspeed_moe.experts = GroupedExperts(run, sharing_of(run))
+            stack_experts(self.moe.deepspeed_moe, run)
         for parameter in self.moe.deepspeed_moe.experts.parameters():
             # As DeepSpeed marks its own experts (moe/experts.py).
             parameter.allreduce, parameter.group_name = False, self.moe.expert_group_name
