@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -39,6 +40,9 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     this process first; if the error is this rank's own, it is told after all.
     """
     status: object = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that does not know a letter
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except HyperRouterError as error:
@@ -59,6 +63,9 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
         _take_turn(patience, left_alone=any(words in str(error) for words in _LOST_A_RANK))
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
     return status if isinstance(status, int) else 0
 
 
@@ -71,6 +78,16 @@ def note(text: str) -> None:
     """Tell something worth knowing, once: on rank 0, on stdout."""
     if speaks():
         _say(sys.stdout, "note", text, "bold")
+
+
+def warn_from_here(text: str) -> None:
+    """A warning of this rank, whichever it is."""
+    _say(sys.stderr, "warning", text, "bold yellow")
+
+
+def error_from_here(text: str) -> None:
+    """An error of this rank, whichever it is."""
+    _say(sys.stderr, "error", text, "bold red")
 
 
 def warn(text: str) -> None:
@@ -111,7 +128,18 @@ def _print(stream: TextIO, head: str, text: str, style: str) -> None:
     except ModuleNotFoundError:  # that it is missing has to be told as well
         stream.write(f"{head}{text}\n")
     else:
-        Console(file=stream).print(Text.assemble((head, style), text), soft_wrap=True, highlight=False)
+        # Whoever reads this may have gone, or its disk be full; rich answers the first with SystemExit.
+        with contextlib.suppress(OSError, ValueError, SystemExit):
+            Console(file=stream).print(Text.assemble((head, style), text), soft_wrap=True, highlight=False)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Write what is left; where that is not possible, Python must not try it again at its end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _rank() -> str:

@@ -78,6 +78,7 @@ class FakeEngine:
         self, vocab_size: int, *, topk_at: Callable[[int], int] = lambda step: 2, seed: int = 0
     ) -> None:
         self.place = Alone.place
+        self.patience = 1800.0
         self.topk_at = topk_at
         torch.manual_seed(seed)
         self.table_VV = torch.nn.Parameter(torch.randn(vocab_size, vocab_size) * 0.1)
@@ -135,6 +136,9 @@ class FakeEngine:
             torch.set_rng_state(state["random"])
 
     def barrier(self) -> None:
+        pass
+
+    def wait_at_most(self, seconds: float) -> None:
         pass
 
     def any_rank(self, flag: bool) -> bool:

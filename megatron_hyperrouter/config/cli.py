@@ -114,12 +114,30 @@ def make_folders(config: RunConfig) -> None:
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
+                if name == "run_dir":
+                    _try_files(Path(folder))
         except OSError as error:
+            where = error.filename or folder
             problems.append(
-                Problem(flag(name), folder, f"cannot be written ({error.strerror})", "give another folder")
+                Problem(
+                    flag(name),
+                    folder,
+                    f"{where} cannot be written ({error.strerror})",
+                    "give another folder, or move away what is there",
+                )
             )
     if problems:
         raise ConfigError(problems)
+
+
+def _try_files(run_dir: Path) -> None:
+    """OSError where something of a run could not be written later: it would lose the steps until then."""
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists() or checkpoints.is_symlink():
+        tempfile.TemporaryFile(dir=checkpoints).close()
+    for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
+        if (run_dir / name).exists():
+            (run_dir / name).open("ab").close()
 
 
 def write_settings(config: RunConfig) -> Path:

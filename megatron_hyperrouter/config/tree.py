@@ -202,6 +202,13 @@ class TrainConfig:
     ] = None
     eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
     eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
+    distributed_timeout_minutes: Annotated[
+        float | None,
+        Gt(0.0),
+        Role.UPKEEP,
+        "End a run that makes no progress for so long, with the name of the rank that hangs; the first step "
+        "may take 30 minutes; default: 10 with NCCL, else 30",
+    ] = None
     exit_on_signal: Annotated[
         bool, Role.UPKEEP, "Save and stop on SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP"
     ] = True

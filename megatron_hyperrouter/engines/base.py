@@ -55,6 +55,7 @@ class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
     place: Place
+    patience: float  # seconds that a collective waits for other ranks unless wait_at_most says otherwise
 
     def topk_at(self, step: int) -> int:
         """Active experts k after ``step`` completed steps: what step ``step + 1`` trains with."""
@@ -106,6 +107,10 @@ class Engine(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all weights of the model, by global name, whatever the layout (collective)."""
+        ...
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From now on every collective of every process group fails after so long a wait."""
         ...
 
     def barrier(self) -> None:

@@ -27,7 +27,7 @@ from megatron_hyperrouter.engines.totals import (
     step_result,
     whole_shapes,
 )
-from megatron_hyperrouter.engines.world import device, peak_memory
+from megatron_hyperrouter.engines.world import device, patience, peak_memory, wait_at_most
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
     LanguageModelLoss,
@@ -56,6 +56,7 @@ class SharedEngine(ABC):
         self.config = config
         self.place = place
         self.device = device()
+        self.patience = patience()
         self.eod = eod
         resets = config.data.reset_attention_mask or config.data.reset_position_ids
         self.clock = Clock(eod=eod if resets else None)
@@ -213,6 +214,10 @@ class SharedEngine(ABC):
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         held = self.holding()
         return whole_shapes(held.named, dense=held.first_dense, experts=held.first_expert)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        wait_at_most(seconds)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -92,6 +92,18 @@ def device() -> torch.device:
     )
 
 
+def patience() -> float:
+    """Seconds that a collective waits for other ranks, as torch has it."""
+    usual = constants.default_pg_nccl_timeout if torch.cuda.is_available() else None
+    return (usual or constants.default_pg_timeout).total_seconds()
+
+
+def wait_at_most(seconds: float) -> None:
+    """Let every collective of every process group, whoever made it, fail after so long a wait."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def peak_memory(where: torch.device) -> int:
     """Bytes that this process has needed at most: of the GPU where it has one, else of the machine."""
     if where.type == "cuda":

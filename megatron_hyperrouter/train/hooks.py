@@ -1,18 +1,25 @@
-"""Watching a run: hooks that are told what happened, on the main rank alone; none of them changes the
-run.
+"""Watching a run: hooks that are told what happened, on the main rank alone.  None of them changes the run,
+and none can end it: one that fails is reported and dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.config.cli import write_settings
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.guard.events import EventsFile, Fact
+from megatron_hyperrouter.guard.stopping import StopRequest
 from megatron_hyperrouter.train.metrics import MetricsFile, Record
 
 
 class Hook:
     """Base of all hooks; override what you want to see.  Steps count from 1."""
+
+    essential = False  # True: without it the run is of no use, so it saves and stops when the hook fails
 
     def on_start(self, step: int) -> None:
         """``step`` steps are done: 0 in a new run, more in a resumed one."""
@@ -26,8 +33,66 @@ class Hook:
     def on_save(self, step: int, folder: Path) -> None:
         """A checkpoint is complete."""
 
+    def on_event(self, event: str, step: int, **facts: Fact) -> None:
+        """Something else happened: ``stop``, ``end``, ``failure``, ``bad_step``, ``alarm``."""
+
     def on_end(self) -> None:
         """The run ends, in whatever way; may come without :meth:`on_start`."""
+
+
+class GuardedHook(Hook):
+    """A hook that cannot end the run: a full disk, a closed terminal or a service that is away is a warning.
+
+    An essential hook that fails asks for a stop, so that the run saves; ``error`` is what to raise then.
+    """
+
+    def __init__(self, hook: Hook, request: StopRequest) -> None:
+        self._hook, self._request = hook, request
+        self._dropped = False
+        self.error: Exception | None = None
+
+    def on_start(self, step: int) -> None:
+        """Nothing is lost yet, so an essential hook may fail here."""
+        if self._hook.essential:
+            self._hook.on_start(step)
+        else:
+            self._call(lambda: self._hook.on_start(step))
+
+    def on_step(self, record: Record) -> None:
+        """Pass it on."""
+        self._call(lambda: self._hook.on_step(record))
+
+    def on_evaluation(self, record: Record) -> None:
+        """Pass it on."""
+        self._call(lambda: self._hook.on_evaluation(record))
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """Pass it on."""
+        self._call(lambda: self._hook.on_save(step, folder))
+
+    def on_event(self, event: str, step: int, **facts: Fact) -> None:
+        """Pass it on."""
+        self._call(lambda: self._hook.on_event(event, step, **facts))
+
+    def on_end(self) -> None:
+        """Pass it on, to a hook that has failed, too: it may have something to close."""
+        self._dropped = False
+        self._call(self._hook.on_end)
+
+    def _call(self, tell: Callable[[], None]) -> None:
+        if self._dropped:
+            return
+        try:
+            tell()
+        # rich raises SystemExit where the reader of its output has gone
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - reported here, or raised after a save
+            self._dropped = True
+            name = type(self._hook).__name__
+            if not self._hook.essential:
+                console.warn(f"{name} failed and is switched off: {error or type(error).__name__}")
+            elif self.error is None and isinstance(error, Exception):
+                self.error = error
+                self._request.ask(f"an error of {name}")
 
 
 class SettingsHook(Hook):
@@ -35,16 +100,44 @@ class SettingsHook(Hook):
     the run as they were.
     """
 
+    essential = True
+
     def __init__(self, config: RunConfig) -> None:
         self._config = config
 
     def on_start(self, step: int) -> None:
         """Write the settings."""
-        write_settings(self._config)
+        try:
+            write_settings(self._config)
+        except OSError as error:
+            rule = f"config.yaml cannot be written ({error.strerror})"
+            remedy = "make room on that disk, or give another folder"
+            raise ConfigError([Problem("--run-dir", self._config.logging.run_dir, rule, remedy)]) from error
+
+
+class EventsHook(Hook):
+    """Writes ``events.jsonl``."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = EventsFile(path)
+
+    def on_start(self, step: int) -> None:
+        """The run starts, or continues."""
+        self._file.write("resume" if step else "start", step)
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """A checkpoint is complete."""
+        self._file.write("save", step, folder=str(folder))
+
+    def on_event(self, event: str, step: int, **facts: Fact) -> None:
+        """One line."""
+        self._file.write(event, step, **facts)
 
 
 class MetricsHook(Hook):
     """Writes ``metrics.jsonl``."""
+
+    essential = True
 
     def __init__(self, path: Path) -> None:
         self._file = MetricsFile(path)

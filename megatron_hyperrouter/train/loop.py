@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.description import Description, describe
-from megatron_hyperrouter.guard.stopping import StopRequest, stop_signals
+from megatron_hyperrouter.guard.supervision import Supervision
+from megatron_hyperrouter.train.hooks import GuardedHook
 from megatron_hyperrouter.train.metrics import check_finite
 from megatron_hyperrouter.train.resume import resume
 from megatron_hyperrouter.train.run import Run, Speed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.guard.stopping import StopRequest
     from megatron_hyperrouter.train.hooks import Hook
 
 
@@ -34,6 +36,7 @@ def train(
     token_bytes_V: Tensor | None = None,
     speed: Speed | None = None,
     description: Description | None = None,
+    supervision: Supervision | None = None,
 ) -> int:
     """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 
@@ -41,19 +44,36 @@ def train(
     id, or None where they are not known.  ``speed``: what a step costs, where it is known.  ``description``:
     what every checkpoint says about the run.
     """
-    run = Run(engine, config, splits, hooks, token_bytes_V, speed or Speed(), description or describe(config))
+    watch = supervision or Supervision()
+    guarded = [GuardedHook(hook, watch.request) for hook in hooks]
+    described = description or describe(config)
+    run = Run(engine, config, splits, guarded, token_bytes_V, speed or Speed(), described, watch)
     first = resume(engine, config, run.folders)
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
     with contextlib.ExitStack() as stack:
-        request = stack.enter_context(stop_signals(StopRequest(), enabled=config.train.exit_on_signal))
-        for hook in hooks:
+        stack.enter_context(watch.signals(config))
+        for hook in guarded:
             stack.callback(hook.on_end)
             hook.on_start(first)
-        batches = stack.enter_context(run.batches(first))
+        stack.enter_context(run.failures_told())
+        stack.enter_context(watch.watchdog(config, engine, first))
+        last = _steps(run, first, watch.request)
+    for hook in guarded:
+        if hook.error is not None:
+            raise hook.error
+    return last
+
+
+def _steps(run: Run, first: int, request: StopRequest) -> int:
+    """All steps after ``first``; returns the last one."""
+    engine, config = run.engine, run.config
+    with run.batches(first) as batches:
         for step in range(first + 1, config.train.train_iters + 1):
             record, stopped = run.step(step, batches, request)
             check_finite(record, remedy=run.remedy)
+            if step == first + 1 and config.train.distributed_timeout_minutes:
+                engine.wait_at_most(60 * config.train.distributed_timeout_minutes)
             last = step == config.train.train_iters
             if stopped:  # whoever sent the signal may not wait long: save before anything else
                 run.save(step)
@@ -66,11 +86,16 @@ def train(
             ):
                 run.save(step)
             if stopped and not last:
-                reason = engine.first_word(request.reason)
-                if engine.place.is_main:
-                    run_dir = config.logging.run_dir
-                    console.note(f"stopped by {reason} after step {step}; continue with --load {run_dir}")
-                return step
+                return _stopped(run, step, engine.first_word(request.reason))
     if first >= config.train.train_iters and engine.place.is_main:
         console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
+    run.tell("end", max(first, config.train.train_iters))
     return max(first, config.train.train_iters)
+
+
+def _stopped(run: Run, step: int, reason: str) -> int:
+    if run.engine.place.is_main:
+        run_dir = run.config.logging.run_dir
+        console.note(f"stopped by {reason} after step {step}; continue with --load {run_dir}")
+    run.tell("stop", step, reason=reason)
+    return step

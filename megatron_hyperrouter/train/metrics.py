@@ -287,21 +287,26 @@ class MetricsFile:
             self._file.write(to_json(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise HyperRouterError(
-                f"{self.path} cannot be written: {error}",
-                remedy="make room on that disk, then continue with --load RUN_DIR",
-            ) from error
+            raise self._unwritable(error) from error
 
     def cut_after(self, step: int) -> None:
         """Drop the lines of later steps, and a last line that a kill left half-written; atomic."""
         kept = self.path.with_name(f".{self.path.name}-kept")
         self._file.close()
-        with self.path.open("rb") as old, kept.open("wb") as new:
-            new.writelines(line for line in old if _is_kept(line, step))
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(kept, self.path)
-        self._file = self.path.open("a")
+        try:
+            with self.path.open("rb") as old, kept.open("wb") as new:
+                new.writelines(line for line in old if _is_kept(line, step))
+                new.flush()
+                os.fsync(new.fileno())
+            os.replace(kept, self.path)
+            self._file = self.path.open("a")
+        except OSError as error:
+            kept.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> HyperRouterError:
+        remedy = "make room on that disk, then continue with --load RUN_DIR"
+        return HyperRouterError(f"{self.path} cannot be written: {error}", remedy=remedy)
 
     def sync(self) -> None:
         """Put the file on disk."""

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.train.hooks import Hook, MetricsHook, SettingsHook
+from megatron_hyperrouter.train.hooks import EventsHook, Hook, MetricsHook, SettingsHook
 from megatron_hyperrouter.train.metrics import Record, tags
 from megatron_hyperrouter.train.screen import ConsoleHook
 
@@ -96,6 +96,7 @@ def hooks_for(config: RunConfig, place: Place) -> list[Hook]:
     asked: list[Callable[[], Hook]] = [
         lambda: SettingsHook(config),
         lambda: MetricsHook(Path(config.logging.run_dir) / "metrics.jsonl"),
+        lambda: EventsHook(Path(config.logging.run_dir) / "events.jsonl"),
         lambda: ConsoleHook(config.train.train_iters, log_interval=config.logging.log_interval),
     ]
     if config.logging.tensorboard_dir is not None:

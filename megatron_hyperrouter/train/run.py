@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.guard.events import Fact
     from megatron_hyperrouter.guard.stopping import StopRequest
+    from megatron_hyperrouter.guard.supervision import Supervision
     from megatron_hyperrouter.train.hooks import Hook
 
 
@@ -54,6 +57,7 @@ class Run:
     token_bytes_V: Tensor | None
     speed: Speed
     description: Description  # which every checkpoint carries
+    supervision: Supervision
 
     def __post_init__(self) -> None:
         world_size = self.engine.place.world_size
@@ -93,7 +97,7 @@ class Run:
         learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
         started, waited = time.perf_counter(), batches.waited
         result = self.engine.train_step(
-            islice(batches, self.micro_batches),
+            self.supervision.progress.through(islice(batches, self.micro_batches), "data", "step", step - 1),
             step=step - 1,
             learning_rate=learning_rate,
             stop=lambda: request.came,
@@ -133,10 +137,11 @@ class Run:
         dataset = self.splits.valid if split == "valid" else self.splits.test
         if dataset is None:
             return
+        self.supervision.progress.enter(f"evaluation of {split}", step)
         topk = self.engine.topk_at(step)
         result = score(
             self.engine,
-            dataset,
+            self.supervision.progress.of_reading(dataset),
             topk=topk,
             micro_batch_size=self.config.train.micro_batch_size,
             num_samples=self.config.train.eval_iters * self.global_batch_size,
@@ -148,12 +153,29 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint of ``step`` steps."""
+        self.supervision.progress.enter("save", step)
         meta = {**run_meta(self.config, self.engine), **self.description.meta}
         if isinstance(self.splits.train, Course):
             meta["data"] = self.splits.train.ledger(step)
         folder = self.folders.save(step, self.engine.save, meta, texts=self.description.texts)
         for hook in self.hooks:
             hook.on_save(step, folder)
+
+    def tell(self, event: str, step: int, **facts: Fact) -> None:
+        """Tell all hooks of an event."""
+        for hook in self.hooks:
+            hook.on_event(event, step, **facts)
+
+    @contextlib.contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Inside, an error is an event, too."""
+        try:
+            yield
+        except Exception as error:
+            self.tell(
+                "failure", self.supervision.progress.step, error=type(error).__name__, message=str(error)
+            )
+            raise
 
     def remedy(self) -> str:
         """What to do when the loss is lost."""

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 TIMES = {metric.name for metric in METRICS if metric.group == "speed"}
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a SIGKILL where a real one is not needed."""
 
 

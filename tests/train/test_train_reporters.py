@@ -15,7 +15,7 @@ from train.records import VALID, step_record
 from megatron_hyperrouter.config.tree import LoggingConfig, RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.train.hooks import MetricsHook, SettingsHook
+from megatron_hyperrouter.train.hooks import EventsHook, MetricsHook, SettingsHook
 from megatron_hyperrouter.train.reporters import TensorBoardHook, WandbHook, hooks_for
 from megatron_hyperrouter.train.screen import ConsoleHook
 
@@ -142,6 +142,7 @@ def test_only_the_main_rank_has_hooks(tmp_path: Path) -> None:
     assert [type(hook) for hook in hooks_for(config, MAIN)] == [
         SettingsHook,
         MetricsHook,
+        EventsHook,
         ConsoleHook,
         TensorBoardHook,
     ]

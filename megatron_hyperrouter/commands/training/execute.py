@@ -12,7 +12,9 @@ from megatron_hyperrouter.commands.training.throughput import peak_flops
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.errors import STOPPED
+from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.stopping import ignore_signals
+from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.reporters import hooks_for
 from megatron_hyperrouter.train.run import Speed
@@ -26,6 +28,7 @@ def run(samples: Samples, tokenizer: Tokenizer, *, eod: int | None, epoch: int) 
     """
     config = samples.config
     described = description_of(samples, tokenizer)
+    supervision = Supervision(Launcher.of_this_process())
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     size = size_of(config, engine.shapes())
     console.table(start_block(config, size, world_size=engine.place.world_size, epoch=epoch))
@@ -36,6 +39,7 @@ def run(samples: Samples, tokenizer: Tokenizer, *, eod: int | None, epoch: int) 
         samples.splits,
         hooks_for(config, engine.place),
         token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+        supervision=supervision,
         speed=Speed(size.flops, peak_flops(bf16=config.train.bf16)),
         description=described,
     )

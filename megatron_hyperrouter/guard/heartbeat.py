@@ -1,0 +1,121 @@
+"""Heartbeats: a small file of each rank that says what the rank does, replaced every few seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+FOLDER = "heartbeat"
+SECONDS = 10.0  # between two beats
+MOST_FILES = 64  # with more ranks, one file of each node
+
+
+class Indexed(Protocol):
+    """A dataset."""
+
+    def __len__(self) -> int:
+        """How many items there are."""
+        ...
+
+    def __getitem__(self, i: int, /) -> Any:
+        """One of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank was doing when it wrote this."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int  # completed
+    phase: str  # "data", "step", "evaluate", "save", ...
+    since: float  # when the phase began, seconds since 1970
+    time: float  # when this was written
+    where: str  # the innermost function of the main thread
+    waits: bool  # the main thread is inside a collective
+
+
+@dataclass
+class Progress:
+    """The present step and phase of this rank; the training loop sets it, other threads read it."""
+
+    step: int = 0
+    phase: str = "start"
+    since: float = field(default_factory=time.time)
+
+    def enter(self, phase: str, step: int) -> None:
+        """A phase begins, or moves on."""
+        self.step, self.phase, self.since = step, phase, time.time()
+
+    def through(self, items: Iterable[Item], getting: str, working: str, step: int) -> Iterator[Item]:
+        """The same items; the phase is ``getting`` while one is fetched, and ``working`` afterwards."""
+        self.enter(getting, step)
+        for item in items:
+            self.enter(working, step)
+            yield item
+            self.enter(getting, step)
+        self.enter(working, step)
+
+    def of_reading(self, dataset: Indexed) -> Indexed:
+        """The same dataset, whose reads show that the run moves."""
+        return _Read(dataset, self)
+
+
+class _Read:
+    def __init__(self, dataset: Indexed, progress: Progress) -> None:
+        self._dataset, self._progress = dataset, progress
+
+    def __len__(self) -> int:
+        """As the dataset."""
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        """As the dataset."""
+        self._progress.enter(self._progress.phase, self._progress.step)
+        return self._dataset[i]
+
+
+def beat_of(progress: Progress, rank: int, where: str, waits: bool) -> Beat:
+    """The beat of this process, now."""
+    host, pid = socket.gethostname(), os.getpid()
+    now = progress.step, progress.phase, progress.since
+    return Beat(rank, host, pid, *now, time.time(), where, waits)
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """The file of a rank."""
+    return folder / f"rank-{rank:05d}.json"
+
+
+def writes_file(rank: int, world_size: int, local_rank: int) -> bool:
+    """Whether this rank has a file: all where they are few, else the first of each node."""
+    return world_size <= MOST_FILES or local_rank == 0
+
+
+def write_beat(folder: Path, beat: Beat) -> None:
+    """Replace the rank's file; a reader sees the old or the new one."""
+    path = file_of(folder, beat.rank)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_beats(folder: Path) -> dict[int, Beat]:
+    """The newest beat of each rank that has one."""
+    found: dict[int, Beat] = {}
+    for path in sorted(folder.glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            beat = Beat(**json.loads(path.read_text(encoding="utf-8")))
+            found[beat.rank] = beat
+    return found

@@ -1,0 +1,49 @@
+"""What watches a run while it trains: requests to stop, its progress, and the thread that looks at both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hyperrouter.guard.heartbeat import Progress
+from megatron_hyperrouter.guard.launcher import Launcher
+from megatron_hyperrouter.guard.stopping import StopRequest, stop_signals
+from megatron_hyperrouter.guard.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Engine
+
+
+@dataclass
+class Supervision:
+    """Of one run, on one rank; ``launcher``: the processes whose end stops the run."""
+
+    launcher: Launcher = field(default_factory=lambda: Launcher(()))
+    request: StopRequest = field(default_factory=StopRequest)
+    progress: Progress = field(default_factory=Progress)
+
+    @contextlib.contextmanager
+    def signals(self, config: RunConfig) -> Iterator[None]:
+        """Inside, signals are requests to stop."""
+        with stop_signals(self.request, enabled=config.train.exit_on_signal):
+            yield
+
+    @contextlib.contextmanager
+    def watchdog(self, config: RunConfig, engine: Engine, step: int) -> Iterator[None]:
+        """Inside, a run that does not move ends; it starts after ``step`` steps."""
+        minutes, place = config.train.distributed_timeout_minutes, engine.place
+        self.progress.enter("start", step)
+        with Watchdog(
+            Path(config.logging.run_dir),
+            rank=place.rank,
+            world_size=place.world_size,
+            limit=60 * minutes if minutes else engine.patience,
+            progress=self.progress,
+            stop=self.request,
+            launcher=self.launcher,
+        ):
+            yield
