@@ -93,14 +93,19 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors", "megatron"}),
     "huggingface": (set(), {"torch", "transformers", "safetensors"}),  # runs in other environments, too
-    "proof": ({*LATE_ROOM, "evaluate", "export"}, {"torch", "numpy", "safetensors"}),
+    "proof": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch", "numpy", "safetensors"}),
+    "importing": ({*LATE_ROOM, "export"}, {"torch"}),
+    "generation": ({*LATE_ROOM, "export", "importing"}, {"torch"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "verify": ({*COMMAND, "verify"}, {"torch", "numpy", "deepspeed"}),
     "studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "commands": (set(), set()),
     "commands/training": (COMMAND, {"torch"}),
     "commands/data": (COMMAND, {"torch", "numpy"}),
-    "commands/models": ({*COMMAND, "export", "proof"}, {"torch", "numpy", "rich"}),
+    "commands/models": (
+        {*COMMAND, "export", "proof", "importing", "generation"},
+        {"torch", "numpy", "rich", "yaml"},
+    ),
     "commands/studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "rich", "yaml"}),
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),

@@ -74,8 +74,8 @@ class _OnePlace:
     rank, world_size = 0, 1
 
 
-class _OneProcess:
-    """The ranks that check a checkpoint's files: this process alone."""
+class OneProcess:
+    """The ranks that read or write a checkpoint: this process alone."""
 
     place = _OnePlace()
 
@@ -92,4 +92,4 @@ def check_files(checkpoint: Path) -> None:
     """Compare every file with the checkpoint's manifest; CheckpointError names the one that is missing or
     altered.
     """
-    verify(checkpoint, _OneProcess())
+    verify(checkpoint, OneProcess())

@@ -51,7 +51,7 @@ def answer(task: Task) -> dict[str, Any]:
         problems += faults
         with torch.inference_mode():
             if reference := task.get("reference"):
-                results.append(compare(model, Path(reference), k))
+                results.append(compare(model, Path(reference), k, dense=bool(task.get("dense"))))
             elif tokens := task.get("tokens"):
                 results.append(score(model, torch.tensor(tokens), k))
             if (prompt := task.get("prompt")) and k == task["prompt_topk"]:
@@ -70,8 +70,10 @@ def load(task: Task, k: int) -> tuple[Any, list[str]]:
     options = {"dtype" if five else "torch_dtype": getattr(torch, task["dtype"])}
     if task.get("custom_code"):
         options["trust_remote_code"] = True
+    if not task.get("dense"):
+        options["num_experts_per_tok"] = k
     model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        task["folder"], num_experts_per_tok=k, output_loading_info=True, local_files_only=True, **options
+        task["folder"], output_loading_info=True, local_files_only=True, **options
     )
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     faults = []
@@ -106,13 +108,14 @@ class Choices:
         self.by_layer[layer] = ids.reshape(-1, self.k).sort(-1).values
 
 
-def compare(model: Any, reference: Path, k: int) -> dict[str, Any]:
-    """Logits, choices and losses beside the reference's, sample by sample."""
+def compare(model: Any, reference: Path, k: int, *, dense: bool = False) -> dict[str, Any]:
+    """Logits, choices and losses beside the reference's, sample by sample; a dense model chooses nothing."""
     told = load_file(reference / "tokens.safetensors")
     choices, sums = Choices(model, k), Sums()
     with safe_open(reference / f"k-{k}.safetensors", framework="pt") as file:
         names: list[str] = list(file.keys())
         layers = sorted(int(name.split(".")[1]) for name in names if name.startswith("experts."))
+        layers = [] if dense else layers
         for at, (tokens_S, labels_S) in enumerate(zip(told["tokens_BS"], told["labels_BS"], strict=True)):
             theirs_SV = model(tokens_S[None]).logits[0].float()
             ours_SV = file.get_slice("logits_BSV")[at].float()

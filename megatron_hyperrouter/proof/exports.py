@@ -7,18 +7,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from megatron_hyperrouter.checkpoint.folder import read_manifest
-from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.export.folder import Export
 from megatron_hyperrouter.proof.bounds import faults
 from megatron_hyperrouter.proof.child import ask
-from megatron_hyperrouter.proof.reference import greedy, write_reference
+from megatron_hyperrouter.proof.product import Prompt, product_side
 from megatron_hyperrouter.proof.samples import proof_rows
 
-_NEW_TOKENS, _PROMPT = 16, 16
+_PROMPT = 16
 _TOPKS = (1, 2, 4, 8)
 
 
@@ -39,7 +36,10 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
     rows_BS, data = proof_rows(run, job.tokenizer, samples=asked.samples, data_path=asked.data_path)
     prompt = [int(token) for token in rows_BS[0, :_PROMPT]]
     with TemporaryDirectory(prefix="mhr-reference-") as reference:
-        own = product_side(job, rows_BS, topks, prompt, Path(reference))
+        text = Prompt(prompt, job.topk)
+        own = product_side(
+            job.run, job.checkpoint, job.tokenizer.vocab_size, rows_BS, topks, Path(reference), text
+        )
         task = {
             "folder": str(folder.resolve()),
             "reference": reference,
@@ -48,7 +48,7 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
             "custom_code": job.gates.target.custom_code,
             "prompt": prompt,
             "prompt_topk": job.topk,
-            "new_tokens": _NEW_TOKENS,
+            "new_tokens": text.new_tokens,
         }
         answer = ask(task, python=asked.python)
     generated = answer["generated"]
@@ -65,17 +65,3 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
         "faults": found,
     }
     return proof, found
-
-
-def product_side(
-    job: Export, rows_BS: Tensor, topks: Sequence[int], prompt: list[int], folder: Path
-) -> dict[str, list[int]]:
-    """Write what the run's own engine computes; returns its greedy text at the exported k."""
-    engine = open_engine(job.run, vocab_size=job.tokenizer.vocab_size, for_training=False)
-    try:
-        engine.load(job.checkpoint, weights_only=True)
-        write_reference(engine, rows_BS, topks, folder)
-        length = rows_BS.size(1) - 1
-        return {str(job.topk): greedy(engine, prompt, _NEW_TOKENS, topk=job.topk, length=length)}
-    finally:
-        engine.close()

@@ -80,6 +80,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     """
 
     config: Config
+    anchor_ED: Tensor  # float32; there with anchor
     _held: bool
     _stale: bool
     _generated: Generated | None
@@ -96,6 +97,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             "width: logits start with unit standard deviation; paper: linears N(0, 0.02^2)",
         ] = "width"
         seed: Annotated[Natural | None, "of the frozen hypernetwork; default: --seed"] = None
+        anchor: Annotated[
+            bool, "add a fixed matrix, with which import-hf makes the first router a given one"
+        ] = False
         shared: Annotated[
             Literal["layer", "model"],
             "a hypernetwork for each layer, or one for all (each has its own embedding)",
@@ -120,6 +124,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             init=config.init,
         )
         self.freeze(recipe)
+        if config.anchor:
+            self.register_buffer("anchor_ED", torch.zeros(self.num_experts, self.hidden_size))
         self.embedding_S = nn.Parameter(torch.empty(embedding_size))
         self.hold(False)
         self.reset()
@@ -165,7 +171,20 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
 
     def _generate(self, embedding_S: Tensor) -> tuple[Tensor, Tensor | None]:
         w1_HS, b1_H, w2_HP, b2_P = self.frozen_tensors(embedding_S.device)
-        return generate(embedding_S, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias)
+        W_ED, b_E = generate(
+            embedding_S, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias
+        )
+        return (W_ED + self.anchor_ED if self.config.anchor else W_ED), b_E
+
+    def anchor_at(self, given_ED: Tensor) -> None:
+        """Make the generated router ``given_ED`` at the present embedding: the second layer's bias b2 is then
+        ``vec(given) - W2 relu(W1 e)``, frozen as the layers are, and the embedding alone still learns.
+        """
+        with torch.no_grad(), float32_maths(given_ED.device):
+            self.anchor_ED.zero_()
+            W_ED, _ = self._generate(self.embedding_S.float())
+            self.anchor_ED.copy_(given_ED.float() - W_ED)
+        self.begin_step()
 
     def _regenerate(self) -> Generated:
         """Generate outside any graph, and not as inference tensors: evaluation may come first, training

@@ -20,7 +20,7 @@ from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.proof import exports
-from megatron_hyperrouter.proof.exports import product_side
+from megatron_hyperrouter.proof.product import Prompt, product_side
 from megatron_hyperrouter.proof.samples import proof_rows
 
 TOPKS, SAMPLES, PROMPT = (1, 2, 4, 8), 3, 16
@@ -41,7 +41,15 @@ def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
     rows_BS, _ = proof_rows(run, job.tokenizer, samples=SAMPLES)
     prompt = [int(token) for token in rows_BS[0, :PROMPT]]
     (home / "reference").mkdir()
-    own = product_side(job, rows_BS, TOPKS, prompt, home / "reference")
+    own = product_side(
+        job.run,
+        job.checkpoint,
+        job.tokenizer.vocab_size,
+        rows_BS,
+        TOPKS,
+        home / "reference",
+        Prompt(prompt, job.topk),
+    )
     return {"architecture": job.gates.target.architecture, "prompt": prompt, "greedy": own}
 
 

@@ -1,0 +1,262 @@
+"""Turn a Hugging Face model into a run folder that training, evaluation and export take.
+
+Mixture-of-experts models keep their router (--router topk), or have a HyperRouter that is anchored at it
+(--router hyper): both compute the same model.  --reset-router draws a new router instead, and the model's
+function is lost.
+Dense models (Llama, Mistral, Qwen3) become mixtures with --upcycle E.  The proof compares the run's own
+engine
+with transformers and leaves import_certificate.json in the run folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
+from megatron_hyperrouter.terminal import parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.importing.source import HfFolder
+    from megatron_hyperrouter.importing.upcycle import UpcycledWeights
+    from megatron_hyperrouter.importing.weights import ImportedWeights
+
+CERTIFICATE = "import_certificate.json"
+_KEEP = ("topk", "hyper")  # routers that can compute a given matrix
+_NO_DATA = "no-data-yet"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Folder -> settings, routers and weights -> draft of the run folder -> proof -> its name."""
+    args = read_flags(arguments)
+    from megatron_hyperrouter.files import publish, unfinished_folder, write_json
+    from megatron_hyperrouter.importing.source import open_folder
+    from megatron_hyperrouter.proof.imports import prove_import
+
+    folder = open_folder(args.input)
+    check_flags(args, folder)
+    with unfinished_folder(args.output) as draft:
+        weights = weights_of(args, folder)
+        run = run_of(args, folder, weights, draft)
+        write(draft, run, weights, reset=args.reset_router or copies(args, folder))
+        certificate, faults = prove_import(draft, run, folder, topks_of(args, folder, run), asked_of(args))
+        tolerated = args.reset_router or args.noise or args.redraw
+        write_json(draft / CERTIFICATE, certificate)
+        target = publish(draft, args.output, failed=bool(faults) and not tolerated)
+    if faults and not tolerated:
+        raise CheckpointError(
+            "\n  - ".join(["the run does not compute the given model:", *faults]),
+            remedy=f"the folder is {target}; its {CERTIFICATE} has all numbers",
+        )
+    report(target, run, folder, certificate)
+
+
+def copies(args: Namespace, folder: HfFolder) -> bool:
+    """All experts are equal: whatever router there is computes the dense model, if its weights sum to 1."""
+    return folder.dense and args.granularity == 1
+
+
+def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
+    """Values of k to prove: whole groups of slices."""
+    experts = run.model.num_experts
+    if folder.dense:
+        return sorted({args.granularity, run.model.moe_router_topk, experts})
+    return sorted({*(k for k in (1, 2, 4, 8) if k <= experts), run.model.moe_router_topk})
+
+
+def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledWeights:
+    """What reads the folder's tensors by our names."""
+    from megatron_hyperrouter.importing.upcycle import Recipe, UpcycledWeights
+    from megatron_hyperrouter.importing.weights import ImportedWeights
+
+    if not folder.dense:
+        return ImportedWeights(folder)
+    recipe = Recipe(
+        experts=args.upcycle,
+        granularity=args.granularity,
+        topk=args.topk or 2 * args.granularity,
+        noise=args.noise,
+        redraw=args.redraw,
+        seed=args.seed,
+    )
+    return UpcycledWeights(folder, recipe)
+
+
+def run_of(
+    args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights, draft: Path
+) -> RunConfig:
+    """The settings of the run; its tokenizer is copied into the run folder."""
+    import yaml
+
+    from megatron_hyperrouter.config.cli import load_file
+    from megatron_hyperrouter.importing.source import settings_of_folder
+    from megatron_hyperrouter.routers import ROUTERS
+
+    settings = settings_of_folder(folder)
+    if recipe := getattr(weights, "recipe", None):
+        settings |= {
+            "num_experts": recipe.experts,
+            "moe_router_topk": recipe.topk,
+            "moe_ffn_hidden_size": folder.expert_width // recipe.granularity,
+        }
+    router = settings["router"]
+    if args.router not in _KEEP:
+        router = {}
+    settings["router"] = router | {"name": args.router}
+    if args.router == "hyper" and not (args.reset_router or copies(args, folder)):
+        settings["router"] |= {"anchor": True}
+    settings |= tokenizer_of(args, folder, draft)
+    settings |= {
+        "seq_length": args.seq_length or settings["seq_length"],
+        "data_path": args.data_path or [_NO_DATA],
+        "run_dir": str(args.output),
+        "engine": args.engine,
+        "seed": args.seed,
+    }
+    path = draft / "settings-draft.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    try:
+        return load_file(path, routers=ROUTERS, world_size=1)
+    finally:
+        path.unlink()
+
+
+def tokenizer_of(args: Namespace, folder: HfFolder, draft: Path) -> dict[str, Any]:
+    """The tokenizer's settings; without a tokenizer the ids are all there is."""
+    name = "tokenizer.json"
+    given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / name
+    if not given.is_file():
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": folder.rows}
+    shutil.copyfile(given, draft / name)
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(args.output.resolve() / name)}
+
+
+def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeights, *, reset: bool) -> None:
+    """The run folder, but for its certificate."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.export.sources import OneProcess
+    from megatron_hyperrouter.importing.routers import imported_routers
+    from megatron_hyperrouter.importing.run_folder import write_run
+    from megatron_hyperrouter.train.resume import run_meta
+
+    names, rows = weights.names(), weights.folder.rows
+    routers = imported_routers(run, names, weights.read, vocab_size=rows, reset=reset)
+    engine = cast("Engine", SimpleNamespace(place=OneProcess.place))
+    meta = run_meta(run, engine) | {"imported": weights.folder.architecture}
+    write_run(draft, run, names, weights.read, routers, meta)
+
+
+def asked_of(args: Namespace) -> Any:
+    """What the proof is asked for."""
+    from megatron_hyperrouter.proof.exports import Asked
+
+    return None if args.no_proof else Asked(args.proof_topk, args.proof_samples, None, args.python)
+
+
+def check_flags(args: Namespace, folder: HfFolder) -> None:
+    """ConfigError with all flags that do not go with this folder."""
+    found: list[Problem] = []
+    if folder.dense and args.upcycle is None:
+        rule = f"must be given for a dense model ({folder.architecture})"
+        found.append(Problem("--upcycle", "", rule, "name the number of experts"))
+    if not folder.dense:
+        rule = f"is for dense models, and this is a {folder.architecture}"
+        given = {
+            "--upcycle": args.upcycle,
+            "--noise": args.noise,
+            "--redraw": args.redraw,
+            "--topk": args.topk,
+        }
+        found += [Problem(name, value, rule, "leave it out") for name, value in given.items() if value]
+        if args.granularity != 1:
+            found.append(Problem("--granularity", args.granularity, rule, "leave it out"))
+    if args.router not in _KEEP and not args.reset_router and not copies(args, folder):
+        rule = f"cannot be given the router of another model; {' and '.join(_KEEP)} can"
+        found.append(
+            Problem("--router", args.router, rule, "add --reset-router, with which the function is lost")
+        )
+    if found:
+        raise ConfigError(found)
+
+
+def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str, Any]) -> None:
+    """A table for a person."""
+    model = run.model
+    show(
+        f"{target}: {folder.architecture}, {model.num_layers} layers of {model.num_experts} experts, "
+        f"k = {model.moe_router_topk}, router {run.router.name}"
+    )
+    if run.data.data_path == (_NO_DATA,):
+        show(
+            "To train it, name data: mhr train --config RUN/config.yaml --load RUN --finetune --data-path P "
+            "--run-dir NEW"
+        )
+    proof = certificate["proof"]
+    if proof is None:
+        show("The run was not compared with the given model (--no-proof).")
+        return
+    show(f"{'k':>4} {'max difference':>15} {'equal argmax':>13}")
+    for row in proof["results"]:
+        show(f"{row['topk']:>4} {row['max_difference_all']:>15.2e} {100 * row['equal_argmax']:>12.2f}%")
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(__doc__ or "")
+    add = flags.add_argument
+    add("--input", type=Path, required=True, metavar="FOLDER", help="a Hugging Face model")
+    add(
+        "--output", type=Path, required=True, metavar="RUN", help="the run folder to write; it must not exist"
+    )
+    add(
+        "--router",
+        default="topk",
+        metavar="NAME",
+        help="topk keeps the router (default); hyper is anchored at it",
+    )
+    add("--reset-router", action="store_true", help="draw a new router: the model's function is lost")
+    add(
+        "--engine",
+        choices=("deepspeed", "megatron"),
+        default="deepspeed",
+        help="engine of the run's settings",
+    )
+    add("--data-path", nargs="+", metavar="P", help="token files to train on")
+    add("--seq-length", type=int, metavar="S", help="tokens of a sample (default: as config.json says)")
+    add("--tokenizer-model", metavar="FILE", help="tokenizer.json (default: the folder's)")
+    add("--upcycle", type=int, metavar="E", help="experts that a dense model's MLP becomes")
+    add(
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="G",
+        help="slices of the MLP in a group of experts (default: 1)",
+    )
+    add("--topk", type=int, metavar="K", help="with --upcycle: active experts (default: two groups)")
+    add(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="noise on all groups but the first, in standard deviations",
+    )
+    add(
+        "--redraw",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="share of hidden units drawn anew in these groups",
+    )
+    add("--seed", type=int, default=1234, help="of the new router, the noise and the units (default: 1234)")
+    add("--no-proof", action="store_true", help="do not compare the run with the given model")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to prove (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=2, metavar="N", help="samples to prove with (default: 2)")
+    add("--python", metavar="FILE", help="Python that has transformers (default: this one)")
+    return flags.parse_args(arguments)

@@ -1,0 +1,159 @@
+"""Models of transformers as runs of ours: the same numbers on both engines, and the same bytes on the way
+back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from importing.given import edit_config, make_model
+from program.launched import Zygote
+from safetensors.torch import load_file, save_file
+
+from megatron_hyperrouter.proof.bounds import faults
+
+pytestmark = pytest.mark.processes
+WORKER = Path(__file__).with_name("import_worker.py")
+BOTH = ["deepspeed", "megatron"]
+UP = ["--upcycle", "8"]
+
+
+def case(folder: str, *flags: str, topks: list[int], engines: list[str] | None = None, back: str = "") -> Any:
+    return {
+        "folder": folder,
+        "flags": list(flags),
+        "topks": topks,
+        "engines": engines or BOTH[:1],
+        "back": back,
+    }
+
+
+EXACT: dict[str, Any] = {
+    "qwen3_moe": case("qwen3_moe", topks=[1, 2, 4, 8], engines=BOTH, back="float32"),
+    "packed experts": case("packed", topks=[2]),
+    "not renormalised, bfloat16": case("bf16", topks=[1, 4], back="bfloat16"),
+    "mixtral": case("mixtral", "--engine", "megatron", topks=[1, 2, 4, 8], engines=BOTH, back="float32"),
+    "glm4_moe": case("glm4_moe", topks=[1, 2, 8], back="float32"),
+    "spelling of transformers 4": case("old", topks=[2]),
+    "hyper, anchored": case("qwen3_moe", "--router", "hyper", topks=[1, 2, 8], engines=BOTH, back="float32"),
+    "8 copies of llama": case("llama", *UP, topks=[1, 2, 8]),
+    "8 copies of mistral, hyper": case("mistral", *UP, "--router", "hyper", topks=[1, 2, 8], engines=BOTH),
+    "halves of qwen3": case("qwen3", *UP, "--granularity", "2", "--topk", "4", topks=[2, 4, 8]),
+    "halves of qwen3, hyper": case("qwen3", *UP, "--granularity", "2", "--router", "hyper", topks=[2, 4, 8]),
+    "eighths of qwen3": case("qwen3", *UP, "--granularity", "8", "--topk", "8", topks=[8]),
+}
+MOVED: dict[str, Any] = {
+    "router drawn anew": case("qwen3_moe", "--router", "hyper", "--reset-router", topks=[2]),
+    "noise": case("llama", *UP, "--noise", "0.01", topks=[2]),
+    "half of the units drawn anew": case("llama", *UP, "--redraw", "0.5", topks=[2]),
+    "half a group": case("qwen3", *UP, "--granularity", "2", "--topk", "4", topks=[3]),
+}
+REFUSED: dict[str, Any] = {
+    "attention_bias; our attention has none": case("biased", topks=[]),
+    "a sliding window": case("biased", topks=[]),
+    "rope_type yarn": case("biased", topks=[]),
+    "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
+    "extra.weight: has no place in our model": case("holed", topks=[]),
+    "cannot be given the router of another model": case("qwen3_moe", "--router", "xmoe", topks=[]),
+    "--upcycle: must be given for a dense model": case("llama", topks=[]),
+    "--granularity = 5: must divide the MLP's width 48": case("llama", *UP, "--granularity", "5", topks=[]),
+    "--topk = 3: must be a multiple of --granularity = 2": case(
+        "llama", *UP, "--granularity", "2", "--topk", "3", topks=[]
+    ),
+    "its q/k norms are over the whole width": case("olmoe", topks=[]),
+}
+
+
+def write_folders(home: Path) -> None:
+    """The models of the table, and some that do not fit."""
+    for name in ("qwen3_moe", "mixtral", "glm4_moe", "llama", "mistral", "qwen3"):
+        make_model(name, home / name)
+    make_model("qwen3_moe", home / "packed", packed=True)
+    make_model("qwen3_moe, not renormalised", home / "bf16", dtype="bfloat16")
+    for name in ("old", "biased", "holed", "olmoe"):
+        make_model("qwen3_moe", home / name)
+    config = json.loads((home / "old" / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    (home / "old" / "config.json").write_text(json.dumps(config))
+    yarn = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0}
+    edit_config(home / "biased", attention_bias=True, use_sliding_window=True, rope_parameters=yarn)
+    edit_config(home / "olmoe", architectures=["OlmoeForCausalLM"])
+    tensors = load_file(home / "holed" / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors | {"extra.weight": torch.zeros(2)}, home / "holed" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def told(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What came of each case."""
+    home = tmp_path_factory.mktemp("import-hf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        write_folders(home)
+        task = {
+            name: dict(one, folder=str(home / one["folder"]))
+            for name, one in (EXACT | MOVED | REFUSED).items()
+        }
+        for one in task.values():
+            one["rows"] = 100 if Path(one["folder"]).name in ("qwen3_moe", "packed", "old") else 96
+        found = run_ranks(zygote, WORKER, task, ranks=1, folder=home / "runs")
+        yield {name: one | {"given": task[name]["folder"]} for name, one in found.items()}
+
+
+def compared(told: dict[str, Any], name: str, engine: str) -> Any:
+    """The given model beside an engine's numbers."""
+    from megatron_hyperrouter.huggingface.compare import answer
+
+    one, asked = told[name], (EXACT | MOVED)[name]
+    assert "home" in one, one
+    return answer(
+        {
+            "folder": one["given"],
+            "reference": str(Path(one["home"]) / engine),
+            "topks": asked["topks"],
+            "dtype": "float32",
+            "dense": Path(one["given"]).name in ("llama", "mistral", "qwen3"),
+        }
+    )
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_run_computes_the_given_model(told: dict[str, Any], name: str) -> None:
+    for engine in EXACT[name]["engines"]:
+        found = compared(told, name, engine)
+        assert faults(found, "float32") == [], engine
+        assert all(result["logits_std"] > 0.3 and result["equal_argmax"] == 1 for result in found["results"])
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_moves_the_function_is_seen(told: dict[str, Any], name: str) -> None:
+    assert faults(compared(told, name, "deepspeed"), "float32")
+
+
+@pytest.mark.parametrize("name", [name for name, one in EXACT.items() if one["back"]])
+def test_out_again_gives_the_same_bytes(told: dict[str, Any], name: str) -> None:
+    given = load_file(Path(told[name]["given"]) / "model.safetensors")
+    back = load_file(Path(told[name]["home"]) / "back" / "model.safetensors")
+    assert given.keys() - back.keys() <= {key for key, tensor in given.items() if not tensor.numel()}
+    assert back.keys() <= given.keys()
+    for key, tensor in back.items():
+        if "anchored" in name and ".gate." in key:  # what is generated is rounded
+            torch.testing.assert_close(tensor, given[key], rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(tensor, given[key]) and tensor.dtype == given[key].dtype, key
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_does_not_fit_is_refused(told: dict[str, Any], reason: str) -> None:
+    one = told[reason]
+    assert reason in one["refused"] and one["status"] == (
+        2 if reason.startswith("--") or "router" in reason else 4
+    )
+    assert one["left"] == []
