@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.checkpoint.folder import find
-from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.export.sources import plain_run, weight_reader
-from megatron_hyperrouter.importing.source import HfFolder
 from megatron_hyperrouter.proof.bounds import bounds, faults
 from megatron_hyperrouter.proof.child import ask
 from megatron_hyperrouter.proof.exports import Asked
 from megatron_hyperrouter.proof.product import product_side
 from megatron_hyperrouter.proof.samples import proof_rows
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.importing.source import HfFolder
 
 _LONGEST = 512  # positions of a sample: a folder may allow a hundred thousand
 

@@ -26,7 +26,9 @@ from megatron_hyperrouter.routers import ROUTERS
 def one(case: dict[str, Any], home: Path) -> dict[str, Any]:
     """Import; then the numbers of each engine, and the way out again."""
     home.mkdir()
-    words = ["--input", case["folder"], "--output", str(home / "run"), "--no-proof", *case["flags"]]
+    words = ["--input", case["folder"], "--output", str(home / "run"), *case["flags"]]
+    if not case.get("proof"):
+        words.append("--no-proof")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             import_hf.main(words)

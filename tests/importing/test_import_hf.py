@@ -38,6 +38,7 @@ EXACT: dict[str, Any] = {
     "qwen3_moe": case("qwen3_moe", topks=[1, 2, 4, 8], engines=BOTH, back="float32"),
     "packed experts": case("packed", topks=[2]),
     "not renormalised, bfloat16": case("bf16", topks=[1, 4], back="bfloat16"),
+    "proved": case("qwen3_moe", "--proof-topk", "2", "--proof-samples", "1", topks=[2]) | {"proof": True},
     "mixtral": case("mixtral", "--engine", "megatron", topks=[1, 2, 4, 8], engines=BOTH, back="float32"),
     "glm4_moe": case("glm4_moe", topks=[1, 2, 8], back="float32"),
     "spelling of transformers 4": case("old", topks=[2]),
@@ -130,6 +131,16 @@ def test_the_run_computes_the_given_model(told: dict[str, Any], name: str) -> No
         found = compared(told, name, engine)
         assert faults(found, "float32") == [], engine
         assert all(result["logits_std"] > 0.3 and result["equal_argmax"] == 1 for result in found["results"])
+
+
+def test_the_command_proves_what_it_writes(told: dict[str, Any]) -> None:
+    run = Path(told["proved"]["home"]) / "run"
+    certificate = json.loads((run / "import_certificate.json").read_text())
+    (result,) = certificate["proof"]["results"]
+    assert certificate["proof"]["faults"] == [] and result["topk"] == 2
+    assert 0 < result["max_difference"] < 1e-4 and result["equal_experts"] == [1.0, 1.0]
+    assert certificate["proof"]["data"].startswith("random token ids")
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "import_certificate.json"}
 
 
 @pytest.mark.parametrize("name", MOVED)
