@@ -130,7 +130,8 @@ def tokenizer_of(args: Namespace, folder: HfFolder, draft: Path) -> dict[str, An
     name = "tokenizer.json"
     given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / name
     if not given.is_file():
-        return {"tokenizer_type": "NullTokenizer", "vocab_size": folder.rows}
+        ids = folder.rows - 1  # the last row is the end of a document
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": ids}
     shutil.copyfile(given, draft / name)
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(args.output.resolve() / name)}
 
