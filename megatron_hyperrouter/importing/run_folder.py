@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.checkpoint.weights import write_weights
 from megatron_hyperrouter.config.cli import dump
@@ -41,5 +42,7 @@ def write_run(
             tensors |= {f"{prefix}mlp.router.{name}": tensor for name, tensor in state.items()}
             write_weights(checkpoint, layer + 1, tensors)
 
-    CheckpointFolders(folder / "checkpoints", OneProcess()).save(0, write, dict(meta))
+    described = describe(run)
+    folders = CheckpointFolders(folder / "checkpoints", OneProcess())
+    folders.save(0, write, dict(meta) | described.meta, texts=described.texts)
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")

@@ -31,9 +31,11 @@ def proof_rows(
     except (ConfigError, DataError):
         if data_path:
             raise
-        generator = torch.Generator().manual_seed(_SEED)
         shape = (samples, run.settings.model.seq_length + 1)
-        return torch.randint(
-            tokenizer.vocab_size, shape, generator=generator
-        ), "random token ids: the run's data is not there"
+        return random_rows(shape, tokenizer.vocab_size), "random token ids: the run's data is not there"
     return torch.from_numpy(rows), " ".join(data_path) if data_path else "the run's test split"
+
+
+def random_rows(shape: tuple[int, int], vocab_size: int) -> Tensor:
+    """Ids ``_BS``, the same at every call."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(_SEED))

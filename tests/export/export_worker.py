@@ -1,106 +1,95 @@
-"""Makes the run folders of the table in one process, exports them, and writes what their engines compute."""
+"""One process that trains a tiny model, exports it, and loads the export into models that megatron-core
+builds by itself.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from export.cases import CASES, REFUSED, Case
-from export.untrained import make_run
+from engines import te_stand_in
 
-from megatron_hyperrouter.checkpoint.folder import read_manifest
-from megatron_hyperrouter.commands.models.export_hf import export_of, main, read_flags
-from megatron_hyperrouter.compat.deepspeed import skip_shm_build
-from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.evaluate.trained import TrainedRun
-from megatron_hyperrouter.proof import exports
-from megatron_hyperrouter.proof.product import Prompt, product_side
-from megatron_hyperrouter.proof.samples import proof_rows
+te_stand_in.install()
 
-TOPKS, SAMPLES, PROMPT = (1, 2, 4, 8), 3, 16
+import torch  # noqa: E402
+from distributed import world  # noqa: E402
+from engines.layout_worker import VOCABULARY, micro_batches, run_case, tiny_config  # noqa: E402
+
+from megatron_hyperrouter.compat.deepspeed import skip_shm_build  # noqa: E402
+from megatron_hyperrouter.compat.megatron import install  # noqa: E402
+from megatron_hyperrouter.config.tree import RunConfig  # noqa: E402
+from megatron_hyperrouter.engines.base import Place  # noqa: E402
+from megatron_hyperrouter.model.spec import transformer_config  # noqa: E402
+
+HERE = Place(rank=0, world_size=1, data_rank=0, data_size=1)
 
 
-def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
-    """Make the run and export it without a proof; the product's numbers go beside it."""
-    make_run(home / "run", text, case.settings)
-    flags = ["--load", home / "run", "--output", home / "folder", "--no-proof", *shlex.split(case.flags)]
-    words = [str(word) for word in flags]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(words)
-    except HyperRouterError as error:
-        return {"refused": str(error), "status": error.exit_status, "left": [p.name for p in home.iterdir()]}
-    job, _ = export_of(read_flags(words))
-    run = TrainedRun(job.checkpoint, read_manifest(job.checkpoint), job.run)
-    rows_BS, _ = proof_rows(run, job.tokenizer, samples=SAMPLES)
-    prompt = [int(token) for token in rows_BS[0, :PROMPT]]
-    (home / "reference").mkdir()
-    own = product_side(
-        job.run,
-        job.checkpoint,
-        job.tokenizer.vocab_size,
-        rows_BS,
-        TOPKS,
-        home / "reference",
-        Prompt(prompt, job.topk),
+def plain_loss(run: RunConfig, folder: Path) -> float:
+    """Mean loss of megatron-core's own model, its spec and its router, with the weights in ``folder``."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    core = transformer_config(run, moe_router_load_balancing_type="none", moe_grouped_gemm=True)
+    model = GPTModel(
+        config=core,
+        transformer_layer_spec=get_gpt_decoder_block_spec(core, use_transformer_engine=True),
+        vocab_size=64,
+        max_sequence_length=run.model.seq_length,
+        position_embedding_type="rope",
+        rotary_base=run.model.rotary_base,
+        share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
     )
-    return {"architecture": job.gates.target.architecture, "prompt": prompt, "greedy": own}
+    state: Any = {"model": model.sharded_state_dict()}
+    found = dist_checkpointing.load(state, str(folder))
+    missing, unexpected = model.load_state_dict(found["model"], strict=False)
+    assert not [name for name in missing if "_extra_state" not in name] and not unexpected, (
+        missing,
+        unexpected,
+    )
+    model.eval()
+    total = tokens = 0.0
+    with torch.no_grad():
+        for tokens_BS, labels_BS in micro_batches(run, HERE, 99):
+            loss_BS = model(
+                tokens_BS, torch.arange(tokens_BS.size(1))[None].expand_as(tokens_BS), None, labels=labels_BS
+            )
+            total, tokens = total + float(loss_BS.double().sum()), tokens + loss_BS.numel()
+    return total / tokens
 
 
-def proved(home: Path) -> dict[str, Any]:
-    """The whole command with its proof in a child process; then with a child that tells other numbers."""
-    words = ["--load", str(home / "run"), "--proof-topk", "2", "--proof-samples", "1", "--license", "mit"]
-    words += ["--dtype", "bfloat16", "--topk", "3"]
-    answers: list[dict[str, Any]] = []
+def one(flags: list[str], folder: Path) -> dict[str, Any]:
+    """Train, export, load, compare; or tell why it was refused."""
+    from megatron_hyperrouter.engines.megatron.single_process import one_process
+    from megatron_hyperrouter.errors import CheckpointError
+    from megatron_hyperrouter.export.megatron import export_weights
 
-    def noted(task: dict[str, Any], python: str | None = None) -> dict[str, Any]:
-        answers.append(ask(task, python=python))
-        return answers[-1]
-
-    def worse(task: dict[str, Any], python: str | None = None) -> dict[str, Any]:
-        answers[-1]["results"][0]["perplexity_hf"] *= 2
-        return answers[-1]
-
-    ask, exports.ask = exports.ask, noted
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        main([*words, "--output", str(home / "proved")])
-        main(["--verify", str(home / "proved")])
-    missing = refusal([*words, "--output", str(home / "bad"), "--python", "/nowhere/python"])
-    exports.ask = worse
-    failed = refusal([*words, "--output", str(home / "bad")])
-    exports.ask = ask
-    return {"stdout": out.getvalue(), "failed": failed, "missing": missing}
+    with world(folder.name):
+        trained = run_case({"flags": flags, "steps": 2, "folder": str(folder / "ours"), "topk_eval": [2]}, 1)
+    run = tiny_config(flags)
+    with one_process(run):
+        try:
+            told = {"loss": plain_loss(run, export_weights(run, folder / "ours", folder / "theirs", step=2))}
+        except CheckpointError as error:
+            told = {"refused": str(error)}
+    return {"expected": trained["evaluations"][2], **told}
 
 
-def refusal(words: list[str]) -> dict[str, Any]:
-    """The error that the command ends with."""
-    try:
-        main(words)
-    except HyperRouterError as error:
-        return {"message": str(error), "status": error.exit_status}
-    return {}
-
-
-def run_all() -> None:
+def main() -> None:
     """All cases of the task."""
     task, answer = (Path(argument) for argument in sys.argv[1:])
     torch.set_num_threads(1)
     skip_shm_build()
+    install()
     asked = json.loads(task.read_text(encoding="utf-8"))
-    table = CASES | REFUSED
-    told = {
-        name: one(table[name], answer.parent / str(number), Path(asked["text"]))
-        for number, name in enumerate(asked["cases"])
-    }
-    told["proved"] = proved(answer.parent / "0")
+    told = []
+    for number, flags in enumerate(asked["cases"]):
+        told.append(one(flags, answer.parent / str(number)))
+    assert VOCABULARY <= 64
     answer.write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run_all()
+    main()

@@ -22,7 +22,7 @@ from megatron_hyperrouter.export.verify import differences
 from megatron_hyperrouter.proof.bounds import faults
 
 pytestmark = pytest.mark.processes
-WORKER = Path(__file__).with_name("export_worker.py")
+WORKER = Path(__file__).with_name("hf_worker.py")
 TOPKS = (1, 2, 4, 8)
 
 

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from megatron_hyperrouter.checkpoint.folder import find
 from megatron_hyperrouter.commands.models import export_hf, import_hf
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
-from megatron_hyperrouter.config.cli import load_file
 from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.export.sources import plain_run
 from megatron_hyperrouter.proof.product import product_side
-from megatron_hyperrouter.proof.samples import proof_rows
-from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.proof.samples import random_rows
 
 
 def one(case: dict[str, Any], home: Path) -> dict[str, Any]:
@@ -34,10 +32,9 @@ def one(case: dict[str, Any], home: Path) -> dict[str, Any]:
             import_hf.main(words)
     except HyperRouterError as error:
         return {"refused": str(error), "status": error.exit_status, "left": [p.name for p in home.iterdir()]}
-    run = plain_run(load_file(home / "run" / "config.yaml", routers=ROUTERS, world_size=1))
-    checkpoint = find(home / "run")
-    assert checkpoint is not None
-    rows_BS, _ = proof_rows(run, 90, samples=2)
+    trained = TrainedRun.open(home / "run")
+    run, checkpoint = plain_run(trained.settings), trained.checkpoint
+    rows_BS = random_rows((2, run.model.seq_length + 1), 90)
     for engine in case["engines"]:
         chosen = replace(run, engine=replace(run.engine, engine=engine))
         (home / engine).mkdir()

@@ -139,7 +139,6 @@ def test_the_command_proves_what_it_writes(told: dict[str, Any]) -> None:
     (result,) = certificate["proof"]["results"]
     assert certificate["proof"]["faults"] == [] and result["topk"] == 2
     assert 0 < result["max_difference"] < 1e-4 and result["equal_experts"] == [1.0, 1.0]
-    assert certificate["proof"]["data"].startswith("random token ids")
     assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "import_certificate.json"}
 
 

@@ -10,7 +10,6 @@ with transformers and leaves import_certificate.json in the run folder.
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         weights = weights_of(args, folder)
         run = run_of(args, folder, weights, draft)
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
-        certificate, faults = prove_import(draft, run, folder, topks_of(args, folder, run), asked_of(args))
+        certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
         tolerated = args.reset_router or args.noise or args.redraw
         write_json(draft / CERTIFICATE, certificate)
         target = publish(draft, args.output, failed=bool(faults) and not tolerated)
@@ -89,7 +88,7 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
 def run_of(
     args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights, draft: Path
 ) -> RunConfig:
-    """The settings of the run; its tokenizer is copied into the run folder."""
+    """The settings of the run."""
     import yaml
 
     from megatron_hyperrouter.config.cli import load_file
@@ -109,7 +108,7 @@ def run_of(
     settings["router"] = router | {"name": args.router}
     if args.router == "hyper" and not (args.reset_router or copies(args, folder)):
         settings["router"] |= {"anchor": True}
-    settings |= tokenizer_of(args, folder, draft)
+    settings |= tokenizer_of(args, folder)
     settings |= {
         "seq_length": args.seq_length or settings["seq_length"],
         "data_path": args.data_path or [_NO_DATA],
@@ -125,15 +124,15 @@ def run_of(
         path.unlink()
 
 
-def tokenizer_of(args: Namespace, folder: HfFolder, draft: Path) -> dict[str, Any]:
-    """The tokenizer's settings; without a tokenizer the ids are all there is."""
-    name = "tokenizer.json"
-    given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / name
+def tokenizer_of(args: Namespace, folder: HfFolder) -> dict[str, Any]:
+    """The tokenizer's settings, whose file the checkpoint keeps; without a tokenizer the ids are all there
+    is.
+    """
+    given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / "tokenizer.json"
     if not given.is_file():
         ids = folder.rows - 1  # the last row is the end of a document
         return {"tokenizer_type": "NullTokenizer", "vocab_size": ids}
-    shutil.copyfile(given, draft / name)
-    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(args.output.resolve() / name)}
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(given.resolve())}
 
 
 def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeights, *, reset: bool) -> None:
