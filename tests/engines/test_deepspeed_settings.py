@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_hyperrouter.config.cli import replace_leaves
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
+from megatron_hyperrouter.engines.deepspeed.settings import LARGEST_BUCKET, deepspeed_settings
 
 
 def test_without_zero_deepspeed_never_clips(tmp_path: Path) -> None:
@@ -19,3 +19,15 @@ def test_without_zero_deepspeed_never_clips(tmp_path: Path) -> None:
         settings = deepspeed_settings(config, data_parallel_size=1)
         assert settings["gradient_clipping"] == expected
         assert settings["wall_clock_breakdown"] is True
+
+
+def test_buckets_are_as_large_as_the_model_needs() -> None:
+    for numbers, expected in ((1000, 1000), (10**10, LARGEST_BUCKET)):
+        settings = deepspeed_settings(RunConfig(), data_parallel_size=1, largest_group=numbers)
+        assert settings["zero_optimization"]["reduce_bucket_size"] == expected
+
+
+def test_zero_2_overlaps_its_communication() -> None:
+    for stage in (0, 1, 2):
+        settings = deepspeed_settings(replace_leaves(RunConfig(), zero_stage=stage), data_parallel_size=1)
+        assert settings["zero_optimization"].get("overlap_comm", False) == (stage == 2)

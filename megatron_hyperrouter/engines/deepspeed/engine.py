@@ -54,11 +54,14 @@ class DeepSpeedEngine(SharedEngine):
     def _wrap(self) -> Any:
         import deepspeed
 
-        settings = deepspeed_settings(self.config, data_parallel_size=self.place.data_size)
+        optimizer = adamw(self.named_parameters(), self.config.optimizer)
+        groups = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
+        settings = deepspeed_settings(
+            self.config, data_parallel_size=self.place.data_size, largest_group=max(groups)
+        )
         self.micro_batches: int = settings["gradient_accumulation_steps"]
         # Of the shape that the Megatron engine sets; its gradient is multiplied by it on the GPU.
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / self.micro_batches, device=self.device))
-        optimizer = adamw(self.named_parameters(), self.config.optimizer)
         self._clipper = (
             Clipper(optimizer, self.config.optimizer.clip_grad)
             if self.config.engine.zero_stage == 0

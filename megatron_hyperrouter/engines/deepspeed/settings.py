@@ -8,10 +8,16 @@ from typing import Any
 
 from megatron_hyperrouter.config.tree import RunConfig
 
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's default: 2 GB of float32 on every rank, whatever the model
 
-def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[str, Any]:
+
+def deepspeed_settings(
+    config: RunConfig, *, data_parallel_size: int, largest_group: int = LARGEST_BUCKET
+) -> dict[str, Any]:
     """Our settings, with the user's ``--deepspeed-config`` merged in (``config.check`` has refused
     contradictions).
+
+    ``largest_group``: numbers in the largest group of parameters on this rank, all that a bucket has to hold.
     """
     train = config.train
     global_batch = train.global_batch_size or train.micro_batch_size * data_parallel_size
@@ -24,7 +30,7 @@ def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[st
         else 0.0,  # without ZeRO: optimizer.Clipper
         "steps_per_print": 10**9,  # the console is ours
         "bf16": {"enabled": train.bf16},
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": _zero(config.engine.zero_stage, min(largest_group, LARGEST_BUCKET)),
         # torch's AdamW, not one of the optimizers that DeepSpeed compiles.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -39,6 +45,13 @@ def deepspeed_settings(config: RunConfig, *, data_parallel_size: int) -> dict[st
             theirs.pop("gradient_clipping", None)
         return merged(made, theirs)
     return made
+
+
+def _zero(stage: int, bucket: int) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
+    if stage == 2:  # gradients are reduced while the backward pass continues
+        section |= {"overlap_comm": True, "reduce_scatter": True}
+    return section
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
