@@ -14,14 +14,60 @@ import os
 import resource
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import torch
 import torch.nn.functional as F
-from _step_sizes import Sizes
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-4
+
+
+class Sizes(NamedTuple):
+    """The shape of a model and of its batch."""
+
+    hidden: int = 256
+    layers: int = 4
+    experts: int = 16
+    topk: int = 2
+    width: int = 512  # of an expert
+    heads: int = 4
+    groups: int = 2  # key/value heads
+    sequence: int = 256
+    batch: int = 8
+    vocabulary: int = 4096
+
+    @property
+    def tokens(self) -> int:
+        """In a step."""
+        return self.batch * self.sequence
+
+    @property
+    def flops(self) -> float:
+        """Operations of a training step: matrix products and causal attention, none of them twice."""
+        head = self.hidden // self.heads
+        attention = (
+            2 * self.hidden * head * (2 * self.heads + 2 * self.groups) + 2 * self.sequence * self.hidden
+        )
+        experts = 6 * self.topk * self.hidden * self.width + 2 * self.hidden * self.experts
+        output = 2 * self.hidden * self.vocabulary
+        return 3.0 * self.tokens * (self.layers * (attention + experts) + output)
+
+
+CASES = {
+    "few wide experts": Sizes(),
+    "many small experts": Sizes(layers=2, experts=64, topk=8, width=128, batch=4),
+}
+TINY = {"tiny": Sizes(hidden=32, layers=1, experts=4, width=16, sequence=8, batch=2, vocabulary=64)}
+
+ON_A_GPU = {
+    "mixtral": Sizes(4096, 1, 8, 2, 14336, heads=32, groups=8, sequence=4096, batch=2, vocabulary=32000),
+    "qwen": Sizes(2048, 2, 128, 8, 768, heads=32, groups=4, sequence=4096, batch=2, vocabulary=151936),
+}
+TINY_ON_A_GPU = {
+    "mixtral": Sizes(64, 1, 4, 2, 96, sequence=32, batch=2, vocabulary=512),
+    "qwen": Sizes(64, 2, 16, 4, 32, sequence=32, batch=2, vocabulary=512),
+}
 
 
 class Side(Protocol):
@@ -34,6 +80,13 @@ class Side(Protocol):
     def evaluate(self, tokens_BS: Tensor, labels_BS: Tensor) -> float:
         """The loss alone."""
         ...
+
+
+def place() -> tuple[torch.device, torch.dtype]:
+    """A GPU in bfloat16, or the CPU in float32."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
 
 
 class Ours:
@@ -53,6 +106,7 @@ class Ours:
             f"--train-iters 1000 --moe-aux-loss-coeff 0.01 --data-path unused --tokenizer-type NullTokenizer "
             f"--vocab-size {sizes.vocabulary} --router.name {router}"
         )
+        flags = [*flags, "--bf16"] if place()[1] == torch.bfloat16 else flags
         config = parse([*words.split(), *flags], routers=ROUTERS, world_size=1)
         self.engine = open_engine(config, vocab_size=sizes.vocabulary)
         self.topk, self.steps = sizes.topk, 0
@@ -75,7 +129,7 @@ class Torch:
     """What a module, torch's AdamW and clipping make of a step."""
 
     def __init__(self, model: nn.Module, *, fused: bool) -> None:
-        self.model = model
+        self.model = model.to(*place())
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=fused)
 
@@ -87,7 +141,7 @@ class Torch:
     def step(self, tokens_BS: Tensor, labels_BS: Tensor) -> float:
         """See :class:`Side`."""
         self.model.train()
-        loss = self.loss(tokens_BS, labels_BS)
+        loss = self.loss(*(part.to(place()[0]) for part in (tokens_BS, labels_BS)))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -98,7 +152,7 @@ class Torch:
     def evaluate(self, tokens_BS: Tensor, labels_BS: Tensor) -> float:
         """See :class:`Side`."""
         self.model.eval()
-        return float(self.loss(tokens_BS, labels_BS))
+        return float(self.loss(*(part.to(place()[0]) for part in (tokens_BS, labels_BS))))
 
 
 class Transformers(Torch):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from _pairs import flags
-from _step_sizes import CASES, TINY, Sizes
+from _step_sides import CASES, TINY, Sizes
 
 SIDES = ("floor", "transformers", "transformers:eager", "deepspeed", "megatron", "megatron:hyper")
 GOALS = {"step": 1.15, "evaluate": 1.10, "peak": 1.15}

@@ -5,6 +5,7 @@ looked at.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -130,3 +131,26 @@ def load(name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.processes
+def test_whole_steps_are_compared_with_the_floor() -> None:
+    told = run("step.py", "--quick", "--side", "megatron")
+    assert told.returncode == 0, told.stderr
+    rows = [line.split(" | ") for line in told.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| side", "| floor", "| megatron"]
+    assert rows[1][3] == "1.00 (1.00 to 1.00)" and all(len(row) == 8 for row in rows)
+
+
+@pytest.mark.processes
+def test_the_run_for_a_gpu_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With toy sizes, on whatever is here; a failed case is a row as well."""
+    told = run("gpu.py", "--tiny", "--only", "mixtral: megatron hyper", "--out", str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    (result,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert result["case"] == "mixtral: megatron hyper" and "error" not in result, result
+    assert result["tokens_per_s"] > 0 and result["losses"][0] == pytest.approx(6.2, abs=0.3)  # ln 512
+    assert "| mixtral: megatron hyper | " in (tmp_path / "table.md").read_text()
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    failed = load("gpu").table([{"case": "chip", "error": ["no memory"]}])
+    assert failed.splitlines()[-1].startswith("| chip | failed: no memory |")
