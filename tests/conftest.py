@@ -67,6 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "by_hand" in item.keywords and "by_hand" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: pytest -m by_hand"))
         if "eight_ranks" in item.keywords and "eight_ranks" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="eight processes on a few cores: pytest -m eight_ranks"))
 

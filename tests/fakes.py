@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +70,20 @@ class ThreadRanks:
         return answers
 
 
+@dataclass
+class FakeStaged:
+    """The state of a :class:`FakeEngine`, copied."""
+
+    state: dict[str, Any]
+
+    def write(self, folder: Path) -> list[Path]:
+        torch.save(self.state, folder / "rank0.pt")
+        return [folder / "rank0.pt"]
+
+    def join(self, folder: Path) -> None:
+        assert (folder / "rank0.pt").exists()
+
+
 class FakeEngine:
     """A bigram table under Adam with dropout on its logits: the least that has weights, optimizer and random
     state.
@@ -120,13 +137,16 @@ class FakeEngine:
             )
         return EvalResult(loss_sum, tokens, target_bytes)
 
-    def save(self, folder: Path) -> None:
+    def stage(self) -> FakeStaged:
         state = {
             "table": self.table_VV.data,
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        torch.save(state, folder / "rank0.pt")
+        return FakeStaged(copy.deepcopy(state))
+
+    def save(self, folder: Path) -> None:
+        self.stage().write(folder)
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         state = torch.load(folder / "rank0.pt", weights_only=True)

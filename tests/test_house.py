@@ -37,7 +37,7 @@ README_LINES = 180
 # What a room may import: rooms or single files of ours, then libraries beside the standard one. All rooms may
 # import those in OPEN. "data" stands for all of its rooms.
 DATA = {"data", "data/text", "data/store", "data/tokenize", "data/order", "data/stream"}
-ENGINES = {"engines", "engines/base"}
+ENGINES = {"engines", "engines/base", "engines/saved"}
 HOST_ROOM = {*ENGINES, *DATA, "model", "routers", "ops", "checkpoint", "config", "compat"}
 LATE_ROOM = {
     "config",
@@ -83,11 +83,20 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint": ({"config"}, {"torch", "safetensors"}),
     "engines/base": ({"config"}, {"torch"}),
     "engines": (HOST_ROOM, {"torch", "numpy"}),  # what both hosts share: nothing of either
+    "engines/saved": (HOST_ROOM, {"torch", "numpy"}),
     "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
     "guard": ({"engines/base", "config"}, {"torch"}),
     "train": (
-        {"engines/base", *DATA, "config", "checkpoint.folder", "checkpoint.description", "guard"},
+        {
+            "engines/base",
+            *DATA,
+            "config",
+            "checkpoint.folder",
+            "checkpoint.description",
+            "checkpoint.writer",
+            "guard",
+        },
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),

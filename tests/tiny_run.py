@@ -41,7 +41,7 @@ def settings(run_dir: Path) -> RunConfig:
         train=TrainConfig(
             micro_batch_size=2, global_batch_size=4, train_iters=12, eval_interval=4, eval_iters=2
         ),
-        checkpoint=CheckpointConfig(save_interval=3),
+        checkpoint=CheckpointConfig(save_interval=3, async_save=False),
         logging=LoggingConfig(run_dir=str(run_dir), log_interval=1),
     )
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +23,13 @@ from megatron_hyperrouter.checkpoint import pointers
 from megatron_hyperrouter.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    PART,
     damage,
     files_of,
     fingerprint,
     folder_name,
     manifest_text,
     older,
+    part_name,
     read_manifest,
     read_meta,
     refuse_unlisted,
@@ -84,45 +84,63 @@ class CheckpointFolders:
     rank.
     """
 
-    def __init__(self, root: Path, ranks: Ranks, *, keep: int = 0) -> None:
-        """``keep``: how many of the newest checkpoints stay (0: all)."""
-        self.root, self.ranks, self.keep = root, ranks, keep
+    def __init__(self, root: Path, ranks: Ranks, *, keep: int = 0, keep_every: int = 0) -> None:
+        """``keep``: how many of the newest checkpoints stay (0: all); ``keep_every``: those whose step is a
+        multiple of it stay as well (0: none).
+        """
+        self.root, self.ranks, self.keep, self.keep_every = root, ranks, keep, keep_every
         self._is_main = ranks.place.rank == 0
 
     def save(
         self,
         step: int,
-        write: Callable[[Path], None],
+        write: Callable[[Path], object],
         meta: Mapping[str, Any],
         *,
         texts: Mapping[str, bytes] | None = None,
+        join: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Save one checkpoint (collective): ``write`` is called with the folder for this rank's files.
+        """Save one checkpoint (collective): ``write`` is called with the folder for this rank's files, and
+        then ``join`` on the main rank, for what needs the files of all.
 
         ``meta`` is any JSON mapping; ``read_meta`` gives it back. ``texts``: further files, by their path in
         the folder, which the main rank writes. When one rank fails, all raise CheckpointError, nothing of the
         new checkpoint stays, and the old ones and ``latest`` are as before. ``write`` must not leave the
         other ranks waiting in a collective when it raises.
         """
-        final = self.root / folder_name(step)
-        writing = self.root / f"{_WRITING}{final.name}"
-        phases: tuple[Callable[[], None], ...] = (
-            lambda: self._prepare(writing, final, texts or {}),
+        writing = self.begin(step, texts)
+        phases: tuple[Callable[[], object], ...] = (
             lambda: write(writing),
-            lambda: self._seal(writing),
-            lambda: self._publish(writing, final, step, meta),
+            lambda: join(writing) if join and self._is_main else None,
+            lambda: self._seal_in_turn(writing),
+            lambda: self.publish(step, meta) if self._is_main else None,
         )
         for phase in phases:
-            error = _attempt(phase)
-            if self.ranks.any_rank(error is not None):
-                reason = _reason(self.ranks, error)
-                if self._is_main:
-                    shutil.rmtree(writing, ignore_errors=True)
-                    (self.root / f"{NEW_LATEST}{final.name}").unlink(missing_ok=True)
-                raise self._save_error(step, error, reason) from error
-        if self._is_main:
-            self._prune()
-        return final
+            self._together(step, phase)
+        return self.root / folder_name(step)
+
+    def begin(self, step: int, texts: Mapping[str, bytes] | None = None) -> Path:
+        """The folder that a new checkpoint is written into (collective)."""
+        writing, final = self._writing(step), self.root / folder_name(step)
+        self._together(step, lambda: self._prepare(writing, final, texts or {}))
+        return writing
+
+    def _together(self, step: int, phase: Callable[[], object]) -> None:
+        """One phase of a save, on all ranks (collective): where it fails on one, it fails on all."""
+        error = _attempt(phase)
+        if self.ranks.any_rank(error is not None):
+            reason = reason_of(self.ranks, error)
+            if self._is_main:
+                self.discard(step)
+            raise self._save_error(step, error, reason) from error
+
+    def discard(self, step: int) -> None:
+        """Remove what a save that failed has written (main rank)."""
+        shutil.rmtree(self._writing(step), ignore_errors=True)
+        (self.root / f"{NEW_LATEST}{folder_name(step)}").unlink(missing_ok=True)
+
+    def _writing(self, step: int) -> Path:
+        return self.root / f"{_WRITING}{folder_name(step)}"
 
     def rewind(self, step: int) -> Path | None:
         """Make ``step`` the end of this run's history (collective), as 0 when it starts afresh.
@@ -134,7 +152,7 @@ class CheckpointFolders:
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
         if self.ranks.any_rank(error is not None):
-            message = f"{self.root} cannot be prepared: {_reason(self.ranks, error)}"
+            message = f"{self.root} cannot be prepared: {reason_of(self.ranks, error)}"
             raise CheckpointError(
                 message, remedy="check its permissions, or give another --run-dir"
             ) from error
@@ -178,29 +196,43 @@ class CheckpointFolders:
             with files.open_new(writing / name) as stream:
                 stream.write(content)
 
-    def _seal(self, writing: Path) -> None:
-        """Put this rank's share of the files on disk, readable to whom the umask allows, and note their
-        checksums.
-        """
+    def _seal_in_turn(self, writing: Path) -> None:
+        """Seal this rank's share of all files."""
         place = self.ranks.place
-        part = writing / f"{PART}{place.rank}"
-        part.touch()
-        mode = stat.S_IMODE(part.stat().st_mode)
+        self.seal(writing, files_of(writing)[place.rank :: place.world_size])
+
+    def seal(self, writing: Path, own: Sequence[Path]) -> None:
+        """Put these files on disk, readable to whom the umask allows, and note their checksums in this rank's
+        part file.
+        """
+        part = writing / part_name(self.ranks.place.rank)
+        unfinished = part.with_name(f"{part.name}.unfinished")
+        unfinished.touch()
+        mode = stat.S_IMODE(unfinished.stat().st_mode)
         found = {}
-        for path in files_of(writing)[place.rank :: place.world_size]:
+        for path in own:
             if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
                 path.chmod(mode)
             found[path.relative_to(writing).as_posix()] = fingerprint(path)
             files.sync(path)
-        part.write_text(json.dumps(found))
-        files.sync(part)
+        unfinished.write_text(json.dumps(found))
+        files.sync(unfinished)
+        os.replace(unfinished, part)  # whoever sees it sees all of it
 
-    def _publish(self, writing: Path, final: Path, step: int, meta: Mapping[str, Any]) -> None:
-        if not self._is_main:
-            return
+    def seal_rest(self, writing: Path) -> None:
+        """Seal all files that no other rank has sealed (main rank, after the others)."""
+        sealed: set[str] = set()
+        for rank in range(1, self.ranks.place.world_size):
+            sealed |= json.loads((writing / part_name(rank)).read_text()).keys()
+        rest = [path for path in files_of(writing) if path.relative_to(writing).as_posix() not in sealed]
+        self.seal(writing, rest)
+
+    def publish(self, step: int, meta: Mapping[str, Any]) -> Path:
+        """Give the folder its name, and make it the latest one (main rank, once all ranks have sealed)."""
+        writing, final = self._writing(step), self.root / folder_name(step)
         listed: dict[str, Any] = {}
         for rank in range(self.ranks.place.world_size):
-            part = writing / f"{PART}{rank}"
+            part = writing / part_name(rank)
             listed |= json.loads(part.read_text())
             part.unlink()
         if missed := {path.relative_to(writing).as_posix() for path in files_of(writing)} ^ listed.keys():
@@ -219,6 +251,8 @@ class CheckpointFolders:
             os.rename(final, writing)
             raise
         files.sync(self.root)
+        self._prune()
+        return final
 
     def _save_error(self, step: int, error: Exception | None, reason: str) -> HyperRouterError:
         if isinstance(error, HyperRouterError):
@@ -274,7 +308,7 @@ class CheckpointFolders:
         """Keep the newest checkpoints, and the newest that is known to be good."""
         proved = pointers.proved_step(self.root)
         for step in self.steps()[: -self.keep] if self.keep else []:
-            if step != proved:
+            if step != proved and not (self.keep_every and step % self.keep_every == 0):
                 with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to stop a run
                     self._remove(self.root / folder_name(step))
 
@@ -299,7 +333,7 @@ def verify(folder: Path, ranks: Ranks) -> None:
     """
     error = _attempt(lambda: _verify_share(folder, ranks.place.rank, ranks.place.world_size))
     if ranks.any_rank(error is not None):
-        reason = _reason(ranks, error)
+        reason = reason_of(ranks, error)
         if isinstance(error, HyperRouterError):
             raise error
         raise CheckpointError(f"{folder} cannot be read: {reason}", remedy=older(folder)) from error
@@ -313,7 +347,7 @@ def _verify_share(folder: Path, rank: int, world_size: int) -> None:
         raise CheckpointError(wrong, remedy=older(folder))
 
 
-def _attempt(work: Callable[[], None]) -> Exception | None:
+def _attempt(work: Callable[[], object]) -> Exception | None:
     """The exception that ``work`` raised. Any kind: a rank that left here alone would hang the others in a
     collective.
     """
@@ -324,7 +358,7 @@ def _attempt(work: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _reason(ranks: Ranks, error: Exception | None) -> str:
+def reason_of(ranks: Ranks, error: Exception | None) -> str:
     """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the one
     that failed.
     """

@@ -37,6 +37,11 @@ def folder_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def part_name(rank: int) -> str:
+    """The file in which a rank says that its files are on disk."""
+    return f"{PART}{rank}"
+
+
 def step_of(folder: Path) -> int | None:
     """100 for a folder called ``step_0000100``; None for another name."""
     match = _STEP_NAME.fullmatch(folder.name)

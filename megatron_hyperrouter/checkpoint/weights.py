@@ -1,45 +1,67 @@
-"""Weights on disk: safetensors files, global parameter names, each tensor written once by the rank that owns
-it.
+"""Weights on disk: safetensors files, global parameter names, each tensor written once by the rank that
+owns it.
 
 Names do not depend on the layout, so any layout reads what another one wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hyperrouter.checkpoint.boxes import Cut, Slices, boxes, whole_shape
 from megatron_hyperrouter.errors import CheckpointError
 
 _PATTERN = "weights-*.safetensors"
 
 
-class Piece(Protocol):
-    """The part of a whole tensor that this rank holds."""
+class Reader:
+    """The files of one checkpoint, each opened once."""
 
-    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the whole, given that of the part."""
-        ...
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: dict[str, Any] = {}
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """The part."""
-        ...
+    def part(self, file: str, key: str, slices: Slices) -> Tensor:
+        """A rectangle of the tensor ``key`` in ``file``; nothing else of it is read."""
+        opened = self._open(file)
+        try:
+            found: Tensor = opened.get_slice(key)[slices] if slices else opened.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.folder / file, error) from error
+        return found
+
+    def _open(self, file: str) -> Any:
+        if file not in self._opened:
+            try:
+                self._opened[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise _unreadable(self.folder / file, error) from error
+        return self._opened[file]
 
 
 def write_weights(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors that ``rank`` owns; a rank that owns none writes nothing."""
     if tensors:
-        save_file(_apart(tensors), folder / f"weights-{rank:05d}.safetensors")
+        write_tensors(folder / f"weights-{rank:05d}.safetensors", _apart(tensors))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, with the permissions that the umask gives any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, none in the memory of another, which safetensors refuses; what lies there by itself is not
+    """On the CPU, no two in the same memory, which safetensors refuses; what has its own memory is not
     copied.
     """
     found: dict[str, Tensor] = {}
@@ -54,20 +76,46 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_weights(
-    folder: Path, targets: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None = None
+    folder: Path,
+    targets: Mapping[str, Tensor],
+    cuts: Mapping[str, Cut] | None = None,
+    *,
+    reader: Reader | None = None,
 ) -> None:
-    """Copy each target's tensor from ``folder`` into it, one after another; reports every missing or
-    misshapen one at once.
+    """Copy each target's tensor from ``folder`` into it; reports every missing or misshapen one at once.
 
-    ``pieces``: of which tensors this rank holds only a part, and which; the file has the whole.
+    ``cuts``: the tensors of which this rank holds only a piece, and how they are cut.  The file has the
+    whole, of which the piece alone is read.
     """
-    pieces, files = pieces or {}, _files_by_name(folder)
+    cuts, reader, files = cuts or {}, reader or Reader(folder), weight_files(folder)
+    _refuse_misfits(folder, targets, cuts, files)
+    with torch.no_grad():
+        for name, target in targets.items():
+            shape = tuple(target.shape)
+            for placed in boxes(shape, 0, target.numel(), cuts.get(name)):
+                part = reader.part(files[name], name, placed.box.slices)
+                if part.numel() == target.numel():
+                    target.copy_(part.reshape(shape))
+                else:
+                    target.view(-1)[placed.begin : placed.end].copy_(part.reshape(-1))
+
+
+def _refuse_misfits(
+    folder: Path, targets: Mapping[str, Tensor], cuts: Mapping[str, Cut], files: Mapping[str, str]
+) -> None:
     problems = [f"{name}: not in the checkpoint" for name in targets if name not in files]
-    for name, file in _opened(files, targets):
-        found, shape = file.get_slice(name).get_shape(), tuple(targets[name].shape)
-        needed = pieces[name].whole_shape(shape) if name in pieces else shape
-        if tuple(found) != needed:
-            problems.append(f"{name}: {list(found)} in the checkpoint, {list(needed)} in this model")
+    for name, file in _opened(folder, files, targets):
+        stored = file.get_slice(name)
+        found, needed = (
+            list(stored.get_shape()),
+            list(whole_shape(tuple(targets[name].shape), cuts.get(name))),
+        )
+        if found != needed:
+            problems.append(f"{name}: {found} in the checkpoint, {needed} in this model")
+        elif ("F" in stored.get_dtype()) != targets[name].is_floating_point():
+            problems.append(
+                f"{name}: {stored.get_dtype()} in the checkpoint, {targets[name].dtype} in this model"
+            )
     if problems:
         shown = "\n".join(f"  {line}" for line in problems[:8]) + (
             f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -76,52 +124,51 @@ def read_weights(
             f"{folder} holds a model of other sizes or another router:\n{shown}",
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
-    with torch.no_grad():
-        for name, file in _opened(files, targets):
-            whole = file.get_tensor(name)
-            targets[name].copy_(pieces[name].cut(whole) if name in pieces else whole)
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """Those of ``names`` that ``folder`` holds; each file is opened once."""
-    return {name: file.get_tensor(name) for name, file in _opened(_files_by_name(folder), names)}
+    return {name: file.get_tensor(name) for name, file in _opened(folder, weight_files(folder), names)}
 
 
 def weight_names(folder: Path) -> set[str]:
     """Global names of all tensors in ``folder``."""
-    return set(_files_by_name(folder))
+    return set(weight_files(folder))
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Global name -> shape of all tensors in ``folder``."""
-    files = _files_by_name(folder)
-    return {name: tuple(file.get_slice(name).get_shape()) for name, file in _opened(files, files)}
+    files = weight_files(folder)
+    return {name: tuple(file.get_slice(name).get_shape()) for name, file in _opened(folder, files, files)}
 
 
-def _opened(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def _opened(folder: Path, files: Mapping[str, str], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """(name, open file that has it) for those of ``names`` that are in ``files``, file by file."""
-    by_file: dict[Path, list[str]] = {}
+    by_file: dict[str, list[str]] = {}
     for name in names:
         if name in files:
             by_file.setdefault(files[name], []).append(name)
     for path, inside in by_file.items():
-        with safe_open(path, framework="pt") as file:
+        with safe_open(folder / path, framework="pt") as file:
             for name in inside:
                 yield name, file
 
 
-def _files_by_name(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
+def weight_files(folder: Path) -> dict[str, str]:
+    """Global name -> name of the file in ``folder`` that has the tensor."""
+    files: dict[str, str] = {}
     for path in sorted(folder.glob(_PATTERN)):
         try:
             with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
+                files.update(dict.fromkeys(file.keys(), path.name))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run"
-            ) from error
+            raise _unreadable(path, error) from error
     if not files:
         raise CheckpointError(
             f"{folder} holds no {_PATTERN}", remedy="name a run folder or one of its checkpoints"
         )
     return files
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run")

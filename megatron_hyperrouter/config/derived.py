@@ -95,17 +95,6 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     )
 
 
-def may_change_ranks(config: RunConfig) -> bool:
-    """Whether a checkpoint of the optimizer may be loaded on another number of ranks: they are data-parallel
-    alone, and each has all of the state, or an equal piece of one long row.
-    """
-    parallel, engine = config.parallel, config.engine
-    alone = model_parallel_size(config) == parallel.expert_model_parallel_size == 1
-    if engine.engine == "megatron":
-        return alone and not config.optimizer.use_distributed_optimizer
-    return alone and not config.train.bf16
-
-
 def resets_documents(config: RunConfig) -> bool:
     """Whether attention or positions start anew with each document."""
     return config.data.reset_attention_mask or config.data.reset_position_ids

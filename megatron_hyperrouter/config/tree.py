@@ -320,11 +320,30 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     save_interval: Annotated[
-        Natural, Role.UPKEEP, "Steps between checkpoints; 0: one checkpoint, at the end"
+        Natural, Role.UPKEEP, "Steps between checkpoints; 0: by the clock, and one at the end"
     ] = 0
+    save_interval_minutes: Annotated[
+        NonNegative | None,
+        Role.UPKEEP,
+        "Minutes between checkpoints; 0: never by the clock; default: 30 without --save-interval, else 0",
+    ] = None
+    async_save: Annotated[
+        bool, Role.UPKEEP, "Train on while a checkpoint is written, from a copy in CPU memory"
+    ] = True
     keep_checkpoints: Annotated[
         Natural, Role.UPKEEP, Quiet(1), "Keep this many of the newest checkpoints; 0: all"
     ] = 0
+    keep_every: Annotated[
+        Natural, Role.UPKEEP, Quiet(0), "Keep also the checkpoints whose step is a multiple of this; 0: none"
+    ] = 0
+    exit_duration_in_mins: Annotated[
+        float | None, Gt(0.0), Role.UPKEEP, "Save and stop once the program has run for this many minutes"
+    ] = None
+    trust_checkpoint: Annotated[
+        bool,
+        Role.START,
+        "Resume from a checkpoint of format 1, whose state-*.pt can run any code when it is loaded",
+    ] = False
     load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to continue from"] = None
     finetune: Annotated[
         bool, Role.START, "Load the weights only; step, optimizer and random state start afresh"

@@ -51,6 +51,18 @@ class EvalResult:
     target_bytes: int  # UTF-8 bytes of the target tokens; 0 where the tokenizer cannot tell
 
 
+class Staged(Protocol):
+    """A checkpoint of one rank, copied and not yet written; a thread may write it."""
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write this rank's files; returns those that the checkpoint keeps."""
+        ...
+
+    def join(self, folder: Path) -> None:
+        """Finish the folder: the main rank, after all ranks have written."""
+        ...
+
+
 class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
@@ -92,6 +104,12 @@ class Engine(Protocol):
     def logits(self, tokens_BS: Tensor, *, topk: int) -> Tensor:
         """Logits ``_BSV`` (padded vocabulary) of this rank's samples with ``topk`` active experts; changes
         nothing (collective).
+        """
+        ...
+
+    def stage(self) -> Staged:
+        """Copy what :meth:`save` writes into CPU memory, where the next steps do not change it; called by
+        every rank, and not again before the copy is written.
         """
         ...
 

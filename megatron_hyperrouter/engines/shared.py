@@ -4,19 +4,16 @@ host.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.checkpoint.folder import MANIFEST, read_manifest
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.routing import topk_schedule
-from megatron_hyperrouter.engines.state import Holding, load_weights, save_weights
+from megatron_hyperrouter.engines.saved.engine import SavedEngine
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import (
     any_rank,
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 _EVALUATED_TOGETHER = 16  # micro-batches for each pipeline stage
 
 
-class SharedEngine(ABC):
+class SharedEngine(SavedEngine):
     """Serves ``engines.base.Engine``, but for what a host does in its own way."""
 
     routers: dict[str, Router]  # prefix of the global names -> router
@@ -53,6 +50,7 @@ class SharedEngine(ABC):
         """To be called when the process groups stand; ``eod``: the id that ends a document, where the
         settings ask for documents.
         """
+        super().__init__()
         self.config = config
         self.place = place
         self.device = device()
@@ -107,7 +105,7 @@ class SharedEngine(ABC):
                     sums, router.layer_number, step=step + 1, tokens=tokens, replicas=replicas
                 )
             )
-        self._weights_changed()
+        self.weights_changed()
         self.clock.step = step + 1  # an evaluation may follow
         return result
 
@@ -177,51 +175,22 @@ class SharedEngine(ABC):
     def modules(self) -> list[nn.Module]:
         """The model, or its chunks on this rank."""
 
-    def _weights_changed(self) -> None:
+    def go_to(self, step: int) -> None:
+        """See :class:`SavedEngine`."""
+        self.clock.step = step
+
+    def weights_changed(self) -> None:
+        """See :class:`SavedEngine`."""
         for router in self.routers.values():
             router.begin_step()
 
-    # ----------------------------------------------------------------------------------------------
-    # checkpoints
-    def save(self, folder: Path) -> None:
-        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        save_weights(folder, self.place.rank, self.holding())
-        self.save_optimizer(folder)
-
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        load_weights(folder, self.holding())
-        if (folder / MANIFEST).is_file():  # an evaluation may follow, of a router that goes by the step
-            self.clock.step = int(read_manifest(folder)["step"])
-        self.load_optimizer(folder, weights_only=weights_only)
-        self._weights_changed()
-
-    @abstractmethod
-    def holding(self) -> Holding:
-        """What this rank saves and loads."""
-
-    @abstractmethod
-    def save_optimizer(self, folder: Path) -> None:
-        """Write this rank's optimizer and random state."""
-
-    @abstractmethod
-    def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
-        """Read what :meth:`save_optimizer` wrote; ``weights_only``: take the new weights over into the
-        optimizer's copies.
-        """
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        held = self.holding()
-        return whole_shapes(held.named, dense=held.first_dense, experts=held.first_expert)
+        return whole_shapes(self.holding().named)
 
     def wait_at_most(self, seconds: float) -> None:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         wait_at_most(seconds)
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier()
 
     def any_rank(self, flag: bool) -> bool:
         """True on all ranks when ``flag`` is true on one."""

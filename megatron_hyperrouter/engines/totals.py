@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import EvalResult, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.model.names import is_expert
-from megatron_hyperrouter.model.sharding import shard_of
+from megatron_hyperrouter.model.sharding import replica_place, shard_of
 
 
 def step_result(
@@ -74,17 +73,12 @@ def mean_scale(labels: list[Tensor], place: Place, device: torch.device) -> Tens
     return (positions * replicas / counted.clamp(min=1)).float()
 
 
-def whole_shapes(
-    named: Iterable[tuple[str, nn.Parameter]], *, dense: bool, experts: bool
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights of the model, by global name, from what each rank holds (collective).
-
-    ``dense``, ``experts``: whether this rank tells those of its dense weights, and of its experts.
-    """
+def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of the model, by global name, from what each rank holds (collective)."""
     own = {}
     for name, parameter in named:
-        if not (experts if is_expert(name) else dense):
-            continue
+        if replica_place(name)[1] != 0:
+            continue  # another rank tells it
         shape, shard = tuple(parameter.shape), shard_of(name)
         own[name] = shape if shard is None else shard.whole_shape(shape)
     of_ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]

@@ -75,10 +75,14 @@ def matrices(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
     The matrices are parts of the parameter: what is copied into them is in it.
     """
     for name, parameter in named:
-        match = _SEVERAL.search(name)
-        if match is None:
-            yield name, parameter
-            continue
-        before, after = name[: match.start()], name[match.end() :]
-        for number, matrix in zip(range(int(match[1]), int(match[2])), parameter.detach(), strict=True):
-            yield f"{before}.local_experts.{number}.{after}", matrix
+        names = matrix_names(name)
+        yield from zip(names, parameter.detach(), strict=True) if names else [(name, parameter)]
+
+
+def matrix_names(name: str) -> list[str]:
+    """The global names of the matrices that a stacked parameter holds, in order; none for any other one."""
+    match = _SEVERAL.search(name)
+    if match is None:
+        return []
+    before, after = name[: match.start()], name[match.end() :]
+    return [f"{before}.local_experts.{number}.{after}" for number in range(int(match[1]), int(match[2]))]

@@ -34,9 +34,14 @@ def expert_group() -> dist.ProcessGroup | None:
     return None if group.size() == 1 else group
 
 
-def seed_dropout(config: RunConfig) -> None:
-    """Dropout alone draws from torch's generators: weights, data and routing have streams of their own."""
-    seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+def seed_dropout(config: RunConfig, *, seed: int | None = None) -> None:
+    """Dropout alone draws from torch's generators: weights, data and routing have streams of their own.
+
+    ``seed``: instead of the run's own.
+    """
+    seed = (
+        config.train.seed if seed is None else seed
+    ) + 100 * parallel_state.get_pipeline_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     if torch.cuda.is_available() or config.engine.engine == "megatron" or config.parallel.sequence_parallel:
         # megatron-core's tracker; on the CPU the compat room serves it

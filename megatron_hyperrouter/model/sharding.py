@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_hyperrouter.model.names import is_expert
+from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,26 @@ def tensor_parallel_place(name: str) -> tuple[int, int]:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
+
+
+def replica_place(name: str) -> tuple[int, int]:
+    """(number, rank) of the data-parallel ranks that hold the same piece of the parameter with this global
+    name; context-parallel ranks are among them.
+    """
+    if is_expert(name):
+        return (
+            parallel_state.get_expert_data_parallel_world_size(),
+            parallel_state.get_expert_data_parallel_rank(),
+        )
+    return (
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def is_second_copy(name: str) -> bool:
+    """True for the last pipeline stage's copy of the embedding: the first stage's is the one that is kept."""
+    return name == WORD_EMBEDDINGS and parallel_state.get_pipeline_model_parallel_rank() != 0
 
 
 def gathered(name: str, piece: Tensor, shard: Shard) -> Tensor:

@@ -18,6 +18,7 @@ from megatron_hyperrouter.train.hooks import GuardedHook
 from megatron_hyperrouter.train.metrics import check_finite
 from megatron_hyperrouter.train.resume import resume
 from megatron_hyperrouter.train.run import Run, Speed
+from megatron_hyperrouter.train.saving import NOTHING
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -56,6 +57,7 @@ def train(
         for hook in guarded:
             stack.callback(hook.on_end)
             hook.on_start(first)
+        stack.callback(run.saving.close)
         stack.enter_context(run.failures_told())
         stack.enter_context(watch.watchdog(config, engine, first))
         last = _steps(run, first, watch.request)
@@ -70,23 +72,23 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
     engine, config = run.engine, run.config
     with run.batches(first) as batches:
         for step in range(first + 1, config.train.train_iters + 1):
-            record, stopped = run.step(step, batches, request)
+            record, called = run.step(step, batches, request)
             check_finite(record, remedy=run.remedy)
             if step == first + 1 and config.train.distributed_timeout_minutes:
                 engine.wait_at_most(60 * config.train.distributed_timeout_minutes)
             last = step == config.train.train_iters
-            if stopped:  # whoever sent the signal may not wait long: save before anything else
-                run.save(step)
+            wish = run.saving.answer(step, request) if called else NOTHING
+            if wish.stop:  # whoever asked for it may not wait long: save before anything else
+                run.save(step, wait=True)
             if run.evaluates and (last or step % config.train.eval_interval == 0):
                 run.evaluate("valid", step)
                 if last:
                     run.evaluate("test", step)
-            if not stopped and (
-                last or (config.checkpoint.save_interval and step % config.checkpoint.save_interval == 0)
-            ):
-                run.save(step)
-            if stopped and not last:
-                return _stopped(run, step, engine.first_word(request.reason))
+            if not wish.stop and (last or wish.save or run.saving.is_due(step)):
+                run.save(step, wait=last)
+            run.saving.poll()
+            if wish.stop and not last:
+                return _stopped(run, step, wish.stop)
     if first >= config.train.train_iters and engine.place.is_main:
         console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
     run.tell("end", max(first, config.train.train_iters))

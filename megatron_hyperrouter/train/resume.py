@@ -10,7 +10,7 @@ from typing import Any
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_manifest, verify
 from megatron_hyperrouter.config.by_role import SPREAD, names_with, values_with
-from megatron_hyperrouter.config.derived import global_batch_size, in_effect, may_change_ranks
+from megatron_hyperrouter.config.derived import global_batch_size, in_effect
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
@@ -22,13 +22,12 @@ def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int
     step = 0
     if folder := _checkpoint_to_load(config, folders.root, is_main=engine.place.is_main):
         manifest, ours = read_manifest(folder), run_meta(config, engine)
-        fixed = not (config.checkpoint.finetune or may_change_ranks(config))
-        _refuse_misfit(
-            folder, manifest["meta"], ours, weights_only=config.checkpoint.finetune, ranks_fixed=fixed
-        )
+        weights_only = config.checkpoint.finetune
+        by_rank = any(name.startswith("state-") for name in manifest["files"])  # format 1 cannot move
+        _refuse_misfit(folder, manifest["meta"], ours, same_layout=by_rank and not weights_only)
         verify(folder, engine)
-        engine.load(folder, weights_only=config.checkpoint.finetune)
-        step = 0 if config.checkpoint.finetune else int(manifest["step"])
+        engine.load(folder, weights_only=weights_only)
+        step = 0 if weights_only else int(manifest["step"])
         if engine.place.is_main:
             console.note(
                 f"continuing after step {step} of {folder}"
@@ -36,7 +35,7 @@ def resume(engine: Engine, config: RunConfig, folders: CheckpointFolders) -> int
                 else f"starting from the weights of {folder}"
             )
             for line in _differences("layout", manifest["meta"], ours) if step else ():
-                console.note(f"{line}: the optimizer's state is shared out anew")
+                console.note(f"{line}: the optimizer state is redistributed")
             for line in _differences("order", manifest["meta"], ours) if step else ():
                 if "data" in manifest["meta"]:
                     console.note(f"{line}: the run goes on with what it has not read yet")
@@ -103,24 +102,17 @@ def _checkpoint_to_load(config: RunConfig, own_root: Path, *, is_main: bool) -> 
     return folder
 
 
-def _refuse_misfit(
-    folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, weights_only: bool, ranks_fixed: bool
-) -> None:
+def _refuse_misfit(folder: Path, saved: dict[str, Any], ours: dict[str, Any], *, same_layout: bool) -> None:
     if lines := list(_differences("sizes", saved, ours)):
         raise CheckpointError(
             "\n  - ".join([f"{folder} holds a model of other sizes:", *lines]),
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
-    # but for the ranks
-    alike = {
-        **ours,
-        "layout": {**ours["layout"], "world_size": saved.get("layout", {}).get("world_size")},
-    }
-    if weights_only or not (ranks_fixed or any(_differences("layout", saved, alike))):
-        return
-    if lines := list(_differences("layout", saved, ours)):
+    if same_layout and (lines := list(_differences("layout", saved, ours))):
         raise CheckpointError(
-            "\n  - ".join([f"the optimizer state in {folder} is spread in another way:", *lines]),
+            "\n  - ".join(
+                [f"the optimizer state in {folder} is of format 1, which fits one layout:", *lines]
+            ),
             remedy="resume with the layout of the run that wrote it, or load the weights alone with "
             "--finetune",
         )

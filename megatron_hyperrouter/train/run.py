@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import Course
@@ -26,9 +25,11 @@ from megatron_hyperrouter.train.metrics import (
     training_record,
 )
 from megatron_hyperrouter.train.resume import run_meta
+from megatron_hyperrouter.train.saving import Saving
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.checkpoint.description import Description
+    from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
@@ -63,8 +64,19 @@ class Run:
         world_size = self.engine.place.world_size
         self.global_batch_size = global_batch_size(self.config, world_size)
         self.micro_batches = accumulation_steps(self.config, world_size)
-        root = Path(self.config.logging.run_dir) / "checkpoints"
-        self.folders = CheckpointFolders(root, self.engine, keep=self.config.checkpoint.keep_checkpoints)
+        self.saving = Saving(
+            self.engine,
+            self.config,
+            texts=self.description.texts,
+            meta=self._meta,
+            saved=self._saved,
+            remedy=self.remedy,
+        )
+
+    @property
+    def folders(self) -> CheckpointFolders:
+        """The checkpoints of this run."""
+        return self.saving.folders
 
     @property
     def evaluates(self) -> bool:
@@ -93,14 +105,17 @@ class Run:
         )
 
     def step(self, step: int, batches: Batches, request: StopRequest) -> tuple[Record, bool]:
-        """Take step ``step``, counted from 1; returns its record and whether some rank was asked to stop."""
+        """Take step ``step``, counted from 1; returns its record and whether some rank asks the others.
+
+        See :meth:`Saving.answer`.
+        """
         learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
         started, waited = time.perf_counter(), batches.waited
         result = self.engine.train_step(
             self.supervision.progress.through(islice(batches, self.micro_batches), "data", "step", step - 1),
             step=step - 1,
             learning_rate=learning_rate,
-            stop=lambda: request.came,
+            stop=lambda: self.saving.asks(request),
         )
         topk = self.engine.topk_at(step - 1)
         tokens = self.global_batch_size * self.config.model.seq_length
@@ -151,13 +166,18 @@ class Run:
         for hook in self.hooks:
             hook.on_evaluation(record)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint of ``step`` steps."""
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Write a checkpoint of ``step`` steps; see :meth:`Saving.save`."""
         self.supervision.progress.enter("save", step)
+        self.saving.save(step, wait=wait)
+
+    def _meta(self, step: int) -> dict[str, Any]:
         meta = {**run_meta(self.config, self.engine), **self.description.meta}
         if isinstance(self.splits.train, Course):
             meta["data"] = self.splits.train.ledger(step)
-        folder = self.folders.save(step, self.engine.save, meta, texts=self.description.texts)
+        return meta
+
+    def _saved(self, step: int, folder: Path) -> None:
         for hook in self.hooks:
             hook.on_save(step, folder)
 

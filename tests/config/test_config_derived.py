@@ -69,23 +69,6 @@ def test_bad_splits(split):
 
 
 @pytest.mark.parametrize(
-    ("leaves", "may"),
-    [
-        ({}, True),
-        ({"zero_stage": 2}, True),
-        ({"bf16": True}, False),
-        ({"tensor_model_parallel_size": 2}, False),
-        ({"expert_model_parallel_size": 2}, False),
-        ({"engine": "megatron", "bf16": True}, True),
-        ({"engine": "megatron", "use_distributed_optimizer": True}, False),
-        ({"engine": "megatron", "context_parallel_size": 2}, False),
-    ],
-)
-def test_whose_state_may_go_to_another_number_of_ranks(leaves, may):
-    assert derived.may_change_ranks(config(**leaves)) is may
-
-
-@pytest.mark.parametrize(
     ("text", "layers"),
     [
         ("1", "1111"),

@@ -160,10 +160,10 @@ def gradients(run: Run, start: Path) -> dict[str, torch.Tensor]:
 def _differences(found: Run, expected: Run) -> Iterator[tuple[str, float, str]]:
     for step, (one, other) in enumerate(zip(found.told["steps"], expected.told["steps"], strict=True)):
         for number in NUMBERS:
-            yield number, _relative(one[number], other[number]), f"step {step}"
+            yield number, relative(one[number], other[number]), f"step {step}"
     # Each data-parallel rank evaluates micro-batches of its own, and all of them together the same tokens.
     for topk, loss in expected.told["evaluations"].items():
-        yield "evaluations", _relative(found.told["evaluations"][topk], loss), f"k = {topk}"
+        yield "evaluations", relative(found.told["evaluations"][topk], loss), f"k = {topk}"
     names = weight_names(expected.weights)
     assert weight_names(found.weights) == names
     weights, others = read_tensors(found.weights, names), read_tensors(expected.weights, names)
@@ -178,8 +178,8 @@ def _differences(found: Run, expected: Run) -> Iterator[tuple[str, float, str]]:
         yield "gradients", float((own[name] - gradient).abs().max() / scale.abs().max()), name
 
 
-def _relative(found: float | list[float], expected: float | list[float]) -> float:
+def relative(found: float | list[float], expected: float | list[float]) -> float:
     if isinstance(found, list) and isinstance(expected, list):
-        return max(_relative(one, other) for one, other in zip(found, expected, strict=True))
+        return max(relative(one, other) for one, other in zip(found, expected, strict=True))
     assert isinstance(found, float | int) and isinstance(expected, float | int)
     return 0.0 if found == expected else abs(found - expected) / abs(expected) if expected else math.inf

@@ -3,8 +3,8 @@ what it saw.
 
 A case: ``flags`` of the program, and optionally ``steps`` and the ``first`` of them, ``load`` (a folder) or
 ``load_weights``, ``watch``, ``save_at`` (a step), ``folder`` for its weights, ``topk_eval``, ``resume``, and
-``probe``: at which weights (``start``) and with the k of which ``step`` it tells gradients, in
-``folder/probed``.
+``probe``: at which weights (``start``; ``whole``: with their optimizer) and with the k of which ``step`` it
+tells gradients, in ``folder/probed``.  ``refused``: only why ``load`` was refused.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from distributed import world
 from engines.watched import Watched
 
+from megatron_hyperrouter.checkpoint.weights import Reader
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import minds_documents
@@ -32,6 +34,7 @@ from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, Engine, Place
+from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.routers import ROUTERS
 
 VOCABULARY = 61
@@ -101,23 +104,28 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
         for topk in case.get("topk_eval", ()):
             result = engine.evaluate(micro_batches(config, engine.place, 99), topk=topk)
             evaluations[topk] = result.loss_sum / result.tokens
+        if case.get("refused"):
+            return {"steps": told, "evaluations": {}}
         if (folder := case.get("folder")) and "save_at" not in case:
             save(engine, Path(folder))
         if case.get("resume"):
             told += resume(engine, config, Path(case["folder"]), len(told))
         if asked := case.get("probe"):
-            engine.load(Path(asked["start"]), weights_only=True)
+            engine.load(Path(asked["start"]), weights_only=not asked.get("whole"))
             probe(engine, config, asked["step"])
             save(engine, Path(case["folder"]) / "probed")
     finally:
         engine.close()
-    return {"steps": told, "evaluations": evaluations}
+    return {"steps": told, "evaluations": evaluations, "read": case.get("read")}
 
 
 def train(engine: Engine, config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
     """The case's steps; ``watch``: with what a step did as seen from outside the engine."""
     if folder := case.get("load") or case.get("load_weights"):
-        engine.load(Path(folder), weights_only="load" not in case)
+        read = load(engine, Path(folder), weights_only="load" not in case)
+        if case.get("refused"):
+            return [{"refused": read}]
+        case["read"] = read
     watched = Watched(engine) if case.get("watch") else None
     told = []
     first = case.get("first", 0)
@@ -128,6 +136,34 @@ def train(engine: Engine, config: RunConfig, case: dict[str, Any]) -> list[dict[
         if step + 1 == case.get("save_at"):
             save(engine, Path(case["folder"]))
     return told
+
+
+def load(engine: Any, folder: Path, *, weights_only: bool) -> str | float:
+    """Load; returns why it was refused, or how much was read, of what this rank holds (of any rank, the
+    most).
+    """
+    read, part = [0], Reader.part
+
+    def counted(reader: Reader, *where: Any) -> torch.Tensor:
+        found = part(reader, *where)
+        read[0] += found.nbytes
+        return found
+
+    Reader.part = counted  # type: ignore[method-assign]
+    try:
+        engine.load(folder, weights_only=weights_only)
+    except CheckpointError as error:
+        return error.message
+    finally:
+        Reader.part = part  # type: ignore[method-assign]
+    held = sum(parameter.nbytes for _, parameter in engine.named_parameters())
+    held += sum(buffer.nbytes for router in engine.routers.values() for buffer in router.buffers())
+    for piece in engine.holding().pieces() if not weights_only else ():
+        rounded = piece.parameter.dtype != torch.float32
+        held += (3 if rounded else 2) * 4 * (piece.end - piece.start)
+    worst = torch.tensor(read[0] / held)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
 
 
 def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]:

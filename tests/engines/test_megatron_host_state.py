@@ -4,7 +4,8 @@ layers.
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from megatron_hyperrouter.engines.megatron import host_state
+from megatron_hyperrouter.engines.saved.pieces import Piece
 from megatron_hyperrouter.errors import CheckpointError
 
 
@@ -51,21 +53,51 @@ def steps(chained: Any, first: int, last: int) -> torch.Tensor:
     return parameter.detach().clone()
 
 
-@pytest.mark.parametrize("optimizer", [GroupAdam, torch.optim.AdamW])
-def test_goes_on_bit_for_bit(tmp_path: Path, optimizer: type[torch.optim.Optimizer]) -> None:
+def pieces_of(chained: Any) -> list[Piece]:
+    (part,) = chained.chained_optimizers
+    named = [("a.weight", part.optimizer.param_groups[0]["params"][0])]
+    return list(host_state.pieces(chained, named))
+
+
+@pytest.mark.parametrize("optimizer", [GroupAdam, torch.optim.AdamW, partial(torch.optim.AdamW, fused=True)])
+def test_a_fresh_optimizer_that_is_filled_continues_bit_for_bit(optimizer: Any) -> None:
     first = host(optimizer)
     steps(first, 0, 3)
-    host_state.save(first, tmp_path, 0, layers="local")
     second = host(optimizer)
-    host_state.load(second, tmp_path, 0, layers="local")
+    (own,), (other,) = pieces_of(first), pieces_of(second)
+    assert (own.steps, other.steps, own.start, own.end) == (3, 0, 0, 4)
+    other.set_steps(own.steps)
+    for field, row in own.fields.items():
+        other.fields[field].copy_(row)
     assert torch.equal(steps(second, 3, 6), steps(first, 3, 6))
 
 
-def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
+def state_of(chained: Any, layers: str) -> dict[str, Any]:
+    """As format 1 had it."""
+    (part,) = chained.chained_optimizers
+    adam = part.optimizer
+    parameters = [
+        {"value": parameter.detach().clone(), **copy.deepcopy(adam.state[parameter])}
+        for parameter in adam.param_groups[0]["params"]
+    ]
+    steps_of_groups = [group.get("step") for group in adam.param_groups]
+    return {"layers": layers, "parts": [{"parameters": parameters, "steps": steps_of_groups}]}
+
+
+@pytest.mark.parametrize("optimizer", [GroupAdam, torch.optim.AdamW])
+def test_format_1_continues_bit_for_bit(optimizer: Any) -> None:
+    first = host(optimizer)
+    steps(first, 0, 3)
+    second = host(optimizer)
+    host_state.load_format_1(second, state_of(first, "local"), layers="local")
+    assert torch.equal(steps(second, 3, 6), steps(first, 3, 6))
+
+
+def test_format_1_of_other_layers_is_refused() -> None:
     """Their parameters stand in another order, and some have the same shapes."""
-    host_state.save(host(GroupAdam), tmp_path, 0, layers="transformer_engine")
+    state = state_of(host(GroupAdam), "transformer_engine")
     with pytest.raises(
         CheckpointError, match="written with --transformer-impl transformer_engine, and this run has local"
     ) as caught:
-        host_state.load(host(GroupAdam), tmp_path, 0, layers="local")
+        host_state.load_format_1(host(GroupAdam), state, layers="local")
     assert "--finetune" in caught.value.remedy

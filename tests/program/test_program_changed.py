@@ -78,8 +78,8 @@ def test_each_token_is_read_once_on_any_number_of_ranks(
         job = zygote.run(flags, ranks=ranks, noted="read")
         read[ranks] = inputs(zygote, 10**9)
         changed = (
-            f"the number of ranks was {before} in the checkpoint and is {ranks} now: the optimizer's "
-            "state is shared out anew"
+            f"the number of ranks was {before} in the checkpoint and is {ranks} now: the optimizer "
+            "state is redistributed"
         )
         assert job.stdout.count(changed) == (ranks != before)
         assert (

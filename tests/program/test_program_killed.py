@@ -38,6 +38,11 @@ def has_written(run_dir: Path, steps: int) -> bool:
     return path.exists() and f'{{"step": {steps}, '.encode() in path.read_bytes()
 
 
+def has_come_to(run_dir: Path, steps: int) -> bool:
+    """The same, and the save of step 3, which a thread writes, is published if it is due."""
+    return has_written(run_dir, steps) and (steps <= 3 or (run_dir / "checkpoints" / "latest").exists())
+
+
 def killed_at(
     moments: list[int | str],
     zygote: Zygote,
@@ -61,7 +66,7 @@ def killed_at(
         there = (
             (job.folder / "stalled").exists
             if isinstance(moment, str)
-            else partial(has_written, run_dir, moment)
+            else partial(has_come_to, run_dir, moment)
         )
         assert job.wait_for(there), job.stderr
         time.sleep(dice.uniform(0.0, PACE))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import write_corpus
-from fakes import FakeDataset, FakeEngine
+from fakes import FakeDataset, FakeEngine, FakeStaged
 from tiny_run import VOCAB_SIZE, settings, splits
 from train.loop_runs import Diary, KillAt, Killed, change, lines, run
 
@@ -170,6 +170,8 @@ class TestMoments:
 
     def test_a_rank_that_asks_to_stop_stops_all_after_a_save(self, config: RunConfig) -> None:
         class AskedElsewhere(FakeEngine):
+            answers: tuple[bool, ...] = ()
+
             def train_step(
                 self,
                 batches: Iterator[Batch],
@@ -179,7 +181,15 @@ class TestMoments:
                 stop: Callable[[], bool] = bool,
             ) -> StepResult:
                 result = super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
+                self.answers = (False, True) if step == 3 else ()  # no save has failed; stop
                 return replace(result, stop=step == 3)
+
+            def any_rank(self, flag: bool) -> bool:
+                first, self.answers = self.answers[:1], self.answers[1:]
+                return flag or first == (True,)
+
+            def first_word(self, word: str) -> str:
+                return word or "SIGTERM"
 
         diary = Diary()
         assert train(AskedElsewhere(VOCAB_SIZE), config, splits(), [diary]) == 4
@@ -349,8 +359,27 @@ class TestResume:
         assert [path.read_bytes() for path in files] == before
         assert "hidden_size: 256" in files[0].read_text()
 
-    def test_another_layout_needs_finetune(self, config: RunConfig, again: RunConfig, tmp_path: Path) -> None:
+    def test_another_layout_is_reported(
+        self, config: RunConfig, again: RunConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         run(config)
+        run(change(again, "engine", zero_stage=2))
+        told = "--zero-stage was 1 in the checkpoint and is 2 now: the optimizer state is redistributed"
+        assert told in capsys.readouterr().out
+
+    def test_another_layout_needs_finetune_in_format_1(
+        self, config: RunConfig, again: RunConfig, tmp_path: Path
+    ) -> None:
+        class EarlierState(FakeStaged):
+            def write(self, folder: Path) -> list[Path]:
+                (folder / "state-00000.pt").touch()
+                return super().write(folder)
+
+        class Earlier(FakeEngine):
+            def stage(self) -> FakeStaged:
+                return EarlierState(super().stage().state)
+
+        run(config, engine=Earlier(VOCAB_SIZE))
         other = change(again, "engine", zero_stage=2)
         with pytest.raises(
             CheckpointError, match="--zero-stage was 1 in the checkpoint and is 2 now"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
@@ -19,8 +17,8 @@ from megatron_hyperrouter.engines.deepspeed.groups import join, leave
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
 from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
 from megatron_hyperrouter.engines.routing import draw_by_name
+from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
-from megatron_hyperrouter.engines.state import Holding
 from megatron_hyperrouter.model.init import initialise
 
 if TYPE_CHECKING:
@@ -127,27 +125,23 @@ class DeepSpeedEngine(SharedEngine):
 
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""
+        named, host = list(self.named_parameters()), self.host
         return Holding(
-            named=list(self.named_parameters()),
+            named=named,
             routers=self.routers,
-            first_dense=self.place.data_rank == 0,
-            first_expert=parallel_state.get_expert_data_parallel_rank() == 0,
-            first_stage=parallel_state.get_pipeline_model_parallel_rank() == 0,
+            pieces=None if host is None else lambda: host_state.pieces(host.optimizer, named),
+            spread=self.config.engine.zero_stage > 0,
+            device=self.device,
         )
 
-    def save_optimizer(self, folder: Path) -> None:
+    def take_weights_over(self) -> None:
         """See :class:`SharedEngine`."""
         if self.host is not None:
-            host_state.save(self.host.optimizer, folder, self.place.rank)
-
-    def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
-        """See :class:`SharedEngine`."""
-        if self.host is None:
-            return
-        if weights_only:
             host_state.take_weights_over(self.host.optimizer)
-        else:
-            host_state.load(self.host.optimizer, folder, self.place.rank)
+
+    def load_format_1(self, state: Any) -> None:
+        """See :class:`SharedEngine`."""
+        host_state.load_format_1(self.host.optimizer, state)
 
     def close(self) -> None:
         """Leave the process groups; those that stood before this engine stay."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.megatron import host_state, model
 from megatron_hyperrouter.engines.routing import draw_by_name
+from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
-from megatron_hyperrouter.engines.state import Holding
 from megatron_hyperrouter.engines.world import alone_without_launcher, backend, join_world
 from megatron_hyperrouter.model.init import initialise
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
@@ -182,30 +181,23 @@ class MegatronEngine(SharedEngine):
         if self.optimizer is not None and self.config.optimizer.overlap_param_gather:
             for chunk in self.wrapped:  # weights of the last step lie in pieces until the next forward pass
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+        named, optimizer = list(self.named_parameters()), self.optimizer
         return Holding(
-            named=list(self.named_parameters()),
+            named=named,
             routers=self.routers,
-            first_dense=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
-            first_expert=parallel_state.get_expert_data_parallel_rank() == 0,
-            first_stage=parallel_state.get_pipeline_model_parallel_rank() == 0,
+            pieces=None if optimizer is None else lambda: host_state.pieces(optimizer, named),
+            spread=self.config.optimizer.use_distributed_optimizer,
+            device=self.device,
         )
 
-    def save_optimizer(self, folder: Path) -> None:
+    def take_weights_over(self) -> None:
         """See :class:`SharedEngine`."""
         if self.optimizer is not None:
-            host_state.save(
-                self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl
-            )
+            self.optimizer.reload_model_params()
 
-    def load_optimizer(self, folder: Path, *, weights_only: bool) -> None:
+    def load_format_1(self, state: Any) -> None:
         """See :class:`SharedEngine`."""
-        if self.optimizer is None:
-            return
-        self.optimizer.reload_model_params()
-        if not weights_only:
-            host_state.load(
-                self.optimizer, folder, self.place.rank, layers=self.config.engine.transformer_impl
-            )
+        host_state.load_format_1(self.optimizer, state, layers=self.config.engine.transformer_impl)
 
     def close(self) -> None:
         """Leave the process groups; those that stood before this engine stay."""

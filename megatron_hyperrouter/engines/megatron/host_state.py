@@ -4,71 +4,75 @@ distributed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.state import as_many_ranks, load_state, load_states, save_state
+from megatron_hyperrouter.engines.saved.pieces import Piece, piece
 from megatron_hyperrouter.errors import CheckpointError
 
 
-def save(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
-    """Write this rank's file into ``folder``; ``layers``: whose layers the model has, which decides the order
-    of its parameters.
-    """
-    save_state(folder, rank, {"layers": layers, "parts": [_state(part) for part in _parts(optimizer)]})
+def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
+    """What this rank's optimizer holds of the parameters with these global names."""
+    names = {parameter: name for name, parameter in named}
+    for part in _parts(optimizer):
+        for parameter, main, start in _mains(part):
+            yield piece(names[parameter], parameter, part.optimizer, main, start=start)
 
 
-def load(optimizer: Any, folder: Path, rank: int, *, layers: str) -> None:
-    """Read what :func:`save` wrote, on the same layout or on another number of ranks that all hold the same.
-
-    The model's weights must be there already.
-    """
-    state = load_state(folder, rank) if as_many_ranks(folder) else load_states(folder, rank)[0]
-    if state["layers"] != layers:
-        raise CheckpointError(
-            f"{folder} was written with --transformer-impl {state['layers']}, and this run has {layers}",
-            remedy=f"add --transformer-impl {state['layers']}, or load weights alone with --finetune",
-        )
-    saved, parts = state["parts"], list(_parts(optimizer))
-    if len(saved) != len(parts):
-        raise CheckpointError(
-            f"{folder}: {len(saved)} optimizers in the checkpoint, {len(parts)} in this run",
-            remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
-        )
-    for part, state in zip(parts, saved, strict=True):
-        _restore(part, state)
+def _mains(part: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+    """(parameter, the optimizer's own tensor of it, where that begins in the parameter)."""
+    if hasattr(part, "shard_fp32_groups"):  # distributed: each rank has a flat range of each parameter
+        pairs = [
+            *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
+            *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
+        ]
+        for parameters, mains in pairs:
+            for parameter, main in zip(parameters, mains, strict=True):
+                yield parameter, main, part._get_model_param_range_map(parameter)["param"].start
+    elif hasattr(part, "float16_groups"):  # bfloat16 weights with float32 copies
+        for parameters, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            for parameter, main in zip(parameters, mains, strict=True):
+                yield parameter, main, 0
+        for parameters in part.fp32_from_fp32_groups:
+            for parameter in parameters:
+                yield parameter, parameter, 0
+    else:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, parameter, 0
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """megatron-core chains one optimizer for dense and one for expert parameters; a part without parameters
-    has no torch optimizer.
+    """megatron-core chains one optimizer for dense and one for expert parameters; a part without
+    parameters has no torch optimizer.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(part, "optimizer", None) is not None and not getattr(part, "is_stub_optimizer", False):
             yield part
 
 
-def _state(part: Any) -> dict[str, Any]:
-    """For each parameter that the optimizer updates (float32, this rank's piece) its value and its moments,
-    in order.
+def load_format_1(optimizer: Any, state: dict[str, Any], *, layers: str) -> None:
+    """Restore the values and moments of each parameter, in order; the model's weights must be there already.
 
-    torch's AdamW counts steps for each parameter; apex's and Transformer Engine's, which megatron-core
-    prefers, for each group.
+    ``layers``: whose layers the model has, which decides the order of its parameters.
     """
-    adam = part.optimizer
-    parameters = [
-        {
-            "value": parameter.detach().cpu().clone(),
-            **{key: _copied(value) for key, value in adam.state[parameter].items()},
-        }
-        for group in adam.param_groups
-        for parameter in group["params"]
-    ]
-    return {"parameters": parameters, "steps": [_copied(group.get("step")) for group in adam.param_groups]}
+    if state["layers"] != layers:
+        raise CheckpointError(
+            f"the checkpoint was written with --transformer-impl {state['layers']}, "
+            f"and this run has {layers}",
+            remedy=f"add --transformer-impl {state['layers']}, or load weights alone with --finetune",
+        )
+    saved, parts = state["parts"], list(_parts(optimizer))
+    if len(saved) != len(parts):
+        raise CheckpointError(
+            f"{len(saved)} optimizers in the checkpoint, {len(parts)} in this run",
+            remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
+        )
+    for part, state in zip(parts, saved, strict=True):
+        _restore(part, state)
 
 
 def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
@@ -91,7 +95,3 @@ def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
             key: moved.to(parameter.device) if isinstance(moved, Tensor) and key != "step" else moved
             for key, moved in state.items()
         }
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,227 @@
+"""Optimizer state on disk: rectangles under global names, one safetensors file a rank, and one index of all.
+
+    optimizer.json                 name -> shape, dtype, optimizer steps, digests of the whole, boxes
+    optimizer-RRRRR.safetensors    keys NAME#BOX#FIELD, float32
+
+The master weight of a parameter that is float32 itself is the weight, and is not written twice.  Nothing here
+talks to another rank, and nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.checkpoint.boxes import Box, Shape, gap
+from megatron_hyperrouter.checkpoint.digest import MASK, digest
+from megatron_hyperrouter.checkpoint.weights import Reader, write_tensors, write_weights
+from megatron_hyperrouter.errors import CheckpointError
+
+INDEX = "optimizer.json"
+WEIGHT, MASTER = "weight", "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_PART = "index-{rank}.json"  # of one rank, until they are joined
+
+
+class State(NamedTuple):
+    """A box of one parameter's optimizer state, as one rank writes it."""
+
+    name: str
+    shape: Shape  # of the whole tensor
+    box: Box
+    steps: int  # that the optimizer took for this parameter
+    fields: dict[str, Tensor]  # MASTER and MOMENTS -> the box's numbers, in one row
+
+
+class Stored(NamedTuple):
+    """Where a box is kept."""
+
+    file: str
+    key: str  # without the field
+    box: Box
+
+
+@dataclass
+class Entry:
+    """What the index says about one tensor."""
+
+    shape: Shape
+    dtype: str = ""  # of the weight, as torch names it
+    trained: bool = False  # the optimizer has state of it
+    steps: int | None = None
+    digests: dict[str, int] = field(default_factory=dict)  # WEIGHT, MASTER, MOMENTS -> of the whole tensor
+    boxes: list[Stored] = field(default_factory=list)
+
+    @property
+    def full(self) -> str:
+        """The field that has the weight as exactly as it is known."""
+        return MASTER if MASTER in self.digests else WEIGHT
+
+    def add(self, name: str, value: int) -> None:
+        """One more part of a field's digest."""
+        self.digests[name] = (self.digests.get(name, 0) + value) & MASK
+
+    def join(self, other: Entry) -> None:
+        """Take in what another rank says; ValueError where the two cannot both be right."""
+        if self.shape != other.shape:
+            raise ValueError(f"one rank says its shape is {list(self.shape)}, another {list(other.shape)}")
+        if None not in (self.steps, other.steps) and self.steps != other.steps:
+            raise ValueError(f"one rank counts {self.steps} optimizer steps, another {other.steps}")
+        if self.dtype and other.dtype:
+            raise ValueError("two ranks write its weight")
+        self.dtype, self.trained = self.dtype or other.dtype, self.trained or other.trained
+        self.steps = other.steps if self.steps is None else self.steps
+        for name, value in other.digests.items():
+            self.add(name, value)
+        self.boxes += other.boxes
+
+    def problem(self) -> str:
+        """Why this is not one whole tensor; empty where it is."""
+        if not self.dtype:
+            return "no rank writes its weight"
+        if not self.trained:
+            return ""
+        needed = {WEIGHT, *MOMENTS} | (set() if self.dtype == "float32" else {MASTER})
+        if missing := needed - self.digests.keys():
+            return f"no rank writes {', '.join(sorted(missing))}"
+        return gap(self.shape, [stored.box for stored in self.boxes])
+
+
+@dataclass
+class Staged:
+    """Copies in CPU memory of what one of ``ranks`` writes; :meth:`write` needs no other rank, nor a GPU."""
+
+    rank: int
+    ranks: int
+    weights: dict[str, Tensor]
+    trained: set[str]  # of ``weights``: those of which the optimizer has state
+    states: list[State]
+    texts: dict[str, str]  # other files of this rank
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write this rank's files, and return those that stay; NotFiniteError names the tensor that is
+        lost.
+        """
+        index: dict[str, Entry] = {}
+        for name, tensor in self.weights.items():
+            shape = tuple(tensor.shape)
+            entry = index[name] = Entry(shape, str(tensor.dtype).removeprefix("torch."), name in self.trained)
+            entry.add(WEIGHT, _digest(name, WEIGHT, tensor, Box((0,) * len(shape), shape), shape))
+        write_weights(folder, self.rank, self.weights)
+        file = f"optimizer-{self.rank:05d}.safetensors"
+        if tensors := dict(self._state_tensors(index, file)):
+            write_tensors(folder / file, tensors)
+        for name, text in self.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        _write_index(folder / _PART.format(rank=self.rank), index)
+        names = [f"weights-{self.rank:05d}.safetensors", file, *self.texts]
+        return [folder / name for name in names if (folder / name).exists()]
+
+    def _state_tensors(self, index: dict[str, Entry], file: str) -> Iterator[tuple[str, Tensor]]:
+        for state in self.states:
+            entry = index.setdefault(state.name, Entry(state.shape, trained=True))
+            key = f"{state.name}#{len(entry.boxes)}"
+            entry.steps = state.steps
+            entry.boxes.append(Stored(file, key, state.box))
+            for name, row in state.fields.items():
+                entry.add(name, _digest(state.name, name, row, state.box, state.shape))
+                yield f"{key}#{name}", row.view(state.box.size)
+
+    def join(self, folder: Path) -> None:
+        """Make one index of those of all ranks (the main rank, after all have written); refuses a gap."""
+        joined: dict[str, Entry] = {}
+        parts = [folder / _PART.format(rank=rank) for rank in range(self.ranks)]
+        for rank, path in enumerate(parts):
+            if not path.is_file():
+                raise CheckpointError(f"rank {rank} has written nothing into {folder}", remedy=_REPORT)
+            for name, entry in _read_index(path).items():
+                if name not in joined:
+                    joined[name] = entry
+                    continue
+                try:
+                    joined[name].join(entry)
+                except ValueError as error:
+                    raise CheckpointError(f"{name}: {error}", remedy=_REPORT) from error
+        for name, entry in joined.items():
+            if problem := entry.problem():
+                raise CheckpointError(f"{name}: {problem}", remedy=_REPORT)
+        _write_index(folder / INDEX, joined)
+        for path in parts:
+            path.unlink()
+
+
+_REPORT = "continue from the last checkpoint, and report this: the ranks disagree on who writes what"
+
+
+def read_index(folder: Path) -> dict[str, Entry] | None:
+    """Global name -> entry; None where there is no index, as in a checkpoint of format 1."""
+    path = folder / INDEX
+    try:
+        return _read_index(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of the run"
+        ) from error
+
+
+def read_box(reader: Reader, entry: Entry, name: str, box: Box, row: Tensor) -> None:
+    """Fill ``row`` with the numbers of ``box`` of one field of a tensor, from whichever files have them."""
+    target = row.view(box.size)
+    for stored in entry.boxes:
+        if common := box.common(stored.box):
+            part = reader.part(stored.file, f"{stored.key}#{name}", common.within(stored.box))
+            target[common.within(box)].copy_(part) if box.size else target.copy_(part)
+
+
+def _digest(name: str, what: str, values: Tensor, box: Box, shape: Shape) -> int:
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        raise NotFiniteError(
+            f"{name}: its {what} has a number that is not finite; nothing was saved",
+            remedy="continue from the last checkpoint with a lower --lr, or skip the steps that led here",
+        )
+    return digest(values, box, shape)
+
+
+class NotFiniteError(CheckpointError):
+    """A weight or a moment is lost: to save again would not help."""
+
+
+def _write_index(path: Path, index: Mapping[str, Entry]) -> None:
+    plain: dict[str, Any] = {}
+    for name, entry in sorted(index.items()):
+        plain[name] = {
+            "shape": entry.shape,
+            "dtype": entry.dtype,
+            "trained": entry.trained,
+            "steps": entry.steps,
+            "digests": {key: f"{value:016x}" for key, value in entry.digests.items()},
+            "boxes": [
+                [stored.file, stored.key, stored.box.offset, stored.box.size] for stored in entry.boxes
+            ],
+        }
+    path.write_text(json.dumps(plain), encoding="utf-8")
+
+
+def _read_index(path: Path) -> dict[str, Entry]:
+    return {name: _entry(raw) for name, raw in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    return Entry(
+        shape=tuple(raw["shape"]),
+        dtype=raw["dtype"],
+        trained=raw["trained"],
+        steps=raw["steps"],
+        digests={key: int(value, 16) for key, value in raw["digests"].items()},
+        boxes=[
+            Stored(file, key, Box(tuple(offset), tuple(size))) for file, key, offset, size in raw["boxes"]
+        ],
+    )

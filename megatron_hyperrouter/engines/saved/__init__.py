@@ -1,0 +1,1 @@
+"""What a rank saves and loads: weights, optimizer state and generators, on any layout of any engine."""

@@ -1,0 +1,249 @@
+"""What a rank saves and loads: weights and optimizer state by global name, each number once, on any
+layout.
+
+The hosts' own files cannot be read on another expert-parallel size (DeepSpeed) or by another engine;
+these can.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hyperrouter.checkpoint.boxes import boxes, whole_shape
+from megatron_hyperrouter.checkpoint.digest import MASK, digest, signed
+from megatron_hyperrouter.checkpoint.optimizer import (
+    MASTER,
+    MOMENTS,
+    WEIGHT,
+    Entry,
+    Staged,
+    State,
+    read_box,
+)
+from megatron_hyperrouter.checkpoint.weights import Reader, read_tensors, read_weights, weight_files
+from megatron_hyperrouter.engines.saved.pieces import Holding, Piece, share
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.model.names import is_expert, matrices, router_parameter
+from megatron_hyperrouter.model.sharding import (
+    gathered,
+    is_second_copy,
+    replica_place,
+    shard_of,
+    tensor_parallel_place,
+)
+
+
+class Memory:
+    """CPU tensors that are kept from save to save, so that only the first one waits for them to be made."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy of the tensor in CPU memory; on a GPU it is there after :meth:`wait`."""
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            self._kept[key] = kept
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        """Until all copies are there."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------- saving
+def stage(rank: int, ranks: int, holding: Holding, memory: Memory, texts: dict[str, str]) -> Staged:
+    """Copy what this rank writes into CPU memory (collective: tensor-parallel pieces of weights are
+    joined).
+    """
+    weights = {name: memory.copy(name, tensor) for name, tensor in _owned_weights(holding)}
+    states = [state for piece in _pieces(holding) for state in _states(piece, holding, memory)]
+    trained = {name for name, _ in matrices(holding.named)} if holding.pieces else set()
+    memory.wait()
+    return Staged(rank, ranks, weights, trained, states, texts)
+
+
+def _owned_weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
+    """The whole weights that this rank writes: the ranks that could write one take turns, the least
+    burdened first.
+    """
+    burden: dict[bool, list[int]] = {}
+    for name, tensor in _weights(holding):
+        if is_second_copy(name):
+            continue
+        shard, (copies, copy), (size, place) = (
+            shard_of(name),
+            replica_place(name),
+            tensor_parallel_place(name),
+        )
+        loads = burden.setdefault(is_expert(name), [0] * (copies * size))
+        turn = loads.index(min(loads))
+        loads[turn] += tensor.nbytes * (1 if shard is None else shard.size)
+        if turn // size != copy:
+            continue  # the same for all ranks of a tensor-parallel group
+        whole = tensor if shard is None else gathered(name, tensor, shard)
+        if turn % size == place:
+            yield name, whole
+
+
+def _weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
+    """This rank's pieces of all weights, and the whole state of its routers."""
+    for name, parameter in matrices(holding.named):
+        if router_parameter(name) is None:
+            yield name, parameter.detach()
+    for prefix, router in holding.routers.items():
+        for name, tensor in router.state_dict().items():
+            yield prefix + name, tensor
+
+
+def _pieces(holding: Holding) -> Iterator[Piece]:
+    for piece in holding.pieces() if holding.pieces else ():
+        yield from piece.by_matrix()
+
+
+def _states(piece: Piece, holding: Holding, memory: Memory) -> Iterator[State]:
+    shard, shape = shard_of(piece.name), tuple(piece.parameter.shape)
+    first, last = share(piece.name, piece.end - piece.start, spread=_alone(piece, holding))
+    if first == last:
+        return
+    written = MOMENTS if piece.parameter.dtype == torch.float32 else (MASTER, *MOMENTS)
+    for placed in boxes(shape, piece.start + first, piece.start + last, shard):
+        part = slice(placed.begin - piece.start, placed.end - piece.start)
+        copies = {
+            field: memory.copy(f"{piece.name}#{placed.begin}#{field}", piece.fields[field][part])
+            for field in written
+        }
+        yield State(piece.name, whole_shape(shape, shard), placed.box, piece.steps, copies)
+
+
+def _alone(piece: Piece, holding: Holding) -> bool:
+    """Whether no other data-parallel rank holds these numbers: a part that is whole may still be the only
+    one.
+    """
+    return holding.spread or piece.end - piece.start != piece.parameter.numel()
+
+
+# --------------------------------------------------------------------------------------------- loading
+def load_weights(reader: Reader, holding: Holding) -> None:
+    """Read this rank's part from what any layout of any engine wrote."""
+    targets = {name: tensor for name, tensor in _weights(holding) if tensor.is_floating_point()}
+    cuts = {name: shard for name in targets if (shard := shard_of(name)) is not None}
+    read_weights(reader.folder, targets, cuts, reader=reader)
+    for prefix, router in holding.routers.items():  # compares frozen hashes, and forgets what it has derived
+        whole = {
+            name: targets[name] for name in (prefix + own for own in router.state_dict()) if name in targets
+        }
+        rest = read_tensors(
+            reader.folder, [prefix + own for own in router.state_dict() if prefix + own not in whole]
+        )
+        router.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in {**whole, **rest}.items()}
+        )
+
+
+def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) -> None:
+    """Fill this rank's optimizer; the model's weights must be there already."""
+    files = weight_files(reader.folder)
+    counted: dict[int, int] = {}
+    for piece in _pieces(holding):
+        entry = index.get(piece.name)
+        if entry is None or not entry.trained or entry.steps is None:
+            raise CheckpointError(
+                f"{reader.folder} has no optimizer state of {piece.name}",
+                remedy="load weights alone with --finetune",
+            )
+        if counted.setdefault(piece.counter, entry.steps) != entry.steps:
+            raise CheckpointError(
+                f"{piece.name} took {entry.steps} optimizer steps, and others that this layout counts"
+                f" together with it {counted[piece.counter]}",
+                remedy="resume with the layout of the run that wrote it",
+            )
+        piece.set_steps(entry.steps)
+        _fill(reader, entry, piece, files)
+
+
+def _fill(reader: Reader, entry: Entry, piece: Piece, files: dict[str, str]) -> None:
+    """The moments of a piece, and its master weight; a parameter in float32 gets the master weight as
+    well.
+    """
+    shape, shard = tuple(piece.parameter.shape), shard_of(piece.name)
+    rows = [(moment, piece.fields[moment], piece.start) for moment in MOMENTS]
+    exact = piece.parameter.dtype == torch.float32
+    if exact and entry.full == MASTER:
+        rows.append((MASTER, piece.parameter.detach().view(-1), 0))
+    elif not exact:
+        rows.append((entry.full, piece.fields[MASTER], piece.start))
+    with torch.no_grad():
+        for field, row, start in rows:
+            for placed in boxes(shape, start, start + len(row), shard):
+                part = row[placed.begin - start : placed.end - start]
+                if field == WEIGHT:
+                    part.copy_(reader.part(files[piece.name], piece.name, placed.box.slices).reshape(-1))
+                else:
+                    read_box(reader, entry, field, placed.box, part)
+        if exact:
+            piece.fields[MASTER].copy_(piece.parameter.detach().view(-1)[piece.start : piece.end])
+
+
+# ------------------------------------------------------------------------------------------- verifying
+def verify(reader: Reader, index: dict[str, Entry], holding: Holding, *, weights_only: bool) -> None:
+    """Compare digests of what now lies in the model and in the optimizer with the index (collective)."""
+    sums = _weight_sums(index, holding, weights_only=weights_only)
+    fields = (WEIGHT,) if weights_only else (WEIGHT, MASTER, *MOMENTS)
+    for piece in () if weights_only else _pieces(holding):
+        begin, end = share(piece.name, piece.end - piece.start, spread=_alone(piece, holding))
+        for field, row in piece.fields.items():
+            sums[piece.name, field] += _sum(
+                piece.name, piece.parameter.shape, row[begin:end], piece.start + begin
+            )
+    keys = [
+        (name, field)
+        for name, entry in sorted(index.items())
+        for field in fields
+        if entry.trained or field == WEIGHT
+    ]
+    found = torch.tensor([signed(sums[key]) for key in keys], dtype=torch.int64, device=holding.device)
+    dist.all_reduce(found)
+    for (name, field), value in zip(keys, found.tolist(), strict=True):
+        expected = index[name].digests[index[name].full if field == MASTER else field]
+        if value & MASK != expected and (
+            value or field != WEIGHT
+        ):  # 0: no rank holds such a weight, or could compare it
+            raise CheckpointError(
+                f"{reader.folder}: {name}: its {field} is not the one that was saved (the digests differ)",
+                remedy="load an older checkpoint of the run",
+            )
+
+
+def _weight_sums(
+    index: dict[str, Entry], holding: Holding, *, weights_only: bool
+) -> defaultdict[tuple[str, str], int]:
+    sums: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for name, tensor in _weights(holding):
+        entry = index.get(name)
+        if entry is None:
+            continue
+        saved: torch.dtype = getattr(torch, entry.dtype)
+        rounded = saved.itemsize > tensor.element_size()
+        refined = not weights_only and entry.full == MASTER and tensor.dtype == torch.float32
+        if not rounded and not refined:  # else the master weight is compared
+            begin, end = share(name, tensor.numel())
+            sums[name, WEIGHT] += _sum(name, tensor.shape, tensor.view(-1)[begin:end].to(saved), begin)
+    return sums
+
+
+def _sum(name: str, shape: Sequence[int], row: Tensor, start: int) -> int:
+    """Digest of this rank's numbers of a tensor, from ``start`` on."""
+    shard, own = shard_of(name), tuple(shape)
+    whole = whole_shape(own, shard)
+    return sum(
+        digest(row[placed.begin - start : placed.end - start], placed.box, whole)
+        for placed in boxes(own, start, start + len(row), shard)
+    )
