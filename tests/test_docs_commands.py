@@ -39,17 +39,21 @@ def flags_of(command: str) -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown))
 
 
+def blocks_of(text: str) -> list[str]:
+    """What stands between each pair of fences."""
+    return [part.partition("\n")[2] for part in re.split(r"^```", text, flags=re.MULTILINE)[1::2]]
+
+
 def command_lines() -> list[tuple[str, str]]:
     """(page, line) of each command in a code block, continued lines joined."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                text = line.split(" # ")[0].strip()
-                if re.match(r"^(mhr|python tools/|python -m megatron_hyperrouter)", text):
-                    found.append((page.name, text))
-                elif LAUNCHER.match(text) and "pretrain_gpt_hyperrouter.py" in text:
-                    found.append((page.name, "mhr train " + text.split("pretrain_gpt_hyperrouter.py")[1]))
+        for line in "".join(blocks_of(page.read_text("utf-8"))).replace("\\\n", " ").splitlines():
+            text = line.split(" # ")[0].strip()
+            if re.match(r"^(mhr|python tools/|python -m megatron_hyperrouter)", text):
+                found.append((page.name, text))
+            elif LAUNCHER.match(text) and "pretrain_gpt_hyperrouter.py" in text:
+                found.append((page.name, "mhr train " + text.split("pretrain_gpt_hyperrouter.py")[1]))
     return found
 
 
@@ -57,7 +61,7 @@ LINES = command_lines()
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(LINES) > 12
+    assert len(LINES) > 20
     assert {shlex.split(line)[1] for _, line in LINES if line.startswith("mhr ")} >= {"train", "evaluate"}
 
 
