@@ -128,6 +128,7 @@ class TrainedRun:
             seed=self.settings.train.seed,
             vocab_size=tokenizer.vocab_size,
             eod=self._eod(tokenizer),
+            tokenizer=tokenizer.identity(),
             train_samples=samples if name == "train" else 0,
             valid_samples=samples if name == "valid" else 0,
             test_samples=samples if name == "test" else 0,

@@ -13,7 +13,7 @@ from megatron_hyperrouter.checkpoint.description import tokenizer_paths
 from megatron_hyperrouter.config.tree import DataConfig, RunConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
-from megatron_hyperrouter.data.stream.file_identity import identity
+from megatron_hyperrouter.data.stream.file_identity import identity, same
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -39,7 +39,7 @@ def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataCon
         around = places(word, meta.get("origin", {}), run_dir)
         present = [place for place in around if Path(f"{place}.idx").is_file()]
         for place in present:
-            if known is None or identity(IndexedDataset(place, whole=False)) == known:
+            if known is None or same(known, identity(IndexedDataset(place, whole=False))):
                 return place
         if present:
             console.warn(f"{present[0]} is not the file that the run has read: it has changed since")

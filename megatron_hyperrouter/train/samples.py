@@ -38,8 +38,12 @@ def open_samples(
     world_size: int,
     ledger: list[dict[str, Any]],
     step: int,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> Samples:
-    """Open the data of a run that has done ``step`` steps, in which it has read what ``ledger`` says."""
+    """Open the data of a run that has done ``step`` steps, in which it has read what ``ledger`` says.
+
+    ``tokenizer``: its identity, which that of the data must be; None: any.
+    """
     mixes = mixes_of(config.data, step=step)
     config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml says it all
     builder = Builder(
@@ -49,6 +53,7 @@ def open_samples(
         vocab_size=vocab_size,
         cache=cache,
         eod=eod,
+        tokenizer=tokenizer,
     )
     needed = samples_needed(config, world_size)
     splits = segments.splits_of_run(

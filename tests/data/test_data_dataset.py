@@ -15,7 +15,7 @@ from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index
 from megatron_hyperrouter.data.order.blend import blend_sizes, normalise
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
-from megatron_hyperrouter.data.stream import dataset
+from megatron_hyperrouter.data.stream import stores
 from megatron_hyperrouter.data.stream.dataset import BlendedDataset, SequenceDataset, Splits, build_splits
 from megatron_hyperrouter.errors import ConfigError, DataError
 
@@ -248,7 +248,7 @@ def test_a_file_in_several_splits_is_opened_once(three, monkeypatch):
         opened.append(prefix)
         return IndexedDataset(prefix, **how)
 
-    monkeypatch.setattr(dataset, "IndexedDataset", counting)
+    monkeypatch.setattr(stores, "IndexedDataset", counting)
     ours(DataConfig(data_path=tuple(three), split="6,2,2"), (5, 5, 5))
     assert opened == three
 

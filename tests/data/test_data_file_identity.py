@@ -4,19 +4,30 @@ another name is not.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from corpora import write_corpus
-from data.test_data_course import builder, course_of
+from data.test_data_segments import builder, course_of
+from encode_settings import settings
 
+from megatron_hyperrouter import console
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.store import manifest
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
-from megatron_hyperrouter.data.stream.file_identity import identity
+from megatron_hyperrouter.data.stream import file_identity
+from megatron_hyperrouter.data.stream.file_identity import identity, same
 from megatron_hyperrouter.data.stream.segments import Course, Ledger
+from megatron_hyperrouter.data.tokenize import bpe
+from megatron_hyperrouter.data.tokenize.preprocess import preprocess
+from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError, DataError
 
 SIZES = [7, 0, 30, 12, 1, 25] * 4
@@ -46,13 +57,16 @@ HAD = "it had 24 documents with 300 tokens"
 CHANGES = {
     "another file": (
         lambda prefix: write_corpus(prefix, SIZES, seed=9),
-        f"{HAD}, and has as many, but their digest was",
+        "it still has 24 documents with 300 tokens, but its content has changed",
     ),
     "a longer one": (
         lambda prefix: write_corpus(prefix, [*SIZES, 3]),
-        f"{HAD}, and has 25 documents with 303 tokens",
+        f"{HAD}, and now has 25 documents with 303 tokens",
     ),
-    "cut otherwise": (lambda prefix: recut(prefix), f"{HAD}, and has as many, but their digest was"),
+    "cut otherwise": (
+        lambda prefix: recut(prefix),
+        "it still has 24 documents with 300 tokens, but its content has changed",
+    ),
 }
 
 
@@ -105,7 +119,9 @@ def test_copied_moved_and_touched_data_goes_on(
     now = (moved, two[1])
     found = resumed(now, ledger)
     assert samples(found) == expected
-    assert capsys.readouterr().out.startswith(f"note: {moved} is what the checkpoint knows as {two[0]}")
+    assert capsys.readouterr().out.startswith(
+        f"note: {moved} has the same content as {two[0]} in the checkpoint"
+    )
     again = found.ledger(4)
     assert len(again) == 1 and again[0]["mix"] == list(now)
     assert samples(resumed(now, again))[2:] == expected[2:] and not capsys.readouterr().out
@@ -151,10 +167,104 @@ def test_an_identity_is_of_the_whole_file(tmp_path: Path) -> None:
     first = identity(IndexedDataset(prefix))
     assert (first["documents"], first["tokens"]) == (50, 100_000)
     content = bytearray(Path(f"{prefix}.bin").read_bytes())
-    for place in (0, len(content) - 1, (len(content) - 4096) * 3 // 7):
+    for place in (0, len(content) - 1, (len(content) - 4096) * 27 // 63):
         changed = bytearray(content)
         changed[place] ^= 1
         Path(f"{prefix}.bin").write_bytes(changed)
-        assert identity(IndexedDataset(prefix)) != first
+        assert not same(identity(IndexedDataset(prefix)), first)
     Path(f"{prefix}.bin").write_bytes(content)
-    assert identity(IndexedDataset(prefix)) == first
+    assert same(identity(IndexedDataset(prefix)), first)
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> str:
+    """A pair with a manifest: as preprocessing writes it, long enough that few of its bytes are sampled."""
+    text = tmp_path / "a.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"document {n} " + "abcdefg " * 400}) + "\n" for n in range(200))
+    )
+    (pair,) = preprocess([str(text)], str(tmp_path / "p"), settings("ByteTokenizer", append_eod=True))
+    return pair.prefix
+
+
+def resumed_with(prefix: str, cache: Cache) -> Callable[[], Course]:
+    words = (prefix,)
+    told = course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2).ledger(3)
+
+    def resume() -> Course:
+        course: Course = course_of(
+            replace(builder(words), cache=cache), ((0, words),), told, step=3, train_iters=5, batch=2
+        )
+        return course
+
+    return resume
+
+
+def test_one_byte_changed_in_place_is_refused(described: str, tmp_path: Path) -> None:
+    resume = resumed_with(described, Cache(str(tmp_path / "cache")))
+    expected = samples(resume())
+    with open(f"{described}.bin", "r+b") as stream:
+        stream.seek(71_015)
+        stream.write(b"X")
+    with pytest.raises(
+        DataError, match=r"p_text_document\.bin: its bytes have changed since the run read it"
+    ):
+        resume()
+    with open(f"{described}.bin", "r+b") as stream:  # put back
+        stream.seek(71_015)
+        stream.write(described_byte(71_015))
+    os.utime(f"{described}.bin", ns=(1, 1))
+    assert samples(resume()) == expected
+
+
+def described_byte(place: int) -> bytes:
+    text = "".join(
+        f"document {n} " + "abcdefg " * 400 + "\0" for n in range(200)
+    )  # \0: the end of a document
+    tokens = [256 if letter == "\0" else ord(letter) for letter in text]
+    return np.array(tokens, np.uint16).tobytes()[place : place + 1]
+
+
+def test_a_touched_or_copied_file_is_compared_once(
+    described: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, read = Cache(str(tmp_path / "cache")), list[str]()
+    resume = resumed_with(described, cache)
+    monkeypatch.setattr(file_identity, "file_sum", lambda path: read.append(path) or manifest.file_sum(path))
+    expected = samples(resume())
+    assert not read, "its time of change is that of the checkpoint"
+    os.utime(f"{described}.bin", ns=(5, 5))
+    assert samples(resume()) == samples(resume()) == expected
+    assert read == [f"{described}.bin", f"{described}.idx"]
+
+
+def test_the_same_text_twice_in_a_blend_is_reported(
+    two: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "warn", said.append)
+    for ending in (".bin", ".idx"):
+        shutil.copy(two[0] + ending, f"{tmp_path}/copy{ending}")
+        os.symlink(two[1] + ending, f"{tmp_path}/link{ending}")
+    words = (*two, f"{tmp_path}/copy", f"{tmp_path}/link")
+    course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2)
+    assert [line.split(":")[0] for line in said] == [
+        f"{tmp_path}/copy holds the same text as {two[0]}",
+        f"{tmp_path}/link holds the same text as {two[1]}",
+    ]
+
+
+def test_data_of_another_tokenizer_is_refused(described: str, tmp_path: Path) -> None:
+    bpe.train_bpe(iter(["some text"]), 257, str(tmp_path / "t.json"))
+    own, other = (
+        build_tokenizer("ByteTokenizer"),
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "t.json")),
+    )
+    larger = build_tokenizer("NullTokenizer", vocab_size=1000)
+    for tokenizer in (own, larger):
+        replace(builder((described,)), tokenizer=tokenizer.identity()).open(described)
+    for tokenizer in (other, build_tokenizer("NullTokenizer", vocab_size=200)):
+        with pytest.raises(
+            DataError, match=r"p_text_document: made with another tokenizer: ByteTokenizer and 257"
+        ):
+            replace(builder((described,)), tokenizer=tokenizer.identity()).open(described)

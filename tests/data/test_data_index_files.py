@@ -28,6 +28,7 @@ from megatron_hyperrouter.data.order.index_files import Cache, Named, file_ident
 from megatron_hyperrouter.data.stream.dataset import SequenceDataset, Splits, build_splits
 
 KEY = {"kind": "test", "numbers": [1, 2], "share": None}
+NAMES = ("odd", "rows", "none", "words")
 
 
 def made() -> Named:
@@ -53,8 +54,8 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def arrays(folder: Path, build, key=KEY, **how):
-    return Cache(str(folder), cached_from=1).arrays(key, build, beside="data/corpus", numbers=5, **how)
+def arrays(folder: Path, build, key=KEY, names=NAMES):
+    return Cache(str(folder), cached_from=1).arrays(key, names, build, beside="data/corpus", numbers=5)
 
 
 def test_what_was_built_is_found_again(tmp_path):
@@ -146,7 +147,7 @@ def test_no_array_is_kept_while_the_next_one_is_made(tmp_path):
         assert seen() is None
         yield "two", np.arange(3)
 
-    found = arrays(tmp_path, build)
+    found = arrays(tmp_path, build, names=("one", "two"))
     np.testing.assert_array_equal(found["one"], np.arange(1000))
 
 
@@ -178,9 +179,9 @@ def test_where_files_lie(tmp_path, monkeypatch):
     beside = str(tmp_path / "data" / "corpus")
     (tmp_path / "data").mkdir()
     own, run = Cache(cached_from=1), Cache(fallback=str(tmp_path / "run"), cached_from=1)
-    assert_made(own.arrays(KEY, made, beside=beside, numbers=1))
+    assert_made(own.arrays(KEY, NAMES, made, beside=beside, numbers=1))
     assert [path.parent for path in own.used] == [tmp_path / "data" / "cache" / "hyperrouter"]
-    assert_made(run.arrays(KEY, never, beside=beside, numbers=1))
+    assert_made(run.arrays(KEY, NAMES, never, beside=beside, numbers=1))
     assert run.used == own.used
 
     mkdir = Path.mkdir
@@ -194,11 +195,11 @@ def test_where_files_lie(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(console, "warn", said.append)
     other = KEY | {"kind": "other"}
-    assert_made(run.arrays(other, made, beside=beside, numbers=1))
+    assert_made(run.arrays(other, NAMES, made, beside=beside, numbers=1))
     assert run.used[-1].parent == tmp_path / "run"
-    assert_made(own.arrays(other, made, beside=beside, numbers=1))
+    assert_made(own.arrays(other, NAMES, made, beside=beside, numbers=1))
     assert len(own.used) == 1, "nowhere to write: kept in memory"
-    assert len(said) == 1 and "each process keeps the index in its own memory" in said[0]
+    assert len(said) == 1 and "every process builds its own copy" in said[0]
 
 
 def test_a_full_disk_beside_the_data_leaves_the_other_folder(tmp_path, monkeypatch):
@@ -212,7 +213,7 @@ def test_a_full_disk_beside_the_data_leaves_the_other_folder(tmp_path, monkeypat
     monkeypatch.setattr(cache, "_write", full)
     monkeypatch.setattr(console, "warn", lambda line: pytest.fail(line))
     run = Cache(fallback=str(tmp_path / "run"), cached_from=1)
-    assert_made(run.arrays(KEY, made, beside=str(tmp_path / "data" / "corpus"), numbers=1))
+    assert_made(run.arrays(KEY, NAMES, made, beside=str(tmp_path / "data" / "corpus"), numbers=1))
     assert [path.parent for path in run.used] == [tmp_path / "run"]
 
 
@@ -246,7 +247,7 @@ def test_without_locks_of_the_file_system_one_of_a_machine_builds(tmp_path, monk
 
 
 def test_small_ones_are_not_worth_a_file(tmp_path):
-    assert_made(Cache(str(tmp_path), cached_from=6).arrays(KEY, made, beside="x", numbers=5))
+    assert_made(Cache(str(tmp_path), cached_from=6).arrays(KEY, NAMES, made, beside="x", numbers=5))
     assert os.listdir(tmp_path) == []
 
 
@@ -342,7 +343,7 @@ def in_pieces(path, key, arrays):
             time.sleep(0.01)
 cache._write = in_pieces
 sys.path.insert(0, TESTS)
-from test_data_cache import splits
+from test_data_index_files import splits
 from pathlib import Path
 print("go", flush=True)
 splits([sys.argv[1]], Path(sys.argv[2]), train_samples=400_000)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.text import parquet as parquet_files
 from megatron_hyperrouter.data.text.corpus import documents, read_batches
 from megatron_hyperrouter.data.text.inputs import Part, total_bytes
 from megatron_hyperrouter.errors import DataError, HostError
@@ -140,3 +141,54 @@ def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytes
     ) as caught:
         found(path)
     assert caught.value.remedy == "pip install pyarrow"
+
+
+def bomb(path: Path, rows: int, size: int, kind: object = None) -> str:
+    """One long text that many rows share: a file of a few hundred bytes."""
+    values = ["x" * size] * rows
+    shared = arrow.array(values[:1]).dictionary_encode()
+    column = arrow.DictionaryArray.from_arrays(arrow.array([0] * rows, arrow.int32()), shared.dictionary)
+    if kind is not None:
+        column = arrow.ListArray.from_arrays(list(range(rows + 1)), column)
+    parquet.write_table(arrow.table({"text": column}), path, compression="zstd")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [None, list])
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_a_text_that_all_rows_share_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: object, least: int
+) -> None:
+    """Read in small batches, and (``least``) with equal texts kept once."""
+    monkeypatch.setattr(parquet_files, "_LEAST_BATCH_BYTES", least)
+    monkeypatch.setattr(parquet_files, "_MOST_BATCH_BYTES", 1 << 24)
+    path = bomb(tmp_path / "a.parquet", rows=3000, size=1 << 20, kind=kind)
+    assert Path(path).stat().st_size < 5000
+    before, most, rows = arrow.total_allocated_bytes(), 0, 0
+    for batch in read_batches([path]):
+        most = max(most, arrow.total_allocated_bytes() - before)
+        rows += len(batch.columns[0])
+        assert sum(len(text) for text in batch.columns[0] if isinstance(text, str)) <= 2 << 20
+        if rows > 300:
+            break
+    assert most < 1 << 26
+
+
+def test_a_text_beyond_all_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_files, "MOST_VALUE_BYTES", 1000)
+    path = table(tmp_path / "a.parquet", ["short", "x" * 1001])
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: a text of 1001 bytes"):
+        found(path)
+
+
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_both_ways_of_reading_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr(parquet_files, "_LEAST_BATCH_BYTES", least)
+    monkeypatch.setattr(parquet_files, "_MOST_BATCH_BYTES", 1)
+    lists = [[text, "more"] if number % 3 else [] for number, text in enumerate(TEXTS)]
+    assert found(table(tmp_path / "a.parquet", TEXTS)) == [([text],) for text in TEXTS]
+    assert found(table(tmp_path / "b.parquet", lists)) == [(texts,) for texts in lists]
+    binary = table(tmp_path / "c.parquet", [text.encode() for text in TEXTS], arrow.binary())
+    assert found(binary) == [([text],) for text in TEXTS]

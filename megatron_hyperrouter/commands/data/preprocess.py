@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         tuple(args.json_keys),
         args.append_eod,
         args.tokenizer_backend,
+        args.on_bad_line,
     )
     with Progress() as progress:
         try:
@@ -111,6 +112,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     flags.add_argument(
         "--partitions", type=int, metavar="N", help="the N of --shard, where that gives I alone"
+    )
+    flags.add_argument(
+        "--on-bad-line",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop: end at the first line that cannot be used, and keep what was saved (default); skip: "
+        "leave such lines out, and report how many there were",
     )
     flags.add_argument(
         "--overwrite",

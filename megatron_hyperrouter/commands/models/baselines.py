@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         seq_length=config.model.seq_length,
         seed=config.train.seed,
         vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.identity(),
         eod=tokenizer.eod if config.data.pack_documents else None,
         train_samples=None,
         valid_samples=0,

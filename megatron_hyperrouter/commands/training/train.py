@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config,
         vocab_size=tokenizer.vocab_size,
         eod=eod,
+        tokenizer=tokenizer.identity(),
         cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
         world_size=world_size,
         ledger=ledger,

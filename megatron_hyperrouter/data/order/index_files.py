@@ -7,9 +7,10 @@ content depends on; a damaged or foreign file is built again.
 
     bytes 0-7     b"MHRINDEX"
     bytes 8-15    uint64  length of the header
-    then          header, JSON: {"key": ..., "arrays": [{"name", "dtype", "shape", "offset", "sum"}, ...],
-    "size": bytes of the file} from there    the arrays, little-endian, each from a multiple of 64 bytes on;
-    "sum": its bytes as uint64 words, modulo 2**64
+    bytes 16-19   uint32  CRC-32 of the header
+    then          header, JSON: {"key": ..., "arrays": [{"name", "dtype", "shape", "offset", "crc32"}, ...],
+                                 "size": bytes of all arrays}
+    then          the arrays, little-endian, each from a multiple of 64 bytes on
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +42,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 Named = Iterator[tuple[str, npt.NDArray[Any]]]
 Key = Mapping[str, Any]
 
-# numbers; what is smaller is built by every process in less time than it takes to open a file
-CACHED_FROM = 2**20
+Names = Sequence[str]
+
+CACHED_FROM = 2**20  # numbers; a smaller index is built faster than a file is opened
 _MAGIC = b"MHRINDEX"
-_START = struct.Struct("<8sQ")
+_START = struct.Struct("<8sQI")
 _ALIGN = 64
 _SILENCE = 60.0  # seconds of waiting before a person is told
-_CHUNK = 1 << 18  # bytes at a time: what is summed is still in a core's cache when it is written
+_CHUNK = 1 << 18  # bytes at a time: they are still in a core's cache when they are written
 _ROOM = 1 << 12  # bytes for the description of the arrays
 _LONGEST_HEADER = 1 << 24
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -64,9 +68,11 @@ class Cache:
     cached_from: int = CACHED_FROM
     used: list[Path] = field(default_factory=list)
 
-    def arrays(self, key: Key, build: Callable[[], Named], *, beside: str, numbers: int) -> Arrays:
-        """What ``build`` makes of ``key`` (values that JSON knows): ``numbers`` of them, for the data file
-        ``beside``.
+    def arrays(
+        self, key: Key, names: Names, build: Callable[[], Named], *, beside: str, numbers: int
+    ) -> Arrays:
+        """The arrays called ``names`` that ``build`` makes for ``key`` (values that JSON knows), with
+        ``numbers`` numbers in all, for the data file ``beside``.
 
         An array that ``build`` yields is written before the next one is asked for, so that they need not all
         be in memory.
@@ -78,7 +84,7 @@ class Cache:
         )
         paths = [folder / name for folder in self._folders(beside)]
         for path in paths:  # no lock and no right to write is needed for what is there
-            found = _load(path, key)
+            found = _load(path, key, names)
             if found is not None:
                 self.used.append(path)
                 return found
@@ -87,12 +93,12 @@ class Cache:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with _locked(path.with_suffix(".lock")):
-                    found = _load(path, key) or _build(path, key, build)
+                    found = _load(path, key, names) or _build(path, key, names, build)
                 self.used.append(path)
                 return found
             except OSError as error:
                 refused = f"{path}: cannot be written: {error.strerror or error}"
-        console.warn(f"{refused}; each process keeps the index in its own memory")
+        console.warn(f"{refused}. Falling back: every process builds its own copy of the index in memory")
         return dict(build())
 
     def _folders(self, beside: str) -> list[Path]:
@@ -120,7 +126,7 @@ def file_identity(path: Path) -> Key:
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
 
 
-def _build(path: Path, key: Key, build: Callable[[], Named]) -> Arrays:
+def _build(path: Path, key: Key, names: Names, build: Callable[[], Named]) -> Arrays:
     """Make the arrays and put them in place; only the holder of the lock comes here."""
     mine = f".{path.stem}.{socket.gethostname()}-"
     for dead in path.parent.glob(f"{mine}*.partial"):  # a machine's other builders would hold the lock
@@ -131,11 +137,13 @@ def _build(path: Path, key: Key, build: Callable[[], Named]) -> Arrays:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return _load(path, key, written_here=True) or dict(build())
+    return _load(path, key, names, written_here=True) or dict(build())
 
 
 def _write(path: Path, key: Key, arrays: Named) -> None:
-    """Not forced to the disk: what a crash of the machine leaves shows in the sums, and is built again."""
+    """Not forced to the disk: what a crash of the machine leaves shows in the checksums,
+    and is built again.
+    """
     entries: list[dict[str, Any]] = []
     # of the header, which is known last
     offset, length = (
@@ -153,7 +161,7 @@ def _write(path: Path, key: Key, arrays: Named) -> None:
                 "shape": array.shape,
                 "offset": offset,
             }
-            entries.append(entry | {"sum": _write_array(stream, array)})
+            entries.append(entry | {"crc32": _write_array(stream, array)})
             offset += array.nbytes
             del array
         stream.truncate(base + offset)
@@ -161,66 +169,95 @@ def _write(path: Path, key: Key, arrays: Named) -> None:
         if len(header) > length:
             raise ValueError(f"{len(entries)} arrays: their description is longer than {_ROOM} bytes")
         stream.seek(0)
-        stream.write(_START.pack(_MAGIC, length) + header)
+        stream.write(_START.pack(_MAGIC, length, zlib.crc32(header)) + header)
 
 
 def _write_array(stream: Any, array: npt.NDArray[Any]) -> int:
-    """Write the bytes; their sum."""
-    content, total = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
+    """Write the bytes; returns their CRC-32."""
+    content, crc = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
     for begin in range(0, len(content), _CHUNK):
         piece = content[begin : begin + _CHUNK]
-        total += _sum(piece)
+        crc = zlib.crc32(piece, crc)
         while len(piece):
             piece = piece[stream.write(piece) or 0 :]
-    return total % 2**64
+    return crc
 
 
-def _load(path: Path, key: Key, *, written_here: bool = False) -> Arrays | None:
-    """The arrays of a file, mapped; None where it is missing, damaged, or of another key.  ``written_here``:
-    by this very process.
+@dataclass(frozen=True)
+class _Entry:
+    """Where an array lies in the file, and what it is."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    crc32: int
+
+    @property
+    def count(self) -> int:
+        """Numbers in the array."""
+        return math.prod(self.shape)
+
+
+def _load(path: Path, key: Key, names: Names, *, written_here: bool = False) -> Arrays | None:
+    """The arrays of a file, mapped; None where it is missing, damaged, or has another key or other arrays.
+    ``written_here``: by this very process.
     """
     try:
         with open(path, "rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            magic, length = _START.unpack(stream.read(_START.size))
-            if magic != _MAGIC or length > min(size, _LONGEST_HEADER):
-                return None
-            header = json.loads(stream.read(length))
-            base = _base(length)
-            if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
-                return None
-            if not written_here and not all(_is_sound(stream, base, entry) for entry in header["arrays"]):
+            entries = _read_header(stream, key, names)
+            if not written_here and not all(_is_sound(stream, entry) for entry in entries):
                 return None
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return {
-            entry["name"]: np.frombuffer(
-                mapped, entry["dtype"], int(np.prod(entry["shape"])), base + entry["offset"]
-            ).reshape(entry["shape"])
-            for entry in header["arrays"]
+            each.name: np.frombuffer(mapped, each.dtype, each.count, each.start).reshape(each.shape)
+            for each in entries
         }
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, struct.error):
         return None
 
 
-def _is_sound(stream: Any, base: int, entry: Mapping[str, Any]) -> bool:
-    """Whether an array is what was written; read, not mapped, for what is mapped counts as memory of this
+def _read_header(stream: Any, key: Key, names: Names) -> list[_Entry]:
+    """What the header says; ValueError for one that this program does not write for this key."""
+    size = os.fstat(stream.fileno()).st_size
+    magic, length, crc = _START.unpack(stream.read(_START.size))
+    if magic != _MAGIC or length > min(size, _LONGEST_HEADER):
+        raise ValueError("not an index file")
+    content, base = stream.read(length), _base(length)
+    if zlib.crc32(content) != crc:
+        raise ValueError("the header is damaged")
+    header = json.loads(content)
+    if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
+        raise ValueError("made for another key, or cut short")
+    entries = [
+        _Entry(
+            each["name"], np.dtype(each["dtype"]), tuple(each["shape"]), base + each["offset"], each["crc32"]
+        )
+        for each in header["arrays"]
+    ]
+    for entry in entries:
+        whole = all(isinstance(side, int) and side >= 0 for side in (*entry.shape, entry.start - base))
+        if entry.dtype.kind not in "iu" or not whole:
+            raise ValueError(f"{entry.name} is not an array of integers")
+        if entry.start + entry.count * entry.dtype.itemsize > size:
+            raise ValueError(f"{entry.name} lies outside of the file")
+    if tuple(entry.name for entry in entries) != tuple(names):
+        raise ValueError("other arrays than were asked for")
+    return entries
+
+
+def _is_sound(stream: Any, entry: _Entry) -> bool:
+    """Whether an array is what was written.  It is read, not mapped: mapped pages count as memory of this
     process.
     """
-    left = int(np.prod(entry["shape"])) * np.dtype(entry["dtype"]).itemsize
-    total, buffer = 0, memoryview(bytearray(_CHUNK))
-    stream.seek(base + entry["offset"])
+    left, crc, buffer = entry.count * entry.dtype.itemsize, 0, memoryview(bytearray(_CHUNK))
+    stream.seek(entry.start)
     while left:
         wanted = min(left, _CHUNK)
         if stream.readinto(buffer[:wanted]) != wanted:  # regular files are never read in part
             return False
-        total, left = total + _sum(buffer[:wanted]), left - wanted
-    return bool(total % 2**64 == entry["sum"])
-
-
-def _sum(content: memoryview) -> int:
-    words = np.frombuffer(content, "<u8", len(content) // 8)
-    rest = int.from_bytes(content[8 * len(words) :], "little")
-    return (int(words.sum(dtype=np.uint64)) + rest) % 2**64
+        crc, left = zlib.crc32(buffer[:wanted], crc), left - wanted
+    return crc == entry.crc32
 
 
 def _base(length: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from megatron_hyperrouter.data.store.pair_writer import refusing, sync_folder
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
+_VERSION = 2
 _START = b'{"version": '
 _AFRESH = "or give --overwrite to start afresh"
 
@@ -45,7 +46,11 @@ class Journal:
         self._stream = _locked(path)
         fresh = not os.fstat(self._stream.fileno()).st_size
         try:
-            head = {"version": 1, "settings": dict(settings), "inputs": [list(each) for each in inputs]}
+            head = {
+                "version": _VERSION,
+                "settings": dict(settings),
+                "inputs": [list(each) for each in inputs],
+            }
             self._check_start()
             lines = [] if overwrite else self._read()
             if lines:
@@ -93,7 +98,7 @@ class Journal:
         for line in self._stream:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 break
@@ -105,10 +110,12 @@ class Journal:
 
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get("version") != new["version"]:
-            raise DataError(
-                f"{self.path}: of another version of this program", remedy="give --overwrite to start afresh"
-            )
-        before, now = old.get("settings", {}), new["settings"]
+            message = f"{self.path}: written by another version of this program"
+            raise DataError(message, remedy="give --overwrite to start afresh")
+        if not _is_head(old):
+            message = f"{self.path}: its first line is not one that this program writes"
+            raise DataError(message, remedy="give --overwrite to start afresh")
+        before, now = old["settings"], new["settings"]
         problems = []
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
@@ -140,6 +147,16 @@ class Journal:
                 f"left {self.path}"
             )
             raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
+
+
+def _is_head(line: dict[str, Any]) -> bool:
+    """Whether the first line has the types that :class:`Journal` writes."""
+    settings, inputs = line.get("settings"), line.get("inputs")
+    if not isinstance(settings, dict) or not isinstance(inputs, list):
+        return False
+    return all(
+        isinstance(each, list) and [type(value) for value in each] == [str, int, int] for each in inputs
+    )
 
 
 @contextmanager

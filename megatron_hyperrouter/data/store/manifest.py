@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -38,6 +39,8 @@ class Manifest:
     settings: dict[str, Any]  # key, append_eod
     inputs: list[dict[str, Any]]  # path and bytes of each
     part: str  # "1/1", or which of how many shards
+    words: int = 0  # of the text, between ASCII white space; 0 in manifests of older versions
+    left_out: int = 0  # lines that could not be used
 
     def whole(self) -> bool:
         """Whether this is no shard."""
@@ -76,7 +79,7 @@ def read_manifest(prefix: str) -> Manifest:
     try:
         if found["version"] != _VERSION:
             raise DataError(
-                f"{path}: version {found['version']}, expected {_VERSION}",
+                f"{path}: version {str(found['version'])[:60]}, expected {_VERSION}",
                 remedy="use the version of this program that made it",
             )
         sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}
@@ -85,12 +88,40 @@ def read_manifest(prefix: str) -> Manifest:
         raise DataError(f"{path}: not a manifest of token files ({error})", remedy=_AGAIN) from error
 
 
+def manifest_of(prefix: str) -> Manifest | None:
+    """The manifest of a pair, or None where it has none, as pairs of other programs."""
+    return read_manifest(prefix) if os.path.exists(prefix + ENDING) else None
+
+
+def check_tokenizer(prefix: str, tokenizer: Mapping[str, Any]) -> None:
+    """DataError where the manifest of a pair names another tokenizer than the one with this identity."""
+    manifest = manifest_of(prefix)
+    if manifest is None or same_tokenizer(manifest.tokenizer, tokenizer):
+        return
+    theirs, ours = _described(manifest.tokenizer), _described(tokenizer)
+    raise DataError(
+        f"{prefix}: made with another tokenizer: {theirs}; this run has {ours}",
+        remedy="use the tokenizer that made the data (--tokenizer-type, --tokenizer-model), or preprocess the"
+        " text with this one",
+    )
+
+
+def _described(tokenizer: Mapping[str, Any]) -> str:
+    digest = tokenizer.get("sha256")
+    file = f" with SHA-256 {str(digest)[:16]}..." if digest else ""
+    return f"{str(tokenizer.get('type'))[:40]}{file} and {str(tokenizer.get('vocab_size'))[:20]} ids"
+
+
 def _typed(kind: type[Manifest | FileSum], found: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``kind``; KeyError for one that is not there, TypeError for one of another type."""
-    for name, wanted in get_type_hints(kind).items():
-        if not isinstance(found[name], get_origin(wanted) or wanted):
-            raise TypeError(f"{name} is {found[name]!r}")
-    return {each.name: found[each.name] for each in fields(kind)}
+    values = {}
+    for each in fields(kind):
+        value = found[each.name] if each.default is MISSING else found.get(each.name, each.default)
+        wanted = get_type_hints(kind)[each.name]
+        if not isinstance(value, get_origin(wanted) or wanted) or isinstance(value, bool):
+            raise TypeError(f"{each.name} is {str(value)[:60]!r}")
+        values[each.name] = value
+    return values
 
 
 def same_tokenizer(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
@@ -99,7 +130,8 @@ def same_tokenizer(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
     NullTokenizer reads the ids of every tokenizer whose vocabulary is no larger than its own.
     """
     if ours["type"] == "NullTokenizer":
-        return bool(theirs.get("vocab_size", 0) <= ours["vocab_size"])
+        size = theirs.get("vocab_size")
+        return isinstance(size, int) and size <= ours["vocab_size"]
     if theirs.get("vocab_size") != ours["vocab_size"]:
         return False
     if ours["sha256"] is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import mmap
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from megatron_hyperrouter.errors import DataError
 
+_NAMED = 3  # prefixes that are suggested
 _AROUND = 1 << 17  # bytes; Linux maps 64 kB where one of them is read
 
 
@@ -26,12 +28,11 @@ class Mapped:
         try:
             with open(path, "rb") as stream:
                 state = os.fstat(stream.fileno())
-                self._identity = _identity(state)
+                self._identity, self.changed = _identity(state), state.st_mtime_ns
                 if state.st_size:  # an empty file cannot be mapped
                     self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            remedy = "give the path without .bin or .idx, as tools/preprocess_data.py printed it"
-            raise DataError(f"{path}: no such file", remedy=remedy) from None
+            raise DataError(f"{path}: no such file", remedy=missing_pair(str(path.with_suffix("")))) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
@@ -81,6 +82,16 @@ class Mapped:
     def size_now(self) -> int:
         """Bytes that the file has by now."""
         return self._map.size() if self._map is not None else 0
+
+
+def missing_pair(prefix: str) -> str:
+    """What to do where there is no pair of that prefix: the pairs that may have been meant."""
+    stem = prefix.removesuffix(".bin").removesuffix(".idx")
+    found = sorted(glob.glob(f"{glob.escape(stem)}*.idx"))
+    names = [path.removesuffix(".idx") for path in found if os.path.exists(path.removesuffix("idx") + "bin")]
+    if names:
+        return f"did you mean {' or '.join(names[:_NAMED])}?"
+    return "give the path without .bin or .idx, as tools/preprocess_data.py printed it"
 
 
 def _identity(state: os.stat_result) -> tuple[int, int]:

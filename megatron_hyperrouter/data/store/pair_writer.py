@@ -40,6 +40,7 @@ class Counts:
     sequences: int = 0
     tokens: int = 0
     open_sequences: int = 0  # sequences so far of a document that is not yet complete
+    words: int = 0  # of the text that the tokens were made from
 
     def as_dict(self) -> dict[str, int]:
         """For the journal; back with ``Counts(**it)``."""
@@ -83,12 +84,13 @@ class PairWriter:
         lengths: NDArray[np.int32],
         sequences: NDArray[np.int32],
         *,
+        words: int = 0,
         closes: bool = True,
     ) -> None:
         """Append documents: their tokens end to end, the length of each sequence, how many sequences each
         document has.
 
-        ``closes`` false: the last document goes on with the next call.
+        ``words``: in their text.  ``closes`` false: the last document continues with the next call.
         """
         assert tokens.dtype == self.dtype
         old = self.counts
@@ -103,7 +105,11 @@ class PairWriter:
             self._streams["counts"].write(complete.data)
         self.digest.update(tokens.data)
         self.counts = Counts(
-            old.documents + complete.size, old.sequences + lengths.size, old.tokens + tokens.size, left
+            old.documents + complete.size,
+            old.sequences + lengths.size,
+            old.tokens + tokens.size,
+            left,
+            old.words + words,
         )
 
     def save(self) -> Counts:

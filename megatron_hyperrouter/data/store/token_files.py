@@ -118,6 +118,17 @@ class IndexedDataset:
             if now < len(mapped.content):
                 raise mapped.cut(now)
 
+    def blocks(self, count: int, size: int) -> Iterator[bytes]:
+        """``count`` blocks of each file, evenly spread from its first bytes to its last."""
+        for mapped in (self._idx, self._bin):
+            last = max(len(mapped.content) - size, 0)
+            places = [last * number // (count - 1) for number in range(count)]
+            yield from mapped.read([(place, min(size, len(mapped.content))) for place in places])
+
+    def changed(self) -> list[int]:
+        """When ``.idx`` and ``.bin`` were last written, in nanoseconds."""
+        return [self._idx.changed, self._bin.changed]
+
     def first_tokens(self, sequences: Iterable[int]) -> Int64s:
         """Position in ``tokens`` at which each of these sequences begins; for number N, where the last one
         ends.

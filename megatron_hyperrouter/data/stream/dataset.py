@@ -8,10 +8,9 @@ files, split and seed, unless the file's index is an on-demand one (``--data-ind
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +28,13 @@ from megatron_hyperrouter.data.order.index_files import Cache, Named, file_ident
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.packed import PackedDataset, Packing, pack
 from megatron_hyperrouter.data.order.shuffled import Order, SampleOrder, Span, order_of, plan_order
-from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.stream.stores import open_store
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import DataConfig
     from megatron_hyperrouter.data.order.index import Implementation
+    from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
 Sample = npt.NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
@@ -145,6 +145,7 @@ def build_splits(
     valid_samples: int | None,
     test_samples: int | None,
     eod: int | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     cache: Cache | None = None,
     impl: Implementation | None = None,
 ) -> Splits:
@@ -160,7 +161,9 @@ def build_splits(
         raise ConfigError(
             [Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)]
         )
-    builder = Builder(data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod)
+    builder = Builder(
+        data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod, tokenizer
+    )
     samples = (train_samples, valid_samples, test_samples)
     return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
 
@@ -176,6 +179,7 @@ class Builder:
     cache: Cache
     impl: Implementation | None = None
     eod: int | None = None  # the id that ends a document; what packs them needs it
+    tokenizer: Mapping[str, Any] | None = None  # its identity, which that of the data must be; None: any
     stores: dict[str, IndexedDataset] = field(default_factory=dict)
     # file -> the number of samples that its last index was made for
     asked: dict[str, int | None] = field(default_factory=dict)
@@ -220,14 +224,46 @@ class Builder:
             raise ValueError(
                 "a blend with weights needs a number of samples: its sets would end at different times"
             )
-        size, built = blend_sizes(weights, num_samples)
-        sets, samples = self.mix(blend, normalise(weights), size)
-        # The surplus can be too small for many small sets, where megatron-core gives up.
-        needed = [max(pair) for pair in zip(built, set_counts(sets, len(built)), strict=True)]
+        sets, samples, needed = self.weighted(blend, weights, num_samples)
         parts = [
             self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)
         ]
         return BlendedDataset(parts, sets, samples)
+
+    def weighted(
+        self, blend: Blend, weights: Sequence[float], num_samples: int
+    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64], list[int]]:
+        """Set and sample of each sample of a blend in these shares, and for how many samples each set is
+        built.
+        """
+        size, built = blend_sizes(weights, num_samples)
+        sets, samples = self.mix(blend, normalise(weights), size)
+        # The surplus can be too small for many small sets, where megatron-core gives up.
+        return sets, samples, [max(pair) for pair in zip(built, set_counts(sets, len(built)), strict=True)]
+
+    def samples_of(self, blend: Blend, lengths: Sequence[int], num_samples: int) -> list[int | None]:
+        """For how many samples the index of each file is built (None: one epoch), where their epochs have
+        ``lengths`` samples and training reads ``num_samples`` of them all.
+        """
+        if len(blend.prefixes) == 1 and (blend.weights is None or not self.data.data_path):
+            return [num_samples]
+        if blend.weights is None and num_samples <= sum(lengths):
+            return [None] * len(lengths)
+        return [*self.weighted(blend, blend.weights or normalise(lengths), num_samples)[2]]
+
+    def same_order(self, entry: Mapping[str, Any], asked: int | None) -> bool:
+        """Whether the index of a file in the ledger has the same order when it is built for ``asked``
+        samples.
+        """
+        if (entry["asked"] is None) != (asked is None):
+            return False
+        if entry["on_demand"]:
+            return True
+        before, now = (
+            plan_order(entry["tokens"], seq_length=self.seq_length, num_samples=number)
+            for number in (entry["asked"], asked)
+        )
+        return before == now
 
     def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.Blend:
         """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are
@@ -248,7 +284,11 @@ class Builder:
             "size": size,
         }
         found = self.cache.arrays(
-            key, build, beside=blend.prefixes[0], numbers=2 * (round(sum(shares)) if size is None else size)
+            key,
+            ("sets", "samples"),
+            build,
+            beside=blend.prefixes[0],
+            numbers=2 * (round(sum(shares)) if size is None else size),
         )
         return found["sets"], found["samples"]
 
@@ -297,7 +337,11 @@ class Builder:
                 pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl)
             ).items()
 
-        packing = Packing(**self.cache.arrays(key, build, beside=store.prefix, numbers=3 * len(documents)))
+        packing = Packing(
+            **self.cache.arrays(
+                key, ("documents", "begins", "starts"), build, beside=store.prefix, numbers=3 * len(documents)
+            )
+        )
         return PackedDataset(
             store,
             packing,
@@ -335,8 +379,9 @@ class Builder:
                 plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl
             )
 
+        names = ("document_index", "sample_index", "shuffle_index")
         numbers = plan.epochs * (len(documents) + 3 * plan.tokens_per_epoch // self.seq_length)
-        return SampleOrder(**self.cache.arrays(key, build, beside=store.prefix, numbers=numbers))
+        return SampleOrder(**self.cache.arrays(key, names, build, beside=store.prefix, numbers=numbers))
 
     def on_demand(self, store: IndexedDataset) -> bool:
         """Whether the index of this file is looked up rather than built: the same for all its splits and
@@ -362,12 +407,8 @@ class Builder:
     def open(self, prefix: str) -> IndexedDataset:
         """The file, checked."""
         if prefix not in self.stores:
-            store = self.stores[prefix] = IndexedDataset(prefix, whole=False)
+            store = open_store(prefix, self.tokenizer)
             if not self.on_demand(store):
                 store.check()
-            if not len(store):
-                raise DataError(
-                    f"{os.fspath(prefix)}.idx: the corpus is empty: 0 documents",
-                    remedy="preprocess a file that holds text",
-                )
+            self.stores[prefix] = store
         return self.stores[prefix]

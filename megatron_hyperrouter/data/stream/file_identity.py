@@ -1,34 +1,95 @@
 """Whether the files that a run reads are those of its ledger.
 
-A file is known by how many documents and tokens it holds and by a digest of some of its bytes, not by its
-name or its times: data that was copied, moved or touched goes on where it was.
+A file is known by how many documents and tokens it holds, by a digest of some of its bytes, and by the
+checksums in its manifest; not by its name or its times.  Data that was copied, moved or touched continues
+where it was.  Data that was changed in place is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_hyperrouter import console
+from megatron_hyperrouter.data.order.index_files import Cache, file_identity
+from megatron_hyperrouter.data.store.manifest import file_sum, manifest_of
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.errors import DataError
 
 Identity = dict[str, Any]
 Ledger = list[dict[str, Any]]
 
-_BLOCKS, _BLOCK = 8, 4096  # of each file, evenly spread from its first bytes to its last
+_BLOCKS, _BLOCK = 64, 4096  # of each file, evenly spread from its first bytes to its last
+_COMPARED = ("documents", "tokens", "sampled", "sha256")
 
 
 def identity(store: IndexedDataset) -> Identity:
-    """What a file is known by; a few reads, however large it is."""
+    """What a file is known by; a few reads, however large it is.
+
+    ``sampled``: a digest of blocks of both files.  ``sha256``: what the manifest says of ``.bin`` and
+    ``.idx``; None without one.  ``changed``: when each was last written.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for path in (store.idx_path, store.bin_path):
-        for block in _some_blocks(path):
-            digest.update(block)
-    return {"documents": len(store), "tokens": len(store.tokens), "digest": digest.hexdigest()}
+    for block in store.blocks(_BLOCKS, _BLOCK):
+        digest.update(block)
+    manifest = manifest_of(store.prefix)
+    return {
+        "documents": len(store),
+        "tokens": len(store.tokens),
+        "sampled": digest.hexdigest(),
+        "sha256": None if manifest is None else [manifest.bin.sha256, manifest.idx.sha256],
+        "changed": store.changed(),
+    }
+
+
+def same(was: Identity, now: Identity) -> bool:
+    """Whether two identities are of the same text, as far as both know."""
+    return all(was[name] == now[name] for name in _COMPARED if was.get(name) and now.get(name))
+
+
+def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: Cache) -> None:
+    """DataError where a file was written since the checkpoint and is not what its manifest says any more.
+
+    Whether it was is told by the times of change, which a copy may change, too; so all of its bytes are
+    compared, once on each node.
+    """
+    if was.get("changed") in (None, now["changed"]) or not now["sha256"]:
+        return
+    for path, expected in zip((store.bin_path, store.idx_path), now["sha256"], strict=True):
+        found = _sum_of(path, cache)
+        if found != expected:
+            raise DataError(
+                f"{path}: its bytes have changed since the run read it: SHA-256 {found[:16]}..., and"
+                f" {expected[:16]}... in its manifest",
+                remedy="put back the file that the run has read, or start a new epoch with --finetune",
+            )
+
+
+def _sum_of(path: Path, cache: Cache) -> str:
+    """The SHA-256 of a file, kept where index files lie for the other processes and the next run."""
+
+    def build() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+        console.note(f"comparing all of {path} with its manifest: it was written after the checkpoint")
+        yield "sha256", np.frombuffer(bytes.fromhex(file_sum(str(path)).sha256), np.uint8)
+
+    key = {"kind": "SHA-256", "file": file_identity(path)}
+    found = cache.arrays(key, ("sha256",), build, beside=str(path), numbers=cache.cached_from)
+    return found["sha256"].tobytes().hex()
+
+
+def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
+    """Each file that holds the same text as one before it, and which."""
+    names, found = list(files), []
+    for number, name in enumerate(names):
+        earlier = next((each for each in names[:number] if same(files[each], files[name])), None)
+        if earlier is not None:
+            found.append((name, earlier))
+    return found
 
 
 def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger:
@@ -41,7 +102,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
     changed = [
         f"{path}: {_difference(was, files[path])}"
         for path, was in recorded.items()
-        if was and path in files and was != files[path]
+        if was and path in files and not same(was, files[path])
     ]
     if changed:
         raise DataError(
@@ -57,12 +118,17 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
         )
     gone = {path: was for path, was in recorded.items() if was and path not in files}
     renamed = {
-        path: new for path, was in gone.items() for new in files if new not in recorded and files[new] == was
+        path: new
+        for path, was in gone.items()
+        for new in files
+        if new not in recorded and same(was, files[new])
     }
     if len(set(renamed.values())) < len(renamed):  # two equal files, of which nobody can tell which is which
         renamed = {}
     for old, new in renamed.items():
-        console.note(f"{new} is what the checkpoint knows as {old}: it is read on where it was")
+        console.note(
+            f"{new} has the same content as {old} in the checkpoint; continuing where {old} was left"
+        )
     return [
         {
             **segment,
@@ -76,23 +142,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
 
 
 def _difference(was: Identity, now: Identity) -> str:
-    counts = ("{documents} documents with {tokens} tokens".format_map(each) for each in (was, now))
-    before, after = counts
-    if before == after:
-        return (
-            f"it had {before}, and has as many, but their digest was {was['digest']} and is {now['digest']}"
-        )
-    return f"it had {before}, and has {after}"
-
-
-def _some_blocks(path: Path) -> list[bytes]:
-    try:
-        with open(path, "rb", buffering=0) as stream:
-            last = max(os.fstat(stream.fileno()).st_size - _BLOCK, 0)
-            return [
-                os.pread(stream.fileno(), _BLOCK, last * number // (_BLOCKS - 1)) for number in range(_BLOCKS)
-            ]
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk"
-        ) from error
+    before, after = ("{documents} documents with {tokens} tokens".format_map(each) for each in (was, now))
+    if before != after:
+        return f"it had {before}, and now has {after}"
+    return f"it still has {before}, but its content has changed"

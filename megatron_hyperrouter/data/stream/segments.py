@@ -10,16 +10,16 @@ segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.data.order.blend import normalise, parse_blend, set_counts
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.shuffled import SampleOrder
-from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.stream.dataset import (
     BlendedDataset,
     Builder,
@@ -28,9 +28,19 @@ from megatron_hyperrouter.data.stream.dataset import (
     SequenceDataset,
     Splits,
 )
-from megatron_hyperrouter.data.stream.file_identity import Identity, Ledger, identity, under_present_names
+from megatron_hyperrouter.data.stream.file_identity import (
+    Identity,
+    Ledger,
+    check_unchanged,
+    identity,
+    repeated,
+    under_present_names,
+)
 from megatron_hyperrouter.data.stream.remaining import BuiltStream, Unread, UnreadOrder
 from megatron_hyperrouter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
 Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
 
@@ -139,6 +149,10 @@ def build_course(
         builder, [words for start, words in mixes[first:] if start <= step or start < train_iters]
     )
     past, sets = under_present_names(ledger, files), dict[str, _Set]()
+    recorded = {entry["path"]: entry.get("file") for segment in past for entry in segment["sets"]}
+    for prefix, now_known in files.items():
+        if recorded.get(prefix):
+            check_unchanged(builder.open(prefix), recorded[prefix], now_known, builder.cache)
     for entry in (entry for segment in past for entry in segment["sets"] if entry["path"] in files):
         _check_part(entry, builder)
     end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
@@ -148,9 +162,18 @@ def build_course(
         _check_packed(now, last, longer=(end - last["from_step"]) * batch > last["planned"])
         step = int(last["from_step"])
         past, last = [], None  # nothing was built for a number of samples
-    # A longer run than was planned may need a longer index, which would be in another order.
-    elif last is not None and same and (end - last["from_step"]) * batch <= last["planned"]:
-        past.pop()
+    elif last is not None and same:
+        earlier = {entry["path"] for segment in past[:-1] for entry in segment["sets"] if entry["samples"]}
+        last = _planned_for(
+            builder, mixes[first][1], last, earlier, samples=(end - last["from_step"]) * batch
+        )
+        if last is not None:
+            past.pop()
+        else:
+            console.note(
+                "a run of this length has another order of samples than the one that was planned:"
+                " continuing with the data that has not been consumed yet"
+            )
     else:
         last = None
     for segment in past:  # but for files that are not read any more, which may be gone
@@ -184,7 +207,49 @@ def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, I
     prefixes = dict.fromkeys(
         prefix for words in mixes for prefix in parse_blend(words, flag="--data-path").prefixes
     )
-    return {prefix: identity(builder.open(prefix)) for prefix in prefixes}
+    files = {prefix: identity(builder.open(prefix)) for prefix in prefixes}
+    _warn_of_repeated(mixes, files)
+    return files
+
+
+def _warn_of_repeated(mixes: Sequence[Sequence[str]], files: Mapping[str, Identity]) -> None:
+    """Report text that a blend holds twice: it would be read twice an epoch."""
+    for words in mixes:
+        prefixes = parse_blend(words, flag="--data-path").prefixes
+        for prefix in sorted({each for each in prefixes if prefixes.count(each) > 1}):
+            console.warn(f"{prefix} is in the blend twice")
+        for prefix, earlier in repeated({prefix: files[prefix] for prefix in prefixes}):
+            console.warn(f"{prefix} holds the same text as {earlier}: the blend reads it twice")
+
+
+def _planned_for(
+    builder: Builder,
+    words: Sequence[str],
+    last: Mapping[str, Any],
+    earlier: Container[str],
+    *,
+    samples: int,
+) -> dict[str, Any] | None:
+    """The last segment of a ledger, planned for ``samples`` samples; None where that is another order.
+
+    A longer run has the order of the shorter one as long as the index of each file has as many epochs.
+    ``earlier``: files of which something was read before that segment, and whose index has no length.
+    """
+    if samples <= last["planned"]:
+        return dict(last)
+    blend = parse_blend(words, flag="--data-path")
+    entries = {entry["path"]: entry for entry in last["sets"]}
+    lengths = [(entries[prefix]["tokens"] - 1) // builder.seq_length for prefix in blend.prefixes]
+    if blend.weights is None and len(lengths) > 1 and samples > sum(lengths) >= last["planned"]:
+        return None  # its shares follow from the length
+    asked = builder.samples_of(blend, lengths, samples)
+    sets = []
+    for prefix, wanted in zip(blend.prefixes, asked, strict=True):
+        entry = entries[prefix]
+        if prefix not in earlier and not builder.same_order(entry, wanted):
+            return None
+        sets.append({**entry, "asked": wanted})
+    return {**last, "planned": samples, "sets": sets}
 
 
 def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
@@ -234,7 +299,22 @@ def splits_of_run(
 ) -> Splits:
     """As ``build_splits``, with the course of a run for training."""
     course = build_course(builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch)
+    _warn_of_shared(builder, mixes)
     return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
+
+
+def _warn_of_shared(builder: Builder, mixes: Mixes) -> None:
+    """Report files of validation or test that training reads, too, where each split has files of its own."""
+    if builder.data.data_path:
+        return
+    trained = {
+        prefix for _, words in mixes for prefix in parse_blend(words, flag="--train-data-path").prefixes
+    }
+    for name, words in (("validation", builder.data.valid_data_path), ("test", builder.data.test_data_path)):
+        if words:
+            prefixes = parse_blend(words, flag=f"--{name}-data-path").prefixes
+            for prefix in sorted(trained.intersection(prefixes)):
+                console.warn(f"{prefix} is read by training and by {name}")
 
 
 def _settings(builder: Builder, words: Sequence[str], batch: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_hyperrouter.data.text.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of, size_of
@@ -29,6 +29,14 @@ _SAFE_LINE_END = re.compile(rb"[!-~]\n(?=[!-.0-~])")
 # before it, so that both sides encode apart as they do together.
 SAFE_CUT = r"(?= [A-Za-z])"
 _SAFE_CUT = re.compile(SAFE_CUT.encode())
+
+
+# 1 for a byte of a word, 0 for white space
+_WORD_CHARACTERS = bytes(byte not in b" \t\n\r\v\f" for byte in range(256))
+
+
+class BadLine(DataError):
+    """A line, row or text that cannot be used; the file around it may be good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +111,58 @@ def read_batches(
             yield from (_json_batches if kind == "json" else _text_batches)(source, place)
 
 
-def documents(batch: Batch, keys: Sequence[str]) -> Iterator[tuple[list[str], ...]]:
+def documents(
+    batch: Batch, keys: Sequence[str], bad: list[str] | None = None
+) -> Iterator[tuple[list[str], ...]]:
     """The documents of a JSON or Parquet batch, or the one piece of a plain-text batch: for each key, the
     list of its sequences.
 
     A value is a string, or a list of strings (sequences of one document, as in Megatron-LM).  Blank lines are
-    left out.  Plain text has the same text under every key.  DataError names the file and the line, row or
-    byte.
+    left out.  Plain text has the same text under every key.  BadLine names the file and the line, row or byte
+    of what cannot be used; with ``bad``, such lines and rows are left out, and their messages are added to
+    it.
     """
     where = _Where(batch)
-    if batch.kind == "parquet":
-        for where.index, values in enumerate(zip(*batch.columns, strict=True)):
-            yield tuple(_sequences(value, key, where) for key, value in zip(keys, values, strict=True))
+    if batch.kind == "text":
+        where.byte = batch.first_byte
+        yield tuple([_utf8(batch.pieces[0], where)] for _ in keys)
         return
-    byte = batch.first_byte
-    for where.index, piece in enumerate(batch.pieces):
-        where.byte = byte
-        text = _utf8(piece, where)
-        if batch.kind == "text":
-            yield tuple([text] for _ in keys)
-        elif not text.isspace():
+    values = _rows(batch, keys, where) if batch.kind == "parquet" else _lines(batch, keys, where)
+    while True:
+        try:
+            document = next(values, None)
+        except BadLine as error:
+            if bad is None:
+                raise
+            bad.append(error.message)
+            values = _rows(batch, keys, where) if batch.kind == "parquet" else _lines(batch, keys, where)
+            continue
+        if document is None:
+            return
+        yield document
+
+
+def _rows(batch: Batch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
+    """The documents of the rows after ``where``, which moves along."""
+    for index in range(where.index + 1, len(batch.columns[0])):
+        where.index = index
+        values = (column[index] for column in batch.columns)
+        yield tuple(_sequences(value, key, where) for key, value in zip(keys, values, strict=True))
+
+
+def _lines(batch: Batch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
+    """The documents of the lines after ``where``, which moves along."""
+    for index in range(where.index + 1, len(batch.pieces)):
+        where.index = index
+        text = _utf8(batch.pieces[index], where)
+        if not text.isspace():
             yield _parse(text, where, keys)
-        byte += len(piece)
+
+
+def count_words(found: Iterable[str]) -> int:
+    """How many words the texts have, between ASCII white space: the number that per-word perplexity needs."""
+    content = "\n".join(("", *found)).encode()
+    return content.translate(_WORD_CHARACTERS).count(b"\0\1")
 
 
 def texts(paths: Sequence[str], key: str = "text", max_bytes: int | None = None) -> Iterator[str]:
@@ -264,8 +302,18 @@ class _Where:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        self.index = 0
-        self.byte = 0
+        self.index = -1
+        self._byte: int | None = None
+
+    @property
+    def byte(self) -> int:
+        """Where the line begins in the decompressed file."""
+        before = self._batch.pieces[: max(self.index, 0)]
+        return self._batch.first_byte + sum(map(len, before)) if self._byte is None else self._byte
+
+    @byte.setter
+    def byte(self, byte: int) -> None:
+        self._byte = byte
 
     def __str__(self) -> str:
         batch = self._batch
@@ -290,23 +338,23 @@ def _utf8(piece: bytes, where: _Where) -> str:
         return piece.decode()
     except UnicodeDecodeError as error:
         message = f"{where}, byte {where.byte + error.start}: not UTF-8 ({error.reason})"
-        raise DataError(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
+        raise BadLine(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
 
 
 def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ...]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(
+        raise BadLine(
             f"{where}: broken JSON at column {error.colno}: {error.msg}",
             remedy="write one whole JSON object a line",
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        raise DataError(
+        raise BadLine(
             f"{where}: unusable JSON: {error}", remedy="write one JSON object of plain text a line"
         ) from error
     if not isinstance(record, dict):
-        raise DataError(
+        raise BadLine(
             f"{where}: a JSON {type(record).__name__}, not an object",
             remedy='write {"text": "..."} on each line',
         )
@@ -314,7 +362,7 @@ def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ..
         if key not in record:
             present = ", ".join(map(repr, record)) or "none"
             message = f"{where}: no key {key!r}; keys present: {present}"
-            raise DataError(message, remedy="name the key that holds the text: --json-keys KEY")
+            raise BadLine(message, remedy="name the key that holds the text: --json-keys KEY")
     return tuple(_sequences(record[key], key, where) for key in keys)
 
 
@@ -326,7 +374,7 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
             text = _utf8(text, where)
         if not isinstance(text, str):
             kind = type(text).__name__
-            raise DataError(
+            raise BadLine(
                 f"{where}: the value of {key!r} is a {kind}, not a string",
                 remedy="name a key that holds text: --json-keys KEY",
             )
@@ -337,6 +385,6 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
             message = (
                 f"{where}: the value of {key!r} has half a surrogate pair ({lone}), which is no character"
             )
-            raise DataError(message, remedy="remove it or pair it") from error
+            raise BadLine(message, remedy="remove it or pair it") from error
         sequences.append(text)
     return sequences

@@ -5,8 +5,10 @@ several reads.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ BOM = b"\xef\xbb\xbf"
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HEAD = 1 << 12
+_BLOCKS, _BLOCK = 16, 1 << 13  # compared to see whether two files are the same text
 # How files begin that are something else than their name says, or that nobody here reads.
 _SIGNATURES = (
     (b"\x1f\x8b", "is compressed with gzip", "let its name end in .gz"),
@@ -148,6 +151,35 @@ def total_bytes(paths: Sequence[str]) -> int:
             remedy="it is truncated: fetch it again",
         )
     return sum(map(size_of, paths))
+
+
+def repeated(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Each input that is one of the inputs before it once more, and which: the same file under any name, or a
+    file of the same size with the same bytes in all places that are compared.
+    """
+    first_with: dict[object, str] = {}
+    found: list[tuple[str, str]] = []
+    sizes = Counter(size_of(path) for path in paths)
+    for path in paths:
+        status = _status_of(path)
+        keys: list[object] = [(status.st_dev, status.st_ino)]
+        if sizes[status.st_size] > 1 and status.st_size:
+            keys.append((status.st_size, _sampled(path, status.st_size)))
+        earlier = next((first_with[key] for key in keys if key in first_with), None)
+        if earlier is not None:
+            found.append((path, earlier))
+        for key in keys:
+            first_with.setdefault(key, path)
+    return found
+
+
+def _sampled(path: str, size: int) -> bytes:
+    """A digest of blocks that are spread over a file."""
+    digest = hashlib.blake2b()
+    with open(path, "rb", buffering=0) as stream:
+        for number in range(_BLOCKS):
+            digest.update(os.pread(stream.fileno(), _BLOCK, max(size - _BLOCK, 0) * number // (_BLOCKS - 1)))
+    return digest.digest()
 
 
 def size_of(path: str) -> int:

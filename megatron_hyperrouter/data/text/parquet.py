@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_hyperrouter.errors import DataError, HostError
 
-_MOST_ROWS = 4096  # in one batch
-_BUFFER = (
-    1 << 20
-    # bytes of the file read ahead for a column; without it the reader takes the whole column of a row
-    # group at once
-)
+MOST_VALUE_BYTES = 1 << 29  # a longer text is not a document, and would fill the memory
+_MOST_ROWS = 4096  # in one batch of the library
+_MOST_BATCH_BYTES = 1 << 28
+_LEAST_BATCH_BYTES = 512  # smaller ones cost more time than what is done with their text
+# Bytes of the file that the library reads ahead for a column.  Without this it reads the whole column of a
+# row
+# group at once.
+_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,59 +34,146 @@ class Rows:
 def read_rows(
     path: str, keys: Sequence[str], batch_bytes: int, owned: Callable[[float], bool], first: int = 0
 ) -> Iterator[Rows]:
-    """The rows of the row groups that are ``owned``, in order, from row ``first`` on, about
-    ``batch_bytes`` of text at a time.
+    """The rows of the row groups that are ``owned``, in order, from row ``first`` on, about ``batch_bytes``
+    of text at a time.
 
-    ``owned(fraction)``: where in the file a row group begins, 0 to 1.  One row group at a time is open,
-    and of that a few pages. DataError for a file that is truncated, damaged, foreign or lacks a column;
-    HostError where the library is missing.
+    ``owned(fraction)``: where in the file a row group begins, 0 to 1.  One row group at a time is open, and a
+    few pages of it.  DataError for a file that is truncated, damaged, foreign or lacks a column, or a text of
+    more than ``MOST_VALUE_BYTES``; HostError where the library is missing.
     """
-    file = _open(path)
+    file = _File(path, keys)
     try:
-        _check_columns(path, keys, file.schema_arrow.names)
         groups, before = file.metadata.num_row_groups, 0
         for number in range(groups):
-            group = file.metadata.row_group(number)
-            if owned(number / groups) and before + group.num_rows > first:
-                size = max(1, min(_MOST_ROWS, batch_bytes * group.num_rows // max(1, group.total_byte_size)))
-                yield from _group_rows(file, path, number, list(keys), size, before, first)
-            before += group.num_rows
+            rows = file.metadata.row_group(number).num_rows
+            if owned(number / groups) and before + rows > first:
+                batches = file.batches(number, batch_bytes)
+                yield from _group_rows(batches, file, number, batch_bytes, before, first)
+            before += rows
     finally:
         file.close()
 
 
+class _File:
+    """An open file, read in one of two ways.
+
+    A text that many rows share lies in the file once, and the library makes a copy for each row of a batch.
+    So a batch has few rows, such that even rows that all hold a whole row group's text stay below
+    ``_MOST_BATCH_BYTES``. Where that makes batches too small to be fast, because rows are short and the row
+    group is large, the library keeps equal texts once, for as long as the row group is open.
+    """
+
+    def __init__(self, path: str, keys: Sequence[str]) -> None:
+        self.path, self.keys = path, list(keys)
+        self._plain = _open(path)
+        self._sharing: Any = None
+        self.metadata = self._plain.metadata
+        try:
+            _check_columns(path, keys, self._plain.schema_arrow.names)
+            self._texts = [
+                number
+                for number in range(len(self._plain.schema))
+                if self._plain.schema.column(number).physical_type == "BYTE_ARRAY"
+                and self._plain.schema.column(number).path.split(".")[0] in keys
+            ]
+        except BaseException:
+            self.close()
+            raise
+
+    def batches(self, number: int, batch_bytes: int) -> Iterator[Any]:
+        """The library's batches of a row group."""
+        group = self.metadata.row_group(number)
+        content = max(1, sum(group.column(text).total_uncompressed_size for text in self._texts))
+        average = max(1, content // max(1, group.num_rows))
+        usual = max(1, min(_MOST_ROWS, batch_bytes // average))
+        bounded = max(1, min(usual, _MOST_BATCH_BYTES // content))
+        share = bounded < usual and bounded * average < _LEAST_BATCH_BYTES
+        how = {"row_groups": [number], "columns": self.keys, "use_threads": False}
+        return iter(self._file(share=share).iter_batches(batch_size=usual if share else bounded, **how))
+
+    def close(self) -> None:
+        """Close the file."""
+        for file in (self._plain, self._sharing):
+            if file is not None:
+                file.close()
+
+    def _file(self, *, share: bool) -> Any:
+        if share and self._sharing is None:
+            paths = [self._plain.schema.column(text).path for text in self._texts]
+            self._sharing = _open(self.path, read_dictionary=paths, metadata=self.metadata)
+        return self._sharing if share else self._plain
+
+
 def _group_rows(
-    file: Any, path: str, number: int, keys: list[str], size: int, row: int, first: int
+    batches: Iterator[Any], file: _File, number: int, batch_bytes: int, row: int, first: int
 ) -> Iterator[Rows]:
     """The rows of one row group, which begins with row ``row``, from row ``first`` on."""
-    total = max(1, file.metadata.num_rows)
-    batches = iter(file.iter_batches(batch_size=size, row_groups=[number], columns=keys, use_threads=False))
+    path, keys, total = file.path, file.keys, max(1, file.metadata.num_rows)
     while True:
         try:
             batch = next(batches, None)
             if batch is None:
                 return
-            skipped = max(0, first - row)
-            columns = (
-                ()
-                if skipped >= len(batch)
-                else tuple(batch.column(key).slice(skipped).to_pylist() for key in keys)
-            )
+            for begin, end in _stretches(batch, keys, batch_bytes, path, row):
+                if row + end > first:
+                    begin = max(begin, first - row)
+                    columns = tuple(batch.column(key).slice(begin, end - begin).to_pylist() for key in keys)
+                    yield Rows(row + begin, columns, (row + end) / total)
         except UnicodeDecodeError as error:
-            message = f"{path}, rows {row + 1} to {row + size}: not UTF-8 ({error.reason})"
+            message = f"{path}, rows {row + begin + 1} to {row + end}: not UTF-8 ({error.reason})"
             raise DataError(message, remedy="write the column as UTF-8 text") from error
-        except (
-            OSError,
-            ValueError,
-            NotImplementedError,
-        ) as error:  # every error of the library is one of these
+        except (OSError, ValueError, NotImplementedError) as error:  # all that the library raises
             raise _damaged(path, f"row group {number}", error) from error
         row += len(batch)
-        if columns:
-            yield Rows(row - len(columns[0]), columns, row / total)
 
 
-def _open(path: str) -> Any:
+def _stretches(
+    batch: Any, keys: Sequence[str], batch_bytes: int, path: str, row: int
+) -> Iterator[tuple[int, int]]:
+    """Rows from and to of a batch, each stretch of about ``batch_bytes`` of text: what the library keeps once
+    for many rows becomes a copy for each of them.
+    """
+    sizes = [sum(each) for each in zip(*(_text_bytes(batch.column(key)) for key in keys), strict=True)]
+    begin = passed = 0
+    for end, until in enumerate(accumulate(sizes), start=1):
+        if sizes[end - 1] > MOST_VALUE_BYTES:
+            message = f"{path}, row {row + end}: a text of {sizes[end - 1]} bytes"
+            raise DataError(message, remedy=f"cut it: a text has at most {MOST_VALUE_BYTES} bytes")
+        if until - passed >= batch_bytes:
+            yield begin, end
+            begin, passed = end, until
+    if begin < len(sizes):
+        yield begin, len(sizes)
+
+
+def _text_bytes(column: Any) -> list[int]:
+    """The bytes of text in each row; 0 for what is not text."""
+    import pyarrow  # type: ignore[import]
+    from pyarrow import compute
+
+    if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+        values = _text_bytes(column.flatten())
+        ends = list(accumulate(values, initial=0))
+        counts = [count or 0 for count in compute.list_value_length(column).to_pylist()]
+        places = list(accumulate(counts, initial=0))
+        return [ends[end] - ends[begin] for begin, end in pairwise(places)]
+    if pyarrow.types.is_dictionary(column.type):
+        lengths = _text_bytes(column.dictionary)
+        return [0 if place is None else lengths[place] for place in column.indices.to_pylist()]
+    if any(
+        is_text(column.type)
+        for is_text in (
+            pyarrow.types.is_string,
+            pyarrow.types.is_large_string,
+            pyarrow.types.is_binary,
+            pyarrow.types.is_large_binary,
+        )
+    ):
+        return [length or 0 for length in compute.binary_length(column).to_pylist()]
+    return [0] * len(column)
+
+
+def _open(path: str, **how: Any) -> Any:
     try:
         import pyarrow.parquet  # type: ignore[import]
     except ImportError as error:
@@ -91,7 +181,7 @@ def _open(path: str) -> Any:
             f"{path}: reading Parquet files needs the library pyarrow", remedy="pip install pyarrow"
         ) from error
     try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, **how)
     except (OSError, ValueError, NotImplementedError) as error:
         raise _damaged(path, "footer", error) from error
 

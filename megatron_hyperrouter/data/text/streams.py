@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_hyperrouter.errors import DataError, HostError
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".gz", ".zst")
 _FILE_BUFFER = 1 << 18
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LARGEST_WINDOW = (
+    1 << 31
+)  # bytes: what "zstd --long=31" and "--ultra" need; memory is used as far as text fills it
 _ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot fill memory with one call
 
 
@@ -117,7 +120,7 @@ class _ZstdFile(io.RawIOBase):
             ) from error
         self._raw = raw
         self._library = zstandard
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = self._new_frame()
         self._inside = False  # the present frame has begun
         self._ready = memoryview(b"")
 
@@ -134,12 +137,15 @@ class _ZstdFile(io.RawIOBase):
         self._ready = self._ready[size:]
         return size
 
+    def _new_frame(self) -> Any:
+        return self._library.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+
     def _fill(self) -> bool:
         """Decompress some more into ``_ready``; False at the end of the file."""
         data = b""
         if self._frame.eof:
             data = self._frame.unused_data
-            self._frame, self._inside = self._library.ZstdDecompressor().decompressobj(), False
+            self._frame, self._inside = self._new_frame(), False
         data = data or self._raw.read(_ZSTD_INPUT)
         if not data:
             if self._inside:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hyperrouter.data.store.token_files import smallest_dtype
-from megatron_hyperrouter.data.text.corpus import Batch, documents
+from megatron_hyperrouter.data.text.corpus import Batch, count_words, documents
 from megatron_hyperrouter.data.tokenize.backends import Backend, build_encoder
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, TokenizerOptions
 from megatron_hyperrouter.errors import DataError, HyperRouterError
@@ -34,6 +34,7 @@ class EncodeSettings:
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     backend: str = "auto"  # one of backends.BACKENDS; changes no byte of the output
+    on_bad_line: str = "stop"  # or "skip": leave out lines that cannot be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,16 @@ class Encoded:
     tokens: NDArray[np.integer]
     lengths: NDArray[np.int32]
     sequences: NDArray[np.int32]
+    words: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """The tokens of a batch under each key, how many lines were left out, and the message about the first."""
+
+    columns: list[Encoded]
+    left_out: int = 0
+    first_left_out: str = ""
 
 
 class Encoder:
@@ -57,16 +68,22 @@ class Encoder:
         self._eod = np.array([self.tokenizer.eod], dtype=np.int32) if settings.append_eod else None
         self.dtype = smallest_dtype(self.tokenizer.vocab_size)
 
-    def __call__(self, batch: Batch) -> list[Encoded]:
-        """One result for each key; DataError for bad input."""
-        found = list(documents(batch, self.settings.keys))
-        return [
+    def __call__(self, batch: Batch) -> EncodedBatch:
+        """The tokens under each key; BadLine for a line that cannot be used, where such lines are not
+        skipped.
+        """
+        bad: list[str] = []
+        skip = self.settings.on_bad_line == "skip"
+        found = list(documents(batch, self.settings.keys, bad if skip else None))
+        columns = [
             self._encode([document[column] for document in found], batch.closes)
             for column in range(len(self.settings.keys))
         ]
+        return EncodedBatch(columns, len(bad), bad[0] if bad else "")
 
     def _encode(self, found: list[list[str]], closes: bool) -> Encoded:
-        encoded = iter(self.tokenizer.encode_batch([text for sequences in found for text in sequences]))
+        texts = [text for sequences in found for text in sequences]
+        encoded = iter(self.tokenizer.encode_batch(texts))
         parts: list[NDArray[np.int32]] = []
         lengths: list[int] = []
         counts: list[int] = []
@@ -88,13 +105,16 @@ class Encoder:
                 remedy="its file is inconsistent: train or fetch it again",
             )
         return Encoded(
-            tokens.astype(self.dtype), np.array(lengths, dtype=np.int32), np.array(counts, dtype=np.int32)
+            tokens.astype(self.dtype),
+            np.array(lengths, dtype=np.int32),
+            np.array(counts, dtype=np.int32),
+            count_words(texts),
         )
 
 
 def encode_all(
     batches: Iterator[Batch], encoder: Encoder, workers: int
-) -> Iterator[tuple[Batch, list[Encoded]]]:
+) -> Iterator[tuple[Batch, EncodedBatch]]:
     """Each batch with its tokens, in the order of the batches; ``workers``: processes that encode, 1 encodes
     in this one.
     """
@@ -105,7 +125,7 @@ def encode_all(
     # forking a process that has threads (progress, tokenizers) can hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    under_way: deque[tuple[Batch, Future[list[Encoded]]]] = deque()
+    under_way: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
     try:
         for batch in batches:
             under_way.append((batch, _submit(pool, encoder.settings, batch)))
@@ -128,7 +148,7 @@ def _encoder(settings: EncodeSettings) -> Encoder:
     return Encoder(settings)
 
 
-def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: Batch) -> Future[list[Encoded]]:
+def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: Batch) -> Future[EncodedBatch]:
     """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who
     cleans up.
     """
@@ -139,7 +159,7 @@ def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: Batch) -
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _encode(settings: EncodeSettings, batch: Batch) -> list[Encoded]:
+def _encode(settings: EncodeSettings, batch: Batch) -> EncodedBatch:
     return _encoder(settings)(batch)
 
 

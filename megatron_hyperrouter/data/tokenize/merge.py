@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,20 +62,30 @@ def _join(
                 if progress:
                     progress(done, total)
             check_not_empty(writer.counts, key, [each["path"] for each in manifest.inputs])
-        return [_finish(writer, shards[0][1]) for writer, shards in zip(writers, found.values(), strict=True)]
+        return [
+            _finish(writer, [manifest for _, manifest in shards])
+            for writer, shards in zip(writers, found.values(), strict=True)
+        ]
     finally:
         for writer in writers:
             writer.close()
             remove_partial(writer.prefix)
 
 
-def _finish(writer: PairWriter, shard: Manifest) -> Written:
-    """Give a pair that is all written its names and its manifest, which is that of a shard but for what
-    was counted.
+def _finish(writer: PairWriter, shards: Sequence[Manifest]) -> Written:
+    """Give a pair that is all written its names and its manifest, which is that of a shard but for what was
+    counted.
     """
     counts = writer.save()
     idx = put_in_place(writer.prefix, writer.dtype, counts)
-    counted = replace(shard, documents=counts.documents, sequences=counts.sequences, tokens=counts.tokens)
+    counted = replace(
+        shards[0],
+        documents=counts.documents,
+        sequences=counts.sequences,
+        tokens=counts.tokens,
+        words=sum(shard.words for shard in shards),
+        left_out=sum(shard.left_out for shard in shards),
+    )
     write_manifest(writer.prefix, replace(counted, part=str(Part()), bin=writer.bin_sum(), idx=idx))
     return Written(writer.prefix, counts.documents, counts.sequences, counts.tokens, writer.dtype)
 

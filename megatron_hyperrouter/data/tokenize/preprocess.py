@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ from megatron_hyperrouter.data.store.pair_writer import (
     put_in_place,
     remove_partial,
 )
-from megatron_hyperrouter.data.text.corpus import Place, documents, read_batches
-from megatron_hyperrouter.data.text.inputs import WHOLE, Part, facts_of, total_bytes
+from megatron_hyperrouter.data.text.corpus import BadLine, Place, documents, read_batches
+from megatron_hyperrouter.data.text.inputs import WHOLE, Part, facts_of, repeated, total_bytes
 from megatron_hyperrouter.data.tokenize.backends import choose_encoder
 from megatron_hyperrouter.data.tokenize.encode import Encoder, EncodeSettings, encode_all
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
@@ -105,20 +105,68 @@ def preprocess(
     job = Job(tuple(inputs), output_prefix, settings, part)
     _check(job, workers, save_seconds)
     total_bytes(inputs)
+    if report:
+        for path, earlier in repeated(inputs):
+            report(f"{path} is the same text as {earlier}: its documents are written twice")
     first = _first_documents(job)
     tokenizer, backend = choose_encoder(settings.tokenizer, settings.backend, first, report)
     encoder = Encoder(replace(settings, backend=backend), tokenizer)
     run = _Run(job, encoder, overwrite, save_seconds, progress)
     try:
-        if not run.complete:
+        if not run.saved.complete:
             run.encode(workers)
         written = run.finish()
     except BaseException as error:
-        bad_input = isinstance(error, DataError) and not isinstance(error, DiskRefused | InputChanged)
-        run.close(forget=bad_input or not run.saved)
+        kept = not isinstance(error, DataError) or isinstance(error, DiskRefused | InputChanged | BadLine)
+        run.close(forget=not kept or not run.saved.pairs)
+        if isinstance(error, BadLine):
+            skip = "or leave such lines out with --on-bad-line skip"
+            goes_on = ", which continues from what was saved" if run.saved.pairs else ""
+            raise BadLine(error.message, remedy=f"{error.remedy}; {skip}{goes_on}") from error
         raise
+    if run.saved.left_out and report:
+        lines = "line" if run.saved.left_out == 1 else "lines"
+        report(f"left out {run.saved.left_out:,} unusable {lines}; the first: {run.saved.first_left_out}")
     run.close(forget=True)
     return written
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What the journal's last record says is done."""
+
+    place: Place = field(default_factory=Place)
+    position: int = 0
+    pairs: tuple[tuple[Counts, FileSum], ...] = ()
+    complete: bool = False  # all is encoded; only names are to be given
+    left_out: int = 0
+    first_left_out: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """For the journal."""
+        pairs = [{"counts": counts.as_dict(), "bin": asdict(total)} for counts, total in self.pairs]
+        return asdict(self) | {"place": list(asdict(self.place).values()), "pairs": pairs}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], keys: int) -> _Saved:
+        """Back from the journal; KeyError, TypeError or ValueError for a record that no run of this program
+        saves.
+        """
+        pairs = tuple((Counts(**pair["counts"]), FileSum(**pair["bin"])) for pair in record["pairs"])
+        saved = cls(**dict(record) | {"place": Place(*record["place"]), "pairs": pairs})
+        numbers = [saved.position, saved.left_out, *asdict(saved.place).values()]
+        for counts, total in pairs:
+            numbers += [*counts.as_dict().values(), total.bytes]
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise ValueError(f"numbers must be whole and at least 0, got {numbers}")
+        texts = [saved.first_left_out, *(total.sha256 for _, total in pairs)]
+        if (
+            len(pairs) != keys
+            or type(saved.complete) is not bool
+            or not all(type(each) is str for each in texts)
+        ):
+            raise TypeError("values of other types than this program saves")
+        return saved
 
 
 class _Run:
@@ -139,51 +187,50 @@ class _Run:
         self.dtype = encoder.dtype
         self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
         try:
-            self._record: dict[str, Any] = next(
-                (record for record in reversed(self._journal.records) if self._usable(record)), {}
-            )
+            self.saved = next(filter(None, map(self._usable, reversed(self._journal.records))), _Saved())
         except BaseException:
             self._journal.close(remove=False)
             raise
 
-    @property
-    def complete(self) -> bool:
-        """All is encoded; only names are to be given."""
-        return bool(self._record.get("complete"))
-
-    @property
-    def saved(self) -> bool:
-        """There is something to go on with."""
-        return bool(self._record)
-
     def encode(self, workers: int) -> None:
         """Encode what is not yet encoded, and save it."""
-        keys = self._job.settings.keys
-        start = Place(*self._record.get("place", ()))
-        position = int(self._record.get("position", 0))
+        keys, saved = self._job.settings.keys, self.saved
+        counts: list[Counts | None] = [counts for counts, _ in saved.pairs]
         writers = [
-            PairWriter(prefix, self.dtype, counts)
-            for prefix, counts in zip(self._job.prefixes(), self._counts(), strict=True)
+            PairWriter(prefix, self.dtype, each)
+            for prefix, each in zip(self._job.prefixes(), counts or [None] * len(keys), strict=True)
         ]
-        told = time.monotonic()
+        last_save = time.monotonic()
         try:
-            for writer, pair in zip(writers, self._record.get("pairs", ()), strict=False):
-                if asdict(writer.bin_sum()) != pair["bin"]:
+            for writer, (_, total) in zip(writers, saved.pairs, strict=False):
+                if writer.bin_sum() != total:
                     raise changed_since(f"{writer.prefix}.bin.partial")
-            self._show(position, writers[0])
-            batches = read_batches(self._job.inputs, keys, part=self._job.part, start=start)
+            self._show(saved.position, writers[0])
+            batches = read_batches(self._job.inputs, keys, part=self._job.part, start=saved.place)
             for batch, results in encode_all(batches, self._encoder, workers):
-                for writer, encoded in zip(writers, results, strict=True):
-                    writer.write(encoded.tokens, encoded.lengths, encoded.sequences, closes=batch.closes)
-                start, position = batch.end, batch.position
-                self._show(position, writers[0])
-                if time.monotonic() - told >= self._save_seconds:
-                    self._save(writers, start, position)
-                    told = time.monotonic()
+                for writer, encoded in zip(writers, results.columns, strict=True):
+                    writer.write(
+                        encoded.tokens,
+                        encoded.lengths,
+                        encoded.sequences,
+                        words=encoded.words,
+                        closes=batch.closes,
+                    )
+                saved = replace(
+                    saved,
+                    place=batch.end,
+                    position=batch.position,
+                    left_out=saved.left_out + results.left_out,
+                    first_left_out=saved.first_left_out or results.first_left_out,
+                )
+                self._show(saved.position, writers[0])
+                if time.monotonic() - last_save >= self._save_seconds:
+                    self._save(writers, saved)
+                    last_save = time.monotonic()
             if self._job.part == WHOLE:
                 for writer, key in zip(writers, keys, strict=True):
                     check_not_empty(writer.counts, key, self._job.inputs)
-            self._save(writers, start, position, complete=True)
+            self._save(writers, replace(saved, complete=True))
         finally:
             for writer in writers:
                 writer.close()
@@ -192,21 +239,21 @@ class _Run:
         """Give the files their names and write the manifests."""
         self._check_inputs()
         written = []
-        for prefix, key, state, counts in zip(
-            self._job.prefixes(), self._job.settings.keys, self._record["pairs"], self._counts(), strict=True
-        ):
-            assert counts is not None
+        names = zip(self._job.prefixes(), self._job.settings.keys, strict=True)
+        for (prefix, key), (counts, total) in zip(names, self.saved.pairs, strict=True):
             manifest = Manifest(
                 counts.documents,
                 counts.sequences,
                 counts.tokens,
                 self.dtype.name,
-                bin=FileSum(**state["bin"]),
+                bin=total,
                 idx=put_in_place(prefix, self.dtype, counts),
                 tokenizer=self._tokenizer,
                 settings={"key": key, "append_eod": self._job.settings.append_eod},
                 inputs=[{"path": path, "bytes": size} for path, size, _ in self._files],
                 part=str(self._job.part),
+                words=counts.words,
+                left_out=self.saved.left_out,
             )
             write_manifest(prefix, manifest)
             written.append(Written(prefix, counts.documents, counts.sequences, counts.tokens, self.dtype))
@@ -229,38 +276,25 @@ class _Run:
                 remedy = "let nothing write to it, and start afresh with --overwrite"
                 raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
 
-    def _save(
-        self, writers: list[PairWriter], place: Place, position: int, *, complete: bool = False
-    ) -> None:
-        pairs = [{"counts": writer.save().as_dict(), "bin": asdict(writer.bin_sum())} for writer in writers]
-        record = {
-            "place": list(asdict(place).values()),
-            "position": position,
-            "pairs": pairs,
-            "complete": complete,
-        }
-        self._journal.append(record)
-        self._record = record
+    def _save(self, writers: list[PairWriter], saved: _Saved) -> None:
+        saved = replace(saved, pairs=tuple((writer.save(), writer.bin_sum()) for writer in writers))
+        self._journal.append(saved.record())
+        self.saved = saved
 
-    def _usable(self, record: dict[str, Any]) -> bool:
-        """Whether the files hold what the record says; a complete run's tokens may have their name
-        already.
+    def _usable(self, record: dict[str, Any]) -> _Saved | None:
+        """What a record says, where the files hold it; a complete run's tokens may have
+        their name already.
         """
         try:
-            pairs = zip(self._job.prefixes(), record["pairs"], strict=True)
-            return all(
-                holds(prefix, self.dtype, Counts(**pair["counts"]), complete=record["complete"])
-                for prefix, pair in pairs
-            )
+            saved = _Saved.of(record, len(self._job.settings.keys))
         except (KeyError, TypeError, ValueError) as error:
-            message = f"{self._journal.path}: holds what no run of this program saves ({error!r})"
+            message = f"{self._journal.path}: holds what no run of this program saves ({error})"
             raise DataError(message, remedy="give --overwrite to start afresh") from error
-
-    def _counts(self) -> list[Counts | None]:
-        pairs = self._record.get("pairs")
-        return (
-            [Counts(**pair["counts"]) for pair in pairs] if pairs else [None] * len(self._job.settings.keys)
+        pairs = zip(self._job.prefixes(), saved.pairs, strict=True)
+        whole = all(
+            holds(prefix, self.dtype, counts, complete=saved.complete) for prefix, (counts, _) in pairs
         )
+        return saved if whole else None
 
     def _settings(self) -> dict[str, object]:
         settings = self._job.settings
@@ -348,8 +382,8 @@ def _first_documents(job: Job) -> Iterator[tuple[str, str]]:
     batch = next(read_batches(job.inputs, job.settings.keys, part=job.part), None)
     if batch is None:
         return
-    size = 0
-    for number, document in enumerate(documents(batch, job.settings.keys), start=1):
+    size, bad = 0, list[str]() if job.settings.on_bad_line == "skip" else None
+    for number, document in enumerate(documents(batch, job.settings.keys, bad), start=1):
         for key, sequences in zip(job.settings.keys, document, strict=True):
             for text in sequences:
                 yield f"{batch.path}, document {number}, key {key!r}", text[:_CHECKED_CHARACTERS]

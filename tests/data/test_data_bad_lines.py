@@ -1,0 +1,106 @@
+"""Lines that cannot be used: the run stops and keeps what it has saved, or leaves them
+out and counts them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+from encode_settings import settings
+
+from megatron_hyperrouter.data.store.manifest import read_manifest
+from megatron_hyperrouter.data.text import corpus
+from megatron_hyperrouter.data.tokenize.preprocess import preprocess
+from megatron_hyperrouter.errors import DataError
+
+GOOD = [json.dumps({"text": f"document {n} " + "lorem ipsum " * 40}) for n in range(60)]
+BAD = ['{"text": null}', '{"text": "cut', '{"text": "\\ud800"}', "[1]", '{"other": "x"}']
+
+
+def lines(path: Path, *, bad: bool) -> str:
+    mixed = [
+        each
+        for n, good in enumerate(GOOD)
+        for each in ([good, BAD[n % 5]] if bad and n % 12 == 7 else [good])
+    ]
+    content = "".join(line + "\n" for line in mixed).encode()
+    path.write_bytes(content.replace(b"document 31", b"document \xff") if bad else content)
+    return str(path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skipped_lines_are_counted_and_the_rest_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 4000)
+    said: list[str] = []
+    skip = settings("ByteTokenizer", append_eod=True, on_bad_line="skip")
+    bad = lines(tmp_path / "bad.jsonl", bad=True)
+    (pair,) = preprocess([bad], str(tmp_path / "p"), skip, report=said.append, workers=workers)
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(line + "\n" for n, line in enumerate(GOOD) if n != 31))
+    (whole,) = preprocess([str(kept)], str(tmp_path / "q"), settings("ByteTokenizer", append_eod=True))
+    assert Path(f"{pair.prefix}.bin").read_bytes() == Path(f"{whole.prefix}.bin").read_bytes()
+    assert Path(f"{pair.prefix}.idx").read_bytes() == Path(f"{whole.prefix}.idx").read_bytes()
+    assert said[-1].startswith(f"left out 6 unusable lines; the first: {bad}, line 9: ")
+    assert read_manifest(pair.prefix).left_out == 6
+    words = sum(len(json.loads(line)["text"].split()) for n, line in enumerate(GOOD) if n != 31)
+    assert read_manifest(pair.prefix).words == words
+
+
+def test_a_bad_line_keeps_what_was_saved_and_skip_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 4000)
+    bad, prefix = lines(tmp_path / "bad.jsonl", bad=True), str(tmp_path / "p")
+    with pytest.raises(
+        DataError, match=r"(?s)line 9: .*--on-bad-line skip, which continues from what was saved"
+    ):
+        preprocess([bad], prefix, settings("ByteTokenizer"), save_seconds=0)
+    done: list[int] = []
+    skip = settings("ByteTokenizer", on_bad_line="skip")
+    (pair,) = preprocess([bad], prefix, skip, progress=lambda at, _, count: done.append(count))
+    assert done[0] > 0 and pair.documents == 59
+    assert (
+        sorted(path.name for path in tmp_path.iterdir() if ".partial" in path.name or "journal" in path.name)
+        == []
+    )
+
+
+def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(BAD[0] + "\n")
+    with pytest.raises(DataError, match=r"(?s)line 1: .*or leave such lines out with --on-bad-line skip$"):
+        preprocess(
+            [str(tmp_path / "a.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), save_seconds=0
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_the_same_input_twice_is_reported(tmp_path: Path) -> None:
+    first = lines(tmp_path / "a.jsonl", bad=False)
+    (tmp_path / "link.jsonl").symlink_to(first)
+    (tmp_path / "copy.jsonl").write_bytes(Path(first).read_bytes())
+    (tmp_path / "other.jsonl").write_bytes(Path(first).read_bytes().replace(b"lorem", b"ipsum", 1))
+    said: list[str] = []
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("a", "link", "other", "copy", "a")]
+    preprocess(names, str(tmp_path / "p"), settings("ByteTokenizer"), report=said.append)
+    assert said == [
+        f"{names[number]} is the same text as {first}: its documents are written twice"
+        for number in (1, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_long_windows_of_zst(tmp_path: Path, log: int) -> None:
+    plain = lines(tmp_path / "a.jsonl", bad=False)
+    how = zstandard.ZstdCompressionParameters.from_level(3, window_log=log, enable_ldm=True, hash_log=6)
+    frame = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    (tmp_path / "b.jsonl.zst").write_bytes(frame.compress(Path(plain).read_bytes()) + frame.flush())
+    pairs = [
+        preprocess([str(tmp_path / name)], str(tmp_path / name[0]), settings("ByteTokenizer"))[0]
+        for name in ("a.jsonl", "b.jsonl.zst")
+    ]
+    assert Path(f"{pairs[0].prefix}.bin").read_bytes() == Path(f"{pairs[1].prefix}.bin").read_bytes()
