@@ -279,6 +279,8 @@ class CheckpointFolders:
         if not self._is_main or not self.root.is_dir():
             return []
         later = [folder for folder in sorted(self.root.glob("step_*")) if (step_of(folder) or 0) > step]
+        if (pointers.proved_step(self.root) or 0) > step:
+            (self.root / pointers.PROVED).unlink()  # another checkpoint of that step will have to be proved
         if step in self.steps():
             # or the next start would take up a later save
             for unfinished in self.root.glob(f"{NEW_LATEST}*"):

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,56 +102,6 @@ def _to_write(leaf: Leaf, value: Any) -> Any:
     if not leaf.is_path or value is None:
         return value
     return tuple(word.replace("$", "$$") for word in value) if leaf.is_tuple else value.replace("$", "$$")
-
-
-def make_folders(config: RunConfig) -> None:
-    """Create the folders that a run writes to; ConfigError names all that cannot be made or written."""
-    problems = []
-    for name in ("run_dir", "tensorboard_dir"):
-        folder = value_of(config, name)
-        try:
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-                if name == "run_dir":
-                    _try_files(Path(folder))
-        except OSError as error:
-            where = error.filename or folder
-            problems.append(
-                Problem(
-                    flag(name),
-                    folder,
-                    f"{where} cannot be written ({error.strerror})",
-                    "give another folder, or move away what is there",
-                )
-            )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _try_files(run_dir: Path) -> None:
-    """OSError where something of a run could not be written later: it would lose the steps until then."""
-    checkpoints = run_dir / "checkpoints"
-    if checkpoints.exists() or checkpoints.is_symlink():
-        tempfile.TemporaryFile(dir=checkpoints).close()
-    for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
-        if (run_dir / name).exists():
-            (run_dir / name).open("ab").close()
-
-
-def write_settings(config: RunConfig) -> Path:
-    """Put ``config.yaml`` into the run folder, whole or not at all; it starts the same run again.
-
-    A run that goes on from its own checkpoints is still the same run: its ``--load`` is left out.
-    """
-    folder = Path(config.logging.run_dir)
-    load = config.checkpoint.load
-    if load is not None and Path(load).resolve() == folder.resolve():
-        config = replace_leaves(config, load=None)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".config.yaml.unfinished"
-    unfinished.write_text(dump(config), encoding="utf-8")
-    return unfinished.replace(folder / "config.yaml")
 
 
 def replace_leaves(config: RunConfig, **leaves: object) -> RunConfig:

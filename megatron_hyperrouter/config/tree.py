@@ -348,6 +348,9 @@ class CheckpointConfig:
     finetune: Annotated[
         bool, Role.START, "Load the weights only; step, optimizer and random state start afresh"
     ] = False
+    override: Annotated[
+        bool, Role.START, "When resuming, accept settings that change what the weights compute"
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

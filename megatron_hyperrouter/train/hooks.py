@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.cli import write_settings
+from megatron_hyperrouter.config.run_folder import write_settings
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.guard.events import EventsFile, Fact

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.hooks import GuardedHook
 from megatron_hyperrouter.train.metrics import check_finite
-from megatron_hyperrouter.train.resume import resume
+from megatron_hyperrouter.train.resuming.resume import resume
+from megatron_hyperrouter.train.resuming.start import Start, begin
 from megatron_hyperrouter.train.run import Run, Speed
 from megatron_hyperrouter.train.saving import NOTHING
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.checkpoint.description import Description
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
     from megatron_hyperrouter.engines.base import Engine
@@ -38,18 +40,19 @@ def train(
     speed: Speed | None = None,
     description: Description | None = None,
     supervision: Supervision | None = None,
+    start: Start | None = None,
 ) -> int:
     """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 
     Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token
     id, or None where they are not known.  ``speed``: what a step costs, where it is known.  ``description``:
-    what every checkpoint says about the run.
+    what every checkpoint says about the run.  ``start``: what it begins with; None: what the settings say.
     """
+    start, described = begin(config, start, description)
     watch = supervision or Supervision()
     guarded = [GuardedHook(hook, watch.request) for hook in hooks]
-    described = description or describe(config)
-    run = Run(engine, config, splits, guarded, token_bytes_V, speed or Speed(), described, watch)
-    first = resume(engine, config, run.folders)
+    run = Run(engine, config, splits, guarded, token_bytes_V, speed or Speed(), described, watch, start)
+    first = resume(engine, config, run.folders, start, described.meta.get("tokenizer"))
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
     with contextlib.ExitStack() as stack:
@@ -73,7 +76,8 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
     with run.batches(first) as batches:
         for step in range(first + 1, config.train.train_iters + 1):
             record, called = run.step(step, batches, request)
-            check_finite(record, remedy=run.remedy)
+            check_finite(record, remedy=partial(run.lost, step))
+            run.saving.health.after_step(step, float(record["lm_loss"] or 0.0))
             if step == first + 1 and config.train.distributed_timeout_minutes:
                 engine.wait_at_most(60 * config.train.distributed_timeout_minutes)
             last = step == config.train.train_iters

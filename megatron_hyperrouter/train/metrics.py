@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from megatron_hyperrouter import files
 from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.engines.base import Batch, Engine, EvalResult, Place, StepResult
@@ -290,18 +291,24 @@ class MetricsFile:
             raise self._unwritable(error) from error
 
     def cut_after(self, step: int) -> None:
-        """Drop the lines of later steps, and a last line that a kill left half-written; atomic."""
-        kept = self.path.with_name(f".{self.path.name}-kept")
+        """Take out the lines of later steps, and a last line that a kill left half-written; atomic.
+
+        What is taken out is kept in ``metrics-earlier.jsonl``, where what was taken out before stays.
+        """
         self._file.close()
         try:
-            with self.path.open("rb") as old, kept.open("wb") as new:
-                new.writelines(line for line in old if _is_kept(line, step))
-                new.flush()
-                os.fsync(new.fileno())
-            os.replace(kept, self.path)
+            whole = [
+                line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+            ]
+            kept = [line for line in whole if _is_kept(line, step)]
+            if len(kept) < len(whole):
+                with self.path.with_name("metrics-earlier.jsonl").open("ab") as earlier:
+                    earlier.writelines(line for line in whole if not _is_kept(line, step))
+                    earlier.flush()
+                    os.fsync(earlier.fileno())
+            files.write_bytes(self.path, b"".join(kept), durable=True)
             self._file = self.path.open("a")
         except OSError as error:
-            kept.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> HyperRouterError:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import Course
-from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.errors import CheckpointError, DataError
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import (
     Record,
@@ -24,7 +24,7 @@ from megatron_hyperrouter.train.metrics import (
     score,
     training_record,
 )
-from megatron_hyperrouter.train.resume import run_meta
+from megatron_hyperrouter.train.resuming.run_meta import run_meta
 from megatron_hyperrouter.train.saving import Saving
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.guard.stopping import StopRequest
     from megatron_hyperrouter.guard.supervision import Supervision
     from megatron_hyperrouter.train.hooks import Hook
+    from megatron_hyperrouter.train.resuming.start import Start
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Run:
     speed: Speed
     description: Description  # which every checkpoint carries
     supervision: Supervision
+    start: Start
 
     def __post_init__(self) -> None:
         world_size = self.engine.place.world_size
@@ -71,6 +73,7 @@ class Run:
             meta=self._meta,
             saved=self._saved,
             remedy=self.remedy,
+            begun=self.start.step,
         )
 
     @property
@@ -173,6 +176,8 @@ class Run:
 
     def _meta(self, step: int) -> dict[str, Any]:
         meta = {**run_meta(self.config, self.engine), **self.description.meta}
+        if self.start.finetuned_from is not None:
+            meta["finetuned_from"] = self.start.finetuned_from
         if isinstance(self.splits.train, Course):
             meta["data"] = self.splits.train.ledger(step)
         return meta
@@ -197,12 +202,21 @@ class Run:
             )
             raise
 
+    def lost(self, step: int) -> str:
+        """What to do when the loss is lost (collective); no save that is still being written may count
+        afterwards.
+        """
+        with contextlib.suppress(CheckpointError):
+            self.saving.settle(step)
+        return self.remedy()
+
     def remedy(self) -> str:
-        """What to do when the loss is lost."""
-        steps = self.folders.steps()
-        back = (
-            f"continue after step {steps[-1]} with --load {self.config.logging.run_dir}"
-            if steps
-            else "start again"
-        )
+        """What to do when the weights are lost: the newest checkpoint that is known to be good is the way
+        back.
+        """
+        run_dir, steps = self.config.logging.run_dir, self.folders.steps()
+        proved = self.folders.back_to_proved()
+        back = f"continue after step {proved or steps[-1]} with --load {run_dir}" if steps else "start again"
+        if proved is not None and proved < steps[-1]:
+            back += f" (the checkpoint of step {steps[-1]} may hold ruined weights)"
         return f"{back}, and use a lower --lr, more --lr-warmup-iters, or a --clip-grad greater than 0"

@@ -13,6 +13,7 @@ from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.checkpoint.writer import Writer
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.train.health import Health
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -50,11 +51,12 @@ class Saving:
         meta: Callable[[int], Mapping[str, Any]],
         saved: Callable[[int, Path], None],
         remedy: Callable[[], str],
+        begun: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``texts``: further files of each checkpoint; ``meta``: what the manifest says of a step;
         ``saved``: called on the main rank after each save; ``remedy``: what to do when the weights are
-        lost.
+        lost; ``begun``: the step of the checkpoint that the run begins with.
         """
         self._engine, self._settings = engine, config.checkpoint
         self.folders = CheckpointFolders(
@@ -65,6 +67,7 @@ class Saving:
         )
         self._texts = texts
         self._meta, self._saved, self._remedy, self._clock = meta, saved, remedy, clock
+        self.health = Health(self.folders, step=begun)
         self._writer = Writer(self.folders)
         self._last_save = clock()
         self._covered = _NONE  # the step of the newest save that was begun and has not failed
@@ -113,6 +116,7 @@ class Saving:
     def poll(self) -> None:
         """Tell of what was published meanwhile."""
         for step, folder in self._writer.published():
+            self.health.after_save(step)
             self._saved(step, folder)
 
     def settle(self, step: int) -> None:
@@ -143,6 +147,7 @@ class Saving:
         staged = self._engine.stage()
         folder = self.folders.save(step, staged.write, self._meta(step), texts=self._texts, join=staged.join)
         self._covered = step
+        self.health.after_save(step)
         if self._engine.place.is_main:
             self._saved(step, folder)
 

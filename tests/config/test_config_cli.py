@@ -21,9 +21,9 @@ from megatron_hyperrouter.config.cli import (
     load_file,
     parse,
     replace_leaves,
-    write_settings,
 )
 from megatron_hyperrouter.config.leaves import Leaf, router_leaves, tree_leaves, value_of
+from megatron_hyperrouter.config.run_folder import write_settings
 from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 from megatron_hyperrouter.errors import ConfigError
 

@@ -28,7 +28,7 @@ from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError
 from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.train.resume import run_meta
+from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
 
 def test_each_k_by_hand() -> None:

@@ -18,7 +18,7 @@ from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.state import save_weights
 from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.train.resume import run_meta
+from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
 STEP = 5
 BASE: dict[str, Any] = {

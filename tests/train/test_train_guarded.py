@@ -12,7 +12,7 @@ from tiny_run import VOCAB_SIZE, settings, splits
 from train.loop_runs import change, run
 
 from megatron_hyperrouter.checkpoint.folder import find, folder_name
-from megatron_hyperrouter.config.cli import make_folders
+from megatron_hyperrouter.config.run_folder import make_folders
 from megatron_hyperrouter.errors import ConfigError, HyperRouterError
 from megatron_hyperrouter.guard.events import read_events
 from megatron_hyperrouter.train.hooks import EventsHook, Hook, MetricsHook, SettingsHook

@@ -32,7 +32,7 @@ from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import score
 from megatron_hyperrouter.train.reporters import hooks_for
-from megatron_hyperrouter.train.resume import past_of
+from megatron_hyperrouter.train.resuming.start import decide
 from megatron_hyperrouter.train.samples import samples_needed
 
 
@@ -86,12 +86,12 @@ class TestRecords:
                 seq_length=lengths[last - 1],
             )
             data = change(now, "data", data_path=words, split="1,0,0").data
-            ledger, step = past_of(now)
+            start = decide(now)
             course = build_course(
                 Builder(data, lengths[last - 1], 7, VOCAB_SIZE, Cache()),
                 ((0, words), (8, words)),  # the schedule cuts a segment, the counts go on
-                ledger,
-                step=step,
+                start.ledger,
+                step=start.step,
                 train_iters=12,
                 batch=batches[last - 1],
             )

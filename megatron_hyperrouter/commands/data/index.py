@@ -75,11 +75,17 @@ def main(arguments: Sequence[str]) -> None:
 
 def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
     """The datasets that the program would build with these settings."""
-    from megatron_hyperrouter.train.resume import past_of
+    from megatron_hyperrouter.train.resuming.start import decide
     from megatron_hyperrouter.train.samples import open_samples
 
-    ledger, step = past_of(config)
+    start = decide(config)
     # The vocabulary does not matter: no token is read.
     return open_samples(
-        config, vocab_size=2**31, eod=0, cache=cache, world_size=world_size, ledger=ledger, step=step
+        config,
+        vocab_size=2**31,
+        eod=0,
+        cache=cache,
+        world_size=world_size,
+        ledger=start.ledger,
+        step=start.step,
     ).splits

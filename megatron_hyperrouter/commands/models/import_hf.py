@@ -144,7 +144,7 @@ def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeight
     from megatron_hyperrouter.export.sources import OneProcess
     from megatron_hyperrouter.importing.routers import imported_routers
     from megatron_hyperrouter.importing.run_folder import write_run
-    from megatron_hyperrouter.train.resume import run_meta
+    from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
     names, rows = weights.names(), weights.folder.rows
     routers = imported_routers(run, names, weights.read, vocab_size=rows, reset=reset)

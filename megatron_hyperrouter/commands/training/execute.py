@@ -6,7 +6,7 @@ import torch
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.analysis.size import size_of
-from megatron_hyperrouter.checkpoint.description import Description, describe
+from megatron_hyperrouter.commands.training.description import description_of
 from megatron_hyperrouter.commands.training.start_block import start_block
 from megatron_hyperrouter.commands.training.throughput import peak_flops
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
@@ -17,17 +17,19 @@ from megatron_hyperrouter.guard.stopping import ignore_signals
 from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.reporters import hooks_for
+from megatron_hyperrouter.train.resuming.start import Start, settings_again
 from megatron_hyperrouter.train.run import Speed
 from megatron_hyperrouter.train.samples import Samples
 
 
-def run(samples: Samples, tokenizer: Tokenizer, *, eod: int | None, epoch: int) -> int:
+def run(samples: Samples, tokenizer: Tokenizer, start: Start, *, eod: int | None, epoch: int) -> int:
     """Train; returns the exit status.
 
     ``eod``: the id that ends a document, where the settings need it; ``epoch``: tokens of the training data.
     """
     config = samples.config
-    described = description_of(samples, tokenizer)
+    again = settings_again(config, start)
+    described = description_of(samples, tokenizer, again)
     supervision = Supervision(Launcher.of_this_process())
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     size = size_of(config, engine.shapes())
@@ -37,11 +39,12 @@ def run(samples: Samples, tokenizer: Tokenizer, *, eod: int | None, epoch: int) 
         engine,
         config,
         samples.splits,
-        hooks_for(config, engine.place),
+        hooks_for(again, engine.place),
         token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         supervision=supervision,
         speed=Speed(size.flops, peak_flops(bf16=config.train.bf16)),
         description=described,
+        start=start,
     )
     stopped = steps < config.train.train_iters
     if stopped:  # a launcher ends all ranks once one of them has left with a status that is not 0
@@ -50,15 +53,3 @@ def run(samples: Samples, tokenizer: Tokenizer, *, eod: int | None, epoch: int) 
     # Not reached after an error: it is reported first, since leaving the groups may wait for other ranks.
     engine.close()
     return STOPPED if stopped else 0
-
-
-def description_of(samples: Samples, tokenizer: Tokenizer) -> Description:
-    """What every checkpoint of the run carries: settings, tokenizer, and the identities of its data."""
-    fetched = getattr(tokenizer, "files", None)
-    described = describe(
-        samples.config,
-        tokenizer=tokenizer.identity(),
-        fetched=(*fetched.model, *fetched.settings) if fetched else (),
-    )
-    described.meta["files"] = samples.files()
-    return described

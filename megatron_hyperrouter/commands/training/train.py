@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_hyperrouter.commands.training.execute import run
     from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
     from megatron_hyperrouter.config.check import warnings
-    from megatron_hyperrouter.config.cli import make_folders, parse
+    from megatron_hyperrouter.config.cli import parse
     from megatron_hyperrouter.config.derived import minds_documents
+    from megatron_hyperrouter.config.run_folder import make_folders
     from megatron_hyperrouter.data.order.index_files import Cache
     from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.routers import ROUTERS
-    from megatron_hyperrouter.train.resume import past_of
+    from megatron_hyperrouter.train.resuming.start import decide
     from megatron_hyperrouter.train.samples import open_samples
 
     notes: list[str] = []
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.warn(warning)
     tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if minds_documents(config) else None
-    ledger, step = past_of(config)
+    start = decide(config)
     samples = open_samples(
         config,
         vocab_size=tokenizer.vocab_size,
@@ -60,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer=tokenizer.identity(),
         cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
         world_size=world_size,
-        ledger=ledger,
-        step=step,
+        ledger=start.ledger,
+        step=start.step,
     )
     config = samples.config
     if about_ends := warning_about_ends(config.data, samples.builder.stores.values(), eod):
         console.warn(about_ends)
     if console.speaks():
         make_folders(config)
-    return run(samples, tokenizer, eod=eod, epoch=tokens_of_an_epoch(samples.builder, samples.mixes))
+    return run(samples, tokenizer, start, eod=eod, epoch=tokens_of_an_epoch(samples.builder, samples.mixes))

@@ -1,0 +1,67 @@
+"""The folder of a run: what must be writable in it, and ``config.yaml``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from megatron_hyperrouter import files
+from megatron_hyperrouter.config.cli import dump, replace_leaves
+from megatron_hyperrouter.config.leaves import flag, value_of
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+
+def make_folders(config: RunConfig) -> None:
+    """Create the folders that a run writes to; ConfigError names all that cannot be made or written."""
+    problems = []
+    for name in ("run_dir", "tensorboard_dir"):
+        folder = value_of(config, name)
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+                if name == "run_dir":
+                    _try_files(Path(folder))
+        except OSError as error:
+            where = error.filename or folder
+            problems.append(
+                Problem(
+                    flag(name),
+                    folder,
+                    f"{where} cannot be written ({error.strerror})",
+                    "give another folder, or move away what is there",
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _try_files(run_dir: Path) -> None:
+    """OSError where something of a run could not be written later: it would lose the steps until then."""
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists() or checkpoints.is_symlink():
+        tempfile.TemporaryFile(dir=checkpoints).close()
+    for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
+        if (run_dir / name).exists():
+            (run_dir / name).open("ab").close()
+
+
+def write_settings(config: RunConfig) -> Path:
+    """Put ``config.yaml`` into the run folder, whole or not at all; it starts the same run again.
+
+    A run that goes on from its own checkpoints is still the same run: its ``--load`` is left out.
+    """
+    folder = Path(config.logging.run_dir)
+    load = config.checkpoint.load
+    if load is not None and Path(load).resolve() == folder.resolve():
+        config = replace_leaves(config, load=None)
+    path = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, dump(config), durable=True)
+    except OSError as error:
+        rule = f"{path} cannot be written ({error.strerror})"
+        remedy = "make room on that disk, or give another folder"
+        raise ConfigError([Problem("--run-dir", folder, rule, remedy)]) from error
+    return path

@@ -1,0 +1,41 @@
+"""Which checkpoint is proved: a step with a sound loss has followed it, so its weights are fine.
+
+A checkpoint is written after an update and before anybody has seen what that update did.  The next step shows
+it.  So the newest proved checkpoint is kept, and it is the way back when the loss is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+
+_RUINED = 2.0  # times the last sound loss
+
+
+class Health:
+    """What the steps of one run say about its checkpoints."""
+
+    def __init__(self, folders: CheckpointFolders, *, step: int) -> None:
+        """``step``: completed steps of the checkpoint that the run begins with."""
+        self._folders = folders
+        self._newest, self._sound_step, self._sound_loss = step, 0, math.inf
+        self._proved = 0
+
+    def after_step(self, step: int, loss: float) -> None:
+        """A step was taken, with this loss of the weights before it."""
+        if math.isfinite(loss) and loss <= _RUINED * self._sound_loss:
+            self._sound_step, self._sound_loss = step, loss
+            self._prove()
+
+    def after_save(self, step: int) -> None:
+        """A checkpoint was published."""
+        self._newest = step
+        self._prove()
+
+    def _prove(self) -> None:
+        if self._proved < self._newest < self._sound_step:
+            self._folders.prove(self._newest)
+            self._proved = self._newest

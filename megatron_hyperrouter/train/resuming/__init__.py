@@ -1,0 +1,1 @@
+"""Where a run begins, and what a checkpoint must agree with."""

@@ -1,0 +1,92 @@
+"""What differs between the settings of a checkpoint and those that it is resumed with.
+
+Settings that change what the weights compute are refused: the weights would mean something else.  Those that
+change the course of the run are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hyperrouter.config.by_role import leaves_with
+from megatron_hyperrouter.config.cli import dump
+from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, tree_leaves
+from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
+from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.tree import OptimizerConfig, RunConfig
+from megatron_hyperrouter.train.lr import learning_rate_at
+
+# Shapes, and what orders the samples, are compared as they are in effect, see ``resume``; a path may change.
+_FUNCTION = (Role.FUNCTION, Role.TOKENIZER)
+_COURSE = (Role.DATA, Role.COURSE, Role.SCHEDULE, Role.NOISE)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that was one thing and is another."""
+
+    leaf: Leaf
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{flag(self.leaf.name)} was {_shown(self.before)} and is {_shown(self.now)} now"
+
+
+def changes_of_function(saved: str, config: RunConfig) -> list[str]:
+    """Settings that change what the weights compute, in words.  ``saved``: a checkpoint's settings, YAML."""
+    return [
+        str(change)
+        for change in _changes(saved, config)
+        if change.leaf.role in _FUNCTION or change.leaf.section == "router"
+    ]
+
+
+def changes_of_course(saved: str, config: RunConfig, *, step: int) -> list[str]:
+    """Settings that change how the run continues after ``step`` steps, in words."""
+    lines = [str(change) for change in _changes(saved, config) if change.leaf.role in _COURSE]
+    before, now = _rate(_flat(saved), step + 1), _rate(_flat(dump(config)), step + 1)
+    if lines and before is not None and now is not None and before != now:
+        lines.append(f"the learning rate of step {step + 1} is {now:.4g}, and was to be {before:.4g}")
+    return lines
+
+
+def _changes(saved: str, config: RunConfig) -> Iterator[Change]:
+    """Every setting that differs, but for paths; what an older version did not know had its default."""
+    before, now = _flat(saved), _flat(dump(config))
+    if not before:  # a checkpoint of an older version
+        return
+    leaves = dict(tree_leaves())
+    if before.get("router.name") == config.router.name and config.router.options is not None:
+        options_type: type = type(config.router.options)
+        leaves |= router_leaves(options_type)
+    for name, leaf in leaves.items():
+        was = before.get(name, list(leaf.default) if leaf.is_tuple else leaf.default)
+        if name in now and not leaf.is_path and was != now[name]:
+            yield Change(leaf, was, now[name])
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """Settings by flat name, as YAML writes them."""
+    found = parse_yaml(text)
+    if not isinstance(found, dict):
+        return {}
+    router = found.pop("router", None) or {}
+    options = {f"{ROUTER_PREFIX}{name}": value for name, value in router.items()}
+    return {str(name): value for name, value in found.items()} | options
+
+
+def _rate(settings: Mapping[str, Any], step: int) -> float | None:
+    """The learning rate that these settings give a step; None where they are of another version."""
+    names = {leaf.name for leaf in leaves_with(*Role) if leaf.section == "optimizer"}
+    own = {name: value for name, value in settings.items() if name in names}
+    try:
+        return learning_rate_at(step, OptimizerConfig(**own), int(settings["train_iters"]))
+    except (TypeError, ValueError, KeyError, ArithmeticError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

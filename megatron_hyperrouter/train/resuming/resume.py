@@ -1,0 +1,111 @@
+"""Brings a run to where it begins: the checkpoint is compared with the settings, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.checkpoint.description import SETTINGS
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, verify
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.train.resuming.changes import changes_of_course, changes_of_function
+from megatron_hyperrouter.train.resuming.run_meta import differences, run_meta
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.train.resuming.start import Start
+
+
+def resume(
+    engine: Engine,
+    config: RunConfig,
+    folders: CheckpointFolders,
+    start: Start,
+    tokenizer: Mapping[str, Any] | None = None,
+) -> int:
+    """Load what the run begins with into ``engine`` (collective); returns the number of completed steps.
+
+    ``start``: what :func:`decide` said.  ``tokenizer``: the identity of the run's tokenizer.
+    """
+    if start.folder is not None:
+        _refuse_misfit(start, config, engine, tokenizer or {})
+        verify(start.folder, engine)
+        engine.load(start.folder, weights_only=start.weights_only)
+        if engine.place.is_main:
+            _report(start, config, engine)
+    if aside := folders.rewind(start.step):
+        console.warn(
+            f"{folders.root.parent} holds checkpoints after step {start.step}: moved to {aside}, with a copy "
+            "of the metrics"
+        )
+    return start.step
+
+
+def _report(start: Start, config: RunConfig, engine: Engine) -> None:
+    """Say where the run begins, and what has changed since the checkpoint."""
+    if not start.step:
+        console.note(f"starting from the weights of {start.folder}")
+        return
+    meta, ours = start.manifest["meta"], run_meta(config, engine)
+    console.note(f"continuing after step {start.step} of {start.folder}")
+    for line in differences("layout", meta, ours):
+        console.note(f"{line}: the optimizer state is redistributed")
+    for line in differences("order", meta, ours):
+        if "data" in meta:
+            console.note(f"{line}: the run continues with the data that it has not read yet")
+        else:
+            console.warn(f"{line}: the run continues with other samples than before")
+    if changed := changes_of_course(_saved_settings(start), config, step=start.step):
+        head = f"the run takes another course from step {start.step + 1} on:"
+        console.note("\n  - ".join([head, *changed]))
+
+
+def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: Mapping[str, Any]) -> None:
+    saved, ours = start.manifest["meta"], run_meta(config, engine)
+    theirs = f"use the settings of the run that wrote it, which are in {start.folder}/{SETTINGS}"
+    if lines := list(differences("sizes", saved, ours)):
+        raise CheckpointError(
+            "\n  - ".join([f"{start.folder} holds a model of other sizes:", *lines]), remedy=theirs
+        )
+    if start.weights_only:
+        return
+    lines = changes_of_function(_saved_settings(start), config)
+    lines += _other_tokenizer(saved.get("tokenizer", {}), tokenizer)
+    if lines and not config.checkpoint.override:
+        raise CheckpointError(
+            "\n  - ".join(
+                [f"with these settings the weights in {start.folder} compute something else:", *lines]
+            ),
+            remedy=f"{theirs}; or accept the change with --override",
+        )
+    if lines and engine.place.is_main:
+        console.warn("\n  - ".join(["--override: the weights compute something else from here on:", *lines]))
+    _refuse_layout(start, saved, ours)
+
+
+def _refuse_layout(start: Start, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """The state of format 1 is that of one rank of one layout; that of later ones moves."""
+    if not any(name.startswith("state-") for name in start.manifest["files"]):
+        return
+    if lines := list(differences("layout", saved, ours)):
+        head = f"the optimizer state in {start.folder} is of format 1, which fits one layout:"
+        raise CheckpointError(
+            "\n  - ".join([head, *lines]),
+            remedy="resume with the layout of the run that wrote it, or load the weights alone with "
+            "--finetune",
+        )
+
+
+def _other_tokenizer(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    before, now = saved.get("sha256"), ours.get("sha256")
+    if before and now and before != now:
+        yield f"the tokenizer was the file of SHA-256 {before[:16]}... and is that of {now[:16]}... now"
+
+
+def _saved_settings(start: Start) -> str:
+    """The settings in the checkpoint; empty in one of an older version."""
+    assert start.folder is not None
+    path = start.folder / SETTINGS
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

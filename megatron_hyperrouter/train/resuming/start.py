@@ -1,0 +1,107 @@
+"""What a run begins with: nothing, the weights of a checkpoint, or a checkpoint of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.checkpoint.description import Description, describe
+from megatron_hyperrouter.checkpoint.folder import find, read_manifest
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    ``folder``: the checkpoint, if there is one; ``weights_only``: a new run from its weights.
+    ``finetuned_from``: the ``--load`` of a run that began with another one's weights, which each of its
+    checkpoints knows.
+    """
+
+    folder: Path | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    weights_only: bool = False
+    finetuned_from: str | None = None
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return 0 if self.folder is None or self.weights_only else int(self.manifest["step"])
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """What the run has read of its data, see ``data.stream``; empty for a new run."""
+        return list(self.manifest["meta"].get("data", [])) if self.step else []
+
+
+def decide(config: RunConfig) -> Start:
+    """What ``--load`` and ``--finetune`` mean for the run folder as it is now.
+
+    CheckpointError where there is nothing to load.
+    """
+    load, own = config.checkpoint.load, _own_root(config)
+    if load is None:
+        return Start()
+    if config.checkpoint.finetune and (begun := _begun(load, own)) is not None:
+        return begun
+    folder = find(Path(load))
+    if folder is None:
+        # The same command with --load must also continue a run that was killed before its first checkpoint.
+        if not _is_own(load, own):
+            raise CheckpointError(
+                f"--load {load}: there is no finished checkpoint",
+                remedy="name a run folder, its checkpoints/ or one folder in it, or leave --load out",
+            )
+        console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
+        return Start()
+    manifest = read_manifest(folder)
+    if config.checkpoint.finetune:
+        return Start(folder, manifest, weights_only=True, finetuned_from=load)
+    return Start(folder, manifest, finetuned_from=manifest["meta"].get("finetuned_from"))
+
+
+def begin(
+    config: RunConfig, start: Start | None, description: Description | None
+) -> tuple[Start, Description]:
+    """What a run begins with and what its checkpoints say; decided here where nobody has done it before."""
+    start = decide(config) if start is None else start
+    return start, description or describe(settings_again(config, start))
+
+
+def settings_again(config: RunConfig, start: Start) -> RunConfig:
+    """The settings that start the same run again: without a ``--load`` of its own checkpoints, and with the
+    weights that it began with.
+    """
+    checkpoint = replace(config.checkpoint, override=False)
+    if start.finetuned_from is not None:
+        checkpoint = replace(checkpoint, load=start.finetuned_from, finetune=True)
+    elif checkpoint.load is not None and _is_own(checkpoint.load, _own_root(config)):
+        checkpoint = replace(checkpoint, load=None, finetune=False)
+    return replace(config, checkpoint=checkpoint)
+
+
+def _begun(load: str, own: Path) -> Start | None:
+    """The newest checkpoint of a finetuning that began before with the weights of ``load``."""
+    folder = find(own) if own.is_dir() else None
+    if folder is None:
+        return None
+    manifest = read_manifest(folder)
+    begun_from = manifest["meta"].get("finetuned_from")
+    if begun_from is None:
+        return None
+    same = load == begun_from or Path(load).resolve() == Path(begun_from).resolve()
+    return Start(folder, manifest, finetuned_from=begun_from) if same or _is_own(load, own) else None
+
+
+def _own_root(config: RunConfig) -> Path:
+    return Path(config.logging.run_dir) / "checkpoints"
+
+
+def _is_own(load: str, own: Path) -> bool:
+    """Whether ``load`` is the run folder, or the folder of its checkpoints."""
+    return Path(load).resolve() in (own.resolve(), own.parent.resolve())
