@@ -14,7 +14,7 @@ from megatron_hyperrouter.config.derived import head_width
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, router_parameter
 from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.routers.base import RunFacts
+from megatron_hyperrouter.routers.base import Router, RunFacts
 
 OUTPUT = "output_layer.weight"
 
@@ -70,8 +70,14 @@ def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize
 
 def trained_in_router(config: RunConfig) -> set[str]:
     """Names, inside a router, of what is trained."""
-    with torch.device("meta"):  # names alone: no numbers are drawn
-        router = ROUTERS[config.router.name](
+    return {name for name, each in router_on_meta(config).named_parameters() if each.requires_grad}
+
+
+def router_on_meta(config: RunConfig) -> Router:
+    """A router of these settings without numbers: names and shapes alone."""
+    facts = RunFacts(num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1)
+    with torch.device("meta"):
+        return ROUTERS[config.router.name](
             config.router.options,
             hidden_size=config.model.hidden_size,
             num_experts=config.model.num_experts,
@@ -80,8 +86,5 @@ def trained_in_router(config: RunConfig) -> set[str]:
             seed=config.train.seed,
             aux_loss_coeff=0.0,
             z_loss_coeff=0.0,
-            facts=RunFacts(
-                num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1
-            ),
+            facts=facts,
         )
-    return {name for name, parameter in router.named_parameters() if parameter.requires_grad}

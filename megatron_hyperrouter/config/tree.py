@@ -58,6 +58,11 @@ class ModelConfig:
     make_vocab_size_divisible_by: Annotated[Count, Role.SHAPE, "Pad the vocabulary to a multiple of this"] = (
         128
     )
+    pad_vocab_size_to_tp: Annotated[
+        bool,
+        Role.SHAPE,
+        "Pad the vocabulary to a multiple of --make-vocab-size-divisible-by x TP, as Megatron-LM does",
+    ] = False
     num_experts: Annotated[Count, Role.SHAPE, "Experts E in each MoE layer"] = 8
     moe_layer_freq: Annotated[
         Written,
@@ -76,6 +81,9 @@ class ModelConfig:
     moe_router_topk: Annotated[
         Count, Role.FUNCTION, "Active experts k; with --topk-schedule, the k that the schedule ends with"
     ] = 2
+    moe_router_force_load_balancing: Annotated[
+        bool, Role.COURSE, "Send tokens to all experts alike, whatever the router says: to measure the speed"
+    ] = False
     moe_aux_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the load-balancing loss"] = 0.0
     moe_z_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the router z-loss"] = 0.0
     moe_expert_capacity_factor: Annotated[
@@ -146,6 +154,12 @@ class OptimizerConfig:
         Count | None, Role.SCHEDULE, "Step at which the decay ends; default: --train-iters"
     ] = None
     lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Steps of linear warm-up"] = 0
+    lr_warmup_init: Annotated[NonNegative, Role.SCHEDULE, "Learning rate from which the warm-up starts"] = 0.0
+    lr_wsd_decay_style: Annotated[
+        Literal["exponential", "linear", "cosine", "minus_sqrt"],
+        Role.SCHEDULE,
+        "WSD: shape of the final decay",
+    ] = "exponential"
     lr_wsd_decay_iters: Annotated[
         Count | None,
         Role.SCHEDULE,
@@ -165,6 +179,12 @@ class OptimizerConfig:
         Role.SHARDING,
         Only("megatron", harmless="--zero-stage 1 does the same"),
         "Split the optimizer state over the data-parallel ranks",
+    ] = False
+    grad_reduce_in_bf16: Annotated[
+        bool,
+        Role.PRECISION,
+        Only("megatron"),
+        "With --bf16, add up and reduce gradients in bfloat16 instead of float32: less memory, less exact",
     ] = False
     overlap_grad_reduce: Annotated[
         bool,
@@ -227,6 +247,9 @@ class DataConfig:
     train_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for training only"] = ()
     valid_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for validation only"] = ()
     test_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for the test only"] = ()
+    mock_data: Annotated[
+        bool, Role.DATA, "Train on made-up tokens that count upwards; no data files are read"
+    ] = False
     data_schedule: Annotated[
         str | None,
         Role.DATA,
@@ -361,6 +384,21 @@ class LoggingConfig:
         str, Role.PLACE, PATH, "Folder of this run: config.yaml, metrics.jsonl, checkpoints/"
     ] = "runs/default"
     log_interval: Annotated[Count, Role.DISPLAY, "Steps between lines on the console"] = 10
+    log_params_norm: Annotated[
+        bool, Role.DISPLAY, "Record the norm of all trained parameters in each step: params_norm"
+    ] = False
+    log_num_zeros_in_grad: Annotated[
+        bool,
+        Role.DISPLAY,
+        Only("megatron", harmless="ZeRO frees the gradients before they can be counted"),
+        "Record how many numbers of the gradient are 0 in each step: num_zeros",
+    ] = False
+    profile: Annotated[
+        bool, Role.DISPLAY, "Write a trace of some steps to profile/ in the run folder (torch.profiler)"
+    ] = False
+    profile_step_start: Annotated[Natural, Role.DISPLAY, "The trace begins after this step"] = 10
+    profile_step_end: Annotated[Count, Role.DISPLAY, "The trace ends after this step"] = 12
+    profile_ranks: Annotated[tuple[int, ...], Role.DISPLAY, "Ranks that write a trace"] = (0,)
     tensorboard_dir: Annotated[str | None, Role.PLACE, PATH, "Write TensorBoard events to this folder"] = None
     wandb_project: Annotated[str | None, Role.DISPLAY, "Report to this Weights & Biases project"] = None
 

@@ -40,6 +40,8 @@ class StepResult:
     stop: bool  # some rank was asked to stop
     peak_memory: int  # bytes, the largest of the ranks
     moe_layers: tuple[int, ...] | None = None  # their numbers in the model, from 1; None: all layers
+    params_norm: float | None = None  # of all trained parameters; None: not asked for
+    num_zeros: int | None = None  # of the gradient; None: not asked for, or not known
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Clock:
     # of this rank's micro-batches, in order; empty where nobody tells
     arrived: list[Tokens] = field(default_factory=list)
     eod: int | None = None  # ends a document; None where nobody asks for documents
+    balanced: bool = False  # tokens go to all experts in turn, whatever the router says
     # of these micro-batches: where the document of each token begins, _BS, uncut
     starts: list[Tensor] = field(default_factory=list)
 
@@ -124,6 +125,8 @@ class RouterSite:
             "tokens": self._tokens(),
         }
         routing: Routing = self.router(x_TD, **asked)
+        if self.clock.balanced:
+            routing = evenly(routing)
         if self.statistics is not None:
             self.statistics.record(self.router, routing)
         return routing, self.router.at(**asked)
@@ -156,6 +159,13 @@ class RouterSite:
                 "begin_evaluation() before the first"
             )
         return arrived[index] if arrived else None
+
+
+def evenly(routing: Routing) -> Routing:
+    """The same, sent to all experts in turn."""
+    count, k = routing.experts_TK.shape
+    routes_R = torch.arange(count * k, device=routing.experts_TK.device)
+    return routing._replace(experts_TK=(routes_R % routing.logits_TE.size(1)).view(count, k))
 
 
 def single_routes(routing: Routing) -> Routing:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.clock import Clock
+from megatron_hyperrouter.engines.profile import Profiler
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.saved.engine import SavedEngine
 from megatron_hyperrouter.engines.statistics import RouterStatistics
@@ -21,6 +23,7 @@ from megatron_hyperrouter.engines.totals import (
     first_word,
     largest,
     mean_scale,
+    params_norm,
     step_result,
     whole_shapes,
 )
@@ -45,6 +48,7 @@ class SharedEngine(SavedEngine):
     """Serves ``engines.base.Engine``, but for what a host does in its own way."""
 
     routers: dict[str, Router]  # prefix of the global names -> router
+    num_zeros: float | None = None  # of the last step's gradient, where the host counts them
 
     def __init__(self, config: RunConfig, place: Place, *, eod: int | None = None) -> None:
         """To be called when the process groups stand; ``eod``: the id that ends a document, where the
@@ -57,10 +61,12 @@ class SharedEngine(SavedEngine):
         self.patience = patience()
         self.eod = eod
         resets = config.data.reset_attention_mask or config.data.reset_position_ids
-        self.clock = Clock(eod=eod if resets else None)
+        balanced = config.model.moe_router_force_load_balancing
+        self.clock = Clock(eod=eod if resets else None, balanced=balanced)
         self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
         self.loss = LanguageModelLoss(self.device)
         self.topk_at = topk_schedule(config)
+        self.profiler = Profiler(config.logging, place.rank)
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
         """Keep the routers of this rank, and promise them to tell when their weights change."""
@@ -88,7 +94,8 @@ class SharedEngine(SavedEngine):
             held = [self._counted(batch) for batch in batches]
             self.loss.scale = mean_scale([labels_BS for _, labels_BS in held], self.place, self.device)
             batches = iter(held)
-        norm = self.optimize(batches, learning_rate)
+        with self.profiler.watching(step + 1):
+            norm = self.optimize(batches, learning_rate)
         result, sums = step_result(
             self.loss.take(),
             self.statistics,
@@ -106,6 +113,10 @@ class SharedEngine(SavedEngine):
                 )
             )
         self.weights_changed()
+        if self.config.logging.log_params_norm:
+            result = replace(result, params_norm=params_norm(self.named_parameters(), self.device))
+        if self.num_zeros is not None:
+            result = replace(result, num_zeros=int(self.num_zeros))
         self.clock.step = step + 1  # an evaluation may follow
         return result
 
@@ -114,6 +125,10 @@ class SharedEngine(SavedEngine):
         """Samples in one optimizer step."""
         train = self.config.train
         return train.global_batch_size or train.micro_batch_size * self.place.data_size
+
+    @abstractmethod
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(global name, parameter) of what this rank holds."""
 
     @abstractmethod
     def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:

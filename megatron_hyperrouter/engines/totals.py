@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import EvalResult, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.model.sharding import replica_place, shard_of
+from megatron_hyperrouter.model.sharding import (
+    is_second_copy,
+    replica_place,
+    shard_of,
+    tensor_parallel_place,
+)
 
 
 def step_result(
@@ -71,6 +76,18 @@ def mean_scale(labels: list[Tensor], place: Place, device: torch.device) -> Tens
     dist.all_reduce(counted)
     replicas = place.world_size // place.data_size  # ranks that brought the same labels
     return (positions * replicas / counted.clamp(min=1)).float()
+
+
+def params_norm(named: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> float:
+    """L2 norm of all trained parameters of the model, each counted once (collective)."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for name, parameter in named:
+        another_tells = replica_place(name)[1] != 0 or is_second_copy(name)
+        whole_on_each = shard_of(name) is None and tensor_parallel_place(name)[1] != 0
+        if parameter.requires_grad and not another_tells and not whole_on_each:
+            total += parameter.detach().double().square().sum()
+    dist.all_reduce(total)
+    return float(total.sqrt())
 
 
 def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:

@@ -90,10 +90,13 @@ def parameter_dtype(config: RunConfig) -> torch.dtype:
 
 
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
-    """Rows of the embedding: a multiple that does not depend on the layout, so that the loss does not
-    either.
+    """Rows of the embedding.
+
+    They depend on the layout only where --pad-vocab-size-to-tp asks for it, so that the loss does not either.
     """
     multiple = config.model.make_vocab_size_divisible_by
+    if config.model.pad_vocab_size_to_tp:
+        multiple *= config.parallel.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 

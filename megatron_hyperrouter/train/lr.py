@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 from megatron_hyperrouter.config.tree import OptimizerConfig
 
@@ -12,7 +13,7 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) ->
     ``min_lr``.
 
     The formulas are those of Megatron-LM's ``OptimizerParamScheduler`` (decay styles constant, linear,
-    cosine, inverse-square-root, WSD; WSD ends in its default, the exponential shape).  One thing differs:
+    cosine, inverse-square-root, WSD and its shapes).  One thing differs:
     Megatron-LM takes step n with the rate after n - 1 steps, so its first step has rate 0 under warm-up; here
     step n has the rate after n steps, so warm-up step n of w uses ``lr * n / w`` and the last step of the
     decay uses ``min_lr``.
@@ -21,7 +22,7 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) ->
         raise ValueError(f"steps count from 1, got {step}")
     warmup = optimizer.lr_warmup_iters
     if step <= warmup:
-        return optimizer.lr * step / warmup
+        return optimizer.lr_warmup_init + (optimizer.lr - optimizer.lr_warmup_init) * step / warmup
     if optimizer.lr_decay_style == "constant":
         return optimizer.lr
     decay_end = optimizer.lr_decay_iters or train_iters
@@ -43,4 +44,12 @@ def _remaining(step: int, optimizer: OptimizerConfig, warmup: int, decay_end: in
         return 0.5 * (math.cos(math.pi * done) + 1.0)
     anneal = optimizer.lr_wsd_decay_iters or max(decay_end // 10, 1)  # WSD: warm-up, stable, decay
     annealed = (step - (decay_end - anneal)) / anneal
-    return 1.0 if annealed <= 0 else 2.0 * 0.5**annealed - 1.0
+    return 1.0 if annealed <= 0 else _WSD[optimizer.lr_wsd_decay_style](annealed)
+
+
+_WSD: Mapping[str, Callable[[float], float]] = {  # share of WSD's decay that is done -> share that is left
+    "exponential": lambda done: 2.0 * 0.5**done - 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (math.cos(math.pi * done) + 1.0),
+    "minus_sqrt": lambda done: 1.0 - math.sqrt(done),
+}

@@ -78,6 +78,8 @@ METRICS: tuple[Metric, ...] = (
         lambda v: f"norm {v:.2f}" if v >= 0.1 else f"norm {v:.1e}",
         "steps",
     ),
+    Metric("params_norm", "train", lambda facts: facts.result.params_norm),
+    Metric("num_zeros", "train", lambda facts: facts.result.num_zeros),
     Metric("learning_rate", "train", lambda facts: facts.learning_rate, lambda v: f"lr {v:.2e}"),
     Metric("topk", "train", lambda facts: facts.topk, lambda v: f"k {v:.0f}"),
     Metric("consumed_samples", "train", lambda facts: facts.consumed[0]),

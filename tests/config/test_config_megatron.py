@@ -25,7 +25,7 @@ FLAGS = set((HERE / "megatron_flags.txt").read_text().split("\n", 1)[1].split())
 COMMANDS = sorted((HERE / "megatron_commands").glob("*.json"))
 KINDS = (ALWAYS, NO_EFFECT, RENAMED, ARITHMETIC, ALL_ABSENT)
 # What these commands ask for and this program does not have yet: each is refused with its effect.
-NOT_YET = """exit-duration-in-mins log-num-zeros-in-grad log-params-norm lr-warmup-init no-load-optim
+NOT_YET = """exit-duration-in-mins no-load-optim
 no-load-rng no-save-optim multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
 qk-pos-emb-head-dim v-head-dim rotary-scaling-factor mscale mscale-all-dim""".split()
 
@@ -86,9 +86,9 @@ class TestKinds:
         flags = (
             "--swiglu --normalization RMSNorm --use-mcore-models --rotary-percent 1.0 --disable-bias-linear"
         )
-        _, note = understood(all_routers, *flags.split(), "--moe-grouped-gemm", "--log_throughput")
+        _, note = understood(all_routers, *flags.split(), "--use-flash-attn", "--log_throughput")
         assert "5 for what is always so here" in note
-        assert "2 (--moe-grouped-gemm, --log-throughput) without effect" in note
+        assert "2 (--use-flash-attn, --log-throughput) without effect" in note
 
     def test_what_is_always_otherwise_is_refused(self, all_routers):
         for flag, value in (("--normalization", "LayerNorm"), ("--optimizer", "sgd")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_hyperrouter.config.cli import replace_leaves
 from megatron_hyperrouter.config.derived import expert_width
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig, TrainConfig
 from megatron_hyperrouter.model.spec import RMSNorm, padded_vocab_size, transformer_config
@@ -29,6 +30,14 @@ def test_rms_norm_is_its_formula() -> None:
 )
 def test_padded_vocabulary(vocabulary: int, multiple: int, rows: int) -> None:
     assert padded_vocab_size(vocabulary, run_of(make_vocab_size_divisible_by=multiple)) == rows
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 151936), (2, 151936), (4, 151936), (3, 153123)])
+def test_vocabulary_padded_as_megatron_lm_does(ranks: int, rows: int) -> None:
+    """Qwen3's 151,643 ids to a multiple of 1187 x TP (build_tokenizer.py): 128 x 1187 = 151,936."""
+    run = run_of(make_vocab_size_divisible_by=1187, pad_vocab_size_to_tp=True)
+    run = replace_leaves(run, tensor_model_parallel_size=ranks)
+    assert padded_vocab_size(151643, run) == rows
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def megatron_rates(config: OptimizerConfig, train_iters: int, count: int) -> lis
     decay = config.lr_decay_iters or train_iters
     scheduler = OptimizerParamScheduler(
         SimpleNamespace(param_groups=[{}]),
-        init_lr=0.0,
+        init_lr=config.lr_warmup_init,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.lr_warmup_iters,
@@ -32,7 +32,7 @@ def megatron_rates(config: OptimizerConfig, train_iters: int, count: int) -> lis
         wd_incr_steps=1,
         wd_incr_style="constant",
         wsd_decay_steps=config.lr_wsd_decay_iters or max(decay // 10, 1),
-        lr_wsd_decay_style="exponential",
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
     )
     rates = []
     for _ in range(count):
@@ -48,9 +48,18 @@ def megatron_rates(config: OptimizerConfig, train_iters: int, count: int) -> lis
     decay_iters=st.booleans(),
     wsd=st.none() | st.integers(1, 80),
     share=st.floats(0.0, 1.0),
+    shape=st.sampled_from(["exponential", "linear", "cosine", "minus_sqrt"]),
+    init=st.floats(0.0, 0.0029),
 )
 def test_equals_megatron_after_as_many_steps(
-    style: str, warmup: int, after: int, decay_iters: bool, wsd: int | None, share: float
+    style: str,
+    warmup: int,
+    after: int,
+    decay_iters: bool,
+    wsd: int | None,
+    share: float,
+    shape: str,
+    init: float,
 ) -> None:
     decay = warmup + after
     train_iters = decay + 10 if decay_iters else decay
@@ -61,6 +70,8 @@ def test_equals_megatron_after_as_many_steps(
         lr_warmup_iters=warmup,
         lr_decay_iters=decay if decay_iters else None,
         lr_wsd_decay_iters=wsd,
+        lr_wsd_decay_style=shape,  # type: ignore[arg-type]
+        lr_warmup_init=init,
     )
     ours = [learning_rate_at(step, config, train_iters) for step in range(1, train_iters + 6)]
     assert ours == pytest.approx(megatron_rates(config, train_iters, len(ours)), rel=1e-12, abs=1e-18)

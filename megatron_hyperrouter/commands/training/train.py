@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if show_help_first(words, prog=PROGRAM):
         return 0
+    from megatron_hyperrouter.commands.training.dry_run_flags import asked_for
+
+    dry, asked_world_size, words = asked_for(words)
     import torch
 
     from megatron_hyperrouter.commands.training.execute import run
@@ -45,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_hyperrouter.train.samples import open_samples
 
     notes: list[str] = []
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = asked_world_size or int(os.environ.get("WORLD_SIZE", "1"))
     config = parse(words, routers=ROUTERS, world_size=world_size, notes=notes)
     for note in notes:
         console.note(note)
     for warning in warnings(config, has_gpu=torch.cuda.is_available()):
         console.warn(warning)
+    if dry:
+        from megatron_hyperrouter.commands.training.dry_run import show_run
+
+        show_run(config, world_size)
+        return 0
     tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if minds_documents(config) else None
     start = decide(config)

@@ -78,6 +78,10 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
     yield from page.wrapped(f"Show one section with --help SECTION: {names}.")
     yield ""
     yield from page.row("--config FILE", "YAML file of settings; a run's config.yaml starts that run again")
+    yield from page.row(
+        "--dry-run [--world-size N]",
+        "Check all rules, show layout, parameters, memory, tokens and epochs, and end without training",
+    )
     yield from page.row("--help, -h [SECTION]", "Show this text, or one section of it")
 
 

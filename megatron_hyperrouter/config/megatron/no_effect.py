@@ -41,22 +41,21 @@ fine-grained-offloading-max-inflight-offloads flash-attention-version fused-resi
 init-model-with-meta-device lazy-mpu-init legacy-tokenizer manual-gc manual-gc-interval
 min-offloaded-tensor-size mla-down-proj-fusion mlp-chunks-for-training moe-deepep-num-sms
 moe-enable-deepep moe-enable-routing-replay moe-extended-tp moe-flex-dispatcher-backend
-moe-flex-dispatcher-num-sms moe-grouped-gemm moe-hybridep-num-blocks-permute
-moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms moe-hybridep-num-sms-preprocessing
-moe-hybridep-pad-uneven-dispatch-inputs moe-layer-recompute moe-mlp-glu-interleave-size
-moe-ncclep-zero-copy moe-pad-expert-input-to-capacity moe-paged-stash
-moe-paged-stash-buffer-size-factor-cpu moe-paged-stash-buffer-size-factor-cuda moe-paged-stash-page-size
-moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-fusion moe-router-padding-for-fp8
-moe-router-padding-for-quantization moe-single-grouped-bias moe-single-grouped-weight
-moe-use-grouped-tensor moe-use-legacy-grouped-gemm no-bias-dropout-fusion no-bias-gelu-fusion
-no-bias-swiglu-fusion no-clone-scatter-output-in-embedding no-gradient-accumulation-fusion
-no-gradient-reduce-div-fusion no-manual-gc-eval no-masked-softmax-fusion no-persist-layer-norm
-no-pin-cpu-grads no-pin-cpu-params no-rope-fusion offload-modules onnx-safe optimizer-cpu-offload
-optimizer-cuda-graph optimizer-offload-fraction overlap-cpu-optimizer-d2h-h2d rl-persist-cuda-graphs
-rl-reset-cuda-graphs rl-training-cuda-graphs te-rng-tracker use-cpu-initialization use-flash-attn
-use-fused-weighted-squared-relu use-grouped-gemm-for-dense-mlp use-grouped-gemm-for-shared-expert
-use-kitchen-attention use-legacy-models use-te-activation-func use-torch-optimizer-for-cpu-offload
-use-transformer-engine-op-fuser
+moe-flex-dispatcher-num-sms moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute
+moe-hybridep-num-sms moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs
+moe-layer-recompute moe-mlp-glu-interleave-size moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
+moe-paged-stash moe-paged-stash-buffer-size-factor-cpu moe-paged-stash-buffer-size-factor-cuda
+moe-paged-stash-page-size moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-fusion
+moe-router-padding-for-fp8 moe-router-padding-for-quantization moe-single-grouped-bias
+moe-single-grouped-weight moe-use-grouped-tensor moe-use-legacy-grouped-gemm no-bias-dropout-fusion
+no-bias-gelu-fusion no-bias-swiglu-fusion no-clone-scatter-output-in-embedding
+no-gradient-accumulation-fusion no-gradient-reduce-div-fusion no-manual-gc-eval no-masked-softmax-fusion
+no-persist-layer-norm no-pin-cpu-grads no-pin-cpu-params no-rope-fusion offload-modules onnx-safe
+optimizer-cpu-offload optimizer-cuda-graph optimizer-offload-fraction overlap-cpu-optimizer-d2h-h2d
+rl-persist-cuda-graphs rl-reset-cuda-graphs rl-training-cuda-graphs te-rng-tracker
+use-cpu-initialization use-flash-attn use-fused-weighted-squared-relu use-grouped-gemm-for-dense-mlp
+use-grouped-gemm-for-shared-expert use-kitchen-attention use-legacy-models use-te-activation-func
+use-torch-optimizer-for-cpu-offload use-transformer-engine-op-fuser
 """,
         "Logging and monitoring": """
 adlr-autoresume adlr-autoresume-interval app-tag-run-name app-tag-run-version config-logger-dir
@@ -90,7 +89,7 @@ tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-hf-use
 trust-remote-code use-gigatoken
 """,
         "Checkpoint files": """
-async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-save async-strategy
+async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy
 auto-detect-ckpt-format ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
 ckpt-convert-update-legacy-dist-opt-format ckpt-drop-redundant-extra-state ckpt-format
 ckpt-fully-parallel-load ckpt-fully-parallel-load-exchange-algo
@@ -148,12 +147,12 @@ use-same-sampling-seed-across-dp-ranks
 """,
         "Restarts, fault tolerance and error injection": """
 calc-ft-timeouts check-for-large-grads check-for-spiky-loss disable-check-for-nan-in-loss
-distributed-timeout-minutes distributed-timeout-seconds-after-init enable-ft-package
-error-injection-rate error-injection-type exit-signal exit-signal-handler-for-dataloader
-exit-signal-handler-for-training ft-num-warmup-iters inprocess-active-world-size
-inprocess-barrier-timeout inprocess-completion-timeout inprocess-empty-cuda-cache inprocess-granularity
-inprocess-hard-timeout inprocess-heartbeat-interval inprocess-heartbeat-timeout inprocess-last-call-wait
-inprocess-max-iterations inprocess-monitor-process-interval inprocess-monitor-thread-interval
+distributed-timeout-seconds-after-init enable-ft-package error-injection-rate error-injection-type
+exit-signal exit-signal-handler-for-dataloader exit-signal-handler-for-training ft-num-warmup-iters
+inprocess-active-world-size inprocess-barrier-timeout inprocess-completion-timeout
+inprocess-empty-cuda-cache inprocess-granularity inprocess-hard-timeout inprocess-heartbeat-interval
+inprocess-heartbeat-timeout inprocess-last-call-wait inprocess-max-iterations
+inprocess-monitor-process-interval inprocess-monitor-thread-interval
 inprocess-progress-watchdog-interval inprocess-restart inprocess-soft-timeout
 inprocess-termination-grace-time no-check-for-nan-in-loss no-check-for-nan-in-loss-and-grad rerun-mode
 result-rejected-tracker-filename

@@ -111,13 +111,8 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
         name: Absent(*cells)
         for name, cells in _rows(
             """
-mock-data | trains on made-up tokens | the run would need data
 rampup-batch-size | grows the global batch from a small one | every step would take the full global batch
 exit-interval | stops the run at a multiple of so many steps | the run would go to --train-iters
-exit-duration-in-mins | stops the run after so many minutes
-  | the run would go to --train-iters, or to a SIGTERM
-lr-warmup-init | is the learning rate at the start of the warm-up | the warm-up would start from 0
-lr-wsd-decay-style | is the shape of WSD's final decay | it would be exponential
 no-load-optim | loads a checkpoint without its optimizer state
   | the optimizer state would be loaded; --finetune starts a new run from the weights
 no-load-rng | loads a checkpoint without its random state
@@ -136,18 +131,9 @@ recompute-modules | names the parts to recompute
 recompute-num-layers | is the number of layers to recompute together
   | --recompute-granularity full recomputes each layer
 recompute-method | says which layers are recomputed | --recompute-granularity full recomputes each layer
-profile | records a trace of some steps | there would be no trace
-profile-step-start | belongs to --profile | there would be no trace
-profile-step-end | belongs to --profile | there would be no trace
-profile-ranks | belongs to --profile | there would be no trace
 use-pytorch-profiler | belongs to --profile | there would be no trace
-moe-router-force-load-balancing | routes tokens evenly, whatever the router says
-  | the router would route them
-log-params-norm | reports the norm of the weights | it would not be reported
-log-num-zeros-in-grad | counts the zeros in the gradient | they would not be counted
 ckpt-step | loads the checkpoint of one step
   | the newest one would be loaded; --load takes a step's folder, too
-grad-reduce-in-bf16 | reduces gradients in bfloat16 | they would be reduced in float32
 decoder-first-pipeline-num-layers | is the number of layers of the first pipeline stage
   | stages would have equally many layers
 decoder-last-pipeline-num-layers | is the number of layers of the last pipeline stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import split_shares
-from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.leaves import flag, value_of
 from megatron_hyperrouter.config.mixes import SCHEDULE_REMEDY, prefixes_and_weights, scheduled
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
@@ -16,7 +16,8 @@ PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """There is something to train on."""
-    if not config.data.data_path and not config.data.train_data_path and config.data.data_schedule is None:
+    data = config.data
+    if not (data.mock_data or data.data_path or data.train_data_path or data.data_schedule is not None):
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
         yield broken(
             config,
@@ -24,6 +25,15 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             "no training data: needs --data-path, --train-data-path or --data-schedule",
             remedy,
         )
+
+
+def mock_data_stands_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Made-up tokens come from no file, and have no documents."""
+    if not config.data.mock_data:
+        return
+    for name in (*PATHS, "data_schedule", "pack_documents"):
+        if value_of(config, name):
+            yield broken(config, name, "has no meaning with --mock-data", "leave one of the two out")
 
 
 def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -127,6 +137,7 @@ def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> It
 
 RULES: tuple[Rule, ...] = (
     some_data,
+    mock_data_stands_alone,
     one_source_of_data,
     blends,
     schedule_is_one,

@@ -111,7 +111,12 @@ def heads_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Itera
 
 def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """TP cuts the padded vocabulary into equal parts."""
-    yield from indivisible(config, "make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    multiple, ranks = config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+    if multiple % ranks and not config.model.pad_vocab_size_to_tp:
+        rule = f"must be divisible by --tensor-model-parallel-size = {ranks}"
+        padded = f"add --pad-vocab-size-to-tp for Megatron-LM's {multiple * ranks}"
+        remedy = f"use {multiples(multiple, ranks)}, or {padded}"
+        yield broken(config, "make_vocab_size_divisible_by", rule, remedy)
 
 
 def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

@@ -71,6 +71,15 @@ def warmup_within_decay(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+def warmup_starts_below_lr(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The warm-up rises to the peak."""
+    init, lr = config.optimizer.lr_warmup_init, config.optimizer.lr
+    if init and init >= lr:
+        yield broken(config, "lr_warmup_init", f"must be less than --lr = {lr}", "lower it, or raise --lr")
+    if init and not config.optimizer.lr_warmup_iters:
+        yield broken(config, "lr_warmup_init", "needs a warm-up", "set --lr-warmup-iters, or leave it out")
+
+
 def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """WSD: warm-up, then a stable part, then the decay."""
     if config.optimizer.lr_decay_style != "WSD" or config.optimizer.lr_wsd_decay_iters is None:
@@ -83,6 +92,14 @@ def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
             f"must be at most {room}: the steps between warm-up and the end",
             f"use at most {room}",
         )
+
+
+def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """A trace ends after it begins."""
+    start, end = config.logging.profile_step_start, config.logging.profile_step_end
+    if config.logging.profile and end <= start:
+        rule = f"must be more than --profile-step-start = {start}"
+        yield broken(config, "profile_step_end", rule, f"use {start + 2}")
 
 
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -101,6 +118,8 @@ RULES: tuple[Rule, ...] = (
     micro_batches_by_pipeline,
     min_lr_within_lr,
     warmup_within_decay,
+    warmup_starts_below_lr,
     wsd_decay_fits,
+    profile_has_steps,
     finetune_needs_load,
 )

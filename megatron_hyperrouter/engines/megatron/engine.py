@@ -66,7 +66,7 @@ class MegatronEngine(SharedEngine):
         distributed = run.optimizer.use_distributed_optimizer
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=distributed,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=not self.config.optimizer.grad_reduce_in_bf16,
             overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
             overlap_param_gather=run.optimizer.overlap_param_gather,
         )
@@ -111,7 +111,7 @@ class MegatronEngine(SharedEngine):
         train = self.config.train
         count = self.global_batch_size // (train.micro_batch_size * self.place.data_size)
         self._schedule(batches, count, train.micro_batch_size, forward_only=False)
-        _, norm, _ = self.optimizer.step()
+        _, norm, self.num_zeros = self.optimizer.step()
         return float(norm)
 
     def forward_all(self, batches: Iterator[Batch]) -> None:
@@ -234,6 +234,7 @@ def _optimizer_config(run: RunConfig, core: TransformerConfig) -> OptimizerConfi
         bf16=run.train.bf16,
         params_dtype=core.params_dtype,
         use_distributed_optimizer=settings.use_distributed_optimizer,
+        log_num_zeros_in_grad=run.logging.log_num_zeros_in_grad,
         overlap_param_gather=settings.overlap_param_gather,
     )
 

@@ -1,0 +1,85 @@
+"""What a person tries first on a new machine: made-up data, forced balance, a trace, a dry run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from program.launched import Zygote, metrics
+from program.settings import TINY
+
+from megatron_hyperrouter.checkpoint.folder import find
+from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
+
+pytestmark = pytest.mark.processes
+TRIAL = """--mock-data --tokenizer-type NullTokenizer --vocab-size 60 --train-iters 4 --log-params-norm
+--moe-router-force-load-balancing --moe-router-topk 2 --log-num-zeros-in-grad --save-interval 0""".split()
+TRACE = "--profile --profile-step-start 1 --profile-step-end 3 --profile-ranks 0".split()
+
+
+@pytest.fixture(scope="module")
+def trials(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same run on both engines: on one rank, and with experts on two."""
+    root = tmp_path_factory.mktemp("trials")
+    flags = [*TINY, *TRIAL]
+    zygote.run([*flags, *TRACE, "--run-dir", str(root / "deepspeed")], ranks=1)
+    other = ["--engine", "megatron", "--expert-model-parallel-size", "2"]
+    zygote.run([*flags, *other, "--run-dir", str(root / "megatron")], ranks=2)
+    return {name: root / name for name in ("deepspeed", "megatron")}
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    return [record for record in metrics(run_dir) if "split" not in record]
+
+
+def test_made_up_data_is_the_same_run_everywhere_and_is_learned(trials: dict[str, Path]) -> None:
+    losses = {name: [record["lm_loss"] for record in steps_of(path)] for name, path in trials.items()}
+    assert losses["megatron"] == pytest.approx(losses["deepspeed"], rel=1e-5)
+    assert losses["deepspeed"][0] == pytest.approx(math.log(64), rel=0.1)
+    assert losses["deepspeed"][-1] < losses["deepspeed"][0]
+    assert {record["split"] for record in metrics(trials["deepspeed"]) if "split" in record} == {
+        "valid",
+        "test",
+    }
+
+
+def test_forced_balance_gives_all_experts_the_same_load(trials: dict[str, Path]) -> None:
+    for path in trials.values():
+        for record in steps_of(path):
+            assert record["router/load_max_over_mean/1"] == record["router/load_max_over_mean/2"] == 1.0
+
+
+def test_the_norm_of_the_parameters_is_that_of_the_saved_weights(trials: dict[str, Path]) -> None:
+    for path in trials.values():
+        folder = find(path)
+        assert folder is not None
+        squares = 0.0
+        for name, tensor in read_tensors(folder, weight_names(folder)).items():
+            if ".mlp.router." not in name or name.endswith("embedding_S"):  # not the frozen hypernetwork
+                squares += float(tensor.double().square().sum())
+        assert steps_of(path)[-1]["params_norm"] == pytest.approx(math.sqrt(squares), rel=1e-6)
+
+
+def test_zeros_of_the_gradient_are_counted_where_they_can_be(trials: dict[str, Path]) -> None:
+    assert all("num_zeros" not in record for record in steps_of(trials["deepspeed"]))
+    assert all(record["num_zeros"] >= 0 for record in steps_of(trials["megatron"]))
+
+
+def test_a_trace_of_the_steps_asked_for(trials: dict[str, Path]) -> None:
+    trace = json.loads((trials["deepspeed"] / "profile" / "rank-0.json").read_text())
+    assert any("aten::" in str(event.get("name")) for event in trace["traceEvents"])
+    assert not (trials["megatron"] / "profile").exists()
+
+
+def test_a_dry_run_shows_the_run_and_starts_nothing(zygote: Zygote, tmp_path: Path) -> None:
+    flags = [*TINY, *TRIAL, "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    done = zygote.run([*flags, "--world-size", "4", "--expert-model-parallel-size", "4"], ranks=1)
+    assert "4 ranks: data 4 x expert 4 parallel" in done.stdout
+    assert "memory" in done.stdout
+    assert not (tmp_path / "run").exists()
+    refused = zygote.run(
+        [*flags, "--world-size", "3", "--expert-model-parallel-size", "2"], ranks=1, status=2
+    )
+    assert "--expert-model-parallel-size = 2" in refused.stderr
