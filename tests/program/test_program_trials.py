@@ -80,6 +80,6 @@ def test_a_dry_run_shows_the_run_and_starts_nothing(zygote: Zygote, tmp_path: Pa
     assert "memory" in done.stdout
     assert not (tmp_path / "run").exists()
     refused = zygote.run(
-        [*flags, "--world-size", "3", "--expert-model-parallel-size", "2"], ranks=1, status=2
+        [*flags, "--world-size", "3", "--expert-model-parallel-size", "2"], ranks=1, expect=2
     )
     assert "--expert-model-parallel-size = 2" in refused.stderr
