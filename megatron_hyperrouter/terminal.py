@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 
 from megatron_hyperrouter.errors import HyperRouterError
 
-_SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 5.0, 120.0
+_SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 5.0, 120.0, 1.0
 _MISSING_LIBRARY = 5
 _PATIENCE = 3.0  # seconds
 
@@ -113,7 +113,7 @@ class Bar:
     def __init__(self, name: str, unit: str = "MB") -> None:
         self._name, self._unit = name, unit
         self._scale = 1e6 if unit == "MB" else 1
-        self._start = self._told = time.monotonic()
+        self._start = self._told = self._asked = time.monotonic()
         self._pause = (
             _SECONDS_BETWEEN_LINES  # grows: a run of days tells hundreds of lines, not tens of thousands
         )
@@ -142,6 +142,14 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def is_due(self) -> bool:
+        """Whether an update now would be seen: for callers whose numbers cost something."""
+        pause = _SECONDS_BETWEEN_UPDATES if self._show is not None else self._pause
+        due = time.monotonic() - self._asked >= pause
+        if due:
+            self._asked = time.monotonic()
+        return due
 
     def begin_at(self, done: float) -> None:
         """So much was done before the start: it counts for what is left, and not for the speed."""

@@ -19,7 +19,7 @@ def check_topks(topks: Sequence[int], num_experts: int) -> None:
             "--topk",
             topk,
             f"must be from 1 to the {num_experts} experts of the model",
-            "leave it out or change it",
+            f"use 1 to {num_experts}",
         )
         for topk in topks
         if not 1 <= topk <= num_experts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
-from megatron_hyperrouter.terminal import show
+from megatron_hyperrouter.terminal import note, show
 
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
 Interval = tuple[float, float | None]  # mean, half of the 95 % interval
@@ -52,7 +52,9 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
     text = markdown(table, apart, runs)
     (output / "table.md").write_text(text, encoding="utf-8")
     show(text.rstrip("\n"))
-    if_matplotlib(lambda: plot(runs, table, output))
+    if_matplotlib(lambda: plot(runs, table, apart, output))
+    written = sorted(path.name for path in output.iterdir() if path.is_file())
+    note(f"written to {output}: {', '.join(written)}")
 
 
 def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
@@ -148,30 +150,31 @@ def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Cur
     return found
 
 
-def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) -> None:
-    """bits_per_byte.png: score against k; learning_curves.png: training and validation loss against steps."""
+def plot(
+    runs: Runs,
+    table: Mapping[str, Mapping[str, Interval]],
+    apart: Mapping[str, Mapping[str, Interval]],
+    output: Path,
+) -> None:
+    """bits_per_byte.png: score against k; differences.png: differences from the first router, paired by
+    seed, against k; learning_curves.png: training and validation loss against steps.
+    """
     from matplotlib.figure import Figure
 
     scored = [name for name in next(iter(table.values())) if name not in HEADS]
     unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
     ks = [int(name.rpartition("_k")[2]) for name in scored]
+    title = "Score against k: mean and 95 % interval over seeds"
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (label, row) in enumerate(table.items()):
-        shift = 1 + 0.015 * (number - (len(table) - 1) / 2)  # so that intervals do not hide one another
-        means, halves = ([row[name][part] or 0.0 for name in scored] for part in (0, 1))
-        axes.errorbar(
-            [k * shift for k in ks], means, halves, label=label, marker="osD^vPX*"[number % 8], capsize=3
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.set(
-        xlabel="active experts k",
-        ylabel=f"test, {unit}",
-        title="Score against k: mean and 95 % interval over seeds",
-    )
+    _against_k(figure.add_subplot(), ks, scored, table, ylabel=f"test, {unit}", title=title)
     finish(figure, output / "bits_per_byte.png")
+    if apart:
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(0.0, color="grey", linewidth=1)
+        title = f"Difference from {next(iter(table))}, paired by seed: mean and 95 % interval"
+        _against_k(axes, ks, scored, apart, ylabel=f"test, {unit}, less {next(iter(table))}", title=title)
+        finish(figure, output / "differences.png")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -188,6 +191,25 @@ def plot(runs: Runs, table: Mapping[str, Mapping[str, Interval]], output: Path) 
             axes.fill_between(steps, low, high, alpha=0.15, color=drawn.get_color())
         axes.set(xlabel="step", ylabel=title)
     finish(figure, output / "learning_curves.png")
+
+
+def _against_k(
+    axes: Any,
+    ks: Sequence[int],
+    measures: Sequence[str],
+    table: Mapping[str, Mapping[str, Interval]],
+    **labels: str,
+) -> None:
+    """One line a router: means with intervals, a little apart so that none hides another."""
+    for number, (label, row) in enumerate(table.items()):
+        shift = 1 + 0.015 * (number - (len(table) - 1) / 2)
+        means, halves = ([row[name][part] or 0.0 for name in measures] for part in (0, 1))
+        places = [k * shift for k in ks]
+        axes.errorbar(places, means, halves, label=label, marker="osD^vPX*"[number % 8], capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.set(xlabel="active experts k", **labels)
 
 
 def _pieces(curve: Sequence[tuple[int, float]], points: int | None) -> list[tuple[int, float]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.processes import child_environment
-from megatron_hyperrouter.terminal import Stopped, note
+from megatron_hyperrouter.terminal import Bar, Stopped, note
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine, YamlFile
@@ -31,6 +32,8 @@ PROGRAM = ("-m", "megatron_hyperrouter", "train")
 OURS = ("--config", "--run-dir", *map(flag, names_with(Role.START)))  # flags of the program that a study sets
 LAYOUT = names_with(Role.LAYOUT)
 SECONDS_TO_SAVE = 60.0
+STOPPED = 6  # exit status of a run that was asked to stop
+_TAIL_BYTES = 1 << 16  # of a metrics file: more than its last line
 
 
 @dataclass(frozen=True)
@@ -171,28 +174,45 @@ def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
     waiting, running, ended = list(plans), list[_Started](), 0
     threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // (jobs * ranks), 1))
     env = child_environment(OMP_NUM_THREADS=threads, PYTHONWARNINGS="ignore")
+    steps = sum(plan.config.train.train_iters for plan in plans)
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0)))
-                name = running[-1].plan.folder.name
-                note(f"{name}: started ({ended} of {len(plans)} runs are finished)")
-            for run in list(running):
-                if run.process is not None and run.process.poll() is None:
-                    continue
-                _check_status(run)
-                if run.left:
-                    _next_stage(run, env)
-                else:
-                    run.log.close()
-                    running.remove(run)
-                    ended += 1
-            time.sleep(0.1)
+        with Bar("training", "steps") as bar:
+            bar.begin_at(sum(trained_steps(plan) for plan in plans))
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(_start(waiting.pop(0)))
+                    name = running[-1].plan.folder.name
+                    note(f"{name}: started ({ended} of {len(plans)} runs are finished)")
+                for run in list(running):
+                    if run.process is not None and run.process.poll() is None:
+                        continue
+                    _check_status(run)
+                    if run.left:
+                        _next_stage(run, env)
+                    else:
+                        run.log.close()
+                        running.remove(run)
+                        ended += 1
+                if bar.is_due():
+                    done = sum(trained_steps(plan) for plan in plans)
+                    bar.update(done, steps, f"{ended} of {len(plans)} runs finished")
+                time.sleep(0.1)
     except Stopped as reason:
-        reason.left = "the same command goes on"
+        reason.left = "run the same command again to continue"
         raise
     finally:
         _stop(running)
+
+
+def trained_steps(plan: Plan) -> int:
+    """Optimizer steps that the run's metrics show so far."""
+    try:
+        with (plan.folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+            steps = re.findall(rb'"step": (\d+)', file.read())
+    except OSError:
+        return 0
+    return min(int(steps[-1]), plan.config.train.train_iters) if steps else 0
 
 
 def _start(plan: Plan) -> _Started:
@@ -217,10 +237,11 @@ def _check_status(run: _Started) -> None:
     if run.process is None:
         return
     status = run.process.returncode
-    if status or (run.what == "training" and not is_trained(run.plan)):
+    stopped = status == STOPPED or (not status and run.what == "training" and not is_trained(run.plan))
+    if status or stopped:
         run.log.flush()
         tail = Path(run.log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
-        how = f"ended with exit status {status}" if status else "was stopped before its last step"
+        how = "was stopped before its last step" if stopped else f"ended with exit status {status}"
         raise RuntimeError(f"{run.plan.folder}: {run.what} {how}\n--- end of its log\n{tail}")
 
 

@@ -7,6 +7,7 @@ import random
 import statistics
 
 import pytest
+import scipy.stats
 
 from megatron_hyperrouter.analysis.intervals import mean_and_half, t_below, t_quantile
 
@@ -38,6 +39,14 @@ def test_probability_against_simpsons_rule(degrees, t):
         weight = 1 if i in (0, n) else 4 if i % 2 else 2
         total += weight * scale * (1 + (t * i / n) ** 2 / degrees) ** (-(degrees + 1) / 2)
     assert t_below(t, degrees) == pytest.approx(0.5 + total * t / n / 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30, 200])
+@pytest.mark.parametrize("probability", [0.55, 0.9, 0.975, 0.9995])
+def test_quantiles_are_scipys(degrees, probability):
+    assert t_quantile(probability, degrees) == pytest.approx(
+        scipy.stats.t.ppf(probability, degrees), rel=1e-9
+    )
 
 
 def test_interval_of_three_runs_by_hand():

@@ -240,7 +240,7 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
 
 def test_plots_are_there(compared: Compared) -> None:
     pytest.importorskip("matplotlib")
-    for name in ("bits_per_byte", "learning_curves"):
+    for name in ("bits_per_byte", "differences", "learning_curves"):
         assert (compared.folder / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -272,7 +272,11 @@ def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[list[str], str, str]] = {
-    "an unknown router": (["--routers", "topk", "hiper"], "", "did you mean hyper?"),
+    "an unknown router": (
+        ["--routers", "topk", "hiper"],
+        "",
+        "--routers = hiper: is not a router; did you mean hyper?",
+    ),
     "an option of another router": (
         ["--routers", "topk", "--options", "options.yaml"],
         "topk: {frequency: 3.0}",
@@ -281,7 +285,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a label without its router": (
         ["--routers", "mine", "--options", "options.yaml"],
         "mine: {bias: true}",
-        "--router.name",
+        "--routers = mine: is not a router; use competesmoe, hyper,",
     ),
     "options of nobody": (
         ["--routers", "topk", "--options", "options.yaml"],

@@ -88,6 +88,21 @@ def test_training_that_somebody_has_stopped_is_not_scored(runs: Any, tmp_path: P
     assert (tmp_path / "a" / "log.txt").read_text() == ""
 
 
+def test_training_that_was_asked_to_stop_says_so(runs: Any, tmp_path: Path) -> None:
+    plan = plan_of(runs, tmp_path / "a", [("training", ["-c", "raise SystemExit(6)"])])
+    with pytest.raises(RuntimeError, match="a: training was stopped before its last step"):
+        runs.run_all([plan], 1)
+
+
+def test_steps_of_a_run_are_those_of_its_metrics(runs: Any, tmp_path: Path) -> None:
+    plan = plan_of(runs, tmp_path / "a", [])
+    assert runs.trained_steps(plan) == 0
+    plan.folder.mkdir()
+    lines = [json.dumps({"step": step, "lm_loss": 1.0}) for step in range(1, 4)]
+    (plan.folder / "metrics.jsonl").write_text("\n".join([*lines, '{"st']))
+    assert runs.trained_steps(plan) == 3
+
+
 def test_runs_of_other_settings_are_strangers(runs: Any, tmp_path: Path) -> None:
     from dataclasses import replace
 

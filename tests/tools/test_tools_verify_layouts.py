@@ -157,6 +157,8 @@ def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -
             "2",
             "--layouts = tp=2,ep=2: needs more ranks than the 2 that the launcher started",
         ),
+        # one process on the other engine is not a layout that was asked for
+        (("--layouts", "ep=3"), SETTINGS, "1", "--layouts = ep=3 on megatron: "),
         (("--layouts", "ep=2,hiden_size=3"), SETTINGS, "1", "there is no setting hiden_size"),
         (
             ("--layouts", "cp=2", "tp=3", "--engines", "deepspeed"),

@@ -1,15 +1,19 @@
-"""Train routers alike and compare them: same data in the same order, same initial experts and trunk, same
+"""Train several routers alike and compare them: same data in the same order, same initial weights, same
 steps, several seeds.
 
-Each router is trained with each seed in a process of its own, then scored at every k on the test split.
---output gets a folder for each run, runs.csv (a row for each run), table.csv (mean and half of the 95 %
-t-interval over seeds), differences.csv (each router less the first, seed by seed), table.md with both,
-bits_per_byte.png and learning_curves.png.  The same command again goes on after an interruption: finished
-runs are kept, others continue from their last checkpoint (--save-interval says how often there is one).
+Each router trains with each seed in a process of its own, and is then scored at every k on the test split.
+--output gets one folder a run and these files:
+  runs.csv                   one row a run
+  table.csv, table.md        mean and half of the 95 % t-interval over seeds
+  differences.csv            each router less the first, paired by seed
+  bits_per_byte.png, differences.png, learning_curves.png
+Run the same command again after an interruption: finished runs are kept, others continue from their last
+checkpoint (--save-interval).
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from argparse import Namespace
@@ -36,21 +40,21 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
-EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.  A run has one process: sizes
-of the layout in --config are not taken over.  --routers takes names of routers, or labels that --options
-explains (YAML: label to options; "name" says which router):
+EPILOG = """Any other flag is passed to every training run.  A run has one process; the layout in --config is
+ignored.  --routers takes names of routers, or labels that --options defines (YAML: label to options; "name"
+chooses the router):
   hyper: {hypernet_width: 128}
   switch: {name: topk, pre_softmax: true}
-A router that is not in it has the options that --config gives to it, or its defaults.
+A router without an entry has the options that --config gives it, or its defaults.
 
 Columns: router entropy (nats) and load (largest over mean) are means over layers and the last tenth of the
-steps; similarity is the mean linear CKA of two experts' outputs for the same tokens; step time is the
-median, which --jobs above 1 disturbs."""
+steps.  Similarity is the mean linear CKA of two experts' outputs for the same tokens.  Step time is the
+median; --jobs above 1 disturbs it."""
 
 
 @dataclass(frozen=True)
 class Trial(Plan):
-    """One router with one seed; its task is for _compare_run.py."""
+    """One router with one seed; ``studies.router_scores`` reads its task."""
 
     label: str
     seed: int
@@ -136,6 +140,7 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
     from megatron_hyperrouter.evaluate.perplexity import check_topks
 
     options = read_options(args.options, args.routers)
+    check_routers(args.routers, options)
     configs = {label: settings_of(args.config, options.get(label, {}), label, line) for label in args.routers}
     num_experts = next(iter(configs.values())).model.num_experts
     topks = args.topk_eval or [
@@ -155,6 +160,21 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
                 **scored,
             }
             yield Trial(folder, replace_leaves(config, seed=seed, run_dir=str(folder)), task, label, seed)
+
+
+def check_routers(labels: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError for each label that is neither a router nor explained by --options."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+    from megatron_hyperrouter.routers import ROUTERS
+
+    unknown = [label for label in labels if label not in ROUTERS and "name" not in options.get(label, {})]
+    if unknown:
+        choice = f"use {', '.join(sorted(ROUTERS))}, or define the label in --options"
+        near = {label: difflib.get_close_matches(label, ROUTERS, n=1, cutoff=0.8) for label in unknown}
+        hints = {label: f"did you mean {found[0]}?" if found else choice for label, found in near.items()}
+        raise ConfigError(
+            [Problem("--routers", label, "is not a router", hint) for label, hint in hints.items()]
+        )
 
 
 def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:

@@ -1,10 +1,9 @@
-"""Scaling studies: how the loss falls with model and data, and how the speed grows with the ranks.
+"""Study how the loss falls with model and data (loss), or how the speed grows with ranks (speed).
 
-    python tools/scaling_study.py loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis
-    num_experts 4 8 16 python tools/scaling_study.py speed --config FILE --output DIR --ranks 1 2 4 --layouts
-    "" "ep=2"
+  mhr scaling loss --config FILE --output DIR --axis hidden_size 64 128 256 --axis num_experts 4 8 16
+  mhr scaling speed --config FILE --output DIR --ranks 1 2 4 --layouts "" "ep=2"
 
-Each study has its own flags: scaling_study.py loss --help.  docs/scaling.md says how to read the results.
+Each study has its own flags: mhr scaling loss --help.  docs/scaling.md explains the results.
 """
 
 from __future__ import annotations

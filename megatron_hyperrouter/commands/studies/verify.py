@@ -1,18 +1,17 @@
-"""Prove that a run is the same on every layout and engine: trains a few steps on each and compares with
-one process.
+"""Check that a run is the same on every layout and engine: train a few steps on each, compare with one
+process.
 
-The model, router, optimizer and precision are those of --config; the layout and the global batch are the
-tool's, tokens are made up unless --own-data is given, dropout is off, a k schedule runs to its end within
-the steps, and Adam's epsilon is at least 1e-4 (below, rounding noise in a gradient of almost nothing
-becomes a whole step).
+The model, router, optimizer and precision come from --config.  The command sets the layout and the global
+batch, makes up tokens unless you give --own-data, and switches dropout off.  A k schedule runs to its end
+within the steps.  Adam's epsilon is at least 1e-4: below that, rounding noise in a gradient that is almost
+zero becomes a whole step.
 
-    python tools/verify_layouts.py --config FILE.yaml                                            # one
-    machine, a laptop torchrun --nnodes 2 --nproc_per_node 8 ... tools/verify_layouts.py --config
-    FILE.yaml # a cluster deepspeed --hostfile hostfile tools/verify_layouts.py --config FILE.yaml
-    # any launcher that sets RANK
+  mhr verify --config FILE.yaml                                                     one machine
+  torchrun --nnodes 2 --nproc_per_node 8 tools/verify_layouts.py --config FILE.yaml   a cluster
+  deepspeed --hostfile hosts tools/verify_layouts.py --config FILE.yaml               a cluster
 
-Without a launcher all ranks are started on this machine, on its GPUs where it has one for each, else on
-its CPU.  Under a launcher the first of its ranks run each layout; start as many as the largest layout
+Without a launcher the command starts all ranks on this machine: on its GPUs where there is one for each
+rank, else on its CPU.  Under a launcher the first ranks run each layout; start as many as the largest layout
 needs.
 """
 
@@ -48,20 +47,22 @@ LAYOUTS = (
     "tp=2,ep=2",
     "pp=2,ep=2",
 )
-EPILOG = """A layout: tp, pp, vpp, cp, ep, etp (expert-tensor), dp, zero with their sizes, and settings by
-name, joined by commas. It has as few ranks as the sizes need, and tp brings sequence parallelism along:
+EPILOG = """A layout joins sizes and settings with commas: tp, pp, vpp, cp, ep, etp (expert-tensor), dp and
+zero with their sizes, and any setting by its name.  It uses as few ranks as the sizes need.  tp switches
+sequence parallelism on:
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
-A layout that the settings rule out is shown with the reason, and is no failure.
-For tests of this tool a layout may seed a fault: fault=expert-gradient, embedding-reduce, aux-loss or
-hypernetwork.
+A layout that the settings rule out is listed with the reason.  This is an error (status 2) only if no layout
+that you named can run.
+A layout may contain a seeded fault, to test this command: fault=expert-gradient, embedding-reduce, aux-loss
+or hypernetwork.
 
-Differences are relative: of a parameter's gradients to the largest of them, of weights to the path that
-Adam can have gone and a hundredth of the weight.  In float32 they may be 1e-5, of weights 1e-4.  In
-bfloat16 the tool also trains one process in float32: numbers may differ by twice what bfloat16 itself
-changes, gradients by as much (a quarter at most), weights by 1.5 (2 is the other way).
+Differences are relative: gradients to the parameter's largest gradient, weights to the longest path that
+Adam can have taken plus a hundredth of the weight.  Tolerances in float32: 1e-5, weights 1e-4.  In bfloat16
+the command also trains one process in float32.  Numbers may then differ by twice what bfloat16 changes,
+gradients by as much (at most a quarter), weights by 1.5 (2 would be the opposite direction).
 
-Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 data that
-cannot be read."""
+Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 unusable
+data."""
 
 
 @dataclass
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
     check_data(reference, args)
     rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
     rows = [row for row in rows if (row.layout, row.engine) != (reference.layout, reference.engine)]
-    check_some_run(rows)
+    check_some_run(rows, reference)
     exact = in_float32(reference)
     starter = starter_for(args, max(row.layout.ranks for row in [reference, *rows] if row.config))
     try:
@@ -179,14 +180,15 @@ def check_ranks(layouts: Sequence[Layout]) -> None:
         )
 
 
-def check_some_run(rows: Sequence[Row]) -> None:
-    """A proof of nothing must not look like a proof; raises ConfigError."""
+def check_some_run(rows: Sequence[Row], reference: Row) -> None:
+    """ConfigError where the settings rule out every layout that was asked for: nothing would be checked."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
-    if all(row.refused for row in rows):
-        remedy = "name a layout that goes with these settings"
+    asked = [row for row in rows if row.layout != reference.layout] or rows
+    if all(row.refused for row in asked):
+        remedy = "name a layout that these settings allow"
         raise ConfigError(
-            [Problem("--layouts", f"{row.layout.text} on {row.engine}", row.refused, remedy) for row in rows]
+            [Problem("--layouts", f"{row.layout.text} on {row.engine}", row.refused, remedy) for row in asked]
         )
 
 
