@@ -16,7 +16,6 @@ from megatron_hyperrouter.config.cli import load_file
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.engines import open_engine
-from megatron_hyperrouter.engines.state import save_weights
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
@@ -58,7 +57,7 @@ def make_run(home: Path, text: Path, settings: dict[str, Any]) -> RunConfig:
         described = describe(run)
         folders.save(
             STEP,
-            lambda folder: save_weights(folder, 0, engine.holding()),
+            engine.save,
             run_meta(run, engine) | described.meta,
             texts=described.texts,
         )
