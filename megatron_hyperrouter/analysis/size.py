@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_hyperrouter.config.derived import head_width
+from megatron_hyperrouter.config.derived import head_width, windows
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, router_parameter
 from megatron_hyperrouter.routers import ROUTERS
@@ -48,8 +48,8 @@ class ModelSize:
 def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize:
     """``shapes``: of all tensors of a checkpoint, by global name.
 
-    Attention: 12 FLOPs for each channel and each of the (S + 1) / 2 positions that a token of a causal
-    sample sees on average.
+    Attention: 6 FLOPs for each channel of a query and of a value, and each of the positions that a token of
+    a causal sample sees on average: (S + 1) / 2 without a window.
     """
     trained = trained_in_router(config)
     lookup = experts = others = 0
@@ -63,9 +63,20 @@ def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize
             experts += count
         else:
             others += count
-    model = config.model
-    attention = 6 * model.num_layers * model.num_attention_heads * head_width(config) * (model.seq_length + 1)
-    return ModelSize(lookup, experts, others, model.num_experts, attention)
+    return ModelSize(lookup, experts, others, config.model.num_experts, _attention_flops(config))
+
+
+def _attention_flops(config: RunConfig) -> int:
+    """Of a token: scores and sums over the positions that it sees, forward and backward."""
+    model, length, latent = config.model, config.model.seq_length, config.attention
+    channels = 2 * head_width(config)
+    if latent.multi_latent_attention:
+        channels = latent.qk_head_dim + latent.qk_pos_emb_head_dim + latent.v_head_dim
+    seen = 0
+    for window in (*windows(config), *(None,) * (model.mtp_num_layers or 0)):
+        most = length if window is None else min(window + 1, length)
+        seen += most * (most + 1) // 2 + (length - most) * most
+    return 6 * model.num_attention_heads * channels * seen // length
 
 
 def trained_in_router(config: RunConfig) -> set[str]:
@@ -76,9 +87,12 @@ def trained_in_router(config: RunConfig) -> set[str]:
 def router_on_meta(config: RunConfig) -> Router:
     """A router of these settings without numbers: names and shapes alone."""
     facts = RunFacts(num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1)
+    options = config.router.options
+    if hasattr(options, "hypernet_width"):  # frozen, of any width: a large model's would be drawn for minutes
+        options = replace(options, hypernet_width=1)
     with torch.device("meta"):
         return ROUTERS[config.router.name](
-            config.router.options,
+            options,
             hidden_size=config.model.hidden_size,
             num_experts=config.model.num_experts,
             topk=config.model.moe_router_topk,

@@ -9,13 +9,23 @@ from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.derived import decay_iters, smallest_topk
 from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.roles import Role
-from megatron_hyperrouter.config.rules import data, deepspeed_json, engine, layout, megatron, model, training
+from megatron_hyperrouter.config.rules import (
+    attention,
+    data,
+    deepspeed_json,
+    engine,
+    layout,
+    megatron,
+    model,
+    training,
+)
 from megatron_hyperrouter.config.rules.base import Rule
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
 RULES: tuple[Rule, ...] = (
     *model.RULES,
+    *attention.RULES,
     *layout.RULES,
     *training.RULES,
     *data.RULES,

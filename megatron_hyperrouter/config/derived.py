@@ -188,3 +188,51 @@ def has_dense_layers(config: RunConfig) -> bool:
         return not all(moe_layers(config))
     except ValueError:
         return False
+
+
+def longest_dense_run(config: RunConfig) -> int:
+    """Layers without experts that follow one another."""
+    layers = "".join("x" if routed else "." for routed in moe_layers(config))
+    return max(map(len, layers.split("x")))
+
+
+def windows(config: RunConfig) -> tuple[int | None, ...]:
+    """For each layer how many tokens before its own a token attends to; None: all.
+
+    Raises ValueError with the rule that is broken.
+    """
+    size, skip, layers = (
+        config.attention.window_size,
+        config.attention.window_attn_skip_freq,
+        config.model.num_layers,
+    )
+    if size is None:
+        return (None,) * layers
+    found = re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(-?\d+)\s*[)\]]?", size.strip())
+    if found is None or int(found[2]) != 0:
+        raise ValueError(
+            "must be LEFT,0: how many tokens before its own a token attends to, and none after it"
+        )
+    if skip is None:
+        return (int(found[1]),) * layers
+    limited = pattern(skip)
+    if isinstance(limited, int):
+        limited = tuple(int(number % limited != 0) for number in range(1, layers + 1))
+    if len(limited) != layers:
+        raise ValueError(
+            f"comes with --window-attn-skip-freq, which must have {layers} entries, one for each layer"
+        )
+    return tuple(int(found[1]) if each else None for each in limited)
+
+
+def rope_type(config: RunConfig) -> str:
+    """``rope`` or ``yarn``."""
+    latent = config.attention.multi_latent_attention
+    return config.attention.rope_type or ("yarn" if latent else "rope")
+
+
+def rotary_channels(config: RunConfig) -> int:
+    """Channels of a query or key that positions turn."""
+    if config.attention.multi_latent_attention:
+        return config.attention.qk_pos_emb_head_dim
+    return int(head_width(config) * config.attention.rotary_percent)

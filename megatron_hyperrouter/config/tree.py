@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from megatron_hyperrouter.config.attention import AttentionConfig
 from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 
@@ -46,7 +47,7 @@ class ModelConfig:
         bool, Role.SHAPE, "Use a separate output (LM head) matrix instead of the tied embedding"
     ] = False
     norm_epsilon: Annotated[float, Gt(0.0), Role.FUNCTION, "Epsilon of RMSNorm"] = 1e-5
-    rotary_base: Annotated[Count, Role.FUNCTION, "Base of the rotary position embedding"] = 10000
+    rotary_base: Annotated[float, Gt(1.0), Role.FUNCTION, "Base of the rotary position embedding"] = 10000.0
     init_method_std: Annotated[
         float,
         Gt(0.0),
@@ -92,6 +93,21 @@ class ModelConfig:
         Role.FUNCTION,
         "Drop an expert's tokens beyond this multiple of an even load; default: no tokens are dropped",
     ] = None
+    mtp_num_layers: Annotated[
+        Count | None,
+        Role.SHAPE,
+        Only(
+            "megatron",
+            "leave it out (the model then predicts the next token alone), or use --engine megatron",
+        ),
+        "Layers of multi-token prediction: the nth predicts the token n places further on; default: none",
+    ] = None
+    mtp_loss_scaling_factor: Annotated[
+        NonNegative,
+        Role.COURSE,
+        Only("megatron"),
+        "Weight of the mean loss of the multi-token prediction layers",
+    ] = 0.1
     mlp_type: Annotated[
         Literal["standard", "residual"],
         Role.SHAPE,
@@ -456,6 +472,7 @@ class RunConfig:
     """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     router: RouterChoice = field(default_factory=RouterChoice)
     topk: TopKScheduleConfig = field(default_factory=TopKScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)

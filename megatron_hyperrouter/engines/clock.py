@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.statistics import RouterStatistics, recomputing
-from megatron_hyperrouter.model.documents import document_starts
+from megatron_hyperrouter.model.attention.documents import document_starts
 from megatron_hyperrouter.routers.base import ExpertBank, Pass, Router, Routing, Tokens
 
 

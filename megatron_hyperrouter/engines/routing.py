@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.model.names import router_prefix
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.schedule import topk_at
 from megatron_hyperrouter.routers import ROUTERS
@@ -49,7 +50,7 @@ def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Rou
             num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size
         ),
     )
-    prefix = f"decoder.layers.{layer_number - 1}.mlp.router."
+    prefix = router_prefix(layer_number, config.model.num_layers)
     router.reset_parameters(
         lambda name, shape: keyed.normal(shape, seed=config.train.seed, name=prefix + name)
     )

@@ -63,7 +63,9 @@ class SharedEngine(SavedEngine):
         resets = config.data.reset_attention_mask or config.data.reset_position_ids
         balanced = config.model.moe_router_force_load_balancing
         self.clock = Clock(eod=eod if resets else None, balanced=balanced)
-        self.statistics = RouterStatistics(config.model.num_layers, config.model.num_experts)
+        self.statistics = RouterStatistics(
+            config.model.num_layers + (config.model.mtp_num_layers or 0), config.model.num_experts
+        )
         self.loss = LanguageModelLoss(self.device)
         self.topk_at = topk_schedule(config)
         self.profiler = Profiler(config.logging, place.rank)

@@ -54,5 +54,6 @@ def chooses_by_softmax(router: Router) -> bool:
     """Whether it weighs experts as megatron-core's router does, asked on made-up logits."""
     logits_TE = torch.linspace(-3, 3, 64 * router.num_experts).sin().view(64, router.num_experts) * 4
     k = router.topk_at(0)
-    plain, own = topk_softmax(logits_TE, k), router.choose(logits_TE, k)
+    weights_TK, experts_TK = router.choose(logits_TE, k)
+    plain, own = topk_softmax(logits_TE, k), (router.scaled(weights_TK), experts_TK)
     return all(torch.equal(a, b) for a, b in zip(plain, own, strict=True))

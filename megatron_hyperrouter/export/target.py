@@ -73,6 +73,7 @@ def choose(run: RunConfig, options: Any) -> Target:
 def refuse_unknown(run: RunConfig, options: Any) -> None:
     """CheckpointError for settings of the model or of the folded router that the mapping does not follow."""
     found = [f"--{name.replace('_', '-')}" for name in _changed(run.model, _MODEL)]
+    found += [f"--{name.replace('_', '-')}" for name in _changed(run.attention, [])]
     if options is not None:
         found += [f"--router.{name.replace('_', '-')}" for name in _changed(options, _ROUTER)]
     if found:

@@ -40,7 +40,7 @@ def initialise(
         for name, parameter in matrices(named):
             if router_parameter(name) is not None:
                 continue
-            if "layernorm" in name:
+            if "layernorm" in name or name.endswith(("enorm.weight", "hnorm.weight")):
                 parameter.fill_(1.0)
             elif name.endswith(".bias"):
                 parameter.zero_()

@@ -40,15 +40,19 @@ class LanguageModelLoss:
         ``_SBV``, or their two factors, either cut over tensor-parallel ranks.
         """
         labels_SB = labels_BS.t().contiguous()
-        if isinstance(output, Tensor):
-            losses_SB: Tensor = vocab_parallel_cross_entropy(output.float(), labels_SB.clamp(min=0))
-            losses_T = torch.where(labels_SB >= 0, losses_SB, 0.0).flatten()
-            total = losses_T.sum()
-        else:
-            total, losses_T = token_losses(output, labels_SB.flatten())
+        total, losses_T = _losses(output, labels_SB)
         self._count(losses_T.detach(), labels_SB.flatten())
         mean = total / labels_SB.numel()
         return mean if self.scale is None else mean * self.scale
+
+    def ahead(self, output: Projection | Tensor, labels_BS: Tensor, places: int) -> Tensor:
+        """Mean over the labels that count, of a prediction of tokens that are ``places`` further on than the
+        next: the labels were shifted already, and the last of them are none.  Not among the sums.
+        """
+        labels_SB = labels_BS.t().contiguous()
+        labels_SB[-places:] = UNCOUNTED
+        total, _ = _losses(output, labels_SB)
+        return total / (labels_SB >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
     def _count(self, losses_T: Tensor, labels_T: Tensor) -> None:
@@ -64,6 +68,15 @@ class LanguageModelLoss:
         """The sums so far; starts afresh."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
+
+
+def _losses(output: Projection | Tensor, labels_SB: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the labels that count, and the loss of each token, ``_T``."""
+    if not isinstance(output, Tensor):
+        return token_losses(output, labels_SB.flatten())
+    losses_SB: Tensor = vocab_parallel_cross_entropy(output.float(), labels_SB.clamp(min=0))
+    losses_T = torch.where(labels_SB >= 0, losses_SB, 0.0).flatten()
+    return losses_T.sum(), losses_T
 
 
 @contextmanager

@@ -4,6 +4,7 @@ whole model.
     embedding.word_embeddings.weight
     decoder.layers.{layer}.input_layernorm.weight
     decoder.layers.{layer}.self_attention.linear_qkv.weight
+    decoder.layers.{layer}.self_attention.linear_kv_down_proj.weight --multi-latent-attention, and its like
     decoder.layers.{layer}.mlp.router.{parameter of the router}
     decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight
     decoder.layers.{layer}.mlp.shared_experts.linear_fc1.weight      the expert that sees every token
@@ -11,6 +12,7 @@ whole model.
     decoder.layers.{layer}.mlp.linear_fc1.weight                     a dense layer
     decoder.layers.{layer}.mlp.residual.linear_fc1.weight            --mlp-type residual
     decoder.layers.{layer}.mlp.coefficient.weight                    --mlp-type residual
+    mtp.layers.{number}.transformer_layer.{as in a layer}            --mtp-num-layers; enorm, hnorm, eh_proj
     decoder.final_layernorm.weight
     output_layer.weight
 
@@ -34,7 +36,7 @@ _GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 # Ours: a parameter holds the matrices of all experts of a rank, engines/grouped.py.
 _STACKED = re.compile(r"\.mlp\.experts\.(linear_fc[12])_L\w+$")
 _SEVERAL = re.compile(r"\.local_experts\.(\d+):(\d+)\.")
-_ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.(.+)$")
+_ROUTER = re.compile(r"^(?:decoder\.layers\.(\d+)|mtp\.layers\.(\d+)\.transformer_layer)\.mlp\.router\.(.+)$")
 
 
 def is_expert(name: str) -> bool:
@@ -43,9 +45,21 @@ def is_expert(name: str) -> bool:
 
 
 def router_parameter(name: str) -> tuple[int, str] | None:
-    """(layer from 0, parameter's name inside the router), or None for a parameter of something else."""
+    """(layer from 0, parameter's name inside the router), or None for a parameter of something else.
+
+    Layers of multi-token prediction count from 0 by themselves.
+    """
     match = _ROUTER.match(name)
-    return (int(match[1]), match[2]) if match else None
+    return (int(match[1] or match[2]), match[3]) if match else None
+
+
+def router_prefix(layer_number: int, num_layers: int) -> str:
+    """Of the names of the router of a layer, which counts from 1; those of multi-token prediction follow the
+    others.
+    """
+    if layer_number <= num_layers:
+        return f"decoder.layers.{layer_number - 1}.mlp.router."
+    return f"mtp.layers.{layer_number - num_layers - 1}.transformer_layer.mlp.router."
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -12,18 +12,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_hyperrouter.config.derived import dense_width, expert_width, moe_layers
+from megatron_hyperrouter.config.derived import (
+    dense_width,
+    expert_width,
+    moe_layers,
+    resets_documents,
+    rope_type,
+    windows,
+)
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.model.attention import NextStarts, ScaledDotProductAttention
+from megatron_hyperrouter.model.attention.core import NextStarts, ScaledDotProductAttention
+from megatron_hyperrouter.model.attention.latent import LatentAttention
+from megatron_hyperrouter.model.attention.rotary import rates
 from megatron_hyperrouter.model.te_layers import fused_expert_spec, fused_layer_spec, fused_norm
 
 
@@ -54,6 +69,10 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_epsilon,
         "qk_layernorm": model.qk_layernorm,
+        "add_qkv_bias": config.attention.add_qkv_bias,
+        "multi_latent_attention": config.attention.multi_latent_attention,
+        "mtp_num_layers": model.mtp_num_layers,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         # Weights come from ``model.init``, by name; megatron-core only sets the marks that describe their
@@ -76,7 +95,16 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         fields |= {"moe_grouped_gemm": True}
         if config.train.recompute_granularity == "selective":  # our own attention does it itself
             fields |= {"recompute_granularity": "selective"}
-    return TransformerConfig(**(fields | engine_fields))
+        if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
+            limited = [int(window is not None) for window in windows(config)]
+            fields |= {"window_size": (width, 0), "window_attn_skip_freq": limited}
+    core = TransformerConfig(**(fields | engine_fields))
+    if (
+        rope_type(config) == "yarn"
+    ):  # what megatron-core's attention asks for by these names (attention.py:1102)
+        core.yarn_rotary_scaling_factor = config.attention.rotary_scaling_factor
+        core.yarn_mscale, core.yarn_mscale_all_dim = config.attention.mscale, config.attention.mscale_all_dim
+    return core
 
 
 def uses_transformer_engine(config: RunConfig) -> bool:
@@ -105,13 +133,12 @@ def layer_specs(
     moe: ModuleSpec,
     *,
     starts: Callable[[], NextStarts] | None = None,
-    dense: type[MLP] = MLP,
 ) -> list[ModuleSpec]:
-    """Spec of each layer of the model: its MLP slot holds ``moe`` in MoE layers, ``dense`` in the others."""
-    mlp = ModuleSpec(module=dense, submodules=_mlp_parts())
+    """Spec of each layer of the model: its MLP slot holds ``moe`` in MoE layers, one dense MLP in others."""
+    mlp = ModuleSpec(module=MLP, submodules=_mlp_parts())
     return [
-        layer_spec(config, moe if routed else mlp, routed=routed, starts=starts)
-        for routed in moe_layers(config)
+        layer_spec(config, moe if routed else mlp, routed=routed, window=window, starts=starts)
+        for routed, window in zip(moe_layers(config), windows(config), strict=True)
     ]
 
 
@@ -120,30 +147,58 @@ def layer_spec(
     mlp: ModuleSpec,
     *,
     routed: bool = True,
+    window: int | None = None,
     starts: Callable[[], NextStarts] | None = None,
 ) -> ModuleSpec:
     """Spec of one transformer layer with ``mlp`` in its MLP slot, a mixture of experts where it is
-    ``routed``; ``starts`` as in :class:`ScaledDotProductAttention`.
+    ``routed``; ``window`` and ``starts`` as in :class:`ScaledDotProductAttention`.
     """
+    core = ModuleSpec(module=ScaledDotProductAttention, params=_core_params(config, window, starts))
+    params = {"attn_mask_type": AttnMaskType.causal, "run": config, "norm": RMSNorm, "core_attention": core}
+    latent = ModuleSpec(module=LatentAttention, params=params)
     if uses_transformer_engine(config):
-        return fused_layer_spec(config, mlp if routed else None)
+        spec = fused_layer_spec(config, mlp if routed else None)
+        if config.attention.multi_latent_attention:
+            spec.submodules.input_layernorm, spec.submodules.self_attention = fused_norm(), latent
+        return spec
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_layernorm)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    params: dict[str, Any] = {"recompute": config.train.recompute_granularity == "selective"}
-    if config.data.reset_attention_mask or config.data.reset_position_ids:
-        if starts is None:
-            raise ValueError(
-                "--reset-attention-mask and --reset-position-ids need to know where documents begin"
-            )
-        crosses = not config.data.reset_attention_mask
-        params |= {"starts": starts, "rotary_base": config.model.rotary_base if crosses else None}
-    attention.core_attention = ModuleSpec(module=ScaledDotProductAttention, params=params)
-    if config.model.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.attention.multi_latent_attention:
+        parts.self_attention = latent
+    else:
+        attention = parts.self_attention.submodules
+        attention.core_attention = core
+        if config.model.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     parts.mlp = mlp
     return spec
+
+
+def _core_params(
+    config: RunConfig, window: int | None, starts: Callable[[], NextStarts] | None
+) -> dict[str, Any]:
+    params = {"recompute": config.train.recompute_granularity == "selective", "window": window}
+    if not resets_documents(config):
+        return params
+    if starts is None:
+        raise ValueError("--reset-attention-mask and --reset-position-ids need to know where documents begin")
+    crosses = not config.data.reset_attention_mask
+    return params | {"starts": starts, "rates_R": rates(config) if crosses else None}
+
+
+def mtp_spec(layer: ModuleSpec) -> ModuleSpec:
+    """Spec of a layer of multi-token prediction around a transformer layer (DeepSeek-V3, 2412.19437, section
+    2.2).
+    """
+    parts = MultiTokenPredictionLayerSubmodules(
+        enorm=RMSNorm,
+        hnorm=RMSNorm,
+        eh_proj=ColumnParallelLinear,
+        transformer_layer=layer,
+        layer_norm=RMSNorm,
+    )
+    return ModuleSpec(module=MultiTokenPredictionLayer, submodules=parts)
 
 
 def expert_spec(config: RunConfig, *, apart: bool = False) -> ModuleSpec:
@@ -162,6 +217,11 @@ def shared_expert_spec() -> ModuleSpec:
 
 def _mlp_parts() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def turn_by_rates(positions: RotaryEmbedding, config: RunConfig) -> None:
+    """Give megatron-core's rotary positions the rates of the settings, which it knows only in part."""
+    positions.inv_freq = rates(config)
 
 
 def last_norm(config: RunConfig) -> type:

@@ -33,6 +33,10 @@ def one_rank(tmp_path_factory):
         "--moe-layer-freq [0,1] --ffn-hidden-size 40 --moe-shared-expert-intermediate-size 24"
         " --moe-shared-expert-gate",
         "--router.name competesmoe --kv-channels 6",
+        "--add-qkv-bias --window-size 4,0",
+        "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 8 --qk-pos-emb-head-dim 4"
+        " --v-head-dim 6 --qk-layernorm",
+        "--multi-latent-attention --kv-lora-rank 8",
     ],
 )
 def test_settings_alone_give_the_tensors_that_the_engine_makes(flags, one_rank):

@@ -94,3 +94,29 @@ def test_layers_with_experts_as_python_evaluates_them(text, layers):
 def test_what_is_no_pattern_is_refused_and_never_evaluated(text):
     with pytest.raises(ValueError, match="must"):
         derived.pattern(text)
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"),
+    [
+        (None, (4, 4, 4, 4)),
+        ("2", (4, None, 4, None)),
+        ("4", (4, 4, 4, None)),
+        ("[0,1]*2", (None, 4, None, 4)),
+    ],
+)
+def test_layers_with_a_window(skip, expected):
+    """megatron-core's rule: layer n, counted from 1, has full attention where n % N == 0."""
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    found = derived.windows(config(window_size="4,0", window_attn_skip_freq=skip))
+    assert found == expected
+    theirs = None if skip is None else eval(skip)
+    assert [window is not None for window in found] == [
+        is_layer_window_attention((4, 0), theirs, number) for number in range(1, 5)
+    ]
+
+
+def test_layers_without_experts_in_a_row():
+    assert derived.longest_dense_run(config()) == 0
+    assert derived.longest_dense_run(config(moe_layer_freq="[0,0,1,0]")) == 2

@@ -16,11 +16,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig
-from megatron_hyperrouter.model.attention import ScaledDotProductAttention, one_for_each_head, visible
-from megatron_hyperrouter.model.documents import turned_back
+from megatron_hyperrouter.model.attention.core import ScaledDotProductAttention, one_for_each_head, visible
+from megatron_hyperrouter.model.attention.documents import turned_back
 from megatron_hyperrouter.model.spec import transformer_config
 
 S, B, C = 7, 2, 6
+RATES_R = 100.0 ** (-torch.arange(0, C, 2) / C)
 
 
 def attention(
@@ -38,10 +39,10 @@ def inputs(heads: int, groups: int) -> list[Tensor]:
     return [torch.randn(S, B, count, C, requires_grad=True) for count in (heads, groups, groups)]
 
 
-def by_loop(query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor) -> Tensor:
+def by_loop(query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor, length: int = S) -> Tensor:
     heads, groups = query_SBNC.size(2), key_SBGC.size(2)
     rows = []
-    for s in range(S):
+    for s in range(length):
         for b in range(B):
             for head in range(heads):
                 group = head // (heads // groups)
@@ -50,7 +51,7 @@ def by_loop(query_SBNC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor) -> Tensor:
                 ) / math.sqrt(C)
                 shares = (scores - scores.max()).exp()
                 rows.append((shares / shares.sum()) @ value_SBGC[: s + 1, b, group])
-    return torch.stack(rows).view(S, B, heads * C)
+    return torch.stack(rows).view(length, B, heads * C)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -131,7 +132,7 @@ def test_stays_within_documents_whatever_the_origin_of_positions(recompute: bool
             alone = plain(*(x[inside, b : b + 1] for x in given))
             torch.testing.assert_close(output[inside, b], alone[:, 0], rtol=1e-5, atol=1e-6)
     # The same queries and keys with positions counted from the beginning of their documents
-    turned = [turned_back(x, starts_BS.t(), 100.0) for x in given[:2]]
+    turned = [turned_back(x, starts_BS.t(), RATES_R) for x in given[:2]]
     torch.testing.assert_close(module(*turned, given[2]), output, rtol=1e-5, atol=1e-5)
     assert (
         plain(*turned, given[2]) - plain(*given)
@@ -145,9 +146,9 @@ def test_positions_alone_start_anew() -> None:
     starts_BS = torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 5, 5]])
     query, key, value = inputs(4, 2)
     module = attention(4, 2)
-    module.next_starts, module.rotary_base = (lambda: starts_BS), 100.0
+    module.next_starts, module.rates_R = (lambda: starts_BS), RATES_R
     expected = by_loop(
-        turned_back(query, starts_BS.t(), 100.0), turned_back(key, starts_BS.t(), 100.0), value
+        turned_back(query, starts_BS.t(), RATES_R), turned_back(key, starts_BS.t(), RATES_R), value
     )
     torch.testing.assert_close(module(query, key, value), expected, rtol=1e-5, atol=1e-5)
     assert (expected - by_loop(query, key, value)).abs().max() > 1e-2
@@ -159,3 +160,24 @@ def test_repeated_keys_are_those_of_each_heads_group(groups: int) -> None:
     key_BGSC = torch.randn(B, groups, S, C)
     repeated_BNSC = one_for_each_head(key_BGSC, 4)
     assert all(torch.equal(repeated_BNSC[:, head], key_BGSC[:, head // (4 // groups)]) for head in range(4))
+
+
+@pytest.mark.parametrize("window", [0, 2, 6, 50])
+def test_a_window_hides_what_is_too_far_back(window: int) -> None:
+    given = inputs(4, 2)
+    module = attention(4, 2)
+    module.window = window
+    expected = [
+        by_loop(*(x[max(0, s - window) :] for x in given), length=min(s, window) + 1)[-1] for s in range(S)
+    ]
+    torch.testing.assert_close(module(*given), torch.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_take_the_scale_that_is_given_and_values_have_their_own_width() -> None:
+    query, key, value = inputs(4, 4)
+    module, wide = attention(4, 4), torch.cat([value, 2 * value], -1)
+    module.softmax_scale = 2 / math.sqrt(C)
+    expected = by_loop(2 * query, key, value)
+    doubled = module(query, key, wide).view(S, B, 4, 2 * C)
+    torch.testing.assert_close(doubled[..., :C].flatten(2), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(doubled[..., C:].flatten(2), 2 * expected, rtol=1e-5, atol=1e-6)

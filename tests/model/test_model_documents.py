@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from megatron_hyperrouter.model.documents import document_starts, same_document, turned_back
+from megatron_hyperrouter.model.attention.documents import document_starts, same_document, turned_back
 
 EOD = 3
 
@@ -55,8 +55,11 @@ def test_turned_back_is_the_rotation_of_the_smaller_position(dtype: torch.dtype)
     expected = torch.stack(
         [rotated(p - s, x[0])[None] for p, s, x in zip(positions, starts, x_SBNC, strict=True)]
     )
-    found = turned_back(before, torch.tensor(starts)[:, None], base)
+    rates_R = base ** (-torch.arange(0, channels, 2) / channels)
+    found = turned_back(before, torch.tensor(starts)[:, None], rates_R)
     assert found.dtype == dtype
     torch.testing.assert_close(
         found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2
     )
+    wide = turned_back(torch.cat([before, before], -1), torch.tensor(starts)[:, None], rates_R)
+    assert torch.equal(wide[..., :channels], found) and torch.equal(wide[..., channels:], before)

@@ -7,7 +7,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hyperrouter.config.tree import EngineConfig, ModelConfig, RunConfig, TrainConfig
-from megatron_hyperrouter.model.attention import ScaledDotProductAttention
+from megatron_hyperrouter.model.attention.core import ScaledDotProductAttention
 from megatron_hyperrouter.model.names import plain_name
 from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, last_norm, layer_spec, transformer_config
 

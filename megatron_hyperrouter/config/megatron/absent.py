@@ -29,7 +29,7 @@ retro-encoder-layers retro-no-verify-neighbor-count retro-num-neighbors retro-nu
 retro-project-dir sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids
 """,
         ("YaRN scaling of rotary positions", "positions would not be scaled: another model"): """
-beta-fast beta-slow no-yarn-correction-range-round-to-int original-max-position-embeddings
+no-yarn-correction-range-round-to-int
 yarn-beta-fast yarn-beta-slow yarn-correction-range-round-to-int yarn-original-max-position-embeddings
 """,
         ("vision models", "the model would be a language model"): """
@@ -102,16 +102,13 @@ rl-profile-dir rl-prompts-per-eval rl-remove-kv-cache-during-training rl-rollout
 rl-rollout-bank-max-bytes rl-sequence-packing-algo rl-sequence-packing-max-sequences-per-bin
 rl-skip-bos-token rl-submission-granularity rl-use-sequence-packing rl-verify-model-weights-swap
 """,
-        ("multi-latent attention", "attention would be grouped-query attention: another model"): """
-kv-lora-rank q-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim
-""",
         ("distillation", "the run would learn from the tokens alone"): """
 logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load-kd-loss-alpha
 logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
 logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 """,
         ("multi-token prediction", "only the next token would be predicted: another model"): """
-mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern mtp-loss-scaling-factor mtp-standalone
+mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern mtp-standalone
 mtp-use-repeated-layer
 """,
         ("several validation sets or tests", "there would be one"): """

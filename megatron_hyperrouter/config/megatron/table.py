@@ -44,8 +44,6 @@ disable-bias-linear |  | linear layers have no biases
 position-embedding-type | rope | positions are rotary
 use-rotary-position-embeddings |  | positions are rotary
 no-position-embedding |  | there are no learned positions
-rotary-percent | 1 1.0 | all channels of a head rotate
-rotary-seq-len-interpolation-factor | 1 | positions are not interpolated
 group-query-attention |  | --num-query-groups alone decides
 use-mcore-models |  | the layers are megatron-core's
 optimizer | adam | the optimizer is AdamW
@@ -62,8 +60,8 @@ weight-decay-incr-style | constant | the weight decay is constant
 calculate-per-token-loss |  | the loss is the mean over the tokens of the global batch
 no-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
 disable-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
-no-multi-latent-attention |  | attention is grouped-query attention
-disable-multi-latent-attention |  | attention is grouped-query attention
+no-multi-latent-attention |  | attention is grouped-query attention by default
+disable-multi-latent-attention |  | attention is grouped-query attention by default
 cp-comm-type | p2p | context parallelism exchanges keys and values point to point
 """
         ).items()
@@ -140,16 +138,6 @@ decoder-last-pipeline-num-layers | is the number of layers of the last pipeline 
   | stages would have equally many layers
 moe-latent-size | projects tokens to a smaller width before the experts
   | experts would see the full width: another model
-multi-latent-attention | compresses keys and values
-  | attention would be grouped-query attention: another model
-add-qkv-bias | adds biases to queries, keys and values | there would be none: another model
-window-size | limits attention to a window | attention would see the whole sample: another model
-window-attn-skip-freq | says which layers have no attention window
-  | attention would see the whole sample: another model
-mtp-num-layers | predicts several tokens ahead | only the next token would be predicted: another model
-rope-type | chooses the kind of rotary positions | they would be plain: another model
-use-rope-scaling | scales rotary positions as Llama 3 | they would not be scaled: another model
-rope-scaling-factor | scales rotary positions as Llama 3 | they would not be scaled: another model
 rotary-interleaved | rotates neighbouring channels | channels of the two halves would rotate: another model
 no-rope-freq | leaves rotary positions out of some layers | all layers would have them: another model
 embedding-init-method-std | is the standard deviation of the initial embedding
@@ -166,9 +154,6 @@ qk-l2-norm | applies an L2 norm to queries and keys
 attention-output-gate | gates attention's output | it would not be gated: another model
 glu-linear-offset | shifts the linear half of the activation | it would not be shifted: another model
 activation-func-clamp-value | clamps the activation | it would not be clamped: another model
-rotary-scaling-factor | belongs to YaRN scaling | positions would not be scaled: another model
-mscale | belongs to YaRN scaling | positions would not be scaled: another model
-mscale-all-dim | belongs to YaRN scaling | positions would not be scaled: another model
 start-weight-decay | lets the weight decay grow | it would be constant
 end-weight-decay | lets the weight decay grow | it would be constant
 decoupled-lr | gives embedding and output a learning rate of their own | they would have --lr

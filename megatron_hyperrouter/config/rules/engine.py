@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from megatron_hyperrouter.config.derived import has_dense_layers, longest_dense_run
 from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
@@ -111,7 +112,22 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
             yield broken(config, leaf.name, rule, owner.remedy)
 
 
+def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """DeepSpeed takes a norm for each group of parameters, and a stage without experts has a group fewer: the
+    stages would wait for each other for ever (0.19.8, runtime/zero/stage_1_and_2.py:2951).
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.engine.engine != "deepspeed" or stages == 1 or not has_dense_layers(config):
+        return
+    dense, smallest = longest_dense_run(config), config.model.num_layers // stages
+    if dense >= smallest:
+        rule = f"has {dense} dense layers in a row, and a pipeline stage of {smallest} would have no experts"
+        remedy = "use fewer pipeline stages, or --engine megatron"
+        yield broken(config, "moe_layer_freq", f"{rule}, which the deepspeed engine needs", remedy)
+
+
 RULES: tuple[Rule, ...] = (
+    stages_have_experts,
     in_this_version,
     zero_3_with_experts,
     zero_2_without_pipeline,

@@ -67,7 +67,8 @@ class DeepSpeedEngine(SharedEngine):
         )
         spread = self.config.parallel.tensor_model_parallel_size > 1
         if spread:
-            tensor.sum_partial_gradients(self.named_parameters())
+            latent = self.config.attention.multi_latent_attention
+            tensor.sum_partial_gradients(self.named_parameters(), latent=latent)
         # A PipelineModule brings its own topology.
         mpu = tensor.ModelParallelUnit() if spread and self.stages == 1 else None
         host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)

@@ -21,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
-from megatron_hyperrouter.engines.deepspeed.mlp_slot.dense import DenseSlot
+from megatron_hyperrouter.model.attention.rotary import RotaryTable, rates
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.output import OutputLayer, Projection
-from megatron_hyperrouter.model.rotary import RotaryTable
 from megatron_hyperrouter.model.spec import RMSNorm, layer_specs
 
 
@@ -47,7 +46,7 @@ def model_layers(
     else:
         first = LayerSpec(Embedding, *embedding_args)
         last = LayerSpec(Output, config, vocab_size)
-    specs = layer_specs(run, moe, starts=clock.starts_site, dense=DenseSlot)
+    specs = layer_specs(run, moe, starts=clock.starts_site)
     blocks = [
         LayerSpec(Block, run, config, spec.submodules, number) for number, spec in enumerate(specs, start=1)
     ]
@@ -62,7 +61,8 @@ class Block(TransformerLayer):
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
         self.recompute = run.train.recompute_granularity == "full"
-        self.rotary = RotaryTable(config.kv_channels, run.model.rotary_base)
+        # Latent attention turns its own queries and keys.
+        self.rotary = None if config.multi_latent_attention else RotaryTable(rates(run))
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """``[S, B, D]`` to ``[S, B, D]``."""
@@ -72,12 +72,11 @@ class Block(TransformerLayer):
         return self._layer(hidden_SBD)
 
     def _layer(self, hidden_SBD: Tensor) -> Tensor:
-        length = hidden_SBD.size(0) * (
-            self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        )
-        output, _ = super().forward(
-            hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length, hidden_SBD.device)
-        )
+        angles = None
+        if self.rotary is not None:
+            parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+            angles = self.rotary(hidden_SBD.size(0) * parts, hidden_SBD.device)
+        output, _ = super().forward(hidden_SBD, attention_mask=None, rotary_pos_emb=angles)
         return output
 
 

@@ -31,16 +31,17 @@ class ModelParallelUnit:
         return getattr(parallel_state, name)
 
 
-def sum_partial_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+def sum_partial_gradients(named: Iterable[tuple[str, nn.Parameter]], *, latent: bool) -> None:
     """Sum over the TP ranks the gradients of weights that each rank holds whole and uses for its part of the
     work.
 
     These are the norms of queries and keys (each rank has its heads), and under sequence parallelism all
     norms (each rank has its tokens).  megatron-core does it in ``finalize_model_grads``; DeepSpeed has no
-    counterpart, and without it replicas drift apart: the loss by 1.7e-3 after 6 steps.
+    counterpart, and without it replicas drift apart: the loss by 1.7e-3 after 6 steps.  ``latent``: the norms
+    of latent attention work for all heads on each rank.
     """
     for name, parameter in named:
-        heads = "q_layernorm" in name or "k_layernorm" in name
+        heads = not latent and ("q_layernorm" in name or "k_layernorm" in name)
         if heads or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(_summed)
 

@@ -138,7 +138,11 @@ class MegatronEngine(SharedEngine):
 
     def _forward_step(self, iterator: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Any]:
         tokens_BS, labels_BS = next(iterator)
-        output = chunk(tokens_BS, None, None, labels=labels_BS)
+        more = {}
+        if self.core.mtp_num_layers is not None:  # multi-token prediction shifts these by itself
+            positions_S = torch.arange(tokens_BS.size(1), device=tokens_BS.device)
+            more = {"position_ids": positions_S.expand_as(tokens_BS), "loss_mask": (labels_BS >= 0).float()}
+        output = chunk(tokens_BS, more.pop("position_ids", None), None, labels=labels_BS, **more)
 
         def loss_of(mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             # The schedule multiplies by the context-parallel size, and DDP averages over it: a mean of equal

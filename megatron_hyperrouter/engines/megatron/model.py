@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,9 +27,11 @@ from megatron_hyperrouter.model.spec import (
     expert_spec,
     last_norm,
     layer_specs,
+    mtp_spec,
     padded_vocab_size,
     shared_expert_spec,
     transformer_config,
+    turn_by_rates,
 )
 from megatron_hyperrouter.routers import ROUTERS, Router
 
@@ -74,13 +77,22 @@ class LossGPT(GPTModel):
     def __init__(self, *, loss: LanguageModelLoss, **given: Any) -> None:
         """``given``: the host's arguments."""
         super().__init__(**given)
-        self._loss = loss
+        self._loss, self._ahead = loss, 0
         if self.post_process:
             self.output_layer.__class__ = OutputLayer
 
+    def forward(self, *arguments: Any, **more: Any) -> Tensor:
+        """As the host's, which asks for the losses of multi-token prediction first."""
+        self._ahead = self.config.mtp_num_layers or 0
+        result: Tensor = super().forward(*arguments, **more)
+        return result
+
     def compute_language_model_loss(self, labels_BS: Tensor, output: Projection | Tensor) -> Tensor:
-        """In place of the host's loss of each token."""
-        return self._loss(output, labels_BS)
+        """In place of the host's loss of each token; one that multi-token prediction adds is a mean."""
+        if self._ahead == 0:
+            return self._loss(output, labels_BS)
+        self._ahead -= 1
+        return self._loss.ahead(output, labels_BS, (self.config.mtp_num_layers or 0) - self._ahead)
 
 
 def build(
@@ -104,12 +116,16 @@ def build(
     parts = MoESubmodules(experts=experts_of(run), shared_experts=shared_expert_spec(), router=router)
     moe = ModuleSpec(module=RoutedMoELayer, submodules=parts)
     specs = layer_specs(run, moe, starts=clock.starts_site)
+    mtp = None
+    if run.model.mtp_num_layers is not None:
+        mtp = MultiTokenPredictionBlockSubmodules([mtp_spec(specs[-1])] * run.model.mtp_num_layers)
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
     for number in range(stages or 1):
         chunk = number if stages else None
         first = get_transformer_layer_offset(core, chunk)
         own = specs[first : first + get_num_layers_to_build(core, chunk)]
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk)
         block = TransformerBlockSubmodules(layer_specs=own, layer_norm=last_norm(run))
         model = LossGPT(
             loss=loss,
@@ -118,12 +134,15 @@ def build(
             vocab_size=padded_vocab_size(vocab_size, run),
             max_sequence_length=run.model.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=last,
             position_embedding_type="rope",
             rotary_base=run.model.rotary_base,
             share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+            mtp_block_spec=mtp if last else None,
             vp_stage=chunk,
         )
+        if not core.multi_latent_attention:
+            turn_by_rates(model.rotary_pos_emb, run)
         if stages:
             model.model_type = None  # read by the interleaved schedule
         chunks.append(model)

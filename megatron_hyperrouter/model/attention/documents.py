@@ -3,7 +3,8 @@
 A document ends with the tokenizer's end-of-document id, which belongs to it; Megatron-LM's
 ``_get_ltor_masks_and_position_ids`` (megatron-core 0.16, datasets/gpt_dataset.py) draws the same borders.
 
-Legend: ``B`` batch, ``S`` sequence, ``Q`` queries on this rank, ``N`` heads, ``C`` channels of a head.
+Legend: ``B`` batch, ``S`` sequence, ``Q`` queries on this rank, ``N`` heads, ``C`` channels of a head, ``R``
+rates.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def same_document(starts_BS: Tensor, queries_Q: Tensor, keys_S: Tensor) -> Tenso
     return (starts_BS[:, queries_Q, None] == starts_BS[:, None, keys_S]).unsqueeze(1)
 
 
-def turned_back(x_SBNC: Tensor, starts_SB: Tensor, base: float) -> Tensor:
+def turned_back(x_SBNC: Tensor, starts_SB: Tensor, rates_R: Tensor) -> Tensor:
     """Rotary positions of a query or key, less ``starts_SB``: rotations add up, so position p turned back
     by s is position p - s.
 
-    RoFormer (2104.09864, eq. 34) with channel i beside channel i + C/2, as megatron-core has it.
+    RoFormer (2104.09864, eq. 34) with channel i beside channel i + R, as megatron-core has it; channels from
+    2 R on have no positions.
     """
-    channels = x_SBNC.size(-1)
-    rates = base ** (-torch.arange(0, channels, 2, dtype=torch.float32, device=x_SBNC.device) / channels)
-    angles = -starts_SB.float()[:, :, None, None] * rates
+    rates_R = rates_R.to(x_SBNC.device)
+    angles = -starts_SB.float()[:, :, None, None] * rates_R
     cos, sin = angles.cos(), angles.sin()
-    first, second = x_SBNC.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_SBNC.dtype)
+    first, second, still = x_SBNC.float().tensor_split([rates_R.numel(), 2 * rates_R.numel()], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, still], -1).to(x_SBNC.dtype)

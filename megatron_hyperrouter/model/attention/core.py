@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_hyperrouter.model.documents import same_document, turned_back
+from megatron_hyperrouter.model.attention.documents import same_document, turned_back
 
 # of a layer's next micro-batch: where the document of each token of the whole sequence begins, _BS
 NextStarts = Callable[[], Tensor]
@@ -37,7 +37,9 @@ class ScaledDotProductAttention(MegatronModule):
         *,
         recompute: bool = False,
         starts: Callable[[], NextStarts] | None = None,
-        rotary_base: float | None = None,
+        rates_R: Tensor | None = None,
+        window: int | None = None,
+        softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ) -> None:
@@ -45,9 +47,12 @@ class ScaledDotProductAttention(MegatronModule):
         backward pass.
 
         ``starts`` makes what tells this layer where documents begin: attention then stays within them.  With
-        ``rotary_base``, the base of the rotary positions, it crosses them, and positions alone count from the
+        ``rates_R``, the rates of the rotary positions, it crosses them, and positions alone count from the
         beginning of each document.  Within one document both are the same, since rotary attention goes by
         differences of positions.
+
+        ``window``: a token attends to itself and to so many tokens before it; None: to all of them.
+        ``softmax_scale`` multiplies the scores; None: 1 / sqrt(channels).
 
         Under context parallelism keys and values are gathered: each rank then attends from its own queries to
         all of them.
@@ -58,7 +63,7 @@ class ScaledDotProductAttention(MegatronModule):
         self.recompute = recompute
         self.cp_group = getattr(pg_collection, "cp", None)
         self.next_starts = None if starts is None else starts()
-        self.rotary_base = rotary_base
+        self.rates_R, self.window, self.softmax_scale = rates_R, window, softmax_scale
 
     def forward(
         self,
@@ -85,16 +90,18 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         length, device = query_SBNC.size(0), query_SBNC.device
         rank, size = (0, 1) if self.cp_group is None else (self.cp_group.rank(), self.cp_group.size())
-        mask = visible(length, rank, size, device) if size > 1 else None
+        masked = size > 1 or (self.window is not None and self.window + 1 < size * length)
+        mask = visible(length, rank, size, device, self.window) if masked else None
         if starts_BS is not None:
             keys = gathered_positions(length, size, device)
             own = keys[rank * length : (rank + 1) * length]
-            if self.rotary_base is None:
-                mask = same_document(starts_BS, own, keys) & visible(length, rank, size, device)
+            if self.rates_R is None:
+                inside = same_document(starts_BS, own, keys)
+                mask = inside & visible(length, rank, size, device, self.window)
             else:
                 starts_SB = starts_BS[:, own].t()
                 query_SBNC, key_SBGC = (
-                    turned_back(x, starts_SB, self.rotary_base) for x in (query_SBNC, key_SBGC)
+                    turned_back(x, starts_SB, self.rates_R) for x in (query_SBNC, key_SBGC)
                 )
         if size > 1:
             key_SBGC, value_SBGC = (
@@ -114,6 +121,7 @@ class ScaledDotProductAttention(MegatronModule):
             attn_mask=mask,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
             is_causal=mask is None,
+            scale=self.softmax_scale,
             enable_gqa=key.size(1) != query.size(1),
         )
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -124,12 +132,13 @@ def one_for_each_head(x_BGSC: Tensor, heads: int) -> Tensor:
     return x_BGSC.repeat_interleave(heads // x_BGSC.size(1), 1)
 
 
-def visible(length: int, rank: int, size: int, device: torch.device) -> Tensor:
+def visible(length: int, rank: int, size: int, device: torch.device, window: int | None = None) -> Tensor:
     """True where a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size *
-    length]``.
+    length]``; ``window``: how many tokens before its own, None: all.
     """
     keys = gathered_positions(length, size, device)
-    return keys[rank * length : (rank + 1) * length, None] >= keys[None, :]
+    before = keys[rank * length : (rank + 1) * length, None] - keys[None, :]
+    return before >= 0 if window is None else (before >= 0) & (before <= window)
 
 
 def gathered_positions(length: int, size: int, device: torch.device) -> Tensor:

@@ -1,0 +1,1 @@
+"""Attention and what it needs: positions, latent vectors, borders of documents."""
