@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_hyperrouter.config.attention import AttentionConfig
 from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
+from megatron_hyperrouter.config.sections.attention import AttentionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

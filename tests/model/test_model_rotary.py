@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from megatron_hyperrouter.config.attention import AttentionConfig
+from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig
 from megatron_hyperrouter.model.attention.rotary import RotaryTable, concentration, rates
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.attention import AttentionConfig
 from megatron_hyperrouter.config.derived import resets_documents, rope_type, rotary_channels, windows
 from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
