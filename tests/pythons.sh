@@ -3,7 +3,7 @@
 # By hand, not in CI: each Python gets a fresh environment (minutes each). Arguments go to pytest.
 #
 #   bash tests/pythons.sh              # Python 3.10 to 3.13, those that are installed
-#   PYTHONS="3.12" bash tests/pythons.sh
+#   PYTHONS="3.12 some/where/bin/python3.13" bash tests/pythons.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,12 +13,12 @@ libraries=(annotated-types filelock "numpy>=1.26" pydantic PyYAML rich safetenso
 tools=(pybind11 setuptools wheel pytest hypothesis scipy)
 status=0
 for version in ${PYTHONS:-3.10 3.11 3.12 3.13}; do
-  python=$(command -v "python$version" || true)
+  python=$(command -v "$version" || command -v "python$version" || true)
   if [[ -z $python ]] || ! "$python" -c 'import ssl' 2>/dev/null; then
     printf '%s: not installed\n' "$version"
     continue
   fi
-  env=$work/$version
+  env=$work/$(basename "$version")
   "$python" -m venv "$env"
   "$env/bin/pip" install -q --disable-pip-version-check "${libraries[@]}" "${tools[@]}"
   "$env/bin/pip" install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
