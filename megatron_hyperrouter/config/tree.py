@@ -264,7 +264,9 @@ class DataConfig:
     valid_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for validation only"] = ()
     test_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for the test only"] = ()
     mock_data: Annotated[
-        bool, Role.DATA, "Train on made-up tokens that count upwards; no data files are read"
+        bool,
+        Role.DATA,
+        "Train, validate and test on made-up tokens, without data files",
     ] = False
     data_schedule: Annotated[
         str | None,

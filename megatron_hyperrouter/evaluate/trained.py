@@ -59,7 +59,8 @@ class TrainedRun:
         if folder is None:
             raise CheckpointError(
                 f"--load {load}: there is no finished checkpoint",
-                remedy="name the --run-dir of a run that has saved one",
+                remedy="name the --run-dir of a run that has saved one: settings, tokenizer and weights are "
+                "read from it",
             )
         manifest = read_manifest(folder)
         settings = settings_of(folder, world_size, overrides or {})

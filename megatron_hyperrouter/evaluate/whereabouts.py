@@ -51,7 +51,8 @@ def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataCon
 def other_data(data: DataConfig, words: Sequence[str], *, split: str | None) -> DataConfig:
     """Other data: all of them for every split, or divided by the run's ``--split`` where one is named."""
     given = ("data_path",) if split else ("train_data_path", "valid_data_path", "test_data_path")
-    return _named(data, {name: tuple(words) if name in given else () for name in _PATHS})
+    paths = {name: tuple(words) if name in given else () for name in _PATHS}
+    return _named(data, paths | {"mock_data": False})
 
 
 def without_weights(data: DataConfig) -> DataConfig:

@@ -13,7 +13,6 @@ from megatron_hyperrouter.data.stream import segments
 from megatron_hyperrouter.data.stream.dataset import Builder, Splits
 from megatron_hyperrouter.data.stream.file_identity import identity
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
-from megatron_hyperrouter.data.stream.mock import mock_splits
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def open_samples(
     ``tokenizer``: its identity, which that of the data must be; None: any.
     """
     needed = samples_needed(config, world_size)
-    mixes = () if config.data.mock_data else mixes_of(config.data, step=step)
+    mixes = mixes_of(config.data, step=step)
     config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml says it all
     builder = Builder(
         config.data,
@@ -57,14 +56,6 @@ def open_samples(
         eod=eod,
         tokenizer=tokenizer,
     )
-    if config.data.mock_data:
-        splits = mock_splits(
-            seq_length=config.model.seq_length,
-            vocab_size=vocab_size,
-            seed=config.train.seed,
-            scored=needed["valid_samples"],
-        )
-        return Samples(config, splits, builder, mixes)
     splits = segments.splits_of_run(
         builder,
         mixes,

@@ -283,7 +283,7 @@ CASES = [
         "mock_data_stands_alone",
         {"mock_data": True},
         "--data-path",
-        "no meaning with --mock-data",
+        "cannot be combined with --mock-data",
         {"data_path": []},
     ),
     case(

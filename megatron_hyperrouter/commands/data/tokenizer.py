@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, parser
 
 EPILOG = """\
-Words are cut as in GPT-2; <|endoftext|> is id 0.  Same input, same file, byte for byte.
+Words are cut as in GPT-2; <|endoftext|> has id 0. The same input gives the same file, byte for byte.
 """
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         "--max-bytes",
         type=int,
         metavar="N",
-        help="train on the first N bytes of text alone (default: on all)",
+        help="train on the first N bytes of text only (default: on all of it)",
     )
     args = flags.parse_args(arguments)
     inputs = expand(args.input)
@@ -57,14 +57,15 @@ def main(arguments: Sequence[str]) -> None:
     problems = []
     if args.max_bytes is not None and args.max_bytes < 1:
         problems.append(
-            Problem("--max-bytes", args.max_bytes, "must be at least 1", "leave it out to train on all")
+            Problem("--max-bytes", args.max_bytes, "must be at least 1", "omit it to train on all")
         )
     if any(os.path.realpath(path) == os.path.realpath(args.output) for path in inputs):
         problems.append(Problem("--output", args.output, "is one of the inputs", "choose another name"))
     if problems:
         raise ConfigError(problems)
-    bar = Bar("train_tokenizer")
-    size = train_bpe(texts(inputs, args.json_key, args.max_bytes), args.vocab_size, args.output)
+    with Bar("train_tokenizer") as bar:
+        found = texts(inputs, args.json_key, args.max_bytes, progress=bar.update)
+        size = train_bpe(found, args.vocab_size, args.output)
     fewer = (
         ""
         if size == args.vocab_size

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
-from megatron_hyperrouter.terminal import parser
+from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
         raise DataError(
-            f"{config.data.tokenizer_type} does not tell the bytes of its tokens",
+            f"{config.data.tokenizer_type}: the bytes of a token do not follow from its id",
             remedy="use a byte-level tokenizer",
         )
     splits = build_splits(
@@ -60,7 +60,10 @@ def main(arguments: Sequence[str]) -> None:
         test_samples=None,
     )
     eod = tokenizer.eod if config.data.eod_mask_loss else None
-    rows = baseline_bits(splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size, eod=eod)
+    with Bar("baselines", "samples") as bar:
+        rows = baseline_bits(
+            splits, results[0]["tokens"], bytes_V, tokenizer.vocab_size, eod=eod, progress=bar.update
+        )
     rows |= {
         f"model, k = {row['topk']} of {config.model.num_experts}": row["bits_per_byte"] for row in results
     }
@@ -78,23 +81,34 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
     try:
         results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise DataError(
-            f"{path}: not an evaluation: {error!r}",
+            f"{path}: cannot be read: {error.strerror}", remedy="name the file that tools/evaluate.py wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not the results of an evaluation",
             remedy="write it with tools/evaluate.py --output FILE.json",
         ) from error
     if not results:
-        raise DataError(f"{path}: no results", remedy="evaluate at one k at least")
+        raise DataError(f"{path}: has no results", remedy="evaluate at one k at least")
     return results
 
 
 def baseline_bits(
-    splits: Splits, tokens: int, bytes_V: np.ndarray, vocab_size: int, *, eod: int | None = None
+    splits: Splits,
+    tokens: int,
+    bytes_V: np.ndarray,
+    vocab_size: int,
+    *,
+    eod: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an
     evaluation.
 
     ``eod``: the id that ends a document, where what follows it counts neither there nor here.
+    ``progress(samples, all samples)`` of the training data.
     """
     import numpy as np
 
@@ -106,7 +120,7 @@ def baseline_bits(
             "the run has no training or no test data",
             remedy="give all three shares of --split a number above 0",
         )
-    fitted = NgramBaselines(stretches(splits.train, eod), vocab_size)
+    fitted = NgramBaselines(stretches(splits.train, eod, progress), vocab_size)
     parts, left = [np.zeros((0, 2), np.int64)], tokens
     for sample in samples_of(splits.test):
         if left <= 0:
@@ -128,16 +142,21 @@ def baseline_bits(
     }
 
 
-def samples_of(dataset: Dataset) -> Iterator[np.ndarray]:
-    """One after another."""
-    return (dataset[i] for i in range(len(dataset)))
+def samples_of(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Iterator[np.ndarray]:
+    """One after another; ``progress(samples, all samples)``."""
+    for i in range(len(dataset)):
+        yield dataset[i]
+        if progress:
+            progress(i + 1, len(dataset))
 
 
-def stretches(dataset: Dataset, eod: int | None) -> Iterator[np.ndarray]:
+def stretches(
+    dataset: Dataset, eod: int | None, progress: Callable[[int, int], None] | None = None
+) -> Iterator[np.ndarray]:
     """Samples, cut after each ``eod``: what fills up a packed sample has no pair, and is left out."""
     import numpy as np
 
-    for sample in samples_of(dataset):
+    for sample in samples_of(dataset, progress):
         parts = [sample] if eod is None else np.split(sample, np.flatnonzero(sample == eod) + 1)
         yield from (part for part in parts if len(part) > 1)
 

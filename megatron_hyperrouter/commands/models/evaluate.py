@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
 from megatron_hyperrouter.files import write_json
-from megatron_hyperrouter.terminal import parser
+from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
     from megatron_hyperrouter.train.metrics import Record
 
 
@@ -38,14 +39,16 @@ def main(arguments: Sequence[str]) -> None:
     engine = run.open_engine(tokenizer)
     try:
         run.load_into(engine)
-        results = loss_by_topk(
-            engine,
-            dataset,
-            args.topk,
-            micro_batch_size=min(run.settings.train.micro_batch_size, len(dataset)),
-            num_samples=samples,
-            token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
-        )
+        with Bar("evaluate", "samples") as bar:
+            scored = min(len(dataset), samples or len(dataset)) * len(args.topk)
+            results = loss_by_topk(
+                engine,
+                Counted(dataset, bar, scored // engine.place.data_size) if engine.place.is_main else dataset,
+                args.topk,
+                micro_batch_size=min(run.settings.train.micro_batch_size, len(dataset)),
+                num_samples=samples,
+                token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+            )
         if engine.place.is_main:
             rows = ", ".join(to_json(result) for result in results)
             head = {
@@ -58,6 +61,23 @@ def main(arguments: Sequence[str]) -> None:
             write_json(args.output, json.loads(f'{{"results": [{rows}]}}') | head)
     finally:
         engine.close()
+
+
+class Counted:
+    """A dataset that shows how many of its samples were read, of ``total``."""
+
+    def __init__(self, dataset: Dataset, bar: Bar, total: int) -> None:
+        self._dataset, self._bar, self._total, self._read = dataset, bar, total, 0
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample ``i``."""
+        self._read += 1
+        self._bar.update(min(self._read, self._total), self._total)
+        return self._dataset[i]
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:

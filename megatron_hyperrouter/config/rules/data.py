@@ -28,12 +28,12 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 def mock_data_stands_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Made-up tokens come from no file, and have no documents."""
+    """Made-up tokens take the place of all data files."""
     if not config.data.mock_data:
         return
-    for name in (*PATHS, "data_schedule", "pack_documents"):
+    for name in (*PATHS, "data_schedule"):
         if value_of(config, name):
-            yield broken(config, name, "has no meaning with --mock-data", "leave one of the two out")
+            yield broken(config, name, "cannot be combined with --mock-data", "give one of the two")
 
 
 def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

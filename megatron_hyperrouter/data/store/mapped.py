@@ -84,6 +84,22 @@ class Mapped:
         return self._map.size() if self._map is not None else 0
 
 
+class InMemory(Mapped):
+    """The same for bytes that are not in a file; ``path`` is what messages call them."""
+
+    def __init__(self, path: str, content: bytes) -> None:
+        self.path, self.changed, self._map = Path(path), 0, None
+        self.content = np.frombuffer(content, np.uint8)
+
+    def read(self, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See the base class."""
+        return [self.content[begin : begin + length].tobytes() for begin, length in parts]
+
+    def size_now(self) -> int:
+        """All of them, always."""
+        return len(self.content)
+
+
 def missing_pair(prefix: str) -> str:
     """What to do where there is no pair of that prefix: the pairs that may have been meant."""
     stem = prefix.removesuffix(".bin").removesuffix(".idx")

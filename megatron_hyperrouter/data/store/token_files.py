@@ -80,10 +80,17 @@ class IndexedDataset:
     missing, truncated, foreign or inconsistent.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], *, whole: bool = True) -> None:
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        *,
+        whole: bool = True,
+        files: tuple[Mapped, Mapped] | None = None,
+    ) -> None:
+        """``files``: what to read in place of ``prefix.idx`` and ``prefix.bin``."""
         self.prefix = os.fspath(prefix)
         self.idx_path, self.bin_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
-        self._idx = Mapped(self.idx_path)
+        self._idx = Mapped(self.idx_path) if files is None else files[0]
         index = self._idx.content
         self.dtype, num_sequences, num_marks = self._read_header(index)
         self.sizes: Int32s = np.frombuffer(index, "<i4", num_sequences, _HEADER.size)
@@ -91,7 +98,7 @@ class IndexedDataset:
         self.document_indices: Int64s = np.frombuffer(
             index, "<i8", num_marks, _HEADER.size + 12 * num_sequences
         )
-        self._bin = Mapped(self.bin_path)
+        self._bin = Mapped(self.bin_path) if files is None else files[1]
         if whole:
             self.check()
         rest = len(self._bin.content) % self.dtype.itemsize

@@ -24,11 +24,11 @@ from megatron_hyperrouter.data.order.blend import (
     set_counts,
     split_documents,
 )
-from megatron_hyperrouter.data.order.index_files import Cache, Named, file_identity
+from megatron_hyperrouter.data.order.index_files import Cache, Named
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.packed import PackedDataset, Packing, pack
 from megatron_hyperrouter.data.order.shuffled import Order, SampleOrder, Span, order_of, plan_order
-from megatron_hyperrouter.data.stream.stores import open_store
+from megatron_hyperrouter.data.stream.stores import MOCK, cache_key, open_store
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def build_splits(
     ``--pack-documents``.  ``cache``: where index files lie; by default as ``data`` says.
     DataError for files that are unusable, empty, or shorter than one sample.
     """
-    if not data.data_path and not data.train_data_path:
+    if not data.data_path and not data.train_data_path and not data.mock_data:
         remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
         raise ConfigError(
             [Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)]
@@ -192,6 +192,8 @@ class Builder:
             if self.data.data_path
             else (f"--{SPLITS[number]}-data-path", own)
         )
+        if self.data.mock_data:
+            flag, words = MOCK, (MOCK,)
         if num_samples == 0 or not words:
             return None
         blend = parse_blend(words, flag=flag)
@@ -326,7 +328,7 @@ class Builder:
         length = self.seq_length + 1
         key = {
             "kind": "packed documents",
-            "file": file_identity(store.idx_path),
+            "file": cache_key(store),
             "documents": [documents.start, documents.stop],
             "seed": self.seed,
             "length": length,
@@ -367,7 +369,7 @@ class Builder:
         plan = plan_order(self.tokens(store, documents), seq_length=self.seq_length, num_samples=num_samples)
         key = {
             "kind": "megatron-core 0.16 GPTDataset",
-            "file": file_identity(store.idx_path),
+            "file": cache_key(store),
             "documents": [documents.start, documents.stop],
             "seed": self.seed,
             "seq_length": self.seq_length,
@@ -389,6 +391,8 @@ class Builder:
         """
         if self.data.pack_documents:
             return False
+        if store.prefix == MOCK:  # has no folder in which an index could lie
+            return True
         kind = self.data.data_index
         return kind == "on-demand" or (kind == "auto" and len(store) >= ON_DEMAND_FROM)
 
@@ -402,12 +406,13 @@ class Builder:
     def documents(self, prefix: str, number: int) -> range:
         """The documents of a file that split ``number`` reads."""
         count = len(self.open(prefix))
-        return split_documents(self.data.split, count)[number] if self.data.data_path else range(count)
+        divided = self.data.data_path and prefix != MOCK
+        return split_documents(self.data.split, count)[number] if divided else range(count)
 
     def open(self, prefix: str) -> IndexedDataset:
         """The file, checked."""
         if prefix not in self.stores:
-            store = open_store(prefix, self.tokenizer)
+            store = open_store(prefix, self.tokenizer, vocab_size=self.vocab_size, eod=self.eod)
             if not self.on_demand(store):
                 store.check()
             self.stores[prefix] = store

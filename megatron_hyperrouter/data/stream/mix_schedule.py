@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_hyperrouter.config.mixes import SCHEDULE_REMEDY, Mix, is_inline, scheduled
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
+from megatron_hyperrouter.data.stream.stores import MOCK
 from megatron_hyperrouter.errors import ConfigError, Problem
 
 
@@ -27,6 +28,8 @@ def mixes_of(data: DataConfig, *, step: int = 0) -> tuple[Mix, ...]:
     ConfigError for a schedule that is none, or that names a file which is not there; what is over after
     ``step`` steps may be gone.
     """
+    if data.mock_data:
+        return ((0, (MOCK,)),)
     if data.data_schedule is None:
         return ((0, data.data_path or data.train_data_path),)
     try:

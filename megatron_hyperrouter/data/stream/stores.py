@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_hyperrouter.data.order.index_files import file_identity
+from megatron_hyperrouter.data.store.made_up import PREFIX, MadeUpTokens
 from megatron_hyperrouter.data.store.manifest import check_tokenizer
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.errors import DataError
 
+MOCK = PREFIX  # the prefix of made-up tokens
 
-def open_store(prefix: str, tokenizer: Mapping[str, Any] | None) -> IndexedDataset:
+
+def open_store(
+    prefix: str, tokenizer: Mapping[str, Any] | None, *, vocab_size: int, eod: int | None
+) -> IndexedDataset:
     """The pair of that prefix, of whose index only the header is checked yet.
 
     ``tokenizer``: the identity of the run's, which must be that of the data; None: any.  DataError for files
-    that are missing, empty, or made with another tokenizer.
+    that are missing, empty, or made with another tokenizer.  ``vocab_size``, ``eod``: what made-up tokens are
+    made for.
     """
+    if prefix == PREFIX:
+        return MadeUpTokens(vocab_size, eod)
     store = IndexedDataset(prefix, whole=False)
     if tokenizer is not None:
         check_tokenizer(prefix, tokenizer)
@@ -24,3 +33,8 @@ def open_store(prefix: str, tokenizer: Mapping[str, Any] | None) -> IndexedDatas
             f"{prefix}.idx: the corpus is empty: 0 documents", remedy="preprocess a file that holds text"
         )
     return store
+
+
+def cache_key(store: IndexedDataset) -> Mapping[str, Any]:
+    """What the indices of a store depend on, besides the settings."""
+    return store.cache_key() if isinstance(store, MadeUpTokens) else file_identity(store.idx_path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_hyperrouter.data.text.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of, size_of
@@ -165,10 +165,21 @@ def count_words(found: Iterable[str]) -> int:
     return content.translate(_WORD_CHARACTERS).count(b"\0\1")
 
 
-def texts(paths: Sequence[str], key: str = "text", max_bytes: int | None = None) -> Iterator[str]:
-    """Every text in turn; stops once ``max_bytes`` of UTF-8 have passed."""
-    passed = 0
+def texts(
+    paths: Sequence[str],
+    key: str = "text",
+    max_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[str]:
+    """Every text in turn; stops once ``max_bytes`` of UTF-8 have passed.
+
+    ``progress(bytes, all bytes)`` of the inputs on disk, or of ``max_bytes`` where that is less.
+    """
+    passed, total = 0, sum(map(size_of, paths))
     for batch in read_batches(paths, (key,)):
+        if progress:
+            whole = max_bytes is None or max_bytes > total
+            progress(*((batch.position, total) if whole else (passed, max_bytes or 0)))
         for (sequences,) in documents(batch, (key,)):
             for text in sequences:
                 yield text

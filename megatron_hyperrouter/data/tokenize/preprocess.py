@@ -132,7 +132,7 @@ def preprocess(
 
 
 @dataclass(frozen=True)
-class _Saved:
+class Saved:
     """What the journal's last record says is done."""
 
     place: Place = field(default_factory=Place)
@@ -147,26 +147,32 @@ class _Saved:
         pairs = [{"counts": counts.as_dict(), "bin": asdict(total)} for counts, total in self.pairs]
         return asdict(self) | {"place": list(asdict(self.place).values()), "pairs": pairs}
 
-    @classmethod
-    def of(cls, record: Mapping[str, Any], keys: int) -> _Saved:
-        """Back from the journal; KeyError, TypeError or ValueError for a record that no run of this program
-        saves.
-        """
+
+def saved_of(path: str, record: Mapping[str, Any], keys: int) -> Saved:
+    """What a record of the journal at ``path`` says; DataError for one that no run of this program saves."""
+    try:
         pairs = tuple((Counts(**pair["counts"]), FileSum(**pair["bin"])) for pair in record["pairs"])
-        saved = cls(**dict(record) | {"place": Place(*record["place"]), "pairs": pairs})
-        numbers = [saved.position, saved.left_out, *asdict(saved.place).values()]
-        for counts, total in pairs:
-            numbers += [*counts.as_dict().values(), total.bytes]
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-            raise ValueError(f"numbers must be whole and at least 0, got {numbers}")
-        texts = [saved.first_left_out, *(total.sha256 for _, total in pairs)]
-        if (
-            len(pairs) != keys
-            or type(saved.complete) is not bool
-            or not all(type(each) is str for each in texts)
-        ):
-            raise TypeError("values of other types than this program saves")
-        return saved
+        saved = Saved(**dict(record) | {"place": Place(*record["place"]), "pairs": pairs})
+    except (KeyError, TypeError) as error:
+        raise _unknown_record(path) from error
+    numbers = [saved.position, saved.left_out, *asdict(saved.place).values()]
+    for counts, total in pairs:
+        numbers += [*counts.as_dict().values(), total.bytes]
+    texts = [saved.first_left_out, *(total.sha256 for _, total in pairs)]
+    right = (
+        all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+        and all(type(text) is str for text in texts)
+        and type(saved.complete) is bool
+        and len(pairs) == keys
+    )
+    if not right:
+        raise _unknown_record(path)
+    return saved
+
+
+def _unknown_record(path: str) -> DataError:
+    message = f"{path}: a line holds what no run of this program saves"
+    return DataError(message, remedy="give --overwrite to start afresh")
 
 
 class _Run:
@@ -187,7 +193,7 @@ class _Run:
         self.dtype = encoder.dtype
         self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
         try:
-            self.saved = next(filter(None, map(self._usable, reversed(self._journal.records))), _Saved())
+            self.saved = next(filter(None, map(self._usable, reversed(self._journal.records))), Saved())
         except BaseException:
             self._journal.close(remove=False)
             raise
@@ -276,20 +282,16 @@ class _Run:
                 remedy = "let nothing write to it, and start afresh with --overwrite"
                 raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
 
-    def _save(self, writers: list[PairWriter], saved: _Saved) -> None:
+    def _save(self, writers: list[PairWriter], saved: Saved) -> None:
         saved = replace(saved, pairs=tuple((writer.save(), writer.bin_sum()) for writer in writers))
         self._journal.append(saved.record())
         self.saved = saved
 
-    def _usable(self, record: dict[str, Any]) -> _Saved | None:
+    def _usable(self, record: dict[str, Any]) -> Saved | None:
         """What a record says, where the files hold it; a complete run's tokens may have
         their name already.
         """
-        try:
-            saved = _Saved.of(record, len(self._job.settings.keys))
-        except (KeyError, TypeError, ValueError) as error:
-            message = f"{self._journal.path}: holds what no run of this program saves ({error})"
-            raise DataError(message, remedy="give --overwrite to start afresh") from error
+        saved = saved_of(self._journal.path, record, len(self._job.settings.keys))
         pairs = zip(self._job.prefixes(), saved.pairs, strict=True)
         whole = all(
             holds(prefix, self.dtype, counts, complete=saved.complete) for prefix, (counts, _) in pairs

@@ -1,0 +1,145 @@
+"""Every reader of a file that a stranger may hand us, as one table: a good file, how to read it, and how it
+may refuse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from encode_settings import settings
+from pyarrow import parquet
+
+from megatron_hyperrouter.data.order import index_files
+from megatron_hyperrouter.data.store.journal import Journal
+from megatron_hyperrouter.data.store.manifest import read_manifest
+from megatron_hyperrouter.data.store.token_files import IndexedDataset
+from megatron_hyperrouter.data.text.corpus import documents, read_batches
+from megatron_hyperrouter.data.tokenize import bpe
+from megatron_hyperrouter.data.tokenize import preprocess as preprocessing
+from megatron_hyperrouter.data.tokenize.tokenizer import HuggingFaceTokenizer
+from megatron_hyperrouter.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Reader:
+    """``make(folder)``: writes a good file and returns its path; ``read(path)``: reads it, as a run would.
+
+    ``refuses``: the only errors that ``read`` may raise.  ``json_lines``: the file is lines of JSON, whose
+    values are changed, too.
+    """
+
+    make: Callable[[Path], Path]
+    read: Callable[[Path], object]
+    refuses: tuple[type[Exception], ...] = (DataError,)
+    json_lines: bool = False
+
+
+TEXTS = [f"document {number} with some text, naïve" for number in range(40)]
+
+
+def pair(folder: Path) -> str:
+    """A pair of token files with its manifest; returns the prefix."""
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    how = settings("ByteTokenizer", append_eod=True)
+    return preprocessing.preprocess([str(folder / "a.jsonl")], str(folder / "p"), how)[0].prefix
+
+
+def make_manifest(folder: Path) -> Path:
+    return Path(f"{pair(folder)}.manifest.json")
+
+
+def read_pair_manifest(path: Path) -> None:
+    read_manifest(str(path).removesuffix(".manifest.json"))
+
+
+def make_index(folder: Path) -> Path:
+    return Path(f"{pair(folder)}.idx")
+
+
+def read_index(path: Path) -> None:
+    data = IndexedDataset(path.with_suffix(""))
+    for number in range(len(data)):
+        data.get(number)
+
+
+HEAD: dict[str, Any] = {"--tokenizer-type": "ByteTokenizer", "--append-eod": True}
+INPUTS = [("a.jsonl", 1000, 5)]
+
+
+def make_journal(folder: Path) -> Path:
+    journal = Journal(str(folder / "o.journal"), HEAD, INPUTS)
+    for number in (1, 2):
+        counts = {"documents": number, "sequences": number, "tokens": 9, "open_sequences": 0, "words": 4}
+        pairs = [{"counts": counts, "bin": {"bytes": 18, "sha256": "ab" * 32}}]
+        journal.append(
+            {"place": [0, 90 * number, 1], "position": 90, "pairs": pairs, "complete": False, "left_out": 0,
+             "first_left_out": ""}
+        )  # fmt: skip
+    journal.close(remove=False)
+    return folder / "o.journal"
+
+
+def read_journal(path: Path) -> None:
+    journal = Journal(str(path), HEAD, INPUTS)
+    try:
+        for record in journal.records:
+            preprocessing.saved_of(str(path), record, keys=1)
+    finally:
+        journal.close(remove=False)
+
+
+KEY = {"kind": "test", "seed": 1}
+ARRAYS = {"documents": np.arange(50, dtype=np.int32), "starts": np.arange(60, dtype=np.int64).reshape(-1, 2)}
+
+
+def make_index_file(folder: Path) -> Path:
+    cache = index_files.Cache(str(folder), cached_from=1)
+    cache.arrays(KEY, tuple(ARRAYS), lambda: iter(ARRAYS.items()), beside="x", numbers=1)
+    return cache.used[0]
+
+
+def read_index_file(path: Path) -> None:
+    """Whatever is there, the arrays are those that were asked for: a damaged file is built again."""
+    cache = index_files.Cache(str(path.parent), cached_from=1)
+    found = cache.arrays(KEY, tuple(ARRAYS), lambda: iter(ARRAYS.items()), beside="x", numbers=1)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def make_tokenizer(folder: Path) -> Path:
+    bpe.train_bpe(iter(TEXTS), 280, str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def read_tokenizer(path: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(str(path))
+    tokenizer.decode(tokenizer.encode(TEXTS[0]))
+    tokenizer.token_bytes_V()
+    _ = tokenizer.eod
+
+
+def make_parquet(folder: Path) -> Path:
+    table = pyarrow.table({"text": TEXTS, "number": list(range(len(TEXTS)))})
+    parquet.write_table(table, folder / "a.parquet", row_group_size=15)
+    return folder / "a.parquet"
+
+
+def read_parquet(path: Path) -> None:
+    for batch in read_batches([str(path)]):
+        list(documents(batch, ("text",)))
+
+
+READERS = {
+    "pair manifest": Reader(make_manifest, read_pair_manifest, json_lines=True),
+    "journal": Reader(make_journal, read_journal, (DataError, ConfigError), json_lines=True),
+    "token index": Reader(make_index, read_index),
+    "index file": Reader(make_index_file, read_index_file),
+    "tokenizer.json": Reader(make_tokenizer, read_tokenizer, json_lines=True),
+    "Parquet": Reader(make_parquet, read_parquet),
+}
