@@ -46,9 +46,9 @@ class Leaf:
     @property
     def off_flag(self) -> str | None:
         """The flag that switches a bool off: ``--no-bf16``, ``--router.no-bias``; None for other types."""
-        if self.base is not bool:
-            return None
         option = self.name.removeprefix(ROUTER_PREFIX)
+        if self.base is not bool or option.startswith("no_"):
+            return None
         return flag(f"{self.name[: -len(option)]}no_{option}")
 
     @property

@@ -385,6 +385,15 @@ class CheckpointConfig:
         Role.START,
         "Resume from a checkpoint of format 1, whose state-*.pt can run any code when it is loaded",
     ] = False
+    no_load_optim: Annotated[
+        bool, Role.START, "Continue at the checkpoint's step with a fresh optimizer and random state"
+    ] = False
+    no_load_rng: Annotated[
+        bool, Role.START, "Continue with the random state of a new run, not the checkpoint's"
+    ] = False
+    exit_interval: Annotated[
+        Count | None, Role.UPKEEP, "Save and stop at the first multiple of this many steps"
+    ] = None
     load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to continue from"] = None
     finetune: Annotated[
         bool, Role.START, "Load the weights only; step, optimizer and random state start afresh"

@@ -19,7 +19,7 @@ from megatron_hyperrouter.train.metrics import check_finite
 from megatron_hyperrouter.train.resuming.resume import resume
 from megatron_hyperrouter.train.resuming.start import Start, begin
 from megatron_hyperrouter.train.run import Run, Speed
-from megatron_hyperrouter.train.saving import NOTHING
+from megatron_hyperrouter.train.saving import NOTHING, Wish
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.checkpoint.description import Description
@@ -82,6 +82,8 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
                 engine.wait_at_most(60 * config.train.distributed_timeout_minutes)
             last = step == config.train.train_iters
             wish = run.saving.answer(step, request) if called else NOTHING
+            if end := run.saving.stops_at(step):
+                wish = Wish(end, save=False)
             if wish.stop:  # whoever asked for it may not wait long: save before anything else
                 run.save(step, wait=True)
             if run.evaluates and (last or step % config.train.eval_interval == 0):

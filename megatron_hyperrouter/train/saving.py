@@ -98,6 +98,11 @@ class Saving:
         """Whether a checkpoint of this step is asked for by --save-interval."""
         return self._settings.save_interval > 0 and step % self._settings.save_interval == 0
 
+    def stops_at(self, step: int) -> str:
+        """Why the run ends after this step, by --exit-interval; empty where it goes on."""
+        interval = self._settings.exit_interval
+        return "--exit-interval" if interval is not None and step % interval == 0 else ""
+
     def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint (collective); ``wait``: until it is published, as always with
         --no-async-save.

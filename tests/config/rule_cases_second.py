@@ -300,4 +300,11 @@ CASES = [
         "divisible by --tensor-model-parallel-size = 2",
         {"pad_vocab_size_to_tp": True},
     ),
+    case(
+        "parts_of_a_checkpoint_need_one",
+        {"no_load_rng": True},
+        "--no-load-rng",
+        "needs --load",
+        {"load": "run"},
+    ),
 ]

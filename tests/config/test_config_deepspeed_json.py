@@ -11,6 +11,7 @@ import pytest
 
 from megatron_hyperrouter.config.check import problems
 from megatron_hyperrouter.config.cli import parse, replace_leaves
+from megatron_hyperrouter.config.reading.deepspeed_file import KNOWN, load_document
 from megatron_hyperrouter.config.rules.deepspeed_json import REMOVED
 from megatron_hyperrouter.config.tree import RunConfig
 
@@ -58,7 +59,6 @@ class TestDeepSpeedJson:
             ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "1"),
             ({"bf16": {"enabled": True}}, "bf16.enabled", "false"),
             ({"fp16": {"enabled": True}}, "fp16.enabled", "false"),
-            ({"gradient_clipping": "auto"}, "gradient_clipping", "1.0"),
             ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps", "1"),
         ],
     )
@@ -70,7 +70,7 @@ class TestDeepSpeedJson:
     @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
     def test_sections_that_are_ours(self, base, tmp_path, key):
         (problem,) = self.found(base, tmp_path, {key: {"type": "Adam"}})
-        assert "flags alone" in problem.rule
+        assert problem.rule == "is controlled by flags"
 
     def test_contiguous_gradients(self, base, tmp_path):
         document = {"zero_optimization": {"contiguous_gradients": False}}
@@ -89,7 +89,7 @@ class TestDeepSpeedJson:
         document = {"pipeline": {key: True}}
         assert self.found(base, tmp_path, document) == []
         (problem,) = self.found(base, tmp_path, document, pipeline_model_parallel_size=2)
-        assert problem.field.startswith(f"pipeline.{key} in ") and "breaks" in problem.rule
+        assert problem.field.startswith(f"pipeline.{key} in ") and "incompatible" in problem.rule
         assert self.found(base, tmp_path, {"pipeline": {key: False}}, pipeline_model_parallel_size=2) == []
 
     @pytest.mark.parametrize(
@@ -138,6 +138,63 @@ class TestDeepSpeedJson:
         assert "not JSON" in problem.rule and "line 3" in problem.rule
         (problem,) = self.found(base, tmp_path, "[1]")
         assert "JSON object" in problem.rule
+
+    def test_auto_means_what_the_flags_say(self, base, tmp_path):
+        document = {
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+            "steps_per_print": 5,
+        }
+        assert self.found(base, tmp_path, document, world_size=2) == []
+        kept = load_document(str(tmp_path / "ds.json"))
+        assert kept == {"bf16": {}, "zero_optimization": {"stage": 1}, "steps_per_print": 5}
+        document["optimizer"]["params"]["lr"] = 0.1
+        (problem,) = self.found(base, tmp_path, document)
+        assert problem.field.startswith("optimizer in ")
+
+    @pytest.mark.parametrize(
+        ("document", "field", "remedy"),
+        [
+            ({"gradient_cliping": 1.0}, "gradient_cliping", "did you mean gradient_clipping?"),
+            (
+                {"zero_optimization": {"overlap_com": 1}},
+                "zero_optimization.overlap_com",
+                "did you mean overlap_comm?",
+            ),
+            ({"my_own": 1}, "my_own", "leave it out"),
+        ],
+    )
+    def test_keys_that_deepspeed_does_not_read(self, base, tmp_path, document, field, remedy):
+        (problem,) = self.found(base, tmp_path, document)
+        assert (problem.field.split()[0], problem.remedy) == (field, remedy)
+        assert problem.rule == "is not a key of DeepSpeed"
+
+    @pytest.mark.parametrize("text", ['{"bf16": {}, "bf16": {}}', '{"bf16": {"a": 1, "a": 2}}'])
+    def test_a_key_that_is_there_twice(self, base, tmp_path, text):
+        (problem,) = self.found(base, tmp_path, text)
+        assert "twice" in problem.rule
+
+    def test_the_keys_are_those_of_deepspeed(self):
+        """Read from its files, not imported: this room's tests know no torch."""
+        spec = find_spec("deepspeed")
+        assert spec is not None and spec.origin is not None
+        folder = Path(spec.origin).parent
+        zero = (folder / "runtime" / "zero" / "config.py").read_text(encoding="utf-8")
+        fields = set(re.findall(r"^    (\w+): [A-Z\w\[\], ]+ ?=", zero, re.MULTILINE))
+        aliases = set(re.findall(r'alias="(\w+)"', zero))
+        named = fields | aliases | {name.rpartition(".")[2] for name in REMOVED}
+        assert KNOWN["zero_optimization"] - named == set()
+        sources = [
+            path.read_text(encoding="utf-8", errors="ignore")
+            for path in folder.rglob("*.py")
+            if path.name in ("constants.py", "config.py") or "config" in path.parent.name
+        ]
+        text = "\n".join(sources)
+        assert [key for key in KNOWN[""] if not re.search(rf"[\"']{key}[\"']", text)] == []
 
     def test_several_contradictions_at_once(self, base, tmp_path):
         document = {"optimizer": {}, "gradient_clipping": 3, "bf16": {"enabled": True}}

@@ -220,6 +220,21 @@ class TestArithmetic:
             assert problems_of(all_routers, name, file)[0].field == name
 
 
+def test_the_checkpoint_of_one_step(all_routers, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    config, _ = understood(all_routers, "--load", str(tmp_path), "--ckpt-step", "300")
+    assert config.checkpoint.load == str(tmp_path / "checkpoints" / "step_0000300")
+    (problem,) = problems_of(all_routers, *DATA, "--ckpt-step", "300")
+    assert problem.rule == "needs --load"
+
+
+@pytest.mark.parametrize("words", ["--deepspeed --deepspeed_config no.json", "--deepspeed no.json"])
+def test_the_spelling_of_deepspeed(all_routers, words):
+    (problem,) = problems_of(all_routers, *DATA, *words.split())
+    assert (problem.field, problem.value) == ("--deepspeed-config", "no.json")
+    assert understood(all_routers, "--deepspeed")[0] == understood(all_routers)[0]
+
+
 def test_sequence_parallelism_without_tensor_parallelism_is_switched_off(all_routers):
     config, note = understood(all_routers, "--sequence-parallel")
     assert config.parallel.sequence_parallel is False

@@ -83,3 +83,44 @@ def test_a_dry_run_shows_the_run_and_starts_nothing(zygote: Zygote, tmp_path: Pa
         [*flags, "--world-size", "3", "--expert-model-parallel-size", "2"], ranks=1, expect=2
     )
     assert "--expert-model-parallel-size = 2" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def stopped(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with dropout that --exit-interval has stopped after two of four steps."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    flags = [*TINY, *TRIAL, "--hidden-dropout", "0.3", "--exit-interval", "2", "--run-dir", str(run_dir)]
+    job = zygote.run(flags, ranks=1, expect=6)
+    assert "stopped by --exit-interval after step 2" in job.stdout
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def not_stopped(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The steps of the same run to its end."""
+    run_dir = tmp_path_factory.mktemp("not-stopped") / "run"
+    zygote.run([*TINY, *TRIAL, "--hidden-dropout", "0.3", "--run-dir", str(run_dir)], ranks=1)
+    return steps_of(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "third", "fourth"),
+    [([], True, True), (["--no-load-optim"], False, False), (["--no-load-rng"], False, False)],
+    ids=["nothing", "optimizer", "random state"],
+)
+def test_parts_of_a_checkpoint_that_are_not_loaded(
+    zygote: Zygote,
+    stopped: Path,
+    not_stopped: list[dict],
+    tmp_path: Path,
+    left_out: list[str],
+    third: bool,
+    fourth: bool,
+) -> None:
+    """Without dropout's numbers the third step has another loss; without Adam's moments the fourth has."""
+    flags = [*TINY, *TRIAL, "--hidden-dropout", "0.3"]
+    zygote.run([*flags, *left_out, "--load", str(stopped), "--run-dir", str(tmp_path / "rest")], ranks=1)
+    rest = steps_of(tmp_path / "rest")
+    assert [record["step"] for record in rest] == [3, 4]
+    same = [one["lm_loss"] == other["lm_loss"] for one, other in zip(not_stopped[2:], rest, strict=True)]
+    assert same == [third, fourth]

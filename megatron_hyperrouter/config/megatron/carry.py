@@ -25,6 +25,9 @@ ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
 )
 
 
+REFINES = ("ckpt-step",)  # they say more about a setting that is given
+
+
 @dataclass
 class Carried:
     """What became of the flags of Megatron-LM."""
@@ -80,7 +83,7 @@ def work_out(
     for name, place, words in in_order(carried.pending):
         try:
             ours, value = worked_out(name, words, values, world_size)
-            if ours in written:
+            if ours in written and name not in REFINES:
                 raise BadValue(f"says what {flag(ours)} says as well", "keep one of the two")
         except BadValue as bad:
             problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))

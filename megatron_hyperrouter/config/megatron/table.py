@@ -57,6 +57,7 @@ distributed-backend | nccl gloo | the backend follows the device
 exit-on-missing-checkpoint |  | a --load without a checkpoint ends the run
 moe-per-layer-logging |  | metrics.jsonl has each layer
 weight-decay-incr-style | constant | the weight decay is constant
+override-opt-param-scheduler |  | the schedule of the command counts, not that of the checkpoint
 calculate-per-token-loss |  | the loss is the mean over the tokens of the global batch
 no-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
 disable-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
@@ -100,6 +101,7 @@ ARITHMETIC = (
     "data-args-path",
     "per-split-data-args-path",
     "moe-router-score-function",
+    "ckpt-step",
     "moe-router-load-balancing-type",
 )
 
@@ -110,18 +112,12 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
         for name, cells in _rows(
             """
 rampup-batch-size | grows the global batch from a small one | every step would take the full global batch
-exit-interval | stops the run at a multiple of so many steps | the run would go to --train-iters
-no-load-optim | loads a checkpoint without its optimizer state
-  | the optimizer state would be loaded; --finetune starts a new run from the weights
-no-load-rng | loads a checkpoint without its random state
-  | the random state would be loaded; --finetune starts a new run from the weights
 disable-load-optim | loads a checkpoint without its optimizer state | the optimizer state would be loaded
 disable-load-rng | loads a checkpoint without its random state | the random state would be loaded
 no-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
 disable-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
 no-save-rng | saves checkpoints without the random state | checkpoints would hold it
 disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
-override-opt-param-scheduler | takes the schedule of the command over that of the checkpoint | nothing
 use-checkpoint-opt-param-scheduler | takes the schedule of the checkpoint over that of the command
   | the command's schedule would count
 recompute-modules | names the parts to recompute
@@ -130,8 +126,6 @@ recompute-num-layers | is the number of layers to recompute together
   | --recompute-granularity full recomputes each layer
 recompute-method | says which layers are recomputed | --recompute-granularity full recomputes each layer
 use-pytorch-profiler | belongs to --profile | there would be no trace
-ckpt-step | loads the checkpoint of one step
-  | the newest one would be loaded; --load takes a step's folder, too
 decoder-first-pipeline-num-layers | is the number of layers of the first pipeline stage
   | stages would have equally many layers
 decoder-last-pipeline-num-layers | is the number of layers of the last pipeline stage

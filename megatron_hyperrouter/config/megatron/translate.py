@@ -115,6 +115,15 @@ def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tup
     return "virtual_pipeline_model_parallel_size", layers // stages // int(count)
 
 
+def ckpt_step(step: float, values: Mapping[str, Any], batch: int) -> tuple[str, str]:
+    """The folder of that step in the run that --load names."""
+    if values["load"] is None:
+        raise BadValue("needs --load", "name the run folder with --load")
+    folder = Path(values["load"])
+    inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    return "load", str(inner / f"step_{int(step):07d}")
+
+
 # In the order in which they are worked out.
 LATE: Mapping[str, Callable[[float, Mapping[str, Any], int], tuple[str, Any]]] = MappingProxyType(
     {
@@ -124,9 +133,10 @@ LATE: Mapping[str, Callable[[float, Mapping[str, Any], int], tuple[str, Any]]] =
         "lr-warmup-samples": lr_warmup_samples,
         "lr-warmup-fraction": lr_warmup_fraction,
         "num-layers-per-virtual-pipeline-stage": layers_per_chunk,
+        "ckpt-step": ckpt_step,
     }
 )
-WITHOUT_BATCH = ("lr-warmup-fraction", "num-layers-per-virtual-pipeline-stage")
+WITHOUT_BATCH = ("lr-warmup-fraction", "num-layers-per-virtual-pipeline-stage", "ckpt-step")
 
 
 def in_order(pending: Mapping[str, tuple[str, list[str]]]) -> Iterator[tuple[str, str, list[str]]]:

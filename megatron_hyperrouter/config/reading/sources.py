@@ -58,6 +58,8 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
             words.append(word)
     for name in LAUNCHER_FLAGS:
         line.pop(name)
+    if json_file := line.pop("--deepspeed"):  # DeepSpeed's own spelling: a switch, or transformers' file
+        line.flags.setdefault("--deepspeed-config", json_file)
     return line
 
 

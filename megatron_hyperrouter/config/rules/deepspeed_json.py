@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.config.derived import accumulation_steps, data_parallel_size, global_batch_size
 from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.reading.deepspeed_file import KNOWN, load_document
+from megatron_hyperrouter.config.reading.values import nearest
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -34,21 +35,6 @@ REMOVED = (  # DeepSpeed 0.19.8 stops at them, whatever they hold (runtime/confi
 )
 
 
-def load_document(path: str) -> dict[str, Any]:
-    """The JSON object in ``path``; raises ValueError with the rule that is broken."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text (byte {error.start})") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"must hold a JSON object, holds {type(document).__name__}")
-    return document
-
-
 def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The file is there, and sets nothing that a flag sets otherwise."""
     path = config.engine.deepspeed_config
@@ -61,12 +47,11 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         return
     for key in ("optimizer", "scheduler"):
         if key in document:
-            yield Problem(
-                f"{key} in {path}",
-                document[key],
-                "is made from the flags alone",
-                "leave it out, and use --lr and its kin",
+            remedy = (
+                "remove it and use --lr, --weight-decay, --adam-beta1 and the like, or make its values auto"
             )
+            yield Problem(f"{key} in {path}", json.dumps(document[key]), "is controlled by flags", remedy)
+    yield from _unknown_keys(document, path)
     for key, expected, name in expectations(config, world_size):
         value = at(document, key)
         # 1 == True in Python
@@ -82,7 +67,7 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
     yield from _keys_that_cannot_run(document, path)
     for key in ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"):
         if at(document, key) not in (ABSENT, False) and config.parallel.pipeline_model_parallel_size > 1:
-            rule = "breaks with what our stages hand on (DeepSpeed, runtime/pipe/engine.py:736)"
+            rule = "is incompatible with the tensors passed between our pipeline stages"
             yield Problem(f"{key} in {path}", json.dumps(at(document, key)), rule, "leave it out")
     if (
         at(document, "zero_optimization.contiguous_gradients") is False
@@ -90,6 +75,18 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
     ):
         name = f"zero_optimization.contiguous_gradients in {path}"
         yield Problem(name, "false", "gives wrong gradients with expert parallelism", "leave it out")
+
+
+def _unknown_keys(document: dict[str, Any], path: str) -> Iterator[Problem]:
+    """Keys that DeepSpeed would silently ignore."""
+    for section, known in KNOWN.items():
+        inner = document.get(section) if section else document
+        for key, value in inner.items() if isinstance(inner, dict) else ():
+            name = f"{section}.{key}" if section else key
+            if key not in known and name not in REMOVED:
+                close = nearest(key, known)
+                remedy = f"did you mean {close}?" if close else "leave it out"
+                yield Problem(f"{name} in {path}", json.dumps(value), "is not a key of DeepSpeed", remedy)
 
 
 def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Problem]:

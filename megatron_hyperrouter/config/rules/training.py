@@ -102,6 +102,13 @@ def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Pro
         yield broken(config, "profile_step_end", rule, f"use {start + 2}")
 
 
+def parts_of_a_checkpoint_need_one(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """What is left out must be there."""
+    for name in ("no_load_optim", "no_load_rng"):
+        if getattr(config.checkpoint, name) and config.checkpoint.load is None:
+            yield broken(config, name, "needs --load", "name the checkpoint with --load, or leave it out")
+
+
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Fine-tuning starts from somebody's weights."""
     if config.checkpoint.finetune and config.checkpoint.load is None:
@@ -121,5 +128,6 @@ RULES: tuple[Rule, ...] = (
     warmup_starts_below_lr,
     wsd_decay_fits,
     profile_has_steps,
+    parts_of_a_checkpoint_need_one,
     finetune_needs_load,
 )

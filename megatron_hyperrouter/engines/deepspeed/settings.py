@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
+from megatron_hyperrouter.config.reading.deepspeed_file import load_document
 from megatron_hyperrouter.config.tree import RunConfig
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default: 2 GB of float32 on every rank, whatever the model
@@ -40,7 +39,7 @@ def deepspeed_settings(
     if train.bf16:
         made["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.engine.deepspeed_config:
-        theirs = json.loads(Path(config.engine.deepspeed_config).read_text(encoding="utf-8"))
+        theirs = load_document(config.engine.deepspeed_config)
         if config.engine.zero_stage == 0:  # the Clipper would measure a norm that DeepSpeed has clipped
             theirs.pop("gradient_clipping", None)
         return merged(made, theirs)

@@ -49,7 +49,8 @@ class SavedEngine(ABC):
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         reader, index, holding = Reader(folder), read_index(folder), self.holding()
-        weights_only = weights_only or holding.pieces is None
+        asked = self.config.checkpoint
+        weights_only = weights_only or asked.no_load_optim or holding.pieces is None
         load_weights(reader, holding)
         step = 0
         if (folder / MANIFEST).is_file():
@@ -60,7 +61,8 @@ class SavedEngine(ABC):
             self._load_format_1(folder)
         elif not weights_only and index is not None:
             load_optimizer(reader, index, holding)
-            self._restore_generators(folder, step)
+            if not asked.no_load_rng:
+                self._restore_generators(folder, step)
         if index is not None:
             verify(reader, index, holding, weights_only=weights_only)
         self.weights_changed()
