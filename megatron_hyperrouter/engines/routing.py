@@ -5,6 +5,7 @@ Legend: ``T`` tokens of one micro-batch, ``E`` experts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.world import device
 from megatron_hyperrouter.model.names import router_prefix
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.schedule import topk_at
@@ -37,19 +39,24 @@ def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Rou
 
     ``vocab_size``: ids of the tokenizer.
     """
-    router = ROUTERS[config.router.name](
-        config.router.options,
-        hidden_size=config.model.hidden_size,
-        num_experts=config.model.num_experts,
-        topk=topk_schedule(config),
-        layer_number=layer_number,
-        seed=config.train.seed,
-        aux_loss_coeff=config.model.moe_aux_loss_coeff,
-        z_loss_coeff=config.model.moe_z_loss_coeff,
-        facts=RunFacts(
-            num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size
-        ),
-    )
+    place = device()
+    # What is frozen is drawn where it is used; nothing else says where on a machine without a GPU.
+    with place if place.type == "cuda" else contextlib.nullcontext():
+        router = ROUTERS[config.router.name](
+            config.router.options,
+            hidden_size=config.model.hidden_size,
+            num_experts=config.model.num_experts,
+            topk=topk_schedule(config),
+            layer_number=layer_number,
+            seed=config.train.seed,
+            aux_loss_coeff=config.model.moe_aux_loss_coeff,
+            z_loss_coeff=config.model.moe_z_loss_coeff,
+            facts=RunFacts(
+                num_layers=config.model.num_layers,
+                train_iters=config.train.train_iters,
+                vocab_size=vocab_size,
+            ),
+        )
     prefix = router_prefix(layer_number, config.model.num_layers)
     router.reset_parameters(
         lambda name, shape: keyed.normal(shape, seed=config.train.seed, name=prefix + name)
@@ -82,5 +89,7 @@ def kept_routes(routing: Routing, capacity: int) -> Tensor:
 
 
 def draw_by_name(seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """Initial numbers of a weight, N(0, 1): a function of (seed, global name) alone."""
-    return lambda name, shape: keyed.normal(shape, seed=seed, name=name)
+    """Initial numbers of a weight, N(0, 1): a function of (seed, global name) alone, drawn on this rank's
+    device.
+    """
+    return lambda name, shape: keyed.normal(shape, seed=seed, name=name, device=device())

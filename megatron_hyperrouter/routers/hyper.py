@@ -22,6 +22,8 @@ from megatron_hyperrouter.routers.base import float32_maths, no_gradient_at_k1
 from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
 
+_ONE_FOR_ALL_FROM = 1 << 18  # experts x hidden size
+
 
 @dataclass(frozen=True)
 class HypernetRecipe(Recipe):
@@ -101,9 +103,10 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             bool, "add a fixed matrix, with which import-hf makes the first router a given one"
         ] = False
         shared: Annotated[
-            Literal["layer", "model"],
-            "a hypernetwork for each layer, or one for all (each has its own embedding)",
-        ] = "layer"
+            Literal["layer", "model"] | None,
+            "a hypernetwork for each layer, or one for all (each has its own embedding); default: layer, and"
+            " model where experts x hidden size is more than 2^18",
+        ] = None
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """At k = 1 the embedding does not learn where weights sum to 1."""
@@ -115,7 +118,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         embedding_size = config.embedding_size or self.hidden_size
         recipe = HypernetRecipe(
             seed=self.seed if config.seed is None else config.seed,
-            name="hypernet.model" if config.shared == "model" else f"hypernet.layer{self.layer_number}",
+            name="hypernet.model" if self._one_for_all() else f"hypernet.layer{self.layer_number}",
             num_experts=self.num_experts,
             hidden_size=self.hidden_size,
             embedding_size=embedding_size,
@@ -129,6 +132,12 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         self.embedding_S = nn.Parameter(torch.empty(embedding_size))
         self.hold(False)
         self.reset()
+
+    def _one_for_all(self) -> bool:
+        """Large hypernetworks take memory on every rank, and time to draw: 4 H E D bytes, H E D draws."""
+        if self.config.shared is not None:
+            return self.config.shared == "model"
+        return self.num_experts * self.hidden_size > _ONE_FOR_ALL_FROM
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """The embedding ~ N(0, 1)."""

@@ -193,6 +193,18 @@ def test_a_pickle_holds_no_frozen_bytes_and_another_process_would_redraw_them():
     assert frozen_digest(pickle.loads(data)) == before
 
 
+def test_a_large_hypernetwork_is_for_all_layers_unless_asked():
+    """Experts x hidden size of 2^18 are the most that each layer has to itself."""
+    for experts, shared, names in (
+        (2**10, None, {"hypernet.layer1", "hypernet.layer2"}),
+        (2**10 + 1, None, {"hypernet.model"}),
+        (2**10 + 1, "layer", {"hypernet.layer1", "hypernet.layer2"}),
+        (2**10, "model", {"hypernet.model"}),
+    ):
+        sizes = {"hidden_size": 2**8, "num_experts": experts, "hypernet_width": 1, "shared": shared}
+        assert {small(layer_number=layer, **sizes).frozen.recipe.name for layer in (1, 2)} == names
+
+
 def test_one_hypernetwork_for_all_layers():
     one, two = (small(layer_number=layer, shared="model") for layer in (1, 2))
     assert all(
