@@ -45,7 +45,8 @@ class Sizes:
         from megatron_hyperrouter.routers import ROUTERS
 
         line = (
-            f"--data-path unused --num-layers 1 --hidden-size {self.hidden_size} --num-attention-heads 4 "
+            f"--no-moe-grouped-gemm --data-path unused --num-layers 1 --hidden-size {self.hidden_size} "
+            f"--num-attention-heads 4 "
             f"--num-experts {self.experts} "
             f"--moe-ffn-hidden-size {self.expert_size} --moe-router-topk {k} --moe-aux-loss-coeff {BALANCE} "
             f"--router.name {router}"
@@ -129,14 +130,21 @@ def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:
     from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import MoESlot
     from megatron_hyperrouter.engines.routing import make_router
     from megatron_hyperrouter.engines.statistics import RouterStatistics
-    from megatron_hyperrouter.model.spec import transformer_config
+    from megatron_hyperrouter.model.spec import shared_expert_spec, transformer_config
 
     model = config.model
     core = transformer_config(config)
     statistics = RouterStatistics(1, model.num_experts)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
         make = partial(make_router, config, vocab_size=256)
-        slot: Any = MoESlot(core, run=config, make=make, clock=Clock(), statistics=statistics)
+        slot: Any = MoESlot(
+            core,
+            run=config,
+            make=make,
+            clock=Clock(),
+            statistics=statistics,
+            shared_expert=shared_expert_spec(),
+        )
         slot.set_layer_number(1)
         options = {
             "k": model.moe_router_topk,

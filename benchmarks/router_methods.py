@@ -125,7 +125,7 @@ class Sizes:
             f"--moe-aux-loss-coeff 0.01 --zero-stage 1 --train-iters {2 * STAGE_1} --num-layers 1 "
             f"--hidden-size {self.hidden_size} "
             f"--num-attention-heads 4 --num-experts {self.experts} --moe-ffn-hidden-size {self.expert_size} "
-            f"--seq-length {self.sequence} "
+            f"--seq-length {self.sequence} --no-moe-grouped-gemm "
             f"--micro-batch-size {self.samples} --global-batch-size {self.samples} --router.name {options}"
         )
         return parse(line.split(), routers=ROUTERS, world_size=1)

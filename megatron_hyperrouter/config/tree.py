@@ -452,7 +452,7 @@ class EngineConfig:
         bool,
         Role.SPEED,
         "Compute the experts of a rank in grouped matrix products. Off: one expert after the other",
-    ] = False
+    ] = True
     zero_stage: Annotated[
         int,
         Ge(0),

@@ -92,6 +92,9 @@ class TestFormat1:
         with pytest.raises(CheckpointError, match="runs whatever code") as caught:
             read_state(tmp_path, 0, ranks=1, trusted=False)
         assert "--trust-checkpoint" in caught.value.remedy and not Code.mark.exists()
+        with pytest.raises(CheckpointError, match="lists the experts one by one") as caught:
+            read_state(tmp_path, 0, ranks=1, trusted=True, stacked=True)
+        assert "--no-moe-grouped-gemm" in caught.value.remedy and not Code.mark.exists()
         read_state(tmp_path, 0, ranks=1, trusted=True)
         assert Code.mark.exists()  # so the file is one that shows it
 

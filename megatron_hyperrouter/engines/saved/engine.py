@@ -73,6 +73,7 @@ class SavedEngine(ABC):
             self.place.rank,
             ranks=self.place.world_size,
             trusted=self.config.checkpoint.trust_checkpoint,
+            stacked=self.config.engine.moe_grouped_gemm,
         )
         self.load_format_1(state["optimizer"])
         generators.set_format_1(state["random"])

@@ -18,14 +18,23 @@ from megatron_hyperrouter.errors import CheckpointError
 _LAYOUT = "resume on the layout of the run that wrote it, or load weights alone with --finetune"
 
 
-def read_state(folder: Path, rank: int, *, ranks: int, trusted: bool) -> dict[str, Any]:
+def read_state(
+    folder: Path, rank: int, *, ranks: int, trusted: bool, stacked: bool = False
+) -> dict[str, Any]:
     """``optimizer`` and ``random`` of this rank; refuses another number of ranks, and a checkpoint not
     trusted.
+
+    ``stacked``: the experts of this run are one parameter, and those of the checkpoint are not.
     """
     if not trusted:
         raise CheckpointError(
             f"{folder} is of format 1: loading its optimizer state runs whatever code stands in state-*.pt",
             remedy="add --trust-checkpoint if you know who wrote it, or load weights alone with --finetune",
+        )
+    if stacked:  # DeepSpeed's rows would be taken in another order, without a word
+        raise CheckpointError(
+            f"{folder} is of format 1, whose optimizer state lists the experts one by one",
+            remedy="add --no-moe-grouped-gemm until the run has saved a checkpoint of its own",
         )
     path = folder / f"state-{rank:05d}.pt"
     found = len(list(folder.glob("state-*.pt")))
