@@ -21,6 +21,9 @@ LAYOUTS = {
     "megatron, EP2, allgather": f"--engine megatron {EP2} --moe-token-dispatcher-type allgather",
     "megatron, PP2, distributed optimizer": f"--engine megatron {PP2} --use-distributed-optimizer",
 }
+LAYOUTS = {name: f"{flags} --no-moe-grouped-gemm" for name, flags in LAYOUTS.items()} | {
+    f"{name}, grouped": LAYOUTS[name] for name in ("deepspeed, EP2", "megatron, EP2, alltoall")
+}
 SCHEDULE = (
     "--router.name hyper --moe-router-topk 4 --topk-start 1 --topk-schedule multistep --topk-schedule-steps 6"
 ).split()
@@ -71,7 +74,7 @@ def test_statistics_are_those_of_the_choices(runs: dict[str, tuple[Told, Told]],
     assert max(loads[0]) > max(loads[2]) > max(loads[4]) == pytest.approx(1.0)  # all of 4 experts: even
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name.startswith("deepspeed")])
+@pytest.mark.parametrize("layout", ["deepspeed, EP2", "deepspeed, PP2"])
 def test_slots_hold_the_largest_load_and_no_more(runs: dict[str, tuple[Told, Told]], layout: str) -> None:
     for told in runs[layout]:
         for step in told:

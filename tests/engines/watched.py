@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hyperrouter.engines import grouped
+
 
 class Watched:
     """Sees each pass of a micro-batch through a router and its experts; :meth:`take` tells a step, the same
@@ -23,6 +25,7 @@ class Watched:
         """``engine``: of either host, not with activation recompute, which would count twice."""
         self.engine = engine
         self._forget()
+        grouped.experts = self._grouped(grouped.experts)
         for prefix, router in engine.routers.items():
             router.register_forward_hook(
                 lambda _, inputs, routing, prefix=prefix: self._routed(prefix, routing)
@@ -69,6 +72,15 @@ class Watched:
     def _dispatched(self, inputs: Tensor) -> None:
         self.arrived += int((inputs != 0).any(dim=-1).sum())
         self.slots.append(inputs.size(2))
+
+    def _grouped(self, experts: Any) -> Any:
+        """Experts in grouped products: ``ends_L[-1]`` rows of theirs."""
+
+        def counted(x: Tensor, w1: Tensor, w2: Tensor, ends_L: Tensor, *more: Any) -> Any:
+            self.arrived += int(ends_L[-1])
+            return experts(x, w1, w2, ends_L, *more)
+
+        return counted
 
     def _permuted(self, counts_E: Tensor) -> None:
         self.arrived += int(counts_E.sum())
