@@ -34,20 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     dry, asked_world_size, words = asked_for(words)
     import torch
 
-    from megatron_hyperrouter.commands.training.execute import run
-    from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
+    from megatron_hyperrouter.commands.training.prepare import prepare_and_run
     from megatron_hyperrouter.config.check import warnings
     from megatron_hyperrouter.config.cli import parse
-    from megatron_hyperrouter.config.derived import minds_documents
-    from megatron_hyperrouter.config.run_folder import make_folders
-    from megatron_hyperrouter.data.order.index_files import Cache
-    from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
-    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+    from megatron_hyperrouter.guard.ranks import adopt_ranks
     from megatron_hyperrouter.routers import ROUTERS
-    from megatron_hyperrouter.train.resuming.start import decide
-    from megatron_hyperrouter.train.samples import open_samples
 
     notes: list[str] = []
+    adopt_ranks()
     world_size = asked_world_size or int(os.environ.get("WORLD_SIZE", "1"))
     config = parse(words, routers=ROUTERS, world_size=world_size, notes=notes)
     for note in notes:
@@ -59,22 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         show_run(config, world_size)
         return 0
-    tokenizer = tokenizer_of(config.data)
-    eod = tokenizer.eod if minds_documents(config) else None
-    start = decide(config)
-    samples = open_samples(
-        config,
-        vocab_size=tokenizer.vocab_size,
-        eod=eod,
-        tokenizer=tokenizer.identity(),
-        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
-        world_size=world_size,
-        ledger=start.ledger,
-        step=start.step,
-    )
-    config = samples.config
-    if about_ends := warning_about_ends(config.data, samples.builder.stores.values(), eod):
-        console.warn(about_ends)
-    if console.speaks():
-        make_folders(config)
-    return run(samples, tokenizer, start, eod=eod, epoch=tokens_of_an_epoch(samples.builder, samples.mixes))
+    return prepare_and_run(config, world_size)

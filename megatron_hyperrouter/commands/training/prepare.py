@@ -1,0 +1,50 @@
+"""From settings to a run: the folder is taken, the ranks agree, the data are opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.commands.training.execute import run
+from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
+from megatron_hyperrouter.commands.training.together import agree_on_data, agree_on_settings, decide_together
+from megatron_hyperrouter.config.derived import minds_documents
+from megatron_hyperrouter.config.run_folder import make_folders
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
+from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.guard.meeting import Meeting
+from megatron_hyperrouter.guard.run_lock import RunLock
+from megatron_hyperrouter.train.samples import open_samples
+
+
+def prepare_and_run(config: RunConfig, world_size: int) -> int:
+    """Train as the settings say; returns the exit status.  While it runs, no other run may use its folder."""
+    with RunLock(Path(config.logging.run_dir), held=console.speaks()):
+        return _prepare_and_run(config, world_size)
+
+
+def _prepare_and_run(config: RunConfig, world_size: int) -> int:
+    meeting = Meeting.of_this_process()
+    agree_on_settings(config, meeting)
+    tokenizer = tokenizer_of(config.data)
+    eod = tokenizer.eod if minds_documents(config) else None
+    start = decide_together(config, meeting)
+    samples = open_samples(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        eod=eod,
+        tokenizer=tokenizer.identity(),
+        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+        world_size=world_size,
+        ledger=start.ledger,
+        step=start.step,
+    )
+    agree_on_data(meeting, tokenizer.identity(), samples.files())
+    if about_ends := warning_about_ends(samples.config.data, samples.builder.stores.values(), eod):
+        console.warn(about_ends)
+    if console.speaks():
+        make_folders(samples.config)
+    epoch = tokens_of_an_epoch(samples.builder, samples.mixes)
+    return run(samples, tokenizer, start, eod=eod, epoch=epoch)

@@ -1,0 +1,86 @@
+"""The ranks before their process groups stand: what rank 0 decides, and whether all ranks were given the
+same.
+
+They meet at the launcher's own store. Nobody waits in a collective: a rank may be building an index file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from torch import distributed as dist
+
+from megatron_hyperrouter import console
+
+_PATIENCE = timedelta(hours=2)  # with the slowest rank
+_SILENCE = 60.0  # seconds of waiting before a person is told
+
+
+class Meeting:
+    """One rank among ``world_size``; every method is called by all of them."""
+
+    def __init__(self, rank: int, world_size: int, store: Any = None) -> None:
+        """``store``: a ``torch.distributed`` store; None for the only rank."""
+        self.rank, self.world_size, self._store = rank, world_size, store
+
+    @classmethod
+    def of_this_process(cls) -> Meeting:
+        """The ranks that the environment speaks of."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return cls(0, 1)
+        with _waiting(world_size):
+            store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        store.set_timeout(_PATIENCE)
+        return cls(rank, world_size, dist.PrefixStore("start", store))
+
+    def decided(self, topic: str, word: str) -> str:
+        """What rank 0 says; the words of the others do not count."""
+        if self._store is None:
+            return word
+        if self.rank == 0:
+            self._store.set(topic, word)
+            return word
+        with _waiting(self.world_size):
+            return str(self._store.get(topic).decode())
+
+    def difference(self, topic: str, facts: Mapping[str, object]) -> str:
+        """The first fact that is not the same on all ranks, in words; empty where all are."""
+        if self._store is None:
+            return ""
+        own = json.dumps({name: str(value) for name, value in facts.items()})
+        self._store.set(f"{topic}/{self.rank}", json.dumps({"host": socket.gethostname(), "facts": own}))
+        return self.decided(f"{topic}/found", self._found(topic, json.loads(own)) if self.rank == 0 else "")
+
+    def _found(self, topic: str, ours: Mapping[str, str]) -> str:
+        for rank in range(1, self.world_size):
+            with _waiting(self.world_size):
+                told = json.loads(self._store.get(f"{topic}/{rank}"))
+            theirs = json.loads(told["facts"])
+            for name in [*ours, *theirs]:
+                if ours.get(name) != theirs.get(name):
+                    return (
+                        f"rank {rank} on {told['host']} has {name} = {theirs.get(name, 'none')}, "
+                        f"and rank 0 has {ours.get(name, 'none')}"
+                    )
+        return ""
+
+
+@contextmanager
+def _waiting(world_size: int) -> Iterator[None]:
+    """Inside, a wait of more than a minute is reported."""
+    words = "one of them may be building an index file, which tools/build_index.py does ahead, or has ended"
+    timer = threading.Timer(_SILENCE, console.note, [f"waiting for all {world_size} ranks: {words}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

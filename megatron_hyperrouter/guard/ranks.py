@@ -1,0 +1,157 @@
+"""Which rank this process is: what a launcher or a scheduler says in the environment, as RANK, WORLD_SIZE and
+the rest.
+
+deepspeed and torchrun set them. ``srun`` and ``mpirun`` start tasks that know their number by other names;
+without this file each of them would take itself for the only one, and all would write into one run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+_LAUNCH = "start it with torchrun or deepspeed, which set all of them, or set the missing ones"
+_PORTS = range(15000, 35000)  # from which tasks of a scheduler choose one by the number of their job
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """The tasks of a scheduler: who started them, and what is known of this one."""
+
+    starter: str
+    rank: str
+    size: str
+    local_rank: str
+    address: str  # of rank 0; empty where it is not known
+    job: str  # the same for all tasks, and for no others at that time
+
+
+def adopt_ranks(environ: MutableMapping[str, str] | None = None) -> None:
+    """Make sure that the environment says which rank this is, or that it is the only one.
+
+    Tasks of ``srun`` and ``mpirun`` get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    ConfigError where the environment says half of it, or contradicts itself.
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("RANK") is None and environ.get("WORLD_SIZE") is None:
+        tasks = _slurm(environ) or _open_mpi(environ) or _pmi(environ)
+        if tasks is None or tasks.size == "1":
+            return
+        _serve(tasks, environ)
+    if problems := _problems(environ):
+        raise ConfigError(problems)
+
+
+def _serve(tasks: _Tasks, environ: MutableMapping[str, str]) -> None:
+    address = environ.get("MASTER_ADDR") or tasks.address
+    if not address:
+        rule = (
+            f"is not set: this is task {tasks.rank} of {tasks.size} of {tasks.starter}, "
+            "and nothing says on which host task 0 runs"
+        )
+        remedy = "set MASTER_ADDR to that host, or start the program with torchrun or deepspeed"
+        raise ConfigError([Problem("MASTER_ADDR", "", rule, remedy)])
+    port = _PORTS[zlib.crc32(tasks.job.encode()) % len(_PORTS)] if tasks.job else 29500
+    environ.update(RANK=tasks.rank, WORLD_SIZE=tasks.size, LOCAL_RANK=tasks.local_rank, MASTER_ADDR=address)
+    environ.setdefault("MASTER_PORT", str(port))
+
+
+def _slurm(environ: MutableMapping[str, str]) -> _Tasks | None:
+    """A task of ``srun``. A batch script knows SLURM_NTASKS too; it is no task, and its number is 0."""
+    rank = environ.get("SLURM_PROCID")
+    size = environ.get("SLURM_STEP_NUM_TASKS") or (
+        environ.get("SLURM_NTASKS") if rank not in (None, "0") else None
+    )
+    if rank is None or size is None:
+        return None
+    one_node = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")
+    nodes = (
+        environ.get("SLURM_STEP_NODELIST")
+        or environ.get("SLURM_JOB_NODELIST")
+        or environ.get("SLURM_NODELIST")
+    )
+    return _Tasks(
+        starter="srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS)",
+        rank=rank,
+        size=size,
+        local_rank=environ.get("SLURM_LOCALID", ""),
+        address="127.0.0.1" if one_node == "1" else first_host(nodes or ""),
+        job=f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}",
+    )
+
+
+def _open_mpi(environ: MutableMapping[str, str]) -> _Tasks | None:
+    if "OMPI_COMM_WORLD_RANK" not in environ:
+        return None
+    size = environ.get("OMPI_COMM_WORLD_SIZE", "")
+    return _Tasks(
+        starter="mpirun (OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE)",
+        rank=environ["OMPI_COMM_WORLD_RANK"],
+        size=size,
+        local_rank=environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""),
+        address="127.0.0.1" if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size else "",
+        job=environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or "",
+    )
+
+
+def _pmi(environ: MutableMapping[str, str]) -> _Tasks | None:
+    """MPICH and Intel MPI."""
+    if "PMI_RANK" not in environ or "PMI_SIZE" not in environ:
+        return None
+    size, local_size = environ["PMI_SIZE"], environ.get("MPI_LOCALNRANKS")
+    return _Tasks(
+        starter="mpiexec (PMI_RANK, PMI_SIZE)",
+        rank=environ["PMI_RANK"],
+        size=size,
+        local_rank=environ.get("MPI_LOCALRANKID", ""),
+        address="127.0.0.1" if local_size == size else "",
+        job="",
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list as Slurm writes it: ``node[07-09,12],gpu3`` gives ``node07``."""
+    found = re.match(r"([^\[,]*)(?:\[([^\]]*)\]([^,\[]*))?", nodes.strip())
+    if found is None:
+        return ""
+    prefix, inside, suffix = found.groups()
+    return prefix if inside is None else f"{prefix}{re.split('[-,]', inside)[0]}{suffix}"
+
+
+def _problems(environ: MutableMapping[str, str]) -> list[Problem]:
+    problems: list[Problem] = []
+
+    def number(name: str, least: int, most: int | None = None) -> int | None:
+        text = environ.get(name)
+        if text is None:
+            problems.append(Problem(name, "", "is not set, and other variables of a launcher are", _LAUNCH))
+            return None
+        if (
+            not re.fullmatch(r"\d{1,9}", text.strip())
+            or int(text) < least
+            or (most is not None and int(text) > most)
+        ):
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
+            problems.append(Problem(name, text, f"must be an integer {limits}", _LAUNCH))
+            return None
+        return int(text)
+
+    size = number("WORLD_SIZE", 1)
+    rank = number("RANK", 0)
+    if size is not None and rank is not None and rank >= size:
+        problems.append(Problem("RANK", rank, f"must be below WORLD_SIZE = {size}", _LAUNCH))
+    if size == 1 and environ.get("LOCAL_RANK") is None:
+        environ["LOCAL_RANK"] = "0"
+    number("LOCAL_RANK", 0)
+    if size != 1 and not environ.get("MASTER_ADDR"):
+        problems.append(
+            Problem("MASTER_ADDR", "", "is not set, and other variables of a launcher are", _LAUNCH)
+        )
+    if size != 1 or environ.get("MASTER_PORT") is not None:
+        number("MASTER_PORT", 1, 65535)
+    return problems

@@ -1,0 +1,123 @@
+"""One run at a time in a run folder: rank 0 holds a lock on it, and the file says who that is.
+
+The lock is the kernel's, so a killed run holds none. Where a file system has no locks, the file's time stands
+in: its holder renews it, and a run whose file is older than ``STALE`` has ended. Times are those of the file
+server, on both sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from megatron_hyperrouter import files
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+LOCK, HOLDER = ".run.lock", ".run.json"
+BEAT, STALE = 10.0, 60.0  # seconds
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class RunLock:
+    """Held from ``with`` to its end; ConfigError, with the holder, where another run has the folder."""
+
+    def __init__(self, run_dir: Path, *, held: bool = True) -> None:
+        """``held``: False on the ranks that leave it to rank 0."""
+        self._folder, self._held = run_dir, held
+        self._lock: int | None = None
+        self._ended = threading.Event()
+
+    def __enter__(self) -> RunLock:
+        if self._held:
+            try:
+                self._take()
+            except OSError as error:
+                raise ConfigError(
+                    [
+                        Problem(
+                            "--run-dir",
+                            self._folder,
+                            f"cannot be written ({error.strerror})",
+                            "give another folder",
+                        )
+                    ]
+                ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._held:
+            with contextlib.suppress(OSError):
+                (self._folder / HOLDER).unlink()
+        if self._lock is not None:
+            os.close(self._lock)  # lets go
+
+    def _take(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(
+            self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken() from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._take_without_locks()
+            return
+        self._write()
+
+    def _take_without_locks(self) -> None:
+        age = self._age()
+        if age is not None and age < STALE:
+            raise self._taken()
+        self._write()
+        threading.Thread(target=self._renew, name="run-lock", daemon=True).start()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError):  # a file server that is away for a while
+                os.utime(self._folder / HOLDER)
+
+    def _age(self) -> float | None:
+        """Seconds since the holder was last seen; None where there is none."""
+        try:
+            seen = (self._folder / HOLDER).stat().st_mtime
+        except FileNotFoundError:
+            return None
+        with tempfile.NamedTemporaryFile(dir=self._folder) as now:
+            return os.fstat(now.fileno()).st_mtime - seen
+
+    def _write(self) -> None:
+        job = next((f"{name}={os.environ[name]}" for name in _JOBS if name in os.environ), "")
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": job,
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
+        files.write_text(self._folder / HOLDER, json.dumps(holder) + "\n")
+
+    def _taken(self) -> ConfigError:
+        who = "another run"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            holder = json.loads((self._folder / HOLDER).read_text(encoding="utf-8"))
+            job = f", job {holder['job']}" if holder["job"] else ""
+            who = f"a run on {holder['host']}, process {holder['pid']}{job}, since {holder['since']}"
+        rule = f"is in use by {who}"
+        return ConfigError(
+            [Problem("--run-dir", self._folder, rule, "wait for it, stop it, or give another --run-dir")]
+        )

@@ -1,0 +1,108 @@
+"""What ranks say to each other before their process groups stand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+from train.loop_runs import change
+
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+from megatron_hyperrouter.commands.training import together
+from megatron_hyperrouter.commands.training.together import agree_on_settings, decide_together
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.guard.meeting import Meeting
+from megatron_hyperrouter.routers import ROUTERS
+
+
+def on_ranks(work: Callable[[Meeting], object], ranks: int = 3) -> list[object]:
+    """What ``work`` returned on each rank, or the exception that it raised."""
+    store, answers = HashStore(), [object()] * ranks
+
+    def one(rank: int) -> None:
+        try:
+            answers[rank] = work(Meeting(rank, ranks, store))
+        except Exception as error:  # noqa: BLE001 - handed to the test
+            answers[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return answers
+
+
+def test_rank_0_decides() -> None:
+    assert on_ranks(lambda meeting: meeting.decided("what", f"rank {meeting.rank}")) == ["rank 0"] * 3
+    assert Meeting(0, 1).decided("what", "mine") == "mine"
+
+
+def test_the_first_difference_is_known_to_all() -> None:
+    assert on_ranks(lambda meeting: meeting.difference("same", {"a": 1})) == [""] * 3
+    found = on_ranks(lambda meeting: meeting.difference("other", {"a": 1, "b": meeting.rank // 2}))
+    assert len(set(found)) == 1
+    assert "rank 2 on " in str(found[0]) and "has b = 1, and rank 0 has b" not in str(found[0])
+    assert "has b = 1, and rank 0 has 0" in str(found[0])
+
+
+def test_other_settings_are_refused_on_all_ranks(tmp_path: Path) -> None:
+    def work(meeting: Meeting) -> None:
+        lr = ["1e-3", "1e-3", "5e-2"][meeting.rank]
+        flags = ["--data-path", f"/disk{meeting.rank}/text", "--run-dir", str(tmp_path), "--lr", lr]
+        agree_on_settings(parse(flags, routers=ROUTERS), meeting)
+
+    for answer in on_ranks(work):
+        assert isinstance(answer, ConfigError) and answer.exit_status == 2
+        assert "rank 2 on " in str(answer) and "--lr = 0.05, and rank 0 has 0.001" in str(answer)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    from fakes import Alone
+
+    folders = CheckpointFolders(tmp_path / "run" / "checkpoints", Alone())
+    for step in (2, 4):
+        folders.save(step, lambda folder: (folder / "a").write_bytes(b"a"), {})
+    return folders.root
+
+
+def test_all_ranks_load_what_rank_0_sees(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the file system shows another ``latest`` to rank 1."""
+    config = parse(
+        ["--data-path", "text", "--run-dir", str(root.parent), "--load", str(root.parent)], routers=ROUTERS
+    )
+
+    def work(meeting: Meeting) -> object:
+        if meeting.rank:
+            return decide_together(change(config, "checkpoint", load="stale"), meeting).folder
+        return decide_together(config, meeting).folder
+
+    assert on_ranks(work) == [root / "step_0000004"] * 3
+    monkeypatch.setattr(together, "_PATIENCE", 0.1)
+    read = together.read_manifest
+
+    def blind(folder: Path) -> dict[str, object]:
+        if (
+            threading.current_thread() is not main()
+            and getattr(threading.current_thread(), "_args", [0])[0] == 1
+        ):
+            raise CheckpointError("no such file")
+        return read(folder)
+
+    monkeypatch.setattr(together, "read_manifest", blind)
+    for answer in on_ranks(work):
+        assert isinstance(answer, CheckpointError) and "the ranks do not see the same checkpoint" in str(
+            answer
+        )
+        assert "rank 1 on " in str(answer)
+
+
+def test_what_rank_0_refuses_no_other_rank_waits_for(tmp_path: Path) -> None:
+    config = parse(["--data-path", "text", "--load", str(tmp_path / "nowhere")], routers=ROUTERS)
+    for answer in on_ranks(lambda meeting: decide_together(config, meeting)):
+        assert isinstance(answer, CheckpointError) and "there is no finished checkpoint" in str(answer)

@@ -1,0 +1,105 @@
+"""Which rank a process is, from what launchers and schedulers say in the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.guard.ranks import adopt_ranks, first_host
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+TORCHRUN = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def adopted(environ: dict[str, str]) -> dict[str, str]:
+    environ = dict(environ)
+    adopt_ranks(environ)
+    return environ
+
+
+def test_no_launcher_and_one_task() -> None:
+    for environ in ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}):
+        assert adopted(environ) == environ
+
+
+def test_a_batch_script_is_no_task() -> None:
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+    assert adopted(batch) == batch
+
+
+def test_launchers_are_left_alone() -> None:
+    assert adopted(TORCHRUN) == TORCHRUN
+    assert adopted(SLURM | TORCHRUN) == SLURM | TORCHRUN
+
+
+def test_tasks_of_srun() -> None:
+    found = [adopted(SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(4)]
+    assert [each["RANK"] for each in found] == ["0", "1", "2", "3"]
+    assert {each["WORLD_SIZE"] for each in found} == {"4"} and found[3]["LOCAL_RANK"] == "1"
+    assert {each["MASTER_ADDR"] for each in found} == {"gpu07"}
+    (port,) = {each["MASTER_PORT"] for each in found}
+    assert 15000 <= int(port) < 35000
+    assert adopted(SLURM | {"SLURM_JOB_ID": "8"})["MASTER_PORT"] != port
+    assert adopted(SLURM | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
+
+
+def test_tasks_of_mpirun() -> None:
+    found = adopted(MPI)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("1", "2", "1")
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({**SLURM, "SLURM_STEP_NODELIST": ""}, "task 3 of 4 of srun"),
+        ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "task 1 of 2 of mpirun"),
+        ({name: TORCHRUN[name] for name in TORCHRUN if name != "RANK"}, "RANK: is not set"),
+        ({name: TORCHRUN[name] for name in TORCHRUN if name != "WORLD_SIZE"}, "WORLD_SIZE: is not set"),
+        ({name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_ADDR"}, "MASTER_ADDR: is not set"),
+        ({name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_PORT"}, "MASTER_PORT: is not set"),
+        ({name: TORCHRUN[name] for name in TORCHRUN if name != "LOCAL_RANK"}, "LOCAL_RANK: is not set"),
+        (TORCHRUN | {"RANK": "one"}, "RANK = one: must be an integer at least 0"),
+        (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE = many"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT = 99999: must be an integer from 1 to 65535"),
+        (TORCHRUN | {"RANK": "2"}, "RANK = 2: must be below WORLD_SIZE = 2"),
+    ],
+)
+def test_half_an_environment_is_a_message(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adopt_ranks(dict(environ))
+    assert words in str(caught.value) and caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("node[07-09,12],gpu3", "node07"),
+        ("a[2,4]x", "a2x"),
+        ("", ""),
+    ],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
