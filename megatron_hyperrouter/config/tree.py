@@ -428,6 +428,10 @@ class LoggingConfig:
     profile_ranks: Annotated[tuple[int, ...], Role.DISPLAY, "Ranks that write a trace"] = (0,)
     tensorboard_dir: Annotated[str | None, Role.PLACE, PATH, "Write TensorBoard events to this folder"] = None
     wandb_project: Annotated[str | None, Role.DISPLAY, "Report to this Weights & Biases project"] = None
+    sample_interval: Annotated[
+        Natural, Role.DISPLAY, "Steps between texts that continue --sample-prompt; 0: none"
+    ] = 0
+    sample_prompt: Annotated[tuple[str, ...], Role.DISPLAY, "Prompts that the run continues greedily"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from megatron_hyperrouter.config.by_role import leaves_with
+from megatron_hyperrouter.config.leaves import value_of
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.names import MIXTRAL, QWEN, Naming, Sizes
 
 CHOICE_BIAS = "e_score_correction_bias"
 
-# Settings that the mapping follows, or that bear on training alone.  Any other one must have its default: an
-# export that
-# leaves out what it does not know would be another model.
+# Settings that the mapping follows.  Any other one that bears on the model must be off: an export that leaves
+# out what it does not know would be another model.
 _MODEL = """
 num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size moe_ffn_hidden_size
-seq_length
-qk_layernorm untie_embeddings_and_output_weights norm_epsilon rotary_base init_method_std hidden_dropout
-attention_dropout
-make_vocab_size_divisible_by num_experts moe_router_topk moe_aux_loss_coeff moe_z_loss_coeff
-moe_expert_capacity_factor mlp_type
+qk_layernorm untie_embeddings_and_output_weights norm_epsilon rotary_base make_vocab_size_divisible_by
+num_experts
+moe_router_topk moe_expert_capacity_factor mlp_type
 """.split()
 _ROUTER = """
 init_std bias score_function pre_softmax renormalise jitter_eps aux_loss expert_bias bias_update_rate freeze
@@ -71,15 +71,15 @@ def choose(run: RunConfig, options: Any) -> Target:
 
 
 def refuse_unknown(run: RunConfig, options: Any) -> None:
-    """CheckpointError for settings of the model or of the folded router that the mapping does not follow."""
-    found = [f"--{name.replace('_', '-')}" for name in _changed(run.model, _MODEL)]
-    found += [f"--{name.replace('_', '-')}" for name in _changed(run.attention, [])]
+    """CheckpointError for settings of the model, or options of the folded router, that are not followed."""
+    leaves = [leaf for leaf in leaves_with(Role.SHAPE, Role.FUNCTION) if leaf.name not in _MODEL]
+    found = [leaf.flag for leaf in leaves if value_of(run, leaf.name) != leaf.default]
     if options is not None:
         found += [f"--router.{name.replace('_', '-')}" for name in _changed(options, _ROUTER)]
     if found:
         raise CheckpointError(
-            f"this run has settings that the export does not know: {', '.join(found)}",
-            remedy="leaving them out would make another model; there is no way around it in this version",
+            f"this run has settings that have no counterpart here: {', '.join(found)}",
+            remedy="leaving them out would make another model; this version has no way around it",
         )
 
 

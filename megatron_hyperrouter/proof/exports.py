@@ -15,7 +15,7 @@ from megatron_hyperrouter.proof.child import ask
 from megatron_hyperrouter.proof.product import Prompt, product_side
 from megatron_hyperrouter.proof.samples import proof_rows
 
-_PROMPT = 16
+_PROMPT, _NEW_TOKENS = 16, 16
 _TOPKS = (1, 2, 4, 8)
 
 
@@ -34,9 +34,10 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
     topks = sorted({*topks, job.topk})
     run = TrainedRun(job.checkpoint, read_manifest(job.checkpoint), job.run)
     rows_BS, data = proof_rows(run, job.tokenizer, samples=asked.samples, data_path=asked.data_path)
-    prompt = [int(token) for token in rows_BS[0, :_PROMPT]]
+    length = rows_BS.size(1) - 1
+    prompt = [int(token) for token in rows_BS[0, : min(_PROMPT, length // 2 or 1)]]
     with TemporaryDirectory(prefix="mhr-reference-") as reference:
-        text = Prompt(prompt, job.topk)
+        text = Prompt(prompt, job.topk, min(_NEW_TOKENS, length - len(prompt)))
         own = product_side(
             job.run, job.checkpoint, job.tokenizer.vocab_size, rows_BS, topks, Path(reference), text
         )

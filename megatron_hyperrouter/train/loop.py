@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.guard.stopping import StopRequest
     from megatron_hyperrouter.train.hooks import Hook
+    from megatron_hyperrouter.train.written import Writer
 
 
 def train(
@@ -41,17 +42,20 @@ def train(
     description: Description | None = None,
     supervision: Supervision | None = None,
     start: Start | None = None,
+    writer: Writer | None = None,
 ) -> int:
     """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 
     Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token
     id, or None where they are not known.  ``speed``: what a step costs, where it is known.  ``description``:
     what every checkpoint says about the run.  ``start``: what it begins with; None: what the settings say.
+    ``writer``: continues prompts along the way.
     """
     start, described = begin(config, start, description)
     watch = supervision or Supervision()
     guarded = [GuardedHook(hook, watch.request) for hook in hooks]
-    run = Run(engine, config, splits, guarded, token_bytes_V, speed or Speed(), described, watch, start)
+    spent = speed or Speed()
+    run = Run(engine, config, splits, guarded, token_bytes_V, spent, described, watch, start, writer)
     first = resume(engine, config, run.folders, start, described.meta.get("tokenizer"))
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
@@ -90,6 +94,7 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
                 run.evaluate("valid", step)
                 if last:
                     run.evaluate("test", step)
+            run.write_texts(step)
             if not wish.stop and (last or wish.save or run.saving.is_due(step)):
                 run.save(step, wait=last)
             run.saving.poll()

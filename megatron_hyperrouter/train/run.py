@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import Course
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.guard.supervision import Supervision
     from megatron_hyperrouter.train.hooks import Hook
     from megatron_hyperrouter.train.resuming.start import Start
+    from megatron_hyperrouter.train.written import Writer
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Run:
     description: Description  # which every checkpoint carries
     supervision: Supervision
     start: Start
+    writer: Writer | None = None
 
     def __post_init__(self) -> None:
         world_size = self.engine.place.world_size
@@ -168,6 +171,17 @@ class Run:
         record = evaluation_record(result, step=step, split=split, topk=topk)
         for hook in self.hooks:
             hook.on_evaluation(record)
+
+    def write_texts(self, step: int) -> None:
+        """Continue the prompts, where they are due after ``step`` steps."""
+        writer = self.writer
+        if writer is None or not writer.due(step):
+            return
+        self.supervision.progress.enter("texts", step)
+        topk = self.engine.topk_at(step)
+        for prompt, text in zip(writer.prompts, writer.texts(self.engine, topk=topk), strict=True):
+            if self.engine.place.is_main:
+                console.note(f"after step {step}, k = {topk}: {prompt}{text}")
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint of ``step`` steps; see :meth:`Saving.save`."""

@@ -6,6 +6,39 @@ from config.rule_case import MEGATRON, PACKED, TP2, case
 
 CASES = [
     case(
+        "texts_need_prompts",
+        {"sample_interval": 5},
+        "--sample-interval",
+        "needs --sample-prompt",
+        {"sample_prompt": ("def",)},
+    ),
+    case(
+        "texts_need_prompts",
+        {"sample_prompt": ("def",)},
+        "--sample-prompt",
+        "does nothing without --sample-interval",
+        {"sample_interval": 5},
+    ),
+    case(
+        "texts_need_prompts",
+        {
+            "sample_interval": 5,
+            "sample_prompt": ("def",),
+            "tokenizer_type": "NullTokenizer",
+            "vocab_size": 64,
+        },
+        "--sample-interval",
+        "NullTokenizer has ids alone",
+        {"tokenizer_type": "ByteTokenizer", "vocab_size": None},
+    ),
+    case(
+        "texts_need_prompts",
+        {**MEGATRON, "sample_interval": 5, "sample_prompt": ("def",), "context_parallel_size": 2},
+        "--sample-interval",
+        "--context-parallel-size greater than 1",
+        {"context_parallel_size": 1},
+    ),
+    case(
         "split_is_three_shares",
         {"data_path": (), "data_schedule": "m", "split": "0,1"},
         "--split",

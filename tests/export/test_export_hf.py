@@ -17,8 +17,12 @@ from program.settings import write_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_hyperrouter.commands.models import generate as generate_command
 from megatron_hyperrouter.export.names import Heads, Part, join
 from megatron_hyperrouter.export.verify import differences
+from megatron_hyperrouter.generation.decoder import Cache
+from megatron_hyperrouter.generation.load import Loaded, load
+from megatron_hyperrouter.generation.sampling import Style, generate
 from megatron_hyperrouter.proof.bounds import faults
 
 pytestmark = pytest.mark.processes
@@ -122,6 +126,52 @@ def test_the_tokenizer_goes_with_the_model(made: Made) -> None:
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer.eos_token_id == 256 and tokenizer.bos_token_id is None
+
+
+# ---------------------------------------------------------------------------- the decoder of mhr generate
+@pytest.mark.parametrize("case", CASES)
+def test_the_decoder_computes_what_the_engine_does(made: Made, case: str) -> None:
+    home, told = made.home(case), made.told[case]
+    loaded = load(home / "run")
+    rows_BS = load_file(home / "reference" / "tokens.safetensors")["tokens_BS"]
+    for k in (1, 2, 8):
+        expected = load_file(home / "reference" / f"k-{k}.safetensors")["logits_BSV"]
+        cache = Cache(torch.zeros(len(rows_BS), 0, dtype=torch.bool))
+        parts = [loaded.decoder.logits(part, cache, topk=k) for part in rows_BS.split((30, 1, 17), 1)]
+        bound = 1e-5 * max(1.0, float(expected.std()))
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=bound)
+    ((k, ids),) = told["greedy"].items()
+    assert write(loaded, [told["prompt"]], topk=int(k)) == [ids]
+    if told["architecture"] != "HyperRouterForCausalLM":  # the folder gives the same text
+        assert write(load(home / "folder"), [told["prompt"]], topk=int(k)) == [ids]
+
+
+def write(loaded: Loaded, prompts: list[list[int]], *, topk: int, **style: Any) -> list[list[int]]:
+    chosen = Style(max_new_tokens=16, **style)
+    rows = loaded.decoder.embedding_VD.size(0)
+    return generate(loaded.decoder, prompts, chosen, topk=topk, vocab_size=rows, eod=None)
+
+
+def test_a_text_does_not_depend_on_those_beside_it(made: Made) -> None:
+    loaded, prompt = load(made.home("hyper") / "run"), made.told["hyper"]["prompt"]
+    prompts = [prompt, prompt[:3], prompt[5:]]
+    for style in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 5}):
+        alone = [write(loaded, [each], topk=2, **style)[0] for each in prompts]
+        assert write(loaded, prompts, topk=2, **style) == alone
+    assert write(loaded, prompts, topk=2, temperature=0.7, seed=5) != alone
+
+
+def test_the_command_prints_every_k(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(made.home("hyper") / "run")
+    words = ["--load", run, "--prompt", "def f", "import", "--topk", "1", "8", "--max-new-tokens", "4"]
+    generate_command.main([*words, "--json"])
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [(row["topk"], row["prompt"]) for row in rows] == [
+        (k, p) for k in (1, 8) for p in ("def f", "import")
+    ]
+    assert all(len(row["tokens"]) <= 4 for row in rows)
+    generate_command.main(words)
+    assert capsys.readouterr().out.count("k = 8: ") == 2
 
 
 # ---------------------------------------------------------------------------- the proof's own worth

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 CERTIFICATE = "import_certificate.json"
 _KEEP = ("topk", "hyper")  # routers that can compute a given matrix
-_NO_DATA = "no-data-yet"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     check_flags(args, folder)
     with unfinished_folder(args.output) as draft:
         weights = weights_of(args, folder)
-        run = run_of(args, folder, weights, draft)
+        run = run_of(args, folder, weights)
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
         tolerated = args.reset_router or args.noise or args.redraw
@@ -85,15 +84,11 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
     return UpcycledWeights(folder, recipe)
 
 
-def run_of(
-    args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights, draft: Path
-) -> RunConfig:
+def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights) -> RunConfig:
     """The settings of the run."""
-    import yaml
-
-    from megatron_hyperrouter.config.cli import load_file
+    from megatron_hyperrouter.importing.settings import NO_DATA
+    from megatron_hyperrouter.importing.settings import run_of as checked_run
     from megatron_hyperrouter.importing.source import settings_of_folder
-    from megatron_hyperrouter.routers import ROUTERS
 
     settings = settings_of_folder(folder)
     if recipe := getattr(weights, "recipe", None):
@@ -111,17 +106,12 @@ def run_of(
     settings |= tokenizer_of(args, folder)
     settings |= {
         "seq_length": args.seq_length or settings["seq_length"],
-        "data_path": args.data_path or [_NO_DATA],
+        "data_path": args.data_path or [NO_DATA],
         "run_dir": str(args.output),
         "engine": args.engine,
         "seed": args.seed,
     }
-    path = draft / "settings-draft.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    try:
-        return load_file(path, routers=ROUTERS, world_size=1)
-    finally:
-        path.unlink()
+    return checked_run(settings)
 
 
 def tokenizer_of(args: Namespace, folder: HfFolder) -> dict[str, Any]:
@@ -188,12 +178,14 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
 
 def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str, Any]) -> None:
     """A table for a person."""
+    from megatron_hyperrouter.importing.settings import NO_DATA
+
     model = run.model
     show(
         f"{target}: {folder.architecture}, {model.num_layers} layers of {model.num_experts} experts, "
         f"k = {model.moe_router_topk}, router {run.router.name}"
     )
-    if run.data.data_path == (_NO_DATA,):
+    if run.data.data_path == (NO_DATA,):
         show(
             "To train it, name data: mhr train --config RUN/config.yaml --load RUN --finetune --data-path P "
             "--run-dir NEW"

@@ -20,6 +20,7 @@ from megatron_hyperrouter.train.reporters import hooks_for
 from megatron_hyperrouter.train.resuming.start import Start, settings_again
 from megatron_hyperrouter.train.run import Speed
 from megatron_hyperrouter.train.samples import Samples
+from megatron_hyperrouter.train.written import writer_of
 
 
 def run(samples: Samples, tokenizer: Tokenizer, start: Start, *, eod: int | None, epoch: int) -> int:
@@ -45,6 +46,7 @@ def run(samples: Samples, tokenizer: Tokenizer, start: Start, *, eod: int | None
         speed=Speed(size.flops, peak_flops(bf16=config.train.bf16)),
         description=described,
         start=start,
+        writer=writer_of(config, tokenizer),
     )
     stopped = steps < config.train.train_iters
     if stopped:  # a launcher ends all ranks once one of them has left with a status that is not 0

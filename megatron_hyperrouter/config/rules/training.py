@@ -120,6 +120,25 @@ def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[P
         )
 
 
+def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Texts along the way need prompts, a tokenizer that has text, and whole sequences on a rank."""
+    settings = config.logging
+    if not settings.sample_interval:
+        if settings.sample_prompt:
+            rule = "does nothing without --sample-interval"
+            yield broken(config, "sample_prompt", rule, "add the interval, or leave the prompts out")
+        return
+    if not settings.sample_prompt:
+        rule = "needs --sample-prompt"
+        yield broken(config, "sample_interval", rule, "give one prompt or several")
+    if config.data.tokenizer_type == "NullTokenizer":
+        rule = "needs a tokenizer with text, and NullTokenizer has ids alone"
+        yield broken(config, "sample_interval", rule, "use another tokenizer, or leave it out")
+    if config.parallel.context_parallel_size > 1:
+        rule = "cannot stand beside --context-parallel-size greater than 1, which cuts the texts"
+        yield broken(config, "sample_interval", rule, "leave it out, and use mhr generate")
+
+
 RULES: tuple[Rule, ...] = (
     global_batch_by_micro_batches,
     micro_batches_by_pipeline,
@@ -130,4 +149,5 @@ RULES: tuple[Rule, ...] = (
     profile_has_steps,
     parts_of_a_checkpoint_need_one,
     finetune_needs_load,
+    texts_need_prompts,
 )

@@ -1,0 +1,106 @@
+"""Continue prompts with a trained run or an exported folder, at several k side by side.
+
+Greedy by default; with --temperature above 0 tokens are drawn, from the likeliest ones with --top-p.  Prompts
+come from --prompt, from --prompt-file (one a line), or from stdin.  Runs on one CPU process, without an
+engine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.terminal import note, parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.generation.load import Loaded
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Model -> prompts -> a text for each prompt and k."""
+    args = read_flags(arguments)
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
+    from megatron_hyperrouter.generation.load import load
+
+    prompts = prompts_of(args)
+    loaded = load(args.load, tokenizer_model=args.tokenizer_model)
+    topks = args.topk or [loaded.run.model.moe_router_topk]
+    check_topks(topks, loaded.run.model.num_experts)
+    results = texts(loaded, prompts, topks, args)
+    if args.json:
+        show(json.dumps({"results": results}, indent=1, ensure_ascii=False))
+        return
+    for number, prompt in enumerate(prompts):
+        show(f"{'' if number == 0 else chr(10)}prompt: {prompt}")
+        for result in results:
+            if result["prompt_number"] == number:
+                show(f"k = {result['topk']}: {result['text']}")
+
+
+def texts(
+    loaded: Loaded, prompts: Sequence[str], topks: Sequence[int], args: Namespace
+) -> list[dict[str, Any]]:
+    """One row for each k and prompt."""
+    from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text
+    from megatron_hyperrouter.generation.sampling import Style, generate
+
+    tokenizer = loaded.tokenizer
+    eod = end_of_text(tokenizer)
+    encoded = [tokenizer.encode(prompt) or ([] if eod is None else [eod]) for prompt in prompts]
+    if not all(encoded):
+        raise DataError("a prompt has no tokens", remedy="give a text that is not empty")
+    longest, context = max(map(len, encoded)) + args.max_new_tokens, loaded.run.model.seq_length
+    if longest > context:
+        note(f"note: texts of {longest} tokens are longer than the {context} that the model was trained on")
+    style = Style(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    rows = []
+    for topk in topks:
+        made = generate(loaded.decoder, encoded, style, topk=topk, vocab_size=tokenizer.vocab_size, eod=eod)
+        for number, (prompt, ids) in enumerate(zip(prompts, made, strict=True)):
+            row = {"topk": topk, "prompt_number": number, "prompt": prompt}
+            rows.append(row | {"text": tokenizer.decode(ids), "tokens": ids})
+    return rows
+
+
+def prompts_of(args: Namespace) -> list[str]:
+    """The prompts, from wherever they come."""
+    if args.prompt is not None:
+        return list(args.prompt)
+    try:
+        text = sys.stdin.read() if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{args.prompt_file}: {error}", remedy="name a text file in UTF-8") from error
+    if found := [line for line in text.splitlines() if line]:
+        return found
+    raise DataError("there are no prompts", remedy="give --prompt TEXT, or lines of text on stdin")
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(__doc__ or "")
+    add = flags.add_argument
+    add("--load", type=Path, required=True, metavar="RUN_OR_FOLDER", help="run folder or Hugging Face folder")
+    add("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
+    add("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt a line (default: stdin)")
+    add("--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (default: 64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of this mass")
+    add("--seed", type=int, default=1234, help="of the random numbers (default: 1234)")
+    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now (default: the model's own)")
+    add("--json", action="store_true", help="print one JSON object")
+    args = flags.parse_args(arguments)
+    if args.prompt is not None and args.prompt_file is not None:
+        flags.error("give --prompt or --prompt-file, not both")
+    if args.max_new_tokens < 1:
+        flags.error("--max-new-tokens must be at least 1")
+    if args.temperature < 0:
+        flags.error("--temperature must be at least 0")
+    if not 0 < args.top_p <= 1:
+        flags.error("--top-p must be above 0 and at most 1")
+    return args

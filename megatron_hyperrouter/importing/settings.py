@@ -1,0 +1,24 @@
+"""Settings by flat name as a checked RunConfig."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hyperrouter.config.cli import load_file
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.routers import ROUTERS
+
+NO_DATA = "no-data-yet"  # in the place of --data-path, which a model that nobody trains does not need
+
+
+def run_of(settings: Mapping[str, Any]) -> RunConfig:
+    """The run that these settings describe; ConfigError with every problem at once."""
+    with tempfile.TemporaryDirectory(prefix="mhr-settings-") as folder:
+        path = Path(folder) / "settings.yaml"
+        path.write_text(yaml.safe_dump({"data_path": [NO_DATA], **settings}), encoding="utf-8")
+        return load_file(path, routers=ROUTERS, world_size=1)

@@ -1,0 +1,73 @@
+"""Texts that a run writes while it trains: the same prompts again and again, always the likeliest token.
+
+Legend: ``P`` prompts, ``S`` positions of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.engines.base import Engine
+
+_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Continues prompts every ``every`` steps, with the model as it is spread over the ranks."""
+
+    every: int
+    prompts: Sequence[str]
+    ids: Sequence[Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    vocab_size: int  # ids are below it
+    length: int
+
+    def due(self, step: int) -> bool:
+        """Whether texts are written after this step."""
+        return step % self.every == 0
+
+    def texts(self, engine: Engine, *, topk: int) -> list[str]:
+        """What follows each prompt (collective: every rank brings the same)."""
+        ids_PS = torch.zeros(len(self.ids), self.length, dtype=torch.int64)
+        ends = [len(prompt) for prompt in self.ids]
+        for row_S, prompt in zip(ids_PS, self.ids, strict=True):
+            row_S[: len(prompt)] = torch.tensor(prompt)
+        for _ in range(_NEW_TOKENS):
+            going = [number for number, end in enumerate(ends) if end < self.length]
+            if not going:
+                break
+            # what is behind a position does not reach it, so the rest of a row may hold anything
+            logits_PSV = engine.logits(ids_PS, topk=topk)
+            for number in going:
+                last_V = logits_PSV[number, ends[number] - 1, : self.vocab_size]
+                ids_PS[number, ends[number]] = int(last_V.argmax())
+                ends[number] += 1
+        return [
+            self.decode(row_S[len(prompt) : end].tolist())
+            for row_S, prompt, end in zip(ids_PS, self.ids, ends, strict=True)
+        ]
+
+
+def writer_of(config: RunConfig, tokenizer: Tokenizer) -> Writer | None:
+    """The writer that the settings ask for; None where they ask for none."""
+    settings, length = config.logging, config.model.seq_length
+    if not settings.sample_interval:
+        return None
+    # a long prompt leaves room for one token at least
+    ids = [tokenizer.encode(prompt)[: length - 1] for prompt in settings.sample_prompt]
+    return Writer(
+        every=settings.sample_interval,
+        prompts=settings.sample_prompt,
+        ids=[prompt or [tokenizer.eod] for prompt in ids],
+        decode=tokenizer.decode,
+        vocab_size=tokenizer.vocab_size,
+        length=length,
+    )
