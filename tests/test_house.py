@@ -103,8 +103,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors", "megatron"}),
     "huggingface": (set(), {"torch", "transformers", "safetensors"}),  # runs in other environments, too
     "proof": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch", "numpy", "safetensors"}),
-    "importing": ({*LATE_ROOM, "export"}, {"torch"}),
-    "generation": ({*LATE_ROOM, "export", "importing"}, {"torch"}),
+    "importing": ({*LATE_ROOM, "export"}, {"torch", "yaml"}),
+    "generation": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "verify": ({*COMMAND, "verify"}, {"torch", "numpy", "deepspeed"}),
     "studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "matplotlib", "yaml"}),

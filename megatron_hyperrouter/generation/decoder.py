@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from megatron_hyperrouter.config.tree import ModelConfig
 from megatron_hyperrouter.export.names import FINAL_NORM, OUTPUT, Heads, Sizes
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.routers.base import Router, Tokens
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 
 
 class Expert(NamedTuple):
@@ -167,6 +171,15 @@ class Decoder:
     def _norm(self, x: Tensor, weight: Tensor | list[Expert]) -> Tensor:
         assert isinstance(weight, Tensor)
         return F.rms_norm(x.float(), (x.size(-1),), weight.float(), self.model.norm_epsilon).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that writes text."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    run: RunConfig
 
 
 def rotated(x_BQHC: Tensor, angles_BQC: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
@@ -15,6 +15,10 @@ from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.train.hooks import EventsHook, Hook, MetricsHook, SettingsHook
 from megatron_hyperrouter.train.metrics import Record, tags
 from megatron_hyperrouter.train.screen import ConsoleHook
+from megatron_hyperrouter.train.written import Writer
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 
 
 class TensorBoardHook(Hook):
@@ -124,3 +128,20 @@ def _import(module: str, *, asked: str, package: str) -> ModuleType:
         raise HostError(
             f"{asked} needs {package}, which cannot be imported: {error}", remedy=f"pip install {package}"
         ) from error
+
+
+def writer_of(config: RunConfig, tokenizer: Tokenizer) -> Writer | None:
+    """The writer that the settings ask for; None where they ask for none."""
+    settings, length = config.logging, config.model.seq_length
+    if not settings.sample_interval:
+        return None
+    # a long prompt leaves room for one token at least
+    ids = [tokenizer.encode(prompt)[: length - 1] for prompt in settings.sample_prompt]
+    return Writer(
+        every=settings.sample_interval,
+        prompts=settings.sample_prompt,
+        ids=[prompt or [tokenizer.eod] for prompt in ids],
+        decode=tokenizer.decode,
+        vocab_size=tokenizer.vocab_size,
+        length=length,
+    )

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from megatron_hyperrouter import console
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import Course
@@ -174,14 +173,9 @@ class Run:
 
     def write_texts(self, step: int) -> None:
         """Continue the prompts, where they are due after ``step`` steps."""
-        writer = self.writer
-        if writer is None or not writer.due(step):
-            return
-        self.supervision.progress.enter("texts", step)
-        topk = self.engine.topk_at(step)
-        for prompt, text in zip(writer.prompts, writer.texts(self.engine, topk=topk), strict=True):
-            if self.engine.place.is_main:
-                console.note(f"after step {step}, k = {topk}: {prompt}{text}")
+        if self.writer is not None and self.writer.due(step):
+            self.supervision.progress.enter("texts", step)
+            self.writer.tell(self.engine, step, topk=self.engine.topk_at(step))
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint of ``step`` steps; see :meth:`Saving.save`."""

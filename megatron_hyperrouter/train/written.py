@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_hyperrouter import console
+
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
     from megatron_hyperrouter.engines.base import Engine
 
 _NEW_TOKENS = 32
@@ -33,6 +33,11 @@ class Writer:
     def due(self, step: int) -> bool:
         """Whether texts are written after this step."""
         return step % self.every == 0
+
+    def tell(self, engine: Engine, step: int, *, topk: int) -> None:
+        """Show the texts of step ``step`` (collective)."""
+        for prompt, text in zip(self.prompts, self.texts(engine, topk=topk), strict=True):
+            console.note(f"after step {step}, k = {topk}: {prompt}{text}")
 
     def texts(self, engine: Engine, *, topk: int) -> list[str]:
         """What follows each prompt (collective: every rank brings the same)."""
@@ -54,20 +59,3 @@ class Writer:
             self.decode(row_S[len(prompt) : end].tolist())
             for row_S, prompt, end in zip(ids_PS, self.ids, ends, strict=True)
         ]
-
-
-def writer_of(config: RunConfig, tokenizer: Tokenizer) -> Writer | None:
-    """The writer that the settings ask for; None where they ask for none."""
-    settings, length = config.logging, config.model.seq_length
-    if not settings.sample_interval:
-        return None
-    # a long prompt leaves room for one token at least
-    ids = [tokenizer.encode(prompt)[: length - 1] for prompt in settings.sample_prompt]
-    return Writer(
-        every=settings.sample_interval,
-        prompts=settings.sample_prompt,
-        ids=[prompt or [tokenizer.eod] for prompt in ids],
-        decode=tokenizer.decode,
-        vocab_size=tokenizer.vocab_size,
-        length=length,
-    )

@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_hyperrouter.commands.models import generate as generate_command
 from megatron_hyperrouter.export.names import Heads, Part, join
 from megatron_hyperrouter.export.verify import differences
-from megatron_hyperrouter.generation.decoder import Cache
-from megatron_hyperrouter.generation.load import Loaded, load
+from megatron_hyperrouter.generation.decoder import Cache, Loaded
+from megatron_hyperrouter.generation.load import load
 from megatron_hyperrouter.generation.sampling import Style, generate
 from megatron_hyperrouter.proof.bounds import faults
 

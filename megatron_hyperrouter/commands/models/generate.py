@@ -18,7 +18,7 @@ from megatron_hyperrouter.errors import DataError
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.generation.load import Loaded
+    from megatron_hyperrouter.generation.decoder import Loaded
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,11 +16,10 @@ from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.stopping import ignore_signals
 from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.loop import train
-from megatron_hyperrouter.train.reporters import hooks_for
+from megatron_hyperrouter.train.reporters import hooks_for, writer_of
 from megatron_hyperrouter.train.resuming.start import Start, settings_again
 from megatron_hyperrouter.train.run import Speed
 from megatron_hyperrouter.train.samples import Samples
-from megatron_hyperrouter.train.written import writer_of
 
 
 def run(samples: Samples, tokenizer: Tokenizer, start: Start, *, eod: int | None, epoch: int) -> int:
