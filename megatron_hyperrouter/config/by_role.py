@@ -30,6 +30,18 @@ def values_with(config: RunConfig, *roles: Role) -> dict[str, Any]:
     return {name: value_of(config, name) for name in names_with(*roles)}
 
 
+def beyond_plain_layers(config: RunConfig) -> list[str]:
+    """Flags of the settings in force that make layers of another kind than grouped-query attention and a
+    mixture of experts: for what does not know these.
+    """
+    names = ("moe_layer_freq", "moe_shared_expert_intermediate_size", "mtp_num_layers")
+    return [
+        leaf.flag
+        for leaf in tree_leaves().values()
+        if (leaf.section == "attention" or leaf.name in names) and value_of(config, leaf.name) != leaf.default
+    ]
+
+
 def quiet(*roles: Role) -> dict[str, Any]:
     """Name -> the value with which each setting of these roles does nothing: overrides that leave it out."""
     return {leaf.name: leaf.quiet for leaf in leaves_with(*roles)}

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, read_weights, weight_names
-from megatron_hyperrouter.config.leaves import tree_leaves, value_of
+from megatron_hyperrouter.config.by_role import beyond_plain_layers
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.router_matrices import routing_matrices
@@ -44,7 +44,7 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
             f"{folder} has --mlp-type {run.model.mlp_type}",
             remedy="megatron-core's layers are of the standard type alone",
         )
-    if found := _beyond_plain_layers(run):
+    if found := beyond_plain_layers(run):
         raise CheckpointError(
             f"{folder} has settings that this export does not know: {', '.join(found)}",
             remedy="leaving them out would make another model; there is no way around it in this version",
@@ -67,16 +67,6 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     dist_checkpointing.save(state, str(target))
     (output / "latest_checkpointed_iteration.txt").write_text(f"{step}\n", encoding="utf-8")
     return target
-
-
-def _beyond_plain_layers(run: RunConfig) -> list[str]:
-    """Flags of settings that make layers of another kind."""
-    names = ("moe_layer_freq", "moe_shared_expert_intermediate_size", "mtp_num_layers")
-    return [
-        leaf.flag
-        for leaf in tree_leaves().values()
-        if (leaf.section == "attention" or leaf.name in names) and value_of(run, leaf.name) != leaf.default
-    ]
 
 
 def plain_model(run: RunConfig, *, rows: int) -> GPTModel:

@@ -1,4 +1,5 @@
-"""SMoE's trained linear router, and by its options that of Switch Transformers and of DeepSeek-V3.
+"""SMoE's trained linear router (arXiv 1701.06538), and by its options that of Switch Transformers (arXiv
+2101.03961) and of DeepSeek-V3 (arXiv 2412.19437, 2408.15664).
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
 

@@ -34,9 +34,9 @@ def one_rank(tmp_path_factory):
         " --moe-shared-expert-gate",
         "--router.name competesmoe --kv-channels 6",
         "--add-qkv-bias --window-size 4,0",
-        "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 8 --qk-pos-emb-head-dim 4"
-        " --v-head-dim 6 --qk-layernorm",
-        "--multi-latent-attention --kv-lora-rank 8",
+        "--multi-latent-attention --num-query-groups 4 --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 8"
+        " --qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm",
+        "--multi-latent-attention --num-query-groups 4 --kv-lora-rank 8",
     ],
 )
 def test_settings_alone_give_the_tensors_that_the_engine_makes(flags, one_rank):

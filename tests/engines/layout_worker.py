@@ -1,10 +1,11 @@
 """One rank of the layout tests: trains each case of the task for a few steps on made-up tokens and reports
 what it saw.
 
-A case: ``flags`` of the program, and optionally ``steps`` and the ``first`` of them, ``load`` (a folder) or
-``load_weights``, ``watch``, ``save_at`` (a step), ``folder`` for its weights, ``topk_eval``, ``resume``, and
-``probe``: at which weights (``start``; ``whole``: with their optimizer) and with the k of which ``step`` it
-tells gradients, in ``folder/probed``.  ``refused``: only why ``load`` was refused.
+A case: ``flags`` of the program (``bare``: all of them), and optionally ``steps`` and the ``first`` of them,
+``load`` (a folder) or ``load_weights``, ``watch``, ``save_at`` (a step), ``folder`` for its weights,
+``topk_eval``, ``resume``, and ``probe``: at which weights (``start``; ``whole``: with their optimizer) and
+with the k of which ``step`` it tells gradients, in ``folder/probed``.  ``refused``: only why ``load`` was
+refused.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ TINY = (
 ).split()
 
 
-def tiny_config(flags: list[str], world_size: int = 1) -> RunConfig:
-    """The settings of a case."""
-    return parse([*TINY, *flags], routers=ROUTERS, world_size=world_size)
+def tiny_config(flags: list[str], world_size: int = 1, *, bare: bool = False) -> RunConfig:
+    """The settings of a case; ``bare``: its flags say all."""
+    return parse(flags if bare else [*TINY, *flags], routers=ROUTERS, world_size=world_size)
 
 
 def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
@@ -96,7 +97,7 @@ def packed_rows(config: RunConfig, count: int, generator: torch.Generator) -> to
 
 def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Train the case and tell its numbers."""
-    config = tiny_config(case["flags"], world_size)
+    config = tiny_config(case["flags"], world_size, bare=case.get("bare", False))
     engine = open_engine(config, vocab_size=VOCABULARY, eod=EOD)
     try:
         told = train(engine, config, case)

@@ -52,7 +52,7 @@ attention-softmax-in-fp32 |  | attention's softmax is float32
 accumulate-allreduce-grads-in-fp32 |  | gradients add up in float32
 moe-token-drop-policy | probs | the tokens with the smallest weights are dropped first
 dataloader-type | single | samples are read in one shuffled order
-softmax-type | vanilla | attention's softmax is the plain one
+softmax-type | vanilla | attention's softmax is the plain one: torch's kernels know no attention sinks
 distributed-backend | nccl gloo | the backend follows the device
 exit-on-missing-checkpoint |  | a --load without a checkpoint ends the run
 moe-per-layer-logging |  | metrics.jsonl has each layer
