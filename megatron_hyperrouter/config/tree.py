@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 
 from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
+from megatron_hyperrouter.config.sections.optimizer import OptimizerConfig as OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,68 +156,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
-
-    lr: Annotated[NonNegative, Role.COURSE, "Peak learning rate"] = 3e-4
-    min_lr: Annotated[NonNegative, Role.COURSE, "Learning rate at the end of the decay"] = 0.0
-    lr_decay_style: Annotated[
-        Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"],
-        Role.SCHEDULE,
-        Quiet("constant"),
-        "Shape of the decay",
-    ] = "cosine"
-    lr_decay_iters: Annotated[
-        Count | None, Role.SCHEDULE, "Step at which the decay ends; default: --train-iters"
-    ] = None
-    lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Steps of linear warm-up"] = 0
-    lr_warmup_init: Annotated[NonNegative, Role.SCHEDULE, "Learning rate from which the warm-up starts"] = 0.0
-    lr_wsd_decay_style: Annotated[
-        Literal["exponential", "linear", "cosine", "minus_sqrt"],
-        Role.SCHEDULE,
-        "WSD: shape of the final decay",
-    ] = "exponential"
-    lr_wsd_decay_iters: Annotated[
-        Count | None,
-        Role.SCHEDULE,
-        "WSD: steps of the final decay; default: a tenth of the steps until the decay ends",
-    ] = None
-    weight_decay: Annotated[
-        NonNegative,
-        Role.COURSE,
-        "Decoupled weight decay; vectors (norms, router embeddings) have none",
-    ] = 0.01
-    clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to this global norm; 0: no clipping"] = 1.0
-    adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's first moment"] = 0.9
-    adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's second moment"] = 0.999
-    adam_eps: Annotated[float, Gt(0.0), Role.COURSE, "Adam's epsilon"] = 1e-8
-    use_distributed_optimizer: Annotated[
-        bool,
-        Role.SHARDING,
-        Only("megatron", harmless="--zero-stage 1 does the same"),
-        "Split the optimizer state over the data-parallel ranks",
-    ] = False
-    grad_reduce_in_bf16: Annotated[
-        bool,
-        Role.PRECISION,
-        Only("megatron"),
-        "With --bf16, add up and reduce gradients in bfloat16 instead of float32: less memory, less exact",
-    ] = False
-    overlap_grad_reduce: Annotated[
-        bool,
-        Role.SPEED,
-        Only("megatron", harmless="DeepSpeed decides by itself"),
-        "Reduce gradients during the backward pass",
-    ] = False
-    overlap_param_gather: Annotated[
-        bool,
-        Role.SPEED,
-        Only("megatron", harmless="DeepSpeed decides by itself"),
-        "Gather weights during the forward pass",
-    ] = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Batches, length and precision of the run."""
 
@@ -231,6 +170,18 @@ class TrainConfig:
         Natural, Le(2**32 - 1), Role.ORDER, "Random seed for initial weights, sample order and dropout"
     ] = 1234
     bf16: Annotated[bool, Role.PRECISION, "Compute in bfloat16; the optimizer keeps float32 weights"] = False
+    recompute_method: Annotated[
+        Literal["uniform", "block"] | None,
+        Role.SPEED,
+        Only("megatron", harmless="each layer is recomputed by itself"),
+        "With full recomputation: all layers in groups of --recompute-num-layers, or so many layers only",
+    ] = None
+    recompute_num_layers: Annotated[
+        Count | None,
+        Role.SPEED,
+        Only("megatron", harmless="each layer is recomputed by itself"),
+        "With full recomputation: layers of a group (uniform), or layers to recompute (block); default: 1",
+    ] = None
     recompute_granularity: Annotated[
         Literal["full", "selective"] | None,
         Role.SPEED,
@@ -384,6 +335,9 @@ class CheckpointConfig:
         bool,
         Role.START,
         "Resume from a checkpoint of format 1, whose state-*.pt can run any code when it is loaded",
+    ] = False
+    no_save_optim: Annotated[
+        bool, Role.UPKEEP, "Save checkpoints without the optimizer state: for use of the weights alone"
     ] = False
     no_load_optim: Annotated[
         bool, Role.START, "Continue at the checkpoint's step with a fresh optimizer and random state"

@@ -340,4 +340,11 @@ CASES = [
         "needs --load",
         {"load": "run"},
     ),
+    case(
+        "recomputed_layers",
+        {**MEGATRON, "recompute_num_layers": 2},
+        "--recompute-num-layers",
+        "needs --recompute-granularity full",
+        {"recompute_granularity": "full"},
+    ),
 ]

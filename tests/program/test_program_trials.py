@@ -124,3 +124,20 @@ def test_parts_of_a_checkpoint_that_are_not_loaded(
     assert [record["step"] for record in rest] == [3, 4]
     same = [one["lm_loss"] == other["lm_loss"] for one, other in zip(not_stopped[2:], rest, strict=True)]
     assert same == [third, fourth]
+
+
+def test_a_checkpoint_without_the_optimizer_serves_its_weights_alone(zygote: Zygote, tmp_path: Path) -> None:
+    flags = [*TINY, *TRIAL, "--run-dir", str(tmp_path / "run")]
+    zygote.run([*flags, "--train-iters", "2", "--no-save-optim"], ranks=1)
+    refused = zygote.run([*flags, "--load", str(tmp_path / "run")], ranks=1, expect=4)
+    assert "no optimizer state" in refused.stderr
+    zygote.run([*flags, "--load", str(tmp_path / "run"), "--no-load-optim"], ranks=1)
+    assert [record["step"] for record in steps_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_recomputed_layers_change_no_loss(zygote: Zygote, trials: dict[str, Path], tmp_path: Path) -> None:
+    """Of two layers the first is recomputed, on the Megatron engine."""
+    more = "--engine megatron --recompute-granularity full --recompute-method block --recompute-num-layers 1"
+    zygote.run([*TINY, *TRIAL, *more.split(), "--run-dir", str(tmp_path / "run")], ranks=1)
+    losses = [record["lm_loss"] for record in steps_of(tmp_path / "run")]
+    assert losses == pytest.approx([record["lm_loss"] for record in steps_of(trials["megatron"])], rel=1e-6)

@@ -89,7 +89,8 @@ def work_out(
             problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
         else:
             values[ours] = value
-            carried.translated.append(f"{place} {' '.join(words)} is {flag(ours)} {value}")
+            shown = "not needed" if value is None else f"{flag(ours)} {value}"
+            carried.translated.append(f"{place} {' '.join(words)} is {shown}")
     return problems
 
 

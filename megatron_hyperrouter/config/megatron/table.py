@@ -114,7 +114,6 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
 rampup-batch-size | grows the global batch from a small one | every step would take the full global batch
 disable-load-optim | loads a checkpoint without its optimizer state | the optimizer state would be loaded
 disable-load-rng | loads a checkpoint without its random state | the random state would be loaded
-no-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
 disable-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
 no-save-rng | saves checkpoints without the random state | checkpoints would hold it
 disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
@@ -122,9 +121,6 @@ use-checkpoint-opt-param-scheduler | takes the schedule of the checkpoint over t
   | the command's schedule would count
 recompute-modules | names the parts to recompute
   | --recompute-granularity selective recomputes attention alone
-recompute-num-layers | is the number of layers to recompute together
-  | --recompute-granularity full recomputes each layer
-recompute-method | says which layers are recomputed | --recompute-granularity full recomputes each layer
 use-pytorch-profiler | belongs to --profile | there would be no trace
 decoder-first-pipeline-num-layers | is the number of layers of the first pipeline stage
   | stages would have equally many layers

@@ -94,6 +94,14 @@ def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
         )
 
 
+def recomputed_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """How layers are recomputed says something only where whole layers are."""
+    for name in ("recompute_method", "recompute_num_layers"):
+        if getattr(config.train, name) is not None and config.train.recompute_granularity != "full":
+            remedy = "add --recompute-granularity full, or leave it out"
+            yield broken(config, name, "needs --recompute-granularity full", remedy)
+
+
 def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A trace ends after it begins."""
     start, end = config.logging.profile_step_start, config.logging.profile_step_end
@@ -147,6 +155,7 @@ RULES: tuple[Rule, ...] = (
     warmup_starts_below_lr,
     wsd_decay_fits,
     profile_has_steps,
+    recomputed_layers,
     parts_of_a_checkpoint_need_one,
     finetune_needs_load,
     texts_need_prompts,

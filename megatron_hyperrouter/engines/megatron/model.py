@@ -67,7 +67,11 @@ def core_config(run: RunConfig) -> TransformerConfig:
             "moe_token_drop_policy": "probs",
         }
     if train.recompute_granularity == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        fields |= {
+            "recompute_granularity": "full",
+            "recompute_method": train.recompute_method or "uniform",
+            "recompute_num_layers": train.recompute_num_layers or 1,
+        }
     return transformer_config(run, **fields)
 
 

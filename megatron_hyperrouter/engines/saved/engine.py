@@ -35,7 +35,10 @@ class SavedEngine(ABC):
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         place = self.place
         texts = {generators.file_of(place.rank): generators.as_text(self.config, place.world_size)}
-        return stage(place.rank, place.world_size, self.holding(), self._memory, texts)
+        held = self.holding()
+        if self.config.checkpoint.no_save_optim:
+            held = held._replace(pieces=None)
+        return stage(place.rank, place.world_size, held, self._memory, texts)
 
     def save(self, folder: Path) -> None:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""

@@ -1,0 +1,73 @@
+"""The optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative
+from megatron_hyperrouter.config.roles import Only, Quiet, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[NonNegative, Role.COURSE, "Peak learning rate"] = 3e-4
+    min_lr: Annotated[NonNegative, Role.COURSE, "Learning rate at the end of the decay"] = 0.0
+    lr_decay_style: Annotated[
+        Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"],
+        Role.SCHEDULE,
+        Quiet("constant"),
+        "Shape of the decay",
+    ] = "cosine"
+    lr_decay_iters: Annotated[
+        Count | None, Role.SCHEDULE, "Step at which the decay ends; default: --train-iters"
+    ] = None
+    lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Steps of linear warm-up"] = 0
+    lr_warmup_init: Annotated[NonNegative, Role.SCHEDULE, "Learning rate from which the warm-up starts"] = 0.0
+    lr_wsd_decay_style: Annotated[
+        Literal["exponential", "linear", "cosine", "minus_sqrt"],
+        Role.SCHEDULE,
+        "WSD: shape of the final decay",
+    ] = "exponential"
+    lr_wsd_decay_iters: Annotated[
+        Count | None,
+        Role.SCHEDULE,
+        "WSD: steps of the final decay; default: a tenth of the steps until the decay ends",
+    ] = None
+    weight_decay: Annotated[
+        NonNegative,
+        Role.COURSE,
+        "Decoupled weight decay; vectors (norms, router embeddings) have none",
+    ] = 0.01
+    clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to this global norm; 0: no clipping"] = 1.0
+    adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's first moment"] = 0.9
+    adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's second moment"] = 0.999
+    adam_eps: Annotated[float, Gt(0.0), Role.COURSE, "Adam's epsilon"] = 1e-8
+    use_distributed_optimizer: Annotated[
+        bool,
+        Role.SHARDING,
+        Only("megatron", harmless="--zero-stage 1 does the same"),
+        "Split the optimizer state over the data-parallel ranks",
+    ] = False
+    grad_reduce_in_bf16: Annotated[
+        bool,
+        Role.PRECISION,
+        Only("megatron"),
+        "With --bf16, add up and reduce gradients in bfloat16 instead of float32: less memory, less exact",
+    ] = False
+    overlap_grad_reduce: Annotated[
+        bool,
+        Role.SPEED,
+        Only("megatron", harmless="DeepSpeed decides by itself"),
+        "Reduce gradients during the backward pass",
+    ] = False
+    overlap_param_gather: Annotated[
+        bool,
+        Role.SPEED,
+        Only("megatron", harmless="DeepSpeed decides by itself"),
+        "Gather weights during the forward pass",
+    ] = False
