@@ -57,15 +57,15 @@ def test_every_file_is_there() -> None:
 
 
 def test_the_numbers_are_those_of_the_code() -> None:
-    windows = f"{on_demand.BLOCK * on_demand.SHARD:,}"
+    windows = f"{on_demand.BLOCK * on_demand.REGION:,}"
     for told in (
         f"every {preprocess.SAVE_SECONDS:g} seconds",
-        f"8 bytes for each {on_demand.BLOCK} documents, and a few windows of {windows} documents",
-        f"blocks of {on_demand.BLOCK} documents all over the file; documents within {on_demand.SHARD} such "
-        "blocks",
-        f"less than {order._SEPARATE_BELOW:.0%} of it".replace("%", " %"),
+        f"8 bytes for each {on_demand.BLOCK} documents, and a few regions of {windows} documents",
+        f"blocks of {on_demand.BLOCK} documents over the whole file; documents within {on_demand.REGION} "
+        "such blocks",
+        f"less than {order._SEPARATE_BELOW:.0%} of it is".replace("%", " %"),
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
-        f"smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
+        f"An index smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
         f"({DataConfig().num_workers}) read ahead, each {loader._AHEAD} micro-batches",
         f"After {launch._SILENCE:.0f} seconds of waiting",
         f"after {launch._PATIENCE // timedelta(hours=1)} hours",

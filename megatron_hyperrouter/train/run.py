@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
 from megatron_hyperrouter.data.stream.loader import Batches
-from megatron_hyperrouter.data.stream.segments import Course
+from megatron_hyperrouter.data.stream.segments import TrainingSamples
 from megatron_hyperrouter.errors import CheckpointError, DataError
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.metrics import (
@@ -147,7 +147,7 @@ class Run:
         """Samples and tokens that the run has read after ``step`` steps, with those of other settings before
         a checkpoint.
         """
-        if isinstance(self.splits.train, Course):
+        if isinstance(self.splits.train, TrainingSamples):
             return self.splits.train.consumed(step)
         samples = step * self.global_batch_size
         return samples, samples * self.config.model.seq_length
@@ -186,7 +186,7 @@ class Run:
         meta = {**run_meta(self.config, self.engine), **self.description.meta}
         if self.start.finetuned_from is not None:
             meta["finetuned_from"] = self.start.finetuned_from
-        if isinstance(self.splits.train, Course):
+        if isinstance(self.splits.train, TrainingSamples):
             meta["data"] = self.splits.train.ledger(step)
         return meta
 

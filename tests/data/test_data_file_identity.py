@@ -24,7 +24,7 @@ from megatron_hyperrouter.data.store import manifest
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream import file_identity
 from megatron_hyperrouter.data.stream.file_identity import identity, same
-from megatron_hyperrouter.data.stream.segments import Course, Ledger
+from megatron_hyperrouter.data.stream.segments import Ledger, TrainingSamples
 from megatron_hyperrouter.data.tokenize import bpe
 from megatron_hyperrouter.data.tokenize.preprocess import preprocess
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
@@ -33,8 +33,10 @@ from megatron_hyperrouter.errors import CheckpointError, DataError
 SIZES = [7, 0, 30, 12, 1, 25] * 4
 
 
-def resumed(words: tuple[str, ...], ledger: Ledger, **how: Any) -> Course:
-    course: Course = course_of(builder(words, **how), ((0, words),), ledger, step=3, train_iters=5, batch=2)
+def resumed(words: tuple[str, ...], ledger: Ledger, **how: Any) -> TrainingSamples:
+    course: TrainingSamples = course_of(
+        builder(words, **how), ((0, words),), ledger, step=3, train_iters=5, batch=2
+    )
     return course
 
 
@@ -49,7 +51,7 @@ def ledger(two: tuple[str, str]) -> Ledger:
     return told
 
 
-def samples(course: Course) -> list[list[int]]:
+def samples(course: TrainingSamples) -> list[list[int]]:
     return [course[i].tolist() for i in range(6, 10)]
 
 
@@ -187,12 +189,12 @@ def described(tmp_path: Path) -> str:
     return pair.prefix
 
 
-def resumed_with(prefix: str, cache: Cache) -> Callable[[], Course]:
+def resumed_with(prefix: str, cache: Cache) -> Callable[[], TrainingSamples]:
     words = (prefix,)
     told = course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2).ledger(3)
 
-    def resume() -> Course:
-        course: Course = course_of(
+    def resume() -> TrainingSamples:
+        course: TrainingSamples = course_of(
             replace(builder(words), cache=cache), ((0, words),), told, step=3, train_iters=5, batch=2
         )
         return course

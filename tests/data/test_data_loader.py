@@ -160,7 +160,7 @@ def test_workers_read_ahead_but_not_without_end():
         time.sleep(0.05)
         assert 18 <= len(dataset.read) <= 2 * (1 + 8), "4 batches of 2 samples in hand for each of 2 workers"
     (told,) = [each.type for each in fields(DataConfig) if each.name == "num_workers"]
-    assert "each 4 micro-batches" in told
+    assert "prefetches 4 micro-batches" in told
 
 
 def test_workers_read_at_the_same_time():

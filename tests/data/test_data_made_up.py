@@ -13,7 +13,7 @@ from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.store.made_up import PREFIX, MadeUpTokens
 from megatron_hyperrouter.data.stream.dataset import Builder, Splits
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
-from megatron_hyperrouter.data.stream.segments import Course, splits_of_run
+from megatron_hyperrouter.data.stream.segments import TrainingSamples, splits_of_run
 
 
 @pytest.mark.parametrize(("vocab_size", "eod"), [(257, 256), (100, 0), (70_000, None), (2, 1)])
@@ -51,7 +51,7 @@ def opened(step: int, ledger: list, cache: Path, **how: object) -> Splits:
 def test_a_resumed_run_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict) -> None:
     monkeypatch.chdir(tmp_path)
     whole = opened(0, [], tmp_path / "a", **how)
-    assert isinstance(whole.train, Course)
+    assert isinstance(whole.train, TrainingSamples)
     ledger = whole.train.ledger(3)
     assert ledger[0]["mix"] == [PREFIX]
     resumed = opened(3, ledger, tmp_path / "b", **how)

@@ -33,8 +33,8 @@ def test_mixes_and_their_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("", "no list"),
-        ("{from_step: 0}", "no list"),
+        ("", "must be a list"),
+        ("{from_step: 0}", "must be a list"),
         ("[", "cannot be read"),
         ("- 3", "entry 1 must have"),
         ("- {from_step: 0}", "entry 1 must have"),
@@ -50,7 +50,7 @@ def test_mixes_and_their_steps(tmp_path: Path) -> None:
         (
             "- {from_step: 0, data_path: [A]}\n- {from_step: 4, data_path: [A]}\n- {from_step: 4, "
             "data_path: [A]}",
-            "do not rise: 0, 4, 4",
+            "must increase: 0, 4, 4",
         ),
     ],
 )

@@ -75,7 +75,7 @@ def materialised(
     one: bool,
     seed: int,
     block: int,
-    shard: int,
+    region: int,
 ):
     """The same order as lists: the stream of ``epochs`` and a little of the next one, and its samples in
     reading order.
@@ -85,8 +85,8 @@ def materialised(
     stream, borders = [], [0]
     for epoch in range(epochs + 1 + seq_length):
         order = _numpy_index.permutation(len(blocks), index.key_of(seed, 0, epoch, 0))
-        for number, at in enumerate(range(0, len(blocks), shard)):
-            chosen = [document for i in order[at : at + shard] for document in blocks[i]]
+        for number, at in enumerate(range(0, len(blocks), region)):
+            chosen = [document for i in order[at : at + region] for document in blocks[i]]
             for i in _numpy_index.permutation(len(chosen), index.key_of(seed, 1, epoch, number)):
                 stream += range(starts[chosen[i]], starts[chosen[i] + 1])
             borders.append((epoch, number, len(stream)))
@@ -115,25 +115,25 @@ corpora = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 40)), min_size=1,
     one=st.booleans(),
     seed=st.integers(0, 2**64),
     block=st.integers(1, 6),
-    shard=st.integers(1, 4),
+    region=st.integers(1, 4),
 )
 @example(
-    sizes=[0] * 9 + [12] + [0] * 9, cut=(0, 0), seq_length=5, epochs=3, one=False, seed=0, block=1, shard=1
-)  # empty shards
+    sizes=[0] * 9 + [12] + [0] * 9, cut=(0, 0), seq_length=5, epochs=3, one=False, seed=0, block=1, region=1
+)  # empty regions
 @example(
-    sizes=[2] * 30, cut=(0, 0), seq_length=30, epochs=2, one=False, seed=0, block=1, shard=1
-)  # samples over many shards
-@example(sizes=[7, 6], cut=(0, 0), seq_length=12, epochs=3, one=False, seed=0, block=9, shard=9)
+    sizes=[2] * 30, cut=(0, 0), seq_length=30, epochs=2, one=False, seed=0, block=1, region=1
+)  # samples over many regions
+@example(sizes=[7, 6], cut=(0, 0), seq_length=12, epochs=3, one=False, seed=0, block=9, region=9)
 @settings(deadline=None)
 def test_the_order_is_that_of_its_materialised_twin_and_reads_each_token_once(
-    impl, sizes, cut, seq_length, epochs, one, seed, block, shard
+    impl, sizes, cut, seq_length, epochs, one, seed, block, region
 ):
     documents = range(
         min(cut[0], len(sizes) - 1), len(sizes) - min(cut[1], len(sizes) - 1 - min(cut[0], len(sizes) - 1))
     )
     store, tokens = Sizes(sizes), sum(sizes[documents.start : documents.stop])
     epochs = 1 if one else epochs
-    arguments = {"seq_length": seq_length, "seed": seed, "block": block, "shard": shard}
+    arguments = {"seq_length": seq_length, "seed": seed, "block": block, "region": region}
     num_samples = None if one else max(-(-epochs * tokens // seq_length), 1)
     if tokens < seq_length + 1:
         with pytest.raises(ValueError, match=f"no sample of {seq_length} tokens"):
@@ -164,7 +164,7 @@ def test_the_order_is_that_of_its_materialised_twin_and_reads_each_token_once(
 def test_a_longer_run_begins_like_a_shorter_one(sizes, more, seed):
     store = Sizes(sizes)
     short, long = (
-        OnDemandOrder(store, range(len(sizes)), seq_length=7, num_samples=n, seed=seed, block=3, shard=2)
+        OnDemandOrder(store, range(len(sizes)), seq_length=7, num_samples=n, seed=seed, block=3, region=2)
         for n in (20, 20 + more)
     )
     assert (len(short), len(long)) == (20, 20 + more)
@@ -172,13 +172,13 @@ def test_a_longer_run_begins_like_a_shorter_one(sizes, more, seed):
 
 
 def test_neighbours_change_from_epoch_to_epoch_and_come_from_all_over_the_file():
-    count, block, shard = 4000, 50, 20
+    count, block, region = 4000, 50, 20
     store = Sizes([1] * count)
     order = OnDemandOrder(
-        store, range(count), seq_length=1, num_samples=3 * count, seed=5, block=block, shard=shard
+        store, range(count), seq_length=1, num_samples=3 * count, seed=5, block=block, region=region
     )
     epochs = [
-        np.concatenate([order.shard(epoch, number).documents for number in range(4)]) for epoch in range(3)
+        np.concatenate([order.region(epoch, number).documents for number in range(4)]) for epoch in range(3)
     ]
     pairs = [set(zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True)) for documents in epochs]
     for one, other in ((0, 1), (1, 2), (0, 2)):
@@ -186,7 +186,7 @@ def test_neighbours_change_from_epoch_to_epoch_and_come_from_all_over_the_file()
     near = np.mean(
         [abs(a - b) < block for documents in epochs for a, b in itertools.pairwise(documents.tolist())]
     )
-    assert near < 0.12, "a twentieth of a shard lies in the same block"
+    assert near < 0.12, "a twentieth of a region lies in the same block"
 
 
 @pytest.mark.parametrize("i", [-1, 9])
@@ -209,9 +209,9 @@ def test_positions_beyond_64_bits_are_exact():
 
 def test_threads_make_each_shard_once(monkeypatch):
     store, made = Sizes([3] * 4000), []
-    order = OnDemandOrder(store, range(4000), seq_length=10, num_samples=None, seed=0, block=100, shard=10)
-    make = order._make_shard
-    monkeypatch.setattr(order, "_make_shard", lambda *which: made.append(which) or make(*which))
+    order = OnDemandOrder(store, range(4000), seq_length=10, num_samples=None, seed=0, block=100, region=10)
+    make = order._make_region
+    monkeypatch.setattr(order, "_make_region", lambda *which: made.append(which) or make(*which))
     barrier = threading.Barrier(8)
 
     def read(thread: int) -> list[list[int]]:
@@ -221,7 +221,7 @@ def test_threads_make_each_shard_once(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(read, range(8)))
     assert all(each == found[0] for each in found)
-    assert made in ([(0, 0)], [(0, 0), (0, 1)]), "of 200 of 300 samples one may go on in the next shard"
+    assert made in ([(0, 0)], [(0, 0), (0, 1)]), "of 200 of 300 samples one may go on in the next region"
 
 
 # ---- in a dataset ----
@@ -312,12 +312,12 @@ def test_a_start_that_cannot_be_is_refused_by_its_byte(tmp_path, start):
 
 
 def test_little_of_the_index_is_read_before_it_is_needed(tmp_path, monkeypatch):
-    """The start of each block, and the sizes of one shard."""
+    """The start of each block, and the sizes of one region."""
     store = IndexedDataset(write_corpus(tmp_path / "corpus", [40] * 4000), whole=False)
     asked: list[int] = []
     reader = store.first_tokens
     monkeypatch.setattr(store, "first_tokens", lambda sequences: asked.extend(sequences) or reader(asked))
-    order = OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4)
+    order = OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, region=4)
     order.span(0)
     assert asked == [*range(0, 4000, 100), 4000]
 
@@ -330,7 +330,7 @@ def test_files_that_change_while_they_are_read(tmp_path, fate):
     for _ in range(2):
         store = IndexedDataset(prefix, whole=False)
         orders.append(
-            OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, shard=4)
+            OnDemandOrder(store, range(4000), seq_length=16, num_samples=None, seed=0, block=100, region=4)
         )
     expected = [orders[0].span(i) for i in range(1000)]
     if fate == "deleted":

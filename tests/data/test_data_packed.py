@@ -24,7 +24,7 @@ from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.order.packed import PackedDataset, best_fit, pack
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
-from megatron_hyperrouter.data.stream.segments import Course, build_course
+from megatron_hyperrouter.data.stream.segments import TrainingSamples, build_training_samples
 from megatron_hyperrouter.errors import CheckpointError, DataError
 
 EOD, VOCABULARY = 0, 60_000
@@ -221,8 +221,8 @@ def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> No
     assert (found == pytest.approx(total([piece for piece in alone if len(piece) > 1]), rel=1e-12)) is apart
 
 
-def course_of(first: Builder, ledger: Any, *, step: int, train_iters: int, batch: int = 2) -> Course:
-    return build_course(
+def course_of(first: Builder, ledger: Any, *, step: int, train_iters: int, batch: int = 2) -> TrainingSamples:
+    return build_training_samples(
         first, ((0, first.data.data_path),), ledger, step=step, train_iters=train_iters, batch=batch
     )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.shuffled import Span, build_order, index
-from megatron_hyperrouter.data.stream.remaining import BuiltStream, Unread, UnreadOrder
+from megatron_hyperrouter.data.stream.remaining import BuiltStream, Remaining, RemainingOrder
 
 every = pytest.mark.parametrize(
     "impl", [pytest.param(impl, id=name) for name, impl in sorted(index.IMPLEMENTATIONS.items())]
@@ -36,7 +36,7 @@ def tokens_of(span: Span, store: Any) -> list[int]:
     return found
 
 
-def sample_of(order: UnreadOrder, store: Any, i: int, length: int) -> list[int]:
+def sample_of(order: RemainingOrder, store: Any, i: int, length: int) -> list[int]:
     found: list[int] = []
     for span, part in order.spans(i):
         tokens = tokens_of(span, store)
@@ -46,7 +46,7 @@ def sample_of(order: UnreadOrder, store: Any, i: int, length: int) -> list[int]:
     return found
 
 
-def left_in(unread: Unread, stream: OnDemandOrder, built: BuiltStream | None, store: Any) -> Counter[int]:
+def left_in(unread: Remaining, stream: OnDemandOrder, built: BuiltStream | None, store: Any) -> Counter[int]:
     """The tokens of all pieces."""
     left: Counter[int] = Counter()
     for begin, end, of_built in unread.pieces:
@@ -57,15 +57,15 @@ def left_in(unread: Unread, stream: OnDemandOrder, built: BuiltStream | None, st
     return left
 
 
-def make(sizes: list[int], block: int, shard: int, impl: Any) -> tuple[Sizes, OnDemandOrder]:
+def make(sizes: list[int], block: int, region: int, impl: Any) -> tuple[Sizes, OnDemandOrder]:
     store = Sizes(sizes)
     if sum(sizes) < 2:
         assume(condition=False)
-    return store, on_demand(store, 1, 1, block, shard, impl)
+    return store, on_demand(store, 1, 1, block, region, impl)
 
 
 def on_demand(
-    store: Any, seq_length: int, num_samples: int, block: int, shard: int, impl: Any
+    store: Any, seq_length: int, num_samples: int, block: int, region: int, impl: Any
 ) -> OnDemandOrder:
     everyone = range(len(store.sizes))
     return OnDemandOrder(
@@ -75,20 +75,20 @@ def on_demand(
         num_samples=num_samples,
         seed=5,
         block=block,
-        shard=shard,
+        region=region,
         impl=impl,
     )
 
 
 @every
-@given(sizes=corpora, course=changes, block=st.integers(1, 6), shard=st.integers(1, 3))
+@given(sizes=corpora, course=changes, block=st.integers(1, 6), region=st.integers(1, 3))
 def test_each_token_is_read_once_an_epoch(
-    sizes: list[int], course: list[tuple[int, int]], block: int, shard: int, impl: Any
+    sizes: list[int], course: list[tuple[int, int]], block: int, region: int, impl: Any
 ) -> None:
-    store, stream = make(sizes, block, shard, impl)
-    unread, read = Unread(), Counter[int]()
+    store, stream = make(sizes, block, region, impl)
+    unread, read = Remaining(), Counter[int]()
     for length, samples in course:
-        order = UnreadOrder(unread, stream, None, seq_length=length, seed=5, impl=impl)
+        order = RemainingOrder(unread, stream, None, seq_length=length, seed=5, impl=impl)
         for i in range(samples):
             read.update(sample_of(order, store, i, length)[:-1])
         unread = order.after(samples)
@@ -101,8 +101,8 @@ def test_each_token_is_read_once_an_epoch(
     rest = -unread.following % stream.tokens_per_epoch
     total = sum(piece.end - piece.begin for piece in unread.pieces) + rest
     if total:
-        last = UnreadOrder(
-            Unread(unread.pieces, unread.following, 9), stream, None, seq_length=total, seed=5, impl=impl
+        last = RemainingOrder(
+            Remaining(unread.pieces, unread.following, 9), stream, None, seq_length=total, seed=5, impl=impl
         )
         read.update(sample_of(last, store, 0, total)[:-1])
     assert len({read[token] for token in range(sum(sizes))}) == 1
@@ -132,7 +132,7 @@ def test_what_a_built_index_leaves_is_read_before_the_stream(
     epochs = len(index_of.document_index) // len(sizes)
     assert read + left_in(unread, stream, built, store) == Counter(dict.fromkeys(range(sum(sizes)), epochs))
     for piece, more in course:
-        order = UnreadOrder(unread, stream, built, seq_length=piece, seed=5, impl=impl)
+        order = RemainingOrder(unread, stream, built, seq_length=piece, seed=5, impl=impl)
         for i in range(more):
             read.update(sample_of(order, store, i, piece)[:-1])
         unread = order.after(more)
@@ -144,22 +144,22 @@ def test_what_a_built_index_leaves_is_read_before_the_stream(
 
 
 @every
-@given(sizes=corpora, length=st.integers(1, 7), block=st.integers(1, 6), shard=st.integers(1, 3))
+@given(sizes=corpora, length=st.integers(1, 7), block=st.integers(1, 6), region=st.integers(1, 3))
 def test_before_any_change_it_is_the_on_demand_order(
-    sizes: list[int], length: int, block: int, shard: int, impl: Any
+    sizes: list[int], length: int, block: int, region: int, impl: Any
 ) -> None:
-    store, stream = make(sizes, block, shard, impl)
+    store, stream = make(sizes, block, region, impl)
     assume(sum(sizes) > length)
-    plain = on_demand(store, length, 50, block, shard, impl)
-    order = UnreadOrder(Unread(), stream, None, seq_length=length, seed=5, impl=impl)
+    plain = on_demand(store, length, 50, block, region, impl)
+    order = RemainingOrder(Remaining(), stream, None, seq_length=length, seed=5, impl=impl)
     for i in range(50):
         assert sample_of(order, store, i, length) == tokens_of(plain.span(i), store)
 
 
 def test_pieces_are_read_in_another_order_than_they_lie() -> None:
     store, stream = make([40] * 10, 2, 2, None)
-    order = UnreadOrder(
-        UnreadOrder(Unread(), stream, None, seq_length=4, seed=5).after(15),
+    order = RemainingOrder(
+        RemainingOrder(Remaining(), stream, None, seq_length=4, seed=5).after(15),
         stream,
         None,
         seq_length=3,

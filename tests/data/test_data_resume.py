@@ -210,7 +210,7 @@ def test_what_was_saved_and_has_changed_is_not_gone_on_with(
         DataError, match=rf"p_note_document\.{ending}\.partial: has changed since an unfinished run saved it"
     ) as caught:
         preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
-    assert "the same command starts afresh" in caught.value.remedy
+    assert "the same command starts from the beginning" in caught.value.remedy
     assert not [name for name in outputs(tmp_path / "out") if not name.startswith("p_text_document.")]
     preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
     preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
@@ -227,7 +227,9 @@ def test_a_journal_that_no_run_writes_is_refused(
     until_death(120, inputs, str(tmp_path / "out" / "p"), recipe)
     with open(tmp_path / "out" / "p.journal", "a") as stream:
         stream.write(record + "\n")
-    with pytest.raises(DataError, match=r"p\.journal: holds what no run of this program saves") as caught:
+    with pytest.raises(
+        DataError, match=r"p\.journal: a line holds what no run of this program saves"
+    ) as caught:
         preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
     assert "--overwrite" in caught.value.remedy
     preprocess(inputs, str(tmp_path / "out" / "p"), recipe, overwrite=True)

@@ -21,7 +21,7 @@ from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
 from megatron_hyperrouter.data.stream.loader import Batches
-from megatron_hyperrouter.data.stream.segments import Ledger, build_course, splits_of_run
+from megatron_hyperrouter.data.stream.segments import Ledger, build_training_samples, splits_of_run
 from megatron_hyperrouter.errors import CheckpointError, DataError
 
 VOCABULARY = 60_000
@@ -56,7 +56,7 @@ def builder(
 
 
 def course_of(first: Builder, mixes: Any, ledger: Ledger, **steps: int) -> Any:
-    return build_course(first, mixes, json.loads(json.dumps(ledger)), **steps)
+    return build_training_samples(first, mixes, json.loads(json.dumps(ledger)), **steps)
 
 
 @pytest.mark.parametrize("kind", ["materialised", "on-demand"])

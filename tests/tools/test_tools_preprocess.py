@@ -65,7 +65,7 @@ def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: in
     total = sum(path.stat().st_size for path in tmp_path.glob("*.jsonl*"))
     arguments = ("--input", "../*.jsonl*", *BYTES, "--append-eod", "--save-seconds", 0)
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path / "whole")
-    assert status == 0 and "goes on" not in err, err
+    assert status == 0 and "continuing from" not in err, err
     folder, whole = tmp_path / "killed", contents(tmp_path / "whole")
     hits = 0
     for attempt in range(8 * kills):
@@ -88,7 +88,7 @@ def test_kills_at_random_moments_end_in_identical_bytes(tmp_path: Path, seed: in
         after = saved(folder)
         if process.returncode == 0 or len(after) > len(before):
             goes_on = bool(before) and not before[-1]["complete"]
-            assert (f"goes on from {position / 1e6:,.1f} of {total / 1e6:,.1f} MB" in err) == goes_on, err
+            assert (f"continuing from {position / 1e6:,.1f} of {total / 1e6:,.1f} MB" in err) == goes_on, err
         if finishes:
             break
         if (folder / "p.journal").exists():
@@ -155,7 +155,7 @@ def test_a_full_disk_and_a_signal_keep_what_was_saved(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert "Traceback" not in err
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path)
-    assert status == 0 and ("goes on from" in err or process.returncode == 0), err
+    assert status == 0 and ("continuing from" in err or process.returncode == 0), err
     killed = contents(tmp_path)
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path)
     assert contents(tmp_path) == killed
@@ -272,7 +272,7 @@ print(progress.summary(), file=sys.stderr)
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment()
     )
     told = done.stderr.splitlines()
-    assert told[0] == "preprocess_data: goes on from 50.0 of 1,050.0 MB"
+    assert told[0] == "preprocess_data: continuing from 50.0 of 1,050.0 MB"
     assert told[1] == "preprocess_data: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left (ETA)"
     assert told[-1] == "1,000.0 MB in 1000.0 s, 1.0 MB/s, 7 documents/s"
     assert 8 <= len(told) <= 20

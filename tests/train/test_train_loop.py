@@ -25,7 +25,7 @@ from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream.dataset import Builder
-from megatron_hyperrouter.data.stream.segments import build_course
+from megatron_hyperrouter.data.stream.segments import build_training_samples
 from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
 from megatron_hyperrouter.train.loop import train
@@ -87,7 +87,7 @@ class TestRecords:
             )
             data = change(now, "data", data_path=words, split="1,0,0").data
             start = decide(now)
-            course = build_course(
+            course = build_training_samples(
                 Builder(data, lengths[last - 1], 7, VOCAB_SIZE, Cache()),
                 ((0, words), (8, words)),  # the schedule cuts a segment, the counts go on
                 start.ledger,

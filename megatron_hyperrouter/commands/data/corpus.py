@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         "--max-bytes",
         type=int,
         metavar="N",
-        help="stop before the document that would make FILE.jsonl longer than this",
+        help="stop before the document that would make FILE.jsonl longer than N bytes",
     )
     args = flags.parse_args(arguments)
     with Bar("make_corpus", "files") as bar:

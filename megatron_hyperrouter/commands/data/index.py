@@ -1,8 +1,8 @@
 """Build the index files of a run ahead of it, away from the cluster: the run finds them and starts at once.
 
 Takes the flags of pretrain_gpt_hyperrouter.py; only those about data, seed, sequence length, batch size and
-steps matter, and --load for a run that goes on from a checkpoint.  Files lie where the run looks for them: in
---data-cache-path, or else in cache/hyperrouter beside the data, or else, where that cannot be written, in
+steps matter, and --load for a run that continues from a checkpoint.  Files lie where the run looks for them:
+in --data-cache-path, or else in cache/hyperrouter beside the data, or else, where that cannot be written, in
 index-cache of the --run-dir; they hold for token files of the same time of change.
 """
 

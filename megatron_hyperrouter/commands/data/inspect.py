@@ -1,4 +1,4 @@
-"""Say what a pair of token files (.bin and .idx) holds."""
+"""Describe a pair of token files (.bin and .idx)."""
 
 from __future__ import annotations
 

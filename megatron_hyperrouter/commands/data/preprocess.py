@@ -21,10 +21,10 @@ name that ends in .txt is plain text: the file is one document, stored as sequen
 text, cut at line ends.  A name that ends in .parquet is a table: each row one document, KEY a column.  Any
 other file is JSON lines if it starts with "{".
 
-Output has temporary names (.partial) until all of it is written.  What is done is saved every
---save-seconds (P.journal): after a kill, a signal or a full disk the same command goes on from there, and
-the bytes are the same.  Bad input leaves nothing behind. On N machines: --shard 1/N to N/N with the same
-inputs and prefix, then merge_data.py P. Token ids are uint16 for a vocabulary below 65500, else int32.
+Output has temporary names (.partial) until all of it is written.  Progress is saved every --save-seconds
+(P.journal): after a kill, a signal, a full disk or a line that cannot be used, the same command continues
+from there, and the output is the same.  On N machines: --shard 1/N to N/N with the same inputs and prefix,
+then merge_data.py P.  Token ids are uint16 for a vocabulary below 65500, otherwise int32.
 """
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
                 report=tell,
             )
         except Stopped as reason:
-            reason.left = "the same command goes on from what was saved, or else from the start"
+            reason.left = "the same command continues from what was saved, or from the start"
             raise
     for pair in written:
         print(
@@ -108,11 +108,11 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="processes that encode (default: 1); changes no byte of the output",
     )
     flags.add_argument(
-        "--shard", metavar="I/N", help="do part I of N alone, from 1, and write P.shard-I-of-N_KEY_document.*"
+        "--shard",
+        metavar="I/N",
+        help="do only part I of N (counted from 1), and write P.shard-I-of-N_KEY_document.*",
     )
-    flags.add_argument(
-        "--partitions", type=int, metavar="N", help="the N of --shard, where that gives I alone"
-    )
+    flags.add_argument("--partitions", type=int, metavar="N", help="the N of --shard, if that gives only I")
     flags.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
@@ -123,7 +123,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags.add_argument(
         "--overwrite",
         action="store_true",
-        help="discard what an unfinished run has left, instead of going on with it",
+        help="discard what an unfinished run has left, instead of continuing it",
     )
     flags.add_argument(
         "--save-seconds",
@@ -154,7 +154,7 @@ class Progress(Bar):
             self._first = (done, documents)
             self.begin_at(done)
             if done:
-                tell(f"goes on from {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+                tell(f"continuing from {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
         self._done, self._documents = done, documents
         self.update(done, total, f"{self._rate():,.0f} documents/s")
 

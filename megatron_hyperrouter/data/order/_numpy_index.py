@@ -1,5 +1,4 @@
-"""The C++ extension ``_index`` once more, in NumPy: same arguments, same numbers, same kinds of errors, only
-slower.
+"""The C++ extension ``_index`` in NumPy: the same arguments, numbers and kinds of errors, but slower.
 
 Used where no compiler was found at installation.  ``csrc/bindings.cpp`` documents each function.
 """
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
 Words = npt.NDArray[np.uint64]
-Blend = tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]
+BlendIndices = tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]
 
 _MOST_SETS = 32767  # the set's number is an int16
 _ROUNDS = 6  # of the Feistel network
@@ -77,7 +76,7 @@ def shuffle(values: Integers, key: npt.NDArray[np.uint32], position: int) -> int
     return int(state["state"]["pos"])
 
 
-def blending_indices(weights: npt.NDArray[np.float64], size: int) -> Blend:
+def blending_indices(weights: npt.NDArray[np.float64], size: int) -> BlendIndices:
     """Set and sample of that set for each sample of a blend: always the set that is furthest behind its
     share.
     """
@@ -89,7 +88,7 @@ def blending_indices(weights: npt.NDArray[np.float64], size: int) -> Blend:
     return _blend(weights, np.full(len(weights), size + 1), size)
 
 
-def exhaustive_blending_indices(sizes: npt.NDArray[np.int64]) -> Blend:
+def exhaustive_blending_indices(sizes: npt.NDArray[np.int64]) -> BlendIndices:
     """The same with weights sizes / sum(sizes), until set i has given exactly sizes[i] samples."""
     _check_count(len(sizes), "sizes")
     if sizes.min() < 0:
@@ -183,7 +182,7 @@ def _check_count(count: int, name: str) -> None:
         raise ValueError(f"{name} must hold 1 to {_MOST_SETS} numbers, got {count}")
 
 
-def _blend(weights: npt.NDArray[np.float64], limits: npt.NDArray[np.int64], size: int) -> Blend:
+def _blend(weights: npt.NDArray[np.float64], limits: npt.NDArray[np.int64], size: int) -> BlendIndices:
     """``limits``: samples after which a set drops out."""
     sets, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
     counts, left, behind = np.zeros(len(weights)), limits.tolist(), np.empty(len(weights))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megatron_hyperrouter.data.order import _numpy_index
 
 Integers = npt.NDArray[np.integer[Any]]
-Blend = tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]
+BlendIndices = tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]
 
 
 class Implementation(Protocol):
@@ -42,11 +42,11 @@ class Implementation(Protocol):
         """Shuffle in place from a state of NumPy's Mersenne Twister; the new position."""
         ...
 
-    def blending_indices(self, weights: npt.NDArray[np.float64], size: int) -> Blend:
+    def blending_indices(self, weights: npt.NDArray[np.float64], size: int) -> BlendIndices:
         """Set and sample of each sample of a blend."""
         ...
 
-    def exhaustive_blending_indices(self, sizes: npt.NDArray[np.int64]) -> Blend:
+    def exhaustive_blending_indices(self, sizes: npt.NDArray[np.int64]) -> BlendIndices:
         """The same until every set is used up."""
         ...
 
@@ -196,7 +196,9 @@ def shuffle_index(
     return order
 
 
-def blending_indices(weights: npt.ArrayLike, size: int, *, impl: Implementation | None = None) -> Blend:
+def blending_indices(
+    weights: npt.ArrayLike, size: int, *, impl: Implementation | None = None
+) -> BlendIndices:
     """Set (int16 [size]) and number within that set (int64 [size]) of each sample: always the set furthest
     behind its share.
 
@@ -208,7 +210,7 @@ def blending_indices(weights: npt.ArrayLike, size: int, *, impl: Implementation 
     )
 
 
-def exhaustive_blending_indices(sizes: npt.ArrayLike, *, impl: Implementation | None = None) -> Blend:
+def exhaustive_blending_indices(sizes: npt.ArrayLike, *, impl: Implementation | None = None) -> BlendIndices:
     """As :func:`blending_indices`, with every sample of every set exactly once: ``sizes[i]`` samples of set
     i.
     """

@@ -40,7 +40,7 @@ from megatron_hyperrouter.errors import DataError
 
 Arrays = dict[str, npt.NDArray[Any]]
 Named = Iterator[tuple[str, npt.NDArray[Any]]]
-Key = Mapping[str, Any]
+CacheKey = Mapping[str, Any]
 
 Names = Sequence[str]
 
@@ -48,7 +48,7 @@ CACHED_FROM = 2**20  # numbers; a smaller index is built faster than a file is o
 _MAGIC = b"MHRINDEX"
 _START = struct.Struct("<8sQI")
 _ALIGN = 64
-_SILENCE = 60.0  # seconds of waiting before a person is told
+_SILENCE = 60.0  # seconds of waiting before a message says so
 _CHUNK = 1 << 18  # bytes at a time: they are still in a core's cache when they are written
 _ROOM = 1 << 12  # bytes for the description of the arrays
 _LONGEST_HEADER = 1 << 24
@@ -69,7 +69,7 @@ class Cache:
     used: list[Path] = field(default_factory=list)
 
     def arrays(
-        self, key: Key, names: Names, build: Callable[[], Named], *, beside: str, numbers: int
+        self, key: CacheKey, names: Names, build: Callable[[], Named], *, beside: str, numbers: int
     ) -> Arrays:
         """The arrays called ``names`` that ``build`` makes for ``key`` (values that JSON knows), with
         ``numbers`` numbers in all, for the data file ``beside``.
@@ -108,7 +108,7 @@ class Cache:
         return [own] if self.fallback is None else [own, Path(self.fallback)]
 
 
-def file_identity(path: Path) -> Key:
+def file_identity(path: Path) -> CacheKey:
     """What changes when a file does: its name, size, time of change, and a digest of its first and last
     bytes.
     """
@@ -126,7 +126,7 @@ def file_identity(path: Path) -> Key:
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
 
 
-def _build(path: Path, key: Key, names: Names, build: Callable[[], Named]) -> Arrays:
+def _build(path: Path, key: CacheKey, names: Names, build: Callable[[], Named]) -> Arrays:
     """Make the arrays and put them in place; only the holder of the lock comes here."""
     mine = f".{path.stem}.{socket.gethostname()}-"
     for dead in path.parent.glob(f"{mine}*.partial"):  # a machine's other builders would hold the lock
@@ -140,7 +140,7 @@ def _build(path: Path, key: Key, names: Names, build: Callable[[], Named]) -> Ar
     return _load(path, key, names, written_here=True) or dict(build())
 
 
-def _write(path: Path, key: Key, arrays: Named) -> None:
+def _write(path: Path, key: CacheKey, arrays: Named) -> None:
     """Not forced to the disk: what a crash of the machine leaves shows in the checksums,
     and is built again.
     """
@@ -199,7 +199,7 @@ class _Entry:
         return math.prod(self.shape)
 
 
-def _load(path: Path, key: Key, names: Names, *, written_here: bool = False) -> Arrays | None:
+def _load(path: Path, key: CacheKey, names: Names, *, written_here: bool = False) -> Arrays | None:
     """The arrays of a file, mapped; None where it is missing, damaged, or has another key or other arrays.
     ``written_here``: by this very process.
     """
@@ -217,7 +217,7 @@ def _load(path: Path, key: Key, names: Names, *, written_here: bool = False) -> 
         return None
 
 
-def _read_header(stream: Any, key: Key, names: Names) -> list[_Entry]:
+def _read_header(stream: Any, key: CacheKey, names: Names) -> list[_Entry]:
     """What the header says; ValueError for one that this program does not write for this key."""
     size = os.fstat(stream.fileno()).st_size
     magic, length, crc = _START.unpack(stream.read(_START.size))

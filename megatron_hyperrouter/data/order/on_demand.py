@@ -1,15 +1,15 @@
 """An order of samples that is looked up and never built: for corpora whose index would take minutes and
 gigabytes.
 
-Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and cut into shards of
-several blocks, so a shard holds documents from all over the corpus; the documents of a shard are permuted
-once more and laid end to end.  Samples are cut from the stream of all shards and epochs, each of
-``seq_length`` tokens and one more, its last label; those that begin in the same shard are permuted among
-themselves.  So each token is read exactly once an epoch, shard after shard, and neighbours change from epoch
-to epoch.  The order is a function of the seed and the sample's number: it does not change with the number of
-samples.
+Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and cut into regions of
+several blocks, so a region holds documents from all over the corpus; the documents of a region are permuted
+once more and laid end to end.  Samples are cut from the stream of all regions and epochs, each of
+``seq_length`` tokens and one more, its last label; those that begin in the same region are permuted among
+themselves.  So each token is read exactly once an epoch, region after region, and neighbours change from
+epoch to epoch.  The order is a function of the seed and the sample's number: it does not change with the
+number of samples.
 
-What is kept: where each block begins (8 bytes a block), and a few shards (16 bytes a document).  ``tokens``
+What is kept: where each block begins (8 bytes a block), and a few regions (16 bytes a document).  ``tokens``
 below are positions in an epoch's stream unless said otherwise; all arithmetic is in whole numbers of any
 size.
 """
@@ -33,25 +33,25 @@ from megatron_hyperrouter.errors import DataError
 Made = TypeVar("Made")
 
 BLOCK = 2048  # documents; part of what the order is, as is the next number
-SHARD = 64  # blocks
+REGION = 64  # blocks
 _BLOCKS, _DOCUMENTS, _SAMPLES = range(3)  # what a key is for
-_EPOCHS_KEPT, _SHARDS_KEPT = 2, 3  # a sample may end in the next shard, and threads read ahead
+_EPOCHS_KEPT, _REGIONS_KEPT = 2, 3  # a sample may end in the next region, and threads read ahead
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """``blocks`` [B]: blocks in the order of this epoch; ``shard_starts`` [shards + 1]: token at which each
-    shard begins.
+    """``blocks`` [B]: blocks in the order of this epoch; ``region_starts`` [regions + 1]: token at which each
+    region begins.
     """
 
     blocks: Int64s
-    shard_starts: Int64s
+    region_starts: Int64s
 
 
 @dataclass(frozen=True)
-class Shard:
+class Region:
     """``documents`` [D] in reading order, int32 where that can name them; ``starts`` [D + 1]: token of the
-    shard at which each begins, and where the shard ends.
+    region at which each begins, and where the region ends.
     """
 
     documents: Integers
@@ -59,9 +59,9 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Window:
-    """The samples that begin in a shard: numbers ``first`` to before ``until``, in the permutation of
-    ``key``; ``begin``: the token of the stream of all epochs at which the shard begins.
+class SampleWindow:
+    """The samples that begin in a region: numbers ``first`` to before ``until``, in the permutation of
+    ``key``; ``begin``: the token of the stream of all epochs at which the region begins.
     """
 
     first: int
@@ -70,7 +70,7 @@ class Window:
     epoch: int
     number: int
     begin: int
-    shard: Shard
+    region: Region
 
 
 class OnDemandOrder:
@@ -90,11 +90,11 @@ class OnDemandOrder:
         num_samples: int | None,
         seed: int,
         block: int = BLOCK,
-        shard: int = SHARD,
+        region: int = REGION,
         impl: Implementation | None = None,
     ) -> None:
         self._store, self._documents, self._seq_length, self._seed = store, documents, seq_length, seed
-        self._block, self._shard = block, shard
+        self._block, self._region = block, region
         self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
         firsts = range(documents.start, documents.stop, block)
         self._block_starts = store.first_tokens([*firsts, documents.stop])
@@ -107,8 +107,8 @@ class OnDemandOrder:
         self._end = whole if num_samples is None else None
         self._num_samples = whole if num_samples is None else num_samples
         self._epochs: _Recent[Epoch] = _Recent(_EPOCHS_KEPT)
-        self._shards: _Recent[Shard] = _Recent(_SHARDS_KEPT)
-        self._window: Window | None = None  # of the last sample; most of the next ones are of the same
+        self._regions: _Recent[Region] = _Recent(_REGIONS_KEPT)
+        self._window: SampleWindow | None = None  # of the last sample; most of the next ones are of the same
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -123,7 +123,7 @@ class OnDemandOrder:
             window = self._window = self._make_window(i)
         sample = window.first + self._impl.permuted(i - window.first, window.until - window.first, window.key)
         return self._span(
-            window.shard,
+            window.region,
             window.epoch,
             window.number,
             sample * self._seq_length - window.begin,
@@ -132,79 +132,79 @@ class OnDemandOrder:
 
     def between(self, token: int, length: int) -> Span:
         """Where ``length`` tokens of the stream lie, from ``token`` of all epochs on."""
-        epoch, number = self.shard_at(token)
+        epoch, number = self.region_at(token)
         begin, _ = self.borders(epoch, number)
-        return self._span(self.shard(epoch, number), epoch, number, token - begin, length)
+        return self._span(self.region(epoch, number), epoch, number, token - begin, length)
 
-    def shard_at(self, token: int) -> tuple[int, int]:
-        """Epoch and shard that hold ``token`` of the stream of all epochs."""
+    def region_at(self, token: int) -> tuple[int, int]:
+        """Epoch and region that hold ``token`` of the stream of all epochs."""
         epoch, inside = divmod(token, self.tokens_per_epoch)
-        return epoch, int(np.searchsorted(self.epoch(epoch).shard_starts, inside, "right")) - 1
+        return epoch, int(np.searchsorted(self.epoch(epoch).region_starts, inside, "right")) - 1
 
     def borders(self, epoch: int, number: int) -> tuple[int, int]:
-        """The tokens of the stream of all epochs between which a shard lies."""
-        begin, end = self.epoch(epoch).shard_starts[number : number + 2].tolist()
+        """The tokens of the stream of all epochs between which a region lies."""
+        begin, end = self.epoch(epoch).region_starts[number : number + 2].tolist()
         return epoch * self.tokens_per_epoch + begin, epoch * self.tokens_per_epoch + end
 
     def among(self, position: int, count: int, epoch: int, number: int) -> int:
-        """Which of the ``count`` samples that begin in a shard is read at ``position`` among them."""
+        """Which of the ``count`` samples that begin in a region is read at ``position`` among them."""
         return self._impl.permuted(position, count, self._key(_SAMPLES, epoch, number))
 
     def first_among(self, read: int, count: int, epoch: int, number: int) -> Int64s:
         """The first ``read`` of them."""
         return self._impl.permutation(count, self._key(_SAMPLES, epoch, number))[:read]
 
-    def _span(self, shard: Shard, epoch: int, number: int, begin: int, length: int) -> Span:
-        """``length`` tokens from token ``begin`` of a shard on."""
-        first = int(shard.starts.searchsorted(begin, "right")) - 1
+    def _span(self, region: Region, epoch: int, number: int, begin: int, length: int) -> Span:
+        """``length`` tokens from token ``begin`` of a region on."""
+        first = int(region.starts.searchsorted(begin, "right")) - 1
         last_token = begin + length - 1
-        head = begin - int(shard.starts[first])
-        if last_token < shard.starts[-1]:
-            last = int(shard.starts.searchsorted(last_token, "right")) - 1
-            return Span(shard.documents, first, head, last, last_token - int(shard.starts[last]) + 1)
-        pieces = [shard.documents[first:]]
-        # the sample goes on in the next shard, or in the one after that
-        while last_token >= shard.starts[-1]:
-            last_token -= int(shard.starts[-1])
+        head = begin - int(region.starts[first])
+        if last_token < region.starts[-1]:
+            last = int(region.starts.searchsorted(last_token, "right")) - 1
+            return Span(region.documents, first, head, last, last_token - int(region.starts[last]) + 1)
+        pieces = [region.documents[first:]]
+        # the sample continues in the next region, or in the one after that
+        while last_token >= region.starts[-1]:
+            last_token -= int(region.starts[-1])
             epoch, number = (
-                (epoch, number + 1) if number + 2 < len(self.epoch(epoch).shard_starts) else (epoch + 1, 0)
+                (epoch, number + 1) if number + 2 < len(self.epoch(epoch).region_starts) else (epoch + 1, 0)
             )
-            shard = self.shard(epoch, number)
-            pieces.append(shard.documents)
-        last = int(shard.starts.searchsorted(last_token, "right")) - 1
-        pieces[-1] = shard.documents[: last + 1]
+            region = self.region(epoch, number)
+            pieces.append(region.documents)
+        last = int(region.starts.searchsorted(last_token, "right")) - 1
+        pieces[-1] = region.documents[: last + 1]
         documents = np.concatenate(pieces)
-        return Span(documents, 0, head, len(documents) - 1, last_token - int(shard.starts[last]) + 1)
+        return Span(documents, 0, head, len(documents) - 1, last_token - int(region.starts[last]) + 1)
 
     def epoch(self, number: int) -> Epoch:
         """The order of blocks in an epoch."""
         return self._epochs.get(number, lambda: self._make_epoch(number))
 
-    def shard(self, epoch: int, number: int) -> Shard:
-        """The order of documents in a shard of an epoch."""
-        return self._shards.get((epoch, number), lambda: self._make_shard(epoch, number))
+    def region(self, epoch: int, number: int) -> Region:
+        """The order of documents in a region of an epoch."""
+        return self._regions.get((epoch, number), lambda: self._make_region(epoch, number))
 
-    def _make_window(self, i: int) -> Window:
+    def _make_window(self, i: int) -> SampleWindow:
         """The window of sample ``i``."""
-        epoch, number = self.shard_at(i * self._seq_length)
+        epoch, number = self.region_at(i * self._seq_length)
         begin, end = self.borders(epoch, number)
         first, until = -(-begin // self._seq_length), -(-end // self._seq_length)
         if self._end is not None:
             until = min(until, self._end)
-        return Window(
-            first, until, self._key(_SAMPLES, epoch, number), epoch, number, begin, self.shard(epoch, number)
+        return SampleWindow(
+            first, until, self._key(_SAMPLES, epoch, number), epoch, number, begin, self.region(epoch, number)
         )
 
     def _make_epoch(self, number: int) -> Epoch:
         blocks = self._impl.permutation(len(self._block_starts) - 1, self._key(_BLOCKS, number))
         ends = np.cumsum(np.diff(self._block_starts)[blocks])
-        last_of_shard = (
-            np.minimum(np.arange(self._shard, len(ends) + self._shard, self._shard), len(ends)) - 1
+        last_of_region = (
+            np.minimum(np.arange(self._region, len(ends) + self._region, self._region), len(ends)) - 1
         )
-        return Epoch(blocks, np.concatenate([[0], ends[last_of_shard]]).astype(np.int64))
+        return Epoch(blocks, np.concatenate([[0], ends[last_of_region]]).astype(np.int64))
 
-    def _make_shard(self, epoch: int, number: int) -> Shard:
-        blocks = self.epoch(epoch).blocks[number * self._shard : (number + 1) * self._shard].tolist()
+    def _make_region(self, epoch: int, number: int) -> Region:
+        blocks = self.epoch(epoch).blocks[number * self._region : (number + 1) * self._region].tolist()
         firsts = [self._documents.start + block * self._block for block in blocks]
         ranges = [range(first, min(first + self._block, self._documents.stop)) for first in firsts]
         found = self._store.read_sequences(ranges)
@@ -214,7 +214,7 @@ class OnDemandOrder:
         order = self._impl.permutation(len(documents), self._key(_DOCUMENTS, epoch, number))
         starts = np.zeros(len(documents) + 1, np.int64)
         np.cumsum(sizes[order], out=starts[1:])
-        return Shard(documents[order], starts)
+        return Region(documents[order], starts)
 
     def _checked(self, block: int, documents: range, found: tuple[Int32s, Int64s]) -> Int32s:
         """Tokens of each document of a block; the documents must fill the block's part of ``.bin``, one after
@@ -237,8 +237,8 @@ class OnDemandOrder:
             )
         return sizes
 
-    def _key(self, purpose: int, epoch: int, shard: int = 0) -> int:
-        return index.key_of(self._seed, purpose, epoch, shard)
+    def _key(self, purpose: int, epoch: int, region: int = 0) -> int:
+        return index.key_of(self._seed, purpose, epoch, region)
 
 
 class _Recent(Generic[Made]):

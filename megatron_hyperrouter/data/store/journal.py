@@ -1,5 +1,5 @@
-"""What an unfinished run has done, on disk, so that another can go on: one line of JSON when it starts, and
-one at each save.
+"""What an unfinished run has done, on disk, so that another one can continue: one line of JSON when it
+starts, and one at each save.
 
 A line counts once all of it is there; the files that it speaks of are durable before it is written.
 """
@@ -19,7 +19,7 @@ from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 _VERSION = 2
 _START = b'{"version": '
-_AFRESH = "or give --overwrite to start afresh"
+_AFRESH = "or give --overwrite to start from the beginning"
 
 
 class Journal:
@@ -73,7 +73,7 @@ class Journal:
             os.fsync(self._stream.fileno())
 
     def close(self, *, remove: bool) -> None:
-        """Release the lock; ``remove``: nothing is left to go on with."""
+        """Release the lock; ``remove``: nothing is left to continue with."""
         if remove:
             with suppress(OSError):  # one that stays is understood by the next run
                 Path(self.path).unlink()
@@ -111,17 +111,17 @@ class Journal:
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get("version") != new["version"]:
             message = f"{self.path}: written by another version of this program"
-            raise DataError(message, remedy="give --overwrite to start afresh")
+            raise DataError(message, remedy="give --overwrite to start from the beginning")
         if not _is_head(old):
             message = f"{self.path}: its first line is not one that this program writes"
-            raise DataError(message, remedy="give --overwrite to start afresh")
+            raise DataError(message, remedy="give --overwrite to start from the beginning")
         before, now = old["settings"], new["settings"]
         problems = []
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
                 rule = f"was {before.get(name)} in the unfinished run that left {self.path}"
                 problems.append(
-                    Problem(name, now.get(name), rule, f"give the same again to go on, {_AFRESH}")
+                    Problem(name, now.get(name), rule, f"give the same value to continue, {_AFRESH}")
                 )
         if problems:
             raise ConfigError(problems)
@@ -161,8 +161,8 @@ def _is_head(line: dict[str, Any]) -> bool:
 
 @contextmanager
 def alone(output_prefix: str) -> Iterator[None]:
-    """Keep other processes away from an output that is not gone on with; DataError where one is at work, or
-    has left unfinished files.
+    """Keep other processes away from an output that cannot be continued.  DataError where another process is
+    writing it, or has left unfinished files.
     """
     path = f"{output_prefix}.journal"
     stream = _locked(path)

@@ -43,7 +43,7 @@ class Manifest:
     left_out: int = 0  # lines that could not be used
 
     def whole(self) -> bool:
-        """Whether this is no shard."""
+        """Whether this is not a shard."""
         return self.part == str(Part())
 
 

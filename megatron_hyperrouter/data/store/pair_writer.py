@@ -1,8 +1,8 @@
-"""Writes a pair of token files so that a process may die at any moment and another go on.
+"""Writes a pair of token files so that a process may die at any moment and another one continue.
 
 While it is under way a pair is three files that only grow: tokens (``.bin.partial``), the length of each
-sequence (``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  Where they
-end at some moment is told by :class:`Counts`, so that going on means to cut them there.  ``.idx`` is made
+sequence (``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  A
+:class:`Counts` says where they end at some moment; to continue from it, they are cut there.  ``.idx`` is made
 from the last two when all tokens are written. Memory does not grow with the corpus.
 """
 
@@ -29,7 +29,7 @@ _SIZE = np.dtype("<i4")
 
 
 class DiskRefused(DataError):
-    """The output cannot be written: what is done stays, and the same command can go on."""
+    """The output cannot be written: what is done is kept, and the same command can continue."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FileSum:
 
 
 class PairWriter:
-    """The growing files of one pair; ``counts``: go on from there, instead of from nothing.  Raises
+    """The growing files of one pair; ``counts``: continue from there, instead of from nothing.  Raises
     DiskRefused.
     """
 
@@ -177,7 +177,9 @@ def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
 def changed_since(path: str) -> DataError:
     """What to raise for a growing file that does not hold what was saved in it."""
     message = f"{path}: has changed since an unfinished run saved it"
-    return DataError(message, remedy="what was saved is discarded: the same command starts afresh")
+    return DataError(
+        message, remedy="what was saved is discarded: the same command starts from the beginning"
+    )
 
 
 def remove_partial(prefix: str) -> None:

@@ -33,7 +33,7 @@ from megatron_hyperrouter.data.store.mapped import Mapped
 from megatron_hyperrouter.data.text.streams import refusal
 from megatron_hyperrouter.errors import DataError
 
-Tokens = npt.NDArray[np.integer[Any]]
+TokenArray = npt.NDArray[np.integer[Any]]
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
@@ -106,7 +106,7 @@ class IndexedDataset:
             raise self._bad_bin(
                 len(self._bin.content), f"a multiple of {self.dtype.itemsize} bytes", f"{rest} bytes too many"
             )
-        self.tokens: Tokens = self._bin.content.view(self.dtype)
+        self.tokens: TokenArray = self._bin.content.view(self.dtype)
 
     def check(self) -> None:
         """Look at every number of the index."""
@@ -178,16 +178,16 @@ class IndexedDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sequences; takes time with their number."""
+        """TokenArray of all sequences; takes time with their number."""
         return int(self.sizes.sum(dtype=np.int64))
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         """Pickled as its prefix: the maps are opened afresh on the other side."""
         return IndexedDataset, (self.prefix,)
 
-    def get(self, i: int, offset: int = 0, length: int | None = None) -> Tokens:
-        """Tokens ``offset .. offset + length`` of sequence ``i`` (all the rest by default), as a view of the
-        file.
+    def get(self, i: int, offset: int = 0, length: int | None = None) -> TokenArray:
+        """TokenArray ``offset .. offset + length`` of sequence ``i`` (all the rest by default), as a view of
+        the file.
 
         Raises IndexError for a sequence that is not there, ValueError for a range that leaves the sequence.
         """
@@ -232,7 +232,7 @@ class IndexedDataset:
                 0,
                 f"the magic {_MAGIC!r}",
                 f"{magic!r}",
-                "this is no index in Megatron's format: check the prefix",
+                "this is not an index in Megatron's format: check the prefix",
             )
         if version != 1:
             raise self._bad_index(9, "version 1", f"version {version}")
@@ -400,7 +400,7 @@ class IndexedWriter:
         for path in self._partial.values():
             path.unlink(missing_ok=True)
 
-    def _as_tokens(self, tokens: npt.ArrayLike) -> Tokens:
+    def _as_tokens(self, tokens: npt.ArrayLike) -> TokenArray:
         given = (
             np.asarray(tokens)
             if not isinstance(tokens, (list, tuple)) or len(tokens)
@@ -430,7 +430,7 @@ class IndexedWriter:
             )
         return int(counts.max(initial=0)), counts.astype("<i4").tobytes(), len(counts)
 
-    def _append(self, tokens: Tokens, longest: int, sizes: bytes, count: int) -> None:
+    def _append(self, tokens: TokenArray, longest: int, sizes: bytes, count: int) -> None:
         if longest > _INT32_MAX:
             message = (
                 f"{self.prefix}.bin, document {self.num_documents}: {longest} tokens; the format ends "

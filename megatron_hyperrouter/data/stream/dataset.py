@@ -221,7 +221,7 @@ class Builder:
             weights = normalise(lengths)
             if num_samples <= sum(lengths):
                 return BlendedDataset(parts, *self.mix(blend, weights, num_samples))
-            # More than one epoch: megatron-core stops here; the same shares go on.
+            # More than one epoch: megatron-core stops here; we continue with the same shares.
         elif num_samples is None:
             raise ValueError(
                 "a blend with weights needs a number of samples: its sets would end at different times"
@@ -267,7 +267,7 @@ class Builder:
         )
         return before == now
 
-    def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.Blend:
+    def mix(self, blend: Blend, shares: Sequence[float], size: int | None) -> index.BlendIndices:
         """Set and sample of each of ``size`` samples in these shares; None: until sets of these sizes are
         used up.
         """

@@ -55,8 +55,8 @@ def same(was: Identity, now: Identity) -> bool:
 def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: Cache) -> None:
     """DataError where a file was written since the checkpoint and is not what its manifest says any more.
 
-    Whether it was is told by the times of change, which a copy may change, too; so all of its bytes are
-    compared, once on each node.
+    The times of change show whether it was written.  A copy may change them, too, so all bytes are compared,
+    once on each node.
     """
     if was.get("changed") in (None, now["changed"]) or not now["sha256"]:
         return
@@ -93,7 +93,7 @@ def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
 
 
 def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger:
-    """The ledger of a run that goes on with ``files`` (prefix -> identity).
+    """The ledger of a run that continues with ``files`` (prefix -> identity).
 
     A file that it knows by another prefix, which the run no longer reads, gets its present one.  DataError
     where a file has the prefix of one in the ledger and is another.
@@ -123,7 +123,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
         for new in files
         if new not in recorded and same(was, files[new])
     }
-    if len(set(renamed.values())) < len(renamed):  # two equal files, of which nobody can tell which is which
+    if len(set(renamed.values())) < len(renamed):  # two equal files cannot be told apart
         renamed = {}
     for old, new in renamed.items():
         console.note(

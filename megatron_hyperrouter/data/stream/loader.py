@@ -33,7 +33,7 @@ class Batches(Iterator[Batch]):
     on; close it when done.
 
     ``num_workers``: threads that read ahead; 0: each batch is read when it is asked for.  No earlier sample
-    is ever read. ``waited``: seconds that whoever asked for batches has waited for them, all together.
+    is ever read. ``waited``: seconds that the caller has waited for batches, in total.
     ``pin``: in page-locked memory, from which a GPU copies while it computes; None: where there is a GPU.
     ValueError for sizes that do not divide; DataError for a dataset that ends too soon, or whatever reading a
     sample raises.

@@ -25,8 +25,8 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 def mixes_of(data: DataConfig, *, step: int = 0) -> tuple[Mix, ...]:
     """What is read from which step on: by the schedule, or one mix for the whole run.
 
-    ConfigError for a schedule that is none, or that names a file which is not there; what is over after
-    ``step`` steps may be gone.
+    ConfigError for something that is not a schedule, or that names a missing file; files that are not read
+    after ``step`` steps may be gone.
     """
     if data.mock_data:
         return ((0, (MOCK,)),)

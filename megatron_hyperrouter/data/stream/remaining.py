@@ -1,5 +1,5 @@
-"""What a run has not read yet of one file, and the order in which it goes on: for runs whose settings change
-on the way.
+"""What a run has not read yet of one file, and the order in which it continues: for runs whose settings
+change on the way.
 
 The documents of a file form one stream of tokens without end, epoch after epoch (:mod:`on_demand`); it
 depends on the seed alone, not on how it is cut into samples.  Samples are shuffled, so a run that stops has
@@ -31,7 +31,7 @@ from megatron_hyperrouter.data.order.shuffled import SampleOrder, Span
 _LEFT = 3  # what a key is for, besides those of on_demand
 
 
-class Piece(NamedTuple):
+class TokenRange(NamedTuple):
     """Tokens ``begin`` to before ``end`` of the stream, or of the built index where ``built``."""
 
     begin: int
@@ -40,12 +40,12 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unread:
+class Remaining:
     """``pieces``, and after them the stream from token ``following`` on; ``changes``: how often the settings
     changed before.
     """
 
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[TokenRange, ...] = ()
     following: int = 0
     changes: int = 0
 
@@ -71,22 +71,22 @@ class BuiltStream:
             token + length - int(self._starts[last]),
         )
 
-    def after(self, read: int, seq_length: int) -> Unread:
+    def after(self, read: int, seq_length: int) -> Remaining:
         """What is left when the first ``read`` samples, of ``seq_length`` tokens, have been read."""
         samples = self.order.shuffle_index
         unread = np.ones(len(samples), bool)
         unread[samples[:read]] = False
         pieces = [(begin * seq_length, end * seq_length) for begin, end in _runs(unread)]
         pieces.append((len(samples) * seq_length, int(self._starts[-1])))  # too few for a sample
-        return Unread(tuple(Piece(*piece, built=True) for piece in _joined(pieces)), 0, 1)
+        return Remaining(tuple(TokenRange(*piece, built=True) for piece in _joined(pieces)), 0, 1)
 
 
-class UnreadOrder:
+class RemainingOrder:
     """Samples of ``seq_length`` tokens and one more, their last label, cut from what is unread."""
 
     def __init__(
         self,
-        unread: Unread,
+        unread: Remaining,
         stream: OnDemandOrder,
         built: BuiltStream | None,
         *,
@@ -114,21 +114,21 @@ class UnreadOrder:
             assert stream is not None
             yield stream.between(piece.begin, piece.end - piece.begin), piece.end - piece.begin
 
-    def after(self, read: int) -> Unread:
+    def after(self, read: int) -> Remaining:
         """What is left when the first ``read`` samples have been read."""
-        epoch = shard = 0
+        epoch = region = 0
         first, until = 0, self._from_left
         if read >= until:
-            epoch, shard, first, until = self._window(read)
+            epoch, region, first, until = self._window(read)
         # nothing of this window has been read, and where samples are limited, it may hold none
         if read == first:
-            return Unread(
+            return Remaining(
                 () if first else self.unread.pieces, self._following(first), self.unread.changes + 1
             )
         if read < self._from_left:
             numbers = self._impl.permutation(until, self._key)[:read]
         else:
-            numbers = self._stream.first_among(read - first, until - first, epoch, shard) + first
+            numbers = self._stream.first_among(read - first, until - first, epoch, region) + first
         unread = np.ones(until - first, bool)
         unread[numbers - first] = False
         ranges = [
@@ -136,7 +136,7 @@ class UnreadOrder:
             for begin, end in _runs(unread)
         ]
         pieces = (piece for begin, end in ranges for piece in self._located(begin, end))
-        return Unread(tuple(pieces), self._following(until), self.unread.changes + 1)
+        return Remaining(tuple(pieces), self._following(until), self.unread.changes + 1)
 
     def _following(self, sample: int) -> int:
         """The token of the stream at which sample number ``sample`` begins, or the first if that is in a
@@ -150,35 +150,35 @@ class UnreadOrder:
             raise IndexError(f"sample {i}")
         if i < self._from_left:
             return self._impl.permuted(i, self._from_left, self._key)
-        epoch, shard, first, until = self._window(i)
-        return first + self._stream.among(i - first, until - first, epoch, shard)
+        epoch, region, first, until = self._window(i)
+        return first + self._stream.among(i - first, until - first, epoch, region)
 
     def _window(self, i: int) -> tuple[int, int, int, int]:
-        """Epoch and shard in which sample ``i`` begins, and the samples from and to which begin there."""
+        """Epoch and region in which sample ``i`` begins, and the samples from and to which begin there."""
         # from a token of the stream to its place in what is unread
         shift = self._left - self.unread.following
-        epoch, shard = self._stream.shard_at(i * self._seq_length - shift)
-        begin, end = (border + shift for border in self._stream.borders(epoch, shard))
+        epoch, region = self._stream.region_at(i * self._seq_length - shift)
+        begin, end = (border + shift for border in self._stream.borders(epoch, region))
         until = -(-end // self._seq_length)
         return (
             epoch,
-            shard,
+            region,
             max(-(-begin // self._seq_length), self._from_left),
             min(until, self._limit or until),
         )
 
-    def _located(self, begin: int, end: int) -> Iterator[Piece]:
+    def _located(self, begin: int, end: int) -> Iterator[TokenRange]:
         """The tokens ``begin`` to before ``end`` of what is unread, where they lie."""
         number = bisect_right(self._ends, begin) - 1
         while begin < end and number < len(self.unread.pieces):
             piece, start = self.unread.pieces[number], self._ends[number]
             until = min(end, self._ends[number + 1])
             if until > begin:
-                yield Piece(piece.begin + begin - start, piece.begin + until - start, piece.built)
+                yield TokenRange(piece.begin + begin - start, piece.begin + until - start, piece.built)
             begin, number = max(begin, until), number + 1
         if begin < end:
             shift = self.unread.following - self._left
-            yield Piece(begin + shift, end + shift, built=False)
+            yield TokenRange(begin + shift, end + shift, built=False)
 
 
 def _runs(unread: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[tuple[int, int]]:

@@ -1,11 +1,10 @@
 """The training samples of a run whose mix, sequence length or batch changes on the way, and the ledger of
 what it has read.
 
-A run is a row of segments.  Inside one, everything that orders samples stays the same; where one ends,
-each of its files has been read up to some sample, and the next segment that reads the file goes on with
-what is left (:mod:`unread`).  A ledger is the list of these segments, as JSON: settings, and the samples
-that each file has given.  What follows from it is a pure function of it and of the settings of the next
-segment.
+A run is a row of segments.  Inside one, everything that orders samples stays the same; where one ends, each
+of its files has been read up to some sample, and the next segment that reads the file continues with what is
+left (:mod:`unread`).  A ledger is the list of these segments, as JSON: settings, and the samples that each
+file has given.  What follows from it is a pure function of it and of the settings of the next segment.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from megatron_hyperrouter.data.stream.file_identity import (
     repeated,
     under_present_names,
 )
-from megatron_hyperrouter.data.stream.remaining import BuiltStream, Unread, UnreadOrder
+from megatron_hyperrouter.data.stream.remaining import BuiltStream, Remaining, RemainingOrder
 from megatron_hyperrouter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -45,10 +44,10 @@ if TYPE_CHECKING:
 Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
 
 
-class UnreadDataset:
+class RemainingDataset:
     """Samples of what is unread of one file."""
 
-    def __init__(self, order: UnreadOrder, *, size: int, whole: SequenceDataset) -> None:
+    def __init__(self, order: RemainingOrder, *, size: int, whole: SequenceDataset) -> None:
         """``whole``: reads the spans of the file."""
         self._order, self._size, self._whole = order, size, whole
 
@@ -74,10 +73,10 @@ class _Set:
     stream: OnDemandOrder
     seed: int
     built: BuiltStream | None = None
-    unread: Unread | None = None  # None: nothing was read yet
+    unread: Remaining | None = None  # None: nothing was read yet
 
 
-class Course:
+class TrainingSamples:
     """The training samples of all steps; sample ``i`` is number ``i - step * global batch`` of step
     ``step``, counted from 0.
     """
@@ -133,9 +132,9 @@ class Course:
         return told
 
 
-def build_course(
+def build_training_samples(
     builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int
-) -> Course:
+) -> TrainingSamples:
     """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says
     was read before.
 
@@ -199,7 +198,7 @@ def build_course(
                 {**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)
             ]
             _replay({**segments[-1][2], "sets": done}, builder, sets)
-    return Course(segments, past, num_samples=train_iters * batch, batch=batch)
+    return TrainingSamples(segments, past, num_samples=train_iters * batch, batch=batch)
 
 
 def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, Identity]:
@@ -298,7 +297,7 @@ def splits_of_run(
     test_samples: int,
 ) -> Splits:
     """As ``build_splits``, with the course of a run for training."""
-    course = build_course(builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch)
+    course = build_training_samples(builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch)
     _warn_of_shared(builder, mixes)
     return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
 
@@ -374,7 +373,7 @@ def _part(builder: Builder, prefix: str, known: _Set | None, *, asked: int | Non
     """The samples of one file."""
     if known is None or known.unread is None:
         return builder.one(prefix, 0, asked)
-    order = UnreadOrder(
+    order = RemainingOrder(
         known.unread,
         known.stream,
         known.built,
@@ -389,7 +388,7 @@ def _part(builder: Builder, prefix: str, known: _Set | None, *, asked: int | Non
         vocab_size=builder.vocab_size,
         impl=builder.impl,
     )
-    return UnreadDataset(order, size=size, whole=whole)
+    return RemainingDataset(order, size=size, whole=whole)
 
 
 def _entry(builder: Builder, prefix: str, asked: int | None) -> dict[str, Any]:
@@ -442,8 +441,8 @@ def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set])
             limit = (
                 (entry["tokens"] - 1) // length if known.unread is None and entry["asked"] is None else None
             )
-            before = known.unread or Unread()
-            order = UnreadOrder(
+            before = known.unread or Remaining()
+            order = RemainingOrder(
                 before,
                 known.stream,
                 known.built,

@@ -19,7 +19,7 @@ _HEAD = 1 << 13  # a binary file shows a NUL byte this early, and need not be re
 
 @dataclass(frozen=True)
 class Gathered:
-    """What was written: documents, bytes of the JSON file, and files left out because they are no text."""
+    """What was written: documents, bytes of the JSON file, and files left out because they are not text."""
 
     documents: int
     size: int
@@ -47,13 +47,13 @@ def write_corpus(
     """
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(
-            [Problem("--max-bytes", max_bytes, "must be at least 1", "leave it out to take all")]
+            [Problem("--max-bytes", max_bytes, "must be at least 1", "omit it to take everything")]
         )
     own = {
         os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root))
         for ending in ("", ".partial")
     }
-    # what an earlier run left is no source
+    # what an earlier run left is not a source
     sources = [source for source in find_text_files(root) if source not in own]
     documents = size = left_out = 0
     with replacing(output) as stream:
@@ -103,7 +103,7 @@ def find_text_files(root: str) -> list[str]:
 
 
 def _refuse(error: OSError) -> None:
-    """A folder that cannot be read: without it the corpus would lack a part, and nobody would know."""
+    """Refuse a folder that cannot be read: otherwise a part of the corpus would be missing without a word."""
     if not isinstance(error, FileNotFoundError):  # removed meanwhile
         message = f"{error.filename}: cannot be read: {error.strerror}"
         raise DataError(message, remedy="make the folder readable, or give another --root") from error

@@ -2,8 +2,8 @@
 
 A JSON line, or a row of a Parquet file, is one document.  A plain-text file is one document, read in pieces
 of at most ``PIECE_BYTES`` so that memory does not depend on its length; each piece becomes a sequence of that
-document.  What a batch holds depends on where it starts, so reading may stop after any batch and go on from
-the place where it ended.
+document.  What a batch holds depends on where it starts, so reading may stop after any batch and continue
+from where it ended.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_hyperrouter.errors import DataError
 
 BATCH_BYTES = 1 << 18
 PIECE_BYTES = 1 << 16
-MOST_LINE_BYTES = 1 << 29  # a longer line is no JSON line, and would fill memory
+MOST_LINE_BYTES = 1 << 29  # a longer line is not JSON, and would fill the memory
 _SKIP_BYTES = 1 << 20
-# Best: a line end between two ASCII characters that are no spaces (the second no slash, which some patterns
-# let follow a line end). Words end there too; next best is any place where they surely do.
+# Best: a line end between two ASCII characters that are not spaces (nor is the second one a slash, which some
+# patterns let follow a line end). Words end there too; next best is any place where they surely do.
 _SAFE_LINE_END = re.compile(rb"[!-~]\n(?=[!-.0-~])")
 # Before a space that a letter follows.  Every usual pattern of words starts a new word there, whatever comes
 # before it, so that both sides encode apart as they do together.
@@ -40,7 +40,7 @@ class BadLine(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReadPosition:
     """A place between two batches."""
 
     source: int = 0  # number of the input, from 0
@@ -51,7 +51,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TextBatch:
     """Consecutive lines of a JSON file, rows of a Parquet file, or one piece of a plain-text file, not yet
     decoded.
     """
@@ -63,7 +63,7 @@ class Batch:
     first_byte: int  # where the first piece starts in the decompressed file
     closes: bool  # a plain-text document ends with this piece; always true for other kinds
     position: int  # bytes of all inputs read so far, as they lie on disk
-    end: Place
+    end: ReadPosition
     columns: tuple[list[object], ...] = field(default=())  # Parquet: values of each key
 
 
@@ -84,15 +84,19 @@ class _Source:
 
 
 def read_batches(
-    paths: Sequence[str], keys: Sequence[str] = ("text",), *, part: Part = WHOLE, start: Place | None = None
-) -> Iterator[Batch]:
+    paths: Sequence[str],
+    keys: Sequence[str] = ("text",),
+    *,
+    part: Part = WHOLE,
+    start: ReadPosition | None = None,
+) -> Iterator[TextBatch]:
     """Every input in turn, in batches of about ``BATCH_BYTES``; DataError for a file that cannot be read or
     decompressed.
 
-    ``keys``: columns of Parquet files.  ``part``: read this part alone.  ``start``: go on from there, the
+    ``keys``: columns of Parquet files.  ``part``: read only this part.  ``start``: continue from there, the
     ``end`` of an earlier batch.
     """
-    start = start or Place()
+    start = start or ReadPosition()
     sizes = [size_of(path) for path in paths]
     low, high = part.stretch(sum(sizes))
     before = 0
@@ -101,7 +105,7 @@ def read_batches(
         before += size
         if number < start.source or source.low >= size or source.high <= 0:
             continue
-        place = start if number == start.source else Place(number)
+        place = start if number == start.source else ReadPosition(number)
         kind = kind_of(path)
         if kind == "parquet":
             yield from _parquet_batches(source, keys, place)
@@ -112,7 +116,7 @@ def read_batches(
 
 
 def documents(
-    batch: Batch, keys: Sequence[str], bad: list[str] | None = None
+    batch: TextBatch, keys: Sequence[str], bad: list[str] | None = None
 ) -> Iterator[tuple[list[str], ...]]:
     """The documents of a JSON or Parquet batch, or the one piece of a plain-text batch: for each key, the
     list of its sequences.
@@ -142,7 +146,7 @@ def documents(
         yield document
 
 
-def _rows(batch: Batch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
+def _rows(batch: TextBatch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
     """The documents of the rows after ``where``, which moves along."""
     for index in range(where.index + 1, len(batch.columns[0])):
         where.index = index
@@ -150,7 +154,7 @@ def _rows(batch: Batch, keys: Sequence[str], where: _Where) -> Iterator[tuple[li
         yield tuple(_sequences(value, key, where) for key, value in zip(keys, values, strict=True))
 
 
-def _lines(batch: Batch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
+def _lines(batch: TextBatch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
     """The documents of the lines after ``where``, which moves along."""
     for index in range(where.index + 1, len(batch.pieces)):
         where.index = index
@@ -203,7 +207,7 @@ class _Stream(ByteStream):
             offset -= skipped
 
 
-def _json_batches(source: _Source, place: Place) -> Iterator[Batch]:
+def _json_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
     """Lines from ``place`` on, or from the first that begins in the source's stretch, to the last that begins
     in it.
     """
@@ -234,9 +238,11 @@ def _json_batches(source: _Source, place: Place) -> Iterator[Batch]:
             yield _json_batch(source, lines, number, first, stream)
 
 
-def _json_batch(source: _Source, lines: list[bytes], number: int, first: int, stream: ByteStream) -> Batch:
-    end = Place(source.number, first + sum(map(len, lines)), number + len(lines) if number else 0)
-    return Batch(
+def _json_batch(
+    source: _Source, lines: list[bytes], number: int, first: int, stream: ByteStream
+) -> TextBatch:
+    end = ReadPosition(source.number, first + sum(map(len, lines)), number + len(lines) if number else 0)
+    return TextBatch(
         source.path, "json", tuple(lines), number, first, True, source.before + stream.disk_position(), end
     )
 
@@ -253,7 +259,7 @@ def _line(stream: ByteStream, path: str, offset: int, number: int) -> bytes:
     return line
 
 
-def _text_batches(source: _Source, place: Place) -> Iterator[Batch]:
+def _text_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
     byte = place.offset
     with _Stream(source.path, byte) as stream:
         byte += _skip_bom(stream) if not byte else 0
@@ -270,12 +276,14 @@ def _text_batches(source: _Source, place: Place) -> Iterator[Batch]:
             yield _text_batch(source, held, byte, True, stream)
 
 
-def _text_batch(source: _Source, piece: bytes, byte: int, closes: bool, stream: ByteStream) -> Batch:
-    end = Place(source.number, byte + len(piece))
-    return Batch(source.path, "text", (piece,), 1, byte, closes, source.before + stream.disk_position(), end)
+def _text_batch(source: _Source, piece: bytes, byte: int, closes: bool, stream: ByteStream) -> TextBatch:
+    end = ReadPosition(source.number, byte + len(piece))
+    return TextBatch(
+        source.path, "text", (piece,), 1, byte, closes, source.before + stream.disk_position(), end
+    )
 
 
-def _parquet_batches(source: _Source, keys: Sequence[str], place: Place) -> Iterator[Batch]:
+def _parquet_batches(source: _Source, keys: Sequence[str], place: ReadPosition) -> Iterator[TextBatch]:
     for rows in read_rows(
         source.path,
         keys,
@@ -283,9 +291,9 @@ def _parquet_batches(source: _Source, keys: Sequence[str], place: Place) -> Iter
         lambda fraction: source.owns(int(fraction * source.size)),
         place.offset,
     ):
-        end = Place(source.number, rows.first + len(rows))
+        end = ReadPosition(source.number, rows.first + len(rows))
         position = source.before + int(rows.done * source.size)
-        yield Batch(source.path, "parquet", (), rows.first + 1, 0, True, position, end, rows.columns)
+        yield TextBatch(source.path, "parquet", (), rows.first + 1, 0, True, position, end, rows.columns)
 
 
 def _skip_bom(stream: ByteStream) -> int:
@@ -311,7 +319,7 @@ def _cut(data: bytes) -> int:
 class _Where:
     """The place of one document in its file, in words only when an error needs them."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: TextBatch) -> None:
         self._batch = batch
         self.index = -1
         self._byte: int | None = None

@@ -23,7 +23,7 @@ _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HEAD = 1 << 12
 _BLOCKS, _BLOCK = 16, 1 << 13  # compared to see whether two files are the same text
-# How files begin that are something else than their name says, or that nobody here reads.
+# The first bytes of files whose content is not what their name says, or that this program does not read.
 _SIGNATURES = (
     (b"\x1f\x8b", "is compressed with gzip", "let its name end in .gz"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "let its name end in .zst"),
@@ -128,8 +128,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def total_bytes(paths: Sequence[str]) -> int:
-    """Size of all inputs on disk; DataError lists every one that is no readable file, or empty though its
-    kind has a header.
+    """Size of all inputs on disk; DataError lists every input that is not a readable file, or is empty
+    although its kind has a header.
     """
     bad = [path for path in paths if not (os.path.isfile(path) and os.access(path, os.R_OK))]
     if bad:
@@ -154,8 +154,8 @@ def total_bytes(paths: Sequence[str]) -> int:
 
 
 def repeated(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Each input that is one of the inputs before it once more, and which: the same file under any name, or a
-    file of the same size with the same bytes in all places that are compared.
+    """Each input that repeats an earlier one, with that one: the same file under any name, or a file of the
+    same size with the same bytes in all places that are compared.
     """
     first_with: dict[object, str] = {}
     found: list[tuple[str, str]] = []
@@ -205,12 +205,12 @@ def _status_of(path: str) -> os.stat_result:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file is decompressed while it is read, told by its name."""
+    """Whether the file is decompressed while it is read; its name decides."""
     return path.endswith(SUFFIXES)
 
 
 def kind_of(path: str) -> Kind:
-    """JSON lines, plain text or Parquet, told by the name; a name that tells nothing is JSON where the text
+    """JSON lines, plain text or Parquet, as its name says; a file with another name is JSON where the text
     starts with ``{``.
 
     DataError for a file that begins as something else.
@@ -230,7 +230,7 @@ def kind_of(path: str) -> Kind:
     if suffix != ".txt" and head.removeprefix(BOM).lstrip().startswith(b"{"):
         return "json"
     if b"\0" in head:
-        message = f"{path}, byte {head.index(0)}: a NUL: this is no text"
+        message = f"{path}, byte {head.index(0)}: a NUL byte: this is not text"
         raise DataError(message, remedy="give JSON lines, plain text or Parquet, whole or as .gz or .zst")
     return "text"
 

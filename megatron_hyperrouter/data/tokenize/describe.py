@@ -37,7 +37,7 @@ def describe(
     manifest = read_manifest(prefix) if verify else None
     summed = _Summed(prefix, progress)
     sums = {name: summed.of(name) for name in (("bin", "idx") if manifest else ())}
-    if manifest:  # before the index is read: a damaged file is told by its checksum
+    if manifest:  # before the index is read: the checksum shows a damaged file
         compare(prefix, manifest, {}, sums)
     data = IndexedDataset(prefix)
     ends = np.concatenate([[0], np.cumsum(data.sizes, dtype=np.int64)])[data.document_indices]

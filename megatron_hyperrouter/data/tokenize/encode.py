@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hyperrouter.data.store.token_files import smallest_dtype
-from megatron_hyperrouter.data.text.corpus import Batch, count_words, documents
+from megatron_hyperrouter.data.text.corpus import TextBatch, count_words, documents
 from megatron_hyperrouter.data.tokenize.backends import Backend, build_encoder
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, TokenizerOptions
 from megatron_hyperrouter.errors import DataError, HyperRouterError
@@ -68,7 +68,7 @@ class Encoder:
         self._eod = np.array([self.tokenizer.eod], dtype=np.int32) if settings.append_eod else None
         self.dtype = smallest_dtype(self.tokenizer.vocab_size)
 
-    def __call__(self, batch: Batch) -> EncodedBatch:
+    def __call__(self, batch: TextBatch) -> EncodedBatch:
         """The tokens under each key; BadLine for a line that cannot be used, where such lines are not
         skipped.
         """
@@ -113,8 +113,8 @@ class Encoder:
 
 
 def encode_all(
-    batches: Iterator[Batch], encoder: Encoder, workers: int
-) -> Iterator[tuple[Batch, EncodedBatch]]:
+    batches: Iterator[TextBatch], encoder: Encoder, workers: int
+) -> Iterator[tuple[TextBatch, EncodedBatch]]:
     """Each batch with its tokens, in the order of the batches; ``workers``: processes that encode, 1 encodes
     in this one.
     """
@@ -125,7 +125,7 @@ def encode_all(
     # forking a process that has threads (progress, tokenizers) can hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    under_way: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
+    under_way: deque[tuple[TextBatch, Future[EncodedBatch]]] = deque()
     try:
         for batch in batches:
             under_way.append((batch, _submit(pool, encoder.settings, batch)))
@@ -148,7 +148,7 @@ def _encoder(settings: EncodeSettings) -> Encoder:
     return Encoder(settings)
 
 
-def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: Batch) -> Future[EncodedBatch]:
+def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: TextBatch) -> Future[EncodedBatch]:
     """Queue a batch; a worker that this starts inherits a blocked SIGINT: Ctrl-C is for the parent, who
     cleans up.
     """
@@ -159,7 +159,7 @@ def _submit(pool: ProcessPoolExecutor, settings: EncodeSettings, batch: Batch) -
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _encode(settings: EncodeSettings, batch: Batch) -> EncodedBatch:
+def _encode(settings: EncodeSettings, batch: TextBatch) -> EncodedBatch:
     return _encoder(settings)(batch)
 
 

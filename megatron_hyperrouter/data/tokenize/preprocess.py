@@ -1,11 +1,10 @@
-"""Text files to token files: read, encode in worker processes, write in order; a run that dies is gone on
-with by the next.
+"""Text files to token files: read, encode in worker processes, write in order; the next run continues one
+that died.
 
-Memory is bounded: a few batches are under way at a time, and the results of a batch are written before
-the next is read.  What is written depends on the inputs and the tokenizer alone, not on the number of
-workers or of machines, nor on how often the run has died. Documents are Megatron-LM's: an empty text is
-an empty document, and the end-of-document token joins the last sequence of a document that holds any
-token.
+Memory is bounded: a few batches are under way at a time, and the results of a batch are written before the
+next is read.  What is written depends only on the inputs and the tokenizer, not on the number of workers or
+of machines, nor on how often the run has died. Documents are Megatron-LM's: an empty text is an empty
+document, and the end-of-document token joins the last sequence of a document that holds any token.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from megatron_hyperrouter.data.store.pair_writer import (
     put_in_place,
     remove_partial,
 )
-from megatron_hyperrouter.data.text.corpus import BadLine, Place, documents, read_batches
+from megatron_hyperrouter.data.text.corpus import BadLine, ReadPosition, documents, read_batches
 from megatron_hyperrouter.data.text.inputs import WHOLE, Part, facts_of, repeated, total_bytes
 from megatron_hyperrouter.data.tokenize.backends import choose_encoder
 from megatron_hyperrouter.data.tokenize.encode import Encoder, EncodeSettings, encode_all
@@ -38,7 +37,7 @@ from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 __all__ = ["EncodeSettings", "Job", "Written", "preprocess"]
 _CHECKED_CHARACTERS = 1 << 18  # of the first documents are encoded by two back ends, and compared
-_MOST_WORKERS = 1024  # each holds batches of text, and more than the cores there are help nobody
+_MOST_WORKERS = 1024  # each holds batches of text, and more workers than cores do not help
 SAVE_SECONDS = 10.0
 
 
@@ -91,16 +90,17 @@ def preprocess(
     progress: Callable[[int, int, int], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Written]:
-    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the settings, whole
-    or not at all.
+    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the settings, whole or
+    not at all.
 
-    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do this part alone, as
+    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do only this part, as
     ``{output_prefix}.shard-I-of-N``. ``overwrite``: discard what an unfinished run has left, instead of
-    going on with it.  ``save_seconds``: seconds between two moments at which what is done is made
-    durable. ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start.
-    ``report``: told which back end was passed over and why. Raises DataError (file, and line or byte, of
-    bad input), ConfigError, HostError.  Bad input leaves nothing.  A death, a signal and a full disk
-    leave what was saved, beside the output, under temporary names.
+    continuing it.  ``save_seconds``: seconds between two moments at which what is done is made durable.
+    ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start. ``report``:
+    called with what a person should know: a back end that is not used, an input that is repeated, lines that
+    were left out. Raises DataError (file, and line or byte, of bad input), ConfigError, HostError.  A crash,
+    a signal, a full disk and a line that cannot be used leave what was saved beside the output, under
+    temporary names; other bad input leaves nothing.
     """
     job = Job(tuple(inputs), output_prefix, settings, part)
     _check(job, workers, save_seconds)
@@ -135,7 +135,7 @@ def preprocess(
 class Saved:
     """What the journal's last record says is done."""
 
-    place: Place = field(default_factory=Place)
+    place: ReadPosition = field(default_factory=ReadPosition)
     position: int = 0
     pairs: tuple[tuple[Counts, FileSum], ...] = ()
     complete: bool = False  # all is encoded; only names are to be given
@@ -152,7 +152,7 @@ def saved_of(path: str, record: Mapping[str, Any], keys: int) -> Saved:
     """What a record of the journal at ``path`` says; DataError for one that no run of this program saves."""
     try:
         pairs = tuple((Counts(**pair["counts"]), FileSum(**pair["bin"])) for pair in record["pairs"])
-        saved = Saved(**dict(record) | {"place": Place(*record["place"]), "pairs": pairs})
+        saved = Saved(**dict(record) | {"place": ReadPosition(*record["place"]), "pairs": pairs})
     except (KeyError, TypeError) as error:
         raise _unknown_record(path) from error
     numbers = [saved.position, saved.left_out, *asdict(saved.place).values()]
@@ -172,7 +172,7 @@ def saved_of(path: str, record: Mapping[str, Any], keys: int) -> Saved:
 
 def _unknown_record(path: str) -> DataError:
     message = f"{path}: a line holds what no run of this program saves"
-    return DataError(message, remedy="give --overwrite to start afresh")
+    return DataError(message, remedy="give --overwrite to start from the beginning")
 
 
 class _Run:
@@ -272,14 +272,12 @@ class _Run:
             remove_partial(prefix)
 
     def _check_inputs(self) -> None:
-        """InputChanged where another program has written to an input meanwhile: nobody knows what was
-        read.
-        """
+        """InputChanged where another program has written to an input since: what was read is not known."""
         for was in self._files:
             now = facts_of(was[0])
             if now != was:
                 sizes = f" (it had {was[1]} bytes, and has {now[1]})" if was[1] != now[1] else ""
-                remedy = "let nothing write to it, and start afresh with --overwrite"
+                remedy = "let no other program write to it, and start from the beginning with --overwrite"
                 raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
 
     def _save(self, writers: list[PairWriter], saved: Saved) -> None:
