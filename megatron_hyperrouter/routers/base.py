@@ -107,11 +107,12 @@ class Router(nn.Module):
         """Options of the method; each becomes ``--router.OPTION``.  These are every router's."""
 
         num_groups: Annotated[
-            Count | None, "equal groups of experts, of which a token uses --router.group-topk; default: none"
+            Count | None,
+            "Equal groups of experts; a token uses --router.group-topk of them; default: no groups",
         ] = None
-        group_topk: Annotated[Count | None, "groups whose experts a token may use"] = None
+        group_topk: Annotated[Count | None, "Groups whose experts a token may use"] = None
         scaling_factor: Annotated[
-            float, Gt(0.0), "multiplies the weights of the chosen experts (DeepSeek-V2, DeepSeek-V3)"
+            float, Gt(0.0), "Factor on the weights of the chosen experts (DeepSeek-V2, DeepSeek-V3)"
         ] = 1.0
 
         @property

@@ -54,26 +54,29 @@ class ChoosingRouter(Router):
         """By default: weights from the softmax over the kept logits."""
 
         score_function: Annotated[
-            Literal["softmax", "sigmoid"], "what makes scores of logits; sigmoid: DeepSeek-V3"
+            Literal["softmax", "sigmoid"], "Function that turns logits into scores; sigmoid: DeepSeek-V3"
         ] = "softmax"
         pre_softmax: Annotated[
-            bool, "Switch: weights are probabilities over all experts, not renormalised over the chosen"
+            bool, "Weights are probabilities over all experts, not renormalised over the chosen ones (Switch)"
         ] = False
         renormalise: Annotated[
-            bool, "divide the weights of pre_softmax or sigmoid by their sum over the chosen"
+            bool, "Divide the weights of pre_softmax or sigmoid by their sum over the chosen experts"
         ] = False
         jitter_eps: Annotated[
-            float, Ge(0.0), Lt(1.0), "Switch: in training the router sees its input times 1 - eps to 1 + eps"
+            float,
+            Ge(0.0),
+            Lt(1.0),
+            "In training, multiply the router's input by random factors from 1 - eps to 1 + eps (Switch)",
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "what --moe-aux-loss-coeff balances; global_batch: by the load of the step before; off: nothing",
+            "Tokens that the balancing loss looks at; global_batch: by the load of the step before; off: none",
         ] = "micro_batch"
         expert_bias: Annotated[
-            bool, "balance without a loss: a bias that moves the choice, not the weights (DeepSeek-V3)"
+            bool, "Balance without a loss: a bias moves the choice but not the weights (DeepSeek-V3)"
         ] = False
         bias_update_rate: Annotated[
-            float | None, Ge(0.0), "change of expert_bias in a step, default 0.001; 0 keeps it"
+            float | None, Ge(0.0), "Change of expert_bias in a step; 0 keeps it fixed; default: 0.001"
         ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:

@@ -49,6 +49,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.kinds import Count
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
@@ -82,41 +83,45 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         """
 
         version: Annotated[
-            Literal["v1", "v2"], "v1: norms of outputs decide; v2: mean softplus of outputs decides"
+            Literal["v1", "v2"],
+            "Experts compete by the norm (v1) or the mean softplus (v2) of their outputs",
         ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "competing steps; fixed: chance rate; function: 2 / (2 + sqrt(i + 1)) in block i of steps; "
-            "capped: chance rate, warm-up and at "
-            "most max-competing layers a step; default: by version, fixed and capped",
+            "When a layer competes. fixed: with probability rate; function: 2 / (2 + sqrt(i + 1)) in block i; "
+            "capped: with probability rate after a warm-up, at most max-competing layers in a step; "
+            "default: fixed for v1, capped for v2",
         ] = None
         rate: Annotated[
             float | None,
             Ge(0.0),
             Le(1.0),
-            "a layer's chance to compete in a step; default: by version, 0.03 and 0.05",
+            "Probability that a layer competes in a step; default: 0.03 for v1, 0.05 for v2",
         ] = None
-        warm_up: Annotated[float, Ge(0.0), Lt(1.0), "capped: share of --train-iters without competition"] = (
-            0.05
-        )
-        max_competing: Annotated[Count, "capped: layers that may compete in one step"] = 3
+        warm_up: Annotated[
+            float, Ge(0.0), Lt(1.0), "Schedule capped: share of --train-iters without competition"
+        ] = 0.05
+        max_competing: Annotated[Count, "Schedule capped: layers that may compete in one step"] = 3
         block_steps: Annotated[
-            Count, "function: steps in a block, in which a layer competes throughout or not at all"
+            Count, "Schedule function: steps in a block; a layer competes in all of them or in none"
         ] = 1000
         router_coeff: Annotated[
-            Coefficient | None, "of the router's loss; default: by version, 0.05 and 0.01"
+            Coefficient | None, "Weight of the router loss; default: 0.05 for v1, 0.01 for v2"
         ] = None
         loss: Annotated[
-            Literal["mse", "kl"], "v1: distance of the router's probabilities from the target"
+            Literal["mse", "kl"], "v1: distance between the router's probabilities and the target"
         ] = "mse"
-        theta: Annotated[Coefficient, "v2: weight of the winners' part of the router's loss"] = 0.1
+        theta: Annotated[Coefficient, "v2: weight of the winners' part of the router loss"] = 0.1
         diversity_coeff: Annotated[
-            Coefficient | None, "of the cosines between winners' outputs; default: by version, 0 and 0.01"
+            Coefficient | None,
+            "Weight of the cosines between the winners' outputs; default: 0 for v1, 0.01 for v2",
         ] = None
         balance_coeff: Annotated[
-            Coefficient | None, "of the balance loss on the scores; default: by version, 0 and 0.01"
+            Coefficient | None, "Weight of the balance loss on the scores; default: 0 for v1, 0.01 for v2"
         ] = None
-        init_std: Annotated[float, Ge(0.0), "standard deviation of the router's initial weights"] = 0.02
+        init_std: Annotated[
+            float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"
+        ] = 0.02
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """Options of another version or schedule: they would do nothing."""

@@ -91,16 +91,18 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     class Config(ChoosingRouter.Config):
         """The published method has ``bias`` on and ``init`` = ``paper``."""
 
-        hypernet_width: Annotated[Count, "hidden units of the hypernetwork"] = 256
-        embedding_size: Annotated[Count | None, "trained numbers in a layer; default: the hidden size"] = None
-        bias: Annotated[bool, "generate a bias as well"] = False
+        hypernet_width: Annotated[Count, "Hidden units of the hypernetwork"] = 256
+        embedding_size: Annotated[
+            Count | None, "Size of the trained embedding of each layer; default: the hidden size"
+        ] = None
+        bias: Annotated[bool, "Generate a bias as well"] = False
         init: Annotated[
             Literal["width", "paper"],
-            "width: logits start with unit standard deviation; paper: linears N(0, 0.02^2)",
+            "Initial weights. width: logits of unit standard deviation; paper: N(0, 0.02^2)",
         ] = "width"
-        seed: Annotated[Natural | None, "of the frozen hypernetwork; default: --seed"] = None
+        seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[
-            bool, "add a fixed matrix, with which import-hf makes the first router a given one"
+            bool, "Add a fixed matrix, with which import-hf makes the first router a given one"
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,

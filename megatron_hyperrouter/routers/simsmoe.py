@@ -36,6 +36,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.kinds import Count
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
@@ -64,30 +65,32 @@ class SimSMoERouter(Router, name="simsmoe"):
         the router.
         """
 
-        init_std: Annotated[float, Ge(0.0), "standard deviation of the router's initial weights"] = 0.02
-        bias: Annotated[bool, "add a trained bias to the logits"] = False
-        similarity_coeff: Annotated[float, Ge(0.0), "of the similarity loss; 0 switches it off"] = 0.01
+        init_std: Annotated[
+            float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"
+        ] = 0.02
+        bias: Annotated[bool, "Add a trained bias to the logits"] = False
+        similarity_coeff: Annotated[float, Ge(0.0), "Weight of the similarity loss; 0 switches it off"] = 0.01
         frequency: Annotated[
-            float, Gt(0.0), "batches' worth of shared tokens after which a pair is compared"
+            float, Gt(0.0), "Compare a pair of experts after this many batches' worth of shared tokens"
         ] = 16.0
-        threshold: Annotated[float, Ge(0.0), Le(1.0), "pairs that are less similar are left alone"] = 0.5
-        kernel: Annotated[Literal["rbf", "linear"], "of the CKA"] = "rbf"
+        threshold: Annotated[float, Ge(0.0), Le(1.0), "Leave pairs alone whose similarity is below this"] = (
+            0.5
+        )
+        kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
-            Literal["median", "absolute"], "sigma's unit: the median distance of an expert's features, or 1"
+            Literal["median", "absolute"], "Unit of sigma: the median distance of an expert's features, or 1"
         ] = "median"
-        sigma: Annotated[float, Gt(0.0), "bandwidth of the rbf kernel"] = 0.8
+        sigma: Annotated[float, Gt(0.0), "Bandwidth of the rbf kernel"] = 0.8
         head: Annotated[
-            Literal["mlp", "linear"], "trained projection of the outputs, shared by a layer's experts"
+            Literal["mlp", "linear"], "Trained projection of the outputs, shared by the experts of a layer"
         ] = "mlp"
-        head_width: Annotated[Count, "hidden units of the mlp head"] = 64
-        head_features: Annotated[
-            Count | None, "features that are compared; default: the number of experts"
-        ] = None
+        head_width: Annotated[Count, "Hidden units of the mlp head"] = 64
+        head_features: Annotated[Count | None, "Features to compare; default: the number of experts"] = None
         min_tokens: Annotated[
-            int, Ge(3), "a pair with fewer shared tokens in a micro-batch is not compared there"
+            int, Ge(3), "Do not compare a pair that shares fewer tokens in a micro-batch"
         ] = 8
-        max_tokens: Annotated[int, Ge(3), "of a pair in a micro-batch"] = 512
-        max_pairs: Annotated[Count, "compared in one step; the others wait"] = 8
+        max_tokens: Annotated[int, Ge(3), "Compare at most this many tokens of a pair in a micro-batch"] = 512
+        max_pairs: Annotated[Count, "Compare at most this many pairs in one step; the others wait"] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """The bounds on tokens must leave room for some."""

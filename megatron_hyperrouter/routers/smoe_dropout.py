@@ -47,8 +47,8 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
     class Config(ChoosingRouter.Config):
         """The published router; raise ``init_std`` to match another router's logits."""
 
-        init_std: Annotated[float, Ge(0.0), "standard deviation of the frozen weights"] = 0.02
-        seed: Annotated[Natural | None, "of the frozen weights; default: --seed"] = None
+        init_std: Annotated[float, Ge(0.0), "Standard deviation of the frozen weights"] = 0.02
+        seed: Annotated[Natural | None, "Random seed of the frozen weights; default: --seed"] = None
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""

@@ -43,6 +43,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.kinds import Count, Natural
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, without_tokens
@@ -63,17 +64,21 @@ class StableMoERouter(Router, name="stablemoe"):
         """The published values; the paper's k is 1."""
 
         stage1_share: Annotated[
-            float, Gt(0.0), Le(1.0), "share of --train-iters before routing is frozen; 1: it never is"
+            float, Gt(0.0), Le(1.0), "Share of --train-iters before routing is frozen; 1: never frozen"
         ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "optimizer steps before routing is frozen; 0: at once, to finetune from a checkpoint's frozen "
-            "copy; default: by stage1-share",
+            "Steps before routing is frozen; 0: at once, to finetune from a checkpoint's frozen copy; "
+            "default: by stage1-share",
         ] = None
-        word_size: Annotated[Count, "features of a token id in the distilled router"] = 50
-        balance_coeff: Annotated[float, Ge(0.0), "of the first stage's balance loss"] = 0.3
-        distillation_coeff: Annotated[float, Ge(0.0), "of the first stage's distillation loss"] = 1.0
-        init_std: Annotated[float, Ge(0.0), "standard deviation of the initial centroids"] = 0.02
+        word_size: Annotated[Count, "Features of a token id in the distilled router"] = 50
+        balance_coeff: Annotated[float, Ge(0.0), "Weight of the balance loss of the first stage"] = 0.3
+        distillation_coeff: Annotated[
+            float, Ge(0.0), "Weight of the distillation loss of the first stage"
+        ] = 1.0
+        init_std: Annotated[float, Ge(0.0), Role.INITIAL, "Standard deviation of the initial centroids"] = (
+            0.02
+        )
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """Two lengths of the first stage."""

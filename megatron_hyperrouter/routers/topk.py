@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.base import Router, no_gradient_at_k1
@@ -33,9 +34,11 @@ class TopKRouter(ChoosingRouter, name="topk"):
     class Config(ChoosingRouter.Config):
         """A plain router: bias off, weights from the softmax over the kept logits."""
 
-        init_std: Annotated[float, Ge(0.0), "standard deviation of the router's initial weights"] = 0.02
-        bias: Annotated[bool, "add a trained bias to the logits"] = False
-        freeze: Annotated[bool, "leave the weights as they were drawn"] = False
+        init_std: Annotated[
+            float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"
+        ] = 0.02
+        bias: Annotated[bool, "Add a trained bias to the logits"] = False
+        freeze: Annotated[bool, "Freeze the initial weights"] = False
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """What is frozen must not change."""

@@ -50,17 +50,17 @@ class XMoERouter(Router, name="xmoe"):
         """The paper's router; without ``normalize_input`` that of published code, which folds."""
 
         projection_size: Annotated[
-            Count | None, "dimensions of the hypersphere; default: half the experts"
+            Count | None, "Dimensions of the hypersphere; default: half the experts"
         ] = None
-        score_function: Annotated[Literal["softmax", "sigmoid"], "gate over logits, before the choice"] = (
-            "softmax"
-        )
-        renormalise: Annotated[bool, "divide the weights by their sum over the chosen experts"] = False
+        score_function: Annotated[
+            Literal["softmax", "sigmoid"], "Gate over the logits, before the choice"
+        ] = "softmax"
+        renormalise: Annotated[bool, "Divide the weights by their sum over the chosen experts"] = False
         normalize_input: Annotated[
-            bool, "project tokens onto the sphere (the paper); off: published code, a linear map"
+            bool, "Project tokens onto the sphere (the paper); off: a linear map (the published code)"
         ] = True
         init_temperature: Annotated[
-            float | None, Gt(0.0), "tau at the start; default 0.3 with softmax, 0.07 with sigmoid"
+            float | None, Gt(0.0), "Initial temperature tau; default: 0.3 with softmax, 0.07 with sigmoid"
         ] = None
 
         def warnings(self, *, topk: int) -> Iterator[str]:
