@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+from megatron_hyperrouter.engines.base import Batch, EvalResult, OwnPart, Place, StepResult
 
 
 class Alone:
@@ -103,23 +103,48 @@ class FakeEngine:
         self.steps_taken: list[int] = []
         self.micro_batches: list[int] = []
         self.batches_scored = 0
+        self.aux_loss_coeffs: list[float] = []
         self.loss_offset = 0.0  # nan: a run that diverged
 
     def train_step(
-        self, batches: Iterator[Batch], *, step: int, learning_rate: float, stop: Callable[[], bool] = bool
+        self,
+        batches: Iterator[Batch],
+        *,
+        step: int,
+        learning_rate: float,
+        stop: Callable[[], bool] = bool,
+        accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         self.steps_taken.append(step)
+        self._last = (list(batches), step, torch.get_rng_state())
+        self._first_offset = self.loss_offset
+        self.micro_batches.append(len(self._last[0]))
         self.optimizer.param_groups[0]["lr"] = learning_rate
+        result = self._forward_backward(stop)
+        if not accept(result):
+            torch.set_rng_state(self._last[2])
+            return replace(result, applied=False)
+        self.optimizer.step()
+        return result
+
+    def _forward_backward(self, stop: Callable[[], bool]) -> StepResult:
+        held, step, _ = self._last
         self.optimizer.zero_grad()
-        losses = [self._loss(batch, self.topk_at(step), dropout=0.1) for batch in batches]
-        self.micro_batches.append(len(losses))
+        losses = [self._loss(batch, self.topk_at(step), dropout=0.1) for batch in held]
         loss = torch.stack(losses).mean() + self.loss_offset
         loss.backward()
         assert self.table_VV.grad is not None
         norm = self.table_VV.grad.norm().item()
-        self.optimizer.step()
         layers = {"entropy": (1.25, 0.75), "load_max_over_mean": (1.5, 2.0), "dead_experts": (0.0, 1.0)}
         return StepResult(loss.item(), 1.0, 0.5, norm, layers, self.any_rank(stop()), peak_memory=2**20)
+
+    def again(self) -> tuple[StepResult, list[OwnPart]]:
+        result = self._forward_backward(bool)
+        torch.set_rng_state(self._last[2])
+        return result, [OwnPart(0, "here", "cpu", (self._first_offset, self.loss_offset), "")]
+
+    def leave_out(self, step: int, stop: Callable[[], bool]) -> bool:
+        return self.any_rank(stop())
 
     def evaluate(
         self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
@@ -157,6 +182,9 @@ class FakeEngine:
 
     def barrier(self) -> None:
         pass
+
+    def set_aux_loss_coeff(self, value: float) -> None:
+        self.aux_loss_coeffs.append(value)
 
     def wait_at_most(self, seconds: float) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_hyperrouter.config.leaves import value_of
@@ -236,3 +236,19 @@ def rotary_channels(config: RunConfig) -> int:
     if config.attention.multi_latent_attention:
         return config.attention.qk_pos_emb_head_dim
     return int(head_width(config) * config.attention.rotary_percent)
+
+
+ALARMS = ("collapse", "dead_experts", "imbalance", "entropy", "loss_spike")
+ALARM_ACTIONS = ("note", "snapshot", "raise-aux", "stop")
+
+
+def alarm_actions(words: Sequence[str]) -> dict[str, str]:
+    """``("collapse=stop",)`` -> the action of every alarm; ValueError with the rule that is broken."""
+    actions = dict.fromkeys(ALARMS, ALARM_ACTIONS[0])
+    for word in words:
+        name, _, action = word.partition("=")
+        if name not in ALARMS or action not in ALARM_ACTIONS:
+            names, known = ", ".join(ALARMS), ", ".join(ALARM_ACTIONS)
+            raise ValueError(f"{word!r} must be NAME=ACTION, NAME one of {names}, ACTION one of {known}")
+        actions[name] = action
+    return actions

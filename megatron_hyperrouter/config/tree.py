@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le
 from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
+from megatron_hyperrouter.config.sections.guard import GuardConfig
 from megatron_hyperrouter.config.sections.optimizer import OptimizerConfig as OptimizerConfig
 
 
@@ -189,13 +190,6 @@ class TrainConfig:
     ] = None
     eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
     eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
-    distributed_timeout_minutes: Annotated[
-        float | None,
-        Gt(0.0),
-        Role.UPKEEP,
-        "End a run that makes no progress for so long, with the name of the rank that hangs; the first step "
-        "may take 30 minutes; default: 10 with NCCL, else 30",
-    ] = None
     exit_on_signal: Annotated[
         bool, Role.UPKEEP, "Save and stop on SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP"
     ] = True
@@ -448,6 +442,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -42,6 +42,7 @@ class StepResult:
     moe_layers: tuple[int, ...] | None = None  # their numbers in the model, from 1; None: all layers
     params_norm: float | None = None  # of all trained parameters; None: not asked for
     num_zeros: int | None = None  # of the gradient; None: not asked for, or not known
+    applied: bool = True  # False: the step was left out, and the weights are as before
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,17 @@ class Staged(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OwnPart:
+    """What one rank saw of its own micro-batches in a step that was run twice."""
+
+    rank: int
+    host: str
+    device: str
+    losses: tuple[float, float]  # nats, summed over its tokens, of the first run and of the second
+    bad_gradient: str  # of the second run: the first weight with a gradient that is not finite; or ""
+
+
 class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
@@ -82,11 +94,24 @@ class Engine(Protocol):
         step: int,
         learning_rate: float,
         stop: Callable[[], bool] = lambda: False,
+        accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of the global batch.
 
         ``stop`` is asked once the rank has done its work: whether the run should stop after this step.
+        ``accept`` is asked before the optimizer: where it says False, on all ranks alike, weights, optimizer
+        and random state are as before the step.
         """
+        ...
+
+    def again(self) -> tuple[StepResult, list[OwnPart]]:
+        """Run the last step's micro-batches once more, as before and without an update (collective);
+        also returns what each rank saw.  To be called after a step that was not accepted.
+        """
+        ...
+
+    def leave_out(self, step: int, stop: Callable[[], bool]) -> bool:
+        """Step ``step + 1`` takes no part (collective); returns whether some rank was asked to stop."""
         ...
 
     def evaluate(
@@ -123,6 +148,10 @@ class Engine(Protocol):
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """Read what :meth:`save` wrote."""
+        ...
+
+    def set_aux_loss_coeff(self, value: float) -> None:
+        """From the next step on, the coefficient of the routers' load-balancing loss."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,16 +18,26 @@ from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.saved.engine import SavedEngine
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import (
+    Judgement,
     any_rank,
     eval_result,
+    first_bad_gradient,
     first_word,
     largest,
     mean_scale,
+    own_parts,
     params_norm,
     step_result,
     whole_shapes,
 )
-from megatron_hyperrouter.engines.world import device, patience, peak_memory, wait_at_most
+from megatron_hyperrouter.engines.world import (
+    device,
+    patience,
+    peak_memory,
+    random_states,
+    set_random_states,
+    wait_at_most,
+)
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
     LanguageModelLoss,
@@ -37,11 +47,20 @@ from megatron_hyperrouter.model.loss import (
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+    from megatron_hyperrouter.engines.base import Batch, EvalResult, OwnPart, Place, StepResult
     from megatron_hyperrouter.routers.base import Router
 
 
 _EVALUATED_TOGETHER = 16  # micro-batches for each pipeline stage
+
+
+class _Step(NamedTuple):
+    """What a step is made of, to run it again."""
+
+    batches: list[Batch]  # of this rank
+    step: int
+    learning_rate: float
+    random: dict[str, Any]
 
 
 class SharedEngine(SavedEngine):
@@ -69,6 +88,9 @@ class SharedEngine(SavedEngine):
         self.loss = LanguageModelLoss(self.device)
         self.topk_at = topk_schedule(config)
         self.profiler = Profiler(config.logging, place.rank)
+        self.judgement = Judgement()
+        self._last: _Step | None = None
+        self._own_loss = 0.0  # of this rank's micro-batches in the last step
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
         """Keep the routers of this rank, and promise them to tell when their weights change."""
@@ -88,24 +110,71 @@ class SharedEngine(SavedEngine):
         step: int,
         learning_rate: float,
         stop: Callable[[], bool] = lambda: False,
+        accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        self.clock.begin(step=step)
+        held = list(batches)
+        self._last = _Step(held, step, learning_rate, random_states())
+        result = self._run(self._last, stop, accept)
+        if not result.applied:
+            set_random_states(self._last.random)
+        return result
+
+    def again(self) -> tuple[StepResult, list[OwnPart]]:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        assert self._last is not None, "again() follows a step"
+        first = self._own_loss
+        with first_bad_gradient(self.holding().named) as bad:
+            result = self._run(self._last, lambda: False, lambda result: False)
+        set_random_states(self._last.random)
+        losses = (first, self._own_loss)
+        return result, own_parts(self.place, self.device, losses, "".join(bad[:1]))
+
+    def leave_out(self, step: int, stop: Callable[[], bool]) -> bool:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        self.clock.step = step + 1
+        return self.any_rank(stop())
+
+    def _run(self, now: _Step, stop: Callable[[], bool], accept: Callable[[StepResult], bool]) -> StepResult:
+        """One step, whose loss and norm are known on all ranks before the optimizer changes anything."""
+        self.clock.begin(step=now.step)
         self.statistics.enabled = True
+        batches = now.batches
         if self.config.data.eod_mask_loss:
-            held = [self._counted(batch) for batch in batches]
-            self.loss.scale = mean_scale([labels_BS for _, labels_BS in held], self.place, self.device)
-            batches = iter(held)
-        with self.profiler.watching(step + 1):
-            norm = self.optimize(batches, learning_rate)
-        result, sums = step_result(
-            self.loss.take(),
-            self.statistics,
-            self.place,
-            grad_norm=norm,
-            stop=stop(),
-            memory=peak_memory(self.device),
-        )
+            batches = [self._counted(batch) for batch in batches]
+            self.loss.scale = mean_scale([labels_BS for _, labels_BS in batches], self.place, self.device)
+        found: list[tuple[StepResult, Tensor]] = []
+
+        def decide(norm: float) -> bool:
+            own = self.loss.take()
+            self._own_loss = float(own[0])
+            found.append(
+                step_result(
+                    own,
+                    self.statistics,
+                    self.place,
+                    grad_norm=norm,
+                    stop=stop(),
+                    memory=peak_memory(self.device),
+                )
+            )
+            return accept(found[0][0])
+
+        self.judgement.begin(decide)
+        with self.profiler.watching(now.step + 1):
+            norm = self.optimize(iter(batches), now.learning_rate)
+        applied = self.judgement.allows(norm)  # some hosts leave out a step by themselves, and have not asked
+        result, sums = found[0]
+        if applied:
+            self._end_step(now.step, sums)
+        if self.config.logging.log_params_norm:
+            result = replace(result, params_norm=params_norm(self.named_parameters(), self.device))
+        if self.num_zeros is not None:
+            result = replace(result, num_zeros=int(self.num_zeros))
+        self.clock.step = now.step + 1  # an evaluation may follow
+        return replace(result, applied=applied)
+
+    def _end_step(self, step: int, sums: Tensor) -> None:
         tokens = self.global_batch_size * self.config.model.seq_length
         replicas = round(float(self.statistics.tokens_L(sums).max()) / tokens)  # tensor-parallel ranks
         for router in self.routers.values():
@@ -115,12 +184,6 @@ class SharedEngine(SavedEngine):
                 )
             )
         self.weights_changed()
-        if self.config.logging.log_params_norm:
-            result = replace(result, params_norm=params_norm(self.named_parameters(), self.device))
-        if self.num_zeros is not None:
-            result = replace(result, num_zeros=int(self.num_zeros))
-        self.clock.step = step + 1  # an evaluation may follow
-        return result
 
     @property
     def global_batch_size(self) -> int:
@@ -134,7 +197,9 @@ class SharedEngine(SavedEngine):
 
     @abstractmethod
     def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
-        """One optimizer step; returns the gradient norm before clipping."""
+        """One optimizer step, in which weights change only where ``self.judgement`` allows it; returns the
+        gradient norm before clipping.
+        """
 
     def evaluate(
         self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
@@ -200,6 +265,11 @@ class SharedEngine(SavedEngine):
         """See :class:`SavedEngine`."""
         for router in self.routers.values():
             router.begin_step()
+
+    def set_aux_loss_coeff(self, value: float) -> None:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        for router in self.routers.values():
+            router.aux_loss_coeff = value
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""

@@ -65,6 +65,15 @@ LAYER_METRICS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = MappingP
         "dead_experts": lambda sums: (
             (sums["load"] < DEAD_SHARE * sums["load"].mean(1, keepdim=True)).double().sum(1)
         ),
+        # the same as a share of all experts
+        "dead_share": lambda sums: (
+            (sums["load"] < DEAD_SHARE * sums["load"].mean(1, keepdim=True)).double().mean(1)
+        ),
+        # exp of the entropy of the loads, as a share of all experts: 1 when even, 1 / E when one has all
+        "effective_experts": lambda sums: (
+            torch.special.entr(sums["load"] / sums["load"].sum(1, keepdim=True)).sum(1).exp()
+            / sums["load"].size(1)
+        ),
         # standard deviation over experts of a token's logits, root mean square over tokens
         "logit_std": lambda sums: (sums["logit_variance"] / sums["tokens"]).sqrt(),
         # between token and expert, in nats: 0 when the router says the same of every token

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import socket
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.base import EvalResult, Place, StepResult
+from megatron_hyperrouter.engines.base import EvalResult, OwnPart, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.model.sharding import (
     is_second_copy,
@@ -16,6 +18,24 @@ from megatron_hyperrouter.model.sharding import (
     shard_of,
     tensor_parallel_place,
 )
+
+
+class Judgement:
+    """Asked once in each step, before the optimizer changes anything: whether the step counts."""
+
+    def __init__(self) -> None:
+        self._decide: Callable[[float], bool] = bool
+        self._allowed: bool | None = None
+
+    def begin(self, decide: Callable[[float], bool]) -> None:
+        """A step begins; ``decide`` gets the gradient norm, and is the same on all ranks (collective)."""
+        self._decide, self._allowed = decide, None
+
+    def allows(self, norm: float) -> bool:
+        """Whether the weights may change; decided when it is asked first."""
+        if self._allowed is None:
+            self._allowed = self._decide(norm)
+        return self._allowed
 
 
 def step_result(
@@ -101,6 +121,36 @@ def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[i
     of_ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, own)
     return {name: shape for shapes in of_ranks for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[list[str]]:
+    """Inside, the weights whose gradient on this rank, before any sum over ranks, is not finite; in order."""
+    found: list[str] = []
+
+    def noted(name: str) -> Callable[[Tensor], None]:
+        def look(gradient: Tensor) -> None:
+            if not bool(gradient.isfinite().all()):
+                found.append(name)
+
+        return look
+
+    handles = [weight.register_hook(noted(name)) for name, weight in named if weight.requires_grad]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_parts(
+    place: Place, device: torch.device, losses: tuple[float, float], bad_gradient: str
+) -> list[OwnPart]:
+    """What each rank saw in a step that was run twice (collective)."""
+    own = OwnPart(place.rank, socket.gethostname(), str(device), losses, bad_gradient)
+    parts: list[OwnPart] = [own] * place.world_size
+    dist.all_gather_object(parts, own)
+    return parts
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

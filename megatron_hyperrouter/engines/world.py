@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed import constants, distributed_c10d
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.model.parallel import dropout_states, set_dropout_states
 
 _PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
 _SILENCE = 60.0  # seconds of waiting before a person is told
@@ -110,3 +112,25 @@ def peak_memory(where: torch.device) -> int:
         return torch.cuda.max_memory_allocated(where)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_states() -> dict[str, Any]:
+    """The generators that a training step of this process draws from."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "tracker": _copied(dropout_states())}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue where :func:`random_states` was asked."""
+    torch.set_rng_state(states["torch"])
+    if states["tracker"]:  # empty where nobody seeded megatron-core's
+        set_dropout_states(_copied(states["tracker"]))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _copied(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """megatron-core's tracker changes its tensors in place."""
+    return {name: state.clone() for name, state in states.items()}

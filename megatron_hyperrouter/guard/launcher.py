@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +37,19 @@ class Launcher:
     def is_gone(self) -> bool:
         """True once one of these processes has another parent than at the start."""
         return any(_parent(process) not in (parent, None) for process, parent in self.line)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but no longer than the launcher lives, where the system can tell at once."""
+        with contextlib.ExitStack() as stack:
+            watched = []
+            for _, parent in self.line:
+                with contextlib.suppress(OSError, AttributeError):  # dead already; not Linux
+                    watched.append(os.pidfd_open(parent))
+                    stack.callback(os.close, watched[-1])
+            if watched:
+                select.select(watched, [], [], seconds)
+            else:
+                time.sleep(seconds)
 
 
 def _parent(process: int) -> int | None:

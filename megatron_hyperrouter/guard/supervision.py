@@ -35,7 +35,7 @@ class Supervision:
     @contextlib.contextmanager
     def watchdog(self, config: RunConfig, engine: Engine, step: int) -> Iterator[None]:
         """Inside, a run that does not move ends; it starts after ``step`` steps."""
-        minutes, place = config.train.distributed_timeout_minutes, engine.place
+        minutes, place = config.guard.distributed_timeout_minutes, engine.place
         self.progress.enter("start", step)
         with Watchdog(
             Path(config.logging.run_dir),

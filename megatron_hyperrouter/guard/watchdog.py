@@ -29,6 +29,7 @@ from megatron_hyperrouter.guard.stopping import StopRequest
 _NOTE_AFTER = 60.0  # seconds without progress until a person is told
 _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 _LAST_WORDS = 2.0  # seconds in which every rank writes its stacks before a launcher ends them all
+_SLICE = 0.5  # seconds: so soon the thread notices that training has ended
 _SHARE = 0.9  # of the limit: the name of the rank comes before the first collective fails
 
 
@@ -89,10 +90,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(SECONDS, self._limit / 10)
-        while True:
+        while not self._over.is_set():
             self.look()
-            if self._over.wait(pause):
-                return
+            until = time.monotonic() + pause
+            while not self._over.is_set() and time.monotonic() < until and not self._launcher.is_gone():
+                self._launcher.wait(min(_SLICE, pause))
+            if self._launcher.is_gone() and self._stop.came:
+                self._over.wait(pause)
 
     def _beat(self) -> None:
         if not self._writes:

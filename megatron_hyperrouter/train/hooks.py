@@ -33,6 +33,9 @@ class Hook:
     def on_save(self, step: int, folder: Path) -> None:
         """A checkpoint is complete."""
 
+    def on_return(self, step: int) -> None:
+        """The run returned to a checkpoint: what was told of later steps does not count."""
+
     def on_event(self, event: str, step: int, **facts: Fact) -> None:
         """Something else happened: ``stop``, ``end``, ``failure``, ``bad_step``, ``alarm``."""
 
@@ -69,6 +72,10 @@ class GuardedHook(Hook):
     def on_save(self, step: int, folder: Path) -> None:
         """Pass it on."""
         self._call(lambda: self._hook.on_save(step, folder))
+
+    def on_return(self, step: int) -> None:
+        """Pass it on."""
+        self._call(lambda: self._hook.on_return(step))
 
     def on_event(self, event: str, step: int, **facts: Fact) -> None:
         """Pass it on."""
@@ -144,6 +151,10 @@ class MetricsHook(Hook):
 
     def on_start(self, step: int) -> None:
         """No step may stand twice: what a killed run wrote after its checkpoint goes."""
+        self._file.cut_after(step)
+
+    def on_return(self, step: int) -> None:
+        """No step may stand twice."""
         self._file.cut_after(step)
 
     def on_step(self, record: Record) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from megatron_hyperrouter import console
 from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.hooks import GuardedHook
-from megatron_hyperrouter.train.metrics import check_finite
+from megatron_hyperrouter.train.resuming.recovery import RollBack
 from megatron_hyperrouter.train.resuming.resume import resume
 from megatron_hyperrouter.train.resuming.start import Start, begin
 from megatron_hyperrouter.train.run import Run, Speed
@@ -57,6 +56,8 @@ def train(
     spent = speed or Speed()
     run = Run(engine, config, splits, guarded, token_bytes_V, spent, described, watch, start, writer)
     first = resume(engine, config, run.folders, start, described.meta.get("tokenizer"))
+    if start.step:
+        run.recovery.restore(start.manifest["meta"])
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
     with contextlib.ExitStack() as stack:
@@ -67,7 +68,12 @@ def train(
         stack.callback(run.saving.close)
         stack.enter_context(run.failures_told())
         stack.enter_context(watch.watchdog(config, engine, first))
-        last = _steps(run, first, watch.request)
+        last = None
+        while last is None:
+            try:
+                last = _steps(run, first, watch.request)
+            except RollBack:
+                first = run.roll_back()
     for hook in guarded:
         if hook.error is not None:
             raise hook.error
@@ -79,12 +85,11 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
     engine, config = run.engine, run.config
     with run.batches(first) as batches:
         for step in range(first + 1, config.train.train_iters + 1):
-            record, called = run.step(step, batches, request)
-            check_finite(record, remedy=partial(run.lost, step))
-            run.saving.health.after_step(step, float(record["lm_loss"] or 0.0))
-            if step == first + 1 and config.train.distributed_timeout_minutes:
-                engine.wait_at_most(60 * config.train.distributed_timeout_minutes)
+            called = run.step(step, batches, request)
+            if step == first + 1 and config.guard.distributed_timeout_minutes:
+                engine.wait_at_most(60 * config.guard.distributed_timeout_minutes)
             last = step == config.train.train_iters
+            run.follow_alarm(step)
             wish = run.saving.answer(step, request) if called else NOTHING
             if end := run.saving.stops_at(step):
                 wish = Wish(end, save=False)

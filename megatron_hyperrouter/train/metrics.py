@@ -68,6 +68,7 @@ def _mfu(facts: StepFacts) -> float | None:
 
 METRICS: tuple[Metric, ...] = (
     Metric("step", "", lambda facts: facts.step),
+    Metric("skipped", "", lambda facts: None if facts.result.applied else True),
     Metric("lm_loss", "train", lambda facts: facts.result.lm_loss, lambda v: f"loss {v:.4f}", "steps"),
     Metric("aux_loss", "train", lambda facts: facts.result.aux_loss),
     Metric("z_loss", "train", lambda facts: facts.result.z_loss),
@@ -116,7 +117,8 @@ _LAYERS_ON_THE_LINE: tuple[tuple[str, Callable[[Sequence[float]], float], str], 
 )
 # Of the layer metrics, those that every step records; the others are recorded every --log-interval steps.
 _EVERY_STEP = ("entropy", "load_max_over_mean")
-_NOT_RECORDED = ("aux", "z")  # of single layers: the record has their means
+# Of single layers: the record has the means of the losses; alarms watch the shares.
+_NOT_RECORDED = ("aux", "z", "dead_share", "effective_experts")
 
 
 def training_record(facts: StepFacts, *, with_all_layers: bool) -> Record:
@@ -250,17 +252,6 @@ def _counted(batches: Iterator[Batch], scored: int, micro_batch_size: int, place
         first = (number * place.data_size + place.data_rank) * micro_batch_size
         labels_BS[max(scored - first, 0) :] = _UNCOUNTED
         yield tokens_BS, labels_BS
-
-
-def check_finite(record: Record, *, remedy: Callable[[], str]) -> None:
-    """Stop a run whose loss or gradient is lost: its weights are, too, and must not become a checkpoint."""
-    for name in ("lm_loss", "grad_norm"):
-        value = record[name]
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise HyperRouterError(
-                f"step {record['step']}: {name} is {value}; the run stops before it saves such weights",
-                remedy=remedy(),
-            )
 
 
 def to_json(record: Mapping[str, Any]) -> str:

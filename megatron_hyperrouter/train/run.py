@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from megatron_hyperrouter.checkpoint.folder import folder_name, read_manifest
 from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import TrainingSamples
-from megatron_hyperrouter.errors import CheckpointError, DataError
-from megatron_hyperrouter.train.lr import learning_rate_at
+from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
+from megatron_hyperrouter.train import lr, saving
 from megatron_hyperrouter.train.metrics import (
     Record,
     StepFacts,
@@ -24,8 +25,7 @@ from megatron_hyperrouter.train.metrics import (
     score,
     training_record,
 )
-from megatron_hyperrouter.train.resuming.run_meta import run_meta
-from megatron_hyperrouter.train.saving import Saving
+from megatron_hyperrouter.train.resuming import recovery, run_meta
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.checkpoint.description import Description
@@ -68,7 +68,8 @@ class Run:
         world_size = self.engine.place.world_size
         self.global_batch_size = global_batch_size(self.config, world_size)
         self.micro_batches = accumulation_steps(self.config, world_size)
-        self.saving = Saving(
+        self.recovery = recovery.Recovery(self.engine, self.config, remedy=self.lost)
+        self.saving = saving.Saving(
             self.engine,
             self.config,
             texts=self.description.texts,
@@ -109,18 +110,21 @@ class Run:
             num_workers=self.config.data.num_workers,
         )
 
-    def step(self, step: int, batches: Batches, request: StopRequest) -> tuple[Record, bool]:
-        """Take step ``step``, counted from 1; returns its record and whether some rank asks the others.
+    def step(self, step: int, batches: Batches, request: StopRequest) -> bool:
+        """Take step ``step``, counted from 1; returns whether some rank asks the others.
 
         See :meth:`Saving.answer`.
         """
-        learning_rate = learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
+        learning_rate = lr.learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
         started, waited = time.perf_counter(), batches.waited
+        if not self.recovery.takes_part(step):
+            return self._leave_out(step, batches, request)
         result = self.engine.train_step(
             self.supervision.progress.through(islice(batches, self.micro_batches), "data", "step", step - 1),
             step=step - 1,
             learning_rate=learning_rate,
             stop=lambda: self.saving.asks(request),
+            accept=self.recovery.accept,
         )
         topk = self.engine.topk_at(step - 1)
         tokens = self.global_batch_size * self.config.model.seq_length
@@ -141,7 +145,44 @@ class Run:
         record = training_record(facts, with_all_layers=on_the_screen)
         for hook in self.hooks:
             hook.on_step(record)
-        return record, result.stop
+        if result.applied:
+            self.saving.health.after_step(step, result.lm_loss)
+            self.recovery.after_good_step(step, result, self.tell)
+        else:
+            self.recovery.after_bad_step(step, result, self.tell, max(self.folders.steps(), default=None))
+        return result.stop
+
+    def _leave_out(self, step: int, batches: Batches, request: StopRequest) -> bool:
+        for _ in islice(batches, self.micro_batches):
+            pass
+        samples, tokens = self.consumed(step)
+        record: Record = {"step": step, "skipped": True, "lm_loss": None}
+        record |= {"consumed_samples": samples, "consumed_tokens": tokens}
+        for hook in self.hooks:
+            hook.on_step(record)
+        return self.engine.leave_out(step - 1, lambda: self.saving.asks(request))
+
+    def follow_alarm(self, step: int) -> None:
+        """Save, or save and stop, where an alarm of this step asks for it (collective)."""
+        asked = self.recovery.asked
+        if asked:
+            self.save(step, wait=asked == "stop")
+        if asked == "stop":
+            remedy = (
+                f"look at events.jsonl; continue with --load {self.config.logging.run_dir} and other settings"
+            )
+            raise HyperRouterError(f"step {step}: an alarm stops the run, after a checkpoint", remedy=remedy)
+
+    def roll_back(self) -> int:
+        """Return to the newest checkpoint (collective); returns its step."""
+        self.saving.settle(self.supervision.progress.step)
+        step = max(self.folders.steps())
+        folder = self.folders.root / folder_name(step)
+        self.engine.load(folder)
+        self.recovery.restore(read_manifest(folder)["meta"])
+        for hook in self.hooks:
+            hook.on_return(step)
+        return step
 
     def consumed(self, step: int) -> tuple[int, int]:
         """Samples and tokens that the run has read after ``step`` steps, with those of other settings before
@@ -183,7 +224,8 @@ class Run:
         self.saving.save(step, wait=wait)
 
     def _meta(self, step: int) -> dict[str, Any]:
-        meta = {**run_meta(self.config, self.engine), **self.description.meta}
+        meta = {**run_meta.run_meta(self.config, self.engine), **self.description.meta}
+        meta |= self.recovery.meta()
         if self.start.finetuned_from is not None:
             meta["finetuned_from"] = self.start.finetuned_from
         if isinstance(self.splits.train, TrainingSamples):
@@ -227,4 +269,7 @@ class Run:
         back = f"continue after step {proved or steps[-1]} with --load {run_dir}" if steps else "start again"
         if proved is not None and proved < steps[-1]:
             back += f" (the checkpoint of step {steps[-1]} may hold ruined weights)"
-        return f"{back}, and use a lower --lr, more --lr-warmup-iters, or a --clip-grad greater than 0"
+        return (
+            f"{back}, and use a lower --lr, more --lr-warmup-iters, a --clip-grad greater than 0, or "
+            "--on-bad-step skip"
+        )

@@ -40,6 +40,9 @@ class ConsoleHook(Hook):
     def on_step(self, record: Record) -> None:
         """Move the bar; print a line where one is due, of the steps since the last one."""
         step = int(record["step"] or 0)
+        if record["lm_loss"] is None:
+            self._say(f"step {step}  left out")
+            return
         self._recent.append(record)
         place, pieces = f"{step}/{self._train_iters}", summary(self._recent)
         if self._progress is not None:

@@ -6,6 +6,27 @@ from config.rule_case import MEGATRON, PACKED, TP2, case
 
 CASES = [
     case(
+        "alarms_are_known",
+        {"alarm": ["collapse=page"]},
+        "--alarm",
+        "'collapse=page' must be NAME=ACTION",
+        {"alarm": ["collapse=stop", "entropy=note"]},
+    ),
+    case(
+        "alarms_are_known",
+        {"alarm": ["imbalance=raise-aux"], "moe_aux_loss_coeff": 0.0},
+        "--alarm",
+        "raise-aux needs --moe-aux-loss-coeff",
+        {"moe_aux_loss_coeff": 0.01},
+    ),
+    case(
+        "skip_steps_are_ranges",
+        {"skip_steps": ["105-107", "9-4"]},
+        "--skip-steps",
+        "'9-4' must be a step or a range of steps",
+        {"skip_steps": ["105-107", "4-9", "300"]},
+    ),
+    case(
         "texts_need_prompts",
         {"sample_interval": 5},
         "--sample-interval",

@@ -72,6 +72,8 @@ def become(request: dict[str, Any]) -> None:
         step = Run.step
         Run.step = lambda *args, **kwargs: (time.sleep(pace), step(*args, **kwargs))[1]
     # where each rank writes its samples as it reads them: the first one's number, and their inputs
+    if fault := request.get("fault"):
+        make_faulty(fault)
     if folder := request.get("noted"):
         from megatron_hyperrouter.data.stream.loader import Batches
 
@@ -91,6 +93,27 @@ def become(request: dict[str, Any]) -> None:
         os.fsync = lambda file: stall() if glob.glob(pattern) else quick(file)
     sys.argv = [request["program"], *request["arguments"]]
     sys.path[0] = str(Path(request["program"]).parent)
+
+
+def make_faulty(fault: dict[str, Any]) -> None:
+    """``{"step": 5, "rank": 1, "times": 1}``: so often, this rank's gradients of a step are not finite."""
+    from megatron_hyperrouter.engines.shared import SharedEngine
+
+    run_step, left, now_at, hooked = SharedEngine._run, [fault["times"]], [0], []
+
+    def spoilt(gradient: Any) -> Any:
+        return gradient * float("nan") if now_at[0] == fault["step"] and left[0] >= 0 else gradient
+
+    def faulty(engine: Any, now: Any, *more: Any) -> Any:
+        if engine.place.rank == fault["rank"]:
+            if not hooked:
+                weight = next(weight for name, weight in engine.named_parameters() if "qkv" in name)
+                hooked.append(weight.register_hook(spoilt))
+            now_at[0] = now.step + 1
+            left[0] -= now_at[0] == fault["step"]
+        return run_step(engine, now, *more)
+
+    SharedEngine._run = faulty
 
 
 def stall() -> None:

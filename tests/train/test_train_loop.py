@@ -172,15 +172,8 @@ class TestMoments:
         class AskedElsewhere(FakeEngine):
             answers: tuple[bool, ...] = ()
 
-            def train_step(
-                self,
-                batches: Iterator[Batch],
-                *,
-                step: int,
-                learning_rate: float,
-                stop: Callable[[], bool] = bool,
-            ) -> StepResult:
-                result = super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
+            def train_step(self, batches: Iterator[Batch], *, step: int, **more: Any) -> StepResult:
+                result = super().train_step(batches, step=step, **more)
                 self.answers = (False, True) if step == 3 else ()  # no save has failed; stop
                 return replace(result, stop=step == 3)
 
@@ -214,16 +207,9 @@ class TestLostLoss:
         self, config: RunConfig, again: RunConfig, whole: list[dict[str, Any]]
     ) -> None:
         class Diverging(FakeEngine):
-            def train_step(
-                self,
-                batches: Iterator[Batch],
-                *,
-                step: int,
-                learning_rate: float,
-                stop: Callable[[], bool] = bool,
-            ) -> StepResult:
+            def train_step(self, batches: Iterator[Batch], *, step: int, **more: Any) -> StepResult:
                 self.loss_offset = math.nan if step == 5 else 0.0
-                return super().train_step(batches, step=step, learning_rate=learning_rate, stop=stop)
+                return super().train_step(batches, step=step, **more)
 
         with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan") as caught:
             run(config, engine=Diverging(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.derived import data_parallel_size, decay_iters
+from megatron_hyperrouter.config.derived import alarm_actions, data_parallel_size, decay_iters
 from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -51,6 +51,32 @@ def micro_batches_by_pipeline(config: RunConfig, world_size: int | None) -> Iter
             rule,
             f"use a multiple of {config.train.micro_batch_size * ranks * stages}",
         )
+
+
+def skip_steps_are_ranges(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Steps count from 1."""
+    for word in config.guard.skip_steps:
+        first, dash, last = word.partition("-")
+        numbers = first.isdecimal() and (last.isdecimal() or not dash)
+        if not numbers or not 1 <= int(first) <= int(last or first):
+            yield broken(
+                config,
+                "skip_steps",
+                f"{word!r} must be a step or a range of steps",
+                "write 105-107 for steps 105, 106 and 107",
+            )
+
+
+def alarms_are_known(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Names, actions, and a loss that can be raised."""
+    try:
+        actions = alarm_actions(config.guard.alarm)
+    except ValueError as error:
+        yield broken(config, "alarm", str(error), "write --alarm collapse=stop dead_experts=snapshot")
+        return
+    if "raise-aux" in actions.values() and not config.model.moe_aux_loss_coeff:
+        rule = "raise-aux needs --moe-aux-loss-coeff greater than 0"
+        yield broken(config, "alarm", rule, "add --moe-aux-loss-coeff 0.01, or use another action")
 
 
 def min_lr_within_lr(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -150,6 +176,8 @@ def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Pr
 RULES: tuple[Rule, ...] = (
     global_batch_by_micro_batches,
     micro_batches_by_pipeline,
+    skip_steps_are_ranges,
+    alarms_are_known,
     min_lr_within_lr,
     warmup_within_decay,
     warmup_starts_below_lr,

@@ -65,6 +65,7 @@ class DeepSpeedEngine(SharedEngine):
             if self.config.engine.zero_stage == 0
             else None
         )
+        optimizer.register_step_pre_hook(self._judge)
         spread = self.config.parallel.tensor_model_parallel_size > 1
         if spread:
             latent = self.config.attention.multi_latent_attention
@@ -102,7 +103,21 @@ class DeepSpeedEngine(SharedEngine):
                 self.host.step()
         else:
             self.host.train_batch(iter(self._told([next(batches) for _ in range(self.micro_batches)])))
-        return self._clipper.norm if self._clipper else float(self.host.get_global_grad_norm())
+        return self._norm()
+
+    def _judge(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Before AdamW moves: without gradients it leaves weights and moments as they are.
+
+        ZeRO calls it for one parameter group after the other, with the norm of all of them known.
+        """
+        if not self.judgement.allows(self._norm()):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _norm(self) -> float:
+        """The gradient norm before clipping."""
+        return self._clipper.norm if self._clipper else float(self.host.optimizer._global_grad_norm)
 
     @torch.no_grad()
     def forward_all(self, batches: Iterator[Batch]) -> None:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import Place
-from megatron_hyperrouter.engines.megatron import host_state, model
+from megatron_hyperrouter.engines.megatron import host_state, judged, model
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
@@ -74,9 +74,10 @@ class MegatronEngine(SharedEngine):
             DistributedDataParallel(self.core, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(chunks)
         ]
-        self.optimizer = get_megatron_optimizer(
+        made = get_megatron_optimizer(
             _optimizer_config(run, self.core), wrapped, use_gloo_process_groups=False
         )
+        self.optimizer = judged.JudgedOptimizer(made, self.judgement)
         # wd_mult is a note to megatron's scheduler; without one, norms would decay
         for group in self.optimizer.param_groups:
             group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]

@@ -1,0 +1,47 @@
+"""Settings of what keeps a run from being lost; a section of the tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from megatron_hyperrouter.config.kinds import Count
+from megatron_hyperrouter.config.roles import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Bad steps, ranks that hang, and alarms."""
+
+    on_bad_step: Annotated[
+        Literal["stop", "skip", "rollback"],
+        Role.COURSE,
+        "What to do with a step whose loss or gradient norm is not finite or too large: stop; skip the step; "
+        "or roll back to the last checkpoint and skip all steps since",
+    ] = "stop"
+    max_loss_sigma: Annotated[
+        float | None,
+        Gt(0.0),
+        Role.COURSE,
+        "A loss or gradient norm so many standard deviations above the last --loss-window steps is bad; "
+        "default: only what is not finite",
+    ] = None
+    loss_window: Annotated[Count, Role.COURSE, "Steps that --max-loss-sigma compares with"] = 128
+    skip_steps: Annotated[
+        tuple[str, ...], Role.COURSE, "Steps to leave out, such as 105-107 300: read, but not trained on"
+    ] = ()
+    distributed_timeout_minutes: Annotated[
+        float | None,
+        Gt(0.0),
+        Role.UPKEEP,
+        "End a run that makes no progress for so long, with the name of the rank that hangs; the first step "
+        "may take 30 minutes; default: 10 with NCCL, else 30",
+    ] = None
+    alarm: Annotated[
+        tuple[str, ...],
+        Role.COURSE,
+        "What to do when routing or loss leaves its usual range: NAME=ACTION ...; NAME: collapse, "
+        "dead_experts, imbalance, entropy or loss_spike; ACTION: note (default), snapshot, raise-aux, stop",
+    ] = ()

@@ -1,0 +1,255 @@
+"""``--alarm NAME=ACTION``: measures of a run's health, the control chart that says when one of them leaves
+its usual range, and what the run does then.
+
+All of it is computed from numbers that every rank has alike, so every rank decides alike, on every layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.config.derived import alarm_actions
+from megatron_hyperrouter.engines.base import StepResult
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Engine
+
+_WINDOW, _LAG, _LEAST = (
+    60,
+    5,
+    30,
+)  # steps that a level is made of; the newest that it leaves out; fewest of them
+_QUIET = 50  # steps without alarm after which a measure may give one again
+_RAISE, _MOST = 2.0, 10.0  # factors of the auxiliary loss's coefficient: of one alarm, and of all together
+_SETTLE = 500  # quiet steps after which the coefficient is as set again
+_PAUSE = 500  # steps between two checkpoints that alarms ask for
+_MAD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the limits of some measures depend on."""
+
+    num_experts: int
+    topk: int
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a step that is worse the larger it is (``sign`` 1) or the smaller (-1).
+
+    Relative alarm: ``patience`` steps in a row beyond median + ``sigma`` x 1.48 MAD + ``floor``.
+    Absolute alarm: ``lasting`` steps in a row beyond ``limit``, where there is one.
+    """
+
+    alarm: str  # of --alarm
+    layer_metric: str | None  # of engines.statistics.LAYER_METRICS: the worst layer counts; None: the loss
+    sign: int
+    floor: float
+    limit: Callable[[Conditions], float] | None = None
+    lasting: int = 50
+    sigma: float = 6.0
+    patience: int = 3
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure("dead_experts", "dead_share", 1, 0.03, lambda run: 0.25),
+    Measure("imbalance", "load_max_over_mean", 1, 0.15, lambda run: run.num_experts / (2 * run.topk), 20),
+    Measure("entropy", "entropy", -1, 0.02, lambda run: 0.1 * math.log(run.num_experts) * (run.topk > 1)),
+    Measure("collapse", "effective_experts", -1, 0.02, lambda run: 0.5 * run.topk / run.num_experts),
+    Measure("loss_spike", None, 1, 0.05, sigma=10.0),
+)
+NAMES = tuple(measure.alarm for measure in MEASURES)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A measure that has left its range."""
+
+    measure: str
+    layer: int | None  # in the model, from 1; None: of the whole run
+    value: float
+    threshold: float
+    since: int  # the first step beyond the threshold
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f" in layer {self.layer}"
+        return f"{self.measure}{where}: {self.value:.4g}, beyond {self.threshold:.4g} since step {self.since}"
+
+
+@dataclass
+class Watch:
+    """The chart of one measure.  It keeps plain numbers, so that it can go into a checkpoint."""
+
+    measure: Measure
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW + _LAG))
+    above: int = 0  # steps in a row beyond the relative threshold
+    beyond: int = 0  # ... and beyond the limit
+    quiet: int = _QUIET
+
+    def see(self, value: float, run: Conditions) -> tuple[float, int] | None:
+        """The threshold and the number of steps beyond it where this step gives an alarm; else None."""
+        sign = self.measure.sign
+        past = list(self.values)[:-_LAG]
+        self.values.append(value)
+        level = self._threshold(past)
+        limit = None if self.measure.limit is None else self.measure.limit(run)
+        # A value that is not a number is beyond everything.
+        self.above = self.above + 1 if level is not None and not sign * value <= sign * level else 0
+        self.beyond = self.beyond + 1 if limit is not None and not sign * value <= sign * limit else 0
+        found = None
+        if self.above >= self.measure.patience and level is not None:
+            found = (level, self.above)
+        elif self.beyond >= self.measure.lasting and limit is not None:
+            found = (limit, self.beyond)
+        fires = found is not None and self.quiet >= _QUIET
+        self.quiet = 0 if found is not None else self.quiet + 1
+        return found if fires else None
+
+    def _threshold(self, past: list[float]) -> float | None:
+        if len(past) < _LEAST:
+            return None
+        middle = _median(past)
+        spread = _MAD * _median([abs(each - middle) for each in past])
+        return middle + self.measure.sign * (self.measure.sigma * spread + self.measure.floor)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, as JSON."""
+        return {
+            "values": list(self.values),
+            "above": self.above,
+            "beyond": self.beyond,
+            "quiet": self.quiet,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state` gave."""
+        self.values.clear()
+        self.values.extend(float(value) for value in state["values"])
+        self.above, self.beyond, self.quiet = int(state["above"]), int(state["beyond"]), int(state["quiet"])
+
+
+@dataclass
+class Health:
+    """All charts of a run.  A level that changes by design starts a chart anew: k, the mix of the data."""
+
+    num_experts: int
+    first: int  # steps at the beginning that nobody watches
+    watches: dict[str, Watch] = field(
+        default_factory=lambda: {measure.alarm: Watch(measure) for measure in MEASURES}
+    )
+    regime: str = ""
+
+    def see(self, step: int, result: StepResult, *, topk: int, regime: str) -> list[Finding]:
+        """What this step, counted from 1, has shown."""
+        if regime != self.regime:
+            self.regime = regime
+            for watch in self.watches.values():
+                watch.restore({"values": [], "above": 0, "beyond": 0, "quiet": watch.quiet})
+        if step <= self.first:
+            return []
+        run, found = Conditions(self.num_experts, topk), []
+        for name, watch in self.watches.items():
+            value, layer = _worst(watch.measure, result)
+            if value is None:
+                continue
+            if alarm := watch.see(value, run):
+                threshold, steps = alarm
+                found.append(Finding(name, layer, value, threshold, step - steps + 1))
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, as JSON."""
+        return {"regime": self.regime, "watches": {name: each.state() for name, each in self.watches.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state` gave."""
+        self.regime = str(state["regime"])
+        for name, kept in state["watches"].items():
+            if name in self.watches:
+                self.watches[name].restore(kept)
+
+
+def _worst(measure: Measure, result: StepResult) -> tuple[float | None, int | None]:
+    """The worst layer's value, and its number."""
+    if measure.layer_metric is None:
+        return result.lm_loss, None
+    values_L = result.layers.get(measure.layer_metric)
+    if not values_L:
+        return None, None
+    place = max(range(len(values_L)), key=lambda layer: measure.sign * values_L[layer])
+    numbers = result.moe_layers or tuple(range(1, len(values_L) + 1))
+    return values_L[place], numbers[place]
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+class Alarms:
+    """Decides alike on every rank, and changes nothing of a run without ``raise-aux`` and ``stop``."""
+
+    def __init__(self, engine: Engine, config: RunConfig) -> None:
+        self._engine, self._config = engine, config
+        self._actions = alarm_actions(config.guard.alarm)
+        self._health = Health(config.model.num_experts, 2 * config.optimizer.lr_warmup_iters)
+        self._factor, self._raised_at, self._snapshot_at = 1.0, 0, -_PAUSE
+
+    def after(self, step: int, result: StepResult, tell: Callable[..., None]) -> str:
+        """Watch step ``step``, counted from 1; returns what the loop has to do: "", "snapshot" or "stop"."""
+        topk = self._engine.topk_at(step - 1)
+        found = self._health.see(step, result, topk=topk, regime=f"k {topk}")
+        asked = {self._follow(step, each, tell) for each in found}
+        if self._factor > 1.0 and step - self._raised_at >= _SETTLE:
+            self._set_factor(1.0, step)
+        return "stop" if "stop" in asked else "snapshot" if "snapshot" in asked else ""
+
+    def _follow(self, step: int, finding: Finding, tell: Callable[..., None]) -> str:
+        action = self._actions[finding.measure]
+        tell(
+            "alarm",
+            step,
+            alarm=finding.measure,
+            layer=finding.layer,
+            value=finding.value,
+            threshold=finding.threshold,
+            since=finding.since,
+            action=action,
+        )
+        if self._engine.place.is_main:
+            console.warn(f"step {step}: alarm {finding}; action: {action}")
+        if action == "raise-aux":
+            self._set_factor(min(_RAISE * self._factor, _MOST), step)
+        if action == "snapshot":
+            if step - self._snapshot_at < _PAUSE:
+                return ""
+            self._snapshot_at = step
+        return action
+
+    def _set_factor(self, factor: float, step: int) -> None:
+        self._factor, self._raised_at = factor, step
+        self._engine.set_aux_loss_coeff(factor * self._config.model.moe_aux_loss_coeff)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, as JSON."""
+        return {
+            "health": self._health.state(),
+            "aux_factor": self._factor,
+            "raised_at": self._raised_at,
+            "snapshot_at": self._snapshot_at,
+        }
+
+    def restore(self, meta: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's ``meta``."""
+        state = meta.get("alarms")
+        if state is None:
+            return
+        self._health.restore(state["health"])
+        self._snapshot_at = int(state["snapshot_at"])
+        self._set_factor(float(state["aux_factor"]), int(state["raised_at"]))

@@ -1,0 +1,125 @@
+"""Bad steps: those whose loss or gradient norm is not finite, or far above the steps before.
+
+A bad step must not change the weights.  The judgement is made before the optimizer moves, from numbers that
+are the same on every rank, so all ranks judge alike.  What it goes by (the last good steps) is part of the
+checkpoint, so a resumed run judges as the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_hyperrouter.config.sections.guard import GuardConfig
+from megatron_hyperrouter.engines.base import OwnPart, StepResult
+
+_MOST_IN_A_ROW = 10
+_LEAST_STD = 1e-4  # of the mean: numbers that hardly vary must not make every change look large
+
+
+@dataclass
+class BadSteps:
+    """Judges steps, and remembers which were left out."""
+
+    policy: str  # --on-bad-step
+    sigma: float | None  # --max-loss-sigma
+    window: int  # --loss-window
+    skipped: set[int] = field(default_factory=set)  # steps that take no part: of --skip-steps, or found bad
+    in_a_row: int = 0
+    _good: deque[tuple[float, float]] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, settings: GuardConfig) -> BadSteps:
+        """As the settings ask."""
+        skipped = set(steps_of(settings.skip_steps))
+        return cls(settings.on_bad_step, settings.max_loss_sigma, settings.loss_window, skipped)
+
+    def reason(self, result: StepResult) -> str:
+        """Why the step is bad; empty where it is good."""
+        for name, place in (("lm_loss", 0), ("grad_norm", 1)):
+            value = getattr(result, name)
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+            if self.sigma is None or len(self._good) < max(2, self.window // 2):
+                continue
+            past = [pair[place] for pair in self._good]
+            mean = math.fsum(past) / len(past)
+            std = math.sqrt(math.fsum((each - mean) ** 2 for each in past) / len(past))
+            if value > mean + self.sigma * max(std, _LEAST_STD * abs(mean)):
+                return (
+                    f"{name} is {value:.4g}, more than {self.sigma:g} standard deviations ({std:.3g}) above "
+                    f"{mean:.4g}, the mean of the last {len(past)} steps"
+                )
+        return ""
+
+    def accept(self, result: StepResult) -> bool:
+        """Judge the step; a good one joins the window."""
+        if self.reason(result):
+            return False
+        self.in_a_row = 0
+        self._good.append((result.lm_loss, result.grad_norm))
+        while len(self._good) > self.window:
+            self._good.popleft()
+        return True
+
+    def leave_out(self, steps: Iterable[int]) -> bool:
+        """These take no part, the last of which is bad; False where too many in a row have been."""
+        self.skipped |= set(steps)
+        self.in_a_row += 1
+        return self.in_a_row < _MOST_IN_A_ROW
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, as JSON."""
+        return {
+            "good": [list(pair) for pair in self._good],
+            "skipped": sorted(self.skipped),
+            "in_a_row": self.in_a_row,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state` gave; steps that were found bad since then stay left out."""
+        self._good = deque((float(loss), float(norm)) for loss, norm in state["good"])
+        self.skipped |= {int(step) for step in state["skipped"]}
+        self.in_a_row = max(self.in_a_row, int(state["in_a_row"]))  # more after a return to a checkpoint
+
+
+def steps_of(ranges: Iterable[str]) -> Iterable[int]:
+    """``("105-107", "300")`` -> 105, 106, 107, 300; ValueError where a word is no range of steps."""
+    for word in ranges:
+        first, dash, last = word.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ValueError(f"{word!r} must be a step or a range of steps, such as 105-107")
+        begin, end = int(first), int(last or first)
+        if not 1 <= begin <= end:
+            raise ValueError(f"{word!r} must count from 1 and upwards")
+        yield from range(begin, end + 1)
+
+
+def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart]) -> str:
+    """What running a bad step again has told: whether the fault is in what is computed, or in the machine."""
+    repeats = all(_alike(getattr(first, name), getattr(second, name)) for name in ("lm_loss", "grad_norm"))
+    told = f"lm_loss {second.lm_loss:.4g}, grad_norm {second.grad_norm:.4g}"
+    places = [_place(part) for part in parts if not _alike(*part.losses) or _is_lost(part)]
+    where = f"; seen on {', '.join(places)}" if places else ""
+    if repeats:
+        return f"run again, it gives the same ({told}): data, settings or weights cause it{where}"
+    return f"run again, it gives {told}: a passing fault of the hardware is likely{where}"
+
+
+def _place(part: OwnPart) -> str:
+    bad = f", gradient of {part.bad_gradient}" if part.bad_gradient else ""
+    return f"rank {part.rank} ({part.host}, {part.device}{bad})"
+
+
+def _is_lost(part: OwnPart) -> bool:
+    return bool(part.bad_gradient) or not all(map(math.isfinite, part.losses))
+
+
+def _alike(one: float, other: float) -> bool:
+    """Equal but for the order of sums on a GPU; two numbers that are not finite are alike."""
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.isfinite(one) == math.isfinite(other)
+    return math.isclose(one, other, rel_tol=1e-3)

@@ -1,0 +1,80 @@
+"""What a run does about steps that are bad, or named beforehand, and about alarms of its health."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.guard.alarms import Alarms
+from megatron_hyperrouter.guard.bad_steps import BadSteps, attribution
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.engines.base import Engine, StepResult
+
+
+class RollBack(Exception):
+    """The run has to return to its newest checkpoint."""
+
+
+class Recovery:
+    """Follows ``--on-bad-step``; every rank decides alike, as it knows the same numbers."""
+
+    def __init__(self, engine: Engine, config: RunConfig, *, remedy: Callable[[int], str]) -> None:
+        """``remedy``: what a person can do after a step (collective)."""
+        self._engine, self._remedy = engine, remedy
+        self._bad = BadSteps.of(config.guard)
+        self._alarms = Alarms(engine, config)
+        self.asked = ""  # by an alarm of the last step: "snapshot" or "stop"
+
+    def takes_part(self, step: int) -> bool:
+        """False for a step that is only read."""
+        return step not in self._bad.skipped
+
+    def accept(self, result: StepResult) -> bool:
+        """Whether the weights may follow this step."""
+        return self._bad.accept(result)
+
+    def after_good_step(self, step: int, result: StepResult, tell: Callable[..., None]) -> None:
+        """Watch the numbers of a step that has changed the weights."""
+        self.asked = self._alarms.after(step, result, tell)
+
+    def after_bad_step(
+        self, step: int, result: StepResult, tell: Callable[..., None], checkpoint: int | None
+    ) -> None:
+        """Run the step again and report what that says (collective); then follow the policy.
+
+        ``tell``: tells the hooks; ``checkpoint``: steps of the newest one.  Raises HyperRouterError where the
+        run cannot continue, and RollBack.
+        """
+        reason, policy = self._bad.reason(result), self._bad.policy
+        second, parts = self._engine.again()
+        said = attribution(result, second, parts)
+        tell("bad_step", step, reason=reason, attribution=said, action=policy)
+        words = f"step {step}: {reason}; {said}"
+        if policy == "stop" or (policy == "rollback" and not checkpoint):
+            raise HyperRouterError(
+                f"{words}; the run stops before the weights change", remedy=self._remedy(step)
+            )
+        first = step if policy == "skip" else (checkpoint or 0) + 1
+        if not self._bad.leave_out(range(first, step + 1)):
+            raise HyperRouterError(
+                f"{words}; it is the last of {self._bad.in_a_row} bad steps in a row",
+                remedy=self._remedy(step),
+            )
+        if policy == "rollback":
+            console.warn(f"{words}; returning to step {checkpoint}, and leaving out steps {first} to {step}")
+            raise RollBack
+        console.warn(f"{words}; the step is left out")
+
+    def meta(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"bad_steps": self._bad.state(), "alarms": self._alarms.state()}
+
+    def restore(self, meta: dict[str, Any]) -> None:
+        """Continue from a checkpoint's ``meta``."""
+        if "bad_steps" in meta:
+            self._bad.restore(meta["bad_steps"])
+        self._alarms.restore(meta)

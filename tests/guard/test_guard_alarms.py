@@ -1,0 +1,130 @@
+"""Alarms: none without a cause, and one soon after each way in which routing breaks down."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_hyperrouter.config.derived import ALARMS
+from megatron_hyperrouter.engines.base import StepResult
+from megatron_hyperrouter.guard.alarms import MEASURES, NAMES, Conditions, Health, Watch
+
+BROKEN: dict[str, tuple[str, Callable[[StepResult], StepResult]]] = {
+    # what happens to the numbers -> the alarm that tells it (values as measured in runs that were broken so)
+    "an unbalancing loss": ("dead_experts", lambda r: layers(r, dead_share=0.3, load_max_over_mean=4.0)),
+    "one popular expert": ("imbalance", lambda r: layers(r, load_max_over_mean=4.5)),
+    "router weights x 10": ("entropy", lambda r: layers(r, entropy=0.01)),
+    "few experts get all": ("collapse", lambda r: layers(r, effective_experts=0.3)),
+    "learning rate x 30": ("loss_spike", lambda r: replace(r, lm_loss=r.lm_loss + 2.0)),
+}
+
+
+def layers(result: StepResult, **values: float) -> StepResult:
+    """The second layer has these values."""
+    return replace(
+        result,
+        layers={
+            name: (own[0], values.get(name, own[1])) if name in values else own
+            for name, own in result.layers.items()
+        },
+    )
+
+
+def healthy(rng: random.Random, step: int) -> StepResult:
+    around = {"dead_share": 0.0, "load_max_over_mean": 1.8, "entropy": 1.76, "effective_experts": 0.93}
+    noise = {"dead_share": 0.0, "load_max_over_mean": 0.1, "entropy": 0.01, "effective_experts": 0.01}
+    values = {
+        name: tuple(level + noise[name] * rng.gauss(0, 1) for _ in range(2)) for name, level in around.items()
+    }
+    loss = 3.0 + 0.02 * rng.gauss(0, 1) - 0.0005 * step
+    return StepResult(loss, 1.0, 0.0, 1.0, values, stop=False, peak_memory=0)
+
+
+def health() -> Health:
+    return Health(num_experts=16, first=10)
+
+
+def run_of(steps: int, *, at: int = 10**9, broken: Callable[[StepResult], StepResult] | None = None) -> Any:
+    rng, watch, found = random.Random(3), health(), []
+    for step in range(1, steps + 1):
+        result = healthy(rng, step)
+        if broken is not None and step >= at:
+            result = broken(result)
+        found += [(step, each) for each in watch.see(step, result, topk=2, regime="k 2")]
+    return found
+
+
+def test_a_healthy_run_gives_no_alarm() -> None:
+    assert run_of(2000) == []
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_breakdown_is_told_within_20_steps(name: str) -> None:
+    alarm, broken = BROKEN[name]
+    step, finding = next(
+        (step, each) for step, each in run_of(140, at=101, broken=broken) if each.measure == alarm
+    )
+    assert 101 <= step <= 121 and finding.since == 101
+    assert finding.layer == (None if alarm == "loss_spike" else 2)
+    assert f"{alarm}" in str(finding) and "since step 101" in str(finding)
+
+
+def test_an_alarm_is_given_once_until_all_is_quiet() -> None:
+    alarm, broken = BROKEN["one popular expert"]
+    assert [each.measure for _, each in run_of(160, at=101, broken=broken)].count(alarm) == 1
+
+
+def test_normal_noise_gives_no_alarm_in_100000_steps() -> None:
+    """6 deviations, three times in a row: more often than once would be a mistake."""
+    rng = random.Random(7)
+    measure = replace(MEASURES[1], limit=None, floor=0.0)
+    watch, conditions = Watch(measure), Conditions(16, 2)
+    assert sum(watch.see(rng.gauss(0, 1), conditions) is not None for _ in range(100_000)) <= 1
+
+
+def test_the_level_starts_anew_where_k_changes() -> None:
+    rng, watch, found = random.Random(3), health(), []
+    for step in range(1, 200):
+        k = 2 if step < 100 else 4
+        result = healthy(rng, step)
+        result = layers(result, entropy=1.76 if k == 2 else 1.2)
+        found += watch.see(step, result, topk=k, regime=f"k {k}")
+    assert found == []
+
+
+def test_values_that_are_no_numbers_and_the_absolute_limit() -> None:
+    watch = Watch(
+        replace(MEASURES[0], limit=lambda run: 0.25, lasting=5),
+    )
+    conditions = Conditions(16, 2)
+    assert [watch.see(0.3, conditions) is not None for _ in range(8)] == [*[False] * 4, True, *[False] * 3]
+    chart = Watch(MEASURES[1])
+    for _ in range(40):
+        chart.see(1.5, conditions)
+    assert [chart.see(float("nan"), conditions) is not None for _ in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("stop", [40, 100, 102, 104])
+def test_a_resumed_run_finds_the_same(stop: int) -> None:
+    """The state goes through JSON, as in a checkpoint."""
+    _, broken = BROKEN["one popular expert"]
+    expected = run_of(140, at=101, broken=broken)
+    rng, watch, found = random.Random(3), health(), []
+    for step in range(1, 141):
+        if step == stop + 1:
+            state = json.loads(json.dumps(watch.state()))
+            watch = health()
+            watch.restore(state)
+        result = healthy(rng, step)
+        result = broken(result) if step >= 101 else result
+        found += [(step, each) for each in watch.see(step, result, topk=2, regime="k 2")]
+    assert found == expected and found
+
+
+def test_every_alarm_has_a_measure() -> None:
+    assert set(NAMES) == set(ALARMS)

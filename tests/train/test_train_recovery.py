@@ -1,0 +1,212 @@
+"""Bad steps: what becomes of them, that they change nothing, and that a resumed run decides alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeEngine
+from tiny_run import VOCAB_SIZE, settings, splits
+from train.loop_runs import KillAt, Killed, change, lines, run
+
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.base import Batch, OwnPart, StepResult
+from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.guard.bad_steps import BadSteps, attribution, steps_of
+from megatron_hyperrouter.guard.events import read_events
+from megatron_hyperrouter.train.hooks import EventsHook
+
+
+class Faulty(FakeEngine):
+    """Adds to the loss of some steps, counted from 1; ``once``: not when the step is run again."""
+
+    def __init__(self, offsets: dict[int, float], *, once: bool = False) -> None:
+        super().__init__(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5)
+        self._offsets, self._once = offsets, once
+
+    def train_step(self, batches: Iterator[Batch], *, step: int, **more: Any) -> StepResult:
+        self.loss_offset = self._offsets.get(step + 1, 0.0)
+        return super().train_step(batches, step=step, **more)
+
+    def again(self) -> tuple[StepResult, list[OwnPart]]:
+        if self._once:
+            self.loss_offset = 0.0
+        return super().again()
+
+
+def policy(config: RunConfig, name: str, **more: object) -> RunConfig:
+    return change(config, "guard", on_bad_step=name, **more)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return settings(tmp_path / "run")
+
+
+def trained(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if "skipped" not in record]
+
+
+def test_skipping_is_naming_the_step_beforehand(config: RunConfig, tmp_path: Path) -> None:
+    found = run(policy(config, "skip"), engine=Faulty({6: math.nan}))
+    other = change(settings(tmp_path / "other"), "guard", skip_steps=("6",))
+    named = run(other, engine=Faulty({}))
+    assert torch.equal(found.table_VV, named.table_VV)
+    assert trained(lines(config)) == trained(lines(other))
+    skipped = [record for record in lines(config) + lines(other) if "skipped" in record]
+    assert [(record["step"], record["lm_loss"], record["consumed_samples"]) for record in skipped] == [
+        (6, None, 24),
+        (6, None, 24),
+    ]
+
+
+def test_rolling_back_leaves_out_all_steps_since_the_checkpoint(config: RunConfig, tmp_path: Path) -> None:
+    back = run(policy(config, "rollback"), engine=Faulty({5: math.inf}))
+    other = change(settings(tmp_path / "other"), "guard", skip_steps=("4-5",))
+    named = run(other, engine=Faulty({}))
+    assert torch.equal(back.table_VV, named.table_VV)
+    assert trained(lines(config)) == trained(lines(other))
+    assert [record["step"] for record in lines(config) if "split" not in record] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("once", "said"),
+    [
+        (False, "run again, it gives the same (lm_loss nan, grad_norm"),
+        (True, "a passing fault of the hardware is likely; seen on rank 0 (here, cpu)"),
+    ],
+)
+def test_stopping_says_whether_the_value_repeats(config: RunConfig, once: bool, said: str) -> None:
+    events = EventsHook(Path(config.logging.run_dir) / "events.jsonl")
+    with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan") as caught:
+        run(config, events, engine=Faulty({6: math.nan}, once=once))
+    assert said in caught.value.message and caught.value.exit_status == 1
+    told = read_events(Path(config.logging.run_dir) / "events.jsonl")
+    assert [(event["event"], event["step"]) for event in told[-2:]] == [("bad_step", 6), ("failure", 5)]
+    assert told[-2]["reason"] == "lm_loss is nan" and said in str(told[-2]["attribution"])
+
+
+def test_a_spike_is_bad_where_it_is_asked_for(config: RunConfig) -> None:
+    watched = policy(config, "skip", max_loss_sigma=6.0, loss_window=6)
+    run(watched, engine=Faulty({9: 50.0}))
+    assert [record["step"] for record in lines(config) if "skipped" in record] == [9]
+    run(change(config, "guard", on_bad_step="skip"), engine=Faulty({9: 50.0}))
+    assert not [record for record in lines(config) if "skipped" in record]
+
+
+@pytest.mark.parametrize("step", [5, 8, 10])
+def test_a_resumed_run_decides_as_the_run_that_was_never_stopped(
+    config: RunConfig, tmp_path: Path, step: int
+) -> None:
+    faults = {7: math.nan, 9: 50.0}
+    more: dict[str, Any] = {"max_loss_sigma": 6.0, "loss_window": 6}
+    whole = policy(settings(tmp_path / "whole"), "skip", **more)
+    expected = run(whole, engine=Faulty(faults))
+    killed = policy(config, "skip", **more)
+    with pytest.raises(Killed):
+        run(killed, KillAt(step), engine=Faulty(faults))
+    again = change(killed, "checkpoint", load=config.logging.run_dir)
+    found = run(again, engine=Faulty(faults))
+    assert lines(config) == lines(whole) and torch.equal(found.table_VV, expected.table_VV)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(config: RunConfig) -> None:
+    with pytest.raises(HyperRouterError, match="the last of 10 bad steps in a row"):
+        run(policy(config, "skip"), engine=Faulty(dict.fromkeys(range(2, 13), math.nan)))
+
+
+class TestJudgement:
+    def result(self, loss: float, norm: float = 1.0) -> StepResult:
+        return StepResult(loss, 1.0, 0.0, norm, {}, stop=False, peak_memory=0)
+
+    def test_window(self) -> None:
+        bad = BadSteps("skip", sigma=3.0, window=4)
+        assert all(bad.accept(self.result(loss)) for loss in (9.0, 1.0, 2.0, 3.0, 2.0))  # 9 has left
+        assert bad.accept(self.result(2.0 + 2.9 * math.sqrt(0.5)))
+        bad.restore({"good": [[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [2.0, 1.0]], "skipped": [], "in_a_row": 0})
+        assert not bad.accept(self.result(2.0 + 3.1 * math.sqrt(0.5)))
+        assert not bad.accept(self.result(2.0, norm=1.1))  # a norm that never varied
+
+    def test_state_comes_back(self) -> None:
+        one = BadSteps("skip", sigma=3.0, window=4)
+        for loss in (0.1, 0.2, 0.7):
+            one.accept(self.result(loss, loss / 3))
+        one.leave_out([4])
+        other = BadSteps("skip", sigma=3.0, window=4)
+        other.restore(one.state())
+        assert other.state() == one.state() and other.skipped == {4}
+
+    def test_steps_of(self) -> None:
+        assert list(steps_of(("105-107", "300"))) == [105, 106, 107, 300]
+
+    @pytest.mark.parametrize(
+        ("second", "repeats"), [(5.0, True), (5.004, True), (5.5, False), (math.nan, False)]
+    )
+    def test_attribution(self, second: float, repeats: bool) -> None:
+        parts = [
+            OwnPart(0, "a", "cuda:0", (2.0, 2.0), ""),
+            OwnPart(1, "b", "cuda:1", (3.0, 3.0 if repeats else 4.0), ""),
+        ]
+        said = attribution(self.result(5.0), self.result(second), parts)
+        assert ("gives the same" in said) == repeats
+        assert ("seen on rank 1 (b, cuda:1)" in said) != repeats
+
+
+class Collapsing(FakeEngine):
+    """From step 61 on one expert gets more and more."""
+
+    def train_step(self, batches: Iterator[Batch], *, step: int, **more: Any) -> StepResult:
+        result = super().train_step(batches, step=step, **more)
+        load = 1.8 + 0.01 * (step % 3) + (2.0 if step >= 60 else 0.0)
+        return replace(result, layers={**result.layers, "load_max_over_mean": (1.5, load)})
+
+
+def long(config: RunConfig, alarm: str) -> RunConfig:
+    quick = change(config, "train", train_iters=80, eval_interval=0)
+    quick = change(change(quick, "guard", alarm=(alarm,)), "model", moe_aux_loss_coeff=0.01)
+    return change(change(quick, "optimizer", lr_warmup_iters=3), "checkpoint", save_interval=0)
+
+
+class TestAlarms:
+    def start(self, config: RunConfig) -> tuple[Collapsing, list[dict[str, Any]]]:
+        engine = Collapsing(VOCAB_SIZE)
+        path = Path(config.logging.run_dir) / "events.jsonl"
+        try:
+            run(config, EventsHook(path), engine=engine, data=splits(320))
+        finally:
+            self.events = [event for event in read_events(path) if event["event"] in ("alarm", "save")]
+        return engine, self.events
+
+    def test_an_alarm_is_an_event_that_says_all(self, config: RunConfig) -> None:
+        _, events = self.start(long(config, "imbalance=note"))
+        alarm, save = events
+        assert (alarm["step"], alarm["alarm"], alarm["layer"], alarm["since"]) == (63, "imbalance", 2, 61)
+        assert alarm["action"] == "note" and alarm["value"] > alarm["threshold"] > 1.8
+        assert (save["event"], save["step"]) == ("save", 80)
+
+    def test_snapshot(self, config: RunConfig) -> None:
+        _, events = self.start(long(config, "imbalance=snapshot"))
+        assert [(event["event"], event["step"]) for event in events] == [
+            ("alarm", 63),
+            ("save", 63),
+            ("save", 80),
+        ]
+
+    def test_raise_aux_is_part_of_the_checkpoint(self, config: RunConfig) -> None:
+        raising = long(config, "imbalance=raise-aux")
+        engine, _ = self.start(raising)
+        assert engine.aux_loss_coeffs == [0.02]
+        again = change(change(raising, "checkpoint", load=config.logging.run_dir), "train", train_iters=81)
+        resumed = Collapsing(VOCAB_SIZE)
+        run(again, engine=resumed, data=splits(324))
+        assert resumed.aux_loss_coeffs == [0.02]
+
+    def test_stop_saves_first(self, config: RunConfig) -> None:
+        with pytest.raises(HyperRouterError, match="step 63: an alarm stops the run"):
+            self.start(long(config, "imbalance=stop"))
+        assert [(event["event"], event["step"]) for event in self.events] == [("alarm", 63), ("save", 63)]
