@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import EvalResult, OwnPart, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.model.names import matrices
 from megatron_hyperrouter.model.sharding import (
     is_second_copy,
     replica_place,
@@ -113,7 +114,7 @@ def params_norm(named: Iterable[tuple[str, nn.Parameter]], device: torch.device)
 def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights of the model, by global name, from what each rank holds (collective)."""
     own = {}
-    for name, parameter in named:
+    for name, parameter in matrices(named):
         if replica_place(name)[1] != 0:
             continue  # another rank tells it
         shape, shard = tuple(parameter.shape), shard_of(name)

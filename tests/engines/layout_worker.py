@@ -101,6 +101,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     engine = open_engine(config, vocab_size=VOCABULARY, eod=EOD)
     try:
         told = train(engine, config, case)
+        shapes = engine.shapes() if case.get("shapes") else None
         evaluations = {}
         for topk in case.get("topk_eval", ()):
             result = engine.evaluate(micro_batches(config, engine.place, 99), topk=topk)
@@ -117,7 +118,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             save(engine, Path(case["folder"]) / "probed")
     finally:
         engine.close()
-    return {"steps": told, "evaluations": evaluations, "read": case.get("read")}
+    return {"steps": told, "evaluations": evaluations, "read": case.get("read"), "shapes": shapes}
 
 
 def train(engine: Engine, config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:

@@ -82,3 +82,13 @@ def test_weights_go_between_loop_and_groups_bit_for_bit(zygote: Zygote, tmp_path
         found = read_tensors(Path(folders[name]), weight_names(Path(folders[name])))
         assert found.keys() == first.keys()
         assert all(torch.equal(found[each], first[each]) for each in first), name
+
+
+def test_shapes_are_those_of_single_experts(zygote: Zygote, tmp_path: Path) -> None:
+    """What the start of a run counts its parameters from."""
+    told = {}
+    for flag in (GROUPED, LOOP):
+        cases = [{"flags": ["--router.name", "topk", *EP2.split(), flag], "steps": 0, "shapes": True}]
+        told[flag] = run_ranks(zygote, WORKER, {"cases": cases}, ranks=2, folder=tmp_path / flag)[0]["shapes"]
+    assert told[GROUPED] == told[LOOP]
+    assert told[LOOP]["decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight"] == [96, 32]

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.model.loss import captured_logits
+from megatron_hyperrouter.model.names import matrices
 
 # The end of a name of transformers -> ours, inside a layer.
 PLAIN = {
@@ -95,14 +96,14 @@ def in_layer(run: RunConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def fill(engine: Any, weights: dict[str, Tensor]) -> None:
     """Put ``weights`` into the engine's model; every one has a place there, and every place its weight."""
-    places = dict(engine.named_parameters())
+    places = dict(matrices(engine.named_parameters()))
     for prefix, router in engine.routers.items():
         places |= {prefix + name: buffer for name, buffer in router.named_buffers()}
     if places.keys() != weights.keys():
         raise KeyError(f"not in both: {sorted(places.keys() ^ weights.keys())}")
     for name, place in places.items():
         place.copy_(weights[name])
-    engine._weights_changed()
+    engine.weights_changed()
 
 
 @torch.no_grad()
