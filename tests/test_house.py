@@ -101,7 +101,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
     "export": (LATE_ROOM, {"torch", "numpy", "safetensors", "megatron"}),
-    "huggingface": (set(), {"torch", "transformers", "safetensors"}),  # runs in other environments, too
+    "huggingface": (
+        set(),
+        {"torch", "numpy", "transformers", "safetensors", "lm_eval", "gguf"},
+    ),  # runs in other environments, too
     "proof": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch", "numpy", "safetensors"}),
     "importing": ({*LATE_ROOM, "export"}, {"torch", "yaml"}),
     "generation": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch"}),
@@ -112,7 +115,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "commands/training": (COMMAND, {"torch"}),
     "commands/data": (COMMAND, {"torch", "numpy"}),
     "commands/models": (
-        {*COMMAND, "export", "proof", "importing", "generation"},
+        {*COMMAND, "export", "proof", "importing", "generation", "huggingface"},
         {"torch", "numpy", "rich", "yaml"},
     ),
     "commands/studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "rich", "yaml"}),

@@ -34,6 +34,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "generate": Command("models.generate", "continue prompts at several k"),
         "export-hf": Command("models.export_hf", "write a run as a Hugging Face folder with a certificate"),
         "import-hf": Command("models.import_hf", "turn a Hugging Face model into a run folder"),
+        "average": Command("models.average", "average checkpoints of a run into a new run folder"),
+        "lm-eval": Command("models.lm_eval", "run lm-evaluation-harness at several k"),
         "export-megatron": Command("models.export_megatron", "write a run's weights for Megatron-LM"),
     },
     "Studies": {

@@ -15,8 +15,13 @@ from typing import Any
 
 from megatron_hyperrouter.errors import HostError, HyperRouterError
 
-COMPARE = Path(__file__).resolve().parent.parent / "huggingface" / "compare.py"
-_INSTALL = "pip install 'megatron-hyperrouter[hf]', or name a Python that has it with --python"
+_FILES = Path(__file__).resolve().parent.parent / "huggingface"
+COMPARE, HARNESS, GGUF = _FILES / "compare.py", _FILES / "harness.py", _FILES / "gguf_file.py"
+_INSTALL = {
+    COMPARE: "pip install 'megatron-hyperrouter[hf]', or name a Python that has it with --python",
+    HARNESS: "pip install 'megatron-hyperrouter[hf,eval]', or name a Python that has it with --python",
+    GGUF: "pip install gguf, or name a Python that has it with --python",
+}
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -45,9 +50,9 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             return found
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         if any(word in last[0] for word in ("ModuleNotFoundError", "ImportError", "does not have the class")):
-            raise HostError(f"{program}: {last[0]}", remedy=_INSTALL)
+            raise HostError(f"{program}: {last[0]}", remedy=_INSTALL[script])
         raise HyperRouterError(
-            f"transformers could not run the model: {last[0]}",
+            f"{script.name} failed: {last[0]}",
             remedy="the whole message is below\n" + done.stderr.strip()[-3000:],
         )
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     write_folder(args)
 
 
-def write_folder(args: Namespace) -> None:
+def write_folder(args: Namespace, *, quiet: bool = False) -> None:
     """Checkpoint -> draft folder -> proof -> certificate -> the folder's name."""
     from megatron_hyperrouter.export.card import write_card
     from megatron_hyperrouter.export.certificate import certificate, source, write_certificate
@@ -59,7 +59,10 @@ def write_folder(args: Namespace) -> None:
             "\n  - ".join(["the proof is out of bounds:", *faults]),
             remedy=f"the folder is {folder}; its certificate.json has all numbers",
         )
-    report(job, folder, len(digests), proof)
+    if args.gguf is not None:
+        write_gguf(args, folder)
+    if not quiet:
+        report(job, folder, len(digests), proof)
 
 
 def export_of(args: Namespace) -> tuple[Export, list[Router]]:
@@ -70,6 +73,7 @@ def export_of(args: Namespace) -> tuple[Export, list[Router]]:
     from megatron_hyperrouter.export.gates import custom_gates, standard_gates
     from megatron_hyperrouter.export.sources import (
         check_files,
+        check_gguf,
         plain_run,
         routers_of,
         vocabulary_rows,
@@ -81,16 +85,28 @@ def export_of(args: Namespace) -> tuple[Export, list[Router]]:
     check_files(checkpoint)
     run = plain_run(trained.settings)
     topk = args.topk or run.model.moe_router_topk
-    check_topks([topk, *(args.proof_topk or [])], run.model.num_experts)
     tokenizer = trained.tokenizer()
+    check_topks([topk, *(args.proof_topk or [])], run.model.num_experts)
     reader = weight_reader(checkpoint)
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)
     gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers)
+    if args.gguf is not None:
+        check_gguf(gates.target, args.dtype, tokenizer)
     if run.model.moe_expert_capacity_factor is not None:
         note("note: training dropped tokens over an expert's capacity; the exported model drops none")
     job = Export(run, checkpoint, gates, tokenizer, args.dtype, topk, args.max_shard_size)
     return job, routers
+
+
+def write_gguf(args: Namespace, folder: Path) -> None:
+    """The folder's weights for llama.cpp, in one file."""
+    from megatron_hyperrouter.proof.child import GGUF, ask
+
+    args.gguf.parent.mkdir(parents=True, exist_ok=True)
+    task = {"folder": str(folder.resolve()), "file": str(args.gguf.resolve()), "name": folder.name}
+    ask(task, python=args.python, script=GGUF)
+    show(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes for llama.cpp")
 
 
 def asked_of(args: Namespace) -> Asked:
@@ -183,6 +199,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="P",
         help="token files to prove with (default: the run's test split)",
     )
+    add("--gguf", type=Path, metavar="FILE", help="also write the weights for llama.cpp")
     add("--python", metavar="FILE", help="Python that has transformers (default: this one)")
     add("--verify", type=Path, metavar="FOLDER", help="compare a folder with its certificate instead")
     add("--numbers", action="store_true", help="with --verify: run transformers and compare losses, too")

@@ -1,0 +1,142 @@
+"""Average checkpoints of a run into a new run folder, which evaluation, generation, export and finetuning
+take.
+
+The steps are named, or the last N are taken; the weights are equal, given, or those of an exponential moving
+average.  average_certificate.json in the new folder says what went in.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
+from megatron_hyperrouter.terminal import parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.export.averaging import Term
+
+CERTIFICATE = "average_certificate.json"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Checkpoints -> one checkpoint -> a run folder."""
+    args = read_flags(arguments)
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.files import publish, unfinished_folder, write_json
+
+    runs = [TrainedRun.open(folder) for folder in folders_of(args)]
+    terms = terms_of(args, runs)
+    with unfinished_folder(args.output) as draft:
+        certificate = write(draft, args.output, runs, terms)
+        write_json(draft / CERTIFICATE, certificate)
+        publish(draft, args.output)
+    parts = ", ".join(f"{term.weight:.4g} x step {term.step}" for term in terms)
+    show(f"{args.output}: {parts}")
+
+
+def folders_of(args: Namespace) -> list[Path]:
+    """The checkpoints that are asked for, oldest first."""
+    from megatron_hyperrouter.checkpoint.folder import find
+    from megatron_hyperrouter.checkpoint.manifest import folder_name, sealed_steps
+
+    newest = find(args.load)
+    if newest is None:
+        raise CheckpointError(
+            f"--load {args.load}: there is no finished checkpoint",
+            remedy="name the --run-dir of a run that has saved one",
+        )
+    root = newest.parent
+    there = sealed_steps(root)
+    if args.steps is not None:
+        if missing := sorted(set(args.steps) - set(there)):
+            raise CheckpointError(
+                f"{root} has no checkpoint of step {missing[0]}",
+                remedy=f"use some of {', '.join(map(str, there))}",
+            )
+        return [root / folder_name(step) for step in sorted(set(args.steps))]
+    if args.last > len(there):
+        rule = f"must be at most {len(there)}, the checkpoints in {root}"
+        raise ConfigError([Problem("--last", args.last, rule, "save more often, or keep more")])
+    return [root / folder_name(step) for step in there[-args.last :]]
+
+
+def terms_of(args: Namespace, runs: Sequence[TrainedRun]) -> list[Term]:
+    """Each checkpoint with its weight."""
+    from megatron_hyperrouter.export.averaging import Term, shares
+    from megatron_hyperrouter.export.sources import check_files, weight_reader
+
+    for run in runs:
+        check_files(run.checkpoint)
+    if args.weights is not None and len(args.weights) != len(runs):
+        rule = f"must be one for each of the {len(runs)} checkpoints"
+        given = " ".join(map(str, args.weights))
+        raise ConfigError([Problem("--weights", given, rule, "give as many, oldest first")])
+    weights = shares(len(runs), weights=args.weights, ema=args.ema)
+    return [
+        Term(run.step, weight, weight_reader(run.checkpoint))
+        for run, weight in zip(runs, weights, strict=True)
+    ]
+
+
+def write(draft: Path, output: Path, runs: Sequence[TrainedRun], terms: Sequence[Term]) -> dict[str, Any]:
+    """The new run folder; returns its certificate."""
+    from megatron_hyperrouter.checkpoint.description import describe
+    from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
+    from megatron_hyperrouter.config.cli import dump, replace_leaves
+    from megatron_hyperrouter.export.averaging import write_average
+    from megatron_hyperrouter.export.sources import OneProcess, weight_reader
+
+    last = runs[-1]
+    settings = replace_leaves(last.settings, run_dir=str(output))
+    described = describe(settings)
+    meta = {**last.manifest["meta"], **described.meta, "averaged": [term.step for term in terms]}
+    folders = CheckpointFolders(draft / "checkpoints", OneProcess())
+    folder = folders.save(
+        last.step, lambda folder: _ignore(write_average(folder, terms)), meta, texts=described.texts
+    )
+    (draft / "config.yaml").write_text(dump(settings), encoding="utf-8")
+    return {
+        "format": 1,
+        "source": [
+            {
+                "run": run.run_dir.name,
+                "step": term.step,
+                "weight": term.weight,
+                "weights_sha256": term.reader.digest(),
+            }
+            for run, term in zip(runs, terms, strict=True)
+        ],
+        "weights_sha256": weight_reader(folder).digest(),
+    }
+
+
+def _ignore(_value: object) -> None:
+    """What a phase of a save returns is of no use."""
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(__doc__ or "")
+    add = flags.add_argument
+    add("--load", type=Path, required=True, metavar="RUN_DIR", help="run folder, or its checkpoints/")
+    add("--output", type=Path, required=True, metavar="RUN", help="the run folder to write")
+    add("--steps", type=int, nargs="+", metavar="N", help="steps of the checkpoints to average")
+    add("--last", type=int, metavar="N", help="average the last N checkpoints instead")
+    add("--weights", type=float, nargs="+", metavar="W", help="weights, oldest first (default: equal)")
+    add("--ema", type=float, metavar="DECAY", help="weights that fall by DECAY a checkpoint, newest first")
+    args = flags.parse_args(arguments)
+    if (args.steps is None) == (args.last is None):
+        flags.error("give --steps or --last")
+    if args.last is not None and args.last < 1:
+        flags.error("--last must be at least 1")
+    if args.weights is not None and args.ema is not None:
+        flags.error("give --weights or --ema, not both")
+    if args.ema is not None and not 0 < args.ema < 1:
+        flags.error("--ema must be above 0 and below 1")
+    if args.weights is not None and not sum(args.weights) > 0:
+        flags.error("--weights must have a sum above 0")
+    return args

@@ -1,0 +1,140 @@
+"""Run lm-evaluation-harness on a run or an exported folder, once for each k.
+
+Two tasks need no download: held_out (bits per byte of texts that training did not see) and next_line (which
+of
+four lines comes next).  They are made of the run's test split, or of --text FILE.jsonl.  Other tasks of the
+harness read their data from a hub or from --include-path.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.terminal import parser, show
+
+_SAMPLES = 64
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Folder -> tasks -> the harness in a process of its own -> a table."""
+    args = read_flags(arguments)
+    from megatron_hyperrouter.huggingface.local_tasks import TASKS
+    from megatron_hyperrouter.proof.child import HARNESS, ask
+
+    with TemporaryDirectory(prefix="mhr-lm-eval-") as name:
+        home = Path(name)
+        folder = folder_of(args, home)
+        include = args.include_path
+        if set(args.tasks) & set(TASKS):
+            include = home / "tasks"
+            make_tasks(args, include)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        task = {
+            "folder": str(folder.resolve()),
+            "topks": args.topk or [config["num_experts_per_tok"]],
+            "tasks": args.tasks,
+            "include_path": None if include is None else str(include.resolve()),
+            "include_defaults": not set(args.tasks) <= set(TASKS),
+            "dtype": args.dtype,
+            "device": args.device,
+            "batch_size": args.batch_size,
+            "limit": args.limit,
+            "custom_code": "auto_map" in config,
+        }
+        answer = ask(task, python=args.python, script=HARNESS)
+    write_json(args.output, {"results": answer["results"], "versions": answer["versions"]})
+    table(answer["results"])
+
+
+def folder_of(args: Namespace, home: Path) -> Path:
+    """The Hugging Face folder, or a temporary export of the run."""
+    load: Path = args.load
+    if (load / "config.json").is_file():
+        return load
+    from megatron_hyperrouter.commands.models import export_hf
+
+    folder = home / "folder"
+    words = ["--load", str(load), "--output", str(folder), "--no-proof"]
+    export_hf.write_folder(export_hf.read_flags(words), quiet=True)
+    return folder
+
+
+def make_tasks(args: Namespace, folder: Path) -> None:
+    """Write the two tasks of our own."""
+    from megatron_hyperrouter.huggingface.local_tasks import write_tasks
+
+    folder.mkdir()
+    empty = write_tasks(folder, texts_of(args))
+    if wrong := sorted(set(args.tasks) & set(empty)):
+        raise DataError(
+            f"{' and '.join(wrong)}: the texts are too short",
+            remedy="name longer ones with --text FILE.jsonl; next_line needs lines of text",
+        )
+
+
+def texts_of(args: Namespace) -> list[str]:
+    """Texts that training did not see."""
+    if args.text is not None:
+        try:
+            lines = args.text.read_text(encoding="utf-8").splitlines()
+            return [str(json.loads(line)["text"]) for line in lines if line.strip()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = 'name a file of JSON lines with a field "text"'
+            raise DataError(f"{args.text} cannot be read: {error!r}", remedy=remedy) from error
+    if (args.load / "config.json").is_file():
+        raise DataError(
+            "held_out and next_line need texts, which a folder does not have",
+            remedy="name some with --text FILE.jsonl, or load the run",
+        )
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+
+    run = TrainedRun.open(args.load)
+    tokenizer = run.tokenizer()
+    dataset = run.dataset(tokenizer, split="test", samples=_SAMPLES)
+    rows = [dataset[number] for number in range(min(_SAMPLES, len(dataset)))]
+    return [tokenizer.decode(row.tolist()) for row in rows]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """Metrics by task, with k in columns."""
+    topks = sorted({row["topk"] for row in rows})
+    show(f"{'task':<16} {'metric':<16}" + "".join(f"{f'k = {k}':>12}" for k in topks))
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = {row["topk"]: row for row in rows if row["task"] == task}
+        metrics = [name for name in own[topks[0]] if name not in ("topk", "task") and "_stderr" not in name]
+        for metric in metrics:
+            show(
+                f"{task:<16} {metric:<16}"
+                + "".join(f"{own[k].get(metric, float('nan')):>12.4f}" for k in topks)
+            )
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(__doc__ or "")
+    add = flags.add_argument
+    add("--load", type=Path, required=True, metavar="RUN_OR_FOLDER", help="run folder or Hugging Face folder")
+    add(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="held_out, next_line, or tasks of the harness",
+    )
+    add("--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)")
+    add("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
+    add("--include-path", type=Path, metavar="DIR", help="folder of further task files")
+    add("--text", type=Path, metavar="FILE.jsonl", help="texts for held_out and next_line")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)")
+    add("--device", default="cpu", help="where the model runs (default: cpu)")
+    add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
+    add("--limit", type=int, metavar="N", help="only the first N texts of each task")
+    add("--python", metavar="FILE", help="Python that has lm-eval and transformers (default: this one)")
+    return flags.parse_args(arguments)

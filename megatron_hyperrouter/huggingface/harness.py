@@ -1,0 +1,55 @@
+"""lm-evaluation-harness on a Hugging Face folder, once for each k: ``python harness.py TASK.json
+ANSWER.json``.
+
+Needs lm-eval and transformers alone, so that any environment can run it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+
+def main(arguments: list[str]) -> None:
+    """Read the task, write the answer."""
+    task = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    manager = TaskManager(include_path=task["include_path"], include_defaults=task["include_defaults"])
+    rows: list[dict[str, Any]] = []
+    for k in task["topks"]:
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={
+                "pretrained": task["folder"],
+                "dtype": task["dtype"],
+                "num_experts_per_tok": k,
+                "trust_remote_code": task["custom_code"],
+            },
+            tasks=task["tasks"],
+            task_manager=manager,
+            device=task["device"],
+            batch_size=task["batch_size"],
+            limit=task["limit"],
+            log_samples=False,
+        )
+        rows += [row_of(k, name, metrics) for name, metrics in found["results"].items()]
+    answer = {"versions": {"lm_eval": lm_eval.__version__}, "results": rows}
+    Path(arguments[1]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def row_of(k: int, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``."""
+    numbers = {
+        name.split(",")[0]: value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and "," in name
+    }
+    return {"topk": k, "task": task, **numbers}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
