@@ -87,7 +87,7 @@ FOREIGN = {
         (zipped(), "a zip archive", "unpack"),
         (b"MMIDIDX\x00\x00" + bytes(40), "the index of a pair of token files already", "text"),
     ],
-    "a.txt": [(b"some text \x00\x01", "byte 10: a NUL: this is no text", "plain text")],
+    "a.txt": [(b"some text \x00\x01", "byte 10: a NUL byte: this is not text", "plain text")],
     "a.bin": [(b"\x01\x00\x02\x00", "byte 1: a NUL", "plain text")],
     "a.tar.gz": [(gzip.compress(b"name" + bytes(500)), "a NUL", "plain text")],
 }

@@ -160,7 +160,7 @@ def _is_head(line: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def alone(output_prefix: str) -> Iterator[None]:
+def locked_output(output_prefix: str) -> Iterator[None]:
     """Keep other processes away from an output that cannot be continued.  DataError where another process is
     writing it, or has left unfinished files.
     """

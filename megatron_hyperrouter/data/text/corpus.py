@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_hyperrouter.data.text.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of, size_of
@@ -29,10 +29,6 @@ _SAFE_LINE_END = re.compile(rb"[!-~]\n(?=[!-.0-~])")
 # before it, so that both sides encode apart as they do together.
 SAFE_CUT = r"(?= [A-Za-z])"
 _SAFE_CUT = re.compile(SAFE_CUT.encode())
-
-
-# 1 for a byte of a word, 0 for white space
-_WORD_CHARACTERS = bytes(byte not in b" \t\n\r\v\f" for byte in range(256))
 
 
 class BadLine(DataError):
@@ -161,12 +157,6 @@ def _lines(batch: TextBatch, keys: Sequence[str], where: _Where) -> Iterator[tup
         text = _utf8(batch.pieces[index], where)
         if not text.isspace():
             yield _parse(text, where, keys)
-
-
-def count_words(found: Iterable[str]) -> int:
-    """How many words the texts have, between ASCII white space: the number that per-word perplexity needs."""
-    content = "\n".join(("", *found)).encode()
-    return content.translate(_WORD_CHARACTERS).count(b"\0\1")
 
 
 def texts(

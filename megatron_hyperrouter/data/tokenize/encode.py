@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hyperrouter.data.store.token_files import smallest_dtype
-from megatron_hyperrouter.data.text.corpus import TextBatch, count_words, documents
+from megatron_hyperrouter.data.text.corpus import TextBatch, documents
 from megatron_hyperrouter.data.tokenize.backends import Backend, build_encoder
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, TokenizerOptions
 from megatron_hyperrouter.errors import DataError, HyperRouterError
@@ -110,6 +110,13 @@ class Encoder:
             np.array(counts, dtype=np.int32),
             count_words(texts),
         )
+
+
+def count_words(texts: Iterable[str]) -> int:
+    """How many words the texts have, between ASCII white space: what per-word perplexity needs."""
+    letters = np.frombuffer("\n".join(("", *texts, "")).encode(), np.uint8)
+    space = (letters - np.uint8(9) < 5) | (letters == 32)  # 9 to 13 are tab, line end and the like
+    return int(np.count_nonzero(space[:-1] > space[1:]))
 
 
 def encode_all(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hyperrouter.data.store.journal import alone
+from megatron_hyperrouter.data.store.journal import locked_output
 from megatron_hyperrouter.data.store.manifest import ENDING, Manifest, read_manifest, write_manifest
 from megatron_hyperrouter.data.store.pair_writer import PairWriter, put_in_place, remove_partial
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
@@ -34,7 +34,7 @@ def merge(
     settings.
     """
     found = find_shards(output_prefix)
-    with alone(output_prefix):
+    with locked_output(output_prefix):
         written = _join(output_prefix, found, progress)
     for shards in found.values() if remove_shards else ():
         for shard, _ in shards:
