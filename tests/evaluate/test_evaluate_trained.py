@@ -1,0 +1,86 @@
+"""A trained run as a value: its own settings, its own tokenizer, and its data wherever they are now."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import Alone, FakeEngine
+
+from megatron_hyperrouter.checkpoint.description import describe
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, read_manifest
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
+from megatron_hyperrouter.data.stream.file_identity import identity
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.resuming.run_meta import run_meta
+
+
+def token_file(prefix: Path, first: int) -> None:
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        for number in range(40):
+            writer.add_document(np.arange(number, number + 30).astype(np.uint16) % 90 + first)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data, a tokenizer, and a run that was started in it with relative paths."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    token_file(home / "text", first=97)
+    train_bpe(iter(["a text to learn from"] * 9), 300, str(home / "tok.json"))
+    flags = (
+        "--data-path text --split 50,25,25 --seq-length 8 --run-dir run "
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tok.json"
+    )
+    config = parse(flags.split(), routers=ROUTERS, world_size=1)
+    described = describe(config, tokenizer=tokenizer_of(config.data).identity())
+    described.meta["files"] = {"text": identity(IndexedDataset("text", whole=False))}
+    engine = FakeEngine(300)
+    meta = run_meta(config, engine) | described.meta
+    CheckpointFolders(home / "run/checkpoints", Alone()).save(5, engine.save, meta, texts=described.texts)
+    return home
+
+
+def test_paths_relative_to_where_the_run_was_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    token_file(home / "elsewhere/text", first=300)  # another file by the same relative name
+    run = TrainedRun.open(home / "run")
+    assert run.step == 5 and run.data().data_path == (str(home / "text"),)
+    assert run.tokenizer().sha256() == run.manifest["meta"]["tokenizer"]["sha256"]
+
+
+def test_a_moved_run_finds_its_data(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = home.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    (moved / "tok.json").unlink()  # the checkpoint has its own
+    run = TrainedRun.open(moved / "run/checkpoints/step_0000005")
+    assert run.data().data_path == (str(moved / "text"),)
+    assert len(run.dataset(run.tokenizer())) > 5
+
+
+def test_a_file_that_has_changed_is_reported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    token_file(home / "text", first=98)
+    TrainedRun.open(home / "run").data()
+    assert "it has changed since" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(home: Path) -> None:
+    train_bpe(iter(["other words altogether"] * 9), 300, str(home / "other.json"))
+    with pytest.raises(ConfigError, match="is not the tokenizer of the run"):
+        TrainedRun.open(home / "run", tokenizer_model=str(home / "other.json")).tokenizer()
+    shutil.copy(home / "tok.json", home / "same.json")
+    TrainedRun.open(home / "run", tokenizer_model=str(home / "same.json")).tokenizer()
+
+
+def test_the_checkpoint_lists_what_it_carries(home: Path) -> None:
+    folder = home / "run/checkpoints/step_0000005"
+    assert {"settings.yaml", "tokenizer/tok.json"} <= read_manifest(folder)["files"].keys()
