@@ -70,7 +70,7 @@ class ChoosingRouter(Router):
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Tokens that the balancing loss looks at; global_batch: by the load of the step before; off: none",
+            "Tokens that the balancing loss sees; global_batch: by the load of the step before; off: none",
         ] = "micro_batch"
         expert_bias: Annotated[
             bool, "Balance without a loss: a bias moves the choice but not the weights (DeepSeek-V3)"

@@ -88,8 +88,8 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "When a layer competes. fixed: with probability rate; function: 2 / (2 + sqrt(i + 1)) in block i; "
-            "capped: with probability rate after a warm-up, at most max-competing layers in a step; "
+            "When a layer competes. fixed: probability rate; function: 2 / (2 + sqrt(i + 1)) in block i; "
+            "capped: probability rate after a warm-up, at most max-competing layers in a step; "
             "default: fixed for v1, capped for v2",
         ] = None
         rate: Annotated[
