@@ -440,3 +440,18 @@ print(peak() - before)
         [sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True, check=True
     )
     assert float(told.stdout) < 16
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("corpus", "corpus_text_document"), ("corpus_text_document.bin", "corpus_text_document")],
+)
+def test_a_prefix_without_its_ending_is_suggested(tmp_path: Path, given: str, meant: str) -> None:
+    with IndexedWriter(tmp_path / "corpus_text_document", np.uint16) as writer:
+        writer.add_document([1, 2])
+    with pytest.raises(DataError, match="no such file") as caught:
+        IndexedDataset(tmp_path / given)
+    assert caught.value.remedy == f"did you mean {tmp_path / meant}?"
+    with pytest.raises(DataError) as caught:
+        IndexedDataset(tmp_path / "other")
+    assert caught.value.remedy.startswith("give the path without .bin or .idx")
