@@ -186,7 +186,7 @@ def test_not_installed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings(model: str) -> None:
     with pytest.raises(ConfigError, match="--tokenizer-backend = quick: is not a back end"):
         chosen("HuggingFaceTokenizer", model, "quick", FIRST)
-    with pytest.raises(ConfigError, match="--tokenizer-backend = gigatoken: is for HuggingFaceTokenizer"):
+    with pytest.raises(ConfigError, match="--tokenizer-backend = gigatoken: applies to HuggingFaceTokenizer"):
         chosen("ByteTokenizer", None, "gigatoken", FIRST)
 
 

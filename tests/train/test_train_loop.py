@@ -166,7 +166,8 @@ class TestMoments:
     def test_keeps_the_newest(self, config: RunConfig) -> None:
         run(change(config, "checkpoint", keep_checkpoints=2))
         names = sorted(path.name for path in (Path(config.logging.run_dir) / "checkpoints").iterdir())
-        assert names == ["latest", "step_0000009", "step_0000012"]
+        # "proved" names the newest checkpoint that a healthy step followed
+        assert names == ["latest", "proved", "step_0000009", "step_0000012"]
 
     def test_a_rank_that_asks_to_stop_stops_all_after_a_save(self, config: RunConfig) -> None:
         class AskedElsewhere(FakeEngine):
