@@ -58,9 +58,15 @@ class Measure:
     patience: int = 3
 
 
+def _half_of_the_worst(run: Conditions) -> float:
+    """E / 2k of load max/mean; nothing where k is so large that a healthy run comes near it."""
+    half = run.num_experts / (2 * run.topk)
+    return half if half >= 2 else math.inf
+
+
 MEASURES: tuple[Measure, ...] = (
     Measure("dead_experts", "dead_share", 1, 0.03, lambda run: 0.25),
-    Measure("imbalance", "load_max_over_mean", 1, 0.15, lambda run: run.num_experts / (2 * run.topk), 20),
+    Measure("imbalance", "load_max_over_mean", 1, 0.15, _half_of_the_worst, 20),
     Measure("entropy", "entropy", -1, 0.02, lambda run: 0.1 * math.log(run.num_experts) * (run.topk > 1)),
     Measure("collapse", "effective_experts", -1, 0.02, lambda run: 0.5 * run.topk / run.num_experts),
     Measure("loss_spike", None, 1, 0.05, sigma=10.0),

@@ -128,3 +128,8 @@ def test_a_resumed_run_finds_the_same(stop: int) -> None:
 
 def test_every_alarm_has_a_measure() -> None:
     assert set(NAMES) == set(ALARMS)
+
+
+def test_a_large_k_has_no_limit_that_a_healthy_run_reaches() -> None:
+    watch, conditions = Watch(MEASURES[1]), Conditions(4, 2)  # load max/mean is at most 2
+    assert all(watch.see(1.9, conditions) is None for _ in range(60))

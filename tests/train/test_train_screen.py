@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pyte
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 from train.records import VALID, step_record
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.train.screen import ConsoleHook, duration
 
 
@@ -99,6 +101,25 @@ class TestConsole:
         assert any("waiting for data" in line for line in shown) or width < 80
         hook.on_end()
         hook.on_end()  # twice does no harm
+
+    def test_a_warning_stands_above_the_bar(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not through it, which would leave a piece of the bar on the screen."""
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        screen = Console(file=stream, force_terminal=True, width=80, height=12)
+        hook = ConsoleHook(9, log_interval=5, screen=screen)
+        hook.on_start(0)
+        for step in (1, 2):
+            hook.on_step(step_record(step))
+            console.warn(f"look at step {step}")
+        assert hook._progress is not None
+        hook._progress.refresh()
+        terminal = pyte.Screen(80, 12)
+        pyte.Stream(terminal).feed(stream.getvalue().replace("\n", "\r\n"))
+        hook.on_end()
+        shown = [line.rstrip() for line in terminal.display if line.strip()]
+        assert shown[:2] == ["warning: look at step 1", "warning: look at step 2"]
+        assert len(shown) == 3 and shown[2].startswith("2/9")
 
     def test_a_lost_loss_does_not_break_the_line(self) -> None:
         screen = Console(file=io.StringIO())
