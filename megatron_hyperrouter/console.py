@@ -122,9 +122,7 @@ def _say(stream: TextIO, kind: str, text: str, style: str) -> None:
 
 
 def _print(stream: TextIO, head: str, text: str, style: str) -> None:
-    if hasattr(
-        stream, "rich_proxied_file"
-    ):  # a bar is on the screen, and stays below what passes here
+    if hasattr(stream, "rich_proxied_file"):  # a bar is on the screen, and stays below what passes here
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.write(f"{head}{text}\n")
         return
