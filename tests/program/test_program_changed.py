@@ -84,7 +84,7 @@ def test_each_token_is_read_once_on_any_number_of_ranks(
         assert job.stdout.count(changed) == (ranks != before)
         assert (
             job.stdout.count(
-                "was 8 in the checkpoint and is 4 now: the run goes on with what it has not read yet"
+                "was 8 in the checkpoint and is 4 now: the run continues with the data that it has not read"
             )
             == 1
         )

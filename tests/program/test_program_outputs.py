@@ -164,6 +164,7 @@ class TestCheckpoints:
         root = whole / "checkpoints"
         assert sorted(path.name for path in root.iterdir()) == [
             "latest",
+            "proved",
             *(f"step_{step:07d}" for step in (3, 6, 9, 12)),
         ]
         assert (root / "latest").read_text(encoding="utf-8").strip() == "step_0000012"
@@ -249,10 +250,10 @@ class TestCheckpoints:
         assert (
             "--hidden-size was 32 in the checkpoint and is 64 now" in sizes
             and "--num-experts was 4" in sizes
-            and "config.yaml" in sizes
+            and "settings.yaml" in sizes
         )
         seed = refused("--router.seed", 77)
-        assert "frozen weights of seed 1234" in seed and "set --router.seed 1234" in seed
+        assert "--router.seed was 1234 and is 77 now" in seed and "--override" in seed
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
 
     def test_another_layout_continues_and_says_what_cannot_move(
