@@ -253,7 +253,7 @@ class TestCheckpoints:
             and "settings.yaml" in sizes
         )
         seed = refused("--router.seed", 77)
-        assert "--router.seed was 1234 and is 77 now" in seed and "--override" in seed
+        assert "--router.seed was none and is 77 now" in seed and "--override" in seed
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
 
     def test_another_layout_continues_and_says_what_cannot_move(
