@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         ("quickstart.yaml", 2, ["--data-path", "somewhere"]),
         ("quickstart.yaml", 1, ["--data-path", "somewhere", "--expert-model-parallel-size", "1"]),
+        ("compare.yaml", 1, []),
         ("cluster.yaml", 64, []),
         ("cluster.yaml", 64, ["--engine", "megatron"]),
     ],

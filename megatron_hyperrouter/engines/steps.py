@@ -123,7 +123,16 @@ class RouterSteps:
                 )
                 router.end_step(counts)
             router.begin_step()
-        return self._statistics.summary(sums)
+        return {
+            name: self._for_all_layers(values, sums)
+            for name, values in self._statistics.summary(sums).items()
+        }
+
+    def _for_all_layers(self, values: list[float], sums: Tensor) -> list[float]:
+        """A number for each layer: nan where it saw no token."""
+        routed = iter(values)
+        seen = self._statistics.tokens_L(sums).tolist()
+        return [next(routed) if tokens else float("nan") for tokens in seen]
 
     def _sizes(self) -> tuple[int, int]:
         """Layers of the whole model, and experts of each."""
