@@ -139,7 +139,7 @@ class Staged:
         parts = [folder / _PART.format(rank=rank) for rank in range(self.ranks)]
         for rank, path in enumerate(parts):
             if not path.is_file():
-                raise CheckpointError(f"rank {rank} has written nothing into {folder}", remedy=_REPORT)
+                raise CheckpointError(f"rank {rank} wrote nothing to {folder}", remedy=_REPORT)
             for name, entry in _read_index(path).items():
                 if name not in joined:
                     joined[name] = entry

@@ -76,7 +76,7 @@ class ModelConfig:
     moe_shared_expert_intermediate_size: Annotated[
         Count | None,
         Role.SHAPE,
-        "Width of a shared expert, which processes every token beside the chosen experts; default: none",
+        "Width of a shared expert, which processes every token beside the routed experts; default: none",
     ] = None
     moe_shared_expert_gate: Annotated[
         bool, Role.SHAPE, "Multiply the shared expert's output by a trained sigmoid gate of the token"
@@ -93,7 +93,7 @@ class ModelConfig:
         float | None,
         Gt(0.0),
         Role.FUNCTION,
-        "Drop an expert's tokens beyond this multiple of an even load; default: no tokens are dropped",
+        "Capacity of an expert as a multiple of an even load; tokens above it are dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
@@ -175,7 +175,8 @@ class TrainConfig:
         Literal["uniform", "block"] | None,
         Role.SPEED,
         Only("megatron", harmless="each layer is recomputed by itself"),
-        "With full recomputation: all layers in groups of --recompute-num-layers, or so many layers only",
+        "With full recomputation: uniform recomputes all layers in groups of --recompute-num-layers; block, the "
+        "first --recompute-num-layers layers of each stage",
     ] = None
     recompute_num_layers: Annotated[
         Count | None,
@@ -366,7 +367,7 @@ class LoggingConfig:
         bool,
         Role.DISPLAY,
         Only("megatron", harmless="ZeRO frees the gradients before they can be counted"),
-        "Record how many numbers of the gradient are 0 in each step: num_zeros",
+        "Record the number of zeros in the gradient at each step, as num_zeros",
     ] = False
     profile: Annotated[
         bool, Role.DISPLAY, "Write a trace of some steps to profile/ in the run folder (torch.profiler)"

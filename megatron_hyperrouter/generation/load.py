@@ -30,6 +30,7 @@ def load(path: Path, *, tokenizer_model: str | None = None) -> Loaded:
 def _check(run: RunConfig) -> None:
     if run.model.mlp_type != "standard":
         raise CheckpointError(
-            "generation does not have --mlp-type residual", remedy="score the run with mhr evaluate instead"
+            "generation does not support --mlp-type residual",
+            remedy="score the run with mhr evaluate instead",
         )
     refuse_unknown(run, None)

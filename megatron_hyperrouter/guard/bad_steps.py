@@ -94,7 +94,7 @@ def steps_of(ranges: Iterable[str]) -> Iterable[int]:
             raise ValueError(f"{word!r} must be a step or a range of steps, such as 105-107")
         begin, end = int(first), int(last or first)
         if not 1 <= begin <= end:
-            raise ValueError(f"{word!r} must count from 1 and upwards")
+            raise ValueError(f"{word!r} must start at 1 or later and must not run backwards")
         yield from range(begin, end + 1)
 
 

@@ -129,7 +129,9 @@ def _problems(environ: MutableMapping[str, str]) -> list[Problem]:
     def number(name: str, least: int, most: int | None = None) -> int | None:
         text = environ.get(name)
         if text is None:
-            problems.append(Problem(name, "", "is not set, and other variables of a launcher are", _LAUNCH))
+            problems.append(
+                Problem(name, "", "must be set, because other launcher variables are set", _LAUNCH)
+            )
             return None
         if (
             not re.fullmatch(r"\d{1,9}", text.strip())
@@ -150,7 +152,7 @@ def _problems(environ: MutableMapping[str, str]) -> list[Problem]:
     number("LOCAL_RANK", 0)
     if size != 1 and not environ.get("MASTER_ADDR"):
         problems.append(
-            Problem("MASTER_ADDR", "", "is not set, and other variables of a launcher are", _LAUNCH)
+            Problem("MASTER_ADDR", "", "must be set, because other launcher variables are set", _LAUNCH)
         )
     if size != 1 or environ.get("MASTER_PORT") is not None:
         number("MASTER_PORT", 1, 65535)

@@ -141,7 +141,7 @@ def check_start(most: int) -> None:
     if "RANK" in os.environ:
         remedy = "start it alone, or print the commands for a cluster with --dry-run"
         raise ConfigError(
-            [Problem("a launcher", "", "has started this tool, which starts the ranks itself", remedy)]
+            [Problem("a launcher", "", "must not start this tool: it starts its own ranks", remedy)]
         )
     if 0 < (gpus := gpus_here()) < most:
         remedy = (
@@ -170,7 +170,15 @@ def layouts_of(args: Namespace) -> list[Layout]:
     check_names(layouts)
     if seeded := [layout.text for layout in layouts if layout.fault]:
         raise ConfigError(
-            [Problem("--layouts", text, "a fault has no speed", "leave it out") for text in seeded]
+            [
+                Problem(
+                    "--layouts",
+                    text,
+                    "must not inject a fault: speed is measured on working layouts",
+                    "leave it out",
+                )
+                for text in seeded
+            ]
         )
     return layouts
 

@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no rank": (["--ranks", "1", "0"], "--ranks must be at least 1"),
     "no step": (["--ranks", "1", "--steps", "0"], "--steps must be at least 1"),
     "no such size": (["--layouts", "xp=2"], "there is no setting xp"),
-    "a fault": (["--layouts", "ep=2,fault=aux-loss"], "a fault has no speed"),
+    "a fault": (["--layouts", "ep=2,fault=aux-loss"], "must not inject a fault"),
     "nothing can run": (["--ranks", "3", "--layouts", "tp=2"], "must be divisible by"),
     "strong without a batch": (
         ["--ranks", "1", "2", "--scaling", "strong"],

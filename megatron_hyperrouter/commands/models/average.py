@@ -72,7 +72,7 @@ def terms_of(args: Namespace, runs: Sequence[TrainedRun]) -> list[Term]:
     for run in runs:
         check_files(run.checkpoint)
     if args.weights is not None and len(args.weights) != len(runs):
-        rule = f"must be one for each of the {len(runs)} checkpoints"
+        rule = f"must give one weight for each of the {len(runs)} checkpoints"
         given = " ".join(map(str, args.weights))
         raise ConfigError([Problem("--weights", given, rule, "give as many, oldest first")])
     weights = shares(len(runs), weights=args.weights, ema=args.ema)

@@ -19,7 +19,7 @@ class AttentionConfig:
 
     add_qkv_bias: Annotated[bool, Role.SHAPE, "Add a bias to queries, keys and values"] = False
     rotary_percent: Annotated[
-        float, Gt(0.0), Le(1.0), Role.FUNCTION, "Share of a head's channels that rotary positions turn"
+        float, Gt(0.0), Le(1.0), Role.FUNCTION, "Fraction of each head's channels that get rotary embeddings"
     ] = 1.0
     rotary_seq_len_interpolation_factor: Annotated[
         float | None, Ge(1.0), Role.FUNCTION, "Linear scaling: divide positions by this; default: none"

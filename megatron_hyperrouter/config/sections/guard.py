@@ -25,10 +25,13 @@ class GuardConfig:
         float | None,
         Gt(0.0),
         Role.COURSE,
-        "A loss or gradient norm so many standard deviations above the last --loss-window steps is bad; "
+        "Treat a step as bad if its loss or gradient norm is this many standard deviations above the mean "
+        "of the last --loss-window steps; "
         "default: only what is not finite",
     ] = None
-    loss_window: Annotated[Count, Role.COURSE, "Steps that --max-loss-sigma compares with"] = 128
+    loss_window: Annotated[
+        Count, Role.COURSE, "Number of preceding steps that --max-loss-sigma compares against"
+    ] = 128
     skip_steps: Annotated[
         tuple[str, ...], Role.COURSE, "Steps to leave out, such as 105-107 300: read, but not trained on"
     ] = ()
@@ -36,8 +39,8 @@ class GuardConfig:
         float | None,
         Gt(0.0),
         Role.UPKEEP,
-        "End a run that makes no progress for so long, with the name of the rank that hangs; the first step "
-        "may take 30 minutes; default: 10 with NCCL, else 30",
+        "Stop a run that makes no progress for this many minutes and name the rank that hangs; the first "
+        "step may take 30 minutes; default: 10 with NCCL, else 30",
     ] = None
     alarm: Annotated[
         tuple[str, ...],

@@ -67,7 +67,7 @@ def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: M
     theirs = f"use the settings of the run that wrote it, which are in {start.folder}/{SETTINGS}"
     if lines := list(differences("sizes", saved, ours)):
         raise CheckpointError(
-            "\n  - ".join([f"{start.folder} holds a model of other sizes:", *lines]), remedy=theirs
+            "\n  - ".join([f"{start.folder} holds a model with different shapes:", *lines]), remedy=theirs
         )
     if start.weights_only:
         return
