@@ -175,7 +175,7 @@ class TrainConfig:
         Literal["uniform", "block"] | None,
         Role.SPEED,
         Only("megatron", harmless="each layer is recomputed by itself"),
-        "With full recomputation: uniform recomputes all layers in groups of --recompute-num-layers; block, the "
+        "With full recomputation: uniform takes all layers in groups of --recompute-num-layers; block, the "
         "first --recompute-num-layers layers of each stage",
     ] = None
     recompute_num_layers: Annotated[
