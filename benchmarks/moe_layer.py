@@ -77,9 +77,9 @@ def world(sizes: Sizes, threads: int) -> Iterator[None]:
     """Process groups of one rank, as the engine makes them."""
     import torch
 
-    from megatron_hyperrouter.compat.host_logs import hush
+    from megatron_hyperrouter.compat.host_logs import silence_hosts
 
-    hush()
+    silence_hosts()
     from megatron_hyperrouter.engines.deepspeed.groups import join, leave
 
     torch.set_num_threads(threads)

@@ -33,7 +33,7 @@ _PATIENCE = 5  # steps without a gain that end a problem
 
 
 @dataclass(frozen=True)
-class Fit:
+class ScalingFit:
     """A fitted curve: ``parameters`` by name (E, A, alpha, B, beta), and intervals of them and, with both
     terms, of ``optimal_N``.
     """
@@ -114,7 +114,7 @@ def fit(
     resamples: int = 0,
     seed: int = 0,
     level: float = 0.95,
-) -> Fit:
+) -> ScalingFit:
     """The curve through the losses of runs with ``sizes`` (N, D or both); raises ValueError with the
     :func:`obstacle`.
 
@@ -150,12 +150,12 @@ def fit(
             intervals[name] = (float(low), float(high))
     rms = float(np.sqrt(np.mean(residual_n**2)))
     named = _named(best_p, terms, centre_t)
-    return Fit(
+    return ScalingFit(
         named, y_n.size, different_points(sizes), rms, intervals, level, _at_bounds(named, min(losses))
     )
 
 
-def objective(curve: Fit, sizes: Mapping[str, Sequence[float]], losses: Sequence[float]) -> float:
+def objective(curve: ScalingFit, sizes: Mapping[str, Sequence[float]], losses: Sequence[float]) -> float:
     """What the fit makes small: the sum of Huber's losses of the differences of log losses."""
     rows = (dict(zip(sizes, row, strict=True)) for row in zip(*sizes.values(), strict=True))
     return float(

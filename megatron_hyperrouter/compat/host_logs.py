@@ -9,7 +9,7 @@ import warnings
 import torch
 
 
-def hush() -> None:
+def silence_hosts() -> None:
     """Call it before the hosts are imported.
 
     megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing; both

@@ -100,7 +100,7 @@ def resets_documents(config: RunConfig) -> bool:
     return config.data.reset_attention_mask or config.data.reset_position_ids
 
 
-def minds_documents(config: RunConfig) -> bool:
+def separates_documents(config: RunConfig) -> bool:
     """Whether the engine has to know which token id ends a document."""
     return resets_documents(config) or config.data.eod_mask_loss
 

@@ -6,10 +6,10 @@ import importlib
 from dataclasses import replace
 from typing import Any
 
-from megatron_hyperrouter.compat.host_logs import hush
+from megatron_hyperrouter.compat.host_logs import silence_hosts
 from megatron_hyperrouter.compat.transformer_engine import implementation
 from megatron_hyperrouter.compat.versions import check
-from megatron_hyperrouter.config.derived import minds_documents, resets_documents
+from megatron_hyperrouter.config.derived import resets_documents, separates_documents
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
@@ -23,9 +23,9 @@ def open_engine(
     mind documents. The host is imported here and not before, so that settings are checked without it.  Raises
     HostError where it is missing.
     """
-    if eod is None and minds_documents(config):
+    if eod is None and separates_documents(config):
         raise ValueError("the settings mind documents: eod, the id that ends one, must be given")
-    hush()
+    silence_hosts()
     check(config.engine.engine)
     if config.engine.engine == "megatron":
         wanted = config.engine.transformer_impl

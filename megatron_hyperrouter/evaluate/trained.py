@@ -162,9 +162,9 @@ class TrainedRun:
 
     def _eod(self, tokenizer: Tokenizer) -> int | None:
         """The id that ends a document, where the settings need to know it."""
-        from megatron_hyperrouter.config.derived import minds_documents
+        from megatron_hyperrouter.config.derived import separates_documents
 
-        return tokenizer.eod if minds_documents(self.settings) else None
+        return tokenizer.eod if separates_documents(self.settings) else None
 
 
 def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:

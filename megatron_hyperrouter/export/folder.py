@@ -14,7 +14,7 @@ from megatron_hyperrouter.checkpoint.streams import Planned, TensorReader, shard
 from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text, write_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.gates import MODELING_FILE, Gates
-from megatron_hyperrouter.export.names import Part, Place, Sizes, cut, places
+from megatron_hyperrouter.export.names import Part, Sizes, TensorPlace, cut, places
 from megatron_hyperrouter.export.sources import vocabulary_rows, weight_reader
 from megatron_hyperrouter.export.target import CHOICE_BIAS, config_json
 from megatron_hyperrouter.files import write_json
@@ -113,13 +113,13 @@ class _Source:
         kept = name.endswith(CHOICE_BIAS) or (self.custom and routed)
         return torch.float32 if kept else self.target_dtype
 
-    def meta(self, place: Place) -> Tensor:
+    def meta(self, place: TensorPlace) -> Tensor:
         """The tensor without its numbers."""
         if place.part is Part.ROUTER:
             return self.routers[place.ours[0]]
         return cut([self.reader.meta(name) for name in place.ours], place.part, self.heads)
 
-    def tensor(self, place: Place) -> Tensor:
+    def tensor(self, place: TensorPlace) -> Tensor:
         """The tensor."""
         if place.part is Part.ROUTER:
             return self.routers[place.ours[0]]

@@ -34,7 +34,7 @@ class Part(Enum):
     ROUTER = "router"  # made by folding: no tensor of ours has it
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """The tensors of ours that a Hugging Face tensor comes from."""
 
     ours: tuple[str, ...]
@@ -100,34 +100,36 @@ _QK_NORMS = {
 _QKV = {"q": Part.QUERY, "k": Part.KEY, "v": Part.VALUE}
 
 
-def places(sizes: Sizes, naming: Naming, router_leaves: Sequence[str] = ("weight",)) -> dict[str, Place]:
+def places(
+    sizes: Sizes, naming: Naming, router_leaves: Sequence[str] = ("weight",)
+) -> dict[str, TensorPlace]:
     """Hugging Face's name -> place, in the order of the layers; ``router_leaves``: the router's tensors
     there.
     """
-    found = {"model.embed_tokens.weight": Place((WORD_EMBEDDINGS,))}
+    found = {"model.embed_tokens.weight": TensorPlace((WORD_EMBEDDINGS,))}
     for layer in range(sizes.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         found |= _attention(ours, theirs, sizes)
         router = f"{ours}mlp.router."
         found |= {
-            f"{theirs}{naming.moe}.gate.{leaf}": Place((router + leaf,), Part.ROUTER)
+            f"{theirs}{naming.moe}.gate.{leaf}": TensorPlace((router + leaf,), Part.ROUTER)
             for leaf in router_leaves
         }
         found |= _experts(ours, theirs, sizes.num_experts, naming)
-    found["model.norm.weight"] = Place((FINAL_NORM,))
+    found["model.norm.weight"] = TensorPlace((FINAL_NORM,))
     if not sizes.tied:
-        found["lm_head.weight"] = Place((OUTPUT,))
+        found["lm_head.weight"] = TensorPlace((OUTPUT,))
     return found
 
 
-def _attention(ours: str, theirs: str, sizes: Sizes) -> dict[str, Place]:
+def _attention(ours: str, theirs: str, sizes: Sizes) -> dict[str, TensorPlace]:
     qkv = (f"{ours}self_attention.linear_qkv.weight",)
-    found = {f"{theirs}self_attn.{leaf}_proj.weight": Place(qkv, part) for leaf, part in _QKV.items()}
+    found = {f"{theirs}self_attn.{leaf}_proj.weight": TensorPlace(qkv, part) for leaf, part in _QKV.items()}
     alike = _ALIKE | (_QK_NORMS if sizes.qk_norm else {})
-    return found | {theirs + hf: Place((ours + own,)) for hf, own in alike.items()}
+    return found | {theirs + hf: TensorPlace((ours + own,)) for hf, own in alike.items()}
 
 
-def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[str, Place]:
+def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[str, TensorPlace]:
     first, second = (
         tuple(f"{ours}mlp.experts.local_experts.{expert}.linear_{fc}.weight" for expert in range(num_experts))
         for fc in ("fc1", "fc2")
@@ -135,15 +137,15 @@ def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[s
     experts = f"{theirs}{naming.moe}.experts."
     if naming.packed:
         return {
-            f"{experts}gate_up_proj": Place(first, Part.STACK),
-            f"{experts}down_proj": Place(second, Part.STACK),
+            f"{experts}gate_up_proj": TensorPlace(first, Part.STACK),
+            f"{experts}down_proj": TensorPlace(second, Part.STACK),
         }
-    found: dict[str, Place] = {}
+    found: dict[str, TensorPlace] = {}
     for expert in range(num_experts):
         found |= {
-            f"{experts}{expert}.{naming.gate}.weight": Place((first[expert],), Part.GATE),
-            f"{experts}{expert}.{naming.up}.weight": Place((first[expert],), Part.UP),
-            f"{experts}{expert}.{naming.down}.weight": Place((second[expert],)),
+            f"{experts}{expert}.{naming.gate}.weight": TensorPlace((first[expert],), Part.GATE),
+            f"{experts}{expert}.{naming.up}.weight": TensorPlace((first[expert],), Part.UP),
+            f"{experts}{expert}.{naming.down}.weight": TensorPlace((second[expert],)),
         }
     return found
 

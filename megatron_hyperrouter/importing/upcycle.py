@@ -38,7 +38,7 @@ _QK_NORMS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class UpcycleOptions:
     """How a dense model becomes a mixture."""
 
     experts: int
@@ -73,7 +73,7 @@ class Recipe:
 class UpcycledWeights:
     """Reads tensors of the mixture by our names; the MLP is cut when an expert is asked for."""
 
-    def __init__(self, folder: HfFolder, recipe: Recipe) -> None:
+    def __init__(self, folder: HfFolder, recipe: UpcycleOptions) -> None:
         recipe.check(folder.expert_width)
         self.folder, self.recipe = folder, recipe
         self.sizes: Sizes = folder.sizes

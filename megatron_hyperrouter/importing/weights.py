@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.export.names import Part, Place, join, places
+from megatron_hyperrouter.export.names import Part, TensorPlace, join, places
 from megatron_hyperrouter.importing.source import MOE, HfFolder
 
 _CHOICE_BIAS = "e_score_correction_bias"
@@ -69,7 +69,7 @@ class ImportedWeights:
         stem = match[1].replace("block_sparse_moe", "mlp")
         return f"{stem}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}", int(match[2]), leaf
 
-    def _check(self, found: dict[str, Place]) -> None:
+    def _check(self, found: dict[str, TensorPlace]) -> None:
         reader, wanted = self.folder.reader, set()
         missing = []
         for name in found:

@@ -13,23 +13,23 @@ from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_
 from megatron_hyperrouter.terminal import show
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.analysis.scaling import Fit
+    from megatron_hyperrouter.analysis.scaling import ScalingFit
     from megatron_hyperrouter.studies.loss import Trained
 
-Row = dict[str, Any]
-Told = Sequence[tuple["Trained", Row]]
+ResultRow = dict[str, Any]
+Told = Sequence[tuple["Trained", ResultRow]]
 COUNTS = ("parameters_total", "parameters_active", "tokens", "flops")
 
 
 @dataclass
-class Curve:
+class FittedCurve:
     """The runs that one curve goes through, and the curve, or why there is none."""
 
     label: str
     score: str  # "" or "_k4"
     sizes: dict[str, list[float]]
     losses: list[float]
-    fit: Fit | None = None
+    fit: ScalingFit | None = None
     refused: str = ""
 
     @property
@@ -104,12 +104,12 @@ def write_results(told: Told, args: Namespace) -> None:
     if_matplotlib(lambda: plot(curves, args.size, args.output / "scaling.png"))
 
 
-def score_names(rows: Sequence[Row], topks: Sequence[int] | None) -> list[str]:
+def score_names(rows: Sequence[ResultRow], topks: Sequence[int] | None) -> list[str]:
     """What a score is called: by its k, or not at all where each run was scored with its own."""
     return [f"_k{score['topk']}" for score in rows[0]["scores"]] if topks else [""]
 
 
-def flat_row(row: Row, scores: Sequence[str]) -> Row:
+def flat_row(row: ResultRow, scores: Sequence[str]) -> ResultRow:
     """A row with its scores as columns."""
     found = {name: value for name, value in row.items() if name != "scores"}
     for name, score in zip(scores, row["scores"], strict=True):
@@ -120,13 +120,13 @@ def flat_row(row: Row, scores: Sequence[str]) -> Row:
 Points = Mapping[tuple[Any, ...], tuple[int, dict[str, tuple[float | None, float | None]]]]
 
 
-def means(rows: Sequence[Row], axes: Sequence[str], measures: Sequence[str]) -> Points:
+def means(rows: Sequence[ResultRow], axes: Sequence[str], measures: Sequence[str]) -> Points:
     """Values of the axes -> (seeds, measure -> mean and half of its interval over seeds); None where a
     run has no such number.
     """
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in axes), []).append(row)
     found: dict[tuple[Any, ...], tuple[int, dict[str, tuple[float | None, float | None]]]] = {}
@@ -158,7 +158,7 @@ def curve_label(point: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} = {point[name]}" for name in names)
 
 
-def curves_of(told: Told, scores: Sequence[str], args: Namespace) -> Iterator[Curve]:
+def curves_of(told: Told, scores: Sequence[str], args: Namespace) -> Iterator[FittedCurve]:
     """A curve for each group of runs and each score, fitted where it can be."""
     from megatron_hyperrouter.analysis.scaling import fit, obstacle
 
@@ -171,14 +171,14 @@ def curves_of(told: Told, scores: Sequence[str], args: Namespace) -> Iterator[Cu
                 "N": [float(each[args.size]) for each in scored],
                 "D": [float(row["tokens"]) for row in rows],
             }
-            curve = Curve(label, score, sizes, [each["lm_loss"] for each in scored])
+            curve = FittedCurve(label, score, sizes, [each["lm_loss"] for each in scored])
             curve.refused = obstacle(sizes)
             if not curve.refused:
                 curve.fit = fit(sizes, curve.losses, resamples=args.resamples)
             yield curve
 
 
-def record(curve: Curve, size: str) -> dict[str, Any]:
+def record(curve: FittedCurve, size: str) -> dict[str, Any]:
     """One curve for a program."""
     head = {"runs": curve.label, "k": int(curve.score.removeprefix("_k")) if curve.score else None, "N": size}
     if curve.fit is None:
@@ -199,7 +199,7 @@ def record(curve: Curve, size: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------- tables
 def markdown(
-    points: Points, axes: Sequence[str], scores: Sequence[str], curves: Sequence[Curve], args: Namespace
+    points: Points, axes: Sequence[str], scores: Sequence[str], curves: Sequence[FittedCurve], args: Namespace
 ) -> str:
     """Tables for a person, and what their columns are."""
     known = all(row[f"bits_per_byte{score}"][0] is not None for _, row in points.values() for score in scores)
@@ -229,7 +229,7 @@ def markdown(
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"
 
 
-def fits_text(curves: Sequence[Curve], size: str) -> str:
+def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
     """The fitted curves, and which there are not."""
     fitted = [(curve, curve.fit) for curve in curves if curve.fit is not None]
     text = ""
@@ -261,12 +261,12 @@ def fits_text(curves: Sequence[Curve], size: str) -> str:
     )
 
 
-def _shown(fit: Fit, name: str) -> str:
+def _shown(fit: ScalingFit, name: str) -> str:
     low, high = fit.intervals[name]
     return f"{fit.parameters[name]:.4g} [{low:.4g}, {high:.4g}]"
 
 
-def plot(curves: Sequence[Curve], size: str, path: Path) -> None:
+def plot(curves: Sequence[FittedCurve], size: str, path: Path) -> None:
     """Losses of all runs, and the fitted curves, over N, or over D where N is the same in all; a panel
     for each k.
     """

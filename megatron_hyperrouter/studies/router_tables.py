@@ -11,9 +11,9 @@ from typing import Any
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
 from megatron_hyperrouter.terminal import note, show
 
-Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
+RunsBySeed = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
 Interval = tuple[float, float | None]  # mean, half of the 95 % interval
-Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
+SeedCurve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
 HEADS = {
     "entropy": "router entropy",
     "load_max_over_mean": "load max/mean",
@@ -66,7 +66,7 @@ def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
     return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {name: results[name] for name in HEADS}
 
 
-def intervals(runs: Runs) -> dict[str, dict[str, Interval]]:
+def intervals(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
     """label -> measure -> (mean, half) over seeds."""
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
@@ -77,7 +77,7 @@ def intervals(runs: Runs) -> dict[str, dict[str, Interval]]:
     return table
 
 
-def differences(runs: Runs) -> dict[str, dict[str, Interval]]:
+def differences(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
     """As :func:`intervals`, of each router's numbers less those of the first with the same seed.
 
     Runs of one seed share data and initial weights, so a difference varies less than either number.
@@ -96,7 +96,7 @@ def differences(runs: Runs) -> dict[str, dict[str, Interval]]:
 
 
 def markdown(
-    table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: Runs
+    table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: RunsBySeed
 ) -> str:
     """Tables for a person, and what their columns are."""
     first, measures = next(iter(table)), list(next(iter(table.values())))
@@ -133,13 +133,13 @@ def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
     return with_half(mean * scale, None if half is None else half * scale, f".{digits}f", sign)
 
 
-def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Curve]:
+def curves(runs: RunsBySeed, name: str, *, points: int | None = None) -> dict[str, SeedCurve]:
     """label -> a curve's means and halves over seeds; ``points``: of that many pieces, each the mean of its
     steps.
     """
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
-    found: dict[str, Curve] = {}
+    found: dict[str, SeedCurve] = {}
     for label, seeds in runs.items():
         thinned = [_pieces(results[name], points) for results in seeds.values()]
         steps = [step for step, _ in thinned[0]]
@@ -151,7 +151,7 @@ def curves(runs: Runs, name: str, *, points: int | None = None) -> dict[str, Cur
 
 
 def plot(
-    runs: Runs,
+    runs: RunsBySeed,
     table: Mapping[str, Mapping[str, Interval]],
     apart: Mapping[str, Mapping[str, Interval]],
     output: Path,

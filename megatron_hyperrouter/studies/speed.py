@@ -59,7 +59,7 @@ OURS = ("--train-iters", *map(flag, QUIET))
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedLayout:
     """A number of ranks and a layout: its settings, or why there are none."""
 
     ranks: int
@@ -72,7 +72,7 @@ class Row:
 class Timed(Plan):
     """One repetition of a row; begun anew after an interruption."""
 
-    row: Row
+    row: TimedLayout
     number: int  # from 1
 
     resumes: ClassVar[bool] = False
@@ -183,7 +183,7 @@ def layouts_of(args: Namespace) -> list[Layout]:
     return layouts
 
 
-def rows_of(args: Namespace, line: CommandLine) -> list[Row]:
+def rows_of(args: Namespace, line: CommandLine) -> list[TimedLayout]:
     """All rows, the fewest ranks first; raises ConfigError where none can run.  Fills in ``args.ranks``."""
     from megatron_hyperrouter.errors import ConfigError
 
@@ -207,7 +207,7 @@ def rows_of(args: Namespace, line: CommandLine) -> list[Row]:
         batch = base * ranks if args.scaling == "weak" else base * args.ranks[0]
         try:
             rows.append(
-                Row(
+                TimedLayout(
                     ranks,
                     name,
                     settings_of(args, line, overrides | {"global_batch_size": batch / args.ranks[0]}, ranks),
@@ -216,7 +216,7 @@ def rows_of(args: Namespace, line: CommandLine) -> list[Row]:
         except ConfigError as error:
             errors.append(error)
             rows.append(
-                Row(
+                TimedLayout(
                     ranks,
                     name,
                     refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems),
@@ -271,7 +271,7 @@ def settings_of(
     )
 
 
-def plans_of(rows: Sequence[Row], args: Namespace) -> Iterator[Timed]:
+def plans_of(rows: Sequence[TimedLayout], args: Namespace) -> Iterator[Timed]:
     """All runs, in turn: every second time from the last row to the first."""
     from megatron_hyperrouter.config.cli import replace_leaves
 

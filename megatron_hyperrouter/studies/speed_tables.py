@@ -12,11 +12,11 @@ from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_
 from megatron_hyperrouter.terminal import show
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.studies.speed import Row, Timed
+    from megatron_hyperrouter.studies.speed import Timed, TimedLayout
 
-Key = tuple[int, str]  # ranks, layout
-Runs = Mapping[Key, Mapping[int, Mapping[str, float]]]  # -> repetition -> measures
-Table = Mapping[Key, Mapping[str, tuple[float, float | None]]]
+RanksAndLayout = tuple[int, str]  # ranks, layout
+TimesByLayout = Mapping[RanksAndLayout, Mapping[int, Mapping[str, float]]]  # -> repetition -> measures
+Table = Mapping[RanksAndLayout, Mapping[str, tuple[float, float | None]]]
 SHOWN = {  # measure -> (head, digits, factor)
     "step_time": ("step, ms", ",.1f", 1e3),
     "tokens_per_second": ("tokens/s", ",.0f", 1.0),
@@ -27,9 +27,9 @@ SHOWN = {  # measure -> (head, digits, factor)
 }
 
 
-def write_results(plans: Sequence[Timed], refused: Sequence[Row], args: Namespace) -> None:
+def write_results(plans: Sequence[Timed], refused: Sequence[TimedLayout], args: Namespace) -> None:
     """runs.csv, table.csv, table.md and, where matplotlib is, the plot; the table goes to stdout as well."""
-    runs: dict[Key, dict[int, dict[str, float]]] = {}
+    runs: dict[RanksAndLayout, dict[int, dict[str, float]]] = {}
     started = set()
     for plan in sorted(plans, key=lambda plan: (plan.row.ranks, plan.number)):
         told = json.loads((plan.folder / "results.json").read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def write_results(plans: Sequence[Timed], refused: Sequence[Row], args: Namespac
     if_matplotlib(lambda: plot(table, args.output / "speed.png"))
 
 
-def add_efficiency(runs: Mapping[Key, dict[int, dict[str, float]]]) -> None:
+def add_efficiency(runs: Mapping[RanksAndLayout, dict[int, dict[str, float]]]) -> None:
     """Tokens per second and rank against the first row, in the same repetition."""
     reference = {
         number: row["tokens_per_second_per_rank"] for number, row in next(iter(runs.values())).items()
@@ -78,7 +78,7 @@ def add_efficiency(runs: Mapping[Key, dict[int, dict[str, float]]]) -> None:
                 row["efficiency"] = row["tokens_per_second_per_rank"] / reference[number]
 
 
-def means(runs: Runs) -> Table:
+def means(runs: TimesByLayout) -> Table:
     """Mean and half of its interval over the repetitions that have the measure."""
     from megatron_hyperrouter.analysis.intervals import mean_and_half
 
@@ -95,7 +95,7 @@ def means(runs: Runs) -> Table:
 def markdown(
     table: Table,
     names: Sequence[str],
-    refused: Sequence[Row],
+    refused: Sequence[TimedLayout],
     args: Namespace,
     started: set[str],
     repeats: int,

@@ -16,7 +16,7 @@ from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 from megatron_hyperrouter.verify.differences import Evidence, gradients
 
 
-class Fit(NamedTuple):
+class RatioFit(NamedTuple):
     """How a parameter's gradients fit ``factor`` x the reference's: what is left, relative to the largest of
     them.
     """
@@ -105,10 +105,10 @@ def _gradients(
             yield f"all gradients are {_times(every[0], sizes, tolerance)} those of one process"
 
 
-def _fit(difference: Tensor, expected: Tensor, scale: float) -> Fit:
+def _fit(difference: Tensor, expected: Tensor, scale: float) -> RatioFit:
     square = float(expected.square().sum())
     off = float((difference * expected).sum()) / square if square else 0.0  # least squares
-    return Fit(1 + off, float((difference - off * expected).abs().max()) / scale if scale else 0.0)
+    return RatioFit(1 + off, float((difference - off * expected).abs().max()) / scale if scale else 0.0)
 
 
 def _times(factor: float, sizes: Mapping[str, int], tolerance: float) -> str:

@@ -159,14 +159,14 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | N
 
     Raises what the program would raise.
     """
-    from megatron_hyperrouter.config.derived import minds_documents
+    from megatron_hyperrouter.config.derived import separates_documents
     from megatron_hyperrouter.data.stream.dataset import build_splits
     from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 
     tokenizer = tokenizer_of(config.data)
     vocab_size = tokenizer.vocab_size
-    eod = tokenizer.eod if minds_documents(config) else None
+    eod = tokenizer.eod if separates_documents(config) else None
     if not own:
         return vocab_size, eod, None
     samples = steps * (config.train.global_batch_size or 0)

@@ -1,5 +1,5 @@
-"""The hosts still say what hush() silences, and hush() silences that alone.  A failure here says: look at
-compat/host_logs.py again.
+"""The hosts still say what silence_hosts() silences, and it silences that alone.  A failure here means: look
+at compat/host_logs.py again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from one_rank import world
 
-from megatron_hyperrouter.compat.host_logs import hush
+from megatron_hyperrouter.compat.host_logs import silence_hosts
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.spec import layer_spec, transformer_config
 
@@ -30,7 +30,7 @@ def hearing(*, hushed: bool) -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         if hushed:
-            hush()
+            silence_hosts()
         yield heard
 
 

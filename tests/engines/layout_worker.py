@@ -28,7 +28,7 @@ from engines.watched import Watched
 from megatron_hyperrouter.checkpoint.weights import Reader
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
-from megatron_hyperrouter.config.derived import minds_documents
+from megatron_hyperrouter.config.derived import separates_documents
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
@@ -71,7 +71,7 @@ def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]
         rows = packed_rows(config, whole, generator)
     else:
         rows = torch.randint(0, VOCABULARY, (whole, seq + 1), generator=generator)
-    if minds_documents(config):
+    if separates_documents(config):
         rows[rows >= 54] = EOD
     for first in range(place.data_rank * size, whole, place.data_size * size):
         part = rows[first : first + size]

@@ -153,7 +153,7 @@ class TestTheBuilder:
     @pytest.mark.parametrize(
         ("fields", "recompute", "words"),
         [
-            ({"moe_shared_expert_intermediate_size": 16}, False, "moe_shared_expert_intermediate_size"),
+            ({"moe_shared_expert_overlap": True}, False, "moe_shared_expert_overlap"),
             ({"moe_latent_size": 4}, False, "moe_latent_size"),
             ({"moe_pad_expert_input_to_capacity": True}, True, 'capacity, recompute_modules with "moe"'),
         ],
@@ -162,14 +162,18 @@ class TestTheBuilder:
         self, fields: dict[str, Any], recompute: bool, words: str
     ) -> None:
         plain = {
-            "moe_shared_expert_intermediate_size": None,
+            "moe_shared_expert_overlap": False,
             "moe_latent_size": None,
             "moe_pad_expert_input_to_capacity": False,
         }
         slot = megatron_router_builder("competesmoe")(config=config(), pg_collection=None)
         slot.set_layer_number(1)
+        settings = SimpleNamespace(**(plain | fields))
         moe = SimpleNamespace(
-            config=SimpleNamespace(**(plain | fields)), moe_layer_recompute=recompute, router=slot
+            config=settings,
+            shared_expert_overlap=settings.moe_shared_expert_overlap,
+            moe_layer_recompute=recompute,
+            router=slot,
         )
         with pytest.raises(HostError, match=words):
             RoutedMoELayer._refuse(moe)  # type: ignore[arg-type]

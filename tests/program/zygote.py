@@ -41,9 +41,9 @@ HOSTS = (
 
 def import_hosts() -> None:
     """All that a run imports; nothing here may start a thread, which a fork would lose."""
-    from megatron_hyperrouter.compat.host_logs import hush
+    from megatron_hyperrouter.compat.host_logs import silence_hosts
 
-    hush()
+    silence_hosts()
     for name in HOSTS:
         importlib.import_module(name)
 

@@ -82,7 +82,7 @@ CASES = {
         PREPROCESS + " --overwrite", 3, "p.journal: not the journal", p__journal=b'{"dear": "diary"}\n'
     ),
     "a journal of another version": case(
-        PREPROCESS, 3, "p.journal: of another version", p__journal=HEAD.replace(b"1", b"9", 1)
+        PREPROCESS, 3, "p.journal: written by another version", p__journal=HEAD.replace(b"1", b"9", 1)
     ),
     "a folder in the way": case(
         PREPROCESS, 3, "p_text_document.bin.partial: cannot be written", p_text_document__bin__partial=None

@@ -23,11 +23,11 @@ def main(arguments: Sequence[str]) -> None:
         "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes"
     )
     args = flags.parse_args(arguments)
-    from megatron_hyperrouter.compat.host_logs import hush
+    from megatron_hyperrouter.compat.host_logs import silence_hosts
     from megatron_hyperrouter.compat.versions import check
 
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
-    hush()
+    silence_hosts()
     check("megatron")
     from megatron_hyperrouter.engines.megatron.single_process import one_process
     from megatron_hyperrouter.export.megatron import export_weights, model_flags

@@ -68,12 +68,12 @@ def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
 
 def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledWeights:
     """What reads the folder's tensors by our names."""
-    from megatron_hyperrouter.importing.upcycle import Recipe, UpcycledWeights
+    from megatron_hyperrouter.importing.upcycle import UpcycledWeights, UpcycleOptions
     from megatron_hyperrouter.importing.weights import ImportedWeights
 
     if not folder.dense:
         return ImportedWeights(folder)
-    recipe = Recipe(
+    recipe = UpcycleOptions(
         experts=args.upcycle,
         granularity=args.granularity,
         topk=args.topk or 2 * args.granularity,

@@ -66,7 +66,7 @@ data."""
 
 
 @dataclass
-class Row:
+class CheckedLayout:
     """One layout on one engine: its settings, or why there are none; then what was found."""
 
     layout: Layout
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     engine = args.engines[0]
     samples = samples_for(layouts, settings_of(args, layouts[0], engine, samples=None).train.micro_batch_size)
     # its ConfigError is the user's
-    reference = Row(layouts[0], engine, settings_of(args, layouts[0], engine, samples))
+    reference = CheckedLayout(layouts[0], engine, settings_of(args, layouts[0], engine, samples))
     check_data(reference, args)
     rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
     rows = [row for row in rows if (row.layout, row.engine) != (reference.layout, reference.engine)]
@@ -180,7 +180,7 @@ def check_ranks(layouts: Sequence[Layout]) -> None:
         )
 
 
-def check_some_run(rows: Sequence[Row], reference: Row) -> None:
+def check_some_run(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
     """ConfigError where the settings rule out every layout that was asked for: nothing would be checked."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
@@ -192,7 +192,7 @@ def check_some_run(rows: Sequence[Row], reference: Row) -> None:
         )
 
 
-def check_data(reference: Row, args: Namespace) -> None:
+def check_data(reference: CheckedLayout, args: Namespace) -> None:
     """Data that cannot be read is told once, before ranks start; raises DataError."""
     from megatron_hyperrouter.verify.rank import read_data
 
@@ -243,21 +243,21 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
     return replace_leaves(config, adam_eps=max(config.optimizer.adam_eps, 1e-4))
 
 
-def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> Row:
+def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> CheckedLayout:
     """A row to run, or one that is refused."""
     from megatron_hyperrouter.errors import ConfigError
 
     try:
-        return Row(layout, engine, settings_of(args, layout, engine, samples))
+        return CheckedLayout(layout, engine, settings_of(args, layout, engine, samples))
     except ConfigError as error:
-        return Row(
+        return CheckedLayout(
             layout,
             engine,
             refused="; ".join(f"{problem.field}: {problem.rule}" for problem in error.problems),
         )
 
 
-def in_float32(reference: Row) -> Row | None:
+def in_float32(reference: CheckedLayout) -> CheckedLayout | None:
     """The reference without the rounding of bfloat16, where it has that."""
     from dataclasses import replace
 
@@ -271,7 +271,7 @@ def in_float32(reference: Row) -> Row | None:
     )
 
 
-def run_all(rows: Sequence[Row], args: Namespace, starter: Starter) -> None:
+def run_all(rows: Sequence[CheckedLayout], args: Namespace, starter: Starter) -> None:
     """All rows with as many ranks run in one start of those ranks."""
     runnable = [row for row in rows if row.config is not None]
     for number, row in enumerate(runnable):
@@ -290,7 +290,7 @@ def run_all(rows: Sequence[Row], args: Namespace, starter: Starter) -> None:
             row.told = told
 
 
-def judge(rows: Sequence[Row], reference: Row, exact: Row | None) -> None:
+def judge(rows: Sequence[CheckedLayout], reference: CheckedLayout, exact: CheckedLayout | None) -> None:
     """Differences of each row, and what they look like."""
     from megatron_hyperrouter.verify.causes import causes
     from megatron_hyperrouter.verify.differences import Tolerances, compare, evidence, in_bfloat16
@@ -312,7 +312,7 @@ def judge(rows: Sequence[Row], reference: Row, exact: Row | None) -> None:
                 )
 
 
-def case_of(row: Row, args: Namespace, starter: Starter) -> dict[str, Any]:
+def case_of(row: CheckedLayout, args: Namespace, starter: Starter) -> dict[str, Any]:
     """What the ranks read: two settings files, see ``evaluate.layouts`` for how gradients are told."""
     from megatron_hyperrouter.config.cli import dump, replace_leaves
     from megatron_hyperrouter.verify.differences import DROWNING_EPSILON, SCALE
@@ -339,7 +339,7 @@ def case_of(row: Row, args: Namespace, starter: Starter) -> dict[str, Any]:
     return case
 
 
-def show(rows: Sequence[Row], reference: Row) -> None:
+def show(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
     """A table for a person, then what exceeds its tolerance."""
     from rich.console import Console
     from rich.table import Table
@@ -380,7 +380,7 @@ def show(rows: Sequence[Row], reference: Row) -> None:
     )
 
 
-def record(row: Row) -> dict[str, Any]:
+def record(row: CheckedLayout) -> dict[str, Any]:
     """One row for a program; JSON has no infinity and no NaN."""
     differences = [
         asdict(found)

@@ -8,7 +8,7 @@ from megatron_hyperrouter import console
 from megatron_hyperrouter.commands.training.execute import run
 from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
 from megatron_hyperrouter.commands.training.together import agree_on_data, agree_on_settings, decide_together
-from megatron_hyperrouter.config.derived import minds_documents
+from megatron_hyperrouter.config.derived import separates_documents
 from megatron_hyperrouter.config.run_folder import make_folders
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
@@ -29,7 +29,7 @@ def _prepare_and_run(config: RunConfig, world_size: int) -> int:
     meeting = Meeting.of_this_process()
     agree_on_settings(config, meeting)
     tokenizer = tokenizer_of(config.data)
-    eod = tokenizer.eod if minds_documents(config) else None
+    eod = tokenizer.eod if separates_documents(config) else None
     start = decide_together(config, meeting)
     samples = open_samples(
         config,
