@@ -164,7 +164,7 @@ class TestResume:
         with pytest.raises(Killed):
             run(config, KillAt(8))
         other = change(again, "model", rotary_base=500000)
-        with pytest.raises(CheckpointError, match="--rotary-base was 10000.0 and is 500000") as caught:
+        with pytest.raises(CheckpointError, match=r"--rotary-base was 10000\.0 and is 500000") as caught:
             run(other)
         assert caught.value.exit_status == 4 and "--override" in caught.value.remedy
         assert run(change(other, "checkpoint", override=True)).steps_taken[0] == 6
