@@ -195,17 +195,10 @@ def test_what_the_ranks_share(
     assert [settings["global_batch_size"] for _, settings in jobs] == batches
 
 
-@pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-
-
-def test_efficiency_is_taken_in_each_repetition(
-    tools: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_efficiency_is_taken_in_each_repetition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The machine is half as fast in the second repetition: speeds spread, efficiency does not."""
-    from _scaling_speed import Row
-    from _speed_tables import write_results
+    from megatron_hyperrouter.studies.speed import TimedLayout
+    from megatron_hyperrouter.studies.speed_tables import write_results
 
     plans = []
     for number, slow in ((1, 1.0), (2, 2.0)):
@@ -223,9 +216,11 @@ def test_efficiency_is_taken_in_each_repetition(
                 "tokens_per_second_per_rank": 100 / seconds / slow,
             }
             (folder / "results.json").write_text(json.dumps({**told, "started": "under Slurm"}))
-            plans.append(Namespace(folder=folder, row=Row(ranks, "dp"), number=number))
+            plans.append(Namespace(folder=folder, row=TimedLayout(ranks, "dp"), number=number))
     write_results(
-        plans, [Row(2, "ep=4", refused="no")], Namespace(output=tmp_path, scaling="weak", steps=3, warmup=1)
+        plans,
+        [TimedLayout(2, "ep=4", refused="no")],
+        Namespace(output=tmp_path, scaling="weak", steps=3, warmup=1),
     )
     one, two = rows(tmp_path / "table.csv")
     assert (
@@ -244,8 +239,8 @@ def test_efficiency_is_taken_in_each_repetition(
     assert "nothing about a cluster" not in out
 
 
-def test_measures_of_one_run_by_hand(tools: None) -> None:
-    from _scaling_speed import measures
+def test_measures_of_one_run_by_hand() -> None:
+    from megatron_hyperrouter.studies.speed import measures
 
     times = [(0.5, 0.1, 10.0), (0.25, 0.1, 30.0), (1.0, 0.1, 20.0)]
     told = measures(
@@ -265,17 +260,16 @@ def test_measures_of_one_run_by_hand(tools: None) -> None:
     }
 
 
-def test_more_ranks_than_gpus(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import _scaling_speed
-
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_hyperrouter.errors import ConfigError
+    from megatron_hyperrouter.studies import speed
 
     for gpus in (0, 4, 8):
-        monkeypatch.setattr(_scaling_speed, "gpus_here", lambda gpus=gpus: gpus)
-        _scaling_speed.check_start(4)
-    monkeypatch.setattr(_scaling_speed, "gpus_here", lambda: 2)
+        monkeypatch.setattr(speed, "gpus_here", lambda gpus=gpus: gpus)
+        speed.check_start(4)
+    monkeypatch.setattr(speed, "gpus_here", lambda: 2)
     with pytest.raises(ConfigError, match="--ranks = 4: must be at most 2, the GPUs of this machine"):
-        _scaling_speed.check_start(4)
+        speed.check_start(4)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
