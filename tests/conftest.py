@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +28,15 @@ settings.register_profile("few", settings.get_profile("house"), max_examples=10)
 # pytest --hypothesis-profile deep
 settings.register_profile("deep", settings.get_profile("house"), derandomize=False, max_examples=2000)
 settings.load_profile("house")
+
+
+# A run in the background, or under nohup, inherits signals that are ignored; tests of signals need them.
+if threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for _number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(_number) is signal.SIG_IGN:
+            signal.signal(_number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
