@@ -154,7 +154,7 @@ def _take_turn(patience: float, *, left_alone: bool = False) -> None:
     if left_alone or not speaks():
         # the run's own handler would outlive the launcher's request
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3 * patience if left_alone else patience)
+        time.sleep(8 * patience if left_alone else patience)
 
 
 def _missing_module(error: ModuleNotFoundError) -> int:
