@@ -158,7 +158,7 @@ def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: boo
         gather_output=False,
         skip_weight_param_allocation=not own_weight,
     )
-    # In bfloat16 DeepSpeed's sum of the tied embedding's gradient over the first and the last stage misses the
-    # gradient that the loss in chunks makes (seen with 0.19.8: verify_layouts, pp=2), so the logits are made.
+    # In bfloat16, DeepSpeed's sum of the tied embedding's gradient over the first and the last stage misses
+    # what the loss in chunks adds (0.19.8, seen with mhr verify --layouts pp=2), so the logits are made here.
     layer.makes_logits = config.bf16 and not own_weight
     return layer
