@@ -103,7 +103,9 @@ def test_a_gpu_draws_the_same_bits():
 
 
 def test_a_compiler_is_refused():
-    with pytest.raises(Exception, match=r"outside torch\.compile"):
+    # an earlier test may have started megatron-core, which makes this process run eagerly on a CPU
+    compiles = torch.compiler.set_stance("default")
+    with compiles, pytest.raises(Exception, match=r"outside torch\.compile"):
         torch.compile(lambda: keyed.normal((4,), seed=1, name="w"), backend="eager", fullgraph=True)()
 
 
