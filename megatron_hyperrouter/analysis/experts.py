@@ -5,15 +5,18 @@ Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts of the whole model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from megatron_hyperrouter.analysis.watching import watching
 from megatron_hyperrouter.ops.similarity import linear_cka
 from megatron_hyperrouter.routers.base import Pass, Router, Routing
 
+_LARGEST = 1 << 27  # numbers in a temporary tensor
 MOST_TOKENS = 1024  # compared of a micro-batch: beyond, CKA hardly moves
 
 
@@ -37,10 +40,13 @@ def expert_similarity(routers: Iterable[Router], evaluate: Callable[[], object])
     All experts have to be on this one rank, and the engine built inside :func:`open_to_routers`.  The routing
     stays as it is.
     """
+    routers = list(routers)
     found: dict[int, list[float]] = {router.layer_number: [] for router in routers}
-    with ExitStack() as stack:
-        for router in routers:
-            stack.enter_context(_looking(router, found[router.layer_number]))
+
+    def see(router: Router, routing: Routing, x_TD: Tensor, now: Pass) -> None:
+        found[router.layer_number].append(mean_similarity(every_output_ETD(router, x_TD, now)))
+
+    with watching(routers, see):
         evaluate()
     return {layer: sum(values) / len(values) for layer, values in sorted(found.items())}
 
@@ -57,30 +63,39 @@ def mean_similarity(outputs_ETD: Tensor) -> float:
     return float(torch.cat(rows).mean()) if rows else 0.0
 
 
-@contextmanager
-def _looking(router: Router, found: list[float]) -> Iterator[None]:
-    """Inside, each pass of ``router`` also has every expert compute every token."""
+def similarity_matrix(outputs_END: Tensor) -> Tensor:
+    """Linear CKA of each pair of experts, ``_EE``, symmetric; 0 in the rows of an expert whose output does
+    not vary.
+    """
+    centred_END = outputs_END.float() - outputs_END.float().mean(1, keepdim=True)
+    kernels_ENN = centred_END @ centred_END.mT
+    flat_EM = kernels_ENN.flatten(1)
+    sizes_E1 = flat_EM.norm(dim=1, keepdim=True)
+    unit_EM = flat_EM / torch.where(sizes_E1 > 0, sizes_E1, 1.0)
+    return (unit_EM @ unit_EM.T).clamp(0.0, 1.0)
 
-    def look(first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        if now.experts is None:
-            raise RuntimeError("the engine does not serve its experts: build it inside open_to_routers()")
-        outputs: list[Tensor] = []
 
-        def keep(output: Tensor) -> Tensor:
-            outputs.append(output.reshape(-1, output.size(-1)))
-            return output.select(-1, 0)
+def comparable_tokens(num_experts: int, hidden_size: int) -> int:
+    """Tokens for :func:`similarity_matrix`: four for each feature, as fewer make experts look alike, and no
+    more than memory has room for.
+    """
+    return min(4 * hidden_size, math.isqrt(_LARGEST // num_experts), _LARGEST // (num_experts * hidden_size))
 
-        step = -(-x_TD.size(0) // MOST_TOKENS)
-        now.experts.scores_TE(x_TD[::step], keep)
-        if len(outputs) != router.num_experts:
-            raise RuntimeError(
-                f"{len(outputs)} of {router.num_experts} experts are on this rank: run in one process"
-            )
-        found.append(mean_similarity(torch.stack(outputs)))
-        return first
 
-    router.refine = look  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del router.refine
+def every_output_ETD(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
+    """Every expert's output for some of the tokens, by way of the engine."""
+    if now.experts is None:
+        raise RuntimeError("the engine does not serve its experts: build it inside open_to_routers()")
+    outputs: list[Tensor] = []
+
+    def keep(output: Tensor) -> Tensor:
+        outputs.append(output.reshape(-1, output.size(-1)))
+        return output.select(-1, 0)
+
+    step = -(-x_TD.size(0) // MOST_TOKENS)
+    now.experts.scores_TE(x_TD[::step], keep)
+    if len(outputs) != router.num_experts:
+        raise RuntimeError(
+            f"{len(outputs)} of {router.num_experts} experts are on this rank: run in one process"
+        )
+    return torch.stack(outputs)

@@ -41,6 +41,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Studies": {
         "compare": Command("studies.compare", "train several routers alike and compare them"),
         "scaling": Command("studies.scaling", "study how loss and speed scale"),
+        "analyze": Command("studies.analyze", "look into the routers and experts of a trained run"),
         "verify": Command("studies.verify", "check that layouts train the same model"),
     },
 }

@@ -1,0 +1,129 @@
+"""Look into the routers and experts of a trained run, layer by layer, on evaluation data.
+
+Writes to --output, for each k: entropy, logit standard deviation and mutual information of the router, loads
+and dead experts, the similarity (linear CKA) of each pair of experts, and what the router adds to the layer's
+Jacobian; and over the run's checkpoints: saturation and fluctuation of the routes of a fixed set of tokens.
+A table goes to stdout.  Runs in one process, whatever the layout and the engine of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.compat.host_logs import silence_hosts
+from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
+from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.terminal import note, parser
+
+EPILOG = """Entropy is that of the softmax over all experts, mean over tokens, in nats.  It depends on the
+scale of the logits, so their standard deviation stands beside it.  Mutual information between token and
+expert is 0 where the router says the same of every token.  docs/evidence.md explains every number."""
+BATCHES = 16  # of the run
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings of the run -> data -> model -> one table for each k."""
+    args = read_flags(arguments)
+    refuse_several_ranks()
+    silence_hosts()
+    from megatron_hyperrouter.studies.analyzed import Analysis, check_topks
+
+    run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+    topks = list(dict.fromkeys(args.topk or [run.settings.model.moe_router_topk]))
+    check_topks(topks, run.settings)
+    tokenizer = run.tokenizer()
+    wanted = args.eval_iters * run.global_batch_size
+    dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=wanted)
+    samples = min(wanted, len(dataset))
+    engine = run.open_engine(tokenizer)
+    try:
+        run.load_into(engine)
+        analysis = Analysis(run, engine, dataset, samples, tokenizer.vocab_size)
+        results = []
+        for topk in topks:
+            note(f"k = {topk}")
+            results.append({"topk": topk, "layers": analysis.at(topk)})
+        checkpoints = None if args.no_checkpoints else analysis.over_checkpoints(note)
+    finally:
+        engine.close()
+    write_json(
+        args.output,
+        {
+            "checkpoint": str(run.checkpoint),
+            "step": run.step,
+            "router": run.settings.router.name,
+            "num_experts": run.settings.model.num_experts,
+            "trained_topk": run.settings.model.moe_router_topk,
+            "split": args.split or "test",
+            "tokens": samples * run.settings.model.seq_length,
+            "results": results,
+            "checkpoints": checkpoints,
+        },
+    )
+    show(results)
+
+
+def refuse_several_ranks() -> None:
+    """Raises ConfigError under a launcher of several ranks."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        rule = "must be 1: every expert has to be on the rank that compares them"
+        raise ConfigError([Problem("ranks", ranks, rule, "start this command without a launcher")])
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(str(__doc__), EPILOG)
+    add_run_flags(flags)
+    flags.add_argument(
+        "--topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="active experts, one or several (default: the k that training ends on)",
+    )
+    flags.add_argument(
+        "--split", choices=("train", "valid", "test"), help="which part of the data (default: test)"
+    )
+    flags.add_argument(
+        "--eval-iters",
+        type=int,
+        default=BATCHES,
+        metavar="N",
+        help=f"global batches of the run, or as many as the split has (default: {BATCHES})",
+    )
+    flags.add_argument(
+        "--no-checkpoints", action="store_true", help="leave out the routes of the earlier checkpoints"
+    )
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the numbers go")
+    args = flags.parse_args(arguments)
+    if args.eval_iters < 1:
+        flags.error("--eval-iters must be at least 1")
+    return args
+
+
+def show(results: Sequence[Mapping[str, Any]]) -> None:
+    """A table for a person."""
+    heads = ("k", "layer", "entropy", "std", "MI", "max load", "dead", "similarity", "share", "drift")
+    print(" ".join(f"{head:>10}" for head in heads))
+    for result in results:
+        for row in result["layers"]:
+            part = row["jacobian"]
+            numbers = (
+                row["entropy"],
+                row["logit_std"],
+                row["mutual_information"],
+                row["load_max_over_mean"],
+                row["dead_experts"],
+                row["mean_similarity"],
+                part["share"],
+                part["drift"],
+            )
+            cells = ["-" if number is None else f"{number:.3f}" for number in numbers]
+            print(" ".join(f"{cell:>10}" for cell in (result["topk"], row["layer"], *cells)))

@@ -1,0 +1,104 @@
+"""``mhr analyze`` on runs of both engines: what must hold whatever was trained, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import REPOSITORY
+from program.launched import Zygote
+from program.settings import TINY, write_text
+
+pytestmark = pytest.mark.processes
+
+TOOL, WORKER = REPOSITORY / "tools" / "analyze.py", Path(__file__).with_name("experts_worker.py")
+LAYERS, EXPERTS, K = 2, 4, 3
+RUNS = {
+    "hyper": "--engine deepspeed --train-iters 6",
+    "stablemoe": "--engine deepspeed --train-iters 3 --router.stage1-steps 1",
+    "smoe_dropout": "--engine megatron --train-iters 3 --moe-layer-freq [0,1]",
+    "xmoe": "--engine megatron --train-iters 3",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each router, two of them on each engine."""
+    folder = tmp_path_factory.mktemp("analyze")
+    text = write_text(folder / "text")
+    for name, flags in RUNS.items():
+        words = [*TINY, "--moe-router-topk", K, "--router.name", name, *flags.split()]
+        zygote.run([*words, "--data-path", text, "--run-dir", folder / name])
+    return folder
+
+
+def analyze(zygote: Zygote, run: Path, *words: object) -> dict[str, Any]:
+    zygote.run(["--load", run, "--eval-iters", 4, "--output", run / "a.json", *words], program=TOOL)
+    found: dict[str, Any] = json.loads((run / "a.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_layer_and_measure(zygote: Zygote, runs: Path, name: str) -> None:
+    found = analyze(zygote, runs / name, "--topk", 1, K)
+    assert [result["topk"] for result in found["results"]] == [1, K]
+    layers = [2] if name == "smoe_dropout" else [1, 2]  # there the first layer is dense
+    for result in found["results"]:
+        assert [row["layer"] for row in result["layers"]] == layers
+        for row in result["layers"]:
+            check_row(row, result["topk"], name)
+    over = found["checkpoints"]
+    assert over["steps"] == ([3, 6] if name == "hyper" else [3])
+    assert over["topk"] == K and over["tokens"] == 512
+    for row in over["layers"]:
+        assert row["saturation"][-1] == 1.0
+        assert len(row["fluctuation"]) == len(over["steps"]) - 1
+        assert all(0.0 <= value <= 1.0 for value in row["saturation"] + row["fluctuation"])
+    if name == "hyper":
+        assert all(row["saturation"][0] > row["saturation_by_chance"] for row in over["layers"])
+
+
+def check_row(row: dict[str, Any], k: int, name: str) -> None:
+    assert 0.0 < row["entropy"] <= math.log(EXPERTS) + 1e-6
+    assert row["logit_std"] > 0.0 and -1e-9 <= row["mutual_information"] <= math.log(EXPERTS)
+    assert sum(row["load"]) == pytest.approx(EXPERTS)
+    assert max(row["load"]) == pytest.approx(row["load_max_over_mean"])
+    assert row["dead_experts"] == sum(load < 0.05 for load in row["load"])
+    matrix = row["similarity"]
+    assert all(matrix[i][i] == pytest.approx(1.0, abs=1e-5) for i in range(EXPERTS))
+    assert all(matrix[i][j] == pytest.approx(matrix[j][i]) for i in range(EXPERTS) for j in range(EXPERTS))
+    pairs = [matrix[i][j] for i in range(EXPERTS) for j in range(EXPERTS) if i != j]
+    assert row["mean_similarity"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    part = row["jacobian"]
+    if name in ("hyper", "smoe_dropout"):  # a linear map, softmax over the kept logits
+        assert part["rank"] == k - 1 and (part["share"] == 0.0) == (k == 1)
+        assert part["inputs_by_chance"] == EXPERTS / 32
+    if name == "smoe_dropout":
+        assert part["drift"] == pytest.approx(0.0, abs=1e-9)
+    if name == "hyper":
+        assert 0.0 < part["drift"] < 0.1
+    if name in ("xmoe", "stablemoe"):
+        assert part["drift"] is None and part["rank"] >= 1 and part["share"] > 0.0
+
+
+@pytest.mark.parametrize("name", ["hyper", "xmoe"])
+def test_experts_read_from_the_checkpoint_are_those_of_the_engine(
+    zygote: Zygote, runs: Path, name: str
+) -> None:
+    job = zygote.run([runs / name], program=WORKER)
+    assert float(job.stdout.splitlines()[-1]) < 1e-5
+
+
+def test_refusals(zygote: Zygote, runs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.json"
+    common = ["--load", runs / "hyper", "--output", output]
+    job = zygote.run([*common, "--topk", 0, 5], program=TOOL, expect=2)
+    assert "must be from 1 to 4" in job.stderr and job.stderr.count("--topk = ") == 2
+    job = zygote.run(["--load", tmp_path, "--output", output], program=TOOL, expect=4)
+    assert "no finished checkpoint" in job.stderr
+    job = zygote.run(common, program=TOOL, ranks=2, expect=2)
+    assert "without a launcher" in job.stderr
+    assert not output.exists()
