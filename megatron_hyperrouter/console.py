@@ -60,13 +60,18 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     except Exception as error:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
         # A rank that was left alone does not know why; the one that left does, and may be waiting for its own
         # turn.
-        _take_turn(patience, left_alone=any(words in str(error) for words in _LOST_A_RANK))
+        _take_turn(patience, left_alone=left_alone(error))
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
     finally:
         for stream in (sys.stdout, sys.stderr):
             _let_go(stream)
     return status if isinstance(status, int) else 0
+
+
+def left_alone(error: Exception) -> bool:
+    """Whether the error says no more than that another rank has ended."""
+    return any(words in str(error) for words in _LOST_A_RANK)
 
 
 def report(error: HyperRouterError) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_hyperrouter.errors import HyperRouterError
+
+FILE = "events.jsonl"
 # A start or a continuation opens an attempt; whatever follows belongs to it.
 OPENING = ("start", "resume")
-EVENTS = (*OPENING, "save", "alarm", "bad_step", "stop", "end", "failure")
+# What an attempt ends with, where it can still write.
+CLOSING = ("stop", "end", "failure")
+EVENTS = (*OPENING, "save", "alarm", "bad_step", *CLOSING)
 
-Fact = str | int | float | bool | None | list[int]
+Fact = str | int | float | bool | None | list[int] | list[str] | dict[str, str]
+_TURN = 1.0  # seconds that another rank waits, so that rank 0 writes first
 
 
 class EventsFile:
@@ -28,9 +37,12 @@ class EventsFile:
             raise ValueError(f"event {event!r}: must be one of {', '.join(EVENTS)}")
         if event in OPENING:
             self.attempt += 1
+            if cause := cause_of_restart(read_events(self.path)):
+                facts["cause"] = cause
         line = {"event": event, "time": time.time(), "step": step, "attempt": self.attempt, **_plain(facts)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.path.open("ab") as file:
+            begin = b"\n" if _is_cut_off(self.path) else b""
+            file.write(begin + json.dumps(line).encode() + b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Fact]]:
@@ -48,6 +60,55 @@ def read_events(path: Path) -> list[dict[str, Fact]]:
         if isinstance(event, dict):
             found.append(event)
     return found
+
+
+def cause_of_restart(events: Sequence[Mapping[str, Fact]]) -> str:
+    """How the newest attempt ended, in words; empty where there was none."""
+    if not events:
+        return ""
+    closing = last_words(events)
+    if closing is None:
+        return "the attempt before ended without a last event: killed, or its machine failed"
+    if closing["event"] == "end":
+        return "the attempt before had finished"
+    if closing["event"] == "stop":
+        return f"the attempt before was stopped by {closing.get('reason', 'a request')}"
+    lines = str(closing.get("message", "")).splitlines()
+    return f"the attempt before failed: {closing.get('error', 'error')}: {lines[0] if lines else ''}"
+
+
+def last_words(events: Sequence[Mapping[str, Fact]]) -> Mapping[str, Fact] | None:
+    """The event with which the newest attempt ended; None where it runs, or ended without one.
+
+    Where several ranks failed, the first failure is the cause of the others.
+    """
+    newest = max((at for at, each in enumerate(events) if each.get("event") in OPENING), default=0)
+    return next((each for each in events[newest:] if each.get("event") in CLOSING), None)
+
+
+def facts_of(error: Exception) -> dict[str, Fact]:
+    """What ``failure`` says of an error."""
+    status = error.exit_status if isinstance(error, HyperRouterError) else 1
+    return {"error": type(error).__name__, "message": str(error), "status": status}
+
+
+def record_failure_of(rank: int, path: Path, step: int, **facts: Fact) -> None:
+    """A failure of a rank that is not rank 0, which may know nothing of it; nothing where rank 0 has failed
+    as well.
+    """
+    time.sleep(_TURN)
+    if last_words(read_events(path)) is None:
+        with contextlib.suppress(OSError):
+            EventsFile(path).write("failure", step, rank=rank, **facts)
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a kill left the last line half-written."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _attempts(path: Path) -> int:

@@ -44,6 +44,7 @@ class Beat:
     time: float  # when this was written
     where: str  # the innermost function of the main thread
     waits: bool  # the main thread is inside a collective
+    every: float = SECONDS  # seconds until the next beat
 
 
 @dataclass
@@ -86,11 +87,11 @@ class _Read:
         return self._dataset[i]
 
 
-def beat_of(progress: Progress, rank: int, where: str, waits: bool) -> Beat:
+def beat_of(progress: Progress, rank: int, where: str, waits: bool, every: float = SECONDS) -> Beat:
     """The beat of this process, now."""
     host, pid = socket.gethostname(), os.getpid()
     now = progress.step, progress.phase, progress.since
-    return Beat(rank, host, pid, *now, time.time(), where, waits)
+    return Beat(rank, host, pid, *now, time.time(), where, waits, every)
 
 
 def file_of(folder: Path, rank: int) -> Path:

@@ -29,6 +29,7 @@ class Meeting:
     def __init__(self, rank: int, world_size: int, store: Any = None) -> None:
         """``store``: a ``torch.distributed`` store; None for the only rank."""
         self.rank, self.world_size, self._store = rank, world_size, store
+        self.hosts = [socket.gethostname()]  # of all ranks, each once; whole on rank 0 after a comparison
 
     @classmethod
     def of_this_process(cls) -> Meeting:
@@ -63,6 +64,8 @@ class Meeting:
         for rank in range(1, self.world_size):
             with _waiting(self.world_size):
                 told = json.loads(self._store.get(f"{topic}/{rank}"))
+            if told["host"] not in self.hosts:
+                self.hosts.append(told["host"])
             theirs = json.loads(told["facts"])
             for name in [*ours, *theirs]:
                 if ours.get(name) != theirs.get(name):

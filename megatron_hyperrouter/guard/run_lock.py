@@ -24,6 +24,7 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 
 LOCK, HOLDER = ".run.lock", ".run.json"
 BEAT, STALE = 10.0, 60.0  # seconds
+_TRIES, _PAUSE = 4, 0.05  # seconds
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -70,7 +71,7 @@ class RunLock:
             self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
         )
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_now(self._lock)
         except BlockingIOError:
             raise self._taken() from None
         except OSError as error:
@@ -79,6 +80,15 @@ class RunLock:
             self._take_without_locks()
             return
         self._write()
+
+    @staticmethod
+    def _lock_now(file: int) -> None:
+        """Try it again for a moment: who asks :func:`is_held` has the lock for an instant."""
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(_PAUSE)
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _take_without_locks(self) -> None:
         age = self._age()
@@ -121,3 +131,34 @@ class RunLock:
         return ConfigError(
             [Problem("--run-dir", self._folder, rule, "wait for it, stop it, or give another --run-dir")]
         )
+
+
+def is_held(run_dir: Path) -> bool | None:
+    """Whether a run has the folder now, as far as this machine can tell; None where it cannot.
+
+    It reads alone, so a person may ask who must not write there.
+    """
+    try:
+        file = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        return None
+    finally:
+        os.close(file)  # lets go
+    return False
+
+
+def holder_of(run_dir: Path) -> dict[str, object]:
+    """Who took the folder last and has not given it back: host, pid, job, since; empty where nobody."""
+    with contextlib.suppress(OSError, ValueError):
+        holder = json.loads((run_dir / HOLDER).read_text(encoding="utf-8"))
+        if isinstance(holder, dict):
+            return holder
+    return {}

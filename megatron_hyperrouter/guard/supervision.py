@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hyperrouter import console
+from megatron_hyperrouter.guard.events import FILE, facts_of, record_failure_of
 from megatron_hyperrouter.guard.heartbeat import Progress
 from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.stopping import StopRequest, stop_signals
@@ -31,6 +33,19 @@ class Supervision:
         """Inside, signals are requests to stop."""
         with stop_signals(self.request, enabled=config.train.exit_on_signal):
             yield
+
+    @contextlib.contextmanager
+    def failures_told(self, config: RunConfig, engine: Engine, tell: Callable[..., None]) -> Iterator[None]:
+        """Inside, an error is an event, too: of rank 0 by ``tell``, of another rank where rank 0 has none."""
+        try:
+            yield
+        except Exception as error:
+            step, rank = self.progress.step, engine.place.rank
+            if engine.place.is_main:
+                tell("failure", step, **facts_of(error))
+            elif not console.left_alone(error):
+                record_failure_of(rank, Path(config.logging.run_dir) / FILE, step, **facts_of(error))
+            raise
 
     @contextlib.contextmanager
     def watchdog(self, config: RunConfig, engine: Engine, step: int) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.guard.events import FILE, EventsFile
 from megatron_hyperrouter.guard.heartbeat import (
     FOLDER,
     SECONDS,
@@ -52,7 +54,7 @@ class Watchdog:
         self._folder = run_dir / FOLDER
         self._rank, self._world_size, self._limit = rank, world_size, limit
         self._progress, self._stop, self._launcher, self._end = progress, stop, launcher, end
-        self._first = progress.step
+        self._first, self._pause = progress.step, min(SECONDS, limit / 10)
         self._writes = writes_file(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")))
         # Of each rank: the time in its newest beat, and when this rank saw it, by its own clock.
         self._heard: dict[int, tuple[float, float]] = {}
@@ -89,7 +91,7 @@ class Watchdog:
             self._noted = False
 
     def _watch(self) -> None:
-        pause = min(SECONDS, self._limit / 10)
+        pause = self._pause
         while not self._over.is_set():
             self.look()
             until = time.monotonic() + pause
@@ -111,7 +113,7 @@ class Watchdog:
 
     def _own_beat(self) -> Beat:
         frame = main_frame()
-        return beat_of(self._progress, self._rank, where_is(frame), waits_for_others(frame))
+        return beat_of(self._progress, self._rank, where_is(frame), waits_for_others(frame), self._pause)
 
     def _listen(self, beats: Mapping[int, Beat]) -> None:
         """Note when each beat was new, by this rank's clock: the clocks of nodes differ."""
@@ -138,9 +140,22 @@ class Watchdog:
         now = {**beats, self._rank: self._own_beat()}
         return [describe(now[rank]) for rank in apart(now)] or [f"{describe(now[self._rank])}, as all ranks"]
 
+    def _record(self, still: float, suspects: list[str]) -> None:
+        with contextlib.suppress(OSError):
+            EventsFile(self._folder.with_name(FILE)).write(
+                "failure",
+                self._progress.step,
+                error="Hang",
+                message=f"no progress for {still:.0f} s: {'; '.join(suspects)}",
+                status=1,
+                rank=self._rank,
+            )
+
     def _give_up(self, beats: Mapping[int, Beat], still: float) -> None:
         if speaks := self._speaks(beats):
-            lines = "\n  ".join(self._suspects(beats))
+            suspects = self._suspects(beats)
+            lines = "\n  ".join(suspects)
+            self._record(still, suspects)
             console.error_from_here(
                 f"no progress for {still:.0f} s (--distributed-timeout-minutes):\n  {lines}\n"
                 "  remedy: look at that rank's machine and at the stacks below; continue with --load"

@@ -4,16 +4,18 @@ and none can end it: one that fails is reported and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.run_folder import write_settings
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.errors import STOPPED, ConfigError, Problem
 from megatron_hyperrouter.guard.events import EventsFile, Fact
 from megatron_hyperrouter.guard.stopping import StopRequest
 from megatron_hyperrouter.train.metrics import MetricsFile, Record
+
+_STATUS = {"end": 0, "stop": STOPPED}  # exit statuses
 
 
 class Hook:
@@ -37,7 +39,7 @@ class Hook:
         """The run returned to a checkpoint: what was told of later steps does not count."""
 
     def on_event(self, event: str, step: int, **facts: Fact) -> None:
-        """Something else happened: ``stop``, ``end``, ``failure``, ``bad_step``, ``alarm``."""
+        """Something happened: ``save``, ``stop``, ``end``, ``failure``, ``bad_step``, ``alarm``."""
 
     def on_end(self) -> None:
         """The run ends, in whatever way; may come without :meth:`on_start`."""
@@ -125,19 +127,18 @@ class SettingsHook(Hook):
 class EventsHook(Hook):
     """Writes ``events.jsonl``."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = EventsFile(path)
+    def __init__(self, path: Path, opening: Mapping[str, Fact] | None = None) -> None:
+        """``opening``: what the first event of an attempt says of it."""
+        self._file, self._opening = EventsFile(path), dict(opening or {})
 
     def on_start(self, step: int) -> None:
         """The run starts, or continues."""
-        self._file.write("resume" if step else "start", step)
-
-    def on_save(self, step: int, folder: Path) -> None:
-        """A checkpoint is complete."""
-        self._file.write("save", step, folder=str(folder))
+        self._file.write("resume" if step else "start", step, **self._opening)
 
     def on_event(self, event: str, step: int, **facts: Fact) -> None:
-        """One line."""
+        """One line; the last one of an attempt tells the exit status."""
+        if event in _STATUS:
+            facts["status"] = _STATUS[event]
         self._file.write(event, step, **facts)
 
 

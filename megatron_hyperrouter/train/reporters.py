@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.errors import HostError
+from megatron_hyperrouter.guard.events import Fact
 from megatron_hyperrouter.train.hooks import EventsHook, Hook, MetricsHook, SettingsHook
 from megatron_hyperrouter.train.metrics import Record, tags
 from megatron_hyperrouter.train.screen import ConsoleHook
@@ -92,15 +93,17 @@ class WandbHook(Hook):
             self._run.finish()
 
 
-def hooks_for(config: RunConfig, place: Place) -> list[Hook]:
+def hooks_for(config: RunConfig, place: Place, opening: Mapping[str, Fact] | None = None) -> list[Hook]:
     """The hooks that the settings ask for, on the main rank; none elsewhere.
+
+    ``opening``: what the first event says of this attempt.
 
     Raises HostError on every rank when a library is missing, so that no rank waits for one that has left.
     """
     asked: list[Callable[[], Hook]] = [
         lambda: SettingsHook(config),
         lambda: MetricsHook(Path(config.logging.run_dir) / "metrics.jsonl"),
-        lambda: EventsHook(Path(config.logging.run_dir) / "events.jsonl"),
+        lambda: EventsHook(Path(config.logging.run_dir) / "events.jsonl", opening),
         lambda: ConsoleHook(config.train.train_iters, log_interval=config.logging.log_interval),
     ]
     if config.logging.tensorboard_dir is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,6 +65,9 @@ class Run:
     writer: Writer | None = None
 
     def __post_init__(self) -> None:
+        # Of the newest save: when it began, and for how long training waited; None: it still waits.
+        self._save_begun = time.perf_counter()
+        self._waited: float | None = None
         world_size = self.engine.place.world_size
         self.global_batch_size = global_batch_size(self.config, world_size)
         self.micro_batches = accumulation_steps(self.config, world_size)
@@ -221,7 +224,9 @@ class Run:
     def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint of ``step`` steps; see :meth:`Saving.save`."""
         self.supervision.progress.enter("save", step)
+        self._save_begun, self._waited = time.perf_counter(), None
         self.saving.save(step, wait=wait)
+        self._waited = time.perf_counter() - self._save_begun
 
     def _meta(self, step: int) -> dict[str, Any]:
         meta = {**run_meta.run_meta(self.config, self.engine), **self.description.meta}
@@ -235,22 +240,14 @@ class Run:
     def _saved(self, step: int, folder: Path) -> None:
         for hook in self.hooks:
             hook.on_save(step, folder)
+        taken = time.perf_counter() - self._save_begun
+        waited = taken if self._waited is None else self._waited
+        self.tell("save", step, folder=str(folder), seconds=round(taken, 3), waited=round(waited, 3))
 
     def tell(self, event: str, step: int, **facts: Fact) -> None:
         """Tell all hooks of an event."""
         for hook in self.hooks:
             hook.on_event(event, step, **facts)
-
-    @contextlib.contextmanager
-    def failures_told(self) -> Iterator[None]:
-        """Inside, an error is an event, too."""
-        try:
-            yield
-        except Exception as error:
-            self.tell(
-                "failure", self.supervision.progress.step, error=type(error).__name__, message=str(error)
-            )
-            raise
 
     def lost(self, step: int) -> str:
         """What to do when the loss is lost (collective); no save that is still being written may count

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from distributed import environment
 
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.guard import run_lock
-from megatron_hyperrouter.guard.run_lock import HOLDER, RunLock
+from megatron_hyperrouter.guard.run_lock import HOLDER, RunLock, holder_of, is_held
 
 HOLDS = """
 import sys, time
@@ -35,13 +36,26 @@ def test_another_process_is_refused_until_it_ends(tmp_path: Path) -> None:
     assert other.stdout is not None and other.stdout.readline() == b"held\n"
     with pytest.raises(ConfigError, match=rf"is in use by a run on .*process {other.pid}.*SLURM_JOB_ID=41"):
         RunLock(tmp_path).__enter__()
+    assert is_held(tmp_path) is True and holder_of(tmp_path)["pid"] == other.pid
     with RunLock(tmp_path, held=False):  # a rank that leaves it to rank 0
         pass
     other.send_signal(signal.SIGKILL)
     other.wait()
+    assert is_held(tmp_path) is False and holder_of(tmp_path)["pid"] == other.pid
     with RunLock(tmp_path):
         assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
-    assert not (tmp_path / HOLDER).exists()
+    assert not (tmp_path / HOLDER).exists() and holder_of(tmp_path) == {}
+    assert is_held(tmp_path / "nowhere") is False
+
+
+def test_asking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    """Whoever asks has the lock for an instant."""
+    (tmp_path / run_lock.LOCK).touch()
+    with (tmp_path / run_lock.LOCK).open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(run_lock._PAUSE, lambda: fcntl.flock(asking, fcntl.LOCK_UN)).start()
+        with RunLock(tmp_path):
+            assert is_held(tmp_path) is True
 
 
 def test_where_there_are_no_locks_the_time_of_the_holder_counts(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 
 from megatron_hyperrouter import console
@@ -21,11 +24,23 @@ from megatron_hyperrouter.train.resuming.start import Start, settings_again
 from megatron_hyperrouter.train.run import Speed
 from megatron_hyperrouter.train.samples import Samples
 
+if TYPE_CHECKING:
+    from megatron_hyperrouter.guard.events import Fact
 
-def run(samples: Samples, tokenizer: Tokenizer, start: Start, *, eod: int | None, epoch: int) -> int:
+
+def run(
+    samples: Samples,
+    tokenizer: Tokenizer,
+    start: Start,
+    *,
+    eod: int | None,
+    epoch: int,
+    opening: Mapping[str, Fact],
+) -> int:
     """Train; returns the exit status.
 
-    ``eod``: the id that ends a document, where the settings need it; ``epoch``: tokens of the training data.
+    ``eod``: the id that ends a document, where the settings need it; ``epoch``: tokens of the training data;
+    ``opening``: what the first event of this attempt says.
     """
     config = samples.config
     again = settings_again(config, start)
@@ -39,7 +54,7 @@ def run(samples: Samples, tokenizer: Tokenizer, start: Start, *, eod: int | None
         engine,
         config,
         samples.splits,
-        hooks_for(again, engine.place),
+        hooks_for(again, engine.place, opening),
         token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         supervision=supervision,
         speed=Speed(size.flops, peak_flops(bf16=config.train.bf16)),

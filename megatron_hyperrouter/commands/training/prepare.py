@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.commands.training.execute import run
+from megatron_hyperrouter.commands.training.opening import opening_of
 from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
 from megatron_hyperrouter.commands.training.together import agree_on_data, agree_on_settings, decide_together
 from megatron_hyperrouter.config.derived import separates_documents
@@ -47,4 +48,6 @@ def _prepare_and_run(config: RunConfig, world_size: int) -> int:
     if console.speaks():
         make_folders(samples.config)
     epoch = tokens_of_an_epoch(samples.builder, samples.mixes)
-    return run(samples, tokenizer, start, eod=eod, epoch=epoch)
+    return run(
+        samples, tokenizer, start, eod=eod, epoch=epoch, opening=opening_of(config, world_size, meeting.hosts)
+    )
