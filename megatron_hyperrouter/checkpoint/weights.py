@@ -121,7 +121,7 @@ def _refuse_misfits(
             f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         )
         raise CheckpointError(
-            f"{folder} holds a model of other sizes or another router:\n{shown}",
+            f"{folder} holds a model with different shapes or another router:\n{shown}",
             remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
         )
 

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 ROUTER_PREFIX = "router."
 WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+PLURALS = {int: "integers", float: "numbers", str: "words"}
 SIGNS = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
 
 
@@ -63,6 +64,11 @@ class Leaf:
         return get_origin(self.base) is tuple
 
     @property
+    def item(self) -> Any:
+        """The type of one word where a flag takes several; the type of the value elsewhere."""
+        return get_args(self.base)[0] if self.is_tuple else self.base
+
+    @property
     def choices(self) -> tuple[object, ...]:
         """The allowed values of a ``Literal``; empty otherwise."""
         return get_args(self.base) if get_origin(self.base) is Literal else ()
@@ -72,7 +78,7 @@ class Leaf:
         if self.choices:
             text = "one of " + ", ".join(map(str, self.choices))
         elif self.is_tuple:
-            text = "one or more words"
+            text = f"one or more {PLURALS.get(self.item, 'values')}"
         else:
             text = " ".join(filter(None, [WORDS.get(self.base, str(self.base)), self.bounds()]))
         return f"{text}, or none" if self.optional else text

@@ -213,7 +213,7 @@ def value_strategy(leaf: Leaf) -> st.SearchStrategy:
     elif leaf.base is float:
         values = st.floats(low, high, **excluded)
     elif leaf.is_tuple:
-        items = st.integers() if "milestones" in leaf.name else text
+        items = st.integers() if leaf.item is int else text
         values = st.lists(items, min_size=2, max_size=3).map(tuple)
     else:
         values = text

@@ -66,6 +66,7 @@ def test_good_values(name, raw, value):
         ("data_path", {"a": 1}, "one or more words"),
         ("data_path", [["a"]], "one or more words"),
         ("data_path", [True], "one or more words"),
+        ("profile_ranks", ["a"], "one or more integers"),
         ("seed", 2**32, "an integer >= 0 and <= 4294967295"),
     ],
 )

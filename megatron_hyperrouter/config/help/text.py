@@ -122,7 +122,8 @@ def _usage(leaf: Leaf) -> str:
         return f"{leaf.flag}, {leaf.off_flag}"
     if leaf.choices:
         return f"{leaf.flag} {{{','.join(map(str, leaf.choices))}}}"
-    return f"{leaf.flag} {'TEXT [TEXT ...]' if leaf.is_tuple else KINDS.get(leaf.base, 'VALUE')}"
+    word = KINDS.get(leaf.item, "VALUE")
+    return f"{leaf.flag} {word} [{word} ...]" if leaf.is_tuple else f"{leaf.flag} {word}"
 
 
 def _engine(leaf: Leaf) -> str:
