@@ -31,15 +31,13 @@ class Projection(NamedTuple):
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Hands its factors to the loss.  Where somebody looks at its output, by a hook, it makes the logits."""
-
-    makes_logits: bool = False  # always
+    """Hands its factors to the loss.  Where a hook looks at its output, it makes the logits."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor | Projection, Tensor | None]:
         """As the host's, but for its result."""
-        if self._forward_hooks or self.makes_logits:
+        if self._forward_hooks:
             made: tuple[Tensor, Tensor | None] = super().forward(input_, weight, runtime_gather_output)
             return made
         if self.sequence_parallel:

@@ -100,7 +100,7 @@ class Embedding(nn.Module):
     def output(self: Embedding, hidden_SBD: Tensor) -> Projection | Tensor:
         """What :class:`OutputLayer` gives; the form that TiedLayerSpec asks for."""
         made, _ = self.output_layer(hidden_SBD, weight=self.embedding.word_embeddings.weight)
-        return made  # type: ignore[no-any-return]
+        return seen_by_hooks(made)
 
 
 class Output(nn.Module):
@@ -113,7 +113,7 @@ class Output(nn.Module):
     def forward(self, hidden_SBD: Tensor) -> Projection | Tensor:
         """What :class:`OutputLayer` gives."""
         made, _ = self.output_layer(hidden_SBD)
-        return made  # type: ignore[no-any-return]
+        return seen_by_hooks(made)
 
 
 class Sequence(nn.Module):
@@ -149,7 +149,7 @@ class Sequence(nn.Module):
 
 
 def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: bool) -> OutputLayer:
-    layer = OutputLayer(
+    return OutputLayer(
         config.hidden_size,
         vocab_size,
         config=config,
@@ -158,7 +158,15 @@ def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: boo
         gather_output=False,
         skip_weight_param_allocation=not own_weight,
     )
-    # In bfloat16, DeepSpeed's sum of the tied embedding's gradient over the first and the last stage misses
-    # what the loss in chunks adds (0.19.8, seen with mhr verify --layouts pp=2), so the logits are made here.
-    layer.makes_logits = config.bf16 and not own_weight
-    return layer
+
+
+def seen_by_hooks(made: Projection | Tensor) -> Projection | Tensor:
+    """The same numbers, with a weight that is not a leaf.
+
+    DeepSpeed (0.19.8, runtime/utils.py:1345) hooks the tensors that a model returns, but not leaves. The first
+    hook that fires clears the gradients in bfloat16 (runtime/bf16_optimizer.py:500). A leaf has its gradient
+    by then and would lose it.
+    """
+    if isinstance(made, Projection):
+        return made._replace(weight_VD=made.weight_VD.view_as(made.weight_VD))
+    return made
