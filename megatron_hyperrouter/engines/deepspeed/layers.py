@@ -163,9 +163,9 @@ def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: boo
 def seen_by_hooks(made: Projection | Tensor) -> Projection | Tensor:
     """The same numbers, with a weight that is not a leaf.
 
-    DeepSpeed (0.19.8, runtime/utils.py:1345) hooks the tensors that a model returns, but not leaves. The first
-    hook that fires clears the gradients in bfloat16 (runtime/bf16_optimizer.py:500). A leaf has its gradient
-    by then and would lose it.
+    DeepSpeed (0.19.8, runtime/utils.py:1345) hooks the tensors that a model returns, but not leaves. The
+    first hook that fires clears the gradients in bfloat16 (runtime/bf16_optimizer.py:500). A leaf has its
+    gradient by then and would lose it.
     """
     if isinstance(made, Projection):
         return made._replace(weight_VD=made.weight_VD.view_as(made.weight_VD))

@@ -14,6 +14,8 @@ from megatron_hyperrouter.model.output import Projection, token_losses
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 10
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 
 def gradient(prepared: Callable[[Projection], object], *, clears: bool) -> torch.Tensor:
     """The gradient of the output matrix where the first hook that fires sets it to zero, as in bfloat16."""
