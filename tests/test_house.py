@@ -87,6 +87,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines/deepspeed": (HOST_ROOM, {"torch", "deepspeed", "megatron", "numpy"}),
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
     "guard": ({"engines/base", "config"}, {"torch"}),
+    "watch": ({"guard"}, set()),
     "train": (
         {
             "engines/base",
@@ -113,6 +114,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "commands": (set(), set()),
     "commands/training": (COMMAND, {"torch"}),
+    "commands/cluster": ({*COMMAND, "watch"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
     "commands/models": (
         {*COMMAND, "export", "proof", "importing", "generation", "huggingface"},

@@ -20,6 +20,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Train": {
         "train": Command("training.train", "pretrain a GPT-style mixture-of-experts model"),
     },
+    "Clusters": {
+        "status": Command("cluster.status", "show the state of a run: step, speed, ETA, who is late"),
+    },
     "Data": {
         "corpus": Command("data.corpus", "turn the text files below a folder into JSON lines"),
         "tokenizer": Command("data.tokenizer", "train a byte-level BPE tokenizer"),

@@ -1,0 +1,1 @@
+"""Commands around a job on a cluster: before it, and while it runs."""

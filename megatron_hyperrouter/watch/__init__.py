@@ -1,0 +1,1 @@
+"""Watching a run from outside: its state, told by the files in its folder alone."""
