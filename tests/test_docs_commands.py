@@ -17,7 +17,7 @@ from megatron_hyperrouter.commands.names import GROUPS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = {name for group in GROUPS.values() for name in group}
-PASSES_ON = {"compare", "scaling", "index", "verify"}  # other flags go to the program
+PASSES_ON = {"compare", "scaling", "index", "verify", "plan"}  # other flags go to the program
 LAUNCHER = re.compile(r"^(deepspeed|torchrun|srun|sbatch|bash)\b")
 
 

@@ -111,10 +111,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "generation": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "verify": ({*COMMAND, "verify"}, {"torch", "numpy", "deepspeed"}),
-    "studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "matplotlib", "yaml"}),
+    "planning": (
+        {*LATE_ROOM, "analysis", "engines/deepspeed", "engines/megatron", "compat"},
+        {"torch", "numpy", "deepspeed", "megatron"},
+    ),
+    "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "commands": (set(), set()),
-    "commands/training": (COMMAND, {"torch"}),
-    "commands/cluster": ({*COMMAND, "watch"}, set()),
+    "commands/training": ({*COMMAND, "planning"}, {"torch"}),
+    "commands/cluster": ({*COMMAND, "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
     "commands/models": (
         {*COMMAND, "export", "proof", "importing", "generation", "huggingface"},

@@ -21,15 +21,17 @@ from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, router_prefix
 Shape = tuple[int, ...]
 
 
-def shapes_of(config: RunConfig, rows: int) -> dict[str, Shape]:
-    """Global name -> shape of each trained tensor; ``rows``: of the embedding."""
+def shapes_of(config: RunConfig, rows: int, vocab_size: int = 1) -> dict[str, Shape]:
+    """Global name -> shape of each trained tensor; ``rows``: of the embedding; ``vocab_size``: ids of the
+    tokenizer, which only a router that goes by them needs.
+    """
     model, D = config.model, config.model.hidden_size
     found: dict[str, Shape] = {WORD_EMBEDDINGS: (rows, D), "decoder.final_layernorm.weight": (D,)}
     if model.untie_embeddings_and_output_weights:
         found[OUTPUT] = (rows, D)
     router = {
         name: tuple(parameter.shape)
-        for name, parameter in router_on_meta(config).named_parameters()
+        for name, parameter in router_on_meta(config, vocab_size).named_parameters()
         if parameter.requires_grad
     }
     routed = moe_layers(config)

@@ -84,9 +84,13 @@ def trained_in_router(config: RunConfig) -> set[str]:
     return {name for name, each in router_on_meta(config).named_parameters() if each.requires_grad}
 
 
-def router_on_meta(config: RunConfig) -> Router:
-    """A router of these settings without numbers: names and shapes alone."""
-    facts = RunFacts(num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=1)
+def router_on_meta(config: RunConfig, vocab_size: int = 1) -> Router:
+    """A router of these settings without numbers: names and shapes alone; ``vocab_size``: ids of the
+    tokenizer, of which some routers have a row each.
+    """
+    facts = RunFacts(
+        num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size
+    )
     options = config.router.options
     if hasattr(options, "hypernet_width"):  # frozen, of any width: a large model's would be drawn for minutes
         options = replace(options, hypernet_width=1)

@@ -47,4 +47,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "analyze": Command("studies.analyze", "look into the routers and experts of a trained run"),
         "verify": Command("studies.verify", "check that layouts train the same model"),
     },
+    "Clusters": {
+        "plan": Command("cluster.plan", "find the layouts that fit a model onto a number of GPUs"),
+    },
 }

@@ -61,6 +61,11 @@ _CUT = {
 }
 
 
+def is_cut(name: str) -> bool:
+    """Whether tensor parallelism cuts the parameter with this global name; others are whole on each rank."""
+    return name.endswith(tuple(_CUT))
+
+
 def shard_of(name: str) -> Shard | None:
     """The piece that this rank holds of the parameter with this global name; None where it holds the
     whole.

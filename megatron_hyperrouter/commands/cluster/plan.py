@@ -1,0 +1,166 @@
+"""Find the layouts that fit a model onto a number of GPUs, and the fastest of them, before it has any.
+
+  mhr plan --config FILE.yaml --gpus 64
+  mhr plan --config FILE.yaml --gpus 1024 --per-node 8 --gpu-memory 80 --dry-run 3 --json plan.json
+
+Formulas rank every layout of both engines that the program's own rules allow: parameters, memory by part,
+and predicted step time. --dry-run K then builds the true engine for the best K, without memory, GPUs or other
+ranks, and takes two steps.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hyperrouter.terminal import note, parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.planning.machine import Machine
+
+EPILOG = """Any other flag is a setting of the program. Layout settings in --config are ignored: the command
+tries all layouts. --engine limits it to one engine.
+
+A layout keeps the global batch (default: --micro-batch-size x --gpus). Recomputation, ZeRO stage, the
+distributed optimizer, interleaved pipeline stages and a smaller micro-batch are tried for each layout; the
+fastest choice that fits is shown.
+
+Exit status: 0 some layout fits, 1 none fits, 2 settings that cannot run."""
+_ASSUMED_IDS = 65_536
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings -> layouts -> table."""
+    args, rest = read_flags(arguments)
+    from megatron_hyperrouter.compat.host_logs import silence_hosts
+
+    silence_hosts()  # before anything of megatron-core is imported
+    from megatron_hyperrouter.files import write_json
+    from megatron_hyperrouter.planning.plan import Planner
+    from megatron_hyperrouter.planning.start_command import start_command
+    from megatron_hyperrouter.planning.table import text_of
+
+    config, engines = settings_of(args.config, rest)
+    planner = Planner(config, vocabulary_of(config), machine_of(args), engines)
+    plan = planner.plan(args.gpus)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, plan.as_json())
+    command = ""
+    if plan.fitting:
+        command = start_command(plan.fitting[0].candidate, args.config, rest, args.per_node)
+    show(text_of(plan, top=args.top, command=command))
+    if not plan.fitting:
+        raise SystemExit(1)
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The flags of this command, and those of the program."""
+    flags = parser(str(__doc__), EPILOG)
+    flags.add_argument("--config", required=True, metavar="FILE", help="settings of the run (YAML)")
+    flags.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    flags.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    flags.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of a GPU, 10^9 bytes (default: 80)"
+    )
+    flags.add_argument(
+        "--dry-run", type=int, default=0, metavar="K", help="verify the best K with the true engine"
+    )
+    flags.add_argument("--json", type=Path, metavar="FILE", help="write all layouts and refusals there")
+    flags.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
+    flags.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="constants of the machine, as mhr scaling speed measures them",
+    )
+    flags.add_argument(
+        "--gpu-tflops",
+        type=float,
+        metavar="X",
+        help="what a GPU achieves in a step, 10^12 FLOP/s (default: 396, 40 %% of an H100)",
+    )
+    flags.add_argument(
+        "--skew", type=float, default=1.3, metavar="X", help="load of the busiest rank / mean (default: 1.3)"
+    )
+    flags.add_argument(
+        "--reserve", type=float, default=2.5, metavar="GB", help="of a GPU, for CUDA and NCCL (default: 2.5)"
+    )
+    args, rest = flags.parse_known_args(arguments)
+    for name, least in (("gpus", 1), ("per_node", 1), ("top", 1), ("dry_run", 0), ("skew", 1)):
+        if not getattr(args, name) >= least:
+            flags.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= args.reserve < args.gpu_memory:
+        flags.error("--reserve must be at least 0, and less than --gpu-memory")
+    if args.gpu_tflops is not None and not args.gpu_tflops > 0:
+        flags.error("--gpu-tflops must be greater than 0")
+    if args.gpus > args.per_node and args.gpus % args.per_node:
+        flags.error(f"--gpus must be divisible by --per-node = {args.per_node}: a run takes whole nodes")
+    return args, rest
+
+
+def machine_of(args: Namespace) -> Machine:
+    """What the flags and the calibration file say of the machine."""
+    from dataclasses import replace
+
+    from megatron_hyperrouter.planning.machine import Machine, calibrated
+
+    machine = Machine(
+        memory=args.gpu_memory * 1e9,
+        per_node=args.per_node,
+        reserve=args.reserve * 1e9,
+        skew=args.skew,
+    )
+    if args.calibration is not None:
+        machine = calibrated(machine, args.calibration)
+    if args.gpu_tflops is not None:
+        machine = replace(machine, flops=args.gpu_tflops * 1e12, source="--gpu-tflops, " + machine.source)
+    return machine
+
+
+def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[str]]:
+    """The run without a layout, and the engines to try; raises ConfigError."""
+    from dataclasses import replace
+
+    from megatron_hyperrouter.config.by_role import names_with
+    from megatron_hyperrouter.config.draft import Draft
+    from megatron_hyperrouter.config.reading.sources import read_flags as program_flags
+    from megatron_hyperrouter.config.reading.sources import read_yaml
+    from megatron_hyperrouter.config.roles import Role
+    from megatron_hyperrouter.errors import ConfigError, Problem
+    from megatron_hyperrouter.planning.layouts import ENGINES
+    from megatron_hyperrouter.routers import ROUTERS
+
+    line, file = program_flags(words), read_yaml(path)
+    layout = names_with(Role.LAYOUT)
+    if named := [flag for flag in line.flags if flag.removeprefix("--").replace("-", "_") in layout]:
+        problem = Problem(
+            named[0], "", "is a part of the layout, which this command looks for", "leave it out"
+        )
+        raise ConfigError([problem])
+    chosen = line.flags.get("--engine")
+    values = {name: value for name, value in file.values.items() if name not in layout}
+    named_data = any("data" in name and name.endswith(("data", "path", "schedule")) for name in values)
+    overrides = {} if named_data or any("data" in flag for flag in line.flags) else {"mock_data": True}
+    draft = Draft(
+        ROUTERS, replace(file, values=values), flags=line.flags, problems=line.problems, overrides=overrides
+    )
+    config = draft.finish(world_size=None)
+    return config, (config.engine.engine,) if chosen else ENGINES
+
+
+def vocabulary_of(config: RunConfig) -> int:
+    """Ids of the tokenizer; --vocab-size, or a guess, where its files are not on this machine."""
+    from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+    from megatron_hyperrouter.errors import DataError, HostError
+
+    try:
+        return tokenizer_of(config.data).vocab_size
+    except (DataError, HostError) as error:
+        ids = config.data.vocab_size or _ASSUMED_IDS
+        reason = "as --vocab-size says" if config.data.vocab_size else "assumed; --vocab-size N sets it"
+        note(f"the tokenizer cannot be read ({error.message}): {ids:,} token ids, {reason}")
+        return ids

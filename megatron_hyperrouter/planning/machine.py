@@ -1,0 +1,71 @@
+"""What a machine can do: assumed, or measured by a speed study and kept in a calibration file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.files import write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One kind of GPU, and the network between many of them."""
+
+    memory: float  # bytes of one GPU
+    per_node: int
+    # FLOP/s of matrix products that one GPU achieves in a training step: the peak x its utilisation
+    flops: float = 989e12 * 0.40
+    inside: float = 300e9  # bytes/s from one GPU to others of its node
+    outside: float = 40e9  # bytes/s from one GPU to other nodes
+    latency: float = 20e-6  # seconds of one message
+    reserve: float = 2.5e9  # bytes: CUDA's context, NCCL's buffers, work space of kernels
+    skew: float = 1.3  # load of the busiest rank of experts over the mean
+    source: str = "assumed, not measured: an H100 at 40 % utilisation, NVLink, 400 Gb/s a GPU between nodes"
+
+    def assumptions(self) -> list[str]:
+        """What a prediction rests on, a line each."""
+        return [
+            f"a GPU computes {self.flops / 1e12:,.0f} TFLOP/s in a step, and exchanges "
+            f"{self.inside / 1e9:,.0f} GB/s inside a node, {self.outside / 1e9:,.0f} GB/s between nodes, "
+            f"{self.latency * 1e6:.0f} us a message ({self.source})",
+            f"the busiest rank of experts has {self.skew:g} times the mean load (--skew)",
+            f"{self.reserve / 1e9:g} GB of a GPU go to CUDA, NCCL and kernels (--reserve); "
+            "fragmentation is not counted",
+            "communication and computation do not overlap; tensor parallelism stays inside a node",
+        ]
+
+
+MEASURED = ("flops", "inside", "outside", "latency")
+
+
+def calibrated(machine: Machine, path: Path) -> Machine:
+    """The same machine with the constants of a calibration file; raises ConfigError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: float(found[name]) for name in MEASURED if found.get(name) is not None}
+        if found["format"] != FORMAT or not values or min(values.values()) <= 0:
+            raise ValueError
+    except OSError as error:
+        raise ConfigError([_bad(path, f"cannot be read ({error.strerror})")]) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError([_bad(path, "must be a calibration file")]) from error
+    return replace(
+        machine,
+        **values,  # type: ignore[arg-type]
+        source=f"measured: {path}",
+    )
+
+
+def write_calibration(path: Path, machine: Machine, measured: object) -> None:
+    """Keep the constants of a machine, and what they were fitted to."""
+    numbers = {name: value for name, value in asdict(machine).items() if name in MEASURED}
+    write_json(path, {"format": FORMAT, **numbers, "measured": measured})
+
+
+def _bad(path: Path, rule: str) -> Problem:
+    return Problem("--calibration", path, rule, "write one with: mhr scaling speed ...")

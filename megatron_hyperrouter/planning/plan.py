@@ -1,0 +1,161 @@
+"""All layouts of a run over a number of GPUs, ranked by predicted speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_hyperrouter.config.derived import global_batch_size
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.model.spec import padded_vocab_size
+from megatron_hyperrouter.planning.layouts import (
+    ENGINES,
+    Candidate,
+    Refusal,
+    structures,
+    variants,
+    without_layout,
+)
+from megatron_hyperrouter.planning.machine import Machine
+from megatron_hyperrouter.planning.memory import Estimator, Use, frozen_of
+from megatron_hyperrouter.planning.parameters import Model, model_of, parameters_of_ranks
+from megatron_hyperrouter.planning.step_time import work_of
+
+_REMEDIES = {
+    "weights": "raise expert, tensor or pipeline parallelism",
+    "gradients": "raise expert, tensor or pipeline parallelism",
+    "optimizer": "raise expert, tensor or pipeline parallelism, or use more GPUs",
+    "hypernetwork": "set --router.shared model, or a smaller --router.hypernet-width",
+    "activations": "raise tensor or context parallelism, or use a smaller --micro-batch-size",
+    "logits": "raise tensor parallelism, or use a smaller --micro-batch-size",
+    "buckets": "set a smaller reduce_bucket_size with --deepspeed-config, or use the megatron engine",
+}
+GIB = 2.0**30
+
+
+@dataclass
+class Planned:
+    """A layout that the rules allow, with what it would need."""
+
+    candidate: Candidate
+    use: Use
+    times: dict[str, float]  # seconds of a step by what takes them
+    seconds: float
+    parameters: list[int]
+    fits: bool
+    verified: list[dict[str, Any]] = field(default_factory=list)  # dry runs of some of its ranks
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        config = self.candidate.config
+        samples = global_batch_size(config, self.candidate.world_size)
+        return samples * config.model.seq_length / self.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """As the public contract has it."""
+        told: dict[str, Any] = {
+            "layout": self.candidate.layout(),
+            "fits": self.fits,
+            "memory_bytes": self.use.as_bytes(),
+            "step_seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "parameters_per_rank": self.parameters,
+            "flags": self.candidate.flags(),
+        }
+        return told | ({"dry_run": self.verified} if self.verified else {})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command shows and writes."""
+
+    layouts: list[Planned]  # those that fit come first, the fastest of them at the top
+    refused: list[Refusal]
+    machine: Machine
+    model: Model
+    gpus: int
+
+    @property
+    def fitting(self) -> list[Planned]:
+        """The layouts that fit, the fastest first."""
+        return [each for each in self.layouts if each.fits]
+
+    def as_json(self) -> dict[str, Any]:
+        """As the public contract has it."""
+        return {
+            "layouts": [each.as_json() for each in self.layouts],
+            "refused": [{"layout": each.layout, "reason": each.reason} for each in self.refused],
+            "assumptions": self.machine.assumptions(),
+        }
+
+
+class Planner:
+    """Plans layouts of one model on one machine."""
+
+    def __init__(
+        self, base: RunConfig, vocab_size: int, machine: Machine, engines: Sequence[str] = ENGINES
+    ) -> None:
+        """``vocab_size``: ids of the tokenizer, before padding."""
+        self.base, self.machine, self.vocab_size, self.engines = base, machine, vocab_size, engines
+        self._models: dict[int, tuple[Model, Estimator]] = {}
+        self._frozen = frozen_of(base, vocab_size)
+
+    def of_rows(self, config: RunConfig) -> tuple[Model, Estimator]:
+        """The model with the rows that the embedding has under this layout."""
+        rows = padded_vocab_size(self.vocab_size, config)
+        if rows not in self._models:
+            model = model_of(config, self.vocab_size)
+            self._models[rows] = model, Estimator(model, self._frozen, rows, self.machine)
+        return self._models[rows]
+
+    def planned(self, candidate: Candidate) -> Planned:
+        """The best way to save memory that fits, or the one that needs least."""
+        model, estimator = self.of_rows(candidate.config)
+        found = []
+        for variant in variants(candidate):
+            use = estimator.fullest(variant)
+            work = work_of(variant, model, self.machine.per_node, self.machine.skew)
+            found.append((use.total > self.machine.memory, work.seconds(self.machine), variant, use, work))
+        fitting = [each for each in found if not each[0]]
+        if fitting:
+            best = min(fitting, key=lambda each: (each[1], each[3].total))
+        else:
+            best = min(found, key=lambda each: each[3].total)
+        too_large, seconds, variant, use, work = best
+        parameters = parameters_of_ranks(model, variant.config, variant.world_size)
+        return Planned(variant, use, work.parts(self.machine), seconds, parameters, not too_large)
+
+    def plan(self, gpus: int) -> Plan:
+        """Every layout over so many GPUs; raises ConfigError where no layout of any kind keeps the rules."""
+        base = without_layout(self.base, gpus)
+        refused: list[Refusal] = []
+        planned: list[Planned] = []
+        for each in structures(base, gpus, self.machine.per_node, self.engines):
+            if isinstance(each, Refusal):
+                refused.append(each)
+                continue
+            made = self.planned(each)
+            planned.append(made)
+            if not made.fits:
+                refused.append(self.too_large(made))
+        if not planned:
+            raise ConfigError([_nothing_runs(gpus, refused)])
+        planned.sort(key=lambda each: (not each.fits, each.seconds if each.fits else each.use.total))
+        return Plan(planned, refused, self.machine, self.of_rows(base)[0], gpus)
+
+    def too_large(self, made: Planned) -> Refusal:
+        """Why a layout does not fit, and what to do about the largest part."""
+        use, part = made.use, made.use.largest()
+        reason = (
+            f"needs {use.total / GIB:.1f} GiB of a GPU's {self.machine.memory / GIB:.1f}: {part} take "
+            f"{getattr(use, part) / GIB:.1f} GiB; {_REMEDIES[part]}"
+        )
+        return Refusal(made.candidate.layout(), reason, f"does not fit; {part} take most: {_REMEDIES[part]}")
+
+
+def _nothing_runs(gpus: int, refused: Sequence[Refusal]) -> Problem:
+    reason = refused[0].reason if refused else "there are none"
+    return Problem("--gpus", gpus, f"no layout keeps the rules; the first: {reason}", "use another number")

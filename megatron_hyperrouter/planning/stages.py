@@ -1,0 +1,51 @@
+"""Which part of the model each pipeline stage holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hyperrouter.config.tree import RunConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline stage holds, on all of its ranks alike."""
+
+    layers: tuple[int, ...]  # numbers of transformer layers, from 0
+    first: bool  # has the embedding
+    last: bool  # has the last norm and the output
+
+
+def stages_of(config: RunConfig) -> list[Stage]:
+    """The pipeline stages, first to last."""
+    stages = config.parallel.pipeline_model_parallel_size
+    layers = config.model.num_layers
+    if layers % stages == 0:
+        parts = _even_stages(config)
+    else:  # the rules allow it on the deepspeed engine alone
+        parts = _balanced_stages(layers, stages)
+    return [Stage(part, number == 0, number == stages - 1) for number, part in enumerate(parts)]
+
+
+def _even_stages(config: RunConfig) -> list[tuple[int, ...]]:
+    """Under the interleaved schedule a stage has a chunk of each of several passes through the ranks."""
+    stages, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
+    passes = config.parallel.virtual_pipeline_model_parallel_size or 1
+    size = layers // (stages * passes)
+    return [
+        tuple(
+            number
+            for turn in range(passes)
+            for number in range((turn * stages + stage) * size, (turn * stages + stage + 1) * size)
+        )
+        for stage in range(stages)
+    ]
+
+
+def _balanced_stages(layers: int, stages: int) -> list[tuple[int, ...]]:
+    """As DeepSpeed's ``PipelineModule`` cuts its list of layers with ``partition_method="type:Block"``."""
+    from deepspeed.runtime.utils import partition_balanced
+
+    bounds = partition_balanced([0, *[1] * layers, 0, 0], stages)  # embedding, layers, norm, output
+    cuts = [min(max(bound - 1, 0), layers) for bound in bounds]
+    return [tuple(range(cuts[number], cuts[number + 1])) for number in range(stages)]
