@@ -21,6 +21,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": Command("training.train", "pretrain a GPT-style mixture-of-experts model"),
     },
     "Clusters": {
+        "plan": Command("cluster.plan", "find the layouts that fit a model onto a number of GPUs"),
         "status": Command("cluster.status", "show the state of a run: step, speed, ETA, who is late"),
     },
     "Data": {
@@ -46,8 +47,5 @@ GROUPS: dict[str, dict[str, Command]] = {
         "scaling": Command("studies.scaling", "study how loss and speed scale"),
         "analyze": Command("studies.analyze", "look into the routers and experts of a trained run"),
         "verify": Command("studies.verify", "check that layouts train the same model"),
-    },
-    "Clusters": {
-        "plan": Command("cluster.plan", "find the layouts that fit a model onto a number of GPUs"),
     },
 }
