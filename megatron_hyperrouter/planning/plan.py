@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.config.derived import global_batch_size
-from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.model.spec import padded_vocab_size
+from megatron_hyperrouter.planning.frozen import frozen_of
 from megatron_hyperrouter.planning.layouts import (
     ENGINES,
     Candidate,
@@ -18,10 +18,13 @@ from megatron_hyperrouter.planning.layouts import (
     variants,
     without_layout,
 )
-from megatron_hyperrouter.planning.machine import Machine
-from megatron_hyperrouter.planning.memory import Estimator, Use, frozen_of
+from megatron_hyperrouter.planning.memory import Estimator, Use
 from megatron_hyperrouter.planning.parameters import Model, model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.step_time import work_of
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.planning.machine import Machine
 
 _REMEDIES = {
     "weights": "raise expert, tensor or pipeline parallelism",

@@ -1,0 +1,38 @@
+"""What routers hold beside their parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_hyperrouter.analysis.size import router_on_meta
+from megatron_hyperrouter.routers.hyper import HypernetRecipe
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+
+_FLOAT32 = 4
+
+
+class Frozen(NamedTuple):
+    """Bytes of what routers hold beside their parameters."""
+
+    per_layer: float
+    shared: float  # once on each rank
+
+
+def frozen_of(config: RunConfig, vocab_size: int) -> Frozen:
+    """Hypernetworks, fixed routers and buffers, all float32 and on every rank."""
+    router = router_on_meta(config, vocab_size)
+    per_layer = float(sum(each.numel() * each.element_size() for each in router.buffers()))
+    recipe = getattr(getattr(router, "frozen", None), "recipe", None)
+    if isinstance(recipe, HypernetRecipe):
+        width = config.router.options.hypernet_width
+        made = recipe.num_experts * (recipe.hidden_size + recipe.bias)
+        network = float(_FLOAT32 * (width * (recipe.embedding_size + 1 + made) + made))
+        per_layer += _FLOAT32 * (made + width)  # the generated router of this step
+        if recipe.name == "hypernet.model":
+            return Frozen(per_layer, network)
+        return Frozen(per_layer + network, 0.0)
+    if recipe is not None:
+        per_layer += _FLOAT32 * recipe.num_experts * recipe.hidden_size
+    return Frozen(per_layer, 0.0)
