@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_hyperrouter.engines.base import Batch, EvalResult, OwnPart, Place, StepResult
+from megatron_hyperrouter.engines.base import Batch, Deviation, EvalResult, OwnPart, Place, StepResult
 
 
 class Alone:
@@ -105,6 +105,8 @@ class FakeEngine:
         self.batches_scored = 0
         self.aux_loss_coeffs: list[float] = []
         self.loss_offset = 0.0  # nan: a run that diverged
+        self.compared: list[int] = []  # after how many steps the replicas were
+        self.strays: list[Deviation] = []
 
     def train_step(
         self,
@@ -182,6 +184,10 @@ class FakeEngine:
 
     def barrier(self) -> None:
         pass
+
+    def deviations(self) -> list[Deviation]:
+        self.compared.append(len(self.steps_taken))
+        return self.strays
 
     def set_aux_loss_coeff(self, value: float) -> None:
         self.aux_loss_coeffs.append(value)

@@ -18,6 +18,7 @@ from megatron_hyperrouter.checkpoint.boxes import Box, Shape
 MASK = (1 << 64) - 1
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 / golden ratio, as a signed number
 _CHUNK = 1 << 16  # elements at a time: three int64 copies of them stay in a core's cache
+_CHUNK_GPU = 1 << 24  # few launches, and 400 MB of copies
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,14 +26,20 @@ def digest(values: Tensor, box: Box, whole: Shape) -> int:
     """Digest of the part ``box`` of a tensor of shape ``whole``; ``values`` has the box's numbers in
     row-major order.
     """
+    return int(unread_digest(values, box, whole)) & MASK
+
+
+def unread_digest(values: Tensor, box: Box, whole: Shape) -> Tensor:
+    """The same as an int64 scalar on the tensor's device, so that many digests need one read."""
     flat = values.detach().reshape(-1)
     bits = flat.view(_BITS[flat.element_size()])
-    total = 0
-    for begin in range(0, len(bits), _CHUNK):
-        end = min(begin + _CHUNK, len(bits))
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    chunk = _CHUNK_GPU if flat.is_cuda else _CHUNK
+    for begin in range(0, len(bits), chunk):
+        end = min(begin + chunk, len(bits))
         odd = _positions(begin, end, box, whole, flat.device).mul_(_FACTOR).bitwise_or_(1)
-        total += int(odd.mul_(bits[begin:end].to(torch.int64) + 1).sum())
-    return total & MASK
+        total += odd.mul_(bits[begin:end].to(torch.int64) + 1).sum()
+    return total
 
 
 def _positions(begin: int, end: int, box: Box, whole: Shape, device: torch.device) -> Tensor:

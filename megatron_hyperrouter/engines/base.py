@@ -77,6 +77,16 @@ class OwnPart:
     bad_gradient: str  # of the second run: the first weight with a gradient that is not finite; or ""
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """A weight, or a piece of one, of which ranks that should hold the same bits do not."""
+
+    name: str  # global
+    ranks: tuple[tuple[int, str], ...]  # (rank, host) of those that deviate
+    others: tuple[tuple[int, str], ...]  # (rank, host) of those that agree with each other
+    sure: bool  # False where it is one against one: either may be wrong
+
+
 class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
@@ -148,6 +158,10 @@ class Engine(Protocol):
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """Read what :meth:`save` wrote."""
+        ...
+
+    def deviations(self) -> list[Deviation]:
+        """The weights of which the ranks that hold them hold different bits (collective)."""
         ...
 
     def set_aux_loss_coeff(self, value: float) -> None:

@@ -9,6 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+_SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh")
+# in the first words of a command: its name, or a module of Python
+_LAUNCHERS = (
+    *("deepspeed", "torchrun", "torch.distributed", "accelerate", "ft_launcher"),
+    *("mpirun", "mpiexec", "orted", "prted", "hydra_pmi", "slurmstepd"),
+)
+_HIGHEST = 6  # processes above this one
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -20,18 +28,31 @@ class Launcher:
     def of_this_process() -> Launcher:
         """The parent, where a launcher has set RANK; and whatever of ``deepspeed`` is above it.
 
-        To be asked before anything else sets RANK.
+        To be asked first of all: a launcher that has died by then is not known, and the program itself sets
+        RANK.
 
-        ``deepspeed`` starts one process that starts the ranks, and dies alone when it is told to end.
+        A shell does not count: one that started ranks in the background may end, and they live on.  Where a
+        launcher started the shell, that launcher counts.  ``deepspeed`` starts one process that starts the
+        ranks, and dies alone when it is told to end.
         """
         if "RANK" not in os.environ:
             return Launcher(())
-        line = [(os.getpid(), os.getppid())]
-        while "deepspeed" in _command(line[-1][1]) and len(line) < 4:
-            above = _parent(line[-1][1])
-            if above is None or above <= 1 or "deepspeed" not in _command(above):
+        line: list[tuple[int, int]] = []
+        process, through_a_shell = os.getpid(), False
+        for _ in range(_HIGHEST):
+            above = _parent(process)
+            if above is None or above <= 1:
                 break
-            line.append((line[-1][1], above))
+            words = _command(above)
+            shell = _is_shell(words)
+            if not shell and (line or through_a_shell) and not _is_launcher(words):
+                break
+            if not shell:
+                line.append((process, above))
+                if "deepspeed" not in " ".join(words):
+                    break
+            through_a_shell = through_a_shell or shell
+            process = above
         return Launcher(tuple(line))
 
     def is_gone(self) -> bool:
@@ -63,8 +84,20 @@ def _parent(process: int) -> int | None:
         return None
 
 
-def _command(process: int) -> str:
+def _command(process: int) -> list[str]:
+    """The words of its command line; none where they cannot be read."""
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        text = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
+        return []
+    return text.rstrip("\0").split("\0")
+
+
+def _is_shell(words: list[str]) -> bool:
+    """But for the one in which ``deepspeed`` starts its part of another node."""
+    name = Path(words[0]).name.lstrip("-") if words else ""
+    return name in _SHELLS and "deepspeed.launcher.launch" not in " ".join(words)
+
+
+def _is_launcher(words: list[str]) -> bool:
+    return any(name in word for word in words[:4] for name in _LAUNCHERS)

@@ -72,6 +72,8 @@ class Run:
         self.global_batch_size = global_batch_size(self.config, world_size)
         self.micro_batches = accumulation_steps(self.config, world_size)
         self.recovery = recovery.Recovery(self.engine, self.config, remedy=self.lost)
+        interval = self.config.guard.check_replicas_interval
+        self.replicas = recovery.ReplicaCheck(self.engine, interval, step=self.start.step)
         self.saving = saving.Saving(
             self.engine,
             self.config,
@@ -151,6 +153,7 @@ class Run:
         if result.applied:
             self.saving.health.after_step(step, result.lm_loss)
             self.recovery.after_good_step(step, result, self.tell)
+            self.replicas.after(step, self.tell)
         else:
             self.recovery.after_bad_step(step, result, self.tell, max(self.folders.steps(), default=None))
         return result.stop
@@ -183,6 +186,7 @@ class Run:
         folder = self.folders.root / folder_name(step)
         self.engine.load(folder)
         self.recovery.restore(read_manifest(folder)["meta"])
+        self.replicas.returned(step)
         for hook in self.hooks:
             hook.on_return(step)
         return step
@@ -224,6 +228,7 @@ class Run:
     def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint of ``step`` steps; see :meth:`Saving.save`."""
         self.supervision.progress.enter("save", step)
+        self.replicas.after(step, self.tell, saves=True)
         self._save_begun, self._waited = time.perf_counter(), None
         self.saving.save(step, wait=wait)
         self._waited = time.perf_counter() - self._save_begun

@@ -3,9 +3,10 @@ what it saw.
 
 A case: ``flags`` of the program (``bare``: all of them), and optionally ``steps`` and the ``first`` of them,
 ``load`` (a folder) or ``load_weights``, ``watch``, ``save_at`` (a step), ``folder`` for its weights,
-``topk_eval``, ``resume``, and ``probe``: at which weights (``start``; ``whole``: with their optimizer) and
-with the k of which ``step`` it tells gradients, in ``folder/probed``.  ``refused``: only why ``load`` was
-refused.
+``topk_eval``, ``resume``, ``flips`` (pairs of a rank and the end of a weight's name: what is told of the
+replicas when a bit of it is flipped there), and ``probe``: at which weights (``start``; ``whole``: with their
+optimizer) and with the k of which ``step`` it tells gradients, in ``folder/probed``.  ``refused``: only why
+``load`` was refused.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, Engine, Place
+from megatron_hyperrouter.engines.saved.pieces import weights
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.routers import ROUTERS
 
@@ -101,6 +103,9 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     engine = open_engine(config, vocab_size=VOCABULARY, eod=EOD)
     try:
         told = train(engine, config, case)
+        if strays := engine.deviations():
+            raise AssertionError(f"{case['flags']}: replicas differ: {strays}")
+        flipped = [flip(engine, rank, end) for rank, end in case.get("flips", ())]
         shapes = engine.shapes() if case.get("shapes") else None
         evaluations = {}
         for topk in case.get("topk_eval", ()):
@@ -118,7 +123,19 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             save(engine, Path(case["folder"]) / "probed")
     finally:
         engine.close()
-    return {"steps": told, "evaluations": evaluations, "read": case.get("read"), "shapes": shapes}
+    seen = {"read": case.get("read"), "shapes": shapes, "flipped": flipped}
+    return {"steps": told, "evaluations": evaluations, **seen}
+
+
+def flip(engine: Any, rank: int, end: str) -> list[Any]:
+    """What is told of the replicas while one bit of a weight is flipped on one rank."""
+    held = weights(engine.holding()) if engine.place.rank == rank else ()
+    tensor = next((tensor for name, tensor in held if name.endswith(end)), torch.zeros(4))
+    bits = tensor.view(torch.int32).view(-1)
+    bits[3] ^= 1
+    found = engine.deviations()
+    bits[3] ^= 1
+    return [[stray.name, stray.ranks, stray.others, stray.sure] for stray in found]
 
 
 def train(engine: Engine, config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ class Job:
     folder: Path
     statuses: list[int | None] = field(default_factory=list)
     store: object = None  # at which its ranks meet
+    launchers: list[int] = field(default_factory=list)  # of each rank, where it was asked for
 
     def poll(self) -> list[int | None]:
         """Exit status of each rank; negative: the signal that ended it."""
@@ -162,7 +163,9 @@ class Zygote:
                 "stderr": str(folder / "stderr.txt"),
                 **more,
             }
-            job.pids.append(self.ask({"start": request})["pid"])
+            answer = self.ask({"start": request})
+            job.pids.append(answer["pid"])
+            job.launchers.append(answer["launcher"])
         return job
 
     def run(self, arguments: Sequence[object], *, expect: int = 0, timeout: float = 240, **more: Any) -> Job:

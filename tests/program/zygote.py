@@ -3,12 +3,14 @@ instead of many.
 
 One JSON object a line on stdin, one answer a line on stdout: ``{"start": {...}}`` gives ``{"pid": N}``,
 ``{"poll": [N, ...]}`` gives ``{"N": exit status, or null while it runs}`` (negative: the signal that ended
-it).  The end of stdin ends every rank.
+it).  With ``"launcher": true`` a process of its own stands above the rank, and the answer names it as well.
+The end of stdin ends every rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import glob
 import importlib
@@ -122,26 +124,55 @@ def stall() -> None:
     time.sleep(600)
 
 
+def fork_below() -> tuple[int, int]:
+    """Fork a launcher that does nothing, and below it a rank: their ids; (0, 0) in the rank."""
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        pid = os.fork()
+        if pid == 0:
+            return 0, 0
+        os.write(writing, str(pid).encode())
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)
+    told = int(os.read(reading, 20))
+    os.close(reading)
+    os.close(writing)
+    return launcher, told
+
+
+def adopt_orphans() -> None:
+    """Be the next parent of ranks whose launcher has died."""
+    set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+
+
 def main() -> None:
     """Serve until stdin ends."""
     import_hosts()
+    adopt_orphans()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     alive: set[int] = set()
+    launchers: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
-            pid = os.fork()
+            launcher, pid = fork_below() if request["start"].get("launcher") else (0, os.fork())
             if pid == 0:
                 become(request["start"])
                 runpy.run_path(request["start"]["program"], run_name="__main__")
                 return
             alive.add(pid)
-            answer: dict[str, Any] = {"pid": pid}
+            launchers[pid] = launcher
+            answer: dict[str, Any] = {"pid": pid, "launcher": launcher}
         else:
             answer = {}
             for pid in request["poll"]:
-                ended, status = os.waitpid(pid, os.WNOHANG)
+                try:
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:  # of its launcher, which ends as the rank does, unless it is killed
+                    ended, status = os.waitpid(launchers[pid], os.WNOHANG)
+                    ended = 0 if os.WIFSIGNALED(status) else ended
                 answer[str(pid)] = os.waitstatus_to_exitcode(status) if ended else None
                 alive.discard(ended)
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -32,6 +32,7 @@ def run(
     samples: Samples,
     tokenizer: Tokenizer,
     start: Start,
+    launcher: Launcher,
     *,
     eod: int | None,
     epoch: int,
@@ -45,7 +46,7 @@ def run(
     config = samples.config
     again = settings_again(config, start)
     described = description_of(samples, tokenizer, again)
-    supervision = Supervision(Launcher.of_this_process())
+    supervision = Supervision(launcher)
     engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
     size = size_of(config, engine.shapes())
     console.table(start_block(config, size, world_size=engine.place.world_size, epoch=epoch))

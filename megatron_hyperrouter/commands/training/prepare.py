@@ -15,18 +15,19 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.guard.run_lock import RunLock
 from megatron_hyperrouter.train.samples import open_samples
 
 
-def prepare_and_run(config: RunConfig, world_size: int) -> int:
+def prepare_and_run(config: RunConfig, world_size: int, launcher: Launcher) -> int:
     """Train as the settings say; returns the exit status.  While it runs, no other run may use its folder."""
     with RunLock(Path(config.logging.run_dir), held=console.speaks()):
-        return _prepare_and_run(config, world_size)
+        return _prepare_and_run(config, world_size, launcher)
 
 
-def _prepare_and_run(config: RunConfig, world_size: int) -> int:
+def _prepare_and_run(config: RunConfig, world_size: int, launcher: Launcher) -> int:
     meeting = Meeting.of_this_process()
     agree_on_settings(config, meeting)
     tokenizer = tokenizer_of(config.data)
@@ -48,6 +49,5 @@ def _prepare_and_run(config: RunConfig, world_size: int) -> int:
     if console.speaks():
         make_folders(samples.config)
     epoch = tokens_of_an_epoch(samples.builder, samples.mixes)
-    return run(
-        samples, tokenizer, start, eod=eod, epoch=epoch, opening=opening_of(config, world_size, meeting.hosts)
-    )
+    opening = opening_of(config, world_size, meeting.hosts)
+    return run(samples, tokenizer, start, launcher, eod=eod, epoch=epoch, opening=opening)

@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, or ``STOPPED`` where the run stopped before its end on request.
     """
+    from megatron_hyperrouter.guard.launcher import Launcher
+
+    launcher = Launcher.of_this_process()  # before the imports, which take seconds in which it may die
     # Imported here, where console.run() turns a library that is missing into a message and an exit status.
     from megatron_hyperrouter.config.help.show import show_help_first
 
@@ -53,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         show_run(config, world_size)
         return 0
-    return prepare_and_run(config, world_size)
+    return prepare_and_run(config, world_size, launcher)

@@ -86,6 +86,7 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "moe-router-bias-update-rate": "router.bias_update_rate",
         "moe-input-jitter-eps": "router.jitter_eps",
         "most-recent-k": "keep_checkpoints",
+        "check-weight-hash-across-dp-replicas-interval": "check_replicas_interval",
     }
 )
 
@@ -150,8 +151,6 @@ decoupled-lr | gives embedding and output a learning rate of their own | they wo
 decoupled-min-lr | gives embedding and output a learning rate of their own | they would have --min-lr
 skip-train | evaluates without training | the run would train; use mhr evaluate
 iterations-to-skip | leaves out the data of some steps | they would be trained on
-check-weight-hash-across-dp-replicas-interval | compares the replicas of the weights
-  | they would not be compared
 use-checkpoint-args | takes the model's sizes from the checkpoint | the settings must name them
 pretrained-checkpoint | starts from other weights | use --load DIR --finetune
 freeze-all-layers | trains no layer | all layers would be trained

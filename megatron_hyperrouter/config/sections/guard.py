@@ -13,7 +13,7 @@ from megatron_hyperrouter.config.roles import Role
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Bad steps, ranks that hang, and alarms."""
+    """Bad steps, ranks that hang or differ, and alarms."""
 
     on_bad_step: Annotated[
         Literal["stop", "skip", "rollback"],
@@ -35,6 +35,12 @@ class GuardConfig:
     skip_steps: Annotated[
         tuple[str, ...], Role.COURSE, "Steps to leave out, such as 105-107 300: read, but not trained on"
     ] = ()
+    check_replicas_interval: Annotated[
+        Count | None,
+        Role.UPKEEP,
+        "Every N steps, and before each save, check that the ranks that hold the same weights hold the same "
+        "bits; stop and name the rank that differs; default: never",
+    ] = None
     distributed_timeout_minutes: Annotated[
         float | None,
         Gt(0.0),

@@ -14,12 +14,13 @@ from megatron_hyperrouter.checkpoint.optimizer import Staged, read_index
 from megatron_hyperrouter.checkpoint.weights import Reader
 from megatron_hyperrouter.engines.saved import generators
 from megatron_hyperrouter.engines.saved.format1 import read_state
-from megatron_hyperrouter.engines.saved.pieces import Holding
+from megatron_hyperrouter.engines.saved.replicas import Replicas
 from megatron_hyperrouter.engines.saved.state import Memory, load_optimizer, load_weights, stage, verify
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.base import Place
+    from megatron_hyperrouter.engines.base import Deviation, Place
+    from megatron_hyperrouter.engines.saved.pieces import Holding
 
 
 class SavedEngine(ABC):
@@ -30,6 +31,7 @@ class SavedEngine(ABC):
 
     def __init__(self) -> None:
         self._memory = Memory()
+        self._replicas = Replicas()
 
     def stage(self) -> Staged:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
@@ -69,6 +71,10 @@ class SavedEngine(ABC):
         if index is not None:
             verify(reader, index, holding, weights_only=weights_only)
         self.weights_changed()
+
+    def deviations(self) -> list[Deviation]:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        return self._replicas.deviations(self.place.rank, self.holding())
 
     def _load_format_1(self, folder: Path) -> None:
         state = read_state(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hyperrouter.checkpoint.optimizer import MASTER, MOMENTS
-from megatron_hyperrouter.model.names import matrix_names
+from megatron_hyperrouter.model.names import matrices, matrix_names, router_parameter
 from megatron_hyperrouter.model.sharding import (
     is_second_copy,
     replica_place,
@@ -118,6 +118,16 @@ class Holding(NamedTuple):
     pieces: Callable[[], Iterable[Piece]] | None  # of the optimizer; None where there is none
     spread: bool  # the host gives each data-parallel rank another part of the optimizer's state
     device: torch.device
+
+
+def weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
+    """This rank's pieces of all weights, and the whole state of its routers."""
+    for name, parameter in matrices(holding.named):
+        if router_parameter(name) is None:
+            yield name, parameter.detach()
+    for prefix, router in holding.routers.items():
+        for name, tensor in router.state_dict().items():
+            yield prefix + name, tensor
 
 
 def share(name: str, count: int, *, spread: bool = False) -> tuple[int, int]:

@@ -26,9 +26,9 @@ from megatron_hyperrouter.checkpoint.optimizer import (
     read_box,
 )
 from megatron_hyperrouter.checkpoint.weights import Reader, read_tensors, read_weights, weight_files
-from megatron_hyperrouter.engines.saved.pieces import Holding, Piece, share
+from megatron_hyperrouter.engines.saved.pieces import Holding, Piece, share, weights
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.model.names import is_expert, matrices, router_parameter
+from megatron_hyperrouter.model.names import is_expert, matrices
 from megatron_hyperrouter.model.sharding import (
     gathered,
     is_second_copy,
@@ -75,7 +75,7 @@ def _owned_weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
     burdened first.
     """
     burden: dict[bool, list[int]] = {}
-    for name, tensor in _weights(holding):
+    for name, tensor in weights(holding):
         if is_second_copy(name):
             continue
         shard, (copies, copy), (size, place) = (
@@ -91,16 +91,6 @@ def _owned_weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
         whole = tensor if shard is None else gathered(name, tensor, shard)
         if turn % size == place:
             yield name, whole
-
-
-def _weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
-    """This rank's pieces of all weights, and the whole state of its routers."""
-    for name, parameter in matrices(holding.named):
-        if router_parameter(name) is None:
-            yield name, parameter.detach()
-    for prefix, router in holding.routers.items():
-        for name, tensor in router.state_dict().items():
-            yield prefix + name, tensor
 
 
 def _pieces(holding: Holding) -> Iterator[Piece]:
@@ -133,7 +123,7 @@ def _alone(piece: Piece, holding: Holding) -> bool:
 # --------------------------------------------------------------------------------------------- loading
 def load_weights(reader: Reader, holding: Holding) -> None:
     """Read this rank's part from what any layout of any engine wrote."""
-    targets = {name: tensor for name, tensor in _weights(holding) if tensor.is_floating_point()}
+    targets = {name: tensor for name, tensor in weights(holding) if tensor.is_floating_point()}
     cuts = {name: shard for name in targets if (shard := shard_of(name)) is not None}
     read_weights(reader.folder, targets, cuts, reader=reader)
     for prefix, router in holding.routers.items():  # compares frozen hashes, and forgets what it has derived
@@ -226,7 +216,7 @@ def _weight_sums(
     index: dict[str, Entry], holding: Holding, *, weights_only: bool
 ) -> defaultdict[tuple[str, str], int]:
     sums: defaultdict[tuple[str, str], int] = defaultdict(int)
-    for name, tensor in _weights(holding):
+    for name, tensor in weights(holding):
         entry = index.get(name)
         if entry is None:
             continue

@@ -1,4 +1,6 @@
-"""What a run does about steps that are bad, or named beforehand, and about alarms of its health."""
+"""What a run does about steps that are bad, or named beforehand, about alarms of its health, and about
+ranks whose weights differ.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from megatron_hyperrouter.guard.bad_steps import BadSteps, attribution
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.base import Engine, StepResult
+    from megatron_hyperrouter.engines.base import Deviation, Engine, StepResult
 
 
 class RollBack(Exception):
@@ -78,3 +80,43 @@ class Recovery:
         if "bad_steps" in meta:
             self._bad.restore(meta["bad_steps"])
         self._alarms.restore(meta)
+
+
+class ReplicaCheck:
+    """Follows ``--check-replicas-interval``: ranks that hold the same weights must hold the same bits."""
+
+    def __init__(self, engine: Engine, interval: int | None, *, step: int) -> None:
+        """``step``: completed steps of the checkpoint that the run begins with."""
+        self._engine, self._interval = engine, interval
+        self._alike = step  # the step after which the replicas were last known to be equal
+
+    def after(self, step: int, tell: Callable[..., None], *, saves: bool = False) -> None:
+        """Compare where it is due, and before a save (collective); HyperRouterError names the rank."""
+        if self._interval is None or step == self._alike or not (saves or step % self._interval == 0):
+            return
+        if found := self._engine.deviations():
+            facts = {"ranks": [rank for rank, _ in found[0].ranks], "tensor": found[0].name}
+            facts["hosts"] = ", ".join(host for _, host in found[0].ranks)
+            tell("alarm", step, alarm="replicas", tensors=len(found), action="stop", **facts)
+            raise HyperRouterError(
+                f"step {step}: {_deviation(found)}; they were equal after step {self._alike}",
+                remedy="look for memory errors on that machine and leave it out; continue with --load from a "
+                f"checkpoint of step {self._alike} or earlier",
+            )
+        self._alike = step
+
+    def returned(self, step: int) -> None:
+        """The run is back at a checkpoint of ``step``."""
+        self._alike = step
+
+
+def _deviation(found: list[Deviation]) -> str:
+    first = found[0]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    said = f"{_ranks(first.ranks)} holds other bits of {first.name}{more} than {_ranks(first.others)}"
+    return said if first.sure else f"{said} (one against one: either may be wrong)"
+
+
+def _ranks(places: tuple[tuple[int, str], ...]) -> str:
+    shown = ", ".join(f"rank {rank} ({host})" for rank, host in places[:3])
+    return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more ranks"
