@@ -64,7 +64,7 @@ class Writer:
         one.
         """
         if self._job is not None:
-            raise RuntimeError("the save before is not settled")
+            raise RuntimeError("the previous save has not finished")
         writing = self._folders.begin(step, texts)
         self._job = _Job(self._folders, step, writing, staged, meta)
         self._job.thread.start()

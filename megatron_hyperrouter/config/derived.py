@@ -211,7 +211,7 @@ def windows(config: RunConfig) -> tuple[int | None, ...]:
     found = re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(-?\d+)\s*[)\]]?", size.strip())
     if found is None or int(found[2]) != 0:
         raise ValueError(
-            "must be LEFT,0: how many tokens before its own a token attends to, and none after it"
+            "must be LEFT,0: the number of earlier tokens that a token attends to, and 0 later ones"
         )
     if skip is None:
         return (int(found[1]),) * layers

@@ -24,7 +24,7 @@ def open_engine(
     HostError where it is missing.
     """
     if eod is None and separates_documents(config):
-        raise ValueError("the settings mind documents: eod, the id that ends one, must be given")
+        raise ValueError("these settings need the ends of documents: give eod, the id that ends one")
     silence_hosts()
     check(config.engine.engine)
     if config.engine.engine == "megatron":

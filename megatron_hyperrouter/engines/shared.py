@@ -224,7 +224,7 @@ class SharedEngine(SavedEngine):
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         parallel = self.config.parallel
         if parallel.context_parallel_size > 1:
-            raise NotImplementedError("logits of a sequence that is cut over context-parallel ranks")
+            raise NotImplementedError("logits are not available where context parallelism splits sequences")
         with captured_logits(self.modules()) as seen:
             self.evaluate(iter([(tokens_BS, tokens_BS)]), topk=topk)
         return whole_logits(

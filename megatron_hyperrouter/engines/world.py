@@ -61,7 +61,7 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         if "EADDRINUSE" in str(error):
             remedy = "give this run another one, with --master-port of torchrun or --master_port of deepspeed"
             raise HyperRouterError(
-                f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program has this port", remedy=remedy
+                f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program uses this port", remedy=remedy
             ) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
@@ -70,7 +70,7 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
             "tools/build_index.py"
         )
         raise HyperRouterError(
-            f"after {_PATIENCE} some of the ranks have not come: {error}", remedy=remedy
+            f"after {_PATIENCE} some of the ranks have not connected: {error}", remedy=remedy
         ) from error
     finally:
         waiting.cancel()

@@ -37,12 +37,12 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     if run.model.moe_router_topk < 2:
         raise CheckpointError(
             f"{folder} is of a run with k = 1",
-            remedy="megatron-core's router takes the softmax of chosen logits for k > 1 alone",
+            remedy="megatron-core's router applies the softmax to the chosen logits only for k > 1",
         )
     if run.model.mlp_type != "standard":
         raise CheckpointError(
             f"{folder} has --mlp-type {run.model.mlp_type}",
-            remedy="megatron-core's layers are of the standard type alone",
+            remedy="megatron-core has only the standard type",
         )
     if found := beyond_plain_layers(run):
         raise CheckpointError(
@@ -129,6 +129,6 @@ def model_flags(run: RunConfig) -> list[str]:
 def _rows(folder: Path) -> int:
     if WORD_EMBEDDINGS not in weight_names(folder):
         raise CheckpointError(
-            f"{folder} has no {WORD_EMBEDDINGS}", remedy="name a checkpoint of this project"
+            f"{folder} has no {WORD_EMBEDDINGS}", remedy="name a checkpoint that this program wrote"
         )
     return read_tensors(folder, [WORD_EMBEDDINGS])[WORD_EMBEDDINGS].size(0)

@@ -34,7 +34,7 @@ def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mappin
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{folder}: {error}",
-                remedy="only routers that are linear have a counterpart in megatron-core",
+                remedy="megatron-core has an equivalent only for linear routers",
             ) from error
         if bias_E is not None or not chooses_by_softmax(router):
             what = (
@@ -44,7 +44,7 @@ def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mappin
             )
             raise CheckpointError(
                 f"{folder}: router {run.router.name!r} {what}",
-                remedy="megatron-core's router has no counterpart of it",
+                remedy="megatron-core's router has no equivalent",
             )
         found[f"{prefix}weight"] = matrix_ED.detach()
     return found

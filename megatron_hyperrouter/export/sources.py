@@ -38,7 +38,7 @@ def vocabulary_rows(reader: TensorReader) -> int:
     """Rows of the embedding."""
     if WORD_EMBEDDINGS not in reader:
         raise CheckpointError(
-            f"the checkpoint has no {WORD_EMBEDDINGS}", remedy="name a checkpoint of this project"
+            f"the checkpoint has no {WORD_EMBEDDINGS}", remedy="name a checkpoint that this program wrote"
         )
     return reader.meta(WORD_EMBEDDINGS).size(0)
 
@@ -68,7 +68,7 @@ def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> list
         names = [prefix + name for name in router.state_dict()]
         if missing := [name for name in names if name not in reader]:
             raise CheckpointError(
-                f"the checkpoint has no {missing[0]}: it is of another router than {run.router.name!r}",
+                f"the checkpoint has no {missing[0]}: its router was not {run.router.name!r}",
                 remedy="use the settings of the run that wrote it",
             )
         router.load_state_dict({name.removeprefix(prefix): reader.read(name) for name in names})

@@ -137,7 +137,7 @@ class XMoERouter(Router, name="xmoe"):
             raise NotImplementedError(
                 "router 'xmoe' divides each token's projection by its length, which is no linear map of the "
                 "token; "
-                "--router.no-normalize-input trains a router that is one"
+                "--router.no-normalize-input trains a linear router"
             )
         return on_sphere(self.embedding_EP.float()) @ self.projection_PD.float() / self.temperature(), None
 

@@ -189,7 +189,7 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                     "--axis",
                     ", ".join(twice),
                     "is named twice",
-                    "the first settings of an axis have to differ",
+                    "the values of an axis must differ in its first setting",
                 )
             ]
         )
@@ -224,7 +224,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                         "--axis",
                         ",".join(odd),
                         f"must be {len(names)} values, for {name}",
-                        "write them with commas between",
+                        "separate them with commas",
                     )
                 ]
             )

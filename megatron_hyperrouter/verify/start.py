@@ -182,7 +182,7 @@ def _not_shared(folder: Path) -> Exception:
             Problem(
                 "--folder",
                 folder,
-                f"is not seen from {socket.gethostname()}",
+                f"cannot be seen from {socket.gethostname()}",
                 "name a folder that all nodes share",
             )
         ]

@@ -131,7 +131,7 @@ def test_an_error_of_ours_is_hopeless(tmp_path: Path) -> None:
 def test_the_memory_of_one_save_is_not_given_to_the_next(tmp_path: Path) -> None:
     writer = Writer(CheckpointFolders(tmp_path, Alone()))
     writer.start(1, Files(0), {})
-    with pytest.raises(RuntimeError, match="not settled"):
+    with pytest.raises(RuntimeError, match="has not finished"):
         writer.start(2, Files(0), {})
     assert writer.settle() is None
 

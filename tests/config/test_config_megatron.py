@@ -178,7 +178,7 @@ class TestArithmetic:
     @pytest.mark.parametrize(
         ("argv", "rule"),
         [
-            ("--train-samples 10 --train-iters 3", "says what --train-iters says as well"),
+            ("--train-samples 10 --train-iters 3", "sets the same thing as --train-iters"),
             ("--train-samples many", "must be a number"),
             ("--train-samples 3", "less than one global batch"),
             ("--train-samples -3", "must be a number >= 0"),

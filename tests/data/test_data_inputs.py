@@ -67,7 +67,7 @@ def test_shard_flags() -> None:
     ):
         with pytest.raises(ConfigError, match=r"--shard = .*must be I/N with 1 <= I <= N"):
             parse_part(text, partitions)
-    with pytest.raises(ConfigError, match=r"--partitions = 4: says in how many parts, and not which"):
+    with pytest.raises(ConfigError, match=r"--partitions = 4: gives the number of parts but not which"):
         parse_part(None, 4)
 
 
@@ -116,7 +116,7 @@ def test_a_hollow_file_is_truncated_and_an_empty_text_is_not(tmp_path: Path) -> 
     for path in paths:
         path.touch()
     with pytest.raises(
-        DataError, match=r"0 bytes, without even a header: [^,]*b\.jsonl\.gz, [^,]*c\.zst, [^,]*d\.parquet\n"
+        DataError, match=r"an empty file, without a header: [^,]*b\.jsonl\.gz, [^,]*c\.zst, [^,]*d\.parquet\n"
     ) as caught:
         total_bytes([str(path) for path in paths])
     assert "truncated" in caught.value.remedy

@@ -89,7 +89,7 @@ class TestFormat1:
     def test_runs_no_code_unless_it_is_trusted(self, tmp_path: Path) -> None:
         Code.mark = tmp_path / "ran"
         torch.save({"optimizer": Code(), "random": {}}, tmp_path / "state-00000.pt")
-        with pytest.raises(CheckpointError, match="runs whatever code") as caught:
+        with pytest.raises(CheckpointError, match="runs any code") as caught:
             read_state(tmp_path, 0, ranks=1, trusted=False)
         assert "--trust-checkpoint" in caught.value.remedy and not Code.mark.exists()
         with pytest.raises(CheckpointError, match="lists the experts one by one") as caught:

@@ -189,7 +189,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
         ),
         "binary": ("binary.txt", r"binary\.txt, byte 4: a NUL"),
         "empty": ("empty.jsonl", r"empty\.jsonl: no documents"),
-        "hollow": ("hollow.parquet", r"0 bytes, without even a header: hollow\.parquet"),
+        "hollow": ("hollow.parquet", r"an empty file, without a header: hollow\.parquet"),
         "foreign": ("foreign.parquet", r"foreign\.parquet, footer: cannot be read"),
         "key": ("key.jsonl", r"key\.jsonl, line 1: no key 'text'; keys present: 'body'"),
         "glob": ("nothing-*.jsonl", r"no input file matches: nothing-\*\.jsonl"),
@@ -252,7 +252,7 @@ def test_three_machines_and_a_merge(tmp_path: Path) -> None:
     status, _, err = run("merge_data", "p", cwd=tmp_path)
     assert status == 3 and "p: no shards" in err
     status, _, err = run("preprocess_data", *common, "--output-prefix", "p", "--partitions", 3, cwd=tmp_path)
-    assert status == 2 and "--partitions = 3: says in how many parts" in err
+    assert status == 2 and "--partitions = 3: gives the number of parts" in err
 
 
 def test_progress_tells_speeds_and_the_time_left(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             remedy="write it with tools/evaluate.py --output FILE.json",
         ) from error
     if not results:
-        raise DataError(f"{path}: has no results", remedy="evaluate at one k at least")
+        raise DataError(f"{path} has no results", remedy="evaluate with at least one k")
     return results
 
 

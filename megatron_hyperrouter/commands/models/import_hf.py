@@ -169,9 +169,7 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
             found.append(Problem("--granularity", args.granularity, rule, "leave it out"))
     if args.router not in _KEEP and not args.reset_router and not copies(args, folder):
         rule = f"cannot be given the router of another model; {' and '.join(_KEEP)} can"
-        found.append(
-            Problem("--router", args.router, rule, "add --reset-router, with which the function is lost")
-        )
+        found.append(Problem("--router", args.router, rule, "add --reset-router; the model will differ"))
     if found:
         raise ConfigError(found)
 

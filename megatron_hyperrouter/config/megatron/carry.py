@@ -84,7 +84,7 @@ def work_out(
         try:
             ours, value = worked_out(name, words, values, world_size)
             if ours in written and name not in REFINES:
-                raise BadValue(f"says what {flag(ours)} says as well", "keep one of the two")
+                raise BadValue(f"sets the same thing as {flag(ours)}", "keep one of the two")
         except BadValue as bad:
             problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
         else:

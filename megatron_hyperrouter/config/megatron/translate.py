@@ -35,7 +35,7 @@ def load_balancing_type(words: list[str], read: Read) -> Settings:
         return {}
     if kind not in BALANCING:
         remedy = "use aux_loss, seq_aux_loss, global_aux_loss or none"
-        raise BadValue("is a way to balance that is not here", remedy)
+        raise BadValue("is a balancing method that this program does not have", remedy)
     return {"router.aux_loss": [BALANCING[kind]]}
 
 

@@ -179,7 +179,7 @@ class PackedDataset:
             raise DataError(
                 f"{store.bin_path}: document {store.document_of(int(documents[unended][0]))} does not end "
                 f"with id {self.eod},"
-                " which --pack-documents goes by to keep documents apart",
+                " which --pack-documents uses to separate documents",
                 remedy="preprocess the text with --append-eod, or leave --pack-documents out",
             )
         return sample

@@ -170,7 +170,7 @@ def locked_output(output_prefix: str) -> Iterator[None]:
     try:
         if not unused:
             remedy = "finish it with the command that it was begun with, or remove that file"
-            raise DataError(f"{path}: of an unfinished run with this output", remedy=remedy)
+            raise DataError(f"{path} belongs to an unfinished run with this output", remedy=remedy)
         yield
     finally:
         if unused:

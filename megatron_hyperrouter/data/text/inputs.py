@@ -83,7 +83,7 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
                 Problem(
                     "--partitions",
                     partitions,
-                    "says in how many parts, and not which of them to read",
+                    "gives the number of parts but not which part to read",
                     remedy,
                 )
             ]
@@ -147,7 +147,7 @@ def total_bytes(paths: Sequence[str]) -> int:
     ]
     if hollow:
         raise DataError(
-            "a file of 0 bytes, without even a header: " + ", ".join(hollow),
+            "an empty file, without a header: " + ", ".join(hollow),
             remedy="it is truncated: fetch it again",
         )
     return sum(map(size_of, paths))

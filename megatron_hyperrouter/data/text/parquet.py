@@ -138,7 +138,7 @@ def _stretches(
     for end, until in enumerate(accumulate(sizes), start=1):
         if sizes[end - 1] > MOST_VALUE_BYTES:
             message = f"{path}, row {row + end}: a text of {sizes[end - 1]} bytes"
-            raise DataError(message, remedy=f"cut it: a text has at most {MOST_VALUE_BYTES} bytes")
+            raise DataError(message, remedy=f"split it: a text may have at most {MOST_VALUE_BYTES} bytes")
         if until - passed >= batch_bytes:
             yield begin, end
             begin, passed = end, until

@@ -30,7 +30,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
                     "--vocab-size",
                     vocab_size,
                     f"must be at most {LARGEST_VOCAB}",
-                    "use a usual size, as 50000",
+                    "use a common size, such as 50000",
                 )
             ]
         )

@@ -116,7 +116,7 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
         cuts = " and of ".join(map(str, numbers))
         raise DataError(
             f"{output_prefix}: shards of {cuts}, under the key {key!r}",
-            remedy="remove those of the wrong cut",
+            remedy="remove the shards of the other split",
         )
     of = numbers[0]
     missing = [str(Part(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
@@ -135,7 +135,7 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
                     f"in {first_prefix}{ENDING}"
                 )
                 raise DataError(
-                    message, remedy="make all shards from the same files, named alike, with the same settings"
+                    message, remedy="create all shards from the same files, with the same names and settings"
                 )
     return read
 
@@ -156,6 +156,6 @@ def _append(writer: PairWriter, prefix: str, manifest: Manifest) -> None:
         begin = end
     if digest.hexdigest() != manifest.bin.sha256 or data.num_tokens != manifest.tokens:
         raise DataError(
-            f"{prefix}.bin: not the file that {prefix}{ENDING} speaks of",
-            remedy="copy the shard again, or make it again",
+            f"{prefix}.bin: not the file that {prefix}{ENDING} describes",
+            remedy="copy the shard again, or create it again",
         )

@@ -129,9 +129,9 @@ class RoutedMoELayer(MoELayer):
         }
         if names := [name for name, there in found.items() if there]:
             raise HostError(
-                f"router {self.router.router.name!r} consults the experts, which does not go with "
+                f"router {self.router.router.name!r} consults the experts, which cannot be combined with "
                 f"{', '.join(names)}",
-                remedy="leave it out, or take a router that needs no experts",
+                remedy="leave it out, or use a router that does not consult experts",
             )
 
     @contextmanager

@@ -28,7 +28,7 @@ def read_state(
     """
     if not trusted:
         raise CheckpointError(
-            f"{folder} is of format 1: loading its optimizer state runs whatever code stands in state-*.pt",
+            f"{folder} is of format 1: loading its optimizer state runs any code that state-*.pt holds",
             remedy="add --trust-checkpoint if you know who wrote it, or load weights alone with --finetune",
         )
     if stacked:  # DeepSpeed's rows would be taken in another order, without a word
