@@ -131,7 +131,7 @@ class TestKinds:
         config, _ = understood(all_routers, "--moe-router-load-balancing-type", kind)
         assert config.router.options.aux_loss == ours
         (problem,) = problems_of(all_routers, *DATA, "--moe-router-load-balancing-type", "sinkhorn")
-        assert "not here" in problem.rule
+        assert "does not have" in problem.rule
 
     def test_a_file_may_use_the_names_as_well(self, all_routers, write):
         path = write(
