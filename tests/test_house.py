@@ -101,14 +101,18 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
-    "export": (LATE_ROOM, {"torch", "numpy", "safetensors", "megatron"}),
+    "export": ({*LATE_ROOM, "export/classes"}, {"torch", "numpy", "safetensors", "megatron"}),
+    "export/classes": ({"config", "model"}, {"torch"}),
     "huggingface": (
         set(),
         {"torch", "numpy", "transformers", "safetensors", "lm_eval", "gguf"},
     ),  # runs in other environments, too
-    "proof": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch", "numpy", "safetensors"}),
-    "importing": ({*LATE_ROOM, "export"}, {"torch", "yaml"}),
-    "generation": ({*LATE_ROOM, "evaluate", "export", "importing"}, {"torch"}),
+    "proof": (
+        {*LATE_ROOM, "evaluate", "export", "export/classes", "importing"},
+        {"torch", "numpy", "safetensors"},
+    ),
+    "importing": ({*LATE_ROOM, "export", "export/classes"}, {"torch", "yaml"}),
+    "generation": ({*LATE_ROOM, "evaluate", "export", "export/classes", "importing"}, {"torch"}),
     "analysis": (LATE_ROOM, {"torch", "numpy"}),
     "verify": ({*COMMAND, "verify"}, {"torch", "numpy", "deepspeed"}),
     "planning": (
@@ -121,7 +125,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "commands/cluster": ({*COMMAND, "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
     "commands/models": (
-        {*COMMAND, "export", "proof", "importing", "generation", "huggingface"},
+        {*COMMAND, "export", "export/classes", "proof", "importing", "generation", "huggingface"},
         {"torch", "numpy", "rich", "yaml"},
     ),
     "commands/studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "rich", "yaml"}),

@@ -57,9 +57,10 @@ def _usage(job: Export) -> str:
 
 
 def _topks(job: Export, proof: dict[str, Any] | None) -> str:
+    served = job.gates.target.topks
     text = (
-        f"## Active experts\n\n`num_experts_per_tok` may be any number from 1 to "
-        f"{job.run.model.num_experts} and is {job.topk} by default."
+        f"## Active experts\n\n`num_experts_per_tok` may be any number from {served[0]} to {served[-1]} "
+        f"and is {job.topk} by default."
     )
     if proof is None:
         return text + "  The numbers of this folder were not proved."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.checkpoint.folder import read_manifest
 from megatron_hyperrouter.checkpoint.tensor_files import digest_of_bytes
 from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
-from megatron_hyperrouter.export.names import Sizes
+from megatron_hyperrouter.export.classes.names import Sizes
 from megatron_hyperrouter.export.sources import weight_reader
 from megatron_hyperrouter.export.verify import CERTIFICATE, FORMAT
 from megatron_hyperrouter.files import write_json
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "safetensors", "tokenizers")
 
 
-def source(run: RunConfig, checkpoint: Path, routers: list[Router]) -> dict[str, Any]:
+def source(run: RunConfig, checkpoint: Path, routers: Mapping[int, Router]) -> dict[str, Any]:
     """Which weights of which run these are."""
     manifest = read_manifest(checkpoint)
-    hashes = [getattr(router, "frozen_hash", None) for router in routers]
+    hashes = [getattr(router, "frozen_hash", None) for router in routers.values()]
     return {
         "run": Path(run.logging.run_dir).name,
         "checkpoint": checkpoint.name,
@@ -49,7 +50,7 @@ def certificate(
     bounds: dict[str, float],
 ) -> dict[str, Any]:
     """The certificate of a folder that lacks nothing else."""
-    model, sizes = job.run.model, Sizes.of(job.run.model)
+    model, sizes = job.run.model, Sizes.of(job.run)
     text = tokenizer_json(job.tokenizer)
     return {
         "format": FORMAT,

@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_hyperrouter.checkpoint.streams import Planned, TensorReader, shards, write_shard
 from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text, write_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.export.classes.names import Part, Sizes, TensorPlace, cut, places
+from megatron_hyperrouter.export.classes.target import CHOICE_BIAS, config_json
 from megatron_hyperrouter.export.gates import MODELING_FILE, Gates
-from megatron_hyperrouter.export.names import Part, Sizes, TensorPlace, cut, places
 from megatron_hyperrouter.export.sources import vocabulary_rows, weight_reader
-from megatron_hyperrouter.export.target import CHOICE_BIAS, config_json
 from megatron_hyperrouter.files import write_json
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ def write_model(job: Export, folder: Path) -> dict[str, str]:
 
 
 def _write_weights(job: Export, reader: TensorReader, folder: Path) -> dict[str, str]:
-    sizes, target = Sizes.of(job.run.model), job.gates.target
+    sizes, target = Sizes.of(job.run), job.gates.target
     found = places(sizes, target.naming, target.router_leaves)
     if missing := [
         name
         for place in found.values()
-        if place.part is not Part.ROUTER
+        if place.part is not Part.MADE
         for name in place.ours
         if name not in reader
     ]:
@@ -115,13 +115,13 @@ class _Source:
 
     def meta(self, place: TensorPlace) -> Tensor:
         """The tensor without its numbers."""
-        if place.part is Part.ROUTER:
+        if place.part is Part.MADE:
             return self.routers[place.ours[0]]
         return cut([self.reader.meta(name) for name in place.ours], place.part, self.heads)
 
     def tensor(self, place: TensorPlace) -> Tensor:
         """The tensor."""
-        if place.part is Part.ROUTER:
+        if place.part is Part.MADE:
             return self.routers[place.ours[0]]
         return cut([self._read(name) for name in place.ours], place.part, self.heads)
 

@@ -4,6 +4,7 @@ our own modeling file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,15 +12,18 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.export.names import PACKED
-from megatron_hyperrouter.export.target import (
+from megatron_hyperrouter.export.classes.family import DENSE_LAYERS
+from megatron_hyperrouter.export.classes.grouped import QWEN3_MOE
+from megatron_hyperrouter.export.classes.names import PACKED, SHARED_GATE
+from megatron_hyperrouter.export.classes.target import (
     CHOICE_BIAS,
     Target,
     choose,
     no_class,
-    qwen3_moe,
     refuse_unknown,
+    target_of,
 )
+from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.routers.base import Router
 from megatron_hyperrouter.routers.stablemoe import StableMoERouter
 from megatron_hyperrouter.routers.xmoe import XMoERouter
@@ -36,21 +40,34 @@ class Gates(NamedTuple):
     options: dict[str, Any]  # of the folded router, or of our own gate
 
 
-def standard_gates(run: RunConfig, routers: list[Router]) -> Gates:
-    """The gates of a class of transformers; CheckpointError with the reason where there is none."""
-    folded = [_folded(router) for router in routers]
-    options = folded[0].config
-    target = choose(run, options)
+def standard_gates(run: RunConfig, routers: Mapping[int, Router], topk: int) -> Gates:
+    """The gates of a class of transformers, for a model that is served at ``topk``; CheckpointError with the
+    reasons where there is none.
+    """
+    folded = {layer: _folded(router) for layer, router in routers.items()}
+    options = next(iter(folded.values())).config
+    target = choose(run, options, topk)
     tensors: dict[str, Tensor] = {}
-    for layer, router in enumerate(folded):
+    for layer, router in folded.items():
         prefix = f"decoder.layers.{layer}.mlp.router."
         W_ED, _ = router.linear()
         tensors[f"{prefix}weight"] = W_ED.detach().float()
+        if target.naming.gated_shared_expert and not run.model.moe_shared_expert_gate:
+            tensors[f"decoder.layers.{layer}.{SHARED_GATE}"] = torch.zeros(1, run.model.hidden_size)
         if CHOICE_BIAS in target.router_leaves:
             bias = getattr(router, "choice_bias_E", None)
             zeros_E = torch.zeros(run.model.num_experts)
             tensors[prefix + CHOICE_BIAS] = zeros_E if bias is None else bias.detach().float()
-    kept = ("score_function", "pre_softmax", "renormalise", "expert_bias", "bias")
+    kept = (
+        "score_function",
+        "pre_softmax",
+        "renormalise",
+        "expert_bias",
+        "bias",
+        "num_groups",
+        "group_topk",
+        "scaling_factor",
+    )
     return Gates(target, tensors, {name: getattr(options, name) for name in kept})
 
 
@@ -58,27 +75,26 @@ def _folded(router: Router) -> Any:
     try:
         return router.fold()
     except NotImplementedError as error:
-        raise no_class(str(error)) from error
+        raise no_class([str(error)]) from error
 
 
-def custom_gates(run: RunConfig, routers: list[Router], *, rows: int) -> Gates:
+def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) -> Gates:
     """The gates of ``huggingface/modeling_hyperrouter.py``; ``rows`` of the embedding."""
     if run.model.mlp_type != "standard":
-        raise no_class("--mlp-type residual, which the modeling file does not have either")
-    refuse_unknown(run, None)
+        raise no_class(["--mlp-type residual, which the modeling file does not have either"])
+    refuse_unknown(run, DENSE_LAYERS, "the modeling file")
     kind: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for layer, router in enumerate(routers):
+    for layer, router in routers.items():
         with torch.no_grad():
             kind, own = _gate(router, rows)
         tensors |= {
             f"decoder.layers.{layer}.mlp.router.{leaf}": tensor.detach().float()
             for leaf, tensor in own.items()
         }
-    leaves = tuple(
-        name.removeprefix("decoder.layers.0.mlp.router.") for name in tensors if ".layers.0." in name
-    )
-    plain = qwen3_moe(run, renormalise=True)
+    first = f"decoder.layers.{min(routers)}.mlp.router."
+    leaves = tuple(name.removeprefix(first) for name in tensors if name.startswith(first))
+    plain = target_of(QWEN3_MOE, run, ROUTERS["topk"].Config())
     module = MODELING_FILE.removesuffix(".py")
     fields = {
         **plain.fields,
@@ -138,6 +154,8 @@ def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]
     own = {"weight": W_ED}
     if bias_E is not None:
         own["bias"] = bias_E
+    if options.groups is not None or options.scaling_factor != 1.0:
+        raise no_class(["the modeling file has no groups of experts and no factor on their weights"])
     if options.expert_bias:
         own[CHOICE_BIAS] = folded.choice_bias_E
     return kind, own

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
 from megatron_hyperrouter.checkpoint.streams import TensorReader
+from megatron_hyperrouter.config.derived import moe_layers
 from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.export.classes.rotary import rope_parameters
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.tokenize.base import Tokenizer
-    from megatron_hyperrouter.export.target import Target
+    from megatron_hyperrouter.export.classes.target import Target
 
 
 def weight_reader(checkpoint: Path) -> TensorReader:
@@ -59,10 +61,10 @@ def plain_run(run: RunConfig) -> RunConfig:
     )
 
 
-def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> list[Router]:
-    """The router of each layer with the checkpoint's weights."""
-    found: list[Router] = []
-    for layer in range(run.model.num_layers):
+def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> dict[int, Router]:
+    """The router of each MoE layer, by its number from 0, with the checkpoint's weights."""
+    found: dict[int, Router] = {}
+    for layer in (number for number, routed in enumerate(moe_layers(run)) if routed):
         router = make_router(run, layer + 1, vocab_size=vocab_size)
         prefix = f"decoder.layers.{layer}.mlp.router."
         names = [prefix + name for name in router.state_dict()]
@@ -73,7 +75,7 @@ def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> list
             )
         router.load_state_dict({name.removeprefix(prefix): reader.read(name) for name in names})
         router.eval()
-        found.append(router)
+        found[layer] = router
     return found
 
 
@@ -102,7 +104,7 @@ def check_files(checkpoint: Path) -> None:
     verify(checkpoint, OneProcess())
 
 
-def check_gguf(target: Target, dtype: str, tokenizer: Tokenizer) -> None:
+def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer) -> None:
     """CheckpointError where llama.cpp would compute another model, or read other ids."""
     text = tokenizer_json(tokenizer)
     tree = {} if text is None else json.loads(text)
@@ -110,6 +112,10 @@ def check_gguf(target: Target, dtype: str, tokenizer: Tokenizer) -> None:
     reasons = []
     if target.architecture != "Qwen3MoeForCausalLM" or not target.sums_to_one:
         reasons.append("its qwen3moe has q/k norms and weights that sum to 1")
+    if target.fields.get("mlp_only_layers"):
+        reasons.append("all its layers have experts")
+    if rope_parameters(run)["rope_type"] != "default":
+        reasons.append("the file says nothing of scaled positions")
     if dtype != "float32":
         reasons.append("the file holds float32: leave --dtype out")
     if (

@@ -9,15 +9,15 @@ import torch
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.generation.decoder import Decoder, Loaded
+from megatron_hyperrouter.importing.fitting import fitting_folder, settings_of_folder
 from megatron_hyperrouter.importing.routers import imported_routers
 from megatron_hyperrouter.importing.settings import run_of
-from megatron_hyperrouter.importing.source import open_folder, settings_of_folder
 from megatron_hyperrouter.importing.weights import ImportedWeights
 
 
 def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
     """The model of the folder; a dense one is refused."""
-    folder = open_folder(path)
+    folder = fitting_folder(path)
     if folder.dense:
         raise CheckpointError(
             f"{path} holds a dense model", remedy="import it first: mhr import-hf --upcycle E --input FOLDER"
@@ -31,5 +31,5 @@ def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
         routers = imported_routers(
             run, weights.names(), weights.read, vocab_size=tokenizer.vocab_size, reset=False
         )
-    decoder = Decoder(run.model, lambda each: weights.read(each).float(), routers)
+    decoder = Decoder(run, lambda each: weights.read(each).float(), routers)
     return Loaded(decoder, tokenizer, run)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.export.classes.target import refuse_unknown
 from megatron_hyperrouter.export.sources import check_files, plain_run, routers_of, weight_reader
-from megatron_hyperrouter.export.target import refuse_unknown
-from megatron_hyperrouter.generation.decoder import Decoder, Loaded
+from megatron_hyperrouter.generation.decoder import FOLLOWED, Decoder, Loaded
 from megatron_hyperrouter.generation.folder import load_folder
 
 
@@ -20,17 +19,13 @@ def load(path: Path, *, tokenizer_model: str | None = None) -> Loaded:
     trained = TrainedRun.open(path, tokenizer_model=tokenizer_model)
     check_files(trained.checkpoint)
     run, tokenizer = plain_run(trained.settings), trained.tokenizer()
-    _check(run)
-    reader = weight_reader(trained.checkpoint)
-    routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
-    decoder = Decoder(run.model, lambda name: reader.read(name).float(), routers, step=trained.step)
-    return Loaded(decoder, tokenizer, run)
-
-
-def _check(run: RunConfig) -> None:
     if run.model.mlp_type != "standard":
         raise CheckpointError(
             "generation does not support --mlp-type residual",
             remedy="score the run with mhr evaluate instead",
         )
-    refuse_unknown(run, None)
+    refuse_unknown(run, FOLLOWED, "generation")
+    reader = weight_reader(trained.checkpoint)
+    routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
+    decoder = Decoder(run, lambda name: reader.read(name).float(), routers, step=trained.step)
+    return Loaded(decoder, tokenizer, run)

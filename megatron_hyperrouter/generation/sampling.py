@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.generation.decoder import Cache, Decoder
+from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_hyperrouter.config.derived import moe_layers
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.routers.base import Router
@@ -20,10 +21,10 @@ _CHOICE_BIAS = "e_score_correction_bias"
 
 def imported_routers(
     run: RunConfig, names: list[str], read: Callable[[str], Tensor], *, vocab_size: int, reset: bool
-) -> list[Router]:
-    """The router of each layer; ``reset``: as it is drawn, whatever was given."""
-    found: list[Router] = []
-    for layer in range(run.model.num_layers):
+) -> dict[int, Router]:
+    """The router of each MoE layer, by its number from 0; ``reset``: as it is drawn, whatever was given."""
+    found: dict[int, Router] = {}
+    for layer in (number for number, routed in enumerate(moe_layers(run)) if routed):
         router = make_router(run, layer + 1, vocab_size=vocab_size)
         prefix = f"decoder.layers.{layer}.mlp.router."
         if not reset:
@@ -31,7 +32,7 @@ def imported_routers(
             bias = prefix + _CHOICE_BIAS
             if bias in names:
                 router.get_buffer("choice_bias_E").copy_(read(bias).float())
-        found.append(router)
+        found[layer] = router
     return found
 
 

@@ -23,7 +23,7 @@ def write_run(
     run: RunConfig,
     names: Sequence[str],
     read: Callable[[str], Tensor],
-    routers: Sequence[Router],
+    routers: Mapping[int, Router],
     meta: Mapping[str, Any],
 ) -> None:
     """``config.yaml`` and a checkpoint of step 0 in ``folder``; ``read`` gives a weight by its name, and the
@@ -38,7 +38,7 @@ def write_run(
         for layer, prefix in enumerate(prefixes):
             own = [name for name in names if name.startswith(prefix) and router_parameter(name) is None]
             tensors = {name: read(name) for name in own}
-            state = routers[layer].state_dict()
+            state = routers[layer].state_dict() if layer in routers else {}
             tensors |= {f"{prefix}mlp.router.{name}": tensor for name, tensor in state.items()}
             write_weights(checkpoint, layer + 1, tensors)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
-from megatron_hyperrouter.export.names import Part, Sizes, join
+from megatron_hyperrouter.export.classes.names import Part, Sizes, join
 from megatron_hyperrouter.importing.source import HfFolder
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.ops import keyed
@@ -82,7 +82,7 @@ class UpcycledWeights:
     def names(self) -> list[str]:
         """Our names, in the order of the layers."""
         found = [WORD_EMBEDDINGS]
-        for layer in range(self.sizes.num_layers):
+        for layer in range(len(self.sizes.routed)):
             prefix = f"decoder.layers.{layer}."
             found += [f"{prefix}{leaf}.weight" for leaf in ("self_attention.linear_qkv", *self._alike())]
             found.append(f"{prefix}mlp.router.weight")
@@ -172,7 +172,7 @@ class UpcycledWeights:
         known = {"model.embed_tokens.weight", "model.norm.weight"} | (
             set() if self.sizes.tied else {"lm_head.weight"}
         )
-        for layer in range(self.sizes.num_layers):
+        for layer in range(len(self.sizes.routed)):
             prefix = f"model.layers.{layer}."
             known |= {f"{prefix}{leaf}.weight" for leaf in self._alike().values()}
             known |= {f"{prefix}self_attn.{letter}_proj.weight" for letter in "qkv"}

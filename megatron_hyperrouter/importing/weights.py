@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.export.names import Part, TensorPlace, join, places
+from megatron_hyperrouter.export.classes.names import Part, TensorPlace, join, places
 from megatron_hyperrouter.importing.source import MOE, HfFolder
 
 _CHOICE_BIAS = "e_score_correction_bias"
@@ -41,8 +41,8 @@ class ImportedWeights:
     def read(self, name: str) -> Tensor:
         """The tensor under our name."""
         parts = {part: self._theirs(theirs) for part, theirs in self._parts[name].items()}
-        if Part.ROUTER in parts:
-            return parts[Part.ROUTER]
+        if Part.MADE in parts:
+            return parts[Part.MADE]
         return join(parts, self.heads).contiguous()
 
     def _theirs(self, name: str) -> Tensor:
@@ -69,6 +69,17 @@ class ImportedWeights:
         stem = match[1].replace("block_sparse_moe", "mlp")
         return f"{stem}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}", int(match[2]), leaf
 
+    def _predicting_layers(self) -> tuple[str, ...]:
+        """Layers of multi-token prediction lie behind the others, which do without them."""
+        first = len(self.folder.routed)
+        count = int(self.folder.config.get("num_nextn_predict_layers") or 0)
+        return tuple(f"model.layers.{first + number}." for number in range(count))
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the folder has layers that are not imported."""
+        return any(name.startswith(self._predicting_layers()) for name in self.folder.reader.names())
+
     def _check(self, found: dict[str, TensorPlace]) -> None:
         reader, wanted = self.folder.reader, set()
         missing = []
@@ -82,6 +93,7 @@ class ImportedWeights:
             for name in reader.names()
             if name not in wanted and not name.endswith(_DERIVED) and reader.meta(name).numel()
         ]
+        extra = [name for name in extra if not name.startswith(self._predicting_layers())]
         if self.folder.tied and "lm_head.weight" in extra:
             same = torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight"))
             extra = [name for name in extra if name != "lm_head.weight" or not same]

@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 
 def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list[str]]:
     """The run's engine and transformers on the same tokens: the numbers, and what is out of bounds."""
-    topks = asked.topks or [k for k in _TOPKS if k <= job.run.model.num_experts]
+    topks = asked.topks or [k for k in _TOPKS if k in job.gates.target.topks]
     topks = sorted({*topks, job.topk})
     run = TrainedRun(job.checkpoint, read_manifest(job.checkpoint), job.run)
     rows_BS, data = proof_rows(run, job.tokenizer, samples=asked.samples, data_path=asked.data_path)

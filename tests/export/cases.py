@@ -20,8 +20,17 @@ class Case(NamedTuple):
     flags: str = ""  # of the export
 
 
-QWEN3, MIXTRAL, GLM4, OWN = (
-    f"{name}ForCausalLM" for name in ("Qwen3Moe", "Mixtral", "Glm4Moe", "HyperRouter")
+QWEN2, QWEN3, MIXTRAL, GLM4, DEEPSEEK2, DEEPSEEK3, OWN = (
+    f"{name}ForCausalLM"
+    for name in (
+        "Qwen2Moe",
+        "Qwen3Moe",
+        "Mixtral",
+        "Glm4Moe",
+        "DeepseekV2",
+        "DeepseekV3",
+        "HyperRouter",
+    )
 )
 CASES: dict[str, Case] = {
     "hyper": Case(
@@ -70,11 +79,90 @@ CASES: dict[str, Case] = {
     "switch without q/k norms": Case({"router": {**TOPK, "pre_softmax": True}, **BARE}, OWN, "--custom-code"),
     "softmax with a choice bias": Case({"router": {**TOPK, "expert_bias": True}}, OWN, "--custom-code"),
 }
+SHARED = {"moe_shared_expert_intermediate_size": 24}
+DENSE = {"moe_layer_freq": "[0,1]", "ffn_hidden_size": 40}
+LATENT = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "norm_epsilon": 1e-6,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 6,
+    "v_head_dim": 10,
+    "moe_ffn_hidden_size": 24,
+    **DENSE,
+    "moe_shared_expert_intermediate_size": 48,
+}
+YARN = {
+    "rotary_scaling_factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+}
+IN_GROUPS = {"num_groups": 4, "group_topk": 2, "scaling_factor": 2.5}
+HYPER = {"name": "hyper"}
+CASES |= {
+    "hyper, a dense layer": Case({"router": HYPER, **MEGATRON, **DENSE}, QWEN3),
+    "hyper, YaRN": Case({"router": HYPER, "rope_type": "yarn", **YARN}, QWEN3),
+    "hyper, a window": Case({"router": HYPER, **BARE, "window_size": "7,0"}, MIXTRAL),
+    "hyper, a gated shared expert, biases": Case(
+        {"router": HYPER, **BARE, **SHARED, **DENSE, "moe_shared_expert_gate": True, "add_qkv_bias": True},
+        QWEN2,
+    ),
+    "switch, a shared expert, megatron": Case(
+        {"router": {**TOPK, "pre_softmax": True}, **BARE, **SHARED, **MEGATRON, **UNTIED}, QWEN2
+    ),
+    "deepseek-v3's router, shared experts, half of the channels turn": Case(
+        {"router": DEEPSEEK_V3, **SHARED, **DENSE, "rotary_percent": 0.5, "moe_ffn_hidden_size": 12}, GLM4
+    ),
+    "deepseek-v2-lite": Case(
+        {"router": {**TOPK, "pre_softmax": True, "scaling_factor": 1.5}, **LATENT, "rope_type": "rope"},
+        DEEPSEEK2,
+    ),
+    "deepseek-v2's router out of hyper, megatron": Case(
+        {"router": {**HYPER, "pre_softmax": True}, **LATENT, **YARN, **MEGATRON, "q_lora_rank": 14},
+        DEEPSEEK2,
+    ),
+    "deepseek-v3, groups": Case(
+        {
+            "router": {**DEEPSEEK_V3, **IN_GROUPS},
+            **LATENT,
+            **YARN,
+            "q_lora_rank": 14,
+            "moe_router_topk": 4,
+        },
+        DEEPSEEK3,
+        "--max-shard-size 100KB",
+    ),
+    "deepseek-v3's router out of hyper, megatron": Case(
+        {
+            "router": {**HYPER, "score_function": "sigmoid", "renormalise": True, "expert_bias": True},
+            **LATENT,
+            **UNTIED,
+            **MEGATRON,
+            "rope_type": "rope",
+        },
+        DEEPSEEK3,
+    ),
+}
 REFUSED: dict[str, Case] = {
     "adds a bias to its logits": Case({"router": {"name": "hyper", "bias": True}}, ""),
     "divides each token's projection": Case({"router": {"name": "xmoe"}}, ""),
     "does not fold": Case({"router": {"name": "stablemoe"}}, ""),
     "do not sum to 1": Case({"router": {**TOPK, "pre_softmax": True}, **BARE}, ""),
     "moves a choice among softmax scores": Case({"router": {**TOPK, "expert_bias": True}}, ""),
+    "Qwen3-MoE has no counterpart of --moe-shared-expert-intermediate-size": Case(
+        {"router": HYPER, **SHARED}, ""
+    ),
+    "norms of latent vectors with epsilon 1e-06, not 1e-05": Case(
+        {"router": HYPER, **LATENT, "norm_epsilon": 1e-5}, ""
+    ),
+    "DeepSeek-V2 has weights that do not sum to 1": Case({"router": HYPER, **LATENT}, ""),
+    "DeepSeek-V3 has dense layers before the MoE layers alone": Case(
+        {"router": DEEPSEEK_V3, **LATENT, "moe_layer_freq": "[1,0]"}, ""
+    ),
+    "DeepSeek-V3 judges a group of experts by its 2 best": Case(
+        {"router": {**DEEPSEEK_V3, **IN_GROUPS}, **LATENT}, ""
+    ),
     "--mlp-type residual": Case({"router": TOPK, "mlp_type": "residual"}, ""),
 }

@@ -41,16 +41,18 @@ def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
     rows_BS, _ = proof_rows(run, job.tokenizer, samples=SAMPLES)
     prompt = [int(token) for token in rows_BS[0, :PROMPT]]
     (home / "reference").mkdir()
+    topks = [k for k in TOPKS if k in job.gates.target.topks]
     own = product_side(
         job.run,
         job.checkpoint,
         job.tokenizer.vocab_size,
         rows_BS,
-        TOPKS,
+        topks,
         home / "reference",
         Prompt(prompt, job.topk),
     )
-    return {"architecture": job.gates.target.architecture, "prompt": prompt, "greedy": own}
+    architecture = job.gates.target.architecture
+    return {"architecture": architecture, "prompt": prompt, "greedy": own, "topks": topks}
 
 
 def proved(home: Path) -> dict[str, Any]:

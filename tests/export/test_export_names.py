@@ -6,7 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.export.names import MIXTRAL, PACKED, QWEN, Heads, Part, Sizes, cut, join, places
+from megatron_hyperrouter.export.classes.names import (
+    MIXTRAL,
+    PACKED,
+    QWEN,
+    Heads,
+    Part,
+    Sizes,
+    cut,
+    join,
+    places,
+)
 
 HEADS = st.builds(
     lambda groups, per_group, channels: Heads(groups * per_group, groups, channels),
@@ -45,7 +55,7 @@ def test_every_tensor_has_one_place() -> None:
     for naming in (QWEN, MIXTRAL, PACKED):
         for qk_norm in (True, False):
             for tied in (True, False):
-                sizes = Sizes(2, 4, Heads(4, 2, 8), qk_norm, tied)
+                sizes = Sizes(4, Heads(4, 2, 8), qk_norm, tied, (True, True))
                 found = places(sizes, naming)
                 used = [(name, place.part) for place in found.values() for name in place.ours]
                 assert len(used) == len(set(used))

@@ -14,11 +14,13 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import ByteTokenizer
 from megatron_hyperrouter.data.tokenize.transformers_files import write_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.export.names import QWEN, Heads, Sizes, cut, places
+from megatron_hyperrouter.export.classes.grouped import MIXTRAL_MOE, QWEN3_MOE
+from megatron_hyperrouter.export.classes.names import QWEN, Heads, Sizes, cut, places
+from megatron_hyperrouter.export.classes.target import config_json, target_of
 from megatron_hyperrouter.export.sources import check_gguf
-from megatron_hyperrouter.export.target import config_json, mixtral, qwen3_moe
 from megatron_hyperrouter.huggingface.gguf_file import main
 from megatron_hyperrouter.importing.settings import run_of
+from megatron_hyperrouter.routers import ROUTERS
 
 SETTINGS = {
     "num_layers": 2,
@@ -31,13 +33,14 @@ SETTINGS = {
     "qk_layernorm": True,
 }
 ROWS = 384
+KEPT, SWITCH = (ROUTERS["topk"].Config(pre_softmax=on) for on in (False, True))
 
 
 def model(run: RunConfig) -> dict[str, torch.Tensor]:
     """Random tensors under Hugging Face's names."""
     shapes = {"embed": (ROWS, 16), "qkv": (32, 16), "proj": (16, 16), "fc1": (24, 16), "fc2": (16, 12)}
     found = {}
-    for name, place in places(Sizes.of(run.model), QWEN).items():
+    for name, place in places(Sizes.of(run), QWEN).items():
         ours = place.ours[0]
         default = (4,) if "_layernorm" in ours else (16,)
         shape = next((shape for word, shape in shapes.items() if word in ours), default)
@@ -55,7 +58,7 @@ def test_the_file_holds_the_same_numbers(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     save_file(given, folder / "model.safetensors")
-    target = qwen3_moe(run, renormalise=True)
+    target = target_of(QWEN3_MOE, run, KEPT)
     config = config_json(run, target, rows=ROWS, eod=tokenizer.eod, dtype="float32", topk=2)
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder, tokenizer, seq_length=run.model.seq_length)
@@ -83,11 +86,20 @@ def test_the_file_holds_the_same_numbers(tmp_path: Path) -> None:
 
 def test_what_llama_cpp_computes_otherwise_is_refused() -> None:
     run, tokenizer = run_of(SETTINGS), ByteTokenizer()
-    check_gguf(qwen3_moe(run, renormalise=True), "float32", tokenizer)
-    for target, dtype in (
-        (qwen3_moe(run, renormalise=False), "float32"),
-        (mixtral(run), "float32"),
-        (qwen3_moe(run, renormalise=True), "bfloat16"),
+    check_gguf(run, target_of(QWEN3_MOE, run, KEPT), "float32", tokenizer)
+    dense, scaled = (
+        run_of(SETTINGS | more)
+        for more in (
+            {"moe_layer_freq": "[0,1]"},
+            {"rope_type": "yarn", "rotary_scaling_factor": 4.0, "original_max_position_embeddings": 16},
+        )
+    )
+    for other, target, dtype in (
+        (run, target_of(QWEN3_MOE, run, SWITCH), "float32"),
+        (run, target_of(MIXTRAL_MOE, run, KEPT), "float32"),
+        (run, target_of(QWEN3_MOE, run, KEPT), "bfloat16"),
+        (dense, target_of(QWEN3_MOE, dense, KEPT), "float32"),
+        (scaled, target_of(QWEN3_MOE, scaled, KEPT), "float32"),
     ):
         with pytest.raises(CheckpointError, match=r"llama\.cpp cannot take this model"):
-            check_gguf(target, dtype, tokenizer)
+            check_gguf(other, target, dtype, tokenizer)

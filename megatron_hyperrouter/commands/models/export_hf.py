@@ -65,10 +65,11 @@ def write_folder(args: Namespace, *, quiet: bool = False) -> None:
         report(job, folder, len(digests), proof)
 
 
-def export_of(args: Namespace) -> tuple[Export, list[Router]]:
+def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     """What will be written, and the run's routers."""
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.export.classes.target import check_served
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.export.gates import custom_gates, standard_gates
     from megatron_hyperrouter.export.sources import (
@@ -90,9 +91,10 @@ def export_of(args: Namespace) -> tuple[Export, list[Router]]:
     reader = weight_reader(checkpoint)
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)
-    gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers)
+    gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers, topk)
+    check_served(gates.target, args.proof_topk or [])
     if args.gguf is not None:
-        check_gguf(gates.target, args.dtype, tokenizer)
+        check_gguf(run, gates.target, args.dtype, tokenizer)
     if run.model.moe_expert_capacity_factor is not None:
         note("note: training dropped tokens over an expert's capacity; the exported model drops none")
     job = Export(run, checkpoint, gates, tokenizer, args.dtype, topk, args.max_shard_size)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
-from megatron_hyperrouter.terminal import parser, show
+from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -32,13 +32,16 @@ def main(arguments: Sequence[str]) -> None:
     """Folder -> settings, routers and weights -> draft of the run folder -> proof -> its name."""
     args = read_flags(arguments)
     from megatron_hyperrouter.files import publish, unfinished_folder, write_json
-    from megatron_hyperrouter.importing.source import open_folder
+    from megatron_hyperrouter.importing.fitting import fitting_folder
+    from megatron_hyperrouter.importing.weights import ImportedWeights
     from megatron_hyperrouter.proof.imports import prove_import
 
-    folder = open_folder(args.input)
+    folder = fitting_folder(args.input)
     check_flags(args, folder)
     with unfinished_folder(args.output) as draft:
         weights = weights_of(args, folder)
+        if isinstance(weights, ImportedWeights) and weights.left_out:
+            note("note: layers of multi-token prediction are left out; the model is the same without them")
         run = run_of(args, folder, weights)
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
@@ -86,9 +89,9 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
 
 def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights) -> RunConfig:
     """The settings of the run."""
+    from megatron_hyperrouter.importing.fitting import settings_of_folder
     from megatron_hyperrouter.importing.settings import NO_DATA
     from megatron_hyperrouter.importing.settings import run_of as checked_run
-    from megatron_hyperrouter.importing.source import settings_of_folder
 
     settings = settings_of_folder(folder)
     if recipe := getattr(weights, "recipe", None):

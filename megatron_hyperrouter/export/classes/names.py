@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.config.tree import ModelConfig
+from megatron_hyperrouter.config.derived import head_width, moe_layers, query_groups
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 
 FINAL_NORM, OUTPUT = "decoder.final_layernorm.weight", "output_layer.weight"
@@ -30,8 +31,9 @@ class Part(Enum):
     VALUE = "value"
     GATE = "gate"
     UP = "up"
+    TWICE = "twice"  # times 2: exact
     STACK = "stack"  # all experts in one tensor
-    ROUTER = "router"  # made by folding: no tensor of ours has it
+    MADE = "made"  # such as a folded router: no tensor of ours has it
 
 
 class TensorPlace(NamedTuple):
@@ -53,23 +55,32 @@ class Heads(NamedTuple):
 class Sizes:
     """What decides which tensors a model has."""
 
-    num_layers: int
     num_experts: int
     heads: Heads
     qk_norm: bool
     tied: bool
+    routed: tuple[bool, ...]  # for each layer whether it has experts; others have one dense MLP
+    qkv_bias: bool = False
+    shared: bool = False  # an expert that sees every token
+    shared_gate: bool = False
+    latent: bool = False  # attention
+    low_rank_queries: bool = False
 
     @classmethod
-    def of(cls, model: ModelConfig) -> Sizes:
+    def of(cls, run: RunConfig) -> Sizes:
         """Of a run's settings."""
-        queries = model.num_attention_heads
-        channels = model.kv_channels or model.hidden_size // queries
+        model, attention = run.model, run.attention
         return cls(
-            num_layers=model.num_layers,
             num_experts=model.num_experts,
-            heads=Heads(queries, model.num_query_groups or queries, channels),
+            heads=Heads(model.num_attention_heads, query_groups(run), head_width(run)),
             qk_norm=model.qk_layernorm,
             tied=not model.untie_embeddings_and_output_weights,
+            routed=moe_layers(run),
+            qkv_bias=attention.add_qkv_bias,
+            shared=model.moe_shared_expert_intermediate_size is not None,
+            shared_gate=model.moe_shared_expert_gate,
+            latent=attention.multi_latent_attention,
+            low_rank_queries=attention.q_lora_rank is not None,
         )
 
 
@@ -82,9 +93,11 @@ class Naming:
     up: str = "up_proj"
     down: str = "down_proj"
     packed: bool = False  # experts stacked in two tensors instead of one by one
+    gated_shared_expert: bool = False
 
 
 QWEN = Naming()
+QWEN2 = Naming(gated_shared_expert=True)
 MIXTRAL = Naming(moe="block_sparse_moe", gate="w1", up="w3", down="w2")
 PACKED = Naming(packed=True)
 
@@ -97,7 +110,19 @@ _QK_NORMS = {
     "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
     "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
 }
+_LATENT = {
+    "self_attn.kv_a_proj_with_mqa.weight": "self_attention.linear_kv_down_proj.weight",
+    "self_attn.kv_a_layernorm.weight": "self_attention.kv_layernorm.weight",
+    "self_attn.kv_b_proj.weight": "self_attention.linear_kv_up_proj.weight",
+}
+_LOW_RANK_QUERIES = {
+    "self_attn.q_a_proj.weight": "self_attention.linear_q_down_proj.weight",
+    "self_attn.q_a_layernorm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.q_b_proj.weight": "self_attention.linear_q_up_proj.weight",
+}
+_FULL_RANK_QUERIES = {"self_attn.q_proj.weight": "self_attention.linear_q_proj.weight"}
 _QKV = {"q": Part.QUERY, "k": Part.KEY, "v": Part.VALUE}
+SHARED_GATE = "mlp.shared_experts.gate_weight"
 
 
 def places(
@@ -107,15 +132,20 @@ def places(
     there.
     """
     found = {"model.embed_tokens.weight": TensorPlace((WORD_EMBEDDINGS,))}
-    for layer in range(sizes.num_layers):
+    for layer, routed in enumerate(sizes.routed):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         found |= _attention(ours, theirs, sizes)
+        if not routed:
+            found |= _mlp(f"{ours}mlp.", f"{theirs}mlp.")
+            continue
         router = f"{ours}mlp.router."
         found |= {
-            f"{theirs}{naming.moe}.gate.{leaf}": TensorPlace((router + leaf,), Part.ROUTER)
+            f"{theirs}{naming.moe}.gate.{leaf}": TensorPlace((router + leaf,), Part.MADE)
             for leaf in router_leaves
         }
         found |= _experts(ours, theirs, sizes.num_experts, naming)
+        if sizes.shared:
+            found |= _shared_expert(ours, theirs, sizes, naming)
     found["model.norm.weight"] = TensorPlace((FINAL_NORM,))
     if not sizes.tied:
         found["lm_head.weight"] = TensorPlace((OUTPUT,))
@@ -123,10 +153,37 @@ def places(
 
 
 def _attention(ours: str, theirs: str, sizes: Sizes) -> dict[str, TensorPlace]:
-    qkv = (f"{ours}self_attention.linear_qkv.weight",)
-    found = {f"{theirs}self_attn.{leaf}_proj.weight": TensorPlace(qkv, part) for leaf, part in _QKV.items()}
-    alike = _ALIKE | (_QK_NORMS if sizes.qk_norm else {})
+    alike = dict(_ALIKE)
+    found: dict[str, TensorPlace] = {}
+    if not sizes.latent:
+        for kind in ("weight", "bias") if sizes.qkv_bias else ("weight",):
+            qkv = (f"{ours}self_attention.linear_qkv.{kind}",)
+            found |= {
+                f"{theirs}self_attn.{leaf}_proj.{kind}": TensorPlace(qkv, part) for leaf, part in _QKV.items()
+            }
+        alike |= _QK_NORMS if sizes.qk_norm else {}
+    else:
+        alike |= _LATENT | (_LOW_RANK_QUERIES if sizes.low_rank_queries else _FULL_RANK_QUERIES)
     return found | {theirs + hf: TensorPlace((ours + own,)) for hf, own in alike.items()}
+
+
+def _mlp(ours: str, theirs: str, down: Part = Part.WHOLE) -> dict[str, TensorPlace]:
+    first, second = f"{ours}linear_fc1.weight", f"{ours}linear_fc2.weight"
+    return {
+        f"{theirs}gate_proj.weight": TensorPlace((first,), Part.GATE),
+        f"{theirs}up_proj.weight": TensorPlace((first,), Part.UP),
+        f"{theirs}down_proj.weight": TensorPlace((second,), down),
+    }
+
+
+def _shared_expert(ours: str, theirs: str, sizes: Sizes, naming: Naming) -> dict[str, TensorPlace]:
+    """A class that always has a gate gets one of zeros, whose sigmoid is 1/2, and twice the output."""
+    expert = f"{ours}mlp.shared_experts."
+    if not naming.gated_shared_expert:
+        return _mlp(expert, f"{theirs}mlp.shared_experts.")
+    found = _mlp(expert, f"{theirs}mlp.shared_expert.", Part.WHOLE if sizes.shared_gate else Part.TWICE)
+    gate = TensorPlace((ours + SHARED_GATE,), Part.WHOLE if sizes.shared_gate else Part.MADE)
+    return found | {f"{theirs}mlp.shared_expert_gate.weight": gate}
 
 
 def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[str, TensorPlace]:
@@ -160,14 +217,14 @@ def cut(ours: Sequence[Tensor], part: Part, heads: Heads) -> Tensor:
     if part in (Part.QUERY, Part.KEY, Part.VALUE):
         # megatron-core: for each group its query heads, then its key, then its value
         per_group = heads.queries // heads.groups
-        rows = whole.view(heads.groups, per_group + 2, heads.channels, -1)
+        rows = whole.view(heads.groups, per_group + 2, heads.channels, *whole.shape[1:])
         chosen = {
             Part.QUERY: slice(per_group),
             Part.KEY: slice(per_group, per_group + 1),
             Part.VALUE: slice(per_group + 1, None),
         }
-        return rows[:, chosen[part]].reshape(-1, whole.size(-1)).contiguous()
-    return whole
+        return rows[:, chosen[part]].reshape(-1, *whole.shape[1:]).contiguous()
+    return whole * 2 if part is Part.TWICE else whole
 
 
 def join(parts: Mapping[Part, Tensor], heads: Heads) -> Tensor:
@@ -176,8 +233,7 @@ def join(parts: Mapping[Part, Tensor], heads: Heads) -> Tensor:
         return torch.cat((parts[Part.GATE], parts[Part.UP]))
     if Part.QUERY not in parts:
         return parts[Part.WHOLE]
-    groups, channels = heads.groups, heads.channels
-    query = parts[Part.QUERY].view(groups, heads.queries // groups, channels, -1)
-    key, value = (parts[part].view(groups, 1, channels, -1) for part in (Part.KEY, Part.VALUE))
-    rows = (heads.queries + 2 * groups) * channels
-    return torch.cat((query, key, value), 1).reshape(rows, -1).contiguous()
+    groups, channels, width = heads.groups, heads.channels, parts[Part.QUERY].shape[1:]
+    query = parts[Part.QUERY].view(groups, heads.queries // groups, channels, *width)
+    key, value = (parts[part].view(groups, 1, channels, *width) for part in (Part.KEY, Part.VALUE))
+    return torch.cat((query, key, value), 1).reshape(-1, *width).contiguous()

@@ -1,0 +1,1 @@
+"""Classes of transformers: which one computes a model, what its settings are called, how its tensors lie."""

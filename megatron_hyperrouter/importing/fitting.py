@@ -1,0 +1,198 @@
+"""A Hugging Face model as settings of ours, and what of it our model cannot compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.export.classes.latent import EPSILON
+from megatron_hyperrouter.export.classes.rotary import rotary_settings
+from megatron_hyperrouter.importing.source import EXPERTS, HfFolder, open_folder, rope_of, shared_width
+
+_CHOICE_BIAS = "e_score_correction_bias"
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
+# What config.json must say, because classes have other defaults.
+_NEEDED_BY = {
+    "Qwen3MoeForCausalLM": ("norm_topk_prob",),
+    "Qwen2MoeForCausalLM": ("norm_topk_prob", "shared_expert_intermediate_size"),
+    "Glm4MoeForCausalLM": ("norm_topk_prob", "first_k_dense_replace", "n_shared_experts"),
+}
+_DEEPSEEK = (
+    "first_k_dense_replace n_shared_experts n_group routed_scaling_factor moe_intermediate_size "
+    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
+).split()
+_DEEPSEEK_V3, _DEEPSEEK_V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
+_GROUP_BEST = {_DEEPSEEK_V2: 1}  # experts by which a group is judged; the others count two
+
+
+def fitting_folder(path: Path) -> HfFolder:
+    """The folder; CheckpointError with every reason why our model cannot be this one."""
+    folder = open_folder(path)
+    if found := list(problems(folder)):
+        raise CheckpointError(
+            "\n  - ".join([f"our model cannot compute the one in {path}:", *found]),
+            remedy="import another model",
+        )
+    return folder
+
+
+def problems(folder: HfFolder) -> Iterator[str]:
+    """What of its settings our model does not have."""
+    config = folder.config
+    needed = (*_NEEDED, *_NEEDED_BY.get(folder.architecture, ()), *(_DEEPSEEK if folder.latent else ()))
+    missing = [name for name in needed if name not in config]
+    yield from (f"config.json does not say {name}" for name in missing)
+    if "model.embed_tokens.weight" not in folder.reader:
+        yield "there is no tensor model.embed_tokens.weight"
+    if missing:
+        return
+    if folder.theta <= 1:
+        yield f"rope_theta {folder.theta:g}; ours is above 1"
+    try:
+        rotary_settings(rope_of(config), latent=folder.latent)
+    except ValueError as error:
+        yield str(error)
+    except KeyError as error:
+        yield f"rope_parameters does not say {error.args[0]}"
+    if folder.architecture != "Glm4MoeForCausalLM":
+        if config.get("attention_bias"):
+            yield "attention_bias; our attention has biases on queries, keys and values alone"
+        if not folder.latent and _turning_share(folder) != 1.0:
+            yield "partial_rotary_factor, which this class does not have"
+    if _windowed(folder) and folder.architecture not in ("MixtralForCausalLM", "MistralForCausalLM"):
+        yield "a sliding window in some layers"
+    if folder.dense and _windowed(folder):
+        yield "a sliding window; upcycling follows none"
+    if config.get("hidden_act", "silu") != "silu":
+        yield f"hidden_act {config['hidden_act']}; our experts are SwiGLU"
+    if config.get("quantization_config"):
+        yield "quantised weights; ours are not"
+    if config.get("mlp_bias"):
+        yield "mlp_bias; our experts have none"
+    if not folder.dense:
+        yield from _expert_problems(folder)
+    if folder.latent:
+        yield from _latent_problems(config)
+
+
+def _expert_problems(folder: HfFolder) -> Iterator[str]:
+    config = folder.config
+    if not any(name in config for name in EXPERTS):
+        yield f"config.json says none of {', '.join(EXPERTS)}"
+        return
+    if "num_experts_per_tok" not in config:
+        yield "config.json does not say num_experts_per_tok"
+        return
+    if not any(folder.routed):
+        yield "no layer has experts"
+    if int(config.get("moe_layer_freq", 1)) != 1:
+        yield f"moe_layer_freq {config['moe_layer_freq']}, which transformers does not follow either"
+    if folder.architecture == _DEEPSEEK_V2 and config.get("norm_topk_prob"):
+        yield "norm_topk_prob, which transformers does not follow for this class"
+    groups, chosen = _groups(folder)
+    if chosen >= groups:
+        return
+    size, best = folder.num_experts // groups, _GROUP_BEST.get(folder.architecture, 2)
+    topk = int(config["num_experts_per_tok"])
+    if min(max(topk // chosen, 1), size) != best:
+        yield (
+            f"n_group {groups}: it judges a group by its {best} best experts, ours by num_experts_per_tok / "
+            f"topk_group = {topk} / {chosen}, as in Megatron-LM"
+        )
+
+
+def _groups(folder: HfFolder) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token may use."""
+    config = folder.config
+    if folder.architecture == _DEEPSEEK_V2 and config.get("topk_method", "greedy") == "greedy":
+        return 1, 1
+    return int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
+
+
+def _latent_problems(config: dict[str, Any]) -> Iterator[str]:
+    if config["rms_norm_eps"] != EPSILON:
+        yield (
+            f"rms_norm_eps {config['rms_norm_eps']:g}; norms of latent vectors have {EPSILON:g}, and ours "
+            "have one epsilon for all"
+        )
+    if config.get("rope_interleave", True) is not True:
+        yield "rope_interleave false; our latent attention turns channels that are neighbours"
+
+
+def _windowed(folder: HfFolder) -> bool:
+    config = folder.config
+    if folder.architecture in ("MixtralForCausalLM", "MistralForCausalLM"):
+        return config.get("sliding_window") is not None
+    return bool(config.get("use_sliding_window"))
+
+
+def _turning_share(folder: HfFolder) -> float:
+    config, rope = folder.config, rope_of(folder.config)
+    default = 0.5 if folder.architecture == "Glm4MoeForCausalLM" else 1.0
+    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default)
+
+
+def settings_of_folder(folder: HfFolder) -> dict[str, Any]:
+    """The settings, by flat name, of a run whose model is this one; its router is ``topk``."""
+    config, sizes = folder.config, folder.sizes
+    settings: dict[str, Any] = {
+        "num_layers": len(sizes.routed),
+        "hidden_size": int(config["hidden_size"]),
+        "num_attention_heads": sizes.heads.queries,
+        "num_query_groups": sizes.heads.groups,
+        "moe_ffn_hidden_size": folder.expert_width,
+        "seq_length": int(config.get("max_position_embeddings", 4096)),
+        "qk_layernorm": sizes.qk_norm,
+        "untie_embeddings_and_output_weights": not sizes.tied,
+        "norm_epsilon": float(config["rms_norm_eps"]),
+        "rotary_base": folder.theta,
+        "make_vocab_size_divisible_by": folder.rows,  # as many rows, whatever the tokenizer has
+        "num_experts": sizes.num_experts,
+        "moe_router_topk": int(config.get("num_experts_per_tok", 1)),
+        "router": {"name": "topk", **_router(folder)},
+        **rotary_settings(rope_of(config), latent=folder.latent),
+    }
+    if not all(sizes.routed):
+        settings["moe_layer_freq"] = str(list(map(int, sizes.routed)))
+        settings["ffn_hidden_size"] = int(config["intermediate_size"])
+    if sizes.shared and not folder.dense:
+        settings["moe_shared_expert_intermediate_size"] = shared_width(config)
+        settings["moe_shared_expert_gate"] = sizes.shared_gate
+    return settings | _attention(folder)
+
+
+def _attention(folder: HfFolder) -> dict[str, Any]:
+    config, sizes = folder.config, folder.sizes
+    if folder.latent:
+        return {
+            "multi_latent_attention": True,
+            "q_lora_rank": config.get("q_lora_rank"),
+            "kv_lora_rank": int(config["kv_lora_rank"]),
+            "qk_head_dim": int(config["qk_nope_head_dim"]),
+            "qk_pos_emb_head_dim": int(config["qk_rope_head_dim"]),
+            "v_head_dim": int(config["v_head_dim"]),
+        }
+    found: dict[str, Any] = {"kv_channels": sizes.heads.channels, "add_qkv_bias": sizes.qkv_bias}
+    if (share := _turning_share(folder)) != 1.0:
+        found["rotary_percent"] = share
+    if _windowed(folder):  # theirs counts the token itself
+        found["window_size"] = f"{config['sliding_window'] - 1},0"
+    return found
+
+
+def _router(folder: HfFolder) -> dict[str, Any]:
+    config = folder.config
+    if folder.dense:
+        return {}
+    summed = bool(config.get("norm_topk_prob", folder.architecture == "MixtralForCausalLM"))
+    if folder.architecture in ("Glm4MoeForCausalLM", _DEEPSEEK_V3):
+        biased = any(name.endswith(_CHOICE_BIAS) for name in folder.reader.names())
+        found: dict[str, Any] = {"score_function": "sigmoid", "renormalise": summed, "expert_bias": biased}
+    else:
+        found = {} if summed else {"pre_softmax": True}
+    if (factor := float(config.get("routed_scaling_factor") or 1.0)) != 1.0:
+        found["scaling_factor"] = factor
+    groups, chosen = _groups(folder)
+    return found | ({"num_groups": groups, "group_topk": chosen} if chosen < groups else {})
