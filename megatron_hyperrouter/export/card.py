@@ -80,6 +80,5 @@ def _limits(job: Export) -> str:
         f"The embedding has rows for ids up to the next multiple of {padded}; ids that the tokenizer does "
         f"not have were never trained."
     )
-    if job.run.model.moe_expert_capacity_factor is not None:
-        lines.append("Training dropped tokens over an expert's capacity; this model drops none.")
+    lines += [f"{line[0].upper()}{line[1:]}." for line in job.notes]
     return "## Limits\n\n" + "\n\n".join(lines)

@@ -38,6 +38,7 @@ class Export:
     dtype: str
     topk: int
     max_shard_bytes: int
+    notes: tuple[str, ...] = ()  # what the user of the folder should know
 
 
 def write_model(job: Export, folder: Path) -> dict[str, str]:

@@ -46,10 +46,12 @@ def vocabulary_rows(reader: TensorReader) -> int:
 
 
 def plain_run(run: RunConfig) -> RunConfig:
-    """The run's model as a single text sees it: float32, no tokens dropped, no borders of documents."""
+    """The run's model as a single text sees it: float32, no tokens dropped, no borders of documents, nothing
+    that predicts further tokens.
+    """
     return replace(
         run,
-        model=replace(run.model, moe_expert_capacity_factor=None),
+        model=replace(run.model, moe_expert_capacity_factor=None, mtp_num_layers=None),
         train=replace(run.train, bf16=False),
         data=replace(
             run.data,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_hyperrouter.data.tokenize.other_libraries import GPTSentencePieceTokenizer, TikTokenizer
 from megatron_hyperrouter.data.tokenize.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
 )
-from megatron_hyperrouter.errors import ConfigError, DataError, Problem
+from megatron_hyperrouter.errors import DataError
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
@@ -23,11 +24,13 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, seq_length: int) -> bool:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``; False where the tokenizer has no text (ids
-    alone).
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``; False where there is no such file: then the
+    tokenizer's own file, if it has one.
     """
     text = tokenizer_json(tokenizer)
     if text is None:
+        if (own := _own_file(tokenizer)) is not None:
+            (folder / own.name).write_bytes(own.read_bytes())
         return False
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     eod = end_of_text(tokenizer)
@@ -46,19 +49,31 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, seq_length: int) -> b
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str | None:
-    """The text of ``tokenizer.json``: the same ids for the same text, or None where there is no text."""
+    """The text of ``tokenizer.json``: the same ids for the same text; None where there is no such file."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.json()
     if isinstance(tokenizer, ByteTokenizer):
         return _bytes_json(tokenizer.eod)
-    try:
-        tokenizer.encode("")
-    except ConfigError:
+    return None
+
+
+def without_text(tokenizer: Tokenizer) -> str | None:
+    """What to know of a folder that has no ``tokenizer.json``; None where it has one."""
+    if tokenizer_json(tokenizer) is not None:
         return None
-    rule = "has no equivalent tokenizer.json"
-    raise ConfigError(
-        [Problem("--tokenizer-type", tokenizer.type, rule, "export a run of another tokenizer")]
+    own = _own_file(tokenizer)
+    if own is None:
+        return f"{tokenizer.type} has ids without text: the folder holds no tokenizer"
+    return (
+        f"{tokenizer.type} has no tokenizer.json of the same ids: the folder holds its own file {own.name}, "
+        "which AutoTokenizer may not read as this program does"
     )
+
+
+def _own_file(tokenizer: Tokenizer) -> Path | None:
+    if isinstance(tokenizer, (GPTSentencePieceTokenizer, TikTokenizer)):
+        return Path(tokenizer.path)
+    return None
 
 
 def _bytes_json(eod: int) -> str:

@@ -1,0 +1,160 @@
+"""What goes wrong with an export: each with its message and its status, and nothing half-written is left."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import sentencepiece
+from export.made_up import make_up
+
+from megatron_hyperrouter.commands.models.export_hf import main
+from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter.proof.child import ask
+
+SETTINGS = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "moe_ffn_hidden_size": 16,
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "seq_length": 32,
+    "qk_layernorm": True,
+    "router": {"name": "hyper", "hypernet_width": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("faults") / "run"
+    make_up(home, SETTINGS)
+    return home
+
+
+def refused(run: Path, output: Path, *flags: str) -> tuple[int, str]:
+    """Status and message of an export that ends with an error and leaves nothing."""
+    words = ["--load", str(run), "--output", str(output), *flags]
+    with pytest.raises(HyperRouterError) as error:
+        main(words if "--proof-topk" in flags else [*words, "--no-proof"])
+    assert not list(output.parent.iterdir())
+    return error.value.exit_status, str(error.value)
+
+
+def test_more_active_experts_than_there_are(run: Path, tmp_path: Path) -> None:
+    status, message = refused(run, tmp_path / "out", "--topk", "5")
+    assert status == 2 and "--topk = 5: must be from 1 to the 4 experts of the model" in message
+    status, message = refused(run, tmp_path / "out", "--proof-topk", "2", "6")
+    assert status == 2 and "--topk = 6: must be from 1 to the 4 experts of the model" in message
+
+
+def test_a_disk_that_fills_up(run: Path, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        status, message = refused(run, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 4 and f"{tmp_path / 'out'} cannot be written: File too large" in message
+    assert "make room on that disk" in message
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "missing file"])
+def test_a_damaged_checkpoint(run: Path, tmp_path: Path, harm: str) -> None:
+    make_up(tmp_path / "run", SETTINGS)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    victim = checkpoint / "weights-00002.safetensors"
+    if harm == "missing file":
+        victim.unlink()
+    else:
+        content = bytearray(victim.read_bytes())
+        content[-5] ^= 4
+        victim.write_bytes(content)
+    (tmp_path / "new").mkdir()
+    status, message = refused(tmp_path / "run", tmp_path / "new" / "out")
+    assert status == 4 and "weights-00002.safetensors" in message
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    status, message = refused(tmp_path / "nothing", tmp_path / "out")
+    assert status == 4 and "there is no finished checkpoint" in message
+
+
+def test_a_python_without_transformers(tmp_path: Path) -> None:
+    """Python itself, told to look at no installed package."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(HyperRouterError) as error:
+        ask({}, python=str(bare))
+    assert error.value.exit_status == 5
+    assert "ModuleNotFoundError: No module named" in str(error.value)
+    assert "pip install 'megatron-hyperrouter[hf]'" in str(error.value)
+
+
+def test_another_tokenizer_than_the_run_had(tmp_path: Path) -> None:
+    from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+
+    for name, text in (("own", "to be or not to be"), ("other", "all the world is a stage")):
+        train_bpe(iter([text] * 20), 270, str(tmp_path / f"{name}.json"))
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "own.json")}
+    make_up(tmp_path / "run", SETTINGS | own)
+    (tmp_path / "new").mkdir()
+    output = tmp_path / "new" / "out"
+    status, message = refused(tmp_path / "run", output, "--tokenizer-model", str(tmp_path / "other.json"))
+    assert status == 2 and "is not the tokenizer of the run" in message
+    (tmp_path / "own.json").unlink()  # the checkpoint has it
+    main(["--load", str(tmp_path / "run"), "--output", str(output), "--no-proof"])
+    assert (output / "tokenizer.json").is_file()
+
+
+def test_a_tokenizer_without_tokenizer_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["to be or not to be", "that is the question"] * 20),
+        model_writer=model,
+        vocab_size=30,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {
+        "tokenizer_type": "GPTSentencePieceTokenizer",
+        "tokenizer_model": str(tmp_path / "tokenizer.model"),
+    }
+    make_up(tmp_path / "run", SETTINGS | settings)
+    main(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--no-proof"])
+    told = capsys.readouterr()
+    assert "note: GPTSentencePieceTokenizer has no tokenizer.json of the same ids" in told.err + told.out
+    own = [path.name for path in (tmp_path / "out").iterdir() if "tokenizer" in path.name]
+    assert len(own) == 1 and (tmp_path / "out" / own[0]).read_bytes() == model.getvalue()
+    assert "has no tokenizer.json of the same ids" in (tmp_path / "out" / "README.md").read_text()
+    main(["--verify", str(tmp_path / "out")])
+
+
+def test_the_file_for_llama_cpp(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    main(["--load", str(run), "--output", str(tmp_path / "out"), "--no-proof", "--gguf", str(file)])
+    reader = gguf.GGUFReader(file)
+    assert reader.fields["qwen3moe.expert_used_count"].contents() == 2
+    assert len(reader.tensors) == 2 + 2 * (9 + 3)
+    make_up(tmp_path / "mixtral", SETTINGS | {"qk_layernorm": False})
+    (tmp_path / "new").mkdir()
+    status, message = refused(
+        tmp_path / "mixtral", tmp_path / "new" / "out", "--gguf", str(tmp_path / "other.gguf")
+    )
+    assert status == 4 and "llama.cpp cannot take this model" in message
+    assert not (tmp_path / "other.gguf").exists()
+
+
+def test_numbers_need_a_proof(run: Path, tmp_path: Path) -> None:
+    main(["--load", str(run), "--output", str(tmp_path / "out"), "--no-proof"])
+    with pytest.raises(HyperRouterError, match="was written with --no-proof") as error:
+        main(["--verify", str(tmp_path / "out"), "--numbers"])
+    assert error.value.exit_status == 4
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["proof"] is None
