@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ from megatron_hyperrouter.config.cli import load_file
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.routers import ROUTERS
 
-NO_DATA = "no-data-yet"  # in the place of --data-path, which a model that nobody trains does not need
+_NO_DATA = "no-data-yet"  # in the place of --data-path, which a model that nobody trains does not need
 
 
 def run_of(settings: Mapping[str, Any]) -> RunConfig:
     """The run that these settings describe; ConfigError with every problem at once."""
     with tempfile.TemporaryDirectory(prefix="mhr-settings-") as folder:
         path = Path(folder) / "settings.yaml"
-        path.write_text(yaml.safe_dump({"data_path": [NO_DATA], **settings}), encoding="utf-8")
+        path.write_text(yaml.safe_dump({"data_path": [_NO_DATA], **settings}), encoding="utf-8")
         return load_file(path, routers=ROUTERS, world_size=1)
+
+
+def has_data(run: RunConfig) -> bool:
+    """Whether the run names data, which an import need not."""
+    return run.data.data_path != (_NO_DATA,)
+
+
+def without_placeholder(run: RunConfig) -> RunConfig:
+    """The run for a ``config.yaml``: whoever trains it says --data-path or --mock-data."""
+    return run if has_data(run) else replace(run, data=replace(run.data, data_path=()))

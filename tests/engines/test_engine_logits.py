@@ -1,5 +1,5 @@
-"""``Engine.logits``, and the texts that a run writes with it, are the same on every layout of both engines and
-change nothing of the run.
+"""``Engine.logits`` and the texts that a run writes with it are the same on every layout of both engines, and
+no number of the run changes.
 """
 
 from __future__ import annotations

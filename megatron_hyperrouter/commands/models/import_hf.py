@@ -90,7 +90,6 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
 def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | UpcycledWeights) -> RunConfig:
     """The settings of the run."""
     from megatron_hyperrouter.importing.fitting import settings_of_folder
-    from megatron_hyperrouter.importing.settings import NO_DATA
     from megatron_hyperrouter.importing.settings import run_of as checked_run
 
     settings = settings_of_folder(folder)
@@ -109,7 +108,7 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
     settings |= tokenizer_of(args, folder)
     settings |= {
         "seq_length": args.seq_length or settings["seq_length"],
-        "data_path": args.data_path or [NO_DATA],
+        **({"data_path": args.data_path} if args.data_path else {}),
         "run_dir": str(args.output),
         "engine": args.engine,
         "seed": args.seed,
@@ -179,18 +178,16 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
 
 def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str, Any]) -> None:
     """A table for a person."""
-    from megatron_hyperrouter.importing.settings import NO_DATA
+    from megatron_hyperrouter.importing.settings import has_data
 
     model = run.model
     show(
         f"{target}: {folder.architecture}, {model.num_layers} layers of {model.num_experts} experts, "
         f"k = {model.moe_router_topk}, router {run.router.name}"
     )
-    if run.data.data_path == (NO_DATA,):
-        show(
-            "To train it, name data: mhr train --config RUN/config.yaml --load RUN --finetune --data-path P "
-            "--run-dir NEW"
-        )
+    if not has_data(run):
+        words = f"mhr train --config {target}/config.yaml --load {target} --finetune"
+        show(f"To train it: {words} --data-path P --run-dir NEW (or --mock-data in the place of P)")
     proof = certificate["proof"]
     if proof is None:
         show("The run was not compared with the given model (--no-proof).")
