@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.data.tokenize.transformers_files import without_text
 from megatron_hyperrouter.export.folder import Export
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.tokenize.base import Tokenizer
 
 _SCHEDULE = "k grew from {start} to {end} during training ({kind})"
 
@@ -82,3 +88,13 @@ def _limits(job: Export) -> str:
     )
     lines += [f"{line[0].upper()}{line[1:]}." for line in job.notes]
     return "## Limits\n\n" + "\n\n".join(lines)
+
+
+def notes_of(run: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """What the user of the folder should know of the run that it comes from."""
+    if (lacking := without_text(tokenizer)) is not None:
+        yield lacking
+    if run.model.mtp_num_layers is not None:
+        yield "layers of multi-token prediction are left out; the model is the same without them"
+    if run.model.moe_expert_capacity_factor is not None:
+        yield "training dropped tokens over an expert's capacity; the exported model drops none"

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.export.classes.family import DENSE_LAYERS
-from megatron_hyperrouter.export.classes.grouped import QWEN3_MOE
 from megatron_hyperrouter.export.classes.names import PACKED, SHARED_GATE
 from megatron_hyperrouter.export.classes.target import (
     CHOICE_BIAS,
+    FAMILIES,
     Target,
     choose,
     no_class,
@@ -82,7 +81,8 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
     """The gates of ``huggingface/modeling_hyperrouter.py``; ``rows`` of the embedding."""
     if run.model.mlp_type != "standard":
         raise no_class(["--mlp-type residual, which the modeling file does not have either"])
-    refuse_unknown(run, DENSE_LAYERS, "the modeling file")
+    base = FAMILIES["Qwen3MoeForCausalLM"]
+    refuse_unknown(run, base.settings, "the modeling file")
     kind: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for layer, router in routers.items():
@@ -94,7 +94,7 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
         }
     first = f"decoder.layers.{min(routers)}.mlp.router."
     leaves = tuple(name.removeprefix(first) for name in tensors if name.startswith(first))
-    plain = target_of(QWEN3_MOE, run, ROUTERS["topk"].Config())
+    plain = target_of(base, run, ROUTERS["topk"].Config())
     module = MODELING_FILE.removesuffix(".py")
     fields = {
         **plain.fields,

@@ -4,7 +4,6 @@ routers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,17 +11,13 @@ from typing import TYPE_CHECKING
 from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
 from megatron_hyperrouter.checkpoint.streams import TensorReader
 from megatron_hyperrouter.config.derived import moe_layers
-from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.export.classes.rotary import rope_parameters
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.routers.base import Router
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.data.tokenize.base import Tokenizer
-    from megatron_hyperrouter.export.classes.target import Target
 
 
 def weight_reader(checkpoint: Path) -> TensorReader:
@@ -104,30 +99,3 @@ def check_files(checkpoint: Path) -> None:
     altered.
     """
     verify(checkpoint, OneProcess())
-
-
-def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer) -> None:
-    """CheckpointError where llama.cpp would compute another model, or read other ids."""
-    text = tokenizer_json(tokenizer)
-    tree = {} if text is None else json.loads(text)
-    words = tree.get("pre_tokenizer") or {}
-    reasons = []
-    if target.architecture != "Qwen3MoeForCausalLM" or not target.sums_to_one:
-        reasons.append("its qwen3moe has q/k norms and weights that sum to 1")
-    if target.fields.get("mlp_only_layers"):
-        reasons.append("all its layers have experts")
-    if rope_parameters(run)["rope_type"] != "default":
-        reasons.append("the file says nothing of scaled positions")
-    if dtype != "float32":
-        reasons.append("the file holds float32: leave --dtype out")
-    if (
-        tree.get("model", {}).get("type") != "BPE"
-        or words.get("type") != "ByteLevel"
-        or tree.get("normalizer")
-    ):
-        reasons.append("its tokenizer is a byte-level BPE in GPT-2's form")
-    if reasons:
-        raise CheckpointError(
-            f"--gguf: llama.cpp cannot take this model: {'; '.join(reasons)}",
-            remedy="leave --gguf out; --qk-layernorm trains a model that it takes",
-        )

@@ -11,10 +11,9 @@ from torch import Tensor
 from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.checkpoint.weights import write_weights
-from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.export.sources import OneProcess
-from megatron_hyperrouter.importing.settings import without_placeholder
+from megatron_hyperrouter.importing.settings import text_of
 from megatron_hyperrouter.model.names import router_parameter
 from megatron_hyperrouter.routers.base import Router
 
@@ -46,4 +45,4 @@ def write_run(
     described = describe(run)
     folders = CheckpointFolders(folder / "checkpoints", OneProcess())
     folders.save(0, write, dict(meta) | described.meta, texts=described.texts)
-    (folder / "config.yaml").write_text(dump(without_placeholder(run)), encoding="utf-8")
+    (folder / "config.yaml").write_text(text_of(run), encoding="utf-8")

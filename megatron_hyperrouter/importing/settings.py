@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_hyperrouter.config.cli import load_file
+from megatron_hyperrouter.config.cli import dump, load_file
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.routers import ROUTERS
 
@@ -30,6 +30,6 @@ def has_data(run: RunConfig) -> bool:
     return run.data.data_path != (_NO_DATA,)
 
 
-def without_placeholder(run: RunConfig) -> RunConfig:
-    """The run for a ``config.yaml``: whoever trains it says --data-path or --mock-data."""
-    return run if has_data(run) else replace(run, data=replace(run.data, data_path=()))
+def text_of(run: RunConfig) -> str:
+    """``config.yaml``; whoever trains a run without data says --data-path or --mock-data."""
+    return dump(run if has_data(run) else replace(run, data=replace(run.data, data_path=())))

@@ -17,7 +17,7 @@ from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.grouped import MIXTRAL_MOE, QWEN3_MOE
 from megatron_hyperrouter.export.classes.names import QWEN, Heads, Sizes, cut, places
 from megatron_hyperrouter.export.classes.target import config_json, target_of
-from megatron_hyperrouter.export.sources import check_gguf
+from megatron_hyperrouter.export.gguf import check_gguf
 from megatron_hyperrouter.huggingface.gguf_file import main
 from megatron_hyperrouter.importing.settings import run_of
 from megatron_hyperrouter.routers import ROUTERS

@@ -9,7 +9,7 @@ standard library alone; --numbers runs transformers again, too.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from megatron_hyperrouter.export.verify import differences, read_certificate
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.proof.exports import Asked
     from megatron_hyperrouter.routers.base import Router
@@ -68,15 +67,15 @@ def write_folder(args: Namespace, *, quiet: bool = False) -> None:
 
 def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     """What will be written, and the run's routers."""
-    from megatron_hyperrouter.data.tokenize.transformers_files import without_text
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.export.card import notes_of
     from megatron_hyperrouter.export.classes.target import check_served
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.export.gates import custom_gates, standard_gates
+    from megatron_hyperrouter.export.gguf import check_gguf
     from megatron_hyperrouter.export.sources import (
         check_files,
-        check_gguf,
         plain_run,
         routers_of,
         vocabulary_rows,
@@ -97,21 +96,11 @@ def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     check_served(gates.target, args.proof_topk or [])
     if args.gguf is not None:
         check_gguf(run, gates.target, args.dtype, tokenizer)
-    notes = tuple(notes_of(trained.settings, without_text(tokenizer)))
+    notes = tuple(notes_of(trained.settings, tokenizer))
     for line in notes:
         note(f"note: {line}")
     job = Export(run, checkpoint, gates, tokenizer, args.dtype, topk, args.max_shard_size, notes)
     return job, routers
-
-
-def notes_of(settings: RunConfig, tokenizer: str | None) -> Iterator[str]:
-    """What the user of the folder should know of the run that it comes from."""
-    if tokenizer is not None:
-        yield tokenizer
-    if settings.model.mtp_num_layers is not None:
-        yield "layers of multi-token prediction are left out; the model is the same without them"
-    if settings.model.moe_expert_capacity_factor is not None:
-        yield "training dropped tokens over an expert's capacity; the exported model drops none"
 
 
 def write_gguf(args: Namespace, folder: Path) -> None:
