@@ -88,6 +88,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
     "guard": ({"engines/base", "config"}, {"torch"}),
     "watch": ({"guard"}, set()),
+    "doctor": ({"compat"}, {"torch"}),
     "train": (
         {
             "engines/base",
@@ -122,7 +123,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "commands": (set(), set()),
     "commands/training": ({*COMMAND, "planning"}, {"torch"}),
-    "commands/cluster": ({*COMMAND, "watch", "planning"}, set()),
+    "commands/cluster": ({*COMMAND, "doctor", "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
     "commands/models": (
         {*COMMAND, "export", "export/classes", "proof", "importing", "generation", "huggingface"},

@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Clusters": {
         "plan": Command("cluster.plan", "find the layouts that fit a model onto a number of GPUs"),
+        "doctor": Command("cluster.doctor", "examine the machines of a job before it trains"),
         "status": Command("cluster.status", "show the state of a run: step, speed, ETA, who is late"),
     },
     "Data": {

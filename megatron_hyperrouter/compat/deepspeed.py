@@ -34,6 +34,11 @@ def shape_gathered_tokens() -> None:
     setattr(importlib.import_module("deepspeed.moe.mappings"), "_gather_tokens", _gather_tokens)  # noqa: B010
 
 
+def patches() -> list[str]:
+    """Names of the functions here that act on this machine."""
+    return [] if torch.cuda.is_available() else [skip_shm_build.__name__, shape_gathered_tokens.__name__]
+
+
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
     import deepspeed
     from deepspeed.utils import bwc, groups

@@ -24,18 +24,34 @@ _CPU = torch.device("cpu")
 
 def install() -> None:
     """Patch what this machine needs; idempotent, to be called before a model is built."""
-    name_te_general_gemm()
-    keep_adam_step()
-    keep_norms_on_device()
+    for always in _everywhere():
+        always()
     if torch.cuda.is_available() or getattr(torch.cuda, "_hyperrouter_cpu", False):
         return
-    serve_cuda_calls()
-    serve_cuda_devices()
-    serve_random_state()
-    serve_splits()
-    serve_unequal_shards()
-    run_helpers_eagerly()
+    for patch in _without_gpu():
+        patch()
     torch.cuda._hyperrouter_cpu = True  # type: ignore[attr-defined]
+
+
+def patches() -> list[str]:
+    """Names of the functions here that :func:`install` calls on this machine."""
+    found = _everywhere() if torch.cuda.is_available() else (*_everywhere(), *_without_gpu())
+    return [patch.__name__ for patch in found]
+
+
+def _everywhere() -> tuple[Callable[[], None], ...]:
+    return name_te_general_gemm, keep_adam_step, keep_norms_on_device
+
+
+def _without_gpu() -> tuple[Callable[[], None], ...]:
+    return (
+        serve_cuda_calls,
+        serve_cuda_devices,
+        serve_random_state,
+        serve_splits,
+        serve_unequal_shards,
+        run_helpers_eagerly,
+    )
 
 
 def serve_cuda_calls() -> None:

@@ -1,0 +1,85 @@
+"""Examine this machine, or all machines of a job: versions, speed, network, clocks, and the run folder.
+
+    mhr doctor                                                one process
+    torchrun --nproc-per-node 8 tools/doctor.py               all GPUs of a machine
+    srun -N 8 --ntasks-per-node 8 python tools/doctor.py      the first step of a job
+
+Each line is ok, a note, or a fault with its remedy. Exit status: 0, or 5 where there is a fault.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hyperrouter.errors import HostError
+from megatron_hyperrouter.terminal import parser, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.doctor.examine import Report
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Examine, show, and tell by the exit status."""
+    flags = parser(__doc__ or "")
+    add = flags.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    add(
+        "--run-dir",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="run folder to test (default: this folder)",
+    )
+    add(
+        "--checkpoint-gb",
+        type=float,
+        metavar="X",
+        help="size of one checkpoint; three must fit (default: the newest in the run folder)",
+    )
+    args = flags.parse_args(arguments)
+    if args.checkpoint_gb is not None and not args.checkpoint_gb > 0:
+        flags.error("--checkpoint-gb must be greater than 0")
+    from megatron_hyperrouter.doctor.examine import examine
+    from megatron_hyperrouter.doctor.ranks import Ranks
+    from megatron_hyperrouter.guard.ranks import adopt_ranks
+
+    adopt_ranks()
+    ranks = Ranks.of_this_process()
+    size = None if args.checkpoint_gb is None else round(args.checkpoint_gb * 1e9)
+    report = examine(ranks, args.run_dir, size)
+    status = ranks.tell("status", HostError.exit_status if report.faults else 0)
+    if ranks.rank == 0:
+        _show(report, args.json, status)
+        ranks.tell("shown", True)
+    else:
+        ranks.tell("shown", False)
+    if status:
+        sys.exit(status)
+
+
+def _show(report: Report, file: Path | None, status: int) -> None:
+    from megatron_hyperrouter.files import write_json
+
+    more = f" and {len(report.hosts) - 4} more" if len(report.hosts) > 4 else ""
+    show(f"{report.ranks} rank(s) on {', '.join(report.hosts[:4])}{more}")
+    for found in report.findings:
+        level = found.level.upper() if found.level == "fault" else found.level
+        show(f"{level:<6} {found.check:<12} {found.text}")
+        if found.remedy:
+            show(f"{'':<19} remedy: {found.remedy}")
+    if file is not None:
+        write_json(
+            file,
+            {
+                "status": status,
+                "ranks": report.ranks,
+                "hosts": report.hosts,
+                "findings": [found.as_json() for found in report.findings],
+                "numbers": report.numbers,
+            },
+        )
+    count = len(report.faults)
+    show(f"{count} fault{'s' if count != 1 else ''}" if count else "no faults")

@@ -1,0 +1,37 @@
+"""What an examination finds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Level = Literal["ok", "note", "fault"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question: all is well, something is worth knowing, or something has to be mended."""
+
+    check: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+
+def ok(check: str, text: str) -> Finding:
+    """All is well."""
+    return Finding(check, "ok", text)
+
+
+def note(check: str, text: str, remedy: str = "") -> Finding:
+    """Worth knowing."""
+    return Finding(check, "note", text, remedy)
+
+
+def fault(check: str, text: str, remedy: str) -> Finding:
+    """To be mended before a run."""
+    return Finding(check, "fault", text, remedy)

@@ -1,0 +1,230 @@
+"""The run folder: seen by all ranks alike, with renames and locks that work, fast enough, and with room."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.doctor.finding import Finding, fault, note, ok
+from megatron_hyperrouter.doctor.ranks import Ranks
+
+WAIT = 10.0  # seconds until a file of one machine has to be seen on another
+CHECKPOINTS = 3  # for which there has to be room: one being written, the newest, and the one before
+_BLOCK, _BLOCKS, _SECONDS = 4 << 20, 16, 2.0  # bytes, at most so many, at most so long
+_SLOW = 20e6  # bytes a second
+_RENAMES = 100
+_MOUNT = "mount the same file system on all machines, and give --run-dir a path on it"
+
+
+def examine_folder(
+    ranks: Ranks, names: Sequence[str], run_dir: Path, *, checkpoint: int | None, first_ranks: Sequence[int]
+) -> list[Finding]:
+    """All questions about the folder (collective); the answers are rank 0's.
+
+    ``names``: what each rank is called; ``checkpoint``: bytes of one; ``first_ranks``: one of each machine.
+    """
+    token = ranks.tell("folder/token", secrets.token_hex(4))
+    folder = run_dir / f".doctor-{token}"
+    error = ""
+    if ranks.rank == 0:
+        error = _reason(lambda: _begin(folder, token))
+    if error := ranks.tell("folder/error", error):
+        return [fault("run folder", f"{run_dir} cannot be written: {error}", "give another --run-dir")]
+    try:
+        found = _shared(ranks, names, folder, token)
+        if ranks.tell("folder/usable", all(each.level != "fault" for each in found)):
+            found += _rename(ranks, folder)
+            found += _lock(ranks, names, folder)
+            found += _speed(ranks, names, folder, first_ranks)
+        if ranks.rank == 0:
+            found += _room(run_dir, checkpoint)
+        ranks.meet("folder/done")
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def size_of_newest_checkpoint(run_dir: Path) -> int | None:
+    """Bytes of the newest checkpoint in the folder; None where there is none."""
+    with contextlib.suppress(OSError):
+        steps = sorted((run_dir / "checkpoints").glob("step_*"))
+        if steps:
+            return sum(path.stat().st_size for path in steps[-1].rglob("*") if path.is_file())
+    return None
+
+
+def _begin(folder: Path, token: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "content").write_text(token)
+
+
+def _shared(ranks: Ranks, names: Sequence[str], folder: Path, token: str) -> list[Finding]:
+    """Rank 0 writes, all read; all write, rank 0 reads."""
+    told = ""
+    if ranks.rank:
+        told = "" if _appears(folder / "content", token) else "does not see what rank 0 has written"
+        told = told or _reason(lambda: (folder / f"rank-{ranks.rank}").write_text(token))
+    reports = ranks.gather("folder/shared", told)
+    missing = [
+        f"{names[rank]} {report}" if report else f"rank 0 does not see what {names[rank]} has written"
+        for rank, report in enumerate(reports)
+        if report or (rank and not _appears(folder / f"rank-{rank}", token))
+    ]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        return [fault("run folder", f"{folder.parent} is not shared: {missing[0]}{more}", _MOUNT)]
+    who = "all ranks see the same folder" if ranks.size > 1 else "can be written"
+    return [ok("run folder", f"{folder.parent}: {who}")]
+
+
+def _appears(path: Path, content: str) -> bool:
+    end = time.monotonic() + WAIT
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text() == content:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
+    """A file that is replaced again and again is always there, and always whole."""
+    if ranks.rank:
+        return []
+    target, torn, over = folder / "renamed", [0], threading.Event()
+    words = ["a" * 4096, "b" * 4096]
+
+    def watch() -> None:
+        while not over.is_set():
+            try:
+                torn[0] += target.read_text() not in words
+            except OSError:
+                torn[0] += 1
+
+    def replace() -> None:
+        target.write_text(words[0])
+        reader.start()
+        for number in range(_RENAMES):
+            draft = folder / "draft"
+            draft.write_text(words[number % 2])
+            os.replace(draft, target)
+
+    reader = threading.Thread(target=watch, daemon=True)
+    error = _reason(replace)
+    over.set()
+    if reader.ident is not None:
+        reader.join()
+    remedy = "keep runs on a POSIX file system (Lustre, GPFS, NFS, a local disk), not on an object store"
+    if error:
+        return [fault("rename", f"a file cannot be replaced by a rename: {error}", remedy)]
+    if torn[0]:
+        return [fault("rename", f"a rename is not atomic: {torn[0]} reads met no whole file", remedy)]
+    return [ok("rename", f"{_RENAMES} renames, each atomic")]
+
+
+def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
+    """While rank 0 holds a lock, nobody else gets it."""
+    path, told = folder / "lock", ""
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:
+            told = _reason(lambda: stack.enter_context(_locked(path)))
+        if told := ranks.tell("folder/lock", told):
+            got = [told]
+        else:
+            got = ranks.gather("folder/lock/tried", _try_lock(path))
+        ranks.meet("folder/lock/over")
+    wrong = [f"{names[rank]}: {word}" for rank, word in enumerate(got) if word]
+    if wrong:
+        remedy = (
+            "mount it with locks (Lustre: -o flock; NFS: without nolock); else never start two runs in one "
+            "folder"
+        )
+        return [fault("lock", f"locks do not work in the run folder: {wrong[0]}", remedy)]
+    return [ok("lock", "a second lock is refused")] if ranks.rank == 0 else []
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _try_lock(path: Path) -> str:
+    try:
+        with _locked(path):
+            return "got a lock that rank 0 holds"
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return str(error.strerror or error)
+
+
+def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequence[int]) -> list[Finding]:
+    """One rank of each machine writes and reads at the same time."""
+    own: dict[str, Any] = {}
+    if ranks.rank in first_ranks:
+        own["error"] = _reason(lambda: own.update(_write_and_read(folder / f"speed-{ranks.rank}")))
+    told = {rank: each for rank, each in enumerate(ranks.gather("folder/speed", own)) if each}
+    bad = [f"{names[rank]}: {each['error']}" for rank, each in told.items() if each["error"]]
+    if bad:
+        return [fault("disk", f"the run folder cannot be written: {bad[0]}", "make room, or mend the disk")]
+    if ranks.rank:
+        return []
+    writes = {rank: each["write"] for rank, each in told.items()}
+    slowest = min(writes, key=lambda rank: writes[rank])
+    text = (
+        f"write {sum(writes.values()) / 1e6:,.0f} MB/s, read (also from memory) "
+        f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s, over {len(told)} machine(s)"
+    )
+    if writes[slowest] < min(_SLOW, statistics.median(writes.values())):
+        slow = f"; {names[slowest]} writes {writes[slowest] / 1e6:,.1f} MB/s"
+        return [note("disk", text + slow, "a checkpoint takes long there: see --async-save, or another disk")]
+    return [ok("disk", text)]
+
+
+def _write_and_read(path: Path) -> dict[str, float]:
+    block, begun, blocks = os.urandom(_BLOCK), time.perf_counter(), 0
+    with path.open("wb") as file:
+        while blocks < _BLOCKS and time.perf_counter() - begun < _SECONDS:
+            blocks += file.write(block) == len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    written = time.perf_counter() - begun
+    begun, size = time.perf_counter(), len(path.read_bytes())
+    return {"write": size / written, "read": size / (time.perf_counter() - begun)}
+
+
+def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
+    free = shutil.disk_usage(run_dir).free
+    inodes = os.statvfs(run_dir).f_favail
+    if inodes and inodes < 10_000:
+        return [fault("room", f"{run_dir}: {inodes:,} files can still be made", "remove files there")]
+    if checkpoint is None:
+        text = f"{free / 1e9:,.1f} GB free; three checkpoints take 42 bytes a parameter in bfloat16"
+        return [ok("room", text)]
+    needed = CHECKPOINTS * checkpoint
+    text = f"{free / 1e9:,.1f} GB free, and {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"
+    if free < needed:
+        return [fault("room", f"{run_dir}: {text}", "make room, or give another --run-dir")]
+    return [ok("room", text)]
+
+
+def _reason(act: Callable[[], object]) -> str:
+    """Why it cannot be done; empty once it is done."""
+    try:
+        act()
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""

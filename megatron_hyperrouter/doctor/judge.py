@@ -1,0 +1,189 @@
+"""Judges what all ranks have said of their machines.  Everything here is a plain function of those facts."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_hyperrouter.compat.versions import TESTED, in_range
+from megatron_hyperrouter.doctor.finding import Finding, fault, note, ok
+from megatron_hyperrouter.doctor.machine import Facts
+
+_INSTALL = "run on that machine: bash tools/setup_env.sh"
+_SLOW_GPU, _USUAL_GPU, _SLOW_CPU = 0.9, 0.95, 0.5  # of the median rate
+_MOST_SKEW = 1.0  # seconds
+_OPEN_FILES, _OPEN_FILES_A_RANK = 1024, 4  # a rank of gloo has a connection to each of the others
+_SHM_A_RANK = 64 << 20  # bytes: NCCL's and the data loader's
+EXTRAS = {
+    "transformer_engine": "Transformer Engine: fused attention, norms and experts on the Megatron engine",
+    "apex": "apex: fused Adam and gradient norms on the Megatron engine",
+    "flash_attn": "flash-attn: attention inside Transformer Engine; without it torch's own kernel is used",
+}
+
+
+def judge(facts: Sequence[Facts], names: Sequence[str]) -> list[Finding]:
+    """All findings; ``facts``: of each rank; ``names``: what each rank is called."""
+    first = facts[0]
+    return [
+        *_versions(facts, names),
+        *_extension(facts, names),
+        _patches(first),
+        _extras(first),
+        *_devices(facts, names),
+        _rates(facts, names),
+        *_limits(facts, names),
+        _clock(facts, names),
+    ]
+
+
+def names_of(facts: Sequence[Facts]) -> list[str]:
+    """``rank 3 on node2``."""
+    return [f"rank {rank} on {each['host']}" for rank, each in enumerate(facts)]
+
+
+def first_ranks(facts: Sequence[Facts]) -> list[int]:
+    """The first rank of each machine."""
+    seen: dict[str, int] = {}
+    for rank, each in enumerate(facts):
+        seen.setdefault(each["host"], rank)
+    return list(seen.values())
+
+
+def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
+    found: Mapping[str, str] = facts[0]["versions"]
+    differences = [
+        f"{names[rank]} has {library} {each['versions'].get(library, 'none')}, and {names[0]} has {version}"
+        for rank, each in enumerate(facts)
+        for library, version in found.items()
+        if each["versions"].get(library) != version
+    ]
+    missing = [library for library in TESTED if found[library] == "none"]
+    if differences:
+        yield fault("versions", f"differ between ranks: {first_of(differences)}", _INSTALL)
+    if missing:
+        yield fault("versions", f"not installed: {', '.join(missing)}", _INSTALL)
+    if differences or missing:
+        return
+    untested = [
+        f"{library} {found[library]} was not tested, {tested} was"
+        for library, (_, tested) in TESTED.items()
+        if not in_range(found[library], tested)
+    ]
+    shown = ", ".join(f"{library} {found[library]}" for library in ("python", *TESTED))
+    yield note("versions", f"{shown}; {'; '.join(untested)}") if untested else ok("versions", shown)
+
+
+def _extension(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
+    missing = [f"{names[rank]}: {each['extension']}" for rank, each in enumerate(facts) if each["extension"]]
+    if missing:
+        text = f"the C++ extension for data indices is missing, so NumPy does its work: {first_of(missing)}"
+        yield fault("extension", text, f"{_INSTALL} (it needs a C++17 compiler)")
+    else:
+        yield ok("extension", "the C++ extension for data indices works")
+
+
+def _patches(first: Facts) -> Finding:
+    words = [f"{host} {len(names)} ({', '.join(names)})" for host, names in first["patches"].items() if names]
+    return ok("patches", "; ".join(words) or "none")
+
+
+def _extras(first: Facts) -> Finding:
+    found = [f"{name} {version}" for name, version in first["extras"].items() if version]
+    missing = [EXTRAS[name] for name, version in first["extras"].items() if not version]
+    text = f"found: {', '.join(found) or 'none'}"
+    if not first["gpus"]:
+        return ok("extras", f"{text}; they speed up GPUs alone, and there is none")
+    return note("extras", f"{text}; not installed: {'; '.join(missing)}") if missing else ok("extras", text)
+
+
+def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
+    kinds = Counter(each["gpu"] or "CPU" for each in facts)
+    text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    if facts[0]["gpus"] and any(not each["gpu"] for each in facts):
+        bare = [name for name, each in zip(names, facts, strict=True) if not each["gpu"]]
+        yield fault(
+            "devices", f"no GPU for {first_of(bare)}", "start as many ranks on a machine as it has GPUs"
+        )
+    elif len(kinds) > 1:
+        yield note("devices", f"different devices: {text}; the slowest sets the pace")
+    else:
+        yield ok("devices", text)
+    broken = [f"{each['host']}: {word}" for each in facts for word in each["gpu_faults"]]
+    if broken:
+        yield fault("GPU", first_of(list(dict.fromkeys(broken))), "take that machine out of the job")
+    ranks_of = Counter(each["host"] for each in facts)
+    crowded = {each["host"]: each["cores"] for each in facts if ranks_of[each["host"]] > (each["cores"] or 1)}
+    if crowded:
+        host, cores = next(iter(crowded.items()))
+        text = f"{ranks_of[host]} ranks on {host} share {cores} core(s)"
+        remedy = "with Slurm give --cpus-per-task: the cores of the node / tasks on it"
+        yield fault("cores", text, remedy) if facts[0]["gpus"] else note("cores", text, remedy)
+
+
+def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
+    rates = [each["rate"] for each in facts]
+    usual = statistics.median(rates)
+    gpu = bool(facts[0]["gpus"])
+    text = f"matrix product {usual / 1e12:,.3g} TFLOP/s on each rank"
+    slow = [
+        f"{names[rank]}: {rate / usual:.0%} of the median"
+        for rank, rate in sorted(enumerate(rates), key=lambda pair: pair[1])
+        if rate < (_USUAL_GPU if gpu else _SLOW_CPU) * usual
+    ]
+    if not slow:
+        return ok("speed", text)
+    if gpu and min(rates) > _SLOW_GPU * usual:
+        return note("speed", f"{text}; {first_of(slow)}")
+    remedy = "look for another job on that machine, for heat, and for a power limit"
+    return fault("speed", f"{text}; slow: {first_of(slow)}", remedy)
+
+
+def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
+    needed = max(_OPEN_FILES, _OPEN_FILES_A_RANK * len(facts))
+    low = [
+        f"{names[rank]}: {each['open_files']}"
+        for rank, each in enumerate(facts)
+        if 0 <= each["open_files"] < needed
+    ]
+    if low:
+        yield fault("open files", f"ulimit -n is below {needed}: {first_of(low)}", "set ulimit -n 65536")
+    else:
+        yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")
+    ranks_of = Counter(each["host"] for each in facts)
+    small = [
+        f"{each['host']}: {each['shm'] / 1e6:,.0f} MB for {ranks_of[each['host']]} rank(s)"
+        for each in facts
+        if each["shm"] is not None and each["shm"] < _SHM_A_RANK * ranks_of[each["host"]]
+    ]
+    if small:
+        remedy = "give the container more: docker --shm-size 8g; Kubernetes: an emptyDir with medium Memory"
+        yield fault("/dev/shm", f"too small: {first_of(list(dict.fromkeys(small)))}", remedy)
+    elif facts[0]["shm"] is not None:
+        yield ok("/dev/shm", f"{facts[0]['shm'] / 1e9:,.1f} GB free")
+    if len(ranks_of) > 1:
+        lost = [
+            f"{each['host']} ({each['resolves'] or 'unknown'})"
+            for each in facts
+            if not each["resolves"] or each["resolves"].startswith("127.")
+        ]
+        if lost:
+            text = f"the name of a machine does not lead to its network address: {first_of(lost)}"
+            remedy = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            yield fault("host names", text, remedy)
+
+
+def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
+    offsets = [each["offset"] for each in facts]
+    worst = max(range(len(offsets)), key=lambda rank: abs(offsets[rank]))
+    if abs(offsets[worst]) > _MOST_SKEW:
+        way = "ahead of" if offsets[worst] > 0 else "behind"
+        text = f"the clock of {names[worst]} is {abs(offsets[worst]):.1f} s {way} that of {names[0]}"
+        return fault("clock", text, "start chrony or ntpd on that machine")
+    return ok("clock", f"within {max(abs(each) for each in offsets):.3f} s of each other")
+
+
+def first_of(found: Sequence[Any]) -> str:
+    """The first one, and how many more there are."""
+    return str(found[0]) + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")

@@ -1,0 +1,157 @@
+"""What one process can say of its machine and of what is installed on it, without the other ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_hyperrouter
+from megatron_hyperrouter.compat import deepspeed, megatron
+from megatron_hyperrouter.compat.versions import TESTED, installed
+
+Facts = dict[str, Any]
+_LIBRARIES = ("numpy", "safetensors", "pydantic", "tokenizers")
+_MATMUL_SECONDS = 0.4
+_SHM = Path("/dev/shm")
+
+
+def facts_of_this_process() -> Facts:
+    """As JSON takes it."""
+    return {
+        "host": socket.gethostname(),
+        "resolves": _address(),
+        "versions": _versions(),
+        "extension": _extension(),
+        "extras": {name: _extra(name) for name in ("transformer_engine", "apex", "flash_attn")},
+        "patches": {"megatron-core": megatron.patches(), "deepspeed": deepspeed.patches()},
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "shm": shutil.disk_usage(_SHM).free if _SHM.is_dir() else None,
+        "gpu": _gpu(),
+        "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "gpu_faults": _gpu_faults(),
+    }
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of this rank's device: the best of many, so that what else runs on
+    the machine for a moment does not count.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    size, dtype = (8192, torch.bfloat16) if gpu else (384, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best, end = float("inf"), None
+    while end is None or time.perf_counter() < end:
+        begun = time.perf_counter()
+        a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+        if end is None:  # the first one warms up
+            end = time.perf_counter() + _MATMUL_SECONDS
+        else:
+            best = min(best, seconds)
+    return 2 * size**3 / best
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    found |= {library: installed(library) or "none" for library in TESTED}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "none"
+    if torch.cuda.is_available():
+        found["CUDA"] = str(torch.version.cuda)
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    found["this program"] = f"{megatron_hyperrouter.__version__}, sources {_sources()}"
+    return found
+
+
+def _sources() -> str:
+    """A digest of the program's files: a checkout that was not updated has the same version."""
+    folder = Path(megatron_hyperrouter.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _extension() -> str:
+    """Empty where the C++ extension works; else why it does not."""
+    try:
+        importlib.import_module("megatron_hyperrouter.data._index")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def _extra(module: str) -> str | None:
+    """Version of a library that makes things faster; None where it is missing."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    for name in (module, module.replace("_", "-")):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of an unknown version"
+
+
+def _address() -> str:
+    """The address of this host's own name, which gloo uses; empty where the name is not known."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        return ""
+    torch.cuda.set_device(local)
+    return torch.cuda.get_device_name(local)
+
+
+def _gpu_faults() -> list[str]:
+    """What the driver reports of this machine's GPUs: uncorrected memory errors, throttled clocks."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or not torch.cuda.is_available():
+        return []
+    asked = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown"
+    try:
+        told = subprocess.run(
+            [tool, f"--query-gpu={asked}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in told.stdout.splitlines():
+        index, errors, slowdown = (word.strip() for word in [*line.split(","), "", ""][:3])
+        if errors.isdecimal() and int(errors):
+            found.append(f"GPU {index}: {errors} uncorrected memory errors")
+        if slowdown == "Active":
+            found.append(f"GPU {index}: the hardware slows it down (heat or power)")
+    return found

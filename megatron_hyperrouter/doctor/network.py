@@ -1,0 +1,177 @@
+"""The network between ranks: open ports, and the bandwidth of the collectives that training uses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_hyperrouter.doctor.finding import Finding, fault, ok
+from megatron_hyperrouter.doctor.ranks import Ranks
+
+_ANSWER = 5.0  # seconds
+_LIMIT = timedelta(seconds=60)
+_TRIES = 3
+_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_FEW_PAIRS = 4  # fewer have no usual speed
+_SLOW = {"cpu": 0.1, "cuda": 0.5}  # of the median; processes of one CPU machine disturb each other
+
+
+def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
+    """Each rank connects to the next one, on a port that the system chooses (collective)."""
+    if ranks.size == 1:
+        return _loopback()
+    with socket.create_server(("", 0)) as server:
+        own = (_own_address(ranks), server.getsockname()[1])
+        places = ranks.tell("ports/all", ranks.gather("ports", own))
+        answer = _connect(*places[(ranks.rank + 1) % ranks.size])
+        told = ranks.gather("ports/answers", answer)
+        ranks.meet("ports/done")
+    closed = [
+        f"{names[rank]} does not reach {names[after]} at {places[after][0]}:{places[after][1]} ({why})"
+        for rank, why in enumerate(told)
+        if why and (after := (rank + 1) % ranks.size) >= 0
+    ]
+    if closed:
+        remedy = (
+            "open all TCP ports between the machines of a job, or set GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME"
+        )
+        return [fault("ports", _first(closed), remedy)]
+    return [ok("ports", f"each of {ranks.size} ranks reaches the next one")] if ranks.rank == 0 else []
+
+
+def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Finding], dict[str, Any]]:
+    """All-reduce and all-to-all of all ranks, and an exchange of each pair of a hypercube (collective)."""
+    if ranks.size == 1:
+        return [], {}
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    try:
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore("group", ranks.store),
+            rank=ranks.rank,
+            world_size=ranks.size,
+            timeout=_LIMIT,
+        )
+        numbers, pairs = _measure(ranks, device)
+    except (RuntimeError, ValueError) as error:  # what gloo and NCCL raise
+        why = f"{names[ranks.rank] if ranks.rank < len(names) else ranks.rank}: {str(error).splitlines()[0]}"
+        remedy = "see the ports above; set NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        return [fault("collectives", f"ranks cannot exchange tensors: {why}", remedy)], {}
+    finally:
+        with contextlib.suppress(RuntimeError, AssertionError, ValueError):
+            dist.destroy_process_group()
+    told = ranks.gather("pairs", pairs)
+    if ranks.rank:
+        return [], {}
+    return _judge(told, names, numbers, device.type), numbers
+
+
+def _measure(ranks: Ranks, device: torch.device) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """Bandwidths in bytes a second, the same on all ranks; and of this rank's pairs."""
+    size, count = ranks.size, _BYTES[device.type] // 4 // ranks.size * ranks.size
+    x, y = torch.ones(count, device=device), torch.empty(count, device=device)
+    share = (size - 1) / size
+    numbers: dict[str, Any] = {
+        "all_reduce": 2 * share * 4 * count / _time(lambda: dist.all_reduce(x), device),
+        "all_to_all": share * 4 * count / _time(lambda: dist.all_to_all_single(y, x), device),
+    }
+    pairs, step = [], 1
+    while step < size:
+        other = ranks.rank ^ step
+        partner = other if other < size else None
+        seconds = _time(partial(_exchange, x, y, partner), device, alone=True)
+        if partner is not None and ranks.rank < partner:
+            pairs.append((partner, 4 * count / seconds))
+        step *= 2
+    return numbers, pairs
+
+
+def _exchange(x: Tensor, y: Tensor, partner: int | None) -> None:
+    if partner is not None:
+        both = [dist.P2POp(dist.isend, x, partner), dist.P2POp(dist.irecv, y, partner)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
+
+def _time(act: Callable[[], object], device: torch.device, *, alone: bool = False) -> float:
+    """Seconds: the best of a few; of the slowest rank, unless ``alone``."""
+    best = float("inf")
+    for number in range(1 + _TRIES):
+        dist.barrier()
+        begun = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun) if number else best  # the first one connects
+    slowest = torch.tensor([best], device=device)
+    if not alone:
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def _judge(
+    told: Sequence[Sequence[tuple[int, float]]], names: Sequence[str], numbers: dict[str, Any], kind: str
+) -> list[Finding]:
+    rates = {(rank, other): rate for rank, pairs in enumerate(told) for other, rate in pairs}
+    usual = statistics.median(rates.values())
+    numbers["pair"] = usual
+    text = (
+        f"all-reduce {numbers['all_reduce'] / 1e9:,.2f} GB/s, all-to-all {numbers['all_to_all'] / 1e9:,.2f} "
+        f"GB/s, a pair {usual / 1e9:,.2f} GB/s"
+    )
+    slow = [
+        f"{names[a]} with {names[b]}: {rate / 1e9:,.2f} GB/s"
+        for (a, b), rate in sorted(rates.items(), key=lambda item: item[1])
+        if rate < _SLOW[kind] * usual
+    ]
+    if slow and len(rates) >= _FEW_PAIRS:
+        remedy = "look at the cable, the switch port and the network card of the machine in these pairs"
+        return [fault("collectives", f"{text}; slow: {_first(slow)}", remedy)]
+    return [ok("collectives", text)]
+
+
+def _first(found: Sequence[str]) -> str:
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return found[0] + more
+
+
+def _connect(host: str, port: int) -> str:
+    """Why the place is not reached; empty where it is."""
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER).close()
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
+
+
+def _own_address(ranks: Ranks) -> str:
+    """The address from which this machine speaks to rank 0's; no packet is sent."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def _loopback() -> list[Finding]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        why = _connect("127.0.0.1", server.getsockname()[1])
+    if why:
+        return [
+            fault("ports", f"this machine does not reach itself: {why}", "allow 127.0.0.1 in its firewall")
+        ]
+    return [ok("ports", "this machine reaches itself")]

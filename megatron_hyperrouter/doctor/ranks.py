@@ -1,0 +1,97 @@
+"""The ranks of an examination: they exchange facts at the launcher's store, which works where collectives do
+not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+
+from megatron_hyperrouter.errors import HostError
+
+PATIENCE = timedelta(seconds=120)  # with the slowest rank
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """This rank among all; every method is called by all of them, in the same order."""
+
+    def __init__(self, rank: int, size: int, store: Any = None) -> None:
+        """``store``: a ``torch.distributed`` store; None for the only rank."""
+        self.rank, self.size, self.store = rank, size, store
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # 0: the launcher does not say
+
+    @classmethod
+    def of_this_process(cls) -> Ranks:
+        """The ranks that the environment speaks of; HostError where they do not meet."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls(0, 1)
+        rank, place = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        except (dist.DistStoreError, dist.DistNetworkError, OSError, RuntimeError) as error:
+            raise HostError(
+                f"rank {rank} on {socket.gethostname()} does not reach rank 0 at {place}, or not all "
+                f"{size} ranks have come within {PATIENCE.seconds} s: {str(error).splitlines()[0]}",
+                remedy="check that this host name is known on all machines, that no firewall closes the "
+                "port, and that the other ranks were started",
+            ) from error
+        store.set_timeout(PATIENCE)
+        return cls(int(rank), size, dist.PrefixStore("doctor", store))
+
+    def gather(self, topic: str, value: Value) -> list[Value]:
+        """On rank 0, what each rank says; elsewhere an empty list."""
+        if self.store is None:
+            return [value]
+        self.store.set(f"{topic}/{self.rank}", json.dumps(value))
+        if self.rank:
+            return []
+        return [json.loads(self._get(f"{topic}/{rank}", rank)) for rank in range(self.size)]
+
+    def tell(self, topic: str, value: Value) -> Value:
+        """On all ranks, what rank 0 says."""
+        if self.store is None:
+            return value
+        if self.rank == 0:
+            self.store.set(topic, json.dumps(value))
+            return value
+        told: Value = json.loads(self._get(topic, 0))
+        return told
+
+    def meet(self, topic: str) -> None:
+        """Until all are here."""
+        self.gather(f"{topic}/here", True)
+        self.tell(f"{topic}/all", True)
+
+    def clock_offset(self) -> float:
+        """Seconds by which this rank's clock is ahead of rank 0's, to half the time of one answer."""
+        if self.store is None:
+            return 0.0
+        for rank in range(1, self.size):
+            if self.rank == 0:
+                self._get(f"clock/{rank}/asked", rank)
+                self.store.set(f"clock/{rank}/told", repr(time.time()))
+            elif self.rank == rank:
+                begun = time.time()
+                self.store.set(f"clock/{rank}/asked", "?")
+                told = float(self._get(f"clock/{rank}/told", 0))
+                return (begun + time.time()) / 2 - told
+        return 0.0
+
+    def _get(self, topic: str, rank: int) -> bytes:
+        try:
+            found: bytes = self.store.get(topic)
+        except (dist.DistStoreError, RuntimeError) as error:
+            raise HostError(
+                f"rank {rank} says nothing for {PATIENCE.seconds} s ({topic})",
+                remedy="look at what that rank has said, and at its machine",
+            ) from error
+        return found

@@ -1,0 +1,74 @@
+"""What is a fault and what is not, of facts that this machine cannot show: GPUs, many machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_hyperrouter.compat.versions import TESTED
+from megatron_hyperrouter.doctor.judge import first_ranks, judge, names_of
+
+SOUND: dict[str, Any] = {
+    "host": "a",
+    "resolves": "10.0.0.1",
+    "versions": {"python": "3.11.7", **{name: version for name, (_, version) in TESTED.items()}},
+    "extension": "",
+    "extras": {"transformer_engine": "2.9", "apex": "0.1", "flash_attn": "2.8"},
+    "patches": {"megatron-core": ["keep_adam_step"], "deepspeed": []},
+    "cores": 96,
+    "open_files": 65536,
+    "shm": 64 << 30,
+    "gpu": "H100",
+    "gpus": 8,
+    "gpu_faults": [],
+    "rate": 700e12,
+    "offset": 0.0,
+}
+
+
+def levels(*changes: dict[str, Any]) -> dict[str, str]:
+    """Level of each check, for ranks two to a machine."""
+    facts = [SOUND | {"host": "abcdefgh"[rank // 2 % 8]} | change for rank, change in enumerate(changes)]
+    return {found.check: found.level for found in judge(facts, names_of(facts)) if found.level != "ok"}
+
+
+def test_sound_machines() -> None:
+    assert levels(*[{}] * 8) == {}
+    facts = [SOUND | {"host": host} for host in "aabb"]
+    assert first_ranks(facts) == [0, 2] and names_of(facts)[3] == "rank 3 on b"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"rate": 600e12}, {"speed": "fault"}),
+        ({"rate": 650e12}, {"speed": "note"}),
+        ({"rate": 690e12}, {}),
+        ({"gpu": ""}, {"devices": "fault"}),
+        ({"gpu": "A100"}, {"devices": "note"}),
+        ({"gpu_faults": ["GPU 3: 2 uncorrected memory errors"]}, {"GPU": "fault"}),
+        ({"shm": 64 << 20}, {"/dev/shm": "fault"}),  # what a container has that nobody has told
+        ({"cores": 1}, {"cores": "fault"}),  # Slurm without --cpus-per-task
+        ({"resolves": "127.0.1.1"}, {"host names": "fault"}),
+        ({"resolves": ""}, {"host names": "fault"}),
+        ({"offset": -3.0}, {"clock": "fault"}),
+        ({"offset": 0.5}, {}),
+        ({"versions": SOUND["versions"] | {"torch": "2.12.0"}}, {"versions": "fault"}),
+    ],
+)
+def test_one_rank_of_eight(change: dict[str, Any], found: dict[str, str]) -> None:
+    assert levels(*[{}] * 5, change, {}, {}) == found
+
+
+def test_all_alike() -> None:
+    assert levels(*[{"versions": SOUND["versions"] | {"deepspeed": "0.20.0"}}] * 2) == {"versions": "note"}
+    assert levels(*[{"versions": SOUND["versions"] | {"deepspeed": "none"}}] * 2) == {"versions": "fault"}
+    assert levels(*[{"extras": {"transformer_engine": None, "apex": None}}] * 2) == {"extras": "note"}
+    without = {"gpu": "", "gpus": 0, "extras": {"transformer_engine": None}}
+    assert levels(*[without] * 2) == {}
+    assert levels(*[without | {"cores": 1}] * 2) == {"cores": "note"}
+    # gloo connects each rank to all others
+    assert levels(*[{"open_files": 1024, "host": str(rank)} for rank in range(300)]) == {
+        "open files": "fault"
+    }
