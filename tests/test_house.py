@@ -121,6 +121,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "deepspeed", "megatron"},
     ),
     "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib", "yaml"}),
+    "report": (
+        {"analysis", "guard.events", "studies.verdicts", "studies.router_tables"},
+        {"matplotlib", "yaml"},
+    ),
     "commands": (set(), set()),
     "commands/training": ({*COMMAND, "planning"}, {"torch"}),
     "commands/cluster": ({*COMMAND, "doctor", "watch", "planning"}, set()),
@@ -129,7 +133,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {*COMMAND, "export", "export/classes", "proof", "importing", "generation", "huggingface"},
         {"torch", "numpy", "rich", "yaml"},
     ),
-    "commands/studies": ({*COMMAND, "studies", "verify"}, {"torch", "numpy", "rich", "yaml"}),
+    "commands/studies": ({*COMMAND, "studies", "verify", "report"}, {"torch", "numpy", "rich", "yaml"}),
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),
 }

@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "compare": Command("studies.compare", "train several routers alike and compare them"),
         "scaling": Command("studies.scaling", "study how loss and speed scale"),
         "analyze": Command("studies.analyze", "look into the routers and experts of a trained run"),
+        "report": Command("studies.report", "make one page of plots from runs and studies"),
         "verify": Command("studies.verify", "check that layouts train the same model"),
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,9 @@ def run(
     if stopped:  # a launcher ends all ranks once one of them has left with a status that is not 0
         ignore_signals()
         engine.barrier()
+    elif engine.place.is_main:
+        folder = shlex.quote(config.logging.run_dir)
+        console.note(f"finished; to look at the run: mhr report {folder} --output {folder}/report.html")
     # Not reached after an error: it is reported first, since leaving the groups may wait for other ranks.
     engine.close()
     return STOPPED if stopped else 0

@@ -1,0 +1,33 @@
+"""Make one HTML page of plots and tables from runs and studies.
+
+Takes run folders, folders of mhr compare, mhr finetune and mhr scaling, and files that mhr evaluate or mhr
+analyze has written.  The page needs no network and no script, and it prints; the same files give the same
+bytes.  evaluation.json and analysis.json inside a run folder are part of its report.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hyperrouter.terminal import note, parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Folders -> the page."""
+    args = read_flags(arguments)
+    from megatron_hyperrouter.report.build import write_report
+
+    write_report(args.sources, args.output)
+    note(f"written: {args.output} ({args.output.stat().st_size / 1e3:,.0f} kB)")
+
+
+def read_flags(arguments: Sequence[str]) -> Namespace:
+    """The flags; a wrong one ends with status 2."""
+    flags = parser(str(__doc__))
+    flags.add_argument(
+        "sources", nargs="+", type=Path, metavar="RUN_OR_STUDY", help="folders of runs and studies, or files"
+    )
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="where the page goes")
+    return flags.parse_args(arguments)

@@ -1,0 +1,1 @@
+"""One self-contained page of plots and tables from the folders that runs and studies leave behind."""

@@ -1,0 +1,215 @@
+"""Chapters made of what ``mhr evaluate`` and ``mhr analyze`` have measured of one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_hyperrouter.report.figures import Drawing, Line, heat, lines
+from megatron_hyperrouter.report.page import Section
+
+MEASURES = (
+    ("entropy", "entropy, nats", ".3f"),
+    ("logit_std", "logit std", ".3f"),
+    ("mutual_information", "mutual information, nats", ".3f"),
+    ("load_max_over_mean", "largest load / mean", ".2f"),
+    ("effective_experts", "effective experts, share", ".2f"),
+    ("dead_experts", "dead experts", ".0f"),
+    ("mean_similarity", "mean similarity", ".3f"),
+    ("largest_similarity", "largest similarity", ".3f"),
+)
+JACOBIAN = (
+    ("share", "share of J_R", ".3f"),
+    ("effective_rank", "effective rank", ".1f"),
+    ("drift", "drift of the span", ".4f"),
+    ("inputs_in_span", "inputs in the span", ".3f"),
+    ("inputs_by_chance", "the same by chance", ".3f"),
+)
+
+
+def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, title: str) -> Section:
+    """The scores of models at each k."""
+    section = Section(title)
+    rows = [
+        [
+            name,
+            row["topk"],
+            f"{row['lm_loss']:.4f}",
+            f"{row['perplexity']:.2f}" if row.get("perplexity") is not None else "-",
+            "-" if row.get("bits_per_byte") is None else f"{row['bits_per_byte']:.4f}",
+            "-" if row.get("word_perplexity") is None else f"{row['word_perplexity']:.2f}",
+        ]
+        for name, content in found.items()
+        for row in content["results"]
+    ]
+    heads = ["model", "k", "nats per token", "perplexity per token", "bits per byte", "perplexity per word"]
+    section.table(heads, rows, name="quality")
+
+    def fill(axes: Any) -> None:
+        series = {}
+        for name, content in found.items():
+            ordered = sorted(content["results"], key=lambda row: row["topk"])
+            series[name] = Line([r["topk"] for r in ordered], [r["lm_loss"] for r in ordered], marker="o")
+        lines(axes, series, xlabel="active experts k", ylabel="loss, nats per token", log_x=True)
+
+    section.figure(drawing.draw(fill), "The same weights, evaluated with k experts for each token.")
+    return section
+
+
+def analysis_chapters(content: Mapping[str, Any], drawing: Drawing, title: str = "") -> list[Section]:
+    """Router measures, loads, similarity, Jacobian, and routes over the checkpoints, of one model."""
+    measures, alike = Section(f"Routing on evaluation data{title}"), Section(f"Experts alike{title}")
+    results = content["results"]
+    shown = [
+        (key, head, form)
+        for key, head, form in MEASURES
+        if any(row.get(key) is not None for result in results for row in result["layers"])
+    ]
+    rows = [
+        [result["topk"], row["layer"], *(cell(row.get(key), form) for key, _, form in shown)]
+        for result in results
+        for row in result["layers"]
+    ]
+    measures.table(["k", "layer", *(head for _, head, _ in shown)], rows, name="routing")
+    last = results[-1]
+    measures.figure(
+        loads_figure({f"k = {last['topk']}": last["layers"]}, drawing),
+        "Load of each expert over the mean, sorted within a layer; 1 is even.",
+    )
+    alike.figure(
+        similarity_figure({f"k = {last['topk']}": last["layers"]}, drawing),
+        similarity_caption(last["layers"]),
+    )
+    found = [measures, alike, jacobian_chapter(results, title)]
+    if content.get("checkpoints") and len(content["checkpoints"]["steps"]) > 1:
+        found.append(routes_chapter({"": content["checkpoints"]}, drawing, title))
+    return found
+
+
+def loads_figure(models: Mapping[str, Sequence[Mapping[str, Any]]], drawing: Drawing) -> str:
+    """A heat map for each model: layers by experts."""
+
+    def fill(axes: Any) -> None:
+        for each, (name, layers) in zip(_flat(axes), models.items(), strict=False):
+            matrix = [sorted(row["load"], reverse=True) for row in layers]
+            image = heat(each, matrix, title=name, low=0.0, high=2.0, cmap="RdBu_r")
+            each.set(xlabel="expert, by load", ylabel="layer")
+            each.set_xticks([])
+            each.set_yticks(range(len(layers)), [str(row["layer"]) for row in layers])
+            each.figure.colorbar(image, ax=each, extend="max")
+
+    columns = min(len(models), 3)
+    rows = -(-len(models) // columns)
+    layers = max(len(layers) for layers in models.values())
+    return drawing.draw(
+        _hiding(fill, len(models)), size=(8.0, rows * min(1.2 + 0.25 * layers, 5.0)), grid=(rows, columns)
+    )
+
+
+def similarity_figure(models: Mapping[str, Sequence[Mapping[str, Any]]], drawing: Drawing) -> str:
+    """The matrices of the first, the middle and the last layer, a row for each model."""
+    chosen = {name: _ends(layers) for name, layers in models.items()}
+    columns = max(len(layers) for layers in chosen.values())
+
+    def fill(axes: Any) -> None:
+        flat = _flat(axes)
+        for row, (name, layers) in enumerate(chosen.items()):
+            for column, layer in enumerate(layers):
+                each = flat[row * columns + column]
+                image = heat(
+                    each, layer["similarity"], title=f"{name}, layer {layer['layer']}", low=0.0, high=1.0
+                )
+                each.set_aspect("equal")
+                each.set(xticks=[], yticks=[])
+        flat[0].figure.colorbar(image, ax=list(flat), label="linear CKA", shrink=0.7)
+
+    return drawing.draw(fill, size=(8.0, 2.7 * len(chosen)), grid=(len(chosen), columns))
+
+
+def similarity_caption(layers: Sequence[Mapping[str, Any]]) -> str:
+    """What the matrices show."""
+    means = [row["mean_similarity"] for row in layers if row["mean_similarity"] is not None]
+    mean = f" Mean over pairs and layers: {sum(means) / len(means):.3f}." if means else ""
+    return f"Linear CKA of two experts' outputs for the same tokens: 1 alike, near 0 unrelated.{mean}"
+
+
+def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> Section:
+    """What the router adds to the Jacobian, as a table."""
+    section = Section(f"Router and Jacobian{title}")
+    rows = [
+        [result["topk"], row["layer"], *(cell(row["jacobian"].get(key), form) for key, _, form in JACOBIAN)]
+        for result in results
+        for row in result["layers"]
+    ]
+    section.table(
+        ["k", "layer", *(head for _, head, _ in JACOBIAN)], rows, name="jacobian", note=JACOBIAN_NOTE
+    )
+    return section
+
+
+JACOBIAN_NOTE = (
+    "J_R is the part of a layer's Jacobian that comes from the router; its rows lie in the span of the "
+    "router's "
+    "matrix. Drift: the part of that span that lies outside the span at the start, 0 for a fixed router. "
+    "At k = 1 "
+    "the softmax over the kept logit is constant, so J_R is 0."
+)
+
+
+def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, title: str = "") -> Section:
+    """Saturation and fluctuation of the first and the last layer over the checkpoints."""
+    section = Section(f"Routes over time{title}")
+
+    def fill(axes: Any) -> None:
+        kept: dict[str, Line] = {}
+        moved: dict[str, Line] = {}
+        for name, over in models.items():
+            steps = over["steps"]
+            for row in _ends(over["layers"]):
+                label = f"{name} layer {row['layer']}".strip()
+                kept[label] = Line(steps, row["saturation"], marker="o")
+                moved[label] = Line(steps[1:], row["fluctuation"], marker="o")
+        lines(axes[0], kept, xlabel="step", ylabel="saturation")
+        lines(axes[1], moved, xlabel="step", ylabel="fluctuation", legend=False)
+        ends = [row for over in models.values() for row in _ends(over["layers"])]
+        for each, key in ((axes[0], "saturation_by_chance"), (axes[1], "fluctuation_by_chance")):
+            each.axhline(
+                sum(row[key] for row in ends) / len(ends), color="#7F7F7F", linestyle=":", linewidth=1
+            )
+
+    over = next(iter(models.values()))
+    section.figure(
+        drawing.draw(fill, size=(8.0, 3.0), grid=(1, 2)),
+        f"{over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: share of choices that the "
+        f"last "
+        "checkpoint makes too. Fluctuation: share of tokens whose first expert differs from that of the "
+        "checkpoint "
+        "before. Dotted: what would be seen by chance.",
+    )
+    return section
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number of a table; a dash for none."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _ends(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    places = sorted({0, len(layers) // 2, len(layers) - 1} if len(layers) > 2 else {0, len(layers) - 1})
+    return [layers[place] for place in places]
+
+
+def _flat(axes: Any) -> list[Any]:
+    return list(axes.flat) if hasattr(axes, "flat") else [axes]
+
+
+def _hiding(fill: Any, used: int) -> Any:
+    """As ``fill``, and axes beyond the first ``used`` are hidden."""
+
+    def both(axes: Any) -> None:
+        fill(axes)
+        for empty in _flat(axes)[used:]:
+            empty.set_visible(False)
+
+    return both

@@ -1,0 +1,181 @@
+"""What a report is made of: folders of runs and studies, told apart by the files that they hold."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.guard.events import read_events
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run folder."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    steps: Sequence[Record]
+    evaluations: Sequence[Record]
+    events: Sequence[Record]
+    extra: Mapping[str, Any] = field(default_factory=dict)  # "evaluation", "analysis": what tools wrote there
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a measure, where it was recorded; nan for null."""
+        found = [(record["step"], record[name]) for record in self.steps if name in record]
+        return [float(step) for step, _ in found], [math.nan if v is None else float(v) for _, v in found]
+
+    def layers(self, name: str) -> list[int]:
+        """The layers that have the measure ``router/name``."""
+        pattern = re.compile(rf"router/{name}/(\d+)$")
+        found = {int(match[1]) for record in self.steps for key in record if (match := pattern.match(key))}
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A folder of ``mhr compare``: label -> seed -> what the run has told."""
+
+    folder: Path
+    runs: Mapping[str, Mapping[int, Record]]
+    study: Mapping[str, Any]  # study.json; empty for folders of earlier versions
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A folder of ``mhr finetune``."""
+
+    folder: Path
+    results: Sequence[Record]
+    about: Mapping[str, Any]  # the other fields of results.json
+
+
+@dataclass(frozen=True)
+class ScalingStudy:
+    """A folder of ``mhr scaling``: the rows of runs.csv, and the fitted curves."""
+
+    folder: Path
+    rows: Sequence[Mapping[str, str]]
+    curves: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A file that ``mhr evaluate`` or ``mhr analyze`` has written."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """ "analysis" or "evaluation"."""
+        return _kind(self.content)
+
+
+Source = TrainingRun | Comparison | Finetuning | ScalingStudy | Findings
+
+
+def read(path: Path) -> Source:
+    """What ``path`` holds; raises ConfigError where it is nothing of these."""
+    if path.is_file():
+        content = _json(path)
+        if _kind(content):
+            return Findings(path, content)
+        raise _unknown(path, "is not a file of mhr evaluate or mhr analyze")
+    if not path.is_dir():
+        raise _unknown(path, "is not there")
+    if finished := sorted(path.glob("runs/*/results.json")):
+        first = _json(finished[0])
+        if "expert_similarity" in first:
+            return _comparison(path, finished)
+    if (path / "runs.csv").is_file():
+        return _scaling(path)
+    if (path / "results.json").is_file():
+        content = _json(path / "results.json")
+        rows = content.get("results", [])
+        if rows and "accuracy" in rows[0]:
+            return Finetuning(path, rows, {key: value for key, value in content.items() if key != "results"})
+    if (path / "metrics.jsonl").is_file():
+        return read_run(path)
+    raise _unknown(path, "holds no run and no finished study")
+
+
+def read_run(folder: Path) -> TrainingRun:
+    """A run folder."""
+    records = list(_lines(folder / "metrics.jsonl"))
+    settings = folder / "config.yaml"
+    extra = {}
+    for path in sorted(folder.glob("*.json")):
+        content = _json(path)
+        if kind := _kind(content):
+            extra[kind] = content
+    return TrainingRun(
+        folder=folder,
+        settings=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
+        steps=[record for record in records if "split" not in record],
+        evaluations=[record for record in records if "split" in record],
+        events=read_events(folder / "events.jsonl"),
+        extra=extra,
+    )
+
+
+def _comparison(folder: Path, finished: Sequence[Path]) -> Comparison:
+    study = _json(folder / "study.json") if (folder / "study.json").is_file() else {}
+    runs: dict[str, dict[int, Record]] = {label: {} for label in study.get("labels", [])}
+    for path in finished:
+        if match := re.fullmatch(r"(.+)-seed(\d+)", path.parent.name):
+            runs.setdefault(match[1], {})[int(match[2])] = _json(path)
+    whole = {label: dict(sorted(seeds.items())) for label, seeds in runs.items() if seeds}
+    return Comparison(folder, whole, study)
+
+
+def _scaling(folder: Path) -> ScalingStudy:
+    with (folder / "runs.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    fits = folder / "fit.json"
+    return ScalingStudy(folder, rows, json.loads(fits.read_text(encoding="utf-8")) if fits.is_file() else [])
+
+
+def _kind(content: Any) -> str:
+    """What tool wrote this: "analysis", "evaluation", or ""."""
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict) or "topk" not in rows[0]:
+        return ""
+    return "analysis" if "layers" in rows[0] else "evaluation" if "lm_loss" in rows[0] else ""
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unknown(path, f"cannot be read as JSON ({error})") from error
+
+
+def _lines(path: Path) -> list[Record]:
+    """All whole lines: a kill may have left the last one half-written."""
+    found: list[Record] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
+
+
+def _unknown(path: Path, rule: str) -> ConfigError:
+    remedy = (
+        "name run folders, folders of mhr compare, finetune or scaling, or files of mhr evaluate or analyze"
+    )
+    return ConfigError([Problem("RUN_OR_STUDY", path, rule, remedy)])

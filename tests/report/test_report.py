@@ -1,0 +1,185 @@
+"""The report page: its bytes, what it needs to be seen, and that it says what the files say."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from report.report_folders import write_analysis, write_comparison, write_finetuning, write_run, write_scaling
+
+from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.report.build import write_report
+from megatron_hyperrouter.report.comparisons import pareto
+from megatron_hyperrouter.report.figures import smoothed, thinned
+
+VOID = {"meta", "br", "img", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Tables, ids and links of a page; every element must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.titles: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        self.ids.update([found["id"]] if found.get("id") else [])
+        self.links += [found[key] or "" for key in ("href", "src", "xlink:href") if key in found]
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+
+    def row(self, *start: str) -> list[str]:
+        """The first row that begins with these cells."""
+        return next(row for row in self.rows if row[: len(start)] == list(start))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("report")
+    run = write_run(home / "first")
+    write_analysis(run / "analysis.json")
+    return {
+        "run": run,
+        "other": write_run(home / "second", name="topk"),
+        "compare": write_comparison(home / "compare"),
+        "finetune": write_finetuning(home / "sst2"),
+        "scaling": write_scaling(home / "scaling"),
+    }
+
+
+@pytest.fixture(scope="module")
+def text(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    target = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(list(folders.values()), target)
+    return target.read_text(encoding="utf-8")
+
+
+def test_the_same_files_give_the_same_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("a.html", "b.html"):
+        write_report([folders["run"], folders["compare"]], tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_it_stands_alone(text: str) -> None:
+    page = Page(text)
+    assert not page.open
+    assert "<script" not in text.lower() and "@import" not in text and "url(http" not in text
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    inside = {link[1:] for link in page.links if link.startswith("#")}
+    inside |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert inside and inside <= set(page.ids)
+    assert max(page.ids.values()) == 1
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(svgs) > 12
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+
+
+def test_a_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_report([folders["run"]], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.row("state") == ["state", "finished"]
+    assert page.row("last validation")[1] == "0.1333 nats per token, 1.2345 bits per byte (k = 2)"
+    assert page.row("tokens")[1] == "1,920" and page.row("alarms")[1] == "1"
+    assert page.row("first", "alarm") == ["first", "alarm", "7", "1.0", "name collapse, layer 2"]
+    assert page.row("2", "1")[2:4] == ["1.200", "0.800"]  # of analysis.json in the folder
+    assert "&lt;b&gt;" in text and "<b>" not in text  # settings are text, not HTML
+    assert {"Loss", "Routing in training", "Experts alike", "Router and Jacobian", "Speed"} <= set(
+        page.titles
+    )
+
+
+def test_two_runs_show_what_differs(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_report([folders["run"], folders["other"]], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.row("router.name") == ["router.name", "hyper", "topk"]
+    assert not [row for row in page.rows if row[:1] == ["hidden_size"]]
+
+
+def test_verdicts_of_a_comparison(text: str) -> None:
+    """0.2 with a spread of 0.01 is plain to see; a level control is not told from it."""
+    page = Page(text)
+    better, level = page.row("hyper less plain"), page.row("hyper less control")
+    assert better[1:3] == ["1", "4"] and better[5] == "hyper is better"
+    differences = [
+        -0.2 + 0.01 * (math.sin(3 * seed + len("hyper")) - math.sin(3 * seed + len("plain")))
+        for seed in range(4)
+    ]
+    assert float(better[3].split(" ± ")[0]) == pytest.approx(sum(differences) / 4, abs=6e-5)
+    assert level[5] == "not shown" and float(level[4]) > 0.05
+    assert page.row("control", "4")[2].startswith("1.70")
+    assert "control is the control: a random router" in html.unescape(text)
+
+
+def test_transfer_and_scaling(text: str) -> None:
+    page = Page(text)
+    assert page.row("sst2", "test", "2")[3:5] == ["2", "0.7200 ± 0.0000"]
+    assert page.row("all runs", "-", "alpha")[3:5] == ["0.31", "0.2 to 0.4"]
+    assert page.row("topk", "2")[-1] == "too few sizes"
+
+
+def test_a_run_without_steps_and_a_half_written_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "new", steps=2)
+    (run / "metrics.jsonl").write_text("")
+    write_report([run], tmp_path / "r.html")
+    assert "No optimizer step has been recorded yet." in (tmp_path / "r.html").read_text()
+    whole = json.dumps({"step": 1, "lm_loss": None, "topk": 1})  # a step that was left out
+    (run / "metrics.jsonl").write_text(f'{whole}\n{{"step": 2, "lm_lo')
+    write_report([run], tmp_path / "r.html")
+    assert Page((tmp_path / "r.html").read_text()).row("steps taken")[1] == "1"
+
+
+def test_refusals_name_every_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd.json").write_text('{"results": 3}')
+    with pytest.raises(ConfigError) as raised:
+        write_report([tmp_path / "empty", tmp_path / "gone", tmp_path / "odd.json"], tmp_path / "r.html")
+    rules = [problem.rule for problem in raised.value.problems]
+    assert rules == [
+        "holds no run and no finished study",
+        "is not there",
+        "is not a file of mhr evaluate or mhr analyze",
+    ]
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_pareto() -> None:
+    points = [(1.0, 5.0), (2.0, 5.0), (2.0, 4.0), (3.0, 4.5), (4.0, 1.0)]
+    assert pareto(points) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
+
+
+def test_lines_of_long_runs() -> None:
+    assert smoothed([1.0, math.nan, 3.0, 5.0], 2) == [1.0, 1.0, 3.0, 4.0]
+    x, y = thinned(list(range(10_001)), list(range(10_001)))
+    assert len(x) <= 802 and x[0] == 0 and x[-1] == 10_000 and x == y
