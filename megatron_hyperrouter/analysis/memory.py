@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_hyperrouter.analysis.size import ModelSize
 from megatron_hyperrouter.config.derived import (
     data_parallel_size,
@@ -11,17 +9,19 @@ from megatron_hyperrouter.config.derived import (
     expert_width,
     head_width,
     query_groups,
+    stage_layers,
 )
 from megatron_hyperrouter.config.tree import RunConfig
 
 
 def state_bytes(config: RunConfig, size: ModelSize, world_size: int) -> float:
-    """Weights, gradients and AdamW's state of one rank; stages are taken to be alike."""
+    """Weights, gradients and AdamW's state of a rank of the largest stage; layers are taken to be alike."""
     parallel = config.parallel
+    share = max(stage_layers(config)) / config.model.num_layers
     stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     experts_over = parallel.expert_model_parallel_size * expert_tensor_size(config)
-    dense = (size.lookup + size.others) / tensor / stages
-    experts = size.experts / experts_over / stages
+    dense = (size.lookup + size.others) / tensor * share
+    experts = size.experts / experts_over * share
     weights, gradients, optimizer = (2, 4, 12) if config.train.bf16 else (4, 4, 8)
     deepspeed = config.engine.engine == "deepspeed"
     shards_optimizer = (
@@ -52,7 +52,7 @@ def activation_bytes(config: RunConfig, rows: int) -> float:
     else:
         routed = model.moe_router_topk * (2 * width + 3 * expert_width(config))
         numbers = 6 * width + (heads + 2 * width + routed) / tensor
-    layers = math.ceil(model.num_layers / stages)
+    layers = max(stage_layers(config))
     in_flight = stages  # micro-batches of the first stage, one after another
     logits = 2 * 4 * tokens * rows / tensor
     return tokens * numbers * layers * in_flight * (2 if train.bf16 else 4) + logits

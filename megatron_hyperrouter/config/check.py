@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 from megatron_hyperrouter.config.by_role import leaves_with
-from megatron_hyperrouter.config.derived import decay_iters, smallest_topk
+from megatron_hyperrouter.config.derived import decay_iters, run_length, smallest_topk
 from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.rules import (
@@ -91,11 +91,11 @@ def _about_training(config: RunConfig) -> Iterator[str]:
             f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is more than --train-iters "
             f"= {train.train_iters}"
         )
-    if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and train.train_iters > decay_iters(
+    if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and run_length(config) > decay_iters(
         config
     ):
         yield (
-            f"the last {train.train_iters - decay_iters(config)} steps run at --min-lr: --lr-decay-iters "
+            f"the last {run_length(config) - decay_iters(config)} steps run at --min-lr: --lr-decay-iters "
             "is less than --train-iters"
         )
 

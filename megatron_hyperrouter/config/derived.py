@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_hyperrouter.config.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.tree import RunConfig
 
@@ -65,6 +67,13 @@ def stacks_experts(config: RunConfig) -> bool:
     )
 
 
+def recomputed_parts(config: RunConfig) -> tuple[str, ...]:
+    """The parts of a layer that selective recomputation computes again; empty without it."""
+    if config.train.recompute_granularity != "selective":
+        return ()
+    return config.train.recompute_modules or ("core_attn",)
+
+
 def model_parallel_size(config: RunConfig) -> int:
     """Ranks that work on the same samples: TP x PP x CP."""
     parallel = config.parallel
@@ -75,6 +84,27 @@ def model_parallel_size(config: RunConfig) -> int:
     )
 
 
+def has_uneven_stages(config: RunConfig) -> bool:
+    """Whether the settings name the layers of the first or the last pipeline stage."""
+    parallel = config.parallel
+    named = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
+    return named != (None, None)
+
+
+def stage_layers(config: RunConfig) -> tuple[int, ...]:
+    """Layers of each pipeline stage; those that are not named share the rest, the earlier ones having more
+    where it does not divide.  Raises ValueError where too few or too many layers are named.
+    """
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    rest = config.model.num_layers - (first or 0) - (last or 0)
+    others = stages - (first is not None) - (last is not None)
+    if others < 0 or rest < others or (rest and not others):
+        raise ValueError(f"{rest} layers are left for {max(others, 0)} other stages")
+    shared = [rest // others + (stage < rest % others) for stage in range(others)]
+    return (*([first] if first else []), *shared, *([last] if last else []))
+
+
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Groups of ranks that read different samples; 0 where the layout does not fit the ranks."""
     size = model_parallel_size(config)
@@ -82,14 +112,19 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def global_batch_size(config: RunConfig, world_size: int) -> int:
-    """Samples in one optimizer step."""
+    """Samples in one optimizer step, once --rampup-batch-size is over."""
     return config.train.global_batch_size or config.train.micro_batch_size * data_parallel_size(
         config, world_size
     )
 
 
+def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
+    """Samples in each optimizer step."""
+    return BatchSizes(global_batch_size(config, world_size), config.train.rampup_batch_size)
+
+
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of one data-parallel rank in one optimizer step."""
+    """Micro-batches of one data-parallel rank in one optimizer step of the full size."""
     return global_batch_size(config, world_size) // (
         config.train.micro_batch_size * data_parallel_size(config, world_size)
     )
@@ -105,9 +140,17 @@ def separates_documents(config: RunConfig) -> bool:
     return resets_documents(config) or config.data.eod_mask_loss
 
 
+def run_length(config: RunConfig) -> int:
+    """Steps of the run as the learning rate counts them: of the full batch."""
+    rampup, full = config.train.rampup_batch_size, config.train.global_batch_size
+    if rampup is None or full is None or not grows_to(full, rampup):  # which is reported by itself
+        return config.train.train_iters
+    return math.ceil(batch_sizes(config, 1).progress(config.train.train_iters))
+
+
 def decay_iters(config: RunConfig) -> int:
     """The step at which the learning-rate decay ends."""
-    return config.optimizer.lr_decay_iters or config.train.train_iters
+    return config.optimizer.lr_decay_iters or run_length(config)
 
 
 def smallest_topk(config: RunConfig) -> int:

@@ -66,7 +66,13 @@ class Leaf:
     @property
     def item(self) -> Any:
         """The type of one word where a flag takes several; the type of the value elsewhere."""
-        return get_args(self.base)[0] if self.is_tuple else self.base
+        return _unwrap(get_args(self.base)[0])[0] if self.is_tuple else self.base
+
+    @property
+    def length(self) -> int | None:
+        """How many words the flag takes; None for any number of them, and for a single value."""
+        parts = get_args(self.base)
+        return len(parts) if self.is_tuple and Ellipsis not in parts else None
 
     @property
     def choices(self) -> tuple[object, ...]:
@@ -78,7 +84,8 @@ class Leaf:
         if self.choices:
             text = "one of " + ", ".join(map(str, self.choices))
         elif self.is_tuple:
-            text = f"one or more {PLURALS.get(self.item, 'values')}"
+            many = "one or more" if self.length is None else self.length
+            text = f"{many} {PLURALS.get(self.item, 'values')}"
         else:
             text = " ".join(filter(None, [WORDS.get(self.base, str(self.base)), self.bounds()]))
         return f"{text}, or none" if self.optional else text

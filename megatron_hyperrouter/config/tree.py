@@ -144,6 +144,12 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: Annotated[
         Count | None, Role.LAYOUT, "Model chunks on each pipeline rank (interleaved schedule)"
     ] = None
+    decoder_first_pipeline_num_layers: Annotated[
+        Count | None, Role.LAYOUT, "Layers of the first pipeline stage; default: as many as in the others"
+    ] = None
+    decoder_last_pipeline_num_layers: Annotated[
+        Count | None, Role.LAYOUT, "Layers of the last pipeline stage; default: as many as in the others"
+    ] = None
     context_parallel_size: Annotated[Count, Role.LAYOUT, "Context parallelism (CP)"] = 1
     expert_model_parallel_size: Annotated[Count, Role.LAYOUT, "Expert parallelism (EP)"] = 1
     expert_tensor_parallel_size: Annotated[
@@ -166,6 +172,13 @@ class TrainConfig:
         Role.BATCH,
         "Samples in one optimizer step; default: --micro-batch-size x data-parallel ranks",
     ] = None
+    rampup_batch_size: Annotated[
+        tuple[Count, Count, Count] | None,
+        Role.BATCH,
+        "START INCREMENT SAMPLES: begin with START samples in a step, and add INCREMENT at a time until "
+        "--global-batch-size is reached after SAMPLES samples; the learning rate then counts samples, in "
+        "full batches",
+    ] = None
     train_iters: Annotated[Count, Role.COURSE, "Optimizer steps of the run"] = 100
     seed: Annotated[
         Natural, Le(2**32 - 1), Role.ORDER, "Random seed for initial weights, sample order and dropout"
@@ -187,8 +200,14 @@ class TrainConfig:
     recompute_granularity: Annotated[
         Literal["full", "selective"] | None,
         Role.SPEED,
-        "Recompute activations in the backward pass to save memory: whole layers, or attention alone",
+        "Recompute activations in the backward pass to save memory: whole layers, or --recompute-modules",
     ] = None
+    recompute_modules: Annotated[
+        tuple[str, ...],
+        Role.SPEED,
+        "With selective recomputation: core_attn (attention without its projections), layernorm, mlp (dense "
+        "layers), moe, shared_experts; default: core_attn",
+    ] = ()
     eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
     eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
     exit_on_signal: Annotated[
@@ -339,6 +358,11 @@ class CheckpointConfig:
     ] = False
     no_load_rng: Annotated[
         bool, Role.START, "Continue with the random state of a new run, not the checkpoint's"
+    ] = False
+    use_checkpoint_opt_param_scheduler: Annotated[
+        bool,
+        Role.START,
+        "Continue with the checkpoint's learning-rate schedule and weight decay, not with those given",
     ] = False
     exit_interval: Annotated[
         Count | None, Role.UPKEEP, "Save and stop at the first multiple of this many steps"

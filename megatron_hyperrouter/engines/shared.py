@@ -162,7 +162,7 @@ class SharedEngine(SavedEngine):
 
         self.judgement.begin(decide)
         with self.profiler.watching(now.step + 1):
-            norm = self.optimize(iter(batches), now.learning_rate)
+            norm = self.optimize(batches, now.learning_rate)
         applied = self.judgement.allows(norm)  # some hosts leave out a step by themselves, and have not asked
         result, sums = found[0]
         if applied:
@@ -175,7 +175,9 @@ class SharedEngine(SavedEngine):
         return replace(result, applied=applied)
 
     def _end_step(self, step: int, sums: Tensor) -> None:
-        tokens = self.global_batch_size * self.config.model.seq_length
+        assert self._last is not None, "a step has batches"
+        micro_batch = self.config.train.micro_batch_size * self.place.data_size
+        tokens = len(self._last.batches) * micro_batch * self.config.model.seq_length
         replicas = round(float(self.statistics.tokens_L(sums).max()) / tokens)  # tensor-parallel ranks
         for router in self.routers.values():
             router.end_step(
@@ -185,20 +187,14 @@ class SharedEngine(SavedEngine):
             )
         self.weights_changed()
 
-    @property
-    def global_batch_size(self) -> int:
-        """Samples in one optimizer step."""
-        train = self.config.train
-        return train.global_batch_size or train.micro_batch_size * self.place.data_size
-
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of what this rank holds."""
 
     @abstractmethod
-    def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
-        """One optimizer step, in which weights change only where ``self.judgement`` allows it; returns the
-        gradient norm before clipping.
+    def optimize(self, batches: list[Batch], learning_rate: float) -> float:
+        """One optimizer step over all of this rank's micro-batches, in which weights change only where
+        ``self.judgement`` allows it; returns the gradient norm before clipping.
         """
 
     def evaluate(

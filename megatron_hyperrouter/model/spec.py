@@ -31,6 +31,7 @@ from megatron_hyperrouter.config.derived import (
     dense_width,
     expert_width,
     moe_layers,
+    recomputed_parts,
     resets_documents,
     rope_type,
     windows,
@@ -91,10 +92,12 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
     }
+    if parts := recomputed_parts(config):
+        own = () if uses_transformer_engine(config) else ("core_attn",)  # our own attention does it itself
+        parts_of_host = [part for part in parts if part not in own]
+        fields |= {"recompute_granularity": "selective", "recompute_modules": parts_of_host}
     if uses_transformer_engine(config):
         fields |= {"moe_grouped_gemm": True}
-        if config.train.recompute_granularity == "selective":  # our own attention does it itself
-            fields |= {"recompute_granularity": "selective"}
         if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
             limited = [int(window is not None) for window in windows(config)]
             fields |= {"window_size": (width, 0), "window_attn_skip_freq": limited}
@@ -178,7 +181,7 @@ def layer_spec(
 def _core_params(
     config: RunConfig, window: int | None, starts: Callable[[], NextStarts] | None
 ) -> dict[str, Any]:
-    params = {"recompute": config.train.recompute_granularity == "selective", "window": window}
+    params = {"recompute": "core_attn" in recomputed_parts(config), "window": window}
     if not resets_documents(config):
         return params
     if starts is None:

@@ -45,7 +45,7 @@ def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
     from dataclasses import replace
 
     from megatron_hyperrouter.analysis.scaling import obstacle
-    from megatron_hyperrouter.config.derived import global_batch_size
+    from megatron_hyperrouter.config.derived import batch_sizes
 
     names = curve_axes([plan.point for plan in plans], args.curve_for)
     models: dict[Any, float] = {}
@@ -56,11 +56,8 @@ def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
             seq_length=1,
             num_experts=1 if args.size == "active" else plan.config.model.num_experts,
         )
-        tokens = (
-            plan.config.train.train_iters
-            * global_batch_size(plan.config, plan.ranks)
-            * plan.config.model.seq_length
-        )
+        samples = batch_sizes(plan.config, plan.ranks).samples(plan.config.train.train_iters)
+        tokens = samples * plan.config.model.seq_length
         number = models.setdefault(model, 2.0 ** len(models))
         groups.setdefault(curve_label(plan.point, names), []).append((number, tokens))
     for label, pairs in groups.items():

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from megatron_hyperrouter.config.tree import OptimizerConfig
 
 
-def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) -> float:
+def learning_rate_at(step: float, optimizer: OptimizerConfig, train_iters: float) -> float:
     """Learning rate of step ``step``, counted from 1: linear warm-up to ``lr``, then the decay, then
-    ``min_lr``.
+    ``min_lr``.  While the batch grows, a step counts as the share of a full batch that it reads.
 
     The formulas are those of Megatron-LM's ``OptimizerParamScheduler`` (decay styles constant, linear,
     cosine, inverse-square-root, WSD and its shapes).  One thing differs:
@@ -18,7 +18,7 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) ->
     step n has the rate after n steps, so warm-up step n of w uses ``lr * n / w`` and the last step of the
     decay uses ``min_lr``.
     """
-    if step < 1:
+    if step <= 0:
         raise ValueError(f"steps count from 1, got {step}")
     warmup = optimizer.lr_warmup_iters
     if step <= warmup:
@@ -35,7 +35,7 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) ->
     )
 
 
-def _remaining(step: int, optimizer: OptimizerConfig, warmup: int, decay_end: int) -> float:
+def _remaining(step: float, optimizer: OptimizerConfig, warmup: int, decay_end: float) -> float:
     """Share of ``lr - min_lr`` that is left at ``step``: 1 where the decay starts, 0 at ``decay_end``."""
     done = (step - warmup) / (decay_end - warmup)
     if optimizer.lr_decay_style == "linear":

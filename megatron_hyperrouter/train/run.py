@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.folder import folder_name, read_manifest
-from megatron_hyperrouter.config.derived import accumulation_steps, global_batch_size
+from megatron_hyperrouter.config.derived import batch_sizes
 from megatron_hyperrouter.data.stream.loader import Batches
 from megatron_hyperrouter.data.stream.segments import TrainingSamples
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Splits
-    from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.engines.base import Batch, Engine
     from megatron_hyperrouter.guard.events import Fact
     from megatron_hyperrouter.guard.stopping import StopRequest
     from megatron_hyperrouter.guard.supervision import Supervision
@@ -69,8 +69,7 @@ class Run:
         self._save_begun = time.perf_counter()
         self._waited: float | None = None
         world_size = self.engine.place.world_size
-        self.global_batch_size = global_batch_size(self.config, world_size)
-        self.micro_batches = accumulation_steps(self.config, world_size)
+        self.batch_sizes = batch_sizes(self.config, world_size)
         self.recovery = recovery.Recovery(self.engine, self.config, remedy=self.lost)
         interval = self.config.guard.check_replicas_interval
         self.replicas = recovery.ReplicaCheck(self.engine, interval, step=self.start.step)
@@ -95,9 +94,7 @@ class Run:
         return self.config.train.eval_interval > 0 and self.config.train.eval_iters > 0
 
     def batches(self, first: int) -> Batches:
-        """This rank's micro-batches from step ``first + 1`` on: their position is ``step * global batch
-        size``.
-        """
+        """This rank's micro-batches from step ``first + 1`` on."""
         if self.splits.train is None:
             raise DataError(
                 "there are no samples to train on",
@@ -107,7 +104,8 @@ class Run:
         return Batches(
             self.splits.train,
             micro_batch_size=self.config.train.micro_batch_size,
-            global_batch_size=self.global_batch_size,
+            global_batch_size=self.batch_sizes.full,
+            rampup=self.config.train.rampup_batch_size,
             data_rank=place.data_rank,
             data_size=place.data_size,
             start_step=first,
@@ -120,19 +118,22 @@ class Run:
 
         See :meth:`Saving.answer`.
         """
-        learning_rate = lr.learning_rate_at(step, self.config.optimizer, self.config.train.train_iters)
+        progress = self.batch_sizes.progress
+        learning_rate = lr.learning_rate_at(
+            progress(step), self.config.optimizer, progress(self.config.train.train_iters)
+        )
         started, waited = time.perf_counter(), batches.waited
         if not self.recovery.takes_part(step):
             return self._leave_out(step, batches, request)
         result = self.engine.train_step(
-            self.supervision.progress.through(islice(batches, self.micro_batches), "data", "step", step - 1),
+            self.supervision.progress.through(self._of_step(step, batches), "data", "step", step - 1),
             step=step - 1,
             learning_rate=learning_rate,
             stop=lambda: self.saving.asks(request),
             accept=self.recovery.accept,
         )
         topk = self.engine.topk_at(step - 1)
-        tokens = self.global_batch_size * self.config.model.seq_length
+        tokens = self.batch_sizes.size(step - 1) * self.config.model.seq_length
         facts = StepFacts(
             step=step,
             result=result,
@@ -158,8 +159,13 @@ class Run:
             self.recovery.after_bad_step(step, result, self.tell, max(self.folders.steps(), default=None))
         return result.stop
 
+    def _of_step(self, step: int, batches: Batches) -> Iterator[Batch]:
+        """This rank's micro-batches of one step."""
+        together = self.config.train.micro_batch_size * self.engine.place.data_size
+        return islice(batches, self.batch_sizes.size(step - 1) // together)
+
     def _leave_out(self, step: int, batches: Batches, request: StopRequest) -> bool:
-        for _ in islice(batches, self.micro_batches):
+        for _ in self._of_step(step, batches):
             pass
         samples, tokens = self.consumed(step)
         record: Record = {"step": step, "skipped": True, "lm_loss": None}
@@ -197,7 +203,7 @@ class Run:
         """
         if isinstance(self.splits.train, TrainingSamples):
             return self.splits.train.consumed(step)
-        samples = step * self.global_batch_size
+        samples = self.batch_sizes.samples(step)
         return samples, samples * self.config.model.seq_length
 
     def evaluate(self, split: str, step: int) -> None:
@@ -212,7 +218,7 @@ class Run:
             self.supervision.progress.of_reading(dataset),
             topk=topk,
             micro_batch_size=self.config.train.micro_batch_size,
-            num_samples=self.config.train.eval_iters * self.global_batch_size,
+            num_samples=self.config.train.eval_iters * self.batch_sizes.full,
             token_bytes_V=self.token_bytes_V,
         )
         record = evaluation_record(result, step=step, split=split, topk=topk)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_hyperrouter.config.derived import global_batch_size
+from megatron_hyperrouter.config.derived import batch_sizes, global_batch_size
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream import segments
@@ -63,6 +63,7 @@ def open_samples(
         step=step,
         train_iters=config.train.train_iters,
         batch=global_batch_size(config, world_size),
+        rampup=config.train.rampup_batch_size,
         valid_samples=needed["valid_samples"],
         test_samples=needed["test_samples"],
     )
@@ -74,10 +75,10 @@ def samples_needed(config: RunConfig, world_size: int) -> dict[str, int]:
 
     Every evaluation scores the same ``--eval-iters`` global batches, so that its losses can be compared.
     """
-    batch = global_batch_size(config, world_size)
-    scored = config.train.eval_iters * batch if config.train.eval_interval else 0
+    sizes = batch_sizes(config, world_size)
+    scored = config.train.eval_iters * sizes.full if config.train.eval_interval else 0
     return {
-        "train_samples": config.train.train_iters * batch,
+        "train_samples": sizes.samples(config.train.train_iters),
         "valid_samples": scored,
         "test_samples": scored,
     }

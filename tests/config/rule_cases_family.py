@@ -7,6 +7,8 @@ from config.rule_case import MEGATRON, TP2, case
 SHARED = {"moe_shared_expert_intermediate_size": 64}
 LATENT = {"multi_latent_attention": True}
 YARN = {"rope_type": "yarn"}
+SELECTIVE = {"recompute_granularity": "selective"}
+STAGES = {"pipeline_model_parallel_size": 2}
 
 CASES = [
     case(
@@ -176,5 +178,116 @@ CASES = [
         "--mtp-num-layers",
         "context parallelism",
         {"context_parallel_size": 1},
+    ),
+    case(
+        "recomputed_parts_are_there",
+        {"recompute_modules": ("core_attn",)},
+        "--recompute-modules",
+        "needs --recompute-granularity selective",
+        {"recompute_granularity": "selective"},
+    ),
+    case(
+        "recomputed_parts_are_there",
+        {**SELECTIVE, "recompute_modules": ("moe_act", "moe")},
+        "--recompute-modules",
+        "works in Transformer Engine's experts alone",
+        {"recompute_modules": ("moe",)},
+    ),
+    case(
+        "recomputed_parts_are_there",
+        {**SELECTIVE, "recompute_modules": ("attention",)},
+        "--recompute-modules",
+        "'attention' must be one of core_attn, layernorm, mlp, moe, shared_experts",
+        {"recompute_modules": ("core_attn", "layernorm")},
+    ),
+    case(
+        "recomputed_parts_are_there",
+        {**SELECTIVE, "recompute_modules": ("shared_experts",)},
+        "--recompute-modules",
+        "needs --moe-shared-expert-intermediate-size",
+        {"moe_shared_expert_intermediate_size": 8},
+    ),
+    case(
+        "recomputed_parts_are_there",
+        {**SELECTIVE, "recompute_modules": ("mlp",)},
+        "--recompute-modules",
+        "needs dense layers",
+        {"moe_layer_freq": "[0,1,1,1]"},
+    ),
+    case(
+        "named_stages_fit",
+        {"decoder_first_pipeline_num_layers": 1},
+        "--decoder-first-pipeline-num-layers",
+        "needs --pipeline-model-parallel-size > 1",
+        {"pipeline_model_parallel_size": 2},
+    ),
+    case(
+        "named_stages_fit",
+        {**STAGES, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 1},
+        "--decoder-first-pipeline-num-layers",
+        "does not fit --num-layers = 4: 2 layers are left for 0 other stages",
+        {"decoder_last_pipeline_num_layers": 3},
+    ),
+    case(
+        "named_stages_fit",
+        {"pipeline_model_parallel_size": 3, "decoder_last_pipeline_num_layers": 1},
+        "--decoder-last-pipeline-num-layers",
+        "gives stages of 2, 1, 1 layers; the stages that are not named must have equally many",
+        {"decoder_last_pipeline_num_layers": 2},
+    ),
+    case(
+        "named_stages_fit",
+        {
+            **MEGATRON,
+            **STAGES,
+            "global_batch_size": 16,
+            "virtual_pipeline_model_parallel_size": 2,
+            "decoder_last_pipeline_num_layers": 1,
+        },
+        "--decoder-last-pipeline-num-layers",
+        "gives stages of 3, 1 layers, which must be divisible by 2 interleaved chunks",
+        {"decoder_last_pipeline_num_layers": 2},
+    ),
+    case(
+        "stages_have_experts",
+        {**STAGES, "moe_layer_freq": "[0,1,1,1]", "decoder_first_pipeline_num_layers": 1},
+        "--moe-layer-freq",
+        "has no experts in pipeline stage 1, layers 1 to 1",
+        {"decoder_first_pipeline_num_layers": 2},
+    ),
+    case(
+        "rampup_reaches_the_full_batch",
+        {"rampup_batch_size": (4, 4, 100)},
+        "--rampup-batch-size",
+        "needs --global-batch-size",
+        {"global_batch_size": 16},
+    ),
+    case(
+        "rampup_reaches_the_full_batch",
+        {"global_batch_size": 16, "rampup_batch_size": (4, 8, 100)},
+        "--rampup-batch-size",
+        "must lead from its start to --global-batch-size = 16 in equal increments",
+        {"rampup_batch_size": (8, 8, 100)},
+    ),
+    case(
+        "rampup_reaches_the_full_batch",
+        {"global_batch_size": 16, "rampup_batch_size": (4, 4, 100)},
+        "--rampup-batch-size",
+        "must start from, and grow by, a multiple of --micro-batch-size x data-parallel ranks = 4 x 2",
+        {"rampup_batch_size": (8, 8, 100)},
+        world=2,
+    ),
+    case(
+        "rampup_reaches_the_full_batch",
+        {
+            **MEGATRON,
+            **STAGES,
+            "virtual_pipeline_model_parallel_size": 2,
+            "global_batch_size": 16,
+            "rampup_batch_size": (4, 4, 100),
+        },
+        "--rampup-batch-size",
+        "and by the 2 interleaved pipeline stages",
+        {"rampup_batch_size": (8, 8, 100)},
     ),
 ]

@@ -214,7 +214,9 @@ def value_strategy(leaf: Leaf) -> st.SearchStrategy:
         values = st.floats(low, high, **excluded)
     elif leaf.is_tuple:
         items = st.integers() if leaf.item is int else text
-        values = st.lists(items, min_size=2, max_size=3).map(tuple)
+        if leaf.length is not None:
+            items = st.integers(1, 10**6)
+        values = st.lists(items, min_size=leaf.length or 2, max_size=leaf.length or 3).map(tuple)
     else:
         values = text
     return st.none() | values if leaf.optional else values

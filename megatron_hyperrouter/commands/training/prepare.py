@@ -18,6 +18,7 @@ from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.guard.run_lock import RunLock
+from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.samples import open_samples
 
 
@@ -33,6 +34,7 @@ def _prepare_and_run(config: RunConfig, world_size: int, launcher: Launcher) -> 
     tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if separates_documents(config) else None
     start = decide_together(config, meeting)
+    config = with_own_schedule(config, start)
     samples = open_samples(
         config,
         vocab_size=tokenizer.vocab_size,

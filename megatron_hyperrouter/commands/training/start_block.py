@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from megatron_hyperrouter.analysis.size import ModelSize
-from megatron_hyperrouter.config.derived import accumulation_steps, data_parallel_size, global_batch_size
+from megatron_hyperrouter.config.derived import (
+    accumulation_steps,
+    batch_sizes,
+    data_parallel_size,
+    global_batch_size,
+)
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
 from megatron_hyperrouter.data.stream.dataset import Builder
@@ -92,10 +97,15 @@ def _layout(config: RunConfig, world_size: int) -> str:
 def _step(config: RunConfig, world_size: int) -> str:
     samples, length = global_batch_size(config, world_size), config.model.seq_length
     micro = f"micro-batch {config.train.micro_batch_size}, {accumulation_steps(config, world_size)} a rank"
-    return f"{samples * length:,} tokens: {samples:,} samples of {length:,} ({micro})"
+    text = f"{samples * length:,} tokens: {samples:,} samples of {length:,} ({micro})"
+    if config.train.rampup_batch_size is None:
+        return text
+    start, increment, until = config.train.rampup_batch_size
+    return f"{text}, from {start:,} samples on by {increment:,} over the first {until:,} samples"
 
 
 def _data(config: RunConfig, world_size: int, epoch: int | None) -> str:
-    tokens = config.train.train_iters * global_batch_size(config, world_size) * config.model.seq_length
+    samples = batch_sizes(config, world_size).samples(config.train.train_iters)
+    tokens = samples * config.model.seq_length
     text = f"{config.train.train_iters:,} steps, {count(tokens)} tokens"
     return f"{text}: {tokens / epoch:.3g} epochs of {count(epoch)} training tokens" if epoch else text

@@ -123,6 +123,8 @@ def _usage(leaf: Leaf) -> str:
     if leaf.choices:
         return f"{leaf.flag} {{{','.join(map(str, leaf.choices))}}}"
     word = KINDS.get(leaf.item, "VALUE")
+    if leaf.length is not None:
+        return " ".join([leaf.flag, *[word] * leaf.length])
     return f"{leaf.flag} {word} [{word} ...]" if leaf.is_tuple else f"{leaf.flag} {word}"
 
 

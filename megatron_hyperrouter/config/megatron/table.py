@@ -112,21 +112,12 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
         name: Absent(*cells)
         for name, cells in _rows(
             """
-rampup-batch-size | grows the global batch from a small one | every step would take the full global batch
 disable-load-optim | loads a checkpoint without its optimizer state | the optimizer state would be loaded
 disable-load-rng | loads a checkpoint without its random state | the random state would be loaded
 disable-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
 no-save-rng | saves checkpoints without the random state | checkpoints would hold it
 disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
-use-checkpoint-opt-param-scheduler | takes the schedule of the checkpoint over that of the command
-  | the command's schedule would count
-recompute-modules | names the parts to recompute
-  | --recompute-granularity selective recomputes attention alone
 use-pytorch-profiler | belongs to --profile | there would be no trace
-decoder-first-pipeline-num-layers | is the number of layers of the first pipeline stage
-  | stages would have equally many layers
-decoder-last-pipeline-num-layers | is the number of layers of the last pipeline stage
-  | stages would have equally many layers
 moe-latent-size | projects tokens to a smaller width before the experts
   | experts would see the full width: another model
 rotary-interleaved | rotates neighbouring channels | channels of the two halves would rotate: another model

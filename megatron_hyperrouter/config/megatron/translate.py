@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_hyperrouter.config.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.reading.values import BadValue, expanded
 
 Read = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
@@ -76,9 +77,10 @@ EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
 
 def train_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
     """Steps that fit the samples (training.py, ``update_train_iters``)."""
-    if count < batch:
-        raise BadValue(f"is less than one global batch of {batch}", f"use {batch} or more")
-    return "train_iters", int(count) // batch
+    sizes = _sizes(values, batch)
+    if count < sizes.size(0):
+        raise BadValue(f"is less than one global batch of {sizes.size(0)}", f"use {sizes.size(0)} or more")
+    return "train_iters", sizes.steps_within(int(count))
 
 
 def lr_decay_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
@@ -100,7 +102,8 @@ def lr_warmup_fraction(share: float, values: Mapping[str, Any], batch: int) -> t
     """A share of the steps until the decay ends."""
     if not share <= 1:
         raise BadValue("must be at most 1", "give a share of the decay's steps")
-    return "lr_warmup_iters", round(share * (values["lr_decay_iters"] or values["train_iters"]))
+    run = _sizes(values, int(values["global_batch_size"] or 1)).progress(values["train_iters"])
+    return "lr_warmup_iters", round(share * (values["lr_decay_iters"] or run))
 
 
 def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int | None]:
@@ -109,6 +112,9 @@ def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tup
     layers = int(values["num_layers"])
     if stages == 1:
         return "virtual_pipeline_model_parallel_size", None
+    if values["decoder_first_pipeline_num_layers"] or values["decoder_last_pipeline_num_layers"]:
+        rule = "must not be used with stages of different numbers of layers"
+        raise BadValue(rule, "use --num-virtual-stages-per-pipeline-rank, as in Megatron-LM")
     if not count or layers % (stages * int(count)):
         rule = f"must divide the {layers} layers of {stages} pipeline stages evenly"
         raise BadValue(rule, "use --virtual-pipeline-model-parallel-size")
@@ -150,6 +156,12 @@ def worked_out(
     """The setting of ours that flag ``name`` is, and its value; raises :class:`BadValue`."""
     batch = 1 if name in WITHOUT_BATCH else _global_batch(values, world_size)
     return LATE[name](_number(words), values, batch)
+
+
+def _sizes(values: Mapping[str, Any], batch: int) -> BatchSizes:
+    """The samples of each step; without a ramp-up that cannot be, which is reported by itself."""
+    rampup = values["rampup_batch_size"]
+    return BatchSizes(batch, rampup if rampup and grows_to(batch, rampup) else None)
 
 
 def _global_batch(values: Mapping[str, Any], world_size: int | None) -> int:

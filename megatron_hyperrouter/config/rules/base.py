@@ -14,7 +14,7 @@ Rule = Callable[[RunConfig, "int | None"], Iterator[Problem]]
 def broken(config: RunConfig, name: str, rule: str, remedy: str) -> Problem:
     """The problem of one setting, named as its flag."""
     value = value_of(config, name)
-    return Problem(flag(name), " ".join(value) if isinstance(value, tuple) else value, rule, remedy)
+    return Problem(flag(name), " ".join(map(str, value)) if isinstance(value, tuple) else value, rule, remedy)
 
 
 def indivisible(

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
-from megatron_hyperrouter.config.derived import has_dense_layers, longest_dense_run
+from megatron_hyperrouter.config.derived import (
+    has_dense_layers,
+    has_uneven_stages,
+    longest_dense_run,
+    moe_layers,
+    stage_layers,
+)
 from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
@@ -119,11 +126,27 @@ def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[P
     stages = config.parallel.pipeline_model_parallel_size
     if config.engine.engine != "deepspeed" or stages == 1 or not has_dense_layers(config):
         return
+    if has_uneven_stages(config):
+        yield from _named_stages_have_experts(config)
+        return
     dense, smallest = longest_dense_run(config), config.model.num_layers // stages
     if dense >= smallest:
         rule = f"has {dense} dense layers in a row, and a pipeline stage of {smallest} would have no experts"
         remedy = "use fewer pipeline stages, or --engine megatron"
         yield broken(config, "moe_layer_freq", f"{rule}, which the deepspeed engine needs", remedy)
+
+
+def _named_stages_have_experts(config: RunConfig) -> Iterator[Problem]:
+    try:
+        sizes, routed = stage_layers(config), moe_layers(config)
+    except ValueError:  # which is reported by itself
+        return
+    ends = list(accumulate(sizes))
+    for stage, (size, end) in enumerate(zip(sizes, ends, strict=True), start=1):
+        if not any(routed[end - size : end]):
+            rule = f"has no experts in pipeline stage {stage}, layers {end - size + 1} to {end}"
+            remedy = "use other numbers of layers, or --engine megatron"
+            yield broken(config, "moe_layer_freq", f"{rule}, which the deepspeed engine needs", remedy)
 
 
 RULES: tuple[Rule, ...] = (

@@ -15,9 +15,12 @@ from megatron_hyperrouter.config.derived import (
     expert_tensor_size,
     expert_width,
     has_dense_layers,
+    has_uneven_stages,
     model_parallel_size,
     query_groups,
+    stage_layers,
 )
+from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible, multiples
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -177,6 +180,8 @@ def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Pro
 
 def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Every pipeline stage has a layer; megatron's stages, and interleaved chunks, have equally many."""
+    if has_uneven_stages(config):
+        return
     layers, stages = config.model.num_layers, config.parallel.pipeline_model_parallel_size
     chunks = stages * (config.parallel.virtual_pipeline_model_parallel_size or 1)
     if chunks > 1 and layers < chunks:
@@ -189,6 +194,33 @@ def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Pr
     elif layers % chunks and (config.engine.engine == "megatron" or chunks > stages):
         rule = f"must be divisible by pipeline x virtual pipeline stages = {chunks}"
         yield broken(config, "num_layers", rule, f"use {multiples(layers, chunks)}")
+
+
+def named_stages_fit(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The stages between the first and the last share the other layers evenly; so do interleaved chunks."""
+    if not has_uneven_stages(config):
+        return
+    parallel = config.parallel
+    names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    name = next(name for name in names if value_of(config, name) is not None)
+    if parallel.pipeline_model_parallel_size == 1:
+        remedy = "leave it out, or set pipeline parallelism"
+        yield broken(config, name, "needs --pipeline-model-parallel-size > 1", remedy)
+        return
+    layers = config.model.num_layers
+    try:
+        sizes = stage_layers(config)
+    except ValueError as error:
+        yield broken(config, name, f"does not fit --num-layers = {layers}: {error}", "change one of them")
+        return
+    first, last = (value_of(config, name) for name in names)
+    between = {*sizes[1 if first else 0 : -1 if last else None]}
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    if len(between) > 1 or any(size % chunks for size in sizes):
+        rule = f"gives stages of {', '.join(map(str, sizes))} layers"
+        needs = f", which must be divisible by {chunks} interleaved chunks" if chunks > 1 else ""
+        rest = "; the stages that are not named must have equally many" if len(between) > 1 else ""
+        yield broken(config, name, rule + needs + rest, "change it, or --num-layers")
 
 
 def virtual_pipeline_needs_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -223,5 +255,6 @@ RULES: tuple[Rule, ...] = (
     sequence_parallel_needs_tensor_parallel,
     sequence_by_ranks,
     layers_by_pipeline,
+    named_stages_fit,
     virtual_pipeline_needs_pipeline,
 )

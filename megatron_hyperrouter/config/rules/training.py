@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.derived import alarm_actions, data_parallel_size, decay_iters
+from megatron_hyperrouter.config.batch_sizes import grows_to
+from megatron_hyperrouter.config.derived import (
+    alarm_actions,
+    data_parallel_size,
+    decay_iters,
+    has_dense_layers,
+)
 from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -26,6 +32,30 @@ def global_batch_by_micro_batches(config: RunConfig, world_size: int | None) -> 
             rule,
             f"use {multiples(total, micro * ranks)}, or change --micro-batch-size",
         )
+
+
+def rampup_reaches_the_full_batch(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """The batch grows in equal increments to --global-batch-size, always by whole micro-batches."""
+    if config.train.rampup_batch_size is None:
+        return
+    start, increment, _ = config.train.rampup_batch_size
+    full, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if full is None:
+        yield broken(config, "rampup_batch_size", "needs --global-batch-size", "add --global-batch-size")
+        return
+    if not grows_to(full, config.train.rampup_batch_size):
+        rule = f"must lead from its start to --global-batch-size = {full} in equal increments"
+        remedy = f"use a start below {full}, and an increment that divides the difference"
+        yield broken(config, "rampup_batch_size", rule, remedy)
+    ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1
+    interleaved = (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1
+    stages = config.parallel.pipeline_model_parallel_size if interleaved else 1
+    if start % (micro * ranks * stages) or increment % (micro * ranks * stages):
+        among = "" if world_size is None else f" x data-parallel ranks = {micro} x {ranks}"
+        turns = f", and by the {stages} interleaved pipeline stages" if interleaved else ""
+        whole = among or f" = {micro}"
+        rule = f"must start from, and grow by, a multiple of --micro-batch-size{whole}{turns}"
+        yield broken(config, "rampup_batch_size", rule, f"use multiples of {micro * ranks * stages}")
 
 
 def micro_batches_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -92,6 +122,8 @@ def warmup_within_decay(config: RunConfig, world_size: int | None) -> Iterator[P
     warmup, end = config.optimizer.lr_warmup_iters, decay_iters(config)
     if warmup > end:
         name = "--lr-decay-iters" if config.optimizer.lr_decay_iters else "--train-iters"
+        if config.train.rampup_batch_size is not None and name == "--train-iters":
+            name = "the full batches of --train-iters"
         yield broken(
             config, "lr_warmup_iters", f"must be at most {name} = {end}", f"use {end // 10}, or train longer"
         )
@@ -126,6 +158,32 @@ def recomputed_layers(config: RunConfig, world_size: int | None) -> Iterator[Pro
         if getattr(config.train, name) is not None and config.train.recompute_granularity != "full":
             remedy = "add --recompute-granularity full, or leave it out"
             yield broken(config, name, "needs --recompute-granularity full", remedy)
+
+
+RECOMPUTED = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
+NOT_RECOMPUTED = {  # names of Megatron-LM, and why they are not here
+    "moe_act": "works in Transformer Engine's experts alone",
+    "mla_up_proj": "would save nothing, as attention keeps what it computes",
+}
+
+
+def recomputed_parts_are_there(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Selective recomputation names parts that the model has, and that both engines can recompute."""
+    model, parts = config.model, config.train.recompute_modules
+    if parts and config.train.recompute_granularity != "selective":
+        remedy = "add --recompute-granularity selective, or leave it out"
+        yield broken(config, "recompute_modules", "needs --recompute-granularity selective", remedy)
+    known = ", ".join(RECOMPUTED)
+    for part in dict.fromkeys(parts):
+        if part in NOT_RECOMPUTED:
+            yield broken(config, "recompute_modules", f"{part} {NOT_RECOMPUTED[part]}", f"use {known}")
+        elif part not in RECOMPUTED:
+            yield broken(config, "recompute_modules", f"{part!r} must be one of {known}", f"use {known}")
+    if "shared_experts" in parts and model.moe_shared_expert_intermediate_size is None:
+        rule = "shared_experts needs --moe-shared-expert-intermediate-size"
+        yield broken(config, "recompute_modules", rule, "leave shared_experts out")
+    if "mlp" in parts and not has_dense_layers(config):
+        yield broken(config, "recompute_modules", "mlp needs dense layers, see --moe-layer-freq", "use moe")
 
 
 def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -175,6 +233,7 @@ def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Pr
 
 RULES: tuple[Rule, ...] = (
     global_batch_by_micro_batches,
+    rampup_reaches_the_full_batch,
     micro_batches_by_pipeline,
     skip_steps_are_ranges,
     alarms_are_known,
@@ -184,6 +243,7 @@ RULES: tuple[Rule, ...] = (
     wsd_decay_fits,
     profile_has_steps,
     recomputed_layers,
+    recomputed_parts_are_there,
     parts_of_a_checkpoint_need_one,
     finetune_needs_load,
     texts_need_prompts,

@@ -1,8 +1,9 @@
 """Batches for one data-parallel rank; which samples they hold is a function of the global step, so a resumed
 run reads on exactly.
 
-``B`` samples of a micro-batch, ``S`` tokens of a sequence.  With G samples in a global batch and R data
-ranks, micro-batch m of step s on rank r holds samples s * G + (m * R + r) * B + [0, B).
+``B`` samples of a micro-batch, ``S`` tokens of a sequence.  With R data ranks, micro-batch m of a step on
+rank r holds samples first + (m * R + r) * B + [0, B), where ``first`` is the number of samples in all steps
+before it.
 
 Read-ahead is by threads, not processes: a sample is one call into C++ that lets other threads run, so threads
 keep up with any training step, start at once, share the index, survive the signals that a launcher sends to
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from megatron_hyperrouter.config.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.stream.dataset import Dataset
 from megatron_hyperrouter.errors import DataError
 
@@ -33,7 +35,8 @@ class Batches(Iterator[Batch]):
     on; close it when done.
 
     ``num_workers``: threads that read ahead; 0: each batch is read when it is asked for.  No earlier sample
-    is ever read. ``waited``: seconds that the caller has waited for batches, in total.
+    is ever read. ``rampup``: see :class:`BatchSizes`.  ``waited``: seconds that the caller has waited for
+    batches, in total.
     ``pin``: in page-locked memory, from which a GPU copies while it computes; None: where there is a GPU.
     ValueError for sizes that do not divide; DataError for a dataset that ends too soon, or whatever reading a
     sample raises.
@@ -50,6 +53,7 @@ class Batches(Iterator[Batch]):
         start_step: int,
         num_steps: int,
         num_workers: int,
+        rampup: Sequence[int] | None = None,
         pin: bool | None = None,
     ) -> None:
         together = micro_batch_size * data_size
@@ -65,7 +69,8 @@ class Batches(Iterator[Batch]):
                 f"{data_rank=} must be below {data_size=}, and {start_step=}, {num_steps=}, {num_workers=} "
                 "at least 0"
             )
-        needed = (start_step + num_steps) * global_batch_size
+        sizes = BatchSizes(global_batch_size, rampup)
+        begin, needed = sizes.samples(start_step), sizes.samples(start_step + num_steps)
         if num_steps and needed > len(dataset):
             message = (
                 f"the dataset has {len(dataset)} samples; steps {start_step} to "
@@ -80,8 +85,7 @@ class Batches(Iterator[Batch]):
             micro_batch_size,
             torch.cuda.is_available() if pin is None else pin,
         )
-        begin, end = start_step * global_batch_size, needed
-        self._starts = iter(range(begin + data_rank * micro_batch_size, end, together))
+        self._starts = iter(range(begin + data_rank * micro_batch_size, needed, together))
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="read-ahead") if num_workers else None
         self._ahead: deque[Future[Batch]] = deque()
         for _ in range(num_workers * _AHEAD):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.config.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.order.blend import normalise, parse_blend, set_counts
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.shuffled import SampleOrder
@@ -77,9 +78,7 @@ class _Set:
 
 
 class TrainingSamples:
-    """The training samples of all steps; sample ``i`` is number ``i - step * global batch`` of step
-    ``step``, counted from 0.
-    """
+    """The training samples of all steps, one step after the other."""
 
     def __init__(
         self,
@@ -87,9 +86,9 @@ class TrainingSamples:
         past: Ledger,
         *,
         num_samples: int,
-        batch: int,
+        sizes: BatchSizes,
     ) -> None:
-        self._segments, self._past, self._num_samples, self._batch = segments, past, num_samples, batch
+        self._segments, self._past, self._num_samples, self._sizes = segments, past, num_samples, sizes
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -98,8 +97,8 @@ class TrainingSamples:
     def __getitem__(self, i: int) -> Sample:
         """See :class:`Dataset`."""
         for first_step, dataset, _ in reversed(self._segments):
-            if i >= first_step * self._batch:
-                sample: Sample = dataset[i - first_step * self._batch]
+            if (place := i - self._sizes.samples(first_step)) >= 0:
+                sample: Sample = dataset[place]
                 return sample
         raise IndexError(f"sample {i} was read before this run was resumed")
 
@@ -108,13 +107,10 @@ class TrainingSamples:
         changed on the way.
         """
         first_step, _, now = self._segments[0]
-        parts = [(entry["until_step"] - entry["from_step"], entry) for entry in self._past] + [
-            (step - first_step, now)
-        ]
-        samples = [steps * entry["global_batch_size"] for steps, entry in parts]
-        return sum(samples), sum(
-            count * entry["seq_length"] for count, (_, entry) in zip(samples, parts, strict=True)
-        )
+        parts = [(sum(one["samples"] for one in entry["sets"]), entry) for entry in self._past]
+        parts.append((self._sizes.samples(step) - self._sizes.samples(first_step), now))
+        samples = sum(count for count, _ in parts)
+        return samples, sum(count * entry["seq_length"] for count, entry in parts)
 
     def ledger(self, step: int) -> Ledger:
         """What has been read after ``step`` steps."""
@@ -124,7 +120,8 @@ class TrainingSamples:
                 break
             ends = [start for start, _, _ in self._segments[number + 1 :]]
             until = min([step, *ends])
-            counts = _counts(dataset, (until - first_step) * self._batch, len(settings["sets"]))
+            read = self._sizes.samples(until) - self._sizes.samples(first_step)
+            counts = _counts(dataset, read, len(settings["sets"]))
             sets = [
                 {**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)
             ]
@@ -133,16 +130,25 @@ class TrainingSamples:
 
 
 def build_training_samples(
-    builder: Builder, mixes: Mixes, ledger: Ledger, *, step: int, train_iters: int, batch: int
+    builder: Builder,
+    mixes: Mixes,
+    ledger: Ledger,
+    *,
+    step: int,
+    train_iters: int,
+    batch: int,
+    rampup: Sequence[int] | None = None,
 ) -> TrainingSamples:
     """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says
     was read before.
 
-    ``mixes``: what is read from which step on, the first from 0.  DataError where a file is not the one
+    ``mixes``: what is read from which step on, the first from 0; ``batch``, ``rampup``: see
+    :class:`BatchSizes`.  DataError where a file is not the one
     that was read, CheckpointError where ``--split`` gives training another part of it.
     """
     if not ledger:  # of no run, or of one that kept none
         step = 0
+    sizes = BatchSizes(batch, rampup)
     first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
     files = _identities(
         builder, [words for start, words in mixes[first:] if start <= step or start < train_iters]
@@ -155,17 +161,17 @@ def build_training_samples(
     for entry in (entry for segment in past for entry in segment["sets"] if entry["path"] in files):
         _check_part(entry, builder)
     end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
-    now, last = _settings(builder, mixes[first][1], batch), past[-1] if past else None
+    now, last = _settings(builder, mixes[first][1], batch, rampup), past[-1] if past else None
     same = last is not None and now == {name: last.get(name, False) for name in now}
     if last is not None and (now["pack_documents"] or last.get("pack_documents")):
-        _check_packed(now, last, longer=(end - last["from_step"]) * batch > last["planned"])
+        longer = sizes.samples(end) - sizes.samples(last["from_step"]) > last["planned"]
+        _check_packed(now, last, longer=longer)
         step = int(last["from_step"])
         past, last = [], None  # nothing was built for a number of samples
     elif last is not None and same:
         earlier = {entry["path"] for segment in past[:-1] for entry in segment["sets"] if entry["samples"]}
-        last = _planned_for(
-            builder, mixes[first][1], last, earlier, samples=(end - last["from_step"]) * batch
-        )
+        planned = sizes.samples(end) - sizes.samples(last["from_step"])
+        last = _planned_for(builder, mixes[first][1], last, earlier, samples=planned)
         if last is not None:
             past.pop()
         else:
@@ -184,21 +190,19 @@ def build_training_samples(
     for number, (start, (_, words)) in enumerate(zip(starts, mixes[first:], strict=True)):
         if start >= train_iters and number:
             break
-        end = min([train_iters, *starts[number + 1 :]])
-        dataset, settings = _segment(
-            builder, words, sets, last if number == 0 else None, samples=(end - start) * batch
-        )
+        samples = sizes.samples(min([train_iters, *starts[number + 1 :]])) - sizes.samples(start)
+        dataset, settings = _segment(builder, words, sets, last if number == 0 else None, samples=samples)
         settings["sets"] = [{**entry, "file": files[entry["path"]]} for entry in settings["sets"]]
         segments.append(
-            (start, dataset, {"from_step": start, **_settings(builder, words, batch), **settings})
+            (start, dataset, {"from_step": start, **_settings(builder, words, batch, rampup), **settings})
         )
         if number + 1 < len(starts):  # another one follows, which reads on
-            counts = _counts(dataset, (end - start) * batch, len(settings["sets"]))
+            counts = _counts(dataset, samples, len(settings["sets"]))
             done = [
                 {**entry, "samples": count} for entry, count in zip(settings["sets"], counts, strict=True)
             ]
             _replay({**segments[-1][2], "sets": done}, builder, sets)
-    return TrainingSamples(segments, past, num_samples=train_iters * batch, batch=batch)
+    return TrainingSamples(segments, past, num_samples=sizes.samples(train_iters), sizes=sizes)
 
 
 def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, Identity]:
@@ -295,9 +299,12 @@ def splits_of_run(
     batch: int,
     valid_samples: int,
     test_samples: int,
+    rampup: Sequence[int] | None = None,
 ) -> Splits:
     """As ``build_splits``, with the course of a run for training."""
-    course = build_training_samples(builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch)
+    course = build_training_samples(
+        builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch, rampup=rampup
+    )
     _warn_of_shared(builder, mixes)
     return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
 
@@ -316,13 +323,16 @@ def _warn_of_shared(builder: Builder, mixes: Mixes) -> None:
                 console.warn(f"{prefix} is read by training and by {name}")
 
 
-def _settings(builder: Builder, words: Sequence[str], batch: int) -> dict[str, Any]:
+def _settings(
+    builder: Builder, words: Sequence[str], batch: int, rampup: Sequence[int] | None
+) -> dict[str, Any]:
     """What orders the samples of a segment."""
     return {
         "mix": list(words),
         "split": builder.data.split if builder.data.data_path else None,
         "seq_length": builder.seq_length,
         "global_batch_size": batch,
+        "rampup_batch_size": rampup is not None and list(rampup),
         "seed": builder.seed,
         "data_index": builder.data.data_index,
         "pack_documents": builder.data.pack_documents,

@@ -57,9 +57,7 @@ class DeepSpeedEngine(SharedEngine):
         settings = deepspeed_settings(
             self.config, data_parallel_size=self.place.data_size, largest_group=max(groups)
         )
-        self.micro_batches: int = settings["gradient_accumulation_steps"]
-        # Of the shape that the Megatron engine sets; its gradient is multiplied by it on the GPU.
-        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / self.micro_batches, device=self.device))
+        self._scale_router_losses(settings["gradient_accumulation_steps"])
         self._clipper = (
             Clipper(optimizer, self.config.optimizer.clip_grad)
             if self.config.engine.zero_stage == 0
@@ -90,20 +88,35 @@ class DeepSpeedEngine(SharedEngine):
         """The whole model."""
         return [self.model]
 
-    def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
+    def optimize(self, batches: list[Batch], learning_rate: float) -> float:
         """See :class:`SharedEngine`."""
         for group in self.host.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._accumulate(len(batches))
         if self.stages == 1:
             self.host.train()
-            for _ in range(self.micro_batches):
-                tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in next(batches))
+            for batch in batches:
+                tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
                 self.clock.arrive(tokens_BS, self.place)
                 self.host.backward(self.host(tokens_BS, labels_BS))
                 self.host.step()
         else:
-            self.host.train_batch(iter(self._told([next(batches) for _ in range(self.micro_batches)])))
+            self.host.train_batch(iter(self._told(batches)))
         return self._norm()
+
+    def _accumulate(self, micro_batches: int) -> None:
+        """Take so many micro-batches from now on: the batch may grow."""
+        if micro_batches == self.host.gradient_accumulation_steps():
+            return
+        self.host.set_train_batch_size(
+            micro_batches * self.config.train.micro_batch_size * self.place.data_size
+        )
+        self.host.micro_steps = 0  # DeepSpeed steps where it is a multiple of the accumulation steps
+        self._scale_router_losses(micro_batches)
+
+    def _scale_router_losses(self, micro_batches: int) -> None:
+        """Of the shape that the Megatron engine sets; their gradient is multiplied by it on the GPU."""
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / micro_batches, device=self.device))
 
     def _judge(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Before AdamW moves: without gradients it leaves weights and moments as they are.

@@ -50,15 +50,16 @@ def build(
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         return Sequence(layers, loss)
-    from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    from megatron_hyperrouter.engines.deepspeed.stages import Stages
 
     topology = PipeModelDataParallelTopology(
         num_pp=stages,
         num_mp=parallel.tensor_model_parallel_size,
         num_dp=parallel_state.get_data_parallel_world_size(),
     )
-    return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="type:Block")
+    return Stages(run, layers, topology=topology, loss_fn=loss)
 
 
 def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:

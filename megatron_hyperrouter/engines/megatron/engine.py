@@ -100,7 +100,7 @@ class MegatronEngine(SharedEngine):
 
     # ----------------------------------------------------------------------------------------------------
     # work
-    def optimize(self, batches: Iterator[Batch], learning_rate: float) -> float:
+    def optimize(self, batches: list[Batch], learning_rate: float) -> float:
         """See :class:`SharedEngine`."""
         for chunk in self.wrapped:
             chunk.train()
@@ -109,9 +109,7 @@ class MegatronEngine(SharedEngine):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         model.set_topk(self.chunks, self.topk_at(self.clock.step))
-        train = self.config.train
-        count = self.global_batch_size // (train.micro_batch_size * self.place.data_size)
-        self._schedule(batches, count, train.micro_batch_size, forward_only=False)
+        self._schedule(batches, forward_only=False)
         _, norm, self.num_zeros = self.optimizer.step()
         return float(norm)
 
@@ -120,19 +118,19 @@ class MegatronEngine(SharedEngine):
         model.set_topk(self.chunks, self.clock.topk or self.config.model.moe_router_topk)
         with torch.no_grad():
             for held in self.in_parts(batches):
-                self._schedule(iter(held), len(held), held[0][0].size(0), forward_only=True)
+                self._schedule(held, forward_only=True)
 
-    def _schedule(self, batches: Iterator[Batch], count: int, size: int, *, forward_only: bool) -> None:
-        held = [self._on_this_rank(batch) for _, batch in zip(range(count), batches, strict=False)]
+    def _schedule(self, batches: list[Batch], *, forward_only: bool) -> None:
+        held = [self._on_this_rank(batch) for batch in batches]
         iterators = [iter(held) for _ in self.wrapped]  # each chunk reads its own
         several = len(self.wrapped) > 1
         self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=iterators if several else iterators[0],
             model=self.wrapped if several else self.wrapped[0],
-            num_microbatches=count,
+            num_microbatches=len(held),
             seq_length=self.config.model.seq_length,
-            micro_batch_size=size,
+            micro_batch_size=batches[0][0].size(0),
             decoder_seq_length=self.config.model.seq_length,
             forward_only=forward_only,
         )

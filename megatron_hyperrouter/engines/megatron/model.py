@@ -52,6 +52,8 @@ def core_config(run: RunConfig) -> TransformerConfig:
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size
         if interleaved
         else None,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_size(run),

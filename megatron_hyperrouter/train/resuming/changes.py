@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hyperrouter.config.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, tree_leaves
@@ -63,7 +64,7 @@ def _changes(saved: str, config: RunConfig) -> Iterator[Change]:
         options_type: type = type(config.router.options)
         leaves |= router_leaves(options_type)
     for name, leaf in leaves.items():
-        was = before.get(name, list(leaf.default) if leaf.is_tuple else leaf.default)
+        was = before.get(name, list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default)
         if name in now and not leaf.is_path and was != now[name]:
             yield Change(leaf, was, now[name])
 
@@ -83,7 +84,9 @@ def _rate(settings: Mapping[str, Any], step: int) -> float | None:
     names = {leaf.name for leaf in leaves_with(*Role) if leaf.section == "optimizer"}
     own = {name: value for name, value in settings.items() if name in names}
     try:
-        return learning_rate_at(step, OptimizerConfig(**own), int(settings["train_iters"]))
+        sizes = BatchSizes(int(settings.get("global_batch_size") or 1), settings.get("rampup_batch_size"))
+        end = sizes.progress(int(settings["train_iters"]))
+        return learning_rate_at(sizes.progress(step), OptimizerConfig(**own), end)
     except (TypeError, ValueError, KeyError, ArithmeticError):
         return None
 

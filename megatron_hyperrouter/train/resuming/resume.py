@@ -83,6 +83,18 @@ def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: M
     if lines and engine.place.is_main:
         console.warn("\n  - ".join(["--override: the weights compute something else from here on:", *lines]))
     _refuse_layout(start, saved, ours)
+    _refuse_other_growth(start, saved, ours)
+
+
+def _refuse_other_growth(start: Start, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """The size of a batch that grows, and its learning rate, follow from all steps before."""
+    lines = list(differences("order", saved, ours))
+    growing = saved.get("order", {}).get("rampup_batch_size") or ours["order"]["rampup_batch_size"]
+    if growing and (lines := [line for line in lines if "batch-size" in line]):
+        raise CheckpointError(
+            "\n  - ".join([f"{start.folder} was written while the batch followed other sizes:", *lines]),
+            remedy="use the batch sizes of that run, or start a new run from its weights with --finetune",
+        )
 
 
 def _refuse_layout(start: Start, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ def differences(part: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) ->
     """What differs in one part of two such mappings, in words."""
     theirs = saved.get(part, {})
     for name, value in ours[part].items():
+        value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
         if (before := theirs.get(name, value)) != value:  # an older checkpoint does not know all settings
             label = "the number of ranks" if name == "world_size" else f"--{name.replace('_', '-')}"
             yield f"{label} was {before} in the checkpoint and is {value} now"

@@ -81,7 +81,14 @@ def settings_again(config: RunConfig, start: Start) -> RunConfig:
     if start.finetuned_from is not None:
         checkpoint = replace(checkpoint, load=start.finetuned_from, finetune=True)
     elif checkpoint.load is not None and _is_own(checkpoint.load, _own_root(config)):
-        checkpoint = replace(checkpoint, load=None, finetune=False)
+        checkpoint = replace(
+            checkpoint,
+            load=None,
+            finetune=False,
+            no_load_optim=False,
+            no_load_rng=False,
+            use_checkpoint_opt_param_scheduler=False,
+        )
     return replace(config, checkpoint=checkpoint)
 
 

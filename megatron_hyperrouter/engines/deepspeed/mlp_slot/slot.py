@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from deepspeed.moe.layer import MoE
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,8 +22,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_experts
+from megatron_hyperrouter.config.derived import expert_tensor_size, recomputed_parts, stacks_experts
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
@@ -91,6 +93,7 @@ class MoESlot(MegatronModule):
             parameter.model_parallel = parallel.tensor_model_parallel_size > 1
         # The layer number is known when the transformer layer calls set_layer_number().
         self._run, self._make, self._clock, self._statistics = run, make, clock, statistics
+        self._recomputed = recomputed_parts(run)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the
@@ -107,7 +110,19 @@ class MoESlot(MegatronModule):
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
-        shared_SBD = None if self.shared_experts is None else self.shared_experts(hidden_SBD)
+        output_SBD: Tensor = self._perhaps_again("moe", self._routed, hidden_SBD)
+        if self.shared_experts is None:
+            return output_SBD, None
+        return output_SBD + self._perhaps_again("shared_experts", self.shared_experts, hidden_SBD), None
+
+    def _perhaps_again(self, part: str, call: Callable[[Tensor], Tensor], hidden_SBD: Tensor) -> Tensor:
+        """The part's output; the backward pass computes it again where --recompute-modules names it."""
+        if part in self._recomputed and self.training and torch.is_grad_enabled():
+            output_SBD: Tensor = checkpoint(call, hidden_SBD, use_reentrant=False)
+            return output_SBD
+        return call(hidden_SBD)
+
+    def _routed(self, hidden_SBD: Tensor) -> Tensor:
         # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
@@ -116,7 +131,7 @@ class MoESlot(MegatronModule):
             output_SBD = MoEAuxLossAutoScaler.apply(output_SBD, loss)
         if self.config.sequence_parallel:
             output_SBD = scatter_to_sequence_parallel_region(output_SBD)
-        return output_SBD if shared_SBD is None else output_SBD + shared_SBD, None
+        return output_SBD
 
 
 class Expert(MLP):

@@ -1,0 +1,49 @@
+"""``--use-checkpoint-opt-param-scheduler``: the schedule of the run that wrote the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.checkpoint.description import SETTINGS
+from megatron_hyperrouter.config.batch_sizes import BatchSizes
+from megatron_hyperrouter.config.by_role import leaves_with
+from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
+from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.train.resuming.start import Start
+
+# What megatron-core's scheduler has in its state, beside the roles of a schedule
+_MORE = ("lr", "min_lr", "weight_decay")
+
+
+def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
+    """The settings with the schedule of the checkpoint, where they ask for it; CheckpointError where the
+    checkpoint does not say what it was.
+    """
+    if not config.checkpoint.use_checkpoint_opt_param_scheduler or not start.step or start.folder is None:
+        return config
+    path = start.folder / SETTINGS
+    saved = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not isinstance(saved, dict):
+        raise CheckpointError(
+            f"{start.folder} has no {SETTINGS}: nothing says what its schedule was",
+            remedy="leave out --use-checkpoint-opt-param-scheduler, and give the schedule",
+        )
+    named = [leaf.name for leaf in leaves_with(*Role) if leaf.section == "optimizer"]
+    scheduled = {leaf.name for leaf in leaves_with(Role.SCHEDULE)}
+    taken: dict[str, Any] = {
+        name: saved[name] for name in named if name in saved and (name in scheduled or name in _MORE)
+    }
+    if taken.get("lr_decay_iters") is None:  # it went to the end of that run, not of this one
+        sizes = BatchSizes(int(saved.get("global_batch_size") or 1), saved.get("rampup_batch_size"))
+        taken["lr_decay_iters"] = math.ceil(sizes.progress(int(saved["train_iters"])))
+    made = replace(config.optimizer, **taken)
+    changed = [name for name in taken if getattr(made, name) != getattr(config.optimizer, name)]
+    if changed and console.speaks():
+        shown = ", ".join(f"{name.replace('_', '-')} {getattr(made, name)}" for name in changed)
+        console.note(f"the schedule is that of the checkpoint: {shown}")
+    return replace(config, optimizer=made)
