@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_hyperrouter.config.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.leaves import value_of
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.tree import RunConfig
 
 MOST_LAYERS = 10_000  # of a pattern: more is a slip of the pen, which must not fill the memory

@@ -9,7 +9,14 @@ from typing import Any, Final, Literal
 
 from megatron_hyperrouter.config import check
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, sections, tree_leaves
-from megatron_hyperrouter.config.megatron.carry import Carried, Source, carry_over, words_of, work_out
+from megatron_hyperrouter.config.megatron.carry import (
+    Carried,
+    Source,
+    carry_over,
+    contradictions,
+    words_of,
+    work_out,
+)
 from megatron_hyperrouter.config.reading import foreign
 from megatron_hyperrouter.config.reading.sources import YamlFile
 from megatron_hyperrouter.config.reading.values import (
@@ -89,12 +96,13 @@ class Draft:
             *(_plain(leaf.off_flag) for leaf in leaves.values() if leaf.off_flag),
         }
         file = Source(self.values, str, lambda key: f"{key} in {self.file.path}", words_of)
-        carry_over(Source(self.flags, flag, str, list), ours, self.carried)
+        carry_over(Source(self.flags, flag, str, list, self.values), ours, self.carried)
         carry_over(file, ours, self.carried)
         self.problems += self.carried.problems
 
     def _work_out(self, values: dict[str, Any], world_size: int | None) -> None:
         """What follows from settings that are written in other units, and what cannot be on."""
+        self.problems += contradictions(self.carried, values)
         found = work_out(self.carried, values, self.written, world_size)
         if found:
             self.problems += found
@@ -199,7 +207,7 @@ class Draft:
             self.unsure.add(off.get(close, close))
             remedy = f"did you mean {written(close)}?"
         else:
-            remedy = "leave it out; --help lists all settings"
+            remedy = "see --help for all settings; leaving it out may change the run"
         self.problems.append(Problem(place, value, rule, remedy))
 
 

@@ -205,8 +205,8 @@ class TrainConfig:
     recompute_modules: Annotated[
         tuple[str, ...],
         Role.SPEED,
-        "With selective recomputation: core_attn (attention without its projections), layernorm, mlp (dense "
-        "layers), moe, shared_experts; default: core_attn",
+        "With selective recomputation: core_attn (attention without its projections), mlp (of dense layers), "
+        "moe, shared_experts; default: core_attn",
     ] = ()
     eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
     eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10

@@ -109,7 +109,7 @@ def model_flags(run: RunConfig) -> list[str]:
         "normalization": "RMSNorm",
         "norm-epsilon": model.norm_epsilon,
         "position-embedding-type": "rope",
-        "rotary-base": f"{model.rotary_base:g}",
+        "rotary-base": int(base) if (base := model.rotary_base).is_integer() else base,  # an integer there
         "seq-length": model.seq_length,
         "max-position-embeddings": model.seq_length,
         "make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_hyperrouter.config.derived import batch_sizes, global_batch_size
+from megatron_hyperrouter.config.derived import batch_sizes
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream import segments
@@ -62,8 +62,7 @@ def open_samples(
         ledger,
         step=step,
         train_iters=config.train.train_iters,
-        batch=global_batch_size(config, world_size),
-        rampup=config.train.rampup_batch_size,
+        sizes=batch_sizes(config, world_size),
         valid_samples=needed["valid_samples"],
         test_samples=needed["test_samples"],
     )

@@ -197,8 +197,8 @@ CASES = [
         "recomputed_parts_are_there",
         {**SELECTIVE, "recompute_modules": ("attention",)},
         "--recompute-modules",
-        "'attention' must be one of core_attn, layernorm, mlp, moe, shared_experts",
-        {"recompute_modules": ("core_attn", "layernorm")},
+        "'attention' must be one of core_attn, mlp, moe, shared_experts",
+        {"recompute_modules": ("core_attn", "moe")},
     ),
     case(
         "recomputed_parts_are_there",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_hyperrouter.config.batch_sizes import BatchSizes
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 
 
 def megatron_sizes(full: int, rampup: tuple[int, int, int], count: int) -> list[int]:

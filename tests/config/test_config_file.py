@@ -138,7 +138,8 @@ class TestFile:
         ("max_steps", "write --train-iters, its name here"),
         ("n_embd", "write --hidden-size, its name here"),
         ("dtype", "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default"),
-        ("depth_of_it", "leave it out; --help lists all settings"),  # too unlike anything for a guess
+        # too unlike anything for a guess
+        ("depth_of_it", "see --help for all settings; leaving it out may change the run"),
     ],
 )
 def test_names_of_other_programs(routers, write, name, remedy):

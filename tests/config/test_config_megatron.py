@@ -66,6 +66,144 @@ def test_a_real_command_carries_over_as_it_stands(path, router, engine, all_rout
     assert (config.router.name, config.engine.engine) == (router, engine)
 
 
+REFUSED = sorted((HERE / "megatron_refused").glob("*.json"))
+# What each command needs that is not here, beside sizes that do not fit 64 ranks.
+MISSING = {
+    "gpt3-175b": {"--fp16"},
+    "t5": {
+        *("--encoder-num-layers", "--decoder-num-layers", "--encoder-seq-length", "--decoder-seq-length"),
+        *("--vocab-extra-ids", "--short-seq-prob", "--tokenizer-type"),
+    },
+    "llava": {
+        *("--img-embedding-idx", "--apply-layernorm-1p", "--use-checkpoint-args", "--valid-path"),
+        *("--prompt-path", "--dataloader-save", "--pretrained-checkpoint", "--freeze-LM", "--freeze-ViT"),
+        *("--patch-dim", "--img-h", "--img-w", "--dataloader-type", "--language-model-type"),
+        *("--disable-vision-class-token", "--allow-missing-vision-projection-checkpoint"),
+        "--tokenizer-type",
+    },
+    "hybrid": {
+        *("--hybrid-layer-pattern", "--mamba-num-heads", "--mamba-head-dim", "--mamba-state-dim"),
+        *("--mamba-num-groups", "--position-embedding-type", "--squared-relu", "--csa-window-size"),
+        *("--csa-compress-ratio-for-c", "--csa-compress-ratio-for-h", "--csa-compress-rotary-base"),
+        *("--o-groups", "--o-lora-rank", "--dsa-indexer-n-heads", "--dsa-indexer-head-dim"),
+        *("--dsa-indexer-topk", "--dsa-indexer-loss-coeff", "--spec", "--q-lora-rank"),
+    },
+    # a fork of Megatron-LM with names of its own
+    "deepseek-v2-lite-patch": {
+        *("--dataloader-type", "--tokenizer-type", "--eval-iters", "--max-padding-length"),
+        *("--extra-vocab-size", "--patch-tokenizer-type", "--dataset", "--enable-shared-expert"),
+        *("--num-shared-experts", "--qk-nope-head-dim", "--qk-rope-head-dim", "--train-mode"),
+        *("--kv-lora-rank", "--rotary-scaling-factor"),
+    },
+}
+FITS_OTHER_RANKS = {
+    *("--global-batch-size", "ranks started", "--expert-model-parallel-size", "--sequence-parallel"),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED, ids=lambda path: path.stem)
+def test_a_command_of_another_family_is_told_what_is_missing(path, all_routers):
+    words = [word for row in json.loads(path.read_text()) for word in row]
+    found = problems_of(all_routers, *words, "--engine", "megatron", world_size=64)
+    assert {problem.field for problem in found} - FITS_OTHER_RANKS == MISSING[path.stem]
+    for problem in found:
+        if problem.field.removeprefix("--") in FLAGS:
+            assert "did you mean" not in problem.remedy
+        assert problem.remedy != "leave it out"
+        if "not here" in problem.rule:
+            assert problem.remedy.startswith(("if you leave it out, ", "use "))
+
+
+def test_names_of_a_fork_lead_to_those_of_the_same_meaning(all_routers):
+    path = HERE / "megatron_refused" / "deepseek-v2-lite-patch.json"
+    words = [word for row in json.loads(path.read_text()) for word in row]
+    remedies = {problem.field: problem.remedy for problem in problems_of(all_routers, *words)}
+    assert "--qk-head-dim," in remedies["--qk-nope-head-dim"]
+    assert "--qk-pos-emb-head-dim," in remedies["--qk-rope-head-dim"]
+    assert "--moe-shared-expert-intermediate-size" in remedies["--enable-shared-expert"]
+    assert "may change the run" in remedies["--train-mode"]
+
+
+class TestDefaults:
+    def test_a_command_that_leaves_the_model_to_megatron_lms_defaults(self, all_routers):
+        """GPT-3's, as it would start once --fp16 is --bf16: a dense model with GELU and learned positions."""
+        path = HERE / "megatron_refused" / "gpt3-175b.json"
+        words = [word for row in json.loads(path.read_text()) for word in row]
+        words[words.index("--fp16")] = "--bf16"
+        notes: list[str] = []
+        parse([*words, "--sequence-parallel"], routers=all_routers, notes=notes, world_size=128)
+        (model,) = (note for note in notes if "makes another model in Megatron-LM" in note)
+        for name in ("num-experts", "swiglu", "normalization", "disable-bias-linear", "ffn-hidden-size"):
+            assert f"without --{name}: " in model
+        (training,) = (note for note in notes if "trains otherwise in Megatron-LM" in note)
+        assert "--hidden-dropout: dropout 0.1 (here 0)" in training
+        assert "--lr-decay-style" not in training
+
+    @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+    def test_a_command_that_says_what_it_means(self, path, all_routers):
+        words = [word for row in json.loads(path.read_text()) for word in row]
+        notes: list[str] = []
+        parse(words, routers=all_routers, world_size=64, notes=notes)
+        assert not [note for note in notes if "makes another model" in note]
+
+    def test_settings_of_our_own_say_nothing(self, all_routers):
+        assert "Megatron-LM" not in understood(all_routers, "--train-iters", "3")[1]
+
+
+class TestContradictions:
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            "--accumulate-allreduce-grads-in-fp32 --grad-reduce-in-bf16 --bf16 --engine megatron",
+            "--no-multi-latent-attention --multi-latent-attention --kv-lora-rank 8",
+            "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
+            "--no-create-attention-mask-in-dataloader --reset-attention-mask",
+        ],
+    )
+    def test_flags_that_ask_for_opposite_things(self, all_routers, argv):
+        one, other = (word for word in argv.split()[:2])
+        (problem,) = [p for p in problems_of(all_routers, *DATA, *argv.split()) if "contradicts" in p.rule]
+        assert (problem.field, problem.rule) == (_dashed(one), f"contradicts {_dashed(other)}")
+        understood(all_routers, one)
+
+    def test_two_ways_to_say_the_warm_up(self, all_routers):
+        argv = "--lr-warmup-samples 80 --lr-warmup-fraction 0.1 --global-batch-size 8"
+        (problem,) = problems_of(all_routers, *DATA, *argv.split())
+        assert problem.rule == "sets the same thing as --lr-warmup-samples"
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.removeprefix("--").replace("_", "-")
+
+
+def test_groups_of_heads_have_megatron_lms_default(all_routers):
+    """arguments.py: --group-query-attention has one group unless --num-query-groups says otherwise."""
+    for argv, groups in (("", None), ("--group-query-attention", 1), ("--num-query-groups 2", 2)):
+        assert understood(all_routers, *argv.split())[0].model.num_query_groups == groups
+    both = ["--group-query-attention", "--num-query-groups", "2"]
+    assert understood(all_routers, *both)[0].model.num_query_groups == 2
+
+
+def test_groups_of_heads_in_a_file_stay(all_routers, write):
+    path = write("data_path: a\nnum_query_groups: 2\n")
+    config = parse(["--config", path, "--group-query-attention"], routers=all_routers)
+    assert config.model.num_query_groups == 2
+
+
+def test_retained_checkpoints(all_routers):
+    checkpoint = understood(all_routers, "--save-retain-interval", "1000")[0].checkpoint
+    assert (checkpoint.keep_every, checkpoint.keep_checkpoints) == (1000, 1)
+
+
+def test_samples_of_a_batch_that_grows(all_routers):
+    """2 steps of 4, then 8 at a time: Megatron-LM's ``update_train_iters`` by hand."""
+    argv = "--rampup-batch-size 4 4 8 --global-batch-size 8 --micro-batch-size 4 --train-samples 100"
+    config, _ = understood(all_routers, *argv.split(), "--lr-warmup-fraction", "0.5")
+    assert config.train.rampup_batch_size == (4, 4, 8)
+    assert config.train.train_iters == 13  # 2 x 4 + 11 x 8 = 96
+    assert config.optimizer.lr_warmup_iters == 6  # half of 12 full batches
+
+
 def understood(routers, *argv, **keywords):
     notes: list[str] = []
     return parse([*DATA, *argv], routers=routers, notes=notes, **keywords), " ".join(notes)
@@ -116,10 +254,10 @@ class TestKinds:
         )
         assert "is an option of router" in problem.rule
 
-    @pytest.mark.parametrize(("k", "renormalised"), [("2", True), ("1", False)])
+    @pytest.mark.parametrize(("k", "renormalised"), [("2", True), ("1", False), (None, True)])
     def test_sigmoid_scores_are_those_of_megatron_core(self, all_routers, k, renormalised):
-        """moe_utils.py divides sigmoid scores by their sum where k > 1."""
-        argv = ["--moe-router-score-function", "sigmoid", "--moe-router-topk", k]
+        """moe_utils.py divides sigmoid scores by their sum where k > 1, as by default."""
+        argv = ["--moe-router-score-function", "sigmoid", *(["--moe-router-topk", k] if k else [])]
         options = understood(all_routers, *argv, "--router.name", "topk")[0].router.options
         assert (options.score_function, options.renormalise) == ("sigmoid", renormalised)
 

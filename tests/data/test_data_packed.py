@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_gpt import ReferenceGPT
 
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index
 from megatron_hyperrouter.data.order.index_files import Cache
@@ -223,7 +224,12 @@ def test_the_loss_is_that_of_each_piece_alone(tmp_path: Path, apart: bool) -> No
 
 def course_of(first: Builder, ledger: Any, *, step: int, train_iters: int, batch: int = 2) -> TrainingSamples:
     return build_training_samples(
-        first, ((0, first.data.data_path),), ledger, step=step, train_iters=train_iters, batch=batch
+        first,
+        ((0, first.data.data_path),),
+        ledger,
+        step=step,
+        train_iters=train_iters,
+        sizes=BatchSizes(batch),
     )
 
 

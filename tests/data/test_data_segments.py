@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
@@ -55,8 +56,9 @@ def builder(
     return Builder(data, seq_length=length, seed=seed, vocab_size=VOCABULARY, cache=Cache())
 
 
-def course_of(first: Builder, mixes: Any, ledger: Ledger, **steps: int) -> Any:
-    return build_training_samples(first, mixes, json.loads(json.dumps(ledger)), **steps)
+def course_of(first: Builder, mixes: Any, ledger: Ledger, *, batch: int, **steps: int) -> Any:
+    given = json.loads(json.dumps(ledger))
+    return build_training_samples(first, mixes, given, sizes=BatchSizes(batch), **steps)
 
 
 @pytest.mark.parametrize("kind", ["materialised", "on-demand"])
@@ -78,7 +80,7 @@ def test_without_a_change_it_is_the_dataset_as_before(
     assert plain is not None
     mixes = ((0, words),)
     run = splits_of_run(
-        first, mixes, [], step=0, train_iters=20, batch=4, valid_samples=0, test_samples=0
+        first, mixes, [], step=0, train_iters=20, sizes=BatchSizes(4), valid_samples=0, test_samples=0
     ).train
     ledger = run.ledger(11)  # type: ignore[union-attr]
     resumed = course_of(builder(words, kind=kind), mixes, ledger, step=11, train_iters=20, batch=4)

@@ -12,6 +12,12 @@ import pytest
 from engines.layout_worker import tiny_config
 from engines.te_ranks import run_afresh
 
+from megatron_hyperrouter.config.by_role import names_with
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.derived import in_effect
+from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.routers import ROUTERS
+
 pytestmark = pytest.mark.processes
 WORKER = Path(__file__).with_name("export_worker.py")
 K2 = "--moe-router-topk 2"
@@ -68,3 +74,14 @@ def test_flags_describe_the_model() -> None:
     for name, value in {**ours, "rotary-base": 500, "moe-router-topk": 2}.items():
         assert words[words.index(f"--{name}") + 1] == str(value)
     assert {"--qk-layernorm", "--swiglu", "--disable-bias-linear"} <= set(words) and "--bf16" not in words
+
+
+def test_our_own_parser_makes_the_same_model_of_them() -> None:
+    from megatron_hyperrouter.export.megatron import model_flags
+
+    run = tiny_config(shlex.split(f"{LOCAL} {K2} --rotary-base 1234567 --bf16"))
+    training = "--data-path x --router.name topk --engine megatron"
+    again = parse([*model_flags(run), *training.split()], routers=ROUTERS)
+    for name in names_with(Role.SHAPE, Role.FUNCTION):
+        assert in_effect(again, name) == in_effect(run, name), name
+    assert again.train.bf16 and again.model.seq_length == run.model.seq_length

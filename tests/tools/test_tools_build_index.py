@@ -11,6 +11,7 @@ import pytest
 from corpora import write_corpus
 
 from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
@@ -106,7 +107,7 @@ def test_the_mixes_of_a_schedule_are_built_ahead(tmp_path):
         [],
         step=0,
         train_iters=60_000,
-        batch=40,
+        sizes=BatchSizes(40),
         valid_samples=0,
         test_samples=0,
     )

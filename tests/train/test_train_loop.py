@@ -22,6 +22,7 @@ from tiny_run import VOCAB_SIZE, settings, splits
 from train.loop_runs import Diary, KillAt, Killed, change, lines, run
 
 from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
 from megatron_hyperrouter.data.stream.dataset import Builder
@@ -93,7 +94,7 @@ class TestRecords:
                 start.ledger,
                 step=start.step,
                 train_iters=12,
-                batch=batches[last - 1],
+                sizes=BatchSizes(batches[last - 1]),
             )
             with contextlib.suppress(Killed):
                 run(now, KillAt(last + 1), data=SimpleNamespace(train=course, valid=None, test=None))

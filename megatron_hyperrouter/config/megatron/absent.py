@@ -33,6 +33,8 @@ no-yarn-correction-range-round-to-int
 yarn-beta-fast yarn-beta-slow yarn-correction-range-round-to-int yarn-original-max-position-embeddings
 """,
         ("vision models", "the model would be a language model"): """
+allow-missing-vision-projection-checkpoint dataloader-save disable-vision-class-token freeze-LM freeze-ViT
+img-embedding-idx language-model-type prompt-path valid-path
 classes-fraction data-per-class-fraction dino-bottleneck-size dino-freeze-last-layer
 dino-head-hidden-size dino-local-crops-number dino-local-img-size dino-norm-last-layer dino-teacher-temp
 dino-warmup-teacher-temp dino-warmup-teacher-temp-epochs head-lr-mult img-h img-w iter-per-epoch
@@ -56,6 +58,7 @@ use-torch-fsdp2
             "state-space, linear and sparse attention layers",
             "all attention would be full: another model",
         ): """
+csa-compress-ratio-for-c csa-compress-ratio-for-h csa-compress-rotary-base csa-window-size
 disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu disable-mamba-mem-eff-path
 dsa-indexer-head-dim dsa-indexer-k-norm-epsilon dsa-indexer-k-norm-fp32 dsa-indexer-loss-coeff
 dsa-indexer-n-heads dsa-indexer-rope-interleaved dsa-indexer-skip-topk-offset dsa-indexer-topk
@@ -66,7 +69,8 @@ hierarchical-context-parallel-sizes hybrid-attention-ratio hybrid-context-parall
 hybrid-mlp-ratio hybrid-override-pattern is-hybrid-model linear-attention-freq linear-conv-kernel-dim
 linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-head-dim
 mamba-num-groups mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype
-max-seqlen-per-dp-cp-rank no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu spec
+max-seqlen-per-dp-cp-rank no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups
+o-lora-rank spec
 """,
         ("8-bit and 4-bit numbers", "the run would compute in --bf16 or float32"): """
 disable-fp8-wgrad first-last-layers-bf16 fp4 fp4-format fp4-param-gather fp4-quantizer-factory

@@ -9,8 +9,16 @@ from typing import Any
 
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.megatron.absent import FEATURES
+from megatron_hyperrouter.config.megatron.defaults import defaults_that_differ
 from megatron_hyperrouter.config.megatron.no_effect import NO_EFFECT
-from megatron_hyperrouter.config.megatron.table import ABSENT, ALWAYS, ARITHMETIC, RENAMED, Absent
+from megatron_hyperrouter.config.megatron.table import (
+    ABSENT,
+    ALWAYS,
+    ARITHMETIC,
+    CONTRADICTIONS,
+    RENAMED,
+    Absent,
+)
 from megatron_hyperrouter.config.megatron.translate import EARLY, in_order, worked_out
 from megatron_hyperrouter.config.reading.values import BadValue
 from megatron_hyperrouter.errors import Problem
@@ -36,6 +44,7 @@ class Carried:
     no_effect: list[str] = field(default_factory=list)
     translated: list[str] = field(default_factory=list)  # "--save is --run-dir"
     pending: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # place and words
+    given: set[str] = field(default_factory=set)  # names of all flags and keys, with dashes
     problems: list[Problem] = field(default_factory=list)
 
     def notes(self) -> Iterator[str]:
@@ -49,6 +58,8 @@ class Carried:
             parts.append("translated: " + ", ".join(self.translated))
         if parts:
             yield "flags of Megatron-LM: " + "; ".join(parts)
+        foreign = len(self.always) + len(self.no_effect) + len(self.translated)
+        yield from defaults_that_differ(self.given, foreign)
 
 
 def _count(flags: list[str]) -> str:
@@ -63,16 +74,26 @@ class Source:
     key: Callable[[str], str]  # name of a setting -> its key: ``--num-layers`` or ``num_layers``
     place: Callable[[str], str]  # key -> how a message names it
     words: Callable[[Any], list[str] | None]  # what a key holds -> words; None where it is switched off
+    beneath: Mapping[str, Any] = field(default_factory=dict)  # settings of ours from a weaker source
 
 
 def carry_over(source: Source, ours: Container[str], carried: Carried) -> None:
     """Replace the flags that are Megatron-LM's and not ours by what they mean in ours."""
     for key in list(source.given):
         name = key.removeprefix("--").replace("_", "-")
+        carried.given.add(name)
         if key.removeprefix("--").replace("-", "_") in ours or not is_known(name):
             continue
         raw = source.given.pop(key)
         _carry(name, source.place(key), source.words(raw), source, carried)
+
+
+def contradictions(carried: Carried, values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Pairs of flags that cannot both be meant; ``values``: of our settings."""
+    for one, other in CONTRADICTIONS:
+        setting = other.replace("-", "_")
+        if one in carried.given and other in carried.given and values[setting]:
+            yield Problem(flag(one), "", f"contradicts {flag(other)}", "keep one of the two flags")
 
 
 def work_out(
@@ -80,11 +101,14 @@ def work_out(
 ) -> list[Problem]:
     """Put what follows from settings in other units into ``values``; ``written``: what a user gives."""
     problems = []
+    by_setting: dict[str, str] = {}
     for name, place, words in in_order(carried.pending):
         try:
             ours, value = worked_out(name, words, values, world_size)
             if ours in written and name not in REFINES:
                 raise BadValue(f"sets the same thing as {flag(ours)}", "keep one of the two")
+            if (other := by_setting.setdefault(ours, place)) != place:
+                raise BadValue(f"sets the same thing as {other}", "keep one of the two")
         except BadValue as bad:
             problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
         else:
@@ -129,16 +153,15 @@ def _carry(name: str, place: str, words: list[str] | None, source: Source, carri
         carried.pending[name] = (place, words)
     else:
         row = ALL_ABSENT[name]
-        carried.problems.append(
-            Problem(place, " ".join(words), f"{row.does}: not here", f"if you leave it out, {row.without}")
-        )
+        instead = row.without.startswith("use ")
+        remedy = row.without if instead else f"if you leave it out, {row.without}"
+        carried.problems.append(Problem(place, " ".join(words), f"{row.does}: not here", remedy))
 
 
 def _check_always(name: str, place: str, words: list[str], carried: Carried) -> None:
     row = ALWAYS[name]
     if [word for word in words if word not in row.accepted and word.lower() != "true"]:
-        value = " or ".join(row.accepted[:1]) or "given without a value"
-        remedy = f"another model cannot be trained here; {value} is accepted"
+        remedy = f"use {' or '.join(row.accepted)}" if row.accepted else "give it without a value"
         carried.problems.append(Problem(place, " ".join(words), f"is fixed here: {row.fact}", remedy))
     else:
         carried.always.append(flag(name))
@@ -165,6 +188,9 @@ def _plain(words: list[str]) -> Any:
 
 
 def _read(source: Source, name: str) -> str | None:
-    """The first word that the source has for a setting of ours."""
-    words = source.words(source.given.get(source.key(name)))
-    return words[0] if words else None
+    """The first word that the source, or the one beneath it, has for a setting of ours."""
+    if (key := source.key(name)) in source.given:
+        words = source.words(source.given[key])
+        return words[0] if words else None
+    found = source.beneath.get(name)
+    return None if found is None else str(found)

@@ -55,7 +55,7 @@ optimizer-cpu-offload optimizer-cuda-graph optimizer-offload-fraction overlap-cp
 rl-persist-cuda-graphs rl-reset-cuda-graphs rl-training-cuda-graphs te-rng-tracker
 use-cpu-initialization use-flash-attn use-fused-weighted-squared-relu use-grouped-gemm-for-dense-mlp
 use-grouped-gemm-for-shared-expert use-kitchen-attention use-legacy-models use-te-activation-func
-use-torch-optimizer-for-cpu-offload use-transformer-engine-op-fuser
+use-te use-torch-optimizer-for-cpu-offload use-transformer-engine-op-fuser
 """,
         "Logging and monitoring": """
 adlr-autoresume adlr-autoresume-interval app-tag-run-name app-tag-run-version config-logger-dir
@@ -103,7 +103,7 @@ no-ckpt-fully-parallel-save no-ckpt-load-validate-sharding-integrity no-save-tok
 no-strict-fsdp-dtensor-load non-persistent-ckpt-type non-persistent-global-ckpt-dir
 non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval
 override-ckpt-iteration persistent-save-interval replication replication-factor replication-jump
-save-activations-interval save-dgrads-interval save-params-interval save-retain-interval
+save-activations-interval save-dgrads-interval save-params-interval
 save-tokens-per-expert-interval save-wgrads-interval use-dist-ckpt use-persistent-ckpt-worker
 verify-integrity
 """,

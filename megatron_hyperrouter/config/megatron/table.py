@@ -44,7 +44,6 @@ disable-bias-linear |  | linear layers have no biases
 position-embedding-type | rope | positions are rotary
 use-rotary-position-embeddings |  | positions are rotary
 no-position-embedding |  | there are no learned positions
-group-query-attention |  | --num-query-groups alone decides
 use-mcore-models |  | the layers are megatron-core's
 optimizer | adam | the optimizer is AdamW
 moe-router-dtype | fp32 | routers compute in float32
@@ -87,10 +86,23 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "moe-input-jitter-eps": "router.jitter_eps",
         "most-recent-k": "keep_checkpoints",
         "check-weight-hash-across-dp-replicas-interval": "check_replicas_interval",
+        "disable-load-optim": "no_load_optim",
+        "disable-load-rng": "no_load_rng",
+        "disable-save-optim": "no_save_optim",
     }
 )
 
-# Flags from which another setting is worked out: see ``arithmetic.py``.
+# Flags that ask for opposite things; Megatron-LM refuses some of these pairs, and lets one win silently in
+# others.
+CONTRADICTIONS = (
+    ("accumulate-allreduce-grads-in-fp32", "grad-reduce-in-bf16"),
+    ("no-multi-latent-attention", "multi-latent-attention"),
+    ("disable-multi-latent-attention", "multi-latent-attention"),
+    ("override-opt-param-scheduler", "use-checkpoint-opt-param-scheduler"),
+    ("no-create-attention-mask-in-dataloader", "reset-attention-mask"),
+)
+
+# Flags from which another setting is worked out: see ``translate.py``.
 ARITHMETIC = (
     "train-samples",
     "lr-decay-samples",
@@ -104,6 +116,8 @@ ARITHMETIC = (
     "moe-router-score-function",
     "ckpt-step",
     "moe-router-load-balancing-type",
+    "group-query-attention",
+    "save-retain-interval",
 )
 
 # flag | what it does | what leaving it out would change
@@ -112,9 +126,6 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
         name: Absent(*cells)
         for name, cells in _rows(
             """
-disable-load-optim | loads a checkpoint without its optimizer state | the optimizer state would be loaded
-disable-load-rng | loads a checkpoint without its random state | the random state would be loaded
-disable-save-optim | saves checkpoints without the optimizer state | checkpoints would be larger
 no-save-rng | saves checkpoints without the random state | checkpoints would hold it
 disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
 use-pytorch-profiler | belongs to --profile | there would be no trace

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_hyperrouter.config.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.reading.values import BadValue, expanded
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
 
 Read = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
 Settings = dict[str, list[str]]  # our names -> words
@@ -38,6 +38,16 @@ def load_balancing_type(words: list[str], read: Read) -> Settings:
         remedy = "use aux_loss, seq_aux_loss, global_aux_loss or none"
         raise BadValue("is a balancing method that this program does not have", remedy)
     return {"router.aux_loss": [BALANCING[kind]]}
+
+
+def group_query_attention(words: list[str], read: Read) -> Settings:
+    """Megatron-LM's default of --num-query-groups is 1."""
+    return {} if read("num_query_groups") is not None else {"num_query_groups": ["1"]}
+
+
+def save_retain_interval(words: list[str], read: Read) -> Settings:
+    """Keeps the checkpoints of these steps and the newest one."""
+    return {"keep_every": [_one(words)], "keep_checkpoints": ["1"]}
 
 
 def data_args(words: list[str], read: Read) -> Settings:
@@ -68,6 +78,8 @@ EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
     {
         "moe-router-score-function": score_function,
         "moe-router-load-balancing-type": load_balancing_type,
+        "group-query-attention": group_query_attention,
+        "save-retain-interval": save_retain_interval,
         "data-args-path": data_args,
         "per-split-data-args-path": per_split_data_args,
         "recompute-activations": recompute_activations,

@@ -18,6 +18,13 @@ seq_length:                  block_size seq_len max_seq_len max_seq_length seque
 norm_epsilon:                rms_norm_eps layer_norm_eps norm_eps layer_norm_epsilon layernorm_epsilon
 rotary_base:                 rope_theta rope_base
 init_method_std:             initializer_range init_std
+qk_head_dim:                 qk_nope_head_dim
+qk_pos_emb_head_dim:         qk_rope_head_dim
+moe_shared_expert_intermediate_size: shared_expert_intermediate_size
+mtp_num_layers:              num_nextn_predict_layers
+router.num_groups:           n_group
+router.group_topk:           topk_group
+router.scaling_factor:       routed_scaling_factor
 hidden_dropout:              dropout resid_dropout resid_pdrop hidden_dropout_prob
 attention_dropout:           attn_dropout attn_pdrop
 num_experts:                 n_experts n_expert num_local_experts n_routed_experts moe_num_experts experts
@@ -66,6 +73,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         for other in others.split()
     }
 )
+SHARED = "use --moe-shared-expert-intermediate-size: its width is that of all shared experts together"
 # Names whose values differ as well: what to write instead.
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
@@ -87,6 +95,9 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "vocab": "use --vocab-size with --tokenizer-type NullTokenizer, or --tokenizer-model",
         "router": "use --router.name NAME",
         "compile": "leave it out: the program does not compile the model",
+        "n_shared_experts": SHARED,
+        "num_shared_experts": SHARED,
+        "enable_shared_expert": SHARED,
         "hidden_act": "leave it out: the activation is SwiGLU",
     }
 )

@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_hyperrouter.config.leaves import Leaf
+from megatron_hyperrouter.config.roles import Role
 
+MODEL = (Role.SHAPE, Role.FUNCTION, Role.TOKENIZER)
 LIKENESS = 0.8  # below it, a suggestion is more often wrong than right
 
 
@@ -148,7 +150,9 @@ def _prepared(leaf: Leaf, raw: object) -> object:
 def _remedy(leaf: Leaf, raw: object) -> str:
     if close := nearest(str(raw), map(str, leaf.choices)):
         return f"did you mean {close}?"
-    default = "" if leaf.default is None or leaf.is_tuple else f", or leave it out for {leaf.default}"
+    # To leave out what the model is made of is no remedy: the default would be another model.
+    has_default = leaf.default is not None and not leaf.is_tuple and leaf.role not in MODEL
+    default = f", or leave it out for {leaf.default}" if has_default else ""
     if leaf.base is str:
         return "put it in quotes"
     if leaf.choices:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import split_shares
 from megatron_hyperrouter.config.leaves import flag, value_of
-from megatron_hyperrouter.config.mixes import SCHEDULE_REMEDY, prefixes_and_weights, scheduled
 from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.schedules.mixes import SCHEDULE_REMEDY, prefixes_and_weights, scheduled
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.batch_sizes import grows_to
 from megatron_hyperrouter.config.derived import (
     alarm_actions,
     data_parallel_size,
@@ -12,6 +11,7 @@ from megatron_hyperrouter.config.derived import (
     has_dense_layers,
 )
 from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
+from megatron_hyperrouter.config.schedules.batch_sizes import grows_to
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
@@ -160,8 +160,9 @@ def recomputed_layers(config: RunConfig, world_size: int | None) -> Iterator[Pro
             yield broken(config, name, "needs --recompute-granularity full", remedy)
 
 
-RECOMPUTED = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
+RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts")
 NOT_RECOMPUTED = {  # names of Megatron-LM, and why they are not here
+    "layernorm": "works in megatron-core with Transformer Engine alone",
     "moe_act": "works in Transformer Engine's experts alone",
     "mla_up_proj": "would save nothing, as attention keeps what it computes",
 }

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_hyperrouter.config.derived import split_shares
-from megatron_hyperrouter.config.mixes import prefixes_and_weights
+from megatron_hyperrouter.config.schedules.mixes import prefixes_and_weights
 from megatron_hyperrouter.errors import ConfigError, Problem
 
 # samples that megatron-core builds over those that a set's weight asks for; they change the number of epochs

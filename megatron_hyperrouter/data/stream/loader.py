@@ -21,7 +21,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.config.batch_sizes import BatchSizes
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.stream.dataset import Dataset
 from megatron_hyperrouter.errors import DataError
 

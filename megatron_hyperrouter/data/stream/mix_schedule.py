@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hyperrouter.config.mixes import SCHEDULE_REMEDY, Mix, is_inline, scheduled
+from megatron_hyperrouter.config.schedules.mixes import SCHEDULE_REMEDY, Mix, is_inline, scheduled
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
 from megatron_hyperrouter.data.stream.stores import MOCK

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.order.blend import normalise, parse_blend, set_counts
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.shuffled import SampleOrder
@@ -40,6 +39,7 @@ from megatron_hyperrouter.data.stream.remaining import BuiltStream, Remaining, R
 from megatron_hyperrouter.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
     from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
 Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
@@ -136,19 +136,16 @@ def build_training_samples(
     *,
     step: int,
     train_iters: int,
-    batch: int,
-    rampup: Sequence[int] | None = None,
+    sizes: BatchSizes,
 ) -> TrainingSamples:
     """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says
     was read before.
 
-    ``mixes``: what is read from which step on, the first from 0; ``batch``, ``rampup``: see
-    :class:`BatchSizes`.  DataError where a file is not the one
+    ``mixes``: what is read from which step on, the first from 0.  DataError where a file is not the one
     that was read, CheckpointError where ``--split`` gives training another part of it.
     """
     if not ledger:  # of no run, or of one that kept none
         step = 0
-    sizes = BatchSizes(batch, rampup)
     first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
     files = _identities(
         builder, [words for start, words in mixes[first:] if start <= step or start < train_iters]
@@ -161,7 +158,7 @@ def build_training_samples(
     for entry in (entry for segment in past for entry in segment["sets"] if entry["path"] in files):
         _check_part(entry, builder)
     end = min([train_iters, *(start for start, _ in mixes[first + 1 :])])
-    now, last = _settings(builder, mixes[first][1], batch, rampup), past[-1] if past else None
+    now, last = _settings(builder, mixes[first][1], sizes), past[-1] if past else None
     same = last is not None and now == {name: last.get(name, False) for name in now}
     if last is not None and (now["pack_documents"] or last.get("pack_documents")):
         longer = sizes.samples(end) - sizes.samples(last["from_step"]) > last["planned"]
@@ -194,7 +191,7 @@ def build_training_samples(
         dataset, settings = _segment(builder, words, sets, last if number == 0 else None, samples=samples)
         settings["sets"] = [{**entry, "file": files[entry["path"]]} for entry in settings["sets"]]
         segments.append(
-            (start, dataset, {"from_step": start, **_settings(builder, words, batch, rampup), **settings})
+            (start, dataset, {"from_step": start, **_settings(builder, words, sizes), **settings})
         )
         if number + 1 < len(starts):  # another one follows, which reads on
             counts = _counts(dataset, samples, len(settings["sets"]))
@@ -296,15 +293,12 @@ def splits_of_run(
     *,
     step: int,
     train_iters: int,
-    batch: int,
+    sizes: BatchSizes,
     valid_samples: int,
     test_samples: int,
-    rampup: Sequence[int] | None = None,
 ) -> Splits:
     """As ``build_splits``, with the course of a run for training."""
-    course = build_training_samples(
-        builder, mixes, ledger, step=step, train_iters=train_iters, batch=batch, rampup=rampup
-    )
+    course = build_training_samples(builder, mixes, ledger, step=step, train_iters=train_iters, sizes=sizes)
     _warn_of_shared(builder, mixes)
     return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
 
@@ -323,16 +317,14 @@ def _warn_of_shared(builder: Builder, mixes: Mixes) -> None:
                 console.warn(f"{prefix} is read by training and by {name}")
 
 
-def _settings(
-    builder: Builder, words: Sequence[str], batch: int, rampup: Sequence[int] | None
-) -> dict[str, Any]:
+def _settings(builder: Builder, words: Sequence[str], sizes: BatchSizes) -> dict[str, Any]:
     """What orders the samples of a segment."""
     return {
         "mix": list(words),
         "split": builder.data.split if builder.data.data_path else None,
         "seq_length": builder.seq_length,
-        "global_batch_size": batch,
-        "rampup_batch_size": rampup is not None and list(rampup),
+        "global_batch_size": sizes.full,
+        "rampup_batch_size": sizes.rampup is not None and list(sizes.rampup),
         "seed": builder.seed,
         "data_index": builder.data.data_index,
         "pack_documents": builder.data.pack_documents,

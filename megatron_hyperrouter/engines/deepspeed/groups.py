@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_hyperrouter.compat.deepspeed import shape_gathered_tokens, skip_shm_build
 from megatron_hyperrouter.compat.megatron import install as serve_megatron
+from megatron_hyperrouter.config.derived import recomputed_parts
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
 from megatron_hyperrouter.engines.world import alone_without_launcher, backend, join_world
@@ -20,9 +21,8 @@ def join(config: RunConfig) -> Place:
     alone_without_launcher()
     skip_shm_build()
     shape_gathered_tokens()
-    if (
-        config.parallel.tensor_model_parallel_size > 1
-    ):  # megatron-core's scatter and gather ask for the CUDA device
+    # megatron-core's scatter and gather ask for the CUDA device, its recomputation for the CUDA generator
+    if config.parallel.tensor_model_parallel_size > 1 or "mlp" in recomputed_parts(config):
         serve_megatron()
     import deepspeed
     from deepspeed.constants import default_pg_timeout

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hyperrouter.config.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, Leaf, flag, router_leaves, tree_leaves
 from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
 from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import OptimizerConfig, RunConfig
 from megatron_hyperrouter.train.lr import learning_rate_at
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.description import SETTINGS
-from megatron_hyperrouter.config.batch_sizes import BatchSizes
-from megatron_hyperrouter.config.by_role import leaves_with
+from megatron_hyperrouter.config.by_role import names_with
 from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
 from megatron_hyperrouter.config.roles import Role
-from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.train.resuming.start import Start
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.train.resuming.start import Start
 
 # What megatron-core's scheduler has in its state, beside the roles of a schedule
 _MORE = ("lr", "min_lr", "weight_decay")
@@ -33,11 +35,8 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
             f"{start.folder} has no {SETTINGS}: nothing says what its schedule was",
             remedy="leave out --use-checkpoint-opt-param-scheduler, and give the schedule",
         )
-    named = [leaf.name for leaf in leaves_with(*Role) if leaf.section == "optimizer"]
-    scheduled = {leaf.name for leaf in leaves_with(Role.SCHEDULE)}
-    taken: dict[str, Any] = {
-        name: saved[name] for name in named if name in saved and (name in scheduled or name in _MORE)
-    }
+    scheduled = {*names_with(Role.SCHEDULE), *_MORE} & {field.name for field in fields(config.optimizer)}
+    taken: dict[str, Any] = {name: saved[name] for name in sorted(scheduled & saved.keys())}
     if taken.get("lr_decay_iters") is None:  # it went to the end of that run, not of this one
         sizes = BatchSizes(int(saved.get("global_batch_size") or 1), saved.get("rampup_batch_size"))
         taken["lr_decay_iters"] = math.ceil(sizes.progress(int(saved["train_iters"])))

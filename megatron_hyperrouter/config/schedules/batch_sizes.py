@@ -38,7 +38,7 @@ class BatchSizes:
         if rampup is not None and not grows_to(full, rampup):
             raise ValueError(f"{rampup=} does not lead to {full=}")
         self.full = full
-        self._rampup = None if rampup is None else (rampup[0], rampup[1], rampup[2])
+        self.rampup = None if rampup is None else (rampup[0], rampup[1], rampup[2])
         self._stages = [_Stage(0, 0, self._size(0))]
         while self._stages[-1].size < full:
             self._stages.append(self._next(self._stages[-1]))
@@ -63,17 +63,17 @@ class BatchSizes:
 
     def _size(self, samples: int) -> int:
         """Samples of the step that follows the first ``samples`` samples."""
-        if self._rampup is None or samples > self._rampup[2]:
+        if self.rampup is None or samples > self.rampup[2]:
             return self.full
-        start, increment, until = self._rampup
+        start, increment, until = self.rampup
         increments = (self.full - start) // increment
         # in floating point, as in megatron-core: where it rounds, so do we
         return start + int(samples / (until / increments)) * increment
 
     def _next(self, now: _Stage) -> _Stage:
         """The first stage after ``now``; its beginning is estimated, then found exactly."""
-        assert self._rampup is not None, "a batch that does not grow has one stage"
-        start, increment, until = self._rampup
+        assert self.rampup is not None, "a batch that does not grow has one stage"
+        start, increment, until = self.rampup
         end = until * (now.size - start + increment) / (self.full - start)
         steps = max(math.ceil((end - now.samples) / now.size), 1)
         while steps > 1 and self._size(now.samples + (steps - 1) * now.size) > now.size:

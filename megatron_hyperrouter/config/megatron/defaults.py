@@ -1,0 +1,45 @@
+"""What a command of Megatron-LM leaves to its defaults, where the defaults here are others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+ENOUGH = 3  # flags of Megatron-LM's alone: from so many on, a command is taken for one of its commands
+
+
+class Other(NamedTuple):
+    """A default that differs: the flags that settle it, what Megatron-LM has without them, what is here."""
+
+    flags: tuple[str, ...]
+    there: str
+    here: str
+
+
+MODEL = (
+    Other(("num-experts",), "no experts", "8 in each layer"),
+    Other(("swiglu",), "GELU", "SwiGLU"),
+    Other(("normalization",), "LayerNorm", "RMSNorm"),
+    Other(("disable-bias-linear",), "biases", "none"),
+    Other(("position-embedding-type", "use-rotary-position-embeddings"), "learned positions", "rotary ones"),
+    Other(("ffn-hidden-size",), "a feed-forward width of 8/3 hidden sizes with --swiglu", "4"),
+)
+TRAINING = (
+    Other(("hidden-dropout",), "dropout 0.1", "0"),
+    Other(("attention-dropout",), "dropout 0.1", "0"),
+    Other(("lr-decay-style",), "a linear decay", "cosine"),
+    Other(("eval-iters",), "100 batches in an evaluation", "10"),
+)
+
+
+def defaults_that_differ(given: Collection[str], foreign: int) -> Iterator[str]:
+    """Notes about what a command leaves out.  ``given``: its flags, without dashes in front; ``foreign``: how
+    many of them are Megatron-LM's alone.
+    """
+    if foreign < ENOUGH:
+        return
+    for rows, what in ((MODEL, "makes another model in"), (TRAINING, "trains otherwise in")):
+        missing = [row for row in rows if not any(name in given for name in row.flags)]
+        if missing:
+            shown = "; ".join(f"without --{row.flags[0]}: {row.there} (here {row.here})" for row in missing)
+            yield f"the same command {what} Megatron-LM: {shown}"
