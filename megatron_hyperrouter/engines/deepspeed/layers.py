@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -60,6 +61,8 @@ class Block(TransformerLayer):
 
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
+        # megatron-core takes what is no MoE layer of its own for a dense one.
+        self.recompute_mlp = self.recompute_mlp and isinstance(self.mlp, MLP)
         self.recompute = run.train.recompute_granularity == "full"
         # Latent attention turns its own queries and keys.
         self.rotary = None if config.multi_latent_attention else RotaryTable(rates(run))
