@@ -62,7 +62,8 @@ class Block(TransformerLayer):
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
         # megatron-core takes what is no MoE layer of its own for a dense one.
-        self.recompute_mlp = self.recompute_mlp and isinstance(self.mlp, MLP)
+        if not isinstance(self.mlp, MLP):
+            self.recompute_mlp = False
         self.recompute = run.train.recompute_granularity == "full"
         # Latent attention turns its own queries and keys.
         self.rotary = None if config.multi_latent_attention else RotaryTable(rates(run))
