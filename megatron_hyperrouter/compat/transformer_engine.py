@@ -14,38 +14,35 @@ import torch
 from megatron_hyperrouter.console import warn
 from megatron_hyperrouter.errors import HostError
 
-OLDEST = (
-    1,
-    9,
-    # with grouped matrices for experts, and norms that are good enough for queries and keys
-    # (transformer_engine_spec_provider.py)
-)
+OLDEST = (2, 1)  # with grouped matrices for experts, and fp8 recipes (megatron-core's fp8_utils.py:553)
+OLDEST_FOR = {"tensorwise": (2, 2), "blockwise": (2, 3)}  # fp8 recipes that are newer (fp8_utils.py:560)
 
 
-def implementation(wanted: str, *, bf16: bool) -> str:
+def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
     """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError where that cannot be had.
 
     ``auto`` leaves float32 to torch: Transformer Engine's fast attention is for 16 bits, and float32 is there
-    for comparisons.
+    for comparisons. ``fp8``: the recipe, where products are computed in fp8.
     """
     if wanted == "local" or (wanted == "auto" and not bf16):
         return "local"
-    reason = obstacle()
+    reason = obstacle(OLDEST_FOR.get(fp8 or "", OLDEST))
     if reason is None:
         warn(f"transformer-engine {_version()} was not tested; if something breaks: --transformer-impl local")
         return "transformer_engine"
-    if wanted == "transformer_engine":
+    if wanted == "transformer_engine" or fp8:
+        needs = "--fp8-format" if fp8 else "--transformer-impl transformer_engine"
+        without = "leave --fp8-format out" if fp8 else "use --transformer-impl local"
         raise HostError(
-            f"--transformer-impl transformer_engine: Transformer Engine {reason}",
-            remedy="with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or use "
-            "--transformer-impl local",
+            f"{needs}: Transformer Engine {reason}",
+            remedy=f"with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or {without}",
         )
     if present() and torch.cuda.is_available():
         warn(f"Transformer Engine {reason}: torch's own layers take its place")
     return "local"
 
 
-def obstacle() -> str | None:
+def obstacle(oldest: tuple[int, int] = OLDEST) -> str | None:
     """Why Transformer Engine cannot be used here; None where it can."""
     if not present():
         return "is not installed"
@@ -56,8 +53,8 @@ def obstacle() -> str | None:
     except (ImportError, OSError) as error:  # OSError: a CUDA library of another version
         return f"cannot be imported ({error})"
     version = _version()
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"{version} is older than {OLDEST[0]}.{OLDEST[1]}, the first that has what this project uses"
+    if tuple(int(part) for part in version.split(".")[:2]) < oldest:
+        return f"{version} is older than {oldest[0]}.{oldest[1]}, the first with what these settings need"
     return None
 
 

@@ -17,6 +17,7 @@ from megatron_hyperrouter.config.rules import (
     layout,
     megatron,
     model,
+    precision,
     training,
 )
 from megatron_hyperrouter.config.rules.base import Rule
@@ -32,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     *engine.RULES,
     *deepspeed_json.RULES,
     *megatron.RULES,
+    *precision.RULES,
 )
 
 

@@ -20,6 +20,7 @@ from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.sections.guard import GuardConfig
 from megatron_hyperrouter.config.sections.optimizer import OptimizerConfig as OptimizerConfig
+from megatron_hyperrouter.config.sections.precision import PrecisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,6 +468,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -31,8 +31,12 @@ def open_engine(
         wanted = config.engine.transformer_impl
         if wanted == "auto" and resets_documents(config):
             wanted = "local"  # Transformer Engine's attention does not keep documents apart
-        chosen: Any = implementation(wanted, bf16=config.train.bf16)
+        chosen: Any = implementation(wanted, bf16=config.train.bf16, fp8=_fp8_recipe(config))
         config = replace(config, engine=replace(config.engine, transformer_impl=chosen))
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
     engine: Engine = room.open_engine(config, vocab_size=vocab_size, eod=eod, for_training=for_training)
     return engine
+
+
+def _fp8_recipe(config: RunConfig) -> str | None:
+    return config.precision.fp8_recipe if config.precision.fp8_format else None

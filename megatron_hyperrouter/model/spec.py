@@ -8,6 +8,7 @@ layers from Transformer Engine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         parts_of_host = [part for part in parts if part not in own]
         fields |= {"recompute_granularity": "selective", "recompute_modules": parts_of_host}
     if uses_transformer_engine(config):
-        fields |= {"moe_grouped_gemm": True}
+        fields |= {"moe_grouped_gemm": True, **_fp8_fields(config)}
         if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
             limited = [int(window is not None) for window in windows(config)]
             fields |= {"window_size": (width, 0), "window_attn_skip_freq": limited}
@@ -108,6 +109,14 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         core.yarn_rotary_scaling_factor = config.attention.rotary_scaling_factor
         core.yarn_mscale, core.yarn_mscale_all_dim = config.attention.mscale, config.attention.mscale_all_dim
     return core
+
+
+def _fp8_fields(config: RunConfig) -> dict[str, Any]:
+    """What megatron-core asks for by the settings' own names, but for the format."""
+    if config.precision.fp8_format is None:
+        return {}
+    given = asdict(config.precision)
+    return {"fp8": given.pop("fp8_format"), "fp8_wgrad": not given.pop("no_fp8_wgrad"), **given}
 
 
 def uses_transformer_engine(config: RunConfig) -> bool:

@@ -70,7 +70,7 @@ OBSTACLES = [
     ({"gpu": False}, "needs a GPU", False),
     ({"error": ImportError("libnccl")}, "cannot be imported (libnccl)", True),
     ({"error": OSError("libcudart.so.12")}, "cannot be imported (libcudart.so.12)", True),
-    ({"version": "1.8.1"}, "1.8.1 is older than 1.9", True),
+    ({"version": "2.0.1"}, "2.0.1 is older than 2.1", True),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 PACKED = {"pack_documents": True, "reset_attention_mask": True, "eod_mask_loss": True}
 MEGATRON = {"engine": "megatron"}
+FP8 = {**MEGATRON, "bf16": True, "fp8_format": "hybrid"}
 TP2 = {"tensor_model_parallel_size": 2}
 
 

@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
-from config.rule_case import MEGATRON, PACKED, TP2, case
+from config.rule_case import FP8, MEGATRON, PACKED, TP2, case
 
 CASES = [
+    case(
+        "fp8_settings_need_fp8",
+        {**MEGATRON, "fp8_recipe": "mxfp8"},
+        "--fp8-recipe",
+        "does nothing without --fp8-format",
+        {"fp8_format": "e4m3", "bf16": True},
+    ),
+    case(
+        "fp8_needs_bf16_and_its_layers",
+        {**FP8, "bf16": False},
+        "--fp8-format",
+        "needs --bf16",
+        {"bf16": True},
+    ),
+    case(
+        "fp8_needs_bf16_and_its_layers",
+        {**FP8, "transformer_impl": "local"},
+        "--fp8-format",
+        "--transformer-impl local",
+        {"transformer_impl": "auto"},
+    ),
+    case(
+        "fp8_layers_in_bf16_have_their_own_scales",
+        {**FP8, "first_last_layers_bf16": True},
+        "--first-last-layers-bf16",
+        "--fp8-recipe delayed",
+        {"fp8_recipe": "tensorwise"},
+    ),
+    case(
+        "fp8_widths",
+        {**FP8, "hidden_size": 264, "kv_channels": 64},
+        "--hidden-size",
+        "must be divisible by 16",
+        {"hidden_size": 256},
+    ),
+    case(
+        "fp8_widths",
+        {**FP8, "fp8_recipe": "mxfp8", "moe_ffn_hidden_size": 48},
+        "--moe-ffn-hidden-size",
+        "must be divisible by 32",
+        {"moe_ffn_hidden_size": 64},
+    ),
     case(
         "alarms_are_known",
         {"alarm": ["collapse=page"]},

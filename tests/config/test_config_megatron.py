@@ -223,7 +223,7 @@ class TestKinds:
             assert "is fixed here" in problem.rule
 
     def test_what_is_absent_says_what_it_is_and_what_would_change(self, all_routers):
-        (problem,) = problems_of(all_routers, *DATA, "--fp8-format", "hybrid")
+        (problem,) = problems_of(all_routers, *DATA, "--fp4-format", "e2m1")
         assert problem.rule == "belongs to 8-bit and 4-bit numbers: not here"
         assert problem.remedy.startswith("if you leave it out, the run would compute in")
 

@@ -2,7 +2,7 @@
 names, computed by torch.
 
 Written after the calls that megatron-core 0.16.1 makes (extensions/transformer_engine.py).  It claims to
-be version 1.12. ``partition_dim`` is wrong on the second matrix of experts that are cut, as in the
+be version 2.1. ``partition_dim`` is wrong on the second matrix of experts that are cut, as in the
 original, which knows nothing of their parallelism.
 """
 
@@ -24,6 +24,16 @@ def matrix(rows: int, columns: int, dim: int, **made: Any) -> nn.Parameter:
     weight = nn.Parameter(torch.full((rows, columns), 1e3, dtype=made["params_dtype"], device=made["device"]))
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
     return weight
+
+
+FP8: list[Any] = []  # recipes of the contexts that are open, innermost last
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To e4m3 within a context of fp8, with a gradient as if it were not."""
+    if not FP8 or FP8[-1] is None:
+        return x
+    return x + (x.detach().to(torch.float8_e4m3fn).to(x.dtype) - x.detach())
 
 
 def scale(length: int, sequence_parallel: bool, **made: Any) -> nn.Parameter:
@@ -77,7 +87,7 @@ class Linear(Stateful):
                 else mappings.copy_to_tensor_model_parallel_region
             )
             x = into(x, group=self.group)
-        x = x @ self.weight.t()
+        x = rounded(x) @ rounded(self.weight).t()
         if self.mode == "row":
             to = (
                 mappings.reduce_scatter_to_sequence_parallel_region
@@ -136,7 +146,10 @@ class GroupedLinear(Stateful):
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         parts = x.split(m_splits)
         return torch.cat(
-            [part @ self.get_parameter(f"weight{number}").t() for number, part in enumerate(parts)]
+            [
+                rounded(part) @ rounded(self.get_parameter(f"weight{number}")).t()
+                for number, part in enumerate(parts)
+            ]
         )
 
 
@@ -173,7 +186,7 @@ def install() -> None:
     """Make ``import transformer_engine`` find this; before megatron-core is imported."""
     parts = (
         "common common.recipe pytorch pytorch.distributed pytorch.fp8 pytorch.float8_tensor "
-        "pytorch.cpp_extensions"
+        "pytorch.cpp_extensions pytorch.ops pytorch.tensor pytorch.tensor.float8_tensor"
     ).split()
     names = ["transformer_engine", *(f"transformer_engine.{part}" for part in parts)]
     for name in names:
@@ -184,15 +197,26 @@ def install() -> None:
         if parent:
             setattr(sys.modules[parent], last, module)
     te = sys.modules["transformer_engine"]
-    te.__version__ = "1.12.0"  # type: ignore[attr-defined]
+    te.__version__ = "2.1.0"  # type: ignore[attr-defined]
     given: dict[str, list[Any]] = {
-        "pytorch": [Linear, LayerNormLinear, RMSNorm, GroupedLinear, DotProductAttention],
-        "common.recipe": [type("DelayedScaling", (), {})],
+        "pytorch": [
+            Fp8Padding,
+            Fp8Unpadding,
+            Linear,
+            LayerNormLinear,
+            RMSNorm,
+            GroupedLinear,
+            DotProductAttention,
+        ],
+        "common.recipe": [Format, DelayedScaling, MXFP8BlockScaling],
+        "pytorch.ops": [type("Sequential", (), {}), type("FusibleOperation", (), {})],
+        "pytorch.tensor": [type("QuantizedTensor", (), {})],
         "pytorch.distributed": [type("CudaRNGStatesTracker", (Tracker,), {}), activation_recompute_forward],
         "pytorch.fp8": [type("FP8GlobalStateManager", (), {}), fp8_autocast],
         "pytorch.cpp_extensions": [cast_to_fp8],
-        "pytorch.float8_tensor": [type("Float8Tensor", (), {})],
+        "pytorch.tensor.float8_tensor": [type("Float8Tensor", (), {})],
     }
+    sys.modules["transformer_engine.pytorch"].fp8_autocast = fp8_autocast  # type: ignore[attr-defined]
     for name, things in given.items():
         for thing in things:
             setattr(sys.modules[f"transformer_engine.{name}"], thing.__name__, thing)
@@ -207,6 +231,57 @@ def activation_recompute_forward(*args: Any, **kwargs: Any) -> Any:
     yield
 
 
+class Fp8Padding(nn.Module):
+    """Rows of zeros after those of each expert, up to a multiple of 16."""
+
+    def __init__(self, num_gemms: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
+        sizes = [-(-size // 16) * 16 for size in m_splits]
+        parts = [
+            F.pad(part, (0, 0, 0, size - len(part)))
+            for part, size in zip(x.split(m_splits), sizes, strict=True)
+        ]
+        return torch.cat(parts), sizes
+
+
+class Fp8Unpadding(nn.Module):
+    """Takes them away again."""
+
+    def __init__(self, num_gemms: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> Tensor:
+        parts = x.split([-(-size // 16) * 16 for size in m_splits])
+        return torch.cat([part[:size] for part, size in zip(parts, m_splits, strict=True)])
+
+
+class Format:
+    """Of 8-bit floats: forwards and backwards."""
+
+    E4M3, HYBRID = "e4m3", "hybrid"
+
+
+class MXFP8BlockScaling:
+    """Scales by blocks of 32 values."""
+
+    def __init__(self, *, fp8_format: str) -> None:
+        self.format = fp8_format
+
+
+class DelayedScaling:
+    """Scales by the history of the largest value."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+
 @contextlib.contextmanager
-def fp8_autocast(*args: Any, **kwargs: Any) -> Any:
-    yield
+def fp8_autocast(*, enabled: bool, fp8_recipe: Any, fp8_group: Any) -> Any:
+    """Layers inside of it round what they multiply."""
+    FP8.append(fp8_recipe if enabled else None)
+    try:
+        yield
+    finally:
+        FP8.pop()

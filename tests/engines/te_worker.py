@@ -13,5 +13,5 @@ from engines import layout_worker  # noqa: E402
 from megatron_hyperrouter.compat import transformer_engine  # noqa: E402
 
 if __name__ == "__main__":
-    transformer_engine.obstacle = lambda: None
+    transformer_engine.obstacle = lambda oldest: None
     layout_worker.main()

@@ -73,12 +73,10 @@ max-seqlen-per-dp-cp-rank no-dsa-indexer-rotate-activation no-dsa-indexer-scorin
 o-lora-rank spec
 """,
         ("8-bit and 4-bit numbers", "the run would compute in --bf16 or float32"): """
-disable-fp8-wgrad first-last-layers-bf16 fp4 fp4-format fp4-param-gather fp4-quantizer-factory
-fp4-recipe fp8 fp8-amax-compute-algo fp8-amax-history-len fp8-format fp8-interval fp8-margin
-fp8-output-proj fp8-param-gather fp8-quantizer-factory fp8-recipe keep-fp8-transpose-cache
+fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 fp8-interval
+fp8-output-proj fp8-param-gather fp8-quantizer-factory keep-fp8-transpose-cache
 keep-fp8-transpose-cache-when-using-custom-fsdp kitchen-attention-backend kitchen-config-file
-kitchen-recipe-number no-fp8-wgrad num-layers-at-end-in-bf16 num-layers-at-start-in-bf16
-reuse-grad-buf-for-mxfp8-param-ag
+kitchen-recipe-number reuse-grad-buf-for-mxfp8-param-ag
 """,
         ("residual streams of another kind", "there would be one residual stream: another model"): """
 enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num

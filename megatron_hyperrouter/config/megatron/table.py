@@ -75,6 +75,7 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "exit-signal-handler": "exit_on_signal",
         "layernorm-epsilon": "norm_epsilon",
         "batch-size": "micro_batch_size",
+        "disable-fp8-wgrad": "no_fp8_wgrad",
         "model-parallel-size": "tensor_model_parallel_size",
         "num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
         "moe-router-pre-softmax": "router.pre_softmax",

@@ -1,0 +1,72 @@
+"""Rules about 8-bit floating-point numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from megatron_hyperrouter.config.derived import dense_width, expert_tensor_size, expert_width, moe_layers
+from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
+from megatron_hyperrouter.config.sections.precision import PrecisionConfig
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import Problem
+
+
+def fp8_settings_need_fp8(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Scales and layers in bfloat16 mean nothing where nothing is computed in fp8."""
+    if config.precision.fp8_format is not None:
+        return
+    default = PrecisionConfig()
+    for each in fields(PrecisionConfig):
+        if getattr(config.precision, each.name) != getattr(default, each.name):
+            yield broken(
+                config, each.name, "does nothing without --fp8-format", "add --fp8-format, or leave it out"
+            )
+
+
+def fp8_needs_bf16_and_its_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Transformer Engine's fp8 products take and give bfloat16; torch's layers have none."""
+    if config.precision.fp8_format is None:
+        return
+    if not config.train.bf16:
+        yield broken(config, "fp8_format", "needs --bf16", "add --bf16, or leave --fp8-format out")
+    if config.engine.transformer_impl == "local":
+        remedy = "use --transformer-impl transformer_engine, or leave --fp8-format out"
+        yield broken(config, "fp8_format", "does not work with --transformer-impl local", remedy)
+
+
+def fp8_layers_in_bf16_have_their_own_scales(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """megatron-core refuses the pair (fp8_utils.py:650): histories are reduced once for all layers."""
+    precision = config.precision
+    delayed = precision.fp8_format is not None and precision.fp8_recipe == "delayed"
+    if delayed and precision.first_last_layers_bf16:
+        rule = "does not work with --fp8-recipe delayed"
+        yield broken(config, "first_last_layers_bf16", rule, "use --fp8-recipe tensorwise, or leave it out")
+
+
+def fp8_widths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Rows of fp8 matrices come in blocks of 16 numbers, in mxfp8 of 32, on each rank."""
+    precision, model = config.precision, config.model
+    if precision.fp8_format is None:
+        return
+    block = 32 if precision.fp8_recipe == "mxfp8" else 16
+    widths = {
+        "hidden_size": (model.hidden_size, 1),
+        "moe_ffn_hidden_size": (expert_width(config), expert_tensor_size(config)),
+    }
+    if not all(moe_layers(config)):
+        widths["ffn_hidden_size"] = (dense_width(config), config.parallel.tensor_model_parallel_size)
+    for name, (width, parts) in widths.items():
+        if width % (block * parts):
+            rule = f"must be divisible by {block * parts} for --fp8-format with --fp8-recipe "
+            remedy = f"use {multiples(width, block * parts)}, or leave --fp8-format out"
+            yield Problem(flag(name), width, rule + precision.fp8_recipe, remedy)
+
+
+RULES: tuple[Rule, ...] = (
+    fp8_settings_need_fp8,
+    fp8_needs_bf16_and_its_layers,
+    fp8_layers_in_bf16_have_their_own_scales,
+    fp8_widths,
+)

@@ -1,0 +1,55 @@
+"""Settings of 8-bit floating-point numbers; a section of the tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megatron_hyperrouter.config.kinds import Count, Natural
+from megatron_hyperrouter.config.roles import Only, Role
+
+TE_ALONE = Only(
+    "megatron", "leave it out; only Megatron-Core's layers from Transformer Engine compute in fp8"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Matrix products in fp8, computed by Transformer Engine; routers and hypernetworks stay in float32."""
+
+    fp8_format: Annotated[
+        Literal["e4m3", "hybrid"] | None,
+        Role.PRECISION,
+        TE_ALONE,
+        "Compute the products of attention and experts in fp8. hybrid: gradients in e5m2; needs --bf16 and "
+        "Transformer Engine",
+    ] = None
+    fp8_recipe: Annotated[
+        Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
+        Role.PRECISION,
+        TE_ALONE,
+        "How fp8 tensors are scaled: delayed, by their history; tensorwise, blockwise and mxfp8, by their "
+        "values",
+    ] = "delayed"
+    fp8_margin: Annotated[Natural, Role.PRECISION, TE_ALONE, "With delayed: margin of the scale, in bits"] = 0
+    fp8_amax_history_len: Annotated[
+        Count, Role.PRECISION, TE_ALONE, "With delayed: number of steps in the history of the maximum"
+    ] = 1
+    fp8_amax_compute_algo: Annotated[
+        Literal["most_recent", "max"],
+        Role.PRECISION,
+        TE_ALONE,
+        "With delayed: take the most recent or the largest maximum of the history",
+    ] = "most_recent"
+    no_fp8_wgrad: Annotated[
+        bool, Role.PRECISION, TE_ALONE, "With delayed: compute the gradients of weights in bfloat16"
+    ] = False
+    first_last_layers_bf16: Annotated[
+        bool, Role.PRECISION, TE_ALONE, "Keep the first and the last layers in bfloat16; not with delayed"
+    ] = False
+    num_layers_at_start_in_bf16: Annotated[
+        Natural, Role.PRECISION, TE_ALONE, "With --first-last-layers-bf16: number of first layers"
+    ] = 1
+    num_layers_at_end_in_bf16: Annotated[
+        Natural, Role.PRECISION, TE_ALONE, "With --first-last-layers-bf16: number of last layers"
+    ] = 1
