@@ -24,6 +24,8 @@ from megatron_hyperrouter.config.rules.base import Rule
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
+_SATURATED = 4.0  # standard deviation of logits at the start
+
 RULES: tuple[Rule, ...] = (
     *model.RULES,
     *attention.RULES,
@@ -73,6 +75,12 @@ def _about_router(config: RunConfig) -> Iterator[str]:
     if options is None or model.num_experts == 1:
         return
     yield from options.warnings(topk=smallest_topk(config))
+    std = options.initial_logit_std(model.hidden_size)
+    if std is not None and std > _SATURATED:
+        yield (
+            f"the router's logits start with a standard deviation of {std:.1f}, so that nearly all weight "
+            "goes to one expert and the router hardly learns; --router.logit-std 1 starts it moderately"
+        )
     yield from options.lost(num_layers=model.num_layers, aux_loss_coeff=model.moe_aux_loss_coeff)
 
 

@@ -8,6 +8,7 @@ chosen ids ``_TK``;
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from megatron_hyperrouter.config.kinds import Count
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
@@ -114,6 +116,14 @@ class Router(nn.Module):
         scaling_factor: Annotated[
             float, Gt(0.0), "Factor on the weights of the chosen experts (DeepSeek-V2, DeepSeek-V3)"
         ] = 1.0
+        lr_mult: Annotated[
+            float, Gt(0.0), Role.COURSE, "Factor on the learning rate of the router's trained parameters"
+        ] = 1.0
+
+        def initial_logit_std(self, hidden_size: int) -> float | None:
+            """Standard deviation of the logits at the start, for inputs of unit variance; None: not known."""
+            std: float | None = getattr(self, "init_std", None)
+            return None if std is None else std * math.sqrt(hidden_size)
 
         @property
         def groups(self) -> Groups | None:

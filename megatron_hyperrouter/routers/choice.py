@@ -25,14 +25,16 @@ micro-batches seen so far instead: it depends on how many replicas there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import bias_step, known_load_loss, sequence_loss, switch_loss, z_loss
 from megatron_hyperrouter.ops.jitter import jitter
@@ -78,6 +80,13 @@ class ChoosingRouter(Router):
         bias_update_rate: Annotated[
             float | None, Ge(0.0), "Change of expert_bias in a step; 0 keeps it fixed; default: 0.001"
         ] = None
+        logit_std: Annotated[
+            float | None,
+            Gt(0.0),
+            Role.INITIAL,
+            "Standard deviation of the logits at the start, for inputs of unit variance; default: as the"
+            " router's other options give it",
+        ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """Options that contradict one another, or that another one leaves without a meaning."""
@@ -99,6 +108,14 @@ class ChoosingRouter(Router):
                     "needs --router.expert-bias",
                     "add it, or drop the rate",
                 )
+            own = getattr(self, "init_std", None)
+            if self.logit_std is not None and own != getattr(type(self), "init_std", None):
+                rule = "sets the scale of the logits, and --router.init-std sets it too"
+                yield Problem("--router.logit-std", self.logit_std, rule, "drop one of the two")
+
+        def initial_logit_std(self, hidden_size: int) -> float | None:
+            """As asked for, or as the other options give it."""
+            return super().initial_logit_std(hidden_size) if self.logit_std is None else self.logit_std
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
             """A kind of loss that is multiplied by 0."""
@@ -140,6 +157,12 @@ class ChoosingRouter(Router):
             self.register_buffer("share_E", torch.full((self.num_experts,), 1.0 / self.num_experts))
         if config.expert_bias:
             self.register_buffer("choice_bias_E", torch.zeros(self.num_experts))
+
+    def matrix_std(self) -> float:
+        """Standard deviation of the entries of a random matrix: ``init_std``, or what gives ``logit_std``."""
+        wanted: float | None = self.config.logit_std
+        own: float = getattr(self.config, "init_std", 0.0)
+        return own if wanted is None else wanted / math.sqrt(self.hidden_size)
 
     def view(self, x_TD: Tensor, now: Pass) -> Tensor:
         """In training the input with its jitter; without places of tokens they count from 0."""

@@ -35,6 +35,7 @@ class HypernetRecipe(Recipe):
     width: int
     bias: bool
     init: str
+    logit_std: float | None = None
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
         """``(w1_HS, b1_H, w2_HP, b2_P)``.  The columns for the router's bias are a stream of their own: W
@@ -58,11 +59,25 @@ class HypernetRecipe(Recipe):
         ``paper``: 0.02.  ``width``: a hidden unit's input is N(0, S std1^2), so std1 = S^-1/2 makes it N(0,
         1), and the ReLU leaves a mean square of 1/2; a generated number has variance H std2^2 / 2, and a
         logit that of D of them (and the bias) for x of unit variance: std2 = (2 / (H (D + bias)))^1/2 makes
-        it 1.
+        it 1.  ``logit_std`` then scales the second layer.
         """
+        numbers = self.hidden_size + self.bias
         if self.init == "paper":
-            return 0.02, 0.02
-        return self.embedding_size**-0.5, math.sqrt(2.0 / (self.width * (self.hidden_size + self.bias)))
+            first, second = 0.02, 0.02
+        else:
+            first, second = self.embedding_size**-0.5, math.sqrt(2.0 / (self.width * numbers))
+        if self.logit_std is None:
+            return first, second
+        return first, second * self.logit_std / logit_std(
+            first, second, self.embedding_size, self.width, numbers
+        )
+
+
+def logit_std(first: float, second: float, embedding_size: int, width: int, numbers: int) -> float:
+    """Standard deviation of the logits of a hypernetwork whose layers have these, for an embedding and inputs
+    of unit variance; ``numbers``: generated for an expert.
+    """
+    return first * second * math.sqrt(embedding_size * width * numbers / 2)
 
 
 class Generated(NamedTuple):
@@ -114,6 +129,13 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             """At k = 1 the embedding does not learn where weights sum to 1."""
             return no_gradient_at_k1("hyper", topk) if self.sums_to_one else iter(())
 
+        def initial_logit_std(self, hidden_size: int) -> float | None:
+            """1 with ``width``; with ``paper`` it grows with the sizes."""
+            if self.logit_std is not None or self.init == "width":
+                return self.logit_std or 1.0
+            size = self.embedding_size or hidden_size
+            return logit_std(0.02, 0.02, size, self.hypernet_width, hidden_size + self.bias)
+
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""
         super().__init__(config, **common)
@@ -127,6 +149,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             width=config.hypernet_width,
             bias=config.bias,
             init=config.init,
+            logit_std=config.logit_std,
         )
         self.freeze(recipe)
         if config.anchor:

@@ -11,7 +11,7 @@ checkpoint holds its seed and hash, and W is drawn again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from megatron_hyperrouter.config.kinds import Natural
+from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
@@ -45,10 +46,17 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ChoosingRouter.Config):
-        """The published router; raise ``init_std`` to match another router's logits."""
+        """The published router; ``logit_std`` matches another router's logits."""
 
         init_std: Annotated[float, Ge(0.0), "Standard deviation of the frozen weights"] = 0.02
         seed: Annotated[Natural | None, "Random seed of the frozen weights; default: --seed"] = None
+
+        def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
+            """Nothing is trained."""
+            yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
+            if self.lr_mult != 1.0:
+                rule = "changes nothing: the router smoe_dropout has no trained parameters"
+                yield Problem("--router.lr-mult", self.lr_mult, rule, "leave it out")
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""
@@ -60,7 +68,7 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
                 f"smoe_dropout.layer{self.layer_number}",
                 self.num_experts,
                 self.hidden_size,
-                config.init_std,
+                self.matrix_std(),
             )
         )
 

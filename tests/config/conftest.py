@@ -32,6 +32,9 @@ class Hyper:
             if topk == 1:
                 yield "the router gets no gradient"
 
+        def initial_logit_std(self, hidden_size: int) -> float | None:
+            return None
+
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
             if self.seed == num_layers and not aux_loss_coeff:
                 yield f"no loss in {num_layers} layers"
@@ -48,6 +51,9 @@ class Plain:
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             return iter(())
+
+        def initial_logit_std(self, hidden_size: int) -> float | None:
+            return None
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
             return iter(())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_hyperrouter import ROUTERS, build_router
+from megatron_hyperrouter.config.check import warnings
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.ops.schedule import topk_at
@@ -93,3 +94,51 @@ def test_a_run_with_more_experts_than_its_groups_have_is_refused():
     flags = "--data-path x --num-experts 8 --moe-router-topk 5 --router.num-groups 4 --router.group-topk 2"
     with pytest.raises(ConfigError, match=r"must be at most 4, the experts of --router\.group-topk 2"):
         parse(flags.split(), routers=ROUTERS)
+
+
+@pytest.mark.parametrize("name", ["topk", "smoe_dropout", "hyper"])
+@pytest.mark.parametrize("wanted", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("options", [{}, {"init": "paper", "bias": True, "embedding_size": 40}])
+def test_logits_start_with_the_standard_deviation_that_is_asked_for(name, wanted, options):
+    if options and name != "hyper":
+        return
+    stds = []
+    for seed in range(12):
+        router = build_router(
+            name, hidden_size=64, num_experts=32, topk=2, seed=seed, logit_std=wanted, **options
+        )
+        x_TD = torch.randn(256, 64, generator=torch.Generator().manual_seed(seed))
+        stds.append(float(router(x_TD).logits_TE.detach().var().sqrt()))
+    assert router.config.initial_logit_std(64) == wanted
+    assert sum(stds) / len(stds) == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("topk", {}), ("smoe_dropout", {"init_std": 0.3}), ("hyper", {}), ("hyper", {"init": "paper"})],
+)
+def test_what_options_say_of_the_initial_scale_is_what_routers_draw(name, options):
+    stds = []
+    for seed in range(12):
+        router = build_router(name, hidden_size=64, num_experts=32, topk=2, seed=seed, **options)
+        x_TD = torch.randn(256, 64, generator=torch.Generator().manual_seed(seed))
+        stds.append(float(router(x_TD).logits_TE.detach().var().sqrt()))
+    expected = router.config.initial_logit_std(64)
+    assert sum(stds) / len(stds) == pytest.approx(expected, rel=0.1)
+
+
+def test_two_scales_are_one_too_many():
+    with pytest.raises(ConfigError, match="sets it too"):
+        build_router("topk", hidden_size=8, num_experts=4, topk=2, logit_std=1.0, init_std=0.5)
+    with pytest.raises(ConfigError, match="has no trained parameters"):
+        build_router("smoe_dropout", hidden_size=8, num_experts=4, topk=2, lr_mult=3.0)
+
+
+def test_a_run_whose_logits_start_saturated_is_warned():
+    """The published initial values grow with the hidden size: 18.5 at 4096."""
+    flags = "--mock-data --hidden-size 4096 --num-attention-heads 32 --router.init paper"
+    words = flags.split()
+    (found,) = [word for word in warnings(parse(words, routers=ROUTERS, world_size=1)) if "logits" in word]
+    assert "standard deviation of 18.5" in found
+    words += ["--router.logit-std", "1"]
+    assert not [word for word in warnings(parse(words, routers=ROUTERS, world_size=1)) if "logits" in word]

@@ -52,7 +52,8 @@ class DeepSpeedEngine(SharedEngine):
     def _wrap(self) -> Any:
         import deepspeed
 
-        optimizer = adamw(self.named_parameters(), self.config.optimizer)
+        factor = self.config.router.options.lr_mult
+        optimizer = adamw(self.named_parameters(), self.config.optimizer, router_lr_mult=factor)
         groups = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
         settings = deepspeed_settings(
             self.config, data_parallel_size=self.place.data_size, largest_group=max(groups)
@@ -91,7 +92,7 @@ class DeepSpeedEngine(SharedEngine):
     def optimize(self, batches: list[Batch], learning_rate: float) -> float:
         """See :class:`SharedEngine`."""
         for group in self.host.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)  # none in old checkpoints
         self._accumulate(len(batches))
         if self.stages == 1:
             self.host.train()

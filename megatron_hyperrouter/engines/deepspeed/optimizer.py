@@ -12,23 +12,28 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import nn
 
 from megatron_hyperrouter.config.tree import OptimizerConfig
-from megatron_hyperrouter.model.names import decays
+from megatron_hyperrouter.model.names import decays, router_parameter
 
 
-def adamw(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW; ``named`` gives global names."""
-    trained = list(named)
-    groups: list[dict[str, Any]] = []
-    for decay in (True, False):
-        parameters = [parameter for name, parameter in trained if decays(name, parameter) == decay]
-        if parameters:
-            groups.append(
-                {
-                    "name": f"decay_{decay}",
-                    "params": parameters,
-                    "weight_decay": settings.weight_decay if decay else 0.0,
-                }
-            )
+def adamw(
+    named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig, *, router_lr_mult: float = 1.0
+) -> torch.optim.AdamW:
+    """torch's AdamW; ``named`` gives global names.  Each group has its factor on the learning rate as
+    ``lr_mult``, which is ``router_lr_mult`` for the parameters of routers.
+    """
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        factor = router_lr_mult if router_parameter(name) is not None else 1.0
+        kinds.setdefault((decays(name, parameter), factor), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "name": f"decay_{decay}_{factor:g}",
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decay else 0.0,
+            "lr_mult": factor,
+        }
+        for (decay, factor), parameters in sorted(kinds.items(), key=lambda kind: kind[0], reverse=True)
+    ]
     split = [
         group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]
     ]

@@ -14,7 +14,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -75,7 +76,10 @@ class MegatronEngine(SharedEngine):
             for number, chunk in enumerate(chunks)
         ]
         made = get_megatron_optimizer(
-            _optimizer_config(run, self.core), wrapped, use_gloo_process_groups=False
+            (settings := _optimizer_config(run, self.core)),
+            wrapped,
+            _overrides(settings, run.router.options.lr_mult),
+            use_gloo_process_groups=False,
         )
         self.optimizer = judged.JudgedOptimizer(made, self.judgement)
         # wd_mult is a note to megatron's scheduler; without one, norms would decay
@@ -107,7 +111,7 @@ class MegatronEngine(SharedEngine):
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         model.set_topk(self.chunks, self.topk_at(self.clock.step))
         self._schedule(batches, forward_only=False)
         _, norm, self.num_zeros = self.optimizer.step()
@@ -240,6 +244,14 @@ def _optimizer_config(run: RunConfig, core: TransformerConfig) -> OptimizerConfi
         log_num_zeros_in_grad=run.logging.log_num_zeros_in_grad,
         overlap_param_gather=settings.overlap_param_gather,
     )
+
+
+def _overrides(settings: OptimizerConfig, router_lr_mult: float) -> dict[ParamKey, Any] | None:
+    """What single parameters have of their own: with a factor for routers, groups whose ``lr_mult`` it is."""
+    if router_lr_mult == 1.0:
+        return None
+    own = {ParamKey(name="*.mlp.router.*"): {"lr_mult": router_lr_mult}}
+    return {**get_standard_config_overrides(settings), **own}
 
 
 def _two_slices(whole_BS: Tensor, rank: int, size: int) -> Tensor:
