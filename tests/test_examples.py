@@ -41,7 +41,11 @@ def test_readme_settings_are_accepted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", *(f"examples/{name}.sh" for name in ("quickstart", "cluster", "slurm"))],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"examples/{name}.sh" for name in ("quickstart", "cluster", "cluster/slurm")),
+    ],
 )
 def test_named_files_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

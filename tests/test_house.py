@@ -88,7 +88,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "engines/megatron": (HOST_ROOM, {"torch", "megatron", "numpy"}),
     "guard": ({"engines/base", "config"}, {"torch"}),
     "watch": ({"guard"}, set()),
-    "doctor": ({"compat"}, {"torch"}),
+    "doctor": ({"compat", "guard"}, {"torch"}),
     "train": (
         {
             "engines/base",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from megatron_hyperrouter.errors import HostError
+from megatron_hyperrouter.guard.meeting import wait_for_name
 
 PATIENCE = timedelta(seconds=120)  # with the slowest rank
 Value = TypeVar("Value")
@@ -35,6 +36,7 @@ class Ranks:
         if size == 1:
             return cls(0, 1)
         rank, place = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        wait_for_name(os.environ["MASTER_ADDR"])
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
         except (dist.DistStoreError, dist.DistNetworkError, OSError, RuntimeError) as error:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,8 +19,10 @@ from typing import Any
 from torch import distributed as dist
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import ConfigError, Problem
 
 _PATIENCE = timedelta(hours=2)  # with the slowest rank
+_NAME = 30.0  # seconds until the name of a machine is known
 _SILENCE = 60.0  # seconds of waiting before a person is told
 
 
@@ -37,6 +40,7 @@ class Meeting:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls(0, 1)
+        wait_for_name(os.environ["MASTER_ADDR"])
         with _waiting(world_size):
             store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
         store.set_timeout(_PATIENCE)
@@ -74,6 +78,24 @@ class Meeting:
                         f"and rank 0 has {ours.get(name, 'none')}"
                     )
         return ""
+
+
+def wait_for_name(host: str) -> None:
+    """Until this machine knows the name of rank 0's; ConfigError where it does not come to know it.
+
+    A cluster may publish the name of a machine some seconds after it has started it.
+    """
+    end = time.monotonic() + _NAME
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                rule = f"is not known on {socket.gethostname()} ({error.strerror or error})"
+                remedy = "give rank 0's address, or mend DNS or /etc/hosts on that machine"
+                raise ConfigError([Problem("MASTER_ADDR", host, rule, remedy)]) from error
+        time.sleep(1.0)
 
 
 @contextmanager

@@ -106,9 +106,9 @@ def submit(plans: Sequence[tuple[Plan, int]], gpus_per_node: int) -> None:
             f"--job-name={plan.folder.name}",
             f"--nodes={nodes}",
             f"--gpus-per-node={gpus}",
-            "examples/slurm.sh",
+            "examples/cluster/slurm.sh",
         ]
-        # --engine as well: examples/slurm.sh has another one
+        # --engine as well: examples/cluster/slurm.sh has another one
         flags = training(plan).command[len(PROGRAM) :]
         show(shlex.join([*start, *flags, "--engine", plan.config.engine.engine]))
 

@@ -15,6 +15,7 @@ from megatron_hyperrouter.commands.training import together
 from megatron_hyperrouter.commands.training.together import agree_on_settings, decide_together
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.guard import meeting
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.routers import ROUTERS
 
@@ -103,3 +104,10 @@ def test_what_rank_0_refuses_no_other_rank_waits_for(tmp_path: Path) -> None:
     config = parse(["--data-path", "text", "--load", str(tmp_path / "nowhere")], routers=ROUTERS)
     for answer in on_ranks(lambda meeting: decide_together(config, meeting)):
         assert isinstance(answer, CheckpointError) and "there is no finished checkpoint" in str(answer)
+
+
+def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_NAME", 0.0)
+    meeting.wait_for_name("127.0.0.1")
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR = node7\.invalid: is not known on "):
+        meeting.wait_for_name("node7.invalid")

@@ -152,7 +152,7 @@ def test_finished_runs_stay_and_a_cluster_gets_the_others(
     shutil.rmtree(lost)
     words = [word.replace(str(study.folder / "out"), str(tmp_path / "out")) for word in study.arguments]
     (line,) = zygote.run([*words, "--dry-run"], program=TOOL).stdout.splitlines()
-    start, flags = line.split(" examples/slurm.sh ")
+    start, flags = line.split(" examples/cluster/slurm.sh ")
     assert shlex.split(start) == ["sbatch", f"--job-name={lost.name}", "--nodes=1", "--gpus-per-node=1"]
     assert shlex.split(flags) == [
         "--config",
@@ -198,7 +198,7 @@ def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
     job = zygote.run([*words, *more], program=TOOL)
     assert "router.name = topk: E + A/N^alpha" in job.stderr
     lines = [shlex.split(line) for line in job.stdout.splitlines()]
-    assert all(line[2:5] == ["--nodes=2", "--gpus-per-node=8", "examples/slurm.sh"] for line in lines)
+    assert all(line[2:5] == ["--nodes=2", "--gpus-per-node=8", "examples/cluster/slurm.sh"] for line in lines)
     assert all(line[-2:] == ["--engine", "megatron"] for line in lines)
     settings = [yaml.safe_load(Path(line[line.index("--config") + 1]).read_text()) for line in lines]
     assert [

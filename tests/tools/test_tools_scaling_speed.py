@@ -140,7 +140,7 @@ def test_finished_runs_stay_and_more_repetitions_are_submitted_and_collected(
     for words, _ in jobs[:2]:
         assert words[1:4] == [f"--job-name={names[jobs.index((words, _))]}", "--nodes=1", "--gpus-per-node=2"]
     # what the job does
-    zygote.run(jobs[0][0][jobs[0][0].index("examples/slurm.sh") + 1 :], program=PROGRAM, ranks=2)
+    zygote.run(jobs[0][0][jobs[0][0].index("examples/cluster/slurm.sh") + 1 :], program=PROGRAM, ranks=2)
     partly = zygote.run([*more, "--collect"], program=TOOL)
     assert partly.stderr.count("not finished: ") == 2
     assert [row["runs"] for row in rows(study.folder / "out" / "table.csv")] == ["1", "1", "2"]

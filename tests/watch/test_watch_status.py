@@ -19,6 +19,7 @@ from distributed import environment
 from megatron_hyperrouter.errors import ConfigError, DataError
 from megatron_hyperrouter.guard.heartbeat import Beat, file_of, write_beat
 from megatron_hyperrouter.guard.run_lock import HOLDER, LOCK
+from megatron_hyperrouter.watch.restart import worth_restarting
 from megatron_hyperrouter.watch.status import Status, status_of
 from megatron_hyperrouter.watch.trace import read_steps, read_trace
 from megatron_hyperrouter.watch.words import duration, lines_of
@@ -159,6 +160,49 @@ class TestState:
         assert now(tmp_path).state == "failed"
         with held(tmp_path):
             assert now(tmp_path).state == "running"
+
+
+class TestRestart:
+    """What a job script asks before it puts a job back into the queue."""
+
+    @pytest.mark.parametrize(
+        ("closing", "launcher", "answer"),
+        [
+            ({"event": "end", "status": 0}, 0, False),
+            ({"event": "stop", "status": 6}, 6, True),
+            ({"event": "stop", "status": 6}, 1, True),  # torchrun makes 1 of everything
+            ({"event": "stop", "status": 6}, 143, True),
+            ({"event": "failure", "status": 1}, 1, True),
+            ({"event": "failure", "status": 4}, 4, True),
+            ({"event": "failure", "status": 3}, 137, False),  # the launcher killed the other ranks
+            ({"event": "failure", "status": 5}, 1, False),
+            (None, 137, True),
+            (None, 2, False),  # of a start that was refused, before its first event
+            (None, 3, False),
+        ],
+    )
+    def test_by_what_the_run_and_the_launcher_say(
+        self, run_dir: Path, closing: dict[str, Any] | None, launcher: int, answer: bool
+    ) -> None:
+        events = [{"event": "start", "time": 1.0}, *([closing | {"time": 2.0}] if closing else [])]
+        write_events(run_dir, *events)
+        assert worth_restarting(run_dir, launcher)[0] is answer
+
+    def test_attempts_that_get_no_further(self, run_dir: Path) -> None:
+        opening = {"event": "resume", "time": 1.0, "step": 100}
+        write_events(run_dir, {"event": "start", "time": 1.0}, opening, opening)
+        assert worth_restarting(run_dir, 1)[0] is True
+        write_events(run_dir, {"event": "start", "time": 1.0}, opening, opening, opening)
+        assert worth_restarting(run_dir, 1) == (
+            False,
+            "3 attempts in a row began after step 100, and none saved a later one",
+        )
+        write_events(run_dir, opening, opening, {**opening, "step": 120})
+        assert worth_restarting(run_dir, 1)[0] is True
+
+    def test_before_the_first_event(self, tmp_path: Path) -> None:
+        (tmp_path / LOCK).touch()
+        assert worth_restarting(tmp_path, 1)[0] is False
 
 
 class TestBadInput:

@@ -1,11 +1,13 @@
 """Show the state of a run: running, stopped, finished, failed or hung; step, speed, ETA, last save, restarts.
 
-It reads the files in the run folder alone, so it works on any machine that sees the folder.
+It reads the files in the run folder alone, so it works on any machine that sees the folder. A job script
+asks with --after-exit whether it should start the run again; exit status 0 then means yes, and 1 no.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +17,13 @@ from megatron_hyperrouter.terminal import parser, show
 def main(arguments: Sequence[str]) -> None:
     """Folder -> state."""
     flags = parser(__doc__ or "")
-    flags.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    flags.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add = flags.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--after-exit", type=int, metavar="STATUS", help="the launcher ended with this: is a restart of use?")
     args = flags.parse_args(arguments)
+    if args.after_exit is not None:
+        _answer(args.run, args.after_exit)
     from megatron_hyperrouter.watch.status import status_of
     from megatron_hyperrouter.watch.trace import read_trace
     from megatron_hyperrouter.watch.words import lines_of
@@ -28,3 +34,16 @@ def main(arguments: Sequence[str]) -> None:
         return
     for label, text in lines_of(status):
         show(f"{label:<10} {text}")
+
+
+def _answer(run_dir: Path, exit_status: int) -> None:
+    """End with 0 where the run should start again, and with 1 where it should not."""
+    from megatron_hyperrouter.errors import HyperRouterError
+    from megatron_hyperrouter.watch.restart import worth_restarting
+
+    try:
+        yes, why = worth_restarting(run_dir, exit_status)
+    except HyperRouterError as error:  # it ended before it made its folder
+        yes, why = False, error.message
+    show(f"restart: {'yes' if yes else 'no'}; {why}")
+    sys.exit(0 if yes else 1)

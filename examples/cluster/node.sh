@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# One node of a job, as the containers of examples/cluster/kubernetes start it:
+#
+#   bash examples/cluster/node.sh [flags of pretrain_gpt_hyperrouter.py]
+#
+# torchrun reads where it is from PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT. Exit status: that
+# of torchrun, but 42 where a restart cannot help (settings, data, installation; `mhr status` decides), which the manifests do not retry.
+# A SIGTERM reaches the ranks, which save and stop.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+run_dir=runs/cluster
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
+    --run-dir=*) run_dir=${!i#*=} ;;
+  esac
+done
+
+# torchrun makes 1 of every exit status, so what cannot run is refused before it starts.
+ranks=${PET_NPROC_PER_NODE:-1}
+[[ $ranks =~ ^[0-9]+$ ]] || ranks=$(nvidia-smi -L | wc -l)
+flags=(--run-dir "$run_dir" --load "$run_dir" "$@")
+python pretrain_gpt_hyperrouter.py "${flags[@]}" --dry-run --world-size "$((${PET_NNODES:-1} * ranks))" >/dev/null || exit 42
+
+torchrun --shutdown-timeout 240 pretrain_gpt_hyperrouter.py "${flags[@]}" &
+child=$!
+trap 'kill -TERM "$child"' TERM INT
+status=0
+wait "$child" || status=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the child
+  status=0
+  wait "$child" || status=$?
+done
+[ "$status" = 0 ] || python tools/status.py "$run_dir" --after-exit "$status" || status=42
+exit "$status"

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Train under Slurm, and continue after a time limit, a failure or a lost node. Submit it in the project folder:
+#
+#   sbatch --nodes 8 --gpus-per-node 8 examples/cluster/slurm.sh [flags of pretrain_gpt_hyperrouter.py]
+#   sbatch examples/cluster/slurm.sh --mock-data               # a trial on one node, without data; without GPUs, too
+#
+# srun starts a rank for each GPU of a node. Settings: examples/cluster.yaml, unless you give --config; run folder: runs/cluster, unless
+# you give --run-dir. Five minutes before the time limit Slurm sends SIGTERM to the ranks: the run saves, stops with status 6, and the job
+# goes back into the queue. So it does after a failure, unless a restart cannot help (settings, data, installation; `mhr status` decides).
+#
+# Variables: MASTER_ADDR (where the name of the first node does not lead to it), RANKS_PER_NODE (default: the GPUs of a node, else 1), ENGINE (default: megatron), LAUNCHER=torchrun (one task a node instead
+# of one a rank), DOCTOR=1 (examine the machines first), CONTAINER_IMAGE (for Slurm with the pyxis plugin).
+#SBATCH --job-name=hyperrouter
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+set -euo pipefail
+
+# Slurm runs a copy of this file, so the project is where the job was submitted, or where the original file is.
+root=${SLURM_SUBMIT_DIR:-$PWD}
+if [ ! -f "$root/pretrain_gpt_hyperrouter.py" ]; then
+  original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+  root=$(cd "$(dirname "$original")/../.." && pwd)
+fi
+cd "$root"
+if [ -z "${CONTAINER_IMAGE:-}" ] && [ -z "${VIRTUAL_ENV:-}" ]; then
+  # shellcheck source=/dev/null
+  source "$(bash tools/setup_env.sh)/bin/activate"
+fi
+
+gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}
+ranks=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+nodes=${SLURM_JOB_NUM_NODES:-1}
+cores=$((${SLURM_CPUS_ON_NODE:-$ranks} / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 8 ? 8 : cores > 0 ? cores : 1))}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export PYTHONUNBUFFERED=1
+
+run_dir=runs/cluster
+given=" $* "
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
+    --run-dir=*) run_dir=${!i#*=} ;;
+  esac
+done
+settings=(--run-dir "$run_dir" --load "$run_dir" --engine "${ENGINE:-megatron}")
+if [[ $given != *" --config"* ]]; then
+  if [ "$gpus" -gt 0 ]; then
+    settings+=(--config examples/cluster.yaml)
+  else # a model that a few cores can train, with experts on all ranks
+    settings+=(--config examples/quickstart.yaml --expert-model-parallel-size "$((ranks * nodes % 2 == 0 ? 2 : 1))")
+  fi
+fi
+if [[ $given == *" --mock-data "* && $given != *" --tokenizer-type"* ]]; then
+  settings+=(--tokenizer-type NullTokenizer --vocab-size 50000)
+fi
+
+step=(srun --nodes "$nodes" --kill-on-bad-exit=1)
+if [ -n "${CONTAINER_IMAGE:-}" ]; then
+  step+=(--container-image "$CONTAINER_IMAGE" --container-mounts "$root:$root" --container-workdir "$root")
+fi
+by_rank=("${step[@]}" --ntasks "$((nodes * ranks))" --ntasks-per-node "$ranks" --cpus-per-task "$((cores > 0 ? cores : 1))")
+attempt=${SLURM_RESTART_COUNT:-0}
+echo "attempt $((attempt + 1)): $nodes node(s) x $ranks rank(s), $cores core(s) each, run folder $run_dir"
+
+status=0
+if [ "${DOCTOR:-0}" = 1 ]; then
+  mkdir -p "$run_dir"
+  "${by_rank[@]}" python tools/doctor.py --run-dir "$run_dir" --json "$run_dir/doctor.json" || exit $?
+fi
+if [ "${LAUNCHER:-srun}" = torchrun ]; then
+  # every attempt meets under a name of its own; torchrun gives ranks 30 s to stop unless it is told otherwise
+  head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  "${step[@]}" --ntasks "$nodes" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}" \
+    torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --shutdown-timeout 280 --rdzv-backend c10d \
+    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID-$attempt" \
+    pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" || status=$?
+else
+  "${by_rank[@]}" python pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" || status=$?
+fi
+
+if [ "$status" != 0 ] && python tools/status.py "$run_dir" --after-exit "$status"; then
+  case $(scontrol show job "$SLURM_JOB_ID") in
+    *JobState=CANCELLED*) echo "the job was cancelled: it stays so" ;;
+    *) scontrol requeue "$SLURM_JOB_ID" && exit 0 ;;
+  esac
+fi
+exit "$status"
