@@ -42,12 +42,26 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         sync(path.parent)
 
 
-def open_new(path: Path) -> BinaryIO:
-    """Open a file that is not there yet, for writing; FileExistsError where something has its name, be it a
-    link.
+def open_new(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """Open a file that is not there yet, to write and read; FileExistsError where something has its name, be
+    it a link.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    return os.fdopen(descriptor, "wb")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, "w+b" if buffering else "wb", buffering)
+
+
+def open_afresh(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """The same under a name that can be foreseen: what a killed run, or somebody else, has left there is
+    removed, and never followed when it is a link.
+    """
+    path.unlink(missing_ok=True)
+    return open_new(path, buffering=buffering)
+
+
+def open_again(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """Open a file that an earlier process has begun, to write and read; OSError where it is a link."""
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    return os.fdopen(descriptor, "r+b", buffering)
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:

@@ -295,6 +295,14 @@ class CheckpointFolders:
         return aside
 
     def _set_aside(self, checkpoints: list[Path]) -> Path:
+        """A copy of what an earlier rewind has set aside, as each retry of a run that fails at one step
+        leaves, is removed instead.
+        """
+        twins = [twin for folder in checkpoints if (twin := self._twin(folder)) is not None]
+        if len(twins) == len(checkpoints):
+            for folder in checkpoints:
+                self._remove(folder)
+            return twins[-1].parent
         number = 1
         while (aside := self.root.with_name(f"{self.root.name}-earlier-{number}")).exists():
             number += 1
@@ -305,6 +313,17 @@ class CheckpointFolders:
         for folder in checkpoints:
             folder.rename(aside / folder.name)
         return aside
+
+    def _twin(self, folder: Path) -> Path | None:
+        """A sound checkpoint beside ``root`` with the same files, byte for byte as their checksums have
+        it.
+        """
+        with contextlib.suppress(CheckpointError, OSError, KeyError):
+            files_here = read_manifest(folder)["files"]
+            for other in sorted(self.root.parent.glob(f"{self.root.name}-earlier-*/{folder.name}")):
+                if read_manifest(other)["files"] == files_here and not damage(other, files_here):
+                    return other
+        return None
 
     def _prune(self) -> None:
         """Keep the newest checkpoints, and the newest that is known to be good."""

@@ -10,6 +10,7 @@ talks to another rank, and nothing is a pickle.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ INDEX = "optimizer.json"
 WEIGHT, MASTER = "weight", "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _PART = "index-{rank}.json"  # of one rank, until they are joined
+_FILE = re.compile(r"optimizer-\d+\.safetensors")
+_MOST = 1 << 53  # no tensor is longer, and no run takes more steps
 
 
 class State(NamedTuple):
@@ -163,10 +166,14 @@ def read_index(folder: Path) -> dict[str, Entry] | None:
     """Global name -> entry; None where there is no index, as in a checkpoint of format 1."""
     path = folder / INDEX
     try:
-        return _read_index(path)
+        index = _read_index(path)
+        for name, entry in index.items():
+            if problem := entry.problem():
+                raise ValueError(f"{name}: {problem}")
+        return index
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of the run"
         ) from error
@@ -178,6 +185,11 @@ def read_box(reader: Reader, entry: Entry, name: str, box: Box, row: Tensor) -> 
     for stored in entry.boxes:
         if common := box.common(stored.box):
             part = reader.part(stored.file, f"{stored.key}#{name}", common.within(stored.box))
+            if tuple(part.shape) != common.size or part.dtype != row.dtype:
+                raise CheckpointError(
+                    f"{reader.folder / stored.file}: {stored.key}#{name} is not what {INDEX} says of it",
+                    remedy="load an older checkpoint of the run",
+                )
             target[common.within(box)].copy_(part) if box.size else target.copy_(part)
 
 
@@ -215,13 +227,36 @@ def _read_index(path: Path) -> dict[str, Entry]:
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
+    """ValueError, KeyError or TypeError where it is not as :func:`_write_index` writes it."""
+    shape = _numbers(raw["shape"])
     return Entry(
-        shape=tuple(raw["shape"]),
-        dtype=raw["dtype"],
-        trained=raw["trained"],
-        steps=raw["steps"],
-        digests={key: int(value, 16) for key, value in raw["digests"].items()},
+        shape=shape,
+        dtype=_checked(raw["dtype"], raw["dtype"] == "" or _is_dtype(raw["dtype"])),
+        trained=_checked(raw["trained"], isinstance(raw["trained"], bool)),
+        steps=None if raw["steps"] is None else _numbers([raw["steps"]])[0],
+        digests={key: _checked(int(value, 16), len(value) <= 18) for key, value in raw["digests"].items()},
         boxes=[
-            Stored(file, key, Box(tuple(offset), tuple(size))) for file, key, offset, size in raw["boxes"]
+            Stored(
+                _checked(file, bool(_FILE.fullmatch(file))),
+                _checked(key, isinstance(key, str) and key.isprintable()),
+                Box(_numbers(offset, len(shape)), _numbers(size, len(shape))),
+            )
+            for file, key, offset, size in raw["boxes"]
         ],
     )
+
+
+def _numbers(raw: Any, count: int | None = None) -> Shape:
+    """Whole numbers from 0 on; ``count`` of them."""
+    fit = isinstance(raw, list) and all(type(number) is int and 0 <= number < _MOST for number in raw)
+    return tuple(_checked(raw, fit and count in (None, len(raw))))
+
+
+def _is_dtype(name: Any) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _checked(value: Any, fits: bool) -> Any:
+    if not fits:
+        raise ValueError(f"{value!r:.80} is out of place")
+    return value

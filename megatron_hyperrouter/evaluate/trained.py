@@ -23,6 +23,22 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.engines.base import Engine
 
 
+def checkpoint_of(load: str | os.PathLike[str]) -> Path:
+    """The checkpoint that ``load`` means: a run folder, its ``checkpoints/``, or one checkpoint;
+    CheckpointError where there is none.
+    """
+    from megatron_hyperrouter.checkpoint.folder import find
+
+    folder = find(Path(load))
+    if folder is None:
+        raise CheckpointError(
+            f"--load {load}: there is no finished checkpoint",
+            remedy="name the --run-dir of a run that has saved one: settings, tokenizer and weights are "
+            "read from it",
+        )
+    return folder
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """One checkpoint and all that is needed to use it.
@@ -51,17 +67,11 @@ class TrainedRun:
         knows only its digest.  ``overrides``: other settings, by flat name.  CheckpointError where there is
         no whole checkpoint.
         """
-        from megatron_hyperrouter.checkpoint.folder import find, read_manifest
+        from megatron_hyperrouter.checkpoint.folder import read_manifest
         from megatron_hyperrouter.evaluate.saved_settings import settings_of
         from megatron_hyperrouter.evaluate.whereabouts import with_tokenizer
 
-        folder = find(Path(load))
-        if folder is None:
-            raise CheckpointError(
-                f"--load {load}: there is no finished checkpoint",
-                remedy="name the --run-dir of a run that has saved one: settings, tokenizer and weights are "
-                "read from it",
-            )
+        folder = checkpoint_of(load)
         manifest = read_manifest(folder)
         settings = settings_of(folder, world_size, overrides or {})
         return cls(folder, manifest, with_tokenizer(settings, folder, manifest, tokenizer_model))

@@ -57,7 +57,7 @@ def train(
     run = Run(engine, config, splits, guarded, token_bytes_V, spent, described, watch, start, writer)
     first = resume(engine, config, run.folders, start, described.meta.get("tokenizer"))
     if start.step:
-        run.recovery.restore(start.manifest["meta"])
+        run.restore(start.manifest["meta"], start.folder)
     if run.evaluates and splits.valid is None and engine.place.is_main:
         console.note("no evaluation during training: the valid split has no documents")
     with contextlib.ExitStack() as stack:

@@ -185,13 +185,23 @@ class Run:
             )
             raise HyperRouterError(f"step {step}: an alarm stops the run, after a checkpoint", remedy=remedy)
 
+    def restore(self, meta: dict[str, Any], folder: Path | None) -> None:
+        """Judge steps as the run did that wrote the checkpoint in ``folder``."""
+        try:
+            self.recovery.restore(meta)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{folder}: what manifest.json says of earlier steps cannot be used: {error!r:.200}",
+                remedy="load an older checkpoint of the run",
+            ) from error
+
     def roll_back(self) -> int:
         """Return to the newest checkpoint (collective); returns its step."""
         self.saving.settle(self.supervision.progress.step)
         step = max(self.folders.steps())
         folder = self.folders.root / folder_name(step)
         self.engine.load(folder)
-        self.recovery.restore(read_manifest(folder)["meta"])
+        self.restore(read_manifest(folder)["meta"], folder)
         self.replicas.returned(step)
         for hook in self.hooks:
             hook.on_return(step)

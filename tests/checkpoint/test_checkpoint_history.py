@@ -111,6 +111,22 @@ def test_rewind_sets_later_checkpoints_aside_and_sweeps(tmp_path: Path) -> None:
     assert find(root) == root / "step_0000010"
 
 
+def test_a_rewind_drops_only_what_is_set_aside_already(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    folders = saved(root, 10, 20)
+    first = folders.rewind(10)
+    folders.save(20, write_two_files, {"another": "host"})
+    assert folders.rewind(10) == first == tmp_path / "checkpoints-earlier-1"
+    folders.save(20, lambda folder: (folder / "weights.bin").write_bytes(b"others"), {})
+    second = folders.rewind(10)
+    assert second == tmp_path / "checkpoints-earlier-2"
+    (first / "step_0000020" / "weights.bin").write_bytes(b"damaged")
+    folders.save(20, write_two_files, {})
+    third = folders.rewind(10)
+    assert third == tmp_path / "checkpoints-earlier-3" and folders.steps() == [10]
+    verify(third / "step_0000020", Alone())
+
+
 def test_a_rewind_keeps_a_copy_of_the_metrics(tmp_path: Path) -> None:
     folders = saved(tmp_path / "checkpoints", 10, 20)
     (tmp_path / "metrics.jsonl").write_text('{"step": 20}\n')

@@ -41,21 +41,23 @@ def whole() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def staged(tensors: dict[str, dict[str, Tensor]], rank: int, dtype: torch.dtype = torch.bfloat16) -> Staged:
+def staged(
+    tensors: dict[str, dict[str, Tensor]], rank: int, dtype: torch.dtype = torch.bfloat16, ranks: int = RANKS
+) -> Staged:
     """A third of each tensor's numbers; the weights in turn, and a buffer that is not trained."""
-    names = list(tensors)[rank::RANKS]
+    names = list(tensors)[rank::ranks]
     weights = {name: tensors[name]["weight"].to(dtype) for name in names}
     if rank == 1:
         weights["e.buffer"] = torch.arange(6)
     states = []
     for name, fields in tensors.items():
         shape, count = SHAPES[name], fields[MASTER].numel()
-        for placed in boxes(shape, count * rank // RANKS, count * (rank + 1) // RANKS, None):
+        for placed in boxes(shape, count * rank // ranks, count * (rank + 1) // ranks, None):
             rows = {field: fields[field].view(-1)[placed.begin : placed.end] for field in (MASTER, *MOMENTS)}
             if dtype == torch.float32:
                 del rows[MASTER]
             states.append(State(name, shape, placed.box, 7, {key: row.clone() for key, row in rows.items()}))
-    return Staged(rank, RANKS, weights, set(tensors), states, {f"random-{rank:05d}.json": "{}"})
+    return Staged(rank, ranks, weights, set(tensors), states, {f"random-{rank:05d}.json": "{}"})
 
 
 def save(folder: Path, parts: list[Staged]) -> None:
@@ -117,7 +119,7 @@ class TestNotWhole:
         parts = [staged(whole(), rank) for rank in range(RANKS)]
         for part in parts[:-1]:
             part.write(tmp_path)
-        with pytest.raises(CheckpointError, match="rank 2 has written nothing"):
+        with pytest.raises(CheckpointError, match="rank 2 wrote nothing"):
             parts[0].join(tmp_path)
 
     def test_an_expert_that_a_rank_left_out(self, tmp_path: Path) -> None:

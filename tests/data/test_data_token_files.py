@@ -21,7 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_hyperrouter.data.store import token_files as store
+from megatron_hyperrouter.data.store.pair_writer import DiskRefused, PairWriter
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter, smallest_dtype
+from megatron_hyperrouter.data.text.streams import replacing
 from megatron_hyperrouter.errors import DataError
 
 megatron = importlib.import_module("megatron.core.datasets.indexed_dataset")
@@ -316,6 +318,32 @@ def test_nothing_has_its_name_before_it_is_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin.partial", "corpus.idx.partial"]
     writer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx"]
+
+
+def test_links_under_temporary_names_are_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    writers = {
+        "corpus": lambda prefix: IndexedWriter(prefix, np.uint16).abort(),
+        "grown": lambda prefix: PairWriter(str(prefix), np.uint16).close(),
+    }
+    for name, write in writers.items():
+        for ending in ("bin", "idx", "sizes", "counts"):
+            (tmp_path / f"{name}.{ending}.partial").symlink_to(victim)
+        write(tmp_path / name)
+    (tmp_path / "out.json.partial").symlink_to(victim)
+    with replacing(str(tmp_path / "out.json")) as stream:
+        stream.write(b"{}")
+    assert victim.read_bytes() == b"precious" and (tmp_path / "out.json").read_bytes() == b"{}"
+    writer = PairWriter(str(tmp_path / "again"), np.uint16)
+    counts = writer.save()
+    writer.close()
+    for ending in ("bin", "sizes", "counts"):  # in place of what an earlier run has begun
+        (tmp_path / f"again.{ending}.partial").unlink()
+        (tmp_path / f"again.{ending}.partial").symlink_to(victim)
+    with pytest.raises(DiskRefused, match=r"again\.bin\.partial: cannot be written"):
+        PairWriter(str(tmp_path / "again"), np.uint16, counts)
+    assert victim.read_bytes() == b"precious"
 
 
 def test_an_exception_leaves_the_old_files_and_nothing_else(prefix):

@@ -11,13 +11,13 @@ from torch.distributed import HashStore
 from train.loop_runs import change
 
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
-from megatron_hyperrouter.commands.training import together
 from megatron_hyperrouter.commands.training.together import agree_on_settings, decide_together
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.guard import meeting
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.resuming import together
 
 
 def on_ranks(work: Callable[[Meeting], object], ranks: int = 3) -> list[object]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from program.launched import Record, Zygote, metrics, one_message
 from program.settings import RANKS, flags_of
+from program.test_program_killed import killed_at
 from program.test_program_outputs import weights_of
 
 from megatron_hyperrouter.guard.events import read_events
@@ -53,6 +55,34 @@ def test_a_step_that_is_skipped_leaves_nothing(
     assert "run again, it gives the same" in str(event["attribution"])
     assert "rank 1 (" in str(event["attribution"]) and "linear_qkv.weight" in str(event["attribution"])
     assert "step 4: grad_norm is" in job.stderr
+
+
+# Natural changes of loss and norm are bad steps here, so that the window decides all the time.
+NARROW = "--train-iters 12 --eval-interval 0 --on-bad-step skip --max-loss-sigma 0.5 --loss-window 4".split()
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_killed_inside_the_window_it_judges_as_the_run_that_nobody_killed(
+    zygote: Zygote, text: Path, tmp_path: Path, engine: str
+) -> None:
+    """SIGKILL to all ranks, twice; every step, and which were skipped, is equal in every bit."""
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    layout = {
+        "deepspeed": ["--zero-stage", "1", "--expert-model-parallel-size", "2"],
+        "megatron": ["--engine", "megatron", "--use-distributed-optimizer"],
+    }[engine]
+    words = [*NARROW, "--moe-router-topk", 2, "--hidden-dropout", 0.1, "--save-interval", 2]
+    zygote.run(flags_of(text, whole, *words, layout=layout), ranks=RANKS)
+    flags = flags_of(text, run_dir, *words, "--load", run_dir, layout=layout)
+    dice = random.Random(engine)
+    moments: list[int | str] = [dice.choice((5, 6)), dice.choice((8, 9, 10))]
+    killed_at(moments, zygote, flags, run_dir, dice, ranks=RANKS)
+    zygote.run(flags, ranks=RANKS)
+    assert metrics(run_dir) == metrics(whole)
+    ours, theirs = weights_of(run_dir), weights_of(whole)
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    skipped = {event["step"] for event in read_events(whole / "events.jsonl") if event["event"] == "bad_step"}
+    assert any(step > 6 for step in skipped) and len(skipped) < 9  # the window has decided after the kills
 
 
 def test_a_fault_that_passes_stops_the_run_with_its_rank(zygote: Zygote, text: Path, tmp_path: Path) -> None:

@@ -48,6 +48,20 @@ def test_the_remedy_leads_out(config: RunConfig, asynchronous: bool) -> None:
     assert find(root.with_name("checkpoints-earlier-1") / folder_name(5)) is not None
 
 
+def test_a_run_that_fails_again_and_again_fills_no_disk(config: RunConfig) -> None:
+    """A scheduler may start it a hundred times; each time it loses its loss right after the same save."""
+    config = change(config, "checkpoint", async_save=False)
+    with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan"):
+        run(config, engine=RuinedBy(5))
+    root = Path(config.logging.run_dir) / "checkpoints"
+    again = change(config, "checkpoint", load=config.logging.run_dir)
+    for _ in range(3):
+        with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan"):
+            run(again, engine=RuinedBy(1))  # the first step after the proved checkpoint of step 4
+        assert [path.name for path in root.parent.glob("checkpoints-earlier-*")] == ["checkpoints-earlier-1"]
+    assert find(root.with_name("checkpoints-earlier-1") / folder_name(5)) is not None
+
+
 def test_a_loss_that_is_lost_without_being_nan_proves_nothing(config: RunConfig) -> None:
     run(config, engine=RuinedBy(5, loss=1e5))
     root = Path(config.logging.run_dir) / "checkpoints"

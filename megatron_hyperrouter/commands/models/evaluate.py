@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
+from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags, checkpoint_of
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
     from megatron_hyperrouter.train.metrics import Record
+    from megatron_hyperrouter.train.resuming.start import Start
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,9 +29,16 @@ def main(arguments: Sequence[str]) -> None:
 
     from megatron_hyperrouter.config.cli import launched_world_size
     from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
+    from megatron_hyperrouter.guard.meeting import Meeting
+    from megatron_hyperrouter.guard.ranks import adopt_ranks
     from megatron_hyperrouter.train.metrics import to_json
+    from megatron_hyperrouter.train.resuming.together import follow_rank_0
 
-    run = TrainedRun.open(args.load, world_size=launched_world_size(), tokenizer_model=args.tokenizer_model)
+    adopt_ranks()
+    meeting = Meeting.of_this_process()
+    load = follow_rank_0(lambda: found(args.load), meeting).folder
+    assert load is not None
+    run = TrainedRun.open(load, world_size=launched_world_size(), tokenizer_model=args.tokenizer_model)
     check_topks(args.topk, run.settings.model.num_experts)
     tokenizer = run.tokenizer()
     samples = args.eval_iters and args.eval_iters * run.global_batch_size
@@ -61,6 +69,15 @@ def main(arguments: Sequence[str]) -> None:
             write_json(args.output, json.loads(f'{{"results": [{rows}]}}') | head)
     finally:
         engine.close()
+
+
+def found(load: str) -> Start:
+    """The checkpoint that ``load`` means, as this rank sees it."""
+    from megatron_hyperrouter.checkpoint.folder import read_manifest
+    from megatron_hyperrouter.train.resuming.start import Start
+
+    folder = checkpoint_of(load)
+    return Start(folder, read_manifest(folder))
 
 
 class Counted:

@@ -21,7 +21,7 @@ from megatron_hyperrouter.guard.stopping import ignore_signals
 from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.reporters import hooks_for, writer_of
-from megatron_hyperrouter.train.resuming.start import Start, settings_again
+from megatron_hyperrouter.train.resuming.start import Start, settings_again, settings_for_state
 from megatron_hyperrouter.train.run import Speed
 from megatron_hyperrouter.train.samples import Samples
 
@@ -48,7 +48,7 @@ def run(
     again = settings_again(config, start)
     described = description_of(samples, tokenizer, again)
     supervision = Supervision(launcher)
-    engine = open_engine(config, vocab_size=tokenizer.vocab_size, eod=eod)
+    engine = open_engine(settings_for_state(config, start), vocab_size=tokenizer.vocab_size, eod=eod)
     size = size_of(config, engine.shapes())
     console.table(start_block(config, size, world_size=engine.place.world_size, epoch=epoch))
     bytes_V = tokenizer.token_bytes_V()

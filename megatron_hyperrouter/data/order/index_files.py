@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.files import open_afresh
 
 Arrays = dict[str, npt.NDArray[Any]]
 Named = Iterator[tuple[str, npt.NDArray[Any]]]
@@ -151,7 +152,7 @@ def _write(path: Path, key: CacheKey, arrays: Named) -> None:
         -(-len(json.dumps(key)) // _ROOM) * _ROOM + _ROOM,
     )
     base = _base(length)
-    with open(path, "wb", buffering=0) as stream:
+    with open_afresh(path, buffering=0) as stream:
         for name, array in arrays:
             offset += -offset % _ALIGN
             stream.seek(base + offset)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from megatron_hyperrouter.data.store.token_files import index_header
 from megatron_hyperrouter.data.text.streams import refusal
 from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.files import open_afresh, open_again
 
 _BUFFER = 1 << 20
 _CHUNK = 1 << 20  # sequences handled at a time while the index is made
@@ -69,8 +70,8 @@ class PairWriter:
         with refusing(prefix):
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             for ending, size in _file_sizes(self.counts, self.dtype).items():
-                mode: Literal["r+b", "wb"] = "r+b" if counts else "wb"
-                stream: BinaryIO = open(f"{prefix}.{ending}.partial", mode, buffering=_BUFFER)  # noqa: SIM115
+                opened = open_again if counts else open_afresh
+                stream = opened(Path(f"{prefix}.{ending}.partial"), buffering=_BUFFER)
                 self._streams[ending] = stream
                 if ending == "bin" and counts:
                     for block in _blocks(stream, size):
@@ -159,7 +160,7 @@ def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
     )
     with refusing(prefix):
         digest = hashlib.sha256()
-        with open(partial["idx"], "wb", buffering=_BUFFER) as stream:
+        with open_afresh(partial["idx"], buffering=_BUFFER) as stream:
             for block in _index_blocks(prefix, np.dtype(dtype), counts):
                 digest.update(block)
                 stream.write(block)

@@ -24,7 +24,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ import numpy.typing as npt
 from megatron_hyperrouter.data.store.mapped import Mapped
 from megatron_hyperrouter.data.text.streams import refusal
 from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.files import open_afresh
 
 TokenArray = npt.NDArray[np.integer[Any]]
 Int32s = npt.NDArray[np.int32]
@@ -340,8 +341,8 @@ class IndexedWriter:
         self._partial = {ending: Path(f"{self.prefix}.{ending}.partial") for ending in ("bin", "idx")}
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = open(self._partial["bin"], "wb", buffering=_CHUNK)  # noqa: SIM115 - closed by close() or abort()
-            self._idx: BinaryIO = open(self._partial["idx"], "w+b", buffering=_CHUNK)  # noqa: SIM115
+            self._bin = open_afresh(self._partial["bin"], buffering=_CHUNK)
+            self._idx = open_afresh(self._partial["idx"], buffering=_CHUNK)
             self._idx.write(bytes(_HEADER.size))  # the counts are not known yet
         except OSError as error:
             raise self._refused(error) from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_hyperrouter.errors import DataError, HostError
+from megatron_hyperrouter.files import open_afresh
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -48,7 +49,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as stream:
+        with open_afresh(partial) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -149,6 +149,12 @@ def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) ->
                 f"{reader.folder} has no optimizer state of {piece.name}",
                 remedy="load weights alone with --finetune",
             )
+        if entry.shape != (needed := whole_shape(tuple(piece.parameter.shape), shard_of(piece.name))):
+            raise CheckpointError(
+                f"{reader.folder}: {piece.name}: the optimizer state has the shape {list(entry.shape)}, and "
+                f"the weight {list(needed)}",
+                remedy="load an older checkpoint of the run",
+            )
         if counted.setdefault(piece.counter, entry.steps) != entry.steps:
             raise CheckpointError(
                 f"{piece.name} took {entry.steps} optimizer steps, and others that this layout counts"

@@ -92,6 +92,20 @@ def settings_again(config: RunConfig, start: Start) -> RunConfig:
     return replace(config, checkpoint=checkpoint)
 
 
+def settings_for_state(config: RunConfig, start: Start) -> RunConfig:
+    """The settings with which an engine can take the optimizer state that the run begins with: that of
+    format 1 lists the experts one by one.
+    """
+    listed = any(name.startswith("state-") for name in start.manifest.get("files", ()))
+    if not (start.step and listed and config.engine.moe_grouped_gemm):
+        return config
+    console.note(
+        f"{start.folder} is of format 1, which lists the experts one by one: this run computes them so, and "
+        "--moe-grouped-gemm takes effect when it continues from a checkpoint of its own"
+    )
+    return replace(config, engine=replace(config.engine, moe_grouped_gemm=False))
+
+
 def _begun(load: str, own: Path) -> Start | None:
     """The newest checkpoint of a finetuning that began before with the weights of ``load``."""
     folder = find(own) if own.is_dir() else None

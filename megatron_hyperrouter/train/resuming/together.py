@@ -1,0 +1,72 @@
+"""All ranks begin with the checkpoint that rank 0 has found, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperrouter.checkpoint.folder import read_manifest
+from megatron_hyperrouter.errors import CheckpointError, HyperRouterError
+from megatron_hyperrouter.guard.meeting import Meeting
+from megatron_hyperrouter.train.resuming.start import Start
+
+_PATIENCE = 60.0  # seconds until a file system has shown to all machines what one of them has written
+
+
+def follow_rank_0(decide: Callable[[], Start], meeting: Meeting) -> Start:
+    """What ``decide`` says on rank 0 (collective); CheckpointError where another rank does not see that
+    checkpoint.
+    """
+    if meeting.rank:
+        return _followed(json.loads(meeting.decided("start", "")), meeting)
+    try:
+        start = decide()
+    except HyperRouterError as error:
+        meeting.decided("start", json.dumps({"error": str(error)}))
+        raise
+    told = {
+        "folder": None if start.folder is None else str(start.folder),
+        "weights_only": start.weights_only,
+        "finetuned_from": start.finetuned_from,
+        "digest": _digest(start.manifest),
+    }
+    return _followed(json.loads(meeting.decided("start", json.dumps(told))), meeting, start)
+
+
+def _followed(told: Mapping[str, Any], meeting: Meeting, start: Start | None = None) -> Start:
+    """What rank 0 has decided, with this rank's own view of the checkpoint."""
+    if "error" in told:
+        raise CheckpointError(f"rank 0 cannot begin: {told['error']}")
+    if start is None:
+        start = Start()
+        if told["folder"] is not None:
+            folder = Path(told["folder"])
+            manifest = _seen(folder, told["digest"])
+            start = Start(folder, manifest, told["weights_only"], told["finetuned_from"])
+    if difference := meeting.difference("checkpoint", {"the checkpoint's digest": _digest(start.manifest)}):
+        raise CheckpointError(
+            f"the ranks do not see the same checkpoint {told['folder']}: {difference}",
+            remedy="check that all machines mount the same file system",
+        )
+    return start
+
+
+def _seen(folder: Path, digest: str) -> Mapping[str, Any]:
+    """The manifest, once this machine sees what rank 0 has seen; else what it sees in the end."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        manifest: Mapping[str, Any] = {}
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(folder)
+        if _digest(manifest) == digest or time.monotonic() > end:
+            return manifest
+        time.sleep(1.0)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() if manifest else "none"
