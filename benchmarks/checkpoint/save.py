@@ -1,6 +1,6 @@
 """How long training waits for an asynchronous save, over the time of a plain copy of what is saved.
 
-    python benchmarks/checkpoint/save.py                     both engines, 60 M parameters: a minute of one core
+    python benchmarks/checkpoint/save.py        both engines, 60 M parameters: a minute of one core
     torchrun --nproc_per_node 2 benchmarks/checkpoint/save.py --engine megatron
 
 Each save of the training loop (``train.saving``) is followed by the floor: the same tensors, copied into
