@@ -446,7 +446,7 @@ class TestContents:
         }
         fail_with(
             "folders of tests without a room",
-            sorted(folders - rooms - {"tools", "examples", "benchmarks", "program"}),
+            sorted(folders - rooms - {"tools", "examples", "benchmarks", "program", "cluster"}),
         )
 
 
