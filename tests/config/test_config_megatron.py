@@ -190,6 +190,23 @@ def test_groups_of_heads_in_a_file_stay(all_routers, write):
     assert config.model.num_query_groups == 2
 
 
+def test_kinds_of_positions(all_routers):
+    argv = "--position-embedding-type yarn --yarn-beta-fast 16 --yarn-original-max-position-embeddings 64"
+    attention = understood(all_routers, *argv.split(), "--yarn-correction-range-round-to-int")[0].attention
+    found = (attention.rope_type, attention.beta_fast, attention.original_max_position_embeddings)
+    assert found == ("yarn", 16.0, 64)
+    assert understood(all_routers, "--position-embedding-type", "rope")[0].attention.rope_type is None
+    (problem,) = problems_of(all_routers, *DATA, "--position-embedding-type", "learned_absolute")
+    assert problem.rule == "is fixed here: positions are rotary"
+
+
+def test_steps_that_are_left_out(all_routers):
+    """Megatron-LM compares with the number of completed steps (training.py, ``iterations_to_skip``)."""
+    assert understood(all_routers, "--iterations-to-skip", "0", "7")[0].guard.skip_steps == ("1", "8")
+    (problem,) = problems_of(all_routers, *DATA, "--iterations-to-skip", "2-3")
+    assert problem.rule == "must be a list of steps"
+
+
 def test_retained_checkpoints(all_routers):
     checkpoint = understood(all_routers, "--save-retain-interval", "1000")[0].checkpoint
     assert (checkpoint.keep_every, checkpoint.keep_checkpoints) == (1000, 1)

@@ -38,8 +38,11 @@ FAMILIES = {
     "--kv-lora-rank 8 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 --rope-type rope "
     "--qk-layernorm false",
 }
+RECOMPUTED = "--recompute-granularity selective --recompute-modules core_attn mlp moe shared_experts"
 BOTH = {
     "EP2": Layout(2, EP2),
+    "EP2, every part recomputed": Layout(2, f"{EP2} {RECOMPUTED}"),
+    "PP2, 3 layers and 1": Layout(2, f"{PP2} --decoder-last-pipeline-num-layers 1", DEEPER),
     "TP2, SP": Layout(2, f"{TP2} {SP}"),
     "PP2": Layout(2, PP2, DEEPER),
 }
@@ -49,6 +52,7 @@ ON_DEEPSPEED = {
     "EP2, recompute": Layout(2, f"{EP2} --recompute-granularity full"),
     "PP2 x EP2": Layout(4, f"{PP2} {EP2}", DEEPER),
     "TP2 x PP2": Layout(4, f"{TP2} {PP2}", DEEPER),
+    "TP2, SP, every part recomputed": Layout(2, f"{TP2} {SP} {RECOMPUTED}"),
     "TP2 x EP2, SP, expert-TP 1": Layout(4, f"{TP2} {SP} {EP2} {ETP1}"),
 }
 ON_MEGATRON = {
@@ -57,6 +61,12 @@ ON_MEGATRON = {
     "CP2": Layout(2, CP2),
     "PP2, a stage without experts": Layout(2, PP2),
     "PP2 x VPP2": Layout(2, f"{PP2} --virtual-pipeline-model-parallel-size 2", DEEPER),
+    "PP2 x VPP2, 2 layers and 4": Layout(
+        2,
+        f"{PP2} --virtual-pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 2",
+        "--num-layers 6 --moe-layer-freq [0,1,1,1,1,1]",
+    ),
+    "TP2, SP, every part recomputed": Layout(2, f"{TP2} {SP} {RECOMPUTED}"),
     "TP2 x EP2": Layout(4, f"{TP2} {SP} {EP2}"),
     "PP2 x EP2": Layout(4, f"{PP2} {EP2}", DEEPER),
 }

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
+from engines.test_family_layouts import FAMILIES, MTP
 from program.launched import Zygote
 
+# Dense layers, shared experts, latent attention, groups of experts whose bias moves, more tokens ahead
+LATENT, PREDICTING = (family.removeprefix("hyper ") for family in (FAMILIES["latent, groups"], MTP))
 WORKER = Path(__file__).with_name("layout_worker.py")
 TP2 = "--tensor-model-parallel-size 2"
 LAYOUTS = {
-    1: ["--engine megatron --bf16"],
+    1: ["--engine megatron --bf16", PREDICTING],
     2: [
         "--engine megatron --expert-model-parallel-size 2 --use-distributed-optimizer",
         "--engine megatron --pipeline-model-parallel-size 2",
@@ -22,6 +25,8 @@ LAYOUTS = {
         "--engine megatron --context-parallel-size 2 --use-distributed-optimizer",
         f"--engine megatron {TP2} --sequence-parallel --expert-tensor-parallel-size 1",
         TP2,
+        f"--expert-model-parallel-size 2 --zero-stage 2 {LATENT}",
+        f"--engine megatron --expert-model-parallel-size 2 {LATENT}",
     ],
     4: [
         f"--engine megatron {TP2} --sequence-parallel --expert-model-parallel-size 2 "

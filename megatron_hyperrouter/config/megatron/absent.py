@@ -28,9 +28,11 @@ retro-cyclic-train-iters retro-encoder-attention-dropout retro-encoder-hidden-dr
 retro-encoder-layers retro-no-verify-neighbor-count retro-num-neighbors retro-num-retrieved-chunks
 retro-project-dir sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids
 """,
-        ("YaRN scaling of rotary positions", "positions would not be scaled: another model"): """
+        (
+            "YaRN without rounding to whole channels",
+            "the range between slow and fast turns would be rounded",
+        ): """
 no-yarn-correction-range-round-to-int
-yarn-beta-fast yarn-beta-slow yarn-correction-range-round-to-int yarn-original-max-position-embeddings
 """,
         ("vision models", "the model would be a language model"): """
 allow-missing-vision-projection-checkpoint dataloader-save disable-vision-class-token freeze-LM freeze-ViT

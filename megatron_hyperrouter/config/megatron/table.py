@@ -41,7 +41,8 @@ ALWAYS: Mapping[str, Always] = MappingProxyType(
 swiglu |  | the activation is SwiGLU
 normalization | RMSNorm | the norm is RMSNorm
 disable-bias-linear |  | linear layers have no biases
-position-embedding-type | rope | positions are rotary
+yarn-correction-range-round-to-int |  | YaRN rounds to whole channels
+use-pytorch-profiler |  | --profile is PyTorch's profiler
 use-rotary-position-embeddings |  | positions are rotary
 no-position-embedding |  | there are no learned positions
 use-mcore-models |  | the layers are megatron-core's
@@ -87,6 +88,9 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "moe-input-jitter-eps": "router.jitter_eps",
         "most-recent-k": "keep_checkpoints",
         "check-weight-hash-across-dp-replicas-interval": "check_replicas_interval",
+        "yarn-beta-fast": "beta_fast",
+        "yarn-beta-slow": "beta_slow",
+        "yarn-original-max-position-embeddings": "original_max_position_embeddings",
         "disable-load-optim": "no_load_optim",
         "disable-load-rng": "no_load_rng",
         "disable-save-optim": "no_save_optim",
@@ -118,6 +122,8 @@ ARITHMETIC = (
     "ckpt-step",
     "moe-router-load-balancing-type",
     "group-query-attention",
+    "position-embedding-type",
+    "iterations-to-skip",
     "save-retain-interval",
 )
 
@@ -129,7 +135,6 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
             """
 no-save-rng | saves checkpoints without the random state | checkpoints would hold it
 disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
-use-pytorch-profiler | belongs to --profile | there would be no trace
 moe-latent-size | projects tokens to a smaller width before the experts
   | experts would see the full width: another model
 rotary-interleaved | rotates neighbouring channels | channels of the two halves would rotate: another model
@@ -144,7 +149,7 @@ apply-layernorm-1p | stores norm weights minus 1 | they would be stored as they 
 apply-residual-connection-post-layernorm | takes the residual after the norm
   | it would be taken before: another model
 qk-l2-norm | applies an L2 norm to queries and keys
-  | use --qk-layernorm for RMSNorm, or there is none: another model
+  | there would be no norm, or RMSNorm with --qk-layernorm: another model
 attention-output-gate | gates attention's output | it would not be gated: another model
 glu-linear-offset | shifts the linear half of the activation | it would not be shifted: another model
 activation-func-clamp-value | clamps the activation | it would not be clamped: another model
@@ -153,7 +158,6 @@ end-weight-decay | lets the weight decay grow | it would be constant
 decoupled-lr | gives embedding and output a learning rate of their own | they would have --lr
 decoupled-min-lr | gives embedding and output a learning rate of their own | they would have --min-lr
 skip-train | evaluates without training | the run would train; use mhr evaluate
-iterations-to-skip | leaves out the data of some steps | they would be trained on
 use-checkpoint-args | takes the model's sizes from the checkpoint | the settings must name them
 pretrained-checkpoint | starts from other weights | use --load DIR --finetune
 freeze-all-layers | trains no layer | all layers would be trained
@@ -170,7 +174,8 @@ full-validation | scores the whole validation split | --eval-iters batches would
 start-eval-at-iter | begins evaluations at a step | they would begin with the first --eval-interval
 pipeline-model-parallel-layout | lists the layers of each pipeline stage
   | stages would have equally many layers
-encoder-seq-length | is the sample's length in an encoder-decoder | use --seq-length
+encoder-seq-length | is the sample's length in an encoder-decoder
+  | the model would be a decoder-only language model
 yaml-cfg | reads settings from Megatron-LM's YAML | use --config with this program's YAML
 data-parallel-random-init | draws other initial weights on each data-parallel rank
   | all ranks would start alike
@@ -180,8 +185,9 @@ moe-apply-probs-on-input | multiplies the experts' inputs by their weights
 no-initialization | leaves the weights uninitialised | they would be drawn from --seed
 use-mp-args-from-checkpoint-args | takes the layout from the checkpoint | the settings must name it
 checkpoint-activations | is the old name of full recomputation | use --recompute-granularity full
-moe-use-upcycling | starts from a dense model | the experts would start from random weights
-moe-upcycling-granularity | starts from a dense model | the experts would start from random weights
+moe-use-upcycling | starts from a dense model
+  | use mhr import-hf --upcycle with a Hugging Face model, or the experts start from random weights
+moe-upcycling-granularity | starts from a dense model | use mhr import-hf --upcycle with --granularity
 moe-router-force-biased | adds a random bias to the routing | the router alone would route
 moe-router-quantile-balancing-ema | balances by quantiles
   | routing would be balanced by --moe-aux-loss-coeff

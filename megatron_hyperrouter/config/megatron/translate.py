@@ -45,6 +45,20 @@ def group_query_attention(words: list[str], read: Read) -> Settings:
     return {} if read("num_query_groups") is not None else {"num_query_groups": ["1"]}
 
 
+def position_embedding_type(words: list[str], read: Read) -> Settings:
+    """Rotary positions, plain or scaled by YaRN."""
+    if (kind := _one(words)) not in ("rope", "yarn"):
+        raise BadValue("is fixed here: positions are rotary", "use rope or yarn")
+    return {} if kind == "rope" else {"rope_type": [kind]}
+
+
+def iterations_to_skip(words: list[str], read: Read) -> Settings:
+    """Megatron-LM counts completed steps there, so its 0 is step 1."""
+    if not words or not all(word.isdecimal() for word in words):
+        raise BadValue("must be a list of steps", "give one number or several")
+    return {"skip_steps": [str(int(word) + 1) for word in words]}
+
+
 def save_retain_interval(words: list[str], read: Read) -> Settings:
     """Keeps the checkpoints of these steps and the newest one."""
     return {"keep_every": [_one(words)], "keep_checkpoints": ["1"]}
@@ -79,6 +93,8 @@ EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
         "moe-router-score-function": score_function,
         "moe-router-load-balancing-type": load_balancing_type,
         "group-query-attention": group_query_attention,
+        "iterations-to-skip": iterations_to_skip,
+        "position-embedding-type": position_embedding_type,
         "save-retain-interval": save_retain_interval,
         "data-args-path": data_args,
         "per-split-data-args-path": per_split_data_args,
