@@ -135,7 +135,7 @@ class TestDefaults:
         (model,) = (note for note in notes if "makes another model in Megatron-LM" in note)
         for name in ("num-experts", "swiglu", "normalization", "disable-bias-linear", "ffn-hidden-size"):
             assert f"without --{name}: " in model
-        (training,) = (note for note in notes if "trains otherwise in Megatron-LM" in note)
+        (training,) = (note for note in notes if "trains differently in Megatron-LM" in note)
         assert "--hidden-dropout: dropout 0.1 (here 0)" in training
         assert "--lr-decay-style" not in training
 

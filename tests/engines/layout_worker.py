@@ -3,10 +3,10 @@ what it saw.
 
 A case: ``flags`` of the program (``bare``: all of them), and optionally ``steps`` and the ``first`` of them,
 ``load`` (a folder) or ``load_weights``, ``watch``, ``save_at`` (a step), ``folder`` for its weights,
-``topk_eval``, ``resume``, ``flips`` (pairs of a rank and the end of a weight's name: what is told of the
-replicas when a bit of it is flipped there), and ``probe``: at which weights (``start``; ``whole``: with their
-optimizer) and with the k of which ``step`` it tells gradients, in ``folder/probed``.  ``refused``: only why
-``load`` was refused.
+``topk_eval``, ``resume``, ``count`` (how often modules run in the steps), ``flips`` (pairs of a rank and the
+end of a weight's name: what is told of the replicas when a bit of it is flipped there), and ``probe``: at
+which weights (``start``; ``whole``: with their optimizer) and with the k of which ``step`` it tells
+gradients, in ``folder/probed``.  ``refused``: only why ``load`` was refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from distributed import world
-from engines.watched import Watched
+from engines.watched import Watched, counted
 
 from megatron_hyperrouter.checkpoint.weights import Reader
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
@@ -102,7 +102,8 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     config = tiny_config(case["flags"], world_size, bare=case.get("bare", False))
     engine = open_engine(config, vocab_size=VOCABULARY, eod=EOD)
     try:
-        told = train(engine, config, case)
+        with counted(case.get("count", False)) as calls:
+            told = train(engine, config, case)
         if strays := engine.deviations():
             raise AssertionError(f"{case['flags']}: replicas differ: {strays}")
         flipped = [flip(engine, rank, end) for rank, end in case.get("flips", ())]
@@ -123,7 +124,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             save(engine, Path(case["folder"]) / "probed")
     finally:
         engine.close()
-    seen = {"read": case.get("read"), "shapes": shapes, "flipped": flipped}
+    seen = {"read": case.get("read"), "shapes": shapes, "flipped": flipped, "calls": calls}
     return {"steps": told, "evaluations": evaluations, **seen}
 
 

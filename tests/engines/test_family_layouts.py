@@ -5,9 +5,11 @@ the run of one process on every layout of both engines.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from engines.layout_table import Layout, Table, assert_same_run, case_of, run_table
+from distributed import run_ranks
+from engines.layout_table import WORKER, Layout, Table, assert_same_run, case_of, run_table
 from engines.layout_worker import tiny_config
 from program.launched import Zygote
 
@@ -96,6 +98,21 @@ def test_layout_gives_the_run_of_one_process(
     few: Table, layout: str, record_property: Callable[[str, object], None]
 ) -> None:
     assert_same_run(few, FAMILIES["latent, groups"], layout, record_property)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_the_named_parts_run_again_in_the_backward_pass(zygote: Zygote, tmp_path: Path, engine: str) -> None:
+    parts = {"mlp": "MLP", "moe": "HyperRouter", "shared_experts": "SharedExpertMLP"}
+    common = ["--engine", engine, "--router.name", "hyper", *SHARED.split()]
+    flags = [["--recompute-granularity", "selective", "--recompute-modules", part] for part in parts]
+    cases = [{"flags": [*common, *more], "steps": 1, "count": True} for more in ([], *flags)]
+    once, *again = (
+        told["calls"] for told in run_ranks(zygote, WORKER, {"cases": cases}, ranks=1, folder=tmp_path)
+    )
+    assert all(once[kind] for kind in parts.values())
+    for part, calls in zip(parts, again, strict=True):
+        twice = {kind: once[kind] * (1 + (kind == parts[part])) for kind in parts.values()}
+        assert {kind: calls[kind] for kind in twice} == twice, part
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ A micro-batch's slots are those of DeepSpeed's dispatch, of the same size for ev
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,3 +107,21 @@ class Watched:
             "slots": [slots for _, _, slots, _, _ in ranks],
             "largest": [largest for _, _, _, largest, _ in ranks],
         }
+
+
+@contextlib.contextmanager
+def counted(wanted: bool) -> Iterator[Counter[str]]:
+    """Inside, how often modules of each class run, in the backward pass too."""
+    calls: Counter[str] = Counter()
+    if not wanted:
+        yield calls
+        return
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        calls[type(module).__name__] += 1
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        yield calls
+    finally:
+        hook.remove()

@@ -101,7 +101,7 @@ def _step(config: RunConfig, world_size: int) -> str:
     if config.train.rampup_batch_size is None:
         return text
     start, increment, until = config.train.rampup_batch_size
-    return f"{text}, from {start:,} samples on by {increment:,} over the first {until:,} samples"
+    return f"{text}, growing from {start:,} by {increment:,} over the first {until:,} samples"
 
 
 def _data(config: RunConfig, world_size: int, epoch: int | None) -> str:

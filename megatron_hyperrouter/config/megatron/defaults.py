@@ -38,7 +38,7 @@ def defaults_that_differ(given: Collection[str], foreign: int) -> Iterator[str]:
     """
     if foreign < ENOUGH:
         return
-    for rows, what in ((MODEL, "makes another model in"), (TRAINING, "trains otherwise in")):
+    for rows, what in ((MODEL, "makes another model in"), (TRAINING, "trains differently in")):
         missing = [row for row in rows if not any(name in given for name in row.flags)]
         if missing:
             shown = "; ".join(f"without --{row.flags[0]}: {row.there} (here {row.here})" for row in missing)
