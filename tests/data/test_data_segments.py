@@ -90,6 +90,27 @@ def test_without_a_change_it_is_the_dataset_as_before(
     assert sum(entry["samples"] for entry in ledger[0]["sets"]) == 44
 
 
+@pytest.mark.parametrize("kind", ["materialised", "on-demand"])
+def test_a_batch_that_grows_reads_on_where_the_mix_changes(files: dict[str, str], kind: Any) -> None:
+    """The same samples as with equal batches of as many samples on either side of the change."""
+    grows = BatchSizes(8, (2, 2, 24))  # 2 2 2 2 | 4 4 | 6 6 | 8 8 ...: 16 samples before the change
+    mixes = ((0, (files["a"], files["c"])), (6, ("0.5", files["a"], "0.5", files["b"])))
+    first = builder((files["a"], files["c"]), kind=kind)
+    run = build_training_samples(first, mixes, [], step=0, train_iters=10, sizes=grows)
+    assert [grows.samples(step) for step in (6, 10)] == [16, 44] and len(run) == 44
+    equal = ((0, mixes[0][1]), (4, mixes[1][1]))  # 4 steps of 4 samples
+    plain = build_training_samples(first, equal, [], step=0, train_iters=11, sizes=BatchSizes(4))
+    samples = [run[i].tolist() for i in range(44)]
+    assert samples == [plain[i].tolist() for i in range(44)]
+    for step in (3, 6, 8):
+        again = build_training_samples(
+            first, mixes, json.loads(json.dumps(run.ledger(step))), step=step, train_iters=10, sizes=grows
+        )
+        done = grows.samples(step)
+        assert [again[i].tolist() for i in range(done, 44)] == samples[done:]
+        assert again.consumed(9) == run.consumed(9) == (36, 36 * 6)
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[list[list[int]], list[Part]]:
     """Sizes of the documents of each file, and the parts of a run over them."""
