@@ -54,7 +54,7 @@ Data: share of a step's time in which rank 0 waited for its batch.
 
 Here k does not grow, the learning rate is constant and nothing is evaluated; the checkpoint that a run ends
 with is removed."""
-QUIET = quiet(Role.SCHEDULE, Role.UPKEEP)
+QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}
 OURS = ("--train-iters", *map(flag, QUIET))
 
 

@@ -227,7 +227,7 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
         "vocab_size": args.vocab_size - 1,
     }
     overrides = (
-        {"engine": engine, "global_batch_size": samples}
+        {"engine": engine, "global_batch_size": samples, "rampup_batch_size": None}
         | quiet(Role.START, Role.NOISE)
         | quiet_on(engine)
         | ({} if args.own_data else made_up)

@@ -110,10 +110,15 @@ class MoESlot(MegatronModule):
 
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Returns (output ``[S, B, D]``, no bias)."""
-        output_SBD: Tensor = self._perhaps_again("moe", self._routed, hidden_SBD)
+        return self._perhaps_again("moe", self._whole, hidden_SBD), None
+
+    def _whole(self, hidden_SBD: Tensor) -> Tensor:
+        output_SBD = self._routed(hidden_SBD)
         if self.shared_experts is None:
-            return output_SBD, None
-        return output_SBD + self._perhaps_again("shared_experts", self.shared_experts, hidden_SBD), None
+            return output_SBD
+        if "moe" in self._recomputed:  # which is around this
+            return output_SBD + self.shared_experts(hidden_SBD)
+        return output_SBD + self._perhaps_again("shared_experts", self.shared_experts, hidden_SBD)
 
     def _perhaps_again(self, part: str, call: Callable[[Tensor], Tensor], hidden_SBD: Tensor) -> Tensor:
         """The part's output; the backward pass computes it again where --recompute-modules names it."""
