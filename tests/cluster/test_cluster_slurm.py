@@ -116,24 +116,15 @@ def test_refused_settings_are_not_started_again(slurm: Slurm) -> None:
 def test_a_trial_without_data_trains_without_editing_a_file(slurm: Slurm) -> None:
     """After an examination of the machine."""
     run_dir = slurm.root / "trial"
-    job = submit(
-        slurm,
-        "--mock-data",
-        "--train-iters",
-        2,
-        "--eval-interval",
-        0,
-        "--run-dir",
-        run_dir,
-        nodes=1,
-        DOCTOR="1",
-    )
+    short = "--mock-data --train-iters 2 --lr-warmup-iters 0 --eval-interval 0 --run-dir".split()
+    job = submit(slurm, *short, run_dir, nodes=1, DOCTOR="1")
     wait(slurm, job, lambda: has_ended(slurm, job))
     assert slurm.job(job)["JobState"] == "COMPLETED", said(slurm, job)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2]
     assert json.loads((run_dir / "doctor.json").read_text())["status"] == 0
 
 
+@pytest.mark.by_hand
 def test_a_cancelled_job_stays_cancelled(slurm: Slurm) -> None:
     """The run saves and ends with 6, as at a time limit; but a person wants it to end."""
     run_dir = slurm.root / "cancelled"
