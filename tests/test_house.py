@@ -102,6 +102,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
+    "finetuning": (
+        {*LATE_ROOM, "train.lr", "evaluate", "analysis.intervals"},
+        {"torch", "numpy", "megatron"},
+    ),
     "export": ({*LATE_ROOM, "export/classes"}, {"torch", "numpy", "safetensors", "megatron"}),
     "export/classes": ({"config", "model"}, {"torch"}),
     "huggingface": (
@@ -130,7 +134,16 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "commands/cluster": ({*COMMAND, "doctor", "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
     "commands/models": (
-        {*COMMAND, "export", "export/classes", "proof", "importing", "generation", "huggingface"},
+        {
+            *COMMAND,
+            "export",
+            "export/classes",
+            "proof",
+            "importing",
+            "generation",
+            "huggingface",
+            "finetuning",
+        },
         {"torch", "numpy", "rich", "yaml"},
     ),
     "commands/studies": ({*COMMAND, "studies", "verify", "report"}, {"torch", "numpy", "rich", "yaml"}),

@@ -36,6 +36,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Models": {
         "evaluate": Command("models.evaluate", "score a trained run at several k"),
         "baselines": Command("models.baselines", "compare its scores with unigram and bigram models"),
+        "finetune": Command(
+            "models.finetune", "train a classification head on a run and test it at several k"
+        ),
         "generate": Command("models.generate", "continue prompts at several k"),
         "export-hf": Command("models.export_hf", "write a run as a Hugging Face folder with a certificate"),
         "import-hf": Command("models.import_hf", "turn a Hugging Face model into a run folder"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.compat.host_logs import silence_hosts
 from megatron_hyperrouter.compat.transformer_engine import implementation
@@ -13,15 +13,23 @@ from megatron_hyperrouter.config.derived import resets_documents, separates_docu
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Engine
 
+if TYPE_CHECKING:
+    from megatron_hyperrouter.model.classifier import Classifier
+
 
 def open_engine(
-    config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+    config: RunConfig,
+    *,
+    vocab_size: int,
+    eod: int | None = None,
+    for_training: bool = True,
+    classifier: Classifier | None = None,
 ) -> Engine:
     """Build the model of ``config`` in its engine; ``for_training=False`` leaves the optimizer out.
 
     ``vocab_size``: ids of the tokenizer; ``eod``: the one that ends a document, needed where the settings
     mind documents. The host is imported here and not before, so that settings are checked without it.  Raises
-    HostError where it is missing.
+    HostError where it is missing.  ``classifier``: what takes the place of the output matrix.
     """
     if eod is None and separates_documents(config):
         raise ValueError("these settings need the ends of documents: give eod, the id that ends one")
@@ -34,7 +42,9 @@ def open_engine(
         chosen: Any = implementation(wanted, bf16=config.train.bf16, fp8=_fp8_recipe(config))
         config = replace(config, engine=replace(config.engine, transformer_impl=chosen))
     room = importlib.import_module(f"{__name__}.{config.engine.engine}")
-    engine: Engine = room.open_engine(config, vocab_size=vocab_size, eod=eod, for_training=for_training)
+    engine: Engine = room.open_engine(
+        config, vocab_size=vocab_size, eod=eod, for_training=for_training, classifier=classifier
+    )
     return engine
 
 

@@ -31,6 +31,9 @@ class Clock:
     arrived: list[Tokens] = field(default_factory=list)
     eod: int | None = None  # ends a document; None where nobody asks for documents
     balanced: bool = False  # tokens go to all experts in turn, whatever the router says
+    padded: bool = False  # negative ids are padding, which no router sees
+    # of these micro-batches, where they are padded: the rows of the real tokens among the layers' vectors
+    real: list[Tensor] = field(default_factory=list)
     # of these micro-batches: where the document of each token begins, _BS, uncut
     starts: list[Tensor] = field(default_factory=list)
 
@@ -38,7 +41,7 @@ class Clock:
         """A step, or an evaluation with ``topk``, begins."""
         self.step, self.topk = step, topk
         self.turn += 1
-        self.arrived, self.starts = [], []
+        self.arrived, self.starts, self.real = [], [], []
 
     def starts_site(self) -> StartsSite:
         """What tells one more layer's attention where documents begin."""
@@ -68,7 +71,11 @@ class Clock:
             tokens_BS, places_BS = part(tokens_BS), part(places_BS)
         if not batch_first:
             tokens_BS, places_BS = tokens_BS.t(), places_BS.t()
-        self.arrived.append(Tokens(tokens_BS.flatten(), places_BS.flatten(), length, size))
+        ids_T, places_T = tokens_BS.flatten(), places_BS.flatten()
+        if self.padded:
+            self.real.append((ids_T >= 0).nonzero().flatten())
+            ids_T, places_T = ids_T[self.real[-1]], places_T[self.real[-1]]
+        self.arrived.append(Tokens(ids_T, places_T, length, size))
 
 
 class Passes:
@@ -83,11 +90,15 @@ class Passes:
 
     def next(self) -> int:
         """The number of the micro-batch, from 0; to be asked once in each pass."""
+        number = self.coming()
+        self._passes[recomputing()] += 1
+        return number
+
+    def coming(self) -> int:
+        """The number of the micro-batch that :meth:`next` will give."""
         if self._turn != self.clock.turn:
             self._turn, self._passes = self.clock.turn, [0, 0]
-        again = recomputing()
-        self._passes[again] += 1
-        return self._passes[again] - 1
+        return self._passes[recomputing()]
 
 
 class StartsSite:
@@ -131,6 +142,10 @@ class RouterSite:
             self.statistics.record(self.router, routing)
         return routing, self.router.at(**asked)
 
+    def real_rows(self) -> Tensor | None:
+        """The rows of the next micro-batch's vectors that are real tokens; None: all are."""
+        return self.clock.real[self._passes.coming()] if self.clock.padded else None
+
     def routing(self, x_TD: Tensor) -> Routing:
         """What was given, or what the router decides."""
         return self.route(x_TD)[0] if self._given is None else self._given
@@ -166,6 +181,12 @@ def evenly(routing: Routing) -> Routing:
     count, k = routing.experts_TK.shape
     routes_R = torch.arange(count * k, device=routing.experts_TK.device)
     return routing._replace(experts_TK=(routes_R % routing.logits_TE.size(1)).view(count, k))
+
+
+def spread_out(real_RD: Tensor, rows_R: Tensor, like: Tensor) -> Tensor:
+    """A tensor of the shape of ``like``, ``[..., D]``, with these rows; padding is 0."""
+    whole_TD = real_RD.new_zeros(like.numel() // like.size(-1), like.size(-1))
+    return whole_TD.index_copy(0, rows_R, real_RD).view(like.shape)
 
 
 def single_routes(routing: Routing) -> Routing:

@@ -38,6 +38,7 @@ from megatron_hyperrouter.engines.world import (
     set_random_states,
     wait_at_most,
 )
+from megatron_hyperrouter.model.classifier import ClassLoss
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
     LanguageModelLoss,
@@ -48,6 +49,7 @@ from megatron_hyperrouter.model.loss import (
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.base import Batch, EvalResult, OwnPart, Place, StepResult
+    from megatron_hyperrouter.model.classifier import Classifier
     from megatron_hyperrouter.routers.base import Router
 
 
@@ -69,7 +71,14 @@ class SharedEngine(SavedEngine):
     routers: dict[str, Router]  # prefix of the global names -> router
     num_zeros: float | None = None  # of the last step's gradient, where the host counts them
 
-    def __init__(self, config: RunConfig, place: Place, *, eod: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        place: Place,
+        *,
+        eod: int | None = None,
+        classifier: Classifier | None = None,
+    ) -> None:
         """To be called when the process groups stand; ``eod``: the id that ends a document, where the
         settings ask for documents.
         """
@@ -81,11 +90,13 @@ class SharedEngine(SavedEngine):
         self.eod = eod
         resets = config.data.reset_attention_mask or config.data.reset_position_ids
         balanced = config.model.moe_router_force_load_balancing
-        self.clock = Clock(eod=eod if resets else None, balanced=balanced)
+        self.classifier = classifier
+        padded = classifier is not None
+        self.clock = Clock(eod=eod if resets else None, balanced=balanced, padded=padded)
         self.statistics = RouterStatistics(
             config.model.num_layers + (config.model.mtp_num_layers or 0), config.model.num_experts
         )
-        self.loss = LanguageModelLoss(self.device)
+        self.loss = LanguageModelLoss(self.device) if classifier is None else ClassLoss(self.device)
         self.topk_at = topk_schedule(config)
         self.profiler = Profiler(config.logging, place.rank)
         self.judgement = Judgement()
@@ -175,11 +186,13 @@ class SharedEngine(SavedEngine):
         return replace(result, applied=applied)
 
     def _end_step(self, step: int, sums: Tensor) -> None:
-        assert self._last is not None, "a step has batches"
-        micro_batch = self.config.train.micro_batch_size * self.place.data_size
-        tokens = len(self._last.batches) * micro_batch * self.config.model.seq_length
-        replicas = round(float(self.statistics.tokens_L(sums).max()) / tokens)  # tensor-parallel ranks
-        for router in self.routers.values():
+        parallel = self.config.parallel
+        # Tensor-parallel ranks route the same tokens where they do not share out the positions.
+        shared_out = parallel.sequence_parallel and self.config.engine.engine == "megatron"
+        replicas = 1 if shared_out else parallel.tensor_model_parallel_size
+        tokens = round(float(self.statistics.tokens_L(sums).max()) / replicas)
+        frozen = self.classifier is not None and "router" in self.classifier.freeze
+        for router in () if frozen else self.routers.values():
             router.end_step(
                 self.statistics.counts(
                     sums, router.layer_number, step=step + 1, tokens=tokens, replicas=replicas
@@ -232,6 +245,13 @@ class SharedEngine(SavedEngine):
     @abstractmethod
     def forward_all(self, batches: Iterator[Batch]) -> None:
         """Forward passes alone; the loss counts what it sees."""
+
+    def arrive(self, tokens_BS: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Tell the layers of the next micro-batch; returns the ids for the embedding, which has none for
+        padding.
+        """
+        self.clock.arrive(tokens_BS, self.place, part)
+        return tokens_BS.clamp(min=0) if self.clock.padded else tokens_BS
 
     def _counted(self, batch: Batch) -> Batch:
         """The same, without the labels that no loss is asked for."""

@@ -33,5 +33,5 @@ def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) 
             return load_file(path, routers=ROUTERS, overrides=neutral, world_size=world_size)
         except ConfigError:  # another number of ranks
             pass
-    alone = {**neutral, **quiet(Role.LAYOUT)}
+    alone = {**neutral, **quiet(Role.LAYOUT), **overrides}
     return load_file(path, routers=ROUTERS, overrides=alone, world_size=world_size)

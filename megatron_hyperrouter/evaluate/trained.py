@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.data.stream.dataset import Dataset
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
     from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.model.classifier import Classifier
 
 
 def checkpoint_of(load: str | os.PathLike[str]) -> Path:
@@ -152,15 +153,18 @@ class TrainedRun:
             )
         return dataset
 
-    def open_engine(self, tokenizer: Tokenizer) -> Engine:
-        """The model in its engine, without an optimizer and without its weights yet; close it when done."""
+    def open_engine(self, tokenizer: Tokenizer, *, classifier: Classifier | None = None) -> Engine:
+        """The model in its engine, without its weights yet; close it when done.  There is an optimizer only
+        for a ``classifier``, which takes the place of the output matrix and is to be trained.
+        """
         from megatron_hyperrouter import engines
 
         return engines.open_engine(
             self.settings,
             vocab_size=tokenizer.vocab_size,
             eod=self._eod(tokenizer),
-            for_training=False,
+            for_training=classifier is not None,
+            classifier=classifier,
         )
 
     def load_into(self, engine: Engine) -> None:

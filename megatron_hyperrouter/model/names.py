@@ -15,6 +15,7 @@ whole model.
     mtp.layers.{number}.transformer_layer.{as in a layer}            --mtp-num-layers; enorm, hnorm, eh_proj
     decoder.final_layernorm.weight
     output_layer.weight
+    classifier.dense.weight                                          fine-tuning: in the place of the output
 
 Initial weights, weight decay and checkpoints depend on these names alone, so that they mean the same on
 every layout and engine.
@@ -28,6 +29,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+CLASSIFIER = "classifier."  # how the names of a classification head begin
 # Transformer Engine's: the input norm is a part of the first matrix, and a matrix of all experts is one
 # module.
 _FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")

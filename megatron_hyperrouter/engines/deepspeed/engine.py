@@ -24,21 +24,35 @@ from megatron_hyperrouter.model.init import initialise
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.base import Batch
+    from megatron_hyperrouter.model.classifier import Classifier
 
 
 class DeepSpeedEngine(SharedEngine):
     """Serves ``engines.base.Engine``."""
 
     def __init__(
-        self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+        self,
+        config: RunConfig,
+        *,
+        vocab_size: int,
+        eod: int | None = None,
+        for_training: bool = True,
+        classifier: Classifier | None = None,
     ) -> None:
-        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document."""
+        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document;
+        ``classifier``: what takes the place of the output matrix.
+        """
         self._found_world = dist.is_initialized()
-        super().__init__(config, join(config), eod=eod)
+        super().__init__(config, join(config), eod=eod, classifier=classifier)
         self.stages = config.parallel.pipeline_model_parallel_size
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
             self.model = model.build(
-                config, vocab_size=vocab_size, clock=self.clock, statistics=self.statistics, loss=self.loss
+                config,
+                vocab_size=vocab_size,
+                clock=self.clock,
+                statistics=self.statistics,
+                loss=self.loss,
+                classifier=classifier,
             )
             initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
             # DeepSpeed's engine alone runs pipeline stages, in an evaluation too.
@@ -98,8 +112,7 @@ class DeepSpeedEngine(SharedEngine):
             self.host.train()
             for batch in batches:
                 tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
-                self.clock.arrive(tokens_BS, self.place)
-                self.host.backward(self.host(tokens_BS, labels_BS))
+                self.host.backward(self.host(self.arrive(tokens_BS), labels_BS))
                 self.host.step()
         else:
             self.host.train_batch(iter(self._told(batches)))
@@ -142,16 +155,16 @@ class DeepSpeedEngine(SharedEngine):
                 continue
             for batch in held:
                 tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
-                self.clock.arrive(tokens_BS, self.place)
-                self.model(tokens_BS, labels_BS)
+                self.model(self.arrive(tokens_BS), labels_BS)
 
     def _told(self, held: list[Batch]) -> list[Batch]:
         """The same; the layers of every stage know the tokens now, of which DeepSpeed gives the middle ones
         nothing.
         """
-        for tokens_BS, _ in held:
-            self.clock.arrive(tokens_BS.to(self.device, non_blocking=True), self.place)
-        return held
+        return [
+            (self.arrive(tokens_BS.to(self.device, non_blocking=True)), labels_BS)
+            for tokens_BS, labels_BS in held
+        ]
 
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""

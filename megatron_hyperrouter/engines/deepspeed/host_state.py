@@ -21,6 +21,8 @@ def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterato
     ``_hp_mapping`` says which numbers of a parameter are where in that part, and is None where none are.
     """
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0 in float32: torch's own
             yield piece(name, parameter, optimizer, parameter)
         elif (link := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]

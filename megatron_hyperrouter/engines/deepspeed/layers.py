@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.model.attention.rotary import RotaryTable, rates
+from megatron_hyperrouter.model.classifier import Classifier, ClassOutput, Headed
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.model.output import OutputLayer, Projection
@@ -30,10 +31,16 @@ from megatron_hyperrouter.model.spec import RMSNorm, layer_specs
 
 
 def model_layers(
-    run: RunConfig, config: TransformerConfig, moe: ModuleSpec, vocab_size: int, *, clock: Clock
+    run: RunConfig,
+    config: TransformerConfig,
+    moe: ModuleSpec,
+    vocab_size: int,
+    *,
+    clock: Clock,
+    classifier: Classifier | None = None,
 ) -> list[LayerSpec]:
     """Embedding, transformer layers, final norm, output; ``vocab_size`` is the padded one."""
-    tied = not run.model.untie_embeddings_and_output_weights
+    tied = not run.model.untie_embeddings_and_output_weights and classifier is None
     embedding_args = (run, config, vocab_size, tied)
     if tied:
         first = TiedLayerSpec("embed", Embedding, *embedding_args, tied_weight_attr=[WORD_EMBEDDINGS])
@@ -46,7 +53,7 @@ def model_layers(
         )
     else:
         first = LayerSpec(Embedding, *embedding_args)
-        last = LayerSpec(Output, config, vocab_size)
+        last = LayerSpec(Output, config, vocab_size, classifier)
     specs = layer_specs(run, moe, starts=clock.starts_site)
     blocks = [
         LayerSpec(Block, run, config, spec.submodules, number) for number, spec in enumerate(specs, start=1)
@@ -108,14 +115,20 @@ class Embedding(nn.Module):
 
 
 class Output(nn.Module):
-    """The output with a matrix of its own."""
+    """The output with a matrix of its own, or a classification head in its place."""
 
-    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, vocab_size: int, classifier: Classifier | None = None
+    ) -> None:
         super().__init__()
-        self.output_layer = _output_layer(config, vocab_size, own_weight=True)
+        self.output_layer: nn.Module = (
+            _output_layer(config, vocab_size, own_weight=True)
+            if classifier is None
+            else ClassOutput(config, classifier)
+        )
 
-    def forward(self, hidden_SBD: Tensor) -> Projection | Tensor:
-        """What :class:`OutputLayer` gives."""
+    def forward(self, hidden_SBD: Tensor) -> Projection | Headed | Tensor:
+        """What :class:`OutputLayer` or :class:`ClassOutput` gives."""
         made, _ = self.output_layer(hidden_SBD)
         return seen_by_hooks(made)
 

@@ -14,6 +14,7 @@ from megatron_hyperrouter.config.derived import expert_tensor_size
 from megatron_hyperrouter.engines.deepspeed.layers import Sequence, model_layers
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.slot import moe_spec
 from megatron_hyperrouter.engines.deepspeed.names import global_name
+from megatron_hyperrouter.model.names import router_parameter
 from megatron_hyperrouter.model.spec import padded_vocab_size, shared_expert_spec, transformer_config
 from megatron_hyperrouter.routers.base import Router
 
@@ -21,11 +22,18 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.clock import Clock
     from megatron_hyperrouter.engines.statistics import RouterStatistics
+    from megatron_hyperrouter.model.classifier import Classifier
     from megatron_hyperrouter.model.loss import LanguageModelLoss
 
 
 def build(
-    run: RunConfig, *, vocab_size: int, clock: Clock, statistics: RouterStatistics, loss: LanguageModelLoss
+    run: RunConfig,
+    *,
+    vocab_size: int,
+    clock: Clock,
+    statistics: RouterStatistics,
+    loss: LanguageModelLoss,
+    classifier: Classifier | None = None,
 ) -> nn.Module:
     """``vocab_size``: ids of the tokenizer, before padding.  Weights are left as they come."""
     parallel = run.parallel
@@ -46,10 +54,12 @@ def build(
         statistics=statistics,
         shared_expert=shared_expert_spec(),
     )
-    layers = model_layers(run, core, moe, padded_vocab_size(vocab_size, run), clock=clock)
+    layers = model_layers(
+        run, core, moe, padded_vocab_size(vocab_size, run), clock=clock, classifier=classifier
+    )
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
-        return Sequence(layers, loss)
+        return frozen_parts(Sequence(layers, loss), run, classifier)
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     from megatron_hyperrouter.engines.deepspeed.stages import Stages
@@ -59,16 +69,26 @@ def build(
         num_mp=parallel.tensor_model_parallel_size,
         num_dp=parallel_state.get_data_parallel_world_size(),
     )
-    return Stages(run, layers, topology=topology, loss_fn=loss)
+    staged = Stages(run, layers, topology=topology, loss_fn=loss)
+    return frozen_parts(staged, run, classifier)
+
+
+def frozen_parts(model: nn.Module, run: RunConfig, classifier: Classifier | None) -> nn.Module:
+    """The model; what ``classifier`` freezes gets no gradient from now on."""
+    for name, parameter in model.named_parameters():
+        if classifier is not None and classifier.freezes(_global(name, run)):
+            parameter.requires_grad_(False)
+    return model
 
 
 def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of what this rank holds and trains; one name may stand for several matrices,
-    which ``model.names.matrices`` takes apart.
+    """(global name, parameter) of what this rank holds, but for frozen parameters of routers, which are a
+    part of their state; one name may stand for several matrices, which ``model.names.matrices`` takes apart.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield _global(name, run), parameter
+        known = _global(name, run)
+        if parameter.requires_grad or router_parameter(known) is None:
+            yield known, parameter
 
 
 def routers(model: nn.Module, run: RunConfig) -> dict[str, Router]:

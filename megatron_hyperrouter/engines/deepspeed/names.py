@@ -27,7 +27,7 @@ def global_name(name: str, *, num_layers: int, first_expert: int, experts: int =
     if position == num_layers + 1:
         return f"decoder.final_layernorm.{rest}"
     if position == num_layers + 2:
-        return rest
+        return rest.removeprefix("output_layer.") if ".classifier." in rest else rest
     rest = f"decoder.layers.{position - 1}.{rest}"
     rest = (
         rest.replace(_ROUTER, ".mlp.router.")

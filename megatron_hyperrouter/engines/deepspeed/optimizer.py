@@ -23,6 +23,8 @@ def adamw(
     """
     kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         factor = router_lr_mult if router_parameter(name) is not None else 1.0
         kinds.setdefault((decays(name, parameter), factor), []).append(parameter)
     groups: list[dict[str, Any]] = [

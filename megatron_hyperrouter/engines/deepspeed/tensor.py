@@ -41,6 +41,8 @@ def sum_partial_gradients(named: Iterable[tuple[str, nn.Parameter]], *, latent: 
     of latent attention work for all heads on each rank.
     """
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         heads = not latent and ("q_layernorm" in name or "k_layernorm" in name)
         if heads or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(_summed)

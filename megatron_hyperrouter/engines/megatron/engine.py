@@ -33,17 +33,26 @@ from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.base import Batch
+    from megatron_hyperrouter.model.classifier import Classifier
 
 
 class MegatronEngine(SharedEngine):
     """Serves ``engines.base.Engine``."""
 
     def __init__(
-        self, config: RunConfig, *, vocab_size: int, eod: int | None = None, for_training: bool = True
+        self,
+        config: RunConfig,
+        *,
+        vocab_size: int,
+        eod: int | None = None,
+        for_training: bool = True,
+        classifier: Classifier | None = None,
     ) -> None:
-        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document."""
+        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document;
+        ``classifier``: what takes the place of the output matrix.
+        """
         self._found_world = dist.is_initialized()
-        super().__init__(config, _join(config), eod=eod)
+        super().__init__(config, _join(config), eod=eod, classifier=classifier)
         self.core: TransformerConfig = model.core_config(config)
         self.chunks = model.build(
             config,
@@ -52,6 +61,7 @@ class MegatronEngine(SharedEngine):
             clock=self.clock,
             statistics=self.statistics,
             loss=self.loss,
+            classifier=classifier,
         )
         initialise(self.named_parameters(), config.model, draw_by_name(config.train.seed))
         for chunk in self.chunks:
@@ -159,7 +169,7 @@ class MegatronEngine(SharedEngine):
         pipeline stage.
         """
         tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
-        self.clock.arrive(tokens_BS, self.place, self._routed_part)
+        tokens_BS = self.arrive(tokens_BS, self._routed_part)
         return self._slices(tokens_BS), self._slices(labels_BS)
 
     def _slices(self, whole_BS: Tensor) -> Tensor:

@@ -21,7 +21,14 @@ from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_exper
 from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer, StackedExperts
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
-from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert, plain_name, stacked_name
+from megatron_hyperrouter.model.classifier import ClassOutput
+from megatron_hyperrouter.model.names import (
+    WORD_EMBEDDINGS,
+    is_expert,
+    plain_name,
+    router_parameter,
+    stacked_name,
+)
 from megatron_hyperrouter.model.output import OutputLayer, Projection
 from megatron_hyperrouter.model.spec import (
     expert_spec,
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.engines.clock import Clock
     from megatron_hyperrouter.engines.statistics import RouterStatistics
+    from megatron_hyperrouter.model.classifier import Classifier
     from megatron_hyperrouter.model.loss import LanguageModelLoss
 
 
@@ -109,6 +117,7 @@ def build(
     clock: Clock,
     statistics: RouterStatistics,
     loss: LanguageModelLoss,
+    classifier: Classifier | None = None,
 ) -> list[nn.Module]:
     """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they
     come.
@@ -125,6 +134,7 @@ def build(
     mtp = None
     if run.model.mtp_num_layers is not None:
         mtp = MultiTokenPredictionBlockSubmodules([mtp_spec(specs[-1])] * run.model.mtp_num_layers)
+    tied = not run.model.untie_embeddings_and_output_weights and classifier is None
     chunks: list[nn.Module] = []
     stages = core.virtual_pipeline_model_parallel_size
     for number in range(stages or 1):
@@ -143,16 +153,22 @@ def build(
             post_process=last,
             position_embedding_type="rope",
             rotary_base=run.model.rotary_base,
-            share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+            share_embeddings_and_output_weights=tied,
             mtp_block_spec=mtp if last else None,
             vp_stage=chunk,
         )
+        if last and classifier is not None:
+            model.output_layer = ClassOutput(core, classifier)
         if not core.multi_latent_attention:
             turn_by_rates(model.rotary_pos_emb, run)
         if stages:
             model.model_type = None  # read by the interleaved schedule
         chunks.append(model)
     mark_experts(chunks, run)
+    if classifier is not None:
+        for name, parameter in named_parameters(chunks, run):
+            if classifier.freezes(name):
+                parameter.requires_grad_(False)
     return chunks
 
 
@@ -177,13 +193,14 @@ def mark_experts(chunks: list[nn.Module], run: RunConfig) -> None:
 
 
 def named_parameters(chunks: list[nn.Module], run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of what this rank holds and trains; one name may stand for several matrices,
-    which ``model.names.matrices`` takes apart.
+    """(global name, parameter) of what this rank holds, but for frozen parameters of routers, which are a
+    part of their state; one name may stand for several matrices, which ``model.names.matrices`` takes apart.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if parameter.requires_grad:
-                yield _global(name, chunk, run), parameter
+            known = _global(name, chunk, run)
+            if parameter.requires_grad or router_parameter(known) is None:
+                yield known, parameter
 
 
 def set_topk(chunks: list[nn.Module], topk: int) -> None:
@@ -217,4 +234,6 @@ def _global(name: str, chunk: Any, run: RunConfig) -> str:
     name = stacked_name(name, first=first, count=experts)
     if name == "output_layer.weight" and not run.model.untie_embeddings_and_output_weights:
         return WORD_EMBEDDINGS  # the last stage's copy of the tied matrix
+    if name.startswith("output_layer.classifier."):
+        return name.removeprefix("output_layer.")
     return name.replace(".mlp.router.router.", ".mlp.router.")

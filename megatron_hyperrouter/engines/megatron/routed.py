@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.clock import single_routes, weighted_sum
+from megatron_hyperrouter.engines.clock import single_routes, spread_out, weighted_sum
 from megatron_hyperrouter.engines.grouped import GroupedExperts, sharing_of
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.row_gather import rows_of_all
@@ -50,8 +50,21 @@ class RoutedMoELayer(MoELayer):
 
     def forward(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
         """As ``MoELayer.forward`` (moe_layer.py:383), whose dispatcher works once, by the router's
-        decision.
+        decision; padding goes to no expert.
         """
+        rows_R = self.router.site.real_rows()
+        if rows_R is None:
+            return self._routed(hidden_states, *more, **kwargs)
+        # The shared expert may need the positions of all tensor-parallel ranks in equal parts.
+        shared = self.shared_experts_compute(hidden_states)
+        real_R1D = hidden_states.flatten(0, -2).index_select(0, rows_R).unsqueeze(1)
+        with self._without_shared():
+            output_R1D, _ = self._routed(real_R1D, *more, **kwargs)
+        output = spread_out(output_R1D.squeeze(1), rows_R, hidden_states)
+        return output if shared is None else output + shared, None
+
+    def _routed(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
+        """All of these vectors are tokens."""
         router = self.router
         if isinstance(self.experts, GroupedExperts) and self.config.moe_token_dispatcher_type == "alltoall":
             if self.moe_layer_recompute and self.training:
@@ -137,14 +150,23 @@ class RoutedMoELayer(MoELayer):
     @contextmanager
     def _one_expert_each(self) -> Iterator[None]:
         """Inside: one route a token, nothing is dropped, and no shared expert is added."""
-        topk, shared = self.config.moe_router_topk, self.use_shared_expert
+        topk = self.config.moe_router_topk
         self.set_topk(1)
-        self.router.dropless, self.use_shared_expert = True, False
+        self.router.dropless = True
+        try:
+            with self._without_shared():
+                yield
+        finally:
+            self.set_topk(topk)
+            self.router.dropless = False
+
+    @contextmanager
+    def _without_shared(self) -> Iterator[None]:
+        shared, self.use_shared_expert = self.use_shared_expert, False
         try:
             yield
         finally:
-            self.set_topk(topk)
-            self.router.dropless, self.use_shared_expert = False, shared
+            self.use_shared_expert = shared
 
     def set_topk(self, topk: int) -> None:
         """Dispatchers take k from the configuration and from themselves (token_dispatcher.py:234, 487,

@@ -65,7 +65,8 @@ def stage(rank: int, ranks: int, holding: Holding, memory: Memory, texts: dict[s
     """
     weights = {name: memory.copy(name, tensor) for name, tensor in _owned_weights(holding)}
     states = [state for piece in _pieces(holding) for state in _states(piece, holding, memory)]
-    trained = {name for name, _ in matrices(holding.named)} if holding.pieces else set()
+    learning = ((name, each) for name, each in holding.named if each.requires_grad)
+    trained = {name for name, _ in matrices(learning)} if holding.pieces else set()
     memory.wait()
     return Staged(rank, ranks, weights, trained, states, texts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_hyperrouter.config.derived import expert_tensor_size, recomputed_parts, stacks_experts
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.clock import Clock
+from megatron_hyperrouter.engines.clock import Clock, spread_out
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.gate import RouterGate
 from megatron_hyperrouter.engines.deepspeed.mlp_slot.routed import consult_experts, stack_experts
 from megatron_hyperrouter.engines.routing import make_router
@@ -131,12 +132,22 @@ class MoESlot(MegatronModule):
         # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
-        output_SBD, loss, _ = self.moe(hidden_SBD)
+        output_SBD, loss, _ = self._of_real_tokens(hidden_SBD)
         if self.training:
             output_SBD = MoEAuxLossAutoScaler.apply(output_SBD, loss)
         if self.config.sequence_parallel:
             output_SBD = scatter_to_sequence_parallel_region(output_SBD)
         return output_SBD
+
+    def _of_real_tokens(self, hidden_SBD: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """What DeepSpeed's layer gives; padding goes to no expert."""
+        rows_R = self.moe.deepspeed_moe.gate.site.real_rows()
+        if rows_R is None:
+            given: tuple[Tensor, Tensor, Any] = self.moe(hidden_SBD)
+            return given
+        real_R1D = hidden_SBD.flatten(0, 1).index_select(0, rows_R).unsqueeze(1)
+        output_R1D, loss, counts = self.moe(real_R1D)
+        return spread_out(output_R1D.squeeze(1), rows_R, hidden_SBD), loss, counts
 
 
 class Expert(MLP):

@@ -1,0 +1,160 @@
+"""Train a classification head on a trained run, and test it at several k.
+
+The task folder holds train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
+original files of SST-2, SST-5, IMDB or BANKING77. The weights that are best on dev are tested, once. Writes
+results.json, predictions.jsonl, training.jsonl and finetuning.json to --output. Runs in one process, or under
+torchrun or deepspeed on several ranks. With --compare, compares two such folders instead.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter import console
+from megatron_hyperrouter.commands.models.finetune_flags import layout_of, read_flags, settings_of
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.files import write_json, write_text
+from megatron_hyperrouter.finetuning.settings import Settings, check, fitted, overrides
+from megatron_hyperrouter.terminal import Bar, show
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.finetuning.batches import Part
+    from megatron_hyperrouter.finetuning.tasks import Task
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Settings, task -> model with a head -> each seed -> results; or a comparison."""
+    args = read_flags(arguments, __doc__ or "")
+    if args.compare:
+        compare(*args.compare, output=args.output)
+        return
+    from megatron_hyperrouter.compat.host_logs import silence_hosts
+    from megatron_hyperrouter.config.cli import launched_world_size
+    from megatron_hyperrouter.finetuning.tasks import read_task
+
+    silence_hosts()
+    settings = settings_of(args)
+    run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+    check(settings, run.settings)
+    if args.output.exists():
+        remedy = "give another folder, or move it away"
+        raise ConfigError([Problem("--output", args.output, "is already there", remedy)])
+    task = read_task(args.task)
+    for note in task.notes:
+        console.note(note)
+    tokenizer = run.tokenizer()
+    asked = overrides(
+        settings,
+        router=run.settings.router.name,
+        trained_topk=trained_topk(run),
+        layout=layout_of(args),
+        steps=settings.steps(len(task.parts["train"])),
+    )
+    run = TrainedRun.open(
+        args.load,
+        world_size=launched_world_size(),
+        tokenizer_model=args.tokenizer_model,
+        overrides=asked,
+    )
+    finetune(args, settings, run, task, tokenizer)
+
+
+def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, tokenizer: Tokenizer) -> None:
+    """All seeds of a run whose settings are those of its fine-tuning."""
+    from dataclasses import replace
+
+    from megatron_hyperrouter.config.cli import launched_world_size
+    from megatron_hyperrouter.finetuning import reports
+    from megatron_hyperrouter.finetuning.batches import encoded
+    from megatron_hyperrouter.finetuning.session import Session
+    from megatron_hyperrouter.finetuning.weights import keep
+    from megatron_hyperrouter.model.classifier import Classifier
+
+    length = run.settings.model.seq_length
+    parts = {name: encoded(examples, tokenizer, length) for name, examples in task.parts.items()}
+    longest = max(part.longest for part in parts.values())
+    run = replace(
+        run, settings=fitted(run.settings, settings, longest=longest, world_size=launched_world_size())
+    )
+    topks = list(dict.fromkeys(settings.topk or (run.settings.model.moe_router_topk,)))
+    classifier = Classifier(len(task.labels), settings.dropout, frozenset(settings.freeze))
+    engine: Any = run.open_engine(tokenizer, classifier=classifier)
+    try:
+        run.load_into(engine)
+        session = Session(engine, parts, run.step, settings.evaluations, keep(engine))
+        rows, lines, steps = list[reports.Row](), list[str](), list[str]()
+        total = settings.seeds * run.settings.train.train_iters
+        with Bar("fine-tune", "steps") as bar:
+
+            def tell(record: dict[str, Any]) -> None:
+                steps.append(json.dumps(record) + "\n")
+                if engine.place.is_main:
+                    dev = [f"dev {record['dev_accuracy']:.4f}"] if "dev_accuracy" in record else []
+                    bar.update(len(steps), total, ", ".join([f"loss {record['loss']:.4f}", *dev]))
+
+            for seed in range(1, settings.seeds + 1):
+                outcome = session.run(seed, topks, tell)
+                rows += reports.rows_of(outcome, parts)
+                lines += reports.predictions_of(outcome, parts)
+        if engine.place.is_main:
+            for line in reports.table(rows):
+                show(line)
+            write(args.output, rows, lines, steps, facts_of(run, settings, task, parts))
+    finally:
+        engine.close()
+
+
+def write(
+    output: Path, rows: list[dict[str, Any]], lines: list[str], steps: list[str], facts: dict[str, Any]
+) -> None:
+    """The folder, whole or not at all."""
+    from megatron_hyperrouter.files import publish, unfinished_folder
+    from megatron_hyperrouter.finetuning import reports
+
+    with unfinished_folder(output) as draft:
+        write_json(draft / reports.RESULTS, {"results": rows})
+        write_text(draft / reports.PREDICTIONS, "".join(lines))
+        write_text(draft / reports.TRAINING, "".join(steps))
+        write_json(draft / reports.FACTS, facts)
+        publish(draft, output)
+
+
+def facts_of(run: TrainedRun, settings: Settings, task: Task, parts: dict[str, Part]) -> dict[str, Any]:
+    """What a reader of the results needs to know."""
+    return {
+        "checkpoint": str(run.checkpoint),
+        "step": run.step,
+        "router": run.settings.router.name,
+        "finetune_k": run.settings.model.moe_router_topk,
+        "steps": run.settings.train.train_iters,
+        "seq_length": run.settings.model.seq_length,
+        "settings": asdict(settings),
+        "labels": list(task.labels),
+        "texts": {name: len(part) for name, part in parts.items()},
+        "notes": list(task.notes),
+    }
+
+
+def trained_topk(run: TrainedRun) -> int:
+    """The k that training had come to."""
+    from megatron_hyperrouter.engines.routing import topk_schedule
+
+    return topk_schedule(run.settings)(run.step)
+
+
+def compare(first: Path, second: Path, *, output: Path | None) -> None:
+    """Two fine-tunings on one task; a table, and JSON where a file is named."""
+    from megatron_hyperrouter.finetuning import reports
+
+    found = reports.compare(first, second)
+    for line in reports.comparison_table(found):
+        show(line)
+    if output is not None:
+        write_json(output, {"first": str(first), "second": str(second), "results": found})

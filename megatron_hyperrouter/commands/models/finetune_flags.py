@@ -1,0 +1,183 @@
+"""The flags of ``mhr finetune``, from the command line and from a YAML file."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.evaluate.trained import add_run_flags
+from megatron_hyperrouter.finetuning.settings import Settings
+from megatron_hyperrouter.terminal import parser
+
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+
+
+def read_flags(arguments: Sequence[str], description: str) -> Namespace:
+    """The flags, those of --config first; a wrong one ends with status 2."""
+    flags = all_flags(description)
+    written, _ = _config_flag().parse_known_args(arguments)
+    args = flags.parse_args([*(words_of(written.config) if written.config else ()), *arguments])
+    if args.compare:
+        return args
+    if missing := [flag for flag in ("load", "task", "output") if getattr(args, flag) is None]:
+        flags.error(f"the following arguments are required: {', '.join(f'--{flag}' for flag in missing)}")
+    return args
+
+
+def _config_flag() -> ArgumentParser:
+    flags = ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config", type=Path)
+    return flags
+
+
+def words_of(path: Path) -> list[str]:
+    """The settings of a YAML file as flags."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            [Problem("--config", path, f"cannot be read: {error}", "give a YAML file of the flags below")]
+        ) from error
+    if not isinstance(found, dict):
+        remedy = "write lines such as lr: 1.0e-4"
+        raise ConfigError([Problem("--config", path, "must be a mapping of flags", remedy)])
+    words = list[str]()
+    for name, value in found.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def all_flags(description: str) -> ArgumentParser:
+    """What ``--help`` shows."""
+    flags = parser(description)
+    flags.add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="these flags by name; flags override it"
+    )
+    add_run_flags(flags, data=False)
+    _optional(flags, "--load")
+    flags.add_argument("--task", type=Path, metavar="DIR", help="folder of the task")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="new folder for the results")
+    flags.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="compare two --output folders instead, by McNemar's test and a paired bootstrap; "
+        "with --output, into a JSON file too",
+    )
+    _method(flags)
+    _course(flags)
+    layout = flags.add_argument_group("engine and layout (default: the run's, where it fits the ranks)")
+    layout.add_argument("--engine", choices=("deepspeed", "megatron"), help="engine that trains")
+    for name in _LAYOUT:
+        layout.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="as in training")
+    layout.add_argument("--sequence-parallel", action="store_true", default=None, help="as in training")
+    return flags
+
+
+def _method(flags: ArgumentParser) -> None:
+    add = flags.add_argument_group("method").add_argument
+    add(
+        "--topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="active experts at the test (default: as in training)",
+    )
+    add(
+        "--finetune-k",
+        type=int,
+        metavar="K",
+        help="active experts in training (default: the k that the run had come to)",
+    )
+    add(
+        "--freeze",
+        default="none",
+        metavar="PARTS",
+        help="none, router, experts, or router,experts (default: none)",
+    )
+    add(
+        "--aux-loss-coeff",
+        type=float,
+        metavar="X",
+        help="weight of the load-balancing loss (default: the run's)",
+    )
+    add(
+        "--dropout",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="in the head and on residual branches (default: 0)",
+    )
+    add(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="keep the last N tokens of a longer text (default: the run's)",
+    )
+
+
+def _course(flags: ArgumentParser) -> None:
+    add = flags.add_argument_group("course").add_argument
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="fine-tune with each of the seeds 1 to N (default: 1)",
+    )
+    add("--epochs", type=float, default=3.0, metavar="X", help="passes over the training part (default: 3)")
+    add("--batch-size", type=int, default=16, metavar="N", help="texts in one step (default: 16)")
+    add("--micro-batch-size", type=int, metavar="N", help="texts that a rank computes at a time (default: 8)")
+    add("--lr", type=float, default=1e-4, metavar="X", help="largest learning rate of AdamW (default: 1e-4)")
+    add(
+        "--lr-decay-style",
+        choices=("cosine", "linear", "constant"),
+        default="cosine",
+        help="learning rate after the warm-up (default: cosine)",
+    )
+    add("--warmup", type=float, default=0.06, metavar="X", help="share of steps that warm up (default: 0.06)")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="default: 0.01")
+    add(
+        "--clip-grad",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="largest gradient norm (default: 1; 0: none)",
+    )
+    add(
+        "--evaluations",
+        type=int,
+        default=3,
+        metavar="N",
+        help="on dev during training; the best weights are tested (default: 3)",
+    )
+
+
+def _optional(flags: ArgumentParser, name: str) -> None:
+    """--compare needs no run."""
+    next(action for action in flags._actions if name in action.option_strings).required = False
+
+
+def settings_of(args: Namespace) -> Settings:
+    """The flags as settings; the parts to freeze are taken apart."""
+    values = {each.name: getattr(args, each.name) for each in fields(Settings)}
+    words = [word for word in args.freeze.split(",") if word]
+    values["freeze"] = tuple(word for word in words if word != "none")
+    values["topk"] = None if args.topk is None else tuple(args.topk)
+    return Settings(**values)
+
+
+def layout_of(args: Namespace) -> dict[str, object]:
+    """The settings of engine and layout that were given."""
+    names = ("engine", *_LAYOUT, "sequence_parallel")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}

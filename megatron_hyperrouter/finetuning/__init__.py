@@ -1,0 +1,1 @@
+"""A classification head on a trained run: data, training, test, and comparisons of two fine-tunings."""

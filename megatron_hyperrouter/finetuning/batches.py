@@ -1,0 +1,110 @@
+"""Texts as micro-batches: padded at the right, labelled at their last token.
+
+Legend: ``B`` texts of a micro-batch, ``S`` positions, ``N`` texts of a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_hyperrouter.model.classifier import PADDING
+from megatron_hyperrouter.model.loss import UNCOUNTED
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.engines.base import Batch, Place
+    from megatron_hyperrouter.finetuning.tasks import Example
+
+Numbers = NDArray[np.int64]
+_ALONE = -1  # fills up a round of an evaluation: no text
+
+
+@dataclass(frozen=True)
+class Part:
+    """The texts of one part as token ids, and their classes."""
+
+    ids: Sequence[Numbers]
+    classes_N: Numbers
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(map(len, self.ids))
+
+
+def encoded(examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) -> Part:
+    """Each text and the token that ends a document; of a longer text than ``seq_length`` its end."""
+    texts = tokenizer.encode_batch([example.text for example in examples])
+    rows = [np.append(ids, tokenizer.eod)[-seq_length:].astype(np.int64) for ids in texts]
+    return Part(rows, np.array([example.label for example in examples], dtype=np.int64))
+
+
+class Feed:
+    """This rank's micro-batches: which texts they hold depends on the seed and the step alone."""
+
+    def __init__(self, config: RunConfig, place: Place) -> None:
+        self._micro = config.train.micro_batch_size
+        self._together = self._micro * place.data_size
+        self._global = config.train.global_batch_size or self._together
+        self._place, self._length = place, config.model.seq_length
+        # Pipeline stages expect equal shapes; elsewhere a micro-batch is as long as its longest text.
+        self._fixed = config.parallel.pipeline_model_parallel_size > 1
+        self._multiple = 8 * config.parallel.tensor_model_parallel_size
+
+    def step(self, part: Part, *, step: int, seed: int) -> Iterator[Batch]:
+        """Those of training step ``step``, from 0: every epoch has an order of its own, and none is cut."""
+        first = step * self._global + self._place.data_rank * self._micro
+        for start in range(first, (step + 1) * self._global, self._together):
+            yield self._batch(part, [_drawn(start + row, len(part), seed) for row in range(self._micro)])
+
+    def all(self, part: Part) -> Iterator[Batch]:
+        """Those of an evaluation of the whole part, every rank as many: see :func:`order`."""
+        rows = self.order(part)
+        for start in range(self._place.data_rank * self._micro, len(rows), self._together):
+            yield self._batch(part, rows[start : start + self._micro])
+
+    def order(self, part: Part) -> list[int]:
+        """The texts of an evaluation, the shortest first, filled up to whole rounds of all ranks."""
+        rows = sorted(range(len(part)), key=lambda row: (len(part.ids[row]), row))
+        return rows + [_ALONE] * (-len(rows) % self._together)
+
+    def rows_of(self, part: Part, data_rank: int) -> list[int]:
+        """The texts whose micro-batches that data-parallel rank has in an evaluation, in order."""
+        rows = self.order(part)
+        starts = range(data_rank * self._micro, len(rows), self._together)
+        return [row for start in starts for row in rows[start : start + self._micro]]
+
+    def _batch(self, part: Part, rows: Sequence[int]) -> Batch:
+        texts = [part.ids[max(row, 0)] for row in rows]
+        longest = -(-max(map(len, texts)) // self._multiple) * self._multiple
+        length = self._length if self._fixed else min(longest, self._length)
+        tokens_BS = torch.full((len(rows), length), PADDING, dtype=torch.int64, device="cpu")
+        labels_BS = torch.full_like(tokens_BS, UNCOUNTED)
+        for place, (row, ids) in enumerate(zip(rows, texts, strict=True)):
+            tokens_BS[place, : len(ids)] = torch.from_numpy(ids)
+            if row != _ALONE:
+                labels_BS[place, len(ids) - 1] = int(part.classes_N[row])
+        return tokens_BS, labels_BS
+
+
+def _drawn(number: int, size: int, seed: int) -> int:
+    """The text that is trained on as the ``number``-th, from 0."""
+    epoch, place = divmod(number, size)
+    return int(_order_of(size, seed, epoch)[place])
+
+
+@lru_cache(maxsize=2)
+def _order_of(size: int, seed: int, epoch: int) -> Numbers:
+    return np.random.default_rng([seed, epoch]).permutation(size)

@@ -1,0 +1,137 @@
+"""What a fine-tuning leaves in its folder, how it reads for a person, and how two of them compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_hyperrouter.analysis.intervals import mean_and_half
+from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.finetuning.measures import log_softmax, mcnemar, paired_bootstrap, scores
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.finetuning.batches import Part
+    from megatron_hyperrouter.finetuning.session import Outcome
+
+RESULTS, PREDICTIONS, TRAINING, FACTS = (
+    "results.json",
+    "predictions.jsonl",
+    "training.jsonl",
+    "finetuning.json",
+)
+_NUMBERS = ("accuracy", "macro_f1", "loss", "ece")
+Row = dict[str, Any]
+
+
+def rows_of(outcome: Outcome, parts: dict[str, Part]) -> list[Row]:
+    """The results of one seed, as in ``results.json``."""
+    return [
+        {"topk": topk, "seed": outcome.seed, "split": split}
+        | asdict(scores(logits_NC, parts[split].classes_N))
+        for (split, topk), logits_NC in outcome.logits.items()
+    ]
+
+
+def predictions_of(outcome: Outcome, parts: dict[str, Part]) -> Iterator[str]:
+    """A line for each text of the test, in the order of its file, and each k."""
+    for (split, topk), logits_NC in outcome.logits.items():
+        if split != "test":
+            continue
+        log_probs_NC = log_softmax(logits_NC)
+        for index, label in enumerate(parts[split].classes_N):
+            predicted = int(log_probs_NC[index].argmax())
+            line: Row = {"seed": outcome.seed, "topk": topk, "index": index, "label": int(label)}
+            line |= {"predicted": predicted, "probability": float(np.exp(log_probs_NC[index, predicted]))}
+            yield json.dumps(line) + "\n"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The test at each k: the mean over seeds, and half of its 95 % interval."""
+    seeds = len({row["seed"] for row in rows})
+    over = "" if seeds == 1 else f" (mean of {seeds} seeds +- half of the 95 % interval)"
+    lines = [f"test{over}", f"{'k':>4}" + "".join(f" {name:>18}" for name in _NUMBERS)]
+    for topk in dict.fromkeys(row["topk"] for row in rows):
+        test = [row for row in rows if row["topk"] == topk and row["split"] == "test"]
+        cells = [_with_half([row[name] for row in test]) for name in _NUMBERS]
+        lines.append(f"{topk:>4}" + "".join(f" {cell:>18}" for cell in cells))
+    return lines
+
+
+def _with_half(values: Sequence[float]) -> str:
+    mean, half = mean_and_half(values)
+    return f"{mean:.4f}" if half is None else f"{mean:.4f} +- {half:.4f}"
+
+
+# --------------------------------------------------------------------------------------------- comparison
+def compare(first: Path, second: Path) -> list[Row]:
+    """For each seed and k that both folders have: the accuracies, McNemar's p-value and the bootstrap
+    interval of their difference.  DataError where the folders hold tests of different texts.
+    """
+    ours, theirs = _predictions(first), _predictions(second)
+    found = list[Row]()
+    for key in sorted(ours.keys() & theirs.keys()):
+        labels, own = ours[key]
+        other_labels, other = theirs[key]
+        if not np.array_equal(labels, other_labels):
+            raise DataError(
+                f"{first} and {second} were not tested on the same texts",
+                remedy="compare fine-tunings on one task folder",
+            )
+        own_right, other_right = own == labels, other == labels
+        low, high = paired_bootstrap(own_right, other_right)
+        found.append(
+            {
+                "seed": key[0],
+                "topk": key[1],
+                "first": float(own_right.mean()),
+                "second": float(other_right.mean()),
+                "difference": float(own_right.mean() - other_right.mean()),
+                "interval": [low, high],
+                "mcnemar_p": mcnemar(own_right, other_right),
+            }
+        )
+    if not found:
+        raise DataError(f"{first} and {second} share no seed and k", remedy="use the same --seeds and --topk")
+    return found
+
+
+def comparison_table(found: Sequence[Row]) -> list[str]:
+    """Two questions, each with its own words: do these checkpoints differ, and do the methods?"""
+    lines = ["do these two checkpoints differ? (the same texts, drawn again)"]
+    head = ("k", "seed", "first", "second", "difference", "95 % bootstrap", "McNemar p")
+    lines.append(
+        f"{head[0]:>4} {head[1]:>5} {head[2]:>8} {head[3]:>8} {head[4]:>11} {head[5]:>20} {head[6]:>10}"
+    )
+    for row in sorted(found, key=lambda row: (row["topk"], row["seed"])):
+        low, high = row["interval"]
+        interval = f"{low:+.4f} to {high:+.4f}"
+        lines.append(
+            f"{row['topk']:>4} {row['seed']:>5} {row['first']:>8.4f} {row['second']:>8.4f} "
+            f"{row['difference']:>+11.4f} {interval:>20} {row['mcnemar_p']:>10.4g}"
+        )
+    lines.append("do the two methods differ? (mean difference over seeds +- half of the 95 % t-interval)")
+    for topk in dict.fromkeys(sorted(row["topk"] for row in found)):
+        mean, half = mean_and_half([row["difference"] for row in found if row["topk"] == topk])
+        spread = "one seed: not known" if half is None else f"+- {half:.4f}"
+        lines.append(f"{topk:>4} {mean:>+.4f} {spread}")
+    return lines
+
+
+def _predictions(folder: Path) -> dict[tuple[int, int], tuple[Any, Any]]:
+    """(seed, k) -> labels and predictions of the test."""
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        raise DataError(f"{path} is missing", remedy="name the --output folder of a fine-tuning")
+    lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.setdefault((line["seed"], line["topk"]), []).append((line["label"], line["predicted"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: not a prediction", remedy="fine-tune again") from error
+    return {key: (np.array(rows)[:, 0], np.array(rows)[:, 1]) for key, rows in lines.items()}

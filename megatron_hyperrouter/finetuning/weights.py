@@ -1,0 +1,66 @@
+"""The weights of a model between two fine-tunings: kept, put back, and a new head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hyperrouter.checkpoint.optimizer import MOMENTS
+from megatron_hyperrouter.engines.routing import draw_by_name
+from megatron_hyperrouter.model.init import initialise
+from megatron_hyperrouter.model.names import CLASSIFIER
+from megatron_hyperrouter.model.parallel import seed_dropout
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.engines.shared import SharedEngine
+
+
+class Kept(NamedTuple):
+    """What this rank trains, and the state of its routers, in CPU memory."""
+
+    weights: dict[str, Tensor]
+    routers: dict[str, dict[str, Any]]
+
+
+def keep(engine: SharedEngine) -> Kept:
+    """A copy of what training changes."""
+    weights = {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in engine.holding().named
+        if parameter.requires_grad
+    }
+    routers = {
+        name: {key: value.detach().cpu().clone() for key, value in router.state_dict().items()}
+        for name, router in engine.routers.items()
+    }
+    return Kept(weights, routers)
+
+
+@torch.no_grad()
+def put_back(engine: SharedEngine, kept: Kept) -> None:
+    """Make the model what it was when it was kept; the optimizer's copies follow."""
+    for name, parameter in engine.holding().named:
+        if name in kept.weights:
+            parameter.copy_(kept.weights[name])
+    for name, router in engine.routers.items():
+        router.load_state_dict(kept.routers[name])
+    engine.take_weights_over()
+    engine.weights_changed()
+
+
+def start_again(engine: SharedEngine, kept: Kept, *, seed: int) -> None:
+    """The weights that were kept, a head and dropout drawn by ``seed``, and an optimizer that knows
+    nothing.
+    """
+    put_back(engine, kept)
+    held = engine.holding()
+    head = [(name, each) for name, each in held.named if name.startswith(CLASSIFIER)]
+    initialise(head, engine.config.model, draw_by_name(seed))
+    engine.take_weights_over()
+    for piece in held.pieces() if held.pieces else ():
+        for moment in MOMENTS:
+            piece.fields[moment].zero_()
+        piece.set_steps(0)
+    seed_dropout(engine.config, seed=seed)

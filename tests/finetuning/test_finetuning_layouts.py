@@ -1,0 +1,141 @@
+"""Fine-tuning on every layout and engine is fine-tuning in one process; padding counts nowhere; what is frozen
+stays.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import run_ranks
+from program.launched import Zygote
+
+WORKER = Path(__file__).with_name("finetune_worker.py")
+FLAGS = "--topk 1 2 4 --epochs 1 --lr 3e-3 --batch-size 8 --micro-batch-size 2 --evaluations 2".split()
+ALONE = {"deepspeed": "--engine deepspeed", "megatron": "--engine megatron"}
+ON_TWO = {
+    "deepspeed, EP2": "--engine deepspeed --expert-model-parallel-size 2",
+    "deepspeed, TP2": "--engine deepspeed --tensor-model-parallel-size 2",
+    "deepspeed, PP2": "--engine deepspeed --pipeline-model-parallel-size 2",
+    "megatron, EP2": "--engine megatron --expert-model-parallel-size 2",
+    "megatron, TP2": "--engine megatron --tensor-model-parallel-size 2 --sequence-parallel",
+    "megatron, PP2": "--engine megatron --pipeline-model-parallel-size 2",
+}
+
+
+def write_task(folder: Path) -> None:
+    """Texts of 1 to 30 letters and a rule that can be learned."""
+    rng = random.Random(3)
+    folder.mkdir()
+    (folder / "labels.json").write_text('["short", "long", "x"]')
+    for part, count in (("train", 32), ("dev", 11), ("test", 13)):
+        lines = []
+        for _ in range(count):
+            text = "".join(rng.choice("abcx ") for _ in range(rng.randint(1, 30))).strip() or "x"
+            label = 2 if "x" in text else int(len(text) > 12)
+            lines.append(json.dumps({"text": text, "label": label}) + "\n")
+        (folder / f"{part}.jsonl").write_text("".join(lines))
+
+
+class Home:
+    """A folder with pre-trained runs, a task, and the results of fine-tunings."""
+
+    def __init__(self, zygote: Zygote, folder: Path) -> None:
+        self.zygote, self.folder = zygote, folder
+        write_task(folder / "task")
+
+    def cases(self, *cases: dict[str, Any], ranks: int = 1) -> Any:
+        place = self.folder / f"ranks{ranks}-{len(list(self.folder.iterdir()))}"
+        return run_ranks(self.zygote, WORKER, {"cases": list(cases)}, ranks=ranks, folder=place)
+
+    def command(self, name: str, flags: str, run: str = "topk") -> dict[str, Any]:
+        words = ["--load", str(self.folder / run), "--task", str(self.folder / "task")]
+        return {
+            "do": "command",
+            "flags": [*words, "--output", str(self.folder / name), *FLAGS, *flags.split()],
+        }
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        results = json.loads((self.folder / name / "results.json").read_text())["results"]
+        steps = [
+            json.loads(line) for line in (self.folder / name / "training.jsonl").read_text().splitlines()
+        ]
+        return {"results": results, "steps": steps}
+
+
+@pytest.fixture(scope="module")
+def home(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    home = Home(zygote, tmp_path_factory.mktemp("finetuning"))
+    runs = {"topk": [], "hyper": ["--router.name", "hyper"]}
+    home.cases(
+        *(
+            {"do": "pretrain", "run_dir": str(home.folder / name), "flags": flags}
+            for name, flags in runs.items()
+        ),
+        *(home.command(name, flags) for name, flags in ALONE.items()),
+        home.command("hyper-head", "--seeds 2 --freeze router", run="hyper"),
+    )
+    home.cases(*(home.command(name, flags) for name, flags in ON_TWO.items()), ranks=2)
+    return home
+
+
+@pytest.mark.parametrize("name", [*ALONE, *ON_TWO][1:])
+def test_a_layout_equals_one_process(home: Home, name: str) -> None:
+    found, expected = home.numbers(name), home.numbers("deepspeed")
+    for ours, theirs in zip(found["steps"], expected["steps"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    for ours, theirs in zip(found["results"], expected["results"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_results_are_those_of_the_contract(home: Home) -> None:
+    results = home.numbers("hyper-head")["results"]
+    wanted = {(k, seed, split) for k in (1, 2, 4) for seed in (1, 2) for split in ("dev", "test")}
+    assert {(row["topk"], row["seed"], row["split"]) for row in results} == wanted
+    assert all(
+        list(row) == ["topk", "seed", "split", "accuracy", "macro_f1", "loss", "ece"] for row in results
+    )
+    assert len({row["loss"] for row in results}) == len(results)
+
+
+def test_the_loss_falls(home: Home) -> None:
+    steps = home.numbers("deepspeed")["steps"]
+    assert (
+        np.mean([step["loss"] for step in steps[-2:]]) < np.mean([step["loss"] for step in steps[:2]]) - 0.02
+    )
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_padding_counts_nowhere(home: Home, engine: str) -> None:
+    (told,) = home.cases({"do": "padding", "load": str(home.folder / "topk"), "engine": engine})
+    less, more = told["steps"]
+    assert less["loss"] == pytest.approx(more["loss"], abs=1e-6)
+    assert less["norm"] == pytest.approx(more["norm"], rel=1e-6)
+    for name in ("entropy", "load_max_over_mean", "aux", "z"):
+        assert less[name] == pytest.approx(more[name], abs=1e-6)
+    assert np.allclose(told["together"], told["alone"], rtol=0, atol=1e-6)
+    assert np.ptp(np.array(told["together"]), axis=0).max() > 1e-3  # the texts do not look alike
+
+
+def test_without_padding_routers_see_what_a_language_model_s_see(home: Home) -> None:
+    (told,) = home.cases({"do": "without_padding", "load": str(home.folder / "topk")})
+    head, plain = told["layers"]
+    for name, values in plain.items():
+        assert head[name] == pytest.approx(values, abs=1e-6), name
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_frozen_parts_keep_their_bytes(home: Home, engine: str) -> None:
+    load = str(home.folder / "topk")
+    choices: list[list[str]] = [[], ["router"], ["experts"], ["router", "experts"]]
+    asked = [{"do": "freezing", "load": load, "freeze": freeze, "engine": engine} for freeze in choices]
+    for freeze, told in zip(choices, home.cases(*asked), strict=True):
+        words = {"router": ".mlp.router.", "experts": ".mlp.experts."}
+        frozen = {n for n in told["all"] for part in freeze if words[part] in n}
+        assert frozen or not freeze
+        assert set(told["changed"]) == set(told["all"]) - frozen
+        assert not frozen & set(told["trained"])
