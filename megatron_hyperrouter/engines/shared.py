@@ -38,9 +38,9 @@ from megatron_hyperrouter.engines.world import (
     set_random_states,
     wait_at_most,
 )
-from megatron_hyperrouter.model.classifier import ClassLoss
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
+    ClassLoss,
     LanguageModelLoss,
     captured_logits,
     whole_logits,

@@ -19,7 +19,7 @@ from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.finetuning.batches import Feed, Part
 from megatron_hyperrouter.finetuning.measures import Floats, Scores, scores
 from megatron_hyperrouter.finetuning.weights import Kept, keep, put_back, start_again
-from megatron_hyperrouter.model.classifier import ClassLoss
+from megatron_hyperrouter.model.loss import ClassLoss
 from megatron_hyperrouter.train.lr import learning_rate_at
 
 if TYPE_CHECKING:

@@ -51,6 +51,7 @@ class Settings:
     freeze: tuple[str, ...] = ()
     seeds: int = 1
     epochs: float = 3.0
+    steps: int | None = None  # in place of epochs
     batch_size: int = 16
     micro_batch_size: int | None = None
     lr: float = 1e-4
@@ -63,14 +64,14 @@ class Settings:
     seq_length: int | None = None  # longest text in tokens; None: the run's own
     evaluations: int = 3  # on dev, during training, the last one at its end
 
-    def steps(self, texts: int) -> int:
+    def steps_for(self, texts: int) -> int:
         """Optimizer steps for a training part of so many texts."""
-        return max(1, math.ceil(self.epochs * texts / self.batch_size))
+        return self.steps or max(1, math.ceil(self.epochs * texts / self.batch_size))
 
     def problems(self) -> Iterator[Problem]:
         """Values out of range."""
-        for name in ("seeds", "batch_size", "evaluations"):
-            if getattr(self, name) < 1:
+        for name in ("seeds", "steps", "batch_size", "micro_batch_size", "seq_length", "evaluations"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield Problem(_flag(name), getattr(self, name), "must be at least 1", "use 1 or more")
         for name in ("epochs", "lr"):
             if not 0 < getattr(self, name) < math.inf:

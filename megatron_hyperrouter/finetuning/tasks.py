@@ -137,7 +137,8 @@ def _notes(task: Task) -> Iterator[str]:
     seen = {part: {_plain(text) for text, _ in task.parts[part]} for part in PARTS}
     for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
         if shared := len(seen[first] & seen[second]):
-            yield f"{shared} texts of {second} are in {first} too: scores on {second} may be too high"
+            count = "1 text" if shared == 1 else f"{shared} texts"
+            yield f"{count} of {second} also in {first}: scores on {second} may be too high"
     trained = {label for _, label in task.parts["train"]}
     if missing := [name for place, name in enumerate(task.labels) if place not in trained]:
         yield f"no text of train has the label {', '.join(missing)}"

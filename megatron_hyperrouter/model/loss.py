@@ -1,4 +1,4 @@
-"""The language-model loss, the same in both engines.
+"""The language-model loss, and that of a classification head, the same in both engines.
 
 Legend: ``B`` batch, ``S`` sequence, ``T = S * B`` tokens, ``V`` vocabulary (padded).
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
@@ -68,6 +69,27 @@ class LanguageModelLoss:
         """The sums so far; starts afresh."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
+
+
+class ClassLoss(LanguageModelLoss):
+    """Cross-entropy in float32, mean over the texts of the micro-batch.
+
+    ``kept``: where it is a list, the scores ``_BC`` and classes ``_B`` of every micro-batch are added to it.
+    """
+
+    kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, output: Any, labels_BS: Tensor) -> Tensor:
+        """The micro-batch's mean; texts without a class count nowhere."""
+        classes_B = labels_BS.amax(1)
+        last_B = labels_BS.argmax(1)
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        scores_BC = output.head(output.hidden_SBD[last_B, rows_B]).float()
+        losses_B = F.cross_entropy(scores_BC, classes_B, ignore_index=UNCOUNTED, reduction="none")
+        self._count(losses_B.detach(), classes_B)
+        if self.kept is not None:
+            self.kept.append((scores_BC.detach(), classes_B))
+        return losses_B.sum() / len(classes_B)
 
 
 def _losses(output: Projection | Tensor, labels_SB: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,11 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from megatron_hyperrouter.model.classifier import Classifier, Head, Headed
 
 _CHUNK_NUMBERS = 1 << 26  # float32 logits at a time, 256 MiB; but see below
 _LEAST_TOKENS = 512  # of a chunk: each adds to the gradient of the whole matrix
@@ -45,6 +48,27 @@ class OutputLayer(ColumnParallelLinear):
         else:
             hidden_SBD = copy_to_tensor_model_parallel_region(input_)
         return Projection(hidden_SBD, self.weight if weight is None else weight), None
+
+
+class ClassOutput(nn.Module):
+    """Serves both hosts' output slot; hands its factors to the loss, as :class:`OutputLayer` does."""
+
+    sequence_parallel = False  # to the host: nothing is left to gather
+
+    def __init__(self, config: TransformerConfig, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = Head(config.hidden_size, classifier, config.params_dtype)
+        self._cut = config.sequence_parallel
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Headed, None]:
+        """``input_``: ``_SBD``, or this tensor-parallel rank's part of the positions."""
+        # Every rank computes the whole loss, so each takes its own part of the gradient back.
+        hidden_SBD = (
+            gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=False)
+            if self._cut
+            else input_
+        )
+        return Headed(hidden_SBD, self.classifier), None
 
 
 def token_losses(projection: Projection, labels_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def with_head(load: str, freeze: tuple[str, ...] = (), **settings: object) -> tu
 
 
 def padding(load: str, engine: str) -> dict[str, Any]:
-    """What a step and a test say of the same texts with less and with more padding, and of each text alone."""
+    """What a step and a test say of texts with less and with more padding, and of each text alone."""
     run, host = with_head(load, engine=engine)
     part = encoded(TEXTS, run.tokenizer(), 48)
     told: dict[str, Any] = {"steps": []}
@@ -131,7 +131,8 @@ def freezing(load: str, freeze: list[str], engine: str, zero_stage: int = 1) -> 
     after |= {
         n + key: value for n, router in host.routers.items() for key, value in router.state_dict().items()
     }
-    names = sorted(set(after) - {name for name in after if name.startswith("classifier.")})
+    names = [name for name, tensor in sorted(after.items()) if tensor.is_floating_point()]
+    names = [name for name in names if not name.startswith("classifier.")]
     saved = read_tensors(run.checkpoint, names)
     told = {
         "changed": [n for n in names if after[n].detach().numpy().tobytes() != saved[n].numpy().tobytes()],

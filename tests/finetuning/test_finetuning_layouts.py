@@ -1,5 +1,5 @@
-"""Fine-tuning on every layout and engine is fine-tuning in one process; padding counts nowhere; what is frozen
-stays.
+"""Fine-tuning on every layout and engine is fine-tuning in one process; padding counts nowhere; frozen parts
+keep their bytes.
 """
 
 from __future__ import annotations
@@ -78,17 +78,22 @@ def home(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Home:
         ),
         *(home.command(name, flags) for name, flags in ALONE.items()),
         home.command("hyper-head", "--seeds 2 --freeze router", run="hyper"),
+        home.command("frozen", "--freeze router,experts"),
     )
-    home.cases(*(home.command(name, flags) for name, flags in ON_TWO.items()), ranks=2)
+    on_two = ON_TWO | {"frozen, EP2": "--freeze router,experts --expert-model-parallel-size 2"}
+    home.cases(*(home.command(name, flags) for name, flags in on_two.items()), ranks=2)
     return home
 
 
-@pytest.mark.parametrize("name", [*ALONE, *ON_TWO][1:])
-def test_a_layout_equals_one_process(home: Home, name: str) -> None:
-    found, expected = home.numbers(name), home.numbers("deepspeed")
+@pytest.mark.parametrize(
+    "name, alone", [*((name, "deepspeed") for name in [*ALONE, *ON_TWO][1:]), ("frozen, EP2", "frozen")]
+)
+def test_a_layout_equals_one_process(home: Home, name: str, alone: str) -> None:
+    found, expected = home.numbers(name), home.numbers(alone)
     for ours, theirs in zip(found["steps"], expected["steps"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     for ours, theirs in zip(found["results"], expected["results"], strict=True):
+        assert ours.pop("split") == theirs.pop("split")
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
@@ -128,14 +133,25 @@ def test_without_padding_routers_see_what_a_language_model_s_see(home: Home) -> 
         assert head[name] == pytest.approx(values, abs=1e-6), name
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
-def test_frozen_parts_keep_their_bytes(home: Home, engine: str) -> None:
-    load = str(home.folder / "topk")
-    choices: list[list[str]] = [[], ["router"], ["experts"], ["router", "experts"]]
-    asked = [{"do": "freezing", "load": load, "freeze": freeze, "engine": engine} for freeze in choices]
-    for freeze, told in zip(choices, home.cases(*asked), strict=True):
+CHOICES: list[list[str]] = [[], ["router"], ["experts"], ["router", "experts"]]
+
+
+@pytest.mark.parametrize(
+    "host, choices",
+    [
+        ({"engine": "deepspeed"}, CHOICES),
+        ({"engine": "deepspeed", "zero_stage": 0}, CHOICES[-1:]),
+        ({"engine": "deepspeed", "zero_stage": 2}, CHOICES[-1:]),
+        ({"engine": "megatron"}, CHOICES),
+    ],
+)
+def test_frozen_parts_keep_their_bytes(home: Home, host: dict[str, Any], choices: list[list[str]]) -> None:
+    asked = {"do": "freezing", "load": str(home.folder / "topk"), **host}
+    for freeze, told in zip(
+        choices, home.cases(*(asked | {"freeze": freeze} for freeze in choices)), strict=True
+    ):
         words = {"router": ".mlp.router.", "experts": ".mlp.experts."}
-        frozen = {n for n in told["all"] for part in freeze if words[part] in n}
+        frozen = {name for name in told["all"] for part in freeze if words[part] in name}
         assert frozen or not freeze
         assert set(told["changed"]) == set(told["all"]) - frozen
         assert not frozen & set(told["trained"])

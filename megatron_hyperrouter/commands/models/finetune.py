@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         router=run.settings.router.name,
         trained_topk=trained_topk(run),
         layout=layout_of(args),
-        steps=settings.steps(len(task.parts["train"])),
+        steps=settings.steps_for(len(task.parts["train"])),
     )
     run = TrainedRun.open(
         args.load,

@@ -136,6 +136,7 @@ def _course(flags: ArgumentParser) -> None:
         help="fine-tune with each of the seeds 1 to N (default: 1)",
     )
     add("--epochs", type=float, default=3.0, metavar="X", help="passes over the training part (default: 3)")
+    add("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=16, metavar="N", help="texts in one step (default: 16)")
     add("--micro-batch-size", type=int, metavar="N", help="texts that a rank computes at a time (default: 8)")
     add("--lr", type=float, default=1e-4, metavar="X", help="largest learning rate of AdamW (default: 1e-4)")

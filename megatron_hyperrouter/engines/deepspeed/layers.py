@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.model.attention.rotary import RotaryTable, rates
-from megatron_hyperrouter.model.classifier import Classifier, ClassOutput, Headed
+from megatron_hyperrouter.model.classifier import Classifier, Headed
 from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
-from megatron_hyperrouter.model.output import OutputLayer, Projection
+from megatron_hyperrouter.model.output import ClassOutput, OutputLayer, Projection
 from megatron_hyperrouter.model.spec import RMSNorm, layer_specs
 
 

@@ -16,10 +16,16 @@ from megatron_hyperrouter.model.names import decays, router_parameter
 
 
 def adamw(
-    named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig, *, router_lr_mult: float = 1.0
+    named: Iterable[tuple[str, nn.Parameter]],
+    settings: OptimizerConfig,
+    *,
+    router_lr_mult: float = 1.0,
+    stand_in: nn.Parameter | None = None,
 ) -> torch.optim.AdamW:
     """torch's AdamW; ``named`` gives global names.  Each group has its factor on the learning rate as
     ``lr_mult``, which is ``router_lr_mult`` for the parameters of routers.
+
+    ``stand_in``: see ``model.frozen_parts``.
     """
     kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -39,6 +45,9 @@ def adamw(
     split = [
         group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]
     ]
+    if stand_in is not None:
+        name = stand_in.group_name  # type: ignore[attr-defined]
+        split.append({"params": [stand_in], "moe": True, "name": name, "weight_decay": 0.0, "lr_mult": 1.0})
     return torch.optim.AdamW(
         split,
         lr=settings.lr,

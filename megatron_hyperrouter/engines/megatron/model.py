@@ -21,7 +21,6 @@ from megatron_hyperrouter.config.derived import expert_tensor_size, stacks_exper
 from megatron_hyperrouter.engines.megatron.routed import RoutedMoELayer, StackedExperts
 from megatron_hyperrouter.engines.megatron.router import MegatronRouter
 from megatron_hyperrouter.engines.routing import make_router
-from megatron_hyperrouter.model.classifier import ClassOutput
 from megatron_hyperrouter.model.names import (
     WORD_EMBEDDINGS,
     is_expert,
@@ -29,7 +28,7 @@ from megatron_hyperrouter.model.names import (
     router_parameter,
     stacked_name,
 )
-from megatron_hyperrouter.model.output import OutputLayer, Projection
+from megatron_hyperrouter.model.output import ClassOutput, OutputLayer, Projection
 from megatron_hyperrouter.model.spec import (
     expert_spec,
     last_norm,

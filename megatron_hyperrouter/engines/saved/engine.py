@@ -11,12 +11,18 @@ import torch.distributed as dist
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import MANIFEST, read_manifest
 from megatron_hyperrouter.checkpoint.optimizer import Staged, read_index
-from megatron_hyperrouter.checkpoint.weights import Reader, weight_files
+from megatron_hyperrouter.checkpoint.weights import Reader
 from megatron_hyperrouter.engines.saved import generators
 from megatron_hyperrouter.engines.saved.format1 import read_state
 from megatron_hyperrouter.engines.saved.replicas import Replicas
-from megatron_hyperrouter.engines.saved.state import Memory, load_optimizer, load_weights, stage, verify
-from megatron_hyperrouter.model.names import CLASSIFIER
+from megatron_hyperrouter.engines.saved.state import (
+    Memory,
+    load_optimizer,
+    load_weights,
+    stage,
+    verify,
+    without_new_head,
+)
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -55,7 +61,7 @@ class SavedEngine(ABC):
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         reader, index = Reader(folder), read_index(folder)
-        holding = _without_new_head(self.holding(), folder)
+        holding = without_new_head(self.holding(), folder)
         asked = self.config.checkpoint
         weights_only = weights_only or asked.no_load_optim or holding.pieces is None
         load_weights(reader, holding)
@@ -122,10 +128,3 @@ class SavedEngine(ABC):
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
-
-
-def _without_new_head(holding: Holding, folder: Path) -> Holding:
-    """A classification head that the checkpoint does not have keeps its initial weights."""
-    known = weight_files(folder)
-    kept = [(name, each) for name, each in holding.named if not name.startswith(CLASSIFIER) or name in known]
-    return holding._replace(named=kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from megatron_hyperrouter.checkpoint.optimizer import (
 from megatron_hyperrouter.checkpoint.weights import Reader, read_tensors, read_weights, weight_files
 from megatron_hyperrouter.engines.saved.pieces import Holding, Piece, share, weights
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.model.names import is_expert, matrices
+from megatron_hyperrouter.model.names import CLASSIFIER, is_expert, matrices
 from megatron_hyperrouter.model.sharding import (
     gathered,
     is_second_copy,
@@ -137,6 +138,13 @@ def load_weights(reader: Reader, holding: Holding) -> None:
         router.load_state_dict(
             {name.removeprefix(prefix): tensor for name, tensor in {**whole, **rest}.items()}
         )
+
+
+def without_new_head(holding: Holding, folder: Path) -> Holding:
+    """A classification head that the checkpoint does not have keeps its initial weights."""
+    known = weight_files(folder)
+    kept = [(name, each) for name, each in holding.named if not name.startswith(CLASSIFIER) or name in known]
+    return holding._replace(named=kept)
 
 
 def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) -> None:
