@@ -104,6 +104,7 @@ class FakeEngine:
         self.micro_batches: list[int] = []
         self.batches_scored = 0
         self.aux_loss_coeffs: list[float] = []
+        self.similarities: list[dict[int, float]] = []  # what the next measurements say
         self.loss_offset = 0.0  # nan: a run that diverged
         self.compared: list[int] = []  # after how many steps the replicas were
         self.strays: list[Deviation] = []
@@ -188,6 +189,9 @@ class FakeEngine:
     def deviations(self) -> list[Deviation]:
         self.compared.append(len(self.steps_taken))
         return self.strays
+
+    def expert_similarity(self, tokens_BS: Tensor, *, topk: int) -> dict[int, float]:
+        return self.similarities.pop(0) if self.similarities else {}
 
     def set_aux_loss_coeff(self, value: float) -> None:
         self.aux_loss_coeffs.append(value)

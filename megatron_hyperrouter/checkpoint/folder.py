@@ -168,6 +168,11 @@ class CheckpointFolders:
             with contextlib.suppress(OSError):  # without the note, one more checkpoint is kept
                 pointers.prove(self.root, step)
 
+    def keep_newest_until(self, step: int) -> None:
+        """The newest checkpoint of at most so many steps stays, whatever ``keep`` says (main rank)."""
+        if self._is_main and (known := [each for each in self.steps() if each <= step]):
+            pointers.keep(self.root, max(known))
+
     def back_to_proved(self) -> int | None:
         """Make ``latest`` name the newest proved checkpoint, where there is one; returns its step.
 
@@ -326,10 +331,10 @@ class CheckpointFolders:
         return None
 
     def _prune(self) -> None:
-        """Keep the newest checkpoints, and the newest that is known to be good."""
-        proved = pointers.proved_step(self.root)
+        """Keep the newest checkpoints, the newest that is known to be good, and those of alarms."""
+        spared = {pointers.proved_step(self.root), *pointers.kept_steps(self.root)}
         for step in self.steps()[: -self.keep] if self.keep else []:
-            if step != proved and not (self.keep_every and step % self.keep_every == 0):
+            if step not in spared and not (self.keep_every and step % self.keep_every == 0):
                 with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to stop a run
                     self._remove(self.root / folder_name(step))
 

@@ -22,6 +22,7 @@ from megatron_hyperrouter.errors import CheckpointError
 
 LATEST = "latest"
 PROVED = "proved"  # names the newest checkpoint that a healthy step has followed
+KEPT = "kept"  # names checkpoints, one a line, that are never removed
 NEW_LATEST = ".latest-"  # and a folder's name: the next ``latest``, written before that folder is in place
 _LONGEST = 100  # bytes of a pointer
 
@@ -73,6 +74,22 @@ def prove(root: Path, step: int) -> None:
     """
     if _is_sealed(root, step):
         files.write_text(root / PROVED, folder_name(step) + "\n")
+
+
+def keep(root: Path, step: int) -> None:
+    """From now on, the checkpoint of this step is not removed by ``--keep-checkpoints``."""
+    if _is_sealed(root, step) and step not in kept_steps(root):
+        names = [folder_name(each) for each in sorted({*kept_steps(root), step})]
+        files.write_text(root / KEPT, "".join(f"{name}\n" for name in names))
+
+
+def kept_steps(root: Path) -> set[int]:
+    """The steps that :func:`keep` was told of."""
+    try:
+        names = (root / KEPT).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {step for name in names if (step := step_of(Path(name))) is not None}
 
 
 def _that_counts(root: Path) -> Path | None:

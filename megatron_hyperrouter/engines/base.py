@@ -144,6 +144,12 @@ class Engine(Protocol):
         """
         ...
 
+    def expert_similarity(self, tokens_BS: Tensor, *, topk: int) -> dict[int, float]:
+        """Layer number -> mean linear CKA of neighbouring experts for these tokens, which every rank brings
+        alike (collective); changes nothing, and leaves out layers where it is not known.
+        """
+        ...
+
     def stage(self) -> Staged:
         """Copy what :meth:`save` writes into CPU memory, where the next steps do not change it; called by
         every rank, and not again before the copy is written.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.clock import Clock
+from megatron_hyperrouter.engines.likeness import Likeness
 from megatron_hyperrouter.engines.profile import Profiler
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.saved.engine import SavedEngine
@@ -241,6 +242,13 @@ class SharedEngine(SavedEngine):
             tensor_size=parallel.tensor_model_parallel_size,
             stages=parallel.pipeline_model_parallel_size,
         )
+
+    def expert_similarity(self, tokens_BS: Tensor, *, topk: int) -> dict[int, float]:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        likeness = Likeness(self.config, self.device)
+        with likeness.watching(self.routers.values()):
+            self.evaluate(iter([(tokens_BS, tokens_BS)]), topk=topk)
+        return likeness.by_layer()
 
     @abstractmethod
     def forward_all(self, batches: Iterator[Batch]) -> None:

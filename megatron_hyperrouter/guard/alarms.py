@@ -28,6 +28,7 @@ _WINDOW, _LAG, _LEAST = (
 _QUIET = 50  # steps without alarm after which a measure may give one again
 _RAISE, _MOST = 2.0, 10.0  # factors of the auxiliary loss's coefficient: of one alarm, and of all together
 _SETTLE = 500  # quiet steps after which the coefficient is as set again
+_RISE, _ALIKE, _FIRST_VALUES = 0.2, 0.9, 3  # of the similarity of experts; how many values make a level
 _PAUSE = 500  # steps between two checkpoints that alarms ask for
 _MAD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 
@@ -142,6 +143,24 @@ class Watch:
 
 
 @dataclass
+class Rise:
+    """The chart of the similarity of experts, which is measured now and then: it gives an alarm where the
+    value rises by ``_RISE`` over the median of the first third of all values, or above ``_ALIKE``.
+    """
+
+    values: list[float] = field(default_factory=list)
+    high: bool = False
+
+    def see(self, value: float) -> float | None:
+        """The threshold, where this value is the first one in a row above it; else None."""
+        early = self.values[: max(_FIRST_VALUES, len(self.values) // 3)]
+        threshold = min(_ALIKE, _median(early) + _RISE) if len(early) >= _FIRST_VALUES else _ALIKE
+        self.values.append(value)
+        was_high, self.high = self.high, not value <= threshold
+        return threshold if self.high and not was_high else None
+
+
+@dataclass
 class Health:
     """All charts of a run.  A level that changes by design starts a chart anew: k, the mix of the data."""
 
@@ -205,16 +224,43 @@ class Alarms:
         self._engine, self._config = engine, config
         self._actions = alarm_actions(config.guard.alarm)
         self._health = Health(config.model.num_experts, 2 * config.optimizer.lr_warmup_iters)
-        self._factor, self._raised_at, self._snapshot_at = 1.0, 0, -_PAUSE
+        self._rise = Rise()
+        self._factor, self._raised_at = 1.0, 0
+        self._snapshot_at, self._kept_at = -_PAUSE, -_PAUSE
+        self.good_until: int | None = (
+            None  # steps before the first alarm of a while, where this step gave one
+        )
 
-    def after(self, step: int, result: StepResult, tell: Callable[..., None]) -> str:
-        """Watch step ``step``, counted from 1; returns what the loop has to do: "", "snapshot" or "stop"."""
+    def after(
+        self,
+        step: int,
+        result: StepResult,
+        tell: Callable[..., None],
+        similarity: Mapping[int, float] | None = None,
+    ) -> str:
+        """Watch step ``step``, counted from 1; returns what the loop has to do: "", "snapshot" or "stop".
+
+        ``similarity``: of the experts of each layer, in steps that measure it.
+        """
         topk = self._engine.topk_at(step - 1)
         found = self._health.see(step, result, topk=topk, regime=f"k {topk}")
+        if similarity is not None and (alike := self._compare(step, similarity)) is not None:
+            found.append(alike)
+        self.good_until = None
+        if found and step - self._kept_at >= _PAUSE:
+            # Step n shows the weights that step n - 1 left.
+            self._kept_at, self.good_until = step, min(each.since for each in found) - 2
         asked = {self._follow(step, each, tell) for each in found}
         if self._factor > 1.0 and step - self._raised_at >= _SETTLE:
             self._set_factor(1.0, step)
         return "stop" if "stop" in asked else "snapshot" if "snapshot" in asked else ""
+
+    def _compare(self, step: int, similarity: Mapping[int, float]) -> Finding | None:
+        if not similarity or step <= self._health.first:
+            return None
+        layer = max(similarity, key=similarity.__getitem__)
+        threshold = self._rise.see(similarity[layer])
+        return None if threshold is None else Finding("collapse", layer, similarity[layer], threshold, step)
 
     def _follow(self, step: int, finding: Finding, tell: Callable[..., None]) -> str:
         action = self._actions[finding.measure]
@@ -249,6 +295,8 @@ class Alarms:
             "aux_factor": self._factor,
             "raised_at": self._raised_at,
             "snapshot_at": self._snapshot_at,
+            "kept_at": self._kept_at,
+            "similarity": {"values": self._rise.values, "high": self._rise.high},
         }
 
     def restore(self, meta: Mapping[str, Any]) -> None:
@@ -258,4 +306,7 @@ class Alarms:
             return
         self._health.restore(state["health"])
         self._snapshot_at = int(state["snapshot_at"])
+        self._kept_at = int(state.get("kept_at", -_PAUSE))
+        alike = state.get("similarity", {"values": [], "high": False})
+        self._rise = Rise([float(value) for value in alike["values"]], bool(alike["high"]))
         self._set_factor(float(state["aux_factor"]), int(state["raised_at"]))

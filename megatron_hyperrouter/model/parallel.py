@@ -34,6 +34,13 @@ def expert_group() -> dist.ProcessGroup | None:
     return None if group.size() == 1 else group
 
 
+def expert_rank() -> int:
+    """This rank's place among those that share all experts of a layer: it has the experts from that times
+    their number on each.
+    """
+    return int(parallel_state.get_expert_model_parallel_rank())
+
+
 def seed_dropout(config: RunConfig, *, seed: int | None = None) -> None:
     """Dropout alone draws from torch's generators: weights, data and routing have streams of their own.
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.folder import folder_name, read_manifest
@@ -149,11 +150,13 @@ class Run:
         )
         on_the_screen = step % self.config.logging.log_interval == 0 or step == self.config.train.train_iters
         record = training_record(facts, with_all_layers=on_the_screen)
+        similarity = self.similarity(step) if result.applied else None
+        record |= {f"router/similarity/{layer}": value for layer, value in (similarity or {}).items()}
         for hook in self.hooks:
             hook.on_step(record)
         if result.applied:
             self.saving.health.after_step(step, result.lm_loss)
-            self.recovery.after_good_step(step, result, self.tell)
+            self.recovery.after_good_step(step, result, self.tell, similarity)
             self.replicas.after(step, self.tell)
         else:
             self.recovery.after_bad_step(step, result, self.tell, max(self.folders.steps(), default=None))
@@ -163,6 +166,19 @@ class Run:
         """This rank's micro-batches of one step."""
         together = self.config.train.micro_batch_size * self.engine.place.data_size
         return islice(batches, self.batch_sizes.size(step - 1) // together)
+
+    def similarity(self, step: int) -> dict[int, float] | None:
+        """How alike the experts of each layer are after step ``step``, where it is time to measure it
+        (collective).
+        """
+        interval = self.config.guard.expert_similarity_interval
+        if not interval or step % interval:
+            return None
+        dataset = self.splits.valid or self.splits.train
+        assert dataset is not None, "there are samples to train on"
+        count = min(self.config.train.micro_batch_size, len(dataset))
+        rows = [torch.as_tensor(dataset[i]) for i in range(count)]
+        return self.engine.expert_similarity(torch.stack(rows)[:, :-1].long(), topk=self.engine.topk_at(step))
 
     def _leave_out(self, step: int, batches: Batches, request: StopRequest) -> bool:
         for _ in self._of_step(step, batches):
@@ -177,8 +193,11 @@ class Run:
     def follow_alarm(self, step: int) -> None:
         """Save, or save and stop, where an alarm of this step asks for it (collective)."""
         asked = self.recovery.asked
+        if self.recovery.good_until is not None:
+            self.folders.keep_newest_until(self.recovery.good_until)
         if asked:
             self.save(step, wait=asked == "stop")
+            self.saving.keep(step)
         if asked == "stop":
             remedy = (
                 f"look at events.jsonl; continue with --load {self.config.logging.run_dir} and other settings"

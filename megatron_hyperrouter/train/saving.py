@@ -70,6 +70,7 @@ class Saving:
         self.health = Health(self.folders, step=begun)
         self._writer = Writer(self.folders)
         self._last_save = clock()
+        self._to_keep: set[int] = set()
         self._covered = _NONE  # the step of the newest save that was begun and has not failed
         minutes = self._settings.save_interval_minutes
         self._interval = (
@@ -118,9 +119,17 @@ class Saving:
         if wait:
             self.settle(step)
 
+    def keep(self, step: int) -> None:
+        """The checkpoint of this step, which was just begun or saved, is not to be removed."""
+        self._to_keep.add(step)
+        if step in self.folders.steps():
+            self.folders.keep_newest_until(step)
+
     def poll(self) -> None:
         """Tell of what was published meanwhile."""
         for step, folder in self._writer.published():
+            if step in self._to_keep:
+                self.folders.keep_newest_until(step)
             self.health.after_save(step)
             self._saved(step, folder)
 

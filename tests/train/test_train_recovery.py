@@ -14,6 +14,7 @@ from fakes import FakeEngine
 from tiny_run import VOCAB_SIZE, settings, splits
 from train.loop_runs import KillAt, Killed, change, lines, run
 
+from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Batch, OwnPart, StepResult
 from megatron_hyperrouter.errors import HyperRouterError
@@ -196,6 +197,18 @@ class TestAlarms:
             ("save", 63),
             ("save", 80),
         ]
+
+    @pytest.mark.parametrize("action", ["note", "snapshot"])
+    @pytest.mark.parametrize("in_the_background", [False, True])
+    def test_the_checkpoint_before_an_alarm_stays(
+        self, config: RunConfig, action: str, in_the_background: bool
+    ) -> None:
+        saving = {"save_interval": 5, "keep_checkpoints": 1, "async_save": in_the_background}
+        engine, _ = self.start(change(long(config, f"imbalance={action}"), "checkpoint", **saving))
+        folders = CheckpointFolders(Path(config.logging.run_dir) / "checkpoints", engine)
+        # 55: step 61 shows the first bad load, so the weights after 60 steps may be bad already
+        assert set(folders.steps()) >= {55, 80} | ({63} if action == "snapshot" else set())
+        assert not {50, 65, 70} & set(folders.steps())
 
     def test_raise_aux_is_part_of_the_checkpoint(self, config: RunConfig) -> None:
         raising = long(config, "imbalance=raise-aux")

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from megatron_hyperrouter.config.kinds import Count
-from megatron_hyperrouter.config.roles import Role
+from megatron_hyperrouter.config.kinds import Count, Natural
+from megatron_hyperrouter.config.roles import Quiet, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,13 @@ class GuardConfig:
         "Stop a run that makes no progress for this many minutes and name the rank that hangs; the first "
         "step may take 30 minutes; default: 10 with NCCL, else 30",
     ] = None
+    expert_similarity_interval: Annotated[
+        Natural,
+        Role.UPKEEP,
+        Quiet(0),
+        "Every N steps, measure how alike neighbouring experts are (CKA); the alarm collapse watches it; "
+        "0: never",
+    ] = 200
     alarm: Annotated[
         tuple[str, ...],
         Role.COURSE,

@@ -5,8 +5,9 @@ names.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from deepspeed.moe.utils import is_moe_param
 from megatron.core import parallel_state
 from torch import nn
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.engines.statistics import RouterStatistics
     from megatron_hyperrouter.model.classifier import Classifier
     from megatron_hyperrouter.model.loss import LanguageModelLoss
+
+STAND_IN = "frozen_experts"
 
 
 def build(
@@ -74,10 +77,19 @@ def build(
 
 
 def frozen_parts(model: nn.Module, run: RunConfig, classifier: Classifier | None) -> nn.Module:
-    """The model; what ``classifier`` freezes gets no gradient from now on."""
-    for name, parameter in model.named_parameters():
-        if classifier is not None and classifier.freezes(_global(name, run)):
-            parameter.requires_grad_(False)
+    """The model; what ``classifier`` freezes gets no gradient from now on.
+
+    ZeRO refuses a model whose experts are all frozen (stage_1_and_2.py:872): one number that never gets a
+    gradient stands in for them.
+    """
+    for name, parameter in list(model.named_parameters()):
+        if classifier is None or not classifier.freezes(_global(name, run)):
+            continue
+        parameter.requires_grad_(False)
+        if is_moe_param(parameter) and not hasattr(model, STAND_IN):
+            number: Any = nn.Parameter(parameter.new_zeros(1))
+            number.allreduce, number.group_name = False, parameter.group_name  # type: ignore[attr-defined]
+            model.register_parameter(STAND_IN, number)
     return model
 
 
@@ -86,6 +98,8 @@ def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn
     part of their state; one name may stand for several matrices, which ``model.names.matrices`` takes apart.
     """
     for name, parameter in model.named_parameters():
+        if name == STAND_IN:
+            continue
         known = _global(name, run)
         if parameter.requires_grad or router_parameter(known) is None:
             yield known, parameter

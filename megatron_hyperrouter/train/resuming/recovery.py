@@ -4,7 +4,7 @@ ranks whose weights differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
@@ -30,6 +30,7 @@ class Recovery:
         self._bad = BadSteps.of(config.guard)
         self._alarms = Alarms(engine, config)
         self.asked = ""  # by an alarm of the last step: "snapshot" or "stop"
+        self.good_until: int | None = None  # see Alarms
 
     def takes_part(self, step: int) -> bool:
         """False for a step that is only read."""
@@ -39,9 +40,16 @@ class Recovery:
         """Whether the weights may follow this step."""
         return self._bad.accept(result)
 
-    def after_good_step(self, step: int, result: StepResult, tell: Callable[..., None]) -> None:
-        """Watch the numbers of a step that has changed the weights."""
-        self.asked = self._alarms.after(step, result, tell)
+    def after_good_step(
+        self,
+        step: int,
+        result: StepResult,
+        tell: Callable[..., None],
+        similarity: Mapping[int, float] | None = None,
+    ) -> None:
+        """Watch the numbers of a step that has changed the weights; ``similarity``: see Alarms."""
+        self.asked = self._alarms.after(step, result, tell, similarity)
+        self.good_until = self._alarms.good_until
 
     def after_bad_step(
         self, step: int, result: StepResult, tell: Callable[..., None], checkpoint: int | None
