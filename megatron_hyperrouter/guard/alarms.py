@@ -244,12 +244,14 @@ class Alarms:
         """
         topk = self._engine.topk_at(step - 1)
         found = self._health.see(step, result, topk=topk, regime=f"k {topk}")
+        # Step n shows the weights that step n - 1 left.
+        good = [each.since - 2 for each in found]
         if similarity is not None and (alike := self._compare(step, similarity)) is not None:
             found.append(alike)
+            good.append(step - self._config.guard.expert_similarity_interval)
         self.good_until = None
         if found and step - self._kept_at >= _PAUSE:
-            # Step n shows the weights that step n - 1 left.
-            self._kept_at, self.good_until = step, min(each.since for each in found) - 2
+            self._kept_at, self.good_until = step, min(good)
         asked = {self._follow(step, each, tell) for each in found}
         if self._factor > 1.0 and step - self._raised_at >= _SETTLE:
             self._set_factor(1.0, step)

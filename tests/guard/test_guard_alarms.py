@@ -12,7 +12,7 @@ import pytest
 
 from megatron_hyperrouter.config.derived import ALARMS
 from megatron_hyperrouter.engines.base import StepResult
-from megatron_hyperrouter.guard.alarms import MEASURES, NAMES, Conditions, Health, Watch
+from megatron_hyperrouter.guard.alarms import MEASURES, NAMES, Conditions, Health, Rise, Watch
 
 BROKEN: dict[str, tuple[str, Callable[[StepResult], StepResult]]] = {
     # what happens to the numbers -> the alarm that tells it (values as measured in runs that were broken so)
@@ -133,3 +133,20 @@ def test_every_alarm_has_a_measure() -> None:
 def test_a_large_k_has_no_limit_that_a_healthy_run_reaches() -> None:
     watch, conditions = Watch(MEASURES[1]), Conditions(4, 2)  # load max/mean is at most 2
     assert all(watch.see(1.9, conditions) is None for _ in range(60))
+
+
+@pytest.mark.parametrize(
+    "values, found",
+    [
+        ([0.3, 0.31, 0.3, 0.32, 0.49, 0.3], {}),
+        ([0.3, 0.31, 0.3, 0.52, 0.53, 0.3, 0.55], {3: 0.5, 6: 0.5}),  # again, once it was low
+        ([0.3, 0.95, 0.96], {1: 0.9}),  # the limit needs no level
+        ([0.8, 0.8, 0.8, 0.89, 0.91], {4: 0.9}),
+        ([0.3] * 3 + [0.4] * 3 + [0.49] * 30, {}),  # the level is that of the first third
+        ([0.3, 0.3, 0.3, float("nan")], {3: 0.5}),
+    ],
+)
+def test_similarity_that_rises(values: list[float], found: dict[int, float]) -> None:
+    chart = Rise()
+    told = {at: level for at, value in enumerate(values) if (level := chart.see(value)) is not None}
+    assert told == pytest.approx(found)

@@ -219,6 +219,23 @@ class TestAlarms:
         run(again, engine=resumed, data=splits(324))
         assert resumed.aux_loss_coeffs == [0.02]
 
+    def test_experts_that_grow_alike(self, config: RunConfig) -> None:
+        engine = FakeEngine(VOCAB_SIZE)
+        engine.similarities = [{1: 0.3, 2: 0.2}, {1: 0.31, 2: 0.2}, {1: 0.3, 2: 0.6}, {1: 0.3, 2: 0.95}]
+        watched = change(long(config, "collapse=snapshot"), "guard", expert_similarity_interval=20)
+        path = Path(config.logging.run_dir) / "events.jsonl"
+        run(watched, EventsHook(path), engine=engine, data=splits(320))
+        alarm, *saves = (event for event in read_events(path) if event["event"] in ("alarm", "save"))
+        told = {name: alarm[name] for name in ("step", "alarm", "layer", "value", "threshold", "since")}
+        assert told == {
+            "step": 80, "alarm": "collapse", "layer": 2, "value": 0.95, "threshold": 0.51, "since": 80
+        }  # fmt: skip
+        assert [save["step"] for save in saves] == [80]
+        recorded = [line for line in lines(config) if "router/similarity/2" in line]
+        assert [(line["step"], line["router/similarity/2"]) for line in recorded] == [
+            (20, 0.2), (40, 0.2), (60, 0.6), (80, 0.95)
+        ]  # fmt: skip
+
     def test_stop_saves_first(self, config: RunConfig) -> None:
         with pytest.raises(HyperRouterError, match="step 63: an alarm stops the run"):
             self.start(long(config, "imbalance=stop"))
