@@ -65,6 +65,7 @@ def test_quiet_values_are_the_defaults_unless_a_setting_says_otherwise():
         assert leaf.quiet == leaf.default or leaf.name in {
             "lr_decay_style",
             "eval_interval",
+            "expert_similarity_interval",
             "keep_checkpoints",
         }
 
