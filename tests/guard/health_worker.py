@@ -26,6 +26,7 @@ from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, Place
 from megatron_hyperrouter.guard.alarms import Alarms
 from megatron_hyperrouter.model.names import is_expert, matrices
+from megatron_hyperrouter.model.sharding import shard_of
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.lr import learning_rate_at
@@ -157,7 +158,9 @@ def equal_experts(run: Watched, folder: Path) -> None:
                 first = re.sub(r"local_experts\.\d+\.", "local_experts.0.", name)
                 (whole,) = read_tensors(folder, [first]).values()
                 noise = keyed.normal(tuple(whole.shape), seed=1, name=name)
-                matrix.copy_(whole * (1 + 1e-3 * noise))
+                almost = whole * (1 + 1e-3 * noise)
+                shard = shard_of(name)
+                matrix.copy_(almost if shard is None else shard.cut(almost))
 
 
 def hot_router(run: Watched, folder: Path) -> None:
