@@ -63,8 +63,10 @@ def test_every_k_out_of_range_is_named() -> None:
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """``mhr evaluate``, on a model of bytes."""
 
-    def open_engine(config: RunConfig, *, vocab_size: int, eod: int | None, for_training: bool) -> FakeEngine:
-        assert not for_training and config.parallel.expert_model_parallel_size == 1
+    def open_engine(
+        config: RunConfig, *, vocab_size: int, eod: int | None, for_training: bool, classifier: object
+    ) -> FakeEngine:
+        assert not for_training and classifier is None and config.parallel.expert_model_parallel_size == 1
         return FakeEngine(vocab_size, seed=99)
 
     monkeypatch.setattr(megatron_hyperrouter.engines, "open_engine", open_engine)
