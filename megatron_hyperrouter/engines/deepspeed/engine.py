@@ -66,16 +66,12 @@ class DeepSpeedEngine(SharedEngine):
     def _wrap(self) -> Any:
         import deepspeed
 
-<<<<<<< HEAD
-        factor = self.config.router.options.lr_mult
-        optimizer = adamw(self.named_parameters(), self.config.optimizer, router_lr_mult=factor)
-=======
         optimizer = adamw(
             self.named_parameters(),
             self.config.optimizer,
+            router_lr_mult=self.config.router.options.lr_mult,
             stand_in=getattr(self.model, model.STAND_IN, None),
         )
->>>>>>> f940ded (Alarms: five injected collapses in the real engines; the checkpoint before an alarm stays; similarity of neighbouring experts is watched)
         groups = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
         settings = deepspeed_settings(
             self.config, data_parallel_size=self.place.data_size, largest_group=max(groups)
