@@ -60,6 +60,7 @@ COMMAND = {
     "engines/megatron",
     "engines/deepspeed",
 }
+MODEL_TOOLS = {"export", "export/classes", "proof", "importing", "generation", "huggingface", "finetuning"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "console": (set(), {"rich"}),
@@ -102,10 +103,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": (LATE_ROOM, {"torch", "numpy"}),
-    "finetuning": (
-        {*LATE_ROOM, "train.lr", "evaluate", "analysis.intervals"},
-        {"torch", "numpy", "megatron"},
-    ),
+    "finetuning": ({*LATE_ROOM, "train.lr", "evaluate", "analysis"}, {"torch", "numpy", "megatron"}),
     "export": ({*LATE_ROOM, "export/classes"}, {"torch", "numpy", "safetensors", "megatron"}),
     "export/classes": ({"config", "model"}, {"torch"}),
     "huggingface": (
@@ -133,19 +131,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "commands/training": ({*COMMAND, "planning"}, {"torch"}),
     "commands/cluster": ({*COMMAND, "doctor", "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
-    "commands/models": (
-        {
-            *COMMAND,
-            "export",
-            "export/classes",
-            "proof",
-            "importing",
-            "generation",
-            "huggingface",
-            "finetuning",
-        },
-        {"torch", "numpy", "rich", "yaml"},
-    ),
+    "commands/models": ({*COMMAND, *MODEL_TOOLS}, {"torch", "numpy", "rich", "yaml"}),
     "commands/studies": ({*COMMAND, "studies", "verify", "report"}, {"torch", "numpy", "rich", "yaml"}),
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),
