@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.clock import Clock
-from megatron_hyperrouter.engines.likeness import Likeness
 from megatron_hyperrouter.engines.profile import Profiler
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.saved.engine import SavedEngine
-from megatron_hyperrouter.engines.statistics import RouterStatistics
+from megatron_hyperrouter.engines.statistics import Likeness, RouterStatistics
 from megatron_hyperrouter.engines.totals import (
     Judgement,
     any_rank,
@@ -33,6 +32,7 @@ from megatron_hyperrouter.engines.totals import (
 )
 from megatron_hyperrouter.engines.world import (
     device,
+    first_expert,
     patience,
     peak_memory,
     random_states,
@@ -245,7 +245,7 @@ class SharedEngine(SavedEngine):
 
     def expert_similarity(self, tokens_BS: Tensor, *, topk: int) -> dict[int, float]:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        likeness = Likeness(self.config, self.device)
+        likeness = Likeness(self.config, self.device, first_expert=first_expert(self.config))
         with likeness.watching(self.routers.values()):
             self.evaluate(iter([(tokens_BS, tokens_BS)]), topk=topk)
         return likeness.by_layer()
