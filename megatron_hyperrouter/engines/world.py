@@ -16,8 +16,9 @@ from torch import distributed as dist
 from torch.distributed import constants, distributed_c10d
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.model.parallel import dropout_states, set_dropout_states
+from megatron_hyperrouter.model.parallel import dropout_states, expert_rank, set_dropout_states
 
 _PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
 _SILENCE = 60.0  # seconds of waiting before a person is told
@@ -112,6 +113,11 @@ def peak_memory(where: torch.device) -> int:
         return torch.cuda.max_memory_allocated(where)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def first_expert(config: RunConfig) -> int:
+    """The number of this rank's first expert of a layer."""
+    return expert_rank() * (config.model.num_experts // config.parallel.expert_model_parallel_size)
 
 
 def random_states() -> dict[str, Any]:

@@ -34,10 +34,9 @@ def expert_group() -> dist.ProcessGroup | None:
     return None if group.size() == 1 else group
 
 
-def first_expert(config: RunConfig) -> int:
-    """The number of this rank's first expert of a layer."""
-    local = config.model.num_experts // config.parallel.expert_model_parallel_size
-    return local * int(parallel_state.get_expert_model_parallel_rank())
+def expert_rank() -> int:
+    """This rank's place among those that share all experts of a layer."""
+    return int(parallel_state.get_expert_model_parallel_rank())
 
 
 def seed_dropout(config: RunConfig, *, seed: int | None = None) -> None:
