@@ -126,8 +126,7 @@ class GroupedExperts(nn.Module):
         counts_NL = ends_V.diff(prepend=ends_V.new_zeros(1)).view(-1, self.num_local)
         coming_NL = torch.empty_like(counts_NL)
         dist.all_to_all_single(coming_NL, counts_NL, group=group)
-        # The one wait of the host in a layer: the sizes of what goes and comes.
-        go, come = torch.stack((counts_NL, coming_NL)).sum(2).tolist()
+        go, come = row_counts(counts_NL, coming_NL)
         gone = sum(go)
         sent = [part[:gone] for part in (x_RD, weights_R1) if part is not None]
         arrived = [exchanged(part, come, go, group) for part in sent]
@@ -138,6 +137,12 @@ class GroupedExperts(nn.Module):
         y_RD = self._experts(x, weights[0] if weights else None, rows.ends_E)
         back_RD = exchanged(collect(y_RD, rows.order_R, rows.row_R, 1), go, come, group)
         return F.pad(back_RD, (0, 0, 0, len(x_RD) - gone)) if gone < len(x_RD) else back_RD
+
+
+def row_counts(counts_NL: Tensor, coming_NL: Tensor) -> tuple[list[int], list[int]]:
+    """How many rows go to each rank and come from it: the one wait of the host in a layer."""
+    go, come = torch.stack((counts_NL, coming_NL)).sum(2).tolist()
+    return go, come
 
 
 def exchanged(rows: Tensor, come: list[int], go: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -1,0 +1,87 @@
+"""Verifies planned layouts with the true engine: first, middle and last rank of each, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.config.cli import dump
+from megatron_hyperrouter.errors import HostError
+from megatron_hyperrouter.planning.dry.rank import shortened
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.planning.layouts import Candidate
+    from megatron_hyperrouter.planning.plan import Plan, Planned
+
+_STEPS = 2  # AdamW's state is there from the second on
+
+
+def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) -> None:
+    """Dry runs of the ``best`` layouts; those that need more than a GPU has stop fitting."""
+    asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
+    tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
+    note(f"dry run of {len(tasks)} ranks: the engine is built, and takes {_STEPS} steps, without memory")
+    for (each, rank), told in zip(asked, answers(tasks), strict=True):
+        if "error" in told:
+            note(f"rank {rank} of a layout could not be verified: {told['error']}")
+            continue
+        each.verified.append(told | {"peak_bytes": told["peak_bytes"] + round(plan.machine.reserve)})
+        note(_compared(each, told))
+    for each in plan.layouts:
+        peak = max((run["peak_bytes"] for run in each.verified), default=0)
+        if peak > plan.machine.memory:
+            each.fits = False
+
+
+def ranks_of(world_size: int) -> list[int]:
+    """First, middle and last; those of a few ranks once each."""
+    return sorted({0, world_size // 2, world_size - 1})
+
+
+def task_of(
+    candidate: Candidate, rank: int, vocab_size: int, skew: float, *, whole: bool = False
+) -> dict[str, Any]:
+    """What ``dry/rank.py`` is asked; ``whole``: of a step with all of its micro-batches."""
+    config = candidate.config
+    if not whole:
+        config = shortened(config, candidate.micro_batches, candidate.data_size)
+    return {
+        "settings": dump(config),
+        "rank": rank,
+        "world_size": candidate.world_size,
+        "vocab_size": vocab_size,
+        "skew": skew,
+        "steps": _STEPS,
+    }
+
+
+def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each task in turn; raises HostError where no dry run starts."""
+    command = [sys.executable, "-m", "megatron_hyperrouter.planning.dry.rank"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for task in tasks:
+            try:
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            if not line:
+                raise HostError("a dry run ended without an answer", remedy="bash tools/setup_env.sh")
+            yield json.loads(line)
+        process.stdin.close()
+
+
+def _compared(each: Planned, told: dict[str, Any]) -> str:
+    rank, gib = told["rank"], 2.0**30
+    same = "as the formula says" if told["parameters"] == each.parameters[rank] else "NOT as the formula says"
+    return (
+        f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / gib:.2f} GiB built, "
+        f"{told['peak_bytes'] / gib:.2f} GiB at most"
+    )
