@@ -369,6 +369,12 @@ class CheckpointConfig:
         Count | None, Role.UPKEEP, "Save and stop at the first multiple of this many steps"
     ] = None
     load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to continue from"] = None
+    elastic: Annotated[
+        bool,
+        Role.START,
+        "Continue on fewer or more ranks: keep the global batch and all parallel sizes but data parallelism, "
+        "and choose the micro-batch",
+    ] = False
     finetune: Annotated[
         bool, Role.START, "Load the weights only; step, optimizer and random state start afresh"
     ] = False

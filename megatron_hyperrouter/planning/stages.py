@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+from megatron_hyperrouter.config.derived import has_uneven_stages, stage_layers
 from megatron_hyperrouter.config.tree import RunConfig
 
 
@@ -20,7 +22,9 @@ def stages_of(config: RunConfig) -> list[Stage]:
     """The pipeline stages, first to last."""
     stages = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
-    if layers % stages == 0:
+    if has_uneven_stages(config):
+        parts = _named_stages(stage_layers(config))
+    elif layers % stages == 0:
         parts = _even_stages(config)
     else:  # the rules allow it on the deepspeed engine alone
         parts = _balanced_stages(layers, stages)
@@ -40,6 +44,12 @@ def _even_stages(config: RunConfig) -> list[tuple[int, ...]]:
         )
         for stage in range(stages)
     ]
+
+
+def _named_stages(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """As the settings say, one after the other; interleaved chunks are counted with their stage."""
+    ends = list(itertools.accumulate(sizes))
+    return [tuple(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _balanced_stages(layers: int, stages: int) -> list[tuple[int, ...]]:

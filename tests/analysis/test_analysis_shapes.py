@@ -1,4 +1,4 @@
-"""shapes.py against the tensors of the engine that builds the model; memory.py against sums by hand."""
+"""shapes.py against the tensors of the engine that builds the model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import torch
 from one_rank import world
 from program.settings import TINY
 
-from megatron_hyperrouter.analysis.memory import state_bytes
 from megatron_hyperrouter.analysis.shapes import shapes_of
-from megatron_hyperrouter.analysis.size import ModelSize
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.deepspeed.model import build, named_parameters
@@ -48,19 +46,3 @@ def test_settings_alone_give_the_tensors_that_the_engine_makes(flags, one_rank):
     trained = [(name, each) for name, each in named_parameters(model, config) if each.requires_grad]
     built = {name: tuple(each.shape) for name, each in matrices(trained)}  # single experts
     assert shapes_of(config, built["embedding.word_embeddings.weight"][0]) == built
-
-
-def test_state_of_a_rank_by_hand():
-    size = ModelSize(lookup=1000, experts=8000, others=3000, num_experts=4, attention=0)
-
-    def of(world_size, *flags):
-        config = parse([*TINY, "--data-path", "x", *flags], routers=ROUTERS, world_size=world_size)
-        return state_bytes(config, size, world_size)
-
-    assert of(1, "--zero-stage", "0") == 12000 * 16
-    assert of(4, "--zero-stage", "1") == 12000 * 8 + 12000 * 8 / 4
-    assert of(4, "--zero-stage", "2") == 12000 * 4 + 12000 * 12 / 4
-    split = ["--expert-model-parallel-size", "4", "--bf16"]
-    assert of(4, *split) == 4000 * (6 + 12 / 4) + 2000 * (6 + 12)
-    megatron = ["--engine", "megatron", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
-    assert of(2, *megatron) == 12000 / 2 * 16

@@ -1,7 +1,7 @@
 """One gloo rank that counts the bytes of all tensors alive: after the build of the engine, and in two steps.
 
-A case is flags of the program; rank 0 tells the numbers of all ranks: ``parameters``, ``built_bytes``, ``peaks``
-by phase, and ``skew``, the most rows that came to this rank's experts over those that it sent.
+A case is flags of the program; rank 0 tells the numbers of all ranks: ``parameters``, ``built_bytes``,
+``peaks`` by phase, and ``skew``, the most rows that came to this rank's experts over those that it sent.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from distributed import world
 
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.derived import accumulation_steps
 from megatron_hyperrouter.engines import grouped, open_engine
 from megatron_hyperrouter.planning.dry.storages import Storages
 from megatron_hyperrouter.routers import ROUTERS
@@ -46,7 +47,7 @@ def measured(flags: list[str], world_size: int) -> dict[str, Any]:
             "built_bytes": storages.now,
         }
         train = config.train
-        count = engine.global_batch_size // (train.micro_batch_size * engine.place.data_size)
+        count = accumulation_steps(config, world_size)
         torch.manual_seed(dist.get_rank())
         tokens = torch.randint(0, VOCABULARY, (train.micro_batch_size, config.model.seq_length))
         for step in range(2):

@@ -81,7 +81,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"megatron, {name}", case._replace(flags=f"{MEGATRON} {case.flags}")
     for name, flags in MODELS.items():
         for engine in ("", MEGATRON):
-            if "--mlp-type" in flags and engine or "--mtp" in flags and not engine:
+            if ("--mlp-type" in flags and engine) or ("--mtp" in flags and not engine):
                 continue
             layout = f"{TP2} {SP} {PP2} {EP2}"
             yield f"{engine[9:] or 'deepspeed'}, {name}", Case(8, f"{engine} {layout} {FOUR} {flags}")

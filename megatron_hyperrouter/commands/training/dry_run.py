@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.analysis.memory import activation_bytes, state_bytes
-from megatron_hyperrouter.analysis.shapes import shapes_of
-from megatron_hyperrouter.analysis.size import ModelSize, size_of
 from megatron_hyperrouter.commands.training.start_block import start_block, tokens_of_an_epoch
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.index_files import Cache
@@ -13,7 +10,7 @@ from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.errors import DataError, HostError
-from megatron_hyperrouter.model.spec import padded_vocab_size
+from megatron_hyperrouter.planning.one_layout import holdings
 
 
 def show_run(config: RunConfig, world_size: int) -> None:
@@ -25,11 +22,13 @@ def show_run(config: RunConfig, world_size: int) -> None:
     except (DataError, HostError) as error:
         what = "embedding and epochs are not counted" if vocab_size is None else "epochs are not counted"
         console.note(f"{what}: {error.message}")
-    rows = padded_vocab_size(vocab_size, config) if vocab_size else 0
-    size = size_of(config, shapes_of(config, rows))
-    block = start_block(config, size, world_size=world_size, epoch=epoch)
+    model, held = holdings(config, vocab_size or 0, world_size)
+    block = start_block(config, model.size, world_size=world_size, epoch=epoch)
     lines = [(label, text) for label, text in block if label not in ("device", "run folder")]
-    console.table([*lines, ("memory", _memory(config, size, rows, world_size))])
+    console.table([*lines, *held])
+    console.note(
+        "memory is an estimate, without what CUDA and NCCL need: mhr plan verifies and compares layouts"
+    )
     console.note("dry run: all rules hold; nothing was started")
 
 
@@ -43,9 +42,3 @@ def _epoch(config: RunConfig, vocab_size: int) -> int:
         cache=Cache(None, fallback=config.logging.run_dir),
     )
     return tokens_of_an_epoch(builder, mixes)
-
-
-def _memory(config: RunConfig, size: ModelSize, rows: int, world_size: int) -> str:
-    state, activations = state_bytes(config, size, world_size), activation_bytes(config, rows)
-    gib = [f"{number / 2**30:.3g} GiB" for number in (state + activations, state, activations)]
-    return f"about {gib[0]} a rank: {gib[1]} weights, gradients and optimizer, {gib[2]} activations"

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dry, asked_world_size, words = asked_for(words)
     import torch
 
+    from megatron_hyperrouter.commands.training.elastic import laid_out_anew
     from megatron_hyperrouter.commands.training.prepare import prepare_and_run
     from megatron_hyperrouter.config.check import warnings
     from megatron_hyperrouter.config.cli import parse
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes: list[str] = []
     adopt_ranks()
     world_size = asked_world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    words = laid_out_anew(words, world_size, notes)
     config = parse(words, routers=ROUTERS, world_size=world_size, notes=notes)
     for note in notes:
         console.note(note)

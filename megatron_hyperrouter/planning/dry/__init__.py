@@ -1,1 +1,1 @@
-"""One rank of many without memory, GPUs or other ranks: the true engine over fake tensors and a fake process group."""
+"""One rank of many without memory, GPUs or other ranks: the true engine over fake tensors."""

@@ -3,8 +3,9 @@
     python -m megatron_hyperrouter.planning.dry.rank < TASKS.json
 
 A line of stdin is a task: ``settings`` (YAML), ``rank``, ``world_size``, ``vocab_size``, ``skew``, and
-``steps`` (0: build only).  A line of stdout is its answer: ``parameters``, ``built_bytes``, ``peaks`` by phase,
-or ``error``.  Each task has a fork of its own, for a process group is the process's; the imports are done once.
+``steps`` (0: build only).  A line of stdout is its answer: ``parameters``, ``built_bytes``, ``peaks`` by
+phase, or ``error``.  Each task has a fork of its own, for a process group is the process's; the imports are
+done once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # hosts see fake tensors, and say so at each look
     _import_hosts()
     for line in sys.stdin:
-        print(json.dumps(in_fork(json.loads(line))), flush=True)
+        sys.stdout.write(json.dumps(in_fork(json.loads(line))) + "\n")
+        sys.stdout.flush()
 
 
 def in_fork(task: dict[str, Any]) -> dict[str, Any]:
@@ -49,14 +51,7 @@ def in_fork(task: dict[str, Any]) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        try:
-            told = run(task)
-        except Exception as error:  # whatever a host meets in a dry run is an answer
-            told = {"rank": task["rank"], "error": f"{type(error).__name__}: {error}"[:2000]}
-            traceback.print_exc()
-        with os.fdopen(writing, "w", encoding="utf-8") as pipe:
-            pipe.write(json.dumps(told))
-        os._exit(0)
+        _tell(task, writing)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as pipe:
         text = pipe.read()
@@ -65,6 +60,19 @@ def in_fork(task: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(text)
         return answer
     return {"rank": task["rank"], "error": f"its process ended with {os.waitstatus_to_exitcode(status)}"}
+
+
+def _tell(task: dict[str, Any], pipe: int) -> NoReturn:
+    """The child's whole life; whatever a host raises in a dry run is an answer."""
+    told: dict[str, Any] = {"rank": task["rank"]}
+    try:
+        told = run(task)
+    finally:
+        if (error := sys.exc_info()[1]) is not None:
+            told["error"] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
+        os.write(pipe, json.dumps(told).encode())
+        os._exit(0)
 
 
 def _import_hosts() -> None:
@@ -118,11 +126,12 @@ def _built_and_stepped(config: RunConfig, task: dict[str, Any], storages: Storag
 
 def take_step(engine: Any, config: RunConfig) -> None:
     """A step on tokens that are not there."""
+    from megatron_hyperrouter.config.derived import accumulation_steps
     from megatron_hyperrouter.engines import shared
     from megatron_hyperrouter.engines.base import StepResult
 
     train, place = config.train, engine.place
-    count = engine.global_batch_size // (train.micro_batch_size * place.data_size)
+    count = accumulation_steps(config, place.world_size)
     tokens_BS = torch.zeros(train.micro_batch_size, config.model.seq_length, dtype=torch.int64)
 
     def result(own: Any, statistics: Any, *args: Any, **kwargs: Any) -> tuple[StepResult, Any]:
@@ -131,7 +140,7 @@ def take_step(engine: Any, config: RunConfig) -> None:
         dist.all_reduce(total)
         return StepResult(1.0, 1.0, 1.0, 1.0, {}, False, 0, ()), sums
 
-    shared.step_result = result  # type: ignore[attr-defined]
+    shared.step_result = result  # type: ignore[assignment, attr-defined]
     engine._end_step = lambda step, sums: engine.weights_changed()
     now = shared._Step([(tokens_BS, tokens_BS)] * count, 0, 1e-3, {})
     engine._run(now, lambda: False, lambda result: True)

@@ -106,9 +106,9 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
 
 
 def _applied(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    """``nn.Module._apply`` for fake parameters, which cannot be swapped: new ones, with the marks of the old."""
+    """``nn.Module._apply`` for fake parameters, which cannot be swapped: new ones, marked as the old."""
     for child in self.children():
-        child._apply(fn)
+        child._apply(fn)  # type: ignore[no-untyped-call]
     for held in (self._parameters, self._buffers):
         for key, tensor in held.items():
             if tensor is None:

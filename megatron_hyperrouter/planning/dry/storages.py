@@ -15,7 +15,7 @@ _SCALAR = torch.ops.aten._local_scalar_dense.default
 _GROUPED = torch.ops.aten._grouped_mm.default
 
 
-class Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, knows how many bytes are alive and the most there were in each phase.
 
     Each storage counts once, however many tensors look at it.  ``answers``: whether numbers that are read are
@@ -23,7 +23,7 @@ class Storages(TorchDispatchMode):
     """
 
     def __init__(self, *, answers: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.phase = "build"
         self.peaks: dict[str, int] = {}

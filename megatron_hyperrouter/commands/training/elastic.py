@@ -1,0 +1,104 @@
+"""``--elastic``: a run continues on fewer or more ranks than it had.
+
+Tensor, pipeline, context and expert parallelism stay as they are set, and so does the global batch; the
+data-parallel ranks are as many as there are copies of the model, and the micro-batch follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.checkpoint.folder import find, read_manifest
+from megatron_hyperrouter.config.check import problems
+from megatron_hyperrouter.config.cli import parse, replace_leaves
+from megatron_hyperrouter.config.derived import data_parallel_size, model_parallel_size
+from megatron_hyperrouter.config.reading.sources import read_flags
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
+from megatron_hyperrouter.routers import ROUTERS
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+
+_CHOSEN = ("--micro-batch-size", "--global-batch-size")
+
+
+def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> list[str]:
+    """The command line for this many ranks; the same words without ``--elastic``.  Raises ConfigError."""
+    line = read_flags(words)
+    if line.problems or {"--help"} & set(line.flags):
+        return list(words)
+    try:
+        config = parse(words, routers=ROUTERS, world_size=None)
+    except ConfigError:
+        return list(words)  # it is raised again, with the rules of ranks
+    if not config.checkpoint.elastic:
+        return list(words)
+    before = _saved(config)
+    ranks = data_parallel_size(config, world_size)
+    given = config.train.global_batch_size or before.get("global_batch_size")
+    batch: int = given or config.train.micro_batch_size * ranks
+    micro = math.gcd(batch // ranks, config.train.micro_batch_size) if ranks and not batch % ranks else 0
+    if not micro or problems(_with(config, micro, batch), world_size=world_size):
+        raise ConfigError([_no_layout(config, given, world_size)])
+    notes += _said(config, before, (world_size, ranks, batch, micro))
+    kept = [word for name, values in line.flags.items() if name not in _CHOSEN for word in (name, *values)]
+    return [*kept, _CHOSEN[0], str(micro), _CHOSEN[1], str(batch)]
+
+
+def _saved(config: RunConfig) -> dict[str, Any]:
+    """Batch and ranks of the checkpoint that the run continues from; empty for a new run."""
+    if config.checkpoint.load is None:
+        return {}
+    try:
+        folder = find(Path(config.checkpoint.load))
+        meta = {} if folder is None else read_manifest(folder)["meta"]
+    except CheckpointError:
+        return {}  # it is raised again where the checkpoint is loaded
+    return {**meta.get("layout", {}), **meta.get("order", {})}
+
+
+def _with(config: RunConfig, micro: int, batch: int) -> RunConfig:
+    return replace_leaves(config, micro_batch_size=micro, global_batch_size=batch)
+
+
+def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem:
+    """What number of ranks would do."""
+    usable = [count for count in range(1, 2 * world_size + 1) if _runs(config, batch, count)]
+    fewer = [count for count in usable if count < world_size]
+    more = [count for count in usable if count > world_size]
+    near = [*fewer[-1:], *more[:1]]
+    rule = (
+        f"with --elastic must be whole copies of the model ({model_parallel_size(config)} ranks each) that "
+        "expert parallelism divides, and must divide the global batch"
+        + (f" of {batch} samples" if batch else "")
+    )
+    remedy = f"start {' or '.join(map(str, near))} ranks" if near else "change the layout"
+    return Problem("ranks started", world_size, rule, remedy)
+
+
+def _runs(config: RunConfig, batch: int | None, world_size: int) -> bool:
+    ranks = data_parallel_size(config, world_size)
+    if not ranks or (batch is not None and batch % ranks):
+        return False
+    samples = batch or config.train.micro_batch_size * ranks
+    micro = math.gcd(samples // ranks, config.train.micro_batch_size)
+    return not problems(_with(config, micro, samples), world_size=world_size)
+
+
+def _said(config: RunConfig, before: dict[str, Any], now: tuple[int, int, int, int]) -> list[str]:
+    world_size, ranks, batch, micro = now
+    was = before.get("world_size")
+    head = f"--elastic: {world_size} ranks" + (f" instead of {was}" if was not in (None, world_size) else "")
+    lines = [
+        f"{head}: {ranks} data-parallel, micro-batch {micro}, {batch // (ranks * micro)} a rank; the global "
+        f"batch stays {batch}"
+    ]
+    if micro != config.train.micro_batch_size:
+        lines.append(
+            f"--elastic: the micro-batch is {micro} instead of {config.train.micro_batch_size}; the losses "
+            "of routers are means over micro-batches, and differ slightly"
+        )
+    return lines

@@ -1,0 +1,36 @@
+"""What the ranks of one given layout hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_hyperrouter.model.spec import padded_vocab_size
+from megatron_hyperrouter.planning.frozen import frozen_of
+from megatron_hyperrouter.planning.layouts import Candidate
+from megatron_hyperrouter.planning.machine import Machine
+from megatron_hyperrouter.planning.memory import PARTS, Estimator
+from megatron_hyperrouter.planning.parameters import Model, model_of, parameters_of_ranks
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+
+_GIB = 2.0**30
+
+
+def holdings(config: RunConfig, vocab_size: int, world_size: int) -> tuple[Model, list[tuple[str, str]]]:
+    """The model, and lines (label, text) about parameters and memory of its ranks; ``vocab_size``: ids of the
+    tokenizer, 0 where they are not known.
+    """
+    model = model_of(config, vocab_size)
+    counts = sorted(set(parameters_of_ranks(model, config, world_size)))
+    machine = Machine(memory=0.0, per_node=1, reserve=0.0)
+    rows = padded_vocab_size(vocab_size, config)
+    use = Estimator(model, frozen_of(config, vocab_size), rows, machine).fullest(
+        Candidate(config, world_size)
+    )
+    parts = [
+        f"{getattr(use, name) / _GIB:.3g} {name}" for name in PARTS if getattr(use, name) >= 0.001 * use.total
+    ]
+    held = f"{counts[0]:,} parameters" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} parameters"
+    needed = f"about {use.total / _GIB:.3g} GiB on the fullest rank: {', '.join(parts)}"
+    return model, [("a rank", held), ("memory", needed)]

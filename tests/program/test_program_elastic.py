@@ -1,0 +1,65 @@
+"""``--elastic``: a run that goes from 4 ranks to 2 and back is the run that stayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from program.launched import Job, Zygote, metrics
+from program.settings import flags_of
+
+pytestmark = pytest.mark.processes
+LAYOUT = (
+    "--router.name hyper --moe-router-topk 2 --expert-model-parallel-size 2 --micro-batch-size 2 "
+    "--global-batch-size 8 --eval-interval 0 --eval-iters 0 --save-interval 2 --elastic"
+).split()
+NUMBERS = ("lm_loss", "aux_loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def runs(
+    zygote: Zygote, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, list[Job]]:
+    folder = tmp_path_factory.mktemp("elastic")
+    stayed, moved = folder / "stayed", folder / "moved"
+    zygote.run(flags_of(text, stayed, "--train-iters", 6, layout=LAYOUT), ranks=4)
+    jobs = [
+        zygote.run(
+            flags_of(text, moved, "--train-iters", 6, "--load", moved, *stop, layout=LAYOUT),
+            ranks=ranks,
+            expect=6 if stop else 0,
+        )
+        for ranks, stop in ((4, ("--exit-interval", 2)), (2, ("--exit-interval", 4)), (4, ()))
+    ]
+    return stayed, moved, jobs
+
+
+def test_the_run_is_the_one_that_stayed(runs: tuple[Path, Path, list[Job]]) -> None:
+    stayed, moved = ([line for line in metrics(folder) if "split" not in line] for folder in runs[:2])
+    assert [line["step"] for line in moved] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(moved, stayed, strict=True):
+        for name in NUMBERS:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), (one["step"], name)
+        assert one["consumed_samples"] == other["consumed_samples"]
+
+
+def test_it_says_what_it_chose(runs: tuple[Path, Path, list[Job]]) -> None:
+    _, _, (first, second, third) = runs
+    assert "--elastic: 4 ranks: 4 data-parallel, micro-batch 2, 1 a rank" in first.stdout
+    assert "--elastic: 2 ranks instead of 4: 2 data-parallel, micro-batch 2, 2 a rank" in second.stdout
+    assert "--elastic: 4 ranks instead of 2" in third.stdout and "the global batch stays 8" in third.stdout
+
+
+def test_ranks_that_cannot_do(zygote: Zygote, text: Path, tmp_path: Path) -> None:
+    flags = flags_of(text, tmp_path / "run", "--dry-run", "--world-size", 3, layout=LAYOUT)
+    refused = zygote.run(flags, ranks=1, expect=2)
+    assert "ranks started = 3" in refused.stderr and "start 2 or 4 ranks" in refused.stderr
+
+
+def test_a_micro_batch_that_does_not_divide_is_made_smaller(
+    zygote: Zygote, text: Path, tmp_path: Path
+) -> None:
+    flags = flags_of(text, tmp_path / "run", "--dry-run", "--world-size", 8, layout=LAYOUT)
+    told = zygote.run(flags, ranks=1)
+    assert "8 data-parallel, micro-batch 1, 1 a rank" in told.stdout
+    assert "the micro-batch is 1 instead of 2" in told.stdout
