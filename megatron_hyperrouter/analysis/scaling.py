@@ -47,6 +47,7 @@ class ScalingFit:
     at_bounds: tuple[
         str, ...
     ] = ()  # parameters that these runs do not tell: the fit left them where it may go no further
+    resampled: tuple[Mapping[str, float], ...] = ()  # parameters of the curves that make the intervals
 
     def loss(self, **sizes: float) -> float:
         """The loss that the curve foretells for ``N=..., D=...``."""
@@ -63,6 +64,17 @@ class ScalingFit:
             return None
         best = _optimal_n(self.parameters)
         return {"N": best, "D": 1 - best}
+
+    def best_size(self, flops: float) -> tuple[float, float, float]:
+        """The N of the lowest loss for a budget of C = 6 N D, and its interval (nan without resamples): where
+        alpha A / N^alpha = beta B / D^beta.  Needs both terms.
+        """
+        best = _best_size(self.parameters, flops)
+        if not self.resampled:
+            return best, math.nan, math.nan
+        tail = (1 - self.level) / 2
+        low, high = np.quantile([_best_size(row, flops) for row in self.resampled], [tail, 1 - tail])
+        return best, float(low), float(high)
 
 
 def different(values: Sequence[float]) -> list[int]:
@@ -137,6 +149,7 @@ def fit(
     best_p = found_Rp[order[0]]
     residual_n = y_n - _predicted(best_p[None], logs_tn)[0][0]
     intervals: dict[str, tuple[float, float]] = {}
+    rows: list[dict[str, float]] = []
     if resamples:
         drawn = _resampled(
             found_Rp[order[:KEPT_STARTS]], logs_tn, y_n, residual_n, resamples=resamples, seed=seed
@@ -151,7 +164,14 @@ def fit(
     rms = float(np.sqrt(np.mean(residual_n**2)))
     named = _named(best_p, terms, centre_t)
     return ScalingFit(
-        named, y_n.size, different_points(sizes), rms, intervals, level, _at_bounds(named, min(losses))
+        named,
+        y_n.size,
+        different_points(sizes),
+        rms,
+        intervals,
+        level,
+        _at_bounds(named, min(losses)),
+        tuple(rows),
     )
 
 
@@ -266,6 +286,12 @@ def _resampled(
 
 def _optimal_n(parameters: Mapping[str, float]) -> float:
     return parameters["beta"] / (parameters["alpha"] + parameters["beta"])
+
+
+def _best_size(row: Mapping[str, float], flops: float) -> float:
+    alpha, beta = row["alpha"], row["beta"]
+    log_ratio = math.log(alpha * row["A"]) - math.log(beta * row["B"])
+    return math.exp((log_ratio + beta * math.log(flops / 6)) / (alpha + beta))
 
 
 def _at_bounds(named: Mapping[str, float], least_loss: float) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_hyperrouter.model.spec import padded_vocab_size
-from megatron_hyperrouter.planning.frozen import frozen_of
+from megatron_hyperrouter.planning.held.frozen import frozen_of
+from megatron_hyperrouter.planning.held.memory import PARTS, Estimator
+from megatron_hyperrouter.planning.held.parameters import Model, model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.layouts import Candidate
 from megatron_hyperrouter.planning.machine import Machine
-from megatron_hyperrouter.planning.memory import PARTS, Estimator
-from megatron_hyperrouter.planning.parameters import Model, model_of, parameters_of_ranks
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.config.derived import global_batch_size
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.model.spec import padded_vocab_size
-from megatron_hyperrouter.planning.frozen import frozen_of
+from megatron_hyperrouter.planning.held.frozen import frozen_of
+from megatron_hyperrouter.planning.held.memory import Estimator, Use
+from megatron_hyperrouter.planning.held.parameters import Model, model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.layouts import (
     ENGINES,
     Candidate,
@@ -18,8 +20,6 @@ from megatron_hyperrouter.planning.layouts import (
     variants,
     without_layout,
 )
-from megatron_hyperrouter.planning.memory import Estimator, Use
-from megatron_hyperrouter.planning.parameters import Model, model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.step_time import work_of
 
 if TYPE_CHECKING:

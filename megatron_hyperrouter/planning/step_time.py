@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from megatron_hyperrouter.config.derived import expert_tensor_size, global_batch_size
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.planning.held.parameters import Model
+from megatron_hyperrouter.planning.held.stages import Stage, stages_of
 from megatron_hyperrouter.planning.layouts import Candidate
 from megatron_hyperrouter.planning.machine import Machine
-from megatron_hyperrouter.planning.parameters import Model
-from megatron_hyperrouter.planning.stages import Stage, stages_of
 
 
 class Work(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_hyperrouter.planning.memory import PARTS
+from megatron_hyperrouter.planning.held.memory import PARTS
 from megatron_hyperrouter.planning.plan import GIB, Plan, Planned
 
 _SIZES = (

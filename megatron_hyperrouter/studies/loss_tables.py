@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.studies.conclusions.optimal import optimal_text, plot_optimal
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
 from megatron_hyperrouter.terminal import show
 
@@ -96,9 +97,13 @@ def write_results(told: Told, args: Namespace) -> None:
     content = [record(curve, args.size) for curve in curves]
     (args.output / "fit.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     text = markdown(points, axes, scores, curves, args)
+    fitted = [(curve.name, curve.fit) for curve in curves if curve.fit is not None]
+    flops = [float(row["flops"]) for row in flat]
+    text += optimal_text(fitted, max(flops), args.size)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     show(text.rstrip("\n"))
     if_matplotlib(lambda: plot(curves, args.size, args.output / "scaling.png"))
+    if_matplotlib(lambda: plot_optimal(fitted, flops, args.size, args.output / "optimal.png"))
 
 
 def score_names(rows: Sequence[ResultRow], topks: Sequence[int] | None) -> list[str]:

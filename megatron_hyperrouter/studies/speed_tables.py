@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.studies.conclusions.calibrated import NAME as CALIBRATION
+from megatron_hyperrouter.studies.conclusions.calibrated import write_calibration_of
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
 from megatron_hyperrouter.terminal import show
 
@@ -62,6 +64,13 @@ def write_results(plans: Sequence[Timed], refused: Sequence[TimedLayout], args: 
     ]
     write_csv(args.output / "table.csv", heads, body)
     text = markdown(table, names[1:], refused, args, started, max(len(group) for group in runs.values()))
+    firsts = {(plan.row.ranks, plan.row.layout): plan for plan in reversed(plans)}
+    text += write_calibration_of(
+        [firsts[key] for key in table],
+        [row["step_time"][0] for row in table.values()],
+        args.gpus_per_node,
+        args.output / CALIBRATION,
+    )
     (args.output / "table.md").write_text(text, encoding="utf-8")
     show(text.rstrip("\n"))
     if_matplotlib(lambda: plot(table, args.output / "speed.png"))

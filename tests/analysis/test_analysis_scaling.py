@@ -9,6 +9,7 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -204,3 +205,17 @@ def test_losses_that_are_none():
     for bad in (0.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="finite and above 0"):
             fit({"N": [1e5, 1e6, 1e7, 1e8], "D": [1.0] * 4}, [3.0, 2.5, bad, 2.0])
+
+
+def test_best_size_is_the_lowest_point_of_a_grid():
+    sizes = [(n, d) for n in (1e6, 4e6, 16e6, 64e6) for d in (1e8, 4e8, 16e8)]
+    truth = {"E": 1.7, "A": 400.0, "alpha": 0.34, "B": 410.0, "beta": 0.28}
+    losses = [truth["E"] + truth["A"] / n**0.34 + truth["B"] / d**0.28 for n, d in sizes]
+    noisy = [loss * (1 + 2e-3 * (-1) ** number) for number, loss in enumerate(losses)]
+    found = fit({"N": [n for n, _ in sizes], "D": [d for _, d in sizes]}, noisy, resamples=50)
+    budget = 1e19
+    grid = np.geomspace(1e6, 1e11, 4001)
+    lowest = grid[np.argmin([found.loss(N=n, D=budget / 6 / n) for n in grid])]
+    best, low, high = found.best_size(budget)
+    assert best == pytest.approx(lowest, rel=5e-3)
+    assert low < best < high

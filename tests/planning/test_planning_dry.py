@@ -12,8 +12,8 @@ from engines.layout_worker import TINY
 from program.launched import Zygote
 
 from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.planning.held.parameters import model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.layouts import Candidate
-from megatron_hyperrouter.planning.parameters import model_of, parameters_of_ranks
 from megatron_hyperrouter.planning.verified import answers, task_of
 from megatron_hyperrouter.routers import ROUTERS
 

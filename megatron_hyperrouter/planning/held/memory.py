@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_hyperrouter.config.derived import moe_layers
 from megatron_hyperrouter.engines.deepspeed.settings import LARGEST_BUCKET
-from megatron_hyperrouter.planning.activations import activations_of, layer_of, logits_of
-from megatron_hyperrouter.planning.stages import Stage, stages_of
+from megatron_hyperrouter.planning.held.activations import activations_of, layer_of, logits_of
+from megatron_hyperrouter.planning.held.stages import Stage, stages_of
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.planning.frozen import Frozen
+    from megatron_hyperrouter.planning.held.frozen import Frozen
+    from megatron_hyperrouter.planning.held.parameters import Held, Model
     from megatron_hyperrouter.planning.layouts import Candidate
     from megatron_hyperrouter.planning.machine import Machine
-    from megatron_hyperrouter.planning.parameters import Held, Model
 
 PARTS = ("weights", "gradients", "optimizer", "hypernetwork", "activations", "logits", "buckets", "reserve")
 

@@ -18,8 +18,8 @@ from megatron_hyperrouter.model.output import chunk_tokens
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.planning.held.stages import Stage
     from megatron_hyperrouter.planning.layouts import Candidate
-    from megatron_hyperrouter.planning.stages import Stage
 
 _FLOAT32 = 4
 

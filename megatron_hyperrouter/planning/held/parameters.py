@@ -14,7 +14,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 from megatron_hyperrouter.model.sharding import is_cut
 from megatron_hyperrouter.model.spec import padded_vocab_size
-from megatron_hyperrouter.planning.stages import Stage, stages_of
+from megatron_hyperrouter.planning.held.stages import Stage, stages_of
 
 _LAYER = "decoder.layers."
 

@@ -1,0 +1,1 @@
+"""What the ranks of a layout hold: parameters and memory, part by part."""
