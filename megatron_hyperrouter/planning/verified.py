@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.planning.dry.rank import shortened
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.planning.layouts import Candidate
     from megatron_hyperrouter.planning.plan import Plan, Planned
 
@@ -56,6 +57,15 @@ def task_of(
         "skew": skew,
         "steps": _STEPS,
     }
+
+
+def shortened(config: RunConfig, micro_batches: int, data_size: int) -> RunConfig:
+    """The same step with no more micro-batches than a pipeline can hold, and with its last k."""
+    stages = config.parallel.pipeline_model_parallel_size
+    most = 2 * stages if stages > 1 else 2
+    batch = min(micro_batches, most) * config.train.micro_batch_size * data_size
+    constant = replace(config.topk, topk_schedule="constant", topk_start=None, topk_schedule_steps=None)
+    return replace(config, topk=constant, train=replace(config.train, global_batch_size=batch))
 
 
 def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
