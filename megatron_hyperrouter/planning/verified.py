@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.errors import HostError
+from megatron_hyperrouter.planning.layouts import Candidate, Refusal
+from megatron_hyperrouter.planning.plan import GIB, Plan, Planned
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.planning.layouts import Candidate
-    from megatron_hyperrouter.planning.plan import Plan, Planned
 
 _STEPS = 2  # AdamW's state is there from the second on
 
 
 def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) -> None:
-    """Dry runs of the ``best`` layouts; those that need more than a GPU has stop fitting."""
+    """Dry runs of the ``best`` layouts; one that needs more than a GPU has is refused after all."""
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
     note(f"dry run of {len(tasks)} ranks: the engine is built, and takes {_STEPS} steps, without memory")
@@ -35,6 +35,12 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
         peak = max((run["peak_bytes"] for run in each.verified), default=0)
         if peak > plan.machine.memory:
             each.fits = False
+            reason = (
+                f"a dry run needs {peak / GIB:.1f} GiB of a GPU's {plan.machine.memory / GIB:.1f}, where the "
+                f"formula says {each.use.total / GIB:.1f}"
+            )
+            plan.refused.append(Refusal(each.candidate.layout(), reason))
+    plan.layouts.sort(key=lambda each: not each.fits)
 
 
 def ranks_of(world_size: int) -> list[int]:
@@ -89,9 +95,9 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _compared(each: Planned, told: dict[str, Any]) -> str:
-    rank, gib = told["rank"], 2.0**30
+    rank = told["rank"]
     same = "as the formula says" if told["parameters"] == each.parameters[rank] else "NOT as the formula says"
     return (
-        f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / gib:.2f} GiB built, "
-        f"{told['peak_bytes'] / gib:.2f} GiB at most"
+        f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / GIB:.2f} GiB built, "
+        f"{told['peak_bytes'] / GIB:.2f} GiB at most"
     )

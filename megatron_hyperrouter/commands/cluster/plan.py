@@ -46,6 +46,10 @@ def main(arguments: Sequence[str]) -> None:
     config, engines = settings_of(args.config, rest)
     planner = Planner(config, vocabulary_of(config), machine_of(args), engines)
     plan = planner.plan(args.gpus)
+    if args.dry_run:
+        from megatron_hyperrouter.planning.verified import verify
+
+        verify(plan, args.dry_run, planner.vocab_size, note)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, plan.as_json())

@@ -1,4 +1,4 @@
-"""The life of one rank in a dry run: it joins a world that is not there, builds the engine, and takes steps."""
+"""The life of one rank in a dry run: it joins a world that is not there, and builds the engine."""
 
 from __future__ import annotations
 
