@@ -106,6 +106,23 @@ def test_the_command_line_is_accepted_by_the_program(folder: Path, done: tuple[A
         assert config.engine.engine == each["layout"]["engine"]
 
 
+def test_refusals_are_those_of_the_program(folder: Path, done: tuple[Any, dict[str, Any]]) -> None:
+    """Each layout that a rule refuses is refused by the program itself, for the same reason."""
+    refused = [each for each in done[1]["refused"] if "GiB" not in each["reason"]]
+    assert refused
+    for each in refused:
+        words = []
+        for name, value in each["layout"].items():
+            flag = "--" + name.replace("_", "-")
+            if name != "data_parallel_size" and value is not None and value is not False:
+                words += [flag] if value is True else [flag, str(value)]
+        with pytest.raises(ConfigError) as caught:
+            parse(
+                ["--config", str(folder / "model.yaml"), "--mock-data", *words], routers=ROUTERS, world_size=8
+            )
+        assert all(problem.rule in each["reason"] for problem in caught.value.problems)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
