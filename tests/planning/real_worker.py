@@ -6,6 +6,7 @@ A case is flags of the program; rank 0 tells the numbers of all ranks: ``paramet
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import accumulation_steps
 from megatron_hyperrouter.engines import grouped, open_engine
 from megatron_hyperrouter.planning.dry.storages import Storages
-from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.routers import ROUTERS, frozen
 
 VOCABULARY = 1001
 
@@ -38,6 +39,8 @@ def measured(flags: list[str], world_size: int) -> dict[str, Any]:
         return go, come
 
     grouped.row_counts = counted
+    gc.collect()
+    frozen._ALIVE.clear()  # a case before this one may have drawn the same hypernetworks
     storages = Storages(answers=False)
     with storages:
         engine: Any = open_engine(config, vocab_size=VOCABULARY, eod=0)
