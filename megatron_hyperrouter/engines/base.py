@@ -39,6 +39,7 @@ class StepResult:
     layers: Mapping[str, tuple[float, ...]]  # by name, of each MoE layer: engines.statistics.LAYER_METRICS
     stop: bool  # some rank was asked to stop
     peak_memory: int  # bytes, the largest of the ranks
+    data_waits: tuple[float, ...] = ()  # seconds in which each rank waited for its batches
     moe_layers: tuple[int, ...] | None = None  # their numbers in the model, from 1; None: all layers
     params_norm: float | None = None  # of all trained parameters; None: not asked for
     num_zeros: int | None = None  # of the gradient; None: not asked for, or not known

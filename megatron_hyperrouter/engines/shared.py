@@ -4,6 +4,7 @@ host.
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -102,6 +103,7 @@ class SharedEngine(SavedEngine):
         self.profiler = Profiler(config.logging, place.rank)
         self.judgement = Judgement()
         self._last: _Step | None = None
+        self._waited = 0.0  # seconds for the batches of the last step
         self._own_loss = 0.0  # of this rank's micro-batches in the last step
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
@@ -125,7 +127,9 @@ class SharedEngine(SavedEngine):
         accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+        begun = time.perf_counter()
         held = list(batches)
+        self._waited = time.perf_counter() - begun
         self._last = _Step(held, step, learning_rate, random_states())
         result = self._run(self._last, stop, accept)
         if not result.applied:
@@ -168,6 +172,7 @@ class SharedEngine(SavedEngine):
                     grad_norm=norm,
                     stop=stop(),
                     memory=peak_memory(self.device),
+                    waited=self._waited,
                 )
             )
             return accept(found[0][0])

@@ -47,24 +47,26 @@ def step_result(
     grad_norm: float,
     stop: bool,
     memory: int,
+    waited: float = 0.0,
 ) -> tuple[StepResult, Tensor]:
     """Add up the loss, what the routers chose, and who was asked to stop (collective); also returns the
     statistics' sums.
 
-    ``memory``: bytes that this rank has needed at most.  Each rank fills a number of its own, so the sum over
-    ranks holds them all, and their maximum needs no reduction of its own.
+    ``memory``: bytes that this rank has needed at most; ``waited``: seconds for its batches.  Each rank fills
+    numbers of its own, so the sum over ranks holds them all, and needs no reduction of its own.
 
     Ratios are taken afterwards, so ranks that saw the same tokens (tensor parallelism) may all be counted.
     """
     rows = statistics.take()
-    told = torch.zeros(1 + place.world_size, dtype=loss_sums.dtype, device=loss_sums.device)
-    told[0], told[1 + place.rank] = float(stop), memory
+    ranks = place.world_size
+    told = torch.zeros(1 + 2 * ranks, dtype=loss_sums.dtype, device=loss_sums.device)
+    told[0], told[1 + place.rank], told[1 + ranks + place.rank] = float(stop), memory, waited
     parts = (loss_sums, told, rows.to(loss_sums.device).flatten())
     total = torch.cat(parts)
     dist.all_reduce(total)
     loss_part, told, rest = total.cpu().split([len(part) for part in parts])
     loss, tokens, _ = loss_part.tolist()
-    stopped, *memories = told.tolist()
+    stopped, *numbers = told.tolist()
     sums = rest.view(rows.shape)
     layers, routed = statistics.summary(sums), statistics.routed(sums).tolist()
     result = StepResult(
@@ -74,7 +76,8 @@ def step_result(
         grad_norm=grad_norm,
         layers={name: tuple(values_L) for name, values_L in layers.items()},
         stop=bool(stopped),
-        peak_memory=round(max(memories)),
+        peak_memory=round(max(numbers[:ranks])),
+        data_waits=tuple(numbers[ranks:]),
         moe_layers=tuple(layer + 1 for layer in routed),
     )
     return result, sums

@@ -7,9 +7,11 @@ All of it is computed from numbers that every rank has alike, so every rank deci
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
@@ -30,6 +32,7 @@ _RAISE, _MOST = 2.0, 10.0  # factors of the auxiliary loss's coefficient: of one
 _SETTLE = 500  # quiet steps after which the coefficient is as set again
 _RISE, _ALIKE, _FIRST_VALUES = 0.2, 0.9, 3  # of the similarity of experts; how many values make a level
 _PAUSE = 500  # steps between two checkpoints that alarms ask for
+_LATE_STEPS, _LATE_SHARE = 20, 0.1  # steps, and the share of their time that a rank may cost the others
 _MAD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 
 
@@ -217,6 +220,32 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+@dataclass
+class LateData:
+    """Names the rank whose data come so late that all ranks wait for it in every step."""
+
+    clock: Callable[[], float] = time.monotonic
+    _waits: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=_LATE_STEPS))
+    _times: deque[float] = field(default_factory=lambda: deque(maxlen=_LATE_STEPS + 1))
+    _quiet_until: int = 0
+
+    def see(self, step: int, waits: tuple[float, ...]) -> tuple[int, float] | None:
+        """The rank, and the share of the last steps that it costs; None where none costs much."""
+        self._times.append(self.clock())
+        if len(waits) < 2 or (self._waits and len(self._waits[-1]) != len(waits)):
+            return None
+        self._waits.append(waits)
+        if len(self._times) <= _LATE_STEPS or step < self._quiet_until:
+            return None
+        sums = [sum(each) for each in zip(*self._waits, strict=True)]
+        rank = max(range(len(sums)), key=sums.__getitem__)
+        share = (sums[rank] - median_low(sums)) / max(self._times[-1] - self._times[0], 1e-9)
+        if share <= _LATE_SHARE:
+            return None
+        self._quiet_until = step + _PAUSE
+        return rank, share
+
+
 class Alarms:
     """Decides alike on every rank, and changes nothing of a run without ``raise-aux`` and ``stop``."""
 
@@ -230,6 +259,7 @@ class Alarms:
         self.good_until: int | None = (
             None  # steps before the first alarm of a while, where this step gave one
         )
+        self._late = LateData()
 
     def after(
         self,
@@ -253,6 +283,8 @@ class Alarms:
         if found and step - self._kept_at >= _PAUSE:
             self._kept_at, self.good_until = step, min(good)
         asked = {self._follow(step, each, tell) for each in found}
+        if late := self._late.see(step, result.data_waits):
+            self._tell_late(step, *late, tell)
         if self._factor > 1.0 and step - self._raised_at >= _SETTLE:
             self._set_factor(1.0, step)
         return "stop" if "stop" in asked else "snapshot" if "snapshot" in asked else ""
@@ -263,6 +295,16 @@ class Alarms:
         layer = max(similarity, key=similarity.__getitem__)
         threshold = self._rise.see(similarity[layer])
         return None if threshold is None else Finding("collapse", layer, similarity[layer], threshold, step)
+
+    def _tell_late(self, step: int, rank: int, share: float, tell: Callable[..., None]) -> None:
+        """A note, whatever --alarm says: nothing of the model is wrong."""
+        facts = {"alarm": "late_data", "layer": None, "value": share, "threshold": _LATE_SHARE}
+        tell("alarm", step, **facts, since=step - _LATE_STEPS + 1, action="note", rank=rank)
+        if self._engine.place.is_main:
+            console.warn(
+                f"step {step}: rank {rank} waits for its data, and all ranks for it: {share:.0%} of the last "
+                f"{_LATE_STEPS} steps; use more --num-workers, or look at the disk of its machine"
+            )
 
     def _follow(self, step: int, finding: Finding, tell: Callable[..., None]) -> str:
         action = self._actions[finding.measure]

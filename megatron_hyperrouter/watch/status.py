@@ -69,7 +69,7 @@ def status_of(trace: Trace) -> Status:
         step_time=step_time,
         eta=_eta(trace, step, total, step_time) if state == "running" else None,
         last_save=_last_save(trace),
-        late=late if alive else [],
+        late=(late or _late_data(trace)) if alive else [],
         restarts=max(0, sum(each["event"] in OPENING for each in trace.events) - 1),
         causes=[str(each["cause"]) for each in trace.events if each.get("cause")],
         goodput=trace.steps.trained / wall if wall else None,
@@ -133,6 +133,19 @@ def _late(trace: Trace, opening: Event) -> list[str]:
         return []
     names = apart(beats) or sorted(beats)[:1]
     return [f"{describe(beats[rank])}; nothing moves for {still:.0f} s" for rank in names]
+
+
+def _late_data(trace: Trace) -> list[str]:
+    """The rank that waited longest for its data in the newest alarm about it, of this attempt."""
+    for each in reversed(trace.events):
+        if each["event"] in OPENING:
+            break
+        if each.get("alarm") == "late_data":
+            rank = each["rank"]
+            host = f" ({trace.beats[rank].host})" if rank in trace.beats else ""
+            share = f"{each['value']:.0%} of the steps {each['since']} to {each['step']}"
+            return [f"rank {rank}{host}: all ranks wait for its data, {share}"]
+    return []
 
 
 def _until(trace: Trace, *, alive: bool) -> float:

@@ -115,3 +115,12 @@ def test_the_failure_of_one_rank_is_recorded_by_that_rank(zygote: Zygote, tmp_pa
     failed = now(tmp_path / "run")
     assert (failed.state, failed.exit_status) == ("failed", 3)
     assert "DataError" in failed.reason and "document 17: token id 300" in failed.reason
+
+
+def test_a_rank_whose_data_are_late_is_named(zygote: Zygote, text: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = flags_of(text, run_dir, "--train-iters", 24, "--eval-interval", 0, "--save-interval", 0)
+    job = zygote.run(flags, ranks=2, program=Path(__file__).with_name("late_data.py"))
+    (alarm,) = [each for each in read_trace(run_dir).events if each.get("alarm") == "late_data"]
+    assert (alarm["rank"], alarm["step"], alarm["since"]) == (1, 21, 2) and 0.1 < alarm["value"] < 1
+    assert "rank 1 waits for its data" in job.stderr

@@ -122,6 +122,16 @@ class TestState:
         with held(run_dir):
             assert now(run_dir).state == "running"
 
+    def test_a_rank_whose_data_are_late(self, run_dir: Path) -> None:
+        alarm = {"event": "alarm", "alarm": "late_data", "rank": 1, "value": 0.4, "since": 3, "step": 22}
+        opening = {"event": "start", "time": time.time() - 100, "total": 40, "world_size": 2}
+        write_events(run_dir, opening, alarm | {"time": time.time()})
+        write_beats(run_dir, time.time(), {}, {})
+        with held(run_dir):
+            status = now(run_dir)
+        assert status.state == "running"
+        assert status.late == ["rank 1 (node1): all ranks wait for its data, 40% of the steps 3 to 22"]
+
     def test_a_new_attempt_that_is_starting(self, run_dir: Path) -> None:
         begun = time.time() - 100
         write_events(run_dir, {"event": "start", "time": begun}, {"event": "stop", "time": begun + 50})
