@@ -187,6 +187,16 @@ class TestResume:
         assert (known.checkpoint.load, known.checkpoint.override) == (None, False)
 
 
+def test_refuses_another_growth_of_the_batch(config: RunConfig, again: RunConfig) -> None:
+    """Its size and its learning rate follow from all steps before."""
+    run(change(config, "train", rampup_batch_size=(2, 2, 8)))
+    for changed in ({}, {"rampup_batch_size": (2, 1, 8)}):
+        with pytest.raises(CheckpointError, match=r"--rampup-batch-size was \[2, 2, 8\] in the checkpoint"):
+            run(change(again, "train", **changed))
+    with pytest.raises(CheckpointError, match="--global-batch-size was 4 in the checkpoint and is 6 now"):
+        run(change(again, "train", rampup_batch_size=(2, 2, 8), global_batch_size=6))
+
+
 class TestMetrics:
     """Lines that are taken out of ``metrics.jsonl`` are kept beside it."""
 
