@@ -69,7 +69,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Stopped as reason:
         print(f"{name}: stopped by {reason}; {reason.left}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output has gone, as in "inspect_data.py P | head -1"
+    except BrokenPipeError:  # the reader of our output has gone, as in "mhr inspect P | head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)

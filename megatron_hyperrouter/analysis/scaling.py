@@ -46,7 +46,7 @@ class ScalingFit:
     level: float = 0.95
     at_bounds: tuple[
         str, ...
-    ] = ()  # parameters that these runs do not tell: the fit left them where it may go no further
+    ] = ()  # parameters that these runs do not identify: the fit stopped at their bounds
     resampled: tuple[Mapping[str, float], ...] = ()  # parameters of the curves that make the intervals
 
     def loss(self, **sizes: float) -> float:

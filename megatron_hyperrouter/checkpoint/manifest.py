@@ -79,10 +79,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     named = step_of(folder)
     if named is not None and named != manifest["step"]:
         raise CheckpointError(
-            f"{path} is of step {manifest['step']}, not of its folder's", remedy=older(folder)
+            f"{path} belongs to step {manifest['step']}, but its folder is named for another step",
+            remedy=older(folder),
         )
     if manifest["format"] >= 2 and manifest.get("sha256") != _digest(manifest):
-        raise CheckpointError(f"{path} was altered: its own checksum does not agree", remedy=older(folder))
+        raise CheckpointError(f"{path} was altered: its checksum does not match", remedy=older(folder))
     return dict(manifest)
 
 

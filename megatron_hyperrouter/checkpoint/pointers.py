@@ -133,7 +133,7 @@ def _newest_whole(root: Path, sealed: list[int], why: str) -> Path:
         except OSError as error:
             wrong = f"{folder} cannot be read: {error}"
         if not wrong:
-            passed_over = "".join(f"\n  passed over: {each}" for each in damaged)
+            passed_over = "".join(f"\n  skipped: {each}" for each in damaged)
             console.warn(f"{root / LATEST} {why}; using the newest whole checkpoint, {folder}{passed_over}")
             return folder
         damaged.append(wrong)

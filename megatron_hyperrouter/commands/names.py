@@ -35,7 +35,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Models": {
         "evaluate": Command("models.evaluate", "score a trained run at several k"),
-        "baselines": Command("models.baselines", "compare its scores with unigram and bigram models"),
+        "baselines": Command("models.baselines", "compare a run's scores with unigram and bigram models"),
         "finetune": Command(
             "models.finetune", "train a classification head on a run and test it at several k"
         ),
@@ -49,7 +49,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Studies": {
         "compare": Command("studies.compare", "train several routers alike and compare them"),
         "scaling": Command("studies.scaling", "study how loss and speed scale"),
-        "analyze": Command("studies.analyze", "look into the routers and experts of a trained run"),
+        "analyze": Command("studies.analyze", "analyze the routers and experts of a trained run"),
         "report": Command("studies.report", "make one page of plots from runs and studies"),
         "verify": Command("studies.verify", "check that layouts train the same model"),
     },

@@ -38,7 +38,7 @@ def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
             remedy=f"with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or {without}",
         )
     if present() and torch.cuda.is_available():
-        warn(f"Transformer Engine {reason}: torch's own layers take its place")
+        warn(f"Transformer Engine {reason}: using PyTorch's layers instead")
     return "local"
 
 

@@ -1,4 +1,4 @@
-"""Runs every rule that joins settings, and names what a run may do without having been meant to."""
+"""Runs every rule that joins settings, and warns of likely mistakes."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def _about_training(config: RunConfig) -> Iterator[str]:
     model, train, checkpoint = config.model, config.train, config.checkpoint
     if train.eval_iters and train.eval_interval > train.train_iters:
         yield (
-            f"one evaluation, at the end: --eval-interval = {train.eval_interval} is more than "
+            f"validation runs only at the end: --eval-interval = {train.eval_interval} is more than "
             f"--train-iters = {train.train_iters}"
         )
     if checkpoint.save_interval > train.train_iters:
         yield (
-            f"one checkpoint, at the end: --save-interval = {checkpoint.save_interval} is more than "
+            f"a checkpoint is saved only at the end: --save-interval = {checkpoint.save_interval} exceeds "
             f"--train-iters = {train.train_iters}"
         )
     if (config.topk.topk_schedule_steps or 0) > train.train_iters:

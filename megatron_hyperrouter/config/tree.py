@@ -86,7 +86,7 @@ class ModelConfig:
         Count, Role.FUNCTION, "Active experts k; with --topk-schedule, the k that the schedule ends with"
     ] = 2
     moe_router_force_load_balancing: Annotated[
-        bool, Role.COURSE, "Send tokens to all experts alike, whatever the router says: to measure the speed"
+        bool, Role.COURSE, "Ignore the router and spread tokens evenly over the experts (for speed tests)"
     ] = False
     moe_aux_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the load-balancing loss"] = 0.0
     moe_z_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the router z-loss"] = 0.0
@@ -103,7 +103,7 @@ class ModelConfig:
             "megatron",
             "leave it out (the model then predicts the next token alone), or use --engine megatron",
         ),
-        "Layers of multi-token prediction: the nth predicts the token n places further on; default: none",
+        "Layers of multi-token prediction: layer n predicts the token n positions further ahead; default: none",
     ] = None
     mtp_loss_scaling_factor: Annotated[
         NonNegative,
@@ -189,7 +189,7 @@ class TrainConfig:
         Literal["uniform", "block"] | None,
         Role.SPEED,
         Only("megatron", harmless="each layer is recomputed by itself"),
-        "With full recomputation: uniform takes all layers in groups of --recompute-num-layers; block, the "
+        "With full recomputation. uniform: all layers, in groups of --recompute-num-layers; block: only the "
         "first --recompute-num-layers layers of each stage",
     ] = None
     recompute_num_layers: Annotated[
@@ -276,7 +276,7 @@ class DataConfig:
         "Token that ends a document; default: the one that the tokenizer's own files name",
     ] = None
     tiktoken_pattern: Annotated[
-        Literal["v1", "v2"], Role.TOKENIZER, "TikTokenizer: pattern that cuts text into words"
+        Literal["v1", "v2"], Role.TOKENIZER, "TikTokenizer: version of the pre-tokenization pattern"
     ] = "v2"
     tiktoken_num_special_tokens: Annotated[
         Count, Role.TOKENIZER, "TikTokenizer: number of ids before those of the file"
@@ -327,12 +327,14 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     save_interval: Annotated[
-        Natural, Role.UPKEEP, "Steps between checkpoints; 0: by the clock, and one at the end"
+        Natural,
+        Role.UPKEEP,
+        "Steps between checkpoints; 0: only by --save-interval-minutes, and one at the end",
     ] = 0
     save_interval_minutes: Annotated[
         NonNegative | None,
         Role.UPKEEP,
-        "Minutes between checkpoints; 0: never by the clock; default: 30 without --save-interval, else 0",
+        "Minutes between checkpoints; 0: none; default: 30 without --save-interval, else 0",
     ] = None
     async_save: Annotated[
         bool, Role.UPKEEP, "Train on while a checkpoint is written, from a copy in CPU memory"
@@ -341,7 +343,7 @@ class CheckpointConfig:
         Natural, Role.UPKEEP, Quiet(1), "Keep this many of the newest checkpoints; 0: all"
     ] = 0
     keep_every: Annotated[
-        Natural, Role.UPKEEP, Quiet(0), "Keep also the checkpoints whose step is a multiple of this; 0: none"
+        Natural, Role.UPKEEP, Quiet(0), "Also keep every checkpoint whose step is a multiple of this; 0: none"
     ] = 0
     exit_duration_in_mins: Annotated[
         float | None, Gt(0.0), Role.UPKEEP, "Save and stop once the program has run for this many minutes"

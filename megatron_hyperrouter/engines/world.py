@@ -47,7 +47,9 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         timeout = (
             constants.default_pg_nccl_timeout if host_backend == "nccl" else None
         ) or constants.default_pg_timeout
-    words = "one of them may be building an index file, which tools/build_index.py does ahead, or has ended"
+    words = (
+        "one of them may still be building an index file (mhr index builds it beforehand), or may have exited"
+    )
     waiting = threading.Timer(
         _SILENCE, console.note, [f"waiting for all {os.environ.get('WORLD_SIZE')} ranks: {words}"]
     )
@@ -60,16 +62,13 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error):
-            remedy = "give this run another one, with --master-port of torchrun or --master_port of deepspeed"
+            remedy = "choose another port, with --master-port of torchrun or --master_port of deepspeed"
             raise HyperRouterError(
                 f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program uses this port", remedy=remedy
             ) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
-        remedy = (
-            "see what the other ranks have said; build a large index ahead of the run with "
-            "tools/build_index.py"
-        )
+        remedy = "see what the other ranks have said; build a large index ahead of the run with mhr index"
         raise HyperRouterError(
             f"after {_PATIENCE} some of the ranks have not connected: {error}", remedy=remedy
         ) from error

@@ -25,7 +25,7 @@ def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) 
                 f"{folder} has no {SETTINGS}, and {path} is missing: so its model is unknown",
                 remedy="put the run's config.yaml there",
             )
-        console.warn(f"{folder} is of an older version and has no {SETTINGS}: {path} is used instead")
+        console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")
     # What only training needs must not stand in the way; other ways to compute the same may need GPUs.
     neutral = {**quiet(Role.START, Role.BATCH, Role.SPEED), **overrides}
     if world_size > 1:

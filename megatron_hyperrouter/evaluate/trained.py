@@ -200,5 +200,5 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="other data, or where the run's data are now: all of it, or the --split of it that is named",
+            help="token files to use instead of the run's, or their new location",
         )

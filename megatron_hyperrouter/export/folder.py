@@ -73,7 +73,7 @@ def _write_weights(job: Export, reader: TensorReader, folder: Path) -> dict[str,
         raise CheckpointError(
             f"{job.checkpoint} has no {missing[0]}"
             + (f" and lacks {len(missing) - 1} more" if missing[1:] else ""),
-            remedy="name a checkpoint that fits the settings of its run",
+            remedy="this checkpoint and its settings do not match; export from the original run folder",
         )
     source = _Source(job, reader, sizes)
     planned = [

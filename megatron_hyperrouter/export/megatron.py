@@ -36,7 +36,7 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     """
     if run.model.moe_router_topk < 2:
         raise CheckpointError(
-            f"{folder} is of a run with k = 1",
+            f"{folder} was trained with k = 1",
             remedy="megatron-core's router applies the softmax to the chosen logits only for k > 1",
         )
     if run.model.mlp_type != "standard":
@@ -46,7 +46,7 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
         )
     if found := beyond_plain_layers(run):
         raise CheckpointError(
-            f"{folder} has settings that this export does not know: {', '.join(found)}",
+            f"{folder} has settings that export-megatron does not support: {', '.join(found)}",
             remedy="leaving them out would make another model; there is no way around it in this version",
         )
     rows = _rows(folder)

@@ -34,17 +34,17 @@ def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mappin
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{folder}: {error}",
-                remedy="megatron-core has an equivalent only for linear routers",
+                remedy="use mhr export-hf --custom-code; megatron-core has only linear routers",
             ) from error
         if bias_E is not None or not chooses_by_softmax(router):
             what = (
                 "adds a bias to its logits"
                 if bias_E is not None
-                else "weighs experts otherwise than by the softmax over the chosen logits"
+                else "does not weigh experts by the softmax over the chosen logits"
             )
             raise CheckpointError(
                 f"{folder}: router {run.router.name!r} {what}",
-                remedy="megatron-core's router has no equivalent",
+                remedy="use mhr export-hf --custom-code; megatron-core's router has no equivalent",
             )
         found[f"{prefix}weight"] = matrix_ED.detach()
     return found

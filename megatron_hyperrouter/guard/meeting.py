@@ -101,7 +101,9 @@ def wait_for_name(host: str) -> None:
 @contextmanager
 def _waiting(world_size: int) -> Iterator[None]:
     """Inside, a wait of more than a minute is reported."""
-    words = "one of them may be building an index file, which tools/build_index.py does ahead, or has ended"
+    words = (
+        "one of them may still be building an index file (mhr index builds it beforehand), or may have exited"
+    )
     timer = threading.Timer(_SILENCE, console.note, [f"waiting for all {world_size} ranks: {words}"])
     timer.daemon = True
     timer.start()

@@ -32,8 +32,8 @@ def fitting_folder(path: Path) -> HfFolder:
     folder = open_folder(path)
     if found := list(problems(folder)):
         raise CheckpointError(
-            "\n  - ".join([f"our model cannot compute the one in {path}:", *found]),
-            remedy="import another model",
+            "\n  - ".join([f"this model is not supported: {path}", *found]),
+            remedy="choose a model that docs/interop.md lists",
         )
     return folder
 

@@ -59,10 +59,12 @@ class UpcycleOptions:
             yield Problem("--upcycle", self.experts, rule, "use whole groups of slices")
         if self.topk % self.granularity or not 1 <= self.topk <= self.experts:
             rule = f"must be a multiple of --granularity = {self.granularity}, and at most {self.experts}"
-            yield Problem("--topk", self.topk, rule, "choose whole groups of slices")
+            yield Problem("--topk", self.topk, rule, "make it a multiple of --granularity")
         for name in ("noise", "redraw"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                yield Problem(f"--{name}", getattr(self, name), "must be from 0 to 1", "use a share")
+                yield Problem(
+                    f"--{name}", getattr(self, name), "must be from 0 to 1", "give a number from 0 to 1"
+                )
 
     def check(self, width: int) -> None:
         """ConfigError with all of it."""
@@ -180,7 +182,7 @@ class UpcycledWeights:
         there = {name for name in self.folder.reader.names() if not name.endswith("rotary_emb.inv_freq")}
         there -= {"lm_head.weight"} if self.sizes.tied else set()
         if lines := [f"{name}: missing" for name in sorted(known - there)] + [
-            f"{name}: has no place in our model" for name in sorted(there - known)
+            f"{name}: unexpected tensor" for name in sorted(there - known)
         ]:
             raise CheckpointError(
                 "\n  - ".join(

@@ -97,9 +97,7 @@ class ImportedWeights:
         if self.folder.tied and "lm_head.weight" in extra:
             same = torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight"))
             extra = [name for name in extra if name != "lm_head.weight" or not same]
-        lines = [f"{name}: missing" for name in missing] + [
-            f"{name}: has no place in our model" for name in extra
-        ]
+        lines = [f"{name}: missing" for name in missing] + [f"{name}: unexpected tensor" for name in extra]
         if lines:
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
             raise CheckpointError(

@@ -53,7 +53,7 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             raise HostError(f"{program}: {last[0]}", remedy=_INSTALL[script])
         raise HyperRouterError(
             f"{script.name} failed: {last[0]}",
-            remedy="the whole message is below\n" + done.stderr.strip()[-3000:],
+            remedy="its output:\n" + done.stderr.strip()[-3000:],
         )
 
 

@@ -72,10 +72,11 @@ class ChoosingRouter(Router):
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Tokens that the balancing loss sees; global_batch: by the load of the step before; off: none",
+            "Scope of the load-balancing loss; global_batch uses the previous step's load; off: none",
         ] = "micro_batch"
         expert_bias: Annotated[
-            bool, "Balance without a loss: a bias moves the choice but not the weights (DeepSeek-V3)"
+            bool,
+            "Balance without a loss: a bias changes which experts are chosen, not their weights (DeepSeek-V3)",
         ] = False
         bias_update_rate: Annotated[
             float | None, Ge(0.0), "Change of expert_bias in a step; 0 keeps it fixed; default: 0.001"

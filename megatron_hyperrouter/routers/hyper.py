@@ -117,12 +117,12 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = "width"
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[
-            bool, "Add a fixed matrix, with which import-hf makes the first router a given one"
+            bool, "Add a fixed matrix that reproduces an imported model's router exactly (set by import-hf)"
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "a hypernetwork for each layer, or one for all (each has its own embedding); default: layer, and"
-            " model where experts x hidden size is more than 2^18",
+            "One hypernetwork per layer, or one for all layers (each has its own embedding); default: layer, "
+            "but model where experts x hidden size is more than 2^18",
         ] = None
 
         def warnings(self, *, topk: int) -> Iterator[str]:

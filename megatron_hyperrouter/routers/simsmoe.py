@@ -71,14 +71,12 @@ class SimSMoERouter(Router, name="simsmoe"):
         bias: Annotated[bool, "Add a trained bias to the logits"] = False
         similarity_coeff: Annotated[float, Ge(0.0), "Weight of the similarity loss; 0 switches it off"] = 0.01
         frequency: Annotated[
-            float, Gt(0.0), "Compare a pair of experts after this many batches' worth of shared tokens"
+            float, Gt(0.0), "Compare two experts once they share this many micro-batches' worth of tokens"
         ] = 16.0
-        threshold: Annotated[float, Ge(0.0), Le(1.0), "Leave pairs alone whose similarity is below this"] = (
-            0.5
-        )
+        threshold: Annotated[float, Ge(0.0), Le(1.0), "Ignore pairs whose similarity is below this"] = 0.5
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
-            Literal["median", "absolute"], "Unit of sigma: the median distance of an expert's features, or 1"
+            Literal["median", "absolute"], "Unit of sigma: the median distance of features, or 1 (absolute)"
         ] = "median"
         sigma: Annotated[float, Gt(0.0), "Bandwidth of the rbf kernel"] = 0.8
         head: Annotated[

@@ -26,7 +26,7 @@ from megatron_hyperrouter.routers.choice import ChoosingRouter
 
 
 class TopKRouter(ChoosingRouter, name="topk"):
-    """``logits = W x + b`` with trained W; the options make Switch and DeepSeek-V3 out of it."""
+    """``logits = W x + b`` with trained W; options reproduce Switch and DeepSeek-V3."""
 
     config: Config
 

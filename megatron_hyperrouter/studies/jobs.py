@@ -1,4 +1,4 @@
-"""What both studies of tools/scaling_study.py share: their common flags, runs for a cluster, and which
+"""What both studies of mhr scaling share: their common flags, runs for a cluster, and which
 runs a table can have.
 """
 
@@ -125,7 +125,7 @@ def check_collected(plans: Sequence[P]) -> list[P]:
 
     missing = [plan for plan in plans if not plan.finished]
     if len(missing) == len(plans):
-        rule = f"has none of the {len(plans)} runs of this study finished"
+        rule = f"found none of the {len(plans)} runs of this study finished"
         raise ConfigError(
             [Problem("--output", plans[0].folder.parent.parent, rule, "submit them with --dry-run, or wait")]
         )

@@ -1,4 +1,4 @@
-"""Table, fits and plot of the loss study of tools/scaling_study.py."""
+"""Table, fits and plot of the loss study of mhr scaling."""
 
 from __future__ import annotations
 

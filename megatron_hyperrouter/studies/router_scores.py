@@ -1,4 +1,4 @@
-"""What one finished run of tools/compare_routers.py has to tell: a process of its own, started with a
+"""What one finished run of mhr compare has to tell: a process of its own, started with a
 task (JSON).
 
 The task: ``run_dir``, ``topk`` (a list), ``test_iters`` (global batches of the test split, or null for

@@ -1,4 +1,4 @@
-"""Tables and plots of tools/compare_routers.py, from what its runs have told."""
+"""Tables and plots of mhr compare, from what its runs have told."""
 
 from __future__ import annotations
 

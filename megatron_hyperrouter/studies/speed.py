@@ -141,7 +141,7 @@ def check_start(most: int) -> None:
     if "RANK" in os.environ:
         remedy = "start it alone, or print the commands for a cluster with --dry-run"
         raise ConfigError(
-            [Problem("a launcher", "", "must not start this tool: it starts its own ranks", remedy)]
+            [Problem("a launcher", "", "must not start this command: it starts its own ranks", remedy)]
         )
     if 0 < (gpus := gpus_here()) < most:
         remedy = (

@@ -1,4 +1,4 @@
-"""Table and plot of the speed study of tools/scaling_study.py."""
+"""Table and plot of the speed study of mhr scaling."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ def check_names(layouts: Sequence[Layout]) -> None:
             )
         for name in layout.overrides:
             if name not in tree_leaves() and not name.startswith("router."):
-                remedy = "use the short names below --help, or a flag of pretrain_gpt_hyperrouter.py"
+                remedy = "use tp, pp, vpp, cp, ep, etp, dp or zero, or a setting of mhr train"
                 problems.append(Problem("--layouts", layout.text, f"there is no setting {name}", remedy))
     if problems:
         raise ConfigError(problems)

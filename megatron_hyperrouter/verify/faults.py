@@ -1,4 +1,4 @@
-"""Faults that tools/verify_layouts.py must find: its own tests seed them with ``fault=NAME`` in a layout.
+"""Faults that mhr verify must find: its own tests seed them with ``fault=NAME`` in a layout.
 
 Each is one that a distributed trainer can have.  None of them touches the one-process reference.
 """

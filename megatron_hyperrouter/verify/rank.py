@@ -1,4 +1,4 @@
-"""One rank of tools/verify_layouts.py: trains each case of its task and leaves what it saw.
+"""One rank of mhr verify: trains each case of its task and leaves what it saw.
 
 Started by the tool with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON);
 under a launcher the tool calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``, ``folder``

@@ -1,4 +1,4 @@
-"""Starts the ranks of tools/verify_layouts.py on this machine, or, under a launcher, is one of them."""
+"""Starts the ranks of mhr verify on this machine, or, under a launcher, is one of them."""
 
 from __future__ import annotations
 

@@ -164,7 +164,9 @@ class TestDamage:
 
     def test_of_the_folders_name(self, folder: Path) -> None:
         folder.rename(folder.with_name("step_0000200"))
-        with pytest.raises(CheckpointError, match="is of step 100, not of its folder's"):
+        with pytest.raises(
+            CheckpointError, match="belongs to step 100, but its folder is named for another step"
+        ):
             find(folder.with_name("step_0000200")) and read_manifest(folder.with_name("step_0000200"))
         folder.with_name("step_0000200").rename(folder.with_name("the-best"))  # which names no step
         assert read_manifest(folder.with_name("the-best"))["step"] == 100

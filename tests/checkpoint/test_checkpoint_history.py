@@ -60,7 +60,7 @@ class TestLatest:
         (root / "latest").unlink()
         (root / "step_0000100/weights.bin").write_bytes(b"")
         assert find(root.parent) == root / "step_0000050"
-        assert "passed over: " in capsys.readouterr().err
+        assert "skipped: " in capsys.readouterr().err
         (root / "step_0000050/manifest.json").write_text("{")
         with pytest.raises(CheckpointError, match="no checkpoint beside it is whole") as caught:
             find(root.parent)

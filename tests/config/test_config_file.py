@@ -45,9 +45,9 @@ class TestFile:
             ("lr: 1\nseed: !!timestamp 2001-99X99", "'2001-99X99' in line 2"),
             ("seed: !!python/object/apply:os.getpid []", "unsupported tag in line 1"),
             ("seed: !!int many", "'many' in line 1"),
-            ('run_dir: "a\\0b"', "character in line 1 that is not text"),
-            ('run_dir: "\\ud800"', "character in line 1 that is not text"),
-            ("[a, b]: 1", "key in line 1 that is not a name"),
+            ('run_dir: "a\\0b"', "line 1 contains a character that is not valid text"),
+            ('run_dir: "\\ud800"', "line 1 contains a character that is not valid text"),
+            ("[a, b]: 1", "line 1: a key must be a plain name"),
             ("a: 1\n---\nb: 2", "another document"),
         ],
     )

@@ -185,7 +185,7 @@ def test_missing_inputs_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one\.txt, .*two\.txt") as caught:
         total_bytes([str(tmp_path / "one.txt"), here, str(tmp_path / "two.txt")])
     assert "here.txt" not in str(caught.value)
-    with pytest.raises(DataError, match="no such readable input file"):
+    with pytest.raises(DataError, match="no readable input file"):
         total_bytes([str(tmp_path)])
 
 

@@ -209,6 +209,8 @@ def test_two_at_once_and_an_unfinished_run_are_kept_apart(tmp_path: Path, inputs
     journal = Journal(f"{prefix}.journal", {}, [])
     journal.close(remove=False)
     left = (tmp_path / "p.journal").read_bytes()
-    with pytest.raises(DataError, match=r"p\.journal belongs to an unfinished run with this output"):
+    with pytest.raises(
+        DataError, match=r"p\.journal belongs to an unfinished preprocessing run with this output"
+    ):
         merge(prefix)
     assert (tmp_path / "p.journal").read_bytes() == left

@@ -269,7 +269,7 @@ def test_settings_that_cannot_be(records_file: str, tmp_path: Path) -> None:
         preprocess.preprocess(
             [records_file], str(tmp_path / "p"), settings("ByteTokenizer", None, ("text", "text")), workers=0
         )
-    with pytest.raises(DataError, match="no such readable input file"):
+    with pytest.raises(DataError, match="no readable input file"):
         preprocess.preprocess([str(tmp_path / "gone.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"))
     assert not list(tmp_path.iterdir())
 

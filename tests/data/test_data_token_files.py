@@ -199,7 +199,7 @@ def test_a_truncated_bin_is_refused(prefix, kept):
 
 def test_a_bin_of_another_run_is_refused(prefix):
     Path(f"{prefix}.bin").write_bytes(bytes(18))
-    refuses(prefix, ".bin", 16, "18 bytes", ".idx is of another file")
+    refuses(prefix, ".bin", 16, "18 bytes", ".idx does not belong to this file")
 
 
 @pytest.mark.parametrize("kept", [0, 8, 33, 34, 60, 100, 113])

@@ -33,8 +33,8 @@ REFUSED = {
     f"{LOCAL} --router.name topk --moe-router-topk 1": "k = 1",
     f"--router.name topk --mlp-type residual {K2}": "--mlp-type residual",
     f"--router.name topk --router.scaling-factor 2.5 {K2}": "weighs experts otherwise",
-    f"--router.name topk --moe-layer-freq 2 {K2}": "does not know: --moe-layer-freq",
-    f"--router.name topk --rotary-percent 0.5 {K2}": "does not know: --rotary-percent",
+    f"--router.name topk --moe-layer-freq 2 {K2}": "does not support: --moe-layer-freq",
+    f"--router.name topk --rotary-percent 0.5 {K2}": "does not support: --rotary-percent",
 }
 
 

@@ -68,7 +68,7 @@ REFUSED: dict[str, Any] = {
     "a sliding window in some layers": case("biased", topks=[]),
     "rope_type longrope": case("biased", topks=[]),
     "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
-    "extra.weight: has no place in our model": case("holed", topks=[]),
+    "extra.weight: unexpected tensor": case("holed", topks=[]),
     "cannot be given the router of another model": case("qwen3_moe", "--router", "xmoe", topks=[]),
     "--upcycle: must be given for a dense model": case("llama", topks=[]),
     "--granularity = 5: must divide the MLP's width 48": case("llama", *UP, "--granularity", "5", topks=[]),

@@ -129,7 +129,7 @@ def test_refusals_are_those_of_the_program(folder: Path, done: tuple[Any, dict[s
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--gpus", "12"], "--gpus must be divisible by --per-node = 8"),
         (["--gpus", "8", "--gpu-memory", "2"], "--reserve must be at least 0"),
-        (["--gpus", "8", "--expert-model-parallel-size", "2"], "is a part of the layout"),
+        (["--gpus", "8", "--expert-model-parallel-size", "2"], "is chosen by this command"),
         (["--gpus", "8", "--hidden-sise", "2"], "--hidden-size"),
         (["--gpus", "8", "--calibration", "nowhere.json"], "--calibration = nowhere.json: cannot be read"),
         (["--gpus", "7", "--per-node", "7"], "--global-batch-size"),

@@ -57,7 +57,7 @@ class TestSettings:
             (
                 "--zero-stage 3",
                 [
-                    "--zero-stage = 3: is refused by DeepSpeed's mixture-of-experts layers",
+                    "--zero-stage = 3: is not supported by DeepSpeed's mixture-of-experts layers",
                     "use --zero-stage 2",
                 ],
             ),

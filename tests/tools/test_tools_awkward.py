@@ -103,10 +103,10 @@ CASES = {
         "inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000
     ),
     "a corpus without a name": case(
-        "make_corpus --root . --output=", 3, "'': cannot be written: not the name of a file"
+        "make_corpus --root . --output=", 3, "'': cannot be written: not a file name"
     ),
     "a corpus in a folder's place": case(
-        "make_corpus --root . --output c", 3, "c: cannot be written: not the name of a file", c=None
+        "make_corpus --root . --output c", 3, "c: cannot be written: not a file name", c=None
     ),
 }
 
@@ -212,7 +212,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, make: Callable[[Path
     (tmp_path / "root" / "one.txt").write_text("one")
     make(tmp_path)
     status, _, err = run(["make_corpus", "--root", "root", "--output", "c.jsonl"], tmp_path)
-    assert status == 3 and "c.jsonl: cannot be written: not the name of a file" in err
+    assert status == 3 and "c.jsonl: cannot be written: not a file name" in err
     assert (tmp_path / "c.jsonl").is_fifo()
     status, _, err = run(f"preprocess_data --input c.jsonl {PREPROCESS.split(' ', 3)[3]}".split(), tmp_path)
     assert status == 3 and "remedy: write it to a file first" in err, err

@@ -189,7 +189,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
         ),
         "binary": ("binary.txt", r"binary\.txt, byte 4: a NUL"),
         "empty": ("empty.jsonl", r"empty\.jsonl: no documents"),
-        "hollow": ("hollow.parquet", r"an empty file, without a header: hollow\.parquet"),
+        "hollow": ("hollow.parquet", r"empty file: hollow\.parquet"),
         "foreign": ("foreign.parquet", r"foreign\.parquet, footer: cannot be read"),
         "key": ("key.jsonl", r"key\.jsonl, line 1: no key 'text'; keys present: 'body'"),
         "glob": ("nothing-*.jsonl", r"no input file matches: nothing-\*\.jsonl"),
@@ -272,7 +272,7 @@ print(progress.summary(), file=sys.stderr)
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment()
     )
     told = done.stderr.splitlines()
-    assert told[0] == "preprocess_data: continuing from 50.0 of 1,050.0 MB"
-    assert told[1] == "preprocess_data: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left (ETA)"
+    assert told[0] == "mhr preprocess: continuing from 50.0 of 1,050.0 MB"
+    assert told[1] == "mhr preprocess: 55.0 of 1,050.0 MB, 1.0 MB/s, 7 documents/s, 0:16:35 left (ETA)"
     assert told[-1] == "1,000.0 MB in 1000.0 s, 1.0 MB/s, 7 documents/s"
     assert 8 <= len(told) <= 20

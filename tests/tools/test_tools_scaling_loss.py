@@ -342,7 +342,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds must be at least 1"),
     "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval must be at least 1"),
     "both": ([*AXIS, "--dry-run", "--collect"], "", "not allowed with"),
-    "nothing to collect": ([*AXIS, "--collect"], "", "has none of the 6 runs of this study finished"),
+    "nothing to collect": ([*AXIS, "--collect"], "", "found none of the 6 runs of this study finished"),
     "half a node": (
         [*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"],
         "",

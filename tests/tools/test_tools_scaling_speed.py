@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "steps as a flag": (["--ranks", "1", "--train-iters", "4"], "--train-iters: set by this tool"),
     "a layout twice": (["--layouts", "ep=2", "--expert-model-parallel-size", "4"], "--layouts says it"),
     "an unknown flag": (["--ranks", "1", "--no-such-flag", "1"], "unknown flag"),
-    "nothing to collect": (["--ranks", "1", "--collect"], "has none of the 3 runs of this study finished"),
+    "nothing to collect": (["--ranks", "1", "--collect"], "found none of the 3 runs of this study finished"),
     "half a node": (["--ranks", "12", "--dry-run"], "must be divisible by --gpus-per-node = 8"),
 }
 

@@ -168,7 +168,7 @@ class TestResume:
             run(other)
         assert caught.value.exit_status == 4 and "--override" in caught.value.remedy
         assert run(change(other, "checkpoint", override=True)).steps_taken[0] == 6
-        assert "--override: the weights compute something else" in capsys.readouterr().err
+        assert "--override accepted these changes to the model" in capsys.readouterr().err
 
     def test_reports_what_changes_the_course_in_one_note(
         self, config: RunConfig, again: RunConfig, capsys: pytest.CaptureFixture[str]
@@ -177,7 +177,7 @@ class TestResume:
             run(config, KillAt(8))
         run(change(again, "optimizer", lr=0.02, weight_decay=0.5))
         told = capsys.readouterr().out
-        assert told.count("takes another course from step 7 on") == 1
+        assert told.count("from step 7 on, these settings change training") == 1
         assert "--lr was 0.05 and is 0.02 now" in told and "--weight-decay was 0.01 and is 0.5 now" in told
 
     def test_config_yaml_keeps_no_override(self, again: RunConfig, tmp_path: Path) -> None:

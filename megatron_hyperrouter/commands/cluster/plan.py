@@ -1,11 +1,11 @@
-"""Find the layouts that fit a model onto a number of GPUs, and the fastest of them, before it has any.
+"""Find the layouts of a model that fit on a number of GPUs, fastest first, before you have the GPUs.
 
   mhr plan --config FILE.yaml --gpus 64
   mhr plan --config FILE.yaml --gpus 1024 --per-node 8 --gpu-memory 80 --dry-run 3 --json plan.json
 
 Formulas rank every layout of both engines that the program's own rules allow: parameters, memory by part,
-and predicted step time. --dry-run K then builds the true engine for the best K, without memory, GPUs or other
-ranks, and takes two steps.
+and predicted step time. --dry-run K then builds the real engine for the best K in one process without real
+tensors, and takes two steps.
 """
 
 from __future__ import annotations
@@ -66,14 +66,16 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     flags = parser(str(__doc__), EPILOG)
     flags.add_argument("--config", required=True, metavar="FILE", help="settings of the run (YAML)")
     flags.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
-    flags.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    flags.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs per node (default: 8)")
     flags.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of a GPU, 10^9 bytes (default: 80)"
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="memory per GPU in GB (default: 80)"
     )
     flags.add_argument(
-        "--dry-run", type=int, default=0, metavar="K", help="verify the best K with the true engine"
+        "--dry-run", type=int, default=0, metavar="K", help="check the best K with the real engine"
     )
-    flags.add_argument("--json", type=Path, metavar="FILE", help="write all layouts and refusals there")
+    flags.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all layouts, also the refused ones, to FILE"
+    )
     flags.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
     flags.add_argument(
         "--calibration",
@@ -85,13 +87,21 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         "--gpu-tflops",
         type=float,
         metavar="X",
-        help="what a GPU achieves in a step, 10^12 FLOP/s (default: 396, 40 %% of an H100)",
+        help="sustained TFLOP/s per GPU (default: 396, 40 %% of an H100)",
     )
     flags.add_argument(
-        "--skew", type=float, default=1.3, metavar="X", help="load of the busiest rank / mean (default: 1.3)"
+        "--skew",
+        type=float,
+        default=1.3,
+        metavar="X",
+        help="imbalance of experts: load of the busiest rank / mean (default: 1.3)",
     )
     flags.add_argument(
-        "--reserve", type=float, default=2.5, metavar="GB", help="of a GPU, for CUDA and NCCL (default: 2.5)"
+        "--reserve",
+        type=float,
+        default=2.5,
+        metavar="GB",
+        help="memory per GPU for CUDA and NCCL (default: 2.5)",
     )
     args, rest = flags.parse_known_args(arguments)
     for name, least in (("gpus", 1), ("per_node", 1), ("top", 1), ("dry_run", 0), ("skew", 1)):
@@ -141,9 +151,7 @@ def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[st
     line, file = program_flags(words), read_yaml(path)
     layout = names_with(Role.LAYOUT)
     if named := [flag for flag in line.flags if flag.removeprefix("--").replace("-", "_") in layout]:
-        problem = Problem(
-            named[0], "", "is a part of the layout, which this command looks for", "leave it out"
-        )
+        problem = Problem(named[0], "", "is chosen by this command", "leave it out")
         raise ConfigError([problem])
     chosen = line.flags.get("--engine")
     values = {name: value for name, value in file.values.items() if name not in layout}

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
 
     flags = parser(__doc__ or "", EPILOG)
     flags.add_argument(
-        "--output", required=True, metavar="FILE.jsonl", help="file to write; appears when it is whole"
+        "--output", required=True, metavar="FILE.jsonl", help="output file, written atomically"
     )
     flags.add_argument(
         "--root", metavar="DIR", help="folder to search (default: the Python standard library's sources)"

@@ -3,7 +3,7 @@
 Takes the flags of pretrain_gpt_hyperrouter.py; only those about data, seed, sequence length, batch size and
 steps matter, and --load for a run that continues from a checkpoint.  Files lie where the run looks for them:
 in --data-cache-path, or else in cache/hyperrouter beside the data, or else, where that cannot be written, in
-index-cache of the --run-dir; they hold for token files of the same time of change.
+index-cache of the --run-dir; an index is rebuilt when a token file's modification time changes.
 """
 
 from __future__ import annotations

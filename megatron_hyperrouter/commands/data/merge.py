@@ -1,4 +1,4 @@
-"""Join the shards that preprocess_data.py --shard I/N has made on several machines."""
+"""Join the shards that mhr preprocess --shard I/N has made on several machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
 
     flags = parser(__doc__ or "", EPILOG)
     flags.add_argument(
-        "prefix", metavar="P", help="the --output-prefix that was given to preprocess_data.py on each machine"
+        "prefix", metavar="P", help="the --output-prefix that was given to mhr preprocess on each machine"
     )
     flags.add_argument("--remove-shards", action="store_true", help="remove the shards once all is joined")
     args = flags.parse_args(arguments)

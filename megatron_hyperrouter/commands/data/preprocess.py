@@ -12,7 +12,7 @@ from megatron_hyperrouter.terminal import Bar, Stopped, parser
 
 EPILOG = """\
 Writes P_KEY_document.bin and .idx for each key, byte for byte what Megatron-LM's preprocess_data.py writes
-from the same tokenizer, and P_KEY_document.manifest.json with counts and checksums, which inspect_data.py
+from the same tokenizer, and P_KEY_document.manifest.json with counts and checksums, which mhr inspect
 --verify compares.
 
 A name that ends in .jsonl, .json or .ndjson (before .gz or .zst) is JSON lines: each line one document,
@@ -24,7 +24,7 @@ other file is JSON lines if it starts with "{".
 Output has temporary names (.partial) until all of it is written.  Progress is saved every --save-seconds
 (P.journal): after a kill, a signal, a full disk or a line that cannot be used, the same command continues
 from there, and the output is the same.  On N machines: --shard 1/N to N/N with the same inputs and prefix,
-then merge_data.py P.  Token ids are uint16 for a vocabulary below 65500, otherwise int32.
+then mhr merge P.  Token ids are uint16 for a vocabulary below 65500, otherwise int32.
 """
 
 
@@ -137,7 +137,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
 
 def tell(message: str) -> None:
     """A line on stderr."""
-    print(f"preprocess_data: {message}", file=sys.stderr)
+    print(f"mhr preprocess: {message}", file=sys.stderr)
 
 
 class Progress(Bar):

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         help="token ids, at least 257: bytes, merges, <|endoftext|>",
     )
     flags.add_argument(
-        "--output", required=True, metavar="tokenizer.json", help="file to write; appears when it is whole"
+        "--output", required=True, metavar="tokenizer.json", help="output file, written atomically"
     )
     flags.add_argument(
         "--json-key",

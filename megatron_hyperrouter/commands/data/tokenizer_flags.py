@@ -40,7 +40,7 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         "--tiktoken-pattern",
         choices=("v1", "v2"),
         default=defaults.tiktoken_pattern,
-        help=f"TikTokenizer: pattern that cuts text into words (default: {defaults.tiktoken_pattern})",
+        help=f"TikTokenizer: version of the pre-tokenization pattern (default: {defaults.tiktoken_pattern})",
     )
     number = defaults.tiktoken_num_special_tokens
     group.add_argument(

@@ -1,5 +1,5 @@
-"""Average checkpoints of a run into a new run folder, which evaluation, generation, export and finetuning
-take.
+"""Average checkpoints of a run into a new run folder, which evaluate, generate, export-hf and train --finetune
+accept.
 
 The steps are named, or the last N are taken; the weights are equal, given, or those of an exponential moving
 average.  average_certificate.json in the new folder says what went in.
@@ -60,7 +60,7 @@ def folders_of(args: Namespace) -> list[Path]:
         return [root / folder_name(step) for step in sorted(set(args.steps))]
     if args.last > len(there):
         rule = f"must be at most {len(there)}, the checkpoints in {root}"
-        raise ConfigError([Problem("--last", args.last, rule, "save more often, or keep more")])
+        raise ConfigError([Problem("--last", args.last, rule, "give a smaller number")])
     return [root / folder_name(step) for step in there[-args.last :]]
 
 
@@ -127,7 +127,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add("--steps", type=int, nargs="+", metavar="N", help="steps of the checkpoints to average")
     add("--last", type=int, metavar="N", help="average the last N checkpoints instead")
     add("--weights", type=float, nargs="+", metavar="W", help="weights, oldest first (default: equal)")
-    add("--ema", type=float, metavar="DECAY", help="weights that fall by DECAY a checkpoint, newest first")
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="exponential weights: each older checkpoint counts DECAY times the next",
+    )
     args = flags.parse_args(arguments)
     if (args.steps is None) == (args.last is None):
         flags.error("give --steps or --last")

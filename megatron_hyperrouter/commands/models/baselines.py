@@ -1,6 +1,6 @@
-"""Set a model's scores beside the unigram and bigram baselines of the same tokens.
+"""Compare a model's scores with the unigram and bigram baselines of the same tokens.
 
-Fits both baselines on the training part of the run's data, scores them on the targets that tools/evaluate.py
+Fits both baselines on the training part of the run's data, scores them on the targets that mhr evaluate
 scored in one process, and prints a table in bits per byte.  With --eod-mask-loss neither model nor baselines
 count what follows a document's end.
 """
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         type=Path,
         required=True,
         metavar="FILE.json",
-        help="what tools/evaluate.py wrote, for the test split",
+        help="what mhr evaluate wrote, for the test split",
     )
     flags.add_argument("--output", type=Path, metavar="FILE.json", help="write the table's numbers here, too")
     args = flags.parse_args(arguments)
@@ -83,12 +83,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror}", remedy="name the file that tools/evaluate.py wrote"
+            f"{path}: cannot be read: {error.strerror}", remedy="name the file that mhr evaluate wrote"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not the results of an evaluation",
-            remedy="write it with tools/evaluate.py --output FILE.json",
+            remedy="write it with mhr evaluate --output FILE.json",
         ) from error
     if not results:
         raise DataError(f"{path} has no results", remedy="evaluate with at least one k")
@@ -132,7 +132,7 @@ def baseline_bits(
         raise DataError(
             f"the results count {tokens:,} targets, which is no number of whole samples of the run's test "
             "split",
-            remedy="write the results with tools/evaluate.py in one process, from the data of the run",
+            remedy="write the results with mhr evaluate in one process, from the data of the run",
         )
     contexts_N, targets_N = np.concatenate(parts).T
     per_byte = targets_N.size / bytes_V[targets_N].sum() / math.log(2)

@@ -183,7 +183,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--topk",
         type=int,
         metavar="K",
-        help="active experts by default (default: those that the run ended on)",
+        help="active experts by default (default: the k that training ended with)",
     )
     add(
         "--max-shard-size", type=size, default=size("5GB"), metavar="SIZE", help="largest file (default: 5GB)"
@@ -191,7 +191,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--custom-code",
         action="store_true",
-        help="add a modeling file of our own, for routers that no class has",
+        help="add add modeling code for routers that transformers lacks",
     )
     add("--license", metavar="NAME", help="license of the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")

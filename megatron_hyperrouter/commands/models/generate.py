@@ -90,8 +90,14 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add("--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (default: 64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of this mass")
-    add("--seed", type=int, default=1234, help="of the random numbers (default: 1234)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the nucleus sampling: the smallest set of tokens with this probability",
+    )
+    add("--seed", type=int, default=1234, help="random seed (default: 1234)")
     add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now (default: the model's own)")
     add("--json", action="store_true", help="print one JSON object")
     args = flags.parse_args(arguments)

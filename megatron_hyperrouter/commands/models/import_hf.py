@@ -244,7 +244,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="R",
         help="share of hidden units drawn anew in these groups",
     )
-    add("--seed", type=int, default=1234, help="of the new router, the noise and the units (default: 1234)")
+    add(
+        "--seed",
+        type=int,
+        default=1234,
+        help="seed of the new router, the noise and the redrawn units (default: 1234)",
+    )
     add("--no-proof", action="store_true", help="do not compare the run with the given model")
     add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to prove (default: 1 2 4 8)")
     add("--proof-samples", type=int, default=2, metavar="N", help="samples to prove with (default: 2)")

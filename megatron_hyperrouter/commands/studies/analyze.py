@@ -1,4 +1,4 @@
-"""Look into the routers and experts of a trained run, layer by layer, on evaluation data.
+"""Analyze the routers and experts of a trained run, layer by layer, on evaluation data.
 
 Writes to --output, for each k: entropy, logit standard deviation and mutual information of the router, loads
 and dead experts, the similarity (linear CKA) of each pair of experts, and what the router adds to the layer's

@@ -5,7 +5,7 @@ Each router trains with each seed in a process of its own, and is then scored at
 --output gets one folder a run and these files:
   runs.csv                   one row a run
   table.csv, table.md        mean and half of the 95 % t-interval over seeds
-  differences.csv            each router less the first, paired by seed
+  differences.csv            each router minus the first, paired by seed
   bits_per_byte.png, differences.png, learning_curves.png
 Run the same command again after an interruption: finished runs are kept, others continue from their last
 checkpoint (--save-interval).

@@ -67,7 +67,7 @@ data."""
 
 @dataclass
 class CheckedLayout:
-    """One layout on one engine: its settings, or why there are none; then what was found."""
+    """One layout on one engine: its settings, or why there are none; then results."""
 
     layout: Layout
     engine: str
@@ -153,9 +153,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--folder",
         type=Path,
         metavar="DIR",
-        help="where runs put weights for a while; under a launcher all nodes must see it (default: runs)",
+        help="folder for temporary weights; under a launcher all nodes must see it (default: runs)",
     )
-    flags.add_argument("--output", type=Path, metavar="JSON", help="also write what was found to this file")
+    flags.add_argument("--output", type=Path, metavar="JSON", help="also write results to this file")
     args = flags.parse_args(arguments)
     args.engines = list(dict.fromkeys(args.engines))
     if args.steps < 1 or args.vocab_size < 2:

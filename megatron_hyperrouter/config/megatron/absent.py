@@ -80,7 +80,7 @@ fp8-output-proj fp8-param-gather fp8-quantizer-factory keep-fp8-transpose-cache
 keep-fp8-transpose-cache-when-using-custom-fsdp kitchen-attention-backend kitchen-config-file
 kitchen-recipe-number reuse-grad-buf-for-mxfp8-param-ag
 """,
-        ("residual streams of another kind", "there would be one residual stream: another model"): """
+        ("alternative residual streams", "there would be one residual stream: another model"): """
 enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
 mhc-sinkhorn-iterations
 """,

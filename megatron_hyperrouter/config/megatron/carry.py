@@ -155,14 +155,14 @@ def _carry(name: str, place: str, words: list[str] | None, source: Source, carri
         row = ALL_ABSENT[name]
         instead = row.without.startswith("use ")
         remedy = row.without if instead else f"if you leave it out, {row.without}"
-        carried.problems.append(Problem(place, " ".join(words), f"{row.does}: not here", remedy))
+        carried.problems.append(Problem(place, " ".join(words), f"{row.does}: not supported", remedy))
 
 
 def _check_always(name: str, place: str, words: list[str], carried: Carried) -> None:
     row = ALWAYS[name]
     if [word for word in words if word not in row.accepted and word.lower() != "true"]:
         remedy = f"use {' or '.join(row.accepted)}" if row.accepted else "give it without a value"
-        carried.problems.append(Problem(place, " ".join(words), f"is fixed here: {row.fact}", remedy))
+        carried.problems.append(Problem(place, " ".join(words), f"cannot be changed: {row.fact}", remedy))
     else:
         carried.always.append(flag(name))
 

@@ -120,14 +120,14 @@ class _Reader:
 
     def _key(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise ValueError(f"has a key in line {node.start_mark.line + 1} that is not a name")
+            raise ValueError(f"line {node.start_mark.line + 1}: a key must be a plain name")
         return str(node.value)
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
     text, line = str(node.value), node.start_mark.line + 1
     if "\0" in text or (not text.isascii() and text != text.encode("utf-8", "replace").decode()):
-        raise ValueError(f"holds a character in line {line} that is not text")
+        raise ValueError(f"line {line} contains a character that is not valid text")
     kind = node.tag.removeprefix(PLAIN)
     if kind == "str" and node.style is None:  # a plain word without a tag of its own
         kind = next((name for name, pattern in CORE if pattern.fullmatch(text)), "str")

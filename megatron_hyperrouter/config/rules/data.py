@@ -18,7 +18,7 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """There is something to train on."""
     data = config.data
     if not (data.mock_data or data.data_path or data.train_data_path or data.data_schedule is not None):
-        remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
+        remedy = "give the prefix of a .bin/.idx pair (mhr preprocess writes one), or add --mock-data"
         yield broken(
             config,
             "data_path",
@@ -100,7 +100,7 @@ def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator
             config,
             "tokenizer_type",
             "needs --tokenizer-model",
-            "name the tokenizer's file; tools/train_tokenizer.py makes a tokenizer.json",
+            "give the tokenizer's file; mhr tokenizer writes a tokenizer.json",
         )
     if kind == "NullTokenizer" and config.data.vocab_size is None:
         yield broken(config, "tokenizer_type", "needs --vocab-size", "give the number of token ids")

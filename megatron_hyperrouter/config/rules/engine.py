@@ -64,7 +64,7 @@ def zero_3_with_experts(config: RunConfig, world_size: int | None) -> Iterator[P
         yield broken(
             config,
             "zero_stage",
-            "is refused by DeepSpeed's mixture-of-experts layers",
+            "is not supported by DeepSpeed's mixture-of-experts layers",
             f"use --zero-stage {best}",
         )
 
@@ -76,7 +76,9 @@ def zero_2_without_pipeline(config: RunConfig, world_size: int | None) -> Iterat
         and config.engine.zero_stage == 2
         and config.parallel.pipeline_model_parallel_size > 1
     ):
-        yield broken(config, "zero_stage", "does not go with pipeline parallelism", "use --zero-stage 1")
+        yield broken(
+            config, "zero_stage", "cannot be combined with pipeline parallelism", "use --zero-stage 1"
+        )
 
 
 def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

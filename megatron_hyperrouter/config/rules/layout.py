@@ -141,7 +141,7 @@ def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -
             if residual
             else ("experts", "--expert-tensor-parallel-size 1")
         )
-        rule = f"gives {who} of width {width}, which must be divisible by their tensor parallelism = {ranks}"
+        rule = f"makes {who} {width} wide; the width must be divisible by the tensor parallelism, {ranks}"
         yield broken(config, name, rule, f"set --moe-ffn-hidden-size to a multiple, or {other}")
 
 

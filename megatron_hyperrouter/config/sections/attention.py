@@ -15,7 +15,7 @@ from megatron_hyperrouter.config.roles import Role
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """How attention sees positions, and the forms of attention that model families differ in."""
+    """Position embeddings and attention variants."""
 
     add_qkv_bias: Annotated[bool, Role.SHAPE, "Add a bias to queries, keys and values"] = False
     rotary_percent: Annotated[
@@ -26,7 +26,7 @@ class AttentionConfig:
     ] = None
     use_rope_scaling: Annotated[bool, Role.FUNCTION, "Scale rotary positions as Llama 3 does"] = False
     rope_scaling_factor: Annotated[
-        float, Ge(1.0), Role.FUNCTION, "With --use-rope-scaling: how much longer the slowest turns become"
+        float, Ge(1.0), Role.FUNCTION, "With --use-rope-scaling: scaling factor of the lowest frequencies"
     ] = 8.0
     rope_type: Annotated[
         Literal["rope", "yarn"] | None,
@@ -40,10 +40,10 @@ class AttentionConfig:
         Count, Role.FUNCTION, "YaRN: length of the context before it was extended"
     ] = 4096
     beta_fast: Annotated[
-        float, Gt(0.0), Role.FUNCTION, "YaRN: channels that turn more often than this stay"
+        float, Gt(0.0), Role.FUNCTION, "YaRN: channels with more rotations than this are not scaled"
     ] = 32.0
     beta_slow: Annotated[
-        float, Gt(0.0), Role.FUNCTION, "YaRN: channels that turn less often than this are fully scaled"
+        float, Gt(0.0), Role.FUNCTION, "YaRN: channels with fewer rotations than this are fully scaled"
     ] = 1.0
     mscale: Annotated[NonNegative, Role.FUNCTION, "YaRN: strength of the attention temperature"] = 1.0
     mscale_all_dim: Annotated[
@@ -71,6 +71,6 @@ class AttentionConfig:
     window_attn_skip_freq: Annotated[
         Written | None,
         Role.FUNCTION,
-        "Which layers have the window; N: all but every Nth; or a list of 1 and 0 (full attention), also as "
-        "an expression; default: all",
+        "Which layers have the window. N: every layer except each Nth; or a list, also as an expression, with "
+        "1 for a window and 0 for full attention; default: all",
     ] = None

@@ -121,7 +121,7 @@ class Journal:
             if before.get(name) != now.get(name):
                 rule = f"was {before.get(name)} in the unfinished run that left {self.path}"
                 problems.append(
-                    Problem(name, now.get(name), rule, f"give the same value to continue, {_AFRESH}")
+                    Problem(name, now.get(name), rule, f"use the same value to continue, {_AFRESH}")
                 )
         if problems:
             raise ConfigError(problems)
@@ -170,7 +170,9 @@ def locked_output(output_prefix: str) -> Iterator[None]:
     try:
         if not unused:
             remedy = "finish it with the command that it was begun with, or remove that file"
-            raise DataError(f"{path} belongs to an unfinished run with this output", remedy=remedy)
+            raise DataError(
+                f"{path} belongs to an unfinished preprocessing run with this output", remedy=remedy
+            )
         yield
     finally:
         if unused:

@@ -22,7 +22,7 @@ from megatron_hyperrouter.errors import DataError
 ENDING = ".manifest.json"
 _VERSION = 1
 _BLOCK = 1 << 20
-_AGAIN = "copy the files again, or make them again with tools/preprocess_data.py"
+_AGAIN = "copy the files again, or rebuild them with mhr preprocess"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def read_manifest(prefix: str) -> Manifest:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         remedy = (
-            "without one there are no checksums to compare with; pairs of other programs have none, "
-            "tools/preprocess_data.py writes it"
+            "leave --verify out; only mhr preprocess writes a manifest, and without it there are no checksums"
         )
         raise DataError(f"{path}: no such manifest", remedy=remedy) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -107,7 +107,7 @@ def missing_pair(prefix: str) -> str:
     names = [path.removesuffix(".idx") for path in found if os.path.exists(path.removesuffix("idx") + "bin")]
     if names:
         return f"did you mean {' or '.join(names[:_NAMED])}?"
-    return "give the path without .bin or .idx, as tools/preprocess_data.py printed it"
+    return "give the path without .bin or .idx, as mhr preprocess printed it"
 
 
 def _identity(state: os.stat_result) -> tuple[int, int]:

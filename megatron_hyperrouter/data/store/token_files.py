@@ -54,7 +54,7 @@ _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 20  # sequences handled at a time: memory stays a few MB whatever the corpus
 _CHECKED = 1 << 16  # sequences checked at a time: what is computed of them stays in a core's cache
-_AGAIN = "make the pair of files again with tools/preprocess_data.py"
+_AGAIN = "rebuild both files with mhr preprocess"
 
 
 def smallest_dtype(vocab_size: int | None) -> np.dtype[Any]:
@@ -309,7 +309,7 @@ class IndexedDataset:
             raise self._bad_bin(
                 end,
                 f"the end of the file after {end} bytes",
-                f"{bin_bytes} bytes: {self.idx_path} is of another file",
+                f"{bin_bytes} bytes: {self.idx_path} does not belong to this file",
             )
 
     def _bad_index(self, byte: int, expected: str, found: str, remedy: str = _AGAIN) -> DataError:

@@ -157,7 +157,7 @@ def build_splits(
     DataError for files that are unusable, empty, or shorter than one sample.
     """
     if not data.data_path and not data.train_data_path and not data.mock_data:
-        remedy = "name the prefix of a .bin/.idx pair; tools/preprocess_data.py makes them"
+        remedy = "give the prefix of a .bin/.idx pair (mhr preprocess writes one), or add --mock-data"
         raise ConfigError(
             [Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)]
         )

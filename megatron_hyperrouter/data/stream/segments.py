@@ -275,13 +275,13 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
     ]
     if longer and parse_blend(now["mix"], flag="--data-path").weights is None and len(now["mix"]) > 1:
         changed.append(
-            f"it was planned for {last['planned']} samples, by which files without weights are mixed, "
-            "and "
-            "is longer now"
+            f"it was planned for {last['planned']} samples and is longer now; without weights, this changes "
+            "the mixture of files"
         )
     if changed:
         raise CheckpointError(
-            f"a run with --pack-documents cannot change what orders its samples: {'; '.join(changed)}",
+            "with --pack-documents, settings that affect the order of samples cannot change: "
+            + "; ".join(changed),
             remedy="use the settings of that run, or start a new epoch with --finetune",
         )
 
@@ -314,7 +314,7 @@ def _warn_of_shared(builder: Builder, mixes: Mixes) -> None:
         if words:
             prefixes = parse_blend(words, flag=f"--{name}-data-path").prefixes
             for prefix in sorted(trained.intersection(prefixes)):
-                console.warn(f"{prefix} is read by training and by {name}")
+                console.warn(f"{prefix} is used for training and also for {name}")
 
 
 def _settings(builder: Builder, words: Sequence[str], sizes: BatchSizes) -> dict[str, Any]:

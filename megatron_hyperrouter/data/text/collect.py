@@ -74,9 +74,10 @@ def write_corpus(
                 progress(done, len(sources))
         if not documents:
             within = "" if max_bytes is None else f" of at most {max_bytes} bytes"
+            larger = "" if max_bytes is None else ", or a larger --max-bytes"
             raise DataError(
                 f"{root}: no text file{within} among {len(sources)} files",
-                remedy="give another --root, or a larger --max-bytes",
+                remedy=f"give another --root{larger}",
             )
     return Gathered(documents, size, left_out)
 

@@ -77,7 +77,7 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
     if text is None:
         if partitions in (None, 1):
             return WHOLE
-        remedy = "give each machine its --shard I, then run tools/merge_data.py; on one machine use --workers"
+        remedy = "give each machine its --shard I, then run mhr merge; on one machine use --workers"
         raise ConfigError(
             [
                 Problem(
@@ -141,14 +141,14 @@ def total_bytes(paths: Sequence[str]) -> int:
         )
         if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
             remedy = "write it to a file first: a pipe or a device cannot be read twice"
-        raise DataError("no such readable input file: " + ", ".join(bad), remedy=remedy)
+        raise DataError("no readable input file: " + ", ".join(bad), remedy=remedy)
     hollow = [
         path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)
     ]
     if hollow:
         raise DataError(
-            "an empty file, without a header: " + ", ".join(hollow),
-            remedy="it is truncated: fetch it again",
+            "empty file: " + ", ".join(hollow),
+            remedy="download it again",
         )
     return sum(map(size_of, paths))
 

@@ -44,7 +44,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(
-            f"{path or repr(path)}: cannot be written: not the name of a file", remedy="choose another output"
+            f"{path or repr(path)}: cannot be written: not a file name", remedy="choose another output"
         )
     partial = Path(f"{path}.partial")
     try:

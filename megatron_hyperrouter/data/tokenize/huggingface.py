@@ -37,7 +37,7 @@ END_TOKENS = (
 )
 REMEDY = (
     "--tokenizer-model takes a tokenizer.json, a folder that holds one (or vocab.json and merges.txt), or the"
-    " name of a model on the Hugging Face hub; tools/train_tokenizer.py makes a tokenizer.json"
+    " name of a model on the Hugging Face hub; mhr tokenizer writes a tokenizer.json"
 )
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -206,7 +206,7 @@ def _backend_of(files: TokenizerFiles) -> Backend:
     vocab = backend.get_vocab(with_added_tokens=True)
     if not vocab:
         message = f"{files.model[0]}: the tokenizer has no tokens"
-        raise DataError(message, remedy="train it: python tools/train_tokenizer.py --help")
+        raise DataError(message, remedy="train it with mhr tokenizer")
     name, highest = max(vocab.items(), key=lambda each: each[1])
     if highest >= MOST_IDS:  # before the library is asked for the whole tree, which it makes id by id
         message = f"{files.model[0]}: token {name[:40]!r} has id {highest}; ids must be below {MOST_IDS}"

@@ -103,7 +103,7 @@ def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
         if match:
             found.setdefault(match[3], {})[int(match[1]), int(match[2])] = path.removesuffix(ENDING)
     if not found:
-        remedy = "make them with tools/preprocess_data.py --shard I/N and the same --output-prefix"
+        remedy = "make them with mhr preprocess --shard I/N and the same --output-prefix"
         raise DataError(
             f"{output_prefix}: no shards ({output_prefix}.shard-I-of-N_KEY_document{ENDING})", remedy=remedy
         )
@@ -113,15 +113,15 @@ def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
 def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -> list[tuple[str, Manifest]]:
     numbers = sorted({of for _, of in shards})
     if len(numbers) > 1:
-        cuts = " and of ".join(map(str, numbers))
+        cuts = " and ".join(map(str, numbers))
         raise DataError(
-            f"{output_prefix}: shards of {cuts}, under the key {key!r}",
-            remedy="remove the shards of the other split",
+            f"{output_prefix}: shards of different splits (N = {cuts}) for the key {key!r}",
+            remedy="delete the shards of the split that you do not want",
         )
     of = numbers[0]
     missing = [str(Part(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
     if missing:
-        remedy = "make them: tools/preprocess_data.py --shard I/N, and copy each manifest with its pair"
+        remedy = "make them: mhr preprocess --shard I/N, and copy each manifest with its pair"
         raise DataError(
             f"{output_prefix}: no shard {', '.join(missing)} under the key {key!r}", remedy=remedy
         )

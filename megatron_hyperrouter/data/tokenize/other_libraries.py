@@ -132,7 +132,7 @@ class TikTokenizer(Tokenizer):
         names = tuple(special_tokens) or SPECIAL_TOKENS
         if len(set(names)) < len(names) or len(names) > num_special_tokens or "</s>" not in names:
             most = f"--tiktoken-num-special-tokens = {num_special_tokens}"
-            rule = f"must be different names, at most {most}, and include </s>"
+            rule = f"must contain </s>, no duplicates, and at most {most} names"
             raise ConfigError(
                 [Problem("--tokenizer-special-tokens", " ".join(names), rule, "correct the list")]
             )

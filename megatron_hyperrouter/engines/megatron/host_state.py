@@ -68,7 +68,7 @@ def load_format_1(optimizer: Any, state: dict[str, Any], *, layers: str) -> None
     saved, parts = state["parts"], list(_parts(optimizer))
     if len(saved) != len(parts):
         raise CheckpointError(
-            f"{len(saved)} optimizers in the checkpoint, {len(parts)} in this run",
+            f"the checkpoint has {len(saved)} optimizers but this run has {len(parts)}",
             remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
         )
     for part, state in zip(parts, saved, strict=True):

@@ -56,9 +56,9 @@ def _report(start: Start, config: RunConfig, engine: Engine) -> None:
         if "data" in meta:
             console.note(f"{line}: the run continues with the data that it has not read yet")
         else:
-            console.warn(f"{line}: the run continues with other samples than before")
+            console.warn(f"{line}: the samples differ from those of the earlier run")
     if changed := changes_of_course(_saved_settings(start), config, step=start.step):
-        head = f"the run takes another course from step {start.step + 1} on:"
+        head = f"from step {start.step + 1} on, these settings change training:"
         console.note("\n  - ".join([head, *changed]))
 
 
@@ -76,12 +76,15 @@ def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: M
     if lines and not config.checkpoint.override:
         raise CheckpointError(
             "\n  - ".join(
-                [f"with these settings the weights in {start.folder} compute something else:", *lines]
+                [
+                    f"these settings change the model that the weights in {start.folder} were trained for:",
+                    *lines,
+                ]
             ),
             remedy=f"{theirs}; or accept the change with --override",
         )
     if lines and engine.place.is_main:
-        console.warn("\n  - ".join(["--override: the weights compute something else from here on:", *lines]))
+        console.warn("\n  - ".join(["--override accepted these changes to the model:", *lines]))
     _refuse_layout(start, saved, ours)
     _refuse_other_growth(start, saved, ours)
 

@@ -111,7 +111,7 @@ def _gate_of(moe: nn.Module) -> TopKGate:
     gate = moe.deepspeed_moe.gate
     if isinstance(gate, RouterGate):
         raise ValueError(
-            f"this MoE layer has the router {gate.router.name!r} already; build the layer anew to give "
+            f"this MoE layer has the router {gate.router.name!r} already; create a new layer to give "
             "it "
             "another"
         )
