@@ -51,7 +51,7 @@ def test_every_flag_is_there(helped: str) -> None:
 
 def test_every_file_is_there() -> None:
     files = set(re.findall(r"(?:tools|tests)/[\w/]+\.py", PAGE))
-    assert len(files) >= 5 and all((ROOT / name).is_file() for name in files)
+    assert files and all((ROOT / name).is_file() for name in files)
     links = re.findall(r"\]\(([\w.]+)\)", PAGE)
     assert links and all((ROOT / "docs" / name).is_file() for name in links)
 

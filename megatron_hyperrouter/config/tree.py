@@ -103,7 +103,7 @@ class ModelConfig:
             "megatron",
             "leave it out (the model then predicts the next token alone), or use --engine megatron",
         ),
-        "Layers of multi-token prediction: layer n predicts the token n positions further ahead; default: none",
+        "Layers of multi-token prediction: layer n predicts the token n positions further; default: none",
     ] = None
     mtp_loss_scaling_factor: Annotated[
         NonNegative,

@@ -76,7 +76,7 @@ class ChoosingRouter(Router):
         ] = "micro_batch"
         expert_bias: Annotated[
             bool,
-            "Balance without a loss: a bias changes which experts are chosen, not their weights (DeepSeek-V3)",
+            "Balance without a loss: a bias changes the choice of experts, not their weights (DeepSeek-V3)",
         ] = False
         bias_update_rate: Annotated[
             float | None, Ge(0.0), "Change of expert_bias in a step; 0 keeps it fixed; default: 0.001"

@@ -75,6 +75,6 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
         main(["--load", str(run), *out, "--steps", "10", "11"])
     with pytest.raises(ConfigError, match="at most 3"):
         main(["--load", str(run), *out, "--last", "4"])
-    with pytest.raises(ConfigError, match="one for each of the 2"):
+    with pytest.raises(ConfigError, match="one weight for each of the 2"):
         main(["--load", str(run), *out, "--steps", "10", "30", "--weights", "1"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

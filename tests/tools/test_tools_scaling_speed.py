@@ -303,7 +303,7 @@ def test_what_cannot_run_ends_with_status_2_before_anything_starts(
 
 def test_a_rank_of_a_launcher_starts_no_ranks(tmp_path: Path, zygote: Zygote) -> None:
     job = zygote.run(words_of(tmp_path, "--ranks", 1), program=TOOL, launched=True, expect=2)
-    assert "a launcher: has started this tool" in job.stderr
+    assert "a launcher: must not start this command" in job.stderr
     assert not (tmp_path / "out").exists()
 
 

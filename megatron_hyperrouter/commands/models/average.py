@@ -1,5 +1,4 @@
-"""Average checkpoints of a run into a new run folder, which evaluate, generate, export-hf and train --finetune
-accept.
+"""Average checkpoints of a run into a new run folder for evaluate, generate, export-hf and train --finetune.
 
 The steps are named, or the last N are taken; the weights are equal, given, or those of an exponential moving
 average.  average_certificate.json in the new folder says what went in.

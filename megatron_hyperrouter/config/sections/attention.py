@@ -71,6 +71,6 @@ class AttentionConfig:
     window_attn_skip_freq: Annotated[
         Written | None,
         Role.FUNCTION,
-        "Which layers have the window. N: every layer except each Nth; or a list, also as an expression, with "
+        "Which layers have the window. N: every layer except each Nth; or a list or an expression, with "
         "1 for a window and 0 for full attention; default: all",
     ] = None
