@@ -72,8 +72,12 @@ def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
         with pytest.raises(HyperRouterError, match=words) as refused:
             command(home, "", **given)
         assert refused.value.exit_status == status
-    with pytest.raises(HyperRouterError, match="is already there"):
-        command(home, f"--output {home}")
+    (home / "earlier").mkdir()
+    (home / "earlier/results.json").touch()
+    for place, words in (("earlier", "already holds results"), ("task/labels.json", "cannot be made")):
+        with pytest.raises(HyperRouterError, match=words) as refused:
+            command(home, f"--output {home / place}")
+        assert refused.value.exit_status == 2
 
 
 def test_flags_that_are_missing_or_unknown(capsys: pytest.CaptureFixture[str]) -> None:

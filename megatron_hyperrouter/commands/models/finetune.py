@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.commands.models.finetune_flags import layout_of, read_flags, settings_of
-from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.errors import ConfigError, HyperRouterError, Problem
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.files import write_json, write_text
 from megatron_hyperrouter.finetuning.settings import Settings, check, fitted, overrides
@@ -43,9 +43,6 @@ def main(arguments: Sequence[str]) -> None:
     settings = settings_of(args)
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     check(settings, run.settings)
-    if args.output.exists():
-        remedy = "give another folder, or move it away"
-        raise ConfigError([Problem("--output", args.output, "is already there", remedy)])
     task = read_task(args.task)
     for note in task.notes:
         console.note(note)
@@ -63,6 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         tokenizer_model=args.tokenizer_model,
         overrides=asked,
     )
+    check_output(args.output)
     finetune(args, settings, run, task, tokenizer)
 
 
@@ -114,16 +112,31 @@ def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, t
 def write(
     output: Path, rows: list[dict[str, Any]], lines: list[str], steps: list[str], facts: dict[str, Any]
 ) -> None:
-    """The folder, whole or not at all."""
-    from megatron_hyperrouter.files import publish, unfinished_folder
+    """The files of a fine-tuning, each whole or not at all, the results last."""
     from megatron_hyperrouter.finetuning import reports
 
-    with unfinished_folder(output) as draft:
-        write_json(draft / reports.RESULTS, {"results": rows})
-        write_text(draft / reports.PREDICTIONS, "".join(lines))
-        write_text(draft / reports.TRAINING, "".join(steps))
-        write_json(draft / reports.FACTS, facts)
-        publish(draft, output)
+    try:
+        write_json(output / reports.FACTS, facts)
+        write_text(output / reports.PREDICTIONS, "".join(lines))
+        write_text(output / reports.TRAINING, "".join(steps))
+        write_json(output / reports.RESULTS, {"results": rows})
+    except OSError as error:
+        raise HyperRouterError(
+            f"{output} cannot be written: {error.strerror or error}", remedy="make room on that disk"
+        ) from error
+
+
+def check_output(output: Path) -> None:
+    """ConfigError where results are there already, or cannot be written."""
+    from megatron_hyperrouter.finetuning import reports
+
+    rule = "already holds results" if (output / reports.RESULTS).exists() else ""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"cannot be made: {error.strerror or error}"
+    if rule:
+        raise ConfigError([Problem("--output", output, rule, "give another folder, or move it away")])
 
 
 def facts_of(run: TrainedRun, settings: Settings, task: Task, parts: dict[str, Part]) -> dict[str, Any]:

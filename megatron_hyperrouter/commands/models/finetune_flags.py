@@ -65,7 +65,7 @@ def all_flags(description: str) -> ArgumentParser:
     add_run_flags(flags, data=False)
     _optional(flags, "--load")
     flags.add_argument("--task", type=Path, metavar="DIR", help="folder of the task")
-    flags.add_argument("--output", type=Path, metavar="DIR", help="new folder for the results")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="folder for the results")
     flags.add_argument(
         "--compare",
         type=Path,
