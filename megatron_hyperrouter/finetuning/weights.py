@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.optimizer import MOMENTS
 from megatron_hyperrouter.engines.routing import draw_by_name
-from megatron_hyperrouter.model.init import initialise
 from megatron_hyperrouter.model.names import CLASSIFIER
 from megatron_hyperrouter.model.parallel import seed_dropout
 
@@ -50,14 +49,24 @@ def put_back(engine: SharedEngine, kept: Kept) -> None:
     engine.weights_changed()
 
 
+@torch.no_grad()
 def start_again(engine: SharedEngine, kept: Kept, *, seed: int) -> None:
     """The weights that were kept, a head and dropout drawn by ``seed``, and an optimizer that knows
     nothing.
+
+    A matrix of the head is N(0, 1 / inputs): the run's own initial weights may be so small that a short
+    fine-tuning of a narrow model learns nothing.
     """
     put_back(engine, kept)
     held = engine.holding()
-    head = [(name, each) for name, each in held.named if name.startswith(CLASSIFIER)]
-    initialise(head, engine.config.model, draw_by_name(seed))
+    draw = draw_by_name(seed)
+    for name, parameter in held.named:
+        if not name.startswith(CLASSIFIER):
+            continue
+        if parameter.dim() == 1:
+            parameter.zero_()
+        else:
+            parameter.copy_(draw(name, tuple(parameter.shape)) * parameter.size(1) ** -0.5)
     engine.take_weights_over()
     for piece in held.pieces() if held.pieces else ():
         for moment in MOMENTS:
