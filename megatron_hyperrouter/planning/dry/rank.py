@@ -24,12 +24,14 @@ from megatron_hyperrouter.planning.dry.one_rank import run
 
 def main() -> None:
     """Tasks from stdin, answers to stdout, in order."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what hosts print is no answer
     silence_hosts()
     warnings.filterwarnings("ignore")  # hosts see fake tensors, and say so at each look
     _import_hosts()
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(in_fork(json.loads(line))) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(in_fork(json.loads(line))) + "\n")
+        answers.flush()
 
 
 def in_fork(task: dict[str, Any]) -> dict[str, Any]:

@@ -28,32 +28,44 @@ class Layer(NamedTuple):
     """Bytes of a micro-batch in one layer."""
 
     kept: float  # until the backward pass
-    working: float  # while the layer is computed
+    working: float  # more, while the backward pass is in it
 
 
 def layer_of(candidate: Candidate, skew: float, with_experts: bool) -> Layer:
     """A layer of the layout of ``candidate``; ``skew``: load of the busiest rank of experts over the mean."""
     config = candidate.config
     size = 2 if config.train.bf16 else 4
-    parallel, model, D = config.parallel, config.model, config.model.hidden_size
-    tensor = parallel.tensor_model_parallel_size
-    T = config.train.micro_batch_size * model.seq_length / parallel.context_parallel_size
-    attention = T / tensor * (6 * D + _heads(config))
-    if with_experts:
-        shares = expert_tensor_size(config)
-        routes = T / tensor * model.moe_router_topk * shares
-        rows = routes * skew if parallel.expert_model_parallel_size > 1 else routes
-        mlp = rows * (D + 2 * expert_width(config) / shares) + routes * D + T / tensor * 2 * D
-        if model.moe_shared_expert_intermediate_size:
-            mlp += T / tensor * (3 * model.moe_shared_expert_intermediate_size + D)
-        working = rows * (3 * D + 4 * expert_width(config) / shares)
-    else:
-        mlp = T / tensor * (3 * dense_width(config) + D)
-        working = T / tensor * 4 * dense_width(config)
-    kept, selective = attention + mlp, config.train.recompute_granularity
-    if selective == "full":
-        return Layer(size * T / tensor * D, size * (attention + mlp + working))
-    return Layer(size * kept, size * working)
+    tensor, D = config.parallel.tensor_model_parallel_size, config.model.hidden_size
+    T = config.train.micro_batch_size * config.model.seq_length / config.parallel.context_parallel_size
+    own = T / tensor
+    attention = own * (size * (5 * D + _heads(config)) + _FLOAT32 * (4 * D + _normed(config)))
+    mlp, working = (_routed if with_experts else _dense)(config, own, skew)
+    if config.engine.engine == "deepspeed" and tensor > 1 and with_experts:
+        mlp += (T - own) * D * (size + _FLOAT32)  # every rank routes all tokens
+    if config.train.recompute_granularity == "full":
+        return Layer(size * own * D, attention + mlp + working)
+    return Layer(attention + mlp, working)
+
+
+def _routed(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
+    """Kept and working bytes of a mixture of experts, for ``own`` tokens of this rank."""
+    model, shares, D = config.model, expert_tensor_size(config), config.model.hidden_size
+    size = 2 if config.train.bf16 else 4
+    F = expert_width(config) / shares
+    rows = own * model.moe_router_topk * shares
+    if config.parallel.expert_model_parallel_size * shares > 1:
+        rows *= skew
+    shared = model.moe_shared_expert_intermediate_size
+    beside = (3 * shared / config.parallel.tensor_model_parallel_size + D) if shared else 0.0
+    router = own * _FLOAT32 * (D * config.train.bf16 + 5 * model.num_experts)
+    kept = size * (rows * (D + 2 * F) + own * config.parallel.tensor_model_parallel_size * beside)
+    return kept + router, size * rows * (2 * D + 4 * F)
+
+
+def _dense(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
+    """As :func:`_routed`, of a dense layer; tensor parallelism cuts its width."""
+    size = 2 if config.train.bf16 else 4
+    return size * own * 3 * dense_width(config), size * own * 3 * dense_width(config)
 
 
 def _heads(config: RunConfig) -> float:
@@ -63,9 +75,14 @@ def _heads(config: RunConfig) -> float:
     if latent.multi_latent_attention:
         query = heads * (latent.qk_head_dim + latent.qk_pos_emb_head_dim)
         return 2 * (2 * query + heads * latent.v_head_dim) + latent.kv_lora_rank
-    width = head_width(config)
-    qkv = (heads + 2 * query_groups(config)) * width
-    return 2 * qkv + heads * width
+    return head_width(config) * (3 * heads + 3 * query_groups(config))
+
+
+def _normed(config: RunConfig) -> float:
+    """Channels of queries and keys that norms keep."""
+    if not config.model.qk_layernorm or config.attention.multi_latent_attention:
+        return 0.0
+    return head_width(config) * (config.model.num_attention_heads + query_groups(config))
 
 
 def activations_of(
@@ -74,12 +91,12 @@ def activations_of(
     number: int,
     layers: list[Layer],
     routed: tuple[bool, ...],
-) -> float:
+) -> Layer:
     """Of all micro-batches that a stage has in flight; ``layers``: without and with experts."""
     stage = stages[number]
     kept = sum(layers[routed[layer]].kept for layer in stage.layers)
     working = max((layers[routed[layer]].working for layer in stage.layers), default=0.0)
-    return kept * _in_flight(candidate, len(stages), number) + working
+    return Layer(kept * _in_flight(candidate, len(stages), number), working)
 
 
 def _in_flight(candidate: Candidate, stages: int, number: int) -> float:
@@ -98,8 +115,10 @@ def logits_of(candidate: Candidate, rows: int) -> float:
     config = candidate.config
     size = 2 if config.train.bf16 else 4
     T = config.train.micro_batch_size * config.model.seq_length // config.parallel.context_parallel_size
-    V = rows // config.parallel.tensor_model_parallel_size
+    V, D = rows // config.parallel.tensor_model_parallel_size, config.model.hidden_size
     chunk = min(chunk_tokens(V), T)
-    D = config.model.hidden_size
-    gradient = V * D * (size if chunk >= T else size + _FLOAT32)
-    return float(chunk * V * (size + _FLOAT32) + gradient + 2 * T * D * size)
+    if chunk < T:  # the gradient is added up in float32, a chunk at a time
+        return float(chunk * V * max(_FLOAT32 + size, size) + 2 * V * D * _FLOAT32 + 2 * T * D * size)
+    if config.train.bf16:
+        return float(chunk * V * (_FLOAT32 + size) + 2 * T * D * size)
+    return float(chunk * V * _FLOAT32 + V * D * size + 2 * T * D * size)

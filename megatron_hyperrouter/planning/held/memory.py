@@ -73,14 +73,21 @@ class Estimator:
             routers += config.model.mtp_num_layers or 0
         weights, gradients, optimizer = _state(candidate, held)
         layers = [layer_of(candidate, self.machine.skew, with_experts) for with_experts in (False, True)]
+        kept, working = activations_of(candidate, stages, number, layers, routed)
+        logits = logits_of(candidate, self.rows) if stage.last else 0.0
+        buckets, passing = _buckets(config, held)
+        if logits > working + passing:  # the worst moment is the loss, else the backward pass of a layer
+            working = passing = 0.0
+        else:
+            logits = 0.0
         return Use(
             weights,
             gradients,
             optimizer,
             self.frozen.per_layer * routers + (self.frozen.shared if routers else 0.0),
-            activations_of(candidate, stages, number, layers, routed),
-            logits_of(candidate, self.rows) if stage.last else 0.0,
-            _buckets(config, held),
+            kept + working,
+            logits,
+            buckets + passing,
             self.machine.reserve,
         )
 
@@ -88,24 +95,25 @@ class Estimator:
 def _state(candidate: Candidate, held: Held) -> tuple[float, float, float]:
     """Weights, gradients and AdamW's state."""
     config = candidate.config
-    bf16 = config.train.bf16
-    weight = 2 if bf16 else 4
+    bf16, deepspeed = config.train.bf16, config.engine.engine == "deepspeed"
+    stage = config.engine.zero_stage if deepspeed else 0
+    weight, state = (2, 12) if bf16 else (4, 8)
     gradient = 2 if config.optimizer.grad_reduce_in_bf16 and bf16 else 4
-    state = 12 if bf16 else 8
     spread = (candidate.replicas, candidate.expert_replicas) if candidate.shards_optimizer else (1, 1)
-    if config.engine.engine == "deepspeed" and not bf16:
-        state = 12  # ZeRO's float32 weights are a copy
-    optimizer = state * (held.dense / spread[0] + held.expert / spread[1])
-    gradients = float(gradient * held.total)
-    if config.engine.engine == "deepspeed" and config.engine.zero_stage == 2:
-        gradients = gradient * (held.dense / spread[0] + held.expert / spread[1])
-    return float(weight * held.total), gradients, optimizer
+    if stage and not bf16:
+        weight, state = 8, 12  # ZeRO's rows are copies, in float32 too
+    if stage == 1 and bf16:
+        gradient = 6  # those of the weights, and their sum in float32
+    part = held.dense / spread[0] + held.expert / spread[1]
+    gradients = float(gradient * (part if stage == 2 else held.total))
+    return float(weight * held.total), gradients, state * part
 
 
-def _buckets(config: RunConfig, held: Held) -> float:
-    """What gradients pass through."""
-    if config.engine.engine == "megatron":
-        return float((2 if config.train.bf16 else 4) * held.largest)
+def _buckets(config: RunConfig, held: Held) -> tuple[float, float]:
+    """What gradients pass through: all the time, and while a layer is computed."""
+    size = 2 if config.train.bf16 else 4
+    passing = float(size * held.largest)
+    if config.engine.engine == "megatron" or (config.engine.zero_stage == 1 and config.train.bf16):
+        return 0.0, passing
     bucket = min(LARGEST_BUCKET, max(held.dense, held.expert))
-    copies = 2 if config.engine.zero_stage == 2 else 1
-    return float(copies * bucket * (2 if config.train.bf16 else 4))
+    return float((2 if config.engine.zero_stage == 2 else 1) * bucket * size), passing
