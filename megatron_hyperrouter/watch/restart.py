@@ -22,9 +22,7 @@ def worth_restarting(run_dir: Path, exit_status: int, *, attempts: int = MOST_AT
     if exit_status in _NEVER:
         return False, _no_use(exit_status)
     trace = read_trace(run_dir)
-    status = status_of(trace)
-    if status.state in ("running", "hung"):
-        return False, "it still runs"
+    status = status_of(trace, ended=True)
     if exit_status == 0 or status.state == "finished":
         return False, "it has finished"
     recorded = exit_status if status.exit_status is None else status.exit_status

@@ -47,11 +47,11 @@ class Status:
         return asdict(self)
 
 
-def status_of(trace: Trace) -> Status:
-    """Judge what was read."""
+def status_of(trace: Trace, *, ended: bool = False) -> Status:
+    """Judge what was read; ``ended``: its launcher has ended, so nothing can be alive any more."""
     opening = trace.opening or {}
     late = _late(trace, opening)
-    state, reason, exit_status = _state(trace, late)
+    state, reason, exit_status = _state(trace, late, alive=not ended and _is_alive(trace))
     alive = state in ("running", "hung")
     step = max(trace.steps.last, int(opening.get("step", 0)))
     total = _whole(opening.get("total"))
@@ -81,9 +81,9 @@ def status_of(trace: Trace) -> Status:
     )
 
 
-def _state(trace: Trace, late: list[str]) -> tuple[str, str, int | None]:
+def _state(trace: Trace, late: list[str], *, alive: bool) -> tuple[str, str, int | None]:
     """State, reason, exit status."""
-    closing, alive = trace.closing, _is_alive(trace)
+    closing = trace.closing
     newest = trace.events[-1]["time"] if trace.events else 0.0
     begins_again = alive and (trace.held_since or 0.0) > newest
     if not trace.events or (closing is not None and begins_again):

@@ -56,7 +56,7 @@ def said(slurm: Slurm, job: str) -> str:
     return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
 
-def wait(slurm: Slurm, job: str, happened: Callable[[], object], seconds: float = 150) -> None:
+def wait(slurm: Slurm, job: str, happened: Callable[[], object], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > end:

@@ -198,6 +198,14 @@ class TestRestart:
         write_events(run_dir, *events)
         assert worth_restarting(run_dir, launcher)[0] is answer
 
+    def test_a_run_on_another_machine_that_was_killed_just_now(self, run_dir: Path) -> None:
+        """Its last beats are fresh, but its launcher says that it has ended."""
+        (run_dir / HOLDER).write_text('{"host": "elsewhere", "pid": 1}')
+        (run_dir / LOCK).touch()
+        write_beats(run_dir, time.time(), {}, {})
+        assert now(run_dir).state == "running"
+        assert worth_restarting(run_dir, 137)[0] is True
+
     def test_attempts_that_get_no_further(self, run_dir: Path) -> None:
         opening = {"event": "resume", "time": 1.0, "step": 100}
         write_events(run_dir, {"event": "start", "time": 1.0}, opening, opening)
