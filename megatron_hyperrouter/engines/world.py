@@ -19,6 +19,7 @@ from megatron_hyperrouter import console
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.model.parallel import dropout_states, expert_rank, set_dropout_states
+from megatron_hyperrouter.processes import ROUND
 
 _PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
 _SILENCE = 60.0  # seconds of waiting before a person is told
@@ -58,6 +59,8 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
     begin = time.monotonic()
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        if ROUND in os.environ:  # torchrun's store has the keys of earlier attempts, too
+            store = dist.PrefixStore(os.environ[ROUND], store)
         store.set_timeout(_PATIENCE)  # NCCL meets there at the first collective
         dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistStoreError, dist.DistNetworkError) as error:

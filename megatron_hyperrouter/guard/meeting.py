@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -20,8 +21,10 @@ from torch import distributed as dist
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.processes import ROUND
 
 _PATIENCE = timedelta(hours=2)  # with the slowest rank
+_POLL = 0.1  # seconds
 _NAME = 30.0  # seconds until the name of a machine is known
 _SILENCE = 60.0  # seconds of waiting before a person is told
 
@@ -43,7 +46,9 @@ class Meeting:
         wait_for_name(os.environ["MASTER_ADDR"])
         with _waiting(world_size):
             store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        store.set_timeout(_PATIENCE)
+            store.set_timeout(_PATIENCE)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = _of_this_attempt(store, rank, world_size)
         return cls(rank, world_size, dist.PrefixStore("start", store))
 
     def decided(self, topic: str, word: str) -> str:
@@ -96,6 +101,40 @@ def wait_for_name(host: str) -> None:
                 remedy = "give rank 0's address, or mend DNS or /etc/hosts on that machine"
                 raise ConfigError([Problem("MASTER_ADDR", host, rule, remedy)]) from error
         time.sleep(1.0)
+
+
+def _of_this_attempt(store: Any, rank: int, world_size: int) -> Any:
+    """The part of torchrun's store that no earlier attempt has written to.
+
+    torchrun keeps its store when it restarts the ranks, with every key of the attempt before, and each node
+    counts its restarts by itself.  So rank 0 thinks of a name, and tells it to each rank that asks with a
+    word of its own; a word that an earlier attempt has left is asked by nobody, and nobody confirms it.
+    """
+    if rank:
+        word = secrets.token_hex(8)
+        store.set(f"round/asked/{rank}", word)
+        name = store.get(f"round/told/{word}").decode()
+        store.set(f"round/{name}/{rank}", "here")
+    else:
+        name = secrets.token_hex(8)
+        _tell_name(store, name, set(range(1, world_size)))
+    os.environ[ROUND] = f"round/{name}"
+    return dist.PrefixStore(f"round/{name}", store)
+
+
+def _tell_name(store: Any, name: str, missing: set[int]) -> None:
+    told: dict[int, bytes] = {}
+    end = time.monotonic() + _PATIENCE.total_seconds()
+    while missing:
+        for rank in sorted(missing):
+            word = store.get(f"round/asked/{rank}")
+            if told.get(rank) != word:
+                store.set(f"round/told/{word.decode()}", name)
+                told[rank] = word
+        missing -= {rank for rank in missing if store.check([f"round/{name}/{rank}"])}
+        if missing and time.monotonic() > end:
+            raise dist.DistStoreError(f"rank {min(missing)} has not come")
+        time.sleep(_POLL if missing else 0.0)
 
 
 @contextmanager

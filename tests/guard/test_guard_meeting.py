@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,30 @@ def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     meeting.wait_for_name("127.0.0.1")
     with pytest.raises(ConfigError, match=r"MASTER_ADDR = node7\.invalid: is not known on "):
         meeting.wait_for_name("node7.invalid")
+
+
+def test_a_store_that_an_earlier_attempt_has_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun keeps it: what the ranks said then does not count, also where one of them had not come."""
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    monkeypatch.setattr(meeting, "_POLL", 0.01)
+    monkeypatch.delenv(meeting.ROUND, raising=False)
+
+    def attempt(ranks: range, word: str) -> dict[int, str]:
+        heard: dict[int, str] = {}
+
+        def one(rank: int) -> None:
+            own = meeting._of_this_attempt(store, rank, 3)
+            heard[rank] = Meeting(rank, 3, own).decided("start", f"{word} of {rank}")
+
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in ranks]
+        for thread in reversed(threads):  # rank 0 comes last
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(5 if len(ranks) == 3 else 0.3)
+        return heard
+
+    assert attempt(range(3), "first") == dict.fromkeys(range(3), "first of 0")
+    assert attempt(range(2, 3), "lost") == {}  # one rank alone has come, and was killed
+    assert attempt(range(3), "third") == dict.fromkeys(range(3), "third of 0")
