@@ -102,7 +102,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
-    "evaluate": (LATE_ROOM, {"torch", "numpy"}),
+    "evaluate": ({*LATE_ROOM, "analysis"}, {"torch", "numpy"}),
     "finetuning": ({*LATE_ROOM, "train.lr", "evaluate", "analysis"}, {"torch", "numpy", "megatron"}),
     "export": ({*LATE_ROOM, "export/classes"}, {"torch", "numpy", "safetensors", "megatron"}),
     "export/classes": ({"config", "model"}, {"torch"}),

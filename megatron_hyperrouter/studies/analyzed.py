@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.analysis import jacobian, routes
 from megatron_hyperrouter.analysis.experts import comparable_tokens, similarity_matrix
+from megatron_hyperrouter.analysis.trained_experts import read_experts
 from megatron_hyperrouter.analysis.watching import Sample, Witness, watching
 from megatron_hyperrouter.checkpoint.folder import folder_name, read_manifest
 from megatron_hyperrouter.checkpoint.manifest import sealed_steps
@@ -73,7 +74,7 @@ class Analysis:
         starts = self._start_matrices()
         found = []
         for layer, sample in sorted(seen.samples.items()):
-            experts = read_experts(self.run, layer)
+            experts = read_experts(self.run.checkpoint, self.run.settings, layer)
             matrix_EE = similarity_matrix(experts.outputs_ETD(sample.x_ND))
             row: dict[str, Any] = {"layer": layer}
             row |= {name: measures[layer][name] for name in _MEASURES}
@@ -170,18 +171,6 @@ def matrix_of(router: Router) -> Tensor | None:
             return router.linear()[0].detach().cpu().clone()
     except NotImplementedError:
         return None
-
-
-def read_experts(run: TrainedRun, layer: int) -> jacobian.Experts:
-    """The experts of a layer, float32, from the checkpoint."""
-    model = run.settings.model
-    prefix = router_prefix(layer, model.num_layers).removesuffix("router.") + "experts.local_experts."
-    names = [
-        [f"{prefix}{expert}.linear_fc{number}.weight" for expert in range(model.num_experts)]
-        for number in (1, 2)
-    ]
-    held = read_tensors(run.checkpoint, names[0] + names[1])
-    return jacobian.Experts(*(torch.stack([held[name].float() for name in each]) for each in names))
 
 
 def checkpoints_until(run: TrainedRun) -> list[Path]:

@@ -11,10 +11,10 @@ from megatron_hyperrouter.compat.host_logs import silence_hosts
 silence_hosts()
 
 from megatron_hyperrouter.analysis.experts import every_output_ETD, open_to_routers  # noqa: E402
+from megatron_hyperrouter.analysis.trained_experts import read_experts  # noqa: E402
 from megatron_hyperrouter.analysis.watching import watching  # noqa: E402
 from megatron_hyperrouter.evaluate.trained import TrainedRun  # noqa: E402
 from megatron_hyperrouter.routers import ROUTERS  # noqa: E402
-from megatron_hyperrouter.studies.analyzed import read_experts  # noqa: E402
 from megatron_hyperrouter.train.metrics import score  # noqa: E402
 
 
@@ -29,7 +29,7 @@ def main() -> None:
 
     def see(router, routing, x_TD, now):
         by_engine = every_output_ETD(router, x_TD, now)
-        by_weights = read_experts(run, router.layer_number).outputs_ETD(x_TD)
+        by_weights = read_experts(run.checkpoint, run.settings, router.layer_number).outputs_ETD(x_TD)
         found.append(float((by_engine - by_weights).abs().max() / by_engine.abs().max()))
 
     with watching(routers, see), torch.no_grad():

@@ -102,3 +102,18 @@ def test_refusals(zygote: Zygote, runs: Path, tmp_path: Path) -> None:
     job = zygote.run(common, program=TOOL, ranks=2, expect=2)
     assert "without a launcher" in job.stderr
     assert not output.exists()
+
+
+def test_a_calibrated_evaluation_is_that_of_a_router_with_the_factor(zygote: Zygote, runs: Path) -> None:
+    """In a run with one MoE layer its scale is --router.scaling-factor."""
+    run = runs / "smoe_dropout"
+    words = ["--load", run, "--topk", 1, K, "--calibrate-k", "--output", run / "e.json"]
+    zygote.run(words, program=REPOSITORY / "tools" / "evaluate.py")
+    found = json.loads((run / "e.json").read_text())
+    at_1, at_k = found["calibrated"]
+    (scale,) = at_1["scales"]
+    assert scale < 1.0 and at_k["scales"] == [1.0]
+    assert at_k["lm_loss"] == pytest.approx(found["results"][1]["lm_loss"], rel=1e-7)
+    job = zygote.run([run, 1, scale], program=WORKER.with_name("scaled_worker.py"))
+    assert at_1["lm_loss"] == pytest.approx(float(job.stdout.splitlines()[-1]), rel=1e-6)
+    assert at_1["lm_loss"] != pytest.approx(found["results"][0]["lm_loss"], rel=1e-7)

@@ -1,7 +1,8 @@
 """Score a trained model at several k: what routing each token to fewer or more experts costs.
 
 Writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to --output and a
-table to stdout. Runs in one process, or under torchrun or deepspeed on several ranks.
+table to stdout.  Perplexity is for each token; where the manifests of the data count words, there is
+"word_perplexity" too.  Runs in one process, or under torchrun or deepspeed on several ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags, checkpoint_of
 from megatron_hyperrouter.files import write_json
@@ -18,6 +19,8 @@ from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.train.metrics import Record
     from megatron_hyperrouter.train.resuming.start import Start
 
@@ -29,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from megatron_hyperrouter.config.cli import launched_world_size
     from megatron_hyperrouter.evaluate.perplexity import check_topks, loss_by_topk
+    from megatron_hyperrouter.evaluate.words import word_perplexity, words_per_token
     from megatron_hyperrouter.guard.meeting import Meeting
     from megatron_hyperrouter.guard.ranks import adopt_ranks
     from megatron_hyperrouter.train.metrics import to_json
@@ -40,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     assert load is not None
     run = TrainedRun.open(load, world_size=launched_world_size(), tokenizer_model=args.tokenizer_model)
     check_topks(args.topk, run.settings.model.num_experts)
+    if args.calibrate_k:
+        refuse_several_ranks(launched_world_size())
     tokenizer = run.tokenizer()
     samples = args.eval_iters and args.eval_iters * run.global_batch_size
     dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=samples)
@@ -57,6 +63,12 @@ def main(arguments: Sequence[str]) -> None:
                 num_samples=samples,
                 token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
             )
+        ratio = words_per_token(run.data(split=args.split, data_path=args.data_path), args.split or "test")
+        results = [
+            {**row, "word_perplexity": word_perplexity(float(row["lm_loss"] or 0.0), ratio)}
+            for row in results
+        ]
+        calibrated = calibrated_results(run, engine, tokenizer, dataset, args) if args.calibrate_k else None
         if engine.place.is_main:
             rows = ", ".join(to_json(result) for result in results)
             head = {
@@ -66,6 +78,10 @@ def main(arguments: Sequence[str]) -> None:
                 "split": args.split,
             }
             show(results)
+            if calibrated is not None:
+                head["calibrated"] = calibrated
+                print("with one scale for each layer (--calibrate-k):")
+                show(calibrated)
             write_json(args.output, json.loads(f'{{"results": [{rows}]}}') | head)
     finally:
         engine.close()
@@ -78,6 +94,52 @@ def found(load: str) -> Start:
 
     folder = checkpoint_of(load)
     return Start(folder, read_manifest(folder))
+
+
+def refuse_several_ranks(world_size: int) -> None:
+    """Raises ConfigError: the scales are computed from the outputs of all experts."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    if world_size > 1:
+        rule = f"needs one process, and {world_size} were started"
+        raise ConfigError([Problem("--calibrate-k", True, rule, "start the command without a launcher")])
+
+
+def calibrated_results(
+    run: TrainedRun, engine: Engine, tokenizer: Tokenizer, dataset: Dataset, args: Namespace
+) -> list[dict[str, Any]]:
+    """The scores with one scale for each layer, from the first micro-batch of the run's training data."""
+    import torch
+
+    from megatron_hyperrouter.analysis.trained_experts import read_experts
+    from megatron_hyperrouter.evaluate.calibration import apply, calibrate
+    from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
+    from megatron_hyperrouter.train.metrics import score
+
+    size = run.settings.train.micro_batch_size
+    training = run.dataset(tokenizer, split="train", samples=size)
+    bytes_V = tokenizer.token_bytes_V()
+    routers = list(engine.routers.values())
+    rows = []
+    for topk in args.topk:
+        factors = calibrate(
+            routers,
+            lambda layer: read_experts(run.checkpoint, run.settings, layer),
+            lambda k: score(engine, training, topk=k, micro_batch_size=size, num_samples=size),
+            trained=run.settings.model.moe_router_topk,
+            topk=topk,
+        )
+        with apply(routers, factors):
+            (row,) = loss_by_topk(
+                engine,
+                dataset,
+                [topk],
+                micro_batch_size=min(size, len(dataset)),
+                num_samples=args.eval_iters and args.eval_iters * run.global_batch_size,
+                token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+            )
+        rows.append({**row, "scales": [factors[layer] for layer in sorted(factors)]})
+    return rows
 
 
 class Counted:
@@ -112,6 +174,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         metavar="N",
         help="global batches of the run, as in training (default: the whole split)",
+    )
+    flags.add_argument(
+        "--calibrate-k",
+        action="store_true",
+        help="also score with one scale for the output of each MoE layer, taken from a batch of training "
+        "data, and report it apart under calibrated",
     )
     flags.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
     args = flags.parse_args(arguments)
