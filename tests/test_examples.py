@@ -70,6 +70,7 @@ PUBLISHED = {
     # less the difference that the file names
     "olmoe-like": (50304, 6_919_161_856 - 61_440),
 }
+OURS = ("glam-like-small", "switch-like-small")
 LAYOUTS = [
     (path, int(ranks), flags)
     for path in MODELS
@@ -92,7 +93,16 @@ def test_a_model_is_accepted_on_the_layouts_that_it_names(
 
 def test_each_model_names_layouts() -> None:
     assert {path for path, _, _ in LAYOUTS} == set(MODELS)
-    assert {path.stem for path in MODELS} == {*PUBLISHED, "hyperrouter-paper"}
+    assert {path.stem for path in MODELS} == {*PUBLISHED, *OURS, "hyperrouter-paper"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_small_model_has_as_many_parameters_as_its_file_says(name: str) -> None:
+    path = ROOT / "examples" / "models" / f"{name}.yaml"
+    config = parse(["--config", str(path)], routers=ROUTERS)
+    said = re.search(r"([\d,]+) parameters with 384 rows", path.read_text())
+    assert said is not None
+    assert f"{size_of(config, shapes_of(config, 384)).total:,}" == said[1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

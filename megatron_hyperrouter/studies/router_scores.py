@@ -22,66 +22,92 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.train.metrics import Record
 
 LAST_SHARE = 0.1  # of the steps, whose mean is a run's entropy and load
+LOOKED_AT = 16  # global batches of the test split
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Checkpoint -> losses at each k and similarity of experts; metrics -> entropy, load, times and
-    curves.
+    """Checkpoint -> losses at each k, measures of routers and experts; metrics -> entropy, load, times,
+    FLOPs and curves.
     """
     task = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     run_dir = Path(task["run_dir"])
     run = TrainedRun.open(run_dir)
-    results, similarity = scores(run, task["topk"], task["test_iters"])
+    results, looked = scores(run, task["topk"], task["test_iters"])
     records = [
         json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     content = {
         "settings": task["settings"],
         "results": results,
-        "expert_similarity": similarity,
-        **told(records, run.settings.model.num_layers),
+        **means_of(looked[-1]["layers"]),
+        **told(records),
+        "flops": work(run, task["topk"], records),
+        "analysis": looked,
     }
     write_json(Path(task["output"]), content)
 
 
-def scores(run: TrainedRun, topks: Sequence[int], test_iters: int | None) -> tuple[list[Record], float]:
-    """Losses of the test split, and the mean over layers of the experts' similarity on its first
-    micro-batch.
+def scores(
+    run: TrainedRun, topks: Sequence[int], test_iters: int | None
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Losses of the test split; and what routers and experts do there, at the smallest k and, last, at the k
+    that training ends on.
     """
     import torch
 
-    from megatron_hyperrouter.analysis.experts import expert_similarity, open_to_routers
     from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
-    from megatron_hyperrouter.routers import ROUTERS
-    from megatron_hyperrouter.train.metrics import score
+    from megatron_hyperrouter.studies.analyzed import Analysis
 
     tokenizer = run.tokenizer()
     samples = test_iters and test_iters * run.global_batch_size
     dataset = run.dataset(tokenizer, samples=samples)
     bytes_V = tokenizer.token_bytes_V()
-    size = min(run.settings.train.micro_batch_size, len(dataset))
-    with open_to_routers(ROUTERS[run.settings.router.name]):
-        engine: Any = run.open_engine(tokenizer)
+    engine: Any = run.open_engine(tokenizer)
     try:
         run.load_into(engine)
         results = loss_by_topk(
             engine,
             dataset,
             topks,
-            micro_batch_size=size,
+            micro_batch_size=min(run.settings.train.micro_batch_size, len(dataset)),
             num_samples=samples,
             token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
         )
-        layers = expert_similarity(
-            engine.routers.values(),
-            lambda: score(engine, dataset, topk=topks[0], micro_batch_size=size, num_samples=size),
-        )
+        looked_at = min(samples or len(dataset), len(dataset), LOOKED_AT * run.global_batch_size)
+        analysis = Analysis(run, engine, dataset, looked_at, tokenizer.vocab_size)
+        trained = run.settings.model.moe_router_topk
+        ks = [*(k for k in (min(topks),) if k != trained), trained]
+        looked = [{"topk": k, "layers": analysis.at(k)} for k in ks]
     finally:
         engine.close()
-    return results, statistics.fmean(layers.values())
+    return results, looked
 
 
-def told(records: Sequence[dict[str, Any]], num_layers: int) -> dict[str, Any]:
+def means_of(layers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The table's columns of :func:`scores`, means over layers."""
+    columns = (
+        ("expert_similarity", "mean_similarity"),
+        ("logit_std", "logit_std"),
+        ("mutual_information", "mutual_information"),
+    )
+    return {name: statistics.fmean(row[key] or 0.0 for row in layers) for name, key in columns}
+
+
+def work(run: TrainedRun, topks: Sequence[int], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """FLOPs of the whole training, and of a token's forward pass at each k."""
+    from megatron_hyperrouter.analysis.size import size_of
+    from megatron_hyperrouter.checkpoint.weights import weight_shapes
+
+    size = size_of(run.settings, weight_shapes(run.checkpoint))
+    tokens = run.global_batch_size * run.settings.model.seq_length
+    steps = [record for record in records if "split" not in record]
+    return {
+        "training": sum(size.flops(record["topk"]) * tokens for record in steps),
+        "inference": {str(k): size.flops(k) / 3 for k in topks},
+    }
+
+
+def told(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the metrics of a run say: means of its last steps, the median step time (seconds), and curves
     as [step, value].
     """
@@ -89,7 +115,9 @@ def told(records: Sequence[dict[str, Any]], num_layers: int) -> dict[str, Any]:
     last = steps[-max(round(LAST_SHARE * len(steps)), 1) :]
 
     def mean(name: str) -> float:
-        values = [record[f"router/{name}/{layer}"] for record in last for layer in range(1, num_layers + 1)]
+        values = [
+            value for record in last for key, value in record.items() if key.startswith(f"router/{name}/")
+        ]
         return statistics.fmean(values)
 
     valid = [record for record in records if record.get("split") == "valid"]

@@ -17,15 +17,19 @@ SeedCurve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, mea
 HEADS = {
     "entropy": "router entropy",
     "load_max_over_mean": "load max/mean",
+    "logit_std": "logit std",
+    "mutual_information": "MI",
     "expert_similarity": "similarity",
     "step_time": "step, ms",
 }
 POINTS = 60  # of a training curve: each the mean of the steps between
 
 
-def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Path) -> None:
-    """runs.csv, table.csv, differences.csv, table.md and, where matplotlib is, the plots; the table goes to
-    stdout as well.
+def write_tables(
+    finished: Sequence[tuple[str, int, dict[str, Any]]], output: Path, study: Mapping[str, Any]
+) -> None:
+    """runs.csv, table.csv, differences.csv, verdicts.csv, table.md and, where matplotlib is, the plots; the
+    table goes to stdout as well.  ``study``: the content of study.json.
     """
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for label, seed, results in finished:
@@ -49,7 +53,7 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
             heads,
             [[label, len(runs[label]), *chain.from_iterable(row.values())] for label, row in part.items()],
         )
-    text = markdown(table, apart, runs)
+    text = markdown(table, apart, runs) + asked(runs, study, output)
     (output / "table.md").write_text(text, encoding="utf-8")
     show(text.rstrip("\n"))
     if_matplotlib(lambda: plot(runs, table, apart, output))
@@ -57,13 +61,27 @@ def write_tables(finished: Sequence[tuple[str, int, dict[str, Any]]], output: Pa
     note(f"written to {output}: {', '.join(written)}")
 
 
+def asked(runs: RunsBySeed, study: Mapping[str, Any], output: Path) -> str:
+    """The table of the comparisons that were named before the runs, also as verdicts.csv; "" without any."""
+    from megatron_hyperrouter.studies import verdicts
+
+    named = verdicts.parse(study["comparisons"])
+    rows = [list(map(str, each.cells())) for each in verdicts.verdicts(runs, named, effect=study["effect"])]
+    if not rows:
+        return ""
+    write_csv(output / "verdicts.csv", verdicts.HEADS, rows)
+    return f"\n{markdown_table(verdicts.HEADS, rows)}\n{verdicts.about(study['effect'])}\n"
+
+
 def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one run: ``bits_per_byte_kN`` (``lm_loss_kN``, nats per token, where bytes are unknown),
-    then those of HEADS.
+    then those of HEADS that it has.
     """
     scored = results["results"]
     unit = "lm_loss" if any(row["bits_per_byte"] is None for row in scored) else "bits_per_byte"
-    return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {name: results[name] for name in HEADS}
+    return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {
+        name: results[name] for name in HEADS if name in results
+    }
 
 
 def intervals(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
@@ -102,7 +120,10 @@ def markdown(
     first, measures = next(iter(table)), list(next(iter(table.values())))
     scored = [name for name in measures if name not in HEADS]
     unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"
-    heads = [*(f"k = {name.rpartition('_k')[2]}" for name in scored), *HEADS.values()]
+    heads = [
+        *(f"k = {name.rpartition('_k')[2]}" for name in scored),
+        *(HEADS[name] for name in measures if name in HEADS),
+    ]
 
     def lines(corner: str, rows: Mapping[str, Mapping[str, Interval]], sign: str) -> str:
         body = [[label, *(cell(name, *row[name], sign) for name in measures)] for label, row in rows.items()]
@@ -112,8 +133,9 @@ def markdown(
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
     about = (
         f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last "
-        "steps; similarity: mean linear "
-        f"CKA of two experts' outputs. Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
+        "steps; logit std, mutual information (MI, nats) and similarity (mean linear CKA of two experts' "
+        "outputs) of test data at the k that training ends on. "
+        f"Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
         f"{_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
@@ -128,6 +150,8 @@ def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
         "step_time": (1, 1e3),
         "entropy": (3, 1),
         "load_max_over_mean": (2, 1),
+        "logit_std": (3, 1),
+        "mutual_information": (3, 1),
         "expert_similarity": (3, 1),
     }.get(measure, (4, 1))
     return with_half(mean * scale, None if half is None else half * scale, f".{digits}f", sign)

@@ -21,6 +21,7 @@ import yaml
 from distributed import REPOSITORY, environment
 from program.launched import Zygote, metrics
 from program.settings import TINY_MODEL, write_text
+from scipy import stats
 
 pytestmark = pytest.mark.processes
 
@@ -114,7 +115,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
         "--jobs",
         2,
     ]
-    words += ["--data-path", data, "--train-iters", STEPS]
+    words += ["--data-path", data, "--train-iters", STEPS, "--comparisons", "twins:topk@1", "topk:twins@2"]
     process = start(folder, *words)
     first = folder_of(folder / "out", LABELS[0], SEEDS[0])
     end = time.monotonic() + 120
@@ -238,6 +239,38 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
     assert f"| less {LABELS[0]}, seed by seed |" in compared.out
 
 
+def test_verdicts_against_scipy(compared: Compared) -> None:
+    """Two comparisons: the smaller p-value counts twice."""
+    rows = compared.rows("verdicts.csv")
+    assert [row["comparison"] for row in rows] == ["twins less topk", "topk less twins"]
+    expected = []
+    for left, right, at in (("twins", "topk", 0), ("topk", "twins", 1)):
+        values = [
+            [compared.results(label, seed)["results"][at]["bits_per_byte"] for seed in SEEDS]
+            for label in (left, right)
+        ]
+        expected.append(stats.ttest_rel(*values).pvalue)
+    low, high = sorted(expected)
+    adjusted = {low: min(2 * low, 1.0), high: max(min(2 * low, 1.0), high)}
+    for row, p in zip(rows, expected, strict=True):
+        assert float(row["p (Holm)"]) == pytest.approx(adjusted[p], rel=0.01)
+    assert "| topk less twins |" in compared.out
+
+
+def test_what_routers_do_is_measured_by_layer_and_work_is_counted(compared: Compared) -> None:
+    results = compared.results("topk", 7)
+    assert [each["topk"] for each in results["analysis"]] == [1, 2]  # the smallest k, and that of training
+    layers = results["analysis"][-1]["layers"]
+    assert [row["layer"] for row in layers] == [1, 2]
+    similarity = sum(row["mean_similarity"] for row in layers) / 2
+    assert results["expert_similarity"] == pytest.approx(similarity)
+    flops = results["flops"]
+    assert (
+        flops["inference"]["2"] - flops["inference"]["1"] == 2 * 3 * 32 * 48 * 2
+    )  # one more expert, 2 layers
+    assert flops["training"] == 3 * flops["inference"]["2"] * STEPS * 4 * 16
+
+
 def test_plots_are_there(compared: Compared) -> None:
     pytest.importorskip("matplotlib")
     for name in ("bits_per_byte", "differences", "learning_curves"):
@@ -255,9 +288,13 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(co
         "--data-path",
         compared.folder / "text",
     ]
-    out, err = finish(start(compared.folder, *words, "--seeds", 2, "--train-iters", STEPS))
+    asked = ["--comparisons", "twins:topk@1", "topk:twins@2"]
+    out, err = finish(start(compared.folder, *words, *asked, "--seeds", 2, "--train-iters", STEPS))
     assert out == compared.out
     assert "started" not in err
+    later = ["--comparisons", "twins:topk@4"]
+    _, err = finish(start(compared.folder, *words, *later, "--seeds", 2, "--train-iters", STEPS), expect=2)
+    assert "must be named before the runs, which answer twins:topk@1, topk:twins@2" in err
     _, err = finish(start(compared.folder, *words, "--seeds", 1, "--train-iters", STEPS + 1), expect=2)
     assert err.count("holds a run with other settings") == 2
 
@@ -303,6 +340,16 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         ["--routers", "topk", "--router.bias", "true"],
         "",
         "options of routers go into --options",
+    ),
+    "a comparison that cannot be read": (
+        ["--routers", "topk", "xmoe", "--comparisons", "topk@1"],
+        "",
+        "is not of the form LEFT:RIGHT@K",
+    ),
+    "a comparison with nobody": (
+        ["--routers", "topk", "xmoe", "--comparisons", "topk:hyper@1", "topk:xmoe@3"],
+        "",
+        "hyper is not among the routers",
     ),
     "twice": (["--routers", "topk", "topk"], "", "names topk twice"),
     "a label that is a path": (["--routers", "../x"], "", "labels name folders"),

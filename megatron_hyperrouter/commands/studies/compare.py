@@ -2,10 +2,13 @@
 steps, several seeds.
 
 Each router trains with each seed in a process of its own, and is then scored at every k on the test split.
---output gets one folder a run and these files:
+Where HyperRouter is among them, a control joins by itself: a random router that is never trained, whose
+logits start with the same standard deviation.  --output gets one folder a run and these files:
+  study.json                 the comparisons, named before the runs
   runs.csv                   one row a run
   table.csv, table.md        mean and half of the 95 % t-interval over seeds
   differences.csv            each router minus the first, paired by seed
+  verdicts.csv               the named comparisons: differences, p-values by Holm, power
   bits_per_byte.png, differences.png, learning_curves.png
 Run the same command again after an interruption: finished runs are kept, others continue from their last
 checkpoint (--save-interval).
@@ -22,6 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.studies.controls import (
+    CONTROL,
+    comparisons_of,
+    control_among,
+    control_for,
+    write_study,
+)
 from megatron_hyperrouter.studies.runs import (
     LAYOUT,
     Plan,
@@ -34,11 +44,12 @@ from megatron_hyperrouter.studies.runs import (
     run_all,
     training,
 )
-from megatron_hyperrouter.terminal import parser
+from megatron_hyperrouter.terminal import note, parser
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.studies.verdicts import Named
 
 EPILOG = """Any other flag is passed to every training run.  A run has one process; the layout in --config is
 ignored.  --routers takes names of routers, or labels that --options defines (YAML: label to options; "name"
@@ -48,8 +59,9 @@ chooses the router):
 A router without an entry has the options that --config gives it, or its defaults.
 
 Columns: router entropy (nats) and load (largest over mean) are means over layers and the last tenth of the
-steps.  Similarity is the mean linear CKA of two experts' outputs for the same tokens.  Step time is the
-median; --jobs above 1 disturbs it."""
+steps.  Logit std, mutual information (nats) and similarity (mean linear CKA of two experts' outputs) are
+means over layers on test data, at the k that training ends on; results.json of each run has them by layer.
+Step time is the median; --jobs above 1 disturbs it.  mhr report makes a page of it all."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,11 @@ class Trial(Plan):
 def main(arguments: Sequence[str]) -> None:
     """Settings of all runs -> the runs -> table and plots."""
     args, more = read_flags(arguments)
-    plans = list(plans_of(args, more))
+    study = Study.of(args, more)
+    plans = list(plans_of(study, args))
     check_finished(plans)
+    content = study.content(args)
+    write_study(args.output, content, started=any(plan.finished for plan in plans))
     run_all([plan for plan in plans if not plan.finished], args.jobs)
     from megatron_hyperrouter.studies.router_tables import write_tables
 
@@ -79,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         (plan.label, plan.seed, json.loads((plan.folder / "results.json").read_text(encoding="utf-8")))
         for plan in plans
     ]
-    write_tables(told, args.output)
+    write_tables(told, args.output, content)
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
@@ -105,6 +120,24 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         metavar="K",
         help="active experts to score with (default: powers of 2)",
     )
+    flags.add_argument(
+        "--comparisons",
+        nargs="+",
+        metavar="LEFT:RIGHT@K",
+        help="comparisons to test, named before the runs (default: HyperRouter against the control, at the "
+        "smallest k and at the k that training ends on)",
+    )
+    flags.add_argument(
+        "--effect",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="difference in bits per byte that should be found; the table says how many seeds that takes "
+        "(default: 0.02)",
+    )
+    flags.add_argument(
+        "--no-matched-control", action="store_true", help="do not add a fixed router of HyperRouter's scale"
+    )
     flags.add_argument("--options", metavar="FILE", help="options of each router (YAML), see below")
     flags.add_argument(
         "--test-iters",
@@ -117,6 +150,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--output", type=Path, required=True, metavar="DIR", help="where runs, table and plots go"
     )
     args, rest = flags.parse_known_args(arguments)
+    if not args.effect > 0:
+        flags.error("--effect must be above 0")
     for name in ("seeds", "jobs", "test_iters"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -134,24 +169,59 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
 
 
 # -------------------------------------------------------------------------------------------- plans
-def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trial]:
-    """All runs, seed by seed, with settings that were checked; raises ConfigError."""
-    from megatron_hyperrouter.config.cli import replace_leaves
-    from megatron_hyperrouter.evaluate.perplexity import check_topks
+@dataclass(frozen=True)
+class Study:
+    """What is compared: the settings by label, and the questions."""
 
-    options = read_options(args.options, args.routers)
-    check_routers(args.routers, options)
-    configs = {label: settings_of(args.config, options.get(label, {}), label, line) for label in args.routers}
-    num_experts = next(iter(configs.values())).model.num_experts
-    topks = args.topk_eval or [
-        2**power for power in range(num_experts.bit_length()) if 2**power <= num_experts
-    ]
-    check_topks(topks, num_experts)
+    configs: Mapping[str, RunConfig]
+    topks: Sequence[int]
+    control: str | None
+    comparisons: Sequence[Named]
+
+    @classmethod
+    def of(cls, args: Namespace, line: CommandLine) -> Study:
+        """Of the flags; raises ConfigError."""
+        from megatron_hyperrouter.evaluate.perplexity import check_topks
+
+        options = read_options(args.options, args.routers)
+        check_routers(args.routers, options)
+        configs = {
+            label: settings_of(args.config, options.get(label, {}), label, line) for label in args.routers
+        }
+        if not args.no_matched_control and (control := control_for(configs)) is not None:
+            configs[CONTROL] = settings_of(args.config, control, CONTROL, line)
+            note(
+                f"{CONTROL} joins: smoe_dropout with logits of standard deviation {control['logit_std']:.3g}"
+            )
+        num_experts = next(iter(configs.values())).model.num_experts
+        topks = args.topk_eval or [
+            2**power for power in range(num_experts.bit_length()) if 2**power <= num_experts
+        ]
+        check_topks(topks, num_experts)
+        control_label = control_among(configs)
+        return cls(configs, topks, control_label, comparisons_of(args, configs, topks, control_label))
+
+    def content(self, args: Namespace) -> dict[str, Any]:
+        """What ``study.json`` holds."""
+        return {
+            "labels": list(self.configs),
+            "control": self.control,
+            "comparisons": [str(each) for each in self.comparisons],
+            "effect": args.effect,
+            "topks": list(self.topks),
+            "jobs": args.jobs,
+        }
+
+
+def plans_of(study: Study, args: Namespace) -> Iterator[Trial]:
+    """All runs, seed by seed."""
+    from megatron_hyperrouter.config.cli import replace_leaves
+
     for number in range(args.seeds):
-        for label, config in configs.items():
+        for label, config in study.configs.items():
             seed = config.train.seed + number
             folder = args.output / "runs" / f"{label}-seed{seed}"
-            scored = {"topk": topks, "test_iters": args.test_iters}
+            scored = {"topk": list(study.topks), "test_iters": args.test_iters}
             digest = digest_of(replace_leaves(config, seed=seed), scored)
             task = {
                 "run_dir": str(folder),

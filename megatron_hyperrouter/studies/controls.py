@@ -1,0 +1,111 @@
+"""What a comparison of routers adds by itself: a control of matched scale, and the comparisons with it.
+
+A router whose logits start larger puts more weight on fewer experts, and does better with few of them,
+whatever else it does.  The control is a random router that is never trained, with logits of the same scale.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hyperrouter.errors import ConfigError, Problem
+from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.studies.verdicts import Named, parse
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.config.tree import RunConfig
+
+CONTROL = "matched_control"
+STUDY = "study.json"
+_ALIKE = 0.05  # scales that differ by less are matched
+_SHOWS = "hyper"  # the router that needs a control: its scale is part of its method
+
+
+def control_for(configs: Mapping[str, RunConfig]) -> dict[str, Any] | None:
+    """Options of the control for the first HyperRouter among these; None where there is none, or where a
+    fixed router of its scale is among them.
+    """
+    scales = {label: scale_of(config) for label, config in configs.items()}
+    wanted = next((scales[label] for label, each in configs.items() if each.router.name == _SHOWS), None)
+    if wanted is None or CONTROL in configs:
+        return None
+    for label, config in configs.items():
+        scale = scales[label]
+        if is_fixed(config) and scale is not None and abs(scale / wanted - 1) < _ALIKE:
+            return None
+    return {"name": "smoe_dropout", "logit_std": wanted}
+
+
+def control_among(configs: Mapping[str, RunConfig]) -> str | None:
+    """The label of the router that plays the control of the first HyperRouter."""
+    first = next((config for config in configs.values() if config.router.name == _SHOWS), None)
+    wanted = None if first is None else scale_of(first)
+    for label, config in configs.items():
+        scale = scale_of(config)
+        if wanted and scale and is_fixed(config) and abs(scale / wanted - 1) < _ALIKE:
+            return label
+    return None
+
+
+def scale_of(config: RunConfig) -> float | None:
+    """The standard deviation that the logits start with."""
+    std: float | None = config.router.options.initial_logit_std(config.model.hidden_size)
+    return std
+
+
+def is_fixed(config: RunConfig) -> bool:
+    """Whether the router is random and never trained."""
+    return config.router.name == "smoe_dropout" or bool(getattr(config.router.options, "freeze", False))
+
+
+def comparisons_of(
+    args: Namespace, configs: Mapping[str, RunConfig], topks: Sequence[int], control: str | None
+) -> list[Named]:
+    """Those that ``--comparisons`` names; by default each HyperRouter against the control, at the smallest k
+    and at the k that training ends on.  Raises ConfigError for labels and k that are not compared.
+    """
+    if args.comparisons is None:
+        ends = dict.fromkeys((min(topks), next(iter(configs.values())).model.moe_router_topk))
+        shown = [label for label, config in configs.items() if config.router.name == _SHOWS]
+        return [Named(label, control, k) for k in ends if k in topks for label in shown if control]
+    try:
+        named = parse(args.comparisons)
+    except ValueError as error:
+        remedy = "write them like hyper:topk@1"
+        raise ConfigError(
+            [Problem("--comparisons", " ".join(args.comparisons), str(error), remedy)]
+        ) from error
+    problems = [
+        Problem("--comparisons", each, f"{word} is not among the routers", f"use {', '.join(configs)}")
+        for each in named
+        for word in (each.left, each.right)
+        if word not in configs
+    ]
+    problems += [
+        Problem("--comparisons", each, "is at a k that is not scored", "add it to --topk-eval")
+        for each in named
+        if each.topk not in topks
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return named
+
+
+def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> None:
+    """Put down what will be asked before the runs; ``started``: some run is finished, so it must stand as it
+    was.
+    """
+    path = output / STUDY
+    if path.exists() and started:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["comparisons"] != content["comparisons"]:
+            rule = f"must be named before the runs, which answer {', '.join(before['comparisons']) or 'none'}"
+            remedy = "leave it out, or compare into another folder"
+            raise ConfigError([Problem("--comparisons", " ".join(content["comparisons"]), rule, remedy)])
+        content = {**content, "jobs": max(content["jobs"], before["jobs"])}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(content))
