@@ -86,7 +86,7 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         for label, row in table.items()
     ]
     heads = ["router", "seeds", *(f"k = {k}" for k in ks)]
-    section.table(heads, rows, name="quality", note=f"{unit.capitalize()} of the test split; {_MEANING}")
+    section.table(heads, rows, name="quality", note=f"{unit.capitalize()} of the test split. {_MEANING}")
 
     def against_k(table: Mapping[str, Mapping[str, Interval]], ylabel: str, skip: int = 0) -> Any:
         def fill(axes: Any) -> None:
@@ -326,7 +326,7 @@ def _band(study: Comparison) -> str:
     return "One seed has no band." if max(map(len, study.runs.values())) < 2 else ""
 
 
-_MEANING = "mean ± half of the 95 % t-interval over seeds."
+_MEANING = "Mean ± half of the 95 % t-interval over seeds."
 _LAYERS = (
     "By layer, at the k that training ended on: mean and 95 % interval over seeds. Entropy depends on "
     "the scale of "

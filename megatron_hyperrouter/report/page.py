@@ -19,8 +19,8 @@ h3 { font-size: 1.05rem; margin: 1.5rem 0 .25rem }
 nav { font-size: .9rem; margin: .75rem 0 }
 nav a { margin-right: 1rem; white-space: nowrap }
 p, figcaption { max-width: 46rem }
-figure { margin: 1rem 0 1.5rem }
-figure svg { width: 100%; height: auto; display: block }
+figure { margin: 1rem 0 1.5rem; overflow-x: auto }
+figure svg { width: 100%; min-width: 36rem; height: auto; display: block }
 figcaption, .note { font-size: .88rem; color: #555 }
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
@@ -35,7 +35,8 @@ details { margin: .75rem 0 }
   nav, details, .download { display: none }
   h2, h3 { break-after: avoid }
   figure, table { break-inside: avoid }
-  .wide { overflow: visible }
+  .wide, figure { overflow: visible }
+  figure svg { min-width: 0 }
   th, td { padding: .15rem .35rem; white-space: normal }
 }
 """

@@ -78,7 +78,7 @@ class Verdict:
             self.named.topk,
             self.test.runs,
             f"{self.test.mean:+.4f}{half}",
-            dash if self.p is None else f"{self.p:.3g}",
+            dash if self.p is None else "below 0.0001" if self.p < 1e-4 else f"{self.p:.3g}",
             self.words,
             dash if self.smallest_effect is None else f"{self.smallest_effect:.4f}",
             "over 1000" if self.needed is None and self.p is not None else self.needed or dash,
