@@ -25,8 +25,6 @@ def words_per_token(data: DataConfig, split: str) -> float | None:
     return words / tokens
 
 
-def word_perplexity(loss: float, ratio: float | None) -> float | None:
-    """From the loss in nats per token and the words per token; None where words are unknown."""
-    if ratio is None:
-        return None
+def word_perplexity(loss: float, ratio: float) -> float:
+    """From the loss in nats per token and the words per token."""
     return math.exp(loss / ratio) if loss / ratio < 700 else math.inf

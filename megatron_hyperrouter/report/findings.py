@@ -38,7 +38,7 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
             f"{row['lm_loss']:.4f}",
             f"{row['perplexity']:.2f}" if row.get("perplexity") is not None else "-",
             "-" if row.get("bits_per_byte") is None else f"{row['bits_per_byte']:.4f}",
-            "-" if row.get("word_perplexity") is None else f"{row['word_perplexity']:.2f}",
+            cell(content.get("word_perplexity", {}).get(str(row["topk"])), ".2f"),
         ]
         for name, content in found.items()
         for row in content["results"]

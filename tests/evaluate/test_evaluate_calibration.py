@@ -70,7 +70,6 @@ def test_the_trained_k_needs_no_scale() -> None:
 def test_perplexity_of_words() -> None:
     """Three tokens a word: a token's loss counts three times."""
     assert word_perplexity(math.log(2.0), 1 / 3) == pytest.approx(8.0)
-    assert word_perplexity(1.0, None) is None
     assert word_perplexity(1000.0, 1.0) == math.inf
 
 

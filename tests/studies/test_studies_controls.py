@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hyperrouter.analysis.power import PairedTest
-from megatron_hyperrouter.config.cli import parse
-from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.errors import ConfigError
-from megatron_hyperrouter.routers import ROUTERS
-from megatron_hyperrouter.studies.controls import (
+from megatron_hyperrouter.commands.studies.controls import (
     CONTROL,
     comparisons_of,
     control_among,
@@ -20,6 +16,10 @@ from megatron_hyperrouter.studies.controls import (
     scale_of,
     write_study,
 )
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.studies.verdicts import Named, Verdict
 from megatron_hyperrouter.studies.verdicts import parse as parse_comparisons
 

@@ -1,8 +1,8 @@
 """Score a trained model at several k: what routing each token to fewer or more experts costs.
 
 Writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to --output and a
-table to stdout.  Perplexity is for each token; where the manifests of the data count words, there is
-"word_perplexity" too.  Runs in one process, or under torchrun or deepspeed on several ranks.
+table to stdout.  Perplexity is for each token; where the manifests of the data count words, "word_perplexity"
+has that for each word by k.  Runs in one process, or under torchrun or deepspeed on several ranks.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ def main(arguments: Sequence[str]) -> None:
                 token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
             )
         ratio = words_per_token(run.data(split=args.split, data_path=args.data_path), args.split or "test")
-        results = [
-            {**row, "word_perplexity": word_perplexity(float(row["lm_loss"] or 0.0), ratio)}
-            for row in results
-        ]
         calibrated = calibrated_results(run, engine, tokenizer, dataset, args) if args.calibrate_k else None
         if engine.place.is_main:
             rows = ", ".join(to_json(result) for result in results)
-            head = {
+            head: dict[str, Any] = {
                 "checkpoint": str(run.checkpoint),
                 "step": run.step,
                 "data": args.data_path,
                 "split": args.split,
             }
+            if ratio is not None:
+                head["word_perplexity"] = {
+                    str(row["topk"]): word_perplexity(float(row["lm_loss"] or 0.0), ratio) for row in results
+                }
             show(results)
             if calibrated is not None:
                 head["calibrated"] = calibrated

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hyperrouter.studies.controls import (
+from megatron_hyperrouter.commands.studies.controls import (
     CONTROL,
     comparisons_of,
     control_among,
