@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -36,12 +36,13 @@ def loss_by_topk(
     micro_batch_size: int,
     num_samples: int | None = None,
     token_bytes_V: Tensor | None = None,
+    unscored: Callable[[int], int] | None = None,
 ) -> list[Record]:
     """Score ``dataset`` once for each k (collective).
 
     Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None where
     bytes are unknown) and ``tokens``.  ``num_samples``: the first so many of its
-    samples; None: all.
+    samples; None: all.  ``unscored``: how many of the first labels of a sample count nowhere.
     """
     results = []
     for topk in topks:
@@ -52,6 +53,7 @@ def loss_by_topk(
             micro_batch_size=micro_batch_size,
             num_samples=num_samples,
             token_bytes_V=token_bytes_V,
+            unscored=unscored,
         )
         record = evaluation_record(sums, step=0, split="", topk=topk)
         fields = ("topk", "lm_loss", "perplexity", "bits_per_byte")

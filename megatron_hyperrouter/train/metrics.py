@@ -203,12 +203,13 @@ def score(
     micro_batch_size: int,
     num_samples: int | None = None,
     token_bytes_V: Tensor | None = None,
+    unscored: Callable[[int], int] | None = None,
 ) -> EvalResult:
     """Evaluate the first ``num_samples`` samples, all when None, with ``topk`` experts (collective).
 
     Always the same samples, each once, whatever the micro-batch and the number of ranks, so that the losses
     of two evaluations can be compared.  Where the last micro-batches are not full, what fills them up counts
-    nowhere.
+    nowhere; nor do the first ``unscored(i)`` labels of sample ``i``.
     """
     place = engine.place
     scored = len(dataset) if num_samples is None else min(num_samples, len(dataset))
@@ -229,7 +230,7 @@ def score(
         num_steps=rounds,
         num_workers=0,
     ) as batches:
-        counted = _counted(batches, scored, micro_batch_size, place)
+        counted = _counted(batches, scored, micro_batch_size, place, unscored)
         return engine.evaluate(counted, topk=topk, token_bytes_V=token_bytes_V)
 
 
@@ -246,11 +247,20 @@ class _FilledUp:
         return self._dataset[i if i < self._scored else 0]
 
 
-def _counted(batches: Iterator[Batch], scored: int, micro_batch_size: int, place: Place) -> Iterator[Batch]:
-    """The same micro-batches, without the labels of what only fills them up."""
+def _counted(
+    batches: Iterator[Batch],
+    scored: int,
+    micro_batch_size: int,
+    place: Place,
+    unscored: Callable[[int], int] | None,
+) -> Iterator[Batch]:
+    """The same micro-batches, without the labels of what only fills them up, or is not to be scored."""
     for number, (tokens_BS, labels_BS) in enumerate(batches):
         first = (number * place.data_size + place.data_rank) * micro_batch_size
         labels_BS[max(scored - first, 0) :] = _UNCOUNTED
+        if unscored is not None:
+            for row in range(min(max(scored - first, 0), labels_BS.size(0))):
+                labels_BS[row, : unscored(first + row)] = _UNCOUNTED
         yield tokens_BS, labels_BS
 
 

@@ -36,9 +36,10 @@ A3() {
 }
 
 A4() {
+  bash examples/tasks/fetch.sh build/plan_a/tasks senses45
   for label in hyper matched topk; do
     for seed in 1 2 3 4 5; do
-      mhr finetune --load $out/A1/runs/$label-seed$seed --task "${TASK:-build/plan_a/senses}" --output $out/A4/$label-seed$seed --topk 1 2 4 8 16
+      mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed --topk 1 2 4 8 16
     done
   done
 }

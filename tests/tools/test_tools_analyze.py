@@ -117,3 +117,21 @@ def test_a_calibrated_evaluation_is_that_of_a_router_with_the_factor(zygote: Zyg
     job = zygote.run([run, 1, scale], program=WORKER.with_name("scaled_worker.py"))
     assert at_1["lm_loss"] == pytest.approx(float(job.stdout.splitlines()[-1]), rel=1e-6)
     assert at_1["lm_loss"] != pytest.approx(found["results"][0]["lm_loss"], rel=1e-7)
+
+
+def test_overlapping_windows_score_every_token_once(zygote: Zygote, runs: Path) -> None:
+    run = runs / "hyper"
+    tokens = []
+    for stride in (16, 4):
+        words = ["--load", run, "--topk", 2, "--eval-stride", stride, "--output", run / "s.json"]
+        zygote.run(words, program=REPOSITORY / "tools" / "evaluate.py")
+        (row,) = json.loads((run / "s.json").read_text())["results"]
+        tokens.append(row["tokens"])
+        assert 0.0 < row["lm_loss"] < 8.0
+    assert tokens[0] % 16 == 0 and 0 <= tokens[1] - tokens[0] < 16
+    job = zygote.run(
+        ["--load", run, "--topk", 2, "--eval-stride", 17, "--output", run / "s.json"],
+        program=REPOSITORY / "tools" / "evaluate.py",
+        expect=2,
+    )
+    assert "must be from 1 to the 16 tokens of a sample" in job.stderr

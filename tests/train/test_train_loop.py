@@ -418,6 +418,24 @@ class TestScore:
         assert score(engine, data, topk=1, micro_batch_size=4, num_samples=4).tokens == 4 * 8
         assert score(engine, data, topk=1, micro_batch_size=4, num_samples=99).tokens == 11 * 8
 
+    def test_labels_that_are_not_to_be_scored(self) -> None:
+        """Of sample 3 the last five labels, of the others none: whatever shares the micro-batch."""
+        data = FakeDataset(11, vocab_size=VOCAB_SIZE)
+        found = [
+            score(
+                FakeEngine(VOCAB_SIZE),
+                data,
+                topk=1,
+                micro_batch_size=size,
+                unscored=lambda i: 3 if i == 3 else 8,
+            )
+            for size in (1, 4, 30)
+        ]
+        assert [result.tokens for result in found] == [5] * 3
+        assert [result.loss_sum for result in found] == pytest.approx([found[0].loss_sum] * 3, rel=1e-6)
+        everything = score(FakeEngine(VOCAB_SIZE), data, topk=1, micro_batch_size=4, unscored=lambda i: 0)
+        assert everything.tokens == 11 * 8
+
     @pytest.mark.parametrize("data_size", [2, 3, 7])
     def test_ranks_share_the_samples(self, data_size: int) -> None:
         """However many ranks there are, they count each sample once, in as many batches each."""

@@ -48,7 +48,13 @@ def main(arguments: Sequence[str]) -> None:
         refuse_several_ranks(launched_world_size())
     tokenizer = run.tokenizer()
     samples = args.eval_iters and args.eval_iters * run.global_batch_size
-    dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=samples)
+    dataset: Any
+    unscored = None
+    if args.eval_stride is None:
+        dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=samples)
+    else:
+        dataset = run.windows(tokenizer, args.eval_stride, split=args.split, data_path=args.data_path)
+        unscored = dataset.unscored
     bytes_V = tokenizer.token_bytes_V()
     engine = run.open_engine(tokenizer)
     try:
@@ -62,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
                 micro_batch_size=min(run.settings.train.micro_batch_size, len(dataset)),
                 num_samples=samples,
                 token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+                unscored=unscored,
             )
         ratio = words_per_token(run.data(split=args.split, data_path=args.data_path), args.split or "test")
         calibrated = calibrated_results(run, engine, tokenizer, dataset, args) if args.calibrate_k else None
@@ -72,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
                 "step": run.step,
                 "data": args.data_path,
                 "split": args.split,
+                "eval_stride": args.eval_stride,
             }
             if ratio is not None:
                 head["word_perplexity"] = {
@@ -137,6 +145,7 @@ def calibrated_results(
                 micro_batch_size=min(size, len(dataset)),
                 num_samples=args.eval_iters and args.eval_iters * run.global_batch_size,
                 token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+                unscored=getattr(dataset, "unscored", None),
             )
         rows.append({**row, "scales": [factors[layer] for layer in sorted(factors)]})
     return rows
@@ -174,6 +183,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         metavar="N",
         help="global batches of the run, as in training (default: the whole split)",
+    )
+    flags.add_argument(
+        "--eval-stride",
+        type=int,
+        metavar="S",
+        help="score overlapping windows: each begins S tokens after the one before, and its last S tokens "
+        "alone count, so that every token has a long past (default: windows side by side)",
     )
     flags.add_argument(
         "--calibrate-k",
