@@ -19,7 +19,6 @@ from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError,
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import DataConfig, RunConfig
     from megatron_hyperrouter.data.stream.dataset import Dataset
-    from megatron_hyperrouter.data.stream.strided import StridedDataset
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
     from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.model.classifier import Classifier
@@ -153,31 +152,6 @@ class TrainedRun:
                 remedy="name another one with --split, or other data with --data-path",
             )
         return dataset
-
-    def windows(
-        self,
-        tokenizer: Tokenizer,
-        stride: int,
-        *,
-        split: str | None = None,
-        data_path: Sequence[str] | None = None,
-    ) -> StridedDataset:
-        """A split as windows that overlap, each ``stride`` tokens after the one before; see :meth:`data`."""
-        from megatron_hyperrouter.data.order.index_files import Cache
-        from megatron_hyperrouter.data.stream.dataset import Builder
-        from megatron_hyperrouter.data.stream.strided import strided
-
-        data = self.data(split=split, data_path=data_path)
-        builder = Builder(
-            data,
-            self.settings.model.seq_length,
-            self.settings.train.seed,
-            tokenizer.vocab_size,
-            Cache(data.data_cache_path),
-            eod=self._eod(tokenizer),
-            tokenizer=tokenizer.identity(),
-        )
-        return strided(builder, split or "test", stride)
 
     def open_engine(self, tokenizer: Tokenizer, *, classifier: Classifier | None = None) -> Engine:
         """The model in its engine, without its weights yet; close it when done.  There is an optimizer only

@@ -123,12 +123,12 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
     if apart:
         first = next(iter(table))
         rows = [
-            [f"{label} less {first}", *(with_half(*row[name], ".4f", "+") for name in scored)]
+            [f"{label} minus {first}", *(with_half(*row[name], ".4f", "+") for name in scored)]
             for label, row in apart.items()
         ]
         section.table(["seed by seed", *(f"k = {k}" for k in ks)], rows, name="differences")
         section.figure(
-            drawing.draw(against_k(apart, f"{unit}, less {first}", skip=1)),
+            drawing.draw(against_k(apart, f"{unit}, minus {first}", skip=1)),
             f"Differences from {first}, paired by seed, which vary less than either number. An interval "
             f"that holds 0 "
             "shows nothing.",

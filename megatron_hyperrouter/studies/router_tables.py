@@ -96,7 +96,7 @@ def intervals(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
 
 
 def differences(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
-    """As :func:`intervals`, of each router's numbers less those of the first with the same seed.
+    """As :func:`intervals`, of each router's numbers minus those of the first with the same seed.
 
     Runs of one seed share data and initial weights, so a difference varies less than either number.
     """
@@ -197,7 +197,7 @@ def plot(
         axes = figure.add_subplot()
         axes.axhline(0.0, color="grey", linewidth=1)
         title = f"Difference from {next(iter(table))}, paired by seed: mean and 95 % interval"
-        _against_k(axes, ks, scored, apart, ylabel=f"test, {unit}, less {next(iter(table))}", title=title)
+        _against_k(axes, ks, scored, apart, ylabel=f"test, {unit}, minus {next(iter(table))}", title=title)
         finish(figure, output / "differences.png")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -1,6 +1,6 @@
 """Comparisons of two routers that were named before the runs, and what the runs say of each.
 
-A comparison reads ``LEFT:RIGHT@K``: bits per byte of LEFT less those of RIGHT with K experts, seed by seed.
+A comparison reads ``LEFT:RIGHT@K``: bits per byte of LEFT minus those of RIGHT with K experts, seed by seed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Verdict:
         half = "" if self.test.half is None else f" ± {self.test.half:.4f}"
         dash = "-"
         return [
-            f"{self.named.left} less {self.named.right}",
+            f"{self.named.left} minus {self.named.right}",
             self.named.topk,
             self.test.runs,
             f"{self.test.mean:+.4f}{half}",

@@ -130,7 +130,7 @@ def test_two_runs_show_what_differs(folders: dict[str, Path], tmp_path: Path) ->
 def test_verdicts_of_a_comparison(text: str) -> None:
     """0.2 with a spread of 0.01 is plain to see; a level control is not told from it."""
     page = Page(text)
-    better, level = page.row("hyper less plain"), page.row("hyper less control")
+    better, level = page.row("hyper minus plain"), page.row("hyper minus control")
     assert better[1:3] == ["1", "4"] and better[5] == "hyper is better"
     differences = [
         -0.2 + 0.01 * (math.sin(3 * seed + len("hyper")) - math.sin(3 * seed + len("plain")))

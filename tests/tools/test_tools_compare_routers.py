@@ -242,7 +242,7 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
 def test_verdicts_against_scipy(compared: Compared) -> None:
     """Two comparisons: the smaller p-value counts twice."""
     rows = compared.rows("verdicts.csv")
-    assert [row["comparison"] for row in rows] == ["twins less topk", "topk less twins"]
+    assert [row["comparison"] for row in rows] == ["twins minus topk", "topk minus twins"]
     expected = []
     for left, right, at in (("twins", "topk", 0), ("topk", "twins", 1)):
         values = [
@@ -254,7 +254,7 @@ def test_verdicts_against_scipy(compared: Compared) -> None:
     adjusted = {low: min(2 * low, 1.0), high: max(min(2 * low, 1.0), high)}
     for row, p in zip(rows, expected, strict=True):
         assert float(row["p (Holm)"]) == pytest.approx(adjusted[p], rel=0.01)
-    assert "| topk less twins |" in compared.out
+    assert "| topk minus twins |" in compared.out
 
 
 def test_what_routers_do_is_measured_by_layer_and_work_is_counted(compared: Compared) -> None:

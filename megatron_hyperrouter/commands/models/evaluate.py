@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.commands.models.evaluate_ways import (
+    calibrated_results,
+    refuse_several_ranks,
+    windows_of,
+)
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags, checkpoint_of
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
-    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
-    from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.train.metrics import Record
     from megatron_hyperrouter.train.resuming.start import Start
 
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.eval_stride is None:
         dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=samples)
     else:
-        dataset = run.windows(tokenizer, args.eval_stride, split=args.split, data_path=args.data_path)
+        dataset = windows_of(run, tokenizer, args)
         unscored = dataset.unscored
     bytes_V = tokenizer.token_bytes_V()
     engine = run.open_engine(tokenizer)
@@ -102,53 +105,6 @@ def found(load: str) -> Start:
 
     folder = checkpoint_of(load)
     return Start(folder, read_manifest(folder))
-
-
-def refuse_several_ranks(world_size: int) -> None:
-    """Raises ConfigError: the scales are computed from the outputs of all experts."""
-    from megatron_hyperrouter.errors import ConfigError, Problem
-
-    if world_size > 1:
-        rule = f"needs one process, and {world_size} were started"
-        raise ConfigError([Problem("--calibrate-k", True, rule, "start the command without a launcher")])
-
-
-def calibrated_results(
-    run: TrainedRun, engine: Engine, tokenizer: Tokenizer, dataset: Dataset, args: Namespace
-) -> list[dict[str, Any]]:
-    """The scores with one scale for each layer, from the first micro-batch of the run's training data."""
-    import torch
-
-    from megatron_hyperrouter.analysis.trained_experts import read_experts
-    from megatron_hyperrouter.evaluate.calibration import apply, calibrate
-    from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
-    from megatron_hyperrouter.train.metrics import score
-
-    size = run.settings.train.micro_batch_size
-    training = run.dataset(tokenizer, split="train", samples=size)
-    bytes_V = tokenizer.token_bytes_V()
-    routers = list(engine.routers.values())
-    rows = []
-    for topk in args.topk:
-        factors = calibrate(
-            routers,
-            lambda layer: read_experts(run.checkpoint, run.settings, layer),
-            lambda k: score(engine, training, topk=k, micro_batch_size=size, num_samples=size),
-            trained=run.settings.model.moe_router_topk,
-            topk=topk,
-        )
-        with apply(routers, factors):
-            (row,) = loss_by_topk(
-                engine,
-                dataset,
-                [topk],
-                micro_batch_size=min(size, len(dataset)),
-                num_samples=args.eval_iters and args.eval_iters * run.global_batch_size,
-                token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
-                unscored=getattr(dataset, "unscored", None),
-            )
-        rows.append({**row, "scales": [factors[layer] for layer in sorted(factors)]})
-    return rows
 
 
 class Counted:

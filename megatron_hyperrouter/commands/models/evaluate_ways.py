@@ -1,0 +1,78 @@
+"""Other ways to score than ``mhr evaluate`` has by default: overlapping windows, and scales for small k."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_hyperrouter.data.stream.dataset import Dataset
+    from megatron_hyperrouter.data.stream.strided import StridedDataset
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+
+
+def windows_of(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> StridedDataset:
+    """The split as windows that overlap."""
+    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.data.stream.dataset import Builder
+    from megatron_hyperrouter.data.stream.strided import strided
+
+    data = run.data(split=args.split, data_path=args.data_path)
+    builder = Builder(
+        data,
+        run.settings.model.seq_length,
+        run.settings.train.seed,
+        tokenizer.vocab_size,
+        Cache(data.data_cache_path),
+        tokenizer=tokenizer.identity(),
+    )
+    return strided(builder, args.split or "test", args.eval_stride)
+
+
+def refuse_several_ranks(world_size: int) -> None:
+    """Raises ConfigError: the scales are computed from the outputs of all experts."""
+    from megatron_hyperrouter.errors import ConfigError, Problem
+
+    if world_size > 1:
+        rule = f"needs one process, and {world_size} were started"
+        raise ConfigError([Problem("--calibrate-k", True, rule, "start the command without a launcher")])
+
+
+def calibrated_results(
+    run: TrainedRun, engine: Engine, tokenizer: Tokenizer, dataset: Dataset, args: Namespace
+) -> list[dict[str, Any]]:
+    """The scores with one scale for each layer, from the first micro-batch of the run's training data."""
+    import torch
+
+    from megatron_hyperrouter.analysis.trained_experts import read_experts
+    from megatron_hyperrouter.evaluate.calibration import apply, calibrate
+    from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
+    from megatron_hyperrouter.train.metrics import score
+
+    size = run.settings.train.micro_batch_size
+    training = run.dataset(tokenizer, split="train", samples=size)
+    bytes_V = tokenizer.token_bytes_V()
+    routers = list(engine.routers.values())
+    rows = []
+    for topk in args.topk:
+        factors = calibrate(
+            routers,
+            lambda layer: read_experts(run.checkpoint, run.settings, layer),
+            lambda k: score(engine, training, topk=k, micro_batch_size=size, num_samples=size),
+            trained=run.settings.model.moe_router_topk,
+            topk=topk,
+        )
+        with apply(routers, factors):
+            (row,) = loss_by_topk(
+                engine,
+                dataset,
+                [topk],
+                micro_batch_size=min(size, len(dataset)),
+                num_samples=args.eval_iters and args.eval_iters * run.global_batch_size,
+                token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
+                unscored=getattr(dataset, "unscored", None),
+            )
+        rows.append({**row, "scales": [factors[layer] for layer in sorted(factors)]})
+    return rows
