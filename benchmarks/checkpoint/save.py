@@ -33,7 +33,7 @@ from megatron_hyperrouter.train.saving import Saving
 
 GOAL = 1.05
 SIZES = (
-    "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --moe-ffn-hidden-size 1024 --num-experts 8 "
+    "--num-layers 2 --hidden-size 1024 --num-attention-heads 8 --moe-ffn-hidden-size 2048 --num-experts 4 "
     "--moe-router-topk 2 --router.name hyper --router.hypernet-width 16 --seq-length 32 --micro-batch-size 1 "
     "--train-iters 1000 --lr 1e-4 --tokenizer-type NullTokenizer --vocab-size 8000 --data-path unused"
 ).split()

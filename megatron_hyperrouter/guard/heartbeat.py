@@ -112,11 +112,19 @@ def write_beat(folder: Path, beat: Beat) -> None:
     os.replace(unfinished, path)
 
 
-def read_beats(folder: Path) -> dict[int, Beat]:
-    """The newest beat of each rank that has one."""
+def read_beats(folder: Path, world_size: int | None = None) -> dict[int, Beat]:
+    """The newest beat of each rank that has one; ``world_size``: not of ranks that only an earlier attempt,
+    on more of them, had.
+    """
     found: dict[int, Beat] = {}
     for path in sorted(folder.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             beat = Beat(**json.loads(path.read_text(encoding="utf-8")))
-            found[beat.rank] = beat
+            if _is_sound(beat) and (world_size is None or beat.rank < world_size):
+                found[beat.rank] = beat
     return found
+
+
+def _is_sound(beat: Beat) -> bool:
+    numbers = (beat.rank, beat.step, beat.since, beat.time)
+    return all(isinstance(number, int | float) for number in numbers) and isinstance(beat.phase, str)

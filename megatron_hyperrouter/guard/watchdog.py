@@ -78,7 +78,7 @@ class Watchdog:
         if self._launcher.is_gone():
             self._stop.ask("the end of the launcher")
         still = time.time() - self._progress.since
-        beats = read_beats(self._folder) if self._world_size > 1 else {}
+        beats = read_beats(self._folder, self._world_size) if self._world_size > 1 else {}
         self._listen(beats)
         limit = self._limit if self._progress.step > self._first else max(self._limit, _FIRST_STEP)
         if still > _SHARE * limit:

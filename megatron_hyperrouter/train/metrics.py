@@ -330,5 +330,5 @@ class MetricsFile:
 def _is_kept(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False

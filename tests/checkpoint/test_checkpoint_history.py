@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class TestLatest:
                 "not a checkpoint here",
             ),
             (lambda latest: (latest.unlink(), latest.mkdir()), "cannot be read (Is a directory)"),
+            (lambda latest: (latest.unlink(), os.mkfifo(latest)), "is empty"),  # nobody writes into it
             (lambda latest: (latest.unlink(), latest.symlink_to(latest)), "cannot be read (Too many levels"),
         ],
     )

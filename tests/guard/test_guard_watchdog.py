@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,13 @@ class TestProgress:
         progress.since = 0.0
         assert progress.of_reading([5, 6])[1] == 6
         assert progress.since > 0 and progress.phase == "evaluation of valid"
+
+
+def test_beats_of_an_earlier_attempt_on_more_ranks_name_nobody(tmp_path: Path) -> None:
+    for rank in (1, 3):
+        write_beat(tmp_path, replace(BEAT, rank=rank))
+    file_of(tmp_path, 0).write_text(json.dumps({**asdict(BEAT), "step": "many"}))
+    assert set(read_beats(tmp_path, 2)) == {1} and set(read_beats(tmp_path)) == {1, 3}
 
 
 def test_files_of_few_and_of_many_ranks(tmp_path: Path) -> None:

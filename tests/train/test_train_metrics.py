@@ -137,7 +137,16 @@ class TestFile:
         assert path.read_bytes() == b""
 
     @pytest.mark.parametrize(
-        "half", ['{"step": 3, "lm_lo', '{"step": 3}', "", "\x00\x00\n", "[3]\n", '{"lm_loss": 3}\n']
+        "half",
+        [
+            '{"step": 3, "lm_lo',
+            '{"step": 3}',
+            "",
+            "\x00\x00\n",
+            "[3]\n",
+            '{"lm_loss": 3}\n',
+            '{"step": 1e999}\n',
+        ],
     )
     def test_half_a_line_goes(self, path: Path, half: str) -> None:
         self.fill(path, steps=range(1, 3)).close()

@@ -43,8 +43,9 @@ class Piece:
         names = matrix_names(self.name)
         if not names:
             yield self
-        for number, name in enumerate(names):
-            matrix = self.parameter.detach()[number]
+            return
+        whole = self.parameter.detach().unbind()
+        for number, (name, matrix) in enumerate(zip(names, whole, strict=True)):
             first = number * matrix.numel()
             begin, end = max(self.start, first), min(self.end, first + matrix.numel())
             if begin < end:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.boxes import boxes, whole_shape
+from megatron_hyperrouter.checkpoint.boxes import Box, Shape, boxes, whole_shape
 from megatron_hyperrouter.checkpoint.digest import MASK, digest, signed
 from megatron_hyperrouter.checkpoint.optimizer import (
     MASTER,
@@ -31,6 +32,7 @@ from megatron_hyperrouter.engines.saved.pieces import Holding, Piece, share, wei
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.model.names import CLASSIFIER, is_expert, matrices
 from megatron_hyperrouter.model.sharding import (
+    Shard,
     gathered,
     is_second_copy,
     replica_place,
@@ -39,11 +41,31 @@ from megatron_hyperrouter.model.sharding import (
 )
 
 
+class _Part(NamedTuple):
+    """A box of a tensor that this rank writes, and where it is in the rank's piece."""
+
+    shape: Shape  # of the whole tensor
+    box: Box
+    at: slice
+    keys: dict[str, str]  # field -> its name in memory
+
+
+class _Turn(NamedTuple):
+    """How a whole weight comes together that this tensor-parallel group writes."""
+
+    shard: Shard | None
+    writes: bool  # this rank
+
+
 class Memory:
-    """CPU tensors that are kept from save to save, so that only the first one waits for them to be made."""
+    """What is kept from save to save: CPU tensors, so that only the first save waits for them to be made,
+    and what the layout says of who writes what.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self.parts: dict[tuple[str, int, int], list[_Part]] = {}
+        self.turns: dict[str, _Turn] = {}
 
     def copy(self, key: str, tensor: Tensor) -> Tensor:
         """A copy of the tensor in CPU memory; on a GPU it is there after :meth:`wait`."""
@@ -64,7 +86,7 @@ def stage(rank: int, ranks: int, holding: Holding, memory: Memory, texts: dict[s
     """Copy what this rank writes into CPU memory (collective: tensor-parallel pieces of weights are
     joined).
     """
-    weights = {name: memory.copy(name, tensor) for name, tensor in _owned_weights(holding)}
+    weights = {name: memory.copy(name, tensor) for name, tensor in _owned_weights(holding, memory)}
     states = [state for piece in _pieces(holding) for state in _states(piece, holding, memory)]
     learning = ((name, each) for name, each in holding.named if each.requires_grad)
     trained = {name for name, _ in matrices(learning)} if holding.pieces else set()
@@ -72,9 +94,19 @@ def stage(rank: int, ranks: int, holding: Holding, memory: Memory, texts: dict[s
     return Staged(rank, ranks, weights, trained, states, texts)
 
 
-def _owned_weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights that this rank writes: the ranks that could write one take turns, the least
-    burdened first.
+def _owned_weights(holding: Holding, memory: Memory) -> Iterator[tuple[str, Tensor]]:
+    """The whole weights that this rank writes."""
+    memory.turns = memory.turns or dict(_turns(holding))
+    for name, tensor in weights(holding):
+        if (turn := memory.turns.get(name)) is not None:
+            whole = tensor if turn.shard is None else gathered(name, tensor, turn.shard)
+            if turn.writes:
+                yield name, whole
+
+
+def _turns(holding: Holding) -> Iterator[tuple[str, _Turn]]:
+    """The weights that this rank's tensor-parallel group writes: the ranks that could write one take turns,
+    the least burdened first.
     """
     burden: dict[bool, list[int]] = {}
     for name, tensor in weights(holding):
@@ -88,11 +120,8 @@ def _owned_weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
         loads = burden.setdefault(is_expert(name), [0] * (copies * size))
         turn = loads.index(min(loads))
         loads[turn] += tensor.nbytes * (1 if shard is None else shard.size)
-        if turn // size != copy:
-            continue  # the same for all ranks of a tensor-parallel group
-        whole = tensor if shard is None else gathered(name, tensor, shard)
-        if turn % size == place:
-            yield name, whole
+        if turn // size == copy:  # the same for all ranks of a tensor-parallel group
+            yield name, _Turn(shard, turn % size == place)
 
 
 def _pieces(holding: Holding) -> Iterator[Piece]:
@@ -101,18 +130,31 @@ def _pieces(holding: Holding) -> Iterator[Piece]:
 
 
 def _states(piece: Piece, holding: Holding, memory: Memory) -> Iterator[State]:
-    shard, shape = shard_of(piece.name), tuple(piece.parameter.shape)
-    first, last = share(piece.name, piece.end - piece.start, spread=_alone(piece, holding))
-    if first == last:
-        return
-    written = MOMENTS if piece.parameter.dtype == torch.float32 else (MASTER, *MOMENTS)
-    for placed in boxes(shape, piece.start + first, piece.start + last, shard):
-        part = slice(placed.begin - piece.start, placed.end - piece.start)
-        copies = {
-            field: memory.copy(f"{piece.name}#{placed.begin}#{field}", piece.fields[field][part])
-            for field in written
-        }
-        yield State(piece.name, whole_shape(shape, shard), placed.box, piece.steps, copies)
+    for part in _parts(piece, holding, memory):
+        copies = {field: memory.copy(key, piece.fields[field][part.at]) for field, key in part.keys.items()}
+        yield State(piece.name, part.shape, part.box, piece.steps, copies)
+
+
+def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
+    """What this rank writes of a piece; asked of the layout once, since training waits for each save."""
+    known = memory.parts.get((piece.name, piece.start, piece.end))
+    if known is None:
+        shard, shape = shard_of(piece.name), tuple(piece.parameter.shape)
+        first, last = share(piece.name, piece.end - piece.start, spread=_alone(piece, holding))
+        written = MOMENTS if piece.parameter.dtype == torch.float32 else (MASTER, *MOMENTS)
+        known = [
+            _Part(
+                whole_shape(shape, shard),
+                placed.box,
+                slice(placed.begin - piece.start, placed.end - piece.start),
+                {field: f"{piece.name}#{placed.begin}#{field}" for field in written},
+            )
+            for placed in (
+                boxes(shape, piece.start + first, piece.start + last, shard) if first < last else ()
+            )
+        ]
+        memory.parts[piece.name, piece.start, piece.end] = known
+    return known
 
 
 def _alone(piece: Piece, holding: Holding) -> bool:
