@@ -58,7 +58,7 @@ def test_a_step_that_is_skipped_leaves_nothing(
 
 
 # Natural changes of loss and norm are bad steps here, so that the window decides all the time.
-NARROW = "--train-iters 12 --eval-interval 0 --on-bad-step skip --max-loss-sigma 0.5 --loss-window 4".split()
+NARROW = "--train-iters 12 --eval-interval 0 --on-bad-step skip --max-loss-sigma 2 --loss-window 4".split()
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
@@ -82,7 +82,7 @@ def test_killed_inside_the_window_it_judges_as_the_run_that_nobody_killed(
     ours, theirs = weights_of(run_dir), weights_of(whole)
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     skipped = {event["step"] for event in read_events(whole / "events.jsonl") if event["event"] == "bad_step"}
-    assert any(step > 6 for step in skipped) and len(skipped) < 9  # the window has decided after the kills
+    assert 0 < len(skipped & set(range(7, 13))) < 6  # it decided both ways
 
 
 def test_a_fault_that_passes_stops_the_run_with_its_rank(zygote: Zygote, text: Path, tmp_path: Path) -> None:
