@@ -4,12 +4,18 @@
 #   sbatch --nodes 8 --gpus-per-node 8 examples/cluster/slurm.sh [flags of pretrain_gpt_hyperrouter.py]
 #   sbatch examples/cluster/slurm.sh --mock-data               # a trial on one node, without data; without GPUs, too
 #
-# srun starts a rank for each GPU of a node. Settings: examples/cluster.yaml, unless you give --config; run folder: runs/cluster, unless
-# you give --run-dir. Five minutes before the time limit Slurm sends SIGTERM to the ranks: the run saves, stops with status 6, and the job
-# goes back into the queue. So it does after a failure, unless a restart cannot help (settings, data, installation; `mhr status` decides).
+# srun starts a rank for each GPU of a node. Settings: examples/cluster.yaml on the Megatron engine, unless you give --config; run folder:
+# that of --run-dir or of the settings, else runs/cluster. Five minutes before the time limit Slurm sends SIGTERM to the ranks: the run
+# saves, stops with status 6, and the job goes back into the queue. So it does after a failure, unless a restart cannot help (settings,
+# data, installation; `mhr status` decides).
 #
-# Variables: MASTER_ADDR (where the name of the first node does not lead to it), RANKS_PER_NODE (default: the GPUs of a node, else 1), ENGINE (default: megatron), LAUNCHER=torchrun (one task a node instead
-# of one a rank), DOCTOR=1 (examine the machines first), CONTAINER_IMAGE (for Slurm with the pyxis plugin).
+# Variables:
+#   RANKS_PER_NODE      default: the GPUs of a node, else 1
+#   ENGINE              deepspeed or megatron
+#   LAUNCHER=torchrun   one task a node instead of one a rank
+#   DOCTOR=1            examine the machines first
+#   CONTAINER_IMAGE     run the ranks in it (Slurm with the pyxis plugin)
+#   MASTER_ADDR         where the name of the first node does not lead to it
 #SBATCH --job-name=hyperrouter
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -39,16 +45,24 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 8 ? 8 : cores > 0 ? cores :
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTHONUNBUFFERED=1
 
-run_dir=runs/cluster
+run_dir='' config=''
 given=" $* "
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
     --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
     --run-dir=*) run_dir=${!i#*=} ;;
+    --config) next=$((i + 1)) && config=${!next} ;;
+    --config=*) config=${!i#*=} ;;
   esac
 done
-settings=(--run-dir "$run_dir" --load "$run_dir" --engine "${ENGINE:-megatron}")
+if [ -z "$run_dir" ] && [ -f "$config" ]; then
+  run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
+fi
+run_dir=${run_dir:-runs/cluster}
+settings=(--run-dir "$run_dir" --load "$run_dir")
+[ -z "${ENGINE:-}" ] || settings+=(--engine "$ENGINE")
 if [[ $given != *" --config"* ]]; then
+  [ -n "${ENGINE:-}" ] || settings+=(--engine megatron)
   if [ "$gpus" -gt 0 ]; then
     settings+=(--config examples/cluster.yaml)
   else # a model that a few cores can train, with experts on all ranks

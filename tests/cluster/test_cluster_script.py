@@ -1,0 +1,65 @@
+"""What ``examples/cluster/slurm.sh`` asks of Slurm, with stand-ins for its commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed import REPOSITORY, environment
+
+SCRIPT = REPOSITORY / "examples" / "cluster" / "slurm.sh"
+
+
+def asked(folder: Path, *words: object, **env: str) -> str:
+    """The command line of ``srun``."""
+    (folder / "bin").mkdir()
+    for name, script in {"srun": 'echo "srun $*"', "scontrol": "echo n1", "nvidia-smi": "exit 9"}.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "96"}
+    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    known = environment(PATH=path, VIRTUAL_ENV=sys.prefix, SLURM_SUBMIT_DIR=str(REPOSITORY), **job)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *map(str, words)], env=known | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
+    return line
+
+
+def test_a_rank_for_each_gpu_with_its_share_of_the_cores(tmp_path: Path) -> None:
+    line = asked(tmp_path, "--lr", "1e-3", SLURM_GPUS_ON_NODE="8")
+    assert "--nodes 2 --kill-on-bad-exit=1 --ntasks 16 --ntasks-per-node 8 --cpus-per-task 12 python" in line
+    assert (
+        "--run-dir runs/cluster --load runs/cluster --engine megatron --config examples/cluster.yaml" in line
+    )
+    assert line.endswith("--lr 1e-3")
+
+
+@pytest.mark.parametrize(
+    "text", ["run_dir: runs/mine", 'run_dir: "runs/mine"', "run_dir: 'runs/mine' # here"]
+)
+def test_the_run_folder_is_that_of_the_settings(tmp_path: Path, text: str) -> None:
+    (tmp_path / "my.yaml").write_text(f"num_layers: 2\n{text}\n")
+    line = asked(tmp_path, "--config", tmp_path / "my.yaml")
+    assert "--run-dir runs/mine --load runs/mine" in line and line.count("--config") == 1
+    assert "--ntasks 2 --ntasks-per-node 1 --cpus-per-task 96" in line and "--engine" not in line
+
+
+def test_torchrun_meets_under_a_name_of_each_attempt(tmp_path: Path) -> None:
+    line = asked(
+        tmp_path,
+        LAUNCHER="torchrun",
+        SLURM_GPUS_ON_NODE="4",
+        SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_RESTART_COUNT="3",
+    )
+    assert "--ntasks 2 --ntasks-per-node 1 --cpus-per-task 96 torchrun --nnodes 2 --nproc-per-node 4" in line
+    assert "--rdzv-endpoint n1:20007 --rdzv-id 7-3" in line
+
+
+def test_a_container(tmp_path: Path) -> None:
+    line = asked(tmp_path, CONTAINER_IMAGE="hyperrouter.sqsh")
+    assert f"--container-image hyperrouter.sqsh --container-mounts {REPOSITORY}:{REPOSITORY}" in line
