@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,20 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Tensors(Protocol):
+    """Tensors by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor of that shape and dtype, without numbers."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor."""
+        ...
 
 
 class TensorReader:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.streams import Planned, TensorReader, shards, write_shard
+from megatron_hyperrouter.checkpoint.streams import Planned, Tensors, shards, write_shard
 from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text, write_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.names import Part, Sizes, TensorPlace, cut, places
@@ -41,11 +41,11 @@ class Export:
     notes: tuple[str, ...] = ()  # what the user of the folder should know
 
 
-def write_model(job: Export, folder: Path) -> dict[str, str]:
+def write_model(job: Export, folder: Path, reader: Tensors | None = None) -> dict[str, str]:
     """Write every file of the folder but the model card and the certificate; returns the digest of each
-    tensor.
+    tensor.  ``reader``: of the tensors by our names; default: those of the checkpoint.
     """
-    reader = weight_reader(job.checkpoint)
+    reader = weight_reader(job.checkpoint) if reader is None else reader
     digests = _write_weights(job, reader, folder)
     eod = end_of_text(job.tokenizer)
     rows = vocabulary_rows(reader)
@@ -60,7 +60,7 @@ def write_model(job: Export, folder: Path) -> dict[str, str]:
     return digests
 
 
-def _write_weights(job: Export, reader: TensorReader, folder: Path) -> dict[str, str]:
+def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]:
     sizes, target = Sizes.of(job.run), job.gates.target
     found = places(sizes, target.naming, target.router_leaves)
     if missing := [
@@ -101,7 +101,7 @@ class _Source:
     next.
     """
 
-    def __init__(self, job: Export, reader: TensorReader, sizes: Sizes) -> None:
+    def __init__(self, job: Export, reader: Tensors, sizes: Sizes) -> None:
         self.reader, self.heads = reader, sizes.heads
         self.routers: Mapping[str, Tensor] = job.gates.tensors
         self.target_dtype = TYPES[job.dtype]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hyperrouter.checkpoint.folder import read_manifest, verify
-from megatron_hyperrouter.checkpoint.streams import TensorReader
+from megatron_hyperrouter.checkpoint.streams import TensorReader, Tensors
 from megatron_hyperrouter.config.derived import moe_layers
 from megatron_hyperrouter.engines.routing import make_router
 from megatron_hyperrouter.errors import CheckpointError
@@ -31,7 +31,7 @@ def weight_reader(checkpoint: Path) -> TensorReader:
     return TensorReader(checkpoint / name for name in names)
 
 
-def vocabulary_rows(reader: TensorReader) -> int:
+def vocabulary_rows(reader: Tensors) -> int:
     """Rows of the embedding."""
     if WORD_EMBEDDINGS not in reader:
         raise CheckpointError(

@@ -2,17 +2,18 @@
 
 Mixture-of-experts models keep their router (--router topk), or have a HyperRouter that is anchored at it
 (--router hyper): both compute the same model.  --reset-router draws a new router instead, and the model's
-function is lost.
-Dense models (Llama, Mistral, Qwen3) become mixtures with --upcycle E.  The proof compares the run's own
-engine
-with transformers and leaves import_certificate.json in the run folder.
+function is lost.  Dense models (Llama, Mistral, Qwen3, and runs of our own with one expert) become mixtures
+with --upcycle E.  The proof compares the run's own engine with transformers and leaves
+import_certificate.json in the run folder.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
@@ -36,9 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.importing.weights import ImportedWeights
     from megatron_hyperrouter.proof.imports import prove_import
 
-    folder = fitting_folder(args.input)
-    check_flags(args, folder)
-    with unfinished_folder(args.output) as draft:
+    with given_folder(args) as given, unfinished_folder(args.output) as draft:
+        folder = fitting_folder(given)
+        check_flags(args, folder)
         weights = weights_of(args, folder)
         if isinstance(weights, ImportedWeights) and weights.left_out:
             note("note: layers of multi-token prediction are left out; the model is the same without them")
@@ -54,6 +55,29 @@ def main(arguments: Sequence[str]) -> None:
             remedy=f"the folder is {target}; its {CERTIFICATE} has all numbers",
         )
     report(target, run, folder, certificate)
+
+
+@contextmanager
+def given_folder(args: Namespace) -> Iterator[Path]:
+    """The Hugging Face folder; a dense run of our own is written as one."""
+    from megatron_hyperrouter.checkpoint.folder import find
+
+    given: Path = args.input
+    if (given / "config.json").is_file() or find(given) is None:
+        yield given
+        return
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.export.sources import check_files, plain_run, weight_reader
+    from megatron_hyperrouter.importing.own_dense import write_dense
+
+    trained = TrainedRun.open(given, tokenizer_model=args.tokenizer_model)
+    check_files(trained.checkpoint)
+    with TemporaryDirectory(prefix="mhr-dense-") as name:
+        folder = Path(name) / trained.run_dir.name
+        folder.mkdir()
+        reader = weight_reader(trained.checkpoint)
+        write_dense(plain_run(trained.settings), reader, trained.tokenizer(), folder)
+        yield folder
 
 
 def copies(args: Namespace, folder: HfFolder) -> bool:
@@ -201,7 +225,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--input", type=Path, required=True, metavar="FOLDER", help="a Hugging Face model")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a Hugging Face model, or a run of one expert",
+    )
     add(
         "--output", type=Path, required=True, metavar="RUN", help="the run folder to write; it must not exist"
     )
