@@ -4,7 +4,7 @@ our own modeling file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from megatron_hyperrouter.routers.base import Router
 from megatron_hyperrouter.routers.stablemoe import StableMoERouter
 from megatron_hyperrouter.routers.xmoe import XMoERouter
 
+_SHARED = ("moe_shared_expert_intermediate_size", "moe_shared_expert_gate")
 MODELING_FILE = "modeling_hyperrouter.py"
 
 
@@ -51,12 +52,12 @@ def standard_gates(run: RunConfig, routers: Mapping[int, Router], topk: int) -> 
         prefix = f"decoder.layers.{layer}.mlp.router."
         W_ED, _ = router.linear()
         tensors[f"{prefix}weight"] = W_ED.detach().float()
-        if target.naming.gated_shared_expert and not run.model.moe_shared_expert_gate:
-            tensors[f"decoder.layers.{layer}.{SHARED_GATE}"] = torch.zeros(1, run.model.hidden_size)
         if CHOICE_BIAS in target.router_leaves:
             bias = getattr(router, "choice_bias_E", None)
             zeros_E = torch.zeros(run.model.num_experts)
             tensors[prefix + CHOICE_BIAS] = zeros_E if bias is None else bias.detach().float()
+    if target.naming.gated_shared_expert:
+        tensors |= _open_gates(run, routers)
     kept = (
         "score_function",
         "pre_softmax",
@@ -68,6 +69,14 @@ def standard_gates(run: RunConfig, routers: Mapping[int, Router], topk: int) -> 
         "scaling_factor",
     )
     return Gates(target, tensors, {name: getattr(options, name) for name in kept})
+
+
+def _open_gates(run: RunConfig, layers: Iterable[int]) -> dict[str, Tensor]:
+    """Gates of zeros, for a class that always has one, where the run's shared expert has none."""
+    if run.model.moe_shared_expert_intermediate_size is None or run.model.moe_shared_expert_gate:
+        return {}
+    zeros_1D = torch.zeros(1, run.model.hidden_size)
+    return {f"decoder.layers.{layer}.{SHARED_GATE}": zeros_1D for layer in layers}
 
 
 def _folded(router: Router) -> Any:
@@ -82,7 +91,7 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
     if run.model.mlp_type != "standard":
         raise no_class(["--mlp-type residual, which the modeling file does not have either"])
     base = FAMILIES["Qwen3MoeForCausalLM"]
-    refuse_unknown(run, base.settings, "the modeling file")
+    refuse_unknown(run, (*base.settings, *_SHARED), "the modeling file")
     kind: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for layer, router in routers.items():
@@ -93,12 +102,17 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
             for leaf, tensor in own.items()
         }
     first = f"decoder.layers.{min(routers)}.mlp.router."
+    tensors |= _open_gates(run, routers)
     leaves = tuple(name.removeprefix(first) for name in tensors if name.startswith(first))
     plain = target_of(base, run, ROUTERS["topk"].Config())
     module = MODELING_FILE.removesuffix(".py")
     fields = {
         **plain.fields,
-        "hyperrouter": {**kind, "qk_norm": run.model.qk_layernorm},
+        "hyperrouter": {
+            **kind,
+            "qk_norm": run.model.qk_layernorm,
+            "shared_width": run.model.moe_shared_expert_intermediate_size or 0,
+        },
         "auto_map": {
             "AutoConfig": f"{module}.HyperRouterConfig",
             "AutoModelForCausalLM": f"{module}.HyperRouterForCausalLM",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
 
 
 class HyperRouterConfig(Qwen3MoeConfig):
@@ -85,6 +86,20 @@ class RoutedGate(nn.Module):
         return logits_TE
 
 
+class SharedMixture(Qwen3MoeSparseMoeBlock):
+    """A mixture with an expert that sees every token, times the sigmoid of a gate."""
+
+    def __init__(self, config: HyperRouterConfig) -> None:
+        super().__init__(config)
+        self.shared_expert = Qwen3MoeMLP(config, intermediate_size=config.hyperrouter["shared_width"])
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Both kinds of experts."""
+        shared = self.shared_expert_gate(hidden_states).sigmoid() * self.shared_expert(hidden_states)
+        return super().forward(hidden_states) + shared
+
+
 class HyperRouterForCausalLM(Qwen3MoeForCausalLM):
     """Qwen3-MoE with :class:`RoutedGate`, and without q/k norms where the run had none."""
 
@@ -93,7 +108,9 @@ class HyperRouterForCausalLM(Qwen3MoeForCausalLM):
     def __init__(self, config: HyperRouterConfig) -> None:
         super().__init__(config)
         for layer in self.model.layers:
-            layer.mlp.gate = RoutedGate(config)
+            if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):  # the others are dense
+                layer.mlp = SharedMixture(config) if config.hyperrouter["shared_width"] else layer.mlp
+                layer.mlp.gate = RoutedGate(config)
             if not config.hyperrouter["qk_norm"]:
                 layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
         self.post_init()
@@ -102,5 +119,6 @@ class HyperRouterForCausalLM(Qwen3MoeForCausalLM):
         """As Qwen3-MoE's; a gate that chooses by words is given the ids."""
         if self.config.hyperrouter["choice"] == "words":
             for layer in self.model.layers:
-                layer.mlp.gate.ids_T = input_ids.reshape(-1)
+                if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
+                    layer.mlp.gate.ids_T = input_ids.reshape(-1)
         return super().forward(input_ids=input_ids, **kwargs)

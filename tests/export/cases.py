@@ -115,9 +115,14 @@ CASES |= {
     "deepseek-v3's router, shared experts, half of the channels turn": Case(
         {"router": DEEPSEEK_V3, **SHARED, **DENSE, "rotary_percent": 0.5, "moe_ffn_hidden_size": 12}, GLM4
     ),
+    "hyper, q/k norms, a shared expert": Case({"router": HYPER, **SHARED, **UNTIED}, OWN, "--custom-code"),
+    "xmoe, a dense layer, a gated shared expert": Case(
+        {"router": {"name": "xmoe"}, **SHARED, **DENSE, "moe_shared_expert_gate": True}, OWN, "--custom-code"
+    ),
     "deepseek-v2-lite": Case(
         {"router": {**TOPK, "pre_softmax": True, "scaling_factor": 1.5}, **LATENT, "rope_type": "rope"},
         DEEPSEEK2,
+        "--max-shard-size 100KB",
     ),
     "deepseek-v2's router out of hyper, megatron": Case(
         {"router": {**HYPER, "pre_softmax": True}, **LATENT, **YARN, **MEGATRON, "q_lora_rank": 14},
@@ -132,7 +137,6 @@ CASES |= {
             "moe_router_topk": 4,
         },
         DEEPSEEK3,
-        "--max-shard-size 100KB",
     ),
     "deepseek-v3's router out of hyper, megatron": Case(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,16 @@ from program.settings import write_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_hyperrouter.commands.models import export_hf as export_command
 from megatron_hyperrouter.commands.models import generate as generate_command
+from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.names import Heads, Part, join
 from megatron_hyperrouter.export.verify import differences
 from megatron_hyperrouter.generation.attention import Cache
 from megatron_hyperrouter.generation.decoder import Loaded
 from megatron_hyperrouter.generation.load import load
 from megatron_hyperrouter.generation.sampling import Style, generate
+from megatron_hyperrouter.proof import child
 from megatron_hyperrouter.proof.bounds import faults
 
 pytestmark = pytest.mark.processes
@@ -107,6 +111,24 @@ def test_the_command_proves_what_it_writes(made: Made) -> None:
     card = (folder / "README.md").read_text()
     assert "license: mit" in card and "| 3 | " in card and "k grew from 2 to 4" in card
     assert "are as certified" in told["stdout"]
+
+
+def test_numbers_are_compared_with_the_certificate(
+    made: Made, answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--verify --numbers``, with the other side in this process."""
+    monkeypatch.setattr(child, "ask", lambda task, python=None: answer(task))
+    folder = shutil.copytree(made.folder / "0" / "proved", tmp_path / "folder")
+    export_command.main(["--verify", str(folder), "--numbers"])
+    path = folder / "certificate.json"
+    certificate = json.loads(path.read_text())
+    for row in certificate["proof"]["results"]:
+        row["perplexity"] *= 1.02
+    path.write_text(json.dumps(certificate))
+    with pytest.raises(CheckpointError, match="k = 2: the perplexity is .*; certified is") as error:
+        export_command.main(["--verify", str(folder), "--numbers"])
+    assert error.value.exit_status == 4
+    export_command.main(["--verify", str(folder)])
 
 
 def test_a_proof_out_of_bounds_leaves_a_failed_folder(made: Made) -> None:
@@ -246,17 +268,29 @@ FAULTS: dict[str, Edit] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+LATENT_FAULTS: dict[str, Edit] = {
+    "factor on the weights left out": settings(routed_scaling_factor=1.0),
+    "groups left out": settings(n_group=1, topk_group=1),
+    "channels that turn not neighbours": settings(rope_interleave=False),
+    "choice bias left out": changed("e_score_correction_bias", torch.zeros_like),
+    "shared gate and up swapped": exchange("shared_experts.gate_proj", "shared_experts.up_proj"),
+    "query channels in another order": changed("q_b_proj", lambda weight: weight.roll(8, 0)),
+    "norm of the latent vector left at 1": changed("kv_a_layernorm", torch.ones_like),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *LATENT_FAULTS])
 def test_the_proof_fails_for_a_wrong_export(made: Made, answer: Any, fault: str, tmp_path: Path) -> None:
-    source = made.home("hyper") / "folder"
+    case = "hyper" if fault in FAULTS else "deepseek-v3, groups"
+    source = made.home(case) / "folder"
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    FAULTS[fault](config, tensors)
+    (FAULTS | LATENT_FAULTS)[fault](config, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    found = answer(made.task("hyper", folder=str(tmp_path), topks=[4]))
-    assert faults(found, "float32", greedy=made.told["hyper"]["greedy"])
+    found = answer(made.task(case, folder=str(tmp_path), topks=[4]))
+    assert faults(found, "float32", greedy=made.told[case]["greedy"])
 
 
 def test_bfloat16_is_bound_by_experts_and_perplexity() -> None:

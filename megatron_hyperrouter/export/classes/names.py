@@ -99,7 +99,7 @@ class Naming:
 QWEN = Naming()
 QWEN2 = Naming(gated_shared_expert=True)
 MIXTRAL = Naming(moe="block_sparse_moe", gate="w1", up="w3", down="w2")
-PACKED = Naming(packed=True)
+PACKED = Naming(packed=True, gated_shared_expert=True)
 
 _ALIKE = {  # Hugging Face's name inside a layer -> ours
     "input_layernorm.weight": "input_layernorm.weight",
