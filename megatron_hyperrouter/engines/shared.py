@@ -240,13 +240,14 @@ class SharedEngine(SavedEngine):
         parallel = self.config.parallel
         if parallel.context_parallel_size > 1:
             raise NotImplementedError("logits are not available where context parallelism splits sequences")
+        stages, rows = parallel.pipeline_model_parallel_size, len(tokens_BS)
+        size = self.config.train.micro_batch_size if stages > 1 else rows  # stages know no other size
+        more = tokens_BS[-1:].expand(-rows % size, -1)
+        parts = torch.cat((tokens_BS, more)).split(size)
         with captured_logits(self.modules()) as seen:
-            self.evaluate(iter([(tokens_BS, tokens_BS)]), topk=topk)
-        return whole_logits(
-            seen,
-            tensor_size=parallel.tensor_model_parallel_size,
-            stages=parallel.pipeline_model_parallel_size,
-        )
+            self.evaluate(iter([(part, part) for part in parts]), topk=topk)
+        whole_BSV = whole_logits(seen, tensor_size=parallel.tensor_model_parallel_size, stages=stages)
+        return whole_BSV[:rows]
 
     def expert_similarity(self, tokens_BS: Tensor, *, topk: int) -> dict[int, float]:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""

@@ -123,10 +123,10 @@ def captured_logits(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def whole_logits(seen: list[Tensor], *, tensor_size: int, stages: int) -> Tensor:
-    """``_BSV`` on every rank that worked on these samples, from the parts that some of them have
-    (collective).
+    """``_BSV`` on every rank that worked on these samples, from the parts of each micro-batch that some of
+    them have (collective).
     """
-    part_SBV = seen[0] if seen else None
+    part_SBV = torch.cat(seen, 1) if seen else None
     if tensor_size > 1 and part_SBV is not None:
         pieces = [torch.empty_like(part_SBV) for _ in range(tensor_size)]
         group = parallel_state.get_tensor_model_parallel_group()
