@@ -6,24 +6,20 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from megatron_hyperrouter.config.tree import RouterChoice
 from megatron_hyperrouter.data.stream.dataset import Dataset
 from megatron_hyperrouter.engines.base import Engine
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.train.metrics import Record, evaluation_record, score
 
 
-def check_topks(topks: Sequence[int], num_experts: int) -> None:
-    """ConfigError that names every k out of range."""
-    problems = [
-        Problem(
-            "--topk",
-            topk,
-            f"must be from 1 to the {num_experts} experts of the model",
-            f"use 1 to {num_experts}",
-        )
-        for topk in topks
-        if not 1 <= topk <= num_experts
-    ]
+def check_topks(topks: Sequence[int], num_experts: int, *, router: RouterChoice | None = None) -> None:
+    """ConfigError that names every k out of range; ``router``: its groups may leave a token fewer experts."""
+    most = num_experts if router is None else int(router.options.largest_topk(num_experts))
+    whose = "of the model" if most == num_experts else "of --router.group-topk groups"
+    rule = f"must be from 1 to the {most} experts {whose}"
+    wrong = [topk for topk in topks if not 1 <= topk <= most]
+    problems = [Problem("--topk", topk, rule, f"use 1 to {most}") for topk in wrong]
     if problems:
         raise ConfigError(problems)
 

@@ -20,7 +20,7 @@ from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.commands.models import evaluate
 from megatron_hyperrouter.config.cli import parse, replace_leaves
-from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.config.tree import RouterChoice, RunConfig
 from megatron_hyperrouter.data.store.token_files import IndexedWriter, smallest_dtype
 from megatron_hyperrouter.data.stream.dataset import build_splits
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
@@ -57,6 +57,10 @@ def test_every_k_out_of_range_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         check_topks([0, 2, 9], 8)
     assert [problem.value for problem in caught.value.problems] == [0, 9] and caught.value.exit_status == 2
+    grouped = RouterChoice("topk", ROUTERS["topk"].Config(num_groups=4, group_topk=2))
+    check_topks([1, 4], 8, router=grouped)
+    with pytest.raises(ConfigError, match=r"from 1 to the 4 experts of --router\.group-topk groups"):
+        check_topks([8], 8, router=grouped)
 
 
 @pytest.fixture

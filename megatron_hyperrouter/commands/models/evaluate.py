@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     load = follow_rank_0(lambda: found(args.load), meeting).folder
     assert load is not None
     run = TrainedRun.open(load, world_size=launched_world_size(), tokenizer_model=args.tokenizer_model)
-    check_topks(args.topk, run.settings.model.num_experts)
+    check_topks(args.topk, run.settings.model.num_experts, router=run.settings.router)
     if args.calibrate_k:
         refuse_several_ranks(launched_world_size())
     tokenizer = run.tokenizer()

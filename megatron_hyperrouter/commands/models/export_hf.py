@@ -88,7 +88,7 @@ def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     run = plain_run(trained.settings)
     topk = args.topk or run.model.moe_router_topk
     tokenizer = trained.tokenizer()
-    check_topks([topk, *(args.proof_topk or [])], run.model.num_experts)
+    check_topks([topk, *(args.proof_topk or [])], run.model.num_experts, router=run.router)
     reader = weight_reader(checkpoint)
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)

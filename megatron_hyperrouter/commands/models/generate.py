@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     prompts = prompts_of(args)
     loaded = load(args.load, tokenizer_model=args.tokenizer_model)
     topks = args.topk or [loaded.run.model.moe_router_topk]
-    check_topks(topks, loaded.run.model.num_experts)
+    check_topks(topks, loaded.run.model.num_experts, router=loaded.run.router)
     results = texts(loaded, prompts, topks, args)
     if args.json:
         show(json.dumps({"results": results}, indent=1, ensure_ascii=False))

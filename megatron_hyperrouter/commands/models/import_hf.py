@@ -86,11 +86,13 @@ def copies(args: Namespace, folder: HfFolder) -> bool:
 
 
 def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
-    """Values of k to prove: whole groups of slices."""
-    experts = run.model.num_experts
+    """Values of k to prove: whole groups of slices, or those at which both judge groups of experts alike."""
+    from megatron_hyperrouter.export.classes.target import FAMILIES
+
     if folder.dense:
-        return sorted({args.granularity, run.model.moe_router_topk, experts})
-    return sorted({*(k for k in (1, 2, 4, 8) if k <= experts), run.model.moe_router_topk})
+        return sorted({args.granularity, run.model.moe_router_topk, run.model.num_experts})
+    fit = FAMILIES[folder.architecture].topks(run, run.router.options)
+    return sorted({*(k for k in (1, 2, 4, 8) if k in fit), run.model.moe_router_topk})
 
 
 def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledWeights:
