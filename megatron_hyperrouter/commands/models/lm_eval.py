@@ -1,9 +1,8 @@
 """Run lm-evaluation-harness on a run or an exported folder, once for each k.
 
 Two tasks need no download: held_out (bits per byte of texts that training did not see) and next_line (which
-of
-four lines comes next).  They are made of the run's test split, or of --text FILE.jsonl.  Other tasks of the
-harness read their data from a hub or from --include-path.
+of four lines comes next).  They are made of the run's test split, or of --text FILE.jsonl.  Other tasks of
+the harness read their data from a hub or from --include-path.
 """
 
 from __future__ import annotations
@@ -25,7 +24,9 @@ _SAMPLES = 64
 def main(arguments: Sequence[str]) -> None:
     """Folder -> tasks -> the harness in a process of its own -> a table."""
     args = read_flags(arguments)
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.huggingface.local_tasks import TASKS
+    from megatron_hyperrouter.importing.source import EXPERTS
     from megatron_hyperrouter.proof.child import HARNESS, ask
 
     with TemporaryDirectory(prefix="mhr-lm-eval-") as name:
@@ -36,9 +37,11 @@ def main(arguments: Sequence[str]) -> None:
             include = home / "tasks"
             make_tasks(args, include)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        topks = args.topk or [config["num_experts_per_tok"]]
+        check_topks(topks, next((config[name] for name in EXPERTS if name in config), max(topks)))
         task = {
             "folder": str(folder.resolve()),
-            "topks": args.topk or [config["num_experts_per_tok"]],
+            "topks": topks,
             "tasks": args.tasks,
             "include_path": None if include is None else str(include.resolve()),
             "include_defaults": not set(args.tasks) <= set(TASKS),
