@@ -272,7 +272,7 @@ LATENT_FAULTS: dict[str, Edit] = {
     "factor on the weights left out": settings(routed_scaling_factor=1.0),
     "groups left out": settings(n_group=1, topk_group=1),
     "channels that turn not neighbours": settings(rope_interleave=False),
-    "choice bias left out": changed("e_score_correction_bias", torch.zeros_like),
+    "choice bias too large": changed("e_score_correction_bias", lambda bias: 20 * bias),
     "shared gate and up swapped": exchange("shared_experts.gate_proj", "shared_experts.up_proj"),
     "query channels in another order": changed("q_b_proj", lambda weight: weight.roll(8, 0)),
     "norm of the latent vector left at 1": changed("kv_a_layernorm", torch.ones_like),
