@@ -33,8 +33,8 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     )
     try:
         if case["writes"]:
-            # before the first step: Adam makes much of gradients that are nearly 0.  All experts: nearly equal
-            # router logits cannot decide otherwise.
+            # Before the first step, for Adam makes much of gradients that are nearly 0.  With all experts
+            # nearly equal router logits cannot decide otherwise.
             told["logits"] = engine.logits(rows, topk=4).tolist()
         for step in range(STEPS):
             batches = micro_batches(config, engine.place, step)
