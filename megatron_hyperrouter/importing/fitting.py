@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.latent import EPSILON
 from megatron_hyperrouter.export.classes.rotary import rotary_settings
+from megatron_hyperrouter.export.classes.target import FAMILIES
 from megatron_hyperrouter.importing.source import EXPERTS, HfFolder, open_folder, rope_of, shared_width
 
 _CHOICE_BIAS = "e_score_correction_bias"
@@ -132,6 +134,11 @@ def _turning_share(folder: HfFolder) -> float:
     config, rope = folder.config, rope_of(folder.config)
     default = 0.5 if folder.architecture == "Glm4MoeForCausalLM" else 1.0
     return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default)
+
+
+def equal_topks(folder: HfFolder, run: RunConfig) -> tuple[int, ...]:
+    """Values of k at which the folder's class and the run compute the same."""
+    return FAMILIES[folder.architecture].topks(run, run.router.options)
 
 
 def settings_of_folder(folder: HfFolder) -> dict[str, Any]:

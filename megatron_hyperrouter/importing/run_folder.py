@@ -8,13 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.checkpoint.weights import write_weights
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.export.sources import OneProcess
-from megatron_hyperrouter.importing.settings import text_of
+from megatron_hyperrouter.importing.settings import described_run, text_of
 from megatron_hyperrouter.model.names import router_parameter
 from megatron_hyperrouter.routers.base import Router
 
@@ -43,7 +41,7 @@ def write_run(
             tensors |= {f"{prefix}mlp.router.{name}": tensor for name, tensor in state.items()}
             write_weights(checkpoint, layer + 1, tensors)
 
-    described = describe(run, tokenizer=tokenizer_of(run.data).identity())
+    described = described_run(run)
     folders = CheckpointFolders(folder / "checkpoints", OneProcess())
     folders.save(0, write, dict(meta) | described.meta, texts=described.texts)
     (folder / "config.yaml").write_text(text_of(run), encoding="utf-8")

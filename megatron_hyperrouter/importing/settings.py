@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.config.cli import dump, load_file
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.routers import ROUTERS
 
 _NO_DATA = "no-data-yet"  # in the place of --data-path, which a model that nobody trains does not need
@@ -28,6 +30,11 @@ def run_of(settings: Mapping[str, Any]) -> RunConfig:
 def has_data(run: RunConfig) -> bool:
     """Whether the run names data, which an import need not."""
     return run.data.data_path != (_NO_DATA,)
+
+
+def described_run(run: RunConfig) -> Description:
+    """What the checkpoint says of the run, its tokenizer included."""
+    return describe(run, tokenizer=tokenizer_of(run.data).identity())
 
 
 def text_of(run: RunConfig) -> str:

@@ -60,10 +60,8 @@ def main(arguments: Sequence[str]) -> None:
 @contextmanager
 def given_folder(args: Namespace) -> Iterator[Path]:
     """The Hugging Face folder; a dense run of our own is written as one."""
-    from megatron_hyperrouter.checkpoint.folder import find
-
     given: Path = args.input
-    if (given / "config.json").is_file() or find(given) is None:
+    if (given / "config.json").is_file() or not (given / "checkpoints").is_dir():
         yield given
         return
     from megatron_hyperrouter.evaluate.trained import TrainedRun
@@ -87,11 +85,11 @@ def copies(args: Namespace, folder: HfFolder) -> bool:
 
 def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
     """Values of k to prove: whole groups of slices, or those at which both judge groups of experts alike."""
-    from megatron_hyperrouter.export.classes.target import FAMILIES
+    from megatron_hyperrouter.importing.fitting import equal_topks
 
     if folder.dense:
         return sorted({args.granularity, run.model.moe_router_topk, run.model.num_experts})
-    fit = FAMILIES[folder.architecture].topks(run, run.router.options)
+    fit = equal_topks(folder, run)
     return sorted({*(k for k in (1, 2, 4, 8) if k in fit), run.model.moe_router_topk})
 
 
