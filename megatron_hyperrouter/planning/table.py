@@ -116,7 +116,8 @@ def _refusals(plan: Plan) -> str:
     shown = [f"{count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS)]
     left = len(reasons) - len(shown)
     more = [f"and {left} other reasons: --json FILE has them all"] if left > 0 else []
-    return f"{len(plan.refused)} layouts are refused:\n" + _lines([*shown, *more])
+    head = "1 layout is refused" if len(plan.refused) == 1 else f"{len(plan.refused)} layouts are refused"
+    return f"{head}:\n" + _lines([*shown, *more])
 
 
 def _lines(texts: Sequence[str]) -> str:

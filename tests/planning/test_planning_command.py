@@ -90,7 +90,7 @@ def test_text(done: tuple[Any, Any]) -> None:
         "8 GPUs",
         "Assumptions:",
         "Start the first layout:",
-        "are refused:",
+        "refused:",
         "pretrain_gpt_hyperrouter.py",
     ):
         assert words in text
