@@ -102,7 +102,9 @@ def _state(candidate: Candidate, held: Held) -> tuple[float, float, float]:
     spread = (candidate.replicas, candidate.expert_replicas) if candidate.shards_optimizer else (1, 1)
     if stage and not bf16:
         weight, state = 8, 12  # ZeRO's rows are copies, in float32 too
-    if stage == 1 and bf16:
+    elif stage == 2:
+        weight = 4
+    elif stage == 1:
         gradient = 6  # those of the weights, and their sum in float32
     part = held.dense / spread[0] + held.expert / spread[1]
     gradients = float(gradient * (part if stage == 2 else held.total))
@@ -116,4 +118,6 @@ def _buckets(config: RunConfig, held: Held) -> tuple[float, float]:
     if config.engine.engine == "megatron" or (config.engine.zero_stage == 1 and config.train.bf16):
         return 0.0, passing
     bucket = min(LARGEST_BUCKET, max(held.dense, held.expert))
-    return float((2 if config.engine.zero_stage == 2 else 1) * bucket * size), passing
+    if config.engine.zero_stage == 2:  # two of them, made anew for each backward pass
+        return 0.0, passing + 2.0 * bucket * size
+    return float(bucket * size), passing
