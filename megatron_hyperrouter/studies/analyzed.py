@@ -124,7 +124,8 @@ class Analysis:
         checkpoint where the run began with other weights.
         """
         folders = checkpoints_until(self.run)
-        began_elsewhere = "finetuned_from" in self.run.manifest["meta"]
+        imported = int(read_manifest(folders[0])["step"]) == 0
+        began_elsewhere = imported or "finetuned_from" in self.run.manifest["meta"]
         found = {}
         for layer in (router.layer_number for router in self.routers):
             router = make_router(self.run.settings, layer, vocab_size=self.vocab_size)

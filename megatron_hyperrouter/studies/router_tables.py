@@ -139,7 +139,7 @@ def markdown(
         f"{_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
-    return text if not apart else f"{text}\n{lines(f'less {first}, seed by seed', apart, '+')}"
+    return text if not apart else f"{text}\n{lines(f'minus {first}, seed by seed', apart, '+')}"
 
 
 def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:

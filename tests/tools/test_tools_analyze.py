@@ -135,3 +135,17 @@ def test_overlapping_windows_score_every_token_once(zygote: Zygote, runs: Path) 
         expect=2,
     )
     assert "must be from 1 to the 16 tokens of a sample" in job.stderr
+
+
+def test_a_run_that_began_with_other_weights_drifts_from_its_first_checkpoint(
+    zygote: Zygote, runs: Path
+) -> None:
+    """Its own first draw was never used: the router of the first run has moved far from it."""
+    words = [*TINY, "--moe-router-topk", K, "--router.name", "topk", "--data-path", runs / "text"]
+    zygote.run([*words, "--train-iters", 6, "--run-dir", runs / "before"])
+    later = ["--load", runs / "before", "--finetune", "--seed", 99, "--save-interval", 1, "--lr", 1e-5]
+    zygote.run([*words, *later, "--train-iters", 3, "--run-dir", runs / "after"])
+    for row in analyze(zygote, runs / "after", "--no-checkpoints")["results"][0]["layers"]:
+        assert row["jacobian"]["drift"] < 1e-3
+    for row in analyze(zygote, runs / "before", "--no-checkpoints")["results"][0]["layers"]:
+        assert row["jacobian"]["drift"] > 1e-2

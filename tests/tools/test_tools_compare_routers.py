@@ -236,7 +236,7 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
             ONE_DEGREE * abs(apart[0] - apart[1]) / 2, rel=1e-6
         )
         assert f"{sum(apart) / 2:+.4f} ± " in compared.out
-    assert f"| less {LABELS[0]}, seed by seed |" in compared.out
+    assert f"| minus {LABELS[0]}, seed by seed |" in compared.out
 
 
 def test_verdicts_against_scipy(compared: Compared) -> None:
