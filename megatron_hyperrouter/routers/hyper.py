@@ -125,6 +125,10 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             "but model where experts x hidden size is more than 2^18",
         ] = None
 
+        def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:
+            """What an option that is left open stands for in a model of this size."""
+            return {"shared": "model" if num_experts * hidden_size > _ONE_FOR_ALL_FROM else "layer"}
+
         def warnings(self, *, topk: int) -> Iterator[str]:
             """At k = 1 the embedding does not learn where weights sum to 1."""
             return no_gradient_at_k1("hyper", topk) if self.sums_to_one else iter(())
@@ -160,9 +164,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
 
     def _one_for_all(self) -> bool:
         """Large hypernetworks take memory on every rank, and time to draw: 4 H E D bytes, H E D draws."""
-        if self.config.shared is not None:
-            return self.config.shared == "model"
-        return self.num_experts * self.hidden_size > _ONE_FOR_ALL_FROM
+        sizes = {"hidden_size": self.hidden_size, "num_experts": self.num_experts}
+        return (self.config.shared or self.config.chosen_by_size(**sizes)["shared"]) == "model"
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
         """The embedding ~ N(0, 1)."""

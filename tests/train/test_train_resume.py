@@ -153,6 +153,18 @@ class TestChanges:
         assert not changes_of_function(then, now()) and not changes_of_course(then, now(), step=3)
         assert changes_of_function(then, now("--rotary-base", "7"))
 
+    def test_an_option_left_open_is_what_it_stands_for(self) -> None:
+        """Earlier versions wrote ``layer`` where it is left open now."""
+        hyper = ("--router.name", "hyper")
+        then = saved(*hyper, "--router.shared", "layer")
+        assert not changes_of_function(then, now(*hyper))
+        assert not changes_of_function(saved(*hyper), now(*hyper, "--router.shared", "layer"))
+        (line,) = changes_of_function(then, now(*hyper, "--router.shared", "model"))
+        assert line == "--router.shared was layer and is model now"
+        large = (*hyper, "--num-experts", "64", "--hidden-size", "8192")
+        (line,) = changes_of_function(saved(*large, "--router.shared", "layer"), now(*large))
+        assert line == "--router.shared was layer and is model now"
+
     def test_a_checkpoint_without_settings(self) -> None:
         assert not changes_of_function("", now("--rotary-base", "7"))
 

@@ -63,10 +63,21 @@ def _changes(saved: str, config: RunConfig) -> Iterator[Change]:
     if before.get("router.name") == config.router.name and config.router.options is not None:
         options_type: type = type(config.router.options)
         leaves |= router_leaves(options_type)
+    chosen = _chosen_by_size(config)
     for name, leaf in leaves.items():
         was = before.get(name, list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default)
-        if name in now and not leaf.is_path and was != now[name]:
-            yield Change(leaf, was, now[name])
+        was, value = (chosen.get(name) if each is None else each for each in (was, now.get(name)))
+        if name in now and not leaf.is_path and was != value:
+            yield Change(leaf, was, value)
+
+
+def _chosen_by_size(config: RunConfig) -> dict[str, Any]:
+    """Of options that may be left open, by flat name, what that means in a model of this size."""
+    chosen = getattr(config.router.options, "chosen_by_size", None)
+    if chosen is None or config.model.num_experts is None:
+        return {}
+    sizes = {"hidden_size": config.model.hidden_size, "num_experts": config.model.num_experts}
+    return {f"{ROUTER_PREFIX}{name}": value for name, value in chosen(**sizes).items()}
 
 
 def _flat(text: str) -> dict[str, Any]:
