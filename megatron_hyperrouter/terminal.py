@@ -94,6 +94,11 @@ def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     return flags
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 document``, ``2,000 documents``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def show(text: str) -> None:
     """A result, on stdout."""
     print(text)

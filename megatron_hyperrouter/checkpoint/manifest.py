@@ -140,7 +140,7 @@ def older(folder: Path) -> str:
         return f"continue from the checkpoint before it: --load {folder.parent / folder_name(earlier[-1])}"
     return (
         f"there is no older checkpoint in {folder.parent}; restore the folder from a copy, "
-        "or start again without --load"
+        "or train again without --load"
     )
 
 

@@ -108,7 +108,7 @@ def _that_counts(root: Path) -> Path | None:
     if problem:
         raise CheckpointError(
             f"{root / LATEST} {problem}, and there is no whole checkpoint beside it",
-            remedy="restore the folder from a copy, or start again without --load",
+            remedy="restore the folder from a copy, or train again without --load",
         )
     return None
 
@@ -139,7 +139,7 @@ def _newest_whole(root: Path, sealed: list[int], why: str) -> Path:
         damaged.append(wrong)
     raise CheckpointError(
         "\n  - ".join([f"{root / LATEST} {why}, and no checkpoint beside it is whole:", *damaged]),
-        remedy="restore the folder from a copy, or start again without --load",
+        remedy="restore the folder from a copy, or train again without --load",
     )
 
 

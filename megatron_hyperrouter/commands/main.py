@@ -17,9 +17,10 @@ _WRONG_USE = 2  # exit status of the public contract
 _NEXT = """megatron_hyperrouter pretrains mixture-of-experts models with better routers.
 
 Start with one of these:
-  mhr train --help          every setting of a training run
-  mhr evaluate --help       score a trained run at several k
-  mhr --help                all commands
+  bash examples/quickstart.sh   train a small model on this machine, in a checkout (5 minutes)
+  mhr train --help              every setting of a training run
+  mhr evaluate --help           score a trained run at several k
+  mhr --help                    all commands
 """
 
 
@@ -46,6 +47,9 @@ def mhr() -> NoReturn:
 
 def start(name: str) -> NoReturn:
     """Run the command ``name`` with ``sys.argv[1:]`` and end the process with its exit status."""
+    from megatron_hyperrouter.compat.host_logs import silence_imports
+
+    silence_imports()
     main = import_module(f"megatron_hyperrouter.commands.{_COMMANDS[name].module}").main
     if name == "train":
         from megatron_hyperrouter import console
@@ -65,6 +69,6 @@ def overview() -> str:
 
 
 def _unknown(word: str) -> str:
-    near: Sequence[str] = difflib.get_close_matches(word, _COMMANDS, n=1, cutoff=0.6)
+    near: Sequence[str] = difflib.get_close_matches(word, _COMMANDS, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else "mhr --help lists all commands"
     return f"there is no command {word}; {hint}"

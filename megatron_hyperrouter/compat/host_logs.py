@@ -6,8 +6,6 @@ import logging
 import os
 import warnings
 
-import torch
-
 
 def silence_hosts() -> None:
     """Call it before the hosts are imported.
@@ -18,11 +16,18 @@ def silence_hosts() -> None:
     (real_accelerator.py:213): it is told where we compute. torch 2.13 says at each collective of DeepSpeed
     0.19.8 (comm/torch.py) that it has a newer name.
     """
+    import torch
+
+    silence_imports()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(_not_the_slot)
+
+
+def silence_imports() -> None:
+    """The part of it that needs no library: for commands that use megatron-core without an engine."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 
 def _not_the_slot(record: logging.LogRecord) -> bool:

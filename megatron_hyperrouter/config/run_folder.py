@@ -25,11 +25,12 @@ def make_folders(config: RunConfig) -> None:
                     _try_files(Path(folder))
         except OSError as error:
             where = error.filename or folder
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
             problems.append(
                 Problem(
                     flag(name),
                     folder,
-                    f"{where} cannot be written ({error.strerror})",
+                    f"{where} cannot be written ({reason})",
                     "give another folder, or move away what is there",
                 )
             )

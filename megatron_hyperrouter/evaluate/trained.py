@@ -32,12 +32,29 @@ def checkpoint_of(load: str | os.PathLike[str]) -> Path:
 
     folder = find(Path(load))
     if folder is None:
-        raise CheckpointError(
-            f"--load {load}: there is no finished checkpoint",
-            remedy="name the --run-dir of a run that has saved one: settings, tokenizer and weights are "
-            "read from it",
-        )
+        raise _nothing_in(load)
     return folder
+
+
+def run_path(text: str) -> Path:
+    """The value of ``--load``; CheckpointError at once, before any library is imported, where it cannot hold
+    a checkpoint.
+    """
+    path = Path(text)
+    if not path.exists():
+        raise _nothing_in(path, " (no such folder)")
+    signs = ("checkpoints", "manifest.json", "latest", "step_*", "config.json")
+    if not any(next(path.glob(name), None) for name in signs):
+        raise _nothing_in(path)
+    return path
+
+
+def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"--load {load}: there is no finished checkpoint{why}",
+        remedy="name the run folder of a run that has saved one: settings, tokenizer and weights are read "
+        "from it",
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,7 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
     """``--load``, ``--tokenizer-model`` and ``--data-path``: what every tool that uses a trained run has."""
     flags.add_argument(
         "--load",
-        type=Path,
+        type=run_path,
         required=True,
         metavar="RUN_DIR",
         help="run folder, its checkpoints/, or one checkpoint",

@@ -105,6 +105,14 @@ class HfFolder:
         return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.reader))
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be opened"
+    if isinstance(error, ValueError):
+        return f"it is not JSON ({error})"
+    return 'it is not an object with a list "architectures"'
+
+
 def open_folder(path: Path) -> HfFolder:
     """Read what is there; CheckpointError where it is of no class that we know."""
     try:
@@ -112,7 +120,7 @@ def open_folder(path: Path) -> HfFolder:
         architecture = str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(
-            f"{path / 'config.json'} cannot be read: {error!r}",
+            f"{path / 'config.json'} cannot be read as a model's settings: {_reason(error)}",
             remedy="name a folder of a Hugging Face model",
         ) from error
     if architecture not in MOE and architecture not in DENSE:

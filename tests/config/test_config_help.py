@@ -30,7 +30,7 @@ class TestHelp:
         flat = " ".join(text.split())
         assert "usage: train.py" in text
         for leaf in tree_leaves().values():
-            lines = [line for line in text.splitlines() if re.match(rf"  {leaf.flag}[ ,]", line)]
+            lines = [line for line in text.splitlines() if re.match(rf"  {leaf.flag}(?:[ ,]|$)", line)]
             assert len(lines) == 1, leaf.flag
             assert " ".join(leaf.help.split()) in flat
         assert text.index("examples:") < text.index("--num-layers")

@@ -104,7 +104,7 @@ class TestSettings:
         message = refused("--run-dir", tmp_path / "file/run", status=2)
         assert f"--run-dir = {tmp_path / 'file/run'}: cannot be written (Not a directory)" in message
         message = refused("--tensorboard-dir", tmp_path / "file", status=2)
-        assert "--tensorboard-dir" in message and "cannot be written (File exists)" in message
+        assert "--tensorboard-dir" in message and "cannot be written (it is a file)" in message
 
 
 class TestData:

@@ -39,6 +39,9 @@ def case(command: str, status: int, says: str, **files: bytes | None) -> Case:
 HEAD = b'{"version": 1, "settings": {"--tokenizer-type": "ByteTokenizer"}, "inputs": []}\n'
 CASES = {
     # settings: status 2
+    "a folder as prefix": case(
+        PREPROCESS + " --output-prefix out/", 2, "--output-prefix = out/: must not end with a slash"
+    ),
     "no prefix": case(PREPROCESS + " --output-prefix=", 2, "--output-prefix = '': must not be empty"),
     "a key with a slash": case(
         PREPROCESS + " --json-keys ../b", 2, "--json-keys = '../b': is a part of the output's name"

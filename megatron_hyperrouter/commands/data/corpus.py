@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_hyperrouter.terminal import Bar, parser
+from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
 Each line is {"text": ..., "source": path below the folder}.  Left out: hidden entries, links, __pycache__,
@@ -36,5 +36,6 @@ def main(arguments: Sequence[str]) -> None:
         made = write_corpus(
             args.root or default_root(), args.output, max_bytes=args.max_bytes, progress=bar.update
         )
-    summary = f"{made.documents:,} documents, {made.size / 1e6:,.1f} MB, {made.left_out:,} files left out"
+    left_out = f"{counted(made.left_out, 'file')} left out"
+    summary = f"{counted(made.documents, 'document')}, {made.size / 1e6:,.1f} MB, {left_out}"
     print(f"{args.output}: {summary}; {bar.seconds():.1f} s", file=sys.stderr)

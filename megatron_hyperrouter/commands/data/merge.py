@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_hyperrouter.terminal import Bar, parser
+from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
 Reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 .. N and each KEY, and writes
@@ -26,7 +26,5 @@ def main(arguments: Sequence[str]) -> None:
     with Bar("merge_data") as bar:
         written = merge(args.prefix, remove_shards=args.remove_shards, progress=bar.update)
     for pair in written:
-        print(
-            f"{pair.prefix}: {pair.documents:,} documents, {pair.tokens:,} tokens, {pair.dtype.name}",
-            file=sys.stderr,
-        )
+        sizes = f"{counted(pair.documents, 'document')}, {counted(pair.tokens, 'token')}"
+        print(f"{pair.prefix}: {sizes}, {pair.dtype.name}", file=sys.stderr)

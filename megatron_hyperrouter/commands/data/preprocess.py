@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron_hyperrouter.commands.data.tokenizer_flags import add_tokenizer_flags, tokenizer_options
-from megatron_hyperrouter.terminal import Bar, Stopped, parser
+from megatron_hyperrouter.terminal import Bar, Stopped, counted, parser
 
 EPILOG = """\
 Writes P_KEY_document.bin and .idx for each key, byte for byte what Megatron-LM's preprocess_data.py writes
@@ -59,10 +59,8 @@ def main(arguments: Sequence[str]) -> None:
             reason.left = "the same command continues from what was saved, or from the start"
             raise
     for pair in written:
-        print(
-            f"{pair.prefix}: {pair.documents:,} documents, {pair.tokens:,} tokens, {pair.dtype.name}",
-            file=sys.stderr,
-        )
+        sizes = f"{counted(pair.documents, 'document')}, {counted(pair.tokens, 'token')}"
+        print(f"{pair.prefix}: {sizes}, {pair.dtype.name}", file=sys.stderr)
     tell(progress.summary())
 
 

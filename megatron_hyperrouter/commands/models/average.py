@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
+from megatron_hyperrouter.evaluate.trained import run_path
 from megatron_hyperrouter.terminal import parser, show
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--load", type=Path, required=True, metavar="RUN_DIR", help="run folder, or its checkpoints/")
+    add("--load", type=run_path, required=True, metavar="RUN_DIR", help="run folder, or its checkpoints/")
     add("--output", type=Path, required=True, metavar="RUN", help="the run folder to write")
     add("--steps", type=int, nargs="+", metavar="N", help="steps of the checkpoints to average")
     add("--last", type=int, metavar="N", help="average the last N checkpoints instead")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.evaluate.trained import run_path
 from megatron_hyperrouter.export.verify import differences, read_certificate
 from megatron_hyperrouter.terminal import note, parser, show
 
@@ -170,7 +171,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--load", type=Path, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
+    add("--load", type=run_path, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
     add("--tokenizer-model", metavar="FILE", help="where the tokenizer is, if the checkpoint has none")
     add("--output", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
     add(

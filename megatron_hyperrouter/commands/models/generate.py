@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.evaluate.trained import run_path
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
@@ -84,7 +85,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--load", type=Path, required=True, metavar="RUN_OR_FOLDER", help="run folder or Hugging Face folder")
+    add(
+        "--load",
+        type=run_path,
+        required=True,
+        metavar="RUN_OR_FOLDER",
+        help="run folder or Hugging Face folder",
+    )
     add("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     add("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt a line (default: stdin)")
     add("--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)")

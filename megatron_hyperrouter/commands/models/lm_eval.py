@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.evaluate.trained import run_path
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import parser, show
 
@@ -123,7 +124,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--load", type=Path, required=True, metavar="RUN_OR_FOLDER", help="run folder or Hugging Face folder")
+    add(
+        "--load",
+        type=run_path,
+        required=True,
+        metavar="RUN_OR_FOLDER",
+        help="run folder or Hugging Face folder",
+    )
     add(
         "--tasks",
         nargs="+",

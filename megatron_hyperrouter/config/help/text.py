@@ -120,6 +120,8 @@ class _Page:
 def _usage(leaf: Leaf) -> str:
     if leaf.off_flag:
         return f"{leaf.flag}, {leaf.off_flag}"
+    if leaf.base is bool:
+        return leaf.flag
     if leaf.choices:
         return f"{leaf.flag} {{{','.join(map(str, leaf.choices))}}}"
     word = KINDS.get(leaf.item, "VALUE")

@@ -357,6 +357,9 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
         problems.append(
             Problem("--output-prefix", "''", "must not be empty", "name the output, for example data/corpus")
         )
+    elif job.output_prefix.endswith("/"):
+        remedy = f"add the beginning of a file's name: {job.output_prefix}corpus"
+        problems.append(Problem("--output-prefix", job.output_prefix, "must not end with a slash", remedy))
     endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
     written = [
         f"{job.stem()}.journal",
