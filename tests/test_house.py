@@ -127,7 +127,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"analysis", "guard.events", "studies.verdicts", "studies.router_tables"},
         {"matplotlib", "yaml"},
     ),
-    "commands": (set(), set()),
+    "commands": ({"compat"}, set()),
     "commands/training": ({*COMMAND, "planning"}, {"torch"}),
     "commands/cluster": ({*COMMAND, "doctor", "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
