@@ -93,10 +93,9 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
     }
-    if parts := recomputed_parts(config):
-        own = () if uses_transformer_engine(config) else ("core_attn",)  # our own attention does it itself
-        parts_of_host = [part for part in parts if part not in own]
-        fields |= {"recompute_granularity": "selective", "recompute_modules": parts_of_host}
+    own = () if uses_transformer_engine(config) else ("core_attn",)  # our own attention does it itself
+    if parts := [part for part in recomputed_parts(config) if part not in own]:
+        fields |= {"recompute_granularity": "selective", "recompute_modules": parts}
     if uses_transformer_engine(config):
         fields |= {"moe_grouped_gemm": True, **_fp8_fields(config)}
         if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
