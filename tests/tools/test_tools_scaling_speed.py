@@ -197,6 +197,8 @@ def test_what_the_ranks_share(
 
 def test_efficiency_is_taken_in_each_repetition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The machine is half as fast in the second repetition: speeds spread, efficiency does not."""
+    from megatron_hyperrouter.config.cli import parse
+    from megatron_hyperrouter.routers import ROUTERS
     from megatron_hyperrouter.studies.speed import TimedLayout
     from megatron_hyperrouter.studies.speed_tables import write_results
 
@@ -216,11 +218,13 @@ def test_efficiency_is_taken_in_each_repetition(tmp_path: Path, capsys: pytest.C
                 "tokens_per_second_per_rank": 100 / seconds / slow,
             }
             (folder / "results.json").write_text(json.dumps({**told, "started": "under Slurm"}))
-            plans.append(Namespace(folder=folder, row=TimedLayout(ranks, "dp"), number=number))
+            config = parse(["--mock-data"], routers=ROUTERS, world_size=ranks)
+            row = TimedLayout(ranks, "dp")
+            plans.append(Namespace(folder=folder, row=row, number=number, config=config))
     write_results(
         plans,
         [TimedLayout(2, "ep=4", refused="no")],
-        Namespace(output=tmp_path, scaling="weak", steps=3, warmup=1),
+        Namespace(output=tmp_path, scaling="weak", steps=3, warmup=1, gpus_per_node=8),
     )
     one, two = rows(tmp_path / "table.csv")
     assert (

@@ -49,8 +49,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _answer(self, asked: torch.Tensor) -> float | int | bool:
-        if asked.dtype is torch.bool:
-            return False
+        if asked.dtype in (torch.bool, torch.uint8):  # whether gradients have overflowed
+            return 0
         return 1.0 if asked.is_floating_point() else 1
 
     def _see(self, tensor: torch.Tensor) -> None:
