@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 libraries=(annotated-types filelock "numpy>=1.26" pydantic PyYAML rich safetensors tokenizers torch)
 tools=(pybind11 setuptools wheel pytest hypothesis scipy)
 # the tests of these rooms that import no host
-mapfile -t tests < <(grep -LE '^ *(from|import) (megatron\.|deepspeed)' tests/{analysis,config,ops,routers}/test_*.py)
+mapfile -t tests < <(grep -LE '^ *(from|import) (megatron\.|deepspeed|megatron_hyperrouter\.(engines|model|evaluate|train))' tests/{analysis,config,ops,routers}/test_*.py)
 status=0
 for version in ${PYTHONS:-3.10 3.11 3.12 3.13}; do
   python=$(command -v "$version" || command -v "python$version" || true)

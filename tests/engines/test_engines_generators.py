@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -86,17 +87,35 @@ class Code:
 
 
 class TestFormat1:
-    def test_runs_no_code_unless_it_is_trusted(self, tmp_path: Path) -> None:
+    def test_runs_no_code(self, tmp_path: Path) -> None:
         Code.mark = tmp_path / "ran"
         torch.save({"optimizer": Code(), "random": {}}, tmp_path / "state-00000.pt")
-        with pytest.raises(CheckpointError, match="runs any code") as caught:
+        with pytest.raises(CheckpointError, match="has no checksums") as caught:
             read_state(tmp_path, 0, ranks=1, trusted=False)
         assert "--trust-checkpoint" in caught.value.remedy and not Code.mark.exists()
         with pytest.raises(CheckpointError, match="lists the experts one by one") as caught:
             read_state(tmp_path, 0, ranks=1, trusted=True, stacked=True)
         assert "--no-moe-grouped-gemm" in caught.value.remedy and not Code.mark.exists()
-        read_state(tmp_path, 0, ranks=1, trusted=True)
+        with pytest.raises(CheckpointError, match=r"holds code that no optimizer state needs: .*mkdir"):
+            read_state(tmp_path, 0, ranks=1, trusted=True)
+        assert not Code.mark.exists()
+        torch.load(tmp_path / "state-00000.pt", weights_only=False)
         assert Code.mark.exists()  # so the file is one that shows it
+
+    def test_reads_what_the_hosts_wrote(self, tmp_path: Path) -> None:
+        """NumPy's arrays and DeepSpeed's classes, which are not tensors."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        written = {
+            "zero_stage": ZeroStageEnum.gradients,
+            "loss_scaler": LossScaler(scale=1.0),
+            "keys": np.arange(4, dtype=np.uint32),
+        }
+        torch.save({"optimizer": written, "random": {}}, tmp_path / "state-00000.pt")
+        read = read_state(tmp_path, 0, ranks=1, trusted=True)["optimizer"]
+        assert read["zero_stage"] is ZeroStageEnum.gradients and read["loss_scaler"].cur_scale == 1.0
+        assert read["keys"].tolist() == [0, 1, 2, 3]
 
     def test_of_another_number_of_ranks(self, tmp_path: Path) -> None:
         torch.save({"optimizer": {}, "random": {}}, tmp_path / "state-00000.pt")

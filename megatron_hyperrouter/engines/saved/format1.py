@@ -1,13 +1,15 @@
 """Checkpoints of format 1: the state of a rank is one file ``state-RRRRR.pt``, which fits its own layout
 alone.
 
-Such a file can run any code when it is loaded, so it is read only where the user says that it can be
-trusted.
+Such a file has no checksums, so it is read only where the user says that it can be trusted. None of the code
+that it may hold is run: all that it may name is in ``_KNOWN``.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,17 @@ import torch
 from megatron_hyperrouter.errors import CheckpointError
 
 _LAYOUT = "resume on the layout of the run that wrote it, or load weights alone with --finetune"
+
+_KNOWN = (  # what the optimizers and generators of both hosts put into such a file, beside tensors
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",  # written with NumPy 1
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+)
 
 
 def read_state(
@@ -28,7 +41,7 @@ def read_state(
     """
     if not trusted:
         raise CheckpointError(
-            f"{folder} is of format 1: loading its optimizer state runs any code that state-*.pt holds",
+            f"{folder} is of format 1: its optimizer state has no checksums",
             remedy="add --trust-checkpoint if you know who wrote it, or load weights alone with --finetune",
         )
     if stacked:  # DeepSpeed's rows would be taken in another order, without a word
@@ -47,7 +60,13 @@ def read_state(
             f"{path} cannot be read: it is damaged", remedy="load an older checkpoint of the run"
         )
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        with torch.serialization.safe_globals(_known()):
+            if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                raise CheckpointError(
+                    f"{path} holds code that no optimizer state needs: {', '.join(sorted(foreign))}",
+                    remedy="do not use this file; load the weights alone with --finetune",
+                )
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run"
@@ -57,3 +76,15 @@ def read_state(
             f"{path} has no optimizer or no generators", remedy="load an older checkpoint of the run"
         )
     return state
+
+
+def _known() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """The objects of ``_KNOWN`` that this machine has, each under its name in the file."""
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    for full in _KNOWN:
+        module, _, name = full.rpartition(".")
+        try:
+            found.append((getattr(import_module(module), name), full))
+        except (ImportError, AttributeError):
+            continue  # a library, or a version of it, that this run does not use
+    return found
