@@ -115,7 +115,7 @@ class FakeEngine:
         *,
         step: int,
         learning_rate: float,
-        stop: Callable[[], bool] = bool,
+        stop: Callable[[], int] = bool,
         accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         self.steps_taken.append(step)
@@ -130,7 +130,7 @@ class FakeEngine:
         self.optimizer.step()
         return result
 
-    def _forward_backward(self, stop: Callable[[], bool]) -> StepResult:
+    def _forward_backward(self, stop: Callable[[], int]) -> StepResult:
         held, step, _ = self._last
         self.optimizer.zero_grad()
         losses = [self._loss(batch, self.topk_at(step), dropout=0.1) for batch in held]
@@ -139,15 +139,15 @@ class FakeEngine:
         assert self.table_VV.grad is not None
         norm = self.table_VV.grad.norm().item()
         layers = {"entropy": (1.25, 0.75), "load_max_over_mean": (1.5, 2.0), "dead_experts": (0.0, 1.0)}
-        return StepResult(loss.item(), 1.0, 0.5, norm, layers, self.any_rank(stop()), peak_memory=2**20)
+        return StepResult(loss.item(), 1.0, 0.5, norm, layers, self.any_rank(bool(stop())), peak_memory=2**20)
 
     def again(self) -> tuple[StepResult, list[OwnPart]]:
         result = self._forward_backward(bool)
         torch.set_rng_state(self._last[2])
         return result, [OwnPart(0, "here", "cpu", (self._first_offset, self.loss_offset), "")]
 
-    def leave_out(self, step: int, stop: Callable[[], bool]) -> bool:
-        return self.any_rank(stop())
+    def leave_out(self, step: int, stop: Callable[[], int]) -> bool:
+        return self.any_rank(bool(stop()))
 
     def evaluate(
         self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+GIVE_UP = 1 << 20  # as an answer of ``stop``: more than all ranks together that ask to stop after the step
 Batch = tuple[Tensor, Tensor]  # tokens_BS, labels_BS: int64, labels are the tokens shifted by one
 
 
@@ -44,6 +45,7 @@ class StepResult:
     params_norm: float | None = None  # of all trained parameters; None: not asked for
     num_zeros: int | None = None  # of the gradient; None: not asked for, or not known
     applied: bool = True  # False: the step was left out, and the weights are as before
+    give_up: bool = False  # some rank asks to leave this step out and to stop
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ class Engine(Protocol):
         *,
         step: int,
         learning_rate: float,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], int] = lambda: False,
         accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of the global batch.
 
-        ``stop`` is asked once the rank has done its work: whether the run should stop after this step.
+        ``stop`` is asked once the rank has done its work: whether the run should stop after this step, or,
+        with ``GIVE_UP``, before the weights change; ``accept`` decides about that.
         ``accept`` is asked before the optimizer: where it says False, on all ranks alike, weights, optimizer
         and random state are as before the step.
         """
@@ -121,7 +124,7 @@ class Engine(Protocol):
         """
         ...
 
-    def leave_out(self, step: int, stop: Callable[[], bool]) -> bool:
+    def leave_out(self, step: int, stop: Callable[[], int]) -> bool:
         """Step ``step + 1`` takes no part (collective); returns whether some rank was asked to stop."""
         ...
 

@@ -124,7 +124,7 @@ class SharedEngine(SavedEngine):
         *,
         step: int,
         learning_rate: float,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], int] = lambda: False,
         accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
@@ -147,12 +147,12 @@ class SharedEngine(SavedEngine):
         losses = (first, self._own_loss)
         return result, own_parts(self.place, self.device, losses, "".join(bad[:1]))
 
-    def leave_out(self, step: int, stop: Callable[[], bool]) -> bool:
+    def leave_out(self, step: int, stop: Callable[[], int]) -> bool:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         self.clock.step = step + 1
-        return self.any_rank(stop())
+        return self.any_rank(bool(stop()))
 
-    def _run(self, now: _Step, stop: Callable[[], bool], accept: Callable[[StepResult], bool]) -> StepResult:
+    def _run(self, now: _Step, stop: Callable[[], int], accept: Callable[[StepResult], bool]) -> StepResult:
         """One step, whose loss and norm are known on all ranks before the optimizer changes anything."""
         self.clock.begin(step=now.step)
         self.statistics.enabled = True

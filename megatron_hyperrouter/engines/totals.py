@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.base import EvalResult, OwnPart, Place, StepResult
+from megatron_hyperrouter.engines.base import GIVE_UP, EvalResult, OwnPart, Place, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.model.names import matrices
 from megatron_hyperrouter.model.sharding import (
@@ -45,7 +45,7 @@ def step_result(
     place: Place,
     *,
     grad_norm: float,
-    stop: bool,
+    stop: int,
     memory: int,
     waited: float = 0.0,
 ) -> tuple[StepResult, Tensor]:
@@ -60,7 +60,7 @@ def step_result(
     rows = statistics.take()
     ranks = place.world_size
     told = torch.zeros(1 + 2 * ranks, dtype=loss_sums.dtype, device=loss_sums.device)
-    told[0], told[1 + place.rank], told[1 + ranks + place.rank] = float(stop), memory, waited
+    told[0], told[1 + place.rank], told[1 + ranks + place.rank] = stop, memory, waited
     parts = (loss_sums, told, rows.to(loss_sums.device).flatten())
     total = torch.cat(parts)
     dist.all_reduce(total)
@@ -76,6 +76,7 @@ def step_result(
         grad_norm=grad_norm,
         layers={name: tuple(values_L) for name, values_L in layers.items()},
         stop=bool(stopped),
+        give_up=stopped >= GIVE_UP,
         peak_memory=round(max(numbers[:ranks])),
         data_waits=tuple(numbers[ranks:]),
         moe_layers=tuple(layer + 1 for layer in routed),

@@ -1,7 +1,7 @@
 """Requests to stop: signals of a person, a scheduler or a launcher, which a run answers with a checkpoint.
 
 A request takes effect after the step in which it comes, on all ranks; such a run ends with the exit status
-``errors.STOPPED``.
+``errors.STOPPED``.  Where the launcher has died, the step that is under way is given up instead.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""  # "SIGTERM"; empty until somebody asks
+        self.at_once = False  # the step that is under way does not count
         self._when = 0.0
 
     @property
@@ -36,10 +37,11 @@ class StopRequest:
         """True once somebody has asked."""
         return bool(self.reason)
 
-    def ask(self, reason: str) -> None:
+    def ask(self, reason: str, *, at_once: bool = False) -> None:
         """Ask for a stop; the first reason counts."""
         if not self.reason:
             self.reason, self._when = reason, time.monotonic()
+        self.at_once = self.at_once or at_once
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """A signal came: note it; a second Ctrl-C ends the process at once."""

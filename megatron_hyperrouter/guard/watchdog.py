@@ -74,9 +74,9 @@ class Watchdog:
 
     def look(self) -> None:
         """One round: beat, see whether the launcher is alive, see whether the run moves."""
-        self._beat()
         if self._launcher.is_gone():
-            self._stop.ask("the end of the launcher")
+            self._stop.ask("the end of the launcher", at_once=True)
+        self._beat()
         still = time.time() - self._progress.since
         beats = read_beats(self._folder, self._world_size) if self._world_size > 1 else {}
         self._listen(beats)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_hyperrouter import console
 from megatron_hyperrouter.guard.supervision import Supervision
 from megatron_hyperrouter.train.hooks import GuardedHook
-from megatron_hyperrouter.train.resuming.recovery import RollBack
+from megatron_hyperrouter.train.resuming.recovery import GivenUp, RollBack
 from megatron_hyperrouter.train.resuming.resume import resume
 from megatron_hyperrouter.train.resuming.start import Start, begin
 from megatron_hyperrouter.train.run import Run, Speed
@@ -85,7 +85,10 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
     engine, config = run.engine, run.config
     with run.batches(first) as batches:
         for step in range(first + 1, config.train.train_iters + 1):
-            called = run.step(step, batches, request)
+            try:
+                called = run.step(step, batches, request)
+            except GivenUp:
+                return _given_up(run, first, step - 1, request)
             if step == first + 1 and config.guard.distributed_timeout_minutes:
                 engine.wait_at_most(60 * config.guard.distributed_timeout_minutes)
             last = step == config.train.train_iters
@@ -109,6 +112,13 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
         console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
     run.tell("end", max(first, config.train.train_iters))
     return max(first, config.train.train_iters)
+
+
+def _given_up(run: Run, first: int, step: int, request: StopRequest) -> int:
+    """Stop after ``step``: the one that was under way does not count."""
+    if step > first:
+        run.save(step, wait=True)
+    return _stopped(run, step, run.engine.first_word(request.reason))
 
 
 def _stopped(run: Run, step: int, reason: str) -> int:

@@ -131,8 +131,10 @@ class Run:
             step=step - 1,
             learning_rate=learning_rate,
             stop=lambda: self.saving.asks(request),
-            accept=self.recovery.accept,
+            accept=lambda result: not result.give_up and self.recovery.accept(result),
         )
+        if result.give_up and not result.applied:
+            raise recovery.GivenUp
         topk = self.engine.topk_at(step - 1)
         tokens = self.batch_sizes.size(step - 1) * self.config.model.seq_length
         facts = StepFacts(

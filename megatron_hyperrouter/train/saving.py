@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.checkpoint.writer import Writer
+from megatron_hyperrouter.engines.base import GIVE_UP
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.train.health import Health
 
@@ -77,14 +78,14 @@ class Saving:
             60 * (0.0 if self._settings.save_interval else _EVERY) if minutes is None else 60 * minutes
         )
 
-    def asks(self, request: StopRequest) -> bool:
-        """Whether this rank has something to tell the others after the step; asks for a stop when the time of
-        the program is up.
+    def asks(self, request: StopRequest) -> int:
+        """Whether this rank has something to tell the others after the step, or, with ``GIVE_UP``, instead of
+        it; asks for a stop when the time of the program is up.
         """
         limit = self._settings.exit_duration_in_mins
         if self._engine.place.is_main and limit is not None and self._clock() - _STARTED >= 60 * limit:
             request.ask("--exit-duration-in-mins")
-        return request.came or self._writer.failed or self._late()
+        return GIVE_UP if request.at_once else request.came or self._writer.failed or self._late()
 
     def answer(self, step: int, request: StopRequest) -> Wish:
         """Some rank has asked (collective): what all ranks have to do now."""

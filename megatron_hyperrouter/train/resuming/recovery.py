@@ -21,6 +21,10 @@ class RollBack(Exception):
     """The run has to return to its newest checkpoint."""
 
 
+class GivenUp(Exception):
+    """The run has to stop, and the step that was under way does not count."""
+
+
 class Recovery:
     """Follows ``--on-bad-step``; every rank decides alike, as it knows the same numbers."""
 
