@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,7 +55,11 @@ def certificate(
     text = tokenizer_json(job.tokenizer)
     return {
         "format": FORMAT,
-        "product": {"name": "megatron-hyperrouter", "version": _version("megatron-hyperrouter")},
+        "product": {
+            "name": "megatron-hyperrouter",
+            "version": _version("megatron-hyperrouter"),
+            "commit": _commit(),
+        },
         "versions": {
             **{name: _version(name) for name in _LIBRARIES},
             **(proof["versions"] if proof else {}),
@@ -95,3 +100,16 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this is; None where it was installed without one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    asked = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

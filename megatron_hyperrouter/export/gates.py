@@ -89,7 +89,9 @@ def _folded(router: Router) -> Any:
 def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) -> Gates:
     """The gates of ``huggingface/modeling_hyperrouter.py``; ``rows`` of the embedding."""
     if run.model.mlp_type != "standard":
-        raise no_class(["--mlp-type residual, which the modeling file does not have either"])
+        raise no_class(
+            ["--mlp-type residual, which the modeling file does not have either"], custom_code=False
+        )
     base = FAMILIES["Qwen3MoeForCausalLM"]
     refuse_unknown(run, (*base.settings, *_SHARED), "the modeling file")
     kind: dict[str, Any] = {}
@@ -169,7 +171,9 @@ def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]
     if bias_E is not None:
         own["bias"] = bias_E
     if options.groups is not None or options.scaling_factor != 1.0:
-        raise no_class(["the modeling file has no groups of experts and no factor on their weights"])
+        raise no_class(
+            ["the modeling file has no groups of experts and no factor on their weights"], custom_code=False
+        )
     if options.expert_bias:
         own[CHOICE_BIAS] = folded.choice_bias_E
     return kind, own

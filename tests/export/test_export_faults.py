@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import gguf
 import pytest
 import sentencepiece
+from distributed import REPOSITORY
 from export.made_up import make_up
 
 from megatron_hyperrouter.commands.models.export_hf import main
@@ -111,6 +113,11 @@ def test_another_tokenizer_than_the_run_had(tmp_path: Path) -> None:
     (tmp_path / "own.json").unlink()  # the checkpoint has it
     main(["--load", str(tmp_path / "run"), "--output", str(output), "--no-proof"])
     assert (output / "tokenizer.json").is_file()
+    head = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    product = json.loads((output / "certificate.json").read_text())["product"]
+    assert product["commit"] == (head.stdout.strip() or None) and product["version"]
 
 
 def test_a_tokenizer_without_tokenizer_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def choose(run: RunConfig, options: Any, topk: int) -> Target:
     CheckpointError with all reasons where there is none.
     """
     if run.model.mlp_type != "standard":
-        raise no_class(["--mlp-type residual adds a dense MLP beside the experts"])
+        raise no_class(["--mlp-type residual adds a dense MLP beside the experts"], custom_code=False)
     if unknown := _changed(options, _ROUTER):
         flags = [f"--router.{name.replace('_', '-')}" for name in unknown]
         raise no_class([f"the router has {', '.join(flags)}, which no class has"])
@@ -61,7 +61,7 @@ def choose(run: RunConfig, options: Any, topk: int) -> Target:
         if not found:
             return target_of(family, run, options)
         reasons.append(f"{family.title} " + "; it ".join(found))
-    raise no_class(reasons)
+    raise no_class(reasons, custom_code=not run.attention.multi_latent_attention)
 
 
 def check_served(target: Target, topks: Iterable[int]) -> None:
@@ -105,13 +105,15 @@ def _changed(settings: Any, known: list[str]) -> list[str]:
     return found
 
 
-def no_class(reasons: Iterable[str]) -> CheckpointError:
-    """The refusal."""
+def no_class(reasons: Iterable[str], *, custom_code: bool = True) -> CheckpointError:
+    """The refusal; ``custom_code``: whether --custom-code may be the way out."""
     lines = list(reasons)
     told = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
     return CheckpointError(
         f"no class of transformers computes this model:{told}",
-        remedy="--custom-code writes a modeling file that does (transformers 5, trust_remote_code)",
+        remedy="--custom-code writes a modeling file that does (transformers 5, trust_remote_code)"
+        if custom_code
+        else "docs/interop.md lists the models that can be exported; mhr evaluate takes this one as it is",
     )
 
 
