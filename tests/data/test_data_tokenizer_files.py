@@ -281,7 +281,7 @@ class TestTikToken:
             of_file(ranks, "TikTokenizer", vocab_size=100_000)
 
     def test_wrong_special_tokens(self, ranks: str) -> None:
-        with pytest.raises(ConfigError, match=r"--tokenizer-special-tokens.*include </s>"):
+        with pytest.raises(ConfigError, match=r"--tokenizer-special-tokens.*must contain </s>"):
             of_file(ranks, "TikTokenizer", tokenizer_special_tokens=("<a>",))
 
     def test_missing_library(self, ranks: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     args = flags.parse_args(arguments)
     tokenizer = tokenizer_from(tokenizer_options(args)) if args.tokenizer_type else None
-    with Bar("inspect_data") as bar:
+    with Bar("mhr inspect") as bar:
         found = describe(
             args.prefix, num_first=args.tokens, tokenizer=tokenizer, verify=args.verify, progress=bar.update
         )

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     flags.add_argument("--remove-shards", action="store_true", help="remove the shards once all is joined")
     args = flags.parse_args(arguments)
-    with Bar("merge_data") as bar:
+    with Bar("mhr merge") as bar:
         written = merge(args.prefix, remove_shards=args.remove_shards, progress=bar.update)
     for pair in written:
         sizes = f"{counted(pair.documents, 'document')}, {counted(pair.tokens, 'token')}"

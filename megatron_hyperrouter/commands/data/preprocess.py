@@ -142,7 +142,7 @@ class Progress(Bar):
     """Megabytes and documents, and how fast they pass."""
 
     def __init__(self) -> None:
-        super().__init__("preprocess_data")
+        super().__init__("mhr preprocess")
         self._first: tuple[int, int] | None = None  # bytes and documents of the runs before this one
         self._done = self._documents = 0
 

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         problems.append(Problem("--output", args.output, "is one of the inputs", "choose another name"))
     if problems:
         raise ConfigError(problems)
-    with Bar("train_tokenizer") as bar:
+    with Bar("mhr tokenizer") as bar:
         found = texts(inputs, args.json_key, args.max_bytes, progress=bar.update)
         size = train_bpe(found, args.vocab_size, args.output)
     fewer = (

@@ -165,8 +165,9 @@ def _course(flags: ArgumentParser) -> None:
 
 
 def _optional(flags: ArgumentParser, name: str) -> None:
-    """--compare needs no run."""
-    next(action for action in flags._actions if name in action.option_strings).required = False
+    """--compare needs no run, and a file may name another one: the run is looked for later."""
+    action = next(action for action in flags._actions if name in action.option_strings)
+    action.required, action.type = False, Path
 
 
 def settings_of(args: Namespace) -> Settings:
