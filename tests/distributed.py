@@ -76,6 +76,9 @@ def world(name: str) -> Iterator[None]:
     import deepspeed
     import torch.distributed as dist
 
+    from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+
+    skip_shm_build()  # it would be compiled, behind a lock that a killed process leaves closed
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=ranks)

@@ -34,7 +34,12 @@ class Replicas:
         """The weights of which the ranks hold different bits (collective); one reduction where there are
         none.
         """
-        own = {_key(name): _whole(tensor) for name, tensor in weights(holding)}
+        held: dict[str, Tensor] = {}
+        for name, tensor in weights(holding):
+            # The first of a name counts: with multi-token prediction, the last stage of megatron-core
+            # 0.16.1 has an output matrix beside its embedding, and never uses it (gpt_model.py:249).
+            held.setdefault(_key(name), tensor)
+        own = {key: _whole(tensor) for key, tensor in held.items()}
         places = self._all_places(own)
         found = torch.full((2, len(places)), _ABSENT, dtype=torch.int64, device=holding.device)
         mine = torch.tensor([places[key] for key in own], dtype=torch.int64, device=holding.device)
