@@ -14,7 +14,7 @@ if [ ! -s $build/faq_text_document.idx ] || [ ! -s $build/kernel_text_document.i
   (cd $build && for wanted in anarchism=15.3-3 linux-doc-6.1=6.1.176-1; do
     ls "${wanted%%=*}"_*.deb > /dev/null 2>&1 || apt-get download "$wanted"
   done && sha256sum --check sums)
-  for package in $build/*.deb; do dpkg-deb -x "$package" $build/files; done
+  for package in "$build"/*.deb; do dpkg-deb -x "$package" "$build/files"; done
   python results/plan_a/corpus.py $build/files/usr/share/doc $build
   for name in faq kernel; do
     mhr preprocess --input $build/$name.jsonl --output-prefix $build/$name --tokenizer-type ByteTokenizer --append-eod
