@@ -229,19 +229,20 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """
         device = self.embedding_S.device
         w1_HS, b1_H, _, _ = self.frozen_tensors(device)
+        old = self._generated
         with torch.inference_mode(False), torch.no_grad(), float32_maths(device):
             embedding_S = self.embedding_S.detach().float()
             W_ED, b_E = self._generate(embedding_S)
             new = Generated(W_ED, b_E, active_units(embedding_S, w1_HS, b1_H))
-            old = self._generated
-            if old is None or old.W_ED.device != device:
-                return new
-            # In place: addresses stay for compiled graphs, and a backward pass that still waits for the old
-            # weights raises.
-            for kept, made in zip(old, new, strict=True):
-                if kept is not None and made is not None:
-                    kept.copy_(made)
-            return old
+            if old is not None and old.W_ED.device == device:
+                # In place: addresses stay for compiled graphs, and a backward pass that still waits for the old
+                # weights raises.
+                old.W_ED.copy_(new.W_ED)
+                old.active_H.copy_(new.active_H)
+                if old.b_E is not None and new.b_E is not None:
+                    old.b_E.copy_(new.b_E)
+                new = old
+        return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperRouter:
         self.begin_step()
