@@ -235,8 +235,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             W_ED, b_E = self._generate(embedding_S)
             new = Generated(W_ED, b_E, active_units(embedding_S, w1_HS, b1_H))
             if old is not None and old.W_ED.device == device:
-                # In place: addresses stay for compiled graphs, and a backward pass that still waits for the old
-                # weights raises.
+                # In place: addresses stay for compiled graphs, and a backward pass that still waits for the
+                # old weights raises.
                 old.W_ED.copy_(new.W_ED)
                 old.active_H.copy_(new.active_H)
                 if old.b_E is not None and new.b_E is not None:
