@@ -33,7 +33,7 @@ class PrecisionConfig:
     ] = "delayed"
     fp8_margin: Annotated[Natural, Role.PRECISION, TE_ALONE, "With delayed: margin of the scale, in bits"] = 0
     fp8_amax_history_len: Annotated[
-        Count, Role.PRECISION, TE_ALONE, "With delayed: number of steps in the history of the maximum"
+        Count, Role.PRECISION, TE_ALONE, "With delayed: number of steps for which the largest values are kept"
     ] = 1
     fp8_amax_compute_algo: Annotated[
         Literal["most_recent", "max"],
