@@ -4,7 +4,7 @@
 #   bash results/plan_a/repeat.sh A1            # 40 runs, about an hour on two CPU cores (an estimate)
 #   bash results/plan_a/repeat.sh A1 A3 A2 A4
 #
-# Runs go to runs/plan_a/; the same command again continues after an interruption.  A4 fine-tunes the models of A1.
+# Runs go to runs/plan_a/; after an interruption the same command continues.  A4 fine-tunes the models of A1, so run A1 first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 jobs=${JOBS:-1}
@@ -39,12 +39,18 @@ A4() {
   bash examples/tasks/fetch.sh build/plan_a/tasks senses45
   for label in hyper matched topk; do
     for seed in 1 2 3 4 5; do
-      mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed --topk 1 2 4 8 16
+      [ -s $out/A4/$label-seed$seed/results.json ] ||
+        mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed --topk 1 2 4 8 16
     done
   done
 }
 
 for block in "${@:-A1}"; do
   "$block"
-  mhr report $out/"$block"* --output $out/"$block".html
+  case $block in
+    A2) folders=("$out"/A2-*/) ;;
+    A4) folders=("$out"/A4/*/) ;;
+    *) folders=("$out/$block") ;;
+  esac
+  mhr report "${folders[@]}" --output "$out/$block.html"
 done

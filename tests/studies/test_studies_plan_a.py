@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,44 @@ def test_the_readme_promises_nothing_that_is_not_there() -> None:
     for block in ("A1", "A2", "A3", "A4"):
         assert f"\n{block}() {{" in SCRIPT and f"| {block} |" in text
     assert "has not been run yet" in text
+
+
+STAND_IN = """#!/usr/bin/env bash
+# mhr that only notes its words, and leaves what later commands look for.
+echo "$*" >> calls
+words="$*"; output=${words##*--output }; output=${output%% *}
+case $1 in
+  compare) mkdir -p "$output" ;;
+  finetune) mkdir -p "$output"; echo {} > "$output/results.json" ;;
+  report) echo page > "$output" ;;
+esac
+"""
+
+
+def test_every_block_can_be_repeated(tmp_path: Path) -> None:
+    """Pages are made of folders that are there, the pages of the first time are none of them, and a finished
+    fine-tuning, which refuses its folder, is not asked for again.
+    """
+    (tmp_path / "results/plan_a").mkdir(parents=True)
+    (tmp_path / "examples/tasks").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(ROOT / "results/plan_a/repeat.sh", tmp_path / "results/plan_a")
+    for name in ("results/plan_a/data.sh", "examples/tasks/fetch.sh"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "bin/mhr").write_text(STAND_IN)
+    (tmp_path / "bin/mhr").chmod(0o755)
+    calls = []
+    for _ in range(2):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        subprocess.run(
+            ["bash", tmp_path / "results/plan_a/repeat.sh", "A1", "A2", "A3", "A4"],
+            env=os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+            check=True,
+        )
+        calls.append((tmp_path / "calls").read_text().splitlines())
+    pages = [[line.split()[1:] for line in each if line.startswith("report")] for each in calls]
+    assert pages[0] == pages[1]
+    assert [len(words) - 2 for words in pages[0]] == [1, 4, 1, 15]
+    assert all((tmp_path / folder).is_dir() for words in pages[0] for folder in words[:-2])
+    tuned = [sum(line.startswith("finetune") for line in each) for each in calls]
+    assert tuned == [15, 0]
