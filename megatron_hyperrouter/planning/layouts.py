@@ -36,12 +36,12 @@ class Candidate:
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same dense parameters: data and context parallelism."""
+        """Number of ranks that hold the same dense parameters: DP x CP."""
         return self.data_size * self.config.parallel.context_parallel_size
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts."""
+        """Number of ranks that hold the same experts."""
         parallel = self.config.parallel
         over = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
         return max(self.world_size // (over * expert_tensor_size(self.config)), 1)

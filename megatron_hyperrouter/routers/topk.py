@@ -1,10 +1,10 @@
-"""SMoE's trained linear router (arXiv 1701.06538), and by its options that of Switch Transformers (arXiv
-2101.03961) and of DeepSeek-V3 (arXiv 2412.19437, 2408.15664).
+"""SMoE's trained linear router (arXiv 1701.06538).  Its options also give the routers of Switch Transformers
+(arXiv 2101.03961) and DeepSeek-V3 (arXiv 2412.19437, 2408.15664).
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
 
 Logits ``g = W x + b``, with b where ``bias`` is on.  ``freeze``: W and b stay as drawn; checkpoints hold
-them.  How g decides is told in ``choice.py``.
+them.  ``choice.py`` says how experts are chosen by g.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_hyperrouter.routers.choice import ChoosingRouter
 
 
 class TopKRouter(ChoosingRouter, name="topk"):
-    """``logits = W x + b`` with trained W; options reproduce Switch and DeepSeek-V3."""
+    """A trained linear router; with the right options it is that of Switch or DeepSeek-V3."""
 
     config: Config
 

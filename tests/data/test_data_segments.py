@@ -92,7 +92,7 @@ def test_without_a_change_it_is_the_dataset_as_before(
 
 @pytest.mark.parametrize("kind", ["materialised", "on-demand"])
 def test_a_batch_that_grows_reads_on_where_the_mix_changes(files: dict[str, str], kind: Any) -> None:
-    """The same samples as with equal batches of as many samples on either side of the change."""
+    """A growing batch reads what a constant one reads, if both have read equally many at the change."""
     grows = BatchSizes(8, (2, 2, 24))  # 2 2 2 2 | 4 4 | 6 6 | 8 8 ...: 16 samples before the change
     mixes = ((0, (files["a"], files["c"])), (6, ("0.5", files["a"], "0.5", files["b"])))
     first = builder((files["a"], files["c"]), kind=kind)

@@ -5,6 +5,7 @@ code are loaded only where they are trusted.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,29 @@ class TestFormat1:
         assert not Code.mark.exists()
         torch.load(tmp_path / "state-00000.pt", weights_only=False)
         assert Code.mark.exists()  # so the file is one that shows it
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"\x80\x02.",
+            b"\x80\x02h\x05.",
+            b"\x80\x02cnumpy\nndarray\n)R.",
+            b"(S'ls'\nios\nsystem\n.",
+            b"\x80\x02K\x05.",
+        ],
+        ids=["empty", "no value", "unknown memo", "wrong arguments", "unknown opcode", "a number"],
+    )
+    def test_a_damaged_pickle_is_named(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "state-00000.pt"
+        torch.save({}, path)
+        with zipfile.ZipFile(path) as saved:
+            parts = {name: saved.read(name) for name in saved.namelist()}
+        with zipfile.ZipFile(path, "w") as damaged:
+            for name, part in parts.items():
+                damaged.writestr(name, content if name.endswith("data.pkl") else part)
+        with pytest.raises(CheckpointError, match=r"state-00000\.pt (cannot be read|has no optimizer)"):
+            read_state(tmp_path, 0, ranks=1, trusted=True)
 
     def test_reads_what_the_hosts_wrote(self, tmp_path: Path) -> None:
         """NumPy's arrays and DeepSpeed's classes, which are not tensors."""

@@ -57,9 +57,13 @@ def test_a_run_that_begins_has_its_own(tmp_path: Path) -> None:
     assert with_own_schedule(now, replace(start, weights_only=True)) == now
 
 
-def test_a_checkpoint_that_does_not_say(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing says what its schedule was"):
+@pytest.mark.parametrize(("text", "rule"), [(None, "is missing"), ("- lr\n", "does not hold settings")])
+def test_a_checkpoint_that_does_not_say(tmp_path: Path, text: str | None, rule: str) -> None:
+    if text is not None:
+        (tmp_path / SETTINGS).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rule) as caught:
         with_own_schedule(settings(f"{NOW} {TAKEN}"), Start(tmp_path, {"step": 10, "meta": {}}))
+    assert "--lr-decay-style" in str(caught.value)
 
 
 def test_the_settings_in_the_run_folder_start_it_again(tmp_path: Path) -> None:

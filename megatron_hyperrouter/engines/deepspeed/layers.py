@@ -108,7 +108,7 @@ class Embedding(nn.Module):
         return hidden_SBD
 
     @staticmethod
-    def output(self: Embedding, hidden_SBD: Tensor) -> Projection | Tensor:
+    def output(self: Embedding, hidden_SBD: Tensor) -> Projection | Headed | Tensor:
         """What :class:`OutputLayer` gives; the form that TiedLayerSpec asks for."""
         made, _ = self.output_layer(hidden_SBD, weight=self.embedding.word_embeddings.weight)
         return seen_by_hooks(made)
@@ -177,12 +177,13 @@ def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: boo
     )
 
 
-def seen_by_hooks(made: Projection | Tensor) -> Projection | Tensor:
-    """The same numbers, with a weight that is not a leaf.
+def seen_by_hooks(made: Projection | Headed | Tensor) -> Projection | Headed | Tensor:
+    """The same numbers; a returned weight is no leaf, so that DeepSpeed hooks it.
 
-    DeepSpeed (0.19.8, runtime/utils.py:1345) hooks the tensors that a model returns, but not leaves. The
-    first hook that fires clears the gradients in bfloat16 (runtime/bf16_optimizer.py:500). A leaf has its
-    gradient by then and would lose it.
+    In bfloat16 DeepSpeed (0.19.8) clears the old gradients when its first hook fires
+    (runtime/bf16_optimizer.py:500). It hooks every tensor that the model returns, but for leaves
+    (runtime/utils.py:1345). A returned leaf would have its new gradient before the first hook fires, and
+    lose it.
     """
     if isinstance(made, Projection):
         return made._replace(weight_VD=made.weight_VD.view_as(made.weight_VD))

@@ -66,16 +66,18 @@ def read_state(
                     f"{path} holds code that no optimizer state needs: {', '.join(sorted(foreign))}",
                     remedy="do not use this file; load the weights alone with --finetune",
                 )
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's reader raises whatever a damaged pickle provokes
         raise CheckpointError(
-            f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run"
+            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of the run"
         ) from error
-    if not {"optimizer", "random"} <= state.keys():
+    if not isinstance(state, dict) or not {"optimizer", "random"} <= state.keys():
         raise CheckpointError(
             f"{path} has no optimizer or no generators", remedy="load an older checkpoint of the run"
         )
-    return state
+    return dict(state)
 
 
 def _known() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

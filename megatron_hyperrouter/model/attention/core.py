@@ -59,7 +59,9 @@ class ScaledDotProductAttention(MegatronModule):
         """
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
-            raise NotImplementedError(f"attention mask {attn_mask_type}: only causal attention is provided")
+            raise NotImplementedError(
+                f"attention mask {attn_mask_type} is not supported: use AttnMaskType.causal"
+            )
         self.recompute = recompute
         self.cp_group = getattr(pg_collection, "cp", None)
         self.next_starts = None if starts is None else starts()

@@ -31,9 +31,11 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
     path = start.folder / SETTINGS
     saved = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(saved, dict):
+        rule = "does not hold settings" if path.is_file() else "is missing"
         raise CheckpointError(
-            f"{start.folder} has no {SETTINGS}: nothing says what its schedule was",
-            remedy="leave out --use-checkpoint-opt-param-scheduler, and give the schedule",
+            f"{path} {rule}, so the checkpoint's learning-rate schedule is unknown",
+            remedy="replace --use-checkpoint-opt_param-scheduler by the schedule: --lr, --min-lr, "
+            "--lr-decay-style, --lr-decay-iters, --lr-warmup-iters, --weight-decay",
         )
     scheduled = {*names_with(Role.SCHEDULE), *_MORE} & {field.name for field in fields(config.optimizer)}
     taken: dict[str, Any] = {name: saved[name] for name in sorted(scheduled & saved.keys())}
