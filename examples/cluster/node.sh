@@ -8,19 +8,8 @@
 # A SIGTERM reaches the ranks, which save and stop.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-run_dir='' config=''
-for ((i = 1; i <= $#; i++)); do
-  case ${!i} in
-    --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
-    --run-dir=*) run_dir=${!i#*=} ;;
-    --config) next=$((i + 1)) && config=${!next} ;;
-    --config=*) config=${!i#*=} ;;
-  esac
-done
-if [ -z "$run_dir" ] && [ -f "$config" ]; then
-  run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
-fi
-run_dir=${run_dir:-runs/cluster}
+# shellcheck source=examples/cluster/run_folder.sh
+source examples/cluster/run_folder.sh "$@"
 
 # torchrun makes 1 of every exit status, so what cannot run is refused before it starts.
 ranks=${PET_NPROC_PER_NODE:-1}

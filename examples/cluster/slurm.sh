@@ -45,20 +45,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 8 ? 8 : cores > 0 ? cores :
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTHONUNBUFFERED=1
 
-run_dir='' config=''
+# shellcheck source=examples/cluster/run_folder.sh
+source examples/cluster/run_folder.sh "$@"
 given=" $* "
-for ((i = 1; i <= $#; i++)); do
-  case ${!i} in
-    --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
-    --run-dir=*) run_dir=${!i#*=} ;;
-    --config) next=$((i + 1)) && config=${!next} ;;
-    --config=*) config=${!i#*=} ;;
-  esac
-done
-if [ -z "$run_dir" ] && [ -f "$config" ]; then
-  run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
-fi
-run_dir=${run_dir:-runs/cluster}
 settings=(--run-dir "$run_dir" --load "$run_dir")
 [ -z "${ENGINE:-}" ] || settings+=(--engine "$ENGINE")
 if [[ $given != *" --config"* ]]; then

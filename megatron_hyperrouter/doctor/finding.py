@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -35,3 +36,8 @@ def note(check: str, text: str, remedy: str = "") -> Finding:
 def fault(check: str, text: str, remedy: str) -> Finding:
     """To be mended before a run."""
     return Finding(check, "fault", text, remedy)
+
+
+def first_of(found: Sequence[Any]) -> str:
+    """The first one, and how many more there are."""
+    return str(found[0]) + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hyperrouter.doctor.finding import Finding, fault, note, ok
+from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, note, ok
 from megatron_hyperrouter.doctor.ranks import Ranks
 
 WAIT = 10.0  # seconds until a file of one machine has to be seen on another
@@ -81,8 +81,7 @@ def _shared(ranks: Ranks, names: Sequence[str], folder: Path, token: str) -> lis
         if report or (rank and not _appears(folder / f"rank-{rank}", token))
     ]
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        return [fault("run folder", f"{folder.parent} is not shared: {missing[0]}{more}", _MOUNT)]
+        return [fault("run folder", f"{folder.parent} is not shared: {first_of(missing)}", _MOUNT)]
     who = "all ranks see the same folder" if ranks.size > 1 else "can be written"
     return [ok("run folder", f"{folder.parent}: {who}")]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from megatron_hyperrouter.compat.versions import TESTED, in_range
-from megatron_hyperrouter.doctor.finding import Finding, fault, note, ok
+from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, note, ok
 from megatron_hyperrouter.doctor.machine import Facts
 
 _INSTALL = "run on that machine: bash tools/setup_env.sh"
@@ -182,8 +181,3 @@ def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
         text = f"the clock of {names[worst]} is {abs(offsets[worst]):.1f} s {way} that of {names[0]}"
         return fault("clock", text, "start chrony or ntpd on that machine")
     return ok("clock", f"within {max(abs(each) for each in offsets):.3f} s of each other")
-
-
-def first_of(found: Sequence[Any]) -> str:
-    """The first one, and how many more there are."""
-    return str(found[0]) + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")

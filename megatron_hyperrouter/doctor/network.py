@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_hyperrouter.doctor.finding import Finding, fault, ok
+from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, ok
 from megatron_hyperrouter.doctor.ranks import Ranks
 
 _ANSWER = 5.0  # seconds
@@ -47,7 +47,7 @@ def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
             "open all TCP ports between the machines of a job, or set GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME"
         )
-        return [fault("ports", _first(closed), remedy)]
+        return [fault("ports", first_of(closed), remedy)]
     return [ok("ports", f"each of {ranks.size} ranks reaches the next one")] if ranks.rank == 0 else []
 
 
@@ -139,13 +139,8 @@ def _judge(
     ]
     if slow and len(rates) >= _FEW_PAIRS:
         remedy = "look at the cable, the switch port and the network card of the machine in these pairs"
-        return [fault("collectives", f"{text}; slow: {_first(slow)}", remedy)]
+        return [fault("collectives", f"{text}; slow: {first_of(slow)}", remedy)]
     return [ok("collectives", text)]
-
-
-def _first(found: Sequence[str]) -> str:
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return found[0] + more
 
 
 def _connect(host: str, port: int) -> str:

@@ -26,8 +26,6 @@ class Ranks:
     def __init__(self, rank: int, size: int, store: Any = None) -> None:
         """``store``: a ``torch.distributed`` store; None for the only rank."""
         self.rank, self.size, self.store = rank, size, store
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # 0: the launcher does not say
 
     @classmethod
     def of_this_process(cls) -> Ranks:
@@ -72,6 +70,11 @@ class Ranks:
         """Until all are here."""
         self.gather(f"{topic}/here", True)
         self.tell(f"{topic}/all", True)
+
+    def leave(self) -> None:
+        """The end: all are here, and rank 0, whose process may hold the store, goes last."""
+        self.meet("end")
+        self.gather("left", True)
 
     def clock_offset(self) -> float:
         """Seconds by which this rank's clock is ahead of rank 0's, to half the time of one answer."""

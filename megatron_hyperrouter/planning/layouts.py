@@ -18,7 +18,8 @@ from megatron_hyperrouter.config.derived import (
 from megatron_hyperrouter.config.tree import RunConfig
 
 ENGINES = ("deepspeed", "megatron")
-_RECOMPUTE: tuple[Literal["selective", "full"] | None, ...] = (None, "selective", "full")
+# the formulas see nothing of what selective recomputation saves
+_RECOMPUTE: tuple[Literal["full"] | None, ...] = (None, "full")
 _MOST_CHUNKS = 4  # of a pipeline rank under the interleaved schedule
 
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     """Examine, show, and tell by the exit status."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    add("--json", type=Path, metavar="FILE", help="also write the findings to FILE")
     add(
         "--run-dir",
         type=Path,
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.doctor.examine import examine
     from megatron_hyperrouter.doctor.ranks import Ranks
     from megatron_hyperrouter.guard.ranks import adopt_ranks
+    from megatron_hyperrouter.guard.stopping import ignore_signals
 
     adopt_ranks()
     ranks = Ranks.of_this_process()
@@ -53,9 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     status = ranks.tell("status", HostError.exit_status if report.faults else 0)
     if ranks.rank == 0:
         _show(report, args.json, status)
-        ranks.tell("shown", True)
-    else:
-        ranks.tell("shown", False)
+    if status:  # a launcher ends all ranks once one of them has left with a status that is not 0
+        ignore_signals()
+    ranks.leave()
     if status:
         sys.exit(status)
 

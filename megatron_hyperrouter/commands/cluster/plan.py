@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EPILOG = """Any other flag is a setting of the program. Layout settings in --config are ignored: the command
 tries all layouts. --engine limits it to one engine.
 
-A layout keeps the global batch (default: --micro-batch-size x --gpus). Recomputation, ZeRO stage, the
+A layout keeps the global batch (default: --micro-batch-size x --gpus). Full recomputation, ZeRO stage, the
 distributed optimizer, interleaved pipeline stages and a smaller micro-batch are tried for each layout; the
 fastest choice that fits is shown.
 

@@ -20,7 +20,12 @@ def main(arguments: Sequence[str]) -> None:
     add = flags.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--after-exit", type=int, metavar="STATUS", help="the launcher ended with this: is a restart of use?")
+    add(
+        "--after-exit",
+        type=int,
+        metavar="STATUS",
+        help="exit status of the launcher: say whether a restart helps",
+    )
     args = flags.parse_args(arguments)
     if args.after_exit is not None:
         _answer(args.run, args.after_exit)

@@ -26,7 +26,7 @@ _CHOSEN = ("--micro-batch-size", "--global-batch-size")
 
 
 def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> list[str]:
-    """The command line for this many ranks; the same words without ``--elastic``.  Raises ConfigError."""
+    """The command line for this many ranks; unchanged if it has no ``--elastic``.  Raises ConfigError."""
     line = read_flags(words)
     if line.problems or {"--help"} & set(line.flags):
         return list(words)
@@ -71,8 +71,8 @@ def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem
     more = [count for count in usable if count > world_size]
     near = [*fewer[-1:], *more[:1]]
     rule = (
-        f"with --elastic must be whole copies of the model ({model_parallel_size(config)} ranks each) that "
-        "expert parallelism divides, and must divide the global batch"
+        f"with --elastic must be whole copies of the model ({model_parallel_size(config)} ranks each) and a "
+        "multiple of the expert parallelism, and the number of copies must divide the global batch"
         + (f" of {batch} samples" if batch else "")
     )
     remedy = f"start {' or '.join(map(str, near))} ranks" if near else "change the layout"

@@ -1,0 +1,15 @@
+# To be sourced with the flags of the program: sets run_dir to that of --run-dir or of the settings file, else runs/cluster.
+# shellcheck shell=bash
+run_dir='' config=''
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --run-dir) next=$((i + 1)) && run_dir=${!next} ;;
+    --run-dir=*) run_dir=${!i#*=} ;;
+    --config) next=$((i + 1)) && config=${!next} ;;
+    --config=*) config=${!i#*=} ;;
+  esac
+done
+if [ -z "$run_dir" ] && [ -f "$config" ]; then
+  run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | head -n 1)
+fi
+run_dir=${run_dir:-runs/cluster}
