@@ -97,7 +97,7 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
     if parts := [part for part in recomputed_parts(config) if part not in own]:
         fields |= {"recompute_granularity": "selective", "recompute_modules": parts}
     if uses_transformer_engine(config):
-        fields |= {"moe_grouped_gemm": True, **_fp8_fields(config)}
+        fields |= {"moe_grouped_gemm": True, **fp8_fields(config)}
         if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
             limited = [int(window is not None) for window in windows(config)]
             fields |= {"window_size": (width, 0), "window_attn_skip_freq": limited}
@@ -110,7 +110,7 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
     return core
 
 
-def _fp8_fields(config: RunConfig) -> dict[str, Any]:
+def fp8_fields(config: RunConfig) -> dict[str, Any]:
     """What megatron-core asks for by the settings' own names, but for the format."""
     if config.precision.fp8_format is None:
         return {}

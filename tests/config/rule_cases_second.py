@@ -27,6 +27,13 @@ CASES = [
         {"transformer_impl": "auto"},
     ),
     case(
+        "fp8_needs_bf16_and_its_layers",
+        {**FP8, "reset_attention_mask": True, "eod_mask_loss": True},
+        "--fp8-format",
+        "does not work with --reset-attention-mask",
+        {"reset_attention_mask": False},
+    ),
+    case(
         "fp8_layers_in_bf16_have_their_own_scales",
         {**FP8, "first_last_layers_bf16": True},
         "--first-last-layers-bf16",
@@ -46,6 +53,13 @@ CASES = [
         "--moe-ffn-hidden-size",
         "must be divisible by 32",
         {"moe_ffn_hidden_size": 64},
+    ),
+    case(
+        "fp8_widths",
+        {**FP8, "num_attention_heads": 4, "num_query_groups": 1, "kv_channels": 20},
+        "--kv-channels",
+        "makes a projection of attention 120 wide",
+        {"kv_channels": 32},
     ),
     case(
         "alarms_are_known",
@@ -253,14 +267,14 @@ CASES = [
         "documents_need_attention_of_ours",
         {**MEGATRON, "transformer_impl": "transformer_engine", "reset_attention_mask": True},
         "--transformer-impl",
-        "knows no documents",
+        "cannot keep documents apart",
         {"transformer_impl": "auto"},
     ),
     case(
         "documents_need_attention_of_ours",
         {**MEGATRON, "transformer_impl": "transformer_engine", "reset_position_ids": True},
         "--transformer-impl",
-        "knows no documents",
+        "cannot keep documents apart",
         {"reset_position_ids": False},
     ),
     case(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hyperrouter.config.cli import replace_leaves
 from megatron_hyperrouter.config.derived import expert_width
 from megatron_hyperrouter.config.tree import ModelConfig, RunConfig, TrainConfig
-from megatron_hyperrouter.model.spec import RMSNorm, padded_vocab_size, transformer_config
+from megatron_hyperrouter.model.spec import RMSNorm, fp8_fields, padded_vocab_size, transformer_config
 
 
 def run_of(**sizes: object) -> RunConfig:
@@ -66,3 +69,14 @@ def test_settings_reach_megatron_core() -> None:
     assert config.params_dtype == torch.float32 and not config.bf16
     half = transformer_config(RunConfig(train=TrainConfig(bf16=True)))
     assert half.params_dtype == torch.bfloat16 and half.bf16
+
+
+def test_fp8_settings_are_fields_of_megatron_core() -> None:
+    run = replace_leaves(
+        RunConfig(), fp8_format="hybrid", fp8_recipe="blockwise", no_fp8_wgrad=True, fp8_amax_history_len=5
+    )
+    given = fp8_fields(run)
+    assert given.keys() <= {each.name for each in fields(TransformerConfig)}
+    assert (given["fp8"], given["fp8_recipe"], given["fp8_wgrad"]) == ("hybrid", "blockwise", False)
+    assert given["fp8_amax_history_len"] == 5
+    assert fp8_fields(RunConfig()) == {}

@@ -94,10 +94,7 @@ def documents_need_attention_of_ours(config: RunConfig, world_size: int | None) 
         and config.engine.transformer_impl == "transformer_engine"
         and resets_documents(config)
     ):
-        rule = (
-            "has attention that knows no documents, which --reset-attention-mask and "
-            "--reset-position-ids ask for"
-        )
+        rule = "cannot keep documents apart, as --reset-attention-mask and --reset-position-ids require"
         yield broken(config, "transformer_impl", rule, "use --transformer-impl local, or leave those two out")
 
 

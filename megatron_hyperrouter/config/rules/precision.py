@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from megatron_hyperrouter.config.derived import dense_width, expert_tensor_size, expert_width, moe_layers
+from megatron_hyperrouter.config.derived import (
+    dense_width,
+    expert_tensor_size,
+    expert_width,
+    head_width,
+    moe_layers,
+    query_groups,
+    resets_documents,
+)
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
 from megatron_hyperrouter.config.sections.precision import PrecisionConfig
@@ -34,6 +42,9 @@ def fp8_needs_bf16_and_its_layers(config: RunConfig, world_size: int | None) -> 
     if config.engine.transformer_impl == "local":
         remedy = "use --transformer-impl transformer_engine, or leave --fp8-format out"
         yield broken(config, "fp8_format", "does not work with --transformer-impl local", remedy)
+    if resets_documents(config):  # which PyTorch's layers compute
+        rule = "does not work with --reset-attention-mask or --reset-position-ids"
+        yield broken(config, "fp8_format", rule, "leave those two out, or --fp8-format")
 
 
 def fp8_layers_in_bf16_have_their_own_scales(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -62,6 +73,19 @@ def fp8_widths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
             rule = f"must be divisible by {block * parts} for --fp8-format with --fp8-recipe "
             remedy = f"use {multiples(width, block * parts)}, or leave --fp8-format out"
             yield Problem(flag(name), width, rule + precision.fp8_recipe, remedy)
+    if not config.attention.multi_latent_attention:
+        yield from _projections(config, block)
+
+
+def _projections(config: RunConfig, block: int) -> Iterator[Problem]:
+    heads, channels = config.model.num_attention_heads, head_width(config)
+    whole = block * config.parallel.tensor_model_parallel_size
+    for width in (heads * channels, (heads + 2 * query_groups(config)) * channels):
+        if width % whole:
+            rule = f"makes a projection of attention {width} wide; --fp8-format needs a multiple of {whole}"
+            remedy = f"use {multiples(channels, block)}, or leave --fp8-format out"
+            yield Problem(flag("kv_channels"), channels, rule, remedy)
+            return
 
 
 RULES: tuple[Rule, ...] = (
