@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -63,3 +64,18 @@ class HostError(HyperRouterError):
     """A missing library or a wrong version of one, with what to install (exit status 5)."""
 
     exit_status = 5
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read, for a message: neither numbers of the system nor Python's own words."""
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be opened"
+    if isinstance(error, UnicodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON ({error})"
+    if isinstance(error, KeyError) and error.args:
+        return f"it has no field {error.args[0]}"
+    if isinstance(error, (KeyError, TypeError, AttributeError, RecursionError)):
+        return "its content has another form"
+    return str(error) or "its content has another form"

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_hyperrouter.checkpoint.boxes import Box, Shape, gap
 from megatron_hyperrouter.checkpoint.digest import MASK, digest
 from megatron_hyperrouter.checkpoint.weights import Reader, write_tensors, write_weights
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, reason_of
 
 INDEX = "optimizer.json"
 WEIGHT, MASTER = "weight", "master"
@@ -175,7 +175,7 @@ def read_index(folder: Path) -> dict[str, Entry] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of the run"
+            f"{path} cannot be read: {reason_of(error)}", remedy="load an older checkpoint of the run"
         ) from error
 
 

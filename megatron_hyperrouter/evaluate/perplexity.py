@@ -13,13 +13,17 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.train.metrics import Record, evaluation_record, score
 
 
-def check_topks(topks: Sequence[int], num_experts: int, *, router: RouterChoice | None = None) -> None:
-    """ConfigError that names every k out of range; ``router``: its groups may leave a token fewer experts."""
+def check_topks(
+    topks: Sequence[int], num_experts: int, *, router: RouterChoice | None = None, flag: str = "--topk"
+) -> None:
+    """ConfigError that names every k out of range; ``router``: its groups may leave a token fewer experts;
+    ``flag``: where the values come from.
+    """
     most = num_experts if router is None else int(router.options.largest_topk(num_experts))
     whose = "of the model" if most == num_experts else "of --router.group-topk groups"
     rule = f"must be from 1 to the {most} experts {whose}"
     wrong = [topk for topk in topks if not 1 <= topk <= most]
-    problems = [Problem("--topk", topk, rule, f"use 1 to {most}") for topk in wrong]
+    problems = [Problem(flag, topk, rule, f"use 1 to {most}") for topk in wrong]
     if problems:
         raise ConfigError(problems)
 

@@ -198,6 +198,20 @@ class TrainedRun:
         return tokenizer.eod if separates_documents(self.settings) else None
 
 
+def add_model_flags(flags: ArgumentParser) -> None:
+    """``--load`` and ``--topk`` of every tool that takes a run or an exported folder."""
+    flags.add_argument(
+        "--load",
+        type=run_path,
+        required=True,
+        metavar="RUN_OR_FOLDER",
+        help="run folder or Hugging Face folder",
+    )
+    flags.add_argument(
+        "--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)"
+    )
+
+
 def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
     """``--load``, ``--tokenizer-model`` and ``--data-path``: what every tool that uses a trained run has."""
     flags.add_argument(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.checkpoint.tensor_files import digest_of_bytes, read_header
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, reason_of
 
 CERTIFICATE = "certificate.json"
 FORMAT = 1
@@ -26,7 +26,9 @@ def read_certificate(folder: Path) -> dict[str, Any]:
             remedy="name a folder that export-hf has written",
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}", remedy="restore it from a copy") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {reason_of(error)}", remedy="restore it from a copy"
+        ) from error
     if known != FORMAT:
         raise CheckpointError(
             f"{path} has format {known}; this program reads format {FORMAT}",
@@ -60,7 +62,7 @@ def _differences_of_file(
         try:
             entries = read_header(path)
         except (OSError, ValueError) as error:
-            yield f"{path.name}: {error}"
+            yield f"{path.name}: {reason_of(error)}"
             return
         for entry in entries:
             seen.add(entry.name)

@@ -49,19 +49,22 @@ def add_settings(writer: Any, config: dict[str, Any], name: str) -> None:
     """The sizes that llama.cpp reads."""
     writer.add_name(name)
     writer.add_file_type(0)  # all float32
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    for add, key in (
+        (writer.add_context_length, "max_position_embeddings"),
+        (writer.add_embedding_length, "hidden_size"),
+        (writer.add_block_count, "num_hidden_layers"),
+        (writer.add_feed_forward_length, "intermediate_size"),
+        (writer.add_head_count, "num_attention_heads"),
+        (writer.add_head_count_kv, "num_key_value_heads"),
+        (writer.add_key_length, "head_dim"),
+        (writer.add_value_length, "head_dim"),
+        (writer.add_rope_freq_base, "rope_theta"),
+        (writer.add_layer_norm_rms_eps, "rms_norm_eps"),
+        (writer.add_expert_count, "num_experts"),
+        (writer.add_expert_used_count, "num_experts_per_tok"),
+        (writer.add_expert_feed_forward_length, "moe_intermediate_size"),
+    ):
+        add(config[key])
 
 
 def add_tokenizer(writer: Any, config: dict[str, Any], tree: dict[str, Any]) -> None:

@@ -17,12 +17,13 @@ _CHOICE_BIAS = "e_score_correction_bias"
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
 # What config.json must say, because classes have other defaults.
 _NEEDED_BY = {
+    "DeepseekV3ForCausalLM": ("norm_topk_prob",),
     "Qwen3MoeForCausalLM": ("norm_topk_prob",),
     "Qwen2MoeForCausalLM": ("norm_topk_prob", "shared_expert_intermediate_size"),
     "Glm4MoeForCausalLM": ("norm_topk_prob", "first_k_dense_replace", "n_shared_experts"),
 }
 _DEEPSEEK = (
-    "first_k_dense_replace n_shared_experts n_group routed_scaling_factor moe_intermediate_size "
+    "first_k_dense_replace n_shared_experts n_group topk_group routed_scaling_factor moe_intermediate_size "
     "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
 ).split()
 _DEEPSEEK_V3, _DEEPSEEK_V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
@@ -60,13 +61,13 @@ def problems(folder: HfFolder) -> Iterator[str]:
         yield f"rope_parameters does not say {error.args[0]}"
     if folder.architecture != "Glm4MoeForCausalLM":
         if config.get("attention_bias"):
-            yield "attention_bias; our attention has biases on queries, keys and values alone"
+            yield "attention_bias; our attention has biases only on queries, keys and values"
         if not folder.latent and _turning_share(folder) != 1.0:
             yield "partial_rotary_factor, which this class does not have"
     if _windowed(folder) and folder.architecture not in ("MixtralForCausalLM", "MistralForCausalLM"):
         yield "a sliding window in some layers"
     if folder.dense and _windowed(folder):
-        yield "a sliding window; upcycling follows none"
+        yield "a sliding window; --upcycle takes models without one"
     if config.get("hidden_act", "silu") != "silu":
         yield f"hidden_act {config['hidden_act']}; our experts are SwiGLU"
     if config.get("quantization_config"):

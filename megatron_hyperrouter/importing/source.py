@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.checkpoint.streams import TensorReader
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, reason_of
 from megatron_hyperrouter.export.classes.grouped import GLM4_MOE, MIXTRAL_MOE, QWEN2_MOE, QWEN3_MOE
 from megatron_hyperrouter.export.classes.latent import DEEPSEEK_V2, DEEPSEEK_V3
 from megatron_hyperrouter.export.classes.names import QWEN, Heads, Naming, Sizes
@@ -106,10 +106,8 @@ class HfFolder:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or "it cannot be opened"
-    if isinstance(error, ValueError):
-        return f"it is not JSON ({error})"
+    if isinstance(error, (OSError, ValueError)):
+        return reason_of(error)
     return 'it is not an object with a list "architectures"'
 
 

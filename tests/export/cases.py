@@ -162,7 +162,7 @@ REFUSED: dict[str, Case] = {
         {"router": HYPER, **LATENT, "norm_epsilon": 1e-5}, ""
     ),
     "DeepSeek-V2 has weights that do not sum to 1": Case({"router": HYPER, **LATENT}, ""),
-    "DeepSeek-V3 has dense layers before the MoE layers alone": Case(
+    "DeepSeek-V3 has dense layers only before the MoE layers": Case(
         {"router": DEEPSEEK_V3, **LATENT, "moe_layer_freq": "[1,0]"}, ""
     ),
     "DeepSeek-V3 judges a group of experts by its 2 best": Case(

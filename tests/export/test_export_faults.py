@@ -52,7 +52,7 @@ def test_more_active_experts_than_there_are(run: Path, tmp_path: Path) -> None:
     status, message = refused(run, tmp_path / "out", "--topk", "5")
     assert status == 2 and "--topk = 5: must be from 1 to the 4 experts of the model" in message
     status, message = refused(run, tmp_path / "out", "--proof-topk", "2", "6")
-    assert status == 2 and "--topk = 6: must be from 1 to the 4 experts of the model" in message
+    assert status == 2 and "--proof-topk = 6: must be from 1 to the 4 experts of the model" in message
 
 
 def test_a_disk_that_fills_up(run: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ MOVED: dict[str, Any] = {
     "half a group": case("qwen3", *UP, "--granularity", "2", "--topk", "4", topks=[3]),
 }
 REFUSED: dict[str, Any] = {
-    "attention_bias; our attention has biases on queries, keys and values alone": case("biased", topks=[]),
+    "attention_bias; our attention has biases only on queries, keys and values": case("biased", topks=[]),
     "a sliding window in some layers": case("biased", topks=[]),
     "rope_type longrope": case("biased", topks=[]),
     "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
@@ -74,6 +74,12 @@ REFUSED: dict[str, Any] = {
     "--granularity = 5: must divide the MLP's width 48": case("llama", *UP, "--granularity", "5", topks=[]),
     "--topk = 3: must be a multiple of --granularity = 2": case(
         "llama", *UP, "--granularity", "2", "--topk", "3", topks=[]
+    ),
+    "--tokenizer-model = nowhere.json: must be an existing file": case(
+        "qwen3_moe", "--tokenizer-model", "nowhere.json", topks=[]
+    ),
+    "--proof-topk = 9: must be from 1 to the 8 experts of the model": case(
+        "qwen3_moe", "--proof-topk", "9", topks=[]
     ),
     "its q/k norms are over the whole width": case("olmoe", topks=[]),
 }

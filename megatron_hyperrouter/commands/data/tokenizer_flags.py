@@ -19,13 +19,13 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         "--tokenizer-type",
         required=required,
         choices=TEXT_TOKENIZER_TYPES,
-        help="ByteTokenizer: each byte is a token; the others read the tokenizer from a file",
+        help="ByteTokenizer makes each byte a token; the others need the tokenizer's file",
     )
     group.add_argument(
         "--tokenizer-model",
         metavar="FILE",
-        help="file of the tokenizer; HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a "
-        "model on the Hugging Face hub",
+        help="the tokenizer's file; for HuggingFaceTokenizer also a folder with a tokenizer.json, or the "
+        "name of a model on the Hugging Face hub",
     )
     group.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: vocab.json")
     group.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: merges.txt")

@@ -55,12 +55,12 @@ def folders_of(args: Namespace) -> list[Path]:
         if missing := sorted(set(args.steps) - set(there)):
             raise CheckpointError(
                 f"{root} has no checkpoint of step {missing[0]}",
-                remedy=f"use some of {', '.join(map(str, there))}",
+                remedy=f"choose from {', '.join(map(str, there))}",
             )
         return [root / folder_name(step) for step in sorted(set(args.steps))]
     if args.last > len(there):
-        rule = f"must be at most {len(there)}, the checkpoints in {root}"
-        raise ConfigError([Problem("--last", args.last, rule, "give a smaller number")])
+        rule = f"is more than the {len(there)} checkpoints in {root}"
+        raise ConfigError([Problem("--last", args.last, rule, f"use --last {len(there)} or less")])
     return [root / folder_name(step) for step in there[-args.last :]]
 
 
@@ -72,9 +72,11 @@ def terms_of(args: Namespace, runs: Sequence[TrainedRun]) -> list[Term]:
     for run in runs:
         check_files(run.checkpoint)
     if args.weights is not None and len(args.weights) != len(runs):
-        rule = f"must give one weight for each of the {len(runs)} checkpoints"
+        rule = f"must be one weight for each of the {len(runs)} checkpoints"
         given = " ".join(map(str, args.weights))
-        raise ConfigError([Problem("--weights", given, rule, "give as many, oldest first")])
+        raise ConfigError(
+            [Problem("--weights", given, rule, f"give {len(runs)} weights, oldest checkpoint first")]
+        )
     weights = shares(len(runs), weights=args.weights, ema=args.ema)
     return [
         Term(run.step, weight, weight_reader(run.checkpoint))

@@ -35,16 +35,22 @@ def main(arguments: Sequence[str]) -> None:
     write_folder(args)
 
 
-def write_folder(args: Namespace, *, quiet: bool = False) -> None:
-    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name."""
+def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] = ()) -> None:
+    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name; ``served``: values of --topk
+    for which a caller wants the folder, beside its own.
+    """
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.export.card import write_card
     from megatron_hyperrouter.export.certificate import certificate, source, write_certificate
+    from megatron_hyperrouter.export.classes.target import check_served
     from megatron_hyperrouter.export.folder import write_model
     from megatron_hyperrouter.files import publish, unfinished_folder
     from megatron_hyperrouter.proof.bounds import bounds
     from megatron_hyperrouter.proof.exports import prove
 
     job, routers = export_of(args)
+    check_topks(served, job.run.model.num_experts, router=job.run.router)
+    check_served(job.gates.target, served, "--topk")
     came_from = source(job.run, job.checkpoint, routers)
     with unfinished_folder(args.output) as draft:
         digests = write_model(job, draft)
@@ -89,12 +95,13 @@ def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     run = plain_run(trained.settings)
     topk = args.topk or run.model.moe_router_topk
     tokenizer = trained.tokenizer()
-    check_topks([topk, *(args.proof_topk or [])], run.model.num_experts, router=run.router)
+    check_topks([topk], run.model.num_experts, router=run.router)
+    check_topks(args.proof_topk or [], run.model.num_experts, router=run.router, flag="--proof-topk")
     reader = weight_reader(checkpoint)
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)
     gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers, topk)
-    check_served(gates.target, args.proof_topk or [])
+    check_served(gates.target, args.proof_topk or [], "--proof-topk")
     if args.gguf is not None:
         check_gguf(run, gates.target, args.dtype, tokenizer)
     notes = tuple(notes_of(trained.settings, tokenizer))
@@ -192,17 +199,17 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--custom-code",
         action="store_true",
-        help="add add modeling code for routers that transformers lacks",
+        help="add modeling code for a router that transformers lacks",
     )
     add("--license", metavar="NAME", help="license of the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to prove (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=4, metavar="N", help="samples to prove with (default: 4)")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k in the proof (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=4, metavar="N", help="samples in the proof (default: 4)")
     add(
         "--proof-data",
         nargs="+",
         metavar="P",
-        help="token files to prove with (default: the run's test split)",
+        help="token files for the proof (default: the run's test split)",
     )
     add("--gguf", type=Path, metavar="FILE", help="also write the weights for llama.cpp")
     add("--python", metavar="FILE", help="Python that has transformers (default: this one)")

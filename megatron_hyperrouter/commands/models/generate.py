@@ -1,8 +1,8 @@
 """Continue prompts with a trained run or an exported folder, at several k side by side.
 
-Greedy by default; with --temperature above 0 tokens are drawn, from the likeliest ones with --top-p.  Prompts
-come from --prompt, from --prompt-file (one a line), or from stdin.  Runs on one CPU process, without an
-engine.
+Greedy by default.  With --temperature above 0 tokens are sampled, and --top-p restricts them to a nucleus.
+Prompts come from --prompt, from --prompt-file (one a line), or from stdin.  Runs in one process on the CPU,
+without an engine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hyperrouter.errors import DataError
-from megatron_hyperrouter.evaluate.trained import run_path
+from megatron_hyperrouter.errors import DataError, reason_of
+from megatron_hyperrouter.evaluate.trained import add_model_flags
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ def prompts_of(args: Namespace) -> list[str]:
     try:
         text = sys.stdin.read() if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise DataError(f"{args.prompt_file}: {error}", remedy="name a text file in UTF-8") from error
+        where = args.prompt_file or "stdin"
+        raise DataError(
+            f"{where} cannot be read: {reason_of(error)}", remedy="give text in UTF-8, one prompt a line"
+        ) from error
     if found := [line for line in text.splitlines() if line]:
         return found
     raise DataError("there are no prompts", remedy="give --prompt TEXT, or lines of text on stdin")
@@ -84,25 +87,24 @@ def prompts_of(args: Namespace) -> list[str]:
 def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
+    add_model_flags(flags)
     add = flags.add_argument
-    add(
-        "--load",
-        type=run_path,
-        required=True,
-        metavar="RUN_OR_FOLDER",
-        help="run folder or Hugging Face folder",
-    )
     add("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     add("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt a line (default: stdin)")
-    add("--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (default: 64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: greedy, always the likeliest token (default)",
+    )
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="draw from the nucleus sampling: the smallest set of tokens with this probability",
+        help="nucleus sampling: draw from the likeliest tokens that together have probability P",
     )
     add("--seed", type=int, default=1234, help="random seed (default: 1234)")
     add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now (default: the model's own)")

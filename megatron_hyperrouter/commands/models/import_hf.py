@@ -32,6 +32,7 @@ _KEEP = ("topk", "hyper")  # routers that can compute a given matrix
 def main(arguments: Sequence[str]) -> None:
     """Folder -> settings, routers and weights -> draft of the run folder -> proof -> its name."""
     args = read_flags(arguments)
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.files import publish, unfinished_folder, write_json
     from megatron_hyperrouter.importing.fitting import fitting_folder
     from megatron_hyperrouter.importing.weights import ImportedWeights
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         if isinstance(weights, ImportedWeights) and weights.left_out:
             note("note: layers of multi-token prediction are left out; the model is the same without them")
         run = run_of(args, folder, weights)
+        check_topks(args.proof_topk or [], run.model.num_experts, router=run.router, flag="--proof-topk")
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
         tolerated = args.reset_router or args.noise or args.redraw
@@ -196,6 +198,9 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
     if args.router not in _KEEP and not args.reset_router and not copies(args, folder):
         rule = f"cannot be given the router of another model; {' and '.join(_KEEP)} can"
         found.append(Problem("--router", args.router, rule, "add --reset-router; the model will differ"))
+    if args.tokenizer_model and not Path(args.tokenizer_model).is_file():
+        rule = "must be an existing file"
+        found.append(Problem("--tokenizer-model", args.tokenizer_model, rule, "name a tokenizer.json"))
     if found:
         raise ConfigError(found)
 
@@ -249,30 +254,35 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="engine of the run's settings",
     )
     add("--data-path", nargs="+", metavar="P", help="token files to train on")
-    add("--seq-length", type=int, metavar="S", help="tokens of a sample (default: as config.json says)")
+    add(
+        "--seq-length",
+        type=int,
+        metavar="S",
+        help="tokens in a sample (default: max_position_embeddings of config.json)",
+    )
     add("--tokenizer-model", metavar="FILE", help="tokenizer.json (default: the folder's)")
-    add("--upcycle", type=int, metavar="E", help="experts that a dense model's MLP becomes")
+    add("--upcycle", type=int, metavar="E", help="turn the MLP of a dense model into E experts")
     add(
         "--granularity",
         type=int,
         default=1,
         metavar="G",
-        help="slices of the MLP in a group of experts (default: 1)",
+        help="with --upcycle: cut the MLP into G experts (default: 1)",
     )
-    add("--topk", type=int, metavar="K", help="with --upcycle: active experts (default: two groups)")
+    add("--topk", type=int, metavar="K", help="with --upcycle: active experts (default: 2 * G)")
     add(
         "--noise",
         type=float,
         default=0.0,
         metavar="X",
-        help="noise on all groups but the first, in standard deviations",
+        help="with --upcycle: noise of X standard deviations on all groups of G experts but the first",
     )
     add(
         "--redraw",
         type=float,
         default=0.0,
         metavar="R",
-        help="share of hidden units drawn anew in these groups",
+        help="with --upcycle: share of hidden units to draw anew in the same groups",
     )
     add(
         "--seed",
@@ -281,7 +291,10 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="seed of the new router, the noise and the redrawn units (default: 1234)",
     )
     add("--no-proof", action="store_true", help="do not compare the run with the given model")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to prove (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=2, metavar="N", help="samples to prove with (default: 2)")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k in the proof (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=2, metavar="N", help="samples in the proof (default: 2)")
     add("--python", metavar="FILE", help="Python that has transformers (default: this one)")
-    return flags.parse_args(arguments)
+    args = flags.parse_args(arguments)
+    if args.proof_samples < 1:
+        flags.error("--proof-samples must be at least 1")
+    return args

@@ -1,21 +1,21 @@
 """Run lm-evaluation-harness on a run or an exported folder, once for each k.
 
 Two tasks need no download: held_out (bits per byte of texts that training did not see) and next_line (which
-of four lines comes next).  They are made of the run's test split, or of --text FILE.jsonl.  Other tasks of
-the harness read their data from a hub or from --include-path.
+of four lines comes next).  Their texts are those of the run's test split, or of --text FILE.jsonl.  Other
+tasks of the harness read their data from a hub, or as the task files in --include-path say.
 """
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_hyperrouter.errors import DataError
-from megatron_hyperrouter.evaluate.trained import run_path
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem, reason_of
+from megatron_hyperrouter.evaluate.trained import add_model_flags
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import parser, show
 
@@ -25,9 +25,7 @@ _SAMPLES = 64
 def main(arguments: Sequence[str]) -> None:
     """Folder -> tasks -> the harness in a process of its own -> a table."""
     args = read_flags(arguments)
-    from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.huggingface.local_tasks import TASKS
-    from megatron_hyperrouter.importing.source import EXPERTS
     from megatron_hyperrouter.proof.child import HARNESS, ask
 
     with TemporaryDirectory(prefix="mhr-lm-eval-") as name:
@@ -38,8 +36,7 @@ def main(arguments: Sequence[str]) -> None:
             include = home / "tasks"
             make_tasks(args, include)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        topks = args.topk or [config["num_experts_per_tok"]]
-        check_topks(topks, next((config[name] for name in EXPERTS if name in config), max(topks)))
+        topks = topks_of(args, config)
         task = {
             "folder": str(folder.resolve()),
             "topks": topks,
@@ -66,8 +63,22 @@ def folder_of(args: Namespace, home: Path) -> Path:
 
     folder = home / "folder"
     words = ["--load", str(load), "--output", str(folder), "--no-proof"]
-    export_hf.write_folder(export_hf.read_flags(words), quiet=True)
+    export_hf.write_folder(export_hf.read_flags(words), quiet=True, served=args.topk or ())
     return folder
+
+
+def topks_of(args: Namespace, config: dict[str, Any]) -> list[int]:
+    """Values of k for the model of this ``config.json``; ConfigError where it has no experts, or fewer."""
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
+    from megatron_hyperrouter.importing.source import EXPERTS
+
+    experts = next((int(config[name]) for name in EXPERTS if name in config), None)
+    if experts is None or "num_experts_per_tok" not in config:
+        rule = "has no experts to choose k of: config.json names none"
+        raise ConfigError([Problem("--load", args.load, rule, "give a run or a mixture-of-experts model")])
+    topks = args.topk or [int(config["num_experts_per_tok"])]
+    check_topks(topks, experts)
+    return topks
 
 
 def make_tasks(args: Namespace, folder: Path) -> None:
@@ -79,23 +90,18 @@ def make_tasks(args: Namespace, folder: Path) -> None:
     if wrong := sorted(set(args.tasks) & set(empty)):
         raise DataError(
             f"{' and '.join(wrong)}: the texts are too short",
-            remedy="name longer ones with --text FILE.jsonl; next_line needs lines of text",
+            remedy="give longer texts with --text FILE.jsonl; next_line needs several lines",
         )
 
 
 def texts_of(args: Namespace) -> list[str]:
     """Texts that training did not see."""
     if args.text is not None:
-        try:
-            lines = args.text.read_text(encoding="utf-8").splitlines()
-            return [str(json.loads(line)["text"]) for line in lines if line.strip()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            remedy = 'name a file of JSON lines with a field "text"'
-            raise DataError(f"{args.text} cannot be read: {error!r}", remedy=remedy) from error
+        return list(texts_in(args.text))
     if (args.load / "config.json").is_file():
         raise DataError(
-            "held_out and next_line need texts, which a folder does not have",
-            remedy="name some with --text FILE.jsonl, or load the run",
+            "held_out and next_line need texts, and a Hugging Face folder has none",
+            remedy="name a file with --text FILE.jsonl, or give --load the run folder",
         )
     from megatron_hyperrouter.evaluate.trained import TrainedRun
 
@@ -104,6 +110,25 @@ def texts_of(args: Namespace) -> list[str]:
     dataset = run.dataset(tokenizer, split="test", samples=_SAMPLES)
     rows = [dataset[number] for number in range(min(_SAMPLES, len(dataset)))]
     return [tokenizer.decode(row.tolist()) for row in rows]
+
+
+def texts_in(path: Path) -> Iterator[str]:
+    """The texts of a file of JSON lines; DataError names the line that has none."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeError) as error:
+        remedy = "name a file of JSON lines in UTF-8"
+        raise DataError(f"{path} cannot be read: {reason_of(error)}", remedy=remedy) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield str(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f'{path}, line {number}: is not a JSON object with a field "text"',
+                remedy="mend or remove the line",
+            ) from error
 
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
@@ -123,14 +148,8 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
 def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
+    add_model_flags(flags)
     add = flags.add_argument
-    add(
-        "--load",
-        type=run_path,
-        required=True,
-        metavar="RUN_OR_FOLDER",
-        help="run folder or Hugging Face folder",
-    )
     add(
         "--tasks",
         nargs="+",
@@ -138,7 +157,6 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="NAME",
         help="held_out, next_line, or tasks of the harness",
     )
-    add("--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)")
     add("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
     add("--include-path", type=Path, metavar="DIR", help="folder of further task files")
     add("--text", type=Path, metavar="FILE.jsonl", help="texts for held_out and next_line")

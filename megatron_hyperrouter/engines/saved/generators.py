@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.errors import CheckpointError, reason_of
 from megatron_hyperrouter.model.parallel import dropout_states, seed_dropout, set_dropout_states
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def restore(folder: Path, rank: int, config: RunConfig, *, world_size: int, step
             return True
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of the run"
+            f"{path} cannot be read: {reason_of(error)}", remedy="load an older checkpoint of the run"
         ) from error
     seed_dropout(config, seed=_seed_at(config.train.seed, step))
     return False

@@ -82,19 +82,19 @@ def unfollowed(run: RunConfig, followed: tuple[str, ...]) -> list[str]:
 def softmax_scores(options: Any) -> Iterator[str]:
     """For a class that has no others."""
     if options.score_function != "softmax":
-        yield "has softmax scores alone"
+        yield "has only softmax scores"
 
 
 def sigmoid_scores(options: Any) -> Iterator[str]:
     """For a class that has no others."""
     if options.score_function != "sigmoid":
-        yield "has sigmoid scores alone"
+        yield "has only sigmoid scores"
 
 
 def dense_layers_first(run: RunConfig) -> Iterator[str]:
     """For a class that has no dense layer behind a MoE layer."""
     if sorted(layers := moe_layers(run)) != list(layers):
-        yield "has dense layers before the MoE layers alone"
+        yield "has dense layers only before the MoE layers"
 
 
 def whole_shared_experts(run: RunConfig) -> Iterator[str]:

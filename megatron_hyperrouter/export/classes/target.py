@@ -64,11 +64,11 @@ def choose(run: RunConfig, options: Any, topk: int) -> Target:
     raise no_class(reasons, custom_code=not run.attention.multi_latent_attention)
 
 
-def check_served(target: Target, topks: Iterable[int]) -> None:
-    """ConfigError for values of k at which the class would choose other experts."""
+def check_served(target: Target, topks: Iterable[int], flag: str) -> None:
+    """ConfigError for values of k, given by ``flag``, at which the class would choose other experts."""
     rule = f"must be one at which {target.architecture} chooses the same experts: {target.topks[0]} to "
     rule += f"{target.topks[-1]}"
-    found = [Problem("--proof-topk", k, rule, "use one of these") for k in topks if k not in target.topks]
+    found = [Problem(flag, k, rule, "use one of these") for k in topks if k not in target.topks]
     if found:
         raise ConfigError(found)
 
