@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.evaluate.perplexity import check_topks
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.export.sources import plain_run, weight_reader
 from megatron_hyperrouter.proof.bounds import bounds, faults
@@ -44,6 +45,8 @@ def prove_import(
 
 
 def _proof(run: TrainedRun, folder: HfFolder, topks: list[int], asked: Asked) -> dict[str, Any]:
+    model = run.settings.model
+    check_topks(topks, model.num_experts, router=run.settings.router, flag="--proof-topk")
     plain, vocab_size = plain_run(run.settings), run.tokenizer().vocab_size
     length = min(plain.model.seq_length, _LONGEST)
     rows_BS = random_rows((asked.samples, length + 1), vocab_size)

@@ -80,7 +80,8 @@ REFUSED: dict[str, Any] = {
     ),
     "--proof-topk = 9: must be from 1 to the 8 experts of the model": case(
         "qwen3_moe", "--proof-topk", "9", topks=[]
-    ),
+    )
+    | {"proof": True},
     "its q/k norms are over the whole width": case("olmoe", topks=[]),
 }
 

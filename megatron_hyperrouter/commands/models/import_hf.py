@@ -32,7 +32,6 @@ _KEEP = ("topk", "hyper")  # routers that can compute a given matrix
 def main(arguments: Sequence[str]) -> None:
     """Folder -> settings, routers and weights -> draft of the run folder -> proof -> its name."""
     args = read_flags(arguments)
-    from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.files import publish, unfinished_folder, write_json
     from megatron_hyperrouter.importing.fitting import fitting_folder
     from megatron_hyperrouter.importing.weights import ImportedWeights
@@ -45,7 +44,6 @@ def main(arguments: Sequence[str]) -> None:
         if isinstance(weights, ImportedWeights) and weights.left_out:
             note("note: layers of multi-token prediction are left out; the model is the same without them")
         run = run_of(args, folder, weights)
-        check_topks(args.proof_topk or [], run.model.num_experts, router=run.router, flag="--proof-topk")
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
         tolerated = args.reset_router or args.noise or args.redraw
