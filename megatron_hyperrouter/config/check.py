@@ -77,9 +77,12 @@ def _about_router(config: RunConfig) -> Iterator[str]:
     yield from options.warnings(topk=smallest_topk(config))
     std = options.initial_logit_std(model.hidden_size)
     if std is not None and std > _SATURATED:
+        # Not both: one of the two may set the scale.
+        own = hasattr(options, "init_std") and getattr(options, "logit_std", None) is None
+        flag = f"--router.init-std {model.hidden_size**-0.5:.2g}" if own else "--router.logit-std 1"
         yield (
-            f"the router's logits start with a standard deviation of {std:.1f}, so that nearly all weight "
-            "goes to one expert and the router hardly learns; --router.logit-std 1 starts it moderately"
+            f"the router's logits start with a standard deviation of {std:.1f}, so nearly all weight goes to "
+            f"one expert and the router hardly learns; use {flag} for a standard deviation of 1"
         )
     yield from options.lost(num_layers=model.num_layers, aux_loss_coeff=model.moe_aux_loss_coeff)
 

@@ -230,8 +230,8 @@ class TestKinds:
     def test_what_is_always_so_is_accepted_and_counted(self, all_routers):
         flags = "--swiglu --normalization RMSNorm --use-mcore-models --optimizer adam --disable-bias-linear"
         _, note = understood(all_routers, *flags.split(), "--use-flash-attn", "--log_throughput")
-        assert "5 for what is always so here" in note
-        assert "2 (--use-flash-attn, --log-throughput) without effect" in note
+        assert "5 with the only value that this program has" in note
+        assert "2 (--use-flash-attn, --log-throughput) that do not affect the result" in note
 
     def test_what_is_always_otherwise_is_refused(self, all_routers):
         for flag, value in (("--normalization", "LayerNorm"), ("--optimizer", "sgd")):

@@ -142,3 +142,17 @@ def test_a_run_whose_logits_start_saturated_is_warned():
     assert "standard deviation of 18.5" in found
     words += ["--router.logit-std", "1"]
     assert not [word for word in warnings(parse(words, routers=ROUTERS, world_size=1)) if "logits" in word]
+
+
+@pytest.mark.parametrize("name", ["topk", "stablemoe", "simsmoe", "competesmoe"])
+def test_the_remedy_of_saturated_logits_is_accepted(name: str) -> None:
+    flags = f"--mock-data --hidden-size 256 --router.name {name} --router.init-std"
+    told = [
+        [
+            word
+            for word in warnings(parse([*flags.split(), std], routers=ROUTERS, world_size=1))
+            if "logits" in word
+        ]
+        for std in ("0.5", "0.062")
+    ]
+    assert [len(found) for found in told] == [1, 0] and "use --router.init-std 0.062 " in told[0][0]

@@ -51,9 +51,9 @@ class Carried:
         """One line that counts them."""
         parts = []
         if self.always:
-            parts.append(f"{_count(self.always)} for what is always so here")
+            parts.append(f"{_count(self.always)} with the only value that this program has")
         if self.no_effect:
-            parts.append(f"{_count(self.no_effect)} without effect on the result")
+            parts.append(f"{_count(self.no_effect)} that do not affect the result")
         if self.translated:
             parts.append("translated: " + ", ".join(self.translated))
         if parts:
