@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,3 +88,35 @@ def world(name: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def serve_cases(do: Callable[[dict[str, Any]], Any]) -> None:
+    """In a rank started by :func:`run_ranks`: ``do`` each of the task's ``cases`` in a fork of this process
+    and a world of its own; rank 0 writes the answers.
+
+    The hosts are imported once, and whatever they keep ends with the case: DeepSpeed's engine is never freed,
+    and with it stay 50 threads of process groups a case.
+    """
+    import torch
+
+    from megatron_hyperrouter.compat.deepspeed import skip_shm_build
+
+    task, answer = (Path(argument) for argument in sys.argv[1:])
+    torch.set_num_threads(1)
+    skip_shm_build()
+    cases = json.loads(task.read_text(encoding="utf-8"))["cases"]
+    parts = [answer.with_name(f"{answer.name}.{number}") for number in range(len(cases))]
+    for number, case in enumerate(cases):
+        child = os.fork()
+        if child == 0:
+            with world(str(number)):
+                told = do(case)
+            if os.environ["RANK"] == "0":
+                parts[number].write_text(json.dumps(told), encoding="utf-8")
+            return
+        _, status = os.waitpid(child, 0)
+        if code := os.waitstatus_to_exitcode(status):
+            sys.exit(f"case {number}, {case}: exit status {code}")
+    if os.environ["RANK"] == "0":
+        told = [json.loads(part.read_text(encoding="utf-8")) for part in parts]
+        answer.write_text(json.dumps(told), encoding="utf-8")

@@ -11,9 +11,7 @@ gradients, in ``folder/probed``.  ``refused``: only why ``load`` was refused.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,11 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed import world
+from distributed import serve_cases
 from engines.watched import Watched, counted
 
 from megatron_hyperrouter.checkpoint.weights import Reader
-from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import separates_documents
 from megatron_hyperrouter.config.tree import RunConfig
@@ -228,33 +225,5 @@ def resume(engine: Engine, config: RunConfig, folder: Path, start: int) -> list[
     return more + [step_numbers(engine, config, step) for step in (start, start + 1)]
 
 
-def main() -> None:
-    """Run each case of the task in a fork of this process: the hosts are imported once, and whatever they
-    keep ends with the case.
-
-    DeepSpeed's engine is never freed, and with it stay 50 threads of process groups a case.
-    """
-    task, answer = (Path(argument) for argument in sys.argv[1:])
-    torch.set_num_threads(1)
-    skip_shm_build()
-    asked = json.loads(task.read_text(encoding="utf-8"))
-    parts = [answer.with_name(f"{answer.name}.{number}") for number in range(len(asked["cases"]))]
-    for number, case in enumerate(asked["cases"]):
-        child = os.fork()
-        if child == 0:
-            with world(str(number)):
-                told = run_case(case, int(os.environ["WORLD_SIZE"]))
-            if os.environ["RANK"] == "0":
-                parts[number].write_text(json.dumps(told), encoding="utf-8")
-            return
-        _, status = os.waitpid(child, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            sys.exit(f"case {number}, {case['flags']}: exit status {code}")
-    if os.environ["RANK"] == "0":
-        answer.write_text(
-            json.dumps([json.loads(part.read_text(encoding="utf-8")) for part in parts]), encoding="utf-8"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    serve_cases(lambda case: run_case(case, int(os.environ["WORLD_SIZE"])))

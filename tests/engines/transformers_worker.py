@@ -6,15 +6,11 @@ configuration.  The answer has the largest logit, and for each engine the larges
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from distributed import world
+from distributed import serve_cases
 from engines.layout_worker import VOCABULARY, tiny_config
 from torch import Tensor
 
@@ -141,23 +137,5 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     return answer
 
 
-def main() -> None:
-    """Run the task in ``sys.argv[1]`` and answer in ``sys.argv[2]``; a process for each case."""
-    asked, answer = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
-    parts = [answer.with_name(f"{answer.name}.{number}") for number in range(len(asked["cases"]))]
-    for number, case in enumerate(asked["cases"]):
-        child = os.fork()
-        if child == 0:
-            with world(str(number)):
-                parts[number].write_text(json.dumps(run_case(case)), encoding="utf-8")
-            return
-        _, status = os.waitpid(child, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            sys.exit(f"case {number}, {case['family'][0]}: exit status {code}")
-    answer.write_text(
-        json.dumps([json.loads(part.read_text(encoding="utf-8")) for part in parts]), encoding="utf-8"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    serve_cases(run_case)

@@ -1,25 +1,21 @@
-"""Ranks of the fine-tuning tests: each case runs in a fork of its own, as in ``engines/layout_worker.py``.
+"""Ranks of the fine-tuning tests: each case runs in a fork of its own, see :func:`distributed.serve_cases`.
 
 A case: ``do`` (a function below) and its arguments.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from distributed import world
+from distributed import serve_cases
 
 from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
 from megatron_hyperrouter.checkpoint.weights import read_tensors
 from megatron_hyperrouter.commands.models import finetune
-from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.engines import open_engine
@@ -143,29 +139,5 @@ def freezing(load: str, freeze: list[str], engine: str, zero_stage: int = 1) -> 
     return told
 
 
-def main() -> None:
-    """All cases of the task, one after the other."""
-    task, answer = (Path(argument) for argument in sys.argv[1:])
-    torch.set_num_threads(1)
-    skip_shm_build()
-    asked = json.loads(task.read_text(encoding="utf-8"))
-    parts = [answer.with_name(f"{answer.name}.{number}") for number in range(len(asked["cases"]))]
-    for number, case in enumerate(asked["cases"]):
-        child = os.fork()
-        if child == 0:
-            with world(str(number)):
-                told = globals()[case.pop("do")](**case)
-            if os.environ["RANK"] == "0":
-                parts[number].write_text(json.dumps(told), encoding="utf-8")
-            return
-        _, status = os.waitpid(child, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            sys.exit(f"case {number}, {case}: exit status {code}")
-    if os.environ["RANK"] == "0":
-        answer.write_text(
-            json.dumps([json.loads(part.read_text("utf-8")) for part in parts]), encoding="utf-8"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    serve_cases(lambda case: globals()[case.pop("do")](**case))

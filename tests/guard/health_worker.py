@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed import world
+from distributed import serve_cases
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors
-from megatron_hyperrouter.compat.deepspeed import skip_shm_build
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines import open_engine
@@ -212,29 +210,5 @@ def rewritten(run: Watched) -> Iterator[None]:
     run.engine.weights_changed()
 
 
-def main() -> None:
-    """All cases of the task, one after the other, each in a fork of this process."""
-    task, answer = (Path(argument) for argument in sys.argv[1:])
-    torch.set_num_threads(1)
-    skip_shm_build()
-    asked = json.loads(task.read_text(encoding="utf-8"))
-    parts = [answer.with_name(f"{answer.name}.{number}") for number in range(len(asked["cases"]))]
-    for number, case in enumerate(asked["cases"]):
-        child = os.fork()
-        if child == 0:
-            with world(str(number)):
-                told = globals()[case.pop("do")](**case)
-            if os.environ["RANK"] == "0":
-                parts[number].write_text(json.dumps(told), encoding="utf-8")
-            return
-        _, status = os.waitpid(child, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            sys.exit(f"case {number}, {case}: exit status {code}")
-    if os.environ["RANK"] == "0":
-        answer.write_text(
-            json.dumps([json.loads(part.read_text("utf-8")) for part in parts]), encoding="utf-8"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    serve_cases(lambda case: globals()[case.pop("do")](**case))
