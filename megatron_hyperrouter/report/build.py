@@ -17,6 +17,8 @@ from megatron_hyperrouter.report.sources import (
     ScalingStudy,
     Source,
     TrainingRun,
+    names_of,
+    path_of,
     read,
 )
 
@@ -27,7 +29,7 @@ def write_report(paths: Sequence[Path], output: Path) -> None:
     """
     sources = read_all(paths)
     drawing = Drawing()
-    title = ", ".join(path.resolve().name for path in paths)
+    title = ", ".join(names_of(paths))
     files.write_bytes(output, page(title, lead(sources), chapters(sources, drawing)).encode())
 
 
@@ -48,30 +50,24 @@ def chapters(sources: Sequence[Source], drawing: Drawing) -> list[Section]:
     """Studies first, single runs after them."""
     found: list[Section] = []
     several = len(sources) > 1
-    for source in sources:
+    for name, source in zip(names_of([path_of(source) for source in sources]), sources, strict=True):
         own: list[Section] = []
         if isinstance(source, Comparison):
             own = comparisons.chapters(source, drawing)
-            name = source.folder.resolve().name
         elif isinstance(source, ScalingStudy):
             own = studies.scaling_chapters(source, drawing)
-            name = source.folder.resolve().name
         elif isinstance(source, Findings) and source.kind == "analysis":
             own = findings.analysis_chapters(source.content, drawing)
-            name = source.path.name
         if several:
             for section in own:
                 section.title = f"{section.title}: {name}"
         found += own
     if tuned := [source for source in sources if isinstance(source, Finetuning)]:
         found += studies.finetuning_chapters(tuned, drawing)
-    scored = {
-        source.path.stem: source.content
-        for source in sources
-        if isinstance(source, Findings) and source.kind == "evaluation"
-    }
-    if scored:
-        found.append(findings.quality_chapter(scored, drawing, "Quality against k"))
+    if scored := [each for each in sources if isinstance(each, Findings) and each.kind == "evaluation"]:
+        names = names_of([each.path.with_suffix("") for each in scored])
+        models = {name: each.content for name, each in zip(names, scored, strict=True)}
+        found.append(findings.quality_chapter(models, drawing, "Quality against k"))
     if trained := [source for source in sources if isinstance(source, TrainingRun)]:
         found += runs.chapters(trained, drawing)
     return found
@@ -88,7 +84,7 @@ def lead(sources: Sequence[Source]) -> str:
     )
     counts = [(sum(isinstance(source, kind) for source in sources), word) for kind, word in kinds]
     words = [f"{count} {_plural(word, count)}" for count, word in counts if count]
-    return f"Report of {' and '.join(words)}, made by mhr report from what they have written."
+    return f"Report of {' and '.join(words)}, written by mhr report."
 
 
 def _plural(word: str, count: int) -> str:

@@ -22,13 +22,13 @@ from megatron_hyperrouter.report.sources import Comparison, Record
 from megatron_hyperrouter.studies import verdicts
 from megatron_hyperrouter.studies.router_tables import (
     POINTS,
+    Interval,
     curves,
     differences,
     intervals,
     measures_of,
 )
-
-Interval = tuple[float, float | None]
+from megatron_hyperrouter.studies.tables import with_half
 
 
 def chapters(study: Comparison, drawing: Drawing) -> list[Section]:
@@ -251,7 +251,7 @@ def matrix_chapters(firsts: Mapping[str, Sequence[Record]], drawing: Drawing) ->
 
 
 def jacobian_chapter(study: Comparison) -> Section:
-    """What routers add to the Jacobian, means over seeds."""
+    """The measures of J_R, the router's part of the Jacobian: mean over seeds, for each layer."""
     section = Section("Router and Jacobian")
     rows: list[list[object]] = []
     for label, seeds in study.runs.items():
@@ -295,11 +295,6 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not found or point[1] < found[-1][1]:
             found.append(point)
     return found
-
-
-def with_half(mean: float, half: float | None, form: str, sign: str = "") -> str:
-    """``mean ± half``."""
-    return f"{mean:{sign}{form}}" + ("" if half is None else f" ± {half:{form}}")
 
 
 def _columns(study: Comparison) -> list[str]:

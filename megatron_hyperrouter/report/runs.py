@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from megatron_hyperrouter.report.figures import Drawing, Line, lines, smoothed, thinned
-from megatron_hyperrouter.report.findings import analysis_chapters, quality_chapter
+from megatron_hyperrouter.report.findings import analysis_chapters, cell, quality_chapter
 from megatron_hyperrouter.report.page import Section
-from megatron_hyperrouter.report.sources import TrainingRun
+from megatron_hyperrouter.report.sources import TrainingRun, names_of
 
 _MOST_LAYERS = 8  # a plot shows
+_MOST_EVENTS = 200  # a table shows
 _FACTS = (  # of a run's settings: what to call each, and its name
     ("engine", "engine"),
     ("layers", "num_layers"),
@@ -32,7 +33,7 @@ _FACTS = (  # of a run's settings: what to call each, and its name
 
 def chapters(runs: Sequence[TrainingRun], drawing: Drawing) -> list[Section]:
     """All chapters; a run is called by the name of its folder."""
-    named = names_of(runs)
+    named = dict(zip(names_of([run.folder for run in runs]), runs, strict=True))
     found = [facts_chapter(named), loss_chapter(named, drawing), router_chapter(named, drawing)]
     for name, run in named.items():
         title = f" of {name}" if len(named) > 1 else ""
@@ -43,14 +44,6 @@ def chapters(runs: Sequence[TrainingRun], drawing: Drawing) -> list[Section]:
         if "analysis" in run.extra:
             found += analysis_chapters(run.extra["analysis"], drawing, title)
     return [*found, speed_chapter(named, drawing), events_chapter(named), settings_chapter(named)]
-
-
-def names_of(runs: Sequence[TrainingRun]) -> dict[str, TrainingRun]:
-    """The runs by the names of their folders; with the folder above where two share one."""
-    short = [run.folder.resolve().name for run in runs]
-    alike = len(set(short)) < len(short)
-    longer = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
-    return dict(zip(longer if alike else short, runs, strict=True))
 
 
 def facts_chapter(named: Mapping[str, TrainingRun]) -> Section:
@@ -71,7 +64,7 @@ def _summary() -> list[tuple[str, Callable[[TrainingRun], str]]]:
         ("state", state),
         ("steps taken", lambda run: str(run.steps[-1]["step"]) if run.steps else "0"),
         ("tokens", lambda run: f"{run.steps[-1].get('consumed_tokens', 0):,}" if run.steps else "0"),
-        ("last training loss, nats per token", lambda run: number(last(run, "lm_loss"), ".4f")),
+        ("last training loss, nats per token", lambda run: cell(last(run, "lm_loss"), ".4f")),
         ("last validation", lambda run: last_score(run, "valid")),
         ("test", lambda run: last_score(run, "test")),
         ("alarms", lambda run: str(sum(event.get("event") == "alarm" for event in run.events))),
@@ -185,8 +178,8 @@ def speed_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section
                 [
                     name,
                     f"{1e3 * statistics.median(times):,.1f}",
-                    number(middle(run, "tokens_per_second"), ",.0f"),
-                    number(middle(run, "tflops_per_gpu"), ".3g"),
+                    cell(middle(run, "tokens_per_second"), ",.0f"),
+                    cell(middle(run, "tflops_per_gpu"), ".3g"),
                     f"{max(memory) / 2**30:.2f}" if memory else "-",
                     f"{sum(times) / 60:,.1f}",
                 ]
@@ -213,7 +206,10 @@ def events_chapter(named: Mapping[str, TrainingRun]) -> Section:
             minutes = (float(event.get("time", began)) - began) / 60
             rows.append([name, event.get("event"), event.get("step"), f"{minutes:.1f}", rest])
     note = "Minutes since the first event."
-    section.table(["run", "event", "step", "minutes", "facts"], rows[:200], name="events", note=note)
+    if len(rows) > _MOST_EVENTS:
+        note += f" The first {_MOST_EVENTS} of {len(rows)} events; events.jsonl has all."
+    heads = ["run", "event", "step", "minutes", "facts"]
+    section.table(heads, rows[:_MOST_EVENTS], name="events", note=note)
     return section
 
 
@@ -246,11 +242,6 @@ def shown(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)
-
-
-def number(value: float | None, form: str) -> str:
-    """A number in a cell; a dash for none."""
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def last(run: TrainingRun, name: str) -> float | None:

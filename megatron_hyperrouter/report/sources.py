@@ -85,6 +85,22 @@ class Findings:
 Source = TrainingRun | Comparison | Finetuning | ScalingStudy | Findings
 
 
+def path_of(source: Source) -> Path:
+    """The folder or the file that it was read from."""
+    return source.path if isinstance(source, Findings) else source.folder
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A short name for each path: its last part, with as many folders above it as tell all of them apart."""
+    whole = [path.resolve() for path in paths]
+    deepest = max((len(path.parts) for path in whole), default=1)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in whole]
+        if len(set(names)) == len(set(whole)):
+            break
+    return names
+
+
 def read(path: Path) -> Source:
     """What ``path`` holds; raises ConfigError where it is nothing of these."""
     if path.is_file():

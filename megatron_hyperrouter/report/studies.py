@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_hyperrouter.analysis.intervals import mean_and_half
-from megatron_hyperrouter.report.comparisons import with_half
 from megatron_hyperrouter.report.figures import Drawing, Line, lines
 from megatron_hyperrouter.report.page import Section
-from megatron_hyperrouter.report.sources import Finetuning, ScalingStudy
+from megatron_hyperrouter.report.sources import Finetuning, ScalingStudy, names_of
+from megatron_hyperrouter.studies.tables import with_half
 
 SCORES = (("accuracy", ".4f"), ("macro_f1", ".4f"), ("loss", ".4f"), ("ece", ".4f"))
 
@@ -19,8 +19,8 @@ def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list
     section = Section("Transfer")
     rows: list[list[object]] = []
     series: dict[str, Line] = {}
-    for tuning in tunings:
-        name = tuning.folder.resolve().name
+    names = names_of([tuning.folder for tuning in tunings])
+    for name, tuning in zip(names, tunings, strict=True):
         splits = dict.fromkeys(str(row.get("split", "test")) for row in tuning.results)
         for split in splits:
             found = [row for row in tuning.results if str(row.get("split", "test")) == split]

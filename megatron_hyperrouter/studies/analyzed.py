@@ -29,7 +29,6 @@ from megatron_hyperrouter.routers.base import Router
 from megatron_hyperrouter.train.metrics import score
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.evaluate.trained import TrainedRun
 
 PROBE_TOKENS = 2048  # whose routes are followed over the checkpoints
@@ -205,13 +204,3 @@ def _pairs(matrix_EE: Tensor) -> Mapping[str, float | None]:
         return {"mean_similarity": None, "largest_similarity": None}
     off = matrix_EE[~torch.eye(size, dtype=torch.bool)]
     return {"mean_similarity": float(off.mean()), "largest_similarity": float(off.max())}
-
-
-def check_topks(topks: Sequence[int], config: RunConfig) -> None:
-    """ConfigError that names every k that the run's routers cannot have."""
-    from megatron_hyperrouter.errors import ConfigError, Problem
-
-    most = config.router.options.largest_topk(config.model.num_experts)
-    rule = f"must be from 1 to {most}, the experts that a token of this model can have"
-    if wrong := [topk for topk in topks if not 1 <= topk <= most]:
-        raise ConfigError([Problem("--topk", topk, rule, f"use 1 to {most}") for topk in wrong])

@@ -127,6 +127,21 @@ def test_two_runs_show_what_differs(folders: dict[str, Path], tmp_path: Path) ->
     assert not [row for row in page.rows if row[:1] == ["hidden_size"]]
 
 
+def test_paths_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """As in ``A/x/run B/x/run``: as many folders above as it takes, for runs and for files."""
+    runs = [write_run(tmp_path / side / "x/run", name=name) for side, name in (("A", "hyper"), ("B", "topk"))]
+    files = []
+    for side, loss in (("A", 1.5), ("B", 2.5)):
+        files.append(tmp_path / side / "x/evaluation.json")
+        row = {"topk": 2, "lm_loss": loss, "perplexity": 9.0, "bits_per_byte": None}
+        files[-1].write_text(json.dumps({"results": [row]}))
+    write_report([*runs, *files], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert ["A/x/run", "B/x/run"] in page.rows  # the heads of a table
+    assert page.row("router")[1:] == ["hyper", "topk"]
+    assert page.row("A/x/evaluation")[2] == "1.5000" and page.row("B/x/evaluation")[2] == "2.5000"
+
+
 def test_verdicts_of_a_comparison(text: str) -> None:
     """0.2 with a spread of 0.01 is plain to see; a level control is not told from it."""
     page = Page(text)

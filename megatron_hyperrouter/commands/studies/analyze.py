@@ -30,11 +30,12 @@ def main(arguments: Sequence[str]) -> None:
     args = read_flags(arguments)
     refuse_several_ranks()
     silence_hosts()
-    from megatron_hyperrouter.studies.analyzed import Analysis, check_topks
+    from megatron_hyperrouter.evaluate.perplexity import check_topks
+    from megatron_hyperrouter.studies.analyzed import Analysis
 
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     topks = list(dict.fromkeys(args.topk or [run.settings.model.moe_router_topk]))
-    check_topks(topks, run.settings)
+    check_topks(topks, run.settings.model.num_experts, router=run.settings.router)
     tokenizer = run.tokenizer()
     wanted = args.eval_iters * run.global_batch_size
     dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=wanted)
