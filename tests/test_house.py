@@ -124,7 +124,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "report": (
-        {"analysis", "guard.events", "studies.verdicts", "studies.router_tables"},
+        {"analysis", "guard.events", "studies.verdicts", "studies.router_tables", "studies.tables"},
         {"matplotlib", "yaml"},
     ),
     "commands": ({"compat"}, set()),
