@@ -96,7 +96,7 @@ def test_refusals(zygote: Zygote, runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.json"
     common = ["--load", runs / "hyper", "--output", output]
     job = zygote.run([*common, "--topk", 0, 5], program=TOOL, expect=2)
-    assert "must be from 1 to 4" in job.stderr and job.stderr.count("--topk = ") == 2
+    assert "must be from 1 to the 4 experts" in job.stderr and job.stderr.count("--topk = ") == 2
     job = zygote.run(["--load", tmp_path, "--output", output], program=TOOL, expect=4)
     assert "no finished checkpoint" in job.stderr
     job = zygote.run(common, program=TOOL, ranks=2, expect=2)
