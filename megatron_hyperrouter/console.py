@@ -11,9 +11,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
@@ -21,6 +22,7 @@ from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
 PATIENCE = (
     3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
 )
+SILENCE = 60.0  # seconds of waiting for other ranks before a person is told
 # What gloo, NCCL and the store at which ranks meet say where another rank has ended.
 _LOST_A_RANK = (
     "Connection closed by peer",
@@ -72,6 +74,22 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
 def left_alone(error: Exception) -> bool:
     """Whether the error says no more than that another rank has ended."""
     return any(words in str(error) for words in _LOST_A_RANK)
+
+
+@contextlib.contextmanager
+def waiting_for_ranks(world_size: int) -> Iterator[None]:
+    """Inside, a wait of more than ``SILENCE`` is reported."""
+    words = (
+        f"waiting for all {world_size} ranks: one of them may still be building an index file (mhr index "
+        "builds it beforehand), or may have exited"
+    )
+    timer = threading.Timer(SILENCE, note, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def report(error: HyperRouterError) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from test_definitions import ROOT
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index_files as cache
 from megatron_hyperrouter.data.order import on_demand
@@ -67,7 +68,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
         f"An index smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
         f"({DataConfig().num_workers}) read ahead, each {loader._AHEAD} micro-batches",
-        f"After {launch._SILENCE:.0f} seconds of waiting",
+        f"After {console.SILENCE:.0f} seconds of waiting",
         f"after {launch._PATIENCE // timedelta(hours=1)} hours",
     ):
         assert told in PLAIN, told

@@ -6,7 +6,6 @@ import os
 import resource
 import socket
 import sys
-import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -22,7 +21,6 @@ from megatron_hyperrouter.model.parallel import dropout_states, expert_rank, set
 from megatron_hyperrouter.processes import ROUND
 
 _PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
-_SILENCE = 60.0  # seconds of waiting before a person is told
 
 
 def alone_without_launcher() -> None:
@@ -48,21 +46,14 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         timeout = (
             constants.default_pg_nccl_timeout if host_backend == "nccl" else None
         ) or constants.default_pg_timeout
-    words = (
-        "one of them may still be building an index file (mhr index builds it beforehand), or may have exited"
-    )
-    waiting = threading.Timer(
-        _SILENCE, console.note, [f"waiting for all {os.environ.get('WORLD_SIZE')} ranks: {words}"]
-    )
-    waiting.daemon = True
-    waiting.start()
     begin = time.monotonic()
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        if ROUND in os.environ:  # torchrun's store has the keys of earlier attempts, too
-            store = dist.PrefixStore(os.environ[ROUND], store)
-        store.set_timeout(_PATIENCE)  # NCCL meets there at the first collective
-        dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        with console.waiting_for_ranks(int(os.environ.get("WORLD_SIZE", "1"))):
+            store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+            if ROUND in os.environ:  # torchrun's store has the keys of earlier attempts, too
+                store = dist.PrefixStore(os.environ[ROUND], store)
+            store.set_timeout(_PATIENCE)  # NCCL meets there at the first collective
+            dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error):
             remedy = "choose another port, with --master-port of torchrun or --master_port of deepspeed"
@@ -75,8 +66,6 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         raise HyperRouterError(
             f"after {_PATIENCE} some of the ranks have not connected: {error}", remedy=remedy
         ) from error
-    finally:
-        waiting.cancel()
     distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 

@@ -10,10 +10,8 @@ import json
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +24,6 @@ from megatron_hyperrouter.processes import ROUND
 _PATIENCE = timedelta(hours=2)  # with the slowest rank
 _POLL = 0.1  # seconds
 _NAME = 30.0  # seconds until the name of a machine is known
-_SILENCE = 60.0  # seconds of waiting before a person is told
 
 
 class Meeting:
@@ -44,7 +41,7 @@ class Meeting:
         if world_size == 1:
             return cls(0, 1)
         wait_for_name(os.environ["MASTER_ADDR"])
-        with _waiting(world_size):
+        with console.waiting_for_ranks(world_size):
             store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
             store.set_timeout(_PATIENCE)
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -58,7 +55,7 @@ class Meeting:
         if self.rank == 0:
             self._store.set(topic, word)
             return word
-        with _waiting(self.world_size):
+        with console.waiting_for_ranks(self.world_size):
             return str(self._store.get(topic).decode())
 
     def difference(self, topic: str, facts: Mapping[str, object]) -> str:
@@ -71,7 +68,7 @@ class Meeting:
 
     def _found(self, topic: str, ours: Mapping[str, str]) -> str:
         for rank in range(1, self.world_size):
-            with _waiting(self.world_size):
+            with console.waiting_for_ranks(self.world_size):
                 told = json.loads(self._store.get(f"{topic}/{rank}"))
             if told["host"] not in self.hosts:
                 self.hosts.append(told["host"])
@@ -135,18 +132,3 @@ def _tell_name(store: Any, name: str, missing: set[int]) -> None:
         if missing and time.monotonic() > end:
             raise dist.DistStoreError(f"rank {min(missing)} has not come")
         time.sleep(_POLL if missing else 0.0)
-
-
-@contextmanager
-def _waiting(world_size: int) -> Iterator[None]:
-    """Inside, a wait of more than a minute is reported."""
-    words = (
-        "one of them may still be building an index file (mhr index builds it beforehand), or may have exited"
-    )
-    timer = threading.Timer(_SILENCE, console.note, [f"waiting for all {world_size} ranks: {words}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

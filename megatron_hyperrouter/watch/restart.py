@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_hyperrouter.errors import STOPPED
 from megatron_hyperrouter.guard.events import OPENING
 from megatron_hyperrouter.watch.status import status_of
-from megatron_hyperrouter.watch.trace import read_trace
+from megatron_hyperrouter.watch.trace import Event, read_trace
 
 MOST_ATTEMPTS = 3  # in a row that begin at the same step: more would fail in the same way
 _NEVER = {2: "settings", 3: "data", 5: "the installation"}  # exit statuses that a restart cannot mend
 
 
-def worth_restarting(run_dir: Path, exit_status: int, *, attempts: int = MOST_ATTEMPTS) -> tuple[bool, str]:
+def worth_restarting(
+    run_dir: Path, exit_status: int, *, environ: Mapping[str, str] | None = None
+) -> tuple[bool, str]:
     """The answer, and why.
 
     ``exit_status``: what the launcher ended with.  A launcher may turn the status of a rank into its own, so
-    what the run has recorded counts first; a killed run has recorded nothing.
+    what the run has recorded counts first; a killed run has recorded nothing.  ``environ``: the variables of
+    the job, where Slurm counts its attempts.
     """
     if exit_status in _NEVER:
         return False, _no_use(exit_status)
@@ -25,6 +29,9 @@ def worth_restarting(run_dir: Path, exit_status: int, *, attempts: int = MOST_AT
     status = status_of(trace, ended=True)
     if exit_status == 0 or status.state == "finished":
         return False, "it has finished"
+    unseen = _unseen(trace.opening or {}, {} if environ is None else environ)
+    if unseen >= MOST_ATTEMPTS:
+        return False, f"{unseen} attempts in a row ended before their first event (exit status {exit_status})"
     recorded = exit_status if status.exit_status is None else status.exit_status
     if recorded in _NEVER:
         return False, _no_use(recorded)
@@ -34,9 +41,19 @@ def worth_restarting(run_dir: Path, exit_status: int, *, attempts: int = MOST_AT
     same = next((number for number, step in enumerate(reversed(begun)) if step != begun[-1]), len(begun))
     if not begun:
         return False, f"exit status {recorded} before the first step"
-    if same >= attempts:
+    if same >= MOST_ATTEMPTS:
         return False, f"{same} attempts in a row began after step {begun[-1]}, and none saved a later one"
     return True, f"exit status {recorded} ({status.reason.splitlines()[0] if status.reason else 'unknown'})"
+
+
+def _unseen(opening: Event, environ: Mapping[str, str]) -> int:
+    """Attempts of this Slurm job since the newest one that has recorded its start."""
+    job = f"SLURM_JOB_ID={environ.get('SLURM_JOB_ID')}"
+    count = int(environ.get("SLURM_RESTART_COUNT") or 0)
+    if job not in str(opening.get("job", "")).split():
+        return count + 1 if "SLURM_JOB_ID" in environ else 0
+    seen = dict(word.split("=", 1) for word in str(opening.get("launcher_restarts", "")).split())
+    return count - int(seen.get("SLURM_RESTART_COUNT", 0))
 
 
 def _no_use(exit_status: int) -> str:

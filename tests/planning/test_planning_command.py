@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,14 @@ def test_refusals_are_those_of_the_program(folder: Path, done: tuple[Any, dict[s
                 ["--config", str(folder / "model.yaml"), "--mock-data", *words], routers=ROUTERS, world_size=8
             )
         assert all(problem.rule in each["reason"] for problem in caught.value.problems)
+
+
+def test_a_thousand_gpus_take_less_than_a_minute_of_one_core(capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.process_time()
+    config = str(ROOT / "examples" / "models" / "mixtral-8x7b.yaml")
+    main(["--config", config, "--gpus", "1024", "--top", "1", "--vocab-size", "32000"])
+    assert time.process_time() - begun < 60
+    assert "1024 GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,14 @@ import deepspeed.constants
 import torch.distributed as dist
 from torch.distributed import constants, distributed_c10d
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.data.stream import segments as course
-from megatron_hyperrouter.engines import world as launch
-from megatron_hyperrouter.guard import meeting
 
 COLLECTIVES, BUILDING, SILENCE = 10.0, 14.0, 4.0  # seconds
 
 for module in (constants, distributed_c10d, deepspeed.constants):
     vars(module)["default_pg_timeout"] = timedelta(seconds=COLLECTIVES)
-launch._SILENCE = meeting._SILENCE = SILENCE
+console.SILENCE = SILENCE
 splits_of_run = course.splits_of_run
 
 

@@ -218,6 +218,35 @@ class TestRestart:
         write_events(run_dir, opening, opening, {**opening, "step": 120})
         assert worth_restarting(run_dir, 1)[0] is True
 
+    @pytest.mark.parametrize(
+        ("recorded", "now", "answer"),
+        [
+            ("SLURM_JOB_ID=7", {"SLURM_JOB_ID": "7"}, True),
+            ("SLURM_JOB_ID=7 SLURM_RESTART_COUNT=4", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "4"}, True),
+            ("SLURM_JOB_ID=7 SLURM_RESTART_COUNT=4", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "6"}, True),
+            (
+                "SLURM_JOB_ID=7 SLURM_RESTART_COUNT=4",
+                {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "7"},
+                False,
+            ),
+            ("SLURM_JOB_ID=6 SLURM_RESTART_COUNT=4", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+            (
+                "SLURM_JOB_ID=6 SLURM_RESTART_COUNT=4",
+                {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"},
+                False,
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("stopped", [True, False])
+    def test_attempts_that_end_before_their_first_event(
+        self, run_dir: Path, recorded: str, now: dict[str, str], answer: bool, stopped: bool
+    ) -> None:
+        """They leave nothing but Slurm's count: what an earlier attempt recorded must not speak for them."""
+        job, *count = recorded.split()
+        opening = {"event": "start", "time": 1.0, "job": job, "launcher_restarts": "".join(count)}
+        write_events(run_dir, opening, *([{"event": "stop", "time": 2.0, "status": 6}] if stopped else []))
+        assert worth_restarting(run_dir, 1, environ=now)[0] is answer
+
     def test_before_the_first_event(self, tmp_path: Path) -> None:
         (tmp_path / LOCK).touch()
         assert worth_restarting(tmp_path, 1)[0] is False

@@ -7,6 +7,7 @@ asks with --after-exit whether it should start the run again; exit status 0 then
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def _answer(run_dir: Path, exit_status: int) -> None:
     from megatron_hyperrouter.watch.restart import worth_restarting
 
     try:
-        yes, why = worth_restarting(run_dir, exit_status)
+        yes, why = worth_restarting(run_dir, exit_status, environ=os.environ)
     except HyperRouterError as error:  # it ended before it made its folder
         yes, why = False, error.message
     show(f"restart: {'yes' if yes else 'no'}; {why}")
