@@ -234,10 +234,18 @@ class TestKinds:
         assert "2 (--use-flash-attn, --log-throughput) that do not affect the result" in note
 
     def test_what_is_always_otherwise_is_refused(self, all_routers):
-        for flag, value in (("--normalization", "LayerNorm"), ("--optimizer", "sgd")):
+        for flag, value, reason in (
+            ("--normalization", "LayerNorm", "the norm is RMSNorm"),
+            ("--optimizer", "sgd", "the optimizer is AdamW"),
+            ("--softmax-type", "learnable", "attention sinks"),
+        ):
             (problem,) = problems_of(all_routers, *DATA, flag, value)
             assert (problem.field, problem.value) == (flag, value)
-            assert "cannot be changed" in problem.rule
+            assert "cannot be changed" in problem.rule and reason in problem.rule
+
+    def test_how_context_parallel_ranks_talk_changes_no_result(self, all_routers):
+        for kind in ("p2p", "all_gather", "a2a+p2p"):
+            assert "--cp-comm-type" in understood(all_routers, "--cp-comm-type", kind)[1]
 
     def test_what_is_absent_says_what_it_is_and_what_would_change(self, all_routers):
         (problem,) = problems_of(all_routers, *DATA, "--fp4-format", "e2m1")

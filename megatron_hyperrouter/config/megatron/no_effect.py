@@ -8,7 +8,8 @@ from types import MappingProxyType
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
         "Communication": """
-account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split create-all-gather-group
+account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split cp-comm-type
+create-all-gather-group
 ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
 ddp-param-name-patterns-for-fp32-local-accumulation ddp-reduce-scatter-with-fp32-accumulation
 defer-embedding-wgrad-compute delay-param-gather delay-wgrad-compute disable-align-grad-reduce

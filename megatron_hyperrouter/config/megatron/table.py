@@ -63,7 +63,6 @@ no-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the
 disable-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
 no-multi-latent-attention |  | attention is grouped-query attention by default
 disable-multi-latent-attention |  | attention is grouped-query attention by default
-cp-comm-type | p2p | context parallelism exchanges keys and values point to point
 """
         ).items()
     }
