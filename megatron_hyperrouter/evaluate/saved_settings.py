@@ -22,7 +22,7 @@ def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) 
         path = folder.parent.parent / "config.yaml"
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no {SETTINGS}, and {path} is missing: so its model is unknown",
+                f"{folder} has no {SETTINGS}, and {path} is missing: its model is unknown",
                 remedy="put the run's config.yaml there",
             )
         console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")

@@ -22,21 +22,21 @@ def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer)
     words = tree.get("pre_tokenizer") or {}
     reasons = []
     if target.architecture != "Qwen3MoeForCausalLM" or not target.sums_to_one:
-        reasons.append("its qwen3moe has q/k norms and weights that sum to 1")
+        reasons.append("it needs q/k norms (--qk-layernorm) and weights that sum to 1")
     if target.fields.get("mlp_only_layers"):
-        reasons.append("all its layers have experts")
+        reasons.append("it needs experts in every layer")
     if rope_parameters(run)["rope_type"] != "default":
-        reasons.append("the file says nothing of scaled positions")
+        reasons.append("it needs rotary positions without scaling")
     if dtype != "float32":
-        reasons.append("the file holds float32: leave --dtype out")
+        reasons.append("it needs float32: leave --dtype out")
     if (
         tree.get("model", {}).get("type") != "BPE"
         or words.get("type") != "ByteLevel"
         or tree.get("normalizer")
     ):
-        reasons.append("its tokenizer is a byte-level BPE in GPT-2's form")
+        reasons.append("it needs a byte-level BPE tokenizer in GPT-2's form")
     if reasons:
         raise CheckpointError(
-            f"--gguf: llama.cpp cannot take this model: {'; '.join(reasons)}",
-            remedy="leave --gguf out; --qk-layernorm trains a model that it takes",
+            f"--gguf: llama.cpp cannot take this model as qwen3moe: {'; '.join(reasons)}",
+            remedy="leave --gguf out",
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hyperrouter.errors import HostError, HyperRouterError
+from megatron_hyperrouter.errors import HostError, HyperRouterError, reason_of
 
 _FILES = Path(__file__).resolve().parent.parent / "huggingface"
 COMPARE, HARNESS, GGUF = _FILES / "compare.py", _FILES / "harness.py", _FILES / "gguf_file.py"
@@ -31,6 +31,8 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
         asked, answered = Path(folder) / "task.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(task), encoding="utf-8")
         program = python or sys.executable
+        if os.sep in program:  # a path, from here: the process runs in another folder
+            program = os.path.abspath(program)
         try:
             done = subprocess.run(
                 [program, str(script), str(asked), str(answered)],
@@ -43,7 +45,7 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             )
         except OSError as error:
             raise HostError(
-                f"{program} cannot be started: {error}", remedy="name a Python with --python"
+                f"{program} cannot be started: {reason_of(error)}", remedy="name a Python with --python"
             ) from error
         if done.returncode == 0:
             found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))

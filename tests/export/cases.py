@@ -161,7 +161,7 @@ REFUSED: dict[str, Case] = {
     "norms of latent vectors with epsilon 1e-06, not 1e-05": Case(
         {"router": HYPER, **LATENT, "norm_epsilon": 1e-5}, ""
     ),
-    "DeepSeek-V2 has weights that do not sum to 1": Case({"router": HYPER, **LATENT}, ""),
+    "DeepSeek-V2 needs weights that do not sum to 1": Case({"router": HYPER, **LATENT}, ""),
     "DeepSeek-V3 has dense layers only before the MoE layers": Case(
         {"router": DEEPSEEK_V3, **LATENT, "moe_layer_freq": "[1,0]"}, ""
     ),

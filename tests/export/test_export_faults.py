@@ -87,13 +87,15 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     assert status == 4 and "there is no finished checkpoint" in message
 
 
-def test_a_python_without_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["by its path", "from here"])
+def test_a_python_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     """Python itself, told to look at no installed package."""
+    monkeypatch.chdir(tmp_path)
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
     with pytest.raises(HyperRouterError) as error:
-        ask({}, python=str(bare))
+        ask({}, python=str(bare) if named == "by its path" else "./python")
     assert error.value.exit_status == 5
     assert "ModuleNotFoundError: No module named" in str(error.value)
     assert "pip install 'megatron-hyperrouter[hf]'" in str(error.value)
@@ -150,6 +152,13 @@ def test_the_file_for_llama_cpp(run: Path, tmp_path: Path) -> None:
     reader = gguf.GGUFReader(file)
     assert reader.fields["qwen3moe.expert_used_count"].contents() == 2
     assert len(reader.tensors) == 2 + 2 * (9 + 3)
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    words = ["--load", str(run), "--output", str(tmp_path / "more"), "--no-proof", "--python", str(bare)]
+    with pytest.raises(HyperRouterError, match="pip install gguf"):
+        main([*words, "--gguf", str(tmp_path / "files" / "model.gguf")])
+    assert not list((tmp_path / "files").iterdir())
     make_up(tmp_path / "mixtral", SETTINGS | {"qk_layernorm": False})
     (tmp_path / "new").mkdir()
     status, message = refused(

@@ -144,14 +144,14 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--eval-stride",
         type=int,
         metavar="S",
-        help="score overlapping windows: each begins S tokens after the one before, and its last S tokens "
-        "alone count, so that every token has a long past (default: windows side by side)",
+        help="score overlapping windows: each begins S tokens after the one before, and only its last S "
+        "tokens count, so that every token has a long context (default: windows do not overlap)",
     )
     flags.add_argument(
         "--calibrate-k",
         action="store_true",
-        help="also score with one scale for the output of each MoE layer, taken from a batch of training "
-        "data, and report it apart under calibrated",
+        help="also score with the output of each MoE layer scaled to its size at the k that training ended "
+        "with; the scales come from a batch of training data, the scores stand under calibrated",
     )
     flags.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
     args = flags.parse_args(arguments)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.errors import CheckpointError
@@ -116,8 +117,11 @@ def write_gguf(args: Namespace, folder: Path) -> None:
     from megatron_hyperrouter.proof.child import GGUF, ask
 
     args.gguf.parent.mkdir(parents=True, exist_ok=True)
-    task = {"folder": str(folder.resolve()), "file": str(args.gguf.resolve()), "name": folder.name}
-    ask(task, python=args.python, script=GGUF)
+    with TemporaryDirectory(dir=args.gguf.parent, prefix=f".{args.gguf.name}.") as name:
+        file = Path(name).resolve() / args.gguf.name
+        task = {"folder": str(folder.resolve()), "file": str(file), "name": folder.name}
+        ask(task, python=args.python, script=GGUF)
+        file.replace(args.gguf)
     show(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes for llama.cpp")
 
 

@@ -101,7 +101,7 @@ def whole_shared_experts(run: RunConfig) -> Iterator[str]:
     """For a class with several shared experts of an expert's width and without a gate."""
     shared, width = run.model.moe_shared_expert_intermediate_size or 0, expert_width(run)
     if shared % width:
-        yield f"has shared experts whose width is a multiple of {width}, an expert's; this one has {shared}"
+        yield f"needs a shared width that is a multiple of {width}, an expert's width; here it is {shared}"
     if run.model.moe_shared_expert_gate:
         yield "has no gate of the shared expert"
 

@@ -29,7 +29,7 @@ def _plain_softmax(options: Any) -> Iterator[str]:
 def _qwen3_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     yield from _plain_softmax(options)
     if not run.model.qk_layernorm:
-        yield "has q/k norms (--qk-layernorm)"
+        yield "needs q/k norms (--qk-layernorm)"
 
 
 def _qwen3_fields(run: RunConfig, options: Any) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def _qwen2_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     if model.qk_layernorm:
         yield "has no q/k norms"
     if model.moe_shared_expert_intermediate_size is None:
-        yield "has a shared expert"
+        yield "needs a shared expert (--moe-shared-expert-intermediate-size)"
     if head_width(run) * model.num_attention_heads != model.hidden_size:
-        yield "has heads as wide as hidden size / heads (--kv-channels)"
+        yield "needs heads of hidden size / heads channels (--kv-channels)"
 
 
 def _qwen2_fields(run: RunConfig, options: Any) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def _qwen2_fields(run: RunConfig, options: Any) -> dict[str, Any]:
 def _mixtral_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     yield from _plain_softmax(options)
     if not options.sums_to_one:
-        yield "has weights that sum to 1, and this router's do not sum to 1"
+        yield "needs weights that sum to 1, and this router's do not sum to 1"
     if run.model.qk_layernorm:
         yield "has no q/k norms"
     if len(set(windows(run))) > 1:
-        yield "has its sliding window in all layers"
+        yield "needs its sliding window in all layers (--window-attn-skip-freq)"
 
 
 def _mixtral_fields(run: RunConfig, _options: Any) -> dict[str, Any]:
