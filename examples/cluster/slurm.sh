@@ -63,8 +63,11 @@ if [[ $given == *" --mock-data "* && $given != *" --tokenizer-type"* ]]; then
 fi
 
 step=(srun --nodes "$nodes" --kill-on-bad-exit=1)
+ask=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then
-  step+=(--container-image "$CONTAINER_IMAGE" --container-mounts "$root:$root" --container-workdir "$root")
+  container=(--container-image "$CONTAINER_IMAGE" --container-mounts "$root:$root" --container-workdir "$root")
+  step+=("${container[@]}")
+  ask=(srun --nodes 1 --ntasks 1 "${container[@]}") # the machine itself may not have the libraries
 fi
 by_rank=("${step[@]}" --ntasks "$((nodes * ranks))" --ntasks-per-node "$ranks" --cpus-per-task "$((cores > 0 ? cores : 1))")
 attempt=${SLURM_RESTART_COUNT:-0}
@@ -86,7 +89,7 @@ else
   "${by_rank[@]}" python pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" || status=$?
 fi
 
-if [ "$status" != 0 ] && python tools/status.py "$run_dir" --after-exit "$status"; then
+if [ "$status" != 0 ] && "${ask[@]}" python tools/status.py "$run_dir" --after-exit "$status"; then
   case $(scontrol show job "$SLURM_JOB_ID") in
     *JobState=CANCELLED*) echo "the job was cancelled: it stays so" ;;
     *) scontrol requeue "$SLURM_JOB_ID" && exit 0 ;;

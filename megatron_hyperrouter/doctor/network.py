@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_hyperrouter import console
 from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, ok
 from megatron_hyperrouter.doctor.ranks import Ranks
 
@@ -57,6 +58,9 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
         return [], {}
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    numbers: dict[str, Any] = {}
+    pairs: list[tuple[int, float]] = []
+    why, left_alone = "", False
     try:
         dist.init_process_group(
             "nccl" if gpu else "gloo",
@@ -67,16 +71,19 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
         )
         numbers, pairs = _measure(ranks, device)
     except (RuntimeError, ValueError) as error:  # what gloo and NCCL raise
-        why = f"{names[ranks.rank] if ranks.rank < len(names) else ranks.rank}: {str(error).splitlines()[0]}"
-        remedy = "see the ports above; set NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
-        return [fault("collectives", f"ranks cannot exchange tensors: {why}", remedy)], {}
+        why, left_alone = str(error).splitlines()[0], console.left_alone(error)
     finally:
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             dist.destroy_process_group()
-    told = ranks.gather("pairs", pairs)
+    told = ranks.gather("collectives", (pairs, why, left_alone))
     if ranks.rank:
         return [], {}
-    return _judge(told, names, numbers, device.type), numbers
+    broken = [(alone, f"{names[rank]}: {reason}") for rank, (_, reason, alone) in enumerate(told) if reason]
+    if broken:  # a rank that was left alone does not know why
+        first = first_of([text for _, text in sorted(broken, key=lambda each: each[0])])
+        remedy = "see the ports above; set NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        return [fault("collectives", f"ranks cannot exchange tensors: {first}", remedy)], {}
+    return _judge([own for own, _, _ in told], names, numbers, device.type), numbers
 
 
 def _measure(ranks: Ranks, device: torch.device) -> tuple[dict[str, Any], list[tuple[int, float]]]:

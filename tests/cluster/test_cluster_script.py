@@ -12,10 +12,14 @@ from distributed import REPOSITORY, environment
 SCRIPT = REPOSITORY / "examples" / "cluster" / "slurm.sh"
 
 
-def asked(folder: Path, *words: object, **env: str) -> str:
-    """The command line of ``srun``."""
+def asked(folder: Path, *words: object, srun: str = "", **env: str) -> list[str]:
+    """The command lines of ``srun``; ``srun``: what else it does."""
     (folder / "bin").mkdir()
-    for name, script in {"srun": 'echo "srun $*"', "scontrol": "echo n1", "nvidia-smi": "exit 9"}.items():
+    for name, script in {
+        "srun": f'echo "srun $*"\n{srun}',
+        "scontrol": "echo n1",
+        "nvidia-smi": "exit 9",
+    }.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / "bin" / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "96"}
@@ -25,12 +29,11 @@ def asked(folder: Path, *words: object, **env: str) -> str:
         ["bash", str(SCRIPT), *map(str, words)], env=known | env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
-    return line
+    return [line for line in done.stdout.splitlines() if line.startswith("srun ")]
 
 
 def test_a_rank_for_each_gpu_with_its_share_of_the_cores(tmp_path: Path) -> None:
-    line = asked(tmp_path, "--lr", "1e-3", SLURM_GPUS_ON_NODE="8")
+    (line,) = asked(tmp_path, "--lr", "1e-3", SLURM_GPUS_ON_NODE="8")
     assert "--nodes 2 --kill-on-bad-exit=1 --ntasks 16 --ntasks-per-node 8 --cpus-per-task 12 python" in line
     assert (
         "--run-dir runs/cluster --load runs/cluster --engine megatron --config examples/cluster.yaml" in line
@@ -43,13 +46,13 @@ def test_a_rank_for_each_gpu_with_its_share_of_the_cores(tmp_path: Path) -> None
 )
 def test_the_run_folder_is_that_of_the_settings(tmp_path: Path, text: str) -> None:
     (tmp_path / "my.yaml").write_text(f"num_layers: 2\n{text}\n")
-    line = asked(tmp_path, "--config", tmp_path / "my.yaml")
+    (line,) = asked(tmp_path, "--config", tmp_path / "my.yaml")
     assert "--run-dir runs/mine --load runs/mine" in line and line.count("--config") == 1
     assert "--ntasks 2 --ntasks-per-node 1 --cpus-per-task 96" in line and "--engine" not in line
 
 
 def test_torchrun_meets_under_a_name_of_each_attempt(tmp_path: Path) -> None:
-    line = asked(
+    (line,) = asked(
         tmp_path,
         LAUNCHER="torchrun",
         SLURM_GPUS_ON_NODE="4",
@@ -61,5 +64,10 @@ def test_torchrun_meets_under_a_name_of_each_attempt(tmp_path: Path) -> None:
 
 
 def test_a_container(tmp_path: Path) -> None:
-    line = asked(tmp_path, CONTAINER_IMAGE="hyperrouter.sqsh")
-    assert f"--container-image hyperrouter.sqsh --container-mounts {REPOSITORY}:{REPOSITORY}" in line
+    failed = 'case "$*" in *pretrain*) exit 1;; esac'
+    first, second = asked(tmp_path, CONTAINER_IMAGE="hyperrouter.sqsh", srun=failed)
+    container = f"--container-image hyperrouter.sqsh --container-mounts {REPOSITORY}:{REPOSITORY}"
+    assert container in first and "pretrain_gpt_hyperrouter.py" in first
+    # whether to start again is asked there as well: the machine itself may not have the libraries
+    assert container in second and "--ntasks 1 " in second
+    assert second.endswith("tools/status.py runs/cluster --after-exit 1")

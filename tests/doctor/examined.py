@@ -72,6 +72,13 @@ def closed_ports() -> None:
     network._connect = lambda host, port: "Connection refused" if port else true(host, port)
 
 
+def no_exchange() -> None:
+    def measure(*_: object) -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    network._measure = measure  # type: ignore[assignment]
+
+
 def full_disk() -> None:
     """Nothing larger than a few kilobytes can be written."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

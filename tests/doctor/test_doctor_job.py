@@ -72,6 +72,14 @@ def test_a_folder_that_is_not_shared_and_no_room(zygote: Zygote, tmp_path: Path)
     assert "rank 1 on" in found["run folder"] and "3,000,000.0 GB" in found["room"]
 
 
+def test_the_rank_that_cannot_exchange_is_named(zygote: Zygote, tmp_path: Path) -> None:
+    """Not those that it leaves alone."""
+    found = faults_of(examine(zygote, tmp_path, "no_exchange@1", ranks=2, expect=5))
+    assert sorted(found) == ["collectives"]
+    assert "cannot exchange tensors: rank 1 on" in found["collectives"], found
+    assert "unhandled system error" in found["collectives"]
+
+
 def test_a_full_disk(zygote: Zygote, tmp_path: Path) -> None:
     found = faults_of(examine(zygote, tmp_path, "full_disk@0", ranks=2, expect=5))
     assert sorted(found) == ["disk"] and "File too large" in found["disk"]
