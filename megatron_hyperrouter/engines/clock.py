@@ -168,10 +168,8 @@ class RouterSite:
         index, arrived = self._passes.next(), self.clock.arrived
         if arrived and index >= len(arrived):
             raise ValueError(
-                f"layer {self.router.layer_number}: forward pass {index + 1} since a step or an evaluation "
-                "began, of which the tokens of"
-                f" {len(arrived)} have arrived: call arrive() before each, and begin() or "
-                "begin_evaluation() before the first"
+                f"layer {self.router.layer_number}: forward pass {index + 1}, but arrive() was called only "
+                f"{len(arrived)} times since the last begin() or begin_evaluation(); call it before each pass"
             )
         return arrived[index] if arrived else None
 

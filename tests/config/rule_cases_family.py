@@ -127,14 +127,14 @@ CASES = [
         "rotary_channels_are_pairs",
         {"rotary_percent": 0.3},
         "--rotary-percent",
-        "gives 19 channels to turn",
+        "makes 19 channels rotary",
         {"rotary_percent": 0.25},
     ),
     case(
         "rotary_channels_are_pairs",
         {**LATENT, "qk_pos_emb_head_dim": 7},
         "--qk-pos-emb-head-dim",
-        "gives 7 channels to turn",
+        "makes 7 channels rotary",
         {"qk_pos_emb_head_dim": 8},
     ),
     case(

@@ -172,7 +172,7 @@ def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Sourc
     for ours, words in settings.items():
         key = source.key(ours)
         if key in source.given and source.words(source.given[key]) != words:
-            rule = f"is {flag(ours)} here, which is given as well"
+            rule = f"means {flag(ours)}, which is given as well, with another value"
             carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two"))
             return
         source.given[key] = words if key.startswith("--") else _plain(words)

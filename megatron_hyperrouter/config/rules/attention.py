@@ -79,7 +79,7 @@ def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iter
     elif name == "qk_pos_emb_head_dim" or config.attention.rotary_percent < 1.0:
         channels = rotary_channels(config)
         if channels % 2 or channels == 0:
-            rule = f"gives {channels} channels to turn, which must be an even number above 0"
+            rule = f"makes {channels} channels rotary; the number must be even and greater than 0"
             yield broken(config, name, rule, "choose another value")
 
 

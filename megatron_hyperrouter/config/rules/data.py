@@ -45,7 +45,7 @@ def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Pr
             yield broken(
                 config,
                 name,
-                "cannot stand beside --data-path, which --split divides",
+                "cannot be combined with --data-path, which --split divides",
                 "give --data-path alone, or without it",
             )
 
@@ -126,10 +126,10 @@ def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> It
     if not config.data.pack_documents:
         return
     if config.data.data_index == "on-demand":
-        rule = "builds no order, and --pack-documents must sort all documents"
+        rule = "does not sort documents, but --pack-documents needs them sorted"
         yield broken(config, "data_index", rule, "use --data-index auto, or leave --pack-documents out")
     if config.data.data_schedule is not None:
-        rule = "reads on where another mix stopped, which is not known for samples of --pack-documents"
+        rule = "continues where an earlier mix stopped, which --pack-documents does not support"
         yield broken(
             config, "data_schedule", rule, "use one mix with --data-path, or leave --pack-documents out"
         )

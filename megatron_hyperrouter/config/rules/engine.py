@@ -96,7 +96,7 @@ def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]
         )
         > 1
     ):
-        rule = "takes wrong gradient norms with tensor, pipeline or expert parallelism"
+        rule = "computes wrong gradient norms with tensor, pipeline or expert parallelism"
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 
@@ -105,7 +105,7 @@ def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Pro
     runtime/engine.py:2323).
     """
     if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.train.bf16:
-        rule = "adds up gradients in bfloat16 with --bf16, and takes wrong norms of them"
+        rule = "sums gradients in bfloat16 with --bf16, and computes wrong norms of them"
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 

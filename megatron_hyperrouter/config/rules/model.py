@@ -74,7 +74,7 @@ def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> It
         ("topk_schedule_steps", config.topk.topk_schedule_steps),
     ):
         if value is not None:
-            rule = "needs a schedule, and --topk-schedule is constant"
+            rule = "needs a schedule, but --topk-schedule is constant"
             yield broken(config, name, rule, "choose --topk-schedule linear, or leave it out")
 
 

@@ -225,10 +225,10 @@ def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Pr
         rule = "needs --sample-prompt"
         yield broken(config, "sample_interval", rule, "give one prompt or several")
     if config.data.tokenizer_type == "NullTokenizer":
-        rule = "needs a tokenizer with text, and NullTokenizer has ids alone"
+        rule = "needs a tokenizer with text, but NullTokenizer has only ids"
         yield broken(config, "sample_interval", rule, "use another tokenizer, or leave it out")
     if config.parallel.context_parallel_size > 1:
-        rule = "cannot stand beside --context-parallel-size greater than 1, which cuts the texts"
+        rule = "cannot be combined with --context-parallel-size > 1, which splits the texts"
         yield broken(config, "sample_interval", rule, "leave it out, and use mhr generate")
 
 

@@ -169,7 +169,7 @@ def locked_output(output_prefix: str) -> Iterator[None]:
     unused = not os.fstat(stream.fileno()).st_size
     try:
         if not unused:
-            remedy = "finish it with the command that it was begun with, or remove that file"
+            remedy = "finish it with the command that started it, or remove that file"
             raise DataError(
                 f"{path} belongs to an unfinished preprocessing run with this output", remedy=remedy
             )

@@ -63,7 +63,7 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
     """
     if not 1 <= stride <= builder.seq_length:
         rule = f"must be from 1 to the {builder.seq_length} tokens of a sample"
-        raise ConfigError([Problem("--eval-stride", stride, rule, "use a part of them, such as an eighth")])
+        raise ConfigError([Problem("--eval-stride", stride, rule, f"use {-(-builder.seq_length // 8)}")])
     if builder.data.pack_documents:
         rule = "cannot be used with --pack-documents, whose samples are whole documents"
         raise ConfigError([Problem("--eval-stride", stride, rule, "leave it out")])

@@ -124,8 +124,8 @@ class ReplicaCheck:
 
 def _deviation(found: list[Deviation]) -> str:
     first = found[0]
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    said = f"{_ranks(first.ranks)} holds other bits of {first.name}{more} than {_ranks(first.others)}"
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    said = f"{first.name}{more} on {_ranks(first.ranks)} differs from that on {_ranks(first.others)}"
     return said if first.sure else f"{said} (one against one: either may be wrong)"
 
 

@@ -46,5 +46,5 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
     changed = [name for name in taken if getattr(made, name) != getattr(config.optimizer, name)]
     if changed and console.speaks():
         shown = ", ".join(f"{name.replace('_', '-')} {getattr(made, name)}" for name in changed)
-        console.note(f"the schedule is that of the checkpoint: {shown}")
+        console.note(f"using the checkpoint's schedule: {shown}")
     return replace(config, optimizer=made)

@@ -100,8 +100,8 @@ def settings_for_state(config: RunConfig, start: Start) -> RunConfig:
     if not (start.step and listed and config.engine.moe_grouped_gemm):
         return config
     console.note(
-        f"{start.folder} is of format 1, which lists the experts one by one: this run computes them so, and "
-        "--moe-grouped-gemm takes effect when it continues from a checkpoint of its own"
+        f"{start.folder} has format 1, which stores experts one by one, so this run computes them so; "
+        "--moe-grouped-gemm takes effect once the run resumes from a checkpoint of its own"
     )
     return replace(config, engine=replace(config.engine, moe_grouped_gemm=False))
 
