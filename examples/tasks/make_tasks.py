@@ -1,7 +1,10 @@
-"""Task folders for `mhr finetune` from unpacked packages: python make_tasks.py PACKAGES OUTPUT [NAME ...]
+"""Turns the packages that fetch.sh unpacks into task folders for `mhr finetune`.
 
-PACKAGES holds the folders that fetch.sh unpacks. What belongs together (the reviews of a film, the glosses of
-a sense) is in one part, by a hash; a text that is there twice counts once.
+python make_tasks.py PACKAGES OUTPUT [NAME ...]
+
+PACKAGES is the folder of the unpacked packages. A hash assigns texts to train, dev and test; texts that
+belong together (the reviews of one film, the glosses of one sense) are assigned together. Repeated texts are
+dropped.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A classification head on a trained run: data, training, test, and comparisons of two fine-tunings."""
+"""Fine-tuning of a trained run for classification: data, training, test, and comparison of two results."""

@@ -1,4 +1,4 @@
-"""What predictions are worth, and whether two sets of them differ.
+"""Scores of predictions, and tests of whether two sets of predictions differ.
 
 Legend: ``N`` texts, ``C`` classes.
 """

@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves in its folder, how it reads for a person, and how two of them compare."""
+"""The rows and tables of a fine-tuning's results, and the comparison of two fine-tunings."""
 
 from __future__ import annotations
 

@@ -74,14 +74,14 @@ class Session:
         config = self.engine.config
         result = self.engine.train_step(
             Feed(config, self.engine.place).step(self.parts["train"], step=step - 1, seed=seed),
-            # A router that goes by the step is where pre-training left it.
+            # A router whose behaviour depends on the step continues from the end of pre-training.
             step=self.begun + step - 1,
             learning_rate=learning_rate_at(step, config.optimizer, config.train.train_iters),
             accept=lambda result: math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm),
         )
         if not result.applied:
             raise HyperRouterError(
-                f"fine-tuning with seed {seed}, step {step}: loss {result.lm_loss:g}, "
+                f"fine-tuning diverged: seed {seed}, step {step}, loss {result.lm_loss:g}, "
                 f"gradient norm {result.grad_norm:g}",
                 remedy="use a lower --lr or a longer --warmup",
             )

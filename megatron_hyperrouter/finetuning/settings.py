@@ -1,4 +1,4 @@
-"""What a fine-tuning is asked to do, and the settings of the run that it becomes."""
+"""The settings of a fine-tuning, and how they change the settings of the run that it starts from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WITHOUT: Mapping[str, Mapping[str, object]] = {
     "simsmoe": {"router.similarity_coeff": 0.0},
 }
 _MICRO_BATCH = 8  # texts at most, where the flags do not say
-# Of the run's own course, what a fine-tuning has no use for.
+# Settings of the run that do not apply to its fine-tuning.
 _PLAIN: Mapping[str, object] = {
     "topk_schedule": "constant",
     "topk_start": None,
@@ -82,7 +82,7 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 yield Problem(_flag(name), getattr(self, name), "must be from 0 to below 1", "use a share")
         if unknown := [part for part in self.freeze if part not in FREEZABLE]:
-            rule = f"knows no part {unknown[0]!r}"
+            rule = f"has an unknown part {unknown[0]!r}"
             yield Problem("--freeze", ",".join(self.freeze), rule, "use none, router, or router,experts")
 
 
@@ -109,7 +109,7 @@ def overrides(
 ) -> dict[str, Any]:
     """Settings by flat name that turn those of a run into those of its fine-tuning.
 
-    ``trained_topk``: the k that training had come to; ``layout``: settings of the layout that were given.
+    ``trained_topk``: the k at which training ended; ``layout``: settings of the layout that were given.
     """
     size = settings.batch_size
     asked: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The weights of a model between two fine-tunings: kept, put back, and a new head."""
+"""Keeps the weights of a model, and puts them back with a new head for the next seed."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def put_back(engine: SharedEngine, kept: Kept) -> None:
 
 @torch.no_grad()
 def start_again(engine: SharedEngine, kept: Kept, *, seed: int) -> None:
-    """The weights that were kept, a head and dropout drawn by ``seed``, and an optimizer that knows
-    nothing.
+    """The weights that were kept, a head and dropout drawn by ``seed``, and an optimizer with empty
+    moments.
 
     A matrix of the head is N(0, 1 / inputs): the run's own initial weights may be so small that a short
     fine-tuning of a narrow model learns nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.derived import alarm_actions
+from megatron_hyperrouter.config.schedules.mixes import scheduled
 from megatron_hyperrouter.engines.base import StepResult
 
 if TYPE_CHECKING:
@@ -260,6 +262,8 @@ class Alarms:
             None  # steps before the first alarm of a while, where this step gave one
         )
         self._late = LateData()
+        schedule = () if config.data.data_schedule is None else scheduled(config.data)
+        self._mixes_from = [first for first, _ in schedule]  # steps, from 0
 
     def after(
         self,
@@ -273,7 +277,7 @@ class Alarms:
         ``similarity``: of the experts of each layer, in steps that measure it.
         """
         topk = self._engine.topk_at(step - 1)
-        found = self._health.see(step, result, topk=topk, regime=f"k {topk}")
+        found = self._health.see(step, result, topk=topk, regime=self._regime(step, topk))
         # Step n shows the weights that step n - 1 left.
         good = [each.since - 2 for each in found]
         if similarity is not None and (alike := self._compare(step, similarity)) is not None:
@@ -289,6 +293,11 @@ class Alarms:
             self._set_factor(1.0, step)
         return "stop" if "stop" in asked else "snapshot" if "snapshot" in asked else ""
 
+    def _regime(self, step: int, topk: int) -> str:
+        """What changes the level of the measures by design, in step ``step``, counted from 1."""
+        mix = bisect_right(self._mixes_from, step - 1)
+        return f"k {topk}, mix {mix}" if mix > 1 else f"k {topk}"
+
     def _compare(self, step: int, similarity: Mapping[int, float]) -> Finding | None:
         if not similarity or step <= self._health.first:
             return None
@@ -302,8 +311,8 @@ class Alarms:
         tell("alarm", step, **facts, since=step - _LATE_STEPS + 1, action="note", rank=rank)
         if self._engine.place.is_main:
             console.warn(
-                f"step {step}: rank {rank} waits for its data, and all ranks for it: {share:.0%} of the last "
-                f"{_LATE_STEPS} steps; use more --num-workers, or look at the disk of its machine"
+                f"step {step}: all ranks wait for the data of rank {rank}, for {share:.0%} of the last "
+                f"{_LATE_STEPS} steps; use more --num-workers, or check the disk of its machine"
             )
 
     def _follow(self, step: int, finding: Finding, tell: Callable[..., None]) -> str:

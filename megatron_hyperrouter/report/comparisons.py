@@ -237,7 +237,7 @@ def _layer_figure(study: Comparison, drawing: Drawing) -> str:
 
 def matrix_chapters(firsts: Mapping[str, Sequence[Record]], drawing: Drawing) -> list[Section]:
     """Loads and similarity matrices of each router's first seed."""
-    loads, alike = Section("Loads"), Section("Experts alike")
+    loads, alike = Section("Loads"), Section("Similarity of experts")
     loads.figure(
         loads_figure(firsts, drawing),
         "Load of each expert over the mean, sorted within a layer, of the first seed; 1 is even.",

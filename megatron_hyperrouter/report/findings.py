@@ -59,7 +59,7 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
 
 def analysis_chapters(content: Mapping[str, Any], drawing: Drawing, title: str = "") -> list[Section]:
     """Router measures, loads, similarity, Jacobian, and routes over the checkpoints, of one model."""
-    measures, alike = Section(f"Routing on evaluation data{title}"), Section(f"Experts alike{title}")
+    measures, alike = Section(f"Routing on evaluation data{title}"), Section(f"Similarity of experts{title}")
     results = content["results"]
     shown = [
         (key, head, form)

@@ -247,7 +247,12 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                 _bad("--axis", name, "is set by this tool", "leave it out; --seeds says how many seeds")
             )
     problems += [
-        _bad("--curve-for", name, "is no setting of an axis", "leave it out")
+        _bad(
+            "--curve-for",
+            name,
+            "is not a setting of any --axis",
+            f"use {', '.join(settings) or 'a setting of --axis'}",
+        )
         for name in args.curve_for
         if name not in settings
     ]

@@ -175,7 +175,7 @@ def layouts_of(args: Namespace) -> list[Layout]:
                     "--layouts",
                     text,
                     "must not inject a fault: speed is measured on working layouts",
-                    "leave it out",
+                    "leave out the fault=... of this layout",
                 )
                 for text in seeded
             ]

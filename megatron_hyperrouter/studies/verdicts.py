@@ -49,8 +49,9 @@ class Named:
 class Verdict:
     """What the runs say of a comparison.
 
-    ``p``: adjusted by Holm over all comparisons; ``smallest_effect``: what so many seeds find in 80 % of the
-    cases; ``needed``: seeds for ``effect``, planned with the upper bound of the standard deviation.
+    ``p``: adjusted by Holm over all comparisons; ``smallest_effect``: what this number of seeds detects
+    in 80 % of the cases; ``needed``: seeds for ``effect``, planned with the upper bound of the standard
+    deviation.
     """
 
     named: Named
@@ -130,10 +131,9 @@ def score(results: Mapping[str, Any], topk: int) -> float:
 def about(effect: float) -> str:
     """What the columns of the table are."""
     return (
-        "Difference: mean ± half of the 95 % t-interval over seeds, of runs that share data and initial "
-        "weights; "
-        "negative is better. p: two-sided paired t-test, adjusted by Holm over all comparisons of the table, "
-        "which were named before the runs. Smallest effect seen: what so many seeds find in 80 % of the "
-        "cases. "
+        "Difference: mean ± half of the 95 % t-interval over seeds; runs of one seed share data and initial "
+        "weights, and negative is better. p: two-sided paired t-test, adjusted by Holm over all comparisons "
+        "of the table, which were named before the runs. Smallest effect seen: what this number of seeds "
+        "detects in 80 % of the cases. "
         f"Seeds needed: to find a difference of {effect:g}, planned with the 80 % upper bound of the spread."
     )

@@ -50,7 +50,7 @@ def command(home: Path, more: str, *, load: str = "run", task: str = "task") -> 
         ("--topk 1 9", 2, "--topk = 9: must be from 1 to the 8 experts"),
         ("--topk 0", 2, "--topk = 0"),
         ("--finetune-k 9", 2, "--finetune-k = 9"),
-        ("--freeze router,head", 2, "knows no part 'head'"),
+        ("--freeze router,head", 2, "has an unknown part 'head'"),
         ("--seeds 0 --epochs 0 --warmup 1", 2, "3 problems"),
         ("--batch-size 6 --micro-batch-size 4", 2, "--global-batch-size"),
         ("--config missing.yaml", 2, "cannot be read"),

@@ -6,13 +6,25 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import ALARMS
 from megatron_hyperrouter.engines.base import StepResult
-from megatron_hyperrouter.guard.alarms import MEASURES, NAMES, Conditions, Health, LateData, Rise, Watch
+from megatron_hyperrouter.guard.alarms import (
+    MEASURES,
+    NAMES,
+    Alarms,
+    Conditions,
+    Health,
+    LateData,
+    Rise,
+    Watch,
+)
+from megatron_hyperrouter.routers import ROUTERS
 
 BROKEN: dict[str, tuple[str, Callable[[StepResult], StepResult]]] = {
     # what happens to the numbers -> the alarm that tells it (values as measured in runs that were broken so)
@@ -124,6 +136,21 @@ def test_a_resumed_run_finds_the_same(stop: int) -> None:
         result = broken(result) if step >= 101 else result
         found += [(step, each) for each in watch.see(step, result, topk=2, regime="k 2")]
     assert found == expected and found
+
+
+@pytest.mark.parametrize("schedule", [True, False])
+def test_a_new_mix_of_the_data_starts_the_levels_again(schedule: bool) -> None:
+    """The loss of the mix from step 300 on is higher: by design with the schedule, a spike without."""
+    config = parse(["--mock-data"], routers=ROUTERS, world_size=1)
+    mixes = json.dumps([{"from_step": first, "data_path": ["a"]} for first in (0, 300)])
+    config = replace(config, data=replace(config.data, data_schedule=mixes if schedule else None))
+    engine: Any = SimpleNamespace(place=SimpleNamespace(is_main=False), topk_at=lambda step: 2)
+    alarms, told, rng = Alarms(engine, config), list[tuple[int, str]](), random.Random(3)
+    for step in range(1, 501):
+        result = healthy(rng, step)
+        result = replace(result, lm_loss=result.lm_loss + (1.0 if step > 300 else 0.0))
+        alarms.after(step, result, lambda event, step, **facts: told.append((step, facts["alarm"])))
+    assert told == ([] if schedule else [(303, "loss_spike")])
 
 
 def test_every_alarm_has_a_measure() -> None:

@@ -123,4 +123,4 @@ def test_a_rank_whose_data_are_late_is_named(zygote: Zygote, text: Path, tmp_pat
     job = zygote.run(flags, ranks=2, program=Path(__file__).with_name("late_data.py"))
     (alarm,) = [each for each in read_trace(run_dir).events if each.get("alarm") == "late_data"]
     assert (alarm["rank"], alarm["step"], alarm["since"]) == (1, 21, 2) and 0.1 < alarm["value"] < 1
-    assert "rank 1 waits for its data" in job.stderr
+    assert "all ranks wait for the data of rank 1" in job.stderr

@@ -115,7 +115,7 @@ def test_a_run(folders: dict[str, Path], tmp_path: Path) -> None:
     assert page.row("first", "alarm") == ["first", "alarm", "7", "1.0", "name collapse, layer 2"]
     assert page.row("2", "1")[2:4] == ["1.200", "0.800"]  # of analysis.json in the folder
     assert "&lt;b&gt;" in text and "<b>" not in text  # settings are text, not HTML
-    assert {"Loss", "Routing in training", "Experts alike", "Router and Jacobian", "Speed"} <= set(
+    assert {"Loss", "Routing in training", "Similarity of experts", "Router and Jacobian", "Speed"} <= set(
         page.titles
     )
 

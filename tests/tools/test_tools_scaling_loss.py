@@ -337,7 +337,11 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this tool"),
     "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this tool"),
     "the same twice": (["--axis", "hidden_size", "16", "16"], "", "is named twice"),
-    "a curve for nothing": ([*AXIS, "--curve-for", "num-layers"], "", "num_layers: is no setting of an axis"),
+    "a curve for nothing": (
+        [*AXIS, "--curve-for", "num-layers"],
+        "",
+        "is not a setting of any --axis",
+    ),
     "too many experts": ([*AXIS, "--topk-eval", "5"], "", "must be from 1 to the 4 experts"),
     "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds must be at least 1"),
     "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval must be at least 1"),

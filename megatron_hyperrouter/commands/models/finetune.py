@@ -156,7 +156,7 @@ def facts_of(run: TrainedRun, settings: Settings, task: Task, parts: dict[str, P
 
 
 def trained_topk(run: TrainedRun) -> int:
-    """The k that training had come to."""
+    """The k at which training ended."""
     from megatron_hyperrouter.engines.routing import topk_schedule
 
     return topk_schedule(run.settings)(run.step)

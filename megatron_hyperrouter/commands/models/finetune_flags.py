@@ -91,13 +91,13 @@ def _method(flags: ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help="active experts at the test (default: as in training)",
+        help="active experts in the test, one or several values (default: as in training)",
     )
     add(
         "--finetune-k",
         type=int,
         metavar="K",
-        help="active experts in training (default: the k that the run had come to)",
+        help="active experts in training (default: the k at which the run ended)",
     )
     add(
         "--freeze",
@@ -127,7 +127,7 @@ def _method(flags: ArgumentParser) -> None:
 
 
 def _course(flags: ArgumentParser) -> None:
-    add = flags.add_argument_group("course").add_argument
+    add = flags.add_argument_group("training schedule and seeds").add_argument
     add(
         "--seeds",
         type=int,
@@ -160,7 +160,7 @@ def _course(flags: ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="on dev during training; the best weights are tested (default: 3)",
+        help="evaluations on dev during training; the best weights are tested (default: 3)",
     )
 
 

@@ -2,8 +2,8 @@
 steps, several seeds.
 
 Each router trains with each seed in a process of its own, and is then scored at every k on the test split.
-Where HyperRouter is among them, a control joins by itself: a random router that is never trained, whose
-logits start with the same standard deviation.  --output gets one folder a run and these files:
+Where HyperRouter is among them, a control is added: a random router that is never trained, whose logits start
+with the same standard deviation.  --output gets one folder a run and these files:
   study.json                 the comparisons, named before the runs
   runs.csv                   one row a run
   table.csv, table.md        mean and half of the 95 % t-interval over seeds
@@ -191,7 +191,7 @@ class Study:
         if not args.no_matched_control and (control := control_for(configs)) is not None:
             configs[CONTROL] = settings_of(args.config, control, CONTROL, line)
             note(
-                f"{CONTROL} joins: smoe_dropout with logits of standard deviation {control['logit_std']:.3g}"
+                f"added {CONTROL}: smoe_dropout with logits of standard deviation {control['logit_std']:.3g}"
             )
         num_experts = next(iter(configs.values())).model.num_experts
         topks = args.topk_eval or [

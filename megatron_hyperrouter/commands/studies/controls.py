@@ -1,4 +1,4 @@
-"""What a comparison of routers adds by itself: a control of matched scale, and the comparisons with it.
+"""What ``mhr compare`` adds without being asked: a control of matched scale, and the comparisons with it.
 
 A router whose logits start larger puts more weight on fewer experts, and does better with few of them,
 whatever else it does.  The control is a random router that is never trained, with logits of the same scale.

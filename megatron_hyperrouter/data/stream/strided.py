@@ -66,7 +66,7 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
         raise ConfigError([Problem("--eval-stride", stride, rule, f"use {-(-builder.seq_length // 8)}")])
     if builder.data.pack_documents:
         rule = "cannot be used with --pack-documents, whose samples are whole documents"
-        raise ConfigError([Problem("--eval-stride", stride, rule, "leave it out")])
+        raise ConfigError([Problem("--eval-stride", stride, rule, "leave out --eval-stride")])
     number = SPLITS.index(split)
     data = builder.data
     words = data.data_path or getattr(data, f"{split}_data_path")

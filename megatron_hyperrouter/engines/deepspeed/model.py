@@ -77,7 +77,7 @@ def build(
 
 
 def frozen_parts(model: nn.Module, run: RunConfig, classifier: Classifier | None) -> nn.Module:
-    """The model; what ``classifier`` freezes gets no gradient from now on.
+    """Turn off the gradients of the parameters that ``classifier`` freezes, and return the model.
 
     ZeRO refuses a model whose experts are all frozen (stage_1_and_2.py:872): one number that never gets a
     gradient stands in for them.
