@@ -7,7 +7,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -158,8 +158,11 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that writes text."""
+    """A model that writes text; ``check``: raises ConfigError for values of k at which the class of
+    transformers that it comes from would choose other experts.
+    """
 
     decoder: Decoder
     tokenizer: Tokenizer
     run: RunConfig
+    check: Callable[[Sequence[int]], None] = lambda topks: None

@@ -9,7 +9,7 @@ import torch
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.generation.decoder import Decoder, Loaded
-from megatron_hyperrouter.importing.fitting import fitting_folder, settings_of_folder
+from megatron_hyperrouter.importing.fitting import check_equal, fitting_folder, settings_of_folder
 from megatron_hyperrouter.importing.routers import imported_routers
 from megatron_hyperrouter.importing.settings import run_of
 from megatron_hyperrouter.importing.weights import ImportedWeights
@@ -32,4 +32,4 @@ def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
             run, weights.names(), weights.read, vocab_size=tokenizer.vocab_size, reset=False
         )
     decoder = Decoder(run, lambda each: weights.read(each).float(), routers)
-    return Loaded(decoder, tokenizer, run)
+    return Loaded(decoder, tokenizer, run, lambda topks: check_equal(folder, run, topks, "--topk"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.latent import EPSILON
 from megatron_hyperrouter.export.classes.rotary import rotary_settings
-from megatron_hyperrouter.export.classes.target import FAMILIES
+from megatron_hyperrouter.export.classes.target import FAMILIES, check_served
 from megatron_hyperrouter.importing.source import EXPERTS, HfFolder, open_folder, rope_of, shared_width
 
 _CHOICE_BIAS = "e_score_correction_bias"
@@ -140,6 +140,11 @@ def _turning_share(folder: HfFolder) -> float:
 def equal_topks(folder: HfFolder, run: RunConfig) -> tuple[int, ...]:
     """Values of k at which the folder's class and the run compute the same."""
     return FAMILIES[folder.architecture].topks(run, run.router.options)
+
+
+def check_equal(folder: HfFolder, run: RunConfig, topks: Iterable[int], flag: str) -> None:
+    """ConfigError for values of k, given by ``flag``, at which they do not."""
+    check_served(folder.architecture, equal_topks(folder, run), topks, flag)
 
 
 def settings_of_folder(folder: HfFolder) -> dict[str, Any]:

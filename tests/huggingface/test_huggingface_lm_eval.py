@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from export.made_up import make_up
 
+from megatron_hyperrouter.commands.models import export_hf, generate
 from megatron_hyperrouter.commands.models.lm_eval import main, texts_in
 from megatron_hyperrouter.errors import ConfigError, DataError
 from megatron_hyperrouter.proof import child
@@ -86,6 +87,17 @@ def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, 
     with pytest.raises(ConfigError, match=r"--load = .*: has no experts"):
         run_on(dense, tmp_path)
     assert tasks == []
+
+
+def test_text_at_a_k_that_the_class_does_not_serve(tmp_path: Path) -> None:
+    """A folder is read by our router, which judges groups as its class does at some k alone."""
+    make_up(tmp_path / "groups", SETTINGS | GROUPS)
+    export_hf.main(["--load", str(tmp_path / "groups"), "--output", str(tmp_path / "out"), "--no-proof"])
+    words = ["--prompt", "a", "--max-new-tokens", "1", "--topk"]
+    generate.main(["--load", str(tmp_path / "groups"), *words, "1", "2"])
+    generate.main(["--load", str(tmp_path / "out"), *words, "2"])
+    with pytest.raises(ConfigError, match="--topk = 1: must be one at which Glm4MoeForCausalLM chooses"):
+        generate.main(["--load", str(tmp_path / "out"), *words, "1", "2"])
 
 
 @pytest.mark.parametrize("line", ["{", '{"words": 1}', "[1]", '"text"'])

@@ -79,9 +79,12 @@ REFUSED: dict[str, Any] = {
         "qwen3_moe", "--tokenizer-model", "nowhere.json", topks=[]
     ),
     "--proof-topk = 9: must be from 1 to the 8 experts of the model": case(
-        "qwen3_moe", "--proof-topk", "9", topks=[]
+        "llama", *UP, "--proof-topk", "9", topks=[]
     )
     | {"proof": True},
+    "--proof-topk = 2: must be one at which DeepseekV3ForCausalLM chooses the same experts: 4": case(
+        "deepseek_v3", "--proof-topk", "2", topks=[]
+    ),
     "its q/k norms are over the whole width": case("olmoe", topks=[]),
 }
 

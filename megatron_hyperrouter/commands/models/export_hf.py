@@ -51,7 +51,8 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
 
     job, routers = export_of(args)
     check_topks(served, job.run.model.num_experts, router=job.run.router)
-    check_served(job.gates.target, served, "--topk")
+    target = job.gates.target
+    check_served(target.architecture, target.topks, served, "--topk")
     came_from = source(job.run, job.checkpoint, routers)
     with unfinished_folder(args.output) as draft:
         digests = write_model(job, draft)
@@ -102,7 +103,8 @@ def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)
     gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers, topk)
-    check_served(gates.target, args.proof_topk or [], "--proof-topk")
+    target = gates.target
+    check_served(target.architecture, target.topks, args.proof_topk or [], "--proof-topk")
     if args.gguf is not None:
         check_gguf(run, gates.target, args.dtype, tokenizer)
     notes = tuple(notes_of(trained.settings, tokenizer))

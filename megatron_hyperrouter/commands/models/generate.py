@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     loaded = load(args.load, tokenizer_model=args.tokenizer_model)
     topks = args.topk or [loaded.run.model.moe_router_topk]
     check_topks(topks, loaded.run.model.num_experts, router=loaded.run.router)
+    loaded.check(topks)
     results = texts(loaded, prompts, topks, args)
     if args.json:
         show(json.dumps({"results": results}, indent=1, ensure_ascii=False))

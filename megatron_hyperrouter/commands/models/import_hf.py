@@ -85,10 +85,11 @@ def copies(args: Namespace, folder: HfFolder) -> bool:
 
 def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
     """Values of k to prove: whole groups of slices, or those at which both judge groups of experts alike."""
-    from megatron_hyperrouter.importing.fitting import equal_topks
+    from megatron_hyperrouter.importing.fitting import check_equal, equal_topks
 
     if folder.dense:
         return sorted({args.granularity, run.model.moe_router_topk, run.model.num_experts})
+    check_equal(folder, run, args.proof_topk or (), "--proof-topk")
     fit = equal_topks(folder, run)
     return sorted({*(k for k in (1, 2, 4, 8) if k in fit), run.model.moe_router_topk})
 

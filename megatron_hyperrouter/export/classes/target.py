@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -64,11 +64,12 @@ def choose(run: RunConfig, options: Any, topk: int) -> Target:
     raise no_class(reasons, custom_code=not run.attention.multi_latent_attention)
 
 
-def check_served(target: Target, topks: Iterable[int], flag: str) -> None:
-    """ConfigError for values of k, given by ``flag``, at which the class would choose other experts."""
-    rule = f"must be one at which {target.architecture} chooses the same experts: {target.topks[0]} to "
-    rule += f"{target.topks[-1]}"
-    found = [Problem(flag, k, rule, "use one of these") for k in topks if k not in target.topks]
+def check_served(architecture: str, served: Sequence[int], topks: Iterable[int], flag: str) -> None:
+    """ConfigError for values of k, given by ``flag``, that are not ``served``: the class would choose other
+    experts.
+    """
+    rule = f"must be one at which {architecture} chooses the same experts: {served[0]} to {served[-1]}"
+    found = [Problem(flag, k, rule, "use one of these") for k in topks if k not in served]
     if found:
         raise ConfigError(found)
 
@@ -111,7 +112,7 @@ def no_class(reasons: Iterable[str], *, custom_code: bool = True) -> CheckpointE
     told = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
     return CheckpointError(
         f"no class of transformers computes this model:{told}",
-        remedy="--custom-code writes a modeling file that does (transformers 5, trust_remote_code)"
+        remedy="mhr export-hf --custom-code adds modeling code that does (transformers 5, trust_remote_code)"
         if custom_code
         else "docs/interop.md lists the models that can be exported; mhr evaluate takes this one as it is",
     )
