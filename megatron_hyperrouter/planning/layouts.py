@@ -128,7 +128,7 @@ def variants(candidate: Candidate) -> Iterator[Candidate]:
     config, deepspeed = candidate.config, candidate.config.engine.engine == "deepspeed"
     for recompute, shard, micro, chunks in itertools.product(
         _RECOMPUTE,
-        _stages(candidate) if deepspeed else (False, True),
+        _zero_stages(candidate) if deepspeed else (False, True),
         sorted({config.train.micro_batch_size, 1}, reverse=True),
         (None,) if deepspeed else _chunks(candidate),
     ):
@@ -173,7 +173,7 @@ def _sizes(
 def _laid_out(
     base: RunConfig, engine: str, tensor: int, stage: int, context: int, expert: int, share: int
 ) -> RunConfig:
-    """``base`` with these sizes, and the largest micro-batch up to its own that divides the batch."""
+    """``base`` with these sizes."""
     parallel = replace(
         base.parallel,
         tensor_model_parallel_size=tensor,
@@ -203,7 +203,7 @@ def with_micro_batch(candidate: Candidate) -> Candidate:
     return replace(candidate, config=replace(config, train=replace(config.train, micro_batch_size=micro)))
 
 
-def _stages(candidate: Candidate) -> tuple[int, ...]:
+def _zero_stages(candidate: Candidate) -> tuple[int, ...]:
     return (1,) if candidate.config.parallel.pipeline_model_parallel_size > 1 else (1, 2)
 
 

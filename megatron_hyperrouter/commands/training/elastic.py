@@ -37,12 +37,11 @@ def laid_out_anew(words: Sequence[str], world_size: int, notes: list[str]) -> li
     if not config.checkpoint.elastic:
         return list(words)
     before = _saved(config)
-    ranks = data_parallel_size(config, world_size)
     given = config.train.global_batch_size or before.get("global_batch_size")
-    batch: int = given or config.train.micro_batch_size * ranks
-    micro = math.gcd(batch // ranks, config.train.micro_batch_size) if ranks and not batch % ranks else 0
-    if not micro or problems(_with(config, micro, batch), world_size=world_size):
+    fitted = _fitted(config, given, world_size)
+    if fitted is None:
         raise ConfigError([_no_layout(config, given, world_size)])
+    ranks, batch, micro = fitted
     notes += _said(config, before, (world_size, ranks, batch, micro))
     kept = [word for name, values in line.flags.items() if name not in _CHOSEN for word in (name, *values)]
     return [*kept, _CHOSEN[0], str(micro), _CHOSEN[1], str(batch)]
@@ -60,13 +59,20 @@ def _saved(config: RunConfig) -> dict[str, Any]:
     return {**meta.get("layout", {}), **meta.get("order", {})}
 
 
-def _with(config: RunConfig, micro: int, batch: int) -> RunConfig:
-    return replace_leaves(config, micro_batch_size=micro, global_batch_size=batch)
+def _fitted(config: RunConfig, given: int | None, world_size: int) -> tuple[int, int, int] | None:
+    """Data-parallel ranks, global batch (``given``, if any) and micro-batch; None if they cannot run."""
+    ranks = data_parallel_size(config, world_size)
+    batch = given or config.train.micro_batch_size * ranks
+    if not ranks or batch % ranks:
+        return None
+    micro = math.gcd(batch // ranks, config.train.micro_batch_size)
+    laid_out = replace_leaves(config, micro_batch_size=micro, global_batch_size=batch)
+    return None if problems(laid_out, world_size=world_size) else (ranks, batch, micro)
 
 
 def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem:
     """What number of ranks would do."""
-    usable = [count for count in range(1, 2 * world_size + 1) if _runs(config, batch, count)]
+    usable = [count for count in range(1, 2 * world_size + 1) if _fitted(config, batch, count)]
     fewer = [count for count in usable if count < world_size]
     more = [count for count in usable if count > world_size]
     near = [*fewer[-1:], *more[:1]]
@@ -77,15 +83,6 @@ def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem
     )
     remedy = f"start {' or '.join(map(str, near))} ranks" if near else "change the layout"
     return Problem("ranks started", world_size, rule, remedy)
-
-
-def _runs(config: RunConfig, batch: int | None, world_size: int) -> bool:
-    ranks = data_parallel_size(config, world_size)
-    if not ranks or (batch is not None and batch % ranks):
-        return False
-    samples = batch or config.train.micro_batch_size * ranks
-    micro = math.gcd(samples // ranks, config.train.micro_batch_size)
-    return not problems(_with(config, micro, samples), world_size=world_size)
 
 
 def _said(config: RunConfig, before: dict[str, Any], now: tuple[int, int, int, int]) -> list[str]:
