@@ -197,6 +197,24 @@ class TestMoments:
             "end",
         ]
 
+    @pytest.mark.parametrize(
+        ("at", "events"), [(4, ["start 0", "save 3", "save 4", "end"]), (0, ["start 0", "end"])]
+    )
+    def test_a_step_that_is_given_up_leaves_no_trace(
+        self, config: RunConfig, at: int, events: list[str]
+    ) -> None:
+        class GivesUp(FakeEngine):
+            def _forward_backward(self, stop: Callable[[], int]) -> StepResult:
+                return replace(super()._forward_backward(stop), give_up=self.steps_taken[-1] == at)
+
+        engine, diary = GivesUp(VOCAB_SIZE), Diary()
+        config = change(config, "train", eval_interval=0)
+        assert train(engine, config, splits(), [diary, *hooks_for(config, engine.place)]) == at
+        assert diary.events == events
+        assert [line["step"] for line in lines(config)] == list(range(1, at + 1))
+        again = change(config, "checkpoint", load=config.logging.run_dir)
+        assert run(again).steps_taken[0] == at
+
     def test_hooks_end_when_the_run_breaks(self, config: RunConfig) -> None:
         diary = Diary()
         with pytest.raises(Killed):
