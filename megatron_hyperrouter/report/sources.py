@@ -57,7 +57,6 @@ class Finetuning:
 
     folder: Path
     results: Sequence[Record]
-    about: Mapping[str, Any]  # the other fields of results.json
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def read(path: Path) -> Source:
         content = _json(path / "results.json")
         rows = content.get("results", [])
         if rows and "accuracy" in rows[0]:
-            return Finetuning(path, rows, {key: value for key, value in content.items() if key != "results"})
+            return Finetuning(path, rows)
     if (path / "metrics.jsonl").is_file():
         return read_run(path)
     raise _unknown(path, "holds no run and no finished study")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
+from megatron_hyperrouter.studies.verdicts import RunsBySeed
 from megatron_hyperrouter.terminal import note, show
 
-RunsBySeed = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> results.json
 Interval = tuple[float, float | None]  # mean, half of the 95 % interval
 SeedCurve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
 HEADS = {

@@ -107,6 +107,16 @@ def test_results_are_those_of_the_contract(home: Home) -> None:
     assert len({row["loss"] for row in results}) == len(results)
 
 
+def test_the_step_that_is_tested_is_the_best_on_dev(home: Home) -> None:
+    steps = [step for step in home.numbers("hyper-head")["steps"] if "dev_accuracy" in step]
+    chosen = json.loads((home.folder / "hyper-head/finetuning.json").read_text())["chosen_steps"]
+    assert set(chosen) == {"1", "2"}
+    for seed, step in chosen.items():
+        own = [each for each in steps if each["seed"] == int(seed)]
+        best = max(own, key=lambda each: (each["dev_accuracy"], -each["dev_loss"]))
+        assert step == best["step"] and len(own) == 2
+
+
 def test_the_loss_falls(home: Home) -> None:
     steps = home.numbers("deepspeed")["steps"]
     assert (

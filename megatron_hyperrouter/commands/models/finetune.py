@@ -88,6 +88,7 @@ def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, t
         run.load_into(engine)
         session = Session(engine, parts, run.step, settings.evaluations, keep(engine))
         rows, lines, steps = list[reports.Row](), list[str](), list[str]()
+        chosen: dict[int, int] = {}
         total = settings.seeds * run.settings.train.train_iters
         with Bar("fine-tune", "steps") as bar:
 
@@ -99,12 +100,14 @@ def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, t
 
             for seed in range(1, settings.seeds + 1):
                 outcome = session.run(seed, topks, tell)
+                chosen[seed] = outcome.chosen_step
                 rows += reports.rows_of(outcome, parts)
                 lines += reports.predictions_of(outcome, parts)
         if engine.place.is_main:
             for line in reports.table(rows):
                 show(line)
-            write(args.output, rows, lines, steps, facts_of(run, settings, task, parts))
+            facts = facts_of(run, settings, task, parts) | {"chosen_steps": chosen}
+            write(args.output, rows, lines, steps, facts)
     finally:
         engine.close()
 
