@@ -70,8 +70,10 @@ def test_each_k_is_a_column(
         "1.0000",
         "4.0000",
     ] in lines
-    run_on(tmp_path / "run", tmp_path)
-    assert tasks[1]["topks"] == [2]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):  # a file in the place of its folder
+        run_on(tmp_path / "run", tmp_path, "--output", str(tmp_path / "file" / "scores.json"))
+    assert tasks[1]["topks"] == [2] and "k = 2" in capsys.readouterr().out
 
 
 def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:

@@ -50,8 +50,8 @@ def main(arguments: Sequence[str]) -> None:
             "custom_code": "auto_map" in config,
         }
         answer = ask(task, python=args.python, script=HARNESS)
+    table(answer["results"])  # first: it is there even if the file cannot be written
     write_json(args.output, {"results": answer["results"], "versions": answer["versions"]})
-    table(answer["results"])
 
 
 def folder_of(args: Namespace, home: Path) -> Path:
