@@ -132,11 +132,11 @@ class TestDefaults:
         words[words.index("--fp16")] = "--bf16"
         notes: list[str] = []
         parse([*words, "--sequence-parallel"], routers=all_routers, notes=notes, world_size=128)
-        (model,) = (note for note in notes if "makes another model in Megatron-LM" in note)
+        (model,) = (note for note in notes if "builds another model than in Megatron-LM" in note)
         for name in ("num-experts", "swiglu", "normalization", "disable-bias-linear", "ffn-hidden-size"):
-            assert f"without --{name}: " in model
-        (training,) = (note for note in notes if "trains differently in Megatron-LM" in note)
-        assert "--hidden-dropout: dropout 0.1 (here 0)" in training
+            assert f"--{name} left out: " in model
+        (training,) = (note for note in notes if "trains differently than in Megatron-LM" in note)
+        assert "--hidden-dropout left out: dropout 0.1 there, 0 here" in training
         assert "--lr-decay-style" not in training
 
     @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
@@ -144,7 +144,7 @@ class TestDefaults:
         words = [word for row in json.loads(path.read_text()) for word in row]
         notes: list[str] = []
         parse(words, routers=all_routers, world_size=64, notes=notes)
-        assert not [note for note in notes if "makes another model" in note]
+        assert not [note for note in notes if "builds another model" in note]
 
     def test_settings_of_our_own_say_nothing(self, all_routers):
         assert "Megatron-LM" not in understood(all_routers, "--train-iters", "3")[1]
@@ -231,7 +231,7 @@ class TestKinds:
         flags = "--swiglu --normalization RMSNorm --use-mcore-models --optimizer adam --disable-bias-linear"
         _, note = understood(all_routers, *flags.split(), "--use-flash-attn", "--log_throughput")
         assert "5 with the only value that this program has" in note
-        assert "2 (--use-flash-attn, --log-throughput) that do not affect the result" in note
+        assert "2 (--use-flash-attn, --log-throughput) without effect on the result" in note
 
     def test_what_is_always_otherwise_is_refused(self, all_routers):
         for flag, value, reason in (

@@ -53,7 +53,7 @@ class Carried:
         if self.always:
             parts.append(f"{_count(self.always)} with the only value that this program has")
         if self.no_effect:
-            parts.append(f"{_count(self.no_effect)} that do not affect the result")
+            parts.append(f"{_count(self.no_effect)} without effect on the result")
         if self.translated:
             parts.append("translated: " + ", ".join(self.translated))
         if parts:

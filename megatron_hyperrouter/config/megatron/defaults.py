@@ -38,8 +38,10 @@ def defaults_that_differ(given: Collection[str], foreign: int) -> Iterator[str]:
     """
     if foreign < ENOUGH:
         return
-    for rows, what in ((MODEL, "makes another model in"), (TRAINING, "trains differently in")):
+    for rows, what in ((MODEL, "builds another model"), (TRAINING, "trains differently")):
         missing = [row for row in rows if not any(name in given for name in row.flags)]
         if missing:
-            shown = "; ".join(f"without --{row.flags[0]}: {row.there} (here {row.here})" for row in missing)
-            yield f"the same command {what} Megatron-LM: {shown}"
+            shown = "; ".join(
+                f"--{row.flags[0]} left out: {row.there} there, {row.here} here" for row in missing
+            )
+            yield f"this command {what} than in Megatron-LM: {shown}"

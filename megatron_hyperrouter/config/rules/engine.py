@@ -117,7 +117,7 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
         if owner is None or owner.engine == engine or owner.harmless:
             continue
         if value_of(config, leaf.name) != leaf.default:
-            rule = f"belongs to the {owner.engine} engine, and the engine is {engine}"
+            rule = f"works only on the {owner.engine} engine, but this run uses the {engine} engine"
             yield broken(config, leaf.name, rule, owner.remedy)
 
 
