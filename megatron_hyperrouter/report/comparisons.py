@@ -60,8 +60,7 @@ def verdict_chapter(study: Comparison) -> Section:
     if not rows:
         section.text(
             "No comparison was named before the runs (mhr compare --comparisons), so the tables below "
-            "describe, "
-            "and test nothing."
+            "describe, and test nothing."
         )
         return section
     section.table(verdicts.HEADS, rows, name="verdicts", note=verdicts.about(effect))
@@ -69,8 +68,7 @@ def verdict_chapter(study: Comparison) -> Section:
         section.text(
             f"{control} is the control: a random router that is never trained, whose logits start with the "
             "standard deviation of the router that it is compared with. What a router gains over it does "
-            "not come "
-            "from the scale of its logits."
+            "not come from the scale of its logits."
         )
     return section
 
@@ -130,8 +128,7 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         section.figure(
             drawing.draw(against_k(apart, f"{unit}, minus {first}", skip=1)),
             f"Differences from {first}, paired by seed, which vary less than either number. An interval "
-            f"that holds 0 "
-            "shows nothing.",
+            "that holds 0 shows nothing.",
         )
     return section
 
@@ -323,7 +320,6 @@ def _band(study: Comparison) -> str:
 
 _MEANING = "Mean ± half of the 95 % t-interval over seeds."
 _LAYERS = (
-    "By layer, at the k that training ended on: mean and 95 % interval over seeds. Entropy depends on "
-    "the scale of "
-    "the logits; a lower one with no more mutual information is no better router."
+    "By layer, at the k that training ended on: mean and 95 % interval over seeds. Entropy depends on the "
+    "scale of the logits; lower entropy without higher mutual information shows no better router."
 )

@@ -150,10 +150,8 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 
 JACOBIAN_NOTE = (
     "J_R is the part of a layer's Jacobian that comes from the router; its rows lie in the span of the "
-    "router's "
-    "matrix. Drift: the part of that span that lies outside the span at the start, 0 for a fixed router. "
-    "At k = 1 "
-    "the softmax over the kept logit is constant, so J_R is 0."
+    "router's matrix. Drift: the part of that span that lies outside the span at the start, 0 for a fixed "
+    "router. At k = 1 the softmax over the kept logit is constant, so J_R is 0."
 )
 
 
@@ -182,10 +180,8 @@ def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
     section.figure(
         drawing.draw(fill, size=(8.0, 3.0), grid=(1, 2)),
         f"{over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: share of choices that the "
-        f"last "
-        "checkpoint makes too. Fluctuation: share of tokens whose first expert differs from that of the "
-        "checkpoint "
-        "before. Dotted: what would be seen by chance.",
+        "last checkpoint makes too. Fluctuation: share of tokens whose first expert differs from that of "
+        "the checkpoint before. Dotted: what would be seen by chance.",
     )
     return section
 
