@@ -410,6 +410,11 @@ class LoggingConfig:
     profile_ranks: Annotated[tuple[int, ...], Role.DISPLAY, "Ranks that write a trace"] = (0,)
     tensorboard_dir: Annotated[str | None, Role.PLACE, PATH, "Write TensorBoard events to this folder"] = None
     wandb_project: Annotated[str | None, Role.DISPLAY, "Report to this Weights & Biases project"] = None
+    wandb_exp_name: Annotated[
+        str | None,
+        Role.DISPLAY,
+        "With --wandb-project: name of the run there; default: the run folder's name",
+    ] = None
     sample_interval: Annotated[
         Natural, Role.DISPLAY, "Steps between texts that continue --sample-prompt; 0: none"
     ] = 0

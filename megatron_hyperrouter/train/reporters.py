@@ -69,7 +69,7 @@ class WandbHook(Hook):
         known = id_file.read_text().strip() if step and id_file.exists() else None
         self._run = self._wandb.init(
             project=self._config.logging.wandb_project,
-            name=folder.resolve().name,
+            name=self._config.logging.wandb_exp_name or folder.resolve().name,
             dir=str(folder),
             config=asdict(self._config),
             id=known,

@@ -115,6 +115,10 @@ class TestWandb:
         }
         assert wandb.finished == 3
 
+    def test_the_name_that_is_given(self, wandb: FakeWandb, tmp_path: Path) -> None:
+        WandbHook(config_with(tmp_path, wandb_project="routers", wandb_exp_name="first try")).on_start(0)
+        assert wandb.inits[0]["name"] == "first try"
+
     @pytest.mark.parametrize("place", [MAIN, OTHER])
     def test_missing_library_is_told_on_every_rank(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place

@@ -79,7 +79,7 @@ pytorch-profiler-collect-callstack pytorch-profiler-collect-chakra pytorch-profi
 record-memory-history record-shapes run-workload-inspector-server runtime-time-unit save-config-filepath
 set-level-for-all-loggers straggler-ctrlr-port straggler-minmax-count te-precision-config-file
 tensorboard-log-interval tensorboard-queue-size throughput-window-size timing-log-level
-timing-log-option wandb-entity wandb-exp-name wandb-save-dir
+timing-log-option wandb-entity wandb-save-dir
 """,
         "Reading data files": """
 allow-ambiguous-pad-tokens chat-template dataloader-defer-npy-index-mmap dataloader-fast-cache-load
