@@ -45,6 +45,10 @@ class Supervision:
                 tell("failure", step, **facts_of(error))
             elif not console.left_alone(error):
                 record_failure_of(rank, Path(config.logging.run_dir) / FILE, step, **facts_of(error))
+            if console.left_alone(error) and self.request.reason == "SIGTERM":
+                # The launcher ends all ranks because one has failed, and only that one knows why.
+                console.warn("this rank ends because another rank has failed")
+                raise SystemExit(1) from error
             raise
 
     @contextlib.contextmanager
