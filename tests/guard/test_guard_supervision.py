@@ -38,7 +38,7 @@ def leave(error: Exception, *, signalled: bool, folder: Path) -> tuple[BaseExcep
 def test_a_rank_that_the_launcher_ends_leaves_the_word_to_the_one_that_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The signal can arrive before this rank sees that the other one is gone; a traceback is of no use then."""
+    """The signal can arrive before this rank sees that the other one is gone; a traceback is no help then."""
     left, told = leave(LOST, signalled=True, folder=tmp_path)
     assert isinstance(left, SystemExit) and left.code == 1 and told == ["failure"]
     assert capsys.readouterr().err == "warning: this rank ends because another rank has failed\n"
