@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le
 from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
+from megatron_hyperrouter.config.sections.checkpoint import CheckpointConfig as CheckpointConfig
 from megatron_hyperrouter.config.sections.guard import GuardConfig
 from megatron_hyperrouter.config.sections.optimizer import OptimizerConfig as OptimizerConfig
 from megatron_hyperrouter.config.sections.precision import PrecisionConfig
@@ -36,13 +37,17 @@ class ModelConfig:
         "Key/value heads (grouped-query attention); default: one for each attention head",
     ] = None
     kv_channels: Annotated[
-        Count | None, Role.SHAPE, "Width of one head; default: hidden size / attention heads"
+        Count | None,
+        Role.SHAPE,
+        "Width of one attention head; default: --hidden-size / --num-attention-heads",
     ] = None
     ffn_hidden_size: Annotated[
-        Count | None, Role.SHAPE, "Width of a dense feed-forward layer; default: 4 x hidden size"
+        Count | None,
+        Role.SHAPE,
+        "Hidden width of the feed-forward block in a dense layer; default: 4 x --hidden-size",
     ] = None
     moe_ffn_hidden_size: Annotated[
-        Count | None, Role.SHAPE, "Width of one expert; default: --ffn-hidden-size"
+        Count | None, Role.SHAPE, "Hidden width of one expert; default: --ffn-hidden-size"
     ] = None
     seq_length: Annotated[Count, Role.ORDER, "Tokens in one sample"] = 256
     qk_layernorm: Annotated[bool, Role.SHAPE, "Apply RMSNorm to queries and keys"] = False
@@ -55,10 +60,11 @@ class ModelConfig:
         float,
         Gt(0.0),
         Role.INITIAL,
-        "Standard deviation of the initial weights; output projections divide it by sqrt(2 x layers)",
+        "Standard deviation of the initial weights; for output projections, divided by sqrt(2 x "
+        "--num-layers)",
     ] = 0.02
-    hidden_dropout: Annotated[Share, Role.NOISE, "Dropout on residual branches"] = 0.0
-    attention_dropout: Annotated[Share, Role.NOISE, "Dropout on attention probabilities"] = 0.0
+    hidden_dropout: Annotated[Share, Role.NOISE, "Dropout rate on residual branches"] = 0.0
+    attention_dropout: Annotated[Share, Role.NOISE, "Dropout rate on attention probabilities"] = 0.0
     make_vocab_size_divisible_by: Annotated[Count, Role.SHAPE, "Pad the vocabulary to a multiple of this"] = (
         128
     )
@@ -67,26 +73,31 @@ class ModelConfig:
         Role.SHAPE,
         "Pad the vocabulary to a multiple of --make-vocab-size-divisible-by x TP, as Megatron-LM does",
     ] = False
-    num_experts: Annotated[Count, Role.SHAPE, "Experts E in each MoE layer"] = 8
+    num_experts: Annotated[Count, Role.SHAPE, "Number of experts E in each MoE layer"] = 8
     moe_layer_freq: Annotated[
         Written,
         Role.SHAPE,
-        "Which layers have experts; N: every Nth, from the first on; or a list of 0 (dense) and 1, also as "
-        "an expression: ([0]*1+[1]*26)",
+        "Which layers are MoE layers. N: every Nth layer, beginning with the first. Or a list with 1 "
+        "for MoE and 0 for dense, which may be an expression: ([0]*1+[1]*26)",
     ] = "1"
     moe_shared_expert_intermediate_size: Annotated[
         Count | None,
         Role.SHAPE,
-        "Width of a shared expert, which processes every token beside the routed experts; default: none",
+        "Hidden width of the shared expert, which processes every token in addition to the routed "
+        "experts; default: no shared expert",
     ] = None
     moe_shared_expert_gate: Annotated[
-        bool, Role.SHAPE, "Multiply the shared expert's output by a trained sigmoid gate of the token"
+        bool,
+        Role.SHAPE,
+        "Multiply the shared expert's output by a trained sigmoid gate, computed for each token",
     ] = False
     moe_router_topk: Annotated[
-        Count, Role.FUNCTION, "Active experts k; with --topk-schedule, the k that the schedule ends with"
+        Count, Role.FUNCTION, "Number of active experts k for each token; with --topk-schedule, the final k"
     ] = 2
     moe_router_force_load_balancing: Annotated[
-        bool, Role.COURSE, "Ignore the router and spread tokens evenly over the experts (for speed tests)"
+        bool,
+        Role.COURSE,
+        "Ignore the router and spread tokens evenly over the experts (for speed tests only)",
     ] = False
     moe_aux_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the load-balancing loss"] = 0.0
     moe_z_loss_coeff: Annotated[NonNegative, Role.COURSE, "Weight of the router z-loss"] = 0.0
@@ -94,7 +105,8 @@ class ModelConfig:
         float | None,
         Gt(0.0),
         Role.FUNCTION,
-        "Capacity of an expert as a multiple of an even load; tokens above it are dropped; default: no limit",
+        "Most tokens that an expert accepts, as a multiple of an even share; further tokens are "
+        "dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
@@ -103,19 +115,21 @@ class ModelConfig:
             "megatron",
             "leave it out (the model then predicts the next token alone), or use --engine megatron",
         ),
-        "Layers of multi-token prediction: layer n predicts the token n positions further; default: none",
+        "Number of multi-token prediction layers; layer n predicts the token n places after the next "
+        "one; default: none",
     ] = None
     mtp_loss_scaling_factor: Annotated[
         NonNegative,
         Role.COURSE,
         Only("megatron"),
-        "Weight of the mean loss of the multi-token prediction layers",
+        "Weight of the multi-token prediction loss, which is the mean over its layers",
     ] = 0.1
     mlp_type: Annotated[
         Literal["standard", "residual"],
         Role.SHAPE,
         Only("deepspeed", "leave it out, or use --engine deepspeed"),
-        "residual: each MoE layer also has a dense MLP beside its experts",
+        "standard: each MoE layer has its experts only; residual: it also has a dense MLP, and "
+        "trained coefficients mix both outputs (PR-MoE)",
     ] = "standard"
 
 
@@ -126,7 +140,7 @@ class TopKScheduleConfig:
     topk_schedule: Annotated[
         Literal["constant", "linear", "cosine", "exponential", "multistep"],
         Role.SCHEDULE,
-        "How k changes during training",
+        "How k changes from --topk-start to --moe-router-topk",
     ] = "constant"
     topk_start: Annotated[Count | None, Role.SCHEDULE, "k at the first step; default: --moe-router-topk"] = (
         None
@@ -140,26 +154,32 @@ class TopKScheduleConfig:
 class ParallelConfig:
     """How the work is spread over the ranks."""
 
-    tensor_model_parallel_size: Annotated[Count, Role.LAYOUT, "Tensor parallelism (TP)"] = 1
-    pipeline_model_parallel_size: Annotated[Count, Role.LAYOUT, "Pipeline parallelism (PP)"] = 1
+    tensor_model_parallel_size: Annotated[Count, Role.LAYOUT, "Tensor-parallel size (TP)"] = 1
+    pipeline_model_parallel_size: Annotated[Count, Role.LAYOUT, "Pipeline-parallel size (PP)"] = 1
     virtual_pipeline_model_parallel_size: Annotated[
-        Count | None, Role.LAYOUT, "Model chunks on each pipeline rank (interleaved schedule)"
+        Count | None,
+        Role.LAYOUT,
+        "Model chunks on each pipeline rank (interleaved schedule); default: no interleaving",
     ] = None
     decoder_first_pipeline_num_layers: Annotated[
-        Count | None, Role.LAYOUT, "Layers of the first pipeline stage; default: as many as in the others"
+        Count | None,
+        Role.LAYOUT,
+        "Layers in the first pipeline stage; default: as many as in the other stages",
     ] = None
     decoder_last_pipeline_num_layers: Annotated[
-        Count | None, Role.LAYOUT, "Layers of the last pipeline stage; default: as many as in the others"
+        Count | None,
+        Role.LAYOUT,
+        "Layers in the last pipeline stage; default: as many as in the other stages",
     ] = None
-    context_parallel_size: Annotated[Count, Role.LAYOUT, "Context parallelism (CP)"] = 1
-    expert_model_parallel_size: Annotated[Count, Role.LAYOUT, "Expert parallelism (EP)"] = 1
+    context_parallel_size: Annotated[Count, Role.LAYOUT, "Context-parallel size (CP)"] = 1
+    expert_model_parallel_size: Annotated[Count, Role.LAYOUT, "Expert-parallel size (EP)"] = 1
     expert_tensor_parallel_size: Annotated[
         Count | None,
         Role.LAYOUT,
-        "Tensor parallelism inside experts (ETP); default: --tensor-model-parallel-size",
+        "Tensor-parallel size inside experts (ETP); default: --tensor-model-parallel-size",
     ] = None
     sequence_parallel: Annotated[
-        bool, Role.LAYOUT, "Split norms and residuals over the tensor-parallel ranks"
+        bool, Role.LAYOUT, "Split norms and residuals along the sequence over the tensor-parallel ranks"
     ] = False
 
 
@@ -176,9 +196,9 @@ class TrainConfig:
     rampup_batch_size: Annotated[
         tuple[Count, Count, Count] | None,
         Role.BATCH,
-        "START INCREMENT SAMPLES: begin with START samples in a step, and add INCREMENT at a time until "
-        "--global-batch-size is reached after SAMPLES samples; the learning rate then counts samples, in "
-        "full batches",
+        "START INCREMENT SAMPLES: begin with START samples per step and add INCREMENT at equal "
+        "intervals, so that --global-batch-size is reached after SAMPLES samples. The learning-rate "
+        "schedule then follows samples instead of steps",
     ] = None
     train_iters: Annotated[Count, Role.COURSE, "Optimizer steps of the run"] = 100
     seed: Annotated[
@@ -189,28 +209,30 @@ class TrainConfig:
         Literal["uniform", "block"] | None,
         Role.SPEED,
         Only("megatron", harmless="each layer is recomputed by itself"),
-        "With full recomputation. uniform: all layers, in groups of --recompute-num-layers; block: only the "
-        "first --recompute-num-layers layers of each stage",
+        "With --recompute-granularity full. uniform: recompute all layers, in groups of "
+        "--recompute-num-layers; block: recompute only the first --recompute-num-layers layers of "
+        "each pipeline stage",
     ] = None
     recompute_num_layers: Annotated[
         Count | None,
         Role.SPEED,
         Only("megatron", harmless="each layer is recomputed by itself"),
-        "With full recomputation: layers of a group (uniform), or layers to recompute (block); default: 1",
+        "With --recompute-method: layers in a group (uniform), or layers to recompute (block); default: 1",
     ] = None
     recompute_granularity: Annotated[
         Literal["full", "selective"] | None,
         Role.SPEED,
-        "Recompute activations in the backward pass to save memory: whole layers, or --recompute-modules",
+        "Recompute activations in the backward pass to save memory. full: whole layers; selective: "
+        "only --recompute-modules; default: no recomputation",
     ] = None
     recompute_modules: Annotated[
         tuple[str, ...],
         Role.SPEED,
-        "With selective recomputation: core_attn (attention without its projections), mlp (of dense layers), "
-        "moe, shared_experts; default: core_attn",
+        "With --recompute-granularity selective: parts to recompute, from core_attn (attention "
+        "without its projections), mlp (of dense layers), moe, shared_experts; default: core_attn",
     ] = ()
     eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
-    eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
+    eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: none"] = 10
     exit_on_signal: Annotated[
         bool, Role.UPKEEP, "Save and stop on SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP"
     ] = True
@@ -224,15 +246,19 @@ class DataConfig:
         tuple[str, ...],
         Role.DATA,
         PATH,
-        "Prefixes of .bin/.idx files, each optionally after its weight: 0.3 a 0.7 b",
+        "Prefixes of .bin/.idx files, optionally each with a weight in front: 0.3 a 0.7 b",
     ] = ()
-    train_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for training only"] = ()
-    valid_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for validation only"] = ()
-    test_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "As --data-path, for the test only"] = ()
+    train_data_path: Annotated[
+        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for training only"
+    ] = ()
+    valid_data_path: Annotated[
+        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for validation only"
+    ] = ()
+    test_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for the test only"] = ()
     mock_data: Annotated[
         bool,
         Role.DATA,
-        "Train, validate and test on made-up tokens, without data files",
+        "Train, validate and test on made-up tokens; no data files are needed",
     ] = False
     data_schedule: Annotated[
         str | None,
@@ -241,7 +267,9 @@ class DataConfig:
         "YAML file that changes the training mix at given steps. Without --data-path, --split applies to"
         " the first mix",
     ] = None
-    split: Annotated[str, Role.DATA, "Shares of --data-path for training, validation and test"] = "969,30,1"
+    split: Annotated[str, Role.DATA, "Relative shares of --data-path for training, validation and test"] = (
+        "969,30,1"
+    )
     tokenizer_type: Annotated[
         Literal[
             "ByteTokenizer",
@@ -253,57 +281,62 @@ class DataConfig:
             "NullTokenizer",
         ],
         Role.TOKENIZER,
-        "How token ids map to text",
+        "Type of the tokenizer that made the token ids",
     ] = "ByteTokenizer"
     tokenizer_model: Annotated[
         str | None,
         Role.TOKENIZER,
         PATH,
-        "File of the tokenizer; HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a model on "
-        "the Hugging Face hub",
+        "File of the tokenizer. For HuggingFaceTokenizer: tokenizer.json, its folder, or the name of "
+        "a model on the Hugging Face hub",
     ] = None
     vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "GPT2BPETokenizer: vocab.json"] = None
     merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "GPT2BPETokenizer: merges.txt"] = None
     vocab_size: Annotated[
         Count | None,
         Role.TOKENIZER,
-        "NullTokenizer: number of token ids, not counting the end of a document, which is the id after them; "
-        "TikTokenizer: number of token ids",
+        "TikTokenizer: number of token ids. NullTokenizer: number of token ids without the "
+        "end-of-document token, whose id follows them",
     ] = None
     eod_token: Annotated[
         str | None,
         Role.TOKENIZER,
-        "Token that ends a document; default: the one that the tokenizer's own files name",
+        "Token that ends a document; default: the one named in the tokenizer's files",
     ] = None
     tiktoken_pattern: Annotated[
         Literal["v1", "v2"], Role.TOKENIZER, "TikTokenizer: version of the pre-tokenization pattern"
     ] = "v2"
     tiktoken_num_special_tokens: Annotated[
-        Count, Role.TOKENIZER, "TikTokenizer: number of ids before those of the file"
+        Count,
+        Role.TOKENIZER,
+        "TikTokenizer: number of special tokens, whose ids come before the ids in the file",
     ] = 1000
     tokenizer_special_tokens: Annotated[
-        tuple[str, ...], Role.TOKENIZER, "TikTokenizer: names of its first ids; default: Megatron-LM's"
+        tuple[str, ...],
+        Role.TOKENIZER,
+        "TikTokenizer: names of the first special tokens; default: the names in Megatron-LM",
     ] = ()
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],
         Role.ORDER,
-        "Order of the samples: built at the start as in megatron-core, or computed on demand, for huge files;"
-        " auto: on-demand from 2**25 documents on",
+        "When the order of samples is computed. materialised: at the start, as in megatron-core; "
+        "on-demand: during training, for huge files; auto: on-demand from 2**25 documents on. The two"
+        " orders differ",
     ] = "auto"
     data_cache_path: Annotated[
         str | None,
         Role.PLACE,
         PATH,
-        "Folder of index files, which one process of a node builds for all; default: cache/hyperrouter"
-        " beside the data, or index-cache in the run folder",
+        "Folder for index files, which one process per node builds for all; default: "
+        "cache/hyperrouter next to the data, or index-cache in the run folder",
     ] = None
     num_workers: Annotated[
         Natural,
         Role.PORTION,
-        "Data-loading threads; each prefetches 4 micro-batches; 0: read a batch when it is needed",
+        "Data-loading threads, which prefetch 4 micro-batches each; 0: load each batch when it is needed",
     ] = 2
     reset_attention_mask: Annotated[
-        bool, Role.COURSE, "Attention does not cross the end of a document (the end-of-document token)"
+        bool, Role.COURSE, "Stop attention at document boundaries (end-of-document tokens)"
     ] = False
     reset_position_ids: Annotated[bool, Role.COURSE, "Count positions from the start of each document"] = (
         False
@@ -311,77 +344,14 @@ class DataConfig:
     eod_mask_loss: Annotated[
         bool,
         Role.COURSE,
-        "Mask the loss on the first token of each document (it would be predicted from the"
-        " end-of-document token)",
+        "Mask the loss on the first token of each document, which would be predicted from an "
+        "end-of-document token",
     ] = False
     pack_documents: Annotated[
         bool,
         Role.ORDER,
         "Pack whole documents into each sample (best fit). Padding has no loss; only documents longer than"
         " a sample are split",
-    ] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    save_interval: Annotated[
-        Natural,
-        Role.UPKEEP,
-        "Steps between checkpoints; 0: only by --save-interval-minutes, and one at the end",
-    ] = 0
-    save_interval_minutes: Annotated[
-        NonNegative | None,
-        Role.UPKEEP,
-        "Minutes between checkpoints; 0: none; default: 30 without --save-interval, else 0",
-    ] = None
-    async_save: Annotated[
-        bool, Role.UPKEEP, "Train on while a checkpoint is written, from a copy in CPU memory"
-    ] = True
-    keep_checkpoints: Annotated[
-        Natural, Role.UPKEEP, Quiet(1), "Keep this many of the newest checkpoints; 0: all"
-    ] = 0
-    keep_every: Annotated[
-        Natural, Role.UPKEEP, Quiet(0), "Also keep every checkpoint whose step is a multiple of this; 0: none"
-    ] = 0
-    exit_duration_in_mins: Annotated[
-        float | None, Gt(0.0), Role.UPKEEP, "Save and stop once the program has run for this many minutes"
-    ] = None
-    trust_checkpoint: Annotated[
-        bool,
-        Role.START,
-        "Resume from a checkpoint of format 1, whose state-*.pt can run any code when it is loaded",
-    ] = False
-    no_save_optim: Annotated[
-        bool, Role.UPKEEP, "Save checkpoints without the optimizer state: for use of the weights alone"
-    ] = False
-    no_load_optim: Annotated[
-        bool, Role.START, "Continue at the checkpoint's step with a fresh optimizer and random state"
-    ] = False
-    no_load_rng: Annotated[
-        bool, Role.START, "Continue with the random state of a new run, not the checkpoint's"
-    ] = False
-    use_checkpoint_opt_param_scheduler: Annotated[
-        bool,
-        Role.START,
-        "Continue with the checkpoint's learning-rate schedule and weight decay, not with those given",
-    ] = False
-    exit_interval: Annotated[
-        Count | None, Role.UPKEEP, "Save and stop at the first multiple of this many steps"
-    ] = None
-    load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to continue from"] = None
-    elastic: Annotated[
-        bool,
-        Role.START,
-        "Continue on fewer or more ranks: keep the global batch and all parallel sizes but data parallelism, "
-        "and choose the micro-batch",
-    ] = False
-    finetune: Annotated[
-        bool, Role.START, "Load the weights only; step, optimizer and random state start afresh"
-    ] = False
-    override: Annotated[
-        bool, Role.START, "When resuming, accept settings that change what the weights compute"
     ] = False
 
 
@@ -394,7 +364,7 @@ class LoggingConfig:
     ] = "runs/default"
     log_interval: Annotated[Count, Role.DISPLAY, "Steps between lines on the console"] = 10
     log_params_norm: Annotated[
-        bool, Role.DISPLAY, "Record the norm of all trained parameters in each step: params_norm"
+        bool, Role.DISPLAY, "Record the norm of all trainable parameters at each step, as params_norm"
     ] = False
     log_num_zeros_in_grad: Annotated[
         bool,
@@ -403,22 +373,27 @@ class LoggingConfig:
         "Record the number of zeros in the gradient at each step, as num_zeros",
     ] = False
     profile: Annotated[
-        bool, Role.DISPLAY, "Write a trace of some steps to profile/ in the run folder (torch.profiler)"
+        bool,
+        Role.DISPLAY,
+        "Write a trace of the steps between --profile-step-start and --profile-step-end to profile/ "
+        "in the run folder (torch.profiler)",
     ] = False
-    profile_step_start: Annotated[Natural, Role.DISPLAY, "The trace begins after this step"] = 10
-    profile_step_end: Annotated[Count, Role.DISPLAY, "The trace ends after this step"] = 12
+    profile_step_start: Annotated[Natural, Role.DISPLAY, "Begin the trace after this step"] = 10
+    profile_step_end: Annotated[Count, Role.DISPLAY, "End the trace after this step"] = 12
     profile_ranks: Annotated[tuple[int, ...], Role.DISPLAY, "Ranks that write a trace"] = (0,)
     tensorboard_dir: Annotated[str | None, Role.PLACE, PATH, "Write TensorBoard events to this folder"] = None
     wandb_project: Annotated[str | None, Role.DISPLAY, "Report to this Weights & Biases project"] = None
     wandb_exp_name: Annotated[
         str | None,
         Role.DISPLAY,
-        "With --wandb-project: name of the run there; default: the run folder's name",
+        "Name of the run in --wandb-project; default: the run folder's name",
     ] = None
     sample_interval: Annotated[
-        Natural, Role.DISPLAY, "Steps between texts that continue --sample-prompt; 0: none"
+        Natural, Role.DISPLAY, "Steps between samples of text that continue --sample-prompt; 0: none"
     ] = 0
-    sample_prompt: Annotated[tuple[str, ...], Role.DISPLAY, "Prompts that the run continues greedily"] = ()
+    sample_prompt: Annotated[
+        tuple[str, ...], Role.DISPLAY, "Prompts that --sample-interval continues, by greedy decoding"
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,7 +405,7 @@ class EngineConfig:
         Literal["alltoall", "allgather", "flex"],
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed's layers dispatch by all-to-all"),
-        "How tokens reach their experts",
+        "How tokens are sent to their experts",
     ] = "alltoall"
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
@@ -442,7 +417,7 @@ class EngineConfig:
     moe_grouped_gemm: Annotated[
         bool,
         Role.SPEED,
-        "Compute the experts of a rank in grouped matrix products. Off: one expert after the other",
+        "Compute all experts of a rank in grouped matrix products; off: one expert after another",
     ] = True
     zero_stage: Annotated[
         int,
@@ -450,14 +425,14 @@ class EngineConfig:
         Le(3),
         Role.SHARDING,
         Only("deepspeed", "leave it out; --use-distributed-optimizer does the same as stage 1"),
-        "ZeRO stage, 0 to 2; DeepSpeed has no mixture of experts with stage 3",
+        "ZeRO stage, 0 to 2 (DeepSpeed does not support mixture of experts with stage 3)",
     ] = 1
     deepspeed_config: Annotated[
         str | None,
         Role.SPEED,
         Only("deepspeed"),
         PATH,
-        "JSON file merged into the settings for DeepSpeed; a key that contradicts a flag is an error",
+        "JSON file of DeepSpeed settings to add; a key that contradicts a flag is an error",
     ] = None
 
 

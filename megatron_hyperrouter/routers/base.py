@@ -110,14 +110,20 @@ class Router(nn.Module):
 
         num_groups: Annotated[
             Count | None,
-            "Equal groups of experts; a token uses --router.group-topk of them; default: no groups",
+            "Split the experts into this many equal groups; a token chooses experts from "
+            "--router.group-topk of them; default: no groups",
         ] = None
-        group_topk: Annotated[Count | None, "Groups whose experts a token may use"] = None
+        group_topk: Annotated[
+            Count | None, "With --router.num-groups: number of groups from which a token chooses experts"
+        ] = None
         scaling_factor: Annotated[
-            float, Gt(0.0), "Factor on the weights of the chosen experts (DeepSeek-V2, DeepSeek-V3)"
+            float, Gt(0.0), "Multiply the weights of the chosen experts by this (DeepSeek-V2, DeepSeek-V3)"
         ] = 1.0
         lr_mult: Annotated[
-            float, Gt(0.0), Role.COURSE, "Factor on the learning rate of the router's trained parameters"
+            float,
+            Gt(0.0),
+            Role.COURSE,
+            "Multiply the learning rate of the router's trainable parameters by this",
         ] = 1.0
 
         def initial_logit_std(self, hidden_size: int) -> float | None:

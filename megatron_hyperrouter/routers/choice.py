@@ -56,37 +56,43 @@ class ChoosingRouter(Router):
         """By default: weights from the softmax over the kept logits."""
 
         score_function: Annotated[
-            Literal["softmax", "sigmoid"], "Function that turns logits into scores; sigmoid: DeepSeek-V3"
+            Literal["softmax", "sigmoid"], "Function that turns logits into scores (DeepSeek-V3 uses sigmoid)"
         ] = "softmax"
         pre_softmax: Annotated[
-            bool, "Weights are probabilities over all experts, not renormalised over the chosen ones (Switch)"
+            bool, "Weight the chosen experts by a softmax over all experts, without renormalising (Switch)"
         ] = False
         renormalise: Annotated[
-            bool, "Divide the weights of pre_softmax or sigmoid by their sum over the chosen experts"
+            bool,
+            "With --router.pre-softmax or sigmoid scores: divide the weights by their sum over the chosen"
+            " experts",
         ] = False
         jitter_eps: Annotated[
             float,
             Ge(0.0),
             Lt(1.0),
-            "In training, multiply the router's input by random factors from 1 - eps to 1 + eps (Switch)",
+            "In training, multiply the router's input by random factors between 1 - X and 1 + X (Switch)",
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Scope of the load-balancing loss; global_batch uses the previous step's load; off: none",
+            "Tokens over which the load-balancing loss is computed; global_batch takes the load from the "
+            "previous step; off: no such loss",
         ] = "micro_batch"
         expert_bias: Annotated[
             bool,
-            "Balance without a loss: a bias changes the choice of experts, not their weights (DeepSeek-V3)",
+            "Balance the load without a loss: a bias on the scores affects which experts are chosen, but "
+            "not their weights (DeepSeek-V3)",
         ] = False
         bias_update_rate: Annotated[
-            float | None, Ge(0.0), "Change of expert_bias in a step; 0 keeps it fixed; default: 0.001"
+            float | None,
+            Ge(0.0),
+            "With --router.expert-bias: change of the bias per step; 0: fixed; default: 0.001",
         ] = None
         logit_std: Annotated[
             float | None,
             Gt(0.0),
             Role.INITIAL,
-            "Standard deviation of the logits at the start, for inputs of unit variance; default: as the"
-            " router's other options give it",
+            "Standard deviation of the initial logits, for inputs of unit variance; default: as the "
+            "router's initial weights give it",
         ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:

@@ -69,8 +69,9 @@ class Competition(Routing):
 
 
 class CompeteSMoERouter(Router, name="competesmoe"):
-    """A trained linear router that learns from competitions between all experts; by itself, without a
-    bank, it is a plain one.
+    """A trained linear router that also learns from competitions between all experts (CompeteSMoE).
+
+    Without an expert bank it never competes and is a plain linear router.
     """
 
     needs_experts = True
@@ -84,13 +85,14 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
         version: Annotated[
             Literal["v1", "v2"],
-            "Experts compete by the norm (v1) or the mean softplus (v2) of their outputs",
+            "How experts compete: by the norm of their outputs (v1), or by the mean softplus of their "
+            "outputs (v2)",
         ] = "v2"
         schedule: Annotated[
             Literal["fixed", "function", "capped"] | None,
-            "When a layer competes. fixed: probability rate; function: 2 / (2 + sqrt(i + 1)) in block i; "
-            "capped: probability rate after a warm-up, at most max-competing layers in a step; "
-            "default: fixed for v1, capped for v2",
+            "When a layer competes. fixed: with probability --router.rate; function: with probability 2 /"
+            " (2 + sqrt(i + 1)) in block i; capped: like fixed after a warm-up, but at most "
+            "--router.max-competing layers in a step; default: fixed for v1, capped for v2",
         ] = None
         rate: Annotated[
             float | None,
@@ -99,25 +101,32 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             "Probability that a layer competes in a step; default: 0.03 for v1, 0.05 for v2",
         ] = None
         warm_up: Annotated[
-            float, Ge(0.0), Lt(1.0), "Schedule capped: share of --train-iters without competition"
+            float,
+            Ge(0.0),
+            Lt(1.0),
+            "Schedule capped: share of --train-iters without competition at the start",
         ] = 0.05
-        max_competing: Annotated[Count, "Schedule capped: layers that may compete in one step"] = 3
+        max_competing: Annotated[Count, "Schedule capped: most layers that compete in one step"] = 3
         block_steps: Annotated[
-            Count, "Schedule function: steps in a block; a layer competes in all of them or in none"
+            Count,
+            "Schedule function: number of steps in a block; a layer competes in all steps of a block or "
+            "in none",
         ] = 1000
         router_coeff: Annotated[
             Coefficient | None, "Weight of the router loss; default: 0.05 for v1, 0.01 for v2"
         ] = None
         loss: Annotated[
-            Literal["mse", "kl"], "v1: distance between the router's probabilities and the target"
+            Literal["mse", "kl"],
+            "v1: distance between the router's probabilities and the target, the softmax over the winners",
         ] = "mse"
-        theta: Annotated[Coefficient, "v2: weight of the winners' part of the router loss"] = 0.1
+        theta: Annotated[Coefficient, "v2: weight of the additional router loss over the winners alone"] = 0.1
         diversity_coeff: Annotated[
             Coefficient | None,
-            "Weight of the cosines between the winners' outputs; default: 0 for v1, 0.01 for v2",
+            "Weight of the diversity loss, the cosine similarity between the winners' outputs; default: 0"
+            " for v1, 0.01 for v2",
         ] = None
         balance_coeff: Annotated[
-            Coefficient | None, "Weight of the balance loss on the scores; default: 0 for v1, 0.01 for v2"
+            Coefficient | None, "Weight of the balance loss in competitions; default: 0 for v1, 0.01 for v2"
         ] = None
         init_std: Annotated[
             float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"

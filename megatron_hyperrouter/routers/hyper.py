@@ -106,14 +106,15 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     class Config(ChoosingRouter.Config):
         """The published method has ``bias`` on and ``init`` = ``paper``."""
 
-        hypernet_width: Annotated[Count, "Hidden units of the hypernetwork"] = 256
+        hypernet_width: Annotated[Count, "Number of hidden units of the hypernetwork"] = 256
         embedding_size: Annotated[
-            Count | None, "Size of the trained embedding of each layer; default: the hidden size"
+            Count | None, "Size of the trained embedding of each layer; default: --hidden-size"
         ] = None
-        bias: Annotated[bool, "Generate a bias as well"] = False
+        bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
         init: Annotated[
             Literal["width", "paper"],
-            "Initial weights. width: logits of unit standard deviation; paper: N(0, 0.02^2)",
+            "Initial weights of hypernetwork and embedding. width: logits have unit standard deviation; "
+            "paper: N(0, 0.02^2)",
         ] = "width"
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[
@@ -121,8 +122,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "One hypernetwork per layer, or one for all layers (each has its own embedding); default: layer, "
-            "but model where experts x hidden size is more than 2^18",
+            "layer: one hypernetwork for each layer; model: one for all layers, with one embedding for "
+            "each; default: model if experts x hidden size exceeds 2^18, else layer",
         ] = None
 
         def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:

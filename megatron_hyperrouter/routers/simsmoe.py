@@ -53,7 +53,7 @@ from megatron_hyperrouter.routers.base import (
 
 
 class SimSMoERouter(Router, name="simsmoe"):
-    """SMoE's trained router with the similarity loss; routes as ``topk`` does."""
+    """A trained linear router with a loss that keeps experts from becoming alike (SimSMoE)."""
 
     needs_experts = True
     config: Config
@@ -69,26 +69,38 @@ class SimSMoERouter(Router, name="simsmoe"):
             float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"
         ] = 0.02
         bias: Annotated[bool, "Add a trained bias to the logits"] = False
-        similarity_coeff: Annotated[float, Ge(0.0), "Weight of the similarity loss; 0 switches it off"] = 0.01
+        similarity_coeff: Annotated[
+            float, Ge(0.0), "Weight of the similarity loss; 0: no similarity loss"
+        ] = 0.01
         frequency: Annotated[
-            float, Gt(0.0), "Compare two experts once they share this many micro-batches' worth of tokens"
+            float,
+            Gt(0.0),
+            "Compare two experts once the tokens that chose both add up to this many global batches",
         ] = 16.0
-        threshold: Annotated[float, Ge(0.0), Le(1.0), "Ignore pairs whose similarity is below this"] = 0.5
+        threshold: Annotated[
+            float, Ge(0.0), Le(1.0), "Ignore pairs of experts whose similarity is below this"
+        ] = 0.5
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
-            Literal["median", "absolute"], "Unit of sigma: the median distance of features, or 1 (absolute)"
+            Literal["median", "absolute"],
+            "Unit of --router.sigma. median: the median distance between features; absolute: 1",
         ] = "median"
         sigma: Annotated[float, Gt(0.0), "Bandwidth of the rbf kernel"] = 0.8
         head: Annotated[
-            Literal["mlp", "linear"], "Trained projection of the outputs, shared by the experts of a layer"
+            Literal["mlp", "linear"],
+            "Trained projection of expert outputs before they are compared; all experts of a layer share it",
         ] = "mlp"
-        head_width: Annotated[Count, "Hidden units of the mlp head"] = 64
-        head_features: Annotated[Count | None, "Features to compare; default: the number of experts"] = None
+        head_width: Annotated[Count, "Hidden units of --router.head mlp"] = 64
+        head_features: Annotated[
+            Count | None, "Number of features that --router.head gives; default: the number of experts"
+        ] = None
         min_tokens: Annotated[
-            int, Ge(3), "Do not compare a pair that shares fewer tokens in a micro-batch"
+            int, Ge(3), "Do not compare a pair of experts that shares fewer tokens than this in a micro-batch"
         ] = 8
-        max_tokens: Annotated[int, Ge(3), "Compare at most this many tokens of a pair in a micro-batch"] = 512
-        max_pairs: Annotated[Count, "Compare at most this many pairs in one step; the others wait"] = 8
+        max_tokens: Annotated[
+            int, Ge(3), "Most tokens of a micro-batch on which a pair of experts is compared"
+        ] = 512
+        max_pairs: Annotated[Count, "Most pairs of experts compared in one step; the others wait"] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """The bounds on tokens must leave room for some."""

@@ -40,7 +40,10 @@ class LinearRecipe(Recipe):
 
 
 class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
-    """``logits = W x`` with a frozen W; routing still drifts because x does.  It has no parameters."""
+    """``logits = W x`` with a frozen random W: no trainable parameters (SMoE-Dropout).
+
+    Routing still changes during training, because x does.
+    """
 
     config: Config
 

@@ -50,8 +50,8 @@ from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, w
 
 
 class StableMoERouter(Router, name="stablemoe"):
-    """Trained centroids with sigmoid weights; from the second stage on a frozen table from token ids to
-    experts decides.
+    """Trained centroids in stage 1; after it, a frozen function of the token id chooses the experts
+    (StableMoE).
     """
 
     config: Config
@@ -64,18 +64,21 @@ class StableMoERouter(Router, name="stablemoe"):
         """The published values; the paper's k is 1."""
 
         stage1_share: Annotated[
-            float, Gt(0.0), Le(1.0), "Share of --train-iters before routing is frozen; 1: never frozen"
+            float,
+            Gt(0.0),
+            Le(1.0),
+            "Share of --train-iters in stage 1; after it, routing is frozen; 1: never frozen",
         ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "Steps before routing is frozen; 0: at once, to finetune from a checkpoint's frozen copy; "
-            "default: by stage1-share",
+            "Steps in stage 1; 0: freeze at once, which fine-tunes from a checkpoint's frozen copy; "
+            "default: as --router.stage1-share says",
         ] = None
-        word_size: Annotated[Count, "Features of a token id in the distilled router"] = 50
-        balance_coeff: Annotated[float, Ge(0.0), "Weight of the balance loss of the first stage"] = 0.3
-        distillation_coeff: Annotated[
-            float, Ge(0.0), "Weight of the distillation loss of the first stage"
-        ] = 1.0
+        word_size: Annotated[
+            Count, "Features of a token id in the distilled router, which decides after stage 1"
+        ] = 50
+        balance_coeff: Annotated[float, Ge(0.0), "Weight of the balance loss in stage 1"] = 0.3
+        distillation_coeff: Annotated[float, Ge(0.0), "Weight of the distillation loss in stage 1"] = 1.0
         init_std: Annotated[float, Ge(0.0), Role.INITIAL, "Standard deviation of the initial centroids"] = (
             0.02
         )

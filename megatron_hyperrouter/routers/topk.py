@@ -26,7 +26,7 @@ from megatron_hyperrouter.routers.choice import ChoosingRouter
 
 
 class TopKRouter(ChoosingRouter, name="topk"):
-    """A trained linear router; with the right options it is that of Switch or DeepSeek-V3."""
+    """A trained linear router; options turn it into the router of Switch or DeepSeek-V3."""
 
     config: Config
 
@@ -38,7 +38,7 @@ class TopKRouter(ChoosingRouter, name="topk"):
             float, Ge(0.0), Role.INITIAL, "Standard deviation of the router's initial weights"
         ] = 0.02
         bias: Annotated[bool, "Add a trained bias to the logits"] = False
-        freeze: Annotated[bool, "Freeze the initial weights"] = False
+        freeze: Annotated[bool, "Keep the router's weights at their initial values"] = False
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """What is frozen must not change."""

@@ -50,14 +50,18 @@ class XMoERouter(Router, name="xmoe"):
         """The paper's router; without ``normalize_input`` that of published code, which folds."""
 
         projection_size: Annotated[
-            Count | None, "Dimensions of the hypersphere; default: half the experts"
+            Count | None,
+            "Dimensions of the hypersphere that tokens are projected to; default: half the number of experts",
         ] = None
         score_function: Annotated[
-            Literal["softmax", "sigmoid"], "Gate over the logits, before the choice"
+            Literal["softmax", "sigmoid"],
+            "Function that turns logits into scores, before the experts are chosen",
         ] = "softmax"
         renormalise: Annotated[bool, "Divide the weights by their sum over the chosen experts"] = False
         normalize_input: Annotated[
-            bool, "Project tokens onto the sphere (the paper); off: a linear map (the published code)"
+            bool,
+            "Normalise projected tokens to unit length, as in the paper; off: do not, as in the published"
+            " code",
         ] = True
         init_temperature: Annotated[
             float | None, Gt(0.0), "Initial temperature tau; default: 0.3 with softmax, 0.07 with sigmoid"

@@ -32,7 +32,9 @@ class TestHelp:
         for leaf in tree_leaves().values():
             lines = [line for line in text.splitlines() if re.match(rf"  {leaf.flag}(?:[ ,]|$)", line)]
             assert len(lines) == 1, leaf.flag
-            assert " ".join(leaf.help.split()) in flat
+            meaning, _, default = " ".join(leaf.help.split()).partition("; default: ")
+            assert f"{meaning} (" in flat
+            assert f"default: {default}" in flat
         assert text.index("examples:") < text.index("--num-layers")
 
     @pytest.mark.parametrize("columns", [60, 80, 100, 120, 250])
@@ -65,6 +67,16 @@ class TestHelp:
         )
         assert "--router.hypernet-width" in hyper and "{width,paper}" in hyper and "default: width" in hyper
         assert "--router.init-std" in plain and "--router.init-std" not in hyper
+
+    def test_options_that_many_routers_have_are_explained_once(self):
+        text = help_text(listed_routers(), prog="train")
+        flat = " ".join(text.split())
+        for flag in ("--router.lr-mult", "--router.jitter-eps"):
+            assert len(re.findall(rf"^  {flag} ", text, flags=re.M)) == 1
+        also = flat.split("router topk: ")[1].split("router xmoe: ")[0]
+        assert "Also, as in router hyper: " in also and "--router.jitter-eps" in also
+        one = help_text(listed_routers(), prog="train", topic=["router", "topk"])
+        assert "--router.lr-mult X" in one and "--router.jitter-eps X" in one
 
     def test_it_wins_over_problems_and_one_rank_speaks(self, routers, capsys, monkeypatch):
         monkeypatch.setenv("RANK", "1")

@@ -14,6 +14,7 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 NARROWEST, WIDEST = 60, 120  # columns; longer lines are hard to read
 TWO_COLUMNS = 100  # from this width on, the text of a flag is beside it
 COLUMN = 46
+FEW = 3  # options that two routers share are explained for each of them
 KINDS = {int: "N", float: "X", str: "TEXT"}
 EXAMPLES = (
     "{prog} --config examples/quickstart.yaml --lr 1e-3",
@@ -37,12 +38,43 @@ def help_text(routers: Mapping[str, Any], *, prog: str, topic: Sequence[str] = (
             lines += ["", *page.title(section, config_type), *page.rows(found)]
     if "router" in wanted:
         names = f"One of {', '.join(sorted(routers))} (default: {RouterChoice().name})"
-        lines += ["", "router: The router and its options", *page.row(f"{flag('router.name')} NAME", names)]
+        title = "router: The router, and the options that every router has"
+        lines += ["", title, *page.row(f"{flag('router.name')} NAME", names)]
+        lines += _all_routers(page, routers)
     for name in sorted(routers):
         if f"router {name}" in wanted:
             rows = list(page.rows(router_leaves(routers[name].Config).values()))
             lines += ["", *page.title(f"router {name}", routers[name]), *(rows or ["  (no options)"])]
+    if not topic:
+        lines += ["", *page.wrapped(f"{prog} --help SECTION shows one section: {_names()}.")]
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _all_routers(page: _Page, routers: Mapping[str, Any]) -> Iterator[str]:
+    """The options of every router; a group of options that several routers have is explained once."""
+    options = {name: tuple(router_leaves(routers[name].Config).values()) for name in sorted(routers)}
+    explained: dict[Leaf, str] = {}  # to the title under which it is explained
+    if len(options) > 1:
+        shared = set.intersection(*map(set, options.values()))
+        explained |= {leaf: "router" for leaf in next(iter(options.values())) if leaf in shared}
+        yield from page.rows(explained)
+    for name, leaves in options.items():
+        title = f"router {name}"
+        groups: dict[str, list[Leaf]] = {}  # title -> options that are explained there
+        for leaf in leaves:
+            groups.setdefault(explained.get(leaf, title), []).append(leaf)
+        named = {other: group for other, group in groups.items() if other != title and len(group) > FEW}
+        named.setdefault("router", groups.get("router", []))
+        elsewhere = {leaf for group in named.values() for leaf in group}
+        yield from ("", *page.title(title, routers[name]))
+        yield from page.rows(leaf for leaf in leaves if leaf not in elsewhere)
+        for other, group in named.items():
+            if other != "router":
+                flags = ", ".join(leaf.flag for leaf in group)
+                yield from page.wrapped(f"Also, as in {other}: {flags}", indent=2)
+        if not leaves:
+            yield "  (no options)"
+        explained = dict.fromkeys(leaves, title) | explained
 
 
 def _wanted(topic: Sequence[str], routers: Mapping[str, Any]) -> set[str]:
@@ -51,15 +83,17 @@ def _wanted(topic: Sequence[str], routers: Mapping[str, Any]) -> set[str]:
     everything = {*sections(), "router", *all_routers}
     asked = " ".join(topic).removeprefix("--").replace(".", " ")
     if not topic:
-        return everything
-    if asked == "router":
-        return {"router", *all_routers}
+        return {*sections(), "router"}
     if asked in everything:
         return {asked}
     remedy = "choose one of " + ", ".join([*sections(), "router", "router NAME"])
     if close := nearest(asked, everything):
         remedy = f"did you mean --help {close}?"
     raise ConfigError([Problem("--help", asked, "is not a section of the settings", remedy)])
+
+
+def _names() -> str:
+    return ", ".join([*sections(), "router", "or router NAME"])
 
 
 def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
@@ -74,8 +108,7 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
         " A --router.name that differs from the file's replaces that whole mapping."
     )
     yield ""
-    names = ", ".join([*sections(), "router", "or router NAME"])
-    yield from page.wrapped(f"Show one section with --help SECTION: {names}.")
+    yield from page.wrapped(f"Show one section with --help SECTION: {_names()}.")
     yield ""
     yield from page.row("--config FILE", "YAML file of settings; a run's config.yaml starts that run again")
     yield from page.row(
@@ -105,8 +138,10 @@ class _Page:
 
     def rows(self, leaves: Iterable[Leaf]) -> Iterator[str]:
         for leaf in leaves:
-            notes = "; ".join(filter(None, [_engine(leaf), leaf.bounds(), _default(leaf)]))
-            yield from self.row(_usage(leaf), f"{leaf.help} ({notes})" if notes else leaf.help)
+            meaning, _, default = leaf.help.partition("; default: ")
+            shown = f"default: {default}" if default else _default(leaf)
+            notes = "; ".join(filter(None, [_engine(leaf), leaf.bounds(), shown]))
+            yield from self.row(_usage(leaf), f"{meaning} ({notes})" if notes else meaning)
 
     def row(self, left: str, text: str) -> Iterator[str]:
         lines = list(self.wrapped(text, indent=self.column))
@@ -136,7 +171,7 @@ def _engine(leaf: Leaf) -> str:
 
 def _default(leaf: Leaf) -> str:
     if leaf.default in (None, ()):
-        return "" if "default:" in leaf.help else "default: none"
+        return "default: none"
     if isinstance(leaf.default, tuple):
         return "default: " + " ".join(map(str, leaf.default))
     return f"default: {str(leaf.default).lower() if leaf.base is bool else leaf.default}"

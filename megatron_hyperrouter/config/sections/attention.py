@@ -22,55 +22,72 @@ class AttentionConfig:
         float, Gt(0.0), Le(1.0), Role.FUNCTION, "Fraction of each head's channels that get rotary embeddings"
     ] = 1.0
     rotary_seq_len_interpolation_factor: Annotated[
-        float | None, Ge(1.0), Role.FUNCTION, "Linear scaling: divide positions by this; default: none"
+        float | None,
+        Ge(1.0),
+        Role.FUNCTION,
+        "Divide positions by this (linear position interpolation); default: no interpolation",
     ] = None
-    use_rope_scaling: Annotated[bool, Role.FUNCTION, "Scale rotary positions as Llama 3 does"] = False
+    use_rope_scaling: Annotated[bool, Role.FUNCTION, "Scale rotary frequencies as Llama 3 does"] = False
     rope_scaling_factor: Annotated[
-        float, Ge(1.0), Role.FUNCTION, "With --use-rope-scaling: scaling factor of the lowest frequencies"
+        float, Ge(1.0), Role.FUNCTION, "With --use-rope-scaling: divide the lowest rotary frequencies by this"
     ] = 8.0
     rope_type: Annotated[
         Literal["rope", "yarn"] | None,
         Role.FUNCTION,
-        "Rotary positions, or their YaRN scaling; default: yarn with --multi-latent-attention, else rope",
+        "Type of rotary position embedding: plain (rope) or scaled by YaRN (yarn); default: yarn with"
+        " --multi-latent-attention, else rope",
     ] = None
     rotary_scaling_factor: Annotated[
-        float, Ge(1.0), Role.FUNCTION, "YaRN: how much longer the context is than the original one"
+        float, Ge(1.0), Role.FUNCTION, "YaRN: extended context length divided by the original one"
     ] = 1.0
     original_max_position_embeddings: Annotated[
-        Count, Role.FUNCTION, "YaRN: length of the context before it was extended"
+        Count, Role.FUNCTION, "YaRN: context length before it was extended"
     ] = 4096
     beta_fast: Annotated[
-        float, Gt(0.0), Role.FUNCTION, "YaRN: channels with more rotations than this are not scaled"
+        float,
+        Gt(0.0),
+        Role.FUNCTION,
+        "YaRN: do not scale channels that rotate more often than this within the original context",
     ] = 32.0
     beta_slow: Annotated[
-        float, Gt(0.0), Role.FUNCTION, "YaRN: channels with fewer rotations than this are fully scaled"
+        float,
+        Gt(0.0),
+        Role.FUNCTION,
+        "YaRN: fully scale channels that rotate less often than this within the original context",
     ] = 1.0
-    mscale: Annotated[NonNegative, Role.FUNCTION, "YaRN: strength of the attention temperature"] = 1.0
+    mscale: Annotated[
+        NonNegative,
+        Role.FUNCTION,
+        "YaRN: coefficient m of the attention temperature, 0.1 x m x ln(--rotary-scaling-factor) + 1",
+    ] = 1.0
     mscale_all_dim: Annotated[
-        NonNegative, Role.FUNCTION, "YaRN: strength of the temperature in latent attention's scores"
+        NonNegative,
+        Role.FUNCTION,
+        "YaRN: coefficient m of the temperature of attention scores in latent attention, as in --mscale",
     ] = 0.0
     multi_latent_attention: Annotated[
-        bool, Role.SHAPE, "Attention through low-rank queries, keys and values (DeepSeek-V2)"
+        bool, Role.SHAPE, "Use multi-latent attention (DeepSeek-V2): queries, keys and values have a low rank"
     ] = False
     q_lora_rank: Annotated[
-        Count | None, Role.SHAPE, "Latent attention: rank of the queries; default: full rank"
+        Count | None, Role.SHAPE, "Latent attention: rank of queries; default: full rank"
     ] = None
     kv_lora_rank: Annotated[Count, Role.SHAPE, "Latent attention: rank of keys and values"] = 32
     qk_head_dim: Annotated[
-        Count, Role.SHAPE, "Latent attention: channels of a query or key without positions"
+        Count, Role.SHAPE, "Latent attention: channels of a query or key head without rotary positions"
     ] = 128
     qk_pos_emb_head_dim: Annotated[
-        Count, Role.SHAPE, "Latent attention: channels of a query or key with rotary positions"
+        Count, Role.SHAPE, "Latent attention: channels of a query or key head with rotary positions"
     ] = 64
-    v_head_dim: Annotated[Count, Role.SHAPE, "Latent attention: channels of a value"] = 128
+    v_head_dim: Annotated[Count, Role.SHAPE, "Latent attention: channels of a value head"] = 128
     window_size: Annotated[
         Written | None,
         Role.FUNCTION,
-        "Sliding window, LEFT,0: a token attends to itself and LEFT tokens before it; default: to all",
+        "Sliding-window attention, written LEFT,0: a token attends to itself and the LEFT tokens "
+        "before it; default: full attention",
     ] = None
     window_attn_skip_freq: Annotated[
         Written | None,
         Role.FUNCTION,
-        "Which layers have the window. N: every layer except each Nth; or a list or an expression, with "
-        "1 for a window and 0 for full attention; default: all",
+        "Which layers have a sliding window. N: all but every Nth layer. Or a list with 1 for a "
+        "window and 0 for full attention, which may be an expression; default: all layers",
     ] = None

@@ -21,27 +21,27 @@ class OptimizerConfig:
         Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"],
         Role.SCHEDULE,
         Quiet("constant"),
-        "Shape of the decay",
+        "Shape of the learning-rate decay",
     ] = "cosine"
     lr_decay_iters: Annotated[
         Count | None, Role.SCHEDULE, "Step at which the decay ends; default: --train-iters"
     ] = None
-    lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Steps of linear warm-up"] = 0
-    lr_warmup_init: Annotated[NonNegative, Role.SCHEDULE, "Learning rate from which the warm-up starts"] = 0.0
+    lr_warmup_iters: Annotated[Natural, Role.SCHEDULE, "Steps of linear learning-rate warm-up"] = 0
+    lr_warmup_init: Annotated[NonNegative, Role.SCHEDULE, "Learning rate at the start of the warm-up"] = 0.0
     lr_wsd_decay_style: Annotated[
         Literal["exponential", "linear", "cosine", "minus_sqrt"],
         Role.SCHEDULE,
-        "WSD: shape of the final decay",
+        "WSD schedule: shape of the final decay",
     ] = "exponential"
     lr_wsd_decay_iters: Annotated[
         Count | None,
         Role.SCHEDULE,
-        "WSD: steps of the final decay; default: a tenth of the steps until the decay ends",
+        "WSD schedule: steps of the final decay; default: a tenth of --lr-decay-iters",
     ] = None
     weight_decay: Annotated[
         NonNegative,
         Role.COURSE,
-        "Decoupled weight decay; vectors (norms, router embeddings) have none",
+        "Decoupled weight decay, not applied to vectors (norms, router embeddings)",
     ] = 0.01
     clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to this global norm; 0: no clipping"] = 1.0
     adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's first moment"] = 0.9
@@ -51,23 +51,24 @@ class OptimizerConfig:
         bool,
         Role.SHARDING,
         Only("megatron", harmless="--zero-stage 1 does the same"),
-        "Split the optimizer state over the data-parallel ranks",
+        "Shard the optimizer state over the data-parallel ranks",
     ] = False
     grad_reduce_in_bf16: Annotated[
         bool,
         Role.PRECISION,
         Only("megatron"),
-        "With --bf16, add up and reduce gradients in bfloat16 instead of float32: less memory, less exact",
+        "With --bf16: accumulate and reduce gradients in bfloat16 instead of float32, which saves "
+        "memory and is less exact",
     ] = False
     overlap_grad_reduce: Annotated[
         bool,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides by itself"),
-        "Reduce gradients during the backward pass",
+        "Overlap the reduction of gradients with the backward pass",
     ] = False
     overlap_param_gather: Annotated[
         bool,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides by itself"),
-        "Gather weights during the forward pass",
+        "Overlap the gathering of weights with the forward pass",
     ] = False

@@ -21,35 +21,46 @@ class PrecisionConfig:
         Literal["e4m3", "hybrid"] | None,
         Role.PRECISION,
         TE_ALONE,
-        "Compute the products of attention and experts in fp8. hybrid: gradients in e5m2; needs --bf16 and "
-        "Transformer Engine",
+        "Compute matrix products of attention and experts in fp8; needs --bf16 and Transformer "
+        "Engine. e4m3: everywhere; hybrid: e5m2 for gradients",
     ] = None
     fp8_recipe: Annotated[
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
         Role.PRECISION,
         TE_ALONE,
-        "How fp8 tensors are scaled: delayed, by their history; tensorwise, blockwise and mxfp8, by their "
-        "values",
+        "How fp8 scaling factors are chosen. delayed: from maxima of earlier steps; the others, from "
+        "current values: one factor per tensor (tensorwise) or per block (blockwise, mxfp8)",
     ] = "delayed"
-    fp8_margin: Annotated[Natural, Role.PRECISION, TE_ALONE, "With delayed: margin of the scale, in bits"] = 0
+    fp8_margin: Annotated[
+        Natural, Role.PRECISION, TE_ALONE, "--fp8-recipe delayed: divide scaling factors by 2^N"
+    ] = 0
     fp8_amax_history_len: Annotated[
-        Count, Role.PRECISION, TE_ALONE, "With delayed: number of steps for which the largest values are kept"
+        Count, Role.PRECISION, TE_ALONE, "--fp8-recipe delayed: number of steps whose maxima are kept"
     ] = 1
     fp8_amax_compute_algo: Annotated[
         Literal["most_recent", "max"],
         Role.PRECISION,
         TE_ALONE,
-        "With delayed: take the most recent or the largest maximum of the history",
+        "--fp8-recipe delayed: scale by the most recent or by the largest of the kept maxima",
     ] = "most_recent"
     no_fp8_wgrad: Annotated[
-        bool, Role.PRECISION, TE_ALONE, "With delayed: compute the gradients of weights in bfloat16"
+        bool, Role.PRECISION, TE_ALONE, "--fp8-recipe delayed: compute weight gradients in bfloat16"
     ] = False
     first_last_layers_bf16: Annotated[
-        bool, Role.PRECISION, TE_ALONE, "Keep the first and the last layers in bfloat16; not with delayed"
+        bool,
+        Role.PRECISION,
+        TE_ALONE,
+        "Keep the first and the last layers in bfloat16; not possible with --fp8-recipe delayed",
     ] = False
     num_layers_at_start_in_bf16: Annotated[
-        Natural, Role.PRECISION, TE_ALONE, "With --first-last-layers-bf16: number of first layers"
+        Natural,
+        Role.PRECISION,
+        TE_ALONE,
+        "With --first-last-layers-bf16: number of first layers to keep in bfloat16",
     ] = 1
     num_layers_at_end_in_bf16: Annotated[
-        Natural, Role.PRECISION, TE_ALONE, "With --first-last-layers-bf16: number of last layers"
+        Natural,
+        Role.PRECISION,
+        TE_ALONE,
+        "With --first-last-layers-bf16: number of last layers to keep in bfloat16",
     ] = 1

@@ -1,0 +1,79 @@
+"""Settings of saving and resuming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Gt
+
+from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative
+from megatron_hyperrouter.config.roles import PATH, Quiet, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save_interval: Annotated[
+        Natural,
+        Role.UPKEEP,
+        "Steps between checkpoints; 0: save only as --save-interval-minutes says, and at the end",
+    ] = 0
+    save_interval_minutes: Annotated[
+        NonNegative | None,
+        Role.UPKEEP,
+        "Minutes between checkpoints; 0: none; default: 30 without --save-interval, else 0",
+    ] = None
+    async_save: Annotated[
+        bool, Role.UPKEEP, "Write checkpoints in the background, from a copy in CPU memory"
+    ] = True
+    keep_checkpoints: Annotated[
+        Natural, Role.UPKEEP, Quiet(1), "Keep this many of the newest checkpoints; 0: all"
+    ] = 0
+    keep_every: Annotated[
+        Natural, Role.UPKEEP, Quiet(0), "Also keep every checkpoint whose step is a multiple of this; 0: none"
+    ] = 0
+    exit_duration_in_mins: Annotated[
+        float | None, Gt(0.0), Role.UPKEEP, "Save and stop once the program has run for this many minutes"
+    ] = None
+    trust_checkpoint: Annotated[
+        bool,
+        Role.START,
+        "Accept a checkpoint of the old format 1, whose state-*.pt files can run any code when they "
+        "are loaded",
+    ] = False
+    no_save_optim: Annotated[
+        bool,
+        Role.UPKEEP,
+        "Save checkpoints without the optimizer state: enough to use the weights, not to resume exactly",
+    ] = False
+    no_load_optim: Annotated[
+        bool, Role.START, "Resume at the checkpoint's step, with a new optimizer state and random state"
+    ] = False
+    no_load_rng: Annotated[
+        bool, Role.START, "Resume with the random state of a new run instead of the checkpoint's"
+    ] = False
+    use_checkpoint_opt_param_scheduler: Annotated[
+        bool,
+        Role.START,
+        "Resume with the checkpoint's learning-rate schedule and weight decay instead of the given ones",
+    ] = False
+    exit_interval: Annotated[
+        Count | None, Role.UPKEEP, "Save and stop at the next step that is a multiple of this"
+    ] = None
+    load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to resume from"] = None
+    elastic: Annotated[
+        bool,
+        Role.START,
+        "Resume on another number of ranks: keep the global batch size and all parallel sizes except "
+        "data parallelism, and choose the micro-batch size",
+    ] = False
+    finetune: Annotated[
+        bool,
+        Role.START,
+        "Load only the weights of --load; begin with a new optimizer state and random state, at step 0",
+    ] = False
+    override: Annotated[
+        bool, Role.START, "When resuming, accept changed settings that alter what the weights compute"
+    ] = False
