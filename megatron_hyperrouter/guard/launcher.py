@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hyperrouter.guard.stopping import StopRequest
+
 _SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh")
 # in the first words of a command: its name, or a module of Python
 _LAUNCHERS = (
@@ -16,6 +18,7 @@ _LAUNCHERS = (
     *("mpirun", "mpiexec", "orted", "prted", "hydra_pmi", "slurmstepd"),
 )
 _HIGHEST = 6  # processes above this one
+_EXITING = 0x4  # PF_EXITING of Linux: the process is being taken down, and its parent does not know yet
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,19 @@ class Launcher:
         return Launcher(tuple(line))
 
     def is_gone(self) -> bool:
-        """True once one of these processes has another parent than at the start."""
-        return any(_parent(process) not in (parent, None) for process, parent in self.line)
+        """True once one of these processes has another parent than at the start, or its parent is exiting.
+
+        A process that has loaded torch takes up to 0.1 s to exit; only then do its children get another
+        parent.
+        """
+        return any(
+            _parent(process) not in (parent, None) or _is_exiting(parent) for process, parent in self.line
+        )
+
+    def tell(self, request: StopRequest) -> None:
+        """Ask for a stop where the launcher is gone: the step that is under way must not count."""
+        if self.is_gone():
+            request.ask("the end of the launcher", at_once=True)
 
     def wait(self, seconds: float) -> None:
         """Sleep, but no longer than the launcher lives, where the system can tell at once."""
@@ -75,11 +89,17 @@ class Launcher:
 
 def _parent(process: int) -> int | None:
     """None where it cannot be told: the process has ended, or the system has no /proc."""
-    if process == os.getpid():
-        return os.getppid()
-    try:
-        # "pid (name) state parent ..."; the name may hold anything
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return os.getppid() if process == os.getpid() else _field(process, 1)
+
+
+def _is_exiting(process: int) -> bool:
+    return bool((_field(process, 6) or 0) & _EXITING)
+
+
+def _field(process: int, number: int) -> int | None:
+    """Of ``pid (name) state parent group session terminal its-group flags ...``, counted from the state."""
+    try:  # the name may hold anything
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[number])
     except (OSError, ValueError, IndexError):
         return None
 

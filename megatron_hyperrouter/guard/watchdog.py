@@ -74,8 +74,7 @@ class Watchdog:
 
     def look(self) -> None:
         """One round: beat, see whether the launcher is alive, see whether the run moves."""
-        if self._launcher.is_gone():
-            self._stop.ask("the end of the launcher", at_once=True)
+        self._launcher.tell(self._stop)
         self._beat()
         still = time.time() - self._progress.since
         beats = read_beats(self._folder, self._world_size) if self._world_size > 1 else {}

@@ -83,6 +83,10 @@ def train(
 def _steps(run: Run, first: int, request: StopRequest) -> int:
     """All steps after ``first``; returns the last one."""
     engine, config = run.engine, run.config
+    try:
+        run.catch_up(first)
+    except GivenUp:
+        return _given_up(run, first, first, request)
     with run.batches(first) as batches:
         for step in range(first + 1, config.train.train_iters + 1):
             try:
@@ -98,10 +102,11 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
                 wish = Wish(end, save=False)
             if wish.stop:  # whoever asked for it may not wait long: save before anything else
                 run.save(step, wait=True)
-            if run.evaluates and (last or step % config.train.eval_interval == 0):
-                run.evaluate("valid", step)
-                if last:
-                    run.evaluate("test", step)
+            try:
+                for split in run.evaluations(step):
+                    run.evaluate(split, step)
+            except GivenUp:
+                return _given_up(run, first, step, request)
             run.write_texts(step)
             if not wish.stop and (last or wish.save or run.saving.is_due(step)):
                 run.save(step, wait=last)

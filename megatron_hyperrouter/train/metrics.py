@@ -7,6 +7,7 @@ The names are part of the public interface: scripts read ``metrics.jsonl``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from megatron_hyperrouter.errors import DataError, HyperRouterError
 
 Value = float | int | str | None
 Record = dict[str, Value]
+_BETWEEN_STOPS = 16  # micro-batches of an evaluation
 _UNCOUNTED = -1  # as in model.loss: a label below 0 counts nowhere
 
 
@@ -204,12 +206,15 @@ def score(
     num_samples: int | None = None,
     token_bytes_V: Tensor | None = None,
     unscored: Callable[[int], int] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Evaluate the first ``num_samples`` samples, all when None, with ``topk`` experts (collective).
 
     Always the same samples, each once, whatever the micro-batch and the number of ranks, so that the losses
     of two evaluations can be compared.  Where the last micro-batches are not full, what fills them up counts
     nowhere; nor do the first ``unscored(i)`` labels of sample ``i``.
+
+    ``stop`` is asked now and then; where it says True, on all ranks alike, the rest is left out.
     """
     place = engine.place
     scored = len(dataset) if num_samples is None else min(num_samples, len(dataset))
@@ -231,7 +236,7 @@ def score(
         num_workers=0,
     ) as batches:
         counted = _counted(batches, scored, micro_batch_size, place, unscored)
-        return engine.evaluate(counted, topk=topk, token_bytes_V=token_bytes_V)
+        return engine.evaluate(_until(stop, counted), topk=topk, token_bytes_V=token_bytes_V)
 
 
 class _FilledUp:
@@ -245,6 +250,14 @@ class _FilledUp:
 
     def __getitem__(self, i: int) -> Sample:
         return self._dataset[i if i < self._scored else 0]
+
+
+def _until(stop: Callable[[], bool], batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same micro-batches, until ``stop`` says True."""
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        if number % _BETWEEN_STOPS == 0 and stop():
+            return
 
 
 def _counted(
@@ -325,6 +338,18 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file; closing twice does no harm."""
         self._file.close()
+
+
+def scored_splits(path: Path, step: int) -> set[str]:
+    """The splits of which a metrics file has a score after ``step`` steps."""
+    found = set()
+    with contextlib.suppress(OSError), path.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads(line)
+                if record["step"] == step:
+                    found.add(str(record["split"]))
+    return found
 
 
 def _is_kept(line: bytes, step: int) -> bool:

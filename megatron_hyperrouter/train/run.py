@@ -24,6 +24,7 @@ from megatron_hyperrouter.train.metrics import (
     StepFacts,
     evaluation_record,
     score,
+    scored_splits,
     training_record,
 )
 from megatron_hyperrouter.train.resuming import recovery, run_meta
@@ -69,6 +70,7 @@ class Run:
         # Of the newest save: when it began, and for how long training waited; None: it still waits.
         self._save_begun = time.perf_counter()
         self._waited: float | None = None
+        self._evaluated: set[tuple[str, int]] = set()  # splits, after the step that was evaluated last
         world_size = self.engine.place.world_size
         self.batch_sizes = batch_sizes(self.config, world_size)
         self.recovery = recovery.Recovery(self.engine, self.config, remedy=self.lost)
@@ -130,7 +132,7 @@ class Run:
             self.supervision.progress.through(self._of_step(step, batches), "data", "step", step - 1),
             step=step - 1,
             learning_rate=learning_rate,
-            stop=lambda: self.saving.asks(request),
+            stop=lambda: self._asks(request),
             accept=lambda result: not result.give_up and self.recovery.accept(result),
         )
         if result.give_up and not result.applied:
@@ -190,7 +192,18 @@ class Run:
         record |= {"consumed_samples": samples, "consumed_tokens": tokens}
         for hook in self.hooks:
             hook.on_step(record)
-        return self.engine.leave_out(step - 1, lambda: self.saving.asks(request))
+        return self.engine.leave_out(step - 1, lambda: self._asks(request))
+
+    def _asks(self, request: StopRequest) -> int:
+        """See :meth:`Saving.asks`; looks for the launcher first, as the watchdog may notice its end late."""
+        self.supervision.launcher.tell(request)
+        return self.saving.asks(request)
+
+    def _gives_up(self) -> bool:
+        """Whether the launcher of some rank has died (collective)."""
+        request = self.supervision.request
+        self.supervision.launcher.tell(request)
+        return self.engine.any_rank(request.at_once)
 
     def follow_alarm(self, step: int) -> None:
         """Save, or save and stop, where an alarm of this step asks for it (collective)."""
@@ -237,8 +250,31 @@ class Run:
         samples = self.batch_sizes.samples(step)
         return samples, samples * self.config.model.seq_length
 
+    def evaluations(self, step: int) -> tuple[str, ...]:
+        """The splits that are scored after ``step`` steps."""
+        if not self.evaluates:
+            return ()
+        if step == self.config.train.train_iters:
+            return "valid", "test"
+        return () if step % self.config.train.eval_interval else ("valid",)
+
+    def catch_up(self, step: int) -> None:
+        """Score what was due after ``step`` steps, where the run was stopped before it had done so.
+
+        The checkpoint says that it is due, and ``metrics.jsonl`` does not have the scores.
+        """
+        if due := self.start.manifest.get("meta", {}).get("evaluation_due"):
+            metrics = Path(self.config.logging.run_dir) / "metrics.jsonl"
+            known = scored_splits(metrics, step) if self.engine.place.is_main else set()
+            for split in self.evaluations(step):
+                if split in due and not self.engine.any_rank(split in known):
+                    self.evaluate(split, step)
+
     def evaluate(self, split: str, step: int) -> None:
-        """Score a split, if there is one, after ``step`` steps with the k that the next step would have."""
+        """Score a split, if there is one, after ``step`` steps with the k that the next step would have.
+
+        Raises GivenUp where the launcher has died meanwhile.
+        """
         dataset = self.splits.valid if split == "valid" else self.splits.test
         if dataset is None:
             return
@@ -251,7 +287,11 @@ class Run:
             micro_batch_size=self.config.train.micro_batch_size,
             num_samples=self.config.train.eval_iters * self.batch_sizes.full,
             token_bytes_V=self.token_bytes_V,
+            stop=self._gives_up,
         )
+        if self._gives_up():
+            raise recovery.GivenUp
+        self._evaluated = {each for each in self._evaluated if each[1] == step} | {(split, step)}
         record = evaluation_record(result, step=step, split=split, topk=topk)
         for hook in self.hooks:
             hook.on_evaluation(record)
@@ -273,6 +313,8 @@ class Run:
     def _meta(self, step: int) -> dict[str, Any]:
         meta = {**run_meta.run_meta(self.config, self.engine), **self.description.meta}
         meta |= self.recovery.meta()
+        if due := [split for split in self.evaluations(step) if (split, step) not in self._evaluated]:
+            meta["evaluation_due"] = due
         if self.start.finetuned_from is not None:
             meta["finetuned_from"] = self.start.finetuned_from
         if isinstance(self.splits.train, TrainingSamples):

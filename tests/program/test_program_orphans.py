@@ -27,7 +27,8 @@ pytestmark = pytest.mark.processes
 ENDLESS = "--train-iters 100000 --save-interval 0 --eval-interval 0 --log-interval 1000".split()
 WITHIN = 20.0  # seconds from the end of the launcher to that of the ranks
 LAYOUTS = {
-    "deepspeed": "--moe-router-topk 2 --zero-stage 1",
+    "deepspeed": "--moe-router-topk 2 --zero-stage 2",
+    "stages": "--moe-router-topk 2 --pipeline-model-parallel-size 2",
     "megatron": "--engine megatron --moe-router-topk 2 --tensor-model-parallel-size 2 --sequence-parallel",
 }
 
