@@ -1,30 +1,44 @@
 #!/usr/bin/env bash
 # Repeats blocks of plan A with the public commands alone, and makes their pages:
 #
-#   bash results/plan_a/repeat.sh A1            # 40 runs, about an hour on two CPU cores (an estimate)
-#   bash results/plan_a/repeat.sh A1 A3 A2 A4
+#   bash results/plan_a/repeat.sh A1            # 40 runs
+#   bash results/plan_a/repeat.sh A1 A1b A4 A3 A2
+#   SEEDS=4 bash results/plan_a/repeat.sh A1    # the first 4 seeds alone; later SEEDS=8 adds the others
 #
-# Runs go to runs/plan_a/; after an interruption the same command continues.  A4 fine-tunes the models of A1, so run A1 first.
+# Runs go to runs/plan_a/; after an interruption the same command continues.  A1b and A4 read the runs of A1, so run A1 first.
+# Each run is scored on 128 batches (131,072 bytes) of the test split, drawn anew for each seed, the same for all routers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 jobs=${JOBS:-1}
+scored=(--topk-eval 1 2 4 8 16 --test-iters 128 --jobs "$jobs")
 out=runs/plan_a
 bash results/plan_a/data.sh
 
 A1() {
   mhr compare --config results/plan_a/A1.yaml --options results/plan_a/A1.routers.yaml --routers smoe_dropout matched hyper paper topk \
     --comparisons hyper:smoe_dropout@1 hyper:matched@1 hyper:matched@16 topk:matched@1 topk:hyper@1 topk:hyper@16 \
-    --seeds 8 --topk-eval 1 2 4 8 16 --jobs "$jobs" --output $out/A1
+    --seeds "${SEEDS:-8}" "${scored[@]}" --output $out/A1
+}
+
+A1b() {
+  mkdir -p $out/A1b/runs
+  for seed in $(seq "${SEEDS:-8}"); do
+    for label in matched hyper; do ln -sfn "../../A1/runs/$label-seed$seed" "$out/A1b/runs/$label-seed$seed"; done
+  done
+  mhr compare --config results/plan_a/A1.yaml --options results/plan_a/A1b.routers.yaml \
+    --routers matched hyper lr3 lr10 lr30 embed512 width1024 \
+    --comparisons lr3:matched@1 lr10:matched@1 lr30:matched@1 embed512:matched@1 width1024:matched@1 \
+    --seeds "${SEEDS:-8}" "${scored[@]}" --output $out/A1b
 }
 
 A2() {
   for k in 2 4 8; do
     mhr compare --config results/plan_a/A2.yaml --options results/plan_a/A2.routers.yaml --routers matched hyper topk \
-      --comparisons hyper:matched@1 topk:matched@1 --seeds 4 --topk-eval 1 2 4 8 16 --jobs "$jobs" --output $out/A2-$k \
+      --comparisons hyper:matched@1 topk:matched@1 --seeds "${SEEDS:-4}" "${scored[@]}" --output $out/A2-$k \
       --moe-router-topk $k
   done
   mhr compare --config results/plan_a/A2.yaml --options results/plan_a/A2.routers.yaml --routers matched hyper topk \
-    --comparisons hyper:matched@1 topk:matched@1 --seeds 4 --topk-eval 1 2 4 8 16 --jobs "$jobs" --output $out/A2-growing \
+    --comparisons hyper:matched@1 topk:matched@1 --seeds "${SEEDS:-4}" "${scored[@]}" --output $out/A2-growing \
     --moe-router-topk 8 --topk-schedule linear --topk-start 2
 }
 
@@ -32,13 +46,13 @@ A3() {
   mhr compare --config results/plan_a/A3.yaml --options results/plan_a/A3.routers.yaml \
     --routers topk_no_aux topk_aux competesmoe simsmoe xmoe stablemoe \
     --comparisons competesmoe:topk_aux@2 simsmoe:topk_aux@2 xmoe:topk_aux@2 stablemoe:topk_aux@2 \
-    --seeds 4 --topk-eval 1 2 4 8 16 --jobs "$jobs" --output $out/A3
+    --seeds "${SEEDS:-4}" "${scored[@]}" --output $out/A3
 }
 
 A4() {
   bash examples/tasks/fetch.sh build/plan_a/tasks senses45
   for label in hyper matched topk; do
-    for seed in 1 2 3 4 5; do
+    for seed in $(seq "${SEEDS:-5}"); do
       [ -s $out/A4/$label-seed$seed/results.json ] ||
         mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed --topk 1 2 4 8 16
     done
