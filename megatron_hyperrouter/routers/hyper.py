@@ -85,7 +85,7 @@ class Generated(NamedTuple):
 
     W_ED: Tensor
     b_E: Tensor | None
-    active_H: Tensor
+    active: Tensor  # hidden units, ``_H``; ``_EH`` with an embedding for each expert
 
 
 class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
@@ -110,10 +110,13 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         embedding_size: Annotated[
             Count | None, "Size of the trained embedding of each layer; default: --hidden-size"
         ] = None
+        per_expert_embedding: Annotated[
+            bool, "Train an embedding for each expert, from which its router weights come, not one for all"
+        ] = False
         bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
         init: Annotated[
             Literal["width", "paper"],
-            "Initial weights of hypernetwork and embedding. width: logits have unit standard deviation; "
+            "Initial weights of the hypernetwork. width: logits have unit standard deviation; "
             "paper: N(0, 0.02^2)",
         ] = "width"
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
@@ -159,7 +162,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         self.freeze(recipe)
         if config.anchor:
             self.register_buffer("anchor_ED", torch.zeros(self.num_experts, self.hidden_size))
-        self.embedding_S = nn.Parameter(torch.empty(embedding_size))
+        # a vector, even with an embedding for each expert: weight decay leaves it alone
+        count = self.num_experts if config.per_expert_embedding else 1
+        self.embedding_S = nn.Parameter(torch.empty(count * embedding_size))
         self.hold(False)
         self.reset()
 
@@ -183,14 +188,14 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         device = self.embedding_S.device
         if not self._held:
             with float32_maths(device):
-                return self._generate(self.embedding_S.float())
+                return self._generate(self._embedding())
         if self._stale or self._generated is None:
             self._generated = self._regenerate()
             self._stale = False
-        W_ED, b_E, active_H = self._generated
+        W_ED, b_E, active = self._generated
         if torch.is_grad_enabled():
             w1_HS, _, w2_HP, _ = self.frozen_tensors(device)
-            W_ED, b_E = _Reuse.apply(self.embedding_S.float(), W_ED, b_E, active_H, w1_HS, w2_HP)  # type: ignore[no-untyped-call]
+            W_ED, b_E = _Reuse.apply(self._embedding(), W_ED, b_E, active, w1_HS, w2_HP)  # type: ignore[no-untyped-call]
         return W_ED, b_E
 
     def hold(self, on: bool = True) -> None:
@@ -207,11 +212,14 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """
         self._stale = True
 
-    def _generate(self, embedding_S: Tensor) -> tuple[Tensor, Tensor | None]:
-        w1_HS, b1_H, w2_HP, b2_P = self.frozen_tensors(embedding_S.device)
-        W_ED, b_E = generate(
-            embedding_S, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias
-        )
+    def _embedding(self) -> Tensor:
+        """``_S``, or ``_ES`` with one for each expert."""
+        embedding_S = self.embedding_S.float()
+        return embedding_S.view(self.num_experts, -1) if self.config.per_expert_embedding else embedding_S
+
+    def _generate(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
+        w1_HS, b1_H, w2_HP, b2_P = self.frozen_tensors(embedding.device)
+        W_ED, b_E = generate(embedding, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias)
         return (W_ED + self.anchor_ED if self.config.anchor else W_ED), b_E
 
     def anchor_at(self, given_ED: Tensor) -> None:
@@ -220,7 +228,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """
         with torch.no_grad(), float32_maths(given_ED.device):
             self.anchor_ED.zero_()
-            W_ED, _ = self._generate(self.embedding_S.float())
+            W_ED, _ = self._generate(self._embedding())
             self.anchor_ED.copy_(given_ED.float() - W_ED)
         self.begin_step()
 
@@ -232,14 +240,14 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         w1_HS, b1_H, _, _ = self.frozen_tensors(device)
         old = self._generated
         with torch.inference_mode(False), torch.no_grad(), float32_maths(device):
-            embedding_S = self.embedding_S.detach().float()
-            W_ED, b_E = self._generate(embedding_S)
-            new = Generated(W_ED, b_E, active_units(embedding_S, w1_HS, b1_H))
+            embedding = self._embedding().detach()
+            W_ED, b_E = self._generate(embedding)
+            new = Generated(W_ED, b_E, active_units(embedding, w1_HS, b1_H))
             if old is not None and old.W_ED.device == device:
                 # In place: addresses stay for compiled graphs, and a backward pass that still waits for the
                 # old weights raises.
                 old.W_ED.copy_(new.W_ED)
-                old.active_H.copy_(new.active_H)
+                old.active.copy_(new.active)
                 if old.b_E is not None and new.b_E is not None:
                     old.b_E.copy_(new.b_E)
                 new = old
@@ -265,14 +273,14 @@ class _Reuse(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        embedding_S: Tensor,
+        embedding: Tensor,
         W_ED: Tensor,
         b_E: Tensor | None,
-        active_H: Tensor,
+        active: Tensor,
         w1_HS: Tensor,
         w2_HP: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(active_H)
+        ctx.save_for_backward(active)
         # not saved tensors: hooks that offload activations would move them
         ctx.w1_HS, ctx.w2_HP = (
             w1_HS,
@@ -283,9 +291,9 @@ class _Reuse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_W_ED: Tensor, grad_b_E: Tensor | None) -> tuple[Tensor | None, ...]:
-        (active_H,) = ctx.saved_tensors
+        (active,) = ctx.saved_tensors
         return (
-            transposed(grad_W_ED, grad_b_E, active_H, ctx.w1_HS, ctx.w2_HP.t()),
+            transposed(grad_W_ED, grad_b_E, active, ctx.w1_HS, ctx.w2_HP.t()),
             None,
             None,
             None,

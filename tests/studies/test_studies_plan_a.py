@@ -15,16 +15,18 @@ from megatron_hyperrouter.commands.studies.compare import Study, read_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = (ROOT / "results/plan_a/repeat.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+SCORED = re.search(r"^scored=\((.*)\)$", SCRIPT, re.M)[1]
 LINES = [line.strip() for line in SCRIPT.splitlines() if line.strip().startswith("mhr compare")]
 
 
 def study(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
     monkeypatch.chdir(ROOT)
-    words = shlex.split(line.replace("$jobs", "1").replace("$out", str(tmp_path)).replace("$k", "4"))
+    line = line.replace('"${scored[@]}"', SCORED).replace("$jobs", "1").replace("$out", str(tmp_path))
+    words = shlex.split(re.sub(r"\$\{SEEDS:-(\d)\}", r"\1", line).replace("$k", "4"))
     return Study.of(*read_flags(words[2:]))
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: re.search(r"(A\d)\.yaml", line)[1])
+@pytest.mark.parametrize("line", LINES, ids=lambda line: re.search(r"(A\w+)\.routers\.yaml", line)[1])
 def test_every_block_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = study(line, monkeypatch, tmp_path)
     assert found.comparisons and all(each.topk in found.topks for each in found.comparisons)
@@ -47,7 +49,7 @@ def test_scales_of_block_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_the_readme_promises_nothing_that_is_not_there() -> None:
     text = (ROOT / "results/README.md").read_text(encoding="utf-8")
-    for block in ("A1", "A2", "A3", "A4"):
+    for block in ("A1", "A1b", "A2", "A3", "A4"):
         assert f"\n{block}() {{" in SCRIPT and f"| {block} |" in text
     assert "has not been run yet" in text
 
@@ -80,14 +82,14 @@ def test_every_block_can_be_repeated(tmp_path: Path) -> None:
     for _ in range(2):
         (tmp_path / "calls").unlink(missing_ok=True)
         subprocess.run(
-            ["bash", tmp_path / "results/plan_a/repeat.sh", "A1", "A2", "A3", "A4"],
+            ["bash", tmp_path / "results/plan_a/repeat.sh", "A1", "A1b", "A2", "A3", "A4"],
             env=os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"},
             check=True,
         )
         calls.append((tmp_path / "calls").read_text().splitlines())
     pages = [[line.split()[1:] for line in each if line.startswith("report")] for each in calls]
     assert pages[0] == pages[1]
-    assert [len(words) - 2 for words in pages[0]] == [1, 4, 1, 15]
+    assert [len(words) - 2 for words in pages[0]] == [1, 1, 4, 1, 15]
     assert all((tmp_path / folder).is_dir() for words in pages[0] for folder in words[:-2])
     tuned = [sum(line.startswith("finetune") for line in each) for each in calls]
     assert tuned == [15, 0]

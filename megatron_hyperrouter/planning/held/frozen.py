@@ -29,7 +29,8 @@ def frozen_of(config: RunConfig, vocab_size: int) -> Frozen:
         width = config.router.options.hypernet_width
         made = recipe.num_experts * (recipe.hidden_size + recipe.bias)
         network = float(_FLOAT32 * (width * (recipe.embedding_size + 1 + made) + made))
-        per_layer += _FLOAT32 * (made + width)  # the generated router of this step
+        embeddings = recipe.num_experts if config.router.options.per_expert_embedding else 1
+        per_layer += _FLOAT32 * (made + embeddings * width)  # this step's router, and its hidden units
         if recipe.name == "hypernet.model":
             return Frozen(per_layer, network)
         return Frozen(per_layer + network, 0.0)
