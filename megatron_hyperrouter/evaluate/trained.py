@@ -208,7 +208,7 @@ def add_model_flags(flags: ArgumentParser) -> None:
         help="run folder or Hugging Face folder",
     )
     flags.add_argument(
-        "--topk", type=int, nargs="+", metavar="K", help="active experts (default: those of the model)"
+        "--topk", type=int, nargs="+", metavar="K", help="numbers of active experts (default: the model's)"
     )
 
 
@@ -224,12 +224,13 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
     flags.add_argument(
         "--tokenizer-model",
         metavar="FILE",
-        help="where the tokenizer is now, if the checkpoint does not hold it (default: the checkpoint's own)",
+        help="tokenizer file, needed only if the checkpoint does not contain the tokenizer",
     )
     if data:
         flags.add_argument(
             "--data-path",
             nargs="+",
             metavar="P",
-            help="token files to use instead of the run's, or their new location",
+            help="prefixes of token files to use instead of the run's, or of the run's files if they have "
+            "moved",
         )

@@ -26,33 +26,40 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
 
 P = TypeVar("P", bound=Plan)
-EPILOG = """Any other flag goes to pretrain_gpt_hyperrouter.py, for all runs.
+EPILOG = """Any other flag is a setting of mhr train and applies to every run.
 
-On a cluster, from the folder that has examples/:
-  ... --dry-run | bash        writes the settings of each run that is not finished, prints its sbatch
-command, and submits it
-  ... --collect               later, the same command again: the table of the runs that are finished"""
+On a Slurm cluster, from the folder that contains examples/, add one of these flags to the command:
+  --dry-run | bash    writes the settings of each unfinished run, and submits one job for each
+  --collect           later: makes the tables from the runs that are finished by then"""
 
 
 def common_parser(study: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with the flags of both studies."""
     flags = parser(description, f"{epilog}\n{EPILOG}")
     flags.prog = f"{flags.prog} {study}"
-    flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
     flags.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="where runs, tables and the plot go"
+        "--config", required=True, metavar="FILE", help="YAML file with the settings of every run"
+    )
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots"
     )
     instead = flags.add_mutually_exclusive_group()
     instead.add_argument(
         "--dry-run",
         action="store_true",
-        help="start nothing: print a command for Slurm for each run that is not finished",
+        help="start nothing; print a Slurm command for each run that is not finished",
     )
     instead.add_argument(
-        "--collect", action="store_true", help="train nothing: the table of the runs that are finished"
+        "--collect",
+        action="store_true",
+        help="train nothing; make the tables from the runs that are finished",
     )
     flags.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster, for --dry-run (default: 8)"
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        metavar="N",
+        help="with --dry-run: GPUs in each node of the cluster (default: 8)",
     )
     return flags
 

@@ -1,10 +1,9 @@
-"""Train a grid of models with several seeds, score them alike, and fit L = E + A / N^alpha + B / D^beta.
+"""Train a grid of models with several seeds, score them, and fit L = E + A / N^alpha + B / D^beta.
 
---output gets a folder for each run, runs.csv (a row for each run), table.csv and table.md (mean and
-  half of the 95 % t-interval over
-seeds), fit.json and scaling.png.  The same command again goes on after an interruption: finished runs are
-kept, others continue from their last checkpoint (--save-interval says how often there is one), and the
-fit is made anew.
+--output gets a folder for each run, runs.csv (one row per run), table.csv and table.md (mean over seeds, and
+half of the 95 % t-interval), fit.json and scaling.png.  After an interruption, run the same command again:
+finished runs are kept, the others continue from their last checkpoint (--save-interval), and the fit is
+repeated.
 """
 
 from __future__ import annotations
@@ -45,21 +44,24 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
-EPILOG = """An axis is a setting and its values; joined by commas, several settings move together:
-  --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000 --axis router.name
-topk hyper or, in a file for --axes, a list of settings for each value of an axis:
+EPILOG = """\
+An axis is a setting with its values.  Several settings, joined by commas, change together:
+  --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000
+  --axis router.name topk hyper
+The file of --axes has the same as YAML: for each axis, values or mappings of settings:
   width:
     - {hidden_size: 64, moe_ffn_hidden_size: 96}
     - {hidden_size: 128, moe_ffn_hidden_size: 192}
   num_experts: [4, 8, 16]
 
-N: the trained parameters, or those that a token is multiplied with when it goes to k experts (an input
-embedding that is no output matrix is not).  D: the tokens that a run has trained on.  FLOPs: 6 for each
-active parameter and token, with the k of each step, and 12 for each channel of attention and each position
-that a token sees, (S + 1) / 2 on average; recomputed activations, the optimizer and what a method computes
-beyond its routing are not counted. A term is fitted where its size varies, over all runs that agree in the
-axes of --curve-for; with fewer different sizes than parameters + 1 there is no fit.  Intervals hold 95 % of
-the curves through resampled residuals."""
+N is the number of trainable parameters: with --size active, those that a token is multiplied with when it
+uses k experts (an input embedding that is not tied to the output is not one of them).  D is the number of
+tokens trained on.  FLOPs: 6 per active parameter and token, at the k of each step, plus 12 per attention
+channel and position that a token sees, which is (S + 1) / 2 on average.  Recomputed activations, the
+optimizer and what a method computes beyond routing are not counted.  A term is fitted if its size varies,
+over all runs with the same values of the --curve-for axes.  A fit needs at least one more different size than it has
+parameters.  Intervals contain 95 % of the curves through resampled residuals.
+"""
 SIZES = ("active", "total")
 
 
@@ -112,18 +114,22 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         action="append",
         default=[],
         metavar="WORD",
-        help="a setting, then its values; see below",
+        help="name of a setting, then its values; see below",
     )
-    flags.add_argument("--axes", metavar="FILE", help="axes (YAML), see below")
+    flags.add_argument("--axes", metavar="FILE", help="YAML file of axes, see below")
     flags.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="runs of each model: --seed, + 1, ... (default: 3)"
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of runs of each model, with the seeds --seed, --seed + 1, ... (default: 3)",
     )
     flags.add_argument(
         "--topk-eval",
         type=int,
         nargs="+",
         metavar="K",
-        help="active experts to score with (default: the k of the run)",
+        help="numbers of active experts to score with (default: the final k of training)",
     )
     flags.add_argument(
         "--score", choices=("test", "valid"), default="test", help="split to score (default: test)"
@@ -132,32 +138,38 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--score-iters",
         type=int,
         metavar="N",
-        help="global batches of it, of another order for each seed (default: all of it)",
+        help="number of global batches to score, in a different order for each seed (default: the whole "
+        "split)",
     )
     flags.add_argument(
-        "--size", choices=SIZES, default="active", help="which parameters are N (default: active)"
+        "--size",
+        choices=SIZES,
+        default="active",
+        help="parameters to count as N: those that a token uses (active), or all (total) (default: active)",
     )
     flags.add_argument(
         "--curve-for",
         nargs="+",
         default=[],
         metavar="SETTING",
-        help="a curve for each value of these axes (always: those of words)",
+        help="fit a separate curve for each value of these axes (always for axes whose values are words)",
     )
     flags.add_argument(
         "--resamples",
         type=int,
         default=1000,
         metavar="N",
-        help="resampled curves for the intervals (default: 1000)",
+        help="number of resampled curves for the intervals (default: 1000)",
     )
-    flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    flags.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at the same time (default: 1)"
+    )
     flags.add_argument(
         "--ranks",
         type=int,
         default=1,
         metavar="N",
-        help="ranks of each run; with 1 the layout in --config is not taken over (default: 1)",
+        help="number of ranks of each run; with 1, layout settings in --config are ignored (default: 1)",
     )
     args, line = read_common(
         flags, arguments, ("seeds", "topk_eval", "score_iters", "resamples", "jobs", "ranks")

@@ -1,11 +1,10 @@
-"""Time the same model on more and more ranks: step time, tokens per second, and efficiency against the
+"""Time the same model on more and more ranks: step time, tokens per second, and efficiency relative to the
 fewest ranks.
 
-Every row is a number of ranks and a layout, run --repeats times; rows take turns, so that what slows the
-machine slows all of them.
---output gets a folder for each run, runs.csv, table.csv and table.md (medians over the steps of a run,
-  mean and half of the 95 %
-t-interval over its repetitions) and speed.png.  The same command again goes on after an interruption.
+Each row of the table is a number of ranks and a layout, and runs --repeats times.  The rows take turns, so
+that a slow spell of the machine affects all of them.  --output gets a folder for each run, runs.csv,
+table.csv and table.md (medians over the steps of a run; mean over repetitions and half of the 95 % t-interval), and
+speed.png.  After an interruption, run the same command again to continue.
 """
 
 from __future__ import annotations
@@ -42,18 +41,20 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.verify.differences import Layout
 
-EPILOG = """A layout: tp, pp, vpp, cp, ep, etp, dp, zero with their sizes, and settings by name, joined by
-commas ("" for data-parallel ranks alone); it runs on each of --ranks, the ranks that it does not need being
-data-parallel. One that the settings rule out is shown with the reason.  Without --layouts the one in
---config is used, without --ranks as few ranks as each layout needs.
+EPILOG = """\
+A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp, dp and zero with their
+sizes, and settings by name ("" is plain data parallelism).  It runs on each number of --ranks; ranks that it
+does not need are data-parallel.  A layout that the settings rule out is shown with the reason.  Without
+--layouts, the layout in --config is used; without --ranks, each layout runs on as few ranks as it needs.
 
-weak: --global-batch-size (default: one micro-batch for each data-parallel rank) is that of the fewest
-ranks, and grows with the ranks. strong: it is the same on all ranks.
-Efficiency: tokens per second and rank against the first row of the fewest ranks, repetition by repetition.
-Data: share of a step's time in which rank 0 waited for its batch.
+--scaling weak: the global batch size grows with the ranks.  --global-batch-size (default: one micro-batch per
+data-parallel rank) is that of the fewest ranks.  --scaling strong: it is the same for all numbers of ranks.
+Efficiency is the number of tokens per second and rank, relative to the first row with the fewest ranks, for
+each repetition.  Data is the fraction of the step time in which rank 0 waited for its batch.
 
-Here k does not grow, the learning rate is constant and nothing is evaluated; the checkpoint that a run ends
-with is removed."""
+In these runs k is constant, the learning rate is constant, nothing is evaluated, and the final checkpoint is
+removed.
+"""
 QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}
 OURS = ("--train-iters", *map(flag, QUIET))
 
@@ -109,19 +110,26 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this study, and those of the program."""
     flags = common_parser("speed", str(__doc__), EPILOG)
-    flags.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks")
-    flags.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="see below")
+    flags.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks to time")
+    flags.add_argument(
+        "--layouts", nargs="+", default=[], metavar="LAYOUT", help="layouts to time, see below"
+    )
     flags.add_argument(
         "--scaling",
         choices=("weak", "strong"),
         default="weak",
-        help="what the ranks share, see below (default: weak)",
+        help="whether the global batch size grows with the ranks (weak) or is the same for all (strong) "
+        "(default: weak)",
     )
     flags.add_argument(
         "--steps", type=int, default=20, metavar="N", help="steps to time in each run (default: 20)"
     )
-    flags.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
-    flags.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each row (default: 3)")
+    flags.add_argument(
+        "--warmup", type=int, default=5, metavar="N", help="steps to run before the timed ones (default: 5)"
+    )
+    flags.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="number of runs of each row (default: 3)"
+    )
     args, line = read_common(flags, arguments, ("ranks", "steps", "warmup", "repeats"), OURS)
     if taken := [
         name for name in line.flags if args.layouts and name.removeprefix("--").replace("-", "_") in LAYOUT

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 tools/doctor.py               all GPUs of a machine
     srun -N 8 --ntasks-per-node 8 python tools/doctor.py      the first step of a job
 
-Each line is ok, a note, or a fault with its remedy. Exit status: 0, or 5 where there is a fault.
+Each line is ok, a note, or a fault with its remedy. Exit status: 0, or 5 if there is a fault.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def main(arguments: Sequence[str]) -> None:
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="run folder to test (default: this folder)",
+        help="run folder to test (default: the current folder)",
     )
     add(
         "--checkpoint-gb",
         type=float,
         metavar="X",
-        help="size of one checkpoint; three must fit (default: the newest in the run folder)",
+        help="size of one checkpoint in GB; the disk must have space for three (default: size of the "
+        "newest checkpoint in the run folder)",
     )
     args = flags.parse_args(arguments)
     if args.checkpoint_gb is not None and not args.checkpoint_gb > 0:

@@ -1,11 +1,11 @@
-"""Find the layouts of a model that fit on a number of GPUs, fastest first, before you have the GPUs.
+"""Find the parallel layouts with which a model fits on a number of GPUs, fastest first. No GPU is needed.
 
   mhr plan --config FILE.yaml --gpus 64
   mhr plan --config FILE.yaml --gpus 1024 --per-node 8 --gpu-memory 80 --dry-run 3 --json plan.json
 
-Formulas rank every layout of both engines that the program's own rules allow: parameters, memory by part,
-and predicted step time. --dry-run K then builds the real engine for the best K in one process without real
-tensors, and takes two steps.
+The command predicts parameters, memory and step time of every layout that the program accepts, on both
+engines, and ranks them. --dry-run K then builds the real engine for the best K layouts, in one process and
+without allocating tensors, and takes two steps.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.planning.machine import Machine
 
-EPILOG = """Any other flag is a setting of the program. Layout settings in --config are ignored: the command
+EPILOG = """\
+Any other flag is a setting of mhr train. Layout settings in --config are ignored, because the command
 tries all layouts. --engine limits it to one engine.
 
-A layout keeps the global batch (default: --micro-batch-size x --gpus). Full recomputation, ZeRO stage, the
-distributed optimizer, interleaved pipeline stages and a smaller micro-batch are tried for each layout; the
-fastest choice that fits is shown.
+All layouts have the same global batch size (default: --micro-batch-size x --gpus). For each layout the
+command also tries full recomputation, ZeRO stages, the distributed optimizer, interleaved pipeline stages
+and smaller micro-batches, and shows the fastest choice that fits.
 
-Exit status: 0 some layout fits, 1 none fits, 2 settings that cannot run."""
+Exit status: 0 some layout fits, 1 no layout fits, 2 settings that cannot run."""
 _ASSUMED_IDS = 65_536
 
 
@@ -64,44 +65,52 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     """The flags of this command, and those of the program."""
     flags = parser(str(__doc__), EPILOG)
-    flags.add_argument("--config", required=True, metavar="FILE", help="settings of the run (YAML)")
-    flags.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    flags.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file with the settings of the run"
+    )
+    flags.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     flags.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs per node (default: 8)")
     flags.add_argument(
         "--gpu-memory", type=float, default=80.0, metavar="GB", help="memory per GPU in GB (default: 80)"
     )
     flags.add_argument(
-        "--dry-run", type=int, default=0, metavar="K", help="check the best K with the real engine"
+        "--dry-run",
+        type=int,
+        default=0,
+        metavar="K",
+        help="build the best K layouts with the real engine (default: 0)",
     )
     flags.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all layouts, also the refused ones, to FILE"
+        "--json", type=Path, metavar="FILE", help="write all layouts to FILE, including the refused ones"
     )
-    flags.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
+    flags.add_argument(
+        "--top", type=int, default=10, metavar="N", help="number of layouts to show (default: 10)"
+    )
     flags.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="constants of the machine, as mhr scaling speed measures them",
+        help="JSON file with the speed of this machine, written by mhr scaling speed",
     )
     flags.add_argument(
         "--gpu-tflops",
         type=float,
         metavar="X",
-        help="sustained TFLOP/s per GPU (default: 396, 40 %% of an H100)",
+        help="TFLOP/s that one GPU sustains (default: 396, 40 %% of an H100)",
     )
     flags.add_argument(
         "--skew",
         type=float,
         default=1.3,
         metavar="X",
-        help="imbalance of experts: load of the busiest rank / mean (default: 1.3)",
+        help="load of the busiest expert-parallel rank divided by the mean load (default: 1.3)",
     )
     flags.add_argument(
         "--reserve",
         type=float,
         default=2.5,
         metavar="GB",
-        help="memory per GPU for CUDA and NCCL (default: 2.5)",
+        help="GB of memory per GPU to keep free for CUDA and NCCL (default: 2.5)",
     )
     args, rest = flags.parse_known_args(arguments)
     for name, least in (("gpus", 1), ("per_node", 1), ("top", 1), ("dry_run", 0), ("skew", 1)):

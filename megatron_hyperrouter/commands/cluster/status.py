@@ -1,7 +1,7 @@
 """Show the state of a run: running, stopped, finished, failed or hung; step, speed, ETA, last save, restarts.
 
-It reads the files in the run folder alone, so it works on any machine that sees the folder. A job script
-asks with --after-exit whether it should start the run again; exit status 0 then means yes, and 1 no.
+It only reads the files in the run folder, so it works on any machine that can read them. A job script uses
+--after-exit to ask whether to start the run again: exit status 0 means yes, 1 means no.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         "--after-exit",
         type=int,
         metavar="STATUS",
-        help="exit status of the launcher: say whether a restart helps",
+        help="say whether to start the run again after its launcher ended with STATUS",
     )
     args = flags.parse_args(arguments)
     if args.after_exit is not None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
-Each line is {"text": ..., "source": path below the folder}.  Left out: hidden entries, links, __pycache__,
-site-packages, dist-packages, and files that are binary, blank or not UTF-8.  The order is that of the
-SHA-256 of the paths: the same everywhere, and mixed, so that the last documents, which a split takes for
-its test, are a fair sample of the whole. """
+Each line is {"text": ..., "source": path below the folder}.  Skipped are hidden files and folders, links,
+__pycache__, site-packages, dist-packages, and files that are binary, blank or not UTF-8.  Documents are
+sorted by the SHA-256 of their paths.  This order is the same on every machine and mixes all folders, so that
+the last documents, which a split uses as its test part, represent the whole corpus."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,7 +20,10 @@ def main(arguments: Sequence[str]) -> None:
 
     flags = parser(__doc__ or "", EPILOG)
     flags.add_argument(
-        "--output", required=True, metavar="FILE.jsonl", help="output file, written atomically"
+        "--output",
+        required=True,
+        metavar="FILE.jsonl",
+        help="JSON lines file to write; it gets this name once it is complete",
     )
     flags.add_argument(
         "--root", metavar="DIR", help="folder to search (default: the Python standard library's sources)"
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         "--max-bytes",
         type=int,
         metavar="N",
-        help="stop before the document that would make FILE.jsonl longer than N bytes",
+        help="stop before the first document that would make FILE.jsonl longer than N bytes",
     )
     args = flags.parse_args(arguments)
     with Bar("make_corpus", "files") as bar:

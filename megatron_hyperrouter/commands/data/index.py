@@ -1,9 +1,9 @@
-"""Build the index files of a run ahead of it, away from the cluster: the run finds them and starts at once.
+"""Build the index files of a run in advance, on any machine that can read the data, so that it starts fast.
 
-Takes the flags of pretrain_gpt_hyperrouter.py; only those about data, seed, sequence length, batch size and
-steps matter, and --load for a run that continues from a checkpoint.  Files lie where the run looks for them:
-in --data-cache-path, or else in cache/hyperrouter beside the data, or else, where that cannot be written, in
-index-cache of the --run-dir; an index is rebuilt when a token file's modification time changes.
+Takes the flags of mhr train.  Only those for data, seed, sequence length, batch size and steps matter, and
+--load for a run that resumes.  The files go where the run looks for them: to --data-cache-path; without it to
+cache/hyperrouter next to the data, or to index-cache in --run-dir if that folder is not writable.  An index
+is rebuilt when the modification time of a token file changes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, build, say what was built."""
-    flags = parser(__doc__ or "", epilog="all other flags: python pretrain_gpt_hyperrouter.py --help")
-    flags.add_argument("--config", metavar="FILE", help="YAML file of the run")
+    flags = parser(__doc__ or "", epilog="All other flags: mhr train --help")
+    flags.add_argument("--config", metavar="FILE", help="YAML file with the settings of the run")
     flags.add_argument(
         "--world-size",
         type=int,
         default=1,
         metavar="N",
-        help="ranks of the run; matters without --global-batch-size",
+        help="number of ranks of the run, needed only without --global-batch-size (default: 1)",
     )
     args, others = flags.parse_known_args(arguments)
     if args.world_size < 1:

@@ -14,19 +14,19 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_from
 
     flags = parser(__doc__ or "")
-    flags.add_argument("prefix", metavar="P", help="path of the files without .bin or .idx")
+    flags.add_argument("prefix", metavar="P", help="path of the files, without .bin or .idx")
     add_tokenizer_flags(flags, required=False)
     flags.add_argument(
         "--tokens",
         type=int,
         default=64,
         metavar="N",
-        help="how many of the first tokens to show (default: 64)",
+        help="number of tokens to show, from the first one on (default: 64)",
     )
     flags.add_argument(
         "--verify",
         action="store_true",
-        help="compare counts, sizes and checksums with P.manifest.json; status 3 if they differ",
+        help="compare counts, sizes and checksums with P.manifest.json; exit status 3 if they differ",
     )
     args = flags.parse_args(arguments)
     tokenizer = tokenizer_from(tokenizer_options(args)) if args.tokenizer_type else None

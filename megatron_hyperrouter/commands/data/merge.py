@@ -1,4 +1,4 @@
-"""Join the shards that mhr preprocess --shard I/N has made on several machines."""
+"""Join the shards that mhr preprocess --shard I/N wrote on several machines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
-Reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 .. N and each KEY, and writes
-P_KEY_document.*, byte for byte what one run over all inputs writes.  Checksums are compared with the
-manifests on the way. """
+Reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 to N and each KEY, and compares
+them with the checksums in the manifests.  Writes P_KEY_document.*, byte for byte what one run over all inputs
+would write."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,9 +19,11 @@ def main(arguments: Sequence[str]) -> None:
 
     flags = parser(__doc__ or "", EPILOG)
     flags.add_argument(
-        "prefix", metavar="P", help="the --output-prefix that was given to mhr preprocess on each machine"
+        "prefix",
+        metavar="P",
+        help="the --output-prefix of mhr preprocess, which was the same on each machine",
     )
-    flags.add_argument("--remove-shards", action="store_true", help="remove the shards once all is joined")
+    flags.add_argument("--remove-shards", action="store_true", help="delete the shards after joining them")
     args = flags.parse_args(arguments)
     with Bar("mhr merge") as bar:
         written = merge(args.prefix, remove_shards=args.remove_shards, progress=bar.update)

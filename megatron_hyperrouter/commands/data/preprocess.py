@@ -11,21 +11,22 @@ from megatron_hyperrouter.commands.data.tokenizer_flags import add_tokenizer_fla
 from megatron_hyperrouter.terminal import Bar, Stopped, counted, parser
 
 EPILOG = """\
-Writes P_KEY_document.bin and .idx for each key, byte for byte what Megatron-LM's preprocess_data.py writes
-from the same tokenizer, and P_KEY_document.manifest.json with counts and checksums, which mhr inspect
---verify compares.
+For each KEY the command writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's
+preprocess_data.py writes with the same tokenizer.  P_KEY_document.manifest.json has counts and checksums for
+mhr inspect --verify.
 
-A name that ends in .jsonl, .json or .ndjson (before .gz or .zst) is JSON lines: each line one document,
-blank lines skipped; a value is a string, or a list of strings that become sequences of one document.  A
-name that ends in .txt is plain text: the file is one document, stored as sequences of at most 64 KiB of
-text, cut at line ends.  A name that ends in .parquet is a table: each row one document, KEY a column.  Any
-other file is JSON lines if it starts with "{".
+The name of an input file, without .gz or .zst, decides how it is read:
+  .jsonl, .json, .ndjson   JSON lines: each line is a document; blank lines are skipped.  The value of KEY is
+                           a string, or a list of strings, which become the sequences of one document.
+  .txt                     plain text: the file is one document, split at line ends into sequences of at most
+                           64 KiB.
+  .parquet                 a table: each row is a document, and KEY is a column.
+  any other                JSON lines if the file begins with "{", else plain text.
 
-Output has temporary names (.partial) until all of it is written.  Progress is saved every --save-seconds
-(P.journal): after a kill, a signal, a full disk or a line that cannot be used, the same command continues
-from there, and the output is the same.  On N machines: --shard 1/N to N/N with the same inputs and prefix,
-then mhr merge P.  Token ids are uint16 for a vocabulary below 65500, otherwise int32.
-"""
+Output files have temporary names (.partial) until they are complete.  Progress is saved to P.journal every
+--save-seconds.  After a kill, a signal, a full disk or an unusable line, the same command continues from the
+last save; the output is the same.  On N machines, run --shard 1/N to --shard N/N with the same inputs and
+prefix, then mhr merge P.  Token ids are stored as uint16 for a vocabulary below 65500, else as int32."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,60 +76,65 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs",
+        help="files of JSON lines or plain text (also as .gz and .zst) or Parquet, or glob patterns",
     )
     flags.add_argument(
-        "--output-prefix", required=True, metavar="P", help="path of the output without _KEY_document.bin"
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="start of the path of the output files, P_KEY_document.bin and .idx",
     )
     flags.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys to take from each line (default: text)",
+        help="JSON keys or Parquet columns to tokenize, each into a separate pair of files (default: text)",
     )
     add_tokenizer_flags(flags, required=True)
     flags.add_argument(
-        "--append-eod", action="store_true", help="end each document with the end-of-document token"
+        "--append-eod", action="store_true", help="add the end-of-document token to each document"
     )
     flags.add_argument(
         "--tokenizer-backend",
         default="auto",
         choices=BACKENDS,
-        help="library that encodes; changes no byte of the output (default: auto, the fastest that is "
-        "installed and gives the same ids)",
+        help="library that tokenizes; the output is the same with each (default: auto, the fastest "
+        "installed one that gives the same ids)",
     )
     flags.add_argument(
         "--workers",
         type=int,
         default=1,
         metavar="N",
-        help="processes that encode (default: 1); changes no byte of the output",
+        help="number of tokenizing processes; does not change the output (default: 1)",
     )
     flags.add_argument(
         "--shard",
         metavar="I/N",
-        help="do only part I of N (counted from 1), and write P.shard-I-of-N_KEY_document.*",
+        help="process only part I of N (counting from 1) into P.shard-I-of-N_KEY_document.*",
     )
-    flags.add_argument("--partitions", type=int, metavar="N", help="the N of --shard, if that gives only I")
+    flags.add_argument(
+        "--partitions", type=int, metavar="N", help="number of parts N, if --shard gives only I"
+    )
     flags.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
-        help="stop: end at the first line that cannot be used, and keep what was saved (default); skip: "
-        "leave such lines out, and report how many there were",
+        help="at a line that cannot be used: stop, keeping what was saved; or skip the line and report "
+        "how many were skipped (default: stop)",
     )
     flags.add_argument(
         "--overwrite",
         action="store_true",
-        help="discard what an unfinished run has left, instead of continuing it",
+        help="discard the progress of an unfinished run instead of continuing it",
     )
     flags.add_argument(
         "--save-seconds",
         type=float,
         default=SAVE_SECONDS,
         metavar="S",
-        help=f"time between two saves (default: {SAVE_SECONDS:g})",
+        help=f"seconds between saves of the progress (default: {SAVE_SECONDS:g})",
     )
     return flags.parse_args(arguments)
 

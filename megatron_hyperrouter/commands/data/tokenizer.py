@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, parser
 
 EPILOG = """\
-Words are cut as in GPT-2; <|endoftext|> has id 0. The same input gives the same file, byte for byte.
-"""
+Words are split as in GPT-2; <|endoftext|> has id 0. The same input gives the same file, byte for byte."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,30 +25,33 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON lines, plain text (both also .gz and .zst), Parquet; or globs",
+        help="files of JSON lines or plain text (also as .gz and .zst) or Parquet, or glob patterns",
     )
     flags.add_argument(
         "--vocab-size",
         type=int,
         required=True,
         metavar="N",
-        help="token ids, at least 257: bytes, merges, <|endoftext|>",
+        help="number of token ids, at least 257: 256 bytes, <|endoftext|>, and the merges",
     )
     flags.add_argument(
-        "--output", required=True, metavar="tokenizer.json", help="output file, written atomically"
+        "--output",
+        required=True,
+        metavar="tokenizer.json",
+        help="tokenizer file to write; it gets this name once it is complete",
     )
     flags.add_argument(
         "--json-key",
         "--json-keys",
         default="text",
         metavar="KEY",
-        help="key that holds the text (default: text)",
+        help="JSON key or Parquet column that contains the text (default: text)",
     )
     flags.add_argument(
         "--max-bytes",
         type=int,
         metavar="N",
-        help="train on the first N bytes of text only (default: on all of it)",
+        help="train on only the first N bytes of text (default: all)",
     )
     args = flags.parse_args(arguments)
     inputs = expand(args.input)

@@ -19,13 +19,13 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         "--tokenizer-type",
         required=required,
         choices=TEXT_TOKENIZER_TYPES,
-        help="ByteTokenizer makes each byte a token; the others need the tokenizer's file",
+        help="type of the tokenizer; ByteTokenizer makes each byte a token, the others read a file",
     )
     group.add_argument(
         "--tokenizer-model",
         metavar="FILE",
-        help="the tokenizer's file; for HuggingFaceTokenizer also a folder with a tokenizer.json, or the "
-        "name of a model on the Hugging Face hub",
+        help="tokenizer file; for HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a "
+        "model on the Hugging Face hub",
     )
     group.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: vocab.json")
     group.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: merges.txt")
@@ -33,7 +33,7 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
     group.add_argument(
         "--eod-token",
         metavar="TOKEN",
-        help="token that ends a document (default: the one that the tokenizer's own files name)",
+        help="token that ends a document (default: the one named in the tokenizer's files)",
     )
     defaults = TokenizerOptions("")
     group.add_argument(
@@ -48,14 +48,15 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         type=int,
         default=number,
         metavar="N",
-        help=f"TikTokenizer: ids before those of the file (default: {number})",
+        help="TikTokenizer: number of special tokens, whose ids come before the ids in the file "
+        f"(default: {number})",
     )
     group.add_argument(
         "--tokenizer-special-tokens",
         nargs="+",
         default=(),
         metavar="TOKEN",
-        help="TikTokenizer: names of its first ids (default: Megatron-LM's)",
+        help="TikTokenizer: names of the first special tokens (default: the names in Megatron-LM)",
     )
 
 

@@ -1,7 +1,8 @@
 """Average checkpoints of a run into a new run folder for evaluate, generate, export-hf and train --finetune.
 
-The steps are named, or the last N are taken; the weights are equal, given, or those of an exponential moving
-average.  average_certificate.json in the new folder says what went in.
+Name the checkpoints with --steps, or take the newest ones with --last.  Their weights are equal, given by
+--weights, or those of an exponential moving average (--ema).  average_certificate.json in the new folder
+lists what was averaged.
 """
 
 from __future__ import annotations
@@ -125,15 +126,21 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags = parser(__doc__ or "")
     add = flags.add_argument
     add("--load", type=run_path, required=True, metavar="RUN_DIR", help="run folder, or its checkpoints/")
-    add("--output", type=Path, required=True, metavar="RUN", help="the run folder to write")
+    add("--output", type=Path, required=True, metavar="RUN", help="run folder to write")
     add("--steps", type=int, nargs="+", metavar="N", help="steps of the checkpoints to average")
-    add("--last", type=int, metavar="N", help="average the last N checkpoints instead")
-    add("--weights", type=float, nargs="+", metavar="W", help="weights, oldest first (default: equal)")
+    add("--last", type=int, metavar="N", help="average the newest N checkpoints")
+    add(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="weight of each checkpoint, oldest first (default: equal weights)",
+    )
     add(
         "--ema",
         type=float,
         metavar="DECAY",
-        help="exponential weights: each older checkpoint counts DECAY times the next",
+        help="exponential moving average: each checkpoint counts DECAY times as much as the next newer one",
     )
     args = flags.parse_args(arguments)
     if (args.steps is None) == (args.last is None):

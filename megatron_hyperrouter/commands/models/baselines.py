@@ -1,8 +1,8 @@
-"""Compare a model's scores with the unigram and bigram baselines of the same tokens.
+"""Compare a run's scores with unigram and bigram baselines on the same tokens.
 
-Fits both baselines on the training part of the run's data, scores them on the targets that mhr evaluate
-scored in one process, and prints a table in bits per byte.  With --eod-mask-loss neither model nor baselines
-count what follows a document's end.
+Fits both baselines to the training split of the run's data, scores them on the tokens that mhr evaluate
+scored in one process, and prints a table in bits per byte.  With --eod-mask-loss neither the model nor the
+baselines are scored on the first token of a document.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def main(arguments: Sequence[str]) -> None:
         type=Path,
         required=True,
         metavar="FILE.json",
-        help="what mhr evaluate wrote, for the test split",
+        help="results of mhr evaluate for the test split",
     )
-    flags.add_argument("--output", type=Path, metavar="FILE.json", help="write the table's numbers here, too")
+    flags.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="also write the table's numbers to this JSON file"
+    )
     args = flags.parse_args(arguments)
 
     from megatron_hyperrouter.data.stream.dataset import build_splits

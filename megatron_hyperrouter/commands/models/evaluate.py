@@ -1,8 +1,8 @@
-"""Score a trained model at several k: what routing each token to fewer or more experts costs.
+"""Score a trained run at several k: how does the loss change if each token uses fewer or more experts?
 
 Writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to --output and a
-table to stdout.  Perplexity is for each token; where the manifests of the data count words, "word_perplexity"
-has that for each word by k.  Runs in one process, or under torchrun or deepspeed on several ranks.
+table to stdout.  Perplexity is per token.  If the manifests of the data count words, "word_perplexity" gives
+the perplexity per word for each k.  Runs in one process, or on several ranks under torchrun or deepspeed.
 """
 
 from __future__ import annotations
@@ -129,31 +129,39 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags = parser(__doc__ or "")
     add_run_flags(flags)
     flags.add_argument(
-        "--topk", type=int, nargs="+", required=True, metavar="K", help="active experts, one or several"
+        "--topk",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="K",
+        help="numbers of active experts to score with",
     )
     flags.add_argument(
-        "--split", choices=("train", "valid", "test"), help="which part of the data (default: test)"
+        "--split", choices=("train", "valid", "test"), help="split of the data to score (default: test)"
     )
     flags.add_argument(
         "--eval-iters",
         type=int,
         metavar="N",
-        help="global batches of the run, as in training (default: the whole split)",
+        help="number of the run's global batches to score (default: the whole split)",
     )
     flags.add_argument(
         "--eval-stride",
         type=int,
         metavar="S",
-        help="score overlapping windows: each begins S tokens after the one before, and only its last S "
-        "tokens count, so that every token has a long context (default: windows do not overlap)",
+        help="score overlapping windows: each starts S tokens after the one before and counts only its "
+        "last S tokens, so that every token has a long context (default: no overlap)",
     )
     flags.add_argument(
         "--calibrate-k",
         action="store_true",
-        help="also score with the output of each MoE layer scaled to its size at the k that training ended "
-        "with; the scales come from a batch of training data, the scores stand under calibrated",
+        help="also score with each MoE layer's output rescaled to its size at the final k of training; "
+        "the scales are measured on a batch of training data, and these scores are written as "
+        '"calibrated"',
     )
-    flags.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results"
+    )
     args = flags.parse_args(arguments)
     if args.eval_iters is not None and args.eval_iters < 1:
         flags.error("--eval-iters must be at least 1")

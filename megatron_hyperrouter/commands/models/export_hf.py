@@ -1,9 +1,9 @@
 """Write a trained run as a Hugging Face folder, with a certificate that transformers computes the same model.
 
-The router is folded into a plain matrix, and the class of transformers follows from the run's settings.  The
-proof runs transformers in a process of its own and compares logits, choices of experts and losses for several
-k; a proof out of bounds leaves FOLDER.failed and ends with status 4.  --verify FOLDER checks a copy, with the
-standard library alone; --numbers runs transformers again, too.
+The router becomes a plain matrix, and the run's settings decide which model class of transformers is used.
+The proof runs transformers in a separate process and compares logits, chosen experts and losses at several k.
+If they differ too much, the folder is named FOLDER.failed and the exit status is 4.  --verify FOLDER checks
+an existing folder with the Python standard library alone; --numbers also runs transformers again.
 """
 
 from __future__ import annotations
@@ -185,8 +185,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags = parser(__doc__ or "")
     add = flags.add_argument
     add("--load", type=run_path, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
-    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is, if the checkpoint has none")
-    add("--output", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="tokenizer file, needed only if the checkpoint does not contain the tokenizer",
+    )
+    add("--output", type=Path, metavar="FOLDER", help="folder to write; it must not exist")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -197,30 +201,41 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--topk",
         type=int,
         metavar="K",
-        help="active experts by default (default: the k that training ended with)",
+        help="number of active experts that the folder uses by default (default: the final k of training)",
     )
     add(
-        "--max-shard-size", type=size, default=size("5GB"), metavar="SIZE", help="largest file (default: 5GB)"
+        "--max-shard-size",
+        type=size,
+        default=size("5GB"),
+        metavar="SIZE",
+        help="largest size of one file of weights (default: 5GB)",
     )
     add(
         "--custom-code",
         action="store_true",
-        help="add modeling code for a router that transformers lacks",
+        help="add modeling code for a router that transformers does not have",
     )
-    add("--license", metavar="NAME", help="license of the model card, such as apache-2.0")
+    add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k in the proof (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=4, metavar="N", help="samples in the proof (default: 4)")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare at (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=4, metavar="N", help="number of samples to compare (default: 4)")
     add(
         "--proof-data",
         nargs="+",
         metavar="P",
-        help="token files for the proof (default: the run's test split)",
+        help="token files to take the samples from (default: the run's test split)",
     )
-    add("--gguf", type=Path, metavar="FILE", help="also write the weights for llama.cpp")
-    add("--python", metavar="FILE", help="Python that has transformers (default: this one)")
-    add("--verify", type=Path, metavar="FOLDER", help="compare a folder with its certificate instead")
-    add("--numbers", action="store_true", help="with --verify: run transformers and compare losses, too")
+    add("--gguf", type=Path, metavar="FILE", help="also write the weights to FILE for llama.cpp")
+    add(
+        "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
+    )
+    add(
+        "--verify",
+        type=Path,
+        metavar="FOLDER",
+        help="check FOLDER against its certificate, instead of writing a folder",
+    )
+    add("--numbers", action="store_true", help="with --verify: also run transformers and compare losses")
     args = flags.parse_args(arguments)
     _check_together(flags, args)
     return args

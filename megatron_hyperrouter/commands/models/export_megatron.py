@@ -1,9 +1,8 @@
-"""Write the weights of a run as a megatron-core checkpoint, to go on in Megatron-LM with its own router and
-its own layers.
+"""Write a run's weights as a megatron-core checkpoint, to continue in Megatron-LM with its router and layers.
 
-Tested with megatron-core's GPTModel of Transformer Engine's layers; the folder has the form that
-Megatron-LM's --load takes (with --finetune --no-load-optim --no-load-rng).  The router becomes a plain
-matrix: a HyperRouter's is the one that it generates. Prints the folder and the model's flags.
+Megatron-LM reads the folder with --load (and --finetune --no-load-optim --no-load-rng).  It was tested with
+megatron-core's GPTModel, built from Transformer Engine layers.  The router becomes a plain matrix; for a
+HyperRouter, it is the matrix that it generates.  Prints the folder and Megatron-LM's flags for the model.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     flags = parser(__doc__ or "")
     add_run_flags(flags, data=False)
     flags.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes"
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder to write the checkpoint to"
     )
     args = flags.parse_args(arguments)
     from megatron_hyperrouter.compat.host_logs import silence_hosts

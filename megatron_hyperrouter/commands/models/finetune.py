@@ -1,9 +1,9 @@
 """Train a classification head on a trained run, and test it at several k.
 
-The task folder holds train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
-original files of SST-2, SST-5, IMDB or BANKING77. The weights that are best on dev are tested, once. Writes
-results.json, predictions.jsonl, training.jsonl and finetuning.json to --output. Runs in one process, or under
-torchrun or deepspeed on several ranks. With --compare, compares two such folders instead.
+The task folder contains train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
+original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested, once.
+Writes results.json, predictions.jsonl, training.jsonl and finetuning.json to --output. Runs in one process,
+or on several ranks under torchrun or deepspeed. --compare compares two such output folders instead.
 """
 
 from __future__ import annotations

@@ -60,27 +60,38 @@ def all_flags(description: str) -> ArgumentParser:
     """What ``--help`` shows."""
     flags = parser(description)
     flags.add_argument(
-        "--config", type=Path, metavar="FILE.yaml", help="these flags by name; flags override it"
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="YAML file with these flags by name; flags on the command line override it",
     )
     add_run_flags(flags, data=False)
     _optional(flags, "--load")
-    flags.add_argument("--task", type=Path, metavar="DIR", help="folder of the task")
-    flags.add_argument("--output", type=Path, metavar="DIR", help="folder for the results")
+    flags.add_argument("--task", type=Path, metavar="DIR", help="folder with the data of the task")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="folder to write the results to")
     flags.add_argument(
         "--compare",
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="compare two --output folders instead, by McNemar's test and a paired bootstrap; "
-        "with --output, into a JSON file too",
+        help="instead of training, compare two --output folders by McNemar's test and a paired "
+        "bootstrap; --output is then a JSON file to write, too",
     )
     _method(flags)
     _course(flags)
-    layout = flags.add_argument_group("engine and layout (default: the run's, where it fits the ranks)")
-    layout.add_argument("--engine", choices=("deepspeed", "megatron"), help="engine that trains")
+    layout = flags.add_argument_group(
+        "engine and layout (default: those of the run, if its layout fits the ranks)"
+    )
+    layout.add_argument("--engine", choices=("deepspeed", "megatron"), help="training engine")
     for name in _LAYOUT:
-        layout.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="as in training")
-    layout.add_argument("--sequence-parallel", action="store_true", default=None, help="as in training")
+        meaning = f"{name.removesuffix('_model_parallel_size')}-parallel size"
+        layout.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=meaning)
+    layout.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        default=None,
+        help="split norms and residuals along the sequence over the tensor-parallel ranks",
+    )
     return flags
 
 
@@ -91,19 +102,19 @@ def _method(flags: ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help="active experts in the test, one or several values (default: as in training)",
+        help="numbers of active experts to test with (default: k of the fine-tuning)",
     )
     add(
         "--finetune-k",
         type=int,
         metavar="K",
-        help="active experts in training (default: the k at which the run ended)",
+        help="number of active experts during fine-tuning (default: the final k of the run)",
     )
     add(
         "--freeze",
         default="none",
         metavar="PARTS",
-        help="none, router, experts, or router,experts (default: none)",
+        help="parts to freeze: none, router, experts, or router,experts (default: none)",
     )
     add(
         "--aux-loss-coeff",
@@ -116,13 +127,13 @@ def _method(flags: ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="in the head and on residual branches (default: 0)",
+        help="dropout rate in the head and on residual branches (default: 0)",
     )
     add(
         "--seq-length",
         type=int,
         metavar="N",
-        help="keep the last N tokens of a longer text (default: the run's)",
+        help="longest text in tokens; longer texts keep their last N tokens (default: the run's)",
     )
 
 
@@ -133,34 +144,50 @@ def _course(flags: ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="fine-tune with each of the seeds 1 to N (default: 1)",
+        help="number of seeds; fine-tune once with each of the seeds 1 to N (default: 1)",
     )
-    add("--epochs", type=float, default=3.0, metavar="X", help="passes over the training part (default: 3)")
-    add("--steps", type=int, metavar="N", help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=int, default=16, metavar="N", help="texts in one step (default: 16)")
-    add("--micro-batch-size", type=int, metavar="N", help="texts that a rank computes at a time (default: 8)")
-    add("--lr", type=float, default=1e-4, metavar="X", help="largest learning rate of AdamW (default: 1e-4)")
+    add(
+        "--epochs",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="passes over the training examples (default: 3)",
+    )
+    add("--steps", type=int, metavar="N", help="number of optimizer steps, instead of --epochs")
+    add("--batch-size", type=int, default=16, metavar="N", help="texts in one optimizer step (default: 16)")
+    add(
+        "--micro-batch-size", type=int, metavar="N", help="texts in one forward pass on one rank (default: 8)"
+    )
+    add("--lr", type=float, default=1e-4, metavar="X", help="peak learning rate of AdamW (default: 1e-4)")
     add(
         "--lr-decay-style",
         choices=("cosine", "linear", "constant"),
         default="cosine",
-        help="learning rate after the warm-up (default: cosine)",
+        help="shape of the learning-rate decay after the warm-up (default: cosine)",
     )
-    add("--warmup", type=float, default=0.06, metavar="X", help="share of steps that warm up (default: 0.06)")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="default: 0.01")
+    add(
+        "--warmup",
+        type=float,
+        default=0.06,
+        metavar="X",
+        help="fraction of the steps with learning-rate warm-up (default: 0.06)",
+    )
+    add(
+        "--weight-decay", type=float, default=0.01, metavar="X", help="decoupled weight decay (default: 0.01)"
+    )
     add(
         "--clip-grad",
         type=float,
         default=1.0,
         metavar="X",
-        help="largest gradient norm (default: 1; 0: none)",
+        help="clip gradients to this global norm; 0: no clipping (default: 1)",
     )
     add(
         "--evaluations",
         type=int,
         default=3,
         metavar="N",
-        help="evaluations on dev during training; the best weights are tested (default: 3)",
+        help="number of evaluations on dev during training; the best weights are tested (default: 3)",
     )
 
 

@@ -1,8 +1,8 @@
-"""Continue prompts with a trained run or an exported folder, at several k side by side.
+"""Continue prompts with a trained run or an exported Hugging Face folder, at several k side by side.
 
-Greedy by default.  With --temperature above 0 tokens are sampled, and --top-p restricts them to a nucleus.
-Prompts come from --prompt, from --prompt-file (one a line), or from stdin.  Runs in one process on the CPU,
-without an engine.
+Decoding is greedy by default.  With --temperature above 0, tokens are sampled; --top-p limits them to the
+most likely ones.  Prompts come from --prompt, from --prompt-file (one per line), or from stdin.  Runs in one
+process on the CPU, without a training engine.
 """
 
 from __future__ import annotations
@@ -90,26 +90,37 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags = parser(__doc__ or "")
     add_model_flags(flags)
     add = flags.add_argument
-    add("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
-    add("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt a line (default: stdin)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (default: 64)")
+    add("--prompt", nargs="+", metavar="TEXT", help="prompts to continue")
+    add("--prompt-file", type=Path, metavar="FILE", help="file with one prompt per line (default: stdin)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="largest number of tokens to generate for each prompt (default: 64)",
+    )
     add(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0: greedy, always the likeliest token (default)",
+        help="sampling temperature; 0: greedy decoding (default: 0)",
     )
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="nucleus sampling: draw from the likeliest tokens that together have probability P",
+        help="sample only from the most likely tokens, whose probabilities add up to P (default: 1, all "
+        "tokens)",
     )
-    add("--seed", type=int, default=1234, help="random seed (default: 1234)")
-    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now (default: the model's own)")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--seed", type=int, default=1234, help="random seed of the sampling (default: 1234)")
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="tokenizer file, needed only if the model does not contain the tokenizer",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)
     if args.prompt is not None and args.prompt_file is not None:
         flags.error("give --prompt or --prompt-file, not both")

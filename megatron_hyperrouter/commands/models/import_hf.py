@@ -1,10 +1,10 @@
-"""Turn a Hugging Face model into a run folder that training, evaluation and export take.
+"""Turn a Hugging Face model into a run folder for training, evaluation and export.
 
-Mixture-of-experts models keep their router (--router topk), or have a HyperRouter that is anchored at it
-(--router hyper): both compute the same model.  --reset-router draws a new router instead, and the model's
-function is lost.  Dense models (Llama, Mistral, Qwen3, and runs of our own with one expert) become mixtures
-with --upcycle E.  The proof compares the run's own engine with transformers and leaves
-import_certificate.json in the run folder.
+A mixture-of-experts model keeps its router (--router topk), or gets a HyperRouter that is anchored to it
+(--router hyper).  Both compute the same function as the given model.  --reset-router draws a new router
+instead, and the run then computes another function.  A dense model (Llama, Mistral, Qwen3, or a run of this
+program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares the run with
+transformers, and is written to import_certificate.json in the run folder.
 """
 
 from __future__ import annotations
@@ -234,65 +234,84 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="a Hugging Face model, or a run of one expert",
+        help="folder of a Hugging Face model, or run folder of a model with one expert",
     )
-    add(
-        "--output", type=Path, required=True, metavar="RUN", help="the run folder to write; it must not exist"
-    )
+    add("--output", type=Path, required=True, metavar="RUN", help="run folder to write; it must not exist")
     add(
         "--router",
         default="topk",
         metavar="NAME",
-        help="topk keeps the router (default); hyper is anchored at it",
+        help="topk: keep the model's router; hyper: anchor a HyperRouter to it; with --reset-router, any"
+        " router (default: topk)",
     )
-    add("--reset-router", action="store_true", help="draw a new router: the model's function is lost")
+    add(
+        "--reset-router",
+        action="store_true",
+        help="draw a new router; the run then computes another function than the model",
+    )
     add(
         "--engine",
         choices=("deepspeed", "megatron"),
         default="deepspeed",
-        help="engine of the run's settings",
+        help="engine in the settings of the run (default: deepspeed)",
     )
-    add("--data-path", nargs="+", metavar="P", help="token files to train on")
+    add(
+        "--data-path",
+        nargs="+",
+        metavar="P",
+        help="prefixes of the token files to train on, for the settings of the run",
+    )
     add(
         "--seq-length",
         type=int,
         metavar="S",
-        help="tokens in a sample (default: max_position_embeddings of config.json)",
+        help="tokens in one sample (default: max_position_embeddings of config.json)",
     )
-    add("--tokenizer-model", metavar="FILE", help="tokenizer.json (default: the folder's)")
-    add("--upcycle", type=int, metavar="E", help="turn the MLP of a dense model into E experts")
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="tokenizer file (default: tokenizer.json in the input folder)",
+    )
+    add(
+        "--upcycle",
+        type=int,
+        metavar="E",
+        help="turn a dense model into a mixture of E experts, which are copies of its MLP",
+    )
     add(
         "--granularity",
         type=int,
         default=1,
         metavar="G",
-        help="with --upcycle: cut the MLP into G experts (default: 1)",
+        help="with --upcycle: split each copy of the MLP into G experts (default: 1)",
     )
-    add("--topk", type=int, metavar="K", help="with --upcycle: active experts (default: 2 * G)")
+    add("--topk", type=int, metavar="K", help="with --upcycle: number of active experts (default: 2 x G)")
     add(
         "--noise",
         type=float,
         default=0.0,
         metavar="X",
-        help="with --upcycle: noise of X standard deviations on all groups of G experts but the first",
+        help="with --upcycle: add noise of X standard deviations to every copy of the MLP but the first",
     )
     add(
         "--redraw",
         type=float,
         default=0.0,
         metavar="R",
-        help="with --upcycle: share of hidden units to draw anew in the same groups",
+        help="with --upcycle: fraction of hidden units to draw anew in every copy of the MLP but the first",
     )
     add(
         "--seed",
         type=int,
         default=1234,
-        help="seed of the new router, the noise and the redrawn units (default: 1234)",
+        help="random seed of the new router, the noise and the redrawn units (default: 1234)",
     )
-    add("--no-proof", action="store_true", help="do not compare the run with the given model")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k in the proof (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=2, metavar="N", help="samples in the proof (default: 2)")
-    add("--python", metavar="FILE", help="Python that has transformers (default: this one)")
+    add("--no-proof", action="store_true", help="do not compare the run with the model")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare at (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=2, metavar="N", help="number of samples to compare (default: 2)")
+    add(
+        "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
+    )
     args = flags.parse_args(arguments)
     if args.proof_samples < 1:
         flags.error("--proof-samples must be at least 1")

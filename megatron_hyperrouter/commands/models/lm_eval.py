@@ -1,8 +1,8 @@
 """Run lm-evaluation-harness on a run or an exported folder, once for each k.
 
-Two tasks need no download: held_out (bits per byte of texts that training did not see) and next_line (which
-of four lines comes next).  Their texts are those of the run's test split, or of --text FILE.jsonl.  Other
-tasks of the harness read their data from a hub, or as the task files in --include-path say.
+Two tasks need no download: held_out (bits per byte of texts that the model was not trained on) and next_line
+(which of four lines comes next).  Their texts come from the run's test split, or from --text FILE.jsonl.  The
+harness's other tasks load their data from the Hugging Face hub, or as their files in --include-path specify.
 """
 
 from __future__ import annotations
@@ -155,14 +155,28 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="held_out, next_line, or tasks of the harness",
+        help="tasks to run: held_out, next_line, or tasks of the harness",
     )
-    add("--output", type=Path, required=True, metavar="FILE.json", help="where the results go")
-    add("--include-path", type=Path, metavar="DIR", help="folder of further task files")
-    add("--text", type=Path, metavar="FILE.jsonl", help="texts for held_out and next_line")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model (default: float32)")
-    add("--device", default="cpu", help="where the model runs (default: cpu)")
-    add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
-    add("--limit", type=int, metavar="N", help="only the first N texts of each task")
-    add("--python", metavar="FILE", help="Python that has lm-eval and transformers (default: this one)")
+    add("--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results")
+    add("--include-path", type=Path, metavar="DIR", help="folder with additional task files")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="texts for held_out and next_line (default: the run's test split)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="data type of the weights (default: float32)",
+    )
+    add("--device", default="cpu", help="device that runs the model (default: cpu)")
+    add("--batch-size", type=int, default=8, metavar="N", help="texts in one forward pass (default: 8)")
+    add("--limit", type=int, metavar="N", help="use only the first N texts of each task")
+    add(
+        "--python",
+        metavar="FILE",
+        help="Python interpreter that has lm-eval and transformers (default: the current one)",
+    )
     return flags.parse_args(arguments)

@@ -1,9 +1,10 @@
 """Analyze the routers and experts of a trained run, layer by layer, on evaluation data.
 
-Writes to --output, for each k: entropy, logit standard deviation and mutual information of the router, loads
-and dead experts, the similarity (linear CKA) of each pair of experts, and what the router adds to the layer's
-Jacobian; and over the run's checkpoints: saturation and fluctuation of the routes of a fixed set of tokens.
-A table goes to stdout.  Runs in one process, whatever the layout and the engine of the run.
+For each k the command writes to --output: entropy, logit standard deviation and mutual information of the
+router; loads and dead experts; the similarity (linear CKA) of each pair of experts; and what the router adds
+to the layer's Jacobian.  Over the run's checkpoints, it measures how the routes of a fixed set of tokens
+change (saturation and fluctuation).  It prints a table to stdout.  It runs in one process, for a run of any
+layout and engine.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
 from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.terminal import note, parser
 
-EPILOG = """Entropy is that of the softmax over all experts, mean over tokens, in nats.  It depends on the
-scale of the logits, so their standard deviation stands beside it.  Mutual information between token and
-expert is 0 where the router says the same of every token.  docs/evidence.md explains every number."""
+EPILOG = """\
+Entropy is that of the softmax over all experts, averaged over tokens, in nats.  It depends on the scale of
+the logits: read it together with their standard deviation.  Mutual information between token and expert is 0
+if the router's scores are the same for every token.  docs/evidence.md explains every number."""
 BATCHES = 16  # of the run
 
 
@@ -87,22 +89,24 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         nargs="+",
         metavar="K",
-        help="active experts, one or several (default: the k that training ends on)",
+        help="numbers of active experts (default: the final k of training)",
     )
     flags.add_argument(
-        "--split", choices=("train", "valid", "test"), help="which part of the data (default: test)"
+        "--split", choices=("train", "valid", "test"), help="split of the data to use (default: test)"
     )
     flags.add_argument(
         "--eval-iters",
         type=int,
         default=BATCHES,
         metavar="N",
-        help=f"global batches of the run, or as many as the split has (default: {BATCHES})",
+        help=f"number of the run's global batches to use, at most the whole split (default: {BATCHES})",
     )
     flags.add_argument(
-        "--no-checkpoints", action="store_true", help="leave out the routes of the earlier checkpoints"
+        "--no-checkpoints", action="store_true", help="do not analyze the run's earlier checkpoints"
     )
-    flags.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="where the numbers go")
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the numbers"
+    )
     args = flags.parse_args(arguments)
     if args.eval_iters < 1:
         flags.error("--eval-iters must be at least 1")

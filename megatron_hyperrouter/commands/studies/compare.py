@@ -1,17 +1,17 @@
-"""Train several routers alike and compare them: same data in the same order, same initial weights, same
-steps, several seeds.
+"""Train several routers under equal conditions and compare them: same data in the same order, same initial
+weights, same number of steps, several seeds.
 
-Each router trains with each seed in a process of its own, and is then scored at every k on the test split.
-Where HyperRouter is among them, a control is added: a random router that is never trained, whose logits start
-with the same standard deviation.  --output gets one folder a run and these files:
-  study.json                 the comparisons, named before the runs
-  runs.csv                   one row a run
-  table.csv, table.md        mean and half of the 95 % t-interval over seeds
-  differences.csv            each router minus the first, paired by seed
-  verdicts.csv               the named comparisons: differences, p-values by Holm, power
+Each router is trained with each seed in a separate process, and then scored at each k on the test split.  If
+HyperRouter is among them, the study adds a control: a random router that is never trained, and whose logits
+have the same standard deviation at the start.  --output gets one folder per run and these files:
+  study.json                 the planned comparisons, fixed before the runs
+  runs.csv                   one row per run
+  table.csv, table.md        mean over seeds, and half of the 95 % t-interval
+  differences.csv            each router minus the first one, paired by seed
+  verdicts.csv               the planned comparisons: differences, p-values (Holm), power
   bits_per_byte.png, differences.png, learning_curves.png
-Run the same command again after an interruption: finished runs are kept, others continue from their last
-checkpoint (--save-interval).
+After an interruption, run the same command again: finished runs are kept, and the others continue from their
+last checkpoint (--save-interval).
 """
 
 from __future__ import annotations
@@ -51,17 +51,19 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.studies.verdicts import Named
 
-EPILOG = """Any other flag is passed to every training run.  A run has one process; the layout in --config is
-ignored.  --routers takes names of routers, or labels that --options defines (YAML: label to options; "name"
-chooses the router):
+EPILOG = """\
+Any other flag applies to every training run.  Each run has one process; layout settings in --config are
+ignored.  --routers takes names of routers, or labels that the file of --options defines.  This file has the
+options of each label; the option "name" chooses the router:
   hyper: {hypernet_width: 128}
   switch: {name: topk, pre_softmax: true}
-A router without an entry has the options that --config gives it, or its defaults.
+A router that is not in the file has the options in --config, or its defaults.
 
-Columns: router entropy (nats) and load (largest over mean) are means over layers and the last tenth of the
-steps.  Logit std, mutual information (nats) and similarity (mean linear CKA of two experts' outputs) are
-means over layers on test data, at the k that training ends on; results.json of each run has them by layer.
-Step time is the median; --jobs above 1 disturbs it.  mhr report makes a page of it all."""
+Columns of the table: router entropy (nats) and load (largest over mean) are averages over layers and the last
+tenth of the steps.  Logit standard deviation, mutual information (nats) and similarity (mean linear CKA
+between the outputs of two experts) are averages over layers, on test data at the final k of training; each
+run's results.json has them for each layer.  Step time is the median; --jobs above 1 distorts it.  mhr report
+turns the folder into a page."""
 
 
 @dataclass(frozen=True)
@@ -102,52 +104,63 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     from megatron_hyperrouter.config.reading.sources import read_flags as read_program_flags
 
     flags = parser(str(__doc__), EPILOG)
-    flags.add_argument("--config", required=True, metavar="FILE", help="settings of every run (YAML)")
     flags.add_argument(
-        "--routers", nargs="+", required=True, metavar="NAME", help="routers, or labels of --options"
+        "--config", required=True, metavar="FILE", help="YAML file with the settings of every run"
+    )
+    flags.add_argument(
+        "--routers",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="names of routers, or labels in the file of --options",
     )
     flags.add_argument(
         "--seeds",
         type=int,
         default=3,
         metavar="N",
-        help="runs of each router, with --seed of the settings, + 1, ... (default: 3)",
+        help="number of runs of each router, with the seeds --seed, --seed + 1, ... (default: 3)",
     )
     flags.add_argument(
         "--topk-eval",
         type=int,
         nargs="+",
         metavar="K",
-        help="active experts to score with (default: powers of 2)",
+        help="numbers of active experts to score with (default: powers of 2)",
     )
     flags.add_argument(
         "--comparisons",
         nargs="+",
         metavar="LEFT:RIGHT@K",
-        help="comparisons to test, named before the runs (default: HyperRouter against the control, at the "
-        "smallest k and at the k that training ends on)",
+        help="comparisons to test, fixed before the runs (default: HyperRouter with the control, at the "
+        "smallest k and at the final k of training)",
     )
     flags.add_argument(
         "--effect",
         type=float,
         default=0.02,
         metavar="X",
-        help="difference in bits per byte that should be found; the table says how many seeds that takes "
-        "(default: 0.02)",
+        help="difference in bits per byte that the study should be able to detect; the table says how "
+        "many seeds this needs (default: 0.02)",
     )
     flags.add_argument(
-        "--no-matched-control", action="store_true", help="do not add a fixed router of HyperRouter's scale"
+        "--no-matched-control", action="store_true", help="do not add the random router as a control"
     )
-    flags.add_argument("--options", metavar="FILE", help="options of each router (YAML), see below")
+    flags.add_argument(
+        "--options", metavar="FILE", help="YAML file with the options of each router, see below"
+    )
     flags.add_argument(
         "--test-iters",
         type=int,
         metavar="N",
-        help="global batches of the test split to score, of another order for each seed (default: all of it)",
+        help="number of global batches of the test split to score, in a different order for each seed "
+        "(default: the whole split)",
     )
-    flags.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     flags.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="where runs, table and plots go"
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at the same time (default: 1)"
+    )
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots"
     )
     args, rest = flags.parse_known_args(arguments)
     if not args.effect > 0:

@@ -1,8 +1,8 @@
 """Make one HTML page of plots and tables from runs and studies.
 
-Takes run folders, folders of mhr compare, mhr finetune and mhr scaling, and files that mhr evaluate or mhr
-analyze has written.  The page needs no network and no script, and it prints; the same files give the same
-bytes.  evaluation.json and analysis.json inside a run folder are part of its report.
+Takes run folders; folders of mhr compare, mhr finetune and mhr scaling; and files of mhr evaluate and mhr
+analyze.  evaluation.json and analysis.json in a run folder are included in its report.  The page needs no
+network and no JavaScript, and can be printed.  The same files give the same page, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(str(__doc__))
     flags.add_argument(
-        "sources", nargs="+", type=Path, metavar="RUN_OR_STUDY", help="folders of runs and studies, or files"
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_STUDY",
+        help="folders of runs and studies, or files of evaluations and analyses",
     )
-    flags.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="where the page goes")
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="HTML file to write")
     return flags.parse_args(arguments)

@@ -1,17 +1,17 @@
-"""Check that a run is the same on every layout and engine: train a few steps on each, compare with one
+"""Check that a run is the same on every layout and engine: train a few steps with each, and compare with one
 process.
 
 The model, router, optimizer and precision come from --config.  The command sets the layout and the global
-batch, makes up tokens unless you give --own-data, and switches dropout off.  A k schedule runs to its end
-within the steps.  Adam's epsilon is at least 1e-4: below that, rounding noise in a gradient that is almost
-zero becomes a whole step.
+batch size, switches dropout off, and trains on made-up tokens unless you give --own-data.  A k schedule is
+shortened to the number of steps.  Adam's epsilon is at least 1e-4, because with a smaller one, rounding
+errors in a gradient near zero grow to a whole step.
 
-  mhr verify --config FILE.yaml                                                     one machine
+  mhr verify --config FILE.yaml                                                       one machine
   torchrun --nnodes 2 --nproc_per_node 8 tools/verify_layouts.py --config FILE.yaml   a cluster
   deepspeed --hostfile hosts tools/verify_layouts.py --config FILE.yaml               a cluster
 
-Without a launcher the command starts all ranks on this machine: on its GPUs where there is one for each
-rank, else on its CPU.  Under a launcher the first ranks run each layout; start as many as the largest layout
+Without a launcher, the command starts all ranks on this machine: on its GPUs if there is one for each rank,
+else on its CPU.  Under a launcher, each layout runs on the first ranks; start as many as the largest layout
 needs.
 """
 
@@ -47,19 +47,21 @@ LAYOUTS = (
     "tp=2,ep=2",
     "pp=2,ep=2",
 )
-EPILOG = """A layout joins sizes and settings with commas: tp, pp, vpp, cp, ep, etp (expert-tensor), dp and
-zero with their sizes, and any setting by its name.  It uses as few ranks as the sizes need.  tp switches
-sequence parallelism on:
+EPILOG = """\
+A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp (expert tensor
+parallelism), dp and zero with their sizes, and any setting by its name.  It uses as few ranks as the sizes
+need.  tp also switches sequence parallelism on:
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
-A layout that the settings rule out is listed with the reason.  This is an error (status 2) only if no layout
-that you named can run.
-A layout may contain a seeded fault, to test this command: fault=expert-gradient, embedding-reduce, aux-loss
-or hypernetwork.
+A layout that the settings rule out is listed with the reason.  If no layout that you named can run, this is
+an error (exit status 2).
+To test this command itself, a layout can contain a deliberate fault: fault=expert-gradient,
+fault=embedding-reduce, fault=aux-loss or fault=hypernetwork.
 
-Differences are relative: gradients to the parameter's largest gradient, weights to the longest path that
-Adam can have taken plus a hundredth of the weight.  Tolerances in float32: 1e-5, weights 1e-4.  In bfloat16
-the command also trains one process in float32.  Numbers may then differ by twice what bfloat16 changes,
-gradients by as much (at most a quarter), weights by 1.5 (2 would be the opposite direction).
+Differences are relative: for gradients, to the parameter's largest gradient; for weights, to the longest path
+that Adam can have taken plus a hundredth of the weight.  In float32 the tolerance is 1e-5, for weights 1e-4.
+For bfloat16, the command also trains one process in float32 to measure what bfloat16 changes.  Numbers may
+then differ by twice that change, gradients by the change itself (at most 0.25), and weights by 1.5 (a step in
+the opposite direction would be 2).
 
 Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 unusable
 data."""
@@ -121,41 +123,44 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags of this tool."""
     flags = parser(str(__doc__), EPILOG)
-    flags.add_argument("--config", required=True, metavar="FILE", help="settings of the run (YAML)")
+    flags.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file with the settings of the run"
+    )
     flags.add_argument(
         "--layouts",
         nargs="+",
         default=LAYOUTS,
         metavar="LAYOUT",
-        help=f"see below; default: {' '.join(LAYOUTS)}",
+        help=f"layouts to check, see below (default: {' '.join(LAYOUTS)})",
     )
     flags.add_argument(
         "--engines",
         nargs="+",
         choices=ENGINES,
         default=ENGINES,
-        help="default: both; the first is the reference",
+        help="engines to check; the first one is the reference (default: both)",
     )
     flags.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
     flags.add_argument(
         "--own-data", action="store_true", help="train on the data of --config instead of made-up tokens"
     )
     flags.add_argument(
-        "--vocab-size", type=int, default=256, help="made-up tokens are below this (default: 256)"
+        "--vocab-size", type=int, default=256, help="number of different made-up tokens (default: 256)"
     )
     flags.add_argument(
         "--timeout",
         type=float,
         default=1800,
-        help="seconds for all runs of one number of ranks (default: 1800)",
+        help="seconds allowed for all runs with the same number of ranks (default: 1800)",
     )
     flags.add_argument(
         "--folder",
         type=Path,
         metavar="DIR",
-        help="folder for temporary weights; under a launcher all nodes must see it (default: runs)",
+        help="folder for temporary weights; under a launcher, all nodes must be able to read it "
+        "(default: runs)",
     )
-    flags.add_argument("--output", type=Path, metavar="JSON", help="also write results to this file")
+    flags.add_argument("--output", type=Path, metavar="JSON", help="also write the results to this JSON file")
     args = flags.parse_args(arguments)
     args.engines = list(dict.fromkeys(args.engines))
     if args.steps < 1 or args.vocab_size < 2:
