@@ -59,8 +59,8 @@ uses k experts (an input embedding that is not tied to the output is not one of 
 tokens trained on.  FLOPs: 6 per active parameter and token, at the k of each step, plus 12 per attention
 channel and position that a token sees, which is (S + 1) / 2 on average.  Recomputed activations, the
 optimizer and what a method computes beyond routing are not counted.  A term is fitted if its size varies,
-over all runs with the same values of the --curve-for axes.  A fit needs at least one more different size than it has
-parameters.  Intervals contain 95 % of the curves through resampled residuals.
+over all runs with the same values of the --curve-for axes.  A fit needs at least one more different size
+than it has parameters.  Intervals contain 95 % of the curves through resampled residuals.
 """
 SIZES = ("active", "total")
 

@@ -3,8 +3,8 @@ fewest ranks.
 
 Each row of the table is a number of ranks and a layout, and runs --repeats times.  The rows take turns, so
 that a slow spell of the machine affects all of them.  --output gets a folder for each run, runs.csv,
-table.csv and table.md (medians over the steps of a run; mean over repetitions and half of the 95 % t-interval), and
-speed.png.  After an interruption, run the same command again to continue.
+table.csv and table.md (medians over the steps of a run; mean over repetitions and half of the 95 %
+t-interval), and speed.png.  After an interruption, run the same command again to continue.
 """
 
 from __future__ import annotations
