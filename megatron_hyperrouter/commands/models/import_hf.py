@@ -9,7 +9,7 @@ transformers, and is written to import_certificate.json in the run folder.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,6 +272,21 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="FILE",
         help="tokenizer file (default: tokenizer.json in the input folder)",
     )
+    _upcycling_flags(flags)
+    add("--no-proof", action="store_true", help="do not compare the run with the model")
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare at (default: 1 2 4 8)")
+    add("--proof-samples", type=int, default=2, metavar="N", help="number of samples to compare (default: 2)")
+    add(
+        "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
+    )
+    args = flags.parse_args(arguments)
+    if args.proof_samples < 1:
+        flags.error("--proof-samples must be at least 1")
+    return args
+
+
+def _upcycling_flags(flags: ArgumentParser) -> None:
+    add = flags.add_argument
     add(
         "--upcycle",
         type=int,
@@ -306,13 +321,3 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         default=1234,
         help="random seed of the new router, the noise and the redrawn units (default: 1234)",
     )
-    add("--no-proof", action="store_true", help="do not compare the run with the model")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare at (default: 1 2 4 8)")
-    add("--proof-samples", type=int, default=2, metavar="N", help="number of samples to compare (default: 2)")
-    add(
-        "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
-    )
-    args = flags.parse_args(arguments)
-    if args.proof_samples < 1:
-        flags.error("--proof-samples must be at least 1")
-    return args
