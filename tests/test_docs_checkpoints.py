@@ -10,7 +10,7 @@ PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 
 
 def test_every_promise_has_a_test_that_exists() -> None:
-    table = PAGE.split("## What is promised after which fault")[1].split("\n## ")[0]
+    table = PAGE.split("## What is guaranteed after a fault")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (?!fault|-)(.+?) \|.*\| (.+?) \|$", table, re.MULTILINE)
     assert len(rows) >= 7
     known = {

@@ -111,7 +111,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             Count | None, "Size of the trained embedding of each layer; default: --hidden-size"
         ] = None
         per_expert_embedding: Annotated[
-            bool, "Train an embedding for each expert, from which its router weights come, not one for all"
+            bool,
+            bool,
+            "Train one embedding per expert, which generates its router weights, instead of one per layer",
         ] = False
         bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
         init: Annotated[
