@@ -97,6 +97,15 @@ def report(error: HyperRouterError) -> None:
     _say(sys.stderr, "error", str(error), "bold red")
 
 
+def missing_library(error: ModuleNotFoundError) -> HostError:
+    """What to report where an import fails."""
+    library = (error.name or "").split(".")[0]
+    return HostError(
+        f"the library {library} is not installed ({error})",
+        remedy="run bash tools/setup_env.sh, which installs all libraries",
+    )
+
+
 def note(text: str) -> None:
     """Tell something worth knowing, once: on rank 0, on stdout."""
     if speaks():
@@ -181,12 +190,9 @@ def _take_turn(patience: float, *, left_alone: bool = False) -> None:
 
 
 def _missing_module(error: ModuleNotFoundError) -> int:
-    library = (error.name or "").split(".")[0]
-    if library in ("", "megatron_hyperrouter"):  # our own mistake
+    if (error.name or "").split(".")[0] in ("", "megatron_hyperrouter"):  # our own mistake
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
         return 1
-    missing = HostError(
-        f"the library {library} is not installed ({error})", remedy="run: bash tools/setup_env.sh"
-    )
+    missing = missing_library(error)
     report(missing)
     return missing.exit_status

@@ -33,7 +33,7 @@ class Problem:
     def __str__(self) -> str:
         # a flag without a word, a setting without a value
         given = "" if self.value in ("", None) else f" = {self.value}"
-        return f"{self.field}{given}: {self.rule}; {self.remedy}"
+        return f"{self.field}{given}: {self.rule}\n    remedy: {self.remedy}"
 
 
 class ConfigError(HyperRouterError):

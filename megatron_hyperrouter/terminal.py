@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, TypeVar
 
-from megatron_hyperrouter.errors import HyperRouterError
+from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import HostError, HyperRouterError
+from megatron_hyperrouter.flags import Parser as Parser  # the commands take it from here
 
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 5.0, 120.0, 1.0
-_MISSING_LIBRARY = 5
 _PATIENCE = 3.0  # seconds
 
 
@@ -40,7 +40,6 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         # started by nohup, or in the background of a script
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
-    name = Path(sys.argv[0]).name
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a terminal that knows no such letter, a name that is not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -51,23 +50,18 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if os.environ.get("RANK", "0") != "0":
             # if rank 0 met the same error, its launcher ends this process before it repeats it
             time.sleep(_PATIENCE)
-        print(f"{name}: error: {error}", file=sys.stderr)
+        console.report(error)
         sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
-        print(
-            f"{name}: error: the library {error.name} is missing\n  remedy: bash tools/setup_env.sh",
-            file=sys.stderr,
-        )
-        sys.exit(_MISSING_LIBRARY)
+        console.report(console.missing_library(error))
+        sys.exit(HostError.exit_status)
     except MemoryError as error:
         reason = f": {error}" if str(error) else ""
-        print(
-            f"{name}: error: not enough memory{reason}\n  remedy: free memory, or ask for less",
-            file=sys.stderr,
-        )
+        remedy = "end other programs, or use smaller sizes"
+        console.report(HyperRouterError(f"not enough memory{reason}", remedy=remedy))
         sys.exit(1)
     except Stopped as reason:
-        print(f"{name}: stopped by {reason}; {reason.left}", file=sys.stderr)
+        console.error_from_here(f"stopped by {reason}; {reason.left}")
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has gone, as in "mhr inspect P | head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,9 +75,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(signal.Signals(number).name)
 
 
-def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+def parser(description: str, epilog: str = "") -> Parser:
     """A command-line parser in the style of all tools; a wrong flag ends with status 2."""
-    flags = argparse.ArgumentParser(
+    flags = Parser(
         description=description,
         epilog=epilog,
         allow_abbrev=False,

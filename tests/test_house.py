@@ -64,6 +64,7 @@ MODEL_TOOLS = {"export", "export/classes", "proof", "importing", "generation", "
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "console": (set(), {"rich"}),
+    "flags": (set(), set()),
     "terminal": (set(), {"rich"}),
     "files": (set(), set()),
     "processes": (set(), set()),
@@ -136,7 +137,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),
 }
-OPEN = {"errors", "console", "terminal", "files", "processes"}
+OPEN = {"errors", "console", "flags", "terminal", "files", "processes"}
 ROOM_LIMITS = {"tools": 30}  # wrappers of 8 lines, one for each command
 
 # Names that hold what a file registers or a process has found out, filled once and only read afterwards.

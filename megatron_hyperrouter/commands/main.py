@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import NoReturn
 
 from megatron_hyperrouter.commands.names import GROUPS, Command
+from megatron_hyperrouter.errors import ConfigError, Problem
 
 _COMMANDS: dict[str, Command] = {
     name: command for group in GROUPS.values() for name, command in group.items()
 }
-_WRONG_USE = 2  # exit status of the public contract
 _NEXT = """megatron_hyperrouter pretrains mixture-of-experts models with better routers.
 
 Start with one of these:
@@ -39,8 +39,11 @@ def mhr() -> NoReturn:
         print(f"megatron_hyperrouter {__version__}")
         sys.exit(0)
     if words[0] not in _COMMANDS:
-        print(f"mhr: error: {_unknown(words[0])}", file=sys.stderr)
-        sys.exit(_WRONG_USE)
+        from megatron_hyperrouter import console
+
+        error = _unknown(words[0])
+        console.report(error)
+        sys.exit(error.exit_status)
     sys.argv = [f"mhr {words[0]}", *words[1:]]
     start(words[0])
 
@@ -68,7 +71,7 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def _unknown(word: str) -> str:
+def _unknown(word: str) -> ConfigError:
     near: Sequence[str] = difflib.get_close_matches(word, _COMMANDS, n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]}?" if near else "mhr --help lists all commands"
-    return f"there is no command {word}; {hint}"
+    remedy = f"did you mean mhr {near[0]}?" if near else "run mhr --help, which lists all commands"
+    return ConfigError([Problem(f"mhr {word}", "", "unknown command", remedy)])

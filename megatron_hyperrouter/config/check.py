@@ -81,8 +81,8 @@ def _about_router(config: RunConfig) -> Iterator[str]:
         own = hasattr(options, "init_std") and getattr(options, "logit_std", None) is None
         flag = f"--router.init-std {model.hidden_size**-0.5:.2g}" if own else "--router.logit-std 1"
         yield (
-            f"the router's logits start with a standard deviation of {std:.1f}, so nearly all weight goes to "
-            f"one expert and the router hardly learns; use {flag} for a standard deviation of 1"
+            f"the router's initial logits have a standard deviation of {std:.1f}, so one expert gets nearly "
+            f"all of the weight and the router hardly learns; use {flag} for a standard deviation of 1"
         )
     yield from options.lost(num_layers=model.num_layers, aux_loss_coeff=model.moe_aux_loss_coeff)
 
@@ -91,17 +91,18 @@ def _about_training(config: RunConfig) -> Iterator[str]:
     model, train, checkpoint = config.model, config.train, config.checkpoint
     if train.eval_iters and train.eval_interval > train.train_iters:
         yield (
-            f"validation runs only at the end: --eval-interval = {train.eval_interval} is more than "
+            f"validation runs only at the end: --eval-interval = {train.eval_interval} is greater than "
             f"--train-iters = {train.train_iters}"
         )
     if checkpoint.save_interval > train.train_iters:
         yield (
-            f"a checkpoint is saved only at the end: --save-interval = {checkpoint.save_interval} exceeds "
+            "a checkpoint is saved only at the end: --save-interval = "
+            f"{checkpoint.save_interval} is greater than "
             f"--train-iters = {train.train_iters}"
         )
     if (config.topk.topk_schedule_steps or 0) > train.train_iters:
         yield (
-            f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is more than --train-iters "
+            f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is greater than --train-iters "
             f"= {train.train_iters}"
         )
     if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and run_length(config) > decay_iters(
@@ -118,8 +119,8 @@ def _about_noise(config: RunConfig) -> Iterator[str]:
     for leaf in leaves_with(Role.NOISE):
         if spread and value_of(config, leaf.name) != leaf.quiet:
             yield (
-                f"{leaf.flag} draws other numbers on another layout: with {spread[0]}, losses differ "
-                "from those of one process"
+                f"{leaf.flag} draws different random numbers on each layout: with {spread[0]}, losses differ "
+                "from those of a single process"
             )
 
 
@@ -127,11 +128,11 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
     """Settings that nothing reads, given the others."""
     kind = config.data.tokenizer_type
     if config.data.tokenizer_model is not None and kind in ("ByteTokenizer", "NullTokenizer"):
-        yield f"--tokenizer-model is ignored: {kind} needs none"
+        yield f"--tokenizer-model is ignored: {kind} needs no file"
     if config.data.vocab_size is not None and kind not in ("NullTokenizer", "TikTokenizer"):
-        yield f"--vocab-size is ignored: {kind} knows its own"
+        yield f"--vocab-size is ignored: {kind} sets it"
     if config.data.eod_token is not None and kind in ("ByteTokenizer", "NullTokenizer"):
-        yield f"--eod-token is ignored: {kind} has a fixed one"
+        yield f"--eod-token is ignored: {kind} has a fixed end-of-document token"
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
         yield f"--lr-wsd-decay-iters is ignored: --lr-decay-style is {config.optimizer.lr_decay_style}"
     if config.optimizer.lr_decay_style == "constant" and (
@@ -152,7 +153,7 @@ def _about_the_other_engine(config: RunConfig) -> Iterator[str]:
 
 def _about_hardware(config: RunConfig, has_gpu: bool | None) -> Iterator[str]:
     if config.train.bf16 and has_gpu is False:
-        yield "--bf16 on a CPU is slower than float32, and less exact"
+        yield "--bf16 on a CPU is slower and less exact than float32"
 
 
 class _Watched:

@@ -114,7 +114,7 @@ def replace_leaves(config: RunConfig, **leaves: object) -> RunConfig:
     problems = []
     for name, value in leaves.items():
         if name not in known:
-            raise KeyError(f"{name!r} is not a setting; use a flat name such as num_layers or router.seed")
+            raise KeyError(f"{name} is not a setting; use a flat name such as num_layers or router.seed")
         try:
             changes.setdefault(known[name].section, {})[name.removeprefix(ROUTER_PREFIX)] = convert(
                 known[name], value

@@ -100,7 +100,7 @@ def stage_layers(config: RunConfig) -> tuple[int, ...]:
     rest = config.model.num_layers - (first or 0) - (last or 0)
     others = stages - (first is not None) - (last is not None)
     if others < 0 or rest < others or (rest and not others):
-        raise ValueError(f"{rest} layers are left for {max(others, 0)} other stages")
+        raise ValueError(f"{rest} layers remain for {max(others, 0)} other stages")
     shared = [rest // others + (stage < rest % others) for stage in range(others)]
     return (*([first] if first else []), *shared, *([last] if last else []))
 
@@ -166,12 +166,12 @@ def split_shares(split: str) -> tuple[float, float, float]:
     """
     words = [word.strip() for word in split.split(",")]
     if not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) for word in words) or len(words) > 3:
-        raise ValueError("must be up to three non-negative numbers with commas between them")
+        raise ValueError("must be one to three numbers >= 0, separated by commas")
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))
     # sum() compensates for rounding from Python 3.12 on, and could move a split's border
     total = shares[0] + shares[1] + shares[2]
     if not total > 0:
-        raise ValueError("must have a share greater than 0")
+        raise ValueError("must have at least one number greater than 0")
     return (shares[0] / total, shares[1] / total, shares[2] / total)
 
 
@@ -184,14 +184,14 @@ def pattern(text: str) -> int | tuple[int, ...]:
         value = _evaluated(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
-            "must be a number, or a list of 0 and 1 made with + and *, such as ([0]*1+[1]*26)"
+            "must be a number, or a list of 0 and 1 such as [0,1,1] or ([0]*1+[1]*26)"
         ) from error
     if isinstance(value, int):
         if value < 1:
             raise ValueError("must be at least 1")
         return value
     if not set(value) <= {0, 1}:
-        raise ValueError("must have only 0 and 1 in its list")
+        raise ValueError("must be a list of only 0 and 1")
     return tuple(value)
 
 
@@ -253,18 +253,14 @@ def windows(config: RunConfig) -> tuple[int | None, ...]:
         return (None,) * layers
     found = re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(-?\d+)\s*[)\]]?", size.strip())
     if found is None or int(found[2]) != 0:
-        raise ValueError(
-            "must be LEFT,0: the number of earlier tokens that a token attends to, and 0 later ones"
-        )
+        raise ValueError("must be LEFT,0, where LEFT is the number of earlier tokens that a token attends to")
     if skip is None:
         return (int(found[1]),) * layers
     limited = pattern(skip)
     if isinstance(limited, int):
         limited = tuple(int(number % limited != 0) for number in range(1, layers + 1))
     if len(limited) != layers:
-        raise ValueError(
-            f"comes with --window-attn-skip-freq, which must have {layers} entries, one for each layer"
-        )
+        raise ValueError(f"needs {layers} entries in --window-attn-skip-freq, one for each layer")
     return tuple(int(found[1]) if each else None for each in limited)
 
 
@@ -292,6 +288,8 @@ def alarm_actions(words: Sequence[str]) -> dict[str, str]:
         name, _, action = word.partition("=")
         if name not in ALARMS or action not in ALARM_ACTIONS:
             names, known = ", ".join(ALARMS), ", ".join(ALARM_ACTIONS)
-            raise ValueError(f"{word!r} must be NAME=ACTION, NAME one of {names}, ACTION one of {known}")
+            raise ValueError(
+                f"{word} must be NAME=ACTION, where NAME is one of {names} and ACTION is one of {known}"
+            )
         actions[name] = action
     return actions

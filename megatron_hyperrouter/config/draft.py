@@ -109,7 +109,9 @@ class Draft:
             self.unsure.update(("train_iters", "lr_decay_iters", "lr_warmup_iters"))
         if values["sequence_parallel"] and values["tensor_model_parallel_size"] == 1:
             values["sequence_parallel"] = False
-            self._notes.append("--sequence-parallel is off: it needs tensor parallelism")
+            self._notes.append(
+                "--sequence-parallel is off, because it needs --tensor-model-parallel-size greater than 1"
+            )
 
     def _router(self) -> RouterChoice:
         default = RouterChoice().name
@@ -196,18 +198,18 @@ class Draft:
         written = flag if place.startswith("--") else str
         owners = [other for other in self.routers if name in self._options_of(other)]
         if owners:
-            rule = f"is an option of router {' and '.join(owners)}, not of {router}"
-            remedy = f"leave it out, or take --router.name {owners[0]}"
+            rule = f"is not an option of router {router} (but of {', '.join(owners)})"
+            remedy = f"leave it out, or use --router.name {owners[0]}"
         elif name in foreign.REMEDIES:
             remedy = foreign.REMEDIES[name]
         elif ours := foreign.OURS.get(name):
             self.unsure.add(ours)
-            remedy = f"write {written(ours)}, its name here"
+            remedy = f"use {written(ours)}, which is the name in this program"
         elif close := nearest(name, known):
             self.unsure.add(off.get(close, close))
             remedy = f"did you mean {written(close)}?"
         else:
-            remedy = "see --help for all settings; leaving it out may change the run"
+            remedy = "look it up in mhr train --help; leaving it out may change the run"
         self.problems.append(Problem(place, value, rule, remedy))
 
 

@@ -44,7 +44,7 @@ class Only:
     """
 
     engine: Literal["deepspeed", "megatron"]
-    remedy: str = "leave it out"
+    remedy: str = "leave out FLAG"
     harmless: str = ""  # what the other engine does instead
 
 

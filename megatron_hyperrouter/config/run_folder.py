@@ -31,7 +31,7 @@ def make_folders(config: RunConfig) -> None:
                     flag(name),
                     folder,
                     f"{where} cannot be written ({reason})",
-                    "give another folder, or move away what is there",
+                    "give another folder, or move the existing file away",
                 )
             )
     if problems:
@@ -63,6 +63,6 @@ def write_settings(config: RunConfig) -> Path:
         files.write_text(path, dump(config), durable=True)
     except OSError as error:
         rule = f"{path} cannot be written ({error.strerror})"
-        remedy = "make room on that disk, or give another folder"
+        remedy = "free space on that disk, or give another folder"
         raise ConfigError([Problem("--run-dir", folder, rule, remedy)]) from error
     return path

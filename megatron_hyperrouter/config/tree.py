@@ -113,7 +113,7 @@ class ModelConfig:
         Role.SHAPE,
         Only(
             "megatron",
-            "leave it out (the model then predicts the next token alone), or use --engine megatron",
+            "leave out FLAG, or use --engine megatron",
         ),
         "Number of multi-token prediction layers; layer n predicts the token n places after the next "
         "one; default: none",
@@ -127,7 +127,7 @@ class ModelConfig:
     mlp_type: Annotated[
         Literal["standard", "residual"],
         Role.SHAPE,
-        Only("deepspeed", "leave it out, or use --engine deepspeed"),
+        Only("deepspeed", "leave out FLAG, or use --engine deepspeed"),
         "standard: each MoE layer has its experts only; residual: it also has a dense MLP, and "
         "trained coefficients mix both outputs (PR-MoE)",
     ] = "standard"
@@ -208,7 +208,7 @@ class TrainConfig:
     recompute_method: Annotated[
         Literal["uniform", "block"] | None,
         Role.SPEED,
-        Only("megatron", harmless="each layer is recomputed by itself"),
+        Only("megatron", harmless="every layer is recomputed separately"),
         "With --recompute-granularity full. uniform: recompute all layers, in groups of "
         "--recompute-num-layers; block: recompute only the first --recompute-num-layers layers of "
         "each pipeline stage",
@@ -216,7 +216,7 @@ class TrainConfig:
     recompute_num_layers: Annotated[
         Count | None,
         Role.SPEED,
-        Only("megatron", harmless="each layer is recomputed by itself"),
+        Only("megatron", harmless="every layer is recomputed separately"),
         "With --recompute-method: layers in a group (uniform), or layers to recompute (block); default: 1",
     ] = None
     recompute_granularity: Annotated[
@@ -369,7 +369,7 @@ class LoggingConfig:
     log_num_zeros_in_grad: Annotated[
         bool,
         Role.DISPLAY,
-        Only("megatron", harmless="ZeRO frees the gradients before they can be counted"),
+        Only("megatron", harmless="DeepSpeed frees the gradients before they can be counted"),
         "Record the number of zeros in the gradient at each step, as num_zeros",
     ] = False
     profile: Annotated[
@@ -404,13 +404,13 @@ class EngineConfig:
     moe_token_dispatcher_type: Annotated[
         Literal["alltoall", "allgather", "flex"],
         Role.SPEED,
-        Only("megatron", harmless="DeepSpeed's layers dispatch by all-to-all"),
+        Only("megatron", harmless="the layers of DeepSpeed always dispatch by all-to-all"),
         "How tokens are sent to their experts",
     ] = "alltoall"
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
         Role.SPEED,
-        Only("megatron", harmless="the layers are PyTorch's"),
+        Only("megatron", harmless="its layers are always those of PyTorch"),
         "Layer implementation. auto: Transformer Engine in bfloat16 on GPUs when installed, otherwise"
         " PyTorch",
     ] = "auto"
@@ -424,7 +424,7 @@ class EngineConfig:
         Ge(0),
         Le(3),
         Role.SHARDING,
-        Only("deepspeed", "leave it out; --use-distributed-optimizer does the same as stage 1"),
+        Only("deepspeed", "leave out FLAG; --use-distributed-optimizer does the same as stage 1"),
         "ZeRO stage, 0 to 2 (DeepSpeed does not support mixture of experts with stage 3)",
     ] = 1
     deepspeed_config: Annotated[

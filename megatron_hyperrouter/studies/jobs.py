@@ -4,7 +4,6 @@ runs a table can have.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ from megatron_hyperrouter.studies.runs import (
     training,
     write_plan,
 )
-from megatron_hyperrouter.terminal import note, parser, show
+from megatron_hyperrouter.terminal import Parser, note, parser, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine
@@ -33,7 +32,7 @@ On a Slurm cluster, from the folder that contains examples/, add one of these fl
   --collect           later: makes the tables from the runs that are finished by then"""
 
 
-def common_parser(study: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def common_parser(study: str, description: str, epilog: str) -> Parser:
     """A parser with the flags of both studies."""
     flags = parser(description, f"{epilog}\n{EPILOG}")
     flags.prog = f"{flags.prog} {study}"
@@ -65,19 +64,15 @@ def common_parser(study: str, description: str, epilog: str) -> argparse.Argumen
 
 
 def read_common(
-    flags: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str], ours: Sequence[str] = ()
+    flags: Parser, arguments: Sequence[str], counts: Sequence[str], ours: Sequence[str] = ()
 ) -> tuple[Namespace, CommandLine]:
     """The flags, of which ``counts`` must be at least 1, and those of the program, without ``ours``."""
     from megatron_hyperrouter.config.reading.sources import read_flags
 
     args, rest = flags.parse_known_args(arguments)
-    for name in ("gpus_per_node", *counts):
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            flags.error(f"--{name.replace('_', '-')} must be at least 1")
+    flags.check_at_least(args, 1, "gpus_per_node", *counts)
     line = read_flags(rest)
-    if reason := refuse_flags(line, ours):
-        flags.error(reason)
+    refuse_flags(flags, line, ours)
     args.output = args.output.resolve()  # a job may start in another folder
     return args, line
 

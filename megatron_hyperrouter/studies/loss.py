@@ -256,7 +256,12 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
             problems.append(_bad("--axis", name, "is set twice", "keep one axis or flag that sets it"))
         if name == "seed" or f"--{name.replace('_', '-')}" in OURS:
             problems.append(
-                _bad("--axis", name, "is set by this tool", "leave it out; --seeds says how many seeds")
+                _bad(
+                    "--axis",
+                    name,
+                    "is set by this command",
+                    "leave it out, and set the number of seeds with --seeds",
+                )
             )
     problems += [
         _bad(

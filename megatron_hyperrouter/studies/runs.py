@@ -27,6 +27,7 @@ from megatron_hyperrouter.terminal import Bar, Stopped, note
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine, YamlFile
     from megatron_hyperrouter.config.tree import RunConfig
+    from megatron_hyperrouter.flags import Parser
 
 PROGRAM = ("-m", "megatron_hyperrouter", "train")
 OURS = ("--config", "--run-dir", *map(flag, names_with(Role.START)))  # flags of the program that a study sets
@@ -97,10 +98,10 @@ def check_finished(plans: Sequence[Plan]) -> None:
         raise ConfigError(problems)
 
 
-def refuse_flags(line: CommandLine, more: Sequence[str] = ()) -> str:
-    """Why flags of the program cannot be given here; "" where they can."""
-    taken = [name for name in line.flags if name in (*OURS, *more)]
-    return f"{', '.join(taken)}: set by this tool" if taken else ""
+def refuse_flags(flags: Parser, line: CommandLine, more: Sequence[str] = ()) -> None:
+    """Refuse flags of the program that this command sets itself; raises ConfigError."""
+    for name in (name for name in line.flags if name in (*OURS, *more)):
+        flags.refuse(name, "", "is set by this command", f"leave out {name}")
 
 
 def file_values(file: YamlFile, *, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -134,9 +134,11 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     if taken := [
         name for name in line.flags if args.layouts and name.removeprefix("--").replace("-", "_") in LAYOUT
     ]:
-        flags.error(f"{', '.join(taken)}: --layouts says it")
+        flags.refuse(
+            taken[0], "", "cannot be combined with --layouts, which sets it", f"leave out {taken[0]}"
+        )
     if args.ranks is None and not args.layouts:
-        flags.error("--ranks or --layouts is needed")
+        flags.refuse("--ranks or --layouts", "", "one of the two is required", "add --ranks 1 2, for example")
     return args, line
 
 

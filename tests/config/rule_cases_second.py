@@ -9,7 +9,7 @@ CASES = [
         "fp8_settings_need_fp8",
         {**MEGATRON, "fp8_recipe": "mxfp8"},
         "--fp8-recipe",
-        "does nothing without --fp8-format",
+        "needs --fp8-format",
         {"fp8_format": "e4m3", "bf16": True},
     ),
     case(
@@ -30,7 +30,7 @@ CASES = [
         "fp8_needs_bf16_and_its_layers",
         {**FP8, "reset_attention_mask": True, "eod_mask_loss": True},
         "--fp8-format",
-        "does not work with --reset-attention-mask",
+        "cannot be combined with --reset-attention-mask",
         {"reset_attention_mask": False},
     ),
     case(
@@ -58,14 +58,14 @@ CASES = [
         "fp8_widths",
         {**FP8, "num_attention_heads": 4, "num_query_groups": 1, "kv_channels": 20},
         "--kv-channels",
-        "makes a projection of attention 120 wide",
+        "gives an attention projection a width of 120",
         {"kv_channels": 32},
     ),
     case(
         "alarms_are_known",
         {"alarm": ["collapse=page"]},
         "--alarm",
-        "'collapse=page' must be NAME=ACTION",
+        "collapse=page must be NAME=ACTION, where NAME is one of collapse,",
         {"alarm": ["collapse=stop", "entropy=note"]},
     ),
     case(
@@ -79,7 +79,7 @@ CASES = [
         "skip_steps_are_ranges",
         {"skip_steps": ["105-107", "9-4"]},
         "--skip-steps",
-        "'9-4' must be a step or a range of steps",
+        "9-4 must be a step or a range of steps",
         {"skip_steps": ["105-107", "4-9", "300"]},
     ),
     case(
@@ -93,7 +93,7 @@ CASES = [
         "texts_need_prompts",
         {"sample_prompt": ("def",)},
         "--sample-prompt",
-        "does nothing without --sample-interval",
+        "needs --sample-interval",
         {"sample_interval": 5},
     ),
     case(
@@ -105,21 +105,21 @@ CASES = [
             "vocab_size": 64,
         },
         "--sample-interval",
-        "NullTokenizer has only ids",
+        "NullTokenizer knows only token ids",
         {"tokenizer_type": "ByteTokenizer", "vocab_size": None},
     ),
     case(
         "texts_need_prompts",
         {**MEGATRON, "sample_interval": 5, "sample_prompt": ("def",), "context_parallel_size": 2},
         "--sample-interval",
-        "--context-parallel-size > 1",
+        "cannot be combined with --context-parallel-size greater than 1",
         {"context_parallel_size": 1},
     ),
     case(
         "split_is_three_shares",
         {"data_path": (), "data_schedule": "m", "split": "0,1"},
         "--split",
-        "nothing to train on",
+        "leaves no training data",
         {"split": "1"},
     ),
     case(
@@ -140,21 +140,21 @@ CASES = [
         "schedule_is_one",
         {"data_schedule": "[{from_step: 3, data_path: [a]}]"},
         "--data-schedule",
-        "begins at step 3",
+        "must begin at step 0, not at step 3",
         {"data_schedule": None},
     ),
     case(
         "blends",
         {"data_path": ("0.3", "a", "0.7")},
         "--data-path",
-        "alternate",
+        "must be prefixes alone, or pairs of a weight and a prefix",
         {"data_path": ("0.3", "a", "0.7", "b")},
     ),
     case(
         "blends",
         {"data_path": ("0.3", "a", "b", "c")},
         "--data-path",
-        "alternate",
+        "must be prefixes alone, or pairs of a weight and a prefix",
         {"data_path": ("a", "b", "c")},
     ),
     case(
@@ -182,15 +182,27 @@ CASES = [
         "split_is_three_shares",
         {"split": "969;30;1"},
         "--split",
-        "non-negative numbers",
+        "must be one to three numbers >= 0, separated by commas",
         {"split": "969, 30, 1"},
     ),
     case(
-        "split_is_three_shares", {"split": "98,-2,1"}, "--split", "non-negative numbers", {"split": "98,2,0"}
+        "split_is_three_shares",
+        {"split": "98,-2,1"},
+        "--split",
+        "must be one to three numbers >= 0, separated by commas",
+        {"split": "98,2,0"},
     ),
-    case("split_is_three_shares", {"split": "1,1,1,1"}, "--split", "up to three", {"split": "100"}),
+    case(
+        "split_is_three_shares",
+        {"split": "1,1,1,1"},
+        "--split",
+        "must be one to three numbers >= 0, separated by commas",
+        {"split": "100"},
+    ),
     case("split_is_three_shares", {"split": "0,0,0"}, "--split", "greater than 0", {"split": "1,0,0"}),
-    case("split_is_three_shares", {"split": "0,1,1"}, "--split", "nothing to train on", {"split": ".5,1,1"}),
+    case(
+        "split_is_three_shares", {"split": "0,1,1"}, "--split", "leaves no training data", {"split": ".5,1,1"}
+    ),
     case(
         "tokenizer_is_complete",
         {"tokenizer_type": "HuggingFaceTokenizer"},
@@ -254,7 +266,11 @@ CASES = [
     ),
     case("zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "bfloat16", {"zero_stage": 1}),
     case(
-        "zero_0_in_float32", {"zero_stage": 0, "bf16": True}, "--zero-stage", "wrong norms", {"bf16": False}
+        "zero_0_in_float32",
+        {"zero_stage": 0, "bf16": True},
+        "--zero-stage",
+        "sums gradients in bfloat16 with --bf16, which makes gradient norms wrong",
+        {"bf16": False},
     ),
     case(
         "settings_of_the_other_engine",
@@ -267,14 +283,14 @@ CASES = [
         "documents_need_attention_of_ours",
         {**MEGATRON, "transformer_impl": "transformer_engine", "reset_attention_mask": True},
         "--transformer-impl",
-        "cannot keep documents apart",
+        "cannot be combined with --reset-attention-mask",
         {"transformer_impl": "auto"},
     ),
     case(
         "documents_need_attention_of_ours",
         {**MEGATRON, "transformer_impl": "transformer_engine", "reset_position_ids": True},
         "--transformer-impl",
-        "cannot keep documents apart",
+        "cannot be combined with --reset-attention-mask",
         {"reset_position_ids": False},
     ),
     case(
@@ -295,14 +311,14 @@ CASES = [
         "packing_knows_all_documents",
         {**PACKED, "data_index": "on-demand"},
         "--data-index",
-        "needs them sorted",
+        "sorts all documents",
         {"data_index": "auto"},
     ),
     case(
         "packing_knows_all_documents",
         {**PACKED, "data_schedule": "mixes.yaml"},
         "--data-schedule",
-        "an earlier mix",
+        "cannot be combined with --pack-documents",
         {"data_schedule": None},
     ),
     case(
@@ -344,14 +360,14 @@ CASES = [
         "capacity_of_whole_samples",
         {**MEGATRON, **TP2, "sequence_parallel": True, "moe_expert_capacity_factor": 1.0},
         "--moe-expert-capacity-factor",
-        "tokens of one rank",
+        "would drop different tokens with tensor or context parallelism, so the",
         {"engine": "deepspeed"},
     ),
     case(
         "capacity_of_whole_samples",
         {**MEGATRON, "context_parallel_size": 2, "moe_expert_capacity_factor": 1.0},
         "--moe-expert-capacity-factor",
-        "cuts samples",
+        "would drop different tokens with tensor or context parallelism, so the",
         {"moe_expert_capacity_factor": None},
     ),
     case(
@@ -386,7 +402,7 @@ CASES = [
         "warmup_starts_below_lr",
         {"lr_warmup_init": 1e-5},
         "--lr-warmup-init",
-        "needs a warm-up",
+        "needs --lr-warmup-iters",
         {"lr_warmup_iters": 2},
     ),
     case(
@@ -400,7 +416,7 @@ CASES = [
         "profile_has_steps",
         {"profile": True, "profile_step_start": 12},
         "--profile-step-end",
-        "more than --profile-step-start = 12",
+        "greater than --profile-step-start = 12",
         {"profile_step_end": 13},
     ),
     case(

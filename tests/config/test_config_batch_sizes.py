@@ -61,5 +61,5 @@ def test_a_batch_that_does_not_grow() -> None:
 
 @pytest.mark.parametrize("rampup", [(8, 8, 100), (16, 8, 100), (4, 3, 100)])
 def test_what_does_not_lead_to_the_full_size(rampup: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="does not lead"):
+    with pytest.raises(ValueError, match="does not grow"):
         BatchSizes(8, rampup)

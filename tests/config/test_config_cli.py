@@ -104,7 +104,7 @@ class TestRouter:
     def test_an_option_of_another_router(self, routers):
         (problem,) = problems_of(routers, *DATA, "--router.name", "plain", "--router.hypernet-width", "3")
         assert problem.field == "--router.hypernet-width"
-        assert "option of router hyper" in problem.rule
+        assert "is not an option of router plain (but of hyper)" in problem.rule
 
     def test_the_routers_own_rules(self, routers):
         (problem,) = problems_of(routers, *DATA, "--router.hypernet-width", "999999")
@@ -136,8 +136,8 @@ class TestEveryProblemAtOnce:
         text = str(ConfigError(found))
         assert text.startswith("5 problems in the settings:")
         for expected in (
-            "--hiden-size = 64: unknown flag; did you mean --hidden-size?",
-            f"num_layer in {path} = 3: unknown setting; did you mean num_layers?",
+            "--hiden-size = 64: unknown flag\n    remedy: did you mean --hidden-size?",
+            f"num_layer in {path} = 3: unknown setting\n    remedy: did you mean num_layers?",
             f"--lr (lr in {path}) = fast: must be a number >= 0",
             "--num-experts = 6: must be divisible by --expert-model-parallel-size = 4",
             "--router.bias = 7 stray: takes one value, got 2",

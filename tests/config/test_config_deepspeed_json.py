@@ -65,7 +65,7 @@ class TestDeepSpeedJson:
     def test_contradictions(self, base, tmp_path, document, field, expected):
         (problem,) = self.found(base, tmp_path, document, world_size=2)
         assert problem.field.startswith(f"{field} in ")
-        assert problem.rule == f"contradicts the flags, which make it {expected}"
+        assert problem.rule == f"contradicts the flags, which set it to {expected}"
 
     @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
     def test_sections_that_are_ours(self, base, tmp_path, key):
@@ -82,26 +82,37 @@ class TestDeepSpeedJson:
         document = {"data_types": {"grad_accum_dtype": "bf16"}}
         assert self.found(base, tmp_path, document) == []
         (problem,) = self.found(base, tmp_path, document, bf16=True)
-        assert problem.rule == 'contradicts the flags, which make it "fp32"'
+        assert problem.rule == 'contradicts the flags, which set it to "fp32"'
 
     @pytest.mark.parametrize("key", ["pipe_partitioned", "grad_partitioned"])
     def test_partitioned_activations(self, base, tmp_path, key):
         document = {"pipeline": {key: True}}
         assert self.found(base, tmp_path, document) == []
         (problem,) = self.found(base, tmp_path, document, pipeline_model_parallel_size=2)
-        assert problem.field.startswith(f"pipeline.{key} in ") and "incompatible" in problem.rule
+        assert (
+            problem.field.startswith(f"pipeline.{key} in ")
+            and "cannot be combined with pipeline parallelism" in problem.rule
+        )
         assert self.found(base, tmp_path, {"pipeline": {key: False}}, pipeline_model_parallel_size=2) == []
 
     @pytest.mark.parametrize(
         ("document", "key", "words"),
         [
-            ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size", "our own flag"),
-            ({"sequence_parallel_size": 2}, "sequence_parallel_size", "cuts sequences"),
-            ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled", "mixes types"),
+            ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size", "a second time"),
+            (
+                {"sequence_parallel_size": 2},
+                "sequence_parallel_size",
+                "is not supported by the deepspeed engine",
+            ),
+            (
+                {"torch_autocast": {"enabled": True}},
+                "torch_autocast.enabled",
+                "would mix number types within an expert",
+            ),
             (
                 {"zero_optimization": {"reduce_scatter": False}},
                 "zero_optimization.reduce_scatter",
-                "must be on",
+                "must be true with mixture-of-experts layers",
             ),
             ({"eigenvalue": {"enabled": False}}, "eigenvalue", "no longer part of DeepSpeed"),
             ({"sparse_gradients": True}, "sparse_gradients", "no longer part of DeepSpeed"),
@@ -165,13 +176,13 @@ class TestDeepSpeedJson:
                 "zero_optimization.overlap_com",
                 "did you mean overlap_comm?",
             ),
-            ({"my_own": 1}, "my_own", "leave it out"),
+            ({"my_own": 1}, "my_own", "remove this key"),
         ],
     )
     def test_keys_that_deepspeed_does_not_read(self, base, tmp_path, document, field, remedy):
         (problem,) = self.found(base, tmp_path, document)
         assert (problem.field.split()[0], problem.remedy) == (field, remedy)
-        assert problem.rule == "is not a key of DeepSpeed"
+        assert problem.rule == "is not a setting of DeepSpeed"
 
     @pytest.mark.parametrize("text", ['{"bf16": {}, "bf16": {}}', '{"bf16": {"a": 1, "a": 2}}'])
     def test_a_key_that_is_there_twice(self, base, tmp_path, text):

@@ -42,12 +42,15 @@ class TestFile:
             ("seed: " + "9" * 5000, "a number in line 1 that cannot be read"),
             ("seed: " + "[" * 5000, "nested too deeply"),
             ("num_layers: &a {b: *a}", "refers to itself in line 1"),
-            ("lr: 1\nseed: !!timestamp 2001-99X99", "'2001-99X99' in line 2"),
+            (
+                "lr: 1\nseed: !!timestamp 2001-99X99",
+                "has the value 2001-99X99 in line 2, which does not fit the tag",
+            ),
             ("seed: !!python/object/apply:os.getpid []", "unsupported tag in line 1"),
-            ("seed: !!int many", "'many' in line 1"),
-            ('run_dir: "a\\0b"', "line 1 contains a character that is not valid text"),
-            ('run_dir: "\\ud800"', "line 1 contains a character that is not valid text"),
-            ("[a, b]: 1", "line 1: a key must be a plain name"),
+            ("seed: !!int many", "has the value many in line 1, which does not fit the tag"),
+            ('run_dir: "a\\0b"', "has a character in line 1 that is not valid text"),
+            ('run_dir: "\\ud800"', "has a character in line 1 that is not valid text"),
+            ("[a, b]: 1", "has a key in line 1 that is not a plain name"),
             ("a: 1\n---\nb: 2", "another document"),
         ],
     )
@@ -91,7 +94,7 @@ class TestFile:
     def test_sections_are_reported_and_read(self, routers, write):
         problem = self.problem_with(routers, write("data_path: a\nmodel:\n  num_layers: 2\n"))
         assert problem.field.startswith("model in")
-        assert problem.remedy == "write num_layers: ... at the left margin, without model:"
+        assert problem.remedy == "remove model: and write num_layers: ... at the left margin"
         found = problems_of(routers, "--config", write("model: {num_layers: 0}\ndata_path: a\n"))
         assert [each.field.split()[0] for each in found] == ["model", "--num-layers"]
 
@@ -122,7 +125,7 @@ class TestFile:
 
     def test_config_without_a_file(self, routers):
         (problem,) = problems_of(routers, "--config")  # and not also: no training data
-        assert str(problem) == "--config: needs a file name; write --config FILE.yaml"
+        assert str(problem) == "--config: needs a file name\n    remedy: write --config FILE.yaml"
 
     def test_an_empty_file_sets_nothing(self, routers, write):
         assert parse([*DATA, "--config", write("# nothing\n")], routers=routers) == parse(
@@ -133,13 +136,13 @@ class TestFile:
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("top_k", "write --moe-router-topk, its name here"),
-        ("learning_rate", "write --lr, its name here"),
-        ("max_steps", "write --train-iters, its name here"),
-        ("n_embd", "write --hidden-size, its name here"),
+        ("top_k", "use --moe-router-topk, which is the name in this program"),
+        ("learning_rate", "use --lr, which is the name in this program"),
+        ("max_steps", "use --train-iters, which is the name in this program"),
+        ("n_embd", "use --hidden-size, which is the name in this program"),
         ("dtype", "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default"),
         # too unlike anything for a guess
-        ("depth_of_it", "see --help for all settings; leaving it out may change the run"),
+        ("depth_of_it", "look it up in mhr train --help; leaving it out may change the run"),
     ],
 )
 def test_names_of_other_programs(routers, write, name, remedy):

@@ -96,8 +96,8 @@ class TestSettings:
         )
         message = refused("--deepspeed-config", path, status=2)
         assert "2 problems" in message and "train_batch_size" not in message
-        assert f"zero_optimization.stage in {path} = 2: contradicts the flags, which make it 1" in message
-        assert f"gradient_clipping in {path} = 3.0: contradicts the flags, which make it 1.0" in message
+        assert f"zero_optimization.stage in {path} = 2: contradicts the flags, which set it to 1" in message
+        assert f"gradient_clipping in {path} = 3.0: contradicts the flags, which set it to 1.0" in message
 
     def test_folders_that_cannot_be_written(self, refused: Refused, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -53,7 +53,9 @@ def test_every_option_has_a_type_a_default_and_a_help_text(name):
 
 
 def test_unknown_router_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"--router\.name = hiper: is not a router; did you mean hyper\?"):
+    with pytest.raises(
+        ConfigError, match=r"--router\.name = hiper: is not a router\n    remedy: did you mean hyper\?"
+    ):
         build_router("hiper", **SIZES)
 
 

@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "an unknown router": (
         ["--routers", "topk", "hiper"],
         "",
-        "--routers = hiper: is not a router; did you mean hyper?",
+        "--routers = hiper: is not a router\n    remedy: did you mean hyper?",
     ),
     "an option of another router": (
         ["--routers", "topk", "--options", "options.yaml"],
@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a label without its router": (
         ["--routers", "mine", "--options", "options.yaml"],
         "mine: {bias: true}",
-        "--routers = mine: is not a router; use competesmoe, hyper,",
+        "--routers = mine: is not a router\n    remedy: use competesmoe, hyper,",
     ),
     "options of nobody": (
         ["--routers", "topk", "--options", "options.yaml"],
@@ -335,11 +335,11 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "must map labels to options",
     ),
     "no such file": (["--routers", "topk", "--options", "none.yaml"], "", "cannot be read"),
-    "a flag of ours": (["--routers", "topk", "--run-dir", "x"], "", "set by this tool"),
+    "a flag of ours": (["--routers", "topk", "--run-dir", "x"], "", "set by this command"),
     "an option as a flag": (
         ["--routers", "topk", "--router.bias", "true"],
         "",
-        "options of routers go into --options",
+        "name it with --options",
     ),
     "a comparison that cannot be read": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk@1"],
@@ -352,8 +352,8 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "hyper is not among the routers",
     ),
     "twice": (["--routers", "topk", "topk"], "", "names topk twice"),
-    "a label that is a path": (["--routers", "../x"], "", "labels name folders"),
-    "no seed": (["--routers", "topk", "--seeds", "0"], "", "--seeds must be at least 1"),
+    "a label that is a path": (["--routers", "../x"], "", "must be labels of letters"),
+    "no seed": (["--routers", "topk", "--seeds", "0"], "", "--seeds = 0: must be at least 1"),
     "too many experts": (
         ["--routers", "topk", "--topk-eval", "2", "5"],
         "",

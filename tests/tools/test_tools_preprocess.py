@@ -217,7 +217,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, bad: str) -
     before = {path.name for path in tmp_path.iterdir()}
     status, out, err = run("preprocess_data", "--input", name, *BYTES, "--save-seconds", 0, cwd=tmp_path)
     assert status == 3
-    assert re.match(rf"preprocess_data\.py: error: .*{message}.*\n  remedy: \S.*\n$", err), err
+    assert re.match(rf"error: .*{message}.*\n  remedy: \S.*\n$", err), err
     assert not out
     assert {path.name for path in tmp_path.iterdir()} == before
 

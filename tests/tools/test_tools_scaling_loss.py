@@ -334,8 +334,8 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "hidden_size: is set twice",
     ),
     "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set twice"),
-    "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this tool"),
-    "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this tool"),
+    "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this command"),
+    "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this command"),
     "the same twice": (["--axis", "hidden_size", "16", "16"], "", "is named twice"),
     "a curve for nothing": (
         [*AXIS, "--curve-for", "num-layers"],
@@ -343,9 +343,9 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "is not a setting of any --axis",
     ),
     "too many experts": ([*AXIS, "--topk-eval", "5"], "", "must be from 1 to the 4 experts"),
-    "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds must be at least 1"),
-    "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval must be at least 1"),
-    "both": ([*AXIS, "--dry-run", "--collect"], "", "not allowed with"),
+    "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds = 0: must be at least 1"),
+    "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval = 1 0: must be at least 1"),
+    "both": ([*AXIS, "--dry-run", "--collect"], "", "cannot be combined with --dry-run"),
     "nothing to collect": ([*AXIS, "--collect"], "", "found none of the 6 runs of this study finished"),
     "half a node": (
         [*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"],

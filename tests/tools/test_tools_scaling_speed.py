@@ -277,9 +277,9 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "nothing asked for": ([], "--ranks or --layouts is needed"),
-    "no rank": (["--ranks", "1", "0"], "--ranks must be at least 1"),
-    "no step": (["--ranks", "1", "--steps", "0"], "--steps must be at least 1"),
+    "nothing asked for": ([], "--ranks or --layouts: one of the two is required"),
+    "no rank": (["--ranks", "1", "0"], "--ranks = 1 0: must be at least 1"),
+    "no step": (["--ranks", "1", "--steps", "0"], "--steps = 0: must be at least 1"),
     "no such size": (["--layouts", "xp=2"], "there is no setting xp"),
     "a fault": (["--layouts", "ep=2,fault=aux-loss"], "must not inject a fault"),
     "nothing can run": (["--ranks", "3", "--layouts", "tp=2"], "must be divisible by"),
@@ -287,8 +287,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["--ranks", "1", "2", "--scaling", "strong"],
         "must be given for strong scaling",
     ),
-    "steps as a flag": (["--ranks", "1", "--train-iters", "4"], "--train-iters: set by this tool"),
-    "a layout twice": (["--layouts", "ep=2", "--expert-model-parallel-size", "4"], "--layouts says it"),
+    "steps as a flag": (["--ranks", "1", "--train-iters", "4"], "--train-iters: is set by this command"),
+    "a layout twice": (
+        ["--layouts", "ep=2", "--expert-model-parallel-size", "4"],
+        "cannot be combined with --layouts",
+    ),
     "an unknown flag": (["--ranks", "1", "--no-such-flag", "1"], "unknown flag"),
     "nothing to collect": (["--ranks", "1", "--collect"], "found none of the 3 runs of this study finished"),
     "half a node": (["--ranks", "12", "--dry-run"], "must be divisible by --gpus-per-node = 8"),
@@ -312,7 +315,7 @@ def test_a_rank_of_a_launcher_starts_no_ranks(tmp_path: Path, zygote: Zygote) ->
 
 
 def test_the_study_has_to_be_named(zygote: Zygote) -> None:
-    assert "required: study" in zygote.run([], program=TOOL, expect=2).stderr
-    assert "invalid choice" in zygote.run(["lose"], program=TOOL, expect=2).stderr
+    assert "study: must be given" in zygote.run([], program=TOOL, expect=2).stderr
+    assert "study = lose: must be one of" in zygote.run(["lose"], program=TOOL, expect=2).stderr
     for study, flag in (("loss", "--curve-for"), ("speed", "--scaling")):
         assert flag in zygote.run([study, "--help"], program=TOOL).stdout

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     args = flags.parse_args(arguments)
     if args.checkpoint_gb is not None and not args.checkpoint_gb > 0:
-        flags.error("--checkpoint-gb must be greater than 0")
+        rule = "must be greater than 0"
+        flags.refuse("--checkpoint-gb", args.checkpoint_gb, rule, "give the size of one checkpoint in GB")
     from megatron_hyperrouter.doctor.examine import examine
     from megatron_hyperrouter.doctor.ranks import Ranks
     from megatron_hyperrouter.guard.ranks import adopt_ranks

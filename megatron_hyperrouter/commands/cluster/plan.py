@@ -113,15 +113,19 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         help="GB of memory per GPU to keep free for CUDA and NCCL (default: 2.5)",
     )
     args, rest = flags.parse_known_args(arguments)
-    for name, least in (("gpus", 1), ("per_node", 1), ("top", 1), ("dry_run", 0), ("skew", 1)):
-        if not getattr(args, name) >= least:
-            flags.error(f"--{name.replace('_', '-')} must be at least {least}")
+    flags.check_at_least(args, 1, "gpus", "per_node", "top", "skew")
+    flags.check_at_least(args, 0, "dry_run")
     if not 0 <= args.reserve < args.gpu_memory:
-        flags.error("--reserve must be at least 0, and less than --gpu-memory")
+        rule = f"must be at least 0 and less than --gpu-memory = {args.gpu_memory:g}"
+        flags.refuse("--reserve", f"{args.reserve:g}", rule, "use --reserve 2.5, or a larger --gpu-memory")
     if args.gpu_tflops is not None and not args.gpu_tflops > 0:
-        flags.error("--gpu-tflops must be greater than 0")
+        rule = "must be greater than 0"
+        flags.refuse("--gpu-tflops", f"{args.gpu_tflops:g}", rule, "give the peak TFLOP/s of one GPU")
     if args.gpus > args.per_node and args.gpus % args.per_node:
-        flags.error(f"--gpus must be divisible by --per-node = {args.per_node}: a run takes whole nodes")
+        rule = f"must be divisible by --per-node = {args.per_node}, because a run uses whole nodes"
+        above = -(-args.gpus // args.per_node) * args.per_node
+        remedy = f"use {above - args.per_node} or {above} GPUs, or change --per-node"
+        flags.refuse("--gpus", args.gpus, rule, remedy)
     return args, rest
 
 

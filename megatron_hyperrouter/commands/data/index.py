@@ -32,8 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         help="number of ranks of the run, needed only without --global-batch-size (default: 1)",
     )
     args, others = flags.parse_known_args(arguments)
-    if args.world_size < 1:
-        flags.error(f"--world-size = {args.world_size}: must be at least 1")
+    flags.check_at_least(args, 1, "world_size")
 
     from megatron_hyperrouter.config.cli import parse
     from megatron_hyperrouter.data.order.index_files import Cache

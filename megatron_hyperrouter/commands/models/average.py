@@ -144,13 +144,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     args = flags.parse_args(arguments)
     if (args.steps is None) == (args.last is None):
-        flags.error("give --steps or --last")
-    if args.last is not None and args.last < 1:
-        flags.error("--last must be at least 1")
+        flags.refuse("--steps or --last", "", "one of the two is required", "give either --steps or --last")
+    flags.check_at_least(args, 1, "last")
     if args.weights is not None and args.ema is not None:
-        flags.error("give --weights or --ema, not both")
+        flags.refuse("--ema", args.ema, "cannot be combined with --weights", "keep one of the two")
     if args.ema is not None and not 0 < args.ema < 1:
-        flags.error("--ema must be above 0 and below 1")
+        flags.refuse("--ema", args.ema, "must be greater than 0 and less than 1", "use --ema 0.9")
     if args.weights is not None and not sum(args.weights) > 0:
-        flags.error("--weights must have a sum above 0")
+        rule = "must have a sum greater than 0"
+        flags.refuse("--weights", args.weights, rule, "leave out --weights for equal weights")
     return args

@@ -163,8 +163,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results"
     )
     args = flags.parse_args(arguments)
-    if args.eval_iters is not None and args.eval_iters < 1:
-        flags.error("--eval-iters must be at least 1")
+    flags.check_at_least(args, 1, "eval_iters")
     return args
 
 

@@ -8,7 +8,7 @@ an existing folder with the Python standard library alone; --numbers also runs t
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.evaluate.trained import run_path
 from megatron_hyperrouter.export.verify import differences, read_certificate
-from megatron_hyperrouter.terminal import note, parser, show
+from megatron_hyperrouter.terminal import Parser, note, parser, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.export.folder import Export
@@ -241,16 +241,18 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     return args
 
 
-def _check_together(flags: ArgumentParser, args: Namespace) -> None:
+def _check_together(flags: Parser, args: Namespace) -> None:
     if args.verify is None:
         if missing := [name for name in ("load", "output") if getattr(args, name) is None]:
-            flags.error(" and ".join(f"--{name}" for name in missing) + " must be given, or --verify FOLDER")
+            names = " and ".join(f"--{name}" for name in missing)
+            rule = "is required without --verify"
+            flags.refuse(names, "", rule, f"add {names}, or give --verify FOLDER to verify a folder")
         if args.numbers:
-            flags.error("--numbers needs --verify FOLDER")
+            flags.refuse("--numbers", "", "needs --verify FOLDER", "add --verify FOLDER")
     elif args.load is not None or args.output is not None:
-        flags.error("--verify FOLDER takes neither --load nor --output")
-    if args.proof_samples < 1:
-        flags.error("--proof-samples must be at least 1")
+        rule = "cannot be combined with --load or --output"
+        flags.refuse("--verify", args.verify, rule, "leave out --load and --output")
+    flags.check_at_least(args, 1, "proof_samples")
 
 
 def size(word: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.evaluate.trained import add_run_flags
 from megatron_hyperrouter.finetuning.settings import Settings
-from megatron_hyperrouter.terminal import parser
+from megatron_hyperrouter.terminal import Parser, parser
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
@@ -27,8 +27,8 @@ def read_flags(arguments: Sequence[str], description: str) -> Namespace:
     return args
 
 
-def _config_flag() -> ArgumentParser:
-    flags = ArgumentParser(add_help=False, allow_abbrev=False)
+def _config_flag() -> Parser:
+    flags = Parser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config", type=Path)
     return flags
 
@@ -56,7 +56,7 @@ def words_of(path: Path) -> list[str]:
     return words
 
 
-def all_flags(description: str) -> ArgumentParser:
+def all_flags(description: str) -> Parser:
     """What ``--help`` shows."""
     flags = parser(description)
     flags.add_argument(

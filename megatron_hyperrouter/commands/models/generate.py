@@ -123,11 +123,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)
     if args.prompt is not None and args.prompt_file is not None:
-        flags.error("give --prompt or --prompt-file, not both")
-    if args.max_new_tokens < 1:
-        flags.error("--max-new-tokens must be at least 1")
-    if args.temperature < 0:
-        flags.error("--temperature must be at least 0")
+        flags.refuse("--prompt", "", "cannot be combined with --prompt-file", "keep one of the two")
+    flags.check_at_least(args, 1, "max_new_tokens")
+    flags.check_at_least(args, 0, "temperature")
     if not 0 < args.top_p <= 1:
-        flags.error("--top-p must be above 0 and at most 1")
+        flags.refuse("--top-p", args.top_p, "must be greater than 0 and at most 1", "use --top-p 0.9")
     return args

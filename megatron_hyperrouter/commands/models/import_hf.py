@@ -280,8 +280,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
     )
     args = flags.parse_args(arguments)
-    if args.proof_samples < 1:
-        flags.error("--proof-samples must be at least 1")
+    flags.check_at_least(args, 1, "proof_samples")
     return args
 
 

@@ -164,20 +164,18 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     )
     args, rest = flags.parse_known_args(arguments)
     if not args.effect > 0:
-        flags.error("--effect must be above 0")
-    for name in ("seeds", "jobs", "test_iters"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            flags.error(f"--{name.replace('_', '-')} must be at least 1")
+        flags.refuse("--effect", args.effect, "must be greater than 0", "use --effect 0.02, for example")
+    flags.check_at_least(args, 1, "seeds", "jobs", "test_iters")
     line = read_program_flags(rest)
-    if reason := refuse_flags(line, [name for name in line.flags if name.startswith("--router.")]):
-        flags.error(f"{reason}; options of routers go into --options")
+    for name in (name for name in line.flags if name.startswith("--router.")):
+        rule = "cannot be given to all routers of a comparison"
+        flags.refuse(name, "", rule, "write the options of each router to a file, and name it with --options")
+    refuse_flags(flags, line)
     if odd := [name for name in args.routers if not re.fullmatch(r"\w[\w.-]*", name)]:
-        flags.error(
-            f"--routers {' '.join(odd)}: labels name folders, so letters, digits, '.', '_' and '-' alone"
-        )
-    if twice := {name for name in args.routers if args.routers.count(name) > 1}:
-        flags.error(f"--routers names {', '.join(sorted(twice))} twice")
+        rule = "must be labels of letters, digits, '.', '_' and '-', because they name folders"
+        flags.refuse("--routers", odd, rule, "use other labels")
+    if twice := sorted({name for name in args.routers if args.routers.count(name) > 1}):
+        flags.refuse("--routers", args.routers, f"names {twice[0]} twice", f"name {twice[0]} once")
     return args, line
 
 

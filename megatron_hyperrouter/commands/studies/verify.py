@@ -163,8 +163,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags.add_argument("--output", type=Path, metavar="JSON", help="also write the results to this JSON file")
     args = flags.parse_args(arguments)
     args.engines = list(dict.fromkeys(args.engines))
-    if args.steps < 1 or args.vocab_size < 2:
-        flags.error("--steps must be 1 or more, --vocab-size 2 or more")
+    flags.check_at_least(args, 1, "steps")
+    flags.check_at_least(args, 2, "vocab_size")
     return args
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hyperrouter import console
@@ -22,13 +23,21 @@ from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.samples import open_samples
 
 
-def prepare_and_run(config: RunConfig, world_size: int, launcher: Launcher) -> int:
-    """Train as the settings say; returns the exit status.  While it runs, no other run may use its folder."""
+def prepare_and_run(
+    config: RunConfig, world_size: int, launcher: Launcher, remark: Callable[[], None]
+) -> int:
+    """Train as the settings say; returns the exit status.  While it runs, no other run may use its folder.
+
+    ``remark`` prints notes and warnings about the settings.  It is called once nothing has been refused, so
+    that an error comes without them.
+    """
     with RunLock(Path(config.logging.run_dir), held=console.speaks()):
-        return _prepare_and_run(config, world_size, launcher)
+        return _prepare_and_run(config, world_size, launcher, remark)
 
 
-def _prepare_and_run(config: RunConfig, world_size: int, launcher: Launcher) -> int:
+def _prepare_and_run(
+    config: RunConfig, world_size: int, launcher: Launcher, remark: Callable[[], None]
+) -> int:
     meeting = Meeting.of_this_process()
     agree_on_settings(config, meeting)
     tokenizer = tokenizer_of(config.data)
@@ -46,6 +55,7 @@ def _prepare_and_run(config: RunConfig, world_size: int, launcher: Launcher) -> 
         step=start.step,
     )
     agree_on_data(meeting, tokenizer.identity(), samples.files())
+    remark()
     if about_ends := warning_about_ends(samples.config.data, samples.builder.stores.values(), eod):
         console.warn(about_ends)
     if console.speaks():

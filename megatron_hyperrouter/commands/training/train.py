@@ -49,13 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     world_size = asked_world_size or int(os.environ.get("WORLD_SIZE", "1"))
     words = laid_out_anew(words, world_size, notes)
     config = parse(words, routers=ROUTERS, world_size=world_size, notes=notes)
-    for note in notes:
-        console.note(note)
-    for warning in warnings(config, has_gpu=torch.cuda.is_available()):
-        console.warn(warning)
+
+    def remark() -> None:
+        for note in notes:
+            console.note(note)
+        for warning in warnings(config, has_gpu=torch.cuda.is_available()):
+            console.warn(warning)
+
     if dry:
         from megatron_hyperrouter.commands.training.dry_run import show_run
 
+        remark()
         show_run(config, world_size)
         return 0
-    return prepare_and_run(config, world_size, launcher)
+    return prepare_and_run(config, world_size, launcher, remark)

@@ -89,7 +89,7 @@ def _wanted(topic: Sequence[str], routers: Mapping[str, Any]) -> set[str]:
     remedy = "choose one of " + ", ".join([*sections(), "router", "router NAME"])
     if close := nearest(asked, everything):
         remedy = f"did you mean --help {close}?"
-    raise ConfigError([Problem("--help", asked, "is not a section of the settings", remedy)])
+    raise ConfigError([Problem("--help", asked, "is not a section of the help", remedy)])
 
 
 def _names() -> str:

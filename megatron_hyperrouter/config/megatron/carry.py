@@ -51,13 +51,13 @@ class Carried:
         """One line that counts them."""
         parts = []
         if self.always:
-            parts.append(f"{_count(self.always)} with the only value that this program has")
+            parts.append(f"{_count(self.always)} with the only value that this program supports")
         if self.no_effect:
             parts.append(f"{_count(self.no_effect)} without effect on the result")
         if self.translated:
             parts.append("translated: " + ", ".join(self.translated))
         if parts:
-            yield "flags of Megatron-LM: " + "; ".join(parts)
+            yield "Megatron-LM flags in this command: " + "; ".join(parts)
         foreign = len(self.always) + len(self.no_effect) + len(self.translated)
         yield from defaults_that_differ(self.given, foreign)
 
@@ -106,9 +106,9 @@ def work_out(
         try:
             ours, value = worked_out(name, words, values, world_size)
             if ours in written and name not in REFINES:
-                raise BadValue(f"sets the same thing as {flag(ours)}", "keep one of the two")
+                raise BadValue(f"sets the same thing as {flag(ours)}", "keep one of the two flags")
             if (other := by_setting.setdefault(ours, place)) != place:
-                raise BadValue(f"sets the same thing as {other}", "keep one of the two")
+                raise BadValue(f"sets the same thing as {other}", "keep one of the two flags")
         except BadValue as bad:
             problems.append(Problem(place, " ".join(words), bad.rule, bad.remedy))
         else:
@@ -136,7 +136,7 @@ def _carry(name: str, place: str, words: list[str] | None, source: Source, carri
     if words is None:
         if name in ALWAYS:
             carried.problems.append(
-                Problem(place, "false", f"is always on here: {ALWAYS[name].fact}", "leave it out")
+                Problem(place, "false", f"cannot be switched off: {ALWAYS[name].fact}", "leave it out")
             )
     elif name in ALWAYS:
         _check_always(name, place, words, carried)
@@ -155,13 +155,13 @@ def _carry(name: str, place: str, words: list[str] | None, source: Source, carri
         row = ALL_ABSENT[name]
         instead = row.without.startswith("use ")
         remedy = row.without if instead else f"if you leave it out, {row.without}"
-        carried.problems.append(Problem(place, " ".join(words), f"{row.does}: not supported", remedy))
+        carried.problems.append(Problem(place, " ".join(words), f"is not supported; it {row.does}", remedy))
 
 
 def _check_always(name: str, place: str, words: list[str], carried: Carried) -> None:
     row = ALWAYS[name]
     if [word for word in words if word not in row.accepted and word.lower() != "true"]:
-        remedy = f"use {' or '.join(row.accepted)}" if row.accepted else "give it without a value"
+        remedy = f"use {' or '.join(row.accepted)}" if row.accepted else "write the flag without a value"
         carried.problems.append(Problem(place, " ".join(words), f"cannot be changed: {row.fact}", remedy))
     else:
         carried.always.append(flag(name))
@@ -172,8 +172,8 @@ def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Sourc
     for ours, words in settings.items():
         key = source.key(ours)
         if key in source.given and source.words(source.given[key]) != words:
-            rule = f"means {flag(ours)}, which is given as well, with another value"
-            carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two"))
+            rule = f"sets {flag(ours)}, which is also given with another value"
+            carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two flags"))
             return
         source.given[key] = words if key.startswith("--") else _plain(words)
     if settings:

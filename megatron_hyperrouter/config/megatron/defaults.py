@@ -20,14 +20,16 @@ MODEL = (
     Other(("num-experts",), "no experts", "8 in each layer"),
     Other(("swiglu",), "GELU", "SwiGLU"),
     Other(("normalization",), "LayerNorm", "RMSNorm"),
-    Other(("disable-bias-linear",), "biases", "none"),
-    Other(("position-embedding-type", "use-rotary-position-embeddings"), "learned positions", "rotary ones"),
-    Other(("ffn-hidden-size",), "a feed-forward width of 8/3 hidden sizes with --swiglu", "4"),
+    Other(("disable-bias-linear",), "biases", "no biases"),
+    Other(
+        ("position-embedding-type", "use-rotary-position-embeddings"), "learned positions", "rotary positions"
+    ),
+    Other(("ffn-hidden-size",), "a feed-forward width of 8/3 hidden sizes with --swiglu", "4 hidden sizes"),
 )
 TRAINING = (
     Other(("hidden-dropout",), "dropout 0.1", "0"),
     Other(("attention-dropout",), "dropout 0.1", "0"),
-    Other(("lr-decay-style",), "a linear decay", "cosine"),
+    Other(("lr-decay-style",), "a linear decay", "a cosine decay"),
     Other(("eval-iters",), "100 batches in an evaluation", "10"),
 )
 
@@ -38,10 +40,11 @@ def defaults_that_differ(given: Collection[str], foreign: int) -> Iterator[str]:
     """
     if foreign < ENOUGH:
         return
-    for rows, what in ((MODEL, "builds another model"), (TRAINING, "trains differently")):
+    for rows, what in ((MODEL, "builds a different model"), (TRAINING, "trains in a different way")):
         missing = [row for row in rows if not any(name in given for name in row.flags)]
         if missing:
             shown = "; ".join(
-                f"--{row.flags[0]} left out: {row.there} there, {row.here} here" for row in missing
+                f"without --{row.flags[0]}, Megatron-LM uses {row.there}, this program {row.here}"
+                for row in missing
             )
             yield f"this command {what} than in Megatron-LM: {shown}"

@@ -36,7 +36,7 @@ def load_balancing_type(words: list[str], read: Read) -> Settings:
         return {}
     if kind not in BALANCING:
         remedy = "use aux_loss, seq_aux_loss, global_aux_loss or none"
-        raise BadValue("is a balancing method that this program does not have", remedy)
+        raise BadValue("is not supported as a balancing method", remedy)
     return {"router.aux_loss": [BALANCING[kind]]}
 
 
@@ -48,14 +48,14 @@ def group_query_attention(words: list[str], read: Read) -> Settings:
 def position_embedding_type(words: list[str], read: Read) -> Settings:
     """Rotary positions, plain or scaled by YaRN."""
     if (kind := _one(words)) not in ("rope", "yarn"):
-        raise BadValue("is fixed here: positions are rotary", "use rope or yarn")
+        raise BadValue("must be rope or yarn: positions are always rotary", "use rope or yarn")
     return {} if kind == "rope" else {"rope_type": [kind]}
 
 
 def iterations_to_skip(words: list[str], read: Read) -> Settings:
     """Megatron-LM counts completed steps there, so its 0 is step 1."""
     if not words or not all(word.isdecimal() for word in words):
-        raise BadValue("must be a list of steps", "give one number or several")
+        raise BadValue("must be a list of steps", "write one or more step numbers")
     return {"skip_steps": [str(int(word) + 1) for word in words]}
 
 
@@ -107,7 +107,9 @@ def train_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[
     """Steps that fit the samples (training.py, ``update_train_iters``)."""
     sizes = _sizes(values, batch)
     if count < sizes.size(0):
-        raise BadValue(f"is less than one global batch of {sizes.size(0)}", f"use {sizes.size(0)} or more")
+        raise BadValue(
+            f"must be at least one global batch of {sizes.size(0)} samples", f"use {sizes.size(0)} or more"
+        )
     return "train_iters", sizes.steps_within(int(count))
 
 
@@ -129,7 +131,7 @@ def lr_warmup_samples(count: float, values: Mapping[str, Any], batch: int) -> tu
 def lr_warmup_fraction(share: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
     """A share of the steps until the decay ends."""
     if not share <= 1:
-        raise BadValue("must be at most 1", "give a share of the decay's steps")
+        raise BadValue("must be at most 1", "give a fraction of the steps of the decay, from 0 to 1")
     run = _sizes(values, int(values["global_batch_size"] or 1)).progress(values["train_iters"])
     return "lr_warmup_iters", round(share * (values["lr_decay_iters"] or run))
 
@@ -141,18 +143,18 @@ def layers_per_chunk(count: float, values: Mapping[str, Any], batch: int) -> tup
     if stages == 1:
         return "virtual_pipeline_model_parallel_size", None
     if values["decoder_first_pipeline_num_layers"] or values["decoder_last_pipeline_num_layers"]:
-        rule = "must not be used with stages of different numbers of layers"
-        raise BadValue(rule, "use --num-virtual-stages-per-pipeline-rank, as in Megatron-LM")
+        rule = "cannot be combined with pipeline stages of different sizes"
+        raise BadValue(rule, "use --num-virtual-stages-per-pipeline-rank instead")
     if not count or layers % (stages * int(count)):
-        rule = f"must divide the {layers} layers of {stages} pipeline stages evenly"
-        raise BadValue(rule, "use --virtual-pipeline-model-parallel-size")
+        rule = f"must divide the number of layers in a pipeline stage ({layers} layers, {stages} stages)"
+        raise BadValue(rule, "use --virtual-pipeline-model-parallel-size instead")
     return "virtual_pipeline_model_parallel_size", layers // stages // int(count)
 
 
 def ckpt_step(step: float, values: Mapping[str, Any], batch: int) -> tuple[str, str]:
     """The folder of that step in the run that --load names."""
     if values["load"] is None:
-        raise BadValue("needs --load", "name the run folder with --load")
+        raise BadValue("needs --load", "add --load with the run folder")
     folder = Path(values["load"])
     inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     return "load", str(inner / f"step_{int(step):07d}")
@@ -198,7 +200,7 @@ def _global_batch(values: Mapping[str, Any], world_size: int | None) -> int:
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     ranks = 0 if world_size is None else world_size // math.prod(values[name] for name in sizes)
     if not ranks:
-        raise BadValue("needs --global-batch-size", "add it")
+        raise BadValue("needs --global-batch-size", "add --global-batch-size")
     return ranks * int(values["micro_batch_size"])
 
 
@@ -210,7 +212,7 @@ def _number(words: list[str]) -> float:
     except ValueError as error:
         raise BadValue("must be a number", "give a number") from error
     if not 0 <= value < float("inf"):
-        raise BadValue("must be a number >= 0", "give a number")
+        raise BadValue("must be a finite number >= 0", "give a number")
     return value
 
 

@@ -59,7 +59,7 @@ def load_document(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
     if not isinstance(document, dict):
-        raise ValueError(f"must hold a JSON object, holds {type(document).__name__}")
+        raise ValueError(f"must be a JSON object, not a {type(document).__name__}")
     return _without_auto(document)
 
 

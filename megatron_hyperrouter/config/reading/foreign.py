@@ -73,31 +73,31 @@ OURS: Mapping[str, str] = MappingProxyType(
         for other in others.split()
     }
 )
-SHARED = "use --moe-shared-expert-intermediate-size: its width is that of all shared experts together"
+SHARED = "use --moe-shared-expert-intermediate-size, the width of all shared experts together"
 # Names whose values differ as well: what to write instead.
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         "dtype": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
         "precision": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
         "torch_dtype": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
-        "fp32": "leave it out: float32 is the default",
-        "fp16": "use --bf16: this program has no float16 training",
-        "gradient_accumulation_steps": "set --global-batch-size: micro-batches add up to it",
-        "epochs": "set --train-iters: the start of a run shows how many epochs that is",
-        "num_train_epochs": "set --train-iters: the start of a run shows how many epochs that is",
-        "num_epochs": "set --train-iters: the start of a run shows how many epochs that is",
+        "fp32": "leave it out; float32 is the default",
+        "fp16": "use --bf16; float16 is not supported",
+        "gradient_accumulation_steps": "set --global-batch-size; the number of micro-batches follows from it",
+        "epochs": "set --train-iters; the start of a run shows the number of epochs",
+        "num_train_epochs": "set --train-iters; the start of a run shows the number of epochs",
+        "num_epochs": "set --train-iters; the start of a run shows the number of epochs",
         "warmup_ratio": "use --lr-warmup-fraction",
-        "gpus": "start the program with deepspeed or torchrun, which set the number of ranks",
-        "num_gpus": "start the program with deepspeed or torchrun, which set the number of ranks",
-        "device": "leave it out: a GPU is used where there is one",
-        "optimizer": "leave it out: the optimizer is AdamW",
+        "gpus": "start the program with deepspeed or torchrun, and set the number of GPUs there",
+        "num_gpus": "start the program with deepspeed or torchrun, and set the number of GPUs there",
+        "device": "leave it out; GPUs are used if there are any",
+        "optimizer": "leave it out; the optimizer is AdamW",
         "betas": "use --adam-beta1 and --adam-beta2",
         "vocab": "use --vocab-size with --tokenizer-type NullTokenizer, or --tokenizer-model",
         "router": "use --router.name NAME",
-        "compile": "leave it out: the program does not compile the model",
+        "compile": "leave it out; the program does not compile the model",
         "n_shared_experts": SHARED,
         "num_shared_experts": SHARED,
         "enable_shared_expert": SHARED,
-        "hidden_act": "leave it out: the activation is SwiGLU",
+        "hidden_act": "leave it out; the activation is SwiGLU",
     }
 )

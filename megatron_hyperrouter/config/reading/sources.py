@@ -52,8 +52,10 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
         elif word == "-h":
             words = line.flags["--help"] = []
         elif words is None:
-            remedy = "write --flag value; --help lists all flags"
-            line.problems.append(Problem("command line", word, "does not follow a flag", remedy))
+            remedy = "write values after a flag: --flag VALUE"
+            line.problems.append(
+                Problem("command line", word, "is not a flag and does not follow one", remedy)
+            )
         else:
             words.append(word)
     for name in LAUNCHER_FLAGS:
@@ -68,22 +70,24 @@ def read_yaml(path: str) -> YamlFile:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        return _unreadable(path, f"cannot be read ({error.strerror})", "name an existing YAML file")
+        return _unreadable(path, f"cannot be read ({error.strerror})", "give an existing YAML file")
     except UnicodeDecodeError as error:
-        return _unreadable(path, f"is not UTF-8 text (byte {error.start})", "name a YAML file")
+        return _unreadable(path, f"is not UTF-8 text (byte {error.start})", "give a YAML file")
     except ValueError as error:  # a NUL in the name
-        return _unreadable(repr(path), f"is not a file name ({error})", "name an existing YAML file")
+        return _unreadable(repr(path), f"is not a file name ({error})", "give an existing YAML file")
     try:
         root = compose(text)
         document = value_of_node(root)
     except ValueError as error:
-        return _unreadable(path, str(error), "write plain settings, one a line: num_layers: 4")
+        return _unreadable(path, str(error), "write one setting on each line, such as num_layers: 4")
     if document is None:
         return YamlFile(path)
     if not isinstance(document, dict):
         kind = "list" if isinstance(document, list) else "single value"
         return _unreadable(
-            path, f"must be a mapping of settings, not a {kind}", "write lines like num_layers: 4"
+            path,
+            f"must be a mapping of settings, not a {kind}",
+            "write one setting on each line, such as num_layers: 4",
         )
     twice = [_twice(path, name, f"lines {first} and {line}") for name, first, line in duplicates(root)]
     return _flatten(path, document, twice)
@@ -103,12 +107,12 @@ def _flatten(path: str, document: dict[str, Any], problems: list[Problem]) -> Ya
         elif name == "router":
             remedy = "write router: {name: hyper}"
             problems.append(
-                Problem(f"router in {path}", value, "must be a mapping of the router's options", remedy)
+                Problem(f"router in {path}", value, "must be a mapping of router options", remedy)
             )
         elif isinstance(value, dict) and name not in tree_leaves():
             example = next(iter(value), "num_layers")
-            rule = "is a section; the settings of a file are flat"
-            remedy = f"write {example}: ... at the left margin, without {key}:"
+            rule = "is a section, but settings must not be in sections"
+            remedy = f"remove {key}: and write {example}: ... at the left margin"
             problems.append(Problem(f"{key} in {path}", "", rule, remedy))
             _add(file, ((_name(inner), each) for inner, each in value.items()), "outside of the section")
         else:

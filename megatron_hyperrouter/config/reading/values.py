@@ -48,7 +48,7 @@ def _from_words(leaf: Leaf, words: list[str]) -> Any:
         return convert(leaf, words)
     if len(words) > 1:
         raise BadValue(
-            f"takes one value, got {len(words)}", "leave the others out, or quote a value with spaces"
+            f"takes one value, got {len(words)}", "give one value; put a value with spaces in quotes"
         )
     return convert(leaf, words[0])
 
@@ -80,7 +80,7 @@ def expanded(path: str) -> str:
     Raises :class:`BadValue` where there is no such variable or user.
     """
     if "\0" in path:
-        raise BadValue("must not hold a NUL character", "write the name of a file or folder")
+        raise BadValue("must not contain a NUL character", "give the name of a file or folder")
 
     def fill(found: re.Match[str]) -> str:
         name = found[1] or found[2]
@@ -88,7 +88,8 @@ def expanded(path: str) -> str:
             return "$"
         if name not in os.environ:
             raise BadValue(
-                f"names the variable ${name}, which is not set", "set it, or write $$ for a dollar sign"
+                f"uses the environment variable {name}, which is not set",
+                f"set {name}, or write $$ for a dollar sign",
             )
         return os.environ[name]
 
@@ -96,7 +97,9 @@ def expanded(path: str) -> str:
     if full.startswith("~"):
         full = os.path.expanduser(full)
         if full.startswith("~"):
-            raise BadValue("names the home folder of an unknown user", "write ./~ for a file of that name")
+            raise BadValue(
+                "starts with the home folder of an unknown user", "write ./~ if the name really starts with ~"
+            )
     return full
 
 
@@ -154,7 +157,7 @@ def _remedy(leaf: Leaf, raw: object) -> str:
     has_default = leaf.default is not None and not leaf.is_tuple and leaf.role not in MODEL
     default = f", or leave it out for {leaf.default}" if has_default else ""
     if leaf.base is str:
-        return "put it in quotes"
+        return "put the value in quotes"
     if leaf.choices:
-        return f"choose one of them{default}"
+        return f"choose one of these values{default}"
     return f"give {leaf.describe()}{default}"

@@ -103,7 +103,9 @@ class _Reader:
     def read(self, node: yaml.Node) -> Any:
         self._values += 1
         if self._values > MOST_VALUES:
-            raise ValueError(f"holds more than {MOST_VALUES} values: aliases (*name) repeat each other")
+            raise ValueError(
+                f"contains more than {MOST_VALUES} values, because aliases (*name) repeat each other"
+            )
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node)
         if id(node) in self._open:
@@ -120,19 +122,19 @@ class _Reader:
 
     def _key(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise ValueError(f"line {node.start_mark.line + 1}: a key must be a plain name")
+            raise ValueError(f"has a key in line {node.start_mark.line + 1} that is not a plain name")
         return str(node.value)
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
     text, line = str(node.value), node.start_mark.line + 1
     if "\0" in text or (not text.isascii() and text != text.encode("utf-8", "replace").decode()):
-        raise ValueError(f"line {line} contains a character that is not valid text")
+        raise ValueError(f"has a character in line {line} that is not valid text")
     kind = node.tag.removeprefix(PLAIN)
     if kind == "str" and node.style is None:  # a plain word without a tag of its own
         kind = next((name for name, pattern in CORE if pattern.fullmatch(text)), "str")
     elif kind != "str" and not any(name == kind and pattern.fullmatch(text) for name, pattern in CORE):
-        raise ValueError(f"has {text!r} in line {line}, which is not a value of the tag {node.tag}")
+        raise ValueError(f"has the value {text} in line {line}, which does not fit the tag {node.tag}")
     try:
         return _CONVERTERS[kind](text)
     except ValueError as error:  # thousands of digits

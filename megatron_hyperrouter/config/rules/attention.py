@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import resets_documents, rope_type, rotary_channels, windows
-from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.rules.base import Rule, broken, needs
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -24,12 +24,7 @@ def latent_settings_need_latent_attention(config: RunConfig, world_size: int | N
     """The ranks and head widths of latent attention say nothing about grouped-query attention."""
     if not config.attention.multi_latent_attention:
         for name in _given(config, _LATENT):
-            yield broken(
-                config,
-                name,
-                "needs --multi-latent-attention",
-                "add --multi-latent-attention, or leave it out",
-            )
+            yield needs(config, name, "--multi-latent-attention")
 
 
 def latent_attention_has_no_groups(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -38,19 +33,20 @@ def latent_attention_has_no_groups(config: RunConfig, world_size: int | None) ->
         return
     groups = config.model.num_query_groups
     if groups not in (None, config.model.num_attention_heads):
-        rule = "does not apply to --multi-latent-attention, whose heads have their own keys and values"
-        yield broken(config, "num_query_groups", rule, "leave it out")
+        rule = "cannot be combined with --multi-latent-attention, where each head has its own keys"
+        yield broken(config, "num_query_groups", rule, "leave out FLAG")
     for name, none in (("add_qkv_bias", False), ("rotary_percent", 1.0)):
         if getattr(config.attention, name) != none:
-            yield broken(config, name, "does not apply to --multi-latent-attention", "leave it out")
+            rule = "cannot be combined with --multi-latent-attention"
+            yield broken(config, name, rule, "leave out FLAG")
 
 
 def latent_attention_within_documents(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Positions that count from the beginning of each document, with attention across documents."""
     crosses = resets_documents(config) and not config.data.reset_attention_mask
     if config.attention.multi_latent_attention and crosses:
-        rule = "without --reset-attention-mask is not supported with --multi-latent-attention"
-        yield broken(config, "reset_position_ids", rule, "add --reset-attention-mask, or leave it out")
+        rule = "needs --reset-attention-mask when --multi-latent-attention is on"
+        yield broken(config, "reset_position_ids", rule, "add --reset-attention-mask, or leave out FLAG")
 
 
 def one_scaling_of_positions(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -59,39 +55,41 @@ def one_scaling_of_positions(config: RunConfig, world_size: int | None) -> Itera
     linear = attention.rotary_seq_len_interpolation_factor not in (None, 1.0)
     if attention.use_rope_scaling and (linear or yarn):
         other = "--rope-type yarn" if yarn else "--rotary-seq-len-interpolation-factor"
-        yield broken(config, "use_rope_scaling", f"cannot be combined with {other}", "keep one of the two")
+        yield broken(
+            config, "use_rope_scaling", f"cannot be combined with {other}", "keep one of the two flags"
+        )
     if linear and yarn:
         name, rule = "rotary_seq_len_interpolation_factor", "cannot be combined with --rope-type yarn"
-        yield broken(config, name, rule, "keep one of the two")
+        yield broken(config, name, rule, "keep one of the two flags")
     if not attention.use_rope_scaling:
         for name in _given(config, ("rope_scaling_factor",)):
-            yield broken(config, name, "needs --use-rope-scaling", "add --use-rope-scaling, or leave it out")
+            yield needs(config, name, "--use-rope-scaling")
     if not yarn:
         for name in _given(config, (*_YARN, *_TEMPERATURE)):
-            yield broken(config, name, "needs --rope-type yarn", "add --rope-type yarn, or leave it out")
+            yield needs(config, name, "--rope-type yarn")
 
 
 def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Rotary positions turn channels in pairs; YaRN as megatron-core has it turns all of them."""
     name = "qk_pos_emb_head_dim" if config.attention.multi_latent_attention else "rotary_percent"
     if config.attention.rotary_percent < 1.0 and rope_type(config) == "yarn":
-        yield broken(config, "rotary_percent", "must be 1 with --rope-type yarn", "leave it out")
+        yield broken(config, "rotary_percent", "must be 1 with --rope-type yarn", "leave out FLAG")
     elif name == "qk_pos_emb_head_dim" or config.attention.rotary_percent < 1.0:
         channels = rotary_channels(config)
         if channels % 2 or channels == 0:
-            rule = f"makes {channels} channels rotary; the number must be even and greater than 0"
-            yield broken(config, name, rule, "choose another value")
+            rule = f"gives {channels} rotary channels; their number must be even and greater than 0"
+            yield broken(config, name, rule, "choose a value that gives an even number of rotary channels")
 
 
 def windows_fit_the_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A window is readable, and so is the pattern of the layers that have it."""
     attention = config.attention
     if attention.window_size is None and attention.window_attn_skip_freq is not None:
-        yield broken(config, "window_attn_skip_freq", "needs --window-size", "add it, or leave this out")
+        yield needs(config, "window_attn_skip_freq", "--window-size")
     try:
         windows(config)
     except ValueError as error:
-        yield broken(config, "window_size", str(error), "write --window-size 128,0, for instance")
+        yield broken(config, "window_size", str(error), "write, for example, --window-size 128,0")
 
 
 def mtp_within_its_engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -99,12 +97,11 @@ def mtp_within_its_engine(config: RunConfig, world_size: int | None) -> Iterator
     if config.model.mtp_num_layers is None:
         return
     if resets_documents(config):
-        rule = "is not supported with --reset-attention-mask or --reset-position-ids"
-        yield broken(config, "mtp_num_layers", rule, "leave out one of the two")
+        rule = "cannot be combined with --reset-attention-mask or --reset-position-ids"
+        yield broken(config, "mtp_num_layers", rule, "leave out FLAG, or those two flags")
     if config.parallel.context_parallel_size > 1:
-        yield broken(
-            config, "mtp_num_layers", "is not supported with context parallelism", "leave out one of the two"
-        )
+        rule = "cannot be combined with --context-parallel-size greater than 1"
+        yield broken(config, "mtp_num_layers", rule, "leave out FLAG, or use --context-parallel-size 1")
 
 
 RULES: tuple[Rule, ...] = (

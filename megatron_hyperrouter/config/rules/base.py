@@ -12,9 +12,15 @@ Rule = Callable[[RunConfig, "int | None"], Iterator[Problem]]
 
 
 def broken(config: RunConfig, name: str, rule: str, remedy: str) -> Problem:
-    """The problem of one setting, named as its flag."""
+    """The problem of one setting, named as its flag; FLAG in ``remedy`` stands for that flag."""
     value = value_of(config, name)
-    return Problem(flag(name), " ".join(map(str, value)) if isinstance(value, tuple) else value, rule, remedy)
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return Problem(flag(name), shown, rule, remedy.replace("FLAG", flag(name)))
+
+
+def needs(config: RunConfig, name: str, needed: str) -> Problem:
+    """The problem of a setting that works only with ``needed``, a flag or several."""
+    return broken(config, name, f"needs {needed}", f"add {needed}, or leave out FLAG")
 
 
 def indivisible(

@@ -18,13 +18,11 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """There is something to train on."""
     data = config.data
     if not (data.mock_data or data.data_path or data.train_data_path or data.data_schedule is not None):
-        remedy = "give the prefix of a .bin/.idx pair (mhr preprocess writes one), or add --mock-data"
-        yield broken(
-            config,
-            "data_path",
-            "no training data: needs --data-path, --train-data-path or --data-schedule",
-            remedy,
+        remedy = (
+            "add --data-path PREFIX (mhr preprocess writes such data), --train-data-path, --data-schedule "
+            "or --mock-data"
         )
+        yield broken(config, "data_path", "there is no training data", remedy)
 
 
 def mock_data_stands_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -33,7 +31,7 @@ def mock_data_stands_alone(config: RunConfig, world_size: int | None) -> Iterato
         return
     for name in (*PATHS, "data_schedule"):
         if value_of(config, name):
-            yield broken(config, name, "cannot be combined with --mock-data", "give one of the two")
+            yield broken(config, name, "cannot be combined with --mock-data", "keep one of the two flags")
 
 
 def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -45,8 +43,8 @@ def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Pr
             yield broken(
                 config,
                 name,
-                "cannot be combined with --data-path, which --split divides",
-                "give --data-path alone, or without it",
+                "cannot be combined with --data-path, which --split divides into all three parts",
+                "leave out either --data-path or FLAG",
             )
 
 
@@ -57,7 +55,8 @@ def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         try:
             prefixes_and_weights(words)
         except ValueError as error:
-            yield broken(config, name, str(error), "write 0.3 prefix-a 0.7 prefix-b, or prefix-a prefix-b")
+            remedy = "write weights with prefixes (0.3 PREFIX-A 0.7 PREFIX-B), or prefixes alone"
+            yield broken(config, name, str(error), remedy)
 
 
 def schedule_is_one(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -75,13 +74,15 @@ def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator
     try:
         shares = split_shares(config.data.split)
     except ValueError as error:
-        yield broken(config, "split", str(error), "write training, validation and test shares: 969,30,1")
+        remedy = "write the shares of training, validation and test data, such as 969,30,1"
+        yield broken(config, "split", str(error), remedy)
         return
     only_scheduled = config.data.data_schedule is not None and not any(
         getattr(config.data, name) for name in PATHS[1:]
     )
     if shares[0] == 0 and (config.data.data_path or only_scheduled):
-        yield broken(config, "split", "leaves nothing to train on", "give the first number a share: 969,30,1")
+        remedy = "make the first number greater than 0, as in 969,30,1"
+        yield broken(config, "split", "leaves no training data", remedy)
 
 
 def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -93,28 +94,30 @@ def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator
                 config,
                 "tokenizer_type",
                 "needs --vocab-file and --merge-file",
-                "name vocab.json and merges.txt",
+                "add --vocab-file vocab.json and --merge-file merges.txt",
             )
     elif kind not in ("ByteTokenizer", "NullTokenizer") and config.data.tokenizer_model is None:
         yield broken(
             config,
             "tokenizer_type",
             "needs --tokenizer-model",
-            "give the tokenizer's file; mhr tokenizer writes a tokenizer.json",
+            "add --tokenizer-model FILE (mhr tokenizer trains a tokenizer)",
         )
     if kind == "NullTokenizer" and config.data.vocab_size is None:
-        yield broken(config, "tokenizer_type", "needs --vocab-size", "give the number of token ids")
+        yield broken(
+            config, "tokenizer_type", "needs --vocab-size", "add --vocab-size N, the number of token ids"
+        )
 
 
 def packed_documents_stay_apart(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """What shares a sample by chance must not see each other, and what fills it up is no text."""
     for name in ("reset_attention_mask", "eod_mask_loss"):
         if config.data.pack_documents and not getattr(config.data, name):
-            remedy = f"add {flag(name)}, or leave --pack-documents out"
+            remedy = f"add {flag(name)}, or leave out FLAG"
             yield broken(
                 config,
                 "pack_documents",
-                f"needs {flag(name)}, for what shares a sample has nothing to do with each other",
+                f"needs {flag(name)}, because documents packed into one sample are unrelated",
                 remedy,
             )
 
@@ -126,12 +129,12 @@ def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> It
     if not config.data.pack_documents:
         return
     if config.data.data_index == "on-demand":
-        rule = "does not sort documents, but --pack-documents needs them sorted"
-        yield broken(config, "data_index", rule, "use --data-index auto, or leave --pack-documents out")
+        rule = "cannot be combined with --pack-documents, which sorts all documents"
+        yield broken(config, "data_index", rule, "use --data-index auto, or leave out --pack-documents")
     if config.data.data_schedule is not None:
-        rule = "continues where an earlier mix stopped, which --pack-documents does not support"
+        rule = "cannot be combined with --pack-documents"
         yield broken(
-            config, "data_schedule", rule, "use one mix with --data-path, or leave --pack-documents out"
+            config, "data_schedule", rule, "use one mix with --data-path, or leave out --pack-documents"
         )
 
 

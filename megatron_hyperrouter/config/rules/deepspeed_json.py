@@ -43,13 +43,11 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
     try:
         document = load_document(path)
     except ValueError as error:
-        yield broken(config, "deepspeed_config", str(error), "name a JSON file of DeepSpeed settings")
+        yield broken(config, "deepspeed_config", str(error), "give a JSON file with DeepSpeed settings")
         return
     for key in ("optimizer", "scheduler"):
         if key in document:
-            remedy = (
-                "remove it and use --lr, --weight-decay, --adam-beta1 and the like, or make its values auto"
-            )
+            remedy = "remove this key and use flags such as --lr, or set its values to auto"
             yield Problem(f"{key} in {path}", json.dumps(document[key]), "is controlled by flags", remedy)
     yield from _unknown_keys(document, path)
     for key, expected, name in expectations(config, world_size):
@@ -57,24 +55,24 @@ def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Proble
         # 1 == True in Python
         agrees = value == expected and isinstance(value, bool) == isinstance(expected, bool)
         if value is not ABSENT and not agrees:
-            remedy = f"leave it out, or make the two agree ({flag(name)})"
+            remedy = f"remove this key, or make it agree with {flag(name)}"
             yield Problem(
                 f"{key} in {path}",
                 json.dumps(value),
-                f"contradicts the flags, which make it {json.dumps(expected)}",
+                f"contradicts the flags, which set it to {json.dumps(expected)}",
                 remedy,
             )
     yield from _keys_that_cannot_run(document, path)
     for key in ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"):
         if at(document, key) not in (ABSENT, False) and config.parallel.pipeline_model_parallel_size > 1:
-            rule = "is incompatible with the tensors passed between our pipeline stages"
-            yield Problem(f"{key} in {path}", json.dumps(at(document, key)), rule, "leave it out")
+            rule = "cannot be combined with pipeline parallelism"
+            yield Problem(f"{key} in {path}", json.dumps(at(document, key)), rule, "remove this key")
     if (
         at(document, "zero_optimization.contiguous_gradients") is False
         and config.parallel.expert_model_parallel_size > 1
     ):
         name = f"zero_optimization.contiguous_gradients in {path}"
-        yield Problem(name, "false", "gives wrong gradients with expert parallelism", "leave it out")
+        yield Problem(name, "false", "computes wrong gradients with expert parallelism", "remove this key")
 
 
 def _unknown_keys(document: dict[str, Any], path: str) -> Iterator[Problem]:
@@ -85,8 +83,8 @@ def _unknown_keys(document: dict[str, Any], path: str) -> Iterator[Problem]:
             name = f"{section}.{key}" if section else key
             if key not in known and name not in REMOVED:
                 close = nearest(key, known)
-                remedy = f"did you mean {close}?" if close else "leave it out"
-                yield Problem(f"{name} in {path}", json.dumps(value), "is not a key of DeepSpeed", remedy)
+                remedy = f"did you mean {close}?" if close else "remove this key"
+                yield Problem(f"{name} in {path}", json.dumps(value), "is not a setting of DeepSpeed", remedy)
 
 
 def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Problem]:
@@ -94,7 +92,7 @@ def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Probl
     for key in REMOVED:
         if (value := at(document, key)) is not ABSENT:
             yield Problem(
-                f"{key} in {path}", json.dumps(value), "is no longer part of DeepSpeed", "leave it out"
+                f"{key} in {path}", json.dumps(value), "is no longer part of DeepSpeed", "remove this key"
             )
     for key, allowed, rule, remedy in UNFIT:
         value = at(document, key)
@@ -106,21 +104,26 @@ UNFIT: tuple[tuple[str, object, str, str], ...] = (  # key, the value that chang
     (
         "tensor_parallel.autotp_size",
         1,
-        "cuts layers that are cut by our own flag",
-        "use --tensor-model-parallel-size",
+        "would split layers a second time",
+        "remove this key, and use --tensor-model-parallel-size",
     ),
     (
         "sequence_parallel_size",
         1,
-        "cuts sequences, which the deepspeed engine does not",
-        "use the megatron engine's --context-parallel-size",
+        "is not supported by the deepspeed engine",
+        "remove this key, or use --engine megatron with --context-parallel-size",
     ),
-    ("torch_autocast.enabled", False, "mixes types inside of experts, which are of one type", "use --bf16"),
+    (
+        "torch_autocast.enabled",
+        False,
+        "would mix number types within an expert",
+        "remove this key, and use --bf16",
+    ),
     (
         "zero_optimization.reduce_scatter",
         True,
-        "must be on with mixture-of-experts layers (stage_1_and_2.py)",
-        "leave it out",
+        "must be true with mixture-of-experts layers",
+        "remove this key",
     ),
 )
 

@@ -18,6 +18,8 @@ from megatron_hyperrouter.config.rules.base import Rule, broken
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
+_NEED_EXPERTS = "the deepspeed engine needs experts in every stage"
+
 
 class Missing(NamedTuple):
     """Something that this version does not do: the setting that asks for it, on which engine, and what to do
@@ -38,14 +40,14 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "context_parallel_size",
         _on_deepspeed(lambda c: c.parallel.context_parallel_size > 1),
-        "context parallelism on the deepspeed engine",
-        "use 1",
+        "context parallelism",
+        "use --context-parallel-size 1, or --engine megatron",
     ),
     Missing(
         "virtual_pipeline_model_parallel_size",
         _on_deepspeed(lambda c: (c.parallel.virtual_pipeline_model_parallel_size or 1) > 1),
-        "the interleaved pipeline schedule on the deepspeed engine",
-        "leave it out; plain pipeline parallelism is there",
+        "the interleaved pipeline schedule",
+        "leave out FLAG, or use --engine megatron",
     ),
 )
 
@@ -54,7 +56,7 @@ def in_this_version(config: RunConfig, world_size: int | None) -> Iterator[Probl
     """What is planned and not built yet is refused, rather than ignored."""
     for row in MISSING:
         if row.asked_for(config):
-            yield broken(config, row.name, f"this version does not do {row.what}", row.remedy)
+            yield broken(config, row.name, f"the deepspeed engine does not support {row.what}", row.remedy)
 
 
 def zero_3_with_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -105,7 +107,7 @@ def zero_0_in_float32(config: RunConfig, world_size: int | None) -> Iterator[Pro
     runtime/engine.py:2323).
     """
     if config.engine.engine == "deepspeed" and config.engine.zero_stage == 0 and config.train.bf16:
-        rule = "sums gradients in bfloat16 with --bf16, and computes wrong norms of them"
+        rule = "sums gradients in bfloat16 with --bf16, which makes gradient norms wrong"
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 
@@ -133,9 +135,9 @@ def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[P
         return
     dense, smallest = longest_dense_run(config), config.model.num_layers // stages
     if dense >= smallest:
-        rule = f"has {dense} dense layers in a row, and a pipeline stage of {smallest} would have no experts"
+        rule = f"has {dense} dense layers in a row, so a pipeline stage of {smallest} layers has no experts"
         remedy = "use fewer pipeline stages, or --engine megatron"
-        yield broken(config, "moe_layer_freq", f"{rule}, which the deepspeed engine needs", remedy)
+        yield broken(config, "moe_layer_freq", f"{rule}; {_NEED_EXPERTS}", remedy)
 
 
 def _named_stages_have_experts(config: RunConfig) -> Iterator[Problem]:
@@ -146,9 +148,9 @@ def _named_stages_have_experts(config: RunConfig) -> Iterator[Problem]:
     ends = list(accumulate(sizes))
     for stage, (size, end) in enumerate(zip(sizes, ends, strict=True), start=1):
         if not any(routed[end - size : end]):
-            rule = f"has no experts in pipeline stage {stage}, layers {end - size + 1} to {end}"
-            remedy = "use other numbers of layers, or --engine megatron"
-            yield broken(config, "moe_layer_freq", f"{rule}, which the deepspeed engine needs", remedy)
+            rule = f"has no experts in pipeline stage {stage} (layers {end - size + 1} to {end})"
+            remedy = "change the number of layers in the stages, or use --engine megatron"
+            yield broken(config, "moe_layer_freq", f"{rule}; {_NEED_EXPERTS}", remedy)
 
 
 RULES: tuple[Rule, ...] = (

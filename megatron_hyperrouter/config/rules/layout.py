@@ -41,7 +41,7 @@ def world_by_layout(config: RunConfig, world_size: int | None) -> Iterator[Probl
             "ranks started",
             world_size,
             rule,
-            f"start a multiple of {size} ranks, or make these sizes smaller",
+            f"start a multiple of {size} ranks, or use smaller parallel sizes",
         )
 
 
@@ -51,7 +51,7 @@ def expert_tensor_parallel_is_all_or_none(config: RunConfig, world_size: int | N
     if config.engine.engine == "deepspeed" and expert not in (1, tensor):
         allowed = "1" if tensor == 1 else f"1 or {tensor}"
         rule = f"must be 1 or --tensor-model-parallel-size = {tensor} on the deepspeed engine"
-        yield broken(config, "expert_tensor_parallel_size", rule, f"use {allowed}, or the megatron engine")
+        yield broken(config, "expert_tensor_parallel_size", rule, f"use {allowed}, or --engine megatron")
 
 
 def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -63,8 +63,8 @@ def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator
     ranks = data_parallel_size(config, world_size)
     if ranks % config.parallel.expert_model_parallel_size:
         rule = (
-            f"must divide the {ranks} data-parallel rank{'s' if ranks > 1 else ''} of the {world_size} "
-            "started"
+            f"must divide the {ranks} data-parallel rank{'s' if ranks > 1 else ''} "
+            f"(ranks started: {world_size})"
         )
         yield broken(
             config, "expert_model_parallel_size", rule, f"use {divisors(ranks)}, or start more ranks"
@@ -83,11 +83,11 @@ def world_by_expert_layout(config: RunConfig, world_size: int | None) -> Iterato
     )
     if world_size % math.prod(sizes):
         rule = (
-            f"x expert tensor x pipeline parallelism = {' x '.join(map(str, sizes))} must divide the "
-            f"{world_size} ranks"
+            f"expert x expert-tensor x pipeline parallelism = {' x '.join(map(str, sizes))} must divide "
+            f"the {world_size} ranks"
         )
         yield broken(
-            config, "expert_model_parallel_size", rule, "make these sizes smaller, or start more ranks"
+            config, "expert_model_parallel_size", rule, "use smaller parallel sizes, or start more ranks"
         )
 
 
@@ -117,7 +117,7 @@ def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> 
     multiple, ranks = config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
     if multiple % ranks and not config.model.pad_vocab_size_to_tp:
         rule = f"must be divisible by --tensor-model-parallel-size = {ranks}"
-        padded = f"add --pad-vocab-size-to-tp for Megatron-LM's {multiple * ranks}"
+        padded = f"add --pad-vocab-size-to-tp to pad to a multiple of {multiple * ranks}, as Megatron-LM does"
         remedy = f"use {multiples(multiple, ranks)}, or {padded}"
         yield broken(config, "make_vocab_size_divisible_by", rule, remedy)
 
@@ -141,8 +141,10 @@ def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -
             if residual
             else ("experts", "--expert-tensor-parallel-size 1")
         )
-        rule = f"makes {who} {width} wide; the width must be divisible by the tensor parallelism, {ranks}"
-        yield broken(config, name, rule, f"set --moe-ffn-hidden-size to a multiple, or {other}")
+        rule = f"gives {who} a width of {width}, which must be divisible by the tensor-parallel size {ranks}"
+        yield broken(
+            config, name, rule, f"set --moe-ffn-hidden-size to a multiple of {ranks}, or use {other}"
+        )
 
 
 def dense_widths_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -160,8 +162,8 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int |
         yield broken(
             config,
             "sequence_parallel",
-            "needs --tensor-model-parallel-size > 1",
-            "leave it out, or set tensor parallelism",
+            "needs --tensor-model-parallel-size greater than 1",
+            "leave out FLAG, or set --tensor-model-parallel-size",
         )
 
 
@@ -171,11 +173,10 @@ def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Pro
     slices = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     slices *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if config.model.seq_length % slices:
-        rule = (
-            f"must be divisible by {slices}: 2 x context parallelism, x tensor parallelism under "
-            "sequence parallelism"
-        )
-        yield broken(config, "seq_length", rule, f"use a multiple of {slices}")
+        factors = ["2 x --context-parallel-size"] if parallel.context_parallel_size > 1 else []
+        factors += ["--tensor-model-parallel-size"] if parallel.sequence_parallel else []
+        rule = f"must be divisible by {' x '.join(factors)} = {slices}"
+        yield broken(config, "seq_length", rule, f"use {multiples(config.model.seq_length, slices)}")
 
 
 def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -188,7 +189,7 @@ def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Pr
         yield broken(
             config,
             "num_layers",
-            f"must be at least one for each of {chunks} pipeline stages",
+            f"must be at least {chunks}: one layer for each pipeline stage",
             f"use {chunks} or more layers",
         )
     elif layers % chunks and (config.engine.engine == "megatron" or chunks > stages):
@@ -204,23 +205,24 @@ def named_stages_fit(config: RunConfig, world_size: int | None) -> Iterator[Prob
     names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     name = next(name for name in names if value_of(config, name) is not None)
     if parallel.pipeline_model_parallel_size == 1:
-        remedy = "leave it out, or set pipeline parallelism"
-        yield broken(config, name, "needs --pipeline-model-parallel-size > 1", remedy)
+        remedy = "leave out FLAG, or set --pipeline-model-parallel-size"
+        yield broken(config, name, "needs --pipeline-model-parallel-size greater than 1", remedy)
         return
     layers = config.model.num_layers
     try:
         sizes = stage_layers(config)
     except ValueError as error:
-        yield broken(config, name, f"does not fit --num-layers = {layers}: {error}", "change one of them")
+        rule = f"does not fit --num-layers = {layers}: {error}"
+        yield broken(config, name, rule, "change FLAG or --num-layers")
         return
     first, last = (value_of(config, name) for name in names)
     between = {*sizes[1 if first else 0 : -1 if last else None]}
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     if len(between) > 1 or any(size % chunks for size in sizes):
-        rule = f"gives stages of {', '.join(map(str, sizes))} layers"
-        needs = f", which must be divisible by {chunks} interleaved chunks" if chunks > 1 else ""
-        rest = "; the stages that are not named must have equally many" if len(between) > 1 else ""
-        yield broken(config, name, rule + needs + rest, "change it, or --num-layers")
+        rule = f"gives the pipeline stages {', '.join(map(str, sizes))} layers"
+        whole = f"; each number must be divisible by {chunks} interleaved chunks" if chunks > 1 else ""
+        equal = "; the stages between first and last must have equal numbers" if len(between) > 1 else ""
+        yield broken(config, name, rule + whole + equal, "change FLAG or --num-layers")
 
 
 def virtual_pipeline_needs_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -231,8 +233,8 @@ def virtual_pipeline_needs_pipeline(config: RunConfig, world_size: int | None) -
         yield broken(
             config,
             name,
-            "needs --pipeline-model-parallel-size > 1",
-            "leave it out, or set pipeline parallelism",
+            "needs --pipeline-model-parallel-size greater than 1",
+            "leave out FLAG, or set --pipeline-model-parallel-size",
         )
 
 

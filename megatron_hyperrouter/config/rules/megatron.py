@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from megatron_hyperrouter.config.derived import expert_tensor_size, resets_documents
 from megatron_hyperrouter.config.leaves import flag
-from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.rules.base import Rule, broken, needs
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
@@ -21,7 +21,7 @@ def param_gather_has_parts_to_gather(config: RunConfig, world_size: int | None) 
     needed = ("use_distributed_optimizer", "overlap_grad_reduce")
     missing = " and ".join(flag(name) for name in needed if not getattr(config.optimizer, name))
     if missing:
-        yield broken(config, "overlap_param_gather", f"needs {missing}", f"add {missing}, or leave it out")
+        yield needs(config, "overlap_param_gather", missing)
 
 
 def tensor_parallel_experts_need_sequence_parallel(
@@ -50,11 +50,14 @@ def capacity_of_whole_samples(config: RunConfig, world_size: int | None) -> Iter
     cut = max(parallel.tensor_model_parallel_size, parallel.context_parallel_size) > 1
     if config.engine.engine == "megatron" and cut and config.model.moe_expert_capacity_factor is not None:
         rule = (
-            "counts the tokens of one rank, and tensor or context parallelism cuts samples: other tokens "
-            "would be dropped"
+            "would drop different tokens with tensor or context parallelism, so the result would depend on "
+            "the layout"
         )
         yield broken(
-            config, "moe_expert_capacity_factor", rule, "leave it out, or use expert and pipeline parallelism"
+            config,
+            "moe_expert_capacity_factor",
+            rule,
+            "leave out FLAG, or use only expert and pipeline parallelism",
         )
 
 
@@ -65,7 +68,7 @@ def flex_has_its_kernels(config: RunConfig, world_size: int | None) -> Iterator[
         and config.engine.moe_token_dispatcher_type == "flex"
         and not installed("deep_ep")
     ):
-        remedy = "install DeepEP (github.com/deepseek-ai/DeepEP, needs GPUs), or use alltoall"
+        remedy = "install DeepEP (github.com/deepseek-ai/DeepEP), or use FLAG alltoall"
         yield broken(
             config, "moe_token_dispatcher_type", "needs the library deep_ep, which is not installed", remedy
         )
@@ -83,7 +86,7 @@ def flex_has_ranks_to_dispatch_to(config: RunConfig, world_size: int | None) -> 
             config,
             "moe_token_dispatcher_type",
             "needs experts on several ranks",
-            "use alltoall, or --expert-model-parallel-size",
+            "use FLAG alltoall, or set --expert-model-parallel-size",
         )
 
 
@@ -94,8 +97,10 @@ def documents_need_attention_of_ours(config: RunConfig, world_size: int | None) 
         and config.engine.transformer_impl == "transformer_engine"
         and resets_documents(config)
     ):
-        rule = "cannot keep documents apart, as --reset-attention-mask and --reset-position-ids require"
-        yield broken(config, "transformer_impl", rule, "use --transformer-impl local, or leave those two out")
+        rule = "cannot be combined with --reset-attention-mask or --reset-position-ids"
+        yield broken(
+            config, "transformer_impl", rule, "use --transformer-impl local, or leave out those two flags"
+        )
 
 
 def installed(library: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import head_width, moe_layers, query_groups
-from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible
+from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible, needs
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
@@ -30,7 +30,7 @@ def head_width_is_even(config: RunConfig, world_size: int | None) -> Iterator[Pr
         yield broken(
             config,
             "kv_channels",
-            "must be even, for rotary embeddings",
+            "must be even for rotary embeddings",
             f"use {width - 1 or 2} or {width + 1}",
         )
     elif (
@@ -59,10 +59,10 @@ def topk_within_experts(config: RunConfig, world_size: int | None) -> Iterator[P
         if topk is not None and topk > experts:
             rule = f"must be at most --num-experts = {experts}"
             few = "1" if experts == 1 else f"1 to {experts}"
-            yield broken(config, name, rule, f"use {few}, or more experts")
+            yield broken(config, name, rule, f"use {few}, or increase --num-experts")
         elif topk is not None and topk > most:
-            rule = f"must be at most {most}, the experts of --router.group-topk {options.group_topk} groups"
-            yield broken(config, name, rule, f"use 1 to {most}, or let a token use more groups")
+            rule = f"must be at most {most}, the experts in {options.group_topk} groups (--router.group-topk)"
+            yield broken(config, name, rule, f"use 1 to {most}, or increase --router.group-topk")
 
 
 def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -75,7 +75,7 @@ def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> It
     ):
         if value is not None:
             rule = "needs a schedule, but --topk-schedule is constant"
-            yield broken(config, name, rule, "choose --topk-schedule linear, or leave it out")
+            yield broken(config, name, rule, "use --topk-schedule linear, or leave out FLAG")
 
 
 def schedule_needs_a_start(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -84,8 +84,8 @@ def schedule_needs_a_start(config: RunConfig, world_size: int | None) -> Iterato
         yield broken(
             config,
             "topk_schedule",
-            "needs --topk-start, or k would never change",
-            "set --topk-start to the k of step 0",
+            "needs --topk-start; without it, k never changes",
+            "set --topk-start to the k at step 0",
         )
 
 
@@ -101,21 +101,29 @@ def layers_have_a_pattern(config: RunConfig, world_size: int | None) -> Iterator
     try:
         routed = any(moe_layers(config))
     except ValueError as error:
-        yield broken(config, "moe_layer_freq", str(error), "use 1 for MoE in every layer")
+        yield broken(
+            config, "moe_layer_freq", str(error), "use --moe-layer-freq 1 for experts in every layer"
+        )
         return
     if not routed:
-        yield broken(config, "moe_layer_freq", "leaves no MoE layer to route", "put a 1 into the list")
+        yield broken(
+            config, "moe_layer_freq", "leaves no layer with experts", "put at least one 1 in the list"
+        )
 
 
 def shared_expert_gate_needs_its_expert(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Without a shared expert there is nothing to gate; a residual MLP is one of another kind."""
     model = config.model
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
-        needed = "--moe-shared-expert-intermediate-size"
-        yield broken(config, "moe_shared_expert_gate", f"needs {needed}", f"add {needed}, or leave it out")
+        yield needs(config, "moe_shared_expert_gate", "--moe-shared-expert-intermediate-size")
     if model.mlp_type == "residual" and model.moe_shared_expert_intermediate_size is not None:
-        rule = "already puts a dense MLP beside the experts, so a shared expert cannot be added"
-        yield broken(config, "mlp_type", rule, "use --mlp-type standard, or leave out the shared expert")
+        rule = "already adds a dense MLP to each MoE layer, so it cannot be combined with a shared expert"
+        yield broken(
+            config,
+            "mlp_type",
+            rule,
+            "use --mlp-type standard, or leave out --moe-shared-expert-intermediate-size",
+        )
 
 
 RULES: tuple[Rule, ...] = (

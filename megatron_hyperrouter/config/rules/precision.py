@@ -15,7 +15,7 @@ from megatron_hyperrouter.config.derived import (
     resets_documents,
 )
 from megatron_hyperrouter.config.leaves import flag
-from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
+from megatron_hyperrouter.config.rules.base import Rule, broken, multiples, needs
 from megatron_hyperrouter.config.sections.precision import PrecisionConfig
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -28,9 +28,7 @@ def fp8_settings_need_fp8(config: RunConfig, world_size: int | None) -> Iterator
     default = PrecisionConfig()
     for each in fields(PrecisionConfig):
         if getattr(config.precision, each.name) != getattr(default, each.name):
-            yield broken(
-                config, each.name, "does nothing without --fp8-format", "add --fp8-format, or leave it out"
-            )
+            yield needs(config, each.name, "--fp8-format")
 
 
 def fp8_needs_bf16_and_its_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -38,13 +36,13 @@ def fp8_needs_bf16_and_its_layers(config: RunConfig, world_size: int | None) -> 
     if config.precision.fp8_format is None:
         return
     if not config.train.bf16:
-        yield broken(config, "fp8_format", "needs --bf16", "add --bf16, or leave --fp8-format out")
+        yield needs(config, "fp8_format", "--bf16")
     if config.engine.transformer_impl == "local":
-        remedy = "use --transformer-impl transformer_engine, or leave --fp8-format out"
-        yield broken(config, "fp8_format", "does not work with --transformer-impl local", remedy)
+        remedy = "use --transformer-impl transformer_engine, or leave out --fp8-format"
+        yield broken(config, "fp8_format", "cannot be combined with --transformer-impl local", remedy)
     if resets_documents(config):  # which PyTorch's layers compute
-        rule = "does not work with --reset-attention-mask or --reset-position-ids"
-        yield broken(config, "fp8_format", rule, "leave those two out, or --fp8-format")
+        rule = "cannot be combined with --reset-attention-mask or --reset-position-ids"
+        yield broken(config, "fp8_format", rule, "leave out those two flags, or --fp8-format")
 
 
 def fp8_layers_in_bf16_have_their_own_scales(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -52,8 +50,8 @@ def fp8_layers_in_bf16_have_their_own_scales(config: RunConfig, world_size: int 
     precision = config.precision
     delayed = precision.fp8_format is not None and precision.fp8_recipe == "delayed"
     if delayed and precision.first_last_layers_bf16:
-        rule = "does not work with --fp8-recipe delayed"
-        yield broken(config, "first_last_layers_bf16", rule, "use --fp8-recipe tensorwise, or leave it out")
+        rule = "cannot be combined with --fp8-recipe delayed"
+        yield broken(config, "first_last_layers_bf16", rule, "use --fp8-recipe tensorwise, or leave out FLAG")
 
 
 def fp8_widths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -71,7 +69,7 @@ def fp8_widths(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     for name, (width, parts) in widths.items():
         if width % (block * parts):
             rule = f"must be divisible by {block * parts} for --fp8-format with --fp8-recipe "
-            remedy = f"use {multiples(width, block * parts)}, or leave --fp8-format out"
+            remedy = f"use {multiples(width, block * parts)}, or leave out --fp8-format"
             yield Problem(flag(name), width, rule + precision.fp8_recipe, remedy)
     if not config.attention.multi_latent_attention:
         yield from _projections(config, block)
@@ -82,8 +80,10 @@ def _projections(config: RunConfig, block: int) -> Iterator[Problem]:
     whole = block * config.parallel.tensor_model_parallel_size
     for width in (heads * channels, (heads + 2 * query_groups(config)) * channels):
         if width % whole:
-            rule = f"makes a projection of attention {width} wide; --fp8-format needs a multiple of {whole}"
-            remedy = f"use {multiples(channels, block)}, or leave --fp8-format out"
+            rule = (
+                f"gives an attention projection a width of {width}; --fp8-format needs a multiple of {whole}"
+            )
+            remedy = f"use {multiples(channels, block)}, or leave out --fp8-format"
             yield Problem(flag("kv_channels"), channels, rule, remedy)
             return
 

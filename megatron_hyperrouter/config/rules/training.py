@@ -10,7 +10,7 @@ from megatron_hyperrouter.config.derived import (
     decay_iters,
     has_dense_layers,
 )
-from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
+from megatron_hyperrouter.config.rules.base import Rule, broken, multiples, needs
 from megatron_hyperrouter.config.schedules.batch_sizes import grows_to
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
@@ -41,21 +41,25 @@ def rampup_reaches_the_full_batch(config: RunConfig, world_size: int | None) -> 
     start, increment, _ = config.train.rampup_batch_size
     full, micro = config.train.global_batch_size, config.train.micro_batch_size
     if full is None:
-        yield broken(config, "rampup_batch_size", "needs --global-batch-size", "add --global-batch-size")
+        yield needs(config, "rampup_batch_size", "--global-batch-size")
         return
     if not grows_to(full, config.train.rampup_batch_size):
-        rule = f"must lead from its start to --global-batch-size = {full} in equal increments"
-        remedy = f"use a start below {full}, and an increment that divides the difference"
+        rule = f"must grow from its start to --global-batch-size = {full} in equal increments"
+        remedy = f"use a start below {full} and an increment that divides the difference"
         yield broken(config, "rampup_batch_size", rule, remedy)
     ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1
     interleaved = (config.parallel.virtual_pipeline_model_parallel_size or 1) > 1
     stages = config.parallel.pipeline_model_parallel_size if interleaved else 1
     if start % (micro * ranks * stages) or increment % (micro * ranks * stages):
-        among = "" if world_size is None else f" x data-parallel ranks = {micro} x {ranks}"
-        turns = f", and by the {stages} interleaved pipeline stages" if interleaved else ""
-        whole = among or f" = {micro}"
-        rule = f"must start from, and grow by, a multiple of --micro-batch-size{whole}{turns}"
-        yield broken(config, "rampup_batch_size", rule, f"use multiples of {micro * ranks * stages}")
+        factors = {"--micro-batch-size": micro}
+        factors |= {} if world_size is None else {"data-parallel ranks": ranks}
+        factors |= {"pipeline stages": stages} if interleaved else {}
+        rule = (
+            f"must have a start and an increment that are divisible by {' x '.join(factors)} "
+            f"= {' x '.join(map(str, factors.values()))}"
+        )
+        remedy = f"use multiples of {micro * ranks * stages} for both"
+        yield broken(config, "rampup_batch_size", rule, remedy)
 
 
 def micro_batches_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -72,8 +76,8 @@ def micro_batches_by_pipeline(config: RunConfig, world_size: int | None) -> Iter
     )
     if micro_batches % stages:
         rule = (
-            f"gives {micro_batches} micro-batches, which must be divisible by the {stages} interleaved "
-            "pipeline stages"
+            f"gives {micro_batches} micro-batches; their number must be divisible by the {stages} "
+            "interleaved pipeline stages"
         )
         yield broken(
             config,
@@ -92,7 +96,7 @@ def skip_steps_are_ranges(config: RunConfig, world_size: int | None) -> Iterator
             yield broken(
                 config,
                 "skip_steps",
-                f"{word!r} must be a step or a range of steps",
+                f"{word} must be a step or a range of steps",
                 "write 105-107 for steps 105, 106 and 107",
             )
 
@@ -102,7 +106,9 @@ def alarms_are_known(config: RunConfig, world_size: int | None) -> Iterator[Prob
     try:
         actions = alarm_actions(config.guard.alarm)
     except ValueError as error:
-        yield broken(config, "alarm", str(error), "write --alarm collapse=stop dead_experts=snapshot")
+        yield broken(
+            config, "alarm", str(error), "write, for example, --alarm collapse=stop dead_experts=snapshot"
+        )
         return
     if "raise-aux" in actions.values() and not config.model.moe_aux_loss_coeff:
         rule = "raise-aux needs --moe-aux-loss-coeff greater than 0"
@@ -113,7 +119,7 @@ def min_lr_within_lr(config: RunConfig, world_size: int | None) -> Iterator[Prob
     """The learning rate decays downwards."""
     if config.optimizer.min_lr > config.optimizer.lr:
         yield broken(
-            config, "min_lr", f"must be at most --lr = {config.optimizer.lr}", "lower it, or raise --lr"
+            config, "min_lr", f"must be at most --lr = {config.optimizer.lr}", "lower FLAG, or raise --lr"
         )
 
 
@@ -121,21 +127,20 @@ def warmup_within_decay(config: RunConfig, world_size: int | None) -> Iterator[P
     """The warm-up is over before the decay ends."""
     warmup, end = config.optimizer.lr_warmup_iters, decay_iters(config)
     if warmup > end:
-        name = "--lr-decay-iters" if config.optimizer.lr_decay_iters else "--train-iters"
+        name = long = "--lr-decay-iters" if config.optimizer.lr_decay_iters else "--train-iters"
         if config.train.rampup_batch_size is not None and name == "--train-iters":
-            name = "the full batches of --train-iters"
-        yield broken(
-            config, "lr_warmup_iters", f"must be at most {name} = {end}", f"use {end // 10}, or train longer"
-        )
+            name = "the number of full batches in --train-iters"
+        remedy = f"use {end // 10}, or increase {long}"
+        yield broken(config, "lr_warmup_iters", f"must be at most {name} = {end}", remedy)
 
 
 def warmup_starts_below_lr(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The warm-up rises to the peak."""
     init, lr = config.optimizer.lr_warmup_init, config.optimizer.lr
     if init and init >= lr:
-        yield broken(config, "lr_warmup_init", f"must be less than --lr = {lr}", "lower it, or raise --lr")
+        yield broken(config, "lr_warmup_init", f"must be less than --lr = {lr}", "lower FLAG, or raise --lr")
     if init and not config.optimizer.lr_warmup_iters:
-        yield broken(config, "lr_warmup_init", "needs a warm-up", "set --lr-warmup-iters, or leave it out")
+        yield needs(config, "lr_warmup_init", "--lr-warmup-iters")
 
 
 def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -147,7 +152,7 @@ def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield broken(
             config,
             "lr_wsd_decay_iters",
-            f"must be at most {room}: the steps between warm-up and the end",
+            f"must be at most {room}, the number of steps after the warm-up",
             f"use at most {room}",
         )
 
@@ -156,15 +161,14 @@ def recomputed_layers(config: RunConfig, world_size: int | None) -> Iterator[Pro
     """How layers are recomputed says something only where whole layers are."""
     for name in ("recompute_method", "recompute_num_layers"):
         if getattr(config.train, name) is not None and config.train.recompute_granularity != "full":
-            remedy = "add --recompute-granularity full, or leave it out"
-            yield broken(config, name, "needs --recompute-granularity full", remedy)
+            yield needs(config, name, "--recompute-granularity full")
 
 
 RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts")
 NOT_RECOMPUTED = {  # names of Megatron-LM, and why they are not here
-    "layernorm": "works in megatron-core with Transformer Engine alone",
-    "moe_act": "works in Transformer Engine's experts alone",
-    "mla_up_proj": "would save nothing, as attention keeps what it computes",
+    "layernorm": "is supported by megatron-core only with Transformer Engine",
+    "moe_act": "is supported only by the experts of Transformer Engine",
+    "mla_up_proj": "would save no memory, because attention keeps its result",
 }
 
 
@@ -172,26 +176,34 @@ def recomputed_parts_are_there(config: RunConfig, world_size: int | None) -> Ite
     """Selective recomputation names parts that the model has, and that both engines can recompute."""
     model, parts = config.model, config.train.recompute_modules
     if parts and config.train.recompute_granularity != "selective":
-        remedy = "add --recompute-granularity selective, or leave it out"
-        yield broken(config, "recompute_modules", "needs --recompute-granularity selective", remedy)
+        yield needs(config, "recompute_modules", "--recompute-granularity selective")
     known = ", ".join(RECOMPUTED)
     for part in dict.fromkeys(parts):
         if part in NOT_RECOMPUTED:
-            yield broken(config, "recompute_modules", f"{part} {NOT_RECOMPUTED[part]}", f"use {known}")
+            yield broken(
+                config, "recompute_modules", f"{part} {NOT_RECOMPUTED[part]}", f"choose from {known}"
+            )
         elif part not in RECOMPUTED:
-            yield broken(config, "recompute_modules", f"{part!r} must be one of {known}", f"use {known}")
+            yield broken(
+                config,
+                "recompute_modules",
+                f"{part} is not a part that can be recomputed",
+                f"choose from {known}",
+            )
     if "shared_experts" in parts and model.moe_shared_expert_intermediate_size is None:
         rule = "shared_experts needs --moe-shared-expert-intermediate-size"
-        yield broken(config, "recompute_modules", rule, "leave shared_experts out")
+        yield broken(config, "recompute_modules", rule, "add that flag, or leave out shared_experts")
     if "mlp" in parts and not has_dense_layers(config):
-        yield broken(config, "recompute_modules", "mlp needs dense layers, see --moe-layer-freq", "use moe")
+        yield broken(
+            config, "recompute_modules", "mlp needs dense layers (see --moe-layer-freq)", "use moe instead"
+        )
 
 
 def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """A trace ends after it begins."""
     start, end = config.logging.profile_step_start, config.logging.profile_step_end
     if config.logging.profile and end <= start:
-        rule = f"must be more than --profile-step-start = {start}"
+        rule = f"must be greater than --profile-step-start = {start}"
         yield broken(config, "profile_step_end", rule, f"use {start + 2}")
 
 
@@ -199,18 +211,13 @@ def parts_of_a_checkpoint_need_one(config: RunConfig, world_size: int | None) ->
     """What is left out must be there."""
     for name in ("no_load_optim", "no_load_rng"):
         if getattr(config.checkpoint, name) and config.checkpoint.load is None:
-            yield broken(config, name, "needs --load", "name the checkpoint with --load, or leave it out")
+            yield needs(config, name, "--load")
 
 
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Fine-tuning starts from somebody's weights."""
     if config.checkpoint.finetune and config.checkpoint.load is None:
-        yield broken(
-            config,
-            "finetune",
-            "needs --load",
-            "name the run or checkpoint folder with --load, or leave it out",
-        )
+        yield needs(config, "finetune", "--load")
 
 
 def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -218,18 +225,16 @@ def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Pr
     settings = config.logging
     if not settings.sample_interval:
         if settings.sample_prompt:
-            rule = "does nothing without --sample-interval"
-            yield broken(config, "sample_prompt", rule, "add the interval, or leave the prompts out")
+            yield needs(config, "sample_prompt", "--sample-interval")
         return
     if not settings.sample_prompt:
-        rule = "needs --sample-prompt"
-        yield broken(config, "sample_interval", rule, "give one prompt or several")
+        yield needs(config, "sample_interval", "--sample-prompt")
     if config.data.tokenizer_type == "NullTokenizer":
-        rule = "needs a tokenizer with text, but NullTokenizer has only ids"
-        yield broken(config, "sample_interval", rule, "use another tokenizer, or leave it out")
+        rule = "needs a tokenizer that knows text; NullTokenizer knows only token ids"
+        yield broken(config, "sample_interval", rule, "use another --tokenizer-type, or leave out FLAG")
     if config.parallel.context_parallel_size > 1:
-        rule = "cannot be combined with --context-parallel-size > 1, which splits the texts"
-        yield broken(config, "sample_interval", rule, "leave it out, and use mhr generate")
+        rule = "cannot be combined with --context-parallel-size greater than 1"
+        yield broken(config, "sample_interval", rule, "leave out FLAG, and use mhr generate after training")
 
 
 RULES: tuple[Rule, ...] = (

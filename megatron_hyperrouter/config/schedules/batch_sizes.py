@@ -36,7 +36,7 @@ class BatchSizes:
         ValueError where these do not lead to the full size.
         """
         if rampup is not None and not grows_to(full, rampup):
-            raise ValueError(f"{rampup=} does not lead to {full=}")
+            raise ValueError(f"rampup = {rampup} does not grow to full = {full}")
         self.full = full
         self.rampup = None if rampup is None else (rampup[0], rampup[1], rampup[2])
         self._stages = [_Stage(0, 0, self._size(0))]

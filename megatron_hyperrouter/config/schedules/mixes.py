@@ -15,7 +15,9 @@ from megatron_hyperrouter.config.tree import DataConfig
 
 Mix = tuple[int, tuple[str, ...]]  # completed steps from which on, words of --data-path
 
-SCHEDULE_REMEDY = "write a list of entries with from_step and data_path, the first from step 0, steps rising"
+SCHEDULE_REMEDY = (
+    "write a list of entries with from_step and data_path; start at step 0 and increase from_step"
+)
 
 
 def prefixes_and_weights(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
@@ -28,7 +30,7 @@ def prefixes_and_weights(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[f
         return tuple(word.strip() for word in words), None
     numbers = tuple(weight for weight in weights if weight is not None)
     if odd or len(numbers) < len(weights):
-        raise ValueError("must be prefixes alone, or alternate weights and prefixes")
+        raise ValueError("must be prefixes alone, or pairs of a weight and a prefix")
     if not all(0 < weight < math.inf for weight in numbers):
         raise ValueError("must have finite weights greater than 0")
     return tuple(word.strip() for word in words[1::2]), numbers
@@ -49,9 +51,9 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
     mixes = tuple(_mix(number, entry, fill) for number, entry in enumerate(entries, start=1))
     steps = [step for step, _ in mixes]
     if steps[0] != 0:
-        raise ValueError(f"begins at step {steps[0]}, not 0")
+        raise ValueError(f"must begin at step 0, not at step {steps[0]}")
     if any(later <= earlier for earlier, later in pairwise(steps)):
-        raise ValueError(f"from_step values must increase: {', '.join(map(str, steps))}")
+        raise ValueError(f"must have increasing from_step values, not {', '.join(map(str, steps))}")
     return mixes
 
 
@@ -62,17 +64,17 @@ def is_inline(schedule: str) -> bool:
 
 def _mix(number: int, entry: Any, fill: Callable[[str], str]) -> Mix:
     if not isinstance(entry, dict) or set(entry) != {"from_step", "data_path"}:
-        raise ValueError(f"entry {number} must have from_step and data_path, and nothing else")
+        raise ValueError(f"entry {number} must have from_step and data_path and no other key")
     step, words = entry["from_step"], entry["data_path"]
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError(f"entry {number}: from_step must be a whole number from 0, got {step!r}")
+        raise ValueError(f"entry {number}: from_step must be an integer >= 0, not {step}")
     if (
         not isinstance(words, list)
         or not words
         or not all(isinstance(word, str | int | float) for word in words)
     ):
         raise ValueError(
-            f"entry {number}: data_path must be a list of prefixes, each optionally after its weight"
+            f"entry {number}: data_path must be a list of prefixes, or of pairs of a weight and a prefix"
         )
     path = tuple(fill(str(word)) for word in words)
     try:
@@ -80,7 +82,7 @@ def _mix(number: int, entry: Any, fill: Callable[[str], str]) -> Mix:
     except ValueError as error:
         raise ValueError(f"entry {number}: data_path {error}") from error
     if len(set(prefixes)) < len(prefixes):
-        raise ValueError(f"entry {number} names a file twice")
+        raise ValueError(f"entry {number}: data_path names a file twice")
     return step, path
 
 

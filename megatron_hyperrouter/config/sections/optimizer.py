@@ -63,12 +63,12 @@ class OptimizerConfig:
     overlap_grad_reduce: Annotated[
         bool,
         Role.SPEED,
-        Only("megatron", harmless="DeepSpeed decides by itself"),
+        Only("megatron", harmless="DeepSpeed decides this itself"),
         "Overlap the reduction of gradients with the backward pass",
     ] = False
     overlap_param_gather: Annotated[
         bool,
         Role.SPEED,
-        Only("megatron", harmless="DeepSpeed decides by itself"),
+        Only("megatron", harmless="DeepSpeed decides this itself"),
         "Overlap the gathering of weights with the forward pass",
     ] = False

@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.config.roles import Only, Role
 
-TE_ALONE = Only(
-    "megatron", "leave it out; only Megatron-Core's layers from Transformer Engine compute in fp8"
-)
+TE_ALONE = Only("megatron", "leave out FLAG; fp8 needs --engine megatron with Transformer Engine")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,104 @@
+"""The command-line parser of all tools: its errors look like those of the settings of a run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_hyperrouter.errors import ConfigError, Problem
+
+_KINDS = {"int": "an integer", "float": "a number", "size": "a size such as 500MB or 5GB"}
+_LIKENESS = 0.7
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses what it cannot read with a :class:`ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse with its own words; raises ConfigError with ours."""
+        for pattern, make in _MEANINGS:
+            if found := re.fullmatch(pattern, message, re.DOTALL):
+                raise ConfigError([make(self, found)])
+        raise ConfigError([Problem("command line", "", message, self._lists_flags())])
+
+    def refuse(self, flag: str, value: object, rule: str, remedy: str) -> NoReturn:
+        """Raise ConfigError with one problem: ``--seeds`` = 0: must be at least 1."""
+        if isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        raise ConfigError([Problem(flag, value, rule, remedy)])
+
+    def check_at_least(self, args: argparse.Namespace, least: int, *names: str) -> None:
+        """Refuse a flag, by its name in ``args``, that has a smaller value; None counts as not given."""
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not min(value if isinstance(value, list) else [value]) >= least:
+                flag = f"--{name.replace('_', '-')}"
+                self.refuse(flag, value, f"must be at least {least}", f"use {flag} {max(least, 1)} or more")
+
+    def _lists_flags(self) -> str:
+        return f"run {self.prog} --help, which lists all flags"
+
+    def _missing(self, found: re.Match[str]) -> Problem:
+        *firsts, last = found[1].split(", ")
+        names = f"{', '.join(firsts)} and {last}" if firsts else last
+        return Problem(
+            names, "", "must be given", f"add {names}; run {self.prog} --help, which explains all flags"
+        )
+
+    def _unknown(self, found: re.Match[str]) -> Problem:
+        word = found[1].split()[0]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=_LIKENESS)
+        if not word.startswith("-"):
+            return Problem("command line", word, "belongs to no flag", self._lists_flags())
+        return Problem(word, "", "unknown flag", f"did you mean {near[0]}?" if near else self._lists_flags())
+
+
+def _flag(found: re.Match[str]) -> str:
+    return found["flag"].split("/")[-1]
+
+
+def _choice(parser: Parser, found: re.Match[str]) -> Problem:
+    choices = found["choices"].replace("'", "")
+    return Problem(_flag(found), found["value"], f"must be one of {choices}", "choose one of these values")
+
+
+def _value(parser: Parser, found: re.Match[str]) -> Problem:
+    kind = _KINDS.get(found["kind"], f"a {found['kind']}")
+    return Problem(_flag(found), found["value"], f"must be {kind}", f"give {kind}")
+
+
+def _argument(rest: str) -> str:
+    return rf"argument (?P<flag>\S+): {rest}"
+
+
+def _no_value(parser: Parser, found: re.Match[str]) -> Problem:
+    return Problem(_flag(found), "", "needs a value", f"write a value after {_flag(found)}")
+
+
+def _extra_value(parser: Parser, found: re.Match[str]) -> Problem:
+    return Problem(_flag(found), found["value"], "takes no value", f"write {_flag(found)} alone")
+
+
+def _both(parser: Parser, found: re.Match[str]) -> Problem:
+    return Problem(_flag(found), "", f"cannot be combined with {found['other']}", "keep one of the two")
+
+
+def _one_of(parser: Parser, found: re.Match[str]) -> Problem:
+    names = found[1].replace(" ", " or ")
+    return Problem("command line", "", f"{names} is required", f"add {names}")
+
+
+_MEANINGS: tuple[tuple[str, Callable[[Parser, re.Match[str]], Problem]], ...] = (
+    ("the following arguments are required: (.+)", Parser._missing),
+    ("unrecognized arguments: (.+)", Parser._unknown),
+    (_argument(r"invalid choice: '?(?P<value>.*?)'? \(choose from (?P<choices>.*)\)"), _choice),
+    (_argument(r"invalid (?P<kind>\w+) value: '(?P<value>.*)'"), _value),
+    (_argument(r"expected (?:one|at least one|\d+) arguments?"), _no_value),
+    (_argument(r"ignored explicit argument '(?P<value>.*)'"), _extra_value),
+    (_argument(r"not allowed with argument (?P<other>\S+)"), _both),
+    ("one of the arguments (.+) is required", _one_of),
+)
