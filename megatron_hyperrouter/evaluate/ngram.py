@@ -1,16 +1,15 @@
-"""Unigram and bigram baselines: what a model must beat before it has learned more than frequencies and
-neighbours.
+"""Unigram and bigram baselines.  A model that does not beat them has learned only token frequencies and
+pairs.
 
 The bigram is interpolated Kneser-Ney with three discounts (Chen and Goodman 1999, "An empirical study of
-smoothing techniques for language modeling", section 3): the strongest of the simple bigrams, with nothing to
-tune.  For context c, target t, counts n:
+smoothing techniques for language modeling", section 3).  It is the strongest of the simple bigrams and has
+nothing to tune.  For context c, target t, and counts n:
 
-    p(t | c) = (n(c t) - D(n(c t))) / n(c) + gamma(c) * p_low(t)         p(t | c) = p_low(t) where c was never
-    seen p_low(t) = (m(t) - D'(m(t))) / sum m + gamma' / V                    m(t) = how many different tokens
-    were seen before t
+    p(t | c) = (n(c t) - D(n(c t))) / n(c) + gamma(c) * p_low(t)      p_low(t) if c was never seen
+    p_low(t) = (m(t) - D'(m(t))) / sum m + gamma' / V                 m(t): different tokens before t
 
-D(0) = 0; D(1), D(2), D(3 and more) come from how many counts are 1, 2, 3 and 4; gamma makes each distribution
-sum to 1. The unigram is p(t) = (n(t) + 1/2) / (sum n + V/2).
+D(0) = 0; D(1), D(2) and D(3 or more) follow from how many counts are 1, 2, 3 and 4; gamma makes each
+distribution sum to 1.  The unigram is p(t) = (n(t) + 1/2) / (sum n + V/2).
 
 Legend: ``V`` token ids, ``T`` training tokens, ``U`` different pairs among them, ``N`` scored pairs.
 """

@@ -1,39 +1,37 @@
-"""CompeteSMoE: now and then all experts answer, the strongest win, and the router learns to foretell the
-winners.
+"""CompeteSMoE: in some passes all experts process the tokens, those with the strongest outputs win, and
+the router learns to predict the winners.
 
-``g = W x`` are the router's logits, ``E_i(x)`` the experts' outputs, ``S`` the winners, ``w`` the mixing
-weights.  In an ordinary pass, and in evaluation, ``S`` = top-k of g and w = the softmax over the chosen
-logits.  In a competing pass:
+``g = W x`` are the router's logits, ``E_i(x)`` the experts' outputs, ``S`` the chosen experts, ``w`` their
+weights.  In an ordinary pass, and in evaluation, ``S`` = top-k of g and w = softmax over the chosen
+logits. In a competing pass:
 
-===========  ==============================================
-============================================================= .            version 1 (arXiv 2402.02526)
-version 2 (arXiv 2505.13380) ===========  ==============================================
-============================================================= affinity     ``s_i = |E_i(x)|_2``
-``s_i = mean over features of softplus(E_i(x))`` winners      ``S`` = top-k of s
-the same weights      ``w`` = softmax over the winners' s             ``w_i = s_i / sum_S s``
-target       ``t`` = softmax over the winners' s, else 0     ``t`` = softmax(s) over all experts
-router loss  ``mean_E (softmax(g) - t)^2``, or KL(t || .)    ``mean_E (softmax(g) - t)^2 + theta mean_S
-(softmax(g) - t)^2`` diversity    none                                            ``sum_{i != j in S}
-cos(E_i(x), E_j(x)) / K^2`` balance      off                                             Switch's loss
-with the routes of S and the probabilities softmax(s) ===========
-==============================================
-=============================================================
+    .            version 1 (arXiv 2402.02526)            version 2 (arXiv 2505.13380)
+    affinity     s_i = |E_i(x)|_2                        s_i = mean over features of softplus(E_i(x))
+    winners      S = top-k of s                          S = top-k of s
+    weights      w = softmax over the winners' s         w_i = s_i / sum_S s
+    target       t = softmax over the winners' s,        t = softmax(s) over all experts
+                     0 for the others
+    router loss  mean_E (softmax(g) - t)^2,              mean_E (softmax(g) - t)^2
+                     or KL(t || softmax(g))                  + theta mean_S (softmax(g) - t)^2
+    diversity    none                                    sum_{i != j in S} cos(E_i(x), E_j(x)) / K^2
+    balance      none                                    Switch's loss with the routes of S and softmax(s)
 
-Each is a mean over the micro-batch's tokens times its coefficient.  The target has no gradient and stands
-in the order of expert ids. These losses take the place of ``aux`` and ``z``, which belong to the ordinary
-passes.  Weights, diversity and balance train the winning experts, through their outputs; the losers'
-outputs stay where they are made, so that in ``balance`` their scores are constants: all experts run once
-without gradients (E/k of an ordinary forward pass), the winners once more with them.
+Each loss is a mean over the tokens of the micro-batch, times its coefficient.  The target has no gradient
+and is in the order of expert ids.  These losses replace ``aux`` and ``z``, which apply to ordinary passes
+only. Weights, diversity and balance train the winning experts through their outputs.  The outputs of the
+losers stay on the ranks that made them, so in ``balance`` their scores are constants: all experts run once
+without gradients (E/k of an ordinary forward pass), and the winners run once more with gradients.
 
-Differences from the papers and the published code.  Version 1's code compares the target with logits in
-the order of top-k instead of expert ids, does not detach the target, and adds the last competition's loss
-to later steps: not so here; its ``combine_gate`` is not provided.  Its weights 0.01 (load_balance) and 5
-(alpha) are one coefficient, 0.05.  Version 2's plan is drawn ahead for a whole run, by one rank; ours is
-a function of (seed, step, layer), planned in windows of 256 steps (``ops/competition.py``), so that
-nobody sends it, nothing of it is saved, and a longer run begins as the shorter one did, but for a warm-up
-given as a share of ``--train-iters``.  Its language-model sweep has other values: rate 0.07, warm_up 0,
-theta 0.2, router_coeff
-0.001.
+Differences from the papers and the published code:
+
+- The code of version 1 compares the target with logits in top-k order instead of id order, does not detach
+  the target, and adds the last competition's loss to later steps.  Its ``combine_gate`` is not provided.
+  Its coefficients 0.01 (load_balance) and 5 (alpha) are one coefficient here, 0.05.
+- In the code of version 2, one rank plans all competitions of a run.  Here the plan is a function of
+  (seed, step, layer), in windows of 256 steps (``ops/competition.py``).  It is neither sent nor saved, and
+  a longer run begins like the shorter one, except for a warm-up that is a share of ``--train-iters``.
+- The language-model sweep of version 2 has other values: rate 0.07, warm_up 0, theta 0.2, router_coeff
+  0.001.
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts.
 """

@@ -1,26 +1,27 @@
-"""SimSMoE: experts that the same tokens have shared for long are pushed apart by their CKA (arXiv
-2406.15883).
+"""SimSMoE: a loss on the similarity (CKA) of their outputs pushes two experts apart after they have shared
+many tokens (arXiv 2406.15883).
 
-    logits = W x (+ b);  S = the k largest;  weights = softmax over S
-    c_ij  += tokens of the step with both i and j in S / tokens of the step      after each step, for all
-    pairs i < j due    = pairs with c_ij > frequency when the step begins: at most ``max_pairs``, the largest
-    first; c_ij = 0 after it loss   = coeff * sum over due pairs of [CKA_ij >= threshold] CKA_ij          in
-    each micro-batch of the step CKA_ij = CKA(head(E_i(x)), head(E_j(x))) over the micro-batch's tokens with
-    both i and j in S
+    logits  = W x (+ b);  S = the k largest;  weights = softmax over S
+    c_ij   += share of the tokens of the step with both i and j in S, for all pairs i < j, after each step
+    due     = pairs with c_ij > frequency when a step begins, at most ``max_pairs``, the largest first;
+              their c_ij becomes 0 after the step
+    loss    = coeff * sum over due pairs of [CKA_ij >= threshold] CKA_ij, in each micro-batch of the step
+    CKA_ij  = CKA(head(E_i(x)), head(E_j(x))) over the tokens of the micro-batch with both i and j in S
 
 Differences from the paper and its code:
 
-- any k >= 2, not 2 alone; counts are of the global batch, once per optimizer step (there: of each replica's
-  forward pass), kept in a buffer and saved; a pair fires in the step after the one that took it over the
-  line, so that all ranks know beforehand;
-- the outputs that the layer has computed anyway are compared, as in the paper; the code computes them again
-  without dropout, from inputs cut off from the graph.  Here the loss reaches what is below the layer as well;
-- the kernel's bandwidth follows the distances (``bandwidth absolute`` has the published sigma), at least
-  ``min_tokens`` are needed (with 2, CKA is 1 for any experts) and at most ``max_tokens``, evenly spaced over
-  the micro-batch, are compared.
+- Any k >= 2 is allowed, not only 2.  Tokens are counted over the global batch, once per optimizer step, in
+  a buffer that is saved; the published code counts in each replica's forward pass.  A pair is compared in
+  the step after its count exceeds the frequency, so that all ranks know beforehand.
+- As in the paper, the outputs that the layer has computed anyway are compared.  The published code
+  computes them again, without dropout, from inputs that are detached from the graph.  Here the loss also
+  reaches the layers below.
+- The bandwidth of the kernel follows the distances (``bandwidth absolute`` has the published sigma).  At
+  least ``min_tokens`` are needed (with 2, CKA is 1 for any experts).  At most ``max_tokens`` are compared,
+  evenly spaced over the micro-batch.
 
 Legend: ``T`` tokens on this rank, ``G`` tokens of the whole micro-batch, ``D`` hidden size, ``E`` experts,
-``K`` active experts, ``P`` pairs i < j, ``R`` due pairs, ``N`` tokens compared, ``F`` features after the
+``K`` active experts, ``P`` pairs i < j, ``R`` due pairs, ``N`` compared tokens, ``F`` features after the
 head.
 """
 

@@ -1,34 +1,35 @@
-"""StableMoE: learn to route, teach it to a small router on word embeddings, then follow that one for ever
-(arXiv 2204.08396).
+"""StableMoE: learn to route, distil the routes into a small router on word embeddings, then freeze that
+router (arXiv 2204.08396).
 
-``s = E x`` with trained centroids E; ``D(w)`` is a table of word embeddings of its own, ``s' = E' D(w)`` the
-distilled router.
+``s = E x`` with trained centroids E; ``D(w)`` is a separate table of word embeddings, and ``s' = E' D(w)``
+are the scores of the distilled router.
 
-Stage 1, the first ``stage1_steps`` optimizer steps: ids = top-k of s, weights ``sigmoid(s_chosen)``, which
-are not normalised; losses
+Stage 1, the first ``stage1_steps`` optimizer steps: ids = top-k of s; the weights are
+``sigmoid(s_chosen)``, not normalised.  Losses:
 
-    balance        alpha / T * sum_i (n_i - n) / n * sum_(routes to i) sigmoid(s_ti),   n_i routes to i, n = T
-    K / E distillation   mean over tokens and their chosen ids a of -log softmax(s')_a; trains D and E' alone
+    balance       alpha / T * sum_i (n_i - n) / n * sum_(routes to i) sigmoid(s_ti)
+                  with n_i the routes to i, and n = T K / E
+    distillation  mean over tokens and their chosen ids a of -log softmax(s')_a; trains D and E' only
 
-Stage 2, and evaluation with a frozen copy at hand: ids = top-k of s' with D and E' as they were at the
-switch; the weights are still ``sigmoid(s_chosen)``, whose centroids go on learning; none of the losses above,
-nor ``aux`` and ``z``.  Evaluation before the switch routes by the centroids.
+Stage 2, and evaluation if there is a frozen copy: ids = top-k of s' with D and E' as they were at the
+switch. The weights are still ``sigmoid(s_chosen)``, and the centroids still learn.  There are no router
+losses, including ``aux`` and ``z``.  Evaluation before the switch routes by the centroids.
 
-The switch copies D and E' into buffers, in the first pass after ``stage1_steps`` completed steps: later
-passes, repeated ones and resumed runs find the copy there.  The optimizer still holds the trained D and E',
-whose gradients are zero in stage 2 (hosts wait for every gradient); momentum and decay may move them, which
-nobody reads.  A training pass of stage 1 forgets the copy: a run that goes back, or on with a longer first
-stage, distils anew.
+The switch copies D and E' into buffers, in the first pass after ``stage1_steps`` completed steps.  Later
+passes, repeated passes and resumed runs use this copy.  The optimizer still has the trained D and E'.
+Their gradients are zero in stage 2 (hosts need a gradient for every parameter); momentum and decay may
+still change them, without effect.  A training pass of stage 1 deletes the copy: a run that goes back to an
+earlier step, or continues with a longer first stage, distils again.
 
-Differences from the paper: its balance loss is a sum over the tokens of a batch and ours their mean in each
-micro-batch, which is the same beside a language-model loss taken likewise; k may exceed 1, where the
-distillation averages over the chosen ids and weights do not sum to 1; every MoE layer has a D of its own,
-where the paper has one such layer; the optimizer keeps its state of D and E' for the whole run.  Initial
-values are ours.  The routers called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the
-sigmoid, nor distillation, nor a second stage.
+Differences from the paper: its balance loss is a sum over the tokens of a batch, ours the mean in each
+micro-batch, like the language-model loss.  k may exceed 1; the distillation is then averaged over the
+chosen ids, and weights do not sum to 1.  Every MoE layer has its own D; the paper has one such layer.  The
+optimizer keeps its state of D and E' for the whole run.  Initial values are our choice.  The routers
+called stablemoe in the CompeteSMoE and SimSMoE repositories have neither the sigmoid, nor distillation,
+nor a second stage.
 
-Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``V`` token ids, ``W`` features
-of a word.
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``V`` token ids, ``W``
+features of a word.
 """
 
 from __future__ import annotations
