@@ -28,13 +28,13 @@ from megatron_hyperrouter.config.sections.precision import PrecisionConfig
 class ModelConfig:
     """The transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU experts, no biases."""
 
-    num_layers: Annotated[Count, Role.SHAPE, "Transformer layers"] = 4
+    num_layers: Annotated[Count, Role.SHAPE, "Number of transformer layers"] = 4
     hidden_size: Annotated[Count, Role.SHAPE, "Model width D"] = 256
-    num_attention_heads: Annotated[Count, Role.SHAPE, "Attention heads"] = 4
+    num_attention_heads: Annotated[Count, Role.SHAPE, "Number of attention heads"] = 4
     num_query_groups: Annotated[
         Count | None,
         Role.SHAPE,
-        "Key/value heads (grouped-query attention); default: one for each attention head",
+        "Number of key/value heads (grouped-query attention); default: one for each attention head",
     ] = None
     kv_channels: Annotated[
         Count | None,
@@ -77,8 +77,8 @@ class ModelConfig:
     moe_layer_freq: Annotated[
         Written,
         Role.SHAPE,
-        "Which layers are MoE layers. N: every Nth layer, beginning with the first. Or a list with 1 "
-        "for MoE and 0 for dense, which may be an expression: ([0]*1+[1]*26)",
+        "Which layers are MoE layers: N for every Nth layer, beginning with the first; or a list of 1"
+        " (MoE) and 0 (dense), which may be an expression such as ([0]*1+[1]*26)",
     ] = "1"
     moe_shared_expert_intermediate_size: Annotated[
         Count | None,
@@ -105,8 +105,8 @@ class ModelConfig:
         float | None,
         Gt(0.0),
         Role.FUNCTION,
-        "Most tokens that an expert accepts, as a multiple of an even share; further tokens are "
-        "dropped; default: no limit",
+        "Largest number of tokens that an expert accepts, as a multiple of an even share; further "
+        "tokens are dropped; default: no limit",
     ] = None
     mtp_num_layers: Annotated[
         Count | None,
@@ -200,7 +200,7 @@ class TrainConfig:
         "intervals, so that --global-batch-size is reached after SAMPLES samples. The learning-rate "
         "schedule then follows samples instead of steps",
     ] = None
-    train_iters: Annotated[Count, Role.COURSE, "Optimizer steps of the run"] = 100
+    train_iters: Annotated[Count, Role.COURSE, "Number of optimizer steps in the run"] = 100
     seed: Annotated[
         Natural, Le(2**32 - 1), Role.ORDER, "Random seed for initial weights, sample order and dropout"
     ] = 1234
@@ -290,13 +290,13 @@ class DataConfig:
         "File of the tokenizer. For HuggingFaceTokenizer: tokenizer.json, its folder, or the name of "
         "a model on the Hugging Face hub",
     ] = None
-    vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "GPT2BPETokenizer: vocab.json"] = None
-    merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "GPT2BPETokenizer: merges.txt"] = None
+    vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "Path of vocab.json, for GPT2BPETokenizer"] = None
+    merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "Path of merges.txt, for GPT2BPETokenizer"] = None
     vocab_size: Annotated[
         Count | None,
         Role.TOKENIZER,
-        "TikTokenizer: number of token ids. NullTokenizer: number of token ids without the "
-        "end-of-document token, whose id follows them",
+        "Number of token ids, for TikTokenizer and NullTokenizer; for NullTokenizer without the "
+        "end-of-document token, whose id is N",
     ] = None
     eod_token: Annotated[
         str | None,
@@ -304,17 +304,17 @@ class DataConfig:
         "Token that ends a document; default: the one named in the tokenizer's files",
     ] = None
     tiktoken_pattern: Annotated[
-        Literal["v1", "v2"], Role.TOKENIZER, "TikTokenizer: version of the pre-tokenization pattern"
+        Literal["v1", "v2"], Role.TOKENIZER, "Version of the pre-tokenization pattern, for TikTokenizer"
     ] = "v2"
     tiktoken_num_special_tokens: Annotated[
         Count,
         Role.TOKENIZER,
-        "TikTokenizer: number of special tokens, whose ids come before the ids in the file",
+        "Number of special tokens, for TikTokenizer; their ids come before those in the file",
     ] = 1000
     tokenizer_special_tokens: Annotated[
         tuple[str, ...],
         Role.TOKENIZER,
-        "TikTokenizer: names of the first special tokens; default: the names in Megatron-LM",
+        "Names of the first special tokens, for TikTokenizer; default: the names in Megatron-LM",
     ] = ()
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],

@@ -219,7 +219,7 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
         type=run_path,
         required=True,
         metavar="RUN_DIR",
-        help="run folder, its checkpoints/, or one checkpoint",
+        help="run folder, its checkpoints/ folder, or one checkpoint folder",
     )
     flags.add_argument(
         "--tokenizer-model",

@@ -102,22 +102,28 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             float,
             Ge(0.0),
             Lt(1.0),
-            "Schedule capped: share of --train-iters without competition at the start",
+            "With --router.schedule capped: share of --train-iters without competition at the start",
         ] = 0.05
-        max_competing: Annotated[Count, "Schedule capped: most layers that compete in one step"] = 3
+        max_competing: Annotated[
+            Count, "With --router.schedule capped: largest number of layers that compete in one step"
+        ] = 3
         block_steps: Annotated[
             Count,
-            "Schedule function: number of steps in a block; a layer competes in all steps of a block or "
-            "in none",
+            "With --router.schedule function: number of steps in a block; a layer competes in all steps "
+            "of a block or in none",
         ] = 1000
         router_coeff: Annotated[
             Coefficient | None, "Weight of the router loss; default: 0.05 for v1, 0.01 for v2"
         ] = None
         loss: Annotated[
             Literal["mse", "kl"],
-            "v1: distance between the router's probabilities and the target, the softmax over the winners",
+            "With --router.version v1: kind of distance between the router's probabilities and the "
+            "target, which is a softmax over the winners",
         ] = "mse"
-        theta: Annotated[Coefficient, "v2: weight of the additional router loss over the winners alone"] = 0.1
+        theta: Annotated[
+            Coefficient,
+            "With --router.version v2: weight of the additional router loss over the winners alone",
+        ] = 0.1
         diversity_coeff: Annotated[
             Coefficient | None,
             "Weight of the diversity loss, the cosine similarity between the winners' outputs; default: 0"

@@ -91,17 +91,19 @@ class SimSMoERouter(Router, name="simsmoe"):
             Literal["mlp", "linear"],
             "Trained projection of expert outputs before they are compared; all experts of a layer share it",
         ] = "mlp"
-        head_width: Annotated[Count, "Hidden units of --router.head mlp"] = 64
+        head_width: Annotated[Count, "With --router.head mlp: number of hidden units"] = 64
         head_features: Annotated[
-            Count | None, "Number of features that --router.head gives; default: the number of experts"
+            Count | None, "Number of features that --router.head computes; default: the number of experts"
         ] = None
         min_tokens: Annotated[
             int, Ge(3), "Do not compare a pair of experts that shares fewer tokens than this in a micro-batch"
         ] = 8
         max_tokens: Annotated[
-            int, Ge(3), "Most tokens of a micro-batch on which a pair of experts is compared"
+            int, Ge(3), "Largest number of tokens of a micro-batch on which a pair of experts is compared"
         ] = 512
-        max_pairs: Annotated[Count, "Most pairs of experts compared in one step; the others wait"] = 8
+        max_pairs: Annotated[
+            Count, "Largest number of expert pairs that are compared in one step; the others wait"
+        ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
             """The bounds on tokens must leave room for some."""

@@ -152,7 +152,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         nargs="+",
         default=[],
         metavar="SETTING",
-        help="fit a separate curve for each value of these axes (always for axes whose values are words)",
+        help="fit a separate curve for each value of these axes (always for axes whose values are not "
+        "numbers)",
     )
     flags.add_argument(
         "--resamples",

@@ -27,9 +27,9 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         help="tokenizer file; for HuggingFaceTokenizer: tokenizer.json, its folder, or the name of a "
         "model on the Hugging Face hub",
     )
-    group.add_argument("--vocab-file", metavar="FILE", help="GPT2BPETokenizer: vocab.json")
-    group.add_argument("--merge-file", metavar="FILE", help="GPT2BPETokenizer: merges.txt")
-    group.add_argument("--vocab-size", type=int, metavar="N", help="TikTokenizer: number of token ids")
+    group.add_argument("--vocab-file", metavar="FILE", help="path of vocab.json, for GPT2BPETokenizer")
+    group.add_argument("--merge-file", metavar="FILE", help="path of merges.txt, for GPT2BPETokenizer")
+    group.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids, for TikTokenizer")
     group.add_argument(
         "--eod-token",
         metavar="TOKEN",
@@ -40,7 +40,8 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         "--tiktoken-pattern",
         choices=("v1", "v2"),
         default=defaults.tiktoken_pattern,
-        help=f"TikTokenizer: version of the pre-tokenization pattern (default: {defaults.tiktoken_pattern})",
+        help="version of the pre-tokenization pattern, for TikTokenizer (default: "
+        f"{defaults.tiktoken_pattern})",
     )
     number = defaults.tiktoken_num_special_tokens
     group.add_argument(
@@ -48,7 +49,7 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         type=int,
         default=number,
         metavar="N",
-        help="TikTokenizer: number of special tokens, whose ids come before the ids in the file "
+        help="number of special tokens, for TikTokenizer; their ids come before those in the file "
         f"(default: {number})",
     )
     group.add_argument(
@@ -56,7 +57,7 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         nargs="+",
         default=(),
         metavar="TOKEN",
-        help="TikTokenizer: names of the first special tokens (default: the names in Megatron-LM)",
+        help="names of the first special tokens, for TikTokenizer (default: the names in Megatron-LM)",
     )
 
 

@@ -125,7 +125,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--load", type=run_path, required=True, metavar="RUN_DIR", help="run folder, or its checkpoints/")
+    add(
+        "--load",
+        type=run_path,
+        required=True,
+        metavar="RUN_DIR",
+        help="run folder, or its checkpoints/ folder",
+    )
     add("--output", type=Path, required=True, metavar="RUN", help="run folder to write")
     add("--steps", type=int, nargs="+", metavar="N", help="steps of the checkpoints to average")
     add("--last", type=int, metavar="N", help="average the newest N checkpoints")

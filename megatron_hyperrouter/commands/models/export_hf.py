@@ -184,7 +184,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     """The flags; a wrong one ends with status 2."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--load", type=run_path, metavar="RUN_DIR", help="run folder, its checkpoints/, or one checkpoint")
+    add(
+        "--load",
+        type=run_path,
+        metavar="RUN_DIR",
+        help="run folder, its checkpoints/ folder, or one checkpoint folder",
+    )
     add(
         "--tokenizer-model",
         metavar="FILE",

@@ -88,6 +88,6 @@ class AttentionConfig:
     window_attn_skip_freq: Annotated[
         Written | None,
         Role.FUNCTION,
-        "Which layers have a sliding window. N: all but every Nth layer. Or a list with 1 for a "
-        "window and 0 for full attention, which may be an expression; default: all layers",
+        "Which layers have a sliding window: N for all layers except every Nth; or a list of 1 "
+        "(window) and 0 (full attention), which may be an expression; default: all layers",
     ] = None

@@ -19,8 +19,8 @@ class PrecisionConfig:
         Literal["e4m3", "hybrid"] | None,
         Role.PRECISION,
         TE_ALONE,
-        "Compute matrix products of attention and experts in fp8; needs --bf16 and Transformer "
-        "Engine. e4m3: everywhere; hybrid: e5m2 for gradients",
+        "Compute matrix products of attention and experts in fp8 (needs --bf16 and Transformer "
+        "Engine). e4m3: all of them; hybrid: gradients in e5m2, the others in e4m3",
     ] = None
     fp8_recipe: Annotated[
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
