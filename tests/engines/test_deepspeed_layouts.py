@@ -37,9 +37,13 @@ ZERO_1 = {  # the default; pipelines have no other
     "PP2 x EP2": Layout(4, f"{PP2} {EP2}"),
 }
 NOT_TWICE = ("EP2, recompute", "TP2, SP")
+# One process runs ZeRO only with a file of its own; gradients above 2000 numbers bypass this one's bucket.
+SMALL_BUCKET = f"--deepspeed-config {Path(__file__).with_name('small_bucket.json')}"
 LAYOUTS = {
-    "1 rank, ZeRO-0": Layout(1, "--zero-stage 0"),  # with ZeRO-1 it is the reference
-    "1 rank, ZeRO-2": Layout(1, "--zero-stage 2"),
+    "1 rank, ZeRO-1": Layout(1, SMALL_BUCKET),
+    "1 rank, ZeRO-2": Layout(1, f"--zero-stage 2 {SMALL_BUCKET}"),
+    "DP2, ZeRO-2, small bucket": Layout(2, f"--zero-stage 2 {SMALL_BUCKET}"),
+    "EP2, ZeRO-1, small bucket": Layout(2, f"{EP2} {SMALL_BUCKET}"),
     **{f"{name}, ZeRO-1": layout for name, layout in ZERO_1.items()},
     **{
         f"{name}, ZeRO-2": layout._replace(flags=f"{layout.flags} --zero-stage 2")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_hyperrouter.config.cli import replace_leaves
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.deepspeed.settings import LARGEST_BUCKET, deepspeed_settings
+from megatron_hyperrouter.engines.deepspeed.settings import LARGEST_BUCKET, deepspeed_settings, zero_stage
 
 
 def test_without_zero_deepspeed_never_clips(tmp_path: Path) -> None:
@@ -21,10 +21,21 @@ def test_without_zero_deepspeed_never_clips(tmp_path: Path) -> None:
         assert settings["wall_clock_breakdown"] is True
 
 
-def test_buckets_are_as_large_as_the_model_needs() -> None:
-    for numbers, expected in ((1000, 1000), (10**10, LARGEST_BUCKET)):
-        settings = deepspeed_settings(RunConfig(), data_parallel_size=1, largest_group=numbers)
+def test_buckets_grow_with_the_ranks_up_to_what_the_model_needs() -> None:
+    million = 1 << 20
+    cases = ((1, 1000, 1000), (1, 10**10, million), (8, 10**10, 8 * million), (1024, 10**10, LARGEST_BUCKET))
+    for ranks, numbers, expected in cases:
+        settings = deepspeed_settings(RunConfig(), data_parallel_size=ranks, largest_group=numbers)
         assert settings["zero_optimization"]["reduce_bucket_size"] == expected
+
+
+def test_one_process_in_float32_runs_without_zero() -> None:
+    plain = RunConfig()
+    assert zero_stage(plain, world_size=1) == 0
+    assert zero_stage(plain, world_size=2) == 1
+    for kept in ({"bf16": True}, {"deepspeed_config": "ds.json"}, {"moe_grouped_gemm": False}):
+        assert zero_stage(replace_leaves(plain, **kept), world_size=1) == 1
+    assert deepspeed_settings(plain, data_parallel_size=1, stage=0)["zero_optimization"]["stage"] == 0
 
 
 def test_zero_2_overlaps_its_communication() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from megatron_hyperrouter.engines.deepspeed import host_state, model, tensor
 from megatron_hyperrouter.engines.deepspeed.groups import join, leave
 from megatron_hyperrouter.engines.deepspeed.optimizer import Clipper, adamw
-from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings
+from megatron_hyperrouter.engines.deepspeed.settings import deepspeed_settings, zero_stage
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
@@ -45,6 +45,7 @@ class DeepSpeedEngine(SharedEngine):
         self._found_world = dist.is_initialized()
         super().__init__(config, join(config), eod=eod, classifier=classifier)
         self.stages = config.parallel.pipeline_model_parallel_size
+        self._zero_stage = zero_stage(config, world_size=self.place.world_size)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints where it could log
             self.model = model.build(
                 config,
@@ -74,14 +75,13 @@ class DeepSpeedEngine(SharedEngine):
         )
         groups = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
         settings = deepspeed_settings(
-            self.config, data_parallel_size=self.place.data_size, largest_group=max(groups)
+            self.config,
+            data_parallel_size=self.place.data_size,
+            largest_group=max(groups),
+            stage=self._zero_stage,
         )
         self._scale_router_losses(settings["gradient_accumulation_steps"])
-        self._clipper = (
-            Clipper(optimizer, self.config.optimizer.clip_grad)
-            if self.config.engine.zero_stage == 0
-            else None
-        )
+        self._clipper = Clipper(optimizer, self.config.optimizer.clip_grad) if self._zero_stage == 0 else None
         optimizer.register_step_pre_hook(self._judge)
         spread = self.config.parallel.tensor_model_parallel_size > 1
         if spread:
@@ -90,6 +90,8 @@ class DeepSpeedEngine(SharedEngine):
         # A PipelineModule brings its own topology.
         mpu = tensor.ModelParallelUnit() if spread and self.stages == 1 else None
         host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
+        if self._zero_stage == 0 and self.place.world_size == 1:
+            host.enable_backward_allreduce = False  # it would copy each gradient twice, to add up nothing
         return host
 
     def _place_without_optimizer(self) -> None:
@@ -177,7 +179,7 @@ class DeepSpeedEngine(SharedEngine):
             named=named,
             routers=self.routers,
             pieces=None if host is None else lambda: host_state.pieces(host.optimizer, named),
-            spread=self.config.engine.zero_stage > 0,
+            spread=self._zero_stage > 0,
             device=self.device,
         )
 

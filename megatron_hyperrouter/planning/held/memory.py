@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_hyperrouter.config.derived import moe_layers
-from megatron_hyperrouter.engines.deepspeed.settings import LARGEST_BUCKET
+from megatron_hyperrouter.engines.deepspeed.settings import bucket_numbers, zero_stage
 from megatron_hyperrouter.planning.held.activations import activations_of, layer_of, logits_of
 from megatron_hyperrouter.planning.held.stages import Stage, stages_of
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.planning.held.frozen import Frozen
     from megatron_hyperrouter.planning.held.parameters import Held, Model
     from megatron_hyperrouter.planning.layouts import Candidate
@@ -75,7 +74,7 @@ class Estimator:
         layers = [layer_of(candidate, self.machine.skew, with_experts) for with_experts in (False, True)]
         kept, working = activations_of(candidate, stages, number, layers, routed)
         logits = logits_of(candidate, self.rows) if stage.last else 0.0
-        buckets, passing = _buckets(config, held)
+        buckets, passing = _buckets(candidate, held)
         if logits > working + passing:  # the worst moment is the loss, else the backward pass of a layer
             working = passing = 0.0
         else:
@@ -96,7 +95,7 @@ def _state(candidate: Candidate, held: Held) -> tuple[float, float, float]:
     """Weights, gradients and AdamW's state."""
     config = candidate.config
     bf16, deepspeed = config.train.bf16, config.engine.engine == "deepspeed"
-    stage = config.engine.zero_stage if deepspeed else 0
+    stage = zero_stage(config, world_size=candidate.world_size) if deepspeed else 0
     weight, state = (2, 12) if bf16 else (4, 8)
     gradient = 2 if config.optimizer.grad_reduce_in_bf16 and bf16 else 4
     spread = (candidate.replicas, candidate.expert_replicas) if candidate.shards_optimizer else (1, 1)
@@ -111,13 +110,15 @@ def _state(candidate: Candidate, held: Held) -> tuple[float, float, float]:
     return float(weight * held.total), gradients, state * part
 
 
-def _buckets(config: RunConfig, held: Held) -> tuple[float, float]:
+def _buckets(candidate: Candidate, held: Held) -> tuple[float, float]:
     """What gradients pass through: all the time, and while a layer is computed."""
+    config = candidate.config
+    stage = zero_stage(config, world_size=candidate.world_size)
     size = 2 if config.train.bf16 else 4
     passing = float(size * held.largest)
-    if config.engine.engine == "megatron" or (config.engine.zero_stage == 1 and config.train.bf16):
+    if config.engine.engine == "megatron" or stage == 0 or (stage == 1 and config.train.bf16):
         return 0.0, passing
-    bucket = min(LARGEST_BUCKET, max(held.dense, held.expert))
-    if config.engine.zero_stage == 2:  # two of them, made anew for each backward pass
+    bucket = bucket_numbers(int(max(held.dense, held.expert)), candidate.data_size)
+    if stage == 2:  # two of them, made anew for each backward pass
         return 0.0, passing + 2.0 * bucket * size
     return float(bucket * size), passing
