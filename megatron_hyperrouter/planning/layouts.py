@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,11 +15,22 @@ from megatron_hyperrouter.config.derived import (
     global_batch_size,
     model_parallel_size,
 )
+from megatron_hyperrouter.config.leaves import flag, tree_leaves, value_of
 from megatron_hyperrouter.config.tree import RunConfig
 
 ENGINES = ("deepspeed", "megatron")
-# the formulas see nothing of what selective recomputation saves
-_RECOMPUTE: tuple[Literal["full"] | None, ...] = (None, "full")
+_Recompute = Literal["full", "selective"] | None
+# Settings that a layout has a say in, and that its file may have set otherwise
+_UNSET = (
+    "virtual_pipeline_model_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "sequence_parallel",
+    "recompute_granularity",
+    "zero_stage",
+    "use_distributed_optimizer",
+    "overlap_param_gather",
+)
 _MOST_CHUNKS = 4  # of a pipeline rank under the interleaved schedule
 
 
@@ -81,14 +92,21 @@ class Candidate:
             return told | {"zero_stage": config.engine.zero_stage}
         return told | {"use_distributed_optimizer": config.optimizer.use_distributed_optimizer}
 
-    def flags(self) -> list[str]:
-        """The flags of the program that ask for this layout."""
+    def flags(self, named: Collection[str] = ()) -> list[str]:
+        """The flags of the program that ask for this layout; ``named``: settings of its file, which a flag
+        may have to unset.
+        """
         words = []
-        for name, value in self.layout().items():
-            flag = "--" + name.replace("_", "-")
-            if name == "data_parallel_size" or value is None or value is False:
+        for name in dict.fromkeys([*self.layout(), *_UNSET]):
+            if name == "data_parallel_size":
                 continue
-            words += [flag] if value is True else [flag, str(value)]
+            value, default = value_of(self.config, name), tree_leaves()[name].default
+            if name in _UNSET and value == default and name not in named:
+                continue
+            if isinstance(value, bool):
+                words.append(flag(name) if value else flag(f"no_{name}"))
+            else:
+                words += [flag(name), "none" if value is None else str(value)]
         return words
 
 
@@ -98,7 +116,7 @@ class Refusal:
 
     layout: dict[str, object]
     reason: str
-    rule: str = ""  # the same without the numbers of this layout, to count alike reasons
+    causes: tuple[str, ...]  # one by one, without the numbers of this layout, to count alike ones
 
 
 def without_layout(config: RunConfig, gpus: int) -> RunConfig:
@@ -117,8 +135,8 @@ def structures(
             candidate = with_micro_batch(Candidate(_laid_out(base, engine, *sizes), gpus))
             found = problems(candidate.config, world_size=gpus)
             if found:
-                reason = "; ".join(f"{problem.field} = {problem.value}: {problem.rule}" for problem in found)
-                yield Refusal(candidate.layout(), reason)
+                causes = tuple(f"{problem.field} = {problem.value}: {problem.rule}" for problem in found)
+                yield Refusal(candidate.layout(), "; ".join(causes), causes)
             else:
                 yield candidate
 
@@ -127,7 +145,7 @@ def variants(candidate: Candidate) -> Iterator[Candidate]:
     """The same parallel sizes with other ways to save memory: all compute the same step."""
     config, deepspeed = candidate.config, candidate.config.engine.engine == "deepspeed"
     for recompute, shard, micro, chunks in itertools.product(
-        _RECOMPUTE,
+        _recomputations(config),
         _zero_stages(candidate) if deepspeed else (False, True),
         sorted({config.train.micro_batch_size, 1}, reverse=True),
         (None,) if deepspeed else _chunks(candidate),
@@ -185,7 +203,7 @@ def _laid_out(
     )
     if engine == "deepspeed":
         host = replace(base.engine, engine="deepspeed", zero_stage=max(base.engine.zero_stage, 1))
-        optimizer = replace(base.optimizer, use_distributed_optimizer=False)
+        optimizer = replace(base.optimizer, use_distributed_optimizer=False, overlap_param_gather=False)
         if stage > 1:
             host = replace(host, zero_stage=1)
     else:
@@ -201,6 +219,16 @@ def with_micro_batch(candidate: Candidate) -> Candidate:
     samples = (config.train.global_batch_size or 0) // ranks if ranks else 0
     micro = math.gcd(samples, config.train.micro_batch_size) or config.train.micro_batch_size
     return replace(candidate, config=replace(config, train=replace(config.train, micro_batch_size=micro)))
+
+
+def _recomputations(config: RunConfig) -> tuple[_Recompute, ...]:
+    """What the settings say of a way to recompute goes with that way alone."""
+    train = config.train
+    if train.recompute_modules:
+        return ("selective",)
+    if train.recompute_method is not None or train.recompute_num_layers is not None:
+        return ("full",)
+    return ("selective" if train.recompute_granularity == "selective" else None, "full")
 
 
 def _zero_stages(candidate: Candidate) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,8 @@ class Planned:
         samples = global_batch_size(config, self.candidate.world_size)
         return samples * config.model.seq_length / self.seconds
 
-    def as_json(self) -> dict[str, Any]:
-        """As the public contract has it."""
+    def as_json(self, named: Collection[str] = ()) -> dict[str, Any]:
+        """As the public contract has it; ``named``: settings of the run's file."""
         told: dict[str, Any] = {
             "layout": self.candidate.layout(),
             "fits": self.fits,
@@ -66,7 +66,7 @@ class Planned:
             "step_seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "parameters_per_rank": self.parameters,
-            "flags": self.candidate.flags(),
+            "flags": self.candidate.flags(named),
         }
         return told | ({"dry_run": self.verified} if self.verified else {})
 
@@ -86,10 +86,10 @@ class Plan:
         """The layouts that fit, the fastest first."""
         return [each for each in self.layouts if each.fits]
 
-    def as_json(self) -> dict[str, Any]:
-        """As the public contract has it."""
+    def as_json(self, named: Collection[str] = ()) -> dict[str, Any]:
+        """As the public contract has it; ``named``: settings of the run's file."""
         return {
-            "layouts": [each.as_json() for each in self.layouts],
+            "layouts": [each.as_json(named) for each in self.layouts],
             "refused": [{"layout": each.layout, "reason": each.reason} for each in self.refused],
             "assumptions": self.machine.assumptions(),
         }
@@ -156,7 +156,8 @@ class Planner:
             f"needs {use.total / GIB:.1f} GiB of a GPU's {self.machine.memory / GIB:.1f}: {part} take "
             f"{getattr(use, part) / GIB:.1f} GiB; {_REMEDIES[part]}"
         )
-        return Refusal(made.candidate.layout(), reason, f"does not fit; {part} take most: {_REMEDIES[part]}")
+        cause = f"does not fit; {part} take most: {_REMEDIES[part]}"
+        return Refusal(made.candidate.layout(), reason, (cause,))
 
 
 def _nothing_runs(gpus: int, refused: Sequence[Refusal]) -> Problem:

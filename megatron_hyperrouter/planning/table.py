@@ -42,7 +42,8 @@ def _head(plan: Plan) -> str:
         f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; {plan.gpus} GPUs of "
         f"{plan.machine.memory / GIB:.1f} GiB; a step of {first.train.global_batch_size:,} samples of "
         f"{first.model.seq_length:,} tokens.\n"
-        f"{len(plan.layouts)} layouts keep the rules, {len(plan.fitting)} of them fit."
+        f"{len(plan.layouts)} {'layout keeps' if len(plan.layouts) == 1 else 'layouts keep'} the rules, "
+        f"and {len(plan.fitting)} of them {'fits' if len(plan.fitting) == 1 else 'fit'} in memory."
     )
 
 
@@ -112,11 +113,12 @@ def times_of(row: Planned) -> str:
 def _refusals(plan: Plan) -> str:
     if not plan.refused:
         return ""
-    reasons = Counter(each.rule or each.reason for each in plan.refused)
+    reasons = Counter(cause for each in plan.refused for cause in each.causes)
     shown = [f"{count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS)]
     left = len(reasons) - len(shown)
     more = [f"and {left} other reasons: --json FILE has them all"] if left > 0 else []
-    head = "1 layout is refused" if len(plan.refused) == 1 else f"{len(plan.refused)} layouts are refused"
+    count = len(plan.refused)
+    head = "1 layout is refused" if count == 1 else f"{count} layouts are refused, some for several reasons"
     return f"{head}:\n" + _lines([*shown, *more])
 
 

@@ -39,7 +39,7 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
                 f"a dry run needs {peak / GIB:.1f} GiB of a GPU's {plan.machine.memory / GIB:.1f}, where the "
                 f"formula says {each.use.total / GIB:.1f}"
             )
-            plan.refused.append(Refusal(each.candidate.layout(), reason))
+            plan.refused.append(Refusal(each.candidate.layout(), reason, (reason,)))
     plan.layouts.sort(key=lambda each: not each.fits)
 
 

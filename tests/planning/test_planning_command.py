@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 from distributed import environment
 
-from megatron_hyperrouter.commands.cluster.plan import main
+from megatron_hyperrouter.commands.cluster.plan import main, settings_of
+from megatron_hyperrouter.config.check import problems
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.planning.layouts import Candidate, structures, variants, without_layout
 from megatron_hyperrouter.routers import ROUTERS
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = """
-num_layers: 4
+PLAIN = """
+num_layers: 8
 hidden_size: 64
 num_attention_heads: 4
 num_query_groups: 2
@@ -29,7 +32,20 @@ num_experts: 8
 micro_batch_size: 2
 global_batch_size: 16
 bf16: true
-expert_model_parallel_size: 3   # a layout, which the command ignores
+"""
+MODEL = f"""{PLAIN}
+# a layout, which the command ignores
+expert_model_parallel_size: 3
+pipeline_model_parallel_size: 2
+virtual_pipeline_model_parallel_size: 4
+decoder_first_pipeline_num_layers: 1
+sequence_parallel: true
+# settings that the command chooses, too
+engine: megatron
+recompute_granularity: full
+use_distributed_optimizer: true
+overlap_grad_reduce: true
+overlap_param_gather: true
 """
 
 
@@ -48,6 +64,7 @@ def plan(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("plan")
     (made / "model.yaml").write_text(MODEL, encoding="utf-8")
+    (made / "plain.yaml").write_text(PLAIN, encoding="utf-8")
     return made
 
 
@@ -97,14 +114,40 @@ def test_text(done: tuple[Any, Any]) -> None:
         assert words in text
 
 
-def test_the_command_line_is_accepted_by_the_program(folder: Path, done: tuple[Any, dict[str, Any]]) -> None:
+def test_flags_of_a_layout_ask_for_it_whatever_the_file_says(
+    folder: Path, done: tuple[Any, dict[str, Any]]
+) -> None:
+    command = ["--config", str(folder / "model.yaml"), "--mock-data"]
     for each in done[1]["layouts"]:
-        config = parse(
-            ["--config", str(folder / "model.yaml"), "--mock-data", *each["flags"]],
-            routers=ROUTERS,
-            world_size=8,
-        )
-        assert config.engine.engine == each["layout"]["engine"]
+        config = parse([*command, *each["flags"]], routers=ROUTERS, world_size=8)
+        assert Candidate(config, 8).layout() == each["layout"]
+    # the printed command starts the first of them
+    line = shlex.split(done[0].stdout.split("Start the first layout:")[1].replace("\\\n", ""))
+    printed = line[line.index("--config") :]
+    config = parse([*printed, "--mock-data"], routers=ROUTERS, world_size=8)
+    assert Candidate(config, 8).layout() == done[1]["layouts"][0]["layout"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried"),
+    [
+        ("recompute_granularity: selective\nrecompute_modules: [moe]", {"selective"}),
+        ("recompute_granularity: full\nrecompute_method: block\nrecompute_num_layers: 2", {"full"}),
+        ("recompute_granularity: selective", {"selective", "full"}),
+        ("", {None, "full"}),
+    ],
+)
+def test_recomputation_that_the_settings_describe_stays(
+    tmp_path: Path, settings: str, tried: set[str | None]
+) -> None:
+    """Only such layouts are planned as the program accepts."""
+    (tmp_path / "model.yaml").write_text(PLAIN + settings, encoding="utf-8")
+    config, engines, _ = settings_of(str(tmp_path / "model.yaml"), [])
+    base = without_layout(config, 8)
+    found = [each for each in structures(base, 8, 8, engines) if isinstance(each, Candidate)]
+    made = [variant.config for candidate in found for variant in variants(candidate)]
+    assert {each.train.recompute_granularity for each in made} == tried
+    assert not [problem for each in made for problem in problems(each, world_size=8)]
 
 
 def test_refusals_are_those_of_the_program(folder: Path, done: tuple[Any, dict[str, Any]]) -> None:
@@ -114,12 +157,14 @@ def test_refusals_are_those_of_the_program(folder: Path, done: tuple[Any, dict[s
     for each in refused:
         words = []
         for name, value in each["layout"].items():
-            flag = "--" + name.replace("_", "-")
-            if name != "data_parallel_size" and value is not None and value is not False:
-                words += [flag] if value is True else [flag, str(value)]
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif name != "data_parallel_size":
+                words += [f"--{flag}", str(value)]
         with pytest.raises(ConfigError) as caught:
             parse(
-                ["--config", str(folder / "model.yaml"), "--mock-data", *words], routers=ROUTERS, world_size=8
+                ["--config", str(folder / "plain.yaml"), "--mock-data", *words], routers=ROUTERS, world_size=8
             )
         assert all(problem.rule in each["reason"] for problem in caught.value.problems)
 
@@ -141,7 +186,7 @@ def test_a_thousand_gpus_take_less_than_a_minute_of_one_core(capsys: pytest.Capt
         (["--gpus", "8", "--expert-model-parallel-size", "2"], "is chosen by this command"),
         (["--gpus", "8", "--hidden-sise", "2"], "--hidden-size"),
         (["--gpus", "8", "--calibration", "nowhere.json"], "--calibration = nowhere.json: cannot be read"),
-        (["--gpus", "7", "--per-node", "7"], "--global-batch-size"),
+        (["--gpus", "11", "--per-node", "11"], "--global-batch-size"),
         (["--gpus", "8", "--config", "other.yaml"], "other.yaml"),
     ],
 )

@@ -11,7 +11,7 @@ without allocating tensors, and takes two steps.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.planning.start_command import start_command
     from megatron_hyperrouter.planning.table import text_of
 
-    config, engines = settings_of(args.config, rest)
+    config, engines, named = settings_of(args.config, rest)
     planner = Planner(config, vocabulary_of(config), machine_of(args), engines)
     plan = planner.plan(args.gpus)
     if args.dry_run:
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str]) -> None:
         verify(plan, args.dry_run, planner.vocab_size, note)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, plan.as_json())
+        write_json(args.json, plan.as_json(named))
     command = ""
     if plan.fitting:
-        command = start_command(plan.fitting[0].candidate, args.config, rest, args.per_node)
+        command = start_command(plan.fitting[0].candidate, args.config, rest, args.per_node, named)
     show(text_of(plan, top=args.top, command=command))
     if not plan.fitting:
         raise SystemExit(1)
@@ -148,8 +148,10 @@ def machine_of(args: Namespace) -> Machine:
     return machine
 
 
-def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[str]]:
-    """The run without a layout, and the engines to try; raises ConfigError."""
+def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[str], Set[str]]:
+    """The run without a layout, the engines to try, and the settings that the file names; raises
+    ConfigError.
+    """
     from dataclasses import replace
 
     from megatron_hyperrouter.config.by_role import names_with
@@ -174,7 +176,8 @@ def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[st
         ROUTERS, replace(file, values=values), flags=line.flags, problems=line.problems, overrides=overrides
     )
     config = draft.finish(world_size=None)
-    return config, (config.engine.engine,) if chosen else ENGINES
+    named = draft.written | (set(layout) & set(file.values))
+    return config, (config.engine.engine,) if chosen else ENGINES, named
 
 
 def vocabulary_of(config: RunConfig) -> int:
