@@ -133,12 +133,14 @@ def structures(
     for engine in engines:
         for sizes in _sizes(base, engine, gpus, per_node):
             candidate = with_micro_batch(Candidate(_laid_out(base, engine, *sizes), gpus))
-            found = problems(candidate.config, world_size=gpus)
-            if found:
-                causes = tuple(f"{problem.field} = {problem.value}: {problem.rule}" for problem in found)
-                yield Refusal(candidate.layout(), "; ".join(causes), causes)
-            else:
-                yield candidate
+            yield refused(candidate) or candidate
+
+
+def refused(candidate: Candidate) -> Refusal | None:
+    """Why the rules refuse a layout; None where they do not."""
+    found = problems(candidate.config, world_size=candidate.world_size)
+    causes = tuple(f"{problem.field} = {problem.value}: {problem.rule}" for problem in found)
+    return Refusal(candidate.layout(), "; ".join(causes), causes) if found else None
 
 
 def variants(candidate: Candidate) -> Iterator[Candidate]:

@@ -16,6 +16,7 @@ from megatron_hyperrouter.planning.layouts import (
     ENGINES,
     Candidate,
     Refusal,
+    refused,
     structures,
     variants,
     without_layout,
@@ -114,40 +115,44 @@ class Planner:
             self._models[rows] = model, Estimator(model, self._frozen, rows, self.machine)
         return self._models[rows]
 
-    def planned(self, candidate: Candidate) -> Planned:
-        """The best way to save memory that fits, or the one that needs least."""
+    def planned(self, candidate: Candidate) -> Planned | Refusal:
+        """The fastest way to save memory that fits, or the one that needs least; of those that the rules
+        allow.
+        """
         model, estimator = self.of_rows(candidate.config)
         found = []
         for variant in variants(candidate):
             use = estimator.fullest(variant)
             work = work_of(variant, model, self.machine.per_node, self.machine.skew)
-            found.append((use.total > self.machine.memory, work.seconds(self.machine), variant, use, work))
-        fitting = [each for each in found if not each[0]]
-        if fitting:
-            best = min(fitting, key=lambda each: (each[1], each[3].total))
-        else:
-            best = min(found, key=lambda each: each[3].total)
-        too_large, seconds, variant, use, work = best
-        parameters = parameters_of_ranks(model, variant.config, variant.world_size)
-        return Planned(variant, use, work.parts(self.machine), seconds, parameters, not too_large)
+            seconds, fits = work.seconds(self.machine), use.total <= self.machine.memory
+            found.append(((not fits, seconds if fits else 0.0, use.total), variant, use, work))
+        refusals = []
+        for (too_large, _, _), variant, use, work in sorted(found, key=lambda each: each[0]):
+            if refusal := refused(variant):
+                refusals.append(refusal)
+                continue
+            parameters = parameters_of_ranks(model, variant.config, variant.world_size)
+            seconds = work.seconds(self.machine)
+            return Planned(variant, use, work.parts(self.machine), seconds, parameters, not too_large)
+        return refusals[0]
 
     def plan(self, gpus: int) -> Plan:
         """Every layout over so many GPUs; raises ConfigError where no layout of any kind keeps the rules."""
         base = without_layout(self.base, gpus)
-        refused: list[Refusal] = []
+        refusals: list[Refusal] = []
         planned: list[Planned] = []
         for each in structures(base, gpus, self.machine.per_node, self.engines):
-            if isinstance(each, Refusal):
-                refused.append(each)
+            made = self.planned(each) if isinstance(each, Candidate) else each
+            if isinstance(made, Refusal):
+                refusals.append(made)
                 continue
-            made = self.planned(each)
             planned.append(made)
             if not made.fits:
-                refused.append(self.too_large(made))
+                refusals.append(self.too_large(made))
         if not planned:
-            raise ConfigError([_nothing_runs(gpus, refused)])
+            raise ConfigError([_nothing_runs(gpus, refusals)])
         planned.sort(key=lambda each: (not each.fits, each.seconds if each.fits else each.use.total))
-        return Plan(planned, refused, self.machine, self.of_rows(base)[0], gpus)
+        return Plan(planned, refusals, self.machine, self.of_rows(base)[0], gpus)
 
     def too_large(self, made: Planned) -> Refusal:
         """Why a layout does not fit, and what to do about the largest part."""
@@ -160,6 +165,6 @@ class Planner:
         return Refusal(made.candidate.layout(), reason, (cause,))
 
 
-def _nothing_runs(gpus: int, refused: Sequence[Refusal]) -> Problem:
-    reason = refused[0].reason if refused else "there are none"
+def _nothing_runs(gpus: int, refusals: Sequence[Refusal]) -> Problem:
+    reason = refusals[0].reason if refusals else "there are none"
     return Problem("--gpus", gpus, f"no layout keeps the rules; the first: {reason}", "use another number")

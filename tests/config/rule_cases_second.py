@@ -383,6 +383,7 @@ CASES = [
         "--moe-token-dispatcher-type",
         "several ranks",
         {"expert_model_parallel_size": 2},
+        2,
     ),
     case(
         "deepspeed_json",

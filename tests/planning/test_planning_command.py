@@ -18,6 +18,8 @@ from megatron_hyperrouter.config.check import problems
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.planning.layouts import Candidate, structures, variants, without_layout
+from megatron_hyperrouter.planning.machine import Machine
+from megatron_hyperrouter.planning.plan import Planner
 from megatron_hyperrouter.routers import ROUTERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +177,16 @@ def test_a_thousand_gpus_take_less_than_a_minute_of_one_core(capsys: pytest.Capt
     main(["--config", config, "--gpus", "1024", "--top", "1", "--vocab-size", "32000"])
     assert time.process_time() - begun < 60
     assert "1024 GPUs" in capsys.readouterr().out
+
+
+def test_ways_to_save_memory_keep_the_rules_too(folder: Path) -> None:
+    """A DeepSpeed file may name one ZeRO stage, so the other is not planned."""
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    file = str(folder / "plain.yaml")
+    config, _, _ = settings_of(file, ["--deepspeed-config", str(folder / "ds.json")])
+    made = Planner(config, 1000, Machine(memory=2.52e9, per_node=8), ["deepspeed"]).plan(8)
+    assert {each.candidate.config.engine.zero_stage for each in made.layouts} == {1}
+    assert not [each for each in made.layouts if problems(each.candidate.config, world_size=8)]
 
 
 @pytest.mark.parametrize(
