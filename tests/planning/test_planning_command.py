@@ -110,7 +110,7 @@ def test_text(done: tuple[Any, Any]) -> None:
         "8 GPUs",
         "Assumptions:",
         "Start the first layout:",
-        "refused:",
+        "layouts are refused",
         "pretrain_gpt_hyperrouter.py",
     ):
         assert words in text
