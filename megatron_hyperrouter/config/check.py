@@ -6,7 +6,13 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 from megatron_hyperrouter.config.by_role import leaves_with
-from megatron_hyperrouter.config.derived import decay_iters, run_length, smallest_topk
+from megatron_hyperrouter.config.derived import (
+    NOT_RECOMPUTED,
+    decay_iters,
+    rope_type,
+    run_length,
+    smallest_topk,
+)
 from megatron_hyperrouter.config.leaves import tree_leaves, value_of
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.rules import (
@@ -129,6 +135,15 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
     kind = config.data.tokenizer_type
     if config.data.tokenizer_model is not None and kind in ("ByteTokenizer", "NullTokenizer"):
         yield f"--tokenizer-model is ignored: {kind} needs no file"
+    for name in ("mscale", "mscale_all_dim"):
+        if getattr(config.attention, name) != tree_leaves()[name].default and rope_type(config) != "yarn":
+            yield f"{tree_leaves()[name].flag} is ignored: only --rope-type yarn scales attention's scores"
+    for name in ("no_load_optim", "no_load_rng"):
+        if getattr(config.checkpoint, name) and config.checkpoint.load is None:
+            yield f"{tree_leaves()[name].flag} is ignored: there is no --load"
+    for part in dict.fromkeys(config.train.recompute_modules):
+        if part in NOT_RECOMPUTED:
+            yield f"--recompute-modules {part} is ignored and saves no memory: {NOT_RECOMPUTED[part]}"
     if config.data.vocab_size is not None and kind not in ("NullTokenizer", "TikTokenizer"):
         yield f"--vocab-size is ignored: {kind} sets it"
     if config.data.eod_token is not None and kind in ("ByteTokenizer", "NullTokenizer"):

@@ -6,6 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from megatron_hyperrouter.config.leaves import value_of
@@ -67,11 +68,22 @@ def stacks_experts(config: RunConfig) -> bool:
     )
 
 
+# Names of Megatron-LM for --recompute-modules, and why they are not recomputed here.
+NOT_RECOMPUTED: Mapping[str, str] = MappingProxyType(
+    {
+        "layernorm": "megatron-core supports it only with Transformer Engine",
+        "moe_act": "only the experts of Transformer Engine support it",
+        "mla_up_proj": "attention keeps its result",
+    }
+)
+
+
 def recomputed_parts(config: RunConfig) -> tuple[str, ...]:
     """The parts of a layer that selective recomputation computes again; empty without it."""
     if config.train.recompute_granularity != "selective":
         return ()
-    return config.train.recompute_modules or ("core_attn",)
+    parts = config.train.recompute_modules or ("core_attn",)
+    return tuple(part for part in parts if part not in NOT_RECOMPUTED)
 
 
 def model_parallel_size(config: RunConfig) -> int:
@@ -164,7 +176,7 @@ def split_shares(split: str) -> tuple[float, float, float]:
 
     Raises ValueError with the rule that is broken.
     """
-    words = [word.strip() for word in split.split(",")]
+    words = [word.strip() for word in split.strip("'\"").split(",")]  # a shell array may leave the quotes
     if not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) for word in words) or len(words) > 3:
         raise ValueError("must be one to three numbers >= 0, separated by commas")
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))

@@ -14,6 +14,7 @@ from megatron_hyperrouter.config.megatron.carry import (
     Source,
     carry_over,
     contradictions,
+    settled,
     words_of,
     work_out,
 )
@@ -107,11 +108,7 @@ class Draft:
         if found:
             self.problems += found
             self.unsure.update(("train_iters", "lr_decay_iters", "lr_warmup_iters"))
-        if values["sequence_parallel"] and values["tensor_model_parallel_size"] == 1:
-            values["sequence_parallel"] = False
-            self._notes.append(
-                "--sequence-parallel is off, because it needs --tensor-model-parallel-size greater than 1"
-            )
+        self._notes += settled(values, self.written)
 
     def _router(self) -> RouterChoice:
         default = RouterChoice().name

@@ -118,8 +118,8 @@ CASES = [
     ),
     case(
         "one_scaling_of_positions",
-        {"mscale_all_dim": 1.0},
-        "--mscale-all-dim",
+        {"beta_slow": 2.0},
+        "--beta-slow",
         "needs --rope-type yarn",
         YARN,
     ),
@@ -185,13 +185,6 @@ CASES = [
         "--recompute-modules",
         "needs --recompute-granularity selective",
         {"recompute_granularity": "selective"},
-    ),
-    case(
-        "recomputed_parts_are_there",
-        {**SELECTIVE, "recompute_modules": ("moe_act", "moe")},
-        "--recompute-modules",
-        "only by the experts of Transformer Engine",
-        {"recompute_modules": ("moe",)},
     ),
     case(
         "recomputed_parts_are_there",

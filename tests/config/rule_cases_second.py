@@ -428,13 +428,6 @@ CASES = [
         {"pad_vocab_size_to_tp": True},
     ),
     case(
-        "parts_of_a_checkpoint_need_one",
-        {"no_load_rng": True},
-        "--no-load-rng",
-        "needs --load",
-        {"load": "run"},
-    ),
-    case(
         "recomputed_layers",
         {**MEGATRON, "recompute_num_layers": 2},
         "--recompute-num-layers",

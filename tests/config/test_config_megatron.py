@@ -11,6 +11,7 @@ from config.refused import DATA, problems_of
 
 from megatron_hyperrouter.config.check import warnings
 from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.derived import recomputed_parts, split_shares
 from megatron_hyperrouter.config.help.router_listing import listed_routers
 from megatron_hyperrouter.config.leaves import router_leaves, tree_leaves, value_of
 from megatron_hyperrouter.config.megatron.absent import FEATURES
@@ -397,6 +398,62 @@ def test_sequence_parallelism_without_tensor_parallelism_is_switched_off(all_rou
     config, note = understood(all_routers, "--sequence-parallel")
     assert config.parallel.sequence_parallel is False
     assert "--sequence-parallel is off" in note
+
+
+@pytest.mark.parametrize(
+    ("argv", "on"),
+    [
+        ("--engine megatron --tensor-model-parallel-size 2", True),
+        ("--engine deepspeed --tensor-model-parallel-size 2", False),
+        ("--engine megatron", False),
+    ],
+)
+def test_sequence_parallelism_follows_where_experts_need_it(all_routers, argv, on):
+    """moe_layer.py of megatron-core refuses to train experts with tensor parallelism alone."""
+    config, note = understood(all_routers, *argv.split())
+    assert config.parallel.sequence_parallel is on
+    assert ("--sequence-parallel is on" in note) is on
+
+
+def test_sequence_parallelism_is_not_forced_on_those_who_refuse_it(all_routers):
+    argv = "--engine megatron --tensor-model-parallel-size 2 --no-sequence-parallel"
+    (problem,) = problems_of(all_routers, *DATA, *argv.split())
+    assert (problem.field, problem.remedy) == ("--sequence-parallel", "add --sequence-parallel")
+
+
+class TestWithoutEffectHere:
+    """What Megatron-LM's own scripts give without need, and what they lose nothing by."""
+
+    def test_scalings_of_positions_that_latent_attention_ignores(self, all_routers):
+        """gpt_model.py gives --use-rope-scaling to rotary positions that latent attention does not use."""
+        argv = ["--multi-latent-attention", "--use-rope-scaling"]
+        config, note = understood(all_routers, *argv)
+        assert config.attention == understood(all_routers, argv[0])[0].attention
+        assert "--use-rope-scaling is off" in note
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            "--mscale-all-dim 1.0",  # times the logarithm of a scaling factor of 1
+            "--no-load-optim",
+            "--no-load-rng",
+            "--recompute-granularity selective --recompute-modules moe_act",
+            "--recompute-granularity selective --recompute-modules moe layernorm",
+            "--recompute-granularity selective --recompute-modules mla_up_proj",
+        ],
+    )
+    def test_a_warning_names_what_is_ignored(self, routers, argv):
+        config, _ = understood(routers, *argv.split())
+        (line,) = (line for line in warnings(config) if "is ignored" in line)
+        assert argv.split()[-1] in line or line.startswith(argv.split()[0])
+
+    def test_parts_that_are_not_recomputed_leave_the_others(self, all_routers):
+        argv = "--recompute-granularity selective --recompute-modules mla_up_proj moe layernorm"
+        assert recomputed_parts(understood(all_routers, *argv.split())[0]) == ("moe",)
+
+    @pytest.mark.parametrize("split", ["'99,1,0'", '"99,1,0"', "99,1,0"])
+    def test_quotes_that_a_shell_array_leaves(self, all_routers, split):
+        assert split_shares(understood(all_routers, "--split", split)[0].data.split) == (0.99, 0.01, 0.0)
 
 
 def test_what_only_makes_the_other_engine_faster_is_a_warning(routers):

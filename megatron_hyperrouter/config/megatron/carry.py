@@ -118,6 +118,20 @@ def work_out(
     return problems
 
 
+def settled(values: dict[str, Any], written: Container[str]) -> Iterator[str]:
+    """Switch on or off what the other settings decide, as Megatron-LM does, and say so."""
+    tensor_parallel = values["tensor_model_parallel_size"] > 1
+    if values["sequence_parallel"] and not tensor_parallel:
+        values["sequence_parallel"] = False
+        yield "--sequence-parallel is off, because it needs --tensor-model-parallel-size greater than 1"
+    if values["engine"] == "megatron" and tensor_parallel and "sequence_parallel" not in written:
+        values["sequence_parallel"] = True
+        yield "--sequence-parallel is on, because megatron-core needs it for experts with tensor parallelism"
+    if values["use_rope_scaling"] and values["multi_latent_attention"]:
+        values["use_rope_scaling"] = False
+        yield "--use-rope-scaling is off, because latent attention has --rope-type yarn instead"
+
+
 def words_of(raw: object) -> list[str] | None:
     """A YAML value as the words of a flag; None where it switches the flag off."""
     if raw is None or raw is False:

@@ -12,7 +12,6 @@ from megatron_hyperrouter.errors import Problem
 
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _YARN = ("rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-_TEMPERATURE = ("mscale", "mscale_all_dim")
 
 
 def _given(config: RunConfig, names: tuple[str, ...]) -> Iterator[str]:
@@ -65,7 +64,7 @@ def one_scaling_of_positions(config: RunConfig, world_size: int | None) -> Itera
         for name in _given(config, ("rope_scaling_factor",)):
             yield needs(config, name, "--use-rope-scaling")
     if not yarn:
-        for name in _given(config, (*_YARN, *_TEMPERATURE)):
+        for name in _given(config, _YARN):
             yield needs(config, name, "--rope-type yarn")
 
 

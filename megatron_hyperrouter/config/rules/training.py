@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import (
+    NOT_RECOMPUTED,
     alarm_actions,
     data_parallel_size,
     decay_iters,
@@ -165,11 +166,6 @@ def recomputed_layers(config: RunConfig, world_size: int | None) -> Iterator[Pro
 
 
 RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts")
-NOT_RECOMPUTED = {  # names of Megatron-LM, and why they are not here
-    "layernorm": "is supported by megatron-core only with Transformer Engine",
-    "moe_act": "is supported only by the experts of Transformer Engine",
-    "mla_up_proj": "would save no memory, because attention keeps its result",
-}
 
 
 def recomputed_parts_are_there(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -179,11 +175,7 @@ def recomputed_parts_are_there(config: RunConfig, world_size: int | None) -> Ite
         yield needs(config, "recompute_modules", "--recompute-granularity selective")
     known = ", ".join(RECOMPUTED)
     for part in dict.fromkeys(parts):
-        if part in NOT_RECOMPUTED:
-            yield broken(
-                config, "recompute_modules", f"{part} {NOT_RECOMPUTED[part]}", f"choose from {known}"
-            )
-        elif part not in RECOMPUTED:
+        if part not in (*RECOMPUTED, *NOT_RECOMPUTED):
             yield broken(
                 config,
                 "recompute_modules",
@@ -205,13 +197,6 @@ def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Pro
     if config.logging.profile and end <= start:
         rule = f"must be greater than --profile-step-start = {start}"
         yield broken(config, "profile_step_end", rule, f"use {start + 2}")
-
-
-def parts_of_a_checkpoint_need_one(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """What is left out must be there."""
-    for name in ("no_load_optim", "no_load_rng"):
-        if getattr(config.checkpoint, name) and config.checkpoint.load is None:
-            yield needs(config, name, "--load")
 
 
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -250,7 +235,6 @@ RULES: tuple[Rule, ...] = (
     profile_has_steps,
     recomputed_layers,
     recomputed_parts_are_there,
-    parts_of_a_checkpoint_need_one,
     finetune_needs_load,
     texts_need_prompts,
 )
