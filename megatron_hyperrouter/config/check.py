@@ -46,10 +46,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[str] = ()) -> list[Problem]:
-    """Everything that cannot run; ``world_size`` None leaves out the rules that need it.
+    """All problems of the settings.  With ``world_size`` None, rules that need it are skipped.
 
-    ``unsure``: names of settings that hold a default because their own value was bad.  What a rule says
-    after looking at one of them is a consequence, not a problem of its own, and is left out.
+    ``unsure``: names of settings that have their default because the given value was bad.  If a rule has
+    read one of them, its problem may only be a consequence, and is dropped.
     """
     found: list[Problem] = []
     for rule in RULES:
@@ -74,9 +74,7 @@ def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
 
 
 def _about_router(config: RunConfig) -> Iterator[str]:
-    """What the router's own options have to say, at the smallest k of the run and beside its other
-    settings.
-    """
+    """Warnings about the router's options, at the smallest k of the run and with its other settings."""
     model, options = config.model, config.router.options
     if options is None or model.num_experts == 1:
         return

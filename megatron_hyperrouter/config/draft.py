@@ -87,7 +87,7 @@ class Draft:
         return [*self.carried.notes(), *self._notes]
 
     def _carry_over(self) -> None:
-        """Put our names in the place of Megatron-LM's."""
+        """Replace Megatron-LM's names by ours."""
         options = {name for router in self.routers for name in self._options_of(router)}
         leaves = tree_leaves()
         ours = {
@@ -135,8 +135,8 @@ class Draft:
         return RouterChoice(name=chosen, options=config_type(**options))
 
     def _forget_options_of(self, replaced: str) -> None:
-        """Drop what the file says to the router that a flag has replaced; what that router does not know
-        either stays, to be reported.
+        """Drop the file's options for a router that a flag has replaced.  Options that this router does
+        not have stay, and are reported.
         """
         for name in list(self.values):
             if name.startswith(ROUTER_PREFIX) and (

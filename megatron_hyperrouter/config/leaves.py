@@ -25,7 +25,7 @@ SIGNS = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting: where it stands in the tree, what it may be, and what it means."""
+    """One setting: its section and name in the tree, its allowed values, and its meaning."""
 
     section: str  # field of RunConfig: "model"; "router" for a router's own option
     name: str  # "num_experts"; with the prefix "router." for a router's own option

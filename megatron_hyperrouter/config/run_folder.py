@@ -49,9 +49,9 @@ def _try_files(run_dir: Path) -> None:
 
 
 def write_settings(config: RunConfig) -> Path:
-    """Put ``config.yaml`` into the run folder, whole or not at all; it starts the same run again.
+    """Write ``config.yaml`` into the run folder atomically; it starts the same run again.
 
-    A run that goes on from its own checkpoints is still the same run: its ``--load`` is left out.
+    If a run continues from its own checkpoints, it is still the same run, so its ``--load`` is left out.
     """
     folder = Path(config.logging.run_dir)
     load = config.checkpoint.load

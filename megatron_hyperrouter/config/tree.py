@@ -425,7 +425,8 @@ class EngineConfig:
         Le(3),
         Role.SHARDING,
         Only("deepspeed", "leave out FLAG; --use-distributed-optimizer does the same as stage 1"),
-        "ZeRO stage, 0 to 2 (DeepSpeed does not support mixture of experts with stage 3)",
+        "ZeRO stage 0, 1 or 2; stage 3 is refused, because DeepSpeed does not support it with mixture"
+        " of experts",
     ] = 1
     deepspeed_config: Annotated[
         str | None,

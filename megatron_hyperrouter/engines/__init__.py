@@ -25,11 +25,11 @@ def open_engine(
     for_training: bool = True,
     classifier: Classifier | None = None,
 ) -> Engine:
-    """Build the model of ``config`` in its engine; ``for_training=False`` leaves the optimizer out.
+    """Build the model of ``config`` in its engine; ``for_training=False`` omits the optimizer.
 
-    ``vocab_size``: ids of the tokenizer; ``eod``: the one that ends a document, needed where the settings
-    mind documents. The host is imported here and not before, so that settings are checked without it.  Raises
-    HostError where it is missing.  ``classifier``: what takes the place of the output matrix.
+    ``vocab_size``: number of token ids; ``eod``: the id that ends a document, needed if the settings
+    separate documents.  ``classifier``: replaces the output matrix.  The host is imported here, so that
+    settings can be checked without it.  Raises HostError if it is missing.
     """
     if eod is None and separates_documents(config):
         raise ValueError("these settings need the ends of documents: give eod, the id that ends one")

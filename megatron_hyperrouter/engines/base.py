@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine; each host serves it in a room of its own."""
+"""What the training loop needs from an engine; each host implements it in a separate room."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = tuple[Tensor, Tensor]  # tokens_BS, labels_BS: int64, labels are the tok
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the others."""
+    """The position of this process among all ranks."""
 
     rank: int
     world_size: int
@@ -71,7 +71,7 @@ class Staged(Protocol):
 
 @dataclass(frozen=True)
 class OwnPart:
-    """What one rank saw of its own micro-batches in a step that was run twice."""
+    """One rank's results for its own micro-batches in a step that was run twice."""
 
     rank: int
     host: str
@@ -82,7 +82,7 @@ class OwnPart:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A weight, or a piece of one, of which ranks that should hold the same bits do not."""
+    """A weight, or a part of one, whose bits differ between ranks that should have the same bits."""
 
     name: str  # global
     ranks: tuple[tuple[int, str], ...]  # (rank, host) of those that deviate
@@ -171,7 +171,7 @@ class Engine(Protocol):
         ...
 
     def deviations(self) -> list[Deviation]:
-        """The weights of which the ranks that hold them hold different bits (collective)."""
+        """The weights whose bits differ between the ranks that have them (collective)."""
         ...
 
     def set_aux_loss_coeff(self, value: float) -> None:

@@ -1,5 +1,5 @@
-"""What a layer's router is told from outside: the step, k while evaluating, and the tokens behind the
-vectors.
+"""What a layer's router gets from outside: the step, k during evaluation, and the tokens that the vectors
+belong to.
 
 Legend: ``B`` batch, ``S`` sequence, ``T = S * B`` tokens of a micro-batch on this rank, ``D`` hidden size.
 """
@@ -44,7 +44,7 @@ class Clock:
         self.arrived, self.starts, self.real = [], [], []
 
     def starts_site(self) -> StartsSite:
-        """What tells one more layer's attention where documents begin."""
+        """An object that tells one more layer's attention where documents begin."""
         return StartsSite(self)
 
     def arrive(
@@ -188,8 +188,8 @@ def spread_out(real_RD: Tensor, rows_R: Tensor, like: Tensor) -> Tensor:
 
 
 def single_routes(routing: Routing) -> Routing:
-    """Each route as a token of its own (``[T * K, 1]``) with weight 1: what brings unweighted outputs to the
-    token's home rank.
+    """Each route as a separate token (``[T * K, 1]``) with weight 1, which brings unweighted outputs to
+    the token's home rank.
     """
     experts_R1 = routing.experts_TK.reshape(-1, 1)
     ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)

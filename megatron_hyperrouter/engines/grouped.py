@@ -25,7 +25,7 @@ from megatron_hyperrouter.ops.grouped import Plan, collect, experts, plan, sprea
 
 
 class Sharing(NamedTuple):
-    """The ranks that share all experts: in ``group``, those that share one expert stand side by side."""
+    """The ranks that share all experts; in ``group``, the ranks that share one expert are neighbours."""
 
     group: dist.ProcessGroup | None = None  # None: this rank has all experts
     parts: int = 1  # ranks that share one expert, each with a slice of its width
@@ -37,15 +37,15 @@ class Sharing(NamedTuple):
 
 
 def sharing_of(run: RunConfig) -> Sharing:
-    """The ranks that share the experts of a run, once the parallel groups stand."""
+    """The ranks that share the experts of a run; needs the parallel groups."""
     return Sharing(expert_group(), expert_tensor_size(run))
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts whose matrices are stacked, one parameter for all of them.
+    """SwiGLU experts with stacked matrices: one parameter for all experts of the rank.
 
-    ``model/names.py`` gives each matrix its own global name.  A slice of an expert's width is an expert of
-    its own whose output is a summand, so expert tensor parallelism only multiplies the routes of a token.
+    ``model/names.py`` gives each matrix a global name.  A slice of an expert's width acts as a separate
+    expert whose output is a summand, so expert tensor parallelism only multiplies the routes of a token.
     """
 
     def __init__(self, run: RunConfig, sharing: Sharing) -> None:

@@ -82,8 +82,8 @@ class SharedEngine(SavedEngine):
         eod: int | None = None,
         classifier: Classifier | None = None,
     ) -> None:
-        """To be called when the process groups stand; ``eod``: the id that ends a document, where the
-        settings ask for documents.
+        """Needs the process groups; ``eod``: the id that ends a document, if the settings separate
+        documents.
         """
         super().__init__()
         self.config = config
@@ -108,7 +108,7 @@ class SharedEngine(SavedEngine):
         self._own_loss = 0.0  # of this rank's micro-batches in the last step
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
-        """Keep the routers of this rank, and promise them to tell when their weights change."""
+        """Keep the routers of this rank, and promise to tell them when their weights change."""
         self.routers = routers
         for router in routers.values():
             router.hold(True)
@@ -153,7 +153,7 @@ class SharedEngine(SavedEngine):
         return self.any_rank(bool(stop()))
 
     def _run(self, now: _Step, stop: Callable[[], int], accept: Callable[[StepResult], bool]) -> StepResult:
-        """One step, whose loss and norm are known on all ranks before the optimizer changes anything."""
+        """Run one step; all ranks know its loss and norm before the optimizer changes anything."""
         self.clock.begin(step=now.step)
         self.statistics.enabled = True
         batches = now.batches
@@ -209,7 +209,7 @@ class SharedEngine(SavedEngine):
 
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, parameter) of what this rank holds."""
+        """(global name, parameter) of each parameter on this rank."""
 
     @abstractmethod
     def optimize(self, batches: list[Batch], learning_rate: float) -> float:
@@ -276,8 +276,8 @@ class SharedEngine(SavedEngine):
         return tokens_BS, labels_BS.masked_fill(tokens_BS.eq(self.eod), UNCOUNTED)
 
     def in_parts(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
-        """An evaluation's micro-batches, a few at a time: the clock, and a host that wants them all at once,
-        hold no more.
+        """An evaluation's micro-batches, a few at a time, because the clock and some hosts keep all of
+        them in memory.
         """
         size = _EVALUATED_TOGETHER * self.config.parallel.pipeline_model_parallel_size
         while part := list(islice(batches, size)):

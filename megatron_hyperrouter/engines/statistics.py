@@ -142,8 +142,8 @@ class RouterStatistics:
         return {name: value(named).tolist() for name, value in LAYER_METRICS.items()}
 
     def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int, replicas: int) -> StepCounts:
-        """One layer's, from sums over all ranks; ``tokens``: of the global batch, each of which ``replicas``
-        ranks have counted.
+        """The counts of one layer, from sums over all ranks; ``tokens``: tokens of the global batch, each
+        counted by ``replicas`` ranks.
         """
         row = sums[layer_number - 1] / replicas
         return StepCounts(step, float(tokens), row[: self.num_experts], row[sum(self._widths) :])

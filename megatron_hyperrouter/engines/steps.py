@@ -1,6 +1,4 @@
-"""Optimizer steps of the routers in a caller's own model: what our engines tell their routers, for those
-who train without them.
-"""
+"""Optimizer steps of the routers in your own model: gives them what our engines give their routers."""
 
 from __future__ import annotations
 
@@ -49,17 +47,17 @@ class RouterSteps:
     ) -> None:
         """``model``: the model of this rank, or its parts.
 
-        - ``batch_first``: whether its hidden states are ``[B, S, D]``, and not megatron-core's ``[S, B,
-          D]``.
-        - ``part``: cuts a ``[B, S]`` tensor to the positions that this rank's routers see, under sequence
-          or context parallelism.
-        - ``group``: all ranks of the model; by default the world.  ``replicas``: how many of them route
-          the same tokens, as tensor-parallel ranks do without sequence parallelism.
-        - ``data_rank``, ``data_size``: this rank's place among those that read different samples; by
-          default as in ``group``.
+        - ``batch_first``: True if hidden states are ``[B, S, D]``; False if they are ``[S, B, D]`` as in
+          megatron-core.
+        - ``part``: selects the positions of a ``[B, S]`` tensor that this rank's routers process, under
+          sequence or context parallelism.
+        - ``group``: all ranks of the model; by default the world.  ``replicas``: number of ranks that
+          route the same tokens, as tensor-parallel ranks do without sequence parallelism.
+        - ``data_rank``, ``data_size``: this rank's position among the ranks that read different samples;
+          by default as in ``group``.
 
-        Raises ValueError where there is no router, where two layers have one number, and where layers
-        differ in their experts.
+        Raises ValueError if there is no router, if two layers have the same number, or if layers differ in
+        their number of experts.
         """
         parts = [model] if isinstance(model, nn.Module) else list(model)
         found = (getattr(module, "site", None) for each in parts for module in each.modules())
@@ -156,7 +154,7 @@ class RouterSteps:
         return self._largest(max(numbers, default=0)), most
 
     def _largest(self, number: int) -> int:
-        """Over all ranks, of which some may have no layer with experts."""
+        """The largest over all ranks; some of them may have no layer with experts."""
         if self._alone:
             return number
         found = torch.tensor([number], device=device())

@@ -49,13 +49,15 @@ def step_result(
     memory: int,
     waited: float = 0.0,
 ) -> tuple[StepResult, Tensor]:
-    """Add up the loss, what the routers chose, and who was asked to stop (collective); also returns the
-    statistics' sums.
+    """Add up the loss, the routers' choices, and the requests to stop (collective); also returns the sums
+    of the statistics.
 
-    ``memory``: bytes that this rank has needed at most; ``waited``: seconds for its batches.  Each rank fills
-    numbers of its own, so the sum over ranks holds them all, and needs no reduction of its own.
+    ``memory``: largest number of bytes that this rank has needed; ``waited``: seconds that it waited for
+    its batches. Each rank fills its own elements, so the sum over ranks contains all of them and needs no
+    separate reduction.
 
-    Ratios are taken afterwards, so ranks that saw the same tokens (tensor parallelism) may all be counted.
+    Ratios are computed from the sums, so ranks that processed the same tokens (tensor parallelism) may all
+    be counted.
     """
     rows = statistics.take()
     ranks = place.world_size
@@ -116,7 +118,7 @@ def params_norm(named: Iterable[tuple[str, nn.Parameter]], device: torch.device)
 
 
 def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights of the model, by global name, from what each rank holds (collective)."""
+    """Shapes of all weights of the model by global name, from the parts on each rank (collective)."""
     own = {}
     for name, parameter in matrices(named):
         if replica_place(name)[1] != 0:
@@ -130,7 +132,9 @@ def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[i
 
 @contextlib.contextmanager
 def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[list[str]]:
-    """Inside, the weights whose gradient on this rank, before any sum over ranks, is not finite; in order."""
+    """Within this context: the weights whose gradient on this rank, before any sum over ranks, is not
+    finite; in order.
+    """
     found: list[str] = []
 
     def noted(name: str) -> Callable[[Tensor], None]:

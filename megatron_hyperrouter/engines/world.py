@@ -36,11 +36,11 @@ def alone_without_launcher() -> None:
 
 
 def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
-    """Initialise torch.distributed once every rank has come.
+    """Initialise torch.distributed once every rank has arrived.
 
-    Until here a rank reads its data by itself, and may have to build an index, or wait for the process that
-    builds it.  torch waits for the slowest rank no longer than for a collective: 10 minutes with NCCL, else
-    30.  ``timeout``: of collectives; None: torch's own.
+    Until then each rank reads its data separately.  It may have to build an index, or wait for the process
+    that builds it.  torch waits for the slowest rank only as long as for a collective: 10 minutes with
+    NCCL, else 30.  ``timeout``: time limit of collectives; None: torch's default.
     """
     if timeout is None:
         timeout = (

@@ -1,7 +1,7 @@
-"""A classification head in the place of the output matrix, the same in both engines.
+"""A classification head that replaces the output matrix, the same in both engines.
 
-A batch is a language model's: ``tokens_BS`` hold ``PADDING`` behind the last real token of each text, and
-``labels_BS`` hold the text's class at that token and ``UNCOUNTED`` everywhere else.
+A batch has the form of a language model's: ``tokens_BS`` has ``PADDING`` after the last real token of each
+text, and ``labels_BS`` has the class of the text at that token and ``UNCOUNTED`` everywhere else.
 
 Legend: ``B`` texts, ``S`` positions, ``D`` hidden size, ``C`` classes.
 """

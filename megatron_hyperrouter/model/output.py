@@ -72,9 +72,9 @@ class ClassOutput(nn.Module):
 
 
 def token_losses(projection: Projection, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-    """``(sum, losses_T)`` of the labels that are not negative, float32; the sum alone has a gradient.
+    """``(sum, losses_T)`` of the labels that are not negative, float32; only the sum has a gradient.
 
-    The gradients of both factors are made on the way forward, so nothing is computed twice.
+    The forward pass already computes the gradients of both factors, so nothing is computed twice.
     """
     hidden_TD, weight_VD = projection.hidden_SBD.flatten(0, 1), projection.weight_VD
     wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)

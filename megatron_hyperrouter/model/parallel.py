@@ -40,9 +40,9 @@ def expert_rank() -> int:
 
 
 def seed_dropout(config: RunConfig, *, seed: int | None = None) -> None:
-    """Dropout alone draws from torch's generators: weights, data and routing have streams of their own.
+    """Seed torch's generators, which only dropout uses: weights, data and routing have separate streams.
 
-    ``seed``: instead of the run's own.
+    ``seed``: instead of the run's seed.
     """
     seed = (
         config.train.seed if seed is None else seed
@@ -55,15 +55,15 @@ def seed_dropout(config: RunConfig, *, seed: int | None = None) -> None:
 
 
 def dropout_states() -> dict[str, Tensor]:
-    """The generators of megatron-core's tracker, which dropout in tensor-parallel regions draws from; none
-    where nobody seeded it.
+    """The states of megatron-core's tracker, which dropout in tensor-parallel regions uses; empty if
+    nothing has seeded it.
     """
     states: dict[str, Tensor] = tensor_parallel.get_cuda_rng_tracker().get_states()
     return states
 
 
 def set_dropout_states(states: dict[str, Tensor]) -> None:
-    """Go on where :func:`dropout_states` was told."""
+    """Restore the states that :func:`dropout_states` returned."""
     tensor_parallel.get_cuda_rng_tracker().set_states(states)
 
 

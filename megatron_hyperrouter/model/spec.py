@@ -222,7 +222,9 @@ def expert_spec(config: RunConfig, *, apart: bool = False) -> ModuleSpec:
 
 
 def shared_expert_spec() -> ModuleSpec:
-    """Spec of the expert that sees every token beside the chosen ones; all tensor-parallel ranks share it."""
+    """Spec of the expert that processes every token in addition to the chosen ones; all tensor-parallel
+    ranks share it.
+    """
     return ModuleSpec(module=SharedExpertMLP, submodules=_mlp_parts())
 
 
@@ -241,11 +243,11 @@ def last_norm(config: RunConfig) -> type:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm behind megatron-core's constructor, with its ``sequence_parallel`` mark on the
+    """torch's RMSNorm with megatron-core's constructor and with its ``sequence_parallel`` mark on the
     weight.
 
-    megatron-core's own wrapper of torch's norms refuses sequence parallelism for want of that mark
-    (torch_norm.py:32).
+    megatron-core's own wrapper of torch's norms refuses sequence parallelism, because it does not set this
+    mark (torch_norm.py:32).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:

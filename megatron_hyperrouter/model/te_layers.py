@@ -1,7 +1,7 @@
-"""The layer spec of machines with Transformer Engine: megatron-core's own, with our router in it.
+"""The layer spec for machines with Transformer Engine: megatron-core's own, with our router in it.
 
-Not exercised by the tests on hardware: they run it on CPU over a stand-in that has Transformer Engine's
-classes and attributes. megatron-core 0.16.1, models/gpt/gpt_layer_specs.py
+The tests run it on a CPU, with a replacement that has Transformer Engine's classes and attributes, not on
+a GPU. megatron-core 0.16.1, models/gpt/gpt_layer_specs.py
 (``get_gpt_layer_with_transformer_engine_spec``).
 """
 

@@ -15,16 +15,16 @@ OverShards = Callable[[Tensor], Tensor]
 
 
 def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4), for
-    any k.
+    """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4),
+    for any k.
 
     ``f_i`` is the share of the T*K routes that go to expert i (no gradient), ``P_i`` the mean of
-    ``probs_TE[:, i]``. A scalar: 1 when routes or probabilities are uniform, E when all tokens go to one
-    expert with certainty.
+    ``probs_TE[:, i]``. A scalar: 1 if routes or probabilities are uniform, E if all tokens go to one
+    expert with probability 1.
 
-    ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, this is the rank's part
-    of the whole micro-batch's loss: the parts add up to the value that one rank with all the tokens would
-    have, and so do their gradients.
+    ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, the result is this
+    rank's part of the loss of the whole micro-batch.  The parts add up to the value that one rank with all
+    tokens would compute, and so do their gradients.
     """
     num_experts = probs_TE.size(1)
     load_E = load(experts_TK, num_experts)

@@ -109,14 +109,14 @@ class Capped(NamedTuple):
     maxsize=256
 )  # shared by the layers of a process, unless each counts its own; 60 layers: 40 ms in 256 steps
 def planned(schedule: Capped, window: int) -> tuple[frozenset[int], ...]:
-    """The layers that compete in each of the steps from ``window * WINDOW`` on; a pure function, alike on
-    every rank.
+    """The layers that compete in each of the steps from ``window * WINDOW`` on; a pure function, the same
+    on every rank.
 
-    Draws are placed in order of their steps, and in a step in order of their coins, so that no layer is
-    favoured.  A draw whose step is full moves to the nearest earlier step of the window with room for its
-    layer, else to the nearest later one, else it lapses: only a rate that asks for more than
-    ``max_competing`` layers a step throughout a window loses draws.  Windows are counted from step 0 and
-    know nothing of one another or of the length of the run: a longer run begins as the shorter one did.
+    Draws are placed by step, and within a step in random order, so that no layer is favoured.  If a step
+    is full, a draw moves to the nearest earlier step of the window that has room for its layer, else to
+    the nearest later one; else it is dropped.  Draws are dropped only if the rate asks for more than
+    ``max_competing`` layers per step throughout a window.  Windows are counted from step 0.  They do not
+    depend on each other or on the length of the run, so a longer run begins like a shorter one.
     """
     first = max(schedule.warm_up - window * WINDOW, 0)
     chosen: list[set[int]] = [set() for _ in range(WINDOW)]

@@ -54,9 +54,10 @@ def collect(y_RD: Tensor, order_R: Tensor, row_R: Tensor, choices: int) -> Tenso
 def experts(
     x_RD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, ends_E: Tensor, weights_R: Tensor | None = None
 ) -> Tensor:
-    """Each row through its expert, ``W2 (weight * silu(gate) * up)``; the rows of an expert lie together.
+    """Apply its expert to each row, ``W2 (weight * silu(gate) * up)``; rows of one expert are contiguous.
 
-    Weights scale the hidden units, which scales the output: no output has to be kept for their gradient.
+    Weights scale the hidden units, which scales the output, so outputs need not be kept for the gradient
+    of the weights.
     """
     y_RD: Tensor = _Experts.apply(x_RD, w1_EGD, w2_EDF, weights_R, ends_E)  # type: ignore[no-untyped-call]
     return y_RD

@@ -15,10 +15,11 @@ _FEATURES = 4  # 16 bits each: as fine as the input itself in bfloat16, at a qua
 
 
 def jitter(places_T: Tensor, num_features: int, eps: float, *, seed: int, step: int, layer: int) -> Tensor:
-    """Float32 factors ``_TD``, uniform over 2^16 values that lie evenly in [1 - eps, 1 + eps].  About 2 ns
-    each on a CPU core.
+    """Float32 factors ``_TD``, uniform over 2^16 evenly spaced values in [1 - eps, 1 + eps].  They take
+    about 2 ns each on a CPU core.
 
-    Feature d of the token at place p takes bits 16 (d mod 4) and up of word ``p * W + d // 4`` of its stream.
+    Feature d of the token at position p uses bits 16 (d mod 4) and up of word ``p * W + d // 4`` of its
+    stream.
     """
     words = -(-num_features // _FEATURES)
     counters_TW = places_T[:, None] * words + torch.arange(words, device=places_T.device)

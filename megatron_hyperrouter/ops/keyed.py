@@ -113,11 +113,11 @@ def uniform(
 
 
 def bits(counters: Tensor, *, seed: int, name: str) -> Tensor:
-    """64 random bits, as int64, for each counter of an int64 tensor, in place: word c of the stream
-    (seed, name) for the counter c.
+    """Replace each counter of an int64 tensor by 64 random bits, as int64: counter c by word c of the
+    stream (seed, name).
 
-    Unlike :func:`uniform`, for numbers whose indices are data, such as places of tokens.  Integers alone:
-    a compiler may have it.
+    Unlike :func:`uniform`, this is for indices that are data, such as positions of tokens.  It only uses
+    integer operations, so it can be compiled.
     """
     return _mix(counters, *_key(seed, name))
 

@@ -103,8 +103,8 @@ def _squared_distances(x_ND: Tensor) -> Tensor:
 
 
 def _unit(a_NM: Tensor) -> Tensor:
-    """Scaled so that the largest number is 1, which keeps fourth powers in range; CKA does not notice, nor
-    does its gradient.
+    """Scale the largest number to 1, so that fourth powers stay in range.  CKA and its gradient do not
+    depend on the scale.
     """
     size_11 = _largest(a_NM, (-2, -1))
     return a_NM / torch.where(size_11 > 0, size_11, 1.0)

@@ -19,9 +19,10 @@ _ROUNDS_PAY_FROM = 16
 
 
 class Groups(NamedTuple):
-    """``total`` equal groups of neighbouring experts, of which a token may use ``chosen``.
+    """``total`` equal groups of neighbouring experts; a token may use ``chosen`` of them.
 
-    DeepSeek-V2 (arXiv 2405.04434, device-limited routing) and DeepSeek-V3 (arXiv 2412.19437, node-limited).
+    DeepSeek-V2 (arXiv 2405.04434, device-limited routing) and DeepSeek-V3 (arXiv 2412.19437,
+    node-limited).
     """
 
     total: int
@@ -112,11 +113,10 @@ def best_experts(scores_TE: Tensor, k: int, groups: Groups | None = None) -> Ten
 
 
 def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:
-    """The same scores, and -inf for the experts outside of each token's best groups; has no gradient.
+    """The same scores, but -inf for experts outside each token's best groups; without a gradient.
 
-    A group is as good as the sum of its best scores, of as many as its part of the k: ``k // chosen``, as in
-    Megatron-LM, and at least one, which smaller k at evaluation needs.  Raises ValueError where the chosen
-    groups have fewer than k experts.
+    The score of a group is the sum of its ``k // chosen`` best scores, as in Megatron-LM; with a small k
+    at evaluation, of at least one.  Raises ValueError if the chosen groups have fewer than k experts.
     """
     size = scores_TE.size(-1) // groups.total
     if k > groups.chosen * size:

@@ -31,11 +31,14 @@ def build_router(
     facts: RunFacts | None = None,
     **options: Any,
 ) -> Router:
-    """The router ``name`` for one layer, with its trained parameters drawn from (seed, layer number).
+    """The router ``name`` for one layer; its trainable parameters are drawn from (seed, layer number).
 
-    ``topk``: k, or k as a function of completed steps; ``layer_number`` counts from 1; ``facts``: of the run,
-    for methods whose schedule or features depend on it; ``options``: fields of the router's ``Config``.
-    Raises ConfigError, with every problem at once, for an unknown name or option or a value out of range.
+    ``topk``: k, or a function from completed steps to k; ``layer_number`` counts from 1; ``facts``: what
+    methods need to know about the run for their schedules or features; ``options``: fields of the router's
+    ``Config``.
+
+    Raises ConfigError, which lists every problem at once, for an unknown name or option or a value out of
+    range.
     """
     cls = router_class(name)
     config = make_options(cls, options, hidden_size=hidden_size, num_experts=num_experts, topk=topk)

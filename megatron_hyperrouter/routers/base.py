@@ -51,7 +51,9 @@ class ExpertBank(Protocol):
 
 
 class Tokens(NamedTuple):
-    """What an engine knows of the tokens of a micro-batch beside their vectors, in the order of ``x_TD``."""
+    """What an engine knows about the tokens of a micro-batch in addition to their vectors, in the order of
+    ``x_TD``.
+    """
 
     ids_T: Tensor  # int64, ids of the vocabulary
     # int64, sample * seq_length + position, counted over the global batch: the same on every layout
@@ -144,9 +146,9 @@ class Router(nn.Module):
             return num_experts if groups is None else groups.chosen * (num_experts // groups.total)
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """What is wrong with these options for a model of this size, beyond the rules on each value.
+            """Problems of these options for a model of this size, in addition to the rules on each value.
 
-            A method that has rules of its own yields these as well: ``yield from super().problems(...)``.
+            A method with more rules yields these as well: ``yield from super().problems(...)``.
             """
             if (self.num_groups is None) != (self.group_topk is None):
                 given, other = (
@@ -163,7 +165,7 @@ class Router(nn.Module):
                     yield Problem("--router.group-topk", self.group_topk, rule, "use fewer")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """What the user of these options should know before a run whose smallest k is ``topk``."""
+            """Warnings about these options for a run whose smallest k is ``topk``."""
             return iter(())
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
@@ -171,8 +173,8 @@ class Router(nn.Module):
             return iter(())
 
         def unserved(self) -> Iterator[str]:
-            """What of these options does nothing, or something else, where nobody tells ``tokens`` or
-            calls :meth:`Router.end_step`.
+            """The options that have no effect, or another effect, if the caller does not pass ``tokens``
+            or does not call :meth:`Router.end_step`.
             """
             return iter(())
 
@@ -387,7 +389,7 @@ class Router(nn.Module):
         self.reset_parameters(lambda name, shape: keyed.normal(shape, seed=self.seed, name=prefix + name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Buffers move with the module but keep their dtype: a count in bfloat16 would stand still."""
+        """Buffers move with the module but keep their dtype: a count in bfloat16 would stop growing."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self.named_buffers():
@@ -449,10 +451,10 @@ def without_tokens(what: str, instead: str) -> str:
 
 
 def reaching(value: Tensor, *parameters: Tensor) -> Tensor:
-    """``value``, on the way back from which ``parameters`` get zero gradients.
+    """``value``, with a graph in which the backward pass gives ``parameters`` zero gradients.
 
-    A method that leaves a parameter out of some passes needs it: hosts that reduce gradients while the
-    backward pass goes on wait for every parameter's (megatron-core's overlap raises,
+    A method that does not use a parameter in some passes needs this: hosts that reduce gradients during
+    the backward pass wait for the gradient of every parameter (megatron-core's overlap raises an error,
     param_and_grad_buffer.py:206).
     """
     reached: Tensor = _Reaching.apply(value, *parameters)  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
-"""Tensors that are drawn from a seed, never trained and never saved: a checkpoint holds their seed and hash.
+"""Tensors that are drawn from a seed, never trained and never saved: a checkpoint contains their seed and
+hash.
 
-They are no parameters and no buffers, so no engine can cast, reduce, decay or shard them.
+They are neither parameters nor buffers, so no engine can cast, reduce, decay or shard them.
 """
 
 from __future__ import annotations

@@ -38,11 +38,11 @@ class HypernetRecipe(Recipe):
     logit_std: float | None = None
 
     def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        """``(w1_HS, b1_H, w2_HP, b2_P)``.  The columns for the router's bias are a stream of their own: W
-        does not depend on ``bias``.
+        """``(w1_HS, b1_H, w2_HP, b2_P)``.  The columns for the router's bias are drawn from a separate
+        stream, so W does not depend on ``bias``.
 
-        W2 lies in memory with its rows as columns: products with it and with its transpose then take a
-        quarter of the time (CPU).
+        W2 is stored in column-major order.  Products with it and with its transpose then take a quarter of
+        the time (on a CPU).
         """
         H, E, D = self.width, self.num_experts, self.hidden_size
         w1_std, w2_std = self.stds()
@@ -74,8 +74,8 @@ class HypernetRecipe(Recipe):
 
 
 def logit_std(first: float, second: float, embedding_size: int, width: int, numbers: int) -> float:
-    """Standard deviation of the logits of a hypernetwork whose layers have these, for an embedding and inputs
-    of unit variance; ``numbers``: generated for an expert.
+    """Standard deviation of the logits, from those of the hypernetwork's layers, for an embedding and
+    inputs of unit variance; ``numbers``: generated for each expert.
     """
     return first * second * math.sqrt(embedding_size * width * numbers / 2)
 
@@ -132,7 +132,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = None
 
         def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:
-            """What an option that is left open stands for in a model of this size."""
+            """The values of options that are not set and depend on the size of the model."""
             return {"shared": "model" if num_experts * hidden_size > _ONE_FOR_ALL_FROM else "layer"}
 
         def warnings(self, *, topk: int) -> Iterator[str]:

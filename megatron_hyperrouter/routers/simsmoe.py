@@ -176,8 +176,8 @@ class SimSMoERouter(Router, name="simsmoe"):
         return now.training and now.k >= 2 and self.config.similarity_coeff > 0 and bool(self.due_pairs())
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Adds the loss ``similarity``; weights stay.  Raises ValueError for a spread micro-batch whose
-        tokens have no places.
+        """Add the loss ``similarity``; the weights do not change.  Raises ValueError if several ranks
+        share the micro-batch and the positions of its tokens are not known.
         """
         with float32_maths(x_TD.device):
             cka_R, enough_R = self.compare(routing.experts_TK, outputs_TKD, now)

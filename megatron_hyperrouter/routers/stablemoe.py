@@ -72,8 +72,8 @@ class StableMoERouter(Router, name="stablemoe"):
         ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "Steps in stage 1; 0: freeze at once, which fine-tunes from a checkpoint's frozen copy; "
-            "default: as --router.stage1-share says",
+            "Steps in stage 1; 0: use the frozen copy in the loaded checkpoint from the start, to "
+            "fine-tune; default: as --router.stage1-share says",
         ] = None
         word_size: Annotated[
             Count, "Features of a token id in the distilled router, which decides after stage 1"

@@ -52,7 +52,9 @@ class TopKRouter(ChoosingRouter, name="topk"):
                 )
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """A router that is trained, whose weights sum to 1, learns nothing from the task at k = 1."""
+            """A trained router whose weights sum to 1 gets no gradient from the language-model loss at k =
+            1.
+            """
             return iter(()) if self.freeze or not self.sums_to_one else no_gradient_at_k1("topk", topk)
 
     def __init__(self, config: Config, **common: Any) -> None:
@@ -80,9 +82,11 @@ class TopKRouter(ChoosingRouter, name="topk"):
         return float32_linear(x_TD, *self.linear())
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
-        """The weights themselves; ``expert_bias`` is no part of the map, as it moves no logit."""
+        """The weights themselves; ``expert_bias`` is not part of the map, because it does not change the
+        logits.
+        """
         return self.weight_ED.float(), None if self.bias_E is None else self.bias_E.float()
 
     def fold(self) -> Router:
-        """A copy, with every option: there is nothing to fold."""
+        """A copy with all options: this router is already a plain matrix."""
         return deepcopy(self)

@@ -122,8 +122,8 @@ class XMoERouter(Router, name="xmoe"):
         )
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """``aux`` over softmax(s / tau0), whose gradient to tau cancels but for rounding; ``z`` of the
-        logits.
+        """``aux`` over softmax(s / tau0), whose gradient with respect to tau is zero up to rounding; ``z``
+        of the logits.
         """
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:

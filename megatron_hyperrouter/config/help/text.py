@@ -27,7 +27,8 @@ def help_text(routers: Mapping[str, Any], *, prog: str, topic: Sequence[str] = (
     """The settings by section, with meaning, range and default, for a terminal of ``width`` columns.
 
     ``routers``: name -> class with a nested ``Config``.  ``topic``: words after ``--help``.
-    Raises ConfigError where there is no such section.
+
+    Raises ConfigError if there is no such section.
     """
     page = _Page(min(max(width, NARROWEST), WIDEST) - 1)
     wanted = _wanted(topic, routers)

@@ -78,7 +78,7 @@ class Source:
 
 
 def carry_over(source: Source, ours: Container[str], carried: Carried) -> None:
-    """Replace the flags that are Megatron-LM's and not ours by what they mean in ours."""
+    """Translate Megatron-LM's flags that are not flags of ours."""
     for key in list(source.given):
         name = key.removeprefix("--").replace("_", "-")
         carried.given.add(name)

@@ -1,7 +1,8 @@
-"""What this program does about each flag of Megatron-LM that is not a setting of its own.
+"""What this program does with each flag of Megatron-LM that is not one of its own settings.
 
-One table in three files: here, ``no_effect.py`` and ``absent.py``.  A flag that becomes a setting of ours
-leaves it; a test keeps the table complete, and free of names that Megatron-LM does not have.
+The table is in three files: this one, ``no_effect.py`` and ``absent.py``.  A flag that becomes a setting
+is removed from the table.  A test checks that the table is complete and contains only names that
+Megatron-LM has.
 """
 
 from __future__ import annotations

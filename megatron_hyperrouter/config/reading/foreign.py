@@ -1,4 +1,4 @@
-"""Names that other programs give to our settings: a user who writes one is told ours."""
+"""Names that other programs use for our settings: the error for such a name gives ours."""
 
 from __future__ import annotations
 

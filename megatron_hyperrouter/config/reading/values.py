@@ -54,7 +54,9 @@ def _from_words(leaf: Leaf, words: list[str]) -> Any:
 
 
 def switched_off(leaf: Leaf, on: list[str] | None, off: list[str]) -> bool:
-    """The value of a bool whose ``--no-`` flag was given with the words ``off``; raises :class:`BadValue`."""
+    """The value of a bool whose ``--no-`` flag was given, with the words ``off`` after it; raises
+    :class:`BadValue`.
+    """
     if off:
         raise BadValue("takes no value", f"write {leaf.off_flag} alone, or {leaf.flag} false")
     if on is not None:
@@ -75,9 +77,9 @@ def convert(leaf: Leaf, raw: object) -> Any:
 
 
 def expanded(path: str) -> str:
-    """A path with ``~`` and ``$VARIABLE`` filled in as a shell does it; ``$$`` is a dollar sign.
+    """A path in which ``~`` and ``$VARIABLE`` are expanded as in a shell; ``$$`` is a dollar sign.
 
-    Raises :class:`BadValue` where there is no such variable or user.
+    Raises :class:`BadValue` if there is no such variable or user.
     """
     if "\0" in path:
         raise BadValue("must not contain a NUL character", "give the name of a file or folder")

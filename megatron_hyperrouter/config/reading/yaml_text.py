@@ -81,7 +81,7 @@ def value_of_node(root: yaml.Node | None) -> Any:
 
 
 def duplicates(root: yaml.Node | None) -> Iterator[tuple[str, int, int]]:
-    """Keys that one mapping has twice, with both lines: YAML would silently take the last."""
+    """Keys that occur twice in one mapping, with both lines: YAML would silently use the last one."""
     if not isinstance(root, yaml.MappingNode):
         return
     first_line: dict[str, int] = {}

@@ -27,7 +27,7 @@ def latent_settings_need_latent_attention(config: RunConfig, world_size: int | N
 
 
 def latent_attention_has_no_groups(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Latent attention gives each head keys and values of its own, without biases."""
+    """With latent attention, each head has separate keys and values, without biases."""
     if not config.attention.multi_latent_attention:
         return
     groups = config.model.num_query_groups

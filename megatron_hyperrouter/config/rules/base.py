@@ -26,8 +26,8 @@ def needs(config: RunConfig, name: str, needed: str) -> Problem:
 def indivisible(
     config: RunConfig, name: str, by: str, *, value: int | None = None, divisor: int | None = None
 ) -> Iterator[Problem]:
-    """A problem where setting ``name`` is no multiple of setting ``by``; pass numbers where those in force
-    are not the settings' own.
+    """A problem if setting ``name`` is not a multiple of setting ``by``.  Pass the numbers if they differ
+    from the values of the settings.
     """
     value = value_of(config, name) if value is None else value
     divisor = value_of(config, by) if divisor is None else divisor

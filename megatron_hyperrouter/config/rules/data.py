@@ -49,7 +49,7 @@ def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Pr
 
 
 def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Prefixes stand alone, or each after its weight."""
+    """A blend is a list of prefixes, either all without weights or each after its weight."""
     for name in PATHS:
         words = getattr(config.data, name)
         try:
@@ -86,7 +86,7 @@ def split_is_three_shares(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Each tokenizer has what it needs to know its vocabulary."""
+    """Each tokenizer has the files or numbers that define its vocabulary."""
     kind = config.data.tokenizer_type
     if kind == "GPT2BPETokenizer":
         if config.data.tokenizer_model is None and None in (config.data.vocab_file, config.data.merge_file):
@@ -110,7 +110,9 @@ def tokenizer_is_complete(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def packed_documents_stay_apart(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """What shares a sample by chance must not see each other, and what fills it up is no text."""
+    """Documents that are packed into one sample are unrelated, so they must not attend to each other;
+    padding must not count.
+    """
     for name in ("reset_attention_mask", "eod_mask_loss"):
         if config.data.pack_documents and not getattr(config.data, name):
             remedy = f"add {flag(name)}, or leave out FLAG"
@@ -123,8 +125,8 @@ def packed_documents_stay_apart(config: RunConfig, world_size: int | None) -> It
 
 
 def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Packing sorts the documents; and the ledger tells tokens of a stream, which packed samples are not cut
-    from.
+    """Packing has to sort all documents, and packed samples do not follow the token stream that the ledger
+    records.
     """
     if not config.data.pack_documents:
         return

@@ -84,8 +84,8 @@ def zero_2_without_pipeline(config: RunConfig, world_size: int | None) -> Iterat
 
 
 def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without ZeRO, gradient norms are taken of what one rank holds (DeepSpeed 0.19.8 mixes them up: 4.32783
-    for 4.32807).
+    """Without ZeRO, the gradient norm covers only the parameters of one rank (DeepSpeed 0.19.8 gives wrong
+    norms: 4.32783 instead of 4.32807).
     """
     if config.engine.engine != "deepspeed" or config.engine.zero_stage != 0:
         return
@@ -124,8 +124,8 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
 
 
 def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed takes a norm for each group of parameters, and a stage without experts has a group fewer: the
-    stages would wait for each other for ever (0.19.8, runtime/zero/stage_1_and_2.py:2951).
+    """DeepSpeed computes a norm for each group of parameters.  A stage without experts has one group
+    fewer, so the stages would deadlock (0.19.8, runtime/zero/stage_1_and_2.py:2951).
     """
     stages = config.parallel.pipeline_model_parallel_size
     if config.engine.engine != "deepspeed" or stages == 1 or not has_dense_layers(config):

@@ -72,7 +72,7 @@ def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def world_by_expert_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Experts are laid out over all ranks, beside the layout of the dense layers."""
+    """Experts have a separate layout over all ranks, which the number of ranks must fit as well."""
     if world_size is None or _experts_over_data_ranks(config):
         return
     parallel = config.parallel
@@ -168,7 +168,9 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int |
 
 
 def sequence_by_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """CP gives each rank two slices, one from either end; sequence parallelism cuts what is left by TP."""
+    """CP gives each rank two slices, one from each end of the sequence; sequence parallelism splits these
+    by TP.
+    """
     parallel = config.parallel
     slices = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     slices *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

@@ -79,7 +79,7 @@ def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> It
 
 
 def schedule_needs_a_start(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A schedule from k to k is no schedule."""
+    """A schedule must begin and end at different values of k."""
     if config.topk.topk_schedule != "constant" and config.topk.topk_start is None:
         yield broken(
             config,
@@ -112,7 +112,7 @@ def layers_have_a_pattern(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def shared_expert_gate_needs_its_expert(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without a shared expert there is nothing to gate; a residual MLP is one of another kind."""
+    """The gate needs a shared expert; the residual MLP is a different kind of dense MLP."""
     model = config.model
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
         yield needs(config, "moe_shared_expert_gate", "--moe-shared-expert-intermediate-size")

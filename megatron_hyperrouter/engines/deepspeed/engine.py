@@ -102,7 +102,7 @@ class DeepSpeedEngine(SharedEngine):
         self.model.to(self.device, torch.bfloat16 if self.config.train.bf16 else torch.float32)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, parameter) of what this rank holds."""
+        """(global name, parameter) of each parameter on this rank."""
         return model.named_parameters(self.model, self.config)
 
     def modules(self) -> list[nn.Module]:
@@ -125,7 +125,7 @@ class DeepSpeedEngine(SharedEngine):
         return self._norm()
 
     def _accumulate(self, micro_batches: int) -> None:
-        """Take so many micro-batches from now on: the batch may grow."""
+        """Set the number of micro-batches per step from now on, because the batch may grow."""
         if micro_batches == self.host.gradient_accumulation_steps():
             return
         self.host.set_train_batch_size(
@@ -164,8 +164,8 @@ class DeepSpeedEngine(SharedEngine):
                 self.model(self.arrive(tokens_BS), labels_BS)
 
     def _told(self, held: list[Batch]) -> list[Batch]:
-        """The same; the layers of every stage know the tokens now, of which DeepSpeed gives the middle ones
-        nothing.
+        """The same tokens, which the layers of every stage now know; DeepSpeed gives them only to the
+        first and the last stage.
         """
         return [
             (self.arrive(tokens_BS.to(self.device, non_blocking=True)), labels_BS)

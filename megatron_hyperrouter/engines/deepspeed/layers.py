@@ -115,7 +115,7 @@ class Embedding(nn.Module):
 
 
 class Output(nn.Module):
-    """The output with a matrix of its own, or a classification head in its place."""
+    """The output with an untied matrix, or a classification head that replaces it."""
 
     def __init__(
         self, config: TransformerConfig, vocab_size: int, classifier: Classifier | None = None
@@ -178,11 +178,11 @@ def _output_layer(config: TransformerConfig, vocab_size: int, *, own_weight: boo
 
 
 def seen_by_hooks(made: Projection | Headed | Tensor) -> Projection | Headed | Tensor:
-    """The same numbers; a returned weight is no leaf, so that DeepSpeed hooks it.
+    """The same numbers; a returned weight becomes a tensor that is not a leaf, so that DeepSpeed hooks it.
 
-    In bfloat16 DeepSpeed (0.19.8) clears the old gradients when its first hook fires
-    (runtime/bf16_optimizer.py:500). It hooks every tensor that the model returns, but for leaves
-    (runtime/utils.py:1345). A returned leaf would have its new gradient before the first hook fires, and
+    In bfloat16, DeepSpeed (0.19.8) clears the old gradients when its first hook fires
+    (runtime/bf16_optimizer.py:500). It hooks every tensor that the model returns, except leaves
+    (runtime/utils.py:1345). A returned leaf would get its new gradient before the first hook fires, and
     lose it.
     """
     if isinstance(made, Projection):

@@ -79,8 +79,8 @@ def build(
 def frozen_parts(model: nn.Module, run: RunConfig, classifier: Classifier | None) -> nn.Module:
     """Turn off the gradients of the parameters that ``classifier`` freezes, and return the model.
 
-    ZeRO refuses a model whose experts are all frozen (stage_1_and_2.py:872): one number that never gets a
-    gradient stands in for them.
+    ZeRO refuses a model whose experts are all frozen (stage_1_and_2.py:872), so one number that never gets
+    a gradient replaces them.
     """
     for name, parameter in list(model.named_parameters()):
         if classifier is None or not classifier.freezes(_global(name, run)):
@@ -94,8 +94,9 @@ def frozen_parts(model: nn.Module, run: RunConfig, classifier: Classifier | None
 
 
 def named_parameters(model: nn.Module, run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of what this rank holds, but for frozen parameters of routers, which are a
-    part of their state; one name may stand for several matrices, which ``model.names.matrices`` takes apart.
+    """(global name, parameter) of each parameter on this rank, except frozen parameters of routers, which
+    are part of their state.  One name may stand for several matrices, which ``model.names.matrices``
+    separates.
     """
     for name, parameter in model.named_parameters():
         if name == STAND_IN:

@@ -1,5 +1,5 @@
-"""AdamW over the parameter groups that DeepSpeed wants: with and without weight decay, dense and expert
-apart.
+"""AdamW over the parameter groups that DeepSpeed needs: with and without weight decay, dense and expert
+parameters separately.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def adamw(
 
 
 class Clipper:
-    """Gradient norm and clipping without ZeRO, where DeepSpeed tells no norm and clips experts and stages
-    apart.
+    """Gradient norm and clipping without ZeRO.  DeepSpeed then reports no norm, and clips experts and
+    stages separately.
 
-    Each rank holds all gradients here: ``config.check`` keeps ZeRO-0 to one expert-parallel rank and one
-    stage.
+    Each rank has all gradients here, because ``config.check`` allows ZeRO-0 only with one expert-parallel
+    rank and one stage.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, limit: float) -> None:

@@ -1,5 +1,5 @@
-"""What tensor parallelism needs beside DeepSpeed: the names it asks for, and the gradients that it does not
-sum.
+"""What tensor parallelism needs that DeepSpeed does not have: the names that it asks for, and the
+gradients that it does not sum.
 """
 
 from __future__ import annotations

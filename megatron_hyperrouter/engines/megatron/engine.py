@@ -105,7 +105,7 @@ class MegatronEngine(SharedEngine):
         return wrapped
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, parameter) of what this rank holds."""
+        """(global name, parameter) of each parameter on this rank."""
         return model.named_parameters(self.chunks, self.config)
 
     def modules(self) -> list[nn.Module]:
@@ -182,7 +182,9 @@ class MegatronEngine(SharedEngine):
         )
 
     def _routed_part(self, whole_BS: Tensor) -> Tensor:
-        """The positions whose vectors reach this rank's routers; sequence parallelism cuts once more."""
+        """The positions whose vectors reach this rank's routers; sequence parallelism splits them once
+        more.
+        """
         own_BS = self._slices(whole_BS)
         parallel = self.config.parallel
         if not parallel.sequence_parallel:
@@ -257,7 +259,9 @@ def _optimizer_config(run: RunConfig, core: TransformerConfig) -> OptimizerConfi
 
 
 def _overrides(settings: OptimizerConfig, router_lr_mult: float) -> dict[ParamKey, Any] | None:
-    """What single parameters have of their own: with a factor for routers, groups whose ``lr_mult`` it is."""
+    """Settings of single parameters: with a learning-rate factor for routers, parameter groups with that
+    ``lr_mult``.
+    """
     if router_lr_mult == 1.0:
         return None
     own = {ParamKey(name="*.mlp.router.*"): {"lr_mult": router_lr_mult}}

@@ -55,9 +55,10 @@ def _parts(optimizer: Any) -> Iterator[Any]:
 
 
 def load_format_1(optimizer: Any, state: dict[str, Any], *, layers: str) -> None:
-    """Restore the values and moments of each parameter, in order; the model's weights must be there already.
+    """Restore the values and moments of each parameter, in order; the model's weights must already be
+    loaded.
 
-    ``layers``: whose layers the model has, which decides the order of its parameters.
+    ``layers``: the layer implementation of the model, which decides the order of its parameters.
     """
     if state["layers"] != layers:
         raise CheckpointError(

@@ -85,7 +85,7 @@ def core_config(run: RunConfig) -> TransformerConfig:
 
 
 class LossGPT(GPTModel):
-    """megatron-core's model, whose output is the loss of the micro-batch, a scalar."""
+    """megatron-core's model, with the loss of the micro-batch (a scalar) as its output."""
 
     def __init__(self, *, loss: LanguageModelLoss, **given: Any) -> None:
         """``given``: the host's arguments."""
@@ -192,8 +192,9 @@ def mark_experts(chunks: list[nn.Module], run: RunConfig) -> None:
 
 
 def named_parameters(chunks: list[nn.Module], run: RunConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """(global name, parameter) of what this rank holds, but for frozen parameters of routers, which are a
-    part of their state; one name may stand for several matrices, which ``model.names.matrices`` takes apart.
+    """(global name, parameter) of each parameter on this rank, except frozen parameters of routers, which
+    are part of their state.  One name may stand for several matrices, which ``model.names.matrices``
+    separates.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

@@ -37,29 +37,30 @@ _STOCK_ONLY: tuple[tuple[str, object], ...] = (
 def megatron_router_builder(
     name: str, *, seed: int = 1234, facts: RunFacts | None = None, **options: Any
 ) -> RouterBuilder:
-    """What megatron-core calls to build the router of each MoE layer.
+    """A function with which megatron-core builds the router of each MoE layer.
 
     ``MoESubmodules(experts=..., router=megatron_router_builder("hyper"))`` puts it into a layer spec.
 
-    The model's ``TransformerConfig`` says the rest: ``hidden_size``, ``num_moe_experts``,
+    The other settings come from the model's ``TransformerConfig``: ``hidden_size``, ``num_moe_experts``,
     ``moe_router_topk``, ``moe_aux_loss_coeff`` (with ``moe_router_load_balancing_type`` "aux_loss" or
-    "none"), ``moe_z_loss_coeff``, ``moe_expert_capacity_factor`` and how to drop. The losses join the graph
-    by themselves, as those of the stock router do.  Layers differ by their number in the whole model.
-    ``options``: fields of the router's ``Config``.  ``facts``: layers, steps and vocabulary of the model's
-    run, for routers that go by them (``competesmoe``, ``stablemoe``); by default the model's layers.
+    "none"), ``moe_z_loss_coeff``, ``moe_expert_capacity_factor`` and the drop policy.  The losses join the
+    graph automatically, like those of the stock router.  Each layer's router depends on the layer's number
+    in the whole model.  ``options``: fields of the router's ``Config``.  ``facts``: layers, steps and
+    vocabulary of the model's run, for routers that depend on them (``competesmoe``, ``stablemoe``); by
+    default the model's number of layers.
 
-    ``competesmoe`` and ``simsmoe`` consult the experts: they need ``engines.megatron.routed.RoutedMoELayer``
-    in the place of ``MoELayer``, and experts that are modules of their own (``SequentialMLP``).  A few
-    options need more than forward passes: the ids or places of tokens, or what all ranks chose in a step
-    (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another ``aux_loss``).  The
-    caller brings that by a :class:`RouterSteps`; a warning says so.
+    ``competesmoe`` and ``simsmoe`` run the experts themselves.  They need
+    ``engines.megatron.routed.RoutedMoELayer`` instead of ``MoELayer``, and experts that are separate
+    modules (``SequentialMLP``).  A few options need the ids or positions of tokens, or the choices of all
+    ranks in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``, ``jitter_eps`` or another
+    ``aux_loss``).  A :class:`RouterSteps` provides these; without it, a warning says so.
 
-    The router derives its weights in each forward pass, so they are never stale.  Where it follows the step
-    (schedules), make a :class:`RouterSteps` of the model, or set ``layer.mlp.router.clock.step`` before each
-    step: it counts completed ones and stays 0 by itself.
+    The router computes its weights in each forward pass, so they are never stale.  If it depends on the
+    step (schedules), make a :class:`RouterSteps` for the model, or set ``layer.mlp.router.clock.step``
+    before each step.  It is the number of completed steps, and stays 0 if you do not set it.
 
-    Raises ConfigError, with every problem at once: for an unknown router here, for the rest when a layer is
-    built.
+    Raises ConfigError, which lists every problem at once: for an unknown router here, for the rest when a
+    layer is built.
     """
     router_class(name)
 

@@ -49,8 +49,8 @@ class RoutedMoELayer(MoELayer):
     _autocast: bool = False  # of the pass that is going on
 
     def forward(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
-        """As ``MoELayer.forward`` (moe_layer.py:383), whose dispatcher works once, by the router's
-        decision; padding goes to no expert.
+        """Like ``MoELayer.forward`` (moe_layer.py:383), but dispatches once, as the router decides;
+        padding goes to no expert.
         """
         rows_R = self.router.site.real_rows()
         if rows_R is None:

@@ -115,7 +115,7 @@ class SavedEngine(ABC):
 
     @abstractmethod
     def load_format_1(self, state: Any) -> None:
-        """Restore the optimizer from what the state file of this rank says, in the host's own terms."""
+        """Restore the optimizer from the state file of this rank, in the host's own format."""
 
     @abstractmethod
     def go_to(self, step: int) -> None:

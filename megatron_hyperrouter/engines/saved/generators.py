@@ -1,6 +1,6 @@
-"""The random generators of a rank: dropout alone draws from them.
+"""The random generators of a rank, which only dropout uses.
 
-They belong to a place in a layout, so they cannot move: where the layout has changed they are seeded anew.
+They belong to a position in a layout, so they cannot move: on another layout they get new seeds.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def as_text(config: RunConfig, world_size: int) -> str:
 
 
 def restore(folder: Path, rank: int, config: RunConfig, *, world_size: int, step: int) -> bool:
-    """Continue where the rank's generators were; where the layout has changed, seed them anew and return
-    False.
-    """
+    """Restore the rank's generators; if the layout has changed, give them new seeds and return False."""
     path = folder / file_of(rank)
     try:
         saved: dict[str, Any] = (

@@ -31,9 +31,7 @@ class Replicas:
         self._places: dict[str, int] | None = None  # of every piece of the model, in one order on all ranks
 
     def deviations(self, rank: int, holding: Holding) -> list[Deviation]:
-        """The weights of which the ranks hold different bits (collective); one reduction where there are
-        none.
-        """
+        """The weights whose bits differ between ranks (collective); one reduction if there are none."""
         held: dict[str, Tensor] = {}
         for name, tensor in weights(holding):
             # The first of a name counts: with multi-token prediction, the last stage of megatron-core

@@ -58,8 +58,8 @@ class _Turn(NamedTuple):
 
 
 class Memory:
-    """What is kept from save to save: CPU tensors, so that only the first save waits for them to be made,
-    and what the layout says of who writes what.
+    """What is kept from save to save: CPU tensors, which only the first save has to allocate, and the
+    assignment of tensors to the ranks that write them.
     """
 
     def __init__(self) -> None:
@@ -241,7 +241,9 @@ def _fill(reader: Reader, entry: Entry, piece: Piece, files: dict[str, str]) -> 
 
 # ------------------------------------------------------------------------------------------- verifying
 def verify(reader: Reader, index: dict[str, Entry], holding: Holding, *, weights_only: bool) -> None:
-    """Compare digests of what now lies in the model and in the optimizer with the index (collective)."""
+    """Compare digests of the tensors that are now in the model and in the optimizer with the index
+    (collective).
+    """
     sums = _weight_sums(index, holding, weights_only=weights_only)
     fields = (WEIGHT,) if weights_only else (WEIGHT, MASTER, *MOMENTS)
     for piece in () if weights_only else _pieces(holding):

@@ -43,19 +43,19 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ) -> None:
-        """``recompute``: selective activation checkpointing, attention alone is computed again in the
+        """``recompute``: selective activation checkpointing; only attention is computed again in the
         backward pass.
 
-        ``starts`` makes what tells this layer where documents begin: attention then stays within them.  With
-        ``rates_R``, the rates of the rotary positions, it crosses them, and positions alone count from the
-        beginning of each document.  Within one document both are the same, since rotary attention goes by
-        differences of positions.
+        ``starts`` makes an object that tells this layer where documents begin; attention then stays within
+        documents. With ``rates_R``, the rates of the rotary positions, attention crosses documents, and
+        only positions restart at each document.  Within one document both are the same, because rotary
+        attention depends only on differences of positions.
 
-        ``window``: a token attends to itself and to so many tokens before it; None: to all of them.
+        ``window``: a token attends to itself and to this many tokens before it; None: to all of them.
         ``softmax_scale`` multiplies the scores; None: 1 / sqrt(channels).
 
-        Under context parallelism keys and values are gathered: each rank then attends from its own queries to
-        all of them.
+        Under context parallelism, keys and values are gathered; each rank attends from its queries to all
+        of them.
         """
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:

@@ -32,11 +32,11 @@ def same_document(starts_BS: Tensor, queries_Q: Tensor, keys_S: Tensor) -> Tenso
 
 
 def turned_back(x_SBNC: Tensor, starts_SB: Tensor, rates_R: Tensor) -> Tensor:
-    """Rotary positions of a query or key, less ``starts_SB``: rotations add up, so position p turned back
-    by s is position p - s.
+    """Subtract ``starts_SB`` from the rotary positions of a query or key: rotations add up, so position p
+    rotated back by s is position p - s.
 
-    RoFormer (2104.09864, eq. 34) with channel i beside channel i + R, as megatron-core has it; channels from
-    2 R on have no positions.
+    RoFormer (2104.09864, eq. 34) with channel i paired with channel i + R, as in megatron-core; channels
+    from 2 R on have no positions.
     """
     rates_R = rates_R.to(x_SBNC.device)
     angles = -starts_SB.float()[:, :, None, None] * rates_R

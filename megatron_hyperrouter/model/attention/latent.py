@@ -1,8 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), with megatron-core's names.
 
-megatron-core's own over its local layers cuts the down-projections over the tensor-parallel ranks, and loses
-the gradient of the keys' positions on the way back (multi_latent_attention.py:587: the gather's backward
-takes a part and sums nothing).  Here they are whole on each rank, as over Transformer Engine's layers.
+With its local layers, megatron-core splits the down-projections over the tensor-parallel ranks, and loses
+the gradient of the keys' positions in the backward pass (multi_latent_attention.py:587: the gather's
+backward takes a part and sums nothing).  Here they are whole on each rank, as with Transformer Engine's
+layers.
 
 Legend: ``S`` sequence, ``B`` batch, ``D`` hidden size, ``L`` rank, ``N`` heads on this rank, ``C``
 channels of a query or key without positions, ``P`` with positions, ``V`` channels of a value.

@@ -19,9 +19,9 @@ _LLAMA3_CONTEXT, _LLAMA3_SLOW, _LLAMA3_FAST = 8192, 1.0, 4.0
 
 
 class RotaryTable(nn.Module):
-    """Angles ``[S, 1, 1, C]``, float32: position times rate, the rates twice.
+    """Angles ``[S, 1, 1, C]``, float32: position times rate; the list of rates is repeated.
 
-    megatron-core's ``RotaryEmbedding`` asks for the CUDA device whenever its rates lie on the CPU
+    megatron-core's ``RotaryEmbedding`` uses the CUDA device whenever its rates are on the CPU
     (rotary_pos_embedding.py:162).
     """
 

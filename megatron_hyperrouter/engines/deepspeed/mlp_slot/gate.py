@@ -1,4 +1,4 @@
-"""A router in the place of DeepSpeed's ``TopKGate``.
+"""A router that replaces DeepSpeed's ``TopKGate``.
 
 Legend: ``T`` tokens on this rank, ``E`` experts of the whole model, ``K`` active experts.
 """

@@ -30,37 +30,37 @@ def plug_into_deepspeed(
     facts: RunFacts | None = None,
     **options: Any,
 ) -> Router:
-    """Put the router ``name`` in the place of the gate of ``moe``; returns the router.
+    """Replace the gate of ``moe`` by the router ``name``; returns the router.
 
-    ``moe`` is a ``deepspeed.moe.layer.MoE`` with experts of any kind.  Do it before
-    ``deepspeed.initialize``, which hands the router's parameters to the optimizer; before or after
-    ``set_deepspeed_parallelism``.  A model without an optimizer may be plugged at any time.
+    ``moe`` is a ``deepspeed.moe.layer.MoE`` with experts of any kind.  Call this before
+    ``deepspeed.initialize``, which gives the router's parameters to the optimizer.  It may be before or
+    after ``set_deepspeed_parallelism``. Without an optimizer, you can call it at any time.
 
-    - ``layer_number`` (from 1): give each layer of a model its own; routers of equal seed and number
-      start with equal weights.
-    - ``topk``: k, or k as a function of completed optimizer steps; by default the old gate's.  Where k or
-      the router follows the step, make a :class:`RouterSteps` of the model, or set
-      ``moe.deepspeed_moe.gate.clock.step`` before each step: it counts completed ones and stays 0 by
-      itself.
+    - ``layer_number`` (from 1): give each layer of a model a different number.  Routers with the same seed
+      and number start with the same weights.
+    - ``topk``: k, or a function from completed optimizer steps to k; by default the old gate's k.  If k or
+      the router depends on the step, make a :class:`RouterSteps` for the model, or set
+      ``moe.deepspeed_moe.gate.clock.step`` before each step.  It is the number of completed steps, and
+      stays 0 if you do not set it.
     - ``aux_loss_coeff``, ``z_loss_coeff``: the second value that ``moe`` returns is the sum of the
-      router's losses, each multiplied by its coefficient.  By default that is the Switch loss, 1 when the
-      load is even, as of the old gate at k = 1: a caller who multiplies it by a coefficient of his own
-      goes on to do so.
-    - ``facts``: layers, steps and vocabulary of the model's run, for routers that go by them
+      router's losses, each multiplied by its coefficient.  By default it is the Switch loss, which is 1
+      when the load is even, as for the old gate at k = 1.  If your model multiplies it by a coefficient,
+      that still works.
+    - ``facts``: layers, steps and vocabulary of the model's run, for routers that depend on them
       (``competesmoe``, ``stablemoe``).
-    - ``options``: fields of the router's ``Config``.  A few need more than forward passes: the ids or
-      places of tokens, or what all ranks chose in a step (``simsmoe``, ``stablemoe``; ``topk`` with
-      ``expert_bias``, ``jitter_eps`` or another ``aux_loss``).  The caller brings that by a
-      :class:`RouterSteps`; a warning says so.
-    - ``competesmoe`` asks for as many tokens on each rank of the expert-parallel group.
+    - ``options``: fields of the router's ``Config``.  A few options need the ids or positions of tokens,
+      or the choices of all ranks in a step (``simsmoe``, ``stablemoe``; ``topk`` with ``expert_bias``,
+      ``jitter_eps`` or another ``aux_loss``).  A :class:`RouterSteps` provides these; without it, a
+      warning says so.
+    - ``competesmoe`` needs the same number of tokens on each rank of the expert-parallel group.
 
     Hidden size, experts, process group, device, dtype, ``drop_tokens``, both capacity factors and
-    ``min_capacity`` stay those of the old gate.  Over capacity an expert keeps its heaviest tokens.
-    Noise, random token selection and the sampling of second experts go with the old gate.  The router
-    derives its weights in each forward pass, so they are never stale.
+    ``min_capacity`` are those of the old gate.  Over capacity, an expert keeps the tokens with the largest
+    weights.  The old gate's noise, random token selection and sampling of second experts are removed.  The
+    router computes its weights in each forward pass, so they are never stale.
 
-    Raises TypeError and ValueError for a layer that cannot be plugged, ConfigError for an unknown router
-    or wrong options.
+    Raises TypeError and ValueError for a layer whose gate cannot be replaced, and ConfigError for an
+    unknown router or wrong options.
     """
     old = _gate_of(moe)
     if layer_number < 1:

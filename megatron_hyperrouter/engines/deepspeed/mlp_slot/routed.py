@@ -54,9 +54,7 @@ class RoutedMOELayer(MOELayer):
     _autocast: bool = False  # of the pass that is going on
 
     def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
-        """As ``MOELayer.forward`` (sharded_moe.py:632), whose host dispatches once, by the router's
-        decision.
-        """
+        """Like ``MOELayer.forward`` (sharded_moe.py:632), but dispatches once, as the router decides."""
         hidden, site = given[0], self.gate.site
         self._autocast = torch.is_autocast_enabled(hidden.device.type)
         x_TD = hidden.reshape(-1, hidden.size(-1))
@@ -140,7 +138,7 @@ class GroupedMOELayer(RoutedMOELayer):
         return output_TD.view(hidden.shape)
 
     def each_expert(self) -> list[Callable[[Tensor], Any]]:
-        """Each whole, whichever ranks share it."""
+        """Each expert as a whole, even if several ranks share it."""
         shared = self.experts.sharing.parts > 1
         return [partial(_whole, expert) if shared else expert for expert in self.experts.local_experts]
 

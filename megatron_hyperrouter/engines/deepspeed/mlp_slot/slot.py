@@ -151,7 +151,9 @@ class MoESlot(MegatronModule):
 
 
 class Expert(MLP):
-    """megatron-core's SwiGLU MLP as DeepSpeed calls it: an expert, or the dense MLP beside the experts."""
+    """megatron-core's SwiGLU MLP as DeepSpeed calls it: an expert, or the dense MLP in addition to the
+    experts.
+    """
 
     def __init__(self, config: TransformerConfig, *, shared: bool) -> None:
         """``shared``: the TP ranks share it; DeepSpeed then leaves the sum over them to the expert."""
@@ -177,9 +179,9 @@ class Expert(MLP):
         return Expert(config, shared=shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: [groups, 1, slots, D], or [S, B, D] beside the experts.
+        """``x``: [groups, 1, slots, D] for an expert, [S, B, D] for the dense MLP.
 
-        megatron-core's weight gradient wants two dimensions (tensor_parallel/layers.py:614).
+        megatron-core's weight gradient needs two dimensions (tensor_parallel/layers.py:614).
         """
         output, _ = super().forward(x.reshape(-1, x.shape[-1]))
         return output.view(x.shape)
