@@ -64,8 +64,8 @@ def mean_similarity(outputs_ETD: Tensor) -> float:
 
 
 def similarity_matrix(outputs_END: Tensor) -> Tensor:
-    """Linear CKA of each pair of experts, ``_EE``, symmetric; 0 in the rows of an expert whose output does
-    not vary.
+    """Linear CKA of each pair of experts, ``_EE``, symmetric; 0 in the rows of an expert with constant
+    output.
     """
     centred_END = outputs_END.float() - outputs_END.float().mean(1, keepdim=True)
     kernels_ENN = centred_END @ centred_END.mT

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EXACT_UP_TO = 128  # hidden size; beyond, the size of J is estimated with as many random probes
-_TOLERANCE = 1e-5  # of a singular value beside the largest: routers compute in float32
+_TOLERANCE = 1e-5  # of a singular value relative to the largest: routers compute in float32
 
 
 class Experts(NamedTuple):
@@ -97,7 +97,7 @@ def measure(
 
 def probes(x_TD: Tensor) -> Tensor:
     """Directions whose images have the Frobenius norm of a matrix: all of them, or random ones, for which
-    that holds on average.
+    this holds on average.
     """
     size = x_TD.size(1)
     if size <= EXACT_UP_TO:
@@ -136,8 +136,8 @@ def span(matrix_ED: Tensor) -> Tensor:
 
 
 def drift(now_ED: Tensor, start_ED: Tensor) -> float:
-    """The part of the span of the rows that lies outside their span at the start: 0 for a router that never
-    moved, about 1 - E / D for an unrelated one.
+    """How far the span of the rows has moved since the start: 0 for a router that never moved, about 1 - E
+    / D for an unrelated one.
     """
     now_DR, start_DR = span(now_ED), span(start_ED)
     if not now_DR.size(1):
@@ -146,7 +146,7 @@ def drift(now_ED: Tensor, start_ED: Tensor) -> float:
 
 
 def inside_span(matrix_ED: Tensor, x_TD: Tensor) -> float:
-    """The share of the inputs' variance that lies in the span of the rows; by chance R / D."""
+    """The share of the inputs' variance in the span of the rows; by chance R / D."""
     basis_DR = span(matrix_ED)
     centred_TD = x_TD.double() - x_TD.double().mean(0)
     return float((centred_TD @ basis_DR).square().sum() / centred_TD.square().sum().clamp(min=1e-300))

@@ -40,8 +40,8 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order of the given ones: each comparison whose value is below alpha
-    holds, and the chance that any of them is wrong stays below alpha.
+    """Holm's adjusted p-values, in the given order.  If every comparison with a value below alpha is
+    accepted, the probability that any of them is wrong stays below alpha.
     """
     order = sorted(range(len(p_values)), key=lambda at: p_values[at])
     adjusted, largest = [0.0] * len(p_values), 0.0

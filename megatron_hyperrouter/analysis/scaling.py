@@ -1,10 +1,11 @@
 """Scaling laws: ``L(N, D) = E + A / N^alpha + B / D^beta``, fitted to the losses of finished runs.
 
-As Hoffmann et al. (2022, arXiv 2203.15556, approach 3): the Huber loss of the differences of log losses,
-from many starts.  Only terms whose size varies are fitted.  The minimiser is Levenberg and Marquardt's
-with Huber's weights, for all starts and all resampled sets of runs at once.
+The fit follows Hoffmann et al. (2022, arXiv 2203.15556, approach 3): it minimises the Huber loss of the
+differences between logarithms of losses, from many starting points.  Only terms whose size varies are
+fitted.  The algorithm is Levenberg-Marquardt with Huber's weights, for all starting points and all
+resampled sets of runs at once.
 
-Legend: ``R`` problems solved side by side, ``n`` runs, ``t`` terms, ``p = 1 + 2 t`` parameters.
+Legend: ``R`` problems that are solved together, ``n`` runs, ``t`` terms, ``p = 1 + 2 t`` parameters.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class ScalingFit:
     resampled: tuple[Mapping[str, float], ...] = ()  # parameters of the curves that make the intervals
 
     def loss(self, **sizes: float) -> float:
-        """The loss that the curve foretells for ``N=..., D=...``."""
+        """The loss that the curve predicts for ``N=..., D=...``."""
         terms = [(sizes[size], *names) for size, names in TERMS.items() if names[0] in self.parameters]
         return self.parameters["E"] + math.fsum(
             self.parameters[a] * size ** -self.parameters[power] for size, a, power in terms

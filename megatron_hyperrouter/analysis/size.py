@@ -23,7 +23,7 @@ OUTPUT = "output_layer.weight"
 class ModelSize:
     """Trained parameters; what is frozen (hypernetworks, random routers) is not among them."""
 
-    lookup: int  # an input embedding that is no output matrix as well: a token reads one row of it
+    lookup: int  # an untied input embedding: a token reads one row of it
     experts: int  # all experts of all layers
     others: int  # attention, norms, routers, output matrix: every token meets them
     num_experts: int
@@ -85,8 +85,8 @@ def trained_in_router(config: RunConfig) -> set[str]:
 
 
 def router_on_meta(config: RunConfig, vocab_size: int = 1) -> Router:
-    """A router of these settings without numbers: names and shapes alone; ``vocab_size``: ids of the
-    tokenizer, of which some routers have a row each.
+    """A router with these settings on the meta device: only names and shapes.  ``vocab_size``: number of
+    token ids; some routers have a row for each.
     """
     facts = RunFacts(
         num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size

@@ -52,7 +52,7 @@ class Sample:
     inputs: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)
-    tokens: list[Tokens] = field(default_factory=list)  # empty where the engine does not tell them
+    tokens: list[Tokens] = field(default_factory=list)  # empty if the engine does not provide them
     step: int = 0
     k: int = 1
 
@@ -99,7 +99,7 @@ class Witness:
     """Counts what routers choose, and keeps a sample of their tokens."""
 
     def __init__(self, routers: Iterable[Router], *, every: int) -> None:
-        """``every``: the sample has every so many-th token."""
+        """``every``: the sample has every n-th token."""
         self.every = every
         self.samples = {router.layer_number: Sample(router) for router in routers}
         found = [sample.router for sample in self.samples.values()]

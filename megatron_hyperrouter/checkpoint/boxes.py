@@ -1,9 +1,10 @@
-"""Where a rank's numbers lie in the whole tensor: flat ranges of a tensor-parallel piece, as rectangles.
+"""Where a rank's numbers are in the whole tensor: flat ranges of a tensor-parallel part, as rectangles
+(boxes).
 
-An optimizer keeps a contiguous range of the row-major numbers of a parameter, whatever host it belongs
-to.  Such a range of an n-dimensional piece is at most ``2 n - 1`` rectangles, and a rectangle of the
-piece is a rectangle of the whole tensor.  So every rank can write what it has, and find what it needs,
-without asking another one.
+Every host's optimizer keeps a contiguous range of the row-major numbers of a parameter.  In an
+n-dimensional part, such a range is at most ``2 n - 1`` rectangles, and a rectangle of the part is a
+rectangle of the whole tensor.  So every rank can write what it has and find what it needs, without asking
+another rank.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ class Box(NamedTuple):
         return Box(low, tuple(end - begin for begin, end in zip(low, high, strict=True)))
 
     def within(self, other: Box) -> Slices:
-        """Where this box lies in a tensor that holds ``other``."""
+        """The position of this box in a tensor that contains ``other``."""
         pairs = zip(self.offset, self.size, other.offset, strict=True)
         return tuple(slice(begin - base, begin - base + length) for begin, length, base in pairs)
 
     @property
     def slices(self) -> Slices:
-        """Where it lies in the whole tensor."""
+        """Its slices of the whole tensor."""
         return tuple(slice(begin, end) for begin, end in zip(self.offset, self.end, strict=True))
 
     @property
@@ -90,7 +91,7 @@ class Placed(NamedTuple):
 
 
 def whole_shape(shape: Shape, cut: Cut | None) -> Shape:
-    """Shape of the whole tensor of which a rank holds a piece of ``shape``."""
+    """Shape of the whole tensor, if a rank has a part of ``shape``."""
     return shape if cut is None else cut.whole_shape(shape)
 
 

@@ -23,7 +23,7 @@ from megatron_hyperrouter.errors import DataError
 SETTINGS = "settings.yaml"
 TOKENIZER = "tokenizer"
 LARGEST_TOKENIZER = 32 << 20  # bytes; a larger one is known by its digest alone
-_TOGETHER = (  # files that belong to one tokenizer, whichever of them names it
+_TOGETHER = (  # files that belong to one tokenizer; any of them may be named
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -34,7 +34,7 @@ _TOGETHER = (  # files that belong to one tokenizer, whichever of them names it
 
 @dataclass(frozen=True)
 class Description:
-    """``texts``: files by their path in the checkpoint; ``meta``: what the manifest says."""
+    """``texts``: files by their path in the checkpoint; ``meta``: entries of the manifest."""
 
     texts: dict[str, bytes] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)

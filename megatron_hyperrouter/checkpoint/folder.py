@@ -1,10 +1,10 @@
-"""Checkpoint folders that are either complete or not there at all.
+"""Checkpoint folders that are either complete or do not exist.
 
-``root/step_0000100/`` holds one checkpoint and ``root/latest`` the name of the newest one. A save writes into
-a hidden folder, puts every file on disk, seals it with ``manifest.json`` (sizes and checksums), renames it,
-and only then replaces ``latest``. So whatever moment the machine dies at, ``latest`` names a complete
-checkpoint. A sealed checkpoint is never deleted but by ``keep``: what a rewind leaves behind is moved to a
-folder beside ``root``.
+``root/step_0000100/`` contains one checkpoint, and ``root/latest`` the name of the newest one. A save
+writes to a hidden folder, syncs every file to disk, seals the folder with ``manifest.json`` (sizes and
+checksums), renames it, and only then replaces ``latest``. If the machine fails at any moment, ``latest``
+names a complete checkpoint. Only ``keep`` deletes a sealed checkpoint: going back to an earlier step moves
+later ones to a folder next to ``root``.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class CheckpointFolders:
     """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep: int = 0, keep_every: int = 0) -> None:
-        """``keep``: how many of the newest checkpoints stay (0: all); ``keep_every``: those whose step is a
-        multiple of it stay as well (0: none).
+        """``keep``: number of the newest checkpoints to keep (0: all); ``keep_every``: also keep those
+        whose step is a multiple of this (0: none).
         """
         self.root, self.ranks, self.keep, self.keep_every = root, ranks, keep, keep_every
         self._is_main = ranks.place.rank == 0
@@ -143,11 +143,11 @@ class CheckpointFolders:
         return self.root / f"{_WRITING}{folder_name(step)}"
 
     def rewind(self, step: int) -> Path | None:
-        """Make ``step`` the end of this run's history (collective), as 0 when it starts afresh.
+        """Make ``step`` the end of this run's history (collective); 0 for a new start.
 
-        What killed saves left unfinished is removed. Later checkpoints belong to another course of the run;
-        they are moved, with a copy of the metrics, to a folder beside ``root``, which the main rank gets back
-        (None when there were none).
+        Unfinished folders of killed saves are removed.  Later checkpoints belong to another history of the
+        run.  They are moved, with a copy of the metrics, to a folder next to ``root``; the main rank gets
+        this folder, or None if there were none.
         """
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
@@ -169,14 +169,14 @@ class CheckpointFolders:
                 pointers.prove(self.root, step)
 
     def keep_newest_until(self, step: int) -> None:
-        """The newest checkpoint of at most so many steps stays, whatever ``keep`` says (main rank)."""
+        """Keep the newest checkpoint of at most this step, with any ``keep`` (main rank)."""
         if self._is_main and (known := [each for each in self.steps() if each <= step]):
             pointers.keep(self.root, max(known))
 
     def back_to_proved(self) -> int | None:
-        """Make ``latest`` name the newest proved checkpoint, where there is one; returns its step.
+        """Make ``latest`` name the newest proved checkpoint, if there is one; returns its step.
 
-        For a run whose loss is lost right after a save: that save may hold ruined weights.
+        For a run whose loss diverges right after a save, because that save may contain ruined weights.
         """
         step = pointers.proved_step(self.root)
         if step is not None and self._is_main:
@@ -216,7 +216,9 @@ class CheckpointFolders:
         mode = stat.S_IMODE(unfinished.stat().st_mode)
         found = {}
         for path in own:
-            if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors makes files that nobody else may read
+            if (
+                stat.S_IMODE(path.stat().st_mode) != mode
+            ):  # safetensors creates files that other users cannot read
                 path.chmod(mode)
             found[path.relative_to(writing).as_posix()] = fingerprint(path)
             files.sync(path)
@@ -320,9 +322,7 @@ class CheckpointFolders:
         return aside
 
     def _twin(self, folder: Path) -> Path | None:
-        """A sound checkpoint beside ``root`` with the same files, byte for byte as their checksums have
-        it.
-        """
+        """A complete checkpoint next to ``root`` whose files have the same checksums."""
         with contextlib.suppress(CheckpointError, OSError, KeyError):
             files_here = read_manifest(folder)["files"]
             for other in sorted(self.root.parent.glob(f"{self.root.name}-earlier-*/{folder.name}")):
@@ -335,7 +335,9 @@ class CheckpointFolders:
         spared = {pointers.proved_step(self.root), *pointers.kept_steps(self.root)}
         for step in self.steps()[: -self.keep] if self.keep else []:
             if step not in spared and not (self.keep_every and step % self.keep_every == 0):
-                with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to stop a run
+                with contextlib.suppress(
+                    OSError
+                ):  # an old checkpoint that cannot be removed must not stop a run
                     self._remove(self.root / folder_name(step))
 
     def _remove(self, folder: Path) -> None:
@@ -385,7 +387,7 @@ def _attempt(work: Callable[[], object]) -> Exception | None:
 
 
 def reason_of(ranks: Ranks, error: Exception | None) -> str:
-    """What went wrong, on whichever rank (collective): one rank alone speaks to the user, and seldom the one
+    """What went wrong, on any rank (collective): only one rank reports to the user, and seldom the one
     that failed.
     """
     own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)

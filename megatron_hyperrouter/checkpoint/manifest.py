@@ -1,7 +1,7 @@
-"""``manifest.json``, which seals a checkpoint: its step, what belongs to it, and a checksum of itself.
+"""``manifest.json``, which seals a checkpoint: its step, its files, and a checksum of itself.
 
-Only files that the manifest lists are part of the checkpoint. A weights or state file beside them that it
-does not list was left by a copy or by somebody else, and is refused.
+Only files that the manifest lists are part of the checkpoint. A weights or state file that is not listed
+was left by a copy or by another program, and is refused.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Entry:
         self.digests[name] = (self.digests.get(name, 0) + value) & MASK
 
     def join(self, other: Entry) -> None:
-        """Take in what another rank says; ValueError where the two cannot both be right."""
+        """Add what another rank reports; ValueError if the two contradict each other."""
         if self.shape != other.shape:
             raise ValueError(f"one rank says its shape is {list(self.shape)}, another {list(other.shape)}")
         if None not in (self.steps, other.steps) and self.steps != other.steps:
@@ -98,12 +98,14 @@ class Entry:
 
 @dataclass
 class Staged:
-    """Copies in CPU memory of what one of ``ranks`` writes; :meth:`write` needs no other rank, nor a GPU."""
+    """Copies in CPU memory of what one of ``ranks`` writes; :meth:`write` needs neither another rank nor a
+    GPU.
+    """
 
     rank: int
     ranks: int
     weights: dict[str, Tensor]
-    trained: set[str]  # of ``weights``: those of which the optimizer has state
+    trained: set[str]  # of ``weights``: those for which the optimizer has state
     states: list[State]
     texts: dict[str, str]  # other files of this rank
 
@@ -163,7 +165,7 @@ _REPORT = "continue from the last checkpoint, and report this: the ranks disagre
 
 
 def read_index(folder: Path) -> dict[str, Entry] | None:
-    """Global name -> entry; None where there is no index, as in a checkpoint of format 1."""
+    """Global name -> entry; None if there is no index, as in a checkpoint of format 1."""
     path = folder / INDEX
     try:
         index = _read_index(path)
@@ -180,7 +182,7 @@ def read_index(folder: Path) -> dict[str, Entry] | None:
 
 
 def read_box(reader: Reader, entry: Entry, name: str, box: Box, row: Tensor) -> None:
-    """Fill ``row`` with the numbers of ``box`` of one field of a tensor, from whichever files have them."""
+    """Fill ``row`` with the numbers of ``box`` of one field of a tensor, from the files that contain them."""
     target = row.view(box.size)
     for stored in entry.boxes:
         if common := box.common(stored.box):

@@ -35,11 +35,12 @@ class Pointer(NamedTuple):
 
 
 def find(load: Path) -> Path | None:
-    """The checkpoint that ``load`` means: itself, or the one that counts in it or in its ``checkpoints/``.
+    """The checkpoint that ``load`` means: the folder itself, or the current one in it or in its
+    ``checkpoints/``.
 
-    None where no checkpoint was ever finished.  Where ``latest`` is missing or unusable, the newest
-    checkpoint whose files are all as they were saved, with a warning.  CheckpointError where there are
-    checkpoints and none can be taken.
+    None if no checkpoint was ever finished.  If ``latest`` is missing or unusable, the newest checkpoint
+    whose files are all intact, with a warning.  CheckpointError if there are checkpoints and none is
+    usable.
     """
     if (load / MANIFEST).is_file():
         return load
@@ -84,7 +85,7 @@ def keep(root: Path, step: int) -> None:
 
 
 def kept_steps(root: Path) -> set[int]:
-    """The steps that :func:`keep` was told of."""
+    """The steps that :func:`keep` has recorded."""
     try:
         names = (root / KEPT).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -114,15 +115,15 @@ def _that_counts(root: Path) -> Path | None:
 
 
 def _finished(root: Path, step: int, sealed: list[int]) -> int:
-    """``step``, or a later one whose save was killed when its checkpoint was whole and ``latest`` not yet
-    replaced.
+    """``step``, or a later step whose save was killed after its checkpoint was complete and before
+    ``latest`` was replaced.
     """
     new = (other for other in sealed if (root / f"{NEW_LATEST}{folder_name(other)}").is_file())
     return max([step, *new])
 
 
 def _newest_whole(root: Path, sealed: list[int], why: str) -> Path:
-    """The newest checkpoint whose files are all as they were saved."""
+    """The newest checkpoint whose files are all intact."""
     damaged: list[str] = []
     for step in reversed(sealed):
         folder = root / folder_name(step)
@@ -148,7 +149,7 @@ def _is_sealed(root: Path, step: int) -> bool:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """A pipe in place of the file must not hold up the start."""
+    """Open the file without blocking: a pipe with its name must not delay the start."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

@@ -107,7 +107,7 @@ class Planned(NamedTuple):
 
 
 def shards(planned: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
-    """Cut the tensors into files of at most ``max_bytes``; a larger tensor has a file of its own."""
+    """Divide the tensors into files of at most ``max_bytes``; a larger tensor gets a separate file."""
     found: list[list[Planned]] = [[]]
     size = 0
     for each in planned:

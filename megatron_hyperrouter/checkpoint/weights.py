@@ -82,10 +82,11 @@ def read_weights(
     *,
     reader: Reader | None = None,
 ) -> None:
-    """Copy each target's tensor from ``folder`` into it; reports every missing or misshapen one at once.
+    """Copy each target's tensor from ``folder`` into it; reports all missing tensors and wrong shapes at
+    once.
 
-    ``cuts``: the tensors of which this rank holds only a piece, and how they are cut.  The file has the
-    whole, of which the piece alone is read.
+    ``cuts``: the tensors of which this rank has only a part, and how they are split.  The file contains
+    the whole tensor; only the part is read.
     """
     cuts, reader, files = cuts or {}, reader or Reader(folder), weight_files(folder)
     _refuse_misfits(folder, targets, cuts, files)

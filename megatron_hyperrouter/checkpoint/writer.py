@@ -1,10 +1,10 @@
 """Saving in the background: training waits until the tensors are copied, and a thread of each rank does
 the rest.
 
-From the copy to the publishing, no rank talks to another over the network.  Each rank's thread writes its
-files and then its part file; the main rank's thread waits for the parts of all, joins them, and publishes
-the folder.  A rank that fails leaves a word in the folder and, should the disk be full, tells the others
-after the next step.
+After the copy, the ranks do not communicate over the network until the checkpoint is published.  Each
+rank's thread writes its files and then its part file; the main rank's thread waits for the part files of
+all ranks, joins them, and publishes the folder.  A rank that fails writes a note into the folder; in case
+the disk is full, it also tells the others after the next step.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Writer:
         return found
 
     def settle(self) -> Failure | None:
-        """Wait for the running save (collective), and clear away what is left of it where it failed."""
+        """Wait for the running save (collective); if it has failed, remove what it left."""
         job, ranks = self._job, self._folders.ranks
         if job is None:
             return None

@@ -1,7 +1,7 @@
-"""The commands of ``mhr``: what each does, in groups, and the file that holds it.
+"""The commands of ``mhr`` in groups, with a summary and the module of each.
 
-A command is one file with ``main(arguments)`` in one of the folders beside this one.  Only this table is read
-to show the help.
+A command is one file with ``main(arguments)`` in one of the folders next to this file.  The help of
+``mhr`` only reads this table.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Every patch of a host, each with the host's version, file and line, the reason, and a test that fails when
-it is no longer needed.
+"""All patches of the hosts, each with the host's version, file and line, the reason, and a test that fails
+when the patch is no longer needed.
 
-No patch acts where a GPU makes it needless.
+A patch that a GPU makes unnecessary does nothing on a GPU.
 """

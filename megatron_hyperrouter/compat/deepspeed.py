@@ -24,10 +24,10 @@ def skip_shm_build() -> None:
 
 
 def shape_gathered_tokens() -> None:
-    """Gather the slots of experts over TP ranks into a buffer that gloo takes.
+    """Gather the slots of experts over TP ranks into a buffer that gloo accepts.
 
-    DeepSpeed 0.19.8, moe/mappings.py:39 (``_gather_tokens``) hands all_gather_into_tensor a flat output;
-    gloo wants ``(ranks * rows, ...)``.
+    DeepSpeed 0.19.8, moe/mappings.py:39 (``_gather_tokens``) passes a flat output to
+    all_gather_into_tensor; gloo needs ``(ranks * rows, ...)``.
     """
     if torch.cuda.is_available():
         return

@@ -8,13 +8,13 @@ import warnings
 
 
 def silence_hosts() -> None:
-    """Call it before the hosts are imported.
+    """Suppress warnings that do not apply here; call it before the hosts are imported.
 
-    megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing; both
-    are optional here. Its transformer_layer.py:364 warns for each layer of an "Unknown MLP type": the MLP
-    slot is ours by design. DeepSpeed 0.19.8 warns at import, on every rank, that it found no accelerator
-    (real_accelerator.py:213): it is told where we compute. torch 2.13 says at each collective of DeepSpeed
-    0.19.8 (comm/torch.py) that it has a newer name.
+    megatron-core 0.16.1 warns at import, in eight files, that Transformer Engine and apex are missing;
+    both are optional here. Its transformer_layer.py:364 warns for each layer about an "Unknown MLP type":
+    the MLP slot is ours by design. DeepSpeed 0.19.8 warns at import, on every rank, that it found no
+    accelerator (real_accelerator.py:213); we set the device. torch 2.13 reports a newer name at each
+    collective of DeepSpeed 0.19.8 (comm/torch.py).
     """
     import torch
 

@@ -75,8 +75,8 @@ def serve_cuda_calls() -> None:
 
 
 class InOrder:
-    """Stands for a CUDA stream or event: on the CPU all work is done when a call returns, so there is nothing
-    to wait for.
+    """Replaces a CUDA stream or event: on the CPU, all work is done when a call returns, so there is
+    nothing to wait for.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -105,7 +105,7 @@ def serve_cuda_devices() -> None:
     """``device="cuda"`` literals and CUDA type names (optimizer.py:907, transformer/utils.py:35,
     clip_grads.py:167).
 
-    Not a TorchFunctionMode: a mode is off inside ``Tensor.backward()``, hence during activation
+    Not a TorchFunctionMode: a mode is off inside ``Tensor.backward()``, and so during activation
     recomputation.
     """
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
@@ -115,7 +115,7 @@ def serve_cuda_devices() -> None:
 
     def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = tensor_type(self, *args, **kwargs)
-        # megatron's optimizers take 'torch.cuda.*Tensor' only; so they are told, and nobody else.
+        # megatron's optimizers accept only 'torch.cuda.*Tensor', so only they get these names.
         if isinstance(found, str) and sys._getframe(1).f_globals.get("__name__", "").startswith(
             "megatron.core.optimizer"
         ):
@@ -141,8 +141,8 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def serve_random_state() -> None:
     """The tracker of random states keeps them in the CUDA generator (tensor_parallel/random.py:55).
 
-    Dropout on CPU draws from the default generator, so that is the one to switch.  The host sets states
-    through ``_lazy_call``, which queues for ever without CUDA.
+    Dropout on the CPU uses the default generator, so that one is switched.  The host sets states through
+    ``_lazy_call``, which never runs without CUDA.
     """
     from megatron.core.tensor_parallel import random
 
@@ -156,7 +156,7 @@ def _not_about_cpu_state(record: logging.LogRecord) -> bool:
 
 
 def serve_splits() -> None:
-    """The dispatcher turns split sizes into numpy only when they lie on a GPU (moe_utils.py:1092);
+    """The dispatcher converts split sizes to numpy only if they are on a GPU (moe_utils.py:1092);
     mappings.py:444 refuses tensors.
     """
     from megatron.core.transformer.moe import token_dispatcher
@@ -165,7 +165,7 @@ def serve_splits() -> None:
 
 
 def serve_unequal_shards() -> None:
-    """gloo's all_gather and reduce_scatter want equal shards; MoE with expert-TP > 1 has unequal ones
+    """gloo's all_gather and reduce_scatter need equal shards; MoE with expert-TP > 1 has unequal ones
     (mappings.py:150, 192).
     """
     dist.all_gather = functools.partial(_all_gather, dist.all_gather)

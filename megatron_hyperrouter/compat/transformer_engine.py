@@ -1,6 +1,6 @@
-"""Transformer Engine, where it is: whether this machine can use it, and what to say where it cannot.
+"""Whether this machine can use Transformer Engine, and what to report if it cannot.
 
-Its CUDA kernels cannot run without a GPU, so the tests that train with it do so over a stand-in.
+Its CUDA kernels cannot run without a GPU, so the tests that train with it use a replacement.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def check(engine: str) -> None:
 
 
 def installed(library: str) -> str | None:
-    """The version of ``library`` here; None where there is none.  A checkout on the path, without metadata,
-    tells its own.
+    """The installed version of ``library``; None if there is none.  A checkout on the path, without
+    metadata, has the version in its sources.
     """
     try:
         return metadata.version(library)

@@ -55,7 +55,7 @@ class Draft:
         self.overrides = dict(overrides or {})
         self.values = dict(file.values)
         self.problems = [*problems, *file.problems]
-        self.unsure: set[str] = set()  # settings of which it is not known what the user meant
+        self.unsure: set[str] = set()  # settings whose intended value is not known
         self.written: set[str] = set()  # settings that some source gives
         self.carried = Carried()
         self._notes: list[str] = []

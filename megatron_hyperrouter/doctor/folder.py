@@ -19,7 +19,7 @@ from megatron_hyperrouter.doctor.ranks import Ranks
 
 WAIT = 10.0  # seconds until a file of one machine has to be seen on another
 CHECKPOINTS = 3  # for which there has to be room: one being written, the newest, and the one before
-_BLOCK, _BLOCKS, _SECONDS = 4 << 20, 16, 2.0  # bytes, at most so many, at most so long
+_BLOCK, _BLOCKS, _SECONDS = 4 << 20, 16, 2.0  # bytes; limits of the amount and of the time
 _SLOW = 20e6  # bytes a second
 _RENAMES = 100
 _MOUNT = "mount the same file system on all machines, and give --run-dir a path on it"
@@ -133,7 +133,7 @@ def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
 
 
 def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
-    """While rank 0 holds a lock, nobody else gets it."""
+    """While rank 0 has a lock, no other rank must get it."""
     path, told = folder / "lock", ""
     with contextlib.ExitStack() as stack:
         if ranks.rank == 0:

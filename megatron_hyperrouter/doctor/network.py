@@ -160,7 +160,7 @@ def _connect(host: str, port: int) -> str:
 
 
 def _own_address(ranks: Ranks) -> str:
-    """The address from which this machine speaks to rank 0's; no packet is sent."""
+    """The address that this machine uses to reach rank 0's machine; no packet is sent."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

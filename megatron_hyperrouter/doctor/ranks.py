@@ -29,7 +29,7 @@ class Ranks:
 
     @classmethod
     def of_this_process(cls) -> Ranks:
-        """The ranks that the environment speaks of; HostError where they do not meet."""
+        """The ranks that the environment describes; HostError if they cannot reach each other."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls(0, 1)
@@ -48,7 +48,7 @@ class Ranks:
         return cls(int(rank), size, dist.PrefixStore("doctor", store))
 
     def gather(self, topic: str, value: Value) -> list[Value]:
-        """On rank 0, what each rank says; elsewhere an empty list."""
+        """On rank 0, the values of all ranks; elsewhere an empty list."""
         if self.store is None:
             return [value]
         self.store.set(f"{topic}/{self.rank}", json.dumps(value))
@@ -57,7 +57,7 @@ class Ranks:
         return [json.loads(self._get(f"{topic}/{rank}", rank)) for rank in range(self.size)]
 
     def tell(self, topic: str, value: Value) -> Value:
-        """On all ranks, what rank 0 says."""
+        """Rank 0's value, on all ranks."""
         if self.store is None:
             return value
         if self.rank == 0:
@@ -72,7 +72,7 @@ class Ranks:
         self.tell(f"{topic}/all", True)
 
     def leave(self) -> None:
-        """The end: all are here, and rank 0, whose process may hold the store, goes last."""
+        """Leave together: rank 0, whose process may run the store, leaves last."""
         self.meet("end")
         self.gather("left", True)
 

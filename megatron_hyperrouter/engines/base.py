@@ -54,7 +54,7 @@ class EvalResult:
 
     loss_sum: float  # nats
     tokens: int
-    target_bytes: int  # UTF-8 bytes of the target tokens; 0 where the tokenizer cannot tell
+    target_bytes: int  # UTF-8 bytes of the target tokens; 0 if the tokenizer does not know them
 
 
 class Staged(Protocol):

@@ -26,10 +26,10 @@ class Clock:
 
     step: int = 0  # completed optimizer steps
     topk: int | None = None  # overrides the schedule while evaluating
-    turn: int = 0  # steps and evaluations begun: with each of them layers count their passes anew
-    # of this rank's micro-batches, in order; empty where nobody tells
+    turn: int = 0  # number of steps and evaluations begun; layers count their passes from 0 in each
+    # of this rank's micro-batches, in order; empty if they are not known
     arrived: list[Tokens] = field(default_factory=list)
-    eod: int | None = None  # ends a document; None where nobody asks for documents
+    eod: int | None = None  # id that ends a document; None if no setting needs documents
     balanced: bool = False  # tokens go to all experts in turn, whatever the router says
     padded: bool = False  # negative ids are padding, which no router sees
     # of these micro-batches, where they are padded: the rows of the real tokens among the layers' vectors

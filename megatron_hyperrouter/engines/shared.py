@@ -194,7 +194,7 @@ class SharedEngine(SavedEngine):
 
     def _end_step(self, step: int, sums: Tensor) -> None:
         parallel = self.config.parallel
-        # Tensor-parallel ranks route the same tokens where they do not share out the positions.
+        # Tensor-parallel ranks route the same tokens unless the positions are divided among them.
         shared_out = parallel.sequence_parallel and self.config.engine.engine == "megatron"
         replicas = 1 if shared_out else parallel.tensor_model_parallel_size
         tokens = round(float(self.statistics.tokens_L(sums).max()) / replicas)

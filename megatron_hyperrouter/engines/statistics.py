@@ -52,7 +52,7 @@ SUMS: Mapping[str, Sum] = MappingProxyType(
         "probability": Sum(lambda seen: seen.probs_TE.sum(0, dtype=torch.float64), per_expert=True),
         "entropy": Sum(lambda seen: torch.special.entr(seen.probs_TE).sum(dtype=torch.float64)),
         "logit_variance": Sum(lambda seen: seen.logits_TE.var(-1, correction=0).sum(dtype=torch.float64)),
-        # filled where the part lies: a number copied to a GPU would make the host wait
+        # filled on the device of the part: copying a number to a GPU would make the host wait
         "tokens": Sum(lambda seen: seen.part.new_full((), seen.logits_TE.size(0))),
         "aux": Sum(lambda seen: switch_loss(seen.probs_TE, seen.experts_TK, lambda _: seen.whole_load_E)),
         "z": Sum(lambda seen: z_loss(seen.logits_TE) * seen.part),

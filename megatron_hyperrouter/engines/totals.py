@@ -122,7 +122,7 @@ def whole_shapes(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[i
     own = {}
     for name, parameter in matrices(named):
         if replica_place(name)[1] != 0:
-            continue  # another rank tells it
+            continue  # another rank reports it
         shape, shard = tuple(parameter.shape), shard_of(name)
         own[name] = shape if shard is None else shard.whole_shape(shape)
     of_ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]

@@ -122,7 +122,7 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Continue where :func:`random_states` was asked."""
     torch.set_rng_state(states["torch"])
-    if states["tracker"]:  # empty where nobody seeded megatron-core's
+    if states["tracker"]:  # empty if megatron-core's tracker has no seed
         set_dropout_states(_copied(states["tracker"]))
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

@@ -40,9 +40,9 @@ def loss_by_topk(
 ) -> list[Record]:
     """Score ``dataset`` once for each k (collective).
 
-    Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None where
-    bytes are unknown) and ``tokens``.  ``num_samples``: the first so many of its
-    samples; None: all.  ``unscored``: how many of the first labels of a sample count nowhere.
+    Returns for each k: ``topk``, ``lm_loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (None if
+    the bytes are unknown) and ``tokens``.  ``num_samples``: score only this number of samples; None: all.
+    ``unscored``: for each sample, how many of its first labels are not scored.
     """
     results = []
     for topk in topks:

@@ -26,7 +26,7 @@ def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) 
                 remedy="put the run's config.yaml there",
             )
         console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")
-    # What only training needs must not stand in the way; other ways to compute the same may need GPUs.
+    # Settings that only training needs must not prevent an evaluation; faster implementations may need GPUs.
     neutral = {**quiet(Role.START, Role.BATCH, Role.SPEED), **overrides}
     if world_size > 1:
         try:

@@ -19,10 +19,11 @@ _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def places(path: str, origin: Mapping[str, str], run_dir: Path) -> Iterator[str]:
-    """Where a path in the settings of a run may lead now, the likeliest first.
+    """Where a path in the settings of a run may be now, the most likely place first.
 
-    From the folder that the run was started in, from here, and from where the run is now, as far away as it
-    was then.  ``origin``: see ``checkpoint.description``; ``run_dir``: where the run is now.
+    The path is tried relative to the folder in which the run was started, to the current folder, and to
+    the run's present folder.  ``origin``: see ``checkpoint.description``; ``run_dir``: where the run is
+    now.
     """
     then = os.path.join(origin.get("folder", ""), path)
     yield then
@@ -32,7 +33,7 @@ def places(path: str, origin: Mapping[str, str], run_dir: Path) -> Iterator[str]
 
 
 def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataConfig:
-    """The data of a run, named by where they are now; ``meta``: what its checkpoint says."""
+    """The data of a run at their present place; ``meta``: the description in its checkpoint."""
 
     def located(word: str) -> str:
         known = meta.get("files", {}).get(word)

@@ -1,4 +1,4 @@
-"""The average of checkpoints of one run as a checkpoint of its own, one tensor in memory at a time."""
+"""The average of checkpoints of one run as a new checkpoint, with one tensor in memory at a time."""
 
 from __future__ import annotations
 

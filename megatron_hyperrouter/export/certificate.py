@@ -1,4 +1,4 @@
-"""What ``certificate.json`` says: where a folder comes from, what it holds, and what was proved of it."""
+"""The content of ``certificate.json``: the source of a folder, its files, and what was proved about it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LIBRARIES = ("torch", "safetensors", "tokenizers")
 
 
 def source(run: RunConfig, checkpoint: Path, routers: Mapping[int, Router]) -> dict[str, Any]:
-    """Which weights of which run these are."""
+    """The run and the weights that the folder comes from."""
     manifest = read_manifest(checkpoint)
     hashes = [getattr(router, "frozen_hash", None) for router in routers.values()]
     return {

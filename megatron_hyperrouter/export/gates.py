@@ -1,5 +1,5 @@
-"""Routers as what a Hugging Face folder holds: a folded matrix for a class of transformers, or the gate of
-our own modeling file.
+"""Routers in the form that a Hugging Face folder contains: a folded matrix for a class of transformers, or
+the gate of our own modeling file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Routers as the matrices that megatron-core's own router has, and which of them are no more than that.
+"""Routers as matrices of megatron-core's own router, and which of them can be written in this way.
 
 Legend: ``T`` tokens, ``E`` experts, ``D`` hidden size.
 """

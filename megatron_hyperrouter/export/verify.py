@@ -1,4 +1,6 @@
-"""A folder beside its certificate; the standard library alone, so that any machine can check a copy."""
+"""Compares a folder with its certificate; needs only the standard library, so any machine can check a
+copy.
+"""
 
 from __future__ import annotations
 

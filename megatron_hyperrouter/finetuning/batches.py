@@ -64,7 +64,9 @@ class Feed:
         self._multiple = 8 * config.parallel.tensor_model_parallel_size
 
     def step(self, part: Part, *, step: int, seed: int) -> Iterator[Batch]:
-        """Those of training step ``step``, from 0: every epoch has an order of its own, and none is cut."""
+        """The micro-batches of training step ``step``, from 0: each epoch has another order, and no text
+        is dropped.
+        """
         first = step * self._global + self._place.data_rank * self._micro
         for start in range(first, (step + 1) * self._global, self._together):
             yield self._batch(part, [_drawn(start + row, len(part), seed) for row in range(self._micro)])
@@ -81,7 +83,7 @@ class Feed:
         return rows + [_ALONE] * (-len(rows) % self._together)
 
     def rows_of(self, part: Part, data_rank: int) -> list[int]:
-        """The texts whose micro-batches that data-parallel rank has in an evaluation, in order."""
+        """The texts of that data-parallel rank's micro-batches in an evaluation, in order."""
         rows = self.order(part)
         starts = range(data_rank * self._micro, len(rows), self._together)
         return [row for start in starts for row in rows[start : start + self._micro]]

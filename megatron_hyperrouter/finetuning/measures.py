@@ -71,7 +71,7 @@ def calibration_error(confidence_N: Floats, right_N: NDArray[np.bool_]) -> float
 
 
 def mcnemar(first_right_N: NDArray[np.bool_], second_right_N: NDArray[np.bool_]) -> float:
-    """McNemar's exact test: the two-sided p-value of the texts that one model alone has right."""
+    """McNemar's exact test: the two-sided p-value from the texts that only one of the models has right."""
     only_first = int((first_right_N & ~second_right_N).sum())
     only_second = int((second_right_N & ~first_right_N).sum())
     n, fewer = only_first + only_second, min(only_first, only_second)

@@ -65,7 +65,7 @@ class Settings:
     evaluations: int = 3  # on dev, during training, the last one at its end
 
     def steps_for(self, texts: int) -> int:
-        """Optimizer steps for a training part of so many texts."""
+        """Number of optimizer steps for a training part with this number of texts."""
         return self.steps or max(1, math.ceil(self.epochs * texts / self.batch_size))
 
     def problems(self) -> Iterator[Problem]:

@@ -133,7 +133,7 @@ def _numbered(original: originals.Original) -> Task:
 
 
 def _notes(task: Task) -> Iterator[str]:
-    """Texts that stand in two parts, and labels that training never sees."""
+    """Texts that are in two parts, and labels that are not in the training part."""
     seen = {part: {_plain(text) for text, _ in task.parts[part]} for part in PARTS}
     for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
         if shared := len(seen[first] & seen[second]):

@@ -48,8 +48,8 @@ class Cache:
         return key_BGQC, value_BGQC
 
     def visible(self, layer: int, new: int, window: int | None) -> Tensor:
-        """Which positions each of ``new`` ones sees, ``[B, 1, Q, P + Q]``: itself and those before it, but no
-        padding; ``window``: so many before it alone.
+        """Which positions each of ``new`` ones attends to, ``[B, 1, Q, P + Q]``: itself and those before
+        it, without padding; ``window``: only this many before it.
         """
         start = self.length_of(layer)
         batch, padded = self.hidden_BP.shape

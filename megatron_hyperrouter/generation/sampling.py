@@ -1,4 +1,5 @@
-"""Continues prompts with a decoder: greedy, or drawn with a temperature from the likeliest tokens.
+"""Continues prompts with a decoder: greedily, or by sampling with a temperature from the most likely
+tokens.
 
 Legend: ``B`` prompts, ``P`` positions, ``V`` ids of the vocabulary.
 """
@@ -20,8 +21,8 @@ class Style:
     """How the next token is chosen."""
 
     max_new_tokens: int = 64
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    temperature: float = 0.0  # 0: greedy decoding
+    top_p: float = 1.0  # sample from the most likely tokens whose probabilities add up to this
     seed: int = 1234
 
 
@@ -34,10 +35,10 @@ def generate(
     vocab_size: int,
     eod: int | None,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, up to the end of the text, which is left out; ids are below
+    """The ids that follow each prompt, up to the end of the text, which is not included; ids are below
     ``vocab_size``.
 
-    A prompt's text does not depend on the prompts beside it: each has random numbers of its own.
+    The text of a prompt does not depend on the other prompts, because each has separate random numbers.
     """
     ids_BP, hidden_BP = padded(prompts)
     cache = Cache(hidden_BP)
@@ -77,6 +78,6 @@ def choose(logits_V: Tensor, style: Style, generator: torch.Generator) -> int:
     probs_V = (logits_V / style.temperature).softmax(-1)
     if style.top_p < 1.0:
         sorted_V, order_V = probs_V.sort(descending=True, stable=True)
-        kept_V = sorted_V.cumsum(-1) - sorted_V < style.top_p  # at least the likeliest
+        kept_V = sorted_V.cumsum(-1) - sorted_V < style.top_p  # at least the most likely one
         probs_V = torch.zeros_like(probs_V).scatter_(0, order_V[kept_V], sorted_V[kept_V])
     return int(torch.multinomial(probs_V, 1, generator=generator))

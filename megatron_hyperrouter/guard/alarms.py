@@ -167,10 +167,12 @@ class Rise:
 
 @dataclass
 class Health:
-    """All charts of a run.  A level that changes by design starts a chart anew: k, the mix of the data."""
+    """All charts of a run.  A chart starts again when its usual level changes by design: with k, or with
+    the mix of the data.
+    """
 
     num_experts: int
-    first: int  # steps at the beginning that nobody watches
+    first: int  # first steps, which are not watched
     watches: dict[str, Watch] = field(
         default_factory=lambda: {measure.alarm: Watch(measure) for measure in MEASURES}
     )
@@ -224,7 +226,7 @@ def _median(values: list[float]) -> float:
 
 @dataclass
 class LateData:
-    """Names the rank whose data come so late that all ranks wait for it in every step."""
+    """Names the rank whose data are so late that all ranks wait for it in every step."""
 
     clock: Callable[[], float] = time.monotonic
     _waits: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=_LATE_STEPS))

@@ -1,8 +1,8 @@
-"""Bad steps: those whose loss or gradient norm is not finite, or far above the steps before.
+"""Bad steps: those whose loss or gradient norm is not finite, or far above that of the steps before.
 
-A bad step must not change the weights.  The judgement is made before the optimizer moves, from numbers that
-are the same on every rank, so all ranks judge alike.  What it goes by (the last good steps) is part of the
-checkpoint, so a resumed run judges as the run that was never stopped.
+A bad step must not change the weights.  The decision is made before the optimizer changes anything, from
+numbers that are the same on every rank, so all ranks decide the same.  It depends on the last good steps.
+These are part of the checkpoint, so a resumed run decides like a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class BadSteps:
         return True
 
     def leave_out(self, steps: Iterable[int]) -> bool:
-        """These take no part, the last of which is bad; False where too many in a row have been."""
+        """Skip these steps, of which the last is bad; False if too many in a row were bad."""
         self.skipped |= set(steps)
         self.in_a_row += 1
         return self.in_a_row < _MOST_IN_A_ROW
@@ -87,7 +87,7 @@ class BadSteps:
 
 
 def steps_of(ranges: Iterable[str]) -> Iterable[int]:
-    """``("105-107", "300")`` -> 105, 106, 107, 300; ValueError where a word is no range of steps."""
+    """``("105-107", "300")`` -> 105, 106, 107, 300; ValueError if a word is not a range of steps."""
     for word in ranges:
         first, dash, last = word.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
@@ -99,7 +99,7 @@ def steps_of(ranges: Iterable[str]) -> Iterable[int]:
 
 
 def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart]) -> str:
-    """What running a bad step again has told: whether the fault is in what is computed, or in the machine."""
+    """What a second run of a bad step has shown: the fault is in the computation, or in the machine."""
     repeats = all(_alike(getattr(first, name), getattr(second, name)) for name in ("lm_loss", "grad_norm"))
     told = f"lm_loss {second.lm_loss:.4g}, grad_norm {second.grad_norm:.4g}"
     places = [_place(part) for part in parts if not _alike(*part.losses) or _is_lost(part)]

@@ -46,7 +46,7 @@ class EventsFile:
 
 
 def read_events(path: Path) -> list[dict[str, Fact]]:
-    """All whole lines; empty where there is no file."""
+    """All complete lines; empty if there is no file."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

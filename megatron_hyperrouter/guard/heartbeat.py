@@ -69,7 +69,7 @@ class Progress:
         self.enter(working, step)
 
     def of_reading(self, dataset: Indexed) -> Indexed:
-        """The same dataset, whose reads show that the run moves."""
+        """The same dataset; each read counts as progress of the run."""
         return _Read(dataset, self)
 
 

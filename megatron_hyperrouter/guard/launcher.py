@@ -1,4 +1,4 @@
-"""The process that started this rank: when it dies, nobody would end the rank any more."""
+"""The process that started this rank: if it dies, nothing else would end the rank."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _EXITING = 0x4  # PF_EXITING of Linux: the process is being taken down, and its 
 class Launcher:
     """The launcher's processes above this one: ids, each with the id of its parent at the start."""
 
-    line: tuple[tuple[int, int], ...]  # from this process up; empty: nobody to watch
+    line: tuple[tuple[int, int], ...]  # from this process up; empty: there is none to watch
 
     @staticmethod
     def of_this_process() -> Launcher:
-        """The parent, where a launcher has set RANK; and whatever of ``deepspeed`` is above it.
+        """The parent process, if a launcher has set RANK, and all processes of ``deepspeed`` above it.
 
-        To be asked first of all: a launcher that has died by then is not known, and the program itself sets
-        RANK.
+        Call this first: a launcher that dies before this call is not found, and the program itself sets
+        RANK later.
 
-        A shell does not count: one that started ranks in the background may end, and they live on.  Where a
+        A shell does not count: it may start ranks in the background and end, and they continue.  If a
         launcher started the shell, that launcher counts.  ``deepspeed`` starts one process that starts the
-        ranks, and dies alone when it is told to end.
+        ranks; when ``deepspeed`` gets SIGTERM, it ends without ending that process.
         """
         if "RANK" not in os.environ:
             return Launcher(())
@@ -61,8 +61,8 @@ class Launcher:
     def is_gone(self) -> bool:
         """True once one of these processes has another parent than at the start, or its parent is exiting.
 
-        A process that has loaded torch takes up to 0.1 s to exit; only then do its children get another
-        parent.
+        A process that has loaded torch takes up to 0.1 s to exit, and its children get another parent only
+        at the end.
         """
         return any(
             _parent(process) not in (parent, None) or _is_exiting(parent) for process, parent in self.line
@@ -74,7 +74,7 @@ class Launcher:
             request.ask("the end of the launcher", at_once=True)
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than the launcher lives, where the system can tell at once."""
+        """Sleep; wake up early if the launcher ends, on systems that can report this."""
         with contextlib.ExitStack() as stack:
             watched = []
             for _, parent in self.line:
@@ -88,7 +88,7 @@ class Launcher:
 
 
 def _parent(process: int) -> int | None:
-    """None where it cannot be told: the process has ended, or the system has no /proc."""
+    """None if it is unknown: the process has ended, or the system has no /proc."""
     return os.getppid() if process == os.getpid() else _field(process, 1)
 
 

@@ -1,7 +1,8 @@
-"""The ranks before their process groups stand: what rank 0 decides, and whether all ranks were given the
-same.
+"""Communication of the ranks before their process groups exist: rank 0's decisions, and whether all ranks
+got the same settings.
 
-They meet at the launcher's own store. Nobody waits in a collective: a rank may be building an index file.
+They use the launcher's own store. No rank waits in a collective, because a rank may be building an index
+file.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Meeting:
 
     @classmethod
     def of_this_process(cls) -> Meeting:
-        """The ranks that the environment speaks of."""
+        """The ranks that the environment describes."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls(0, 1)
@@ -101,11 +102,12 @@ def wait_for_name(host: str) -> None:
 
 
 def _of_this_attempt(store: Any, rank: int, world_size: int) -> Any:
-    """The part of torchrun's store that no earlier attempt has written to.
+    """The part of torchrun's store to which no earlier attempt has written.
 
-    torchrun keeps its store when it restarts the ranks, with every key of the attempt before, and each node
-    counts its restarts by itself.  So rank 0 thinks of a name, and tells it to each rank that asks with a
-    word of its own; a word that an earlier attempt has left is asked by nobody, and nobody confirms it.
+    When torchrun restarts the ranks, it keeps its store with every key of the previous attempt, and each
+    node counts restarts separately.  So rank 0 chooses a random name for this attempt.  Each rank asks for
+    it with a random word of its own, and rank 0 answers each word.  Words of an earlier attempt are never
+    asked for again, so they do no harm.
     """
     if rank:
         word = secrets.token_hex(8)

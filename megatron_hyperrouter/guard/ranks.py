@@ -1,8 +1,8 @@
-"""Which rank this process is: what a launcher or a scheduler says in the environment, as RANK, WORLD_SIZE and
-the rest.
+"""Which rank this process is: sets RANK, WORLD_SIZE and the other variables from a launcher's or
+scheduler's environment.
 
-deepspeed and torchrun set them. ``srun`` and ``mpirun`` start tasks that know their number by other names;
-without this file each of them would take itself for the only one, and all would write into one run folder.
+deepspeed and torchrun set them. ``srun`` and ``mpirun`` start tasks whose number is in other variables.
+Without this file, each task would take itself for the only rank, and all would write to one run folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PORTS = range(15000, 35000)  # from which tasks of a scheduler choose one by th
 
 @dataclass(frozen=True)
 class _Tasks:
-    """The tasks of a scheduler: who started them, and what is known of this one."""
+    """The tasks of a scheduler: the program that started them, and the numbers of this task."""
 
     starter: str
     rank: str
@@ -62,7 +62,7 @@ def _serve(tasks: _Tasks, environ: MutableMapping[str, str]) -> None:
 
 
 def _slurm(environ: MutableMapping[str, str]) -> _Tasks | None:
-    """A task of ``srun``. A batch script knows SLURM_NTASKS too; it is no task, and its number is 0."""
+    """A task of ``srun``. A batch script also has SLURM_NTASKS; it is not a task, and its number is 0."""
     rank = environ.get("SLURM_PROCID")
     size = environ.get("SLURM_STEP_NUM_TASKS") or (
         environ.get("SLURM_NTASKS") if rank not in (None, "0") else None

@@ -1,8 +1,8 @@
-"""One run at a time in a run folder: rank 0 holds a lock on it, and the file says who that is.
+"""One run at a time in a run folder: rank 0 locks a file in it, and the file says which run that is.
 
-The lock is the kernel's, so a killed run holds none. Where a file system has no locks, the file's time stands
-in: its holder renews it, and a run whose file is older than ``STALE`` has ended. Times are those of the file
-server, on both sides.
+The lock is the kernel's, so it ends with the process. On a file system without locks, the file's
+modification time is used instead: the run renews it, and a run whose file is older than ``STALE`` has
+ended. Both times are those of the file server.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class RunLock:
 
     @staticmethod
     def _lock_now(file: int) -> None:
-        """Try it again for a moment: who asks :func:`is_held` has the lock for an instant."""
+        """Try for a moment: a caller of :func:`is_held` has the lock for an instant."""
         for _ in range(_TRIES - 1):
             with contextlib.suppress(BlockingIOError):
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,9 +134,9 @@ class RunLock:
 
 
 def is_held(run_dir: Path) -> bool | None:
-    """Whether a run has the folder now, as far as this machine can tell; None where it cannot.
+    """Whether a run is using the folder now, as far as this machine can see; None if it cannot.
 
-    It reads alone, so a person may ask who must not write there.
+    It only reads, so users without write access to the folder can call it.
     """
     try:
         file = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -156,7 +156,9 @@ def is_held(run_dir: Path) -> bool | None:
 
 
 def holder_of(run_dir: Path) -> dict[str, object]:
-    """Who took the folder last and has not given it back: host, pid, job, since; empty where nobody."""
+    """The run that locked the folder last and has not released it: host, pid, job, since; empty if there
+    is none.
+    """
     with contextlib.suppress(OSError, ValueError):
         holder = json.loads((run_dir / HOLDER).read_text(encoding="utf-8"))
         if isinstance(holder, dict):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Supervision:
-    """Of one run, on one rank; ``launcher``: the processes whose end stops the run."""
+    """Supervision of one run on one rank; ``launcher``: the processes whose end stops the run."""
 
     launcher: Launcher = field(default_factory=lambda: Launcher(()))
     request: StopRequest = field(default_factory=StopRequest)
@@ -36,7 +36,9 @@ class Supervision:
 
     @contextlib.contextmanager
     def failures_told(self, config: RunConfig, engine: Engine, tell: Callable[..., None]) -> Iterator[None]:
-        """Inside, an error is an event, too: of rank 0 by ``tell``, of another rank where rank 0 has none."""
+        """Within this context an error is an event, too: ``tell`` writes that of rank 0, or that of
+        another rank if rank 0 has none.
+        """
         try:
             yield
         except Exception as error:
@@ -46,7 +48,7 @@ class Supervision:
             elif not console.left_alone(error):
                 record_failure_of(rank, Path(config.logging.run_dir) / FILE, step, **facts_of(error))
             if console.left_alone(error) and self.request.reason == "SIGTERM":
-                # The launcher ends all ranks because one has failed, and only that one knows why.
+                # The launcher ends all ranks because one has failed, and only that rank knows the reason.
                 console.warn("this rank ends because another rank has failed")
                 raise SystemExit(1) from error
             raise

@@ -28,7 +28,7 @@ from megatron_hyperrouter.guard.heartbeat import (
 from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.stopping import StopRequest
 
-_NOTE_AFTER = 60.0  # seconds without progress until a person is told
+_NOTE_AFTER = 60.0  # seconds without progress before the user is notified
 _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 _LAST_WORDS = 2.0  # seconds in which every rank writes its stacks before a launcher ends them all
 _SLICE = 0.5  # seconds: so soon the thread notices that training has ended
@@ -105,7 +105,7 @@ class Watchdog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_beat(self._folder, self._own_beat())
-        except OSError as error:  # training goes on without
+        except OSError as error:  # training continues without it
             if not self._unwritable:
                 console.warn_from_here(f"heartbeats cannot be written: {error}")
             self._unwritable = True
@@ -165,8 +165,8 @@ class Watchdog:
 
 
 def apart(beats: Mapping[int, Beat]) -> list[int]:
-    """The ranks that hold up the others: those that are a step behind; else those that wait for no other;
-    else those in another phase than most.  Empty where nothing tells them apart.
+    """The ranks that delay the others: those that are a step behind; else those that do not wait for
+    another rank; else those in another phase than most.  Empty if they cannot be distinguished.
     """
     phases = Counter(beat.phase for beat in beats.values())
     usual = phases.most_common(1)[0][0]

@@ -1,9 +1,9 @@
-"""A Hugging Face folder beside the numbers of the program that wrote it: ``python compare.py TASK.json
-ANSWER.json``.
+"""Compares a Hugging Face folder with the numbers of the program that wrote it: ``python compare.py
+TASK.json ANSWER.json``.
 
-Needs torch, transformers and safetensors alone, so that any environment can run it.  The task names the
-folder, the values of k and, for
-a comparison of logits, the folder with the other side's (``tokens.safetensors``, ``k-N.safetensors``).
+It needs only torch, transformers and safetensors, so that any environment can run it.  The task names the
+folder, the values of k and, for a comparison of logits, the folder with the other program's logits
+(``tokens.safetensors``, ``k-N.safetensors``).
 
 Legend: ``B`` samples, ``S`` positions, ``V`` vocabulary, ``K`` active experts, ``E`` experts.
 """
@@ -84,7 +84,7 @@ def load(task: Task, k: int) -> tuple[Any, list[str]]:
     ):
         for each in told.get(key) or ():
             name = each if isinstance(each, str) else each[0]
-            if name not in held or held[name].numel():  # a shared expert without rows is no loss
+            if name not in held or held[name].numel():  # a missing shared expert without rows does not matter
                 faults.append(f"{name}: {word}")
     return model.eval(), faults
 
@@ -109,7 +109,9 @@ class Choices:
 
 
 def compare(model: Any, reference: Path, k: int, *, dense: bool = False) -> dict[str, Any]:
-    """Logits, choices and losses beside the reference's, sample by sample; a dense model chooses nothing."""
+    """Compare logits, choices and losses with the reference's, sample by sample; a dense model has no
+    choices.
+    """
     told = load_file(reference / "tokens.safetensors")
     choices, sums = Choices(model, k), Sums()
     with safe_open(reference / f"k-{k}.safetensors", framework="pt") as file:
@@ -152,7 +154,7 @@ class Sums:
             self.gap[layer] = max(self.gap.get(layer, 0.0), float(gap_S[parted_S].max()))
 
     def logits(self, theirs_SV: Tensor, ours_SV: Tensor, labels_S: Tensor, alike_S: Tensor) -> None:
-        """One sample; ``alike_S``: tokens whose experts are the same in all layers."""
+        """Add one sample; ``alike_S``: tokens with the same experts in all layers."""
         theirs_SV = theirs_SV[:, : ours_SV.size(-1)]
         difference_SV = (theirs_SV - ours_SV).abs()
         self.finite &= bool(theirs_SV.isfinite().all()) and bool(ours_SV.isfinite().all())
@@ -211,7 +213,7 @@ def _losses(model: Any, rows_BS: Tensor) -> Iterator[float]:
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """What the model writes after ``prompt``, always the likeliest token."""
+    """The text after ``prompt``, by greedy decoding."""
     ids = torch.tensor([prompt])
     made = model.generate(
         ids,

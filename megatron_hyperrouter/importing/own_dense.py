@@ -26,7 +26,7 @@ _SHARD = 5 * 10**9
 
 
 def write_dense(run: RunConfig, reader: TensorReader, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the run's model as a Llama, or as a Qwen3 where it has q/k norms; CheckpointError where it is no
+    """Write the run's model as a Llama, or as a Qwen3 if it has q/k norms; CheckpointError if it is not a
     dense model.
     """
     _check(run, tokenizer.vocab_size)

@@ -16,7 +16,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.routers import ROUTERS
 
-_NO_DATA = "no-data-yet"  # in the place of --data-path, which a model that nobody trains does not need
+_NO_DATA = "no-data-yet"  # instead of --data-path, which is not needed without training
 
 
 def run_of(settings: Mapping[str, Any]) -> RunConfig:

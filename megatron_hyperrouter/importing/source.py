@@ -112,7 +112,7 @@ def _reason(error: Exception) -> str:
 
 
 def open_folder(path: Path) -> HfFolder:
-    """Read what is there; CheckpointError where it is of no class that we know."""
+    """Read the folder; CheckpointError if its class is not supported."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         architecture = str(config["architectures"][0])

@@ -150,7 +150,7 @@ class UpcycledWeights:
         return torch.cat((part("gate_proj", 0, 1.0), part("up_proj", 0, scale)))
 
     def _moved(self, own: Tensor, name: str, fresh: Tensor, dim: int) -> Tensor:
-        """With noise, and with hidden units drawn anew."""
+        """The weights with noise, and with hidden units drawn anew."""
         recipe, std = self.recipe, own.std()
         if recipe.noise:
             own = own + recipe.noise * std * keyed.normal(tuple(own.shape), seed=recipe.seed, name=name)
@@ -160,7 +160,7 @@ class UpcycledWeights:
         return own
 
     def _redrawn(self, layer: int, expert: int) -> Tensor:
-        """Hidden units that this expert has anew: the same in its three matrices."""
+        """Hidden units that are drawn anew in this expert: the same in its three matrices."""
         width = self.folder.expert_width // self.recipe.granularity
         order = keyed.normal(
             (width,), seed=self.recipe.seed, name=f"upcycle.{layer}.{expert}.units"

@@ -20,7 +20,7 @@ _DERIVED = "rotary_emb.inv_freq"  # a table that follows from the settings
 
 
 class ImportedWeights:
-    """Reads tensors by our names, whether the experts lie one by one or packed."""
+    """Reads tensors by our names, whether the experts are stored separately or stacked."""
 
     def __init__(self, folder: HfFolder) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class ImportedWeights:
         return f"{stem}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}", int(match[2]), leaf
 
     def _predicting_layers(self) -> tuple[str, ...]:
-        """Layers of multi-token prediction lie behind the others, which do without them."""
+        """Layers of multi-token prediction come after the others, which do not need them."""
         first = len(self.folder.routed)
         count = int(self.folder.config.get("num_nextn_predict_layers") or 0)
         return tuple(f"model.layers.{first + number}." for number in range(count))

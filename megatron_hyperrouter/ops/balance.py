@@ -69,7 +69,7 @@ def sequence_loss(
     )
     load_NE = (load_NE if over_shards is None else over_shards(load_NE)).to(probs_TE.dtype)
     routes_N1 = load_NE.sum(-1, keepdim=True).clamp(min=1)
-    # A product, not index_add, which adds in an order of its own on a GPU.
+    # A product, not index_add, whose order of addition varies on a GPU.
     belongs_NT = sequence_T == torch.arange(num_sequences, device=sequence_T.device).unsqueeze(1)
     sum_NE = belongs_NT.to(probs_TE.dtype) @ probs_TE
     return num_experts * (load_NE / routes_N1 * sum_NE * (topk / routes_N1)).sum(-1).mean()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ALIGNMENT = 16  # bytes: a grouped product wants the rows of its matrices at multiples of it
+ALIGNMENT = 16  # bytes: rows of the matrices of a grouped product must start at multiples of this
 
 
 class Plan(NamedTuple):

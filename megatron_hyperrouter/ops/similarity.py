@@ -60,7 +60,7 @@ def median_distance(x_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
         if not flat.size(-1):
             return x_ND.new_ones(x_ND.shape[:-2])
         middle, mean_square = flat.nanmedian(-1).values, flat.square().nanmean(-1)
-        # nan, of no pairs at all, is above nothing
+        # nan, the result without pairs, is not above the threshold
         size = torch.where(middle > 0, middle, mean_square.sqrt())
         return torch.where(size > 0, size, 1.0)
 

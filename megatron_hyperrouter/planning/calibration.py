@@ -40,7 +40,7 @@ class Calibration:
 
 
 def calibrate(rows: Sequence[Measured], vocab_size: int, per_node: int) -> Calibration:
-    """The constants, none of them negative, whose predictions have the smallest relative errors."""
+    """The constants, all of them at least 0, whose predictions have the smallest relative errors."""
     machine = Machine(memory=0.0, per_node=per_node, source="measured")
     works = [work_of_row(row, vocab_size, per_node, machine.skew) for row in rows]
     seconds = np.array([row.seconds for row in rows])

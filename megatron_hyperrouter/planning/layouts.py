@@ -120,7 +120,9 @@ class Refusal:
 
 
 def without_layout(config: RunConfig, gpus: int) -> RunConfig:
-    """The same run on one rank of no layout; its global batch is settled, for layouts share it."""
+    """The same run on one rank without a layout; its global batch size is fixed, because all layouts share
+    it.
+    """
     plain = type(config.parallel)()
     batch = config.train.global_batch_size or config.train.micro_batch_size * gpus
     return replace(config, parallel=plain, train=replace(config.train, global_batch_size=batch))
@@ -176,7 +178,7 @@ def variants(candidate: Candidate) -> Iterator[Candidate]:
 def _sizes(
     base: RunConfig, engine: str, gpus: int, per_node: int
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """(TP, PP, CP, EP, ETP) whose products divide the GPUs; tensor and context parallelism within a node."""
+    """(TP, PP, CP, EP, ETP) whose products divide the number of GPUs; TP and CP stay within a node."""
     counts = [count for count in range(1, gpus + 1) if gpus % count == 0]
     near = [count for count in counts if count <= per_node]
     contexts = near if engine == "megatron" else [1]  # the other engine has none
@@ -215,7 +217,9 @@ def _laid_out(
 
 
 def with_micro_batch(candidate: Candidate) -> Candidate:
-    """The largest micro-batch, up to the one given, of which each rank takes a whole number."""
+    """The largest micro-batch size, up to the given one, with which each rank gets a whole number of
+    micro-batches.
+    """
     config = candidate.config
     ranks = candidate.world_size // model_parallel_size(config)
     samples = (config.train.global_batch_size or 0) // ranks if ranks else 0

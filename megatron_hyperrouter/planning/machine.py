@@ -18,7 +18,7 @@ class Machine:
 
     memory: float  # bytes of one GPU
     per_node: int
-    # FLOP/s of matrix products that one GPU achieves in a training step: the peak x its utilisation
+    # FLOP/s of matrix products that one GPU sustains in a training step: its peak x utilisation
     flops: float = 989e12 * 0.40
     inside: float = 300e9  # bytes/s from one GPU to others of its node
     outside: float = 40e9  # bytes/s from one GPU to other nodes

@@ -45,7 +45,7 @@ class Planned:
 
     candidate: Candidate
     use: Use
-    times: dict[str, float]  # seconds of a step by what takes them
+    times: dict[str, float]  # seconds of each part of a step
     seconds: float
     parameters: list[int]
     fits: bool
@@ -137,7 +137,7 @@ class Planner:
         return refusals[0]
 
     def plan(self, gpus: int) -> Plan:
-        """Every layout over so many GPUs; raises ConfigError where no layout of any kind keeps the rules."""
+        """Every layout over this number of GPUs; raises ConfigError if the rules allow no layout."""
         base = without_layout(self.base, gpus)
         refusals: list[Refusal] = []
         planned: list[Planned] = []

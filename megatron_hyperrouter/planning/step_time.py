@@ -29,7 +29,7 @@ class Work(NamedTuple):
         return sum(self.parts(machine).values())
 
     def parts(self, machine: Machine) -> dict[str, float]:
-        """Seconds by what takes them."""
+        """Seconds of each part of the step."""
         return {
             "compute": self.flops / machine.flops,
             "inside": self.inside / machine.inside,
@@ -108,5 +108,5 @@ def _busiest(model: Model, config: RunConfig, stages: list[Stage]) -> float:
 
 
 def _share(ranks: int) -> float:
-    """Of a tensor that a rank sends to reduce it over so many."""
+    """Fraction of a tensor that a rank sends to reduce it over this number of ranks."""
     return (ranks - 1) / ranks

@@ -1,3 +1,3 @@
-"""Proofs that two programs compute the same model: one side's numbers, the other side in a process of its
-own, and the bounds.
+"""Proofs that two programs compute the same model: the numbers of one program, the other program in a
+separate process, and the bounds.
 """

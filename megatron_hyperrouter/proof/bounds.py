@@ -1,4 +1,4 @@
-"""What a proof must show: bounds on the numbers that the two sides of it told."""
+"""Bounds on the differences between the numbers of the two programs of a proof."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Runs a file of the room ``huggingface`` in a process of its own, so that neither library's state touches
-the other's.
+"""Runs a file of the room ``huggingface`` in a separate process, so that the libraries do not affect each
+other.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def gap(logits_TE: Tensor, k: int) -> Tensor:
 
 
 def greedy(engine: Engine, prompt: Sequence[int], new_tokens: int, *, topk: int, length: int) -> list[int]:
-    """What the model writes after ``prompt``, always the likeliest token; samples of ``length`` ids, as in
-    training.
-    """
+    """The text after ``prompt``, by greedy decoding; samples have ``length`` ids, as in training."""
     ids_1S = torch.zeros(1, length, dtype=torch.int64)
     start = len(prompt)
     ids_1S[0, :start] = torch.tensor(prompt)

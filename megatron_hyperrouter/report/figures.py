@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart; yellow is too light for lines.
+# Okabe and Ito's colours, for readers with any colour vision; without yellow, which is too light for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 MARKERS = "osD^vPX*"
 _SETTINGS: Any = {
@@ -72,7 +72,7 @@ class Drawing:
 
 
 def _inline(text: str, prefix: str) -> str:
-    """What stands in a page of a whole SVG file; ids that something refers to become unique."""
+    """An SVG file as an element of a page; ids that are referred to become unique."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     used = set(_USE.findall(text))

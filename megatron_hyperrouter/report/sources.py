@@ -1,4 +1,4 @@
-"""What a report is made of: folders of runs and studies, told apart by the files that they hold."""
+"""The sources of a report: folders of runs and studies, recognised by the files in them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A folder of ``mhr compare``: label -> seed -> what the run has told."""
+    """A folder of ``mhr compare``: label -> seed -> results of the run."""
 
     folder: Path
     runs: Mapping[str, Mapping[int, Record]]
@@ -90,7 +90,9 @@ def path_of(source: Source) -> Path:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """A short name for each path: its last part, with as many folders above it as tell all of them apart."""
+    """A short name for each path: its last part, with as many folders before it as needed to make the
+    names differ.
+    """
     whole = [path.resolve() for path in paths]
     deepest = max((len(path.parts) for path in whole), default=1)
     for depth in range(1, deepest + 1):

@@ -127,7 +127,7 @@ def _score(group: Sequence[Mapping[str, Any]], measure: str, form: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A number of a CSV file with as many digits as a reader wants."""
+    """A number of a CSV file, rounded for readers."""
     try:
         value = float(text)
     except ValueError:

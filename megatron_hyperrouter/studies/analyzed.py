@@ -31,7 +31,7 @@ from megatron_hyperrouter.train.metrics import score
 if TYPE_CHECKING:
     from megatron_hyperrouter.evaluate.trained import TrainedRun
 
-PROBE_TOKENS = 2048  # whose routes are followed over the checkpoints
+PROBE_TOKENS = 2048  # tokens whose routes are followed over the checkpoints
 JACOBIAN_TOKENS = 64
 _MEASURES = (
     "entropy",
@@ -115,7 +115,7 @@ class Analysis:
         return seen
 
     def _every(self, samples: int, wanted: int) -> int:
-        """Every so many-th token of ``samples`` samples makes ``wanted`` tokens."""
+        """n such that every n-th token of ``samples`` samples gives ``wanted`` tokens."""
         return max(samples * self.run.settings.model.seq_length // wanted, 1)
 
     def _start_matrices(self) -> dict[int, Tensor]:
@@ -141,7 +141,7 @@ class Analysis:
 def jacobian_of(
     sample: Sample, experts: jacobian.Experts, start_ED: Tensor | None
 ) -> dict[str, float | int | None]:
-    """The measures of the router's part of the Jacobian; None where a router is no linear map."""
+    """The measures of the router's part of the Jacobian; None if the router is not a linear map."""
     few, router = sample.first(JACOBIAN_TOKENS), sample.router
     was_training = router.training
     router.eval()
@@ -165,7 +165,7 @@ def jacobian_of(
 
 
 def matrix_of(router: Router) -> Tensor | None:
-    """The router's matrix, ``_ED``; None where it is no linear map."""
+    """The router's matrix, ``_ED``; None if it is not a linear map."""
     try:
         with torch.no_grad():
             return router.linear()[0].detach().cpu().clone()

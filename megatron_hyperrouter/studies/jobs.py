@@ -66,7 +66,7 @@ def common_parser(study: str, description: str, epilog: str) -> Parser:
 def read_common(
     flags: Parser, arguments: Sequence[str], counts: Sequence[str], ours: Sequence[str] = ()
 ) -> tuple[Namespace, CommandLine]:
-    """The flags, of which ``counts`` must be at least 1, and those of the program, without ``ours``."""
+    """The flags, where ``counts`` must be at least 1, and those of the program, without ``ours``."""
     from megatron_hyperrouter.config.reading.sources import read_flags
 
     args, rest = flags.parse_known_args(arguments)

@@ -24,7 +24,7 @@ COUNTS = ("parameters_total", "parameters_active", "tokens", "flops")
 
 @dataclass
 class FittedCurve:
-    """The runs that one curve goes through, and the curve, or why there is none."""
+    """The runs of one curve, and the fitted curve, or why there is none."""
 
     label: str
     score: str  # "" or "_k4"
@@ -146,7 +146,9 @@ def means(rows: Sequence[ResultRow], axes: Sequence[str], measures: Sequence[str
 
 # ------------------------------------------------------------------------------------------- curves
 def curve_axes(points: Sequence[Mapping[str, Any]], curve_for: Sequence[str]) -> list[str]:
-    """The settings that name a curve: those asked for, and those whose values are no numbers."""
+    """The settings that each get separate curves: those of --curve-for, and those whose values are not
+    numbers.
+    """
     words = [
         name
         for name in points[0]

@@ -1,9 +1,8 @@
-"""What one finished run of mhr compare has to tell: a process of its own, started with a
-task (JSON).
+"""Scores one finished run of mhr compare, in a separate process that is started with a task (JSON).
 
-The task: ``run_dir``, ``topk`` (a list), ``test_iters`` (global batches of the test split, or null for
-all of it), ``settings`` (the digest that the results are filed under) and ``output``, which is there,
-whole, when this process ends with status 0.
+The task: ``run_dir``, ``topk`` (a list), ``test_iters`` (global batches of the test split, or null for all
+of it), ``settings`` (the digest that the results are filed under) and ``output``, a file that is complete
+when this process ends with status 0.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from megatron_hyperrouter.terminal import run_tool
 if TYPE_CHECKING:
     from megatron_hyperrouter.train.metrics import Record
 
-LAST_SHARE = 0.1  # of the steps, whose mean is a run's entropy and load
+LAST_SHARE = 0.1  # share of the steps over which a run's entropy and load are averaged
 LOOKED_AT = 16  # global batches of the test split
 
 

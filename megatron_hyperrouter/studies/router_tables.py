@@ -1,4 +1,4 @@
-"""Tables and plots of mhr compare, from what its runs have told."""
+"""Tables and plots of mhr compare, from the results of its runs."""
 
 from __future__ import annotations
 

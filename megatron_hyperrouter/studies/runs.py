@@ -1,5 +1,5 @@
-"""Starts the runs of a study, several at a time: each finishes its stages one after another, goes on
-after an interruption, and is never mixed with runs of other settings.
+"""Starts the runs of a study, several at a time.  Each finishes its stages one after another and continues
+after an interruption; runs with other settings are never mixed in.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ def _start(plan: Plan) -> _Started:
 
 
 def _next_stage(run: _Started, env: Mapping[str, str]) -> None:
-    """A Python process of its own group: a Ctrl-C reaches this tool alone, which then lets runs save."""
+    """A Python process in a separate process group: Ctrl-C reaches only this tool, which then lets the
+    runs save.
+    """
     stage = run.left.pop(0)
     run.what = stage.what
     command = [sys.executable, *stage.command]
@@ -232,8 +234,8 @@ def _next_stage(run: _Started, env: Mapping[str, str]) -> None:
 
 
 def _check_status(run: _Started) -> None:
-    """RuntimeError, with the end of its log, for a run that failed, or whose training somebody else has
-    stopped.
+    """RuntimeError, with the end of its log, for a run that failed, or whose training was stopped from
+    outside.
     """
     if run.process is None:
         return

@@ -71,7 +71,7 @@ class TimedLayout:
 
 @dataclass(frozen=True)
 class Timed(Plan):
-    """One repetition of a row; begun anew after an interruption."""
+    """One repetition of a row; starts again after an interruption."""
 
     row: TimedLayout
     number: int  # from 1
@@ -79,7 +79,7 @@ class Timed(Plan):
     resumes: ClassVar[bool] = False
 
     def stages(self) -> list[Stage]:
-        """Train; half a run of before is no part of it."""
+        """Train; what an interrupted run left is removed."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return [training(self, self.row.ranks)]
 
@@ -303,7 +303,7 @@ def plans_of(rows: Sequence[TimedLayout], args: Namespace) -> Iterator[Timed]:
 
 
 def settle(plan: Timed, warmup: int) -> None:
-    """Keep what a run that has come to its end has to tell, and not its weights."""
+    """Keep the results of a finished run, and remove its weights."""
     if plan.finished or not is_trained(plan):
         return
     lines = (plan.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -316,7 +316,7 @@ def settle(plan: Timed, warmup: int) -> None:
 
 
 def measures(steps: Sequence[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """Medians of the timed steps of one run; the largest of what it says about peak memory."""
+    """Medians over the timed steps of one run, and its peak memory."""
     step_time = statistics.median(record["step_time"] for record in steps)
     tokens = round(steps[0]["tokens_per_second"] * steps[0]["step_time"])
     memory = [value for record in steps for name, value in record.items() if name.startswith("peak_memory")]

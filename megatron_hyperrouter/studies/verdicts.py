@@ -100,7 +100,7 @@ def parse(words: Sequence[str]) -> list[Named]:
 
 
 def verdicts(runs: RunsBySeed, named: Sequence[Named], *, effect: float) -> list[Verdict]:
-    """Those comparisons whose runs are there."""
+    """The verdicts on those comparisons whose runs exist."""
     tests = []
     for each in named:
         seeds = sorted(set(runs.get(each.left, {})) & set(runs.get(each.right, {})))

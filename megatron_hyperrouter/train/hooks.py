@@ -1,5 +1,5 @@
-"""Watching a run: hooks that are told what happened, on the main rank alone.  None of them changes the run,
-and none can end it: one that fails is reported and dropped.
+"""Watching a run: hooks that are called with what happened, on the main rank only.  Hooks cannot change or
+end the run: one that fails is reported and dropped.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _STATUS = {"end": 0, "stop": STOPPED}  # exit statuses
 
 
 class Hook:
-    """Base of all hooks; override what you want to see.  Steps count from 1."""
+    """Base class of all hooks; override the events that you need.  Steps count from 1."""
 
-    essential = False  # True: without it the run is of no use, so it saves and stops when the hook fails
+    essential = False  # True: the run is useless without this hook, so it saves and stops when the hook fails
 
     def on_start(self, step: int) -> None:
         """``step`` steps are done: 0 in a new run, more in a resumed one."""
@@ -36,7 +36,7 @@ class Hook:
         """A checkpoint is complete."""
 
     def on_return(self, step: int) -> None:
-        """The run returned to a checkpoint: what was told of later steps does not count."""
+        """The run returned to a checkpoint: what was reported about later steps is no longer valid."""
 
     def on_event(self, event: str, step: int, **facts: Fact) -> None:
         """Something happened: ``save``, ``stop``, ``end``, ``failure``, ``bad_step``, ``alarm``."""
@@ -128,7 +128,7 @@ class EventsHook(Hook):
     """Writes ``events.jsonl``."""
 
     def __init__(self, path: Path, opening: Mapping[str, Fact] | None = None) -> None:
-        """``opening``: what the first event of an attempt says of it."""
+        """``opening``: fields of the first event of an attempt."""
         self._file, self._opening = EventsFile(path), dict(opening or {})
 
     def on_start(self, step: int) -> None:
@@ -136,7 +136,7 @@ class EventsHook(Hook):
         self._file.write("resume" if step else "start", step, **self._opening)
 
     def on_event(self, event: str, step: int, **facts: Fact) -> None:
-        """One line; the last one of an attempt tells the exit status."""
+        """Write one line; the last one of an attempt has the exit status."""
         if event in _STATUS:
             facts["status"] = _STATUS[event]
         self._file.write(event, step, **facts)
@@ -151,11 +151,11 @@ class MetricsHook(Hook):
         self._file = MetricsFile(path)
 
     def on_start(self, step: int) -> None:
-        """No step may stand twice: what a killed run wrote after its checkpoint goes."""
+        """Remove the lines that a killed run wrote after its checkpoint, so that no step occurs twice."""
         self._file.cut_after(step)
 
     def on_return(self, step: int) -> None:
-        """No step may stand twice."""
+        """Remove the lines of later steps, so that no step occurs twice."""
         self._file.cut_after(step)
 
     def on_step(self, record: Record) -> None:

@@ -45,10 +45,10 @@ def train(
 ) -> int:
     """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 
-    Every rank calls this; only the main rank brings ``hooks``.  ``token_bytes_V``: UTF-8 bytes of each token
-    id, or None where they are not known.  ``speed``: what a step costs, where it is known.  ``description``:
-    what every checkpoint says about the run.  ``start``: what it begins with; None: what the settings say.
-    ``writer``: continues prompts along the way.
+    Every rank calls this; only the main rank passes ``hooks``.  ``token_bytes_V``: number of UTF-8 bytes
+    of each token id, or None if unknown.  ``speed``: cost of a step, if known.  ``description``: what
+    every checkpoint says about the run.  ``start``: what the run begins with; None: as the settings say.
+    ``writer``: continues prompts during training.
     """
     start, described = begin(config, start, description)
     watch = supervision or Supervision()

@@ -42,14 +42,14 @@ class StepFacts:
     consumed: tuple[int, int]  # samples and tokens of all steps so far
     step_time: float  # seconds
     data_time: float  # the part of it in which this rank waited for its batches
-    devices: int  # ranks, each with a device of its own
+    devices: int  # ranks, each with a separate device
     flops: float = 0.0  # of the model, forward and backward; 0: not known
     peak_flops: float | None = None  # a second, of one device; None: not known
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a step; a step whose ``value`` is None leaves it out."""
+    """One number of a step; if its ``value`` is None, the step has no such number."""
 
     name: str
     group: Literal["", "train", "speed", "router"]  # of TensorBoard's tags; "": no tag
@@ -208,13 +208,13 @@ def score(
     unscored: Callable[[int], int] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
-    """Evaluate the first ``num_samples`` samples, all when None, with ``topk`` experts (collective).
+    """Evaluate the first ``num_samples`` samples (None: all) with ``topk`` experts (collective).
 
-    Always the same samples, each once, whatever the micro-batch and the number of ranks, so that the losses
-    of two evaluations can be compared.  Where the last micro-batches are not full, what fills them up counts
-    nowhere; nor do the first ``unscored(i)`` labels of sample ``i``.
+    The same samples are scored each time, each once, with any micro-batch size and number of ranks, so
+    that the losses of two evaluations can be compared.  If the last micro-batches are not full, the
+    padding is not counted.  Neither are the first ``unscored(i)`` labels of sample ``i``.
 
-    ``stop`` is asked now and then; where it says True, on all ranks alike, the rest is left out.
+    ``stop`` is called from time to time; if it returns True (on all ranks), the rest is skipped.
     """
     place = engine.place
     scored = len(dataset) if num_samples is None else min(num_samples, len(dataset))
@@ -341,7 +341,7 @@ class MetricsFile:
 
 
 def scored_splits(path: Path, step: int) -> set[str]:
-    """The splits of which a metrics file has a score after ``step`` steps."""
+    """The splits for which a metrics file has a score after ``step`` steps."""
     found = set()
     with contextlib.suppress(OSError), path.open("rb") as lines:
         for line in lines:

@@ -94,11 +94,11 @@ class WandbHook(Hook):
 
 
 def hooks_for(config: RunConfig, place: Place, opening: Mapping[str, Fact] | None = None) -> list[Hook]:
-    """The hooks that the settings ask for, on the main rank; none elsewhere.
+    """The hooks that the settings need, on the main rank; none elsewhere.
 
-    ``opening``: what the first event says of this attempt.
+    ``opening``: fields of the first event of this attempt.
 
-    Raises HostError on every rank when a library is missing, so that no rank waits for one that has left.
+    Raises HostError on every rank if a library is missing, so that no rank waits for one that has ended.
     """
     asked: list[Callable[[], Hook]] = [
         lambda: SettingsHook(config),

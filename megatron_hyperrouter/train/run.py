@@ -259,9 +259,9 @@ class Run:
         return () if step % self.config.train.eval_interval else ("valid",)
 
     def catch_up(self, step: int) -> None:
-        """Score what was due after ``step`` steps, where the run was stopped before it had done so.
+        """Do the evaluation that was due after ``step`` steps, if the run was stopped before it.
 
-        The checkpoint says that it is due, and ``metrics.jsonl`` does not have the scores.
+        The checkpoint says that it was due, and ``metrics.jsonl`` does not have the scores.
         """
         if due := self.start.manifest.get("meta", {}).get("evaluation_due"):
             metrics = Path(self.config.logging.run_dir) / "metrics.jsonl"

@@ -40,9 +40,9 @@ def open_samples(
     step: int,
     tokenizer: Mapping[str, Any] | None = None,
 ) -> Samples:
-    """Open the data of a run that has done ``step`` steps, in which it has read what ``ledger`` says.
+    """Open the data of a run that has done ``step`` steps; ``ledger`` says what these steps have read.
 
-    ``tokenizer``: its identity, which that of the data must be; None: any.
+    ``tokenizer``: its identity, which must match that of the data; None: any.
     """
     needed = samples_needed(config, world_size)
     mixes = mixes_of(config.data, step=step)

@@ -1,6 +1,4 @@
-"""When a run saves, and that it does not wait for it: every so many steps, every so many minutes, and on
-request.
-"""
+"""When a run saves, without waiting for the disk: every N steps, every X minutes, and on request."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ _NONE = -1  # no step
 class Wish(NamedTuple):
     """What has to be done after a step, the same on all ranks."""
 
-    stop: str  # who stops the run; empty: nobody
+    stop: str  # what stops the run; empty: nothing
     save: bool  # it is time to save
 
 
@@ -39,8 +37,8 @@ NOTHING = Wish("", save=False)
 class Saving:
     """The checkpoints of one run; methods marked collective need every rank.
 
-    The main rank's clock counts.  What one rank alone knows (its writer failed, it is time) it tells the
-    others by the flag that every step adds up: see :meth:`asks` and :meth:`answer`.
+    The main rank's clock counts.  If only one rank knows something (its writer failed, it is time to
+    save), it tells the others by the flag that every step adds up: see :meth:`asks` and :meth:`answer`.
     """
 
     def __init__(
@@ -55,9 +53,9 @@ class Saving:
         begun: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``texts``: further files of each checkpoint; ``meta``: what the manifest says of a step;
+        """``texts``: further files of each checkpoint; ``meta``: what the manifest says about a step;
         ``saved``: called on the main rank after each save; ``remedy``: what to do when the weights are
-        lost; ``begun``: the step of the checkpoint that the run begins with.
+        ruined; ``begun``: the step of the checkpoint that the run begins with.
         """
         self._engine, self._settings = engine, config.checkpoint
         self.folders = CheckpointFolders(
@@ -79,8 +77,8 @@ class Saving:
         )
 
     def asks(self, request: StopRequest) -> int:
-        """Whether this rank has something to tell the others after the step, or, with ``GIVE_UP``, instead of
-        it; asks for a stop when the time of the program is up.
+        """Whether this rank has something to tell the others after the step, or, with ``GIVE_UP``, instead
+        of it; asks for a stop when the program has run for its time.
         """
         limit = self._settings.exit_duration_in_mins
         if self._engine.place.is_main and limit is not None and self._clock() - _STARTED >= 60 * limit:
@@ -101,7 +99,7 @@ class Saving:
         return self._settings.save_interval > 0 and step % self._settings.save_interval == 0
 
     def stops_at(self, step: int) -> str:
-        """Why the run ends after this step, by --exit-interval; empty where it goes on."""
+        """Why the run ends after this step, by --exit-interval; empty if it continues."""
         interval = self._settings.exit_interval
         return "--exit-interval" if interval is not None and step % interval == 0 else ""
 

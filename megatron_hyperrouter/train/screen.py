@@ -13,7 +13,7 @@ from megatron_hyperrouter.train.hooks import Hook
 from megatron_hyperrouter.train.metrics import Record, summary
 
 _GAP = "  "
-_ON_THE_BAR = 5  # numbers beside step and remaining time; the rest is in the lines
+_ON_THE_BAR = 5  # numbers in the bar besides step and remaining time; the others are in the lines
 
 
 class ConsoleHook(Hook):
@@ -38,7 +38,7 @@ class ConsoleHook(Hook):
         self._progress.start()
 
     def on_step(self, record: Record) -> None:
-        """Move the bar; print a line where one is due, of the steps since the last one."""
+        """Update the bar; at the log interval, print a line about the steps since the last line."""
         step = int(record["step"] or 0)
         if record["lm_loss"] is None:
             self._say(f"step {step}  left out")
@@ -80,7 +80,7 @@ class ConsoleHook(Hook):
         return [f"{share:.0%} waiting for data"] if share >= 0.01 else []
 
     def _in_lines(self, pieces: list[str]) -> list[str]:
-        """One line in a log; on a terminal as many as its width needs, each further one indented."""
+        """One line in a log; on a terminal as many as its width needs, with later lines indented."""
         if not self._screen.is_terminal:
             return [_GAP.join(pieces)]
         lines = [pieces[0]]

@@ -1,4 +1,4 @@
-"""Texts that a run writes while it trains: the same prompts again and again, always the likeliest token.
+"""Sample texts of a run during training: continues the same prompts each time, by greedy decoding.
 
 Legend: ``P`` prompts, ``S`` positions of a sample.
 """

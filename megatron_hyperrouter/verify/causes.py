@@ -17,8 +17,8 @@ from megatron_hyperrouter.verify.differences import Evidence, gradients
 
 
 class RatioFit(NamedTuple):
-    """How a parameter's gradients fit ``factor`` x the reference's: what is left, relative to the largest of
-    them.
+    """How well ``factor`` x the reference's gradients fits a parameter's gradients: the remaining
+    difference, relative to the largest gradient.
     """
 
     factor: float

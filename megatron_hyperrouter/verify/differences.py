@@ -38,11 +38,11 @@ ONE_PROCESS: dict[str, object] = {
     "sequence_parallel": False,
 }
 STEP_NUMBERS = ("lm_loss", "aux_loss", "grad_norm")
-# Gradients are told by a first step of Adam whose epsilon drowns its normalisation: weight -= SCALE x
-# gradient.  SCALE is so large that the weight itself, to which the result is rounded, does not matter.
+# Gradients are measured by a first step of Adam.  Its epsilon is so large that gradients are not normalised:
+# weight -= SCALE x gradient.  SCALE is so large that rounding to the precision of the weight does not matter.
 SCALE = 2.0**20
 DROWNING_EPSILON = 1e6
-# a parameter whose gradients are all smaller than this share of the largest is compared with that share
+# gradients of a parameter that are all smaller than this share of the largest are compared with that share
 GRADIENT_FLOOR = 1e-3
 ROUNDED_SHARE = 1e-2  # of a weight, that is added to the path of its steps: float32 rounds it to 1e-5 of this
 
@@ -83,11 +83,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run left: ``steps``, a dictionary of numbers each; ``routers``, for each rank {router: digest of
-    its frozen part}.
+    """The results of a run: ``steps``, a dictionary of numbers for each; ``routers``, for each rank
+    {router: digest of its frozen part}.
 
-    ``before`` and ``after`` are folders of weights around the step that tells gradients, ``last`` those after
-    all ``steps``.
+    ``before`` and ``after`` are folders of weights around the step that measures gradients, ``last`` those
+    after all ``steps``.
     """
 
     steps: Sequence[dict[str, float]]
@@ -115,11 +115,12 @@ class Difference:
 def in_bfloat16(rounding: Sequence[Difference]) -> Tolerances:
     """``rounding``: how the bfloat16 reference differs from the same run in float32.
 
-    Both sides of a comparison are roundings of that float32 run, each in its own order: where bfloat16 takes
-    numbers by d from it, two such runs are at most 2 d apart.  Gradients of one expert jump by more where
-    rounded weights send it another token; layouts share those weights, so they stay within d (a tiny GPT:
-    0.03 of 0.3 to 0.4), and a quarter tells a gradient that lacks a part whatever d is. Weights say little:
-    Adam makes a whole step of a gradient's sign, also where the gradient is rounding.
+    Both sides of a comparison are roundings of that float32 run, each in another order.  If bfloat16
+    changes numbers by d, two such runs differ by at most 2 d.  Gradients of one expert change by more if
+    rounded weights send it another token; layouts share those weights, so they stay within d (in a tiny
+    GPT: 0.03 of 0.3 to 0.4).  A quarter still reveals a gradient that lacks a part, for any d.  Weights
+    say little, because Adam takes a whole step for the sign of a gradient, even if the gradient is only
+    rounding.
     """
     found = {difference.number: difference.value for difference in rounding}
     least, most = BFLOAT16_GRADIENTS
@@ -187,7 +188,7 @@ def compare(
     told = [_steps(number, found, reference, allowed.numbers) for number in STEP_NUMBERS]
     told_gradients = ((name, difference, scale) for name, difference, _, scale in gradients(found, reference))
     path = config.optimizer.lr * len(reference.steps)
-    # A step that is short beside its weight is rounded with the weight
+    # A step that is small compared with its weight is rounded with the weight
     weights = (
         (name, one - other, path + ROUNDED_SHARE * float(other.abs().max()))
         for name, one, other in _pairs(found.last, reference.last)
@@ -272,13 +273,13 @@ def _pairs(folder: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def evidence(folder: Path, told: dict[str, Any]) -> Evidence:
-    """What a worker told, and left in ``folder``."""
+    """The results of a worker, and the weights that it left in ``folder``."""
     return Evidence(told["steps"], told["routers"], folder / "before", folder / "after", folder / "last")
 
 
 def check_names(layouts: Sequence[Layout]) -> None:
-    """A fault that nobody knows would pass for one that nothing has found, a misspelt setting for one
-    that is ruled out (ConfigError).
+    """ConfigError for unknown names: an unknown fault would look like one that was not found, and a
+    misspelt setting like one that is ruled out.
     """
     from megatron_hyperrouter.config.leaves import tree_leaves
     from megatron_hyperrouter.errors import ConfigError, Problem

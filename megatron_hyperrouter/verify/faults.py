@@ -67,7 +67,7 @@ def around(fault: str, config: RunConfig) -> Iterator[None]:
 
 
 def inside(fault: str, config: RunConfig, engine: Any) -> None:
-    """Once the engine stands."""
+    """Inject the fault into an engine that is complete."""
     from megatron_hyperrouter.model.names import is_expert
 
     if fault == "expert-gradient":

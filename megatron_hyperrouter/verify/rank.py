@@ -1,9 +1,9 @@
-"""One rank of mhr verify: trains each case of its task and leaves what it saw.
+"""One rank of mhr verify: trains each case of its task and writes its results.
 
-Started by the tool with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON);
-under a launcher the tool calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``, ``folder``
-for weights, ``fault``, and ``own_data``: the data of the settings instead of made-up tokens.  Two runs of it
-tell gradients (see ``evaluate.layouts``) and losses.
+The tool starts it with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON);
+under a launcher, the tool calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``,
+``folder`` for weights, ``fault``, and ``own_data``: the data of the settings instead of made-up tokens.
+Each case runs twice, for gradients (see ``verify.differences``) and for losses.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def run_cases(cases: Sequence[dict[str, Any]], world: World) -> list[dict[str, Any]]:
-    """All cases in one process, so that the hosts are imported once; what each told."""
+    """Run all cases in one process, so that the hosts are imported once; returns the results of each."""
     import torch
 
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def run_case(case: dict[str, Any], world: World, name: str) -> dict[str, Any]:
 
 
 class _Run:
-    """An engine in a world of its own: ending it frees the threads of all its process groups."""
+    """An engine in a separate world: ending it frees the threads of all its process groups."""
 
     def __init__(self, case: dict[str, Any], settings: str, world: World, name: str) -> None:
         from megatron_hyperrouter.config.cli import load_file
@@ -133,9 +133,7 @@ class _Run:
 
 
 def join(world: World, name: str) -> None:
-    """Make torch.distributed's world of one case, and tell DeepSpeed, where it is installed, that there is
-    one.
-    """
+    """Create torch.distributed's world for one case, and tell DeepSpeed about it if it is installed."""
     import torch.distributed as dist
 
     from megatron_hyperrouter.engines.world import backend
@@ -154,10 +152,10 @@ def join(world: World, name: str) -> None:
 
 
 def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | None, Dataset | None]:
-    """Size of the vocabulary, the id that ends a document where the settings mind it, and their training data
-    (None: made-up tokens).
+    """Vocabulary size, the id that ends a document if the settings separate documents, and the training
+    data (None: made-up tokens).
 
-    Raises what the program would raise.
+    Raises the same errors as the program.
     """
     from megatron_hyperrouter.config.derived import separates_documents
     from megatron_hyperrouter.data.stream.dataset import build_splits
@@ -210,7 +208,7 @@ def _save(engine: Engine, folder: Path) -> None:
 
 
 def _frozen_parts(engine: Any) -> dict[str, str]:
-    """A digest of the bytes that each router of this rank works with, not of what it says of them."""
+    """A digest of the frozen bytes that each router of this rank uses; the stored hash is not used."""
     from megatron_hyperrouter.ops.keyed import digest
 
     return {

@@ -33,7 +33,7 @@ class Starter(Protocol):
     is_main: bool  # one process judges
 
     def run(self, cases: Cases, ranks: int) -> list[dict[str, Any]]:
-        """Run them on as many ranks; what each told, on the main process."""
+        """Run the cases on this number of ranks; returns the results, on the main process."""
         ...
 
     def close(self) -> None:
@@ -52,8 +52,8 @@ class Here:
         self.is_main = True
 
     def run(self, cases: Cases, ranks: int) -> list[dict[str, Any]]:
-        """Start ``ranks`` processes, wait, and return what rank 0 told; the end of a failed rank's log is the
-        error.
+        """Start ``ranks`` processes, wait, and return the results of rank 0; if a rank fails, the end of
+        its log is the error.
         """
         task, answer = self.folder / f"task-{ranks}.json", self.folder / f"answer-{ranks}.json"
         task.write_text(json.dumps({"timeout": self.timeout, "cases": cases}), encoding="utf-8")

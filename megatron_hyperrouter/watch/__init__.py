@@ -1,1 +1,1 @@
-"""Watching a run from outside: its state, told by the files in its folder alone."""
+"""Watching a run from outside: its state, from the files in its folder."""

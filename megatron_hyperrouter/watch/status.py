@@ -14,7 +14,7 @@ from megatron_hyperrouter.watch.trace import Event, Trace, is_here
 STATES = {"end": "finished", "stop": "stopped", "failure": "failed"}
 _MISSED = 3  # beats that a rank may leave out
 _STILL = 60.0  # seconds without progress that are not worth a word
-_STEPS = 10  # ... or so many usual steps
+_STEPS = 10  # ... or this many usual steps
 _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 
 
@@ -25,14 +25,16 @@ class Status:
     run: str
     state: str  # running, stopped, finished, failed, hung
     reason: str  # why, in words; empty where the state says it all
-    exit_status: int | None  # of an attempt that has ended; None where it runs, or could not tell
+    exit_status: (
+        int | None
+    )  # of an attempt that has ended; None if it is running, or ended without recording it
     step: int  # completed
     total: int | None
     speed: float | None  # tokens a second
     step_time: float | None  # seconds
     eta: float | None  # seconds until the last step
     last_save: dict[str, Any] | None  # step, age (seconds), folder, seconds (taken), waited
-    late: list[str]  # ranks that hold up the others
+    late: list[str]  # ranks that delay the others
     restarts: int
     causes: list[str]  # of the restarts
     goodput: float | None  # seconds in steps that count / seconds since the first start
@@ -118,7 +120,7 @@ def _is_alive(trace: Trace) -> bool:
 
 
 def _late(trace: Trace, opening: Event) -> list[str]:
-    """The ranks that are silent, or hold up the others while nothing moves."""
+    """The ranks that are silent, or that delay the others while there is no progress."""
     beats, silent = trace.beats, trace.silent
     lost = [rank for rank, seconds in silent.items() if seconds > _MISSED * beats[rank].every]
     if lost:
@@ -160,7 +162,7 @@ def _until(trace: Trace, *, alive: bool) -> float:
 
 
 def _eta(trace: Trace, step: int, total: int | None, step_time: float | None) -> float | None:
-    """At the present speed, with what the attempt has spent beside its steps so far."""
+    """At the current speed, including the time that the attempt has spent outside of steps."""
     if total is None or step_time is None:
         return None
     opening = trace.opening or {}

@@ -40,14 +40,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything that tells the state of a run, as read at one moment."""
+    """Everything that shows the state of a run, read at one moment."""
 
     run_dir: Path
     now: float  # by the clock of the file server
     events: list[Event]
     beats: dict[int, Beat]  # of the newest attempt
     silent: dict[int, float]  # seconds since each of them was written
-    held: bool | None  # whether a run holds the folder; None where this machine cannot tell
+    held: bool | None  # whether a run has locked the folder; None if this machine cannot find out
     holder: dict[str, object]
     held_since: float | None
     last_step: float | None  # when metrics.jsonl was written
@@ -103,7 +103,7 @@ def read_trace(run_dir: Path) -> Trace:
 
 
 def read_steps(path: Path, *, after: int) -> Steps:
-    """The steps of a file of metrics, which may hold a hundred thousand; none where there is no file."""
+    """The steps of a metrics file, which may have a hundred thousand; none if there is no file."""
     trained, last, since, recent = 0.0, 0, 0.0, b""
     times: list[float] = []
     for step, seconds in _step_times(path):

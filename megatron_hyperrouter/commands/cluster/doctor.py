@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Examine, show, and tell by the exit status."""
+    """Examine, show the findings, and end with the exit status."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
     add("--json", type=Path, metavar="FILE", help="also write the findings to FILE")

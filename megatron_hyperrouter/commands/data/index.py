@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.routers import ROUTERS
 
     class Counting(Cache):
-        """Knows how many files were asked for: what cannot be written is made in memory, which is of no use
-        here.
+        """Counts the files that were requested: a file that cannot be written is only made in memory,
+        which does not help the run.
         """
 
         asked = 0

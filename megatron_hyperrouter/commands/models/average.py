@@ -118,7 +118,7 @@ def write(draft: Path, output: Path, runs: Sequence[TrainedRun], terms: Sequence
 
 
 def _ignore(_value: object) -> None:
-    """What a phase of a save returns is of no use."""
+    """The result of a phase of a save is not needed here."""
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:

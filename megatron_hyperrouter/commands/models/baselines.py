@@ -106,11 +106,11 @@ def baseline_bits(
     eod: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of an
-    evaluation.
+    """Bits per byte of both baselines on the first ``tokens`` targets of the test split, in the order of
+    an evaluation.
 
-    ``eod``: the id that ends a document, where what follows it counts neither there nor here.
-    ``progress(samples, all samples)`` of the training data.
+    ``eod``: the id that ends a document, if tokens after it are not scored.  ``progress(samples, all
+    samples)`` of the training data.
     """
     import numpy as np
 

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] = ()) -> None:
-    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name; ``served``: values of --topk
-    for which a caller wants the folder, beside its own.
+    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name; ``served``: further values
+    of --topk for which a caller needs the folder.
     """
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.export.card import write_card

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, tokenizer: Tokenizer) -> None:
-    """All seeds of a run whose settings are those of its fine-tuning."""
+    """Fine-tune a run with all seeds; ``run`` has the settings of the fine-tuning."""
     from dataclasses import replace
 
     from megatron_hyperrouter.config.cli import launched_world_size

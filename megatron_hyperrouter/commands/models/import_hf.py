@@ -142,8 +142,8 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
 
 
 def tokenizer_of(args: Namespace, folder: HfFolder) -> dict[str, Any]:
-    """The tokenizer's settings, whose file the checkpoint keeps; without a tokenizer the ids are all there
-    is.
+    """The settings of the tokenizer, whose file is saved in the checkpoint; without a tokenizer there are
+    only ids.
     """
     given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / "tokenizer.json"
     if not given.is_file():

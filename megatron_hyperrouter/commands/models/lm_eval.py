@@ -23,7 +23,7 @@ _SAMPLES = 64
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Folder -> tasks -> the harness in a process of its own -> a table."""
+    """Folder -> tasks -> the harness in a separate process -> a table."""
     args = read_flags(arguments)
     from megatron_hyperrouter.huggingface.local_tasks import TASKS
     from megatron_hyperrouter.proof.child import HARNESS, ask

@@ -244,7 +244,7 @@ def plans_of(study: Study, args: Namespace) -> Iterator[Trial]:
 
 
 def check_routers(labels: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """ConfigError for each label that is neither a router nor explained by --options."""
+    """ConfigError for each label that is neither a router nor defined in --options."""
     from megatron_hyperrouter.errors import ConfigError, Problem
     from megatron_hyperrouter.routers import ROUTERS
 

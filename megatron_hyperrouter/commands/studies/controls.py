@@ -1,7 +1,7 @@
-"""What ``mhr compare`` adds without being asked: a control of matched scale, and the comparisons with it.
+"""What ``mhr compare`` adds by default: a control of matched scale, and comparisons with it.
 
-A router whose logits start larger puts more weight on fewer experts, and does better with few of them,
-whatever else it does.  The control is a random router that is never trained, with logits of the same scale.
+A router with larger initial logits puts more weight on fewer experts, and does better with few of them for
+this reason alone.  The control is a random router that is never trained, with logits of the same scale.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def comparisons_of(
 
 
 def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> None:
-    """Put down what will be asked before the runs; ``started``: some run is finished, so it must stand as it
-    was.
+    """Write the questions before the runs; ``started``: some run is finished, so the questions must not
+    change.
     """
     path = output / STUDY
     if path.exists() and started:

@@ -82,7 +82,7 @@ class CheckedLayout:
 
     @property
     def ok(self) -> bool:
-        """Nothing speaks against it."""
+        """All differences are within their tolerances."""
         return all(difference.ok for difference in self.differences)
 
 
@@ -198,7 +198,7 @@ def check_some_run(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> N
 
 
 def check_data(reference: CheckedLayout, args: Namespace) -> None:
-    """Data that cannot be read is told once, before ranks start; raises DataError."""
+    """Raises DataError for data that cannot be read, once, before ranks start."""
     from megatron_hyperrouter.verify.rank import read_data
 
     assert reference.config is not None
@@ -318,7 +318,7 @@ def judge(rows: Sequence[CheckedLayout], reference: CheckedLayout, exact: Checke
 
 
 def case_of(row: CheckedLayout, args: Namespace, starter: Starter) -> dict[str, Any]:
-    """What the ranks read: two settings files, see ``evaluate.layouts`` for how gradients are told."""
+    """What the ranks read: two settings files; see ``verify.differences`` for how gradients are measured."""
     from megatron_hyperrouter.config.cli import dump, replace_leaves
     from megatron_hyperrouter.verify.differences import DROWNING_EPSILON, SCALE
 

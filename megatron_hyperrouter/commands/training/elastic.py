@@ -1,7 +1,7 @@
-"""``--elastic``: a run continues on fewer or more ranks than it had.
+"""``--elastic``: a run continues on fewer or more ranks.
 
-Tensor, pipeline, context and expert parallelism stay as they are set, and so does the global batch; the
-data-parallel ranks are as many as there are copies of the model, and the micro-batch follows.
+Tensor, pipeline, context and expert parallelism stay as set, and so does the global batch size.  The
+number of data-parallel ranks is the number of copies of the model, and the micro-batch size follows.
 """
 
 from __future__ import annotations

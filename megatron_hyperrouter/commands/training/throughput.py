@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 
 # Dense FLOP/s of matrix products in bfloat16, from the vendors' data sheets. The first name that a device's
-# name contains counts, so longer ones stand first.
+# name contains counts, so longer ones come first.
 _PEAK_BF16: Mapping[str, float] = MappingProxyType(
     {
         "B200": 2250e12,
@@ -45,5 +45,5 @@ def peak_flops(*, bf16: bool) -> float | None:
 
 
 def peak_of(device_name: str) -> float | None:
-    """The peak of the device of this name, as torch tells it."""
+    """The peak of the device with this name, as torch reports it."""
     return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)

@@ -19,7 +19,7 @@ _REMEDY = "start all ranks with the same command and the same files"
 
 
 def agree_on_settings(config: RunConfig, meeting: Meeting) -> None:
-    """ConfigError where a rank was given other settings; paths on a machine of its own may differ."""
+    """ConfigError if a rank was given other settings; paths may differ between machines."""
     here = ("run_dir", "load")
     facts = {
         leaf.flag: value_of(config, leaf.name)

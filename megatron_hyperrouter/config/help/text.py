@@ -12,7 +12,7 @@ from megatron_hyperrouter.config.tree import RouterChoice
 from megatron_hyperrouter.errors import ConfigError, Problem
 
 NARROWEST, WIDEST = 60, 120  # columns; longer lines are hard to read
-TWO_COLUMNS = 100  # from this width on, the text of a flag is beside it
+TWO_COLUMNS = 100  # from this width on, the help text is to the right of the flag
 COLUMN = 46
 FEW = 3  # options that two routers share are explained for each of them
 KINDS = {int: "N", float: "X", str: "TEXT"}

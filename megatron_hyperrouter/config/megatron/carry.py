@@ -73,7 +73,7 @@ class Source:
     given: dict[str, Any]
     key: Callable[[str], str]  # name of a setting -> its key: ``--num-layers`` or ``num_layers``
     place: Callable[[str], str]  # key -> how a message names it
-    words: Callable[[Any], list[str] | None]  # what a key holds -> words; None where it is switched off
+    words: Callable[[Any], list[str] | None]  # value of a key -> words; None if it is switched off
     beneath: Mapping[str, Any] = field(default_factory=dict)  # settings of ours from a weaker source
 
 

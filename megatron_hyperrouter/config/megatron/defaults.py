@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-ENOUGH = 3  # flags of Megatron-LM's alone: from so many on, a command is taken for one of its commands
+ENOUGH = 3  # a command with at least this many flags that only Megatron-LM has is one of its commands
 
 
 class Other(NamedTuple):

@@ -28,7 +28,9 @@ class Absent(NamedTuple):
 
 def _rows(text: str) -> dict[str, tuple[str, str]]:
     """Lines ``name | one | other``."""
-    lines = text.strip().replace("\n ", " ").splitlines()  # a line that starts with a space goes on
+    lines = (
+        text.strip().replace("\n ", " ").splitlines()
+    )  # a line that starts with a space continues the previous one
     cells = ([cell.strip() for cell in line.split("|")] for line in lines)
     return {name: (one, other) for name, one, other in cells}
 

@@ -155,7 +155,7 @@ def _prepared(leaf: Leaf, raw: object) -> object:
 def _remedy(leaf: Leaf, raw: object) -> str:
     if close := nearest(str(raw), map(str, leaf.choices)):
         return f"did you mean {close}?"
-    # To leave out what the model is made of is no remedy: the default would be another model.
+    # Omitting a setting that defines the model is not a remedy: the default is another model.
     has_default = leaf.default is not None and not leaf.is_tuple and leaf.role not in MODEL
     default = f", or leave it out for {leaf.default}" if has_default else ""
     if leaf.base is str:

@@ -131,7 +131,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     if "\0" in text or (not text.isascii() and text != text.encode("utf-8", "replace").decode()):
         raise ValueError(f"has a character in line {line} that is not valid text")
     kind = node.tag.removeprefix(PLAIN)
-    if kind == "str" and node.style is None:  # a plain word without a tag of its own
+    if kind == "str" and node.style is None:  # a plain word without a tag
         kind = next((name for name, pattern in CORE if pattern.fullmatch(text)), "str")
     elif kind != "str" and not any(name == kind and pattern.fullmatch(text) for name, pattern in CORE):
         raise ValueError(f"has the value {text} in line {line}, which does not fit the tag {node.tag}")

@@ -47,7 +47,7 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
         raise ValueError(f"cannot be read: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError("must be a list of mixes")
-    fill = str if is_inline(given) else expanded  # what a run's config.yaml holds has been expanded
+    fill = str if is_inline(given) else expanded  # the schedule in a run's config.yaml is already expanded
     mixes = tuple(_mix(number, entry, fill) for number, entry in enumerate(entries, start=1))
     steps = [step for step, _ in mixes]
     if steps[0] != 0:

@@ -220,8 +220,8 @@ def exhaustive_blending_indices(sizes: npt.ArrayLike, *, impl: Implementation | 
 
 
 def key_of(*numbers: int) -> int:
-    """A 64-bit key for :meth:`Implementation.permutation` from whole numbers, each of which changes all of
-    it.
+    """A 64-bit key for :meth:`Implementation.permutation`, from integers; each of them changes all bits of
+    the key.
     """
     digest = hashlib.blake2b(
         b"".join(number.to_bytes(16, "little", signed=True) for number in numbers), digest_size=8

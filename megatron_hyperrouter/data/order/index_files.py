@@ -1,16 +1,17 @@
-"""Index files: arrays that one process of a node builds and all of them map; a later run finds them there.
+"""Index files: arrays that one process of a node builds and all of them map into memory; a later run finds
+them.
 
-Nobody waits in a collective: a process that needs a file takes a lock of its own machine, builds the file if
-it is still missing, and lets go.  A file appears under its name whole, so that a builder which was killed
-leaves nothing that could be read, and the next one in line takes over.  Names are digests of all that the
-content depends on; a damaged or foreign file is built again.
+No process waits in a collective.  A process that needs a file takes a lock of its machine, builds the file
+if it is still missing, and releases the lock.  A file gets its name when it is complete, so a builder that
+is killed leaves nothing that could be read, and the next process builds the file.  Names are digests of
+everything that the content depends on; a damaged or foreign file is built again.
 
     bytes 0-7     b"MHRINDEX"
     bytes 8-15    uint64  length of the header
     bytes 16-19   uint32  CRC-32 of the header
     then          header, JSON: {"key": ..., "arrays": [{"name", "dtype", "shape", "offset", "crc32"}, ...],
                                  "size": bytes of all arrays}
-    then          the arrays, little-endian, each from a multiple of 64 bytes on
+    then          the arrays, little-endian, each starting at a multiple of 64 bytes
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass
 class Cache:
-    """Where index files lie: in ``folder``, else in ``cache/hyperrouter`` beside the data, else in
-    ``fallback``, else nowhere.
+    """The place of index files: ``folder``, else ``cache/hyperrouter`` next to the data, else
+    ``fallback``, else memory.
 
     ``used``: the files that were found or built, in order.
     """
@@ -72,11 +73,11 @@ class Cache:
     def arrays(
         self, key: CacheKey, names: Names, build: Callable[[], Named], *, beside: str, numbers: int
     ) -> Arrays:
-        """The arrays called ``names`` that ``build`` makes for ``key`` (values that JSON knows), with
-        ``numbers`` numbers in all, for the data file ``beside``.
+        """The arrays called ``names`` that ``build`` makes for ``key`` (values that JSON supports), with
+        ``numbers`` numbers in total, for the data file ``beside``.
 
-        An array that ``build`` yields is written before the next one is asked for, so that they need not all
-        be in memory.
+        An array that ``build`` yields is written before the next one is requested, so they need not all be
+        in memory.
         """
         if numbers < self.cached_from:
             return dict(build())
@@ -84,7 +85,7 @@ class Cache:
             hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest() + ".index"
         )
         paths = [folder / name for folder in self._folders(beside)]
-        for path in paths:  # no lock and no right to write is needed for what is there
+        for path in paths:  # an existing file can be read without a lock and without write access
             found = _load(path, key, names)
             if found is not None:
                 self.used.append(path)
@@ -186,7 +187,7 @@ def _write_array(stream: Any, array: npt.NDArray[Any]) -> int:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where an array lies in the file, and what it is."""
+    """The position and the type of an array in the file."""
 
     name: str
     dtype: np.dtype[Any]

@@ -1,17 +1,17 @@
-"""An order of samples that is looked up and never built: for corpora whose index would take minutes and
+"""An order of samples that is computed when it is needed: for corpora whose index would take minutes and
 gigabytes.
 
-Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and cut into regions of
-several blocks, so a region holds documents from all over the corpus; the documents of a region are permuted
-once more and laid end to end.  Samples are cut from the stream of all regions and epochs, each of
-``seq_length`` tokens and one more, its last label; those that begin in the same region are permuted among
-themselves.  So each token is read exactly once an epoch, region after region, and neighbours change from
-epoch to epoch.  The order is a function of the seed and the sample's number: it does not change with the
-number of samples.
+Neighbouring documents of the file form blocks.  In each epoch the blocks are permuted and divided into
+regions of several blocks, so a region has documents from all over the corpus.  The documents of a region
+are permuted again and joined.  The stream of all regions and epochs is divided into samples of
+``seq_length`` tokens and one more, the last label.  Samples that begin in the same region are permuted
+among themselves.  So each token is read exactly once per epoch, region after region, and neighbours change
+from epoch to epoch.  The order is a function of the seed and the sample's number; it does not depend on
+the number of samples.
 
-What is kept: where each block begins (8 bytes a block), and a few regions (16 bytes a document).  ``tokens``
-below are positions in an epoch's stream unless said otherwise; all arithmetic is in whole numbers of any
-size.
+In memory are the start of each block (8 bytes per block) and a few regions (16 bytes per document).
+``tokens`` below are positions in an epoch's stream unless stated otherwise; all arithmetic uses integers
+of any size.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class SampleWindow:
 
 
 class OnDemandOrder:
-    """Samples of ``documents`` of one file, ``num_samples`` of them or those of one epoch (None), by any
-    number of threads.
+    """Samples of ``documents`` of one file: ``num_samples``, or those of one epoch (None).  Threads may
+    share it.
 
-    ValueError where one epoch holds no whole sample.  DataError where documents do not lie one after another
-    in ``.bin``, as soon as such a block is read: nothing else of the index is looked at before it is needed.
+    ValueError if one epoch has no whole sample.  DataError if documents do not follow one another in
+    ``.bin``, when such a block is read: no other part of the index is read before it is needed.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class OnDemandOrder:
         return self._num_samples
 
     def span(self, i: int) -> Span:
-        """Where sample ``i`` lies.  IndexError outside 0 .. len - 1."""
+        """The position of sample ``i``.  IndexError outside 0 .. len - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: there are {len(self)}")
         window = self._window  # once: another thread may put its own in place
@@ -131,7 +131,7 @@ class OnDemandOrder:
         )
 
     def between(self, token: int, length: int) -> Span:
-        """Where ``length`` tokens of the stream lie, from ``token`` of all epochs on."""
+        """The positions of ``length`` tokens of the stream, from ``token`` on, counted over all epochs."""
         epoch, number = self.region_at(token)
         begin, _ = self.borders(epoch, number)
         return self._span(self.region(epoch, number), epoch, number, token - begin, length)
@@ -142,7 +142,7 @@ class OnDemandOrder:
         return epoch, int(np.searchsorted(self.epoch(epoch).region_starts, inside, "right")) - 1
 
     def borders(self, epoch: int, number: int) -> tuple[int, int]:
-        """The tokens of the stream of all epochs between which a region lies."""
+        """The first token of a region and the token after its last, in the stream of all epochs."""
         begin, end = self.epoch(epoch).region_starts[number : number + 2].tolist()
         return epoch * self.tokens_per_epoch + begin, epoch * self.tokens_per_epoch + end
 

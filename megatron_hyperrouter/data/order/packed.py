@@ -1,14 +1,15 @@
-"""``--pack-documents``: samples made of whole documents, so that none is cut which a sample could hold.
+"""``--pack-documents``: samples of whole documents; no document is split that fits into a sample.
 
-Best-fit-decreasing packing, as of "Fewer Truncations Improve Language Modeling" (2404.10830, section 3): the
-longest document first, each into the sample with the least room that still holds it, or else into a new one.
-A document longer than a sample is cut into pieces that fill samples of their own; its rest is packed like a
-document.  What is left of a sample is filled with the id that ends a document, where ``--eod-mask-loss`` asks
-for no loss.  Each token lies in one sample, so an epoch reads it exactly once.  What shares a sample depends
-on the seed and stays; since attention keeps documents apart, only the order of samples changes from epoch to
-epoch.
+Best-fit-decreasing packing, as in "Fewer Truncations Improve Language Modeling" (2404.10830, section 3):
+the longest document first, each into the sample with the smallest remaining space that is large enough, or
+else into a new sample.  A document longer than a sample is split into pieces that each fill a sample; the
+remainder is packed like a document.  The remaining space of a sample is filled with the id that ends a
+document, which ``--eod-mask-loss`` excludes from the loss.  Each token is in one sample, so an epoch reads
+it exactly once.  The documents of a sample depend on the seed and do not change; since attention keeps
+documents apart, only the order of samples changes from epoch to epoch.
 
-Legend: ``M`` pieces of documents, ``P`` samples of an epoch, ``S`` sequence length; a sample is S + 1 tokens.
+Legend: ``M`` pieces of documents, ``P`` samples of an epoch, ``S`` sequence length; a sample is S + 1
+tokens.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def pack(
     seed: int,
     impl: Implementation | None = None,
 ) -> Packing:
-    """Pack ``documents``, whose tokens ``sizes`` counts, into samples of ``length`` tokens; linear in the
-    documents, but for sorting.
+    """Pack ``documents``, which have ``sizes`` tokens, into samples of ``length`` tokens; linear in the
+    number of documents, except for sorting.
     """
     full, rest = np.divmod(sizes[documents.start : documents.stop], np.int32(length))
     long = np.flatnonzero(full)
@@ -116,7 +117,7 @@ def best_fit(counts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64
 
 
 class PackedDataset:
-    """The samples of one file, by any number of threads; epoch after epoch, each in an order of its own."""
+    """The samples of one file, epoch after epoch, each epoch in another order.  Threads may share it."""
 
     def __init__(
         self,

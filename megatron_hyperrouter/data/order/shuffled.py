@@ -18,7 +18,7 @@ import numpy.typing as npt
 from megatron_hyperrouter.data.order import index
 from megatron_hyperrouter.data.order.index import Implementation, Integers
 
-# A last epoch of which fewer samples than this share are asked for is shuffled by itself: otherwise samples
+# If less than this share of the last epoch is needed, it is shuffled separately: otherwise samples
 # of documents that are read once more than others would be spread over the whole run.
 _SEPARATE_BELOW = 0.80
 
@@ -43,7 +43,7 @@ class Order(Protocol):
         ...
 
     def span(self, i: int) -> Span:
-        """Where sample ``i`` lies.  IndexError outside 0 .. N - 1."""
+        """The position of sample ``i``.  IndexError outside 0 .. N - 1."""
         ...
 
 
@@ -62,7 +62,7 @@ class SampleOrder:
         return len(self.shuffle_index)
 
     def span(self, i: int) -> Span:
-        """Where sample ``i`` lies.  IndexError outside 0 .. N - 1."""
+        """The position of sample ``i``.  IndexError outside 0 .. N - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: there are {len(self)}")
         row = int(self.shuffle_index[i])
@@ -110,10 +110,10 @@ def build_order(
     seed: int,
     impl: Implementation | None = None,
 ) -> SampleOrder:
-    """At least ``num_samples`` samples (None: one epoch) of ``documents``, whose tokens ``sizes`` counts.
+    """At least ``num_samples`` samples (None: one epoch) of ``documents``, which have ``sizes`` tokens.
 
-    As many whole epochs as are needed.  Raises ValueError where one epoch holds no whole sample (``seq_length
-    + 1`` tokens).
+    The order has as many whole epochs as needed.  Raises ValueError if one epoch has no whole sample
+    (``seq_length + 1`` tokens).
     """
     tokens_per_epoch = int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
     plan = plan_order(tokens_per_epoch, seq_length=seq_length, num_samples=num_samples)

@@ -1,7 +1,7 @@
-"""What an unfinished run has done, on disk, so that another one can continue: one line of JSON when it
-starts, and one at each save.
+"""The progress of an unfinished run, on disk, so that another run can continue: one line of JSON at the
+start, and one at each save.
 
-A line counts once all of it is there; the files that it speaks of are durable before it is written.
+A line counts once all of it is there; the files that it describes are synced to disk before it is written.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Journal:
             self._stream.close()
 
     def _check_start(self) -> None:
-        """DataError for another file of that name, which must not be lost; what a death left of the first
-        line is no other file.
+        """DataError for another file with this name, which must not be lost; an incomplete first line of
+        our own is not another file.
         """
         self._stream.seek(0)
         start = self._stream.read(len(_START))

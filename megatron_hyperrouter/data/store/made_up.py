@@ -12,13 +12,13 @@ import numpy as np
 from megatron_hyperrouter.data.store.mapped import InMemory
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, index_header, smallest_dtype
 
-PREFIX = "--mock-data"  # in the place of a prefix: no file has this name
+PREFIX = "--mock-data"  # used instead of a prefix: no file has this name
 _TOKENS, _DOCUMENTS = 1 << 22, 1 << 13
 _STEPS = 3  # by how much the id may grow
 
 
 class MadeUpTokens(IndexedDataset):
-    """The corpus for a vocabulary of ``vocab_size`` ids, of which ``eod`` (the last one by default) ends a
+    """A corpus for a vocabulary of ``vocab_size`` ids, where ``eod`` (by default the last id) ends a
     document.
     """
 
@@ -36,7 +36,7 @@ def _files(vocab_size: int, eod: int) -> tuple[InMemory, InMemory]:
     draw = np.random.RandomState(0)  # whose numbers are the same in every version of NumPy
     dtype, ids = smallest_dtype(vocab_size), max(vocab_size - 1, 1)
     walk = np.cumsum(draw.randint(1, _STEPS + 1, _TOKENS)) % ids
-    walk[walk >= eod] += 1  # every id but that one
+    walk[walk >= eod] += 1  # every id except that one
     marks = np.sort(draw.choice(np.arange(1, _TOKENS), _DOCUMENTS - 1, replace=False))
     ends = np.append(marks, _TOKENS)
     walk[ends - 1] = eod

@@ -1,7 +1,6 @@
-"""``PREFIX.manifest.json``: what a pair of token files holds, of what it was made, and the checksums to
-verify it by.
+"""``PREFIX.manifest.json``: the content of a pair of token files, its sources, and its checksums.
 
-The same text and settings give the same manifest, byte for byte, on however many machines.
+The same text and settings give the same manifest, byte for byte, on any number of machines.
 """
 
 from __future__ import annotations
@@ -124,9 +123,9 @@ def _typed(kind: type[Manifest | FileSum], found: Mapping[str, Any]) -> dict[str
 
 
 def same_tokenizer(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether two identities (see ``Tokenizer.identity``) are of one tokenizer.
+    """Whether two identities (see ``Tokenizer.identity``) belong to one tokenizer.
 
-    NullTokenizer reads the ids of every tokenizer whose vocabulary is no larger than its own.
+    NullTokenizer reads the ids of every tokenizer whose vocabulary is not larger than its own.
     """
     if ours["type"] == "NullTokenizer":
         size = theirs.get("vocab_size")
@@ -165,8 +164,8 @@ def compare(prefix: str, manifest: Manifest, found: Mapping[str, object], sums: 
 
 
 def file_sum(path: str, told: Callable[[int], None] | None = None) -> FileSum:
-    """Size and checksum of a file; DataError where it cannot be read.  ``told(bytes)``: how many more were
-    read.
+    """Size and checksum of a file; DataError if it cannot be read.  ``told(bytes)`` is called with the
+    number of bytes of each read.
     """
     digest, size = hashlib.sha256(), 0
     try:

@@ -101,7 +101,7 @@ class InMemory(Mapped):
 
 
 def missing_pair(prefix: str) -> str:
-    """What to do where there is no pair of that prefix: the pairs that may have been meant."""
+    """The remedy for a missing pair: the existing pairs with a similar prefix."""
     stem = prefix.removesuffix(".bin").removesuffix(".idx")
     found = sorted(glob.glob(f"{glob.escape(stem)}*.idx"))
     names = [path.removesuffix(".idx") for path in found if os.path.exists(path.removesuffix("idx") + "bin")]

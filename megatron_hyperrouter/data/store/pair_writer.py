@@ -149,11 +149,11 @@ def holds(prefix: str, dtype: DTypeLike, counts: Counts, *, complete: bool = Fal
 
 
 def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
-    """Make ``.idx`` of a pair whose tokens are all written, and give both files their names; returns the sum
-    of ``.idx``.
+    """Write ``.idx`` of a pair whose tokens are all written, and give both files their names; returns the
+    checksum of ``.idx``.
 
-    May be called again after a death in the middle.  No moment has an old index beside new tokens, and the
-    index comes last, for it tells readers that the pair is whole.
+    It may be called again after a crash.  There is never an old index with new tokens, and the index comes
+    last, because its presence tells readers that the pair is complete.
     """
     partial, final = (
         {ending: Path(f"{prefix}.{ending}{more}") for ending in ("bin", "idx")} for more in (".partial", "")

@@ -266,7 +266,7 @@ class IndexedDataset:
                 )
 
     def _check_pointers(self, bin_bytes: int) -> None:
-        """Every sequence lies inside ``.bin``, and the last of them ends where ``.bin`` ends."""
+        """Every sequence is inside ``.bin``, and the last one ends where ``.bin`` ends."""
         item, end = self.dtype.itemsize, 0
         for begin in range(0, len(self), _CHECKED):
             few, pointers = self.sizes[begin : begin + _CHECKED], self.pointers[begin : begin + _CHECKED]
@@ -375,8 +375,8 @@ class IndexedWriter:
         self._mark_documents(count, 1)
 
     def close(self) -> None:
-        """Complete the index and rename both files into place; the index last, for it tells readers that the
-        pair is whole.
+        """Complete the index and rename both files; the index last, because its presence tells readers
+        that the pair is complete.
         """
         try:
             self._write_index()
@@ -384,7 +384,7 @@ class IndexedWriter:
                 stream.flush()
                 os.fsync(stream.fileno())
                 stream.close()
-            Path(self.prefix + ".idx").unlink(missing_ok=True)  # never an old index beside new tokens
+            Path(self.prefix + ".idx").unlink(missing_ok=True)  # never an old index with new tokens
             for ending in ("bin", "idx"):
                 self._partial[ending].replace(f"{self.prefix}.{ending}")
         except OSError as error:

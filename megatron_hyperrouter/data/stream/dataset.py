@@ -149,12 +149,14 @@ def build_splits(
     cache: Cache | None = None,
     impl: Implementation | None = None,
 ) -> Splits:
-    """The datasets of a run, each with at least the samples asked for (None: one epoch; 0: no dataset).
+    """The datasets of a run, each with at least the requested number of samples (None: one epoch; 0: no
+    dataset).
 
-    ``data.data_path`` is divided by ``data.split``; without it each split has files of its own.  Validation
-    and test may have no documents at all, and are None then.  ``eod``: the id that ends a document, for
-    ``--pack-documents``.  ``cache``: where index files lie; by default as ``data`` says.
-    DataError for files that are unusable, empty, or shorter than one sample.
+    ``data.data_path`` is divided by ``data.split``; without it, each split has separate files.  Validation
+    and test may have no documents at all, and are then None.  ``eod``: the id that ends a document, for
+    ``--pack-documents``. ``cache``: place of index files; by default as ``data`` says.
+
+    Raises DataError for files that are unusable, empty, or shorter than one sample.
     """
     if not data.data_path and not data.train_data_path and not data.mock_data:
         remedy = "give the prefix of a .bin/.idx pair (mhr preprocess writes one), or add --mock-data"
@@ -391,7 +393,7 @@ class Builder:
         """
         if self.data.pack_documents:
             return False
-        if store.prefix == MOCK:  # has no folder in which an index could lie
+        if store.prefix == MOCK:  # has no folder for an index
             return True
         kind = self.data.data_index
         return kind == "on-demand" or (kind == "auto" and len(store) >= ON_DEMAND_FROM)

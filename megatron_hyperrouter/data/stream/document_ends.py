@@ -1,4 +1,6 @@
-"""Whether documents end as the settings that mind documents expect: a cheap look at a few of them."""
+"""Whether documents end with the end-of-document token that some settings need: a quick look at a few
+documents.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ _NAMED = 3  # files
 
 
 def warning_about_ends(data: DataConfig, stores: Iterable[IndexedDataset], eod: int | None) -> str | None:
-    """What to tell where no document that was looked at ends with ``eod``, and settings go by it (None: no
-    setting does).
+    """A warning if none of the examined documents ends with ``eod`` and settings depend on it; ``eod``
+    None: no setting does.
     """
     flags = [flag(name) for name in MINDING if getattr(data, name)]
     found = [] if eod is None or not flags else [store.prefix for store in stores if not _ends(store, eod)]

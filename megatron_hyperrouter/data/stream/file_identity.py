@@ -29,10 +29,10 @@ _COMPARED = ("documents", "tokens", "sampled", "sha256")
 
 
 def identity(store: IndexedDataset) -> Identity:
-    """What a file is known by; a few reads, however large it is.
+    """The identity of a file; takes a few reads, for a file of any size.
 
-    ``sampled``: a digest of blocks of both files.  ``sha256``: what the manifest says of ``.bin`` and
-    ``.idx``; None without one.  ``changed``: when each was last written.
+    ``sampled``: a digest of blocks of both files.  ``sha256``: the manifest's checksums of ``.bin`` and
+    ``.idx``; None without a manifest.  ``changed``: modification times of both.
     """
     digest = hashlib.blake2b(digest_size=16)
     for block in store.blocks(_BLOCKS, _BLOCK):
@@ -53,10 +53,10 @@ def same(was: Identity, now: Identity) -> bool:
 
 
 def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: Cache) -> None:
-    """DataError where a file was written since the checkpoint and is not what its manifest says any more.
+    """DataError if a file was written since the checkpoint and no longer agrees with its manifest.
 
-    The times of change show whether it was written.  A copy may change them, too, so all bytes are compared,
-    once on each node.
+    Modification times show whether it was written.  A copy may change them, too, so all bytes are then
+    compared, once on each node.
     """
     if was.get("changed") in (None, now["changed"]) or not now["sha256"]:
         return
@@ -71,7 +71,7 @@ def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: 
 
 
 def _sum_of(path: Path, cache: Cache) -> str:
-    """The SHA-256 of a file, kept where index files lie for the other processes and the next run."""
+    """The SHA-256 of a file, cached with the index files for the other processes and the next run."""
 
     def build() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
         console.note(f"comparing all of {path} with its manifest: it was written after the checkpoint")
@@ -123,7 +123,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
         for new in files
         if new not in recorded and same(was, files[new])
     }
-    if len(set(renamed.values())) < len(renamed):  # two equal files cannot be told apart
+    if len(set(renamed.values())) < len(renamed):  # two equal files cannot be distinguished
         renamed = {}
     for old, new in renamed.items():
         console.note(

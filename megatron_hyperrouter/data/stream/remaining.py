@@ -1,14 +1,15 @@
 """What a run has not read yet of one file, and the order in which it continues: for runs whose settings
-change on the way.
+change.
 
-The documents of a file form one stream of tokens without end, epoch after epoch (:mod:`on_demand`); it
-depends on the seed alone, not on how it is cut into samples.  Samples are shuffled, so a run that stops has
-read all of the stream up to some token, but for pieces here and there.  The next samples, of whatever length,
-are cut from those pieces laid end to end and then from the rest of the stream; so every token is read exactly
-once an epoch, however often the length, the mix or the batch changes.  A run that began with an index of
-megatron-core's kind has, besides, the pieces of that index which it has not read, before the stream.
+The documents of a file form one endless stream of tokens, epoch after epoch (:mod:`on_demand`).  It
+depends only on the seed, not on the division into samples.  Samples are shuffled, so a run that stops has
+read the whole stream up to some token, except for some pieces.  The next samples, of any length, are taken
+from those pieces in order and then from the rest of the stream.  So every token is read exactly once per
+epoch, no matter how often the length, the mix or the batch size changes.  A run that began with an index
+of megatron-core's kind first reads the pieces of that index that it has not read.
 
-Where two pieces meet, the last label of the one is the first token of the other, as where two documents meet.
+Where two pieces meet, the last label of the first is the first token of the second, as where two documents
+meet.
 
 Legend: ``P`` pieces.
 """
@@ -59,7 +60,7 @@ class BuiltStream:
         np.cumsum(sizes[order.document_index], out=self._starts[1:])
 
     def between(self, token: int, length: int) -> Span:
-        """Where these tokens lie."""
+        """The positions of these tokens."""
         first, last = (
             int(np.searchsorted(self._starts, place, "right")) - 1 for place in (token, token + length - 1)
         )
@@ -95,7 +96,7 @@ class RemainingOrder:
         limit: int | None = None,
         impl: Implementation | None = None,
     ) -> None:
-        """``limit``: samples in all, where the order was made for so many."""
+        """``limit``: total number of samples, if the order has such a number."""
         self._limit = limit
         self.unread, self._stream, self._built, self._seq_length = unread, stream, built, seq_length
         # 0, then each piece's
@@ -106,7 +107,7 @@ class RemainingOrder:
         self._impl = impl or index.IMPLEMENTATIONS[index.implementation()]
 
     def spans(self, i: int) -> Iterator[tuple[Span, int]]:
-        """Where sample ``i`` lies, part after part, and how many tokens each part has."""
+        """The positions of the parts of sample ``i``, and the number of tokens in each part."""
         begin = self._number(i) * self._seq_length
         end = begin + self._seq_length + 1
         for piece in self._located(begin, end):
@@ -168,7 +169,7 @@ class RemainingOrder:
         )
 
     def _located(self, begin: int, end: int) -> Iterator[TokenRange]:
-        """The tokens ``begin`` to before ``end`` of what is unread, where they lie."""
+        """The positions of the unread tokens from ``begin`` to before ``end``."""
         number = bisect_right(self._ends, begin) - 1
         while begin < end and number < len(self.unread.pieces):
             piece, start = self.unread.pieces[number], self._ends[number]

@@ -1,10 +1,11 @@
-"""The training samples of a run whose mix, sequence length or batch changes on the way, and the ledger of
-what it has read.
+"""The training samples of a run whose mix, sequence length or batch size changes, and the ledger of what
+it has read.
 
-A run is a row of segments.  Inside one, everything that orders samples stays the same; where one ends, each
-of its files has been read up to some sample, and the next segment that reads the file continues with what is
-left (:mod:`unread`).  A ledger is the list of these segments, as JSON: settings, and the samples that each
-file has given.  What follows from it is a pure function of it and of the settings of the next segment.
+A run is a list of segments.  Within a segment, nothing changes that affects the order of samples.  At its
+end, each of its files has been read up to some sample, and the next segment that reads the file continues
+with what is left (:mod:`remaining`).  A ledger is the list of these segments, as JSON: their settings, and
+the number of samples that each file has given.  The samples of the next segment are a pure function of the
+ledger and of its settings.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class TrainingSamples:
         raise IndexError(f"sample {i} was read before this run was resumed")
 
     def consumed(self, step: int) -> tuple[int, int]:
-        """Samples, and tokens of their inputs, that the whole run has read after ``step`` steps, whatever
-        changed on the way.
+        """Number of samples, and of their input tokens, that the whole run has read after ``step`` steps,
+        over all changes of settings.
         """
         first_step, _, now = self._segments[0]
         parts = [(sum(one["samples"] for one in entry["sets"]), entry) for entry in self._past]
@@ -138,13 +139,13 @@ def build_training_samples(
     train_iters: int,
     sizes: BatchSizes,
 ) -> TrainingSamples:
-    """Samples of the steps from ``step`` (completed ones) to ``train_iters``, given what ``ledger`` says
-    was read before.
+    """Samples of the steps from ``step`` (completed ones) to ``train_iters``; ``ledger`` says what was
+    read before.
 
-    ``mixes``: what is read from which step on, the first from 0.  DataError where a file is not the one
-    that was read, CheckpointError where ``--split`` gives training another part of it.
+    ``mixes``: the mix from each step on; the first begins at 0.  DataError if a file is not the one that
+    was read, CheckpointError if ``--split`` gives training another part of it.
     """
-    if not ledger:  # of no run, or of one that kept none
+    if not ledger:  # of no run, or of one without a ledger
         step = 0
     first = max(number for number, (start, _) in enumerate(mixes) if start <= step)
     files = _identities(
@@ -230,10 +231,10 @@ def _planned_for(
     *,
     samples: int,
 ) -> dict[str, Any] | None:
-    """The last segment of a ledger, planned for ``samples`` samples; None where that is another order.
+    """The last segment of a ledger, planned for ``samples`` samples; None if that has another order.
 
-    A longer run has the order of the shorter one as long as the index of each file has as many epochs.
-    ``earlier``: files of which something was read before that segment, and whose index has no length.
+    A longer run has the order of the shorter one if the index of each file has the same number of epochs.
+    ``earlier``: files that were partly read before that segment, whose index has no length.
     """
     if samples <= last["planned"]:
         return dict(last)
@@ -265,8 +266,8 @@ def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
 
 
 def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bool) -> None:
-    """Packed samples are no pieces of a stream: what is unread of them cannot be cut anew, and what is
-    unread of a stream not packed.
+    """Packed samples are not pieces of a stream, so unread packed samples cannot be divided in another
+    way, nor can unread pieces of a stream be packed.
     """
     changed = [
         f"{name} was {last.get(name, False)} and is {value}"
@@ -304,7 +305,7 @@ def splits_of_run(
 
 
 def _warn_of_shared(builder: Builder, mixes: Mixes) -> None:
-    """Report files of validation or test that training reads, too, where each split has files of its own."""
+    """Report validation or test files that training also reads, if each split has separate files."""
     if builder.data.data_path:
         return
     trained = {
@@ -339,8 +340,8 @@ def _segment(
     *,
     samples: int,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """``samples`` samples of a mix, and what a ledger says about them; ``last``: the segment in the
-    ledger that goes on.
+    """``samples`` samples of a mix, and the ledger's entry for them; ``last``: the segment of the ledger
+    that continues.
     """
     blend, planned = parse_blend(words, flag="--data-path"), samples if last is None else int(last["planned"])
     recorded = {} if last is None else {entry["path"]: entry for entry in last["sets"]}

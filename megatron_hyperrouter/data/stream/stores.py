@@ -17,11 +17,11 @@ MOCK = PREFIX  # the prefix of made-up tokens
 def open_store(
     prefix: str, tokenizer: Mapping[str, Any] | None, *, vocab_size: int, eod: int | None
 ) -> IndexedDataset:
-    """The pair of that prefix, of whose index only the header is checked yet.
+    """The pair with that prefix; only the header of its index is checked so far.
 
-    ``tokenizer``: the identity of the run's, which must be that of the data; None: any.  DataError for files
-    that are missing, empty, or made with another tokenizer.  ``vocab_size``, ``eod``: what made-up tokens are
-    made for.
+    ``tokenizer``: the identity of the run's tokenizer, which must match that of the data; None: any.
+    DataError for files that are missing, empty, or made with another tokenizer.  ``vocab_size``, ``eod``:
+    for made-up tokens.
     """
     if prefix == PREFIX:
         return MadeUpTokens(vocab_size, eod)

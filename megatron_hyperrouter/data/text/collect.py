@@ -42,8 +42,8 @@ def write_corpus(
     :func:`find_text_files`.
 
     ``max_bytes``: stop before the file that would make ``output`` longer.  ``progress(files done, all
-    files)``. ``output`` itself is left out.  ConfigError for fewer bytes than 1, DataError where there is no
-    text.  ``output`` appears when it is whole.
+    files)``. ``output`` itself is skipped, and gets its name when it is complete.  ConfigError if
+    ``max_bytes`` is below 1, DataError if there is no text.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(

@@ -58,7 +58,7 @@ class TextBatch:
     first_line: int  # number of the first line or row, from 1; 0: not known (JSON only)
     first_byte: int  # where the first piece starts in the decompressed file
     closes: bool  # a plain-text document ends with this piece; always true for other kinds
-    position: int  # bytes of all inputs read so far, as they lie on disk
+    position: int  # bytes of all inputs read so far, as stored on disk
     end: ReadPosition
     columns: tuple[list[object], ...] = field(default=())  # Parquet: values of each key
 
@@ -71,7 +71,7 @@ class _Source:
     path: str
     before: int  # bytes of the inputs before it
     size: int
-    low: int  # the part that is read, in bytes from the start of this file; may lie outside of it
+    low: int  # the part to read, in bytes from the start of this file; may be outside of it
     high: int
 
     def owns(self, byte: float) -> bool:
@@ -207,7 +207,7 @@ def _json_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
         offset, number = source.low - 1, 0
     high = None if is_compressed(source.path) or source.high >= source.size else source.high
     with _Stream(source.path, offset) as stream:
-        mark = -1  # the first line begins at byte 0, whatever mark stands before it
+        mark = -1  # the first line begins at byte 0, even after a byte order mark
         if inside:
             offset += len(_line(stream, source.path, offset, number))
         elif not offset:

@@ -23,7 +23,7 @@ _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HEAD = 1 << 12
 _BLOCKS, _BLOCK = 16, 1 << 13  # compared to see whether two files are the same text
-# The first bytes of files whose content is not what their name says, or that this program does not read.
+# The first bytes of files whose content differs from their name, or that this program does not read.
 _SIGNATURES = (
     (b"\x1f\x8b", "is compressed with gzip", "let its name end in .gz"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "let its name end in .zst"),
@@ -50,12 +50,12 @@ _SIGNATURES = (
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``number`` (from 1) of ``of``: the bytes of all inputs, as they lie on disk, cut into ``of`` equal
-    stretches.
+    """Part ``number`` (from 1) of ``of``: the bytes of all inputs on disk, divided into ``of`` equal
+    ranges.
 
-    A JSON line, a row group of a Parquet file, and a file that cannot be entered in the middle (compressed,
-    or plain text, which is one document) belong to the part that holds their first byte.  Parts end to end
-    are the whole, in order.
+    A JSON line or a row group of a Parquet file belongs to the part that has its first byte.  So does a
+    file that cannot be read from the middle (compressed, or plain text, which is one document).  All parts
+    together are the whole, in order.
     """
 
     number: int = 1
@@ -105,10 +105,11 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The files that names and globs stand for: patterns in the order given, the matches of each sorted;
-    ``**`` is any depth.
+    """The files of all names and glob patterns: patterns in the given order, the matches of each sorted;
+    ``**`` matches any depth.
 
-    A name that exists is itself, whatever characters it has.  DataError for a pattern that matches no file.
+    A name that exists is taken literally, with any characters in it.  DataError for a pattern without a
+    match.
     """
     found: list[str] = []
     empty = []
@@ -154,8 +155,8 @@ def total_bytes(paths: Sequence[str]) -> int:
 
 
 def repeated(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Each input that repeats an earlier one, with that one: the same file under any name, or a file of the
-    same size with the same bytes in all places that are compared.
+    """Each input that repeats an earlier one, with the earlier one: the same file under any name, or a
+    file with the same size and the same bytes in all compared places.
     """
     first_with: dict[object, str] = {}
     found: list[tuple[str, str]] = []

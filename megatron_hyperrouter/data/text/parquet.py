@@ -57,10 +57,10 @@ def read_rows(
 class _File:
     """An open file, read in one of two ways.
 
-    A text that many rows share lies in the file once, and the library makes a copy for each row of a batch.
-    So a batch has few rows, such that even rows that all hold a whole row group's text stay below
-    ``_MOST_BATCH_BYTES``. Where that makes batches too small to be fast, because rows are short and the row
-    group is large, the library keeps equal texts once, for as long as the row group is open.
+    A text that many rows share is in the file once, but the library copies it for each row of a batch.  So
+    a batch has few rows: even if every row had the text of a whole row group, the batch would stay below
+    ``_MOST_BATCH_BYTES``. If this makes batches too small to be fast, because rows are short and the row
+    group is large, the library keeps equal texts once, as long as the row group is open.
     """
 
     def __init__(self, path: str, keys: Sequence[str]) -> None:

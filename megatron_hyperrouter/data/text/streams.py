@@ -69,7 +69,7 @@ class ByteStream(io.BufferedReader):
         super().__init__(self._file, buffer_size=_FILE_BUFFER)
 
     def disk_position(self) -> int:
-        """Bytes read so far of the file as it lies on disk."""
+        """Number of bytes of the file on disk that were read so far."""
         return self._file.on_disk.tell()
 
 

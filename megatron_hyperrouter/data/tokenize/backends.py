@@ -29,7 +29,9 @@ _FLAG = "--tokenizer-backend"
 # bytes of memory by which the library's cache of words may grow before it is emptied
 _CACHE_LIMIT = 128 << 20
 _LOOK_EVERY = 1 << 22  # characters encoded between two looks at the memory
-_BLIND_LIMIT = 1 << 26  # characters between two emptyings where the system does not tell its memory
+_BLIND_LIMIT = (
+    1 << 26
+)  # characters between two clearings of the cache, if the system does not report its memory
 
 # What patterns of words are known to disagree about: white space and line ends, contractions, digits, letters
 # with marks, both forms of an accent, scripts without spaces, joined emoji, characters outside the first

@@ -42,9 +42,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes_V(self) -> NDArray[np.int32] | None:
-        """The number of UTF-8 bytes that each id stands for; 0 for special ids.
+        """The number of UTF-8 bytes of each id; 0 for special ids.
 
-        None where an id alone does not determine its bytes.
+        None if the id alone does not determine its bytes.
         """
 
     def encode(self, text: str) -> list[int]:

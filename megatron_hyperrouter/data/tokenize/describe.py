@@ -24,11 +24,12 @@ def describe(
 ) -> dict[str, str]:
     """Names and values, in the order in which to show them.
 
-    ``prefix``: with or without .bin or .idx.  ``num_first``: tokens to show; with a ``tokenizer`` also as
-    text. Lengths are those of documents, in tokens.  ``verify``: compare all with the manifest beside the
-    files. ``progress(bytes, all bytes)`` read for the checksums.
-    ConfigError for a negative number; DataError for files that are unusable, differ from their manifest, or
-    hold ids that the tokenizer has not.
+    ``prefix``: with or without .bin or .idx.  ``num_first``: number of tokens to show; with a
+    ``tokenizer`` also as text. Lengths are those of documents, in tokens.  ``verify``: compare everything
+    with the manifest next to the files. ``progress(bytes, all bytes)`` reports reading for the checksums.
+
+    ConfigError for a negative number.  DataError for files that are unusable, differ from their manifest,
+    or contain ids that the tokenizer does not have.
     """
     if num_first < 0:
         raise ConfigError([Problem("--tokens", num_first, "must be at least 0", "give 0 to show none")])

@@ -115,7 +115,7 @@ class Encoder:
 def count_words(texts: Iterable[str]) -> int:
     """How many words the texts have, between ASCII white space: what per-word perplexity needs."""
     letters = np.frombuffer("\n".join(("", *texts, "")).encode(), np.uint8)
-    space = (letters - np.uint8(9) < 5) | (letters == 32)  # 9 to 13 are tab, line end and the like
+    space = (letters - np.uint8(9) < 5) | (letters == 32)  # 9 to 13 are tab, line end and similar
     return int(np.count_nonzero(space[:-1] > space[1:]))
 
 

@@ -41,7 +41,7 @@ REMEDY = (
 )
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The classes of tokenizer_config.json whose vocab.json and merges.txt mean GPT-2's way of cutting words.
+# The classes of tokenizer_config.json whose vocab.json and merges.txt split words as GPT-2 does.
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "RobertaTokenizer", "RobertaTokenizerFast")
 _SAFE_CUT = re.compile(SAFE_CUT)
 _PIECE = 1 << 15  # characters encoded at a time: the library takes about 100 bytes of memory for each
@@ -51,8 +51,8 @@ _LONGEST_REPLACEMENT = 1 << 10  # characters that a normalizer may put in place 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """``model``: ``(tokenizer.json,)``, or ``(vocab.json, merges.txt)``.  ``settings``: files that name
-    special tokens, as many as exist.
+    """``model``: ``(tokenizer.json,)``, or ``(vocab.json, merges.txt)``.  ``settings``: the existing files
+    that name special tokens.
     """
 
     model: tuple[Path, ...]
@@ -284,7 +284,7 @@ def _joined(parts: list[NDArray[np.int32]]) -> NDArray[np.int32]:
 
 
 def _byte_alphabet(backend: Backend) -> frozenset[str] | None:
-    """The 256 characters that stand for bytes, or None where the tokenizer is not byte-level."""
+    """The 256 characters that represent bytes, or None if the tokenizer is not byte-level."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tree = json.loads(backend.to_str())

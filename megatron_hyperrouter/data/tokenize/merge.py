@@ -29,9 +29,9 @@ def merge(
     """Join the shards ``{output_prefix}.shard-I-of-N_{key}_document`` of each key into
     ``{output_prefix}_{key}_document``.
 
-    Checksums are compared with the manifests on the way.  ``remove_shards``: once all pairs are whole.
-    ``progress(bytes, all bytes)``. DataError for a shard that is missing, damaged, or made with other
-    settings.
+    Checksums are compared with the manifests while reading.  ``remove_shards``: remove them once all pairs
+    are complete. ``progress(bytes, all bytes)``. DataError for a shard that is missing, damaged, or made
+    with other settings.
     """
     found = find_shards(output_prefix)
     with locked_output(output_prefix):
@@ -141,7 +141,7 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
 
 
 def _append(writer: PairWriter, prefix: str, manifest: Manifest) -> None:
-    """Copy one shard; DataError where it is not what its manifest says."""
+    """Copy one shard; DataError if it does not agree with its manifest."""
     data = IndexedDataset(prefix)
     digest = hashlib.sha256()
     begin = 0

@@ -128,7 +128,9 @@ class TikTokenizer(Tokenizer):
         special_tokens: Sequence[str] = (),
         eod_token: str | None = None,
     ) -> None:
-        """``vocab_size``: special tokens and ranks; by default 2**17, or as many as the file has."""
+        """``vocab_size``: special tokens and ranks; by default 2**17, or the number in the file if that is
+        smaller.
+        """
         names = tuple(special_tokens) or SPECIAL_TOKENS
         if len(set(names)) < len(names) or len(names) > num_special_tokens or "</s>" not in names:
             most = f"--tiktoken-num-special-tokens = {num_special_tokens}"

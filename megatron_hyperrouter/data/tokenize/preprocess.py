@@ -1,10 +1,10 @@
 """Text files to token files: read, encode in worker processes, write in order; the next run continues one
-that died.
+that was killed.
 
-Memory is bounded: a few batches are under way at a time, and the results of a batch are written before the
-next is read.  What is written depends only on the inputs and the tokenizer, not on the number of workers or
-of machines, nor on how often the run has died. Documents are Megatron-LM's: an empty text is an empty
-document, and the end-of-document token joins the last sequence of a document that holds any token.
+Memory is bounded: only a few batches are processed at a time, and the results of a batch are written
+before the next is read.  The output depends only on the inputs and the tokenizer, not on the number of
+workers, machines or interruptions. Documents are like Megatron-LM's: an empty text is an empty document,
+and the end-of-document token joins the last sequence of a document that has any token.
 """
 
 from __future__ import annotations
@@ -90,16 +90,17 @@ def preprocess(
     progress: Callable[[int, int, int], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Written]:
-    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the settings, whole or
-    not at all.
+    """Write ``{output_prefix}_{key}_document.bin/.idx/.manifest.json`` for each key of the settings, each
+    pair as a whole or not at all.
 
-    ``workers``: processes that encode; 1 encodes in this one.  ``part``: do only this part, as
-    ``{output_prefix}.shard-I-of-N``. ``overwrite``: discard what an unfinished run has left, instead of
-    continuing it.  ``save_seconds``: seconds between two moments at which what is done is made durable.
-    ``progress(bytes done, all bytes, documents)`` of the inputs on disk, also at the start. ``report``:
-    called with what a person should know: a back end that is not used, an input that is repeated, lines that
-    were left out. Raises DataError (file, and line or byte, of bad input), ConfigError, HostError.  A crash,
-    a signal, a full disk and a line that cannot be used leave what was saved beside the output, under
+    ``workers``: processes that encode; 1 encodes in this process.  ``part``: process only this part, as
+    ``{output_prefix}.shard-I-of-N``. ``overwrite``: discard the progress of an unfinished run instead of
+    continuing it. ``save_seconds``: seconds between saves of the progress.  ``progress(bytes done, all
+    bytes, documents)`` of the inputs on disk, also at the start. ``report``: called with notes for the
+    user: a back end that is not used, a repeated input, lines that were skipped.
+
+    Raises DataError (with file, and line or byte, of bad input), ConfigError, HostError.  After a crash, a
+    signal, a full disk and a line that cannot be used, the saved progress stays next to the output, under
     temporary names; other bad input leaves nothing.
     """
     job = Job(tuple(inputs), output_prefix, settings, part)
@@ -176,7 +177,7 @@ def _unknown_record(path: str) -> DataError:
 
 
 class _Run:
-    """The journal, what it says, and the steps from there to the finished files."""
+    """The journal, its state, and the steps from there to the finished files."""
 
     def __init__(
         self,
@@ -316,7 +317,7 @@ class _Run:
 
 
 def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
-    """DataError where there is nothing to train on."""
+    """DataError if there is nothing to train on."""
     names = ", ".join(inputs)
     if not counts.documents:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Builds the tokenizer that ``--tokenizer-type`` and the flags beside it describe."""
+"""Builds the tokenizer that ``--tokenizer-type`` and the other tokenizer flags describe."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, seq_length: int) -> bool:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``; False where there is no such file: then the
-    tokenizer's own file, if it has one.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``; if there can be no such file, write the
+    tokenizer's own file, if it has one, and return False.
     """
     text = tokenizer_json(tokenizer)
     if text is None:
@@ -49,7 +49,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, seq_length: int) -> b
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str | None:
-    """The text of ``tokenizer.json``: the same ids for the same text; None where there is no such file."""
+    """The text of a ``tokenizer.json`` that gives the same ids for the same text; None if there can be
+    none.
+    """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.json()
     if isinstance(tokenizer, ByteTokenizer):
@@ -96,8 +98,8 @@ def _bytes_json(eod: int) -> str:
 
 
 def _letters() -> list[str]:
-    """The letter of each byte in GPT-2's alphabet: printable bytes stand for themselves, the others for
-    U+0100 and on.
+    """The letter of each byte in GPT-2's alphabet: printable bytes represent themselves, the others U+0100
+    and following.
     """
     printable = {
         *range(ord("!"), ord("~") + 1),

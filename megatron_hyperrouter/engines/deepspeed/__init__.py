@@ -22,7 +22,7 @@ def open_engine(
     classifier: Classifier | None = None,
 ) -> Engine:
     """See :func:`megatron_hyperrouter.engines.open_engine`."""
-    # Not at the top: plug_into_deepspeed stands in this room too, and needs no megatron-core.
+    # Not at the top: plug_into_deepspeed is in this room too, and does not need megatron-core.
     from megatron_hyperrouter.engines.deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(

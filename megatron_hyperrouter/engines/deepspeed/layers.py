@@ -68,7 +68,7 @@ class Block(TransformerLayer):
 
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
-        # megatron-core takes what is no MoE layer of its own for a dense one.
+        # megatron-core takes every layer that is not its own MoE layer for a dense one.
         if not isinstance(self.mlp, MLP):
             self.recompute_mlp = False
         self.recompute = run.train.recompute_granularity == "full"

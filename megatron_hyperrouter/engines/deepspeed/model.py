@@ -46,7 +46,7 @@ def build(
         sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(run),
-        # The stages are DeepSpeed's: megatron-core would add an offset of its own to layer numbers
+        # The stages are DeepSpeed's: megatron-core would add another offset to layer numbers
         # (transformer_layer.py:48).
         pipeline_model_parallel_size=1,
     )

@@ -198,7 +198,9 @@ class MegatronEngine(SharedEngine):
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""
         if self.optimizer is not None and self.config.optimizer.overlap_param_gather:
-            for chunk in self.wrapped:  # weights of the last step lie in pieces until the next forward pass
+            for (
+                chunk
+            ) in self.wrapped:  # until the next forward pass, the weights of the last step are sharded
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
         named, optimizer = list(self.named_parameters()), self.optimizer
         return Holding(

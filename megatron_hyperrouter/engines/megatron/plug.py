@@ -97,7 +97,7 @@ def _make(
     )
     for lost in router.config.unserved():
         warnings.warn(lost, stacklevel=2)
-    # megatron-core makes its parameters where they are used, unless it is told not to.
+    # By default, megatron-core creates its parameters on the device that uses them.
     return router if config.use_cpu_initialization else router.to(device())
 
 

@@ -46,7 +46,7 @@ class RoutedMoELayer(MoELayer):
     use_shared_expert: bool  # the host's
 
     router: MegatronRouter
-    _autocast: bool = False  # of the pass that is going on
+    _autocast: bool = False  # of the current pass
 
     def forward(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
         """Like ``MoELayer.forward`` (moe_layer.py:383), but dispatches once, as the router decides;

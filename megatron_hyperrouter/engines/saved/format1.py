@@ -19,7 +19,7 @@ from megatron_hyperrouter.errors import CheckpointError
 
 _LAYOUT = "resume on the layout of the run that wrote it, or load weights alone with --finetune"
 
-_KNOWN = (  # what the optimizers and generators of both hosts put into such a file, beside tensors
+_KNOWN = (  # what the optimizers and generators of both hosts put into such a file in addition to tensors
     "numpy.ndarray",
     "numpy.dtype",
     "numpy.dtypes.UInt32DType",

@@ -1,1 +1,3 @@
-"""Classes of transformers: which one computes a model, what its settings are called, how its tensors lie."""
+"""Classes of transformers: which class computes a model, the names of its settings, and the form of its
+tensors.
+"""

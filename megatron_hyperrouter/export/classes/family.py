@@ -60,7 +60,7 @@ class Family:
             return tuple(range(1, run.model.num_experts + 1))
         size = int(run.model.num_experts // groups.total)
 
-        def counted(k: int) -> int:  # ops/topk.py: as many as its part of the k
+        def counted(k: int) -> int:  # as in ops/topk.py: k divided by the number of groups
             return min(max(k // int(groups.chosen), 1), size)
 
         return tuple(k for k in range(1, groups.chosen * size + 1) if counted(k) == self.group_best)
@@ -71,8 +71,8 @@ def _span(topks: tuple[int, ...]) -> str:
 
 
 def unfollowed(run: RunConfig, followed: tuple[str, ...]) -> list[str]:
-    """Flags of the settings in force that bear on the model and that nobody follows: an export that left one
-    out would be another model.
+    """Flags that change the model and that the class does not support: an export that ignored one would be
+    another model.
     """
     known = {*_EVERYWHERE, *ROTARY_SETTINGS, *followed}
     leaves = [leaf for leaf in leaves_with(Role.SHAPE, Role.FUNCTION) if leaf.name not in known]

@@ -1,8 +1,8 @@
-"""Where each tensor of a Hugging Face folder lies among our global names, and how to cut it out and put it
-back.
+"""The tensors of a Hugging Face folder: which part of which global weight each one is, and how to extract
+it and put it back.
 
-Legend: ``G`` key/value heads, ``N`` query heads, ``C`` channels of a head, ``D`` hidden size, ``E`` experts,
-``F`` width of an expert.
+Legend: ``G`` key/value heads, ``N`` query heads, ``C`` channels of a head, ``D`` hidden size, ``E``
+experts, ``F`` width of an expert.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _mlp(ours: str, theirs: str, down: Part = Part.WHOLE) -> dict[str, TensorPla
 
 
 def _shared_expert(ours: str, theirs: str, sizes: Sizes, naming: Naming) -> dict[str, TensorPlace]:
-    """A class that always has a gate gets one of zeros, whose sigmoid is 1/2, and twice the output."""
+    """If the class always has a gate, write a gate of zeros, whose sigmoid is 1/2, and double the output."""
     expert = f"{ours}mlp.shared_experts."
     if not naming.gated_shared_expert:
         return _mlp(expert, f"{theirs}mlp.shared_experts.")

@@ -43,8 +43,8 @@ class Target:
 
 
 def choose(run: RunConfig, options: Any, topk: int) -> Target:
-    """The class for a run whose folded router has these options and that is served at ``topk``;
-    CheckpointError with all reasons where there is none.
+    """The class for a run whose folded router has these options and that is used at ``topk``;
+    CheckpointError with all reasons if there is none.
     """
     if run.model.mlp_type != "standard":
         raise no_class(["--mlp-type residual adds a dense MLP beside the experts"], custom_code=False)

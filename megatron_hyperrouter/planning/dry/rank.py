@@ -1,11 +1,11 @@
-"""Processes that are each one rank of many: build the engine, take two steps, and tell what was alive.
+"""Processes that each play one rank of many: build the engine, take two steps, and report the live memory.
 
     python -m megatron_hyperrouter.planning.dry.rank < TASKS.json
 
 A line of stdin is a task: ``settings`` (YAML), ``rank``, ``world_size``, ``vocab_size``, ``skew``, and
 ``steps`` (0: build only).  A line of stdout is its answer: ``parameters``, ``built_bytes``, ``peaks`` by
-phase, or ``error``.  Each task has a fork of its own, for a process group is the process's; the imports are
-done once.
+phase, or ``error``.  Each task runs in a separate fork, because a process can have one process group;
+modules are imported only once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_hyperrouter.planning.dry.one_rank import run
 def main() -> None:
     """Tasks from stdin, answers to stdout, in order."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what hosts print is no answer
+    os.dup2(2, 1)  # output of the hosts is not part of the answer
     silence_hosts()
     warnings.filterwarnings("ignore")  # hosts see fake tensors, and say so at each look
     _import_hosts()

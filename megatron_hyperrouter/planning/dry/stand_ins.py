@@ -1,6 +1,6 @@
-"""What takes the place of data in a dry run: numbers that only real tokens could tell, and random draws.
+"""Replacements for data in a dry run: numbers that only real tokens could give, and random draws.
 
-All of it changes this process for good: a dry run has one of its own.
+They change this process permanently, so each dry run has a separate process.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _route_evenly(config: RunConfig, skew: float) -> None:
 
 
 def _know_shapes(config: RunConfig) -> None:
-    """A stage of DeepSpeed's pipeline is told by the one before what will come."""
+    """In a run, a stage of DeepSpeed's pipeline receives the shapes from the stage before; here they are
+    given.
+    """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     parallel, model = config.parallel, config.model
@@ -96,7 +98,7 @@ def _know_shapes(config: RunConfig) -> None:
 
 @contextmanager
 def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
-    """torch's manager of collectives that are put together, of which fake tensors know nothing."""
+    """Replaces torch's manager of coalesced collectives, which does not support fake tensors."""
 
     class Done:
         def wait(self) -> None:

@@ -9,17 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# Numbers that only data could tell: a fake tensor has none.
+# Numbers that depend on data: a fake tensor has none.
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 # torch 2.13 knows its output for fake tensors in bfloat16 alone.
 _GROUPED = torch.ops.aten._grouped_mm.default
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, knows how many bytes are alive and the most there were in each phase.
+    """Within this context, counts the live bytes and their maximum in each phase.
 
-    Each storage counts once, however many tensors look at it.  ``answers``: whether numbers that are read are
-    made up (1, or 0 where a host asks whether gradients overflowed), as fake tensors need it.
+    Each storage counts once, even if several tensors share it.  ``answers``: whether reads of a number
+    return a made-up value (1, or 0 if a host asks whether gradients overflowed), which fake tensors need.
     """
 
     def __init__(self, *, answers: bool) -> None:

@@ -100,7 +100,7 @@ def activations_of(
 
 
 def _in_flight(candidate: Candidate, stages: int, number: int) -> float:
-    """Micro-batches whose activations a stage holds at most."""
+    """Largest number of micro-batches whose activations a stage keeps."""
     chunks = candidate.config.parallel.virtual_pipeline_model_parallel_size or 1
     if stages == 1:
         return 1.0

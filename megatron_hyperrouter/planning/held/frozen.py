@@ -1,4 +1,4 @@
-"""What routers hold beside their parameters."""
+"""Memory of routers in addition to their parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLOAT32 = 4
 
 
 class Frozen(NamedTuple):
-    """Bytes of what routers hold beside their parameters."""
+    """Bytes of routers in addition to their parameters."""
 
     per_layer: float
     shared: float  # once on each rank

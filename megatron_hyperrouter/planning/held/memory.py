@@ -119,6 +119,6 @@ def _buckets(candidate: Candidate, held: Held) -> tuple[float, float]:
     if config.engine.engine == "megatron" or stage == 0 or (stage == 1 and config.train.bf16):
         return 0.0, passing
     bucket = bucket_numbers(int(max(held.dense, held.expert)), candidate.data_size)
-    if stage == 2:  # two of them, made anew for each backward pass
+    if stage == 2:  # two of them, allocated again for each backward pass
         return 0.0, passing + 2.0 * bucket * size
     return float(bucket * size), passing

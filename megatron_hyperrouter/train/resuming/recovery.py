@@ -1,6 +1,4 @@
-"""What a run does about steps that are bad, or named beforehand, about alarms of its health, and about
-ranks whose weights differ.
-"""
+"""What a run does about bad steps, steps to skip, health alarms, and ranks whose weights differ."""
 
 from __future__ import annotations
 
@@ -58,10 +56,10 @@ class Recovery:
     def after_bad_step(
         self, step: int, result: StepResult, tell: Callable[..., None], checkpoint: int | None
     ) -> None:
-        """Run the step again and report what that says (collective); then follow the policy.
+        """Run the step again and report the result (collective); then follow the policy.
 
-        ``tell``: tells the hooks; ``checkpoint``: steps of the newest one.  Raises HyperRouterError where the
-        run cannot continue, and RollBack.
+        ``tell``: calls the hooks; ``checkpoint``: step of the newest checkpoint.  Raises HyperRouterError
+        if the run cannot continue, and RollBack.
         """
         reason, policy = self._bad.reason(result), self._bad.policy
         second, parts = self._engine.again()
@@ -103,7 +101,7 @@ class ReplicaCheck:
         self._alike = step  # the step after which the replicas were last known to be equal
 
     def after(self, step: int, tell: Callable[..., None], *, saves: bool = False) -> None:
-        """Compare where it is due, and before a save (collective); HyperRouterError names the rank."""
+        """Compare at the interval and before each save (collective); HyperRouterError names the rank."""
         if self._interval is None or step == self._alike or not (saves or step % self._interval == 0):
             return
         if found := self._engine.deviations():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.train.resuming.start import Start
 
-# What megatron-core's scheduler has in its state, beside the roles of a schedule
+# What megatron-core's scheduler has in its state in addition to the roles of a schedule
 _MORE = ("lr", "min_lr", "weight_decay")
 
 

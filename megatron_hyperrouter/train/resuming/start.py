@@ -1,4 +1,4 @@
-"""What a run begins with: nothing, the weights of a checkpoint, or a checkpoint of its own."""
+"""What a run begins with: nothing, the weights of a checkpoint, or one of its own checkpoints."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Start:
 
 
 def decide(config: RunConfig) -> Start:
-    """What ``--load`` and ``--finetune`` mean for the run folder as it is now.
+    """What ``--load`` and ``--finetune`` mean for the current state of the run folder.
 
-    CheckpointError where there is nothing to load.
+    CheckpointError if there is nothing to load.
     """
     load, own = config.checkpoint.load, _own_root(config)
     if load is None:
@@ -68,13 +68,13 @@ def decide(config: RunConfig) -> Start:
 def begin(
     config: RunConfig, start: Start | None, description: Description | None
 ) -> tuple[Start, Description]:
-    """What a run begins with and what its checkpoints say; decided here where nobody has done it before."""
+    """What a run begins with and what its checkpoints say; decided here if it was not decided before."""
     start = decide(config) if start is None else start
     return start, description or describe(settings_again(config, start))
 
 
 def settings_again(config: RunConfig, start: Start) -> RunConfig:
-    """The settings that start the same run again: without a ``--load`` of its own checkpoints, and with the
+    """The settings that start the same run again: without ``--load`` of its own checkpoints, and with the
     weights that it began with.
     """
     checkpoint = replace(config.checkpoint, override=False)

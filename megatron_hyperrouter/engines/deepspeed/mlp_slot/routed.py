@@ -51,7 +51,7 @@ class RoutedMOELayer(MOELayer):
 
     gate: RouterGate
     l_aux: Tensor
-    _autocast: bool = False  # of the pass that is going on
+    _autocast: bool = False  # of the current pass
 
     def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
         """Like ``MOELayer.forward`` (sharded_moe.py:632), but dispatches once, as the router decides."""
