@@ -24,7 +24,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """A stream whose content takes the place of ``path`` at the end of the block; after an error, nothing
     changes.
 
-    ``durable``: also after a power failure. OSError where the file system refuses.
+    ``durable``: also after a power failure. OSError if the file system refuses.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
@@ -43,7 +43,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def open_new(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """Open a file that is not there yet, to write and read; FileExistsError where something has its name, be
+    """Open a file that is not there yet, to write and read; FileExistsError if something has its name, be
     it a link.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -59,7 +59,7 @@ def open_afresh(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def open_again(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """Open a file that an earlier process has begun, to write and read; OSError where it is a link."""
+    """Open a file that an earlier process has begun, to write and read; OSError if it is a link."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     return os.fdopen(descriptor, "r+b", buffering)
 

@@ -59,7 +59,7 @@ class Box(NamedTuple):
         return prod(self.size)
 
     def common(self, other: Box) -> Box | None:
-        """What both cover; None where they do not meet."""
+        """What both cover; None if they do not meet."""
         low = tuple(map(max, self.offset, other.offset))
         high = tuple(map(min, self.end, other.end))
         if any(begin >= end for begin, end in zip(low, high, strict=True)):
@@ -150,7 +150,7 @@ def _inside(shape: Shape, row: int, begin: int, end: int) -> Iterator[tuple[Shap
 
 
 def gap(shape: Shape, covering: Sequence[Box]) -> str:
-    """What keeps the boxes from covering a tensor of ``shape`` exactly once; empty where nothing does."""
+    """What keeps the boxes from covering a tensor of ``shape`` exactly once; empty if nothing does."""
     whole = Box((0,) * len(shape), shape)
     if any(box.common(whole) != box for box in covering):
         return "a part lies outside the tensor"

@@ -61,7 +61,7 @@ def manifest_text(step: int, meta: Mapping[str, Any], files: Mapping[str, Mappin
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``meta``, ``files`` and ``sha256`` of a checkpoint; CheckpointError where they do
+    """``format``, ``step``, ``meta``, ``files`` and ``sha256`` of a checkpoint; CheckpointError if they do
     not agree.
     """
     path = folder / MANIFEST
@@ -105,7 +105,7 @@ def refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What is wrong with the first of these files that is not as the manifest says; empty where all are."""
+    """What is wrong with the first of these files that is not as the manifest says; empty if all are."""
     for name in sorted(files):
         path = folder / name
         if not path.is_file():
@@ -150,7 +150,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _wrong(manifest: Any) -> str:
-    """What a manifest lacks; empty where every part of it is of the right kind."""
+    """What a manifest lacks; empty if every part of it is of the right kind."""
     if not isinstance(manifest, dict):
         return "it is not a JSON object"
     kinds = {"format": int, "step": int, "meta": dict, "files": dict}

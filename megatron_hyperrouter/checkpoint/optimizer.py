@@ -85,7 +85,7 @@ class Entry:
         self.boxes += other.boxes
 
     def problem(self) -> str:
-        """Why this is not one whole tensor; empty where it is."""
+        """Why this is not one whole tensor; empty if it is."""
         if not self.dtype:
             return "no rank writes its weight"
         if not self.trained:
@@ -229,7 +229,7 @@ def _read_index(path: Path) -> dict[str, Entry]:
 
 
 def _entry(raw: dict[str, Any]) -> Entry:
-    """ValueError, KeyError or TypeError where it is not as :func:`_write_index` writes it."""
+    """ValueError, KeyError or TypeError if it is not as :func:`_write_index` writes it."""
     shape = _numbers(raw["shape"])
     return Entry(
         shape=shape,

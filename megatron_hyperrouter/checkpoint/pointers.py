@@ -54,7 +54,7 @@ def find(load: Path) -> Path | None:
 
 
 def latest_step(root: Path) -> int | None:
-    """The step that ``latest`` names; None where it names none."""
+    """The step that ``latest`` names; None if it names none."""
     return _read(root / LATEST).step
 
 

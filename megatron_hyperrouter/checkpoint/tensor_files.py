@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> list[Entry]:
-    """The tensors of a file, in the order of their bytes; ValueError where it is not a whole safetensors
+    """The tensors of a file, in the order of their bytes; ValueError if it is not a whole safetensors
     file.
     """
     size = path.stat().st_size

@@ -19,7 +19,7 @@ OLDEST_FOR = {"tensorwise": (2, 2), "blockwise": (2, 3)}  # fp8 recipes that are
 
 
 def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
-    """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError where that cannot be had.
+    """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError if that cannot be had.
 
     ``auto`` leaves float32 to torch: Transformer Engine's fast attention is for 16 bits, and float32 is there
     for comparisons. ``fp8``: the recipe, where products are computed in fp8.
@@ -43,7 +43,7 @@ def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
 
 
 def obstacle(oldest: tuple[int, int] = OLDEST) -> str | None:
-    """Why Transformer Engine cannot be used here; None where it can."""
+    """Why Transformer Engine cannot be used here; None if it can."""
     if not present():
         return "is not installed"
     if not torch.cuda.is_available():

@@ -62,7 +62,7 @@ def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[st
 
 
 def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
-    """What can run but was probably not meant so; ``has_gpu`` None where that is not known."""
+    """What can run but was probably not meant so; ``has_gpu`` None if that is not known."""
     return [
         *_about_router(config),
         *_about_training(config),

@@ -40,7 +40,7 @@ def parse(
 ) -> RunConfig:
     """The settings of a command line, merged over those of its ``--config`` file.
 
-    ``world_size``: ranks of the run, see :func:`launched_world_size`; None where it is not known, which
+    ``world_size``: ranks of the run, see :func:`launched_world_size`; None if it is not known, which
     leaves out the rules that need it.  ``notes`` receives what is worth telling about how the settings were
     understood.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with every problem at once.
     """

@@ -105,7 +105,7 @@ def has_uneven_stages(config: RunConfig) -> bool:
 
 def stage_layers(config: RunConfig) -> tuple[int, ...]:
     """Layers of each pipeline stage; those that are not named share the rest, the earlier ones having more
-    where it does not divide.  Raises ValueError where too few or too many layers are named.
+    where it does not divide.  Raises ValueError if too few or too many layers are named.
     """
     parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
@@ -118,7 +118,7 @@ def stage_layers(config: RunConfig) -> tuple[int, ...]:
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Groups of ranks that read different samples; 0 where the layout does not fit the ranks."""
+    """Groups of ranks that read different samples; 0 if the layout does not fit the ranks."""
     size = model_parallel_size(config)
     return 0 if world_size % size else world_size // size
 

@@ -60,7 +60,7 @@ class Leaf:
 
     @property
     def is_tuple(self) -> bool:
-        """True where one flag takes several words."""
+        """True if one flag takes several words."""
         return get_origin(self.base) is tuple
 
     @property
@@ -91,7 +91,7 @@ class Leaf:
         return f"{text}, or none" if self.optional else text
 
     def bounds(self) -> str:
-        """The range in words: ``>= 0 and <= 2``; empty where any value goes."""
+        """The range in words: ``>= 0 and <= 2``; empty if any value goes."""
         signs = (
             (sign, getattr(rule, name))
             for rule in self.rules
@@ -177,7 +177,7 @@ def _leaves_of(config_type: type, section: str, prefix: str) -> Iterator[Leaf]:
 
 
 def _only(kind: type[T], metadata: Iterable[object], where: str) -> T | None:
-    """The one item of this kind; None where there is none."""
+    """The one item of this kind; None if there is none."""
     found = [item for item in metadata if isinstance(item, kind)]
     if len(found) > 1:
         raise TypeError(f"{where} has {len(found)} times a {kind.__name__}; keep one")

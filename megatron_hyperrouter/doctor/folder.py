@@ -55,7 +55,7 @@ def examine_folder(
 
 
 def size_of_newest_checkpoint(run_dir: Path) -> int | None:
-    """Bytes of the newest checkpoint in the folder; None where there is none."""
+    """Bytes of the newest checkpoint in the folder; None if there is none."""
     with contextlib.suppress(OSError):
         steps = sorted((run_dir / "checkpoints").glob("step_*"))
         if steps:

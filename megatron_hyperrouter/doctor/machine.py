@@ -102,7 +102,7 @@ def _extension() -> str:
 
 
 def _extra(module: str) -> str | None:
-    """Version of a library that makes things faster; None where it is missing."""
+    """Version of a library that makes things faster; None if it is missing."""
     if importlib.util.find_spec(module) is None:
         return None
     for name in (module, module.replace("_", "-")):
@@ -114,7 +114,7 @@ def _extra(module: str) -> str | None:
 
 
 def _address() -> str:
-    """The address of this host's own name, which gloo uses; empty where the name is not known."""
+    """The address of this host's own name, which gloo uses; empty if the name is not known."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:

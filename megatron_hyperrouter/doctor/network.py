@@ -151,7 +151,7 @@ def _judge(
 
 
 def _connect(host: str, port: int) -> str:
-    """Why the place is not reached; empty where it is."""
+    """Why the place is not reached; empty if it is."""
     try:
         socket.create_connection((host, port), timeout=_ANSWER).close()
     except OSError as error:

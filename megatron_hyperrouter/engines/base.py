@@ -87,7 +87,7 @@ class Deviation:
     name: str  # global
     ranks: tuple[tuple[int, str], ...]  # (rank, host) of those that deviate
     others: tuple[tuple[int, str], ...]  # (rank, host) of those that agree with each other
-    sure: bool  # False where it is one against one: either may be wrong
+    sure: bool  # False if it is one against one: either may be wrong
 
 
 class Engine(Protocol):
@@ -195,7 +195,7 @@ class Engine(Protocol):
         ...
 
     def first_word(self, word: str) -> str:
-        """On all ranks, the word of the first rank that has one; empty where none has."""
+        """On all ranks, the word of the first rank that has one; empty if none has."""
         ...
 
     def close(self) -> None:

@@ -152,7 +152,7 @@ class RouterSite:
 
     @property
     def decided(self) -> bool:
-        """True where a decision was given."""
+        """True if a decision was given."""
         return self._given is not None
 
     @contextmanager

@@ -176,7 +176,7 @@ class Likeness:
     """Linear CKA of the outputs of experts 0 and 1, 2 and 3, ... of each layer, for the tokens of a pass that
     every data-parallel rank makes alike.
 
-    It says nothing where an odd number of experts is on each rank: no rank has both of a pair.
+    It says nothing if an odd number of experts is on each rank: no rank has both of a pair.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, *, first_expert: int) -> None:

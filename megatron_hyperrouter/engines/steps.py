@@ -127,7 +127,7 @@ class RouterSteps:
         }
 
     def _for_all_layers(self, values: list[float], sums: Tensor) -> list[float]:
-        """A number for each layer: nan where it saw no token."""
+        """A number for each layer: nan if it saw no token."""
         routed = iter(values)
         seen = self._statistics.tokens_L(sums).tolist()
         return [next(routed) if tokens else float("nan") for tokens in seen]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def checkpoint_of(load: str | os.PathLike[str]) -> Path:
     """The checkpoint that ``load`` means: a run folder, its ``checkpoints/``, or one checkpoint;
-    CheckpointError where there is none.
+    CheckpointError if there is none.
     """
     from megatron_hyperrouter.checkpoint.folder import find
 
@@ -82,7 +82,7 @@ class TrainedRun:
 
         ``world_size``: ranks that will hold the model, in the run's own layout where it fits them, else with
         data-parallel ranks alone.  ``tokenizer_model``: where the tokenizer is now, for a checkpoint that
-        knows only its digest.  ``overrides``: other settings, by flat name.  CheckpointError where there is
+        knows only its digest.  ``overrides``: other settings, by flat name.  CheckpointError if there is
         no whole checkpoint.
         """
         from megatron_hyperrouter.checkpoint.folder import read_manifest
@@ -110,7 +110,7 @@ class TrainedRun:
         return self.checkpoint.absolute().parent.parent
 
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer; ConfigError where another one was given in its place."""
+        """The run's tokenizer; ConfigError if another one was given in its place."""
         from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 
         tokenizer = tokenizer_of(self.settings.data)

@@ -10,7 +10,7 @@ from megatron_hyperrouter.data.store.manifest import manifest_of
 
 
 def words_per_token(data: DataConfig, split: str) -> float | None:
-    """Words over tokens of the files that a split is read from; None where one of them has no manifest that
+    """Words over tokens of the files that a split is read from; None if one of them has no manifest that
     counts its words.
     """
     named = data.data_path or getattr(data, f"{split}_data_path")

@@ -103,7 +103,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this is; None where it was installed without one."""
+    """Of the checkout that this is; None if it was installed without one."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

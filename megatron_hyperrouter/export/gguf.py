@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer) -> None:
-    """CheckpointError where llama.cpp would compute another model, or read other ids."""
+    """CheckpointError if llama.cpp would compute another model, or read other ids."""
     text = tokenizer_json(tokenizer)
     tree = {} if text is None else json.loads(text)
     words = tree.get("pre_tokenizer") or {}

@@ -31,7 +31,7 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     ``one_process``.
 
     A router that is a linear map of its input becomes megatron-core's ``TopKRouter``, which takes the softmax
-    over the chosen logits as well (``moe_router_pre_softmax`` False).  CheckpointError where that would be
+    over the chosen logits as well (``moe_router_pre_softmax`` False).  CheckpointError if that would be
     another model.
     """
     if run.model.moe_router_topk < 2:

@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:
-    """The certificate; CheckpointError where there is none, or none that this version reads."""
+    """The certificate; CheckpointError if there is none, or none that this version reads."""
     path = folder / CERTIFICATE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ class Task:
 def read_task(folder: Path) -> Task:
     """The task in ``folder``: the project's own form, or the files of SST-2, SST-5, IMDB or BANKING77.
 
-    DataError where a file is missing or wrong, where a part is empty, and for an unknown label.
+    DataError if a file is missing or wrong, where a part is empty, and for an unknown label.
     """
     if not folder.is_dir():
         raise DataError(f"--task {folder}: there is no such folder", remedy=_FORMS)

@@ -65,7 +65,7 @@ class Measure:
 
 
 def _half_of_the_worst(run: Conditions) -> float:
-    """E / 2k of load max/mean; nothing where k is so large that a healthy run comes near it."""
+    """E / 2k of load max/mean; nothing if k is so large that a healthy run comes near it."""
     half = run.num_experts / (2 * run.topk)
     return half if half >= 2 else math.inf
 
@@ -234,7 +234,7 @@ class LateData:
     _quiet_until: int = 0
 
     def see(self, step: int, waits: tuple[float, ...]) -> tuple[int, float] | None:
-        """The rank, and the share of the last steps that it costs; None where none costs much."""
+        """The rank, and the share of the last steps that it costs; None if none costs much."""
         self._times.append(self.clock())
         if len(waits) < 2 or (self._waits and len(self._waits[-1]) != len(waits)):
             return None

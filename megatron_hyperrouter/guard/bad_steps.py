@@ -38,7 +38,7 @@ class BadSteps:
         return cls(settings.on_bad_step, settings.max_loss_sigma, settings.loss_window, skipped)
 
     def reason(self, result: StepResult) -> str:
-        """Why the step is bad; empty where it is good."""
+        """Why the step is bad; empty if it is good."""
         for name, place in (("lm_loss", 0), ("grad_norm", 1)):
             value = getattr(result, name)
             if not math.isfinite(value):

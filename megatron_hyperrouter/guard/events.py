@@ -63,7 +63,7 @@ def read_events(path: Path) -> list[dict[str, Fact]]:
 
 
 def cause_of_restart(events: Sequence[Mapping[str, Fact]]) -> str:
-    """How the newest attempt ended, in words; empty where there was none."""
+    """How the newest attempt ended, in words; empty if there was none."""
     if not events:
         return ""
     closing = last_words(events)
@@ -78,7 +78,7 @@ def cause_of_restart(events: Sequence[Mapping[str, Fact]]) -> str:
 
 
 def last_words(events: Sequence[Mapping[str, Fact]]) -> Mapping[str, Fact] | None:
-    """The event with which the newest attempt ended; None where it runs, or ended without one.
+    """The event with which the newest attempt ended; None if it runs, or ended without one.
 
     Where several ranks failed, the first failure is the cause of the others.
     """
@@ -93,7 +93,7 @@ def facts_of(error: Exception) -> dict[str, Fact]:
 
 
 def record_failure_of(rank: int, path: Path, step: int, **facts: Fact) -> None:
-    """A failure of a rank that is not rank 0, which may know nothing of it; nothing where rank 0 has failed
+    """A failure of a rank that is not rank 0, which may know nothing of it; nothing if rank 0 has failed
     as well.
     """
     time.sleep(_TURN)

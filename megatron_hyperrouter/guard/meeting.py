@@ -60,7 +60,7 @@ class Meeting:
             return str(self._store.get(topic).decode())
 
     def difference(self, topic: str, facts: Mapping[str, object]) -> str:
-        """The first fact that is not the same on all ranks, in words; empty where all are."""
+        """The first fact that is not the same on all ranks, in words; empty if all are."""
         if self._store is None:
             return ""
         own = json.dumps({name: str(value) for name, value in facts.items()})
@@ -84,7 +84,7 @@ class Meeting:
 
 
 def wait_for_name(host: str) -> None:
-    """Until this machine knows the name of rank 0's; ConfigError where it does not come to know it.
+    """Until this machine knows the name of rank 0's; ConfigError if it does not come to know it.
 
     A cluster may publish the name of a machine some seconds after it has started it.
     """

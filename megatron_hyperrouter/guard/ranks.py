@@ -27,7 +27,7 @@ class _Tasks:
     rank: str
     size: str
     local_rank: str
-    address: str  # of rank 0; empty where it is not known
+    address: str  # of rank 0; empty if it is not known
     job: str  # the same for all tasks, and for no others at that time
 
 
@@ -35,7 +35,7 @@ def adopt_ranks(environ: MutableMapping[str, str] | None = None) -> None:
     """Make sure that the environment says which rank this is, or that it is the only one.
 
     Tasks of ``srun`` and ``mpirun`` get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-    ConfigError where the environment says half of it, or contradicts itself.
+    ConfigError if the environment says half of it, or contradicts itself.
     """
     environ = os.environ if environ is None else environ
     if environ.get("RANK") is None and environ.get("WORLD_SIZE") is None:

@@ -103,7 +103,7 @@ class RunLock:
                 os.utime(self._folder / HOLDER)
 
     def _age(self) -> float | None:
-        """Seconds since the holder was last seen; None where there is none."""
+        """Seconds since the holder was last seen; None if there is none."""
         try:
             seen = (self._folder / HOLDER).stat().st_mtime
         except FileNotFoundError:

@@ -67,7 +67,7 @@ def is_cut(name: str) -> bool:
 
 
 def shard_of(name: str) -> Shard | None:
-    """The piece that this rank holds of the parameter with this global name; None where it holds the
+    """The piece that this rank holds of the parameter with this global name; None if it holds the
     whole.
     """
     size, rank = tensor_parallel_place(name)

@@ -46,7 +46,7 @@ def softmax_topk(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     arXiv 2101.03961).
 
     Returns ``(weights_TK, experts_TK)`` as :func:`topk_softmax` does, but a row of weights sums to less than
-    1 where k < E.
+    1 if k < E.
     """
     experts_TK = best_experts(logits_TE, k)
     return logits_TE.softmax(-1).gather(-1, experts_TK), experts_TK
@@ -89,7 +89,7 @@ def scores(logits_TE: Tensor, score: Score) -> Tensor:
 def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
     """The logarithm of :func:`scores` plus any number that is the same for all experts of a token.
 
-    Its softmax is the scores divided by their sum, but never 0 / 0 where all of them underflow.
+    Its softmax is the scores divided by their sum, but never 0 / 0 if all of them underflow.
     """
     return logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
 

@@ -19,7 +19,7 @@ _GIB = 2.0**30
 
 def holdings(config: RunConfig, vocab_size: int, world_size: int) -> tuple[Model, list[tuple[str, str]]]:
     """The model, and lines (label, text) about parameters and memory of its ranks; ``vocab_size``: ids of the
-    tokenizer, 0 where they are not known.
+    tokenizer, 0 if they are not known.
     """
     model = model_of(config, vocab_size)
     counts = sorted(set(parameters_of_ranks(model, config, world_size)))

@@ -75,7 +75,7 @@ def shortened(config: RunConfig, micro_batches: int, data_size: int) -> RunConfi
 
 
 def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each task in turn; raises HostError where no dry run starts."""
+    """Of each task in turn; raises HostError if no dry run starts."""
     command = [sys.executable, "-m", "megatron_hyperrouter.planning.dry.rank"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

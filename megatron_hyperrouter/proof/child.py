@@ -26,7 +26,7 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_
 
 
 def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = COMPARE) -> dict[str, Any]:
-    """The answer of ``script`` to ``task``; HostError where that Python lacks a library."""
+    """The answer of ``script`` to ``task``; HostError if that Python lacks a library."""
     with tempfile.TemporaryDirectory(prefix="mhr-proof-") as folder:
         asked, answered = Path(folder) / "task.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(task), encoding="utf-8")

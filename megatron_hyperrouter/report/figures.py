@@ -130,7 +130,7 @@ def heat(
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last ``window`` finite values at each place; nan where there is none."""
+    """The mean of the last ``window`` finite values at each place; nan if there is none."""
     found = []
     for at in range(len(values)):
         recent = [value for value in values[max(at - window + 1, 0) : at + 1] if math.isfinite(value)]

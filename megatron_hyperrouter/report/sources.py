@@ -103,7 +103,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def read(path: Path) -> Source:
-    """What ``path`` holds; raises ConfigError where it is nothing of these."""
+    """What ``path`` holds; raises ConfigError if it is nothing of these."""
     if path.is_file():
         content = _json(path)
         if _kind(content):

@@ -176,7 +176,7 @@ class StableMoERouter(Router, name="stablemoe"):
         return losses
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        """The second stage's decision; raises ValueError where it does not know the token ids."""
+        """The second stage's decision; raises ValueError if it does not know the token ids."""
         if self._by_words(now):
             experts_TK = self._frozen_experts(now)
             weights_TK = self.scaled(first.logits_TE.gather(-1, experts_TK).sigmoid())

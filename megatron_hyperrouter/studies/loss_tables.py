@@ -123,7 +123,7 @@ Points = Mapping[tuple[Any, ...], tuple[int, dict[str, tuple[float | None, float
 
 
 def means(rows: Sequence[ResultRow], axes: Sequence[str], measures: Sequence[str]) -> Points:
-    """Values of the axes -> (seeds, measure -> mean and half of its interval over seeds); None where a
+    """Values of the axes -> (seeds, measure -> mean and half of its interval over seeds); None if a
     run has no such number.
     """
     from megatron_hyperrouter.analysis.intervals import mean_and_half

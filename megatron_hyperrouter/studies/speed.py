@@ -194,7 +194,7 @@ def layouts_of(args: Namespace) -> list[Layout]:
 
 
 def rows_of(args: Namespace, line: CommandLine) -> list[TimedLayout]:
-    """All rows, the fewest ranks first; raises ConfigError where none can run.  Fills in ``args.ranks``."""
+    """All rows, the fewest ranks first; raises ConfigError if none can run.  Fills in ``args.ranks``."""
     from megatron_hyperrouter.errors import ConfigError
 
     layouts = layouts_of(args)

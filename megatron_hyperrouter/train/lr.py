@@ -36,7 +36,7 @@ def learning_rate_at(step: float, optimizer: OptimizerConfig, train_iters: float
 
 
 def _remaining(step: float, optimizer: OptimizerConfig, warmup: int, decay_end: float) -> float:
-    """Share of ``lr - min_lr`` that is left at ``step``: 1 where the decay starts, 0 at ``decay_end``."""
+    """Share of ``lr - min_lr`` that is left at ``step``: 1 if the decay starts, 0 at ``decay_end``."""
     done = (step - warmup) / (decay_end - warmup)
     if optimizer.lr_decay_style == "linear":
         return 1.0 - done

@@ -138,7 +138,7 @@ def training_record(facts: StepFacts, *, with_all_layers: bool) -> Record:
 
 
 def evaluation_record(result: EvalResult, *, step: int, split: str, topk: int) -> Record:
-    """Loss in nats per token, its exponential, and bits per UTF-8 byte of the targets (None where bytes are
+    """Loss in nats per token, its exponential, and bits per UTF-8 byte of the targets (None if bytes are
     unknown).
     """
     loss = result.loss_sum / result.tokens

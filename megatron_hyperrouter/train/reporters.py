@@ -134,7 +134,7 @@ def _import(module: str, *, asked: str, package: str) -> ModuleType:
 
 
 def writer_of(config: RunConfig, tokenizer: Tokenizer) -> Writer | None:
-    """The writer that the settings ask for; None where they ask for none."""
+    """The writer that the settings ask for; None if they ask for none."""
     settings, length = config.logging, config.model.seq_length
     if not settings.sample_interval:
         return None

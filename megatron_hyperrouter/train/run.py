@@ -93,7 +93,7 @@ class Run:
 
     @property
     def evaluates(self) -> bool:
-        """True where the settings ask for evaluations."""
+        """True if the settings ask for evaluations."""
         return self.config.train.eval_interval > 0 and self.config.train.eval_iters > 0
 
     def batches(self, first: int) -> Batches:

@@ -24,7 +24,7 @@ class Status:
 
     run: str
     state: str  # running, stopped, finished, failed, hung
-    reason: str  # why, in words; empty where the state says it all
+    reason: str  # why, in words; empty if the state says it all
     exit_status: (
         int | None
     )  # of an attempt that has ended; None if it is running, or ended without recording it

@@ -72,7 +72,7 @@ class Trace:
 
 
 def read_trace(run_dir: Path) -> Trace:
-    """Read the folder; ConfigError where it holds no run, DataError where a file cannot be used."""
+    """Read the folder; ConfigError if it holds no run, DataError if a file cannot be used."""
     if not run_dir.is_dir():
         rule = "must be the folder of a run" if run_dir.exists() else "does not exist"
         raise ConfigError([Problem("RUN", run_dir, rule, "give the --run-dir of a run")])
@@ -181,7 +181,7 @@ def _beats(folder: Path, opening: Event, now: float) -> tuple[dict[int, Beat], d
 
 
 def _written(path: Path) -> float | None:
-    """When the file was written, by the clock of the file server; None where there is none."""
+    """When the file was written, by the clock of the file server; None if there is none."""
     try:
         return path.stat().st_mtime
     except OSError:

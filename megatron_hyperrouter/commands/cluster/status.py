@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _answer(run_dir: Path, exit_status: int) -> None:
-    """End with 0 where the run should start again, and with 1 where it should not."""
+    """End with 0 if the run should start again, and with 1 if it should not."""
     from megatron_hyperrouter.errors import HyperRouterError
     from megatron_hyperrouter.watch.restart import worth_restarting
 

@@ -130,7 +130,7 @@ def write(
 
 
 def check_output(output: Path) -> None:
-    """ConfigError where results are there already, or cannot be written."""
+    """ConfigError if results are there already, or cannot be written."""
     from megatron_hyperrouter.finetuning import reports
 
     rule = "already holds results" if (output / reports.RESULTS).exists() else ""

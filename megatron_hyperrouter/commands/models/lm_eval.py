@@ -68,7 +68,7 @@ def folder_of(args: Namespace, home: Path) -> Path:
 
 
 def topks_of(args: Namespace, config: dict[str, Any]) -> list[int]:
-    """Values of k for the model of this ``config.json``; ConfigError where it has no experts, or fewer."""
+    """Values of k for the model of this ``config.json``; ConfigError if it has no experts, or fewer."""
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.importing.source import EXPERTS
 

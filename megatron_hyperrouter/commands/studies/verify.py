@@ -186,7 +186,7 @@ def check_ranks(layouts: Sequence[Layout]) -> None:
 
 
 def check_some_run(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
-    """ConfigError where the settings rule out every layout that was asked for: nothing would be checked."""
+    """ConfigError if the settings rule out every layout that was asked for: nothing would be checked."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     asked = [row for row in rows if row.layout != reference.layout] or rows
@@ -220,7 +220,7 @@ def starter_for(args: Namespace, most_ranks: int) -> Starter:
 
 
 def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | None) -> RunConfig:
-    """The user's settings on ``layout``; raises ConfigError where they cannot run there."""
+    """The user's settings on ``layout``; raises ConfigError if they cannot run there."""
     from megatron_hyperrouter.config.by_role import quiet, quiet_on
     from megatron_hyperrouter.config.cli import load_file, replace_leaves
     from megatron_hyperrouter.config.roles import Role

@@ -29,7 +29,7 @@ _SIZES = (
 def start_block(
     config: RunConfig, size: ModelSize, *, world_size: int, epoch: int | None
 ) -> list[tuple[str, str]]:
-    """Label and text of each line; ``epoch``: tokens of the training data, None where they are not known."""
+    """Label and text of each line; ``epoch``: tokens of the training data, None if they are not known."""
     return [
         ("model", _model(config, size)),
         ("router", _router(config)),

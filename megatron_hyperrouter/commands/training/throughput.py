@@ -35,7 +35,7 @@ _PEAK_BF16: Mapping[str, float] = MappingProxyType(
 
 
 def peak_flops(*, bf16: bool) -> float | None:
-    """FLOP/s of this rank's device in the precision of the run; None where they are not known.
+    """FLOP/s of this rank's device in the precision of the run; None if they are not known.
 
     In float32 None: how fast a GPU is then depends on settings of its libraries.
     """

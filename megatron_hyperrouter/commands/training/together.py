@@ -35,12 +35,12 @@ def agree_on_settings(config: RunConfig, meeting: Meeting) -> None:
 
 
 def decide_together(config: RunConfig, meeting: Meeting) -> Start:
-    """Rank 0 decides what is loaded; CheckpointError where another rank does not see that checkpoint."""
+    """Rank 0 decides what is loaded; CheckpointError if another rank does not see that checkpoint."""
     return follow_rank_0(lambda: decide(config), meeting)
 
 
 def agree_on_data(meeting: Meeting, tokenizer: Mapping[str, Any], files: Mapping[str, object]) -> None:
-    """DataError where a rank reads other data or has another tokenizer; their paths may differ."""
+    """DataError if a rank reads other data or has another tokenizer; their paths may differ."""
     facts: dict[str, object] = {"the tokenizer": dict(tokenizer)}
     facts |= {f"data file {number}": identity for number, identity in enumerate(files.values(), 1)}
     if difference := meeting.difference("data", facts):

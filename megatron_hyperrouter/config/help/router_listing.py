@@ -28,7 +28,7 @@ VOCABULARY: Mapping[str, Any] = MappingProxyType(
 def listed_routers(folder: Path = FOLDER) -> dict[str, Any]:
     """Router name -> an object with the docstring and the ``Config`` of that router's class.
 
-    Raises ValueError, naming the file, where an option cannot be understood without importing the file.
+    Raises ValueError, naming the file, if an option cannot be understood without importing the file.
     """
     classes = {cls.name: cls for path in sorted(folder.glob("*.py")) for cls in _classes_of(path)}
     listed = {}

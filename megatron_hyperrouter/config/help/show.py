@@ -14,9 +14,9 @@ from megatron_hyperrouter.config.reading.sources import read_flags
 
 
 def show_help_first(argv: Sequence[str], *, prog: str) -> bool:
-    """Show what ``--help`` asks for, without loading torch; False where nothing asks for it.
+    """Show what ``--help`` asks for, without loading torch; False if nothing asks for it.
 
-    Raises ConfigError where the words after it are not a section.
+    Raises ConfigError if the words after it are not a section.
     """
     flags = read_flags(argv).flags
     if "--help" not in flags:

@@ -133,7 +133,7 @@ def settled(values: dict[str, Any], written: Container[str]) -> Iterator[str]:
 
 
 def words_of(raw: object) -> list[str] | None:
-    """A YAML value as the words of a flag; None where it switches the flag off."""
+    """A YAML value as the words of a flag; None if it switches the flag off."""
     if raw is None or raw is False:
         return None
     if raw is True:

@@ -27,7 +27,7 @@ class CommandLine:
     problems: list[Problem] = field(default_factory=list)
 
     def pop(self, name: str) -> list[str] | None:
-        """The words of one flag, which then counts as understood; None where it was not given."""
+        """The words of one flag, which then counts as understood; None if it was not given."""
         return self.flags.pop(name, None)
 
 

@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(path: str) -> Any:
-    """What a YAML file holds.  OSError where it cannot be read, ValueError where it is not YAML."""
+    """What a YAML file holds.  OSError if it cannot be read, ValueError if it is not YAML."""
     return parse_yaml(Path(path).read_text(encoding="utf-8"))
 
 

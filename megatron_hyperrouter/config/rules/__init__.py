@@ -1,5 +1,5 @@
 """Rules that join several settings: one function a rule, one file a theme; ``check.py`` runs them all.
 
-A rule is a function ``(config, world_size) -> Iterator[Problem]``; ``world_size`` is None where it is not
+A rule is a function ``(config, world_size) -> Iterator[Problem]``; ``world_size`` is None if it is not
 known.
 """

@@ -22,7 +22,7 @@ from megatron_hyperrouter.errors import Problem
 
 
 def fp8_settings_need_fp8(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Scales and layers in bfloat16 mean nothing where nothing is computed in fp8."""
+    """Scales and layers in bfloat16 mean nothing if nothing is computed in fp8."""
     if config.precision.fp8_format is not None:
         return
     default = PrecisionConfig()

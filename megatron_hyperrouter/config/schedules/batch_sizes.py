@@ -33,7 +33,7 @@ class BatchSizes:
     def __init__(self, full: int, rampup: Sequence[int] | None = None) -> None:
         """``full``: --global-batch-size; ``rampup``: START, INCREMENT and SAMPLES of --rampup-batch-size.
 
-        ValueError where these do not lead to the full size.
+        ValueError if these do not lead to the full size.
         """
         if rampup is not None and not grows_to(full, rampup):
             raise ValueError(f"rampup = {rampup} does not grow to full = {full}")

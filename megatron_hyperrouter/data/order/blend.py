@@ -35,7 +35,7 @@ class Blend:
 
 
 def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
-    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  ConfigError where weights and prefixes do not
+    """``("a", "b")`` or ``("0.3", "a", "0.7", "b")``.  ConfigError if weights and prefixes do not
     alternate.
     """
     try:

@@ -230,7 +230,7 @@ def key_of(*numbers: int) -> int:
 
 
 def _exact(values: npt.ArrayLike, dtype: Any, name: str) -> npt.NDArray[Any]:
-    """``values`` as contiguous ``dtype``; ValueError where a number would change."""
+    """``values`` as contiguous ``dtype``; ValueError if a number would change."""
     given = np.asarray(values)
     converted = np.ascontiguousarray(given, dtype)
     if given.dtype != dtype and not np.array_equal(given, converted):

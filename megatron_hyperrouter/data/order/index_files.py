@@ -202,7 +202,7 @@ class _Entry:
 
 
 def _load(path: Path, key: CacheKey, names: Names, *, written_here: bool = False) -> Arrays | None:
-    """The arrays of a file, mapped; None where it is missing, damaged, or has another key or other arrays.
+    """The arrays of a file, mapped; None if it is missing, damaged, or has another key or other arrays.
     ``written_here``: by this very process.
     """
     try:

@@ -27,7 +27,7 @@ class Journal:
 
     ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
     change of each file. ``records`` holds what an earlier run saved, oldest first.  ``overwrite``: forget
-    that. Raises ConfigError where that run had other settings, DataError where an input has changed since, or
+    that. Raises ConfigError if that run had other settings, DataError if an input has changed since, or
     another process is at work.
     """
 
@@ -161,7 +161,7 @@ def _is_head(line: dict[str, Any]) -> bool:
 
 @contextmanager
 def locked_output(output_prefix: str) -> Iterator[None]:
-    """Keep other processes away from an output that cannot be continued.  DataError where another process is
+    """Keep other processes away from an output that cannot be continued.  DataError if another process is
     writing it, or has left unfinished files.
     """
     path = f"{output_prefix}.journal"

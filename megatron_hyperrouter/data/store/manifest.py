@@ -63,7 +63,7 @@ def write_manifest(prefix: str, manifest: Manifest) -> None:
 
 
 def read_manifest(prefix: str) -> Manifest:
-    """The manifest of a pair; DataError where there is none, or none that can be understood."""
+    """The manifest of a pair; DataError if there is none, or none that can be understood."""
     path = Path(prefix + ENDING)
     try:
         found = json.loads(path.read_bytes())
@@ -87,12 +87,12 @@ def read_manifest(prefix: str) -> Manifest:
 
 
 def manifest_of(prefix: str) -> Manifest | None:
-    """The manifest of a pair, or None where it has none, as pairs of other programs."""
+    """The manifest of a pair, or None if it has none, as pairs of other programs."""
     return read_manifest(prefix) if os.path.exists(prefix + ENDING) else None
 
 
 def check_tokenizer(prefix: str, tokenizer: Mapping[str, Any]) -> None:
-    """DataError where the manifest of a pair names another tokenizer than the one with this identity."""
+    """DataError if the manifest of a pair names another tokenizer than the one with this identity."""
     manifest = manifest_of(prefix)
     if manifest is None or same_tokenizer(manifest.tokenizer, tokenizer):
         return

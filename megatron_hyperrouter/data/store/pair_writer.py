@@ -248,7 +248,7 @@ def _starts(stream: BinaryIO, size: int, scale: int, total: int, *, last: bool) 
     """Where each of consecutive int32 lengths begins, as int64 bytes, in units of ``scale``; with ``last``
     also where all end.
 
-    DataError where they do not add up to ``total``: the file is not the one that was written.
+    DataError if they do not add up to ``total``: the file is not the one that was written.
     """
     start = 0
     for _ in range(0, size, _CHUNK * _SIZE.itemsize):

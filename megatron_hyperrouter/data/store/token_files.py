@@ -115,7 +115,7 @@ class IndexedDataset:
         self._check_pointers(len(self._bin.content))
 
     def check_length(self) -> None:
-        """DataError where a file is now shorter than it was; to be called before tokens are read, for memory
+        """DataError if a file is now shorter than it was; to be called before tokens are read, for memory
         cannot be read there.
 
         A system call for each file, less than a microsecond.  What is cut off between this and the reading
@@ -142,7 +142,7 @@ class IndexedDataset:
         ends.
 
         Read from the file and not from its map, which would bring in the neighbourhood of each place, and
-        count it as memory. DataError where the numbers fall back or leave ``.bin``.
+        count it as memory. DataError if the numbers fall back or leave ``.bin``.
         """
         place, last = _HEADER.size + 4 * len(self), len(self._bin.content)
         wanted = list(sequences)

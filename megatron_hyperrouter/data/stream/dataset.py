@@ -309,7 +309,7 @@ class Builder:
         )
 
     def check_length(self, store: IndexedDataset, documents: range, number: int) -> int:
-        """Tokens that these documents hold; DataError where they are fewer than one sample."""
+        """Tokens that these documents hold; DataError if they are fewer than one sample."""
         tokens = self.tokens(store, documents)
         if tokens < self.seq_length + 1:
             part = (

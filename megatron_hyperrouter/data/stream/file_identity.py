@@ -96,7 +96,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
     """The ledger of a run that continues with ``files`` (prefix -> identity).
 
     A file that it knows by another prefix, which the run no longer reads, gets its present one.  DataError
-    where a file has the prefix of one in the ledger and is another.
+    if a file has the prefix of one in the ledger and is another.
     """
     recorded = {entry["path"]: entry.get("file") for segment in ledger for entry in segment["sets"]}
     changed = [

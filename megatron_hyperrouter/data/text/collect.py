@@ -111,7 +111,7 @@ def _refuse(error: OSError) -> None:
 
 
 def read_text_file(path: str) -> str | None:
-    """The text of a file, or None where it is binary, not UTF-8, blank or unreadable."""
+    """The text of a file, or None if it is binary, not UTF-8, blank or unreadable."""
     try:
         with open(path, "rb") as raw:
             data = raw.read(1 << 13)

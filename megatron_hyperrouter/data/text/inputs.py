@@ -184,12 +184,12 @@ def _sampled(path: str, size: int) -> bytes:
 
 
 def size_of(path: str) -> int:
-    """Size of a file; DataError where it is not there any more."""
+    """Size of a file; DataError if it is not there any more."""
     return _status_of(path).st_size
 
 
 def facts_of(path: str) -> tuple[str, int, int]:
-    """Path, size and time of change of a file, by which it is known again; DataError where it is not there
+    """Path, size and time of change of a file, by which it is known again; DataError if it is not there
     any more.
     """
     status = _status_of(path)

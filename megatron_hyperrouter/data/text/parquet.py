@@ -39,7 +39,7 @@ def read_rows(
 
     ``owned(fraction)``: where in the file a row group begins, 0 to 1.  One row group at a time is open, and a
     few pages of it.  DataError for a file that is truncated, damaged, foreign or lacks a column, or a text of
-    more than ``MOST_VALUE_BYTES``; HostError where the library is missing.
+    more than ``MOST_VALUE_BYTES``; HostError if the library is missing.
     """
     file = _File(path, keys)
     try:

@@ -40,7 +40,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     """A binary file to write, that takes the name ``path`` when the block ends well and vanishes when it does
     not.
 
-    DataError where the disk refuses, or where the name is that of something else than a file.
+    DataError if the disk refuses, or where the name is that of something else than a file.
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(

@@ -57,7 +57,7 @@ PROBES = (
 class GigatokenTokenizer(HuggingFaceTokenizer):
     """The same ``tokenizer.json``, encoded by the library ``gigatoken``.
 
-    ConfigError for a tokenizer that the library does not know, HostError where it is not installed.
+    ConfigError for a tokenizer that the library does not know, HostError if it is not installed.
     """
 
     def __init__(self, path: str, eod_token: str | None = None) -> None:
@@ -180,7 +180,7 @@ def difference(fast: GigatokenTokenizer, first: Iterable[tuple[str, str]]) -> st
 
 
 def _resident_bytes() -> int | None:
-    """Memory of this process, or None where the system does not say."""
+    """Memory of this process, or None if the system does not say."""
     try:
         with open("/proc/self/statm", "rb") as stream:
             return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -30,7 +30,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def eod(self) -> int:
-        """The id that ends a document.  DataError where the tokenizer has none."""
+        """The id that ends a document.  DataError if the tokenizer has none."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -58,7 +58,7 @@ class Tokenizer(ABC):
         return {"type": self.type, "sha256": self.sha256(), "vocab_size": self.vocab_size}
 
     def sha256(self) -> str | None:
-        """The SHA-256 of the tokenizer's file, or None where it has no file."""
+        """The SHA-256 of the tokenizer's file, or None if it has no file."""
         return None
 
 

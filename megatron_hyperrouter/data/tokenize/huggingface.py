@@ -118,7 +118,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def eod(self) -> int:
         """The id of ``--eod-token``, or of ``eos_token`` in ``tokenizer_config.json``, or of the first usual
-        name that exists.  DataError where there is none.
+        name that exists.  DataError if there is none.
         """
         return self._eod
 
@@ -155,7 +155,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def token_bytes_V(self) -> NDArray[np.int32] | None:
-        """See the base class; None where the tokenizer is not byte-level.
+        """See the base class; None if the tokenizer is not byte-level.
 
         A byte-level vocabulary writes each byte as one character, so a token has as many bytes as characters.
         Text that a normalizer changes counts in its changed form.
@@ -318,7 +318,7 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def find_files(name: str, fetch: Callable[[str, str], Path | None]) -> TokenizerFiles:
     """The files of ``--tokenizer-model NAME``: a file, a folder, or a name on the hub.
 
-    ``fetch(model, file name)`` gets a file of a model on the hub; None where the model lacks that file.
+    ``fetch(model, file name)`` gets a file of a model on the hub; None if the model lacks that file.
     """
     path = Path(name)
     if path.is_dir():
@@ -370,7 +370,7 @@ def _settings_in(folder: Path) -> tuple[Path, ...]:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; DataError where it is not one."""
+    """The object in a JSON file; DataError if it is not one."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -49,7 +49,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     @property
     def eod(self) -> int:
-        """The id of ``--eod-token``, or the model's end of a sentence.  DataError where it has none."""
+        """The id of ``--eod-token``, or the model's end of a sentence.  DataError if it has none."""
         if self._eod_token is not None:
             token = int(self._model.piece_to_id(self._eod_token))
             if self._model.id_to_piece(token) != self._eod_token:
@@ -74,7 +74,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return str(self._model.decode([int(token) for token in ids]))
 
     def token_bytes_V(self) -> NDArray[np.int32] | None:
-        """See the base class; None where the model has an unknown token for what its pieces cannot spell.
+        """See the base class; None if the model has an unknown token for what its pieces cannot spell.
 
         Text counts in the form that the model's normalizer gives it.
         """

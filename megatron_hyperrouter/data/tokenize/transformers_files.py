@@ -60,7 +60,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
 
 
 def without_text(tokenizer: Tokenizer) -> str | None:
-    """What to know of a folder that has no ``tokenizer.json``; None where it has one."""
+    """What to know of a folder that has no ``tokenizer.json``; None if it has one."""
     if tokenizer_json(tokenizer) is not None:
         return None
     own = _own_file(tokenizer)

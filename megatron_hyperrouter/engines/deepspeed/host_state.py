@@ -18,7 +18,7 @@ def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterato
     """What this rank's optimizer holds of the parameters with these global names.
 
     ZeRO lays the parameters of a group end to end in one row, and gives each data-parallel rank a part of it;
-    ``_hp_mapping`` says which numbers of a parameter are where in that part, and is None where none are.
+    ``_hp_mapping`` says which numbers of a parameter are where in that part, and is None if none are.
     """
     for name, parameter in named:
         if not parameter.requires_grad:

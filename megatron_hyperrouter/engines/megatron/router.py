@@ -113,7 +113,7 @@ class MegatronRouter(MegatronModule):
         return joined
 
     def kept_TK(self, routing: Routing) -> Tensor | None:
-        """The routes that the capacity leaves; None where nothing is dropped."""
+        """The routes that the capacity leaves; None if nothing is dropped."""
         factor = self.config.moe_expert_capacity_factor
         if factor is None:
             return None

@@ -116,7 +116,7 @@ class Holding(NamedTuple):
 
     named: list[tuple[str, nn.Parameter]]  # global names; routers' parameters as well
     routers: dict[str, Router]  # prefix of the global names -> router
-    pieces: Callable[[], Iterable[Piece]] | None  # of the optimizer; None where there is none
+    pieces: Callable[[], Iterable[Piece]] | None  # of the optimizer; None if there is none
     spread: bool  # the host gives each data-parallel rank another part of the optimizer's state
     device: torch.device
 

@@ -43,7 +43,7 @@ class Family:
     group_best: int | None = None  # experts by which it judges a group; None: it has no groups
 
     def reasons(self, run: RunConfig, options: Any, topk: int) -> list[str]:
-        """Why it does not compute this run's model; empty where it does."""
+        """Why it does not compute this run's model; empty if it does."""
         flags = unfollowed(run, self.settings)
         found = [f"has no counterpart of {', '.join(flags)}"] if flags else []
         if options.groups is not None and self.group_best is None:

@@ -135,7 +135,7 @@ def one_for_each_head(x_BGSC: Tensor, heads: int) -> Tensor:
 
 
 def visible(length: int, rank: int, size: int, device: torch.device, window: int | None = None) -> Tensor:
-    """True where a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size *
+    """True if a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size *
     length]``; ``window``: how many tokens before its own, None: all.
     """
     keys = gathered_positions(length, size, device)

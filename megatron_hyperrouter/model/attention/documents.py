@@ -25,7 +25,7 @@ def document_starts(tokens_BS: Tensor, eod: int) -> Tensor:
 
 
 def same_document(starts_BS: Tensor, queries_Q: Tensor, keys_S: Tensor) -> Tensor:
-    """True where the tokens at these positions are of one document: boolean ``[B, 1, Q, S]``, for all
+    """True if the tokens at these positions are of one document: boolean ``[B, 1, Q, S]``, for all
     heads.
     """
     return (starts_BS[:, queries_Q, None] == starts_BS[:, None, keys_S]).unsqueeze(1)

@@ -58,7 +58,7 @@ class Model:
     size: ModelSize
     layers: tuple[_Part, ...]
     embedding: _Part
-    output: _Part  # empty where it is tied to the embedding
+    output: _Part  # empty if it is tied to the embedding
     norm: _Part
     ahead: _Part  # multi-token prediction
 

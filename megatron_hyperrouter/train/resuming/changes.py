@@ -91,7 +91,7 @@ def _flat(text: str) -> dict[str, Any]:
 
 
 def _rate(settings: Mapping[str, Any], step: int) -> float | None:
-    """The learning rate that these settings give a step; None where they are of another version."""
+    """The learning rate that these settings give a step; None if they are of another version."""
     names = {leaf.name for leaf in leaves_with(*Role) if leaf.section == "optimizer"}
     own = {name: value for name, value in settings.items() if name in names}
     try:

@@ -23,7 +23,7 @@ _MORE = ("lr", "min_lr", "weight_decay")
 
 
 def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
-    """The settings with the schedule of the checkpoint, where they ask for it; CheckpointError where the
+    """The settings with the schedule of the checkpoint, where they ask for it; CheckpointError if the
     checkpoint does not say what it was.
     """
     if not config.checkpoint.use_checkpoint_opt_param_scheduler or not start.step or start.folder is None:

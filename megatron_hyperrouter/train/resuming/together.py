@@ -19,7 +19,7 @@ _PATIENCE = 60.0  # seconds until a file system has shown to all machines what o
 
 
 def follow_rank_0(decide: Callable[[], Start], meeting: Meeting) -> Start:
-    """What ``decide`` says on rank 0 (collective); CheckpointError where another rank does not see that
+    """What ``decide`` says on rank 0 (collective); CheckpointError if another rank does not see that
     checkpoint.
     """
     if meeting.rank:

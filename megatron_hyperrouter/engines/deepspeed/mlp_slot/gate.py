@@ -26,7 +26,7 @@ class SparseRoutes(NamedTuple):
     loss: Tensor  # scalar, already weighted
     capacity: int  # slots of each expert
     num_experts: int
-    experts_KT: Tensor  # expert of each route; -1 where it was dropped
+    experts_KT: Tensor  # expert of each route; -1 if it was dropped
     slots_KT: Tensor  # place among the expert's slots
     weights_KT: Tensor  # float32
     load_E: Tensor  # routes to each expert before dropping
@@ -108,7 +108,7 @@ class RouterGate(nn.Module):
         )
 
     def kept_TK(self, routing: Routing) -> Tensor | None:
-        """The routes that the capacity leaves; None where nothing is dropped."""
+        """The routes that the capacity leaves; None if nothing is dropped."""
         if self._factor is None:
             return None
         return kept_routes(routing, self._capacity(routing.experts_TK))
