@@ -1,4 +1,4 @@
-"""The one place of the package that talks to a person, and that turns errors into exit statuses.
+"""The one place of the package that talks to the user, and that turns errors into exit statuses.
 
 Every rank of a run goes through :func:`run`, but one rank speaks: an error in the settings happens on all of
 them.

@@ -25,7 +25,7 @@ Shown = TypeVar("Shown", bound="Bar")
 
 
 class Stopped(BaseException):
-    """A signal asks the tool to stop; no ``except Exception`` holds it up, every ``finally`` runs."""
+    """A signal asks the tool to stop; no ``except Exception`` catches it, every ``finally`` runs."""
 
     left = "unfinished files were removed"
 

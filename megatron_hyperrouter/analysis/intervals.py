@@ -10,7 +10,7 @@ def mean_and_half(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     """The mean, and half the width of Student's interval around it; None for a single value, which says
     nothing of its spread.
 
-    The interval holds the mean of all possible runs in ``level`` of the cases, if runs are independent and
+    The interval contains the mean of all possible runs in ``level`` of the cases, if runs are independent and
     normally distributed.
     """
     n = len(values)

@@ -79,7 +79,7 @@ class ScalingFit:
 
 
 def different(values: Sequence[float]) -> list[int]:
-    """The number of the class of each value: a class holds what is within a ratio of :data:`ALIKE` of its
+    """The number of the class of each value: a class contains what is within a ratio of :data:`ALIKE` of its
     smallest.
     """
     order = sorted(set(values))
@@ -131,7 +131,7 @@ def fit(
     """The curve through the losses of runs with ``sizes`` (N, D or both); raises ValueError with the
     :func:`obstacle`.
 
-    ``resamples``: how many sets of residuals are drawn, with replacement, for the intervals that hold the
+    ``resamples``: how many sets of residuals are drawn, with replacement, for the intervals that contain the
     middle ``level`` of the parameters fitted to them.  Residuals are inflated by sqrt(n / (n - p)), what
     the fit itself took away from them.
     """

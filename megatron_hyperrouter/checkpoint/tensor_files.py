@@ -1,7 +1,7 @@
 """safetensors files read and written one tensor at a time, so that a model of any size needs the memory of
 its largest tensor.
 
-The library maps whole files into memory when it reads, and holds a second copy of all tensors when it writes.
+The library maps whole files into memory when it reads, and keeps a second copy of all tensors when it writes.
 The format is an
 eight-byte length, a JSON header (name -> dtype, shape, offsets) and the bytes.  The part that reads headers
 needs the standard library
@@ -71,7 +71,9 @@ def digest_of_bytes(path: Path, begin: int = 0, end: int | None = None) -> str:
 
 
 def header_bytes(tensors: Iterator[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """The header of a file that holds tensors of these (name, dtype, shape, bytes), one after the other."""
+    """The header of a file that contains tensors of these (name, dtype, shape, bytes), one after the
+    other.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, size in tensors:

@@ -69,7 +69,7 @@ class _Step(NamedTuple):
 
 
 class SharedEngine(SavedEngine):
-    """Serves ``engines.base.Engine``, but for what a host does in its own way."""
+    """Serves ``engines.base.Engine``, except for what a host does in its own way."""
 
     routers: dict[str, Router]  # prefix of the global names -> router
     num_zeros: float | None = None  # of the last step's gradient, where the host counts them

@@ -96,7 +96,7 @@ LAYER_METRICS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = MappingP
 class RouterStatistics:
     """Sums over one step of what the routers chose, one row a layer, ready for a single all-reduce.
 
-    A row holds the sums of ``SUMS``, and then the method's own counts.
+    A row contains the sums of ``SUMS``, and then the method's own counts.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:

@@ -37,8 +37,8 @@ def checkpoint_of(load: str | os.PathLike[str]) -> Path:
 
 
 def run_path(text: str) -> Path:
-    """The value of ``--load``; CheckpointError at once, before any library is imported, where it cannot hold
-    a checkpoint.
+    """The value of ``--load``; CheckpointError at once, before any library is imported, if there can be no
+    checkpoint in it.
     """
     path = Path(text)
     if not path.exists():
@@ -80,7 +80,7 @@ class TrainedRun:
     ) -> TrainedRun:
         """The run that ``load`` means: a run folder, its ``checkpoints/``, or one checkpoint.
 
-        ``world_size``: ranks that will hold the model, in the run's own layout where it fits them, else with
+        ``world_size``: ranks that will have the model, in the run's own layout where it fits them, else with
         data-parallel ranks alone.  ``tokenizer_model``: where the tokenizer is now, for a checkpoint that
         knows only its digest.  ``overrides``: other settings, by flat name.  CheckpointError if there is
         no whole checkpoint.
@@ -106,7 +106,7 @@ class TrainedRun:
 
     @property
     def run_dir(self) -> Path:
-        """The folder that holds the run now."""
+        """The folder that contains the run now."""
         return self.checkpoint.absolute().parent.parent
 
     def tokenizer(self) -> Tokenizer:

@@ -91,8 +91,8 @@ def plain_model(run: RunConfig, *, rows: int) -> GPTModel:
 
 
 def model_flags(run: RunConfig) -> list[str]:
-    """Megatron-LM's command line for the exported model, but for data and training; most of our names are its
-    names.
+    """Megatron-LM's command line for the exported model, except for data and training; most of our names
+    are its names.
     """
     model, core = run.model, transformer_config(run)
     sizes = {

@@ -52,7 +52,7 @@ def encoded(examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) 
 
 
 class Feed:
-    """This rank's micro-batches: which texts they hold depends on the seed and the step alone."""
+    """This rank's micro-batches: which texts they contain depends on the seed and the step alone."""
 
     def __init__(self, config: RunConfig, place: Place) -> None:
         self._micro = config.train.micro_batch_size

@@ -70,7 +70,7 @@ def _with_half(values: Sequence[float]) -> str:
 # --------------------------------------------------------------------------------------------- comparison
 def compare(first: Path, second: Path) -> list[Row]:
     """For each seed and k that both folders have: the accuracies, McNemar's p-value and the bootstrap
-    interval of their difference.  DataError if the folders hold tests of different texts.
+    interval of their difference.  DataError if the folders contain tests of different texts.
     """
     ours, theirs = _predictions(first), _predictions(second)
     found = list[Row]()

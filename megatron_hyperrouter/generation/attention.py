@@ -136,7 +136,7 @@ class GroupedAttention(_Attention):
 class LatentAttention(_Attention):
     """Queries, keys and values out of low-rank vectors (DeepSeek-V2, 2405.04434, section 2.1).
 
-    The cache holds the keys and values of all heads, not the latent vectors.
+    The cache contains the keys and values of all heads, not the latent vectors.
     """
 
     def __init__(self, *args: Any) -> None:

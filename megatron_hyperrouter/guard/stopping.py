@@ -1,4 +1,4 @@
-"""Requests to stop: signals of a person, a scheduler or a launcher, which a run answers with a checkpoint.
+"""Requests to stop: signals of a user, a scheduler or a launcher, which a run answers with a checkpoint.
 
 A request takes effect after the step in which it comes, on all ranks; such a run ends with the exit status
 ``errors.STOPPED``.  Where the launcher has died, the step that is under way is given up instead.

@@ -79,7 +79,7 @@ def plain_name(name: str) -> str:
 
 
 def stacked_name(name: str, *, first: int, count: int) -> str:
-    """Of a parameter that holds the matrices of experts ``first`` to before ``first + count``:
+    """Of a parameter that contains the matrices of experts ``first`` to before ``first + count``:
     ``...local_experts.4:8.linear_fc1.weight``; any other name as it is.
     """
     return _STACKED.sub(rf".mlp.experts.local_experts.{first}:{first + count}.\1.weight", name)

@@ -39,7 +39,7 @@ class OutputLayer(ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor | Projection, Tensor | None]:
-        """As the host's, but for its result."""
+        """As the host's, except for its result."""
         if self._forward_hooks:
             made: tuple[Tensor, Tensor | None] = super().forward(input_, weight, runtime_gather_output)
             return made

@@ -67,7 +67,7 @@ def is_cut(name: str) -> bool:
 
 
 def shard_of(name: str) -> Shard | None:
-    """The piece that this rank holds of the parameter with this global name; None if it holds the
+    """The piece that this rank has of the parameter with this global name; None if it has the
     whole.
     """
     size, rank = tensor_parallel_place(name)
@@ -92,7 +92,7 @@ def tensor_parallel_place(name: str) -> tuple[int, int]:
 
 
 def replica_place(name: str) -> tuple[int, int]:
-    """(number, rank) of the data-parallel ranks that hold the same piece of the parameter with this global
+    """(number, rank) of the data-parallel ranks that have the same piece of the parameter with this global
     name; context-parallel ranks are among them.
     """
     if is_expert(name):

@@ -111,7 +111,7 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
 
 
 def fp8_fields(config: RunConfig) -> dict[str, Any]:
-    """What megatron-core asks for by the settings' own names, but for the format."""
+    """What megatron-core asks for by the settings' own names, except for the format."""
     if config.precision.fp8_format is None:
         return {}
     given = asdict(config.precision)
@@ -145,7 +145,9 @@ def layer_specs(
     *,
     starts: Callable[[], NextStarts] | None = None,
 ) -> list[ModuleSpec]:
-    """Spec of each layer of the model: its MLP slot holds ``moe`` in MoE layers, one dense MLP in others."""
+    """Spec of each layer of the model: its MLP slot contains ``moe`` in MoE layers, one dense MLP in
+    others.
+    """
     mlp = ModuleSpec(module=MLP, submodules=_mlp_parts())
     return [
         layer_spec(config, moe if routed else mlp, routed=routed, window=window, starts=starts)

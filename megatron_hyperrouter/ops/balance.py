@@ -61,7 +61,7 @@ def sequence_loss(
     2412.19437, equation 17).
 
     ``sequence_T``: the number of each token's sequence, from 0.  ``over_shards``: as in :func:`switch_loss`;
-    every rank holds tokens of every sequence of the micro-batch, as under sequence and context parallelism.
+    every rank has tokens of every sequence of the micro-batch, as under sequence and context parallelism.
     """
     num_experts, topk = probs_TE.size(1), experts_TK.size(1)
     load_NE = load(sequence_T[:, None] * num_experts + experts_TK, num_sequences * num_experts).view(

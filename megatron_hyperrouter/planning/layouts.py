@@ -48,12 +48,12 @@ class Candidate:
 
     @property
     def replicas(self) -> int:
-        """Number of ranks that hold the same dense parameters: DP x CP."""
+        """Number of ranks that have the same dense parameters: DP x CP."""
         return self.data_size * self.config.parallel.context_parallel_size
 
     @property
     def expert_replicas(self) -> int:
-        """Number of ranks that hold the same experts."""
+        """Number of ranks that have the same experts."""
         parallel = self.config.parallel
         over = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
         return max(self.world_size // (over * expert_tensor_size(self.config)), 1)
@@ -66,7 +66,7 @@ class Candidate:
 
     @property
     def shards_optimizer(self) -> bool:
-        """Whether each rank holds a part of the optimizer state only."""
+        """Whether each rank has a part of the optimizer state only."""
         if self.config.engine.engine == "deepspeed":
             return self.config.engine.zero_stage > 0
         return self.config.optimizer.use_distributed_optimizer

@@ -1,4 +1,4 @@
-"""A plan as text for a person."""
+"""A plan as text for the terminal."""
 
 from __future__ import annotations
 

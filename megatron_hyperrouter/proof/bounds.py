@@ -14,7 +14,7 @@ SAME_EXPERTS, PERPLEXITY = 0.97, 0.005
 
 
 def bounds(dtype: str) -> dict[str, float]:
-    """The bounds for weights of that type, as the certificate holds them."""
+    """The bounds for weights of that type, as the certificate contains them."""
     if dtype == "float32":
         return {"max_difference_by_std": DIFFERENCE, "gap_of_other_experts": NEAR}
     return {"equal_experts": SAME_EXPERTS, "perplexity_ratio": PERPLEXITY}

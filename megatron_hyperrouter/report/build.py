@@ -25,7 +25,7 @@ from megatron_hyperrouter.report.sources import (
 
 def write_report(paths: Sequence[Path], output: Path) -> None:
     """One page about all ``paths``; the same files give the same bytes.  Raises ConfigError for a path that
-    holds nothing to report.
+    contains nothing to report.
     """
     sources = read_all(paths)
     drawing = Drawing()
@@ -34,7 +34,7 @@ def write_report(paths: Sequence[Path], output: Path) -> None:
 
 
 def read_all(paths: Sequence[Path]) -> list[Source]:
-    """What the paths hold; raises ConfigError that names every one that holds nothing."""
+    """What the paths hold; raises ConfigError that names every one that contains nothing."""
     found, problems = [], list[Problem]()
     for path in paths:
         try:

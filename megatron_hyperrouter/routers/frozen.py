@@ -48,7 +48,7 @@ class Frozen:
         self.device = tensors[0].device
 
     def to(self, device: torch.device) -> Frozen:
-        """The same tensors on ``device``; itself where they are there already, or where ``device`` holds no
+        """The same tensors on ``device``; itself if they are already there, or if ``device`` has no
         numbers (meta).
         """
         if device == self.device or device.type == "meta":
@@ -72,7 +72,7 @@ _ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], Frozen] = WeakValueDict
 
 
 def frozen(recipe: Recipe, device: torch.device) -> Frozen:
-    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or those that somebody holds
+    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or those that somebody has
     already.
     """
     device = torch.device("cpu") if device.type == "meta" else device
@@ -93,8 +93,8 @@ def _drawn(recipe: Recipe, device: torch.device) -> Frozen:
 
 
 class FrozenRouter(Router):
-    """A router with a frozen part.  Its ``state_dict`` holds that part's seed and hash, and loading compares
-    them.
+    """A router with a frozen part.  Its ``state_dict`` contains that part's seed and hash, and loading
+    compares them.
     """
 
     frozen_seed: Tensor  # int64 [1]

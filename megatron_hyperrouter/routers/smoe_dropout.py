@@ -6,7 +6,7 @@ Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
 ``g = W x`` with ``W ~ N(0, init_std^2)``, drawn once for each layer; the k largest logits are chosen, ``w =
 softmax(g_S)``. k follows ``--topk-schedule`` from ``--topk-start`` to ``--moe-router-topk``: the published
 runs grow linearly from 8 to 16. Published code keeps W in the checkpoint, with a bias of zeros; here the
-checkpoint holds its seed and hash, and W is drawn again.
+checkpoint contains its seed and hash, and W is drawn again.
 """
 
 from __future__ import annotations

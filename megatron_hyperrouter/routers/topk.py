@@ -3,7 +3,7 @@
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts.
 
-Logits ``g = W x + b``, with b where ``bias`` is on.  ``freeze``: W and b stay as drawn; checkpoints hold
+Logits ``g = W x + b``, with b where ``bias`` is on.  ``freeze``: W and b stay as drawn; checkpoints contain
 them.  ``choice.py`` says how experts are chosen by g.
 """
 

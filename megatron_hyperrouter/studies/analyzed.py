@@ -65,7 +65,7 @@ class Analysis:
         return self.run.settings.model.moe_router_topk
 
     def at(self, topk: int) -> list[dict[str, Any]]:
-        """The measures of each layer with ``topk`` active experts; the engine holds the run's weights."""
+        """The measures of each layer with ``topk`` active experts; the engine has the run's weights."""
         config = self.run.settings.model
         wanted = comparable_tokens(config.num_experts, config.hidden_size)
         seen = self._watch(topk, self.samples, every=self._every(self.samples, wanted))

@@ -35,7 +35,7 @@ class FittedCurve:
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """For the terminal."""
         return ", ".join(filter(None, [self.label, self.score.replace("_k", "k = ")])) or "all runs"
 
 
@@ -205,7 +205,7 @@ def record(curve: FittedCurve, size: str) -> dict[str, Any]:
 def markdown(
     points: Points, axes: Sequence[str], scores: Sequence[str], curves: Sequence[FittedCurve], args: Namespace
 ) -> str:
-    """Tables for a person, and what their columns are."""
+    """Tables for readers, and what their columns are."""
     known = all(row[f"bits_per_byte{score}"][0] is not None for _, row in points.values() for score in scores)
     unit, measure = ("bits/byte", "bits_per_byte") if known else ("nats/token", "lm_loss")
     heads = [

@@ -116,7 +116,7 @@ def differences(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
 def markdown(
     table: Mapping[str, Mapping[str, Interval]], apart: Mapping[str, Mapping[str, Interval]], runs: RunsBySeed
 ) -> str:
-    """Tables for a person, and what their columns are."""
+    """Tables for readers, and what their columns are."""
     first, measures = next(iter(table)), list(next(iter(table.values())))
     scored = [name for name in measures if name not in HEADS]
     unit = "bits per byte" if scored[0].startswith("bits") else "nats per token"

@@ -109,7 +109,7 @@ def markdown(
     started: set[str],
     repeats: int,
 ) -> str:
-    """The table for a person, and what it is worth."""
+    """The table for the terminal, and what it is worth."""
     body = []
     for (ranks, layout), row in table.items():
         cells = []

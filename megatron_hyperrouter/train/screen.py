@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line every ``--log-interval`` steps, and a live bar on a terminal."""
+"""What the user sees of a run: a line every ``--log-interval`` steps, and a live bar on a terminal."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def _worst(number: str, differences: Iterator[tuple[str, Tensor, float]], tolera
 
 
 def _frozen_parts(found: Evidence, reference: Evidence) -> Difference:
-    """How many ranks hold another frozen part than the reference has."""
+    """How many ranks have another frozen part than the reference has."""
     expected = {name: digest for rank in reference.routers for name, digest in rank.items()}
     guilty = [
         f"rank {rank} has another {name.rstrip('.')}"

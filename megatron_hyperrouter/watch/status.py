@@ -20,7 +20,7 @@ _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 
 @dataclass(frozen=True)
 class Status:
-    """What a person asks of a run."""
+    """What the user asks of a run."""
 
     run: str
     state: str  # running, stopped, finished, failed, hung

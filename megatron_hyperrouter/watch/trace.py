@@ -72,7 +72,7 @@ class Trace:
 
 
 def read_trace(run_dir: Path) -> Trace:
-    """Read the folder; ConfigError if it holds no run, DataError if a file cannot be used."""
+    """Read the folder; ConfigError if it contains no run, DataError if a file cannot be used."""
     if not run_dir.is_dir():
         rule = "must be the folder of a run" if run_dir.exists() else "does not exist"
         raise ConfigError([Problem("RUN", run_dir, rule, "give the --run-dir of a run")])

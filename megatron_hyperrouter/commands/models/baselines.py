@@ -164,7 +164,7 @@ def stretches(
 
 
 def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
-    """The table for a person."""
+    """The table for the terminal."""
     from rich.console import Console
     from rich.table import Table
 

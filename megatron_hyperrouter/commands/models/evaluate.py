@@ -168,7 +168,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
 
 
 def show(results: Sequence[Record]) -> None:
-    """A table for a person."""
+    """A table for the terminal."""
     print(f"{'k':>4} {'loss':>9} {'perplexity':>11} {'bits/byte':>10} {'tokens':>12}")
     for row in results:
         bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"

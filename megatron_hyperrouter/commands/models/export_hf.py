@@ -166,7 +166,7 @@ def verify_folder(args: Namespace) -> None:
 
 
 def report(job: Export, folder: Path, tensors: int, proof: dict[str, Any] | None) -> None:
-    """A table for a person."""
+    """A table for the terminal."""
     show(f"{folder}: {job.gates.target.architecture}, {tensors} tensors in {job.dtype}, k = {job.topk}")
     if proof is None:
         show("The numbers of this folder were not proved (--no-proof).")

@@ -153,7 +153,7 @@ def tokenizer_of(args: Namespace, folder: HfFolder) -> dict[str, Any]:
 
 
 def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeights, *, reset: bool) -> None:
-    """The run folder, but for its certificate."""
+    """The run folder, except for its certificate."""
     from types import SimpleNamespace
     from typing import cast
 
@@ -205,7 +205,7 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
 
 
 def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str, Any]) -> None:
-    """A table for a person."""
+    """A table for the terminal."""
     from megatron_hyperrouter.importing.settings import has_data
 
     model = run.model

@@ -113,7 +113,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
-    """A table for a person."""
+    """A table for the terminal."""
     heads = ("k", "layer", "entropy", "std", "MI", "max load", "dead", "similarity", "share", "drift")
     print(" ".join(f"{head:>10}" for head in heads))
     for result in results:

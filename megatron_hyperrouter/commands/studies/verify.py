@@ -345,7 +345,7 @@ def case_of(row: CheckedLayout, args: Namespace, starter: Starter) -> dict[str, 
 
 
 def show(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
-    """A table for a person, then what exceeds its tolerance."""
+    """A table for the terminal, then what exceeds its tolerance."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""What a person should know when a run begins: the size of the model, what trains it, and on what data."""
+"""What the user should know when a run begins: the size of the model, what trains it, and on what data."""
 
 from __future__ import annotations
 

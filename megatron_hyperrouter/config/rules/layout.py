@@ -99,7 +99,7 @@ def _experts_over_data_ranks(config: RunConfig) -> bool:
 
 
 def experts_by_expert_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Each rank holds as many experts as the others."""
+    """Each rank has as many experts as the others."""
     yield from indivisible(config, "num_experts", "expert_model_parallel_size")
 
 

@@ -2,8 +2,8 @@
 built.
 
 The numbers are those of megatron-core 0.16 for the same arguments and random state, so that a run can move
-between the two. Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can hold both
-against each other.
+between the two. Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can compare
+both.
 """
 
 from __future__ import annotations

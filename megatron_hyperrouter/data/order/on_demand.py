@@ -137,7 +137,7 @@ class OnDemandOrder:
         return self._span(self.region(epoch, number), epoch, number, token - begin, length)
 
     def region_at(self, token: int) -> tuple[int, int]:
-        """Epoch and region that hold ``token`` of the stream of all epochs."""
+        """Epoch and region that contain ``token`` of the stream of all epochs."""
         epoch, inside = divmod(token, self.tokens_per_epoch)
         return epoch, int(np.searchsorted(self.epoch(epoch).region_starts, inside, "right")) - 1
 

@@ -75,7 +75,7 @@ def pack(
 
 
 def best_fit(counts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """The sample of each item, longest first, given how many have each size; samples hold ``length``.
+    """The sample of each item, longest first, given how many have each size; samples contain ``length``.
 
     Items of one size are placed together: samples of equal room take as many of them as they hold, one sample
     after another.

@@ -83,7 +83,7 @@ class OrderPlan:
 
 
 def plan_order(tokens_per_epoch: int, *, seq_length: int, num_samples: int | None) -> OrderPlan:
-    """As many whole epochs as ``num_samples`` need (None: one).  ValueError if one epoch holds no whole
+    """As many whole epochs as ``num_samples`` need (None: one).  ValueError if one epoch contains no whole
     sample.
     """
     per_epoch = (tokens_per_epoch - 1) // seq_length

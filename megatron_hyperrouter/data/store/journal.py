@@ -26,7 +26,7 @@ class Journal:
     """The journal at ``path``, locked against a second process.
 
     ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
-    change of each file. ``records`` holds what an earlier run saved, oldest first.  ``overwrite``: forget
+    change of each file. ``records`` contains what an earlier run saved, oldest first.  ``overwrite``: forget
     that. Raises ConfigError if that run had other settings, DataError if an input has changed since, or
     another process is at work.
     """

@@ -135,7 +135,7 @@ class PairWriter:
 
 
 def holds(prefix: str, dtype: DTypeLike, counts: Counts, *, complete: bool = False) -> bool:
-    """Whether the growing files of a pair hold at least this much; ``complete``: the tokens may have their
+    """Whether the growing files of a pair contain at least this much; ``complete``: the tokens may have their
     name already.
     """
     sizes = _file_sizes(counts, dtype)
@@ -176,7 +176,7 @@ def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
 
 
 def changed_since(path: str) -> DataError:
-    """What to raise for a growing file that does not hold what was saved in it."""
+    """What to raise for a growing file that does not contain what was saved in it."""
     message = f"{path}: has changed since an unfinished run saved it"
     return DataError(
         message, remedy="what was saved is discarded: the same command starts from the beginning"

@@ -1,19 +1,19 @@
-"""Token files in Megatron's format: ``PREFIX.bin`` holds the tokens, ``PREFIX.idx`` says where each document
-lies.
+"""Token files in Megatron's format: ``PREFIX.bin`` contains the tokens, ``PREFIX.idx`` says where each
+document lies.
 
 ``.idx``, little-endian, without padding (format of megatron-core's ``indexed_dataset.py``):
 
-    bytes 0-8    b"MMIDIDX\\0\\0"
+    bytes 0-8    b"MMIDIDX\0\0"
     bytes 9-16   uint64  version, 1
     byte  17     uint8   code of the token type
     bytes 18-25  uint64  number of sequences N
     bytes 26-33  uint64  number of document marks M
     then         int32[N] tokens in each sequence, int64[N] byte in .bin where each begins, int64[M] document
     marks:
-                 document d holds the sequences from mark d to mark d + 1 (M = documents + 1)
+                 document d contains the sequences from mark d to mark d + 1 (M = documents + 1)
 
-Multimodal writers append int8[N] modes, which a text model has no use for; they are accepted and left alone.
-Most corpora hold one sequence a document; sample indices count in sequences, as megatron-core's do.
+Multimodal writers append int8[N] modes, which a text model has no use for; they are accepted and left
+alone. Most corpora hold one sequence a document; sample indices count in sequences, as megatron-core's do.
 """
 
 from __future__ import annotations
@@ -325,8 +325,8 @@ class IndexedWriter:
     :meth:`abort` removes them.
 
     As a context manager it closes at the end and aborts on an exception.  Memory does not grow with the
-    corpus, unless documents hold several sequences each.  Raises DataError for a token that ``dtype`` cannot
-    hold and for a disk that refuses.
+    corpus, unless documents contain several sequences each.  Raises DataError for a token that ``dtype``
+    cannot represent, and if the disk cannot be written.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:

@@ -83,7 +83,7 @@ def _sum_of(path: Path, cache: Cache) -> str:
 
 
 def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
-    """Each file that holds the same text as one before it, and which."""
+    """Each file that contains the same text as one before it, and which."""
     names, found = list(files), []
     for number, name in enumerate(names):
         earlier = next((each for each in names[:number] if same(files[each], files[name])), None)

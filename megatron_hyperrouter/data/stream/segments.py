@@ -214,7 +214,7 @@ def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, I
 
 
 def _warn_of_repeated(mixes: Sequence[Sequence[str]], files: Mapping[str, Identity]) -> None:
-    """Report text that a blend holds twice: it would be read twice an epoch."""
+    """Report text that a blend contains twice: it would be read twice an epoch."""
     for words in mixes:
         prefixes = parse_blend(words, flag="--data-path").prefixes
         for prefix in sorted({each for each in prefixes if prefixes.count(each) > 1}):
@@ -395,7 +395,7 @@ def _part(builder: Builder, prefix: str, known: _Set | None, *, asked: int | Non
 
 
 def _entry(builder: Builder, prefix: str, asked: int | None) -> dict[str, Any]:
-    """What a ledger says about a file, but for the samples read; ``asked``: for how many its index was
+    """What a ledger says about a file, except for the samples read; ``asked``: for how many its index was
     built.
     """
     store, documents = builder.open(prefix), builder.documents(prefix, 0)

@@ -1,7 +1,7 @@
 """A split as windows of consecutive text that overlap, for an evaluation in which each token has a long past.
 
 Documents are read in the order of the file.  Each window begins ``stride`` tokens after the one before; its
-last ``stride`` tokens alone are scored, but for the first window of a file, which is scored whole.
+last ``stride`` tokens alone are scored, except for the first window of a file, which is scored whole.
 """
 
 from __future__ import annotations

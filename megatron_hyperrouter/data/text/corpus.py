@@ -2,7 +2,7 @@
 
 A JSON line, or a row of a Parquet file, is one document.  A plain-text file is one document, read in pieces
 of at most ``PIECE_BYTES`` so that memory does not depend on its length; each piece becomes a sequence of that
-document.  What a batch holds depends on where it starts, so reading may stop after any batch and continue
+document.  What a batch contains depends on where it starts, so reading may stop after any batch and continue
 from where it ended.
 """
 

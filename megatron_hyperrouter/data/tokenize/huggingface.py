@@ -84,7 +84,7 @@ class TokenizerFiles:
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the library ``tokenizers``.
 
-    Special tokens that a text holds as plain characters (a literal ``<|endoftext|>``) become their id, as
+    Special tokens that a text contains as plain characters (a literal ``<|endoftext|>``) become their id, as
     everywhere with this format.
     """
 
@@ -175,8 +175,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class GPT2BPETokenizer(HuggingFaceTokenizer):
-    """Megatron-LM's name for GPT-2's tokenizer: ``--vocab-file`` and ``--merge-file``, or a folder that holds
-    both.
+    """Megatron-LM's name for GPT-2's tokenizer: ``--vocab-file`` and ``--merge-file``, or a folder that
+    contains both.
     """
 
     type = "GPT2BPETokenizer"

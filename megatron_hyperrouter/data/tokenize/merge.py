@@ -73,8 +73,8 @@ def _join(
 
 
 def _finish(writer: PairWriter, shards: Sequence[Manifest]) -> Written:
-    """Give a pair that is all written its names and its manifest, which is that of a shard but for what was
-    counted.
+    """Give a pair that is all written its names and its manifest, which is that of a shard except for what
+    was counted.
     """
     counts = writer.save()
     idx = put_in_place(writer.prefix, writer.dtype, counts)

@@ -287,7 +287,7 @@ class _Run:
         self.saved = saved
 
     def _usable(self, record: dict[str, Any]) -> Saved | None:
-        """What a record says, where the files hold it; a complete run's tokens may have
+        """What a record says, where the files contain it; a complete run's tokens may have
         their name already.
         """
         saved = saved_of(self._journal.path, record, len(self._job.settings.keys))

@@ -15,7 +15,7 @@ from megatron_hyperrouter.engines.saved.pieces import Piece, piece
 
 
 def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
-    """What this rank's optimizer holds of the parameters with these global names.
+    """What this rank's optimizer has of the parameters with these global names.
 
     ZeRO lays the parameters of a group end to end in one row, and gives each data-parallel rank a part of it;
     ``_hp_mapping`` says which numbers of a parameter are where in that part, and is None if none are.

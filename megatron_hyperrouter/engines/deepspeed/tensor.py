@@ -32,7 +32,7 @@ class ModelParallelUnit:
 
 
 def sum_partial_gradients(named: Iterable[tuple[str, nn.Parameter]], *, latent: bool) -> None:
-    """Sum over the TP ranks the gradients of weights that each rank holds whole and uses for its part of the
+    """Sum over the TP ranks the gradients of weights that each rank has whole and uses for its part of the
     work.
 
     These are the norms of queries and keys (each rank has its heads), and under sequence parallelism all

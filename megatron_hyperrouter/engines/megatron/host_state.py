@@ -15,7 +15,7 @@ from megatron_hyperrouter.errors import CheckpointError
 
 
 def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
-    """What this rank's optimizer holds of the parameters with these global names."""
+    """What this rank's optimizer has of the parameters with these global names."""
     names = {parameter: name for name, parameter in named if parameter.requires_grad}
     for part in _parts(optimizer):
         for parameter, main, start in _mains(part):

@@ -2,7 +2,7 @@
 alone.
 
 Such a file has no checksums, so it is read only where the user says that it can be trusted. None of the code
-that it may hold is run: all that it may name is in ``_KNOWN``.
+that it may contain is run: all that it may name is in ``_KNOWN``.
 """
 
 from __future__ import annotations

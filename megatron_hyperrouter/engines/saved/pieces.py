@@ -88,7 +88,7 @@ def piece(
     start: int = 0,
     part: tuple[int, int] | None = None,
 ) -> Piece:
-    """``main``: the optimizer's own tensor; ``part``: (start, length) in it where it holds other
+    """``main``: the optimizer's own tensor; ``part``: (start, length) in it where it contains other
     parameters, too.
     """
     _make_moments(adam, main)
@@ -135,8 +135,8 @@ def share(name: str, count: int, *, spread: bool = False) -> tuple[int, int]:
     """Which of its ``count`` numbers of a tensor this rank writes: every number of the whole has one such
     rank.
 
-    What the data-parallel ranks all hold they write in equal parts; ``spread``: no two of them hold the
-    same.
+    Numbers that all data-parallel ranks have are written by all of them in equal parts; ``spread``: no two of
+    them have the same numbers.
     """
     if is_second_copy(name):
         return 0, 0

@@ -1,7 +1,7 @@
-"""Whether all ranks that hold a weight hold the same bits of it.
+"""Whether all ranks that have a weight have the same bits of it.
 
-Data-parallel ranks hold the same dense weights, expert-data-parallel ranks the same experts, and
-tensor-parallel ranks the same norms and routers; the last pipeline stage may hold a copy of the embedding.
+Data-parallel ranks have the same dense weights, expert-data-parallel ranks the same experts, and
+tensor-parallel ranks the same norms and routers; the last pipeline stage may have a copy of the embedding.
 All of them compute the same update, so a bit that differs is a fault of a machine or of this program.
 """
 
@@ -74,7 +74,7 @@ def _named(rank: int, keys: list[str], own: Mapping[str, Tensor]) -> list[Deviat
 
 
 def _key(name: str) -> str:
-    """The same for all ranks that hold the same numbers."""
+    """The same for all ranks that have the same numbers."""
     shard = shard_of(name)
     return name if shard is None else f"{name}#{shard.rank}"
 

@@ -158,7 +158,7 @@ def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
 
 
 def _alone(piece: Piece, holding: Holding) -> bool:
-    """Whether no other data-parallel rank holds these numbers: a part that is whole may still be the only
+    """Whether no other data-parallel rank has these numbers: a part that is whole may still be the only
     one.
     """
     return holding.spread or piece.end - piece.start != piece.parameter.numel()

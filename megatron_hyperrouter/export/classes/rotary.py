@@ -19,7 +19,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 
 def rope_parameters(run: RunConfig) -> dict[str, Any]:
-    """``rope_parameters`` but for the base."""
+    """``rope_parameters`` except for the base."""
     attention = run.attention
     if attention.use_rope_scaling:
         return {"rope_type": "llama3", "factor": attention.rope_scaling_factor, **_LLAMA3}

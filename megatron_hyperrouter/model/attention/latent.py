@@ -133,7 +133,7 @@ class LatentAttention(MegatronModule):
 
 
 class WholeLinear(nn.Module):
-    """A matrix that every tensor-parallel rank holds whole, and multiplies its tokens with."""
+    """A matrix that every tensor-parallel rank has whole, and multiplies its tokens with."""
 
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()

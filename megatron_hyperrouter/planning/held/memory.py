@@ -1,4 +1,4 @@
-"""What the fullest rank of a layout has to hold at the worst moment of a step, in bytes, part by part.
+"""Peak memory of a step on the rank of a layout that needs most, in bytes, part by part.
 
 The formulas follow what the engines were seen to allocate; docs/planning.md has the comparison.
 """

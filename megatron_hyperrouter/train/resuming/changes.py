@@ -55,7 +55,7 @@ def changes_of_course(saved: str, config: RunConfig, *, step: int) -> list[str]:
 
 
 def _changes(saved: str, config: RunConfig) -> Iterator[Change]:
-    """Every setting that differs, but for paths; what an older version did not know had its default."""
+    """Every setting that differs, except for paths; what an older version did not know had its default."""
     before, now = _flat(saved), _flat(dump(config))
     if not before:  # a checkpoint of an older version
         return

@@ -27,7 +27,7 @@ class Recovery:
     """Follows ``--on-bad-step``; every rank decides alike, as it knows the same numbers."""
 
     def __init__(self, engine: Engine, config: RunConfig, *, remedy: Callable[[int], str]) -> None:
-        """``remedy``: what a person can do after a step (collective)."""
+        """``remedy``: what the user can do after a step (collective)."""
         self._engine, self._remedy = engine, remedy
         self._bad = BadSteps.of(config.guard)
         self._alarms = Alarms(engine, config)
@@ -93,7 +93,7 @@ class Recovery:
 
 
 class ReplicaCheck:
-    """Follows ``--check-replicas-interval``: ranks that hold the same weights must hold the same bits."""
+    """Follows ``--check-replicas-interval``: ranks that have the same weights must have the same bits."""
 
     def __init__(self, engine: Engine, interval: int | None, *, step: int) -> None:
         """``step``: completed steps of the checkpoint that the run begins with."""

@@ -172,7 +172,7 @@ class Expert(MLP):
         self._given = (config, shared)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Expert:
-        """DeepSpeed copies one expert E times; megatron-core's layers hold a process group, which cannot be
+        """DeepSpeed copies one expert E times; megatron-core's layers have a process group, which cannot be
         copied: build another.
         """
         config, shared = self._given
