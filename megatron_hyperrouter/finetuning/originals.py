@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from megatron_hyperrouter.errors import DataError
 
-Row = tuple[str, str]  # text, label
+LabelledText = tuple[str, str]  # text, label
 Kind = TypeVar("Kind")
 
 
@@ -24,7 +24,7 @@ class Original(NamedTuple):
     """``labels``: in the set's own order; empty: the names that are found, sorted."""
 
     labels: tuple[str, ...]
-    parts: Mapping[str, Sequence[Row]]
+    parts: Mapping[str, Sequence[LabelledText]]
     notes: tuple[str, ...]
 
 
@@ -47,7 +47,7 @@ def sst2(folder: Path) -> Original:
     return Original(("negative", "positive"), parts, (note,))
 
 
-def _table(path: Path) -> Iterator[Row]:
+def _table(path: Path) -> Iterator[LabelledText]:
     """Columns ``sentence`` and ``label``; quotes are text."""
     for number, row in _rows(path, "\t", csv.QUOTE_NONE, ("sentence", "label")):
         yield _text(path, number, row["sentence"]), row["label"].strip()
@@ -67,7 +67,7 @@ def sst5(folder: Path) -> Original:
     return Original(names, parts, ())
 
 
-def _trees(path: Path, names: tuple[str, ...]) -> Iterator[Row]:
+def _trees(path: Path, names: tuple[str, ...]) -> Iterator[LabelledText]:
     for number, line in enumerate(_content(path).split("\n"), 1):
         tree = line.strip()
         if not tree:
@@ -126,7 +126,7 @@ def imdb_table(folder: Path) -> Original:
         (_no_breaks(_text(path, number, row["review"])), row["sentiment"].strip())
         for number, row in _rows(path, ",", csv.QUOTE_MINIMAL, ("review", "sentiment"))
     ]
-    parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
+    parts: dict[str, list[LabelledText]] = {"train": [], "dev": [], "test": []}
     for row in rows:
         share = _share(row[0])
         parts["test" if share < 0.1 else "dev" if share < 0.2 else "train"].append(row)
@@ -154,7 +154,7 @@ def banking77(folder: Path) -> Original:
     )
 
 
-def _questions(path: Path) -> Iterator[Row]:
+def _questions(path: Path) -> Iterator[LabelledText]:
     for number, row in _rows(path, ",", csv.QUOTE_MINIMAL, ("text", "category")):
         yield _text(path, number, row["text"]), row["category"].strip()
 

@@ -25,12 +25,10 @@ from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.stream.dataset import Dataset
 from megatron_hyperrouter.errors import DataError
 
-Batch = tuple[Tensor, Tensor]
-
 _AHEAD = 4  # micro-batches in hand for each worker
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[tuple[Tensor, Tensor]]):
     """This rank's ``(tokens_BS, labels_BS)``, int64, contiguous, for ``num_steps`` steps from ``start_step``
     on; close it when done.
 
@@ -87,18 +85,18 @@ class Batches(Iterator[Batch]):
         )
         self._starts = iter(range(begin + data_rank * micro_batch_size, needed, together))
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="read-ahead") if num_workers else None
-        self._ahead: deque[Future[Batch]] = deque()
+        self._ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
         for _ in range(num_workers * _AHEAD):
             self._read_ahead()
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> tuple[Tensor, Tensor]:
         asked = time.perf_counter()
         try:
             return self._next()
         finally:
             self.waited += time.perf_counter() - asked
 
-    def _next(self) -> Batch:
+    def _next(self) -> tuple[Tensor, Tensor]:
         if self._pool is None:
             return self._read(next(self._starts))
         if not self._ahead:
@@ -127,7 +125,7 @@ class Batches(Iterator[Batch]):
         if start is not None and self._pool is not None:
             self._ahead.append(self._pool.submit(self._read, start))
 
-    def _read(self, start: int) -> Batch:
+    def _read(self, start: int) -> tuple[Tensor, Tensor]:
         samples = [self._dataset[i] for i in range(start, start + self._batch_size)]
         shape = (len(samples), len(samples[0]) - 1)
         # PyTorch keeps page-locked memory and hands it out again once the copies from it are done: no call of
