@@ -16,10 +16,10 @@ from megatron_hyperrouter.routers.base import Router
 
 
 class RouterSteps:
-    """Tells all routers of a model the step and their tokens, and adds up over ranks what they chose.
+    """Gives all routers of a model the step and their tokens, and adds up their choices over ranks.
 
-    Routers come into the model by ``plug_into_deepspeed`` or ``megatron_router_builder``; make this
-    object afterwards, on every rank::
+    Put routers into the model with ``plug_into_deepspeed`` or ``megatron_router_builder``; then make this
+    object, on every rank::
 
         steps = RouterSteps(model, batch_first=True)
         for step in range(train_iters):
@@ -28,10 +28,10 @@ class RouterSteps:
                 steps.arrive(tokens_BS)
                 loss(model(tokens_BS), labels_BS).backward()
             optimizer.step()
-            chosen = steps.end()  # {"entropy": [...], "load_max_over_mean": [...], ...}, a number a layer
+            chosen = steps.end()  # {"entropy": [...], "load_max_over_mean": [...], ...}, one number per layer
 
-    Every router goes by the step where it has a schedule; ``simsmoe``, ``stablemoe`` and some options of
-    ``topk`` need all of it.
+    Every router with a schedule needs the step; ``simsmoe``, ``stablemoe`` and some options of ``topk``
+    need all of it.
     """
 
     def __init__(
@@ -80,29 +80,29 @@ class RouterSteps:
             site.join(self.clock, self._statistics)
 
     def begin(self, step: int) -> None:
-        """A step begins; ``step``: optimizer steps completed before it."""
+        """Begin a step; ``step``: number of optimizer steps completed before it."""
         self.clock.begin(step=step)
         self._statistics.enabled = True
 
     def begin_evaluation(self, topk: int | None = None) -> None:
-        """An evaluation begins, with k = ``topk``, or the k of the schedule; its tokens arrive as in a
-        step, and nothing is counted.
+        """Begin an evaluation with k = ``topk``, or the k of the schedule; its tokens arrive as in a step,
+        and nothing is counted.
         """
         self.clock.begin(step=self.clock.step, topk=topk)
         self._statistics.enabled = False
 
     def arrive(self, tokens_BS: Tensor) -> None:
-        """The ids of the next micro-batch, int64 ``[B, S]``; before its forward pass, for each or for
-        none.
+        """Pass the ids of the next micro-batch, int64 ``[B, S]``, before its forward pass; do this for all
+        micro-batches or for none.
         """
         self.clock.arrive(tokens_BS, self._place, self._part, batch_first=self._batch_first)
 
     def end(self) -> dict[str, list[float]]:
-        """The optimizer has taken its step (collective): routers learn what all ranks chose in it.
+        """End a step, after the optimizer's (collective): routers get the choices of all ranks in it.
 
-        Returns a number for each layer: ``entropy`` of the router (nats), ``load_max_over_mean``, and its
-        ``aux`` and ``z`` losses before their coefficients; nan for layers without a router of ours, and
-        for those that saw no token.
+        Returns one number per layer for ``entropy`` of the router (nats), ``load_max_over_mean``, and the
+        ``aux`` and ``z`` losses before their coefficients; nan for layers without a router of this
+        project, and for layers without tokens.
         """
         self._statistics.enabled = False
         sums = self._statistics.take().to(device())

@@ -1,7 +1,7 @@
-"""How evenly tokens spread over experts: losses to train with, numbers to watch.
+"""How evenly tokens are distributed over experts: losses for training, and numbers to watch.
 
-Legend: ``T`` tokens, ``N`` sequences, ``E`` experts of the whole model, ``K`` active experts.  Means are over
-the tokens given, so the caller's micro-batch on its rank is the group that is balanced.
+Legend: ``T`` tokens, ``N`` sequences, ``E`` experts of the whole model, ``K`` active experts.  Means are
+over the given tokens, so the load is balanced within the caller's micro-batch.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def overload_loss(
     """Balance loss of StableMoE (arXiv 2204.08396), ``1/T sum_i (n_i - n)/n sum_(routes to i) value``, for
     any k.
 
-    ``n_i`` counts the routes to expert i (no gradient), ``n = T K / E`` is their mean.  The paper writes the
-    sum over all tokens, at k = 1: T times this.  0 when the routes are uniform.  ``over_shards``: as in
-    :func:`switch_loss`.
+    ``n_i`` is the number of routes to expert i (no gradient), and ``n = T K / E`` its mean.  The paper has
+    the sum over all tokens, at k = 1: T times this.  The loss is 0 if the routes are uniform.
+    ``over_shards``: as in :func:`switch_loss`.
     """
     load_E = load(experts_TK, num_experts)
     load_E = (load_E if over_shards is None else over_shards(load_E)).to(values_TK.dtype)
@@ -76,8 +76,7 @@ def sequence_loss(
 
 
 def known_load_loss(probs_TE: Tensor, share_E: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """``E * sum_i f_i P_i`` with shares ``f_i`` that are given (they sum to 1), so that it is 1 when they are
-    uniform.
+    """``E * sum_i f_i P_i`` for given shares ``f_i``, which sum to 1; the loss is 1 if they are uniform.
 
     ``over_shards``: as in :func:`switch_loss`.
     """
@@ -85,7 +84,7 @@ def known_load_loss(probs_TE: Tensor, share_E: Tensor, over_shards: OverShards |
 
 
 def bias_step(load_E: Tensor, rate: float) -> Tensor:
-    """What balancing without a loss adds to the choice bias: ``rate * sign(mean load - load)`` (arXiv
+    """Change of the choice bias for balancing without a loss: ``rate * sign(mean load - load)`` (arXiv
     2408.15664, algorithm 1).
     """
     # integers: exact, where a mean would round

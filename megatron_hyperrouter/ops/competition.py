@@ -1,5 +1,5 @@
-"""Competition between experts: what an expert's output scores, what the router learns from the scores,
-and who competes when.
+"""Competition between experts: the score of an expert's output, the router's loss on the scores, and which
+layers compete in which steps.
 
 CompeteSMoE version 1: arXiv 2402.02526; version 2: arXiv 2505.13380.
 
@@ -62,8 +62,8 @@ def divergence(logits_TE: Tensor, target_TE: Tensor) -> Tensor:
 
 
 def hybrid_error(probs_TE: Tensor, target_TE: Tensor, experts_TK: Tensor, theta: float) -> Tensor:
-    """Version 2: the squared error over all experts, and ``theta`` times that over the winners alone, for
-    each token; ``_T``.
+    """Version 2: the squared error over all experts, plus ``theta`` times that over the winners, for each
+    token; ``_T``.
     """
     winners_T = squared_error(probs_TE.gather(-1, experts_TK), target_TE.gather(-1, experts_TK))
     return squared_error(probs_TE, target_TE) + theta * winners_T
@@ -83,8 +83,8 @@ def similarity_of_winners(outputs_TKD: Tensor) -> Tensor:
 
 
 def decaying_rate(block: int) -> float:
-    """Version 1's ``function`` schedule: the chance to compete throughout block i of steps, ``2 / (2 +
-    sqrt(i + 1))``, from 2/3 down.
+    """Version 1's ``function`` schedule: the probability to compete in block i of steps, ``2 / (2 + sqrt(i
+    + 1))``, which falls from 2/3.
     """
     return 2.0 / (2.0 + math.sqrt(block + 1))
 

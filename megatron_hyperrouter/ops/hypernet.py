@@ -4,8 +4,8 @@ product.
 Legend: ``S`` size of an embedding, ``D`` hidden size, ``E`` experts, ``H`` hypernetwork width, ``P``
 generated numbers: E*(D+1), row-major [E, D+1] with the bias in the last column, or E*D without a bias.
 
-``embedding`` is ``_S``, one for all experts, or ``_ES``, one for each: then the numbers of an expert come
-from its own embedding, by the same two layers.
+``embedding`` is ``_S``, one for all experts, or ``_ES``, one for each expert.  In the second case, the
+numbers of an expert come from its own embedding, through the same two layers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def generate(
     *,
     bias: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The router ``(W_ED, b_E)`` out of ``W2 relu(W1 e + b1) + b2``; b_E is None with ``bias=False``, where P
-    = E*D.
+    """The router ``(W_ED, b_E)`` from ``W2 relu(W1 e + b1) + b2``; b_E is None with ``bias=False``, where
+    P = E*D.
 
-    Differentiable; W_ED is contiguous.  Raises ValueError where P does not divide into ``num_experts`` rows.
+    Differentiable; W_ED is contiguous.  Raises ValueError if P is not divisible into ``num_experts`` rows.
     """
     if w2_PH.size(0) % num_experts or w2_PH.size(0) <= num_experts * bias:
         raise ValueError(f"P = {w2_PH.size(0)} rows in w2_PH do not make {num_experts} experts' weights")
@@ -45,8 +45,8 @@ def generate(
 
 
 def active_units(embedding: Tensor, w1_HS: Tensor, b1_H: Tensor) -> Tensor:
-    """Which hidden units the ReLU lets through, bool ``_H`` or ``_EH``: all that :func:`transposed` has to
-    know of the embedding.
+    """The hidden units that the ReLU does not set to zero, bool ``_H`` or ``_EH``: all that
+    :func:`transposed` needs from the embedding.
     """
     if embedding.dim() == 1:
         return torch.addmv(b1_H, w1_HS, embedding) > 0
@@ -58,7 +58,7 @@ def transposed(
 ) -> Tensor:
     """Gradient of the embedding from that of ``(W_ED, b_E)``: ``W1^T (active * (W2^T vec[dW | db]))``.
 
-    ``grad_b_E`` is None where :func:`generate` had ``bias=False``.  The frozen weights get no gradient.
+    ``grad_b_E`` is None if :func:`generate` had ``bias=False``.  The frozen weights get no gradient.
     """
     grad_EP = grad_W_ED if grad_b_E is None else torch.cat((grad_W_ED, grad_b_E.unsqueeze(1)), 1)
     if active.dim() == 1:

@@ -12,12 +12,10 @@ def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear"
     ``steps`` on.
 
     ``constant``: ``end`` throughout.  ``linear``, ``cosine`` and ``exponential`` round halves to even, as
-    SMoE-Dropout's code does (arXiv 2303.01610; HyperRouter's runs grow linearly from 8 to 16): the
-    exponential one leaves
-    0.99^300 = 4.9 % of the way for its last step.  ``multistep`` doubles (or halves) ``start`` until
-      ``end``, each value for an
-    equal share of the steps.  ``start > end`` shrinks k.  Raises ValueError for values below 1, a negative
-    step, another kind.
+    in SMoE-Dropout's code (arXiv 2303.01610; HyperRouter's runs grow linearly from 8 to 16).  The
+    exponential schedule leaves 0.99^300 = 4.9 % of the growth for its last step.  ``multistep`` doubles
+    (or halves) ``start`` until ``end``, and keeps each value for an equal share of the steps.  If ``start
+    > end``, k shrinks.  Raises ValueError for values below 1, a negative step, or another kind.
     """
     if min(start, end, steps) < 1 or step < 0:
         raise ValueError(
@@ -39,7 +37,9 @@ def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear"
 
 
 def _three_hundredths(step: int, steps: int) -> int:
-    """Completed parts of a run cut into 300; the published division needs at least 300 steps."""
+    """Number of completed parts of a run that is divided into 300; the published division needs at least
+    300 steps.
+    """
     return step // (steps // 300) if steps >= 300 else 300 * step // steps
 
 

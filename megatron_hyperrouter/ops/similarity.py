@@ -1,13 +1,14 @@
-"""Centred kernel alignment (CKA): how alike two representations of the same tokens are, from 0 to 1 (arXiv
-1905.00414).
+"""Centred kernel alignment (CKA): how similar two representations of the same tokens are, from 0 to 1
+(arXiv 1905.00414).
 
-With Gram matrices K and L of the two and ``H = I - 1 1^T / N``: ``CKA = tr(KHLH) / sqrt(tr(KHKH) tr(LHLH))``.
+With Gram matrices K and L of the two and ``H = I - 1 1^T / N``: ``CKA = tr(KHLH) / sqrt(tr(KHKH)
+tr(LHLH))``.
 
 Legend: ``N`` tokens, ``D`` features (they may differ between the two).  All functions take leading batch
-dimensions, ``[..., N, D]``, and ``valid_N``, boolean ``[..., N]``: rows where it is False do not exist,
-whatever they hold.  They compute in float32 (float64 for float64 input), have gradients, and stay finite,
-with finite gradients, where CKA is 0 / 0: it is then 0.  That is so for one token, and for features that do
-not vary.  Two tokens have CKA 1 whatever they are: ask for more.
+dimensions, ``[..., N, D]``, and ``valid_N``, boolean ``[..., N]``: rows where it is False are ignored.
+They compute in float32 (float64 for float64 input), have gradients, and stay finite.  If CKA is 0 / 0, it
+is 0, with finite gradients; this happens for one token, and for constant features.  Two tokens always have
+CKA 1, so use more.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Ten
     """CKA with ``K = X X^T``: ``||Yc^T Xc||^2 / (||Xc^T Xc|| ||Yc^T Yc||)``, Frobenius norms of
     column-centred features.
 
-    Unchanged when either side is rotated, reflected or scaled as a whole, and when tokens change places.
-    Shape ``[...]``.
+    It does not change if either side is rotated, reflected or scaled as a whole, or if tokens are
+    permuted. Shape ``[...]``.
     """
     x_ND, y_ND = (_unit(_centred(each_ND, valid_N)) for each_ND in (x_ND, y_ND))
     if x_ND.size(-2) <= max(x_ND.size(-1), y_ND.size(-1)):  # the smaller of both forms
@@ -34,12 +35,12 @@ def linear_cka(x_ND: Tensor, y_ND: Tensor, valid_N: Tensor | None = None) -> Ten
 
 
 def rbf_cka(x_ND: Tensor, y_ND: Tensor, sigma: float, valid_N: Tensor | None = None) -> Tensor:
-    """CKA with ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``; sigma > 0 has the units of the features.  Shape
-    ``[...]``.
+    """CKA with ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``; sigma > 0 has the units of the features.
+    Shape ``[...]``.
 
-    Where distances are far above sigma, K and L tend to I and CKA to 1 for any two representations, with a
-    gradient of nothing: divide each side by its :func:`median_distance` first, and sigma is a share of that,
-    as in the paper.
+    If distances are far above sigma, K and L approach I, and CKA approaches 1 for any two representations,
+    without a gradient.  To avoid this, divide each side by its :func:`median_distance` first; sigma is
+    then relative to it, as in the paper.
     """
     if not sigma > 0:
         raise ValueError(f"sigma = {sigma}: must be above 0")
@@ -49,7 +50,7 @@ def rbf_cka(x_ND: Tensor, y_ND: Tensor, sigma: float, valid_N: Tensor | None = N
 def median_distance(x_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
     """The (lower) median of the distances between two tokens, ``[...]``, without a gradient.
 
-    Where more than half of the distances are 0, their root mean square; where all are, 1.
+    If more than half of the distances are 0, their root mean square; if all are 0, 1.
     """
     with torch.no_grad():
         x_ND = _centred(x_ND, valid_N)
@@ -66,7 +67,7 @@ def median_distance(x_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
 
 
 def _centred(x_ND: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Features less their means; zeros where they are constant, and in rows that do not exist."""
+    """Features minus their means; zeros if they are constant, and in ignored rows."""
     x_ND = x_ND if x_ND.dtype == torch.float64 else x_ND.float()
     if valid_N is None:
         there_N1 = x_ND.new_ones(x_ND.size(-2), 1, dtype=torch.bool)
@@ -80,7 +81,7 @@ def _centred(x_ND: Tensor, valid_N: Tensor | None) -> Tensor:
 
 
 def _centred_rbf(x_ND: Tensor, sigma: float, valid_N: Tensor | None) -> Tensor:
-    """``HKH``.  H takes a constant away, so K - 1 serves, which keeps its digits where distances are far
+    """``HKH``.  H removes a constant, so K - 1 can be used, which is more accurate if distances are far
     below sigma.
     """
     kernel_NN = torch.expm1(_squared_distances(x_ND) * (-0.5 / sigma**2))
@@ -96,8 +97,8 @@ def _centred_rbf(x_ND: Tensor, sigma: float, valid_N: Tensor | None) -> Tensor:
 
 
 def _squared_distances(x_ND: Tensor) -> Tensor:
-    """From differences, not from products: those cancel for tokens that are close.  The gradient at distance
-    0 is 0.
+    """From differences, because products cancel for tokens that are close.  The gradient at distance 0 is
+    0.
     """
     return torch.cdist(x_ND, x_ND, compute_mode="donot_use_mm_for_euclid_dist").square()
 
@@ -111,7 +112,7 @@ def _unit(a_NM: Tensor) -> Tensor:
 
 
 def _largest(a_NM: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The largest absolute value, without a gradient; 0 of nothing."""
+    """The largest absolute value, without a gradient; 0 if there is none."""
     if not a_NM.numel():
         return a_NM.detach().sum(dims, keepdim=True)
     return a_NM.detach().abs().amax(dims, keepdim=True)
@@ -126,8 +127,8 @@ def _cosine(k_NN: Tensor, l_NN: Tensor) -> Tensor:
 
 
 def _ratio(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
-    """``cross / sqrt(own_x own_y)``, or 0; the choice before the root keeps the unused branch's gradient
-    finite.
+    """``cross / sqrt(own_x own_y)``, or 0; the condition before the root keeps the gradient of the unused
+    branch finite.
     """
     defined = (own_x > 0) & (own_y > 0)
     roots = torch.where(defined, own_x, 1.0).rsqrt() * torch.where(defined, own_y, 1.0).rsqrt()

@@ -30,22 +30,22 @@ class Groups(NamedTuple):
 
 
 def topk_softmax(logits_TE: Tensor, k: int, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each token, and the softmax over these k alone, as in SMoE, SMoE-Dropout and
+    """The k largest logits of each token, and the softmax over only these k, as in SMoE, SMoE-Dropout and
     HyperRouter.
 
-    Returns ``(weights_TK, experts_TK)``, best expert first; a row of weights sums to 1; ids are int64.  Equal
-    logits go to the lower expert id.  At k = 1 the weight is 1, so the logits get no gradient.  Raises
-    ValueError unless 1 <= k <= E.
+    Returns ``(weights_TK, experts_TK)``, best expert first; a row of weights sums to 1; ids are int64.  Of
+    equal logits, the lower expert id comes first.  At k = 1 the weight is 1, so the logits get no
+    gradient.  Raises ValueError unless 1 <= k <= E.
     """
     experts_TK = best_experts(logits_TE, k, groups)
     return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
 
 def softmax_topk(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most probable experts under the softmax over all E, with these probabilities as weights (Switch,
-    arXiv 2101.03961).
+    """The k most probable experts under the softmax over all E, with these probabilities as weights
+    (Switch, arXiv 2101.03961).
 
-    Returns ``(weights_TK, experts_TK)`` as :func:`topk_softmax` does, but a row of weights sums to less than
+    Returns ``(weights_TK, experts_TK)`` like :func:`topk_softmax`, but a row of weights sums to less than
     1 if k < E.
     """
     experts_TK = best_experts(logits_TE, k)
@@ -61,13 +61,14 @@ def scored_topk(
     choice_bias_E: Tensor | None = None,
     groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores s = softmax over all E, or the sigmoid of each logit; the k experts with the largest ``s +
-    choice_bias``, weighed by s.
+    """The k experts with the largest ``s + choice_bias``, weighted by s: the softmax over all E, or the
+    sigmoid of each logit.
 
-    ``renormalise``: weights are divided by their sum; with the softmax that is :func:`topk_softmax`, without
-    it :func:`softmax_topk`. ``choice_bias_E`` moves the choice alone, never a weight (arXiv 2408.15664,
-    equation 3), and gets no gradient. ``groups`` limits the choice by what is compared, as Megatron-LM does.
-    Returns ``(weights_TK, experts_TK)``, best expert first by what was compared; ids are int64.
+    ``renormalise``: weights are divided by their sum.  With the softmax, that is :func:`topk_softmax`;
+    without ``renormalise``, it is :func:`softmax_topk`. ``choice_bias_E`` changes only the choice, never a
+    weight (arXiv 2408.15664, equation 3), and gets no gradient. ``groups`` limits the choice by the
+    compared scores, as in Megatron-LM. Returns ``(weights_TK, experts_TK)``, with the largest compared
+    score first; ids are int64.
     """
     # The scores rise with the logits, but round to equal numbers where logits still differ; sums of a group's
     # scores do not rise with sums of its logits.
@@ -87,18 +88,18 @@ def scores(logits_TE: Tensor, score: Score) -> Tensor:
 
 
 def log_scores(logits_TE: Tensor, score: Score) -> Tensor:
-    """The logarithm of :func:`scores` plus any number that is the same for all experts of a token.
+    """The logarithm of :func:`scores` plus a number that is the same for all experts of a token.
 
-    Its softmax is the scores divided by their sum, but never 0 / 0 if all of them underflow.
+    Its softmax is the scores divided by their sum, but without 0 / 0 if all of them underflow.
     """
     return logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
 
 
 def best_experts(scores_TE: Tensor, k: int, groups: Groups | None = None) -> Tensor:
-    """Ids ``_TK`` of the k largest scores, largest first, equal scores in the order of their ids; has no
-    gradient.  ``groups``: among the experts of each token's best groups alone.
+    """Ids ``_TK`` of the k largest scores, largest first, equal scores in the order of their ids; without
+    a gradient. ``groups``: only among the experts of each token's best groups.
 
-    ``torch.topk`` leaves the order of equal scores open, so that devices may route one token to different
+    ``torch.topk`` does not define the order of equal scores, so devices could route one token to different
     experts.
     """
     num_experts = scores_TE.size(-1)
@@ -131,7 +132,7 @@ def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:
 
 
 def _by_rounds(scores_TE: Tensor, k: int) -> Tensor:
-    """Take the best expert k times; argmax promises the first of equal values."""
+    """Take the best expert k times; argmax returns the first of equal values."""
     # a copy, in which -inf marks nothing but experts already taken
     rest_TE = scores_TE.clamp(min=torch.finfo(scores_TE.dtype).min)
     rounds = []

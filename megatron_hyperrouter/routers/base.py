@@ -1,9 +1,8 @@
-"""What a router is: its result, its registry, and the flow that every method shares.
+"""What a router is: its result, its registry, and the steps that every method shares.
 
 Legend: ``T`` tokens on this rank, ``D`` hidden size, ``E`` experts of the whole model, ``K`` active
-experts. Words: *logits* raw scores ``_TE``; *weights* what multiplies expert outputs ``_TK``; *experts*
-chosen ids ``_TK``;
-*load* tokens per expert ``_E``.
+experts. Words: *logits* are raw scores ``_TE``; *weights* multiply expert outputs ``_TK``; *experts* are
+chosen ids ``_TK``; *load* is the number of tokens of each expert ``_E``.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ class Routing(NamedTuple):
 
 
 class ExpertBank(Protocol):
-    """The one bridge from router maths to experts that may live on other ranks; each engine serves it."""
+    """The only access of routers to experts, which may be on other ranks; each engine implements it."""
 
     def scores_TE(self, x_TD: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
         """``score`` (``[..., D]`` to ``[...]``) of every expert's output for every token of this rank:
         float32, no gradient.
 
-        Collective over the ranks that share the experts.  Outputs stay where they are made; scores alone
-        travel.
+        Collective over the ranks that share the experts.  Outputs stay on the ranks that compute them;
+        only scores are sent.
         """
         ...
 
@@ -63,7 +62,7 @@ class Tokens(NamedTuple):
 
 
 class RunFacts(NamedTuple):
-    """What a router may ask of the run that it is built for, beyond its own layer."""
+    """What a router may know about the run, beyond its own layer."""
 
     num_layers: int = 1  # of the whole model
     train_iters: int = 1000  # optimizer steps of the run
@@ -83,7 +82,7 @@ class Pass(NamedTuple):
 
 
 class StepCounts(NamedTuple):
-    """What one layer's router did in an optimizer step: sums over the global batch, the same on every
+    """Counts of one layer's router in an optimizer step: sums over the global batch, the same on every
     rank.
     """
 
@@ -96,9 +95,9 @@ class StepCounts(NamedTuple):
 class Router(nn.Module):
     """Base of all routers; a subclass registers itself: ``class Mine(Router, name="mine")``.
 
-    It needs no process group, no GPU and no engine.  ``forward`` changes nothing that a second forward
-    could notice, so activation checkpointing may repeat it.  A constructor ends with ``self.reset()``,
-    once its parameters exist.
+    It needs no process group, no GPU and no engine.  ``forward`` has no effect on a second forward, so
+    activation checkpointing may repeat it.  A constructor ends with ``self.reset()``, after it has created
+    its parameters.
     """
 
     name: ClassVar[str]
@@ -108,7 +107,9 @@ class Router(nn.Module):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Options of the method; each becomes ``--router.OPTION``.  These are every router's."""
+        """Options of the method; each becomes ``--router.OPTION``.  Every router has the options in this
+        class.
+        """
 
         num_groups: Annotated[
             Count | None,
@@ -135,13 +136,13 @@ class Router(nn.Module):
 
         @property
         def groups(self) -> Groups | None:
-            """The limit on a token's choice; None: all experts are open to it."""
+            """The groups that limit a token's choice; None: a token may choose any expert."""
             if self.num_groups is None or self.group_topk is None or self.group_topk >= self.num_groups:
                 return None
             return Groups(self.num_groups, self.group_topk)
 
         def largest_topk(self, num_experts: int) -> int:
-            """How many experts a token can have at most."""
+            """Largest number of experts that a token can have."""
             groups = self.groups
             return num_experts if groups is None else groups.chosen * (num_experts // groups.total)
 
@@ -169,7 +170,7 @@ class Router(nn.Module):
             return iter(())
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
-            """What of these options a run with these settings cannot follow; warnings as well."""
+            """Options without effect in a run with these settings; they give warnings, too."""
             return iter(())
 
         def unserved(self) -> Iterator[str]:
@@ -220,7 +221,7 @@ class Router(nn.Module):
     # ------------------------------------------------------------------------------- what a method is:
     # override these
     def view(self, x_TD: Tensor, now: Pass) -> Tensor:
-        """What of its input the router sees; noise goes here."""
+        """The input as the router sees it; a method adds noise here."""
         return x_TD
 
     @abstractmethod
@@ -228,17 +229,17 @@ class Router(nn.Module):
         """Score each token against each expert; returns ``_TE`` in float32."""
 
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them, unless a method
-        weighs otherwise.
+        """``(weights_TK, experts_TK)``: the k largest logits and the softmax over them; a method may
+        choose and weigh in another way.
         """
         return topk_softmax(logits_TE, k, self.config.groups)
 
     def best(self, scores_TE: Tensor, k: int) -> Tensor:
-        """Ids ``_TK`` of the k largest scores among the experts that the groups leave open."""
+        """Ids ``_TK`` of the k largest scores among the experts that the groups allow."""
         return best_experts(scores_TE, k, self.config.groups)
 
     def scaled(self, weights_TK: Tensor) -> Tensor:
-        """``weights_TK`` times ``scaling_factor``: the last thing that happens to weights."""
+        """``weights_TK`` times ``scaling_factor``; nothing changes the weights after this."""
         factor = self.config.scaling_factor
         return weights_TK if factor == 1.0 else weights_TK * factor
 
@@ -256,18 +257,18 @@ class Router(nn.Module):
         return losses
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        """A method that decides by more than its logits changes the first decision here."""
+        """Change the first decision, for a method that uses more than its logits."""
         return first
 
     def wants_outputs(self, now: Pass) -> bool:
-        """True: this pass ends with :meth:`combine`.  Must not depend on the tokens: all ranks have to
-        agree.
+        """True: this pass ends with :meth:`combine`.  Must not depend on the tokens, because all ranks
+        must agree.
         """
         return False
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Weights and further losses from the chosen experts' unweighted outputs, which have their
-        gradients; ids must stay.
+        """Weights and further losses from the chosen experts' unweighted outputs, which have gradients;
+        the ids must not change.
         """
         return routing
 
@@ -275,16 +276,16 @@ class Router(nn.Module):
     # over a step
     @property
     def num_extra_counts(self) -> int:
-        """Numbers that :meth:`extra_counts` gives; 0: none."""
+        """How many numbers :meth:`extra_counts` returns; 0: none."""
         return 0
 
     def extra_counts(self, routing: Routing) -> Tensor:
-        """Sums over this rank's tokens of whatever the method counts: float64 ``[num_extra_counts]``."""
+        """Sums over this rank's tokens of what the method counts: float64 ``[num_extra_counts]``."""
         raise NotImplementedError
 
     def end_step(self, counts: StepCounts) -> None:
-        """Engines call this after each optimizer step, on every rank alike; the place where buffers
-        change.
+        """Engines call this after each optimizer step, with the same counts on every rank; buffers change
+        only here.
         """
 
     # ------------------------------------------------------------------------------------------------
@@ -318,10 +319,10 @@ class Router(nn.Module):
         experts: ExpertBank | None = None,
         tokens: Tokens | None = None,
     ) -> Routing:
-        """Route tokens; ``topk`` overrides the schedule, as evaluation with other k does.
+        """Route tokens; ``topk`` overrides the schedule, for evaluation at another k.
 
-        Raises ValueError unless 1 <= k <= E.  Computes in float32 whatever the dtype of ``x_TD``, under
-        autocast too.
+        Raises ValueError unless 1 <= k <= E.  Computes in float32 for any dtype of ``x_TD``, also under
+        autocast.
         """
         now = self.at(step=step, topk=topk, experts=experts, tokens=tokens)
         with float32_maths(x_TD.device):
@@ -336,15 +337,13 @@ class Router(nn.Module):
             return self.refine(first, x_TD, now)
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
-        """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises where the method is
-        not one.
+        """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises NotImplementedError if
+        the method is not linear.
         """
         raise NotImplementedError(f"router {self.name!r} is not a linear map of its input")
 
     def fold(self) -> Router:
-        """The ``topk`` router with the weights of :meth:`linear`: same routing, nothing generated any
-        more.
-        """
+        """The ``topk`` router with the weights of :meth:`linear`: same routing, without a hypernetwork."""
         with torch.no_grad():
             W_ED, b_E = self.linear()
         plain_class: Any = ROUTERS["topk"]
@@ -369,8 +368,8 @@ class Router(nn.Module):
         return {}
 
     def folded_options(self) -> dict[str, Any]:
-        """Options of the ``topk`` router, beyond those that every router has, that choose and weigh as this
-        method does; none: the softmax over the kept logits.
+        """Options of the ``topk`` router with which it chooses and weighs as this method does, beyond the
+        options of every router; none: the softmax over the kept logits.
         """
         return {}
 
@@ -378,13 +377,13 @@ class Router(nn.Module):
         return {field.name: getattr(self.config, field.name) for field in fields(Router.Config)}
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend on the
-        name alone.
+        """Fill trained parameters; ``draw(name, shape)`` gives float32 N(0, 1) numbers that depend only on
+        the name.
         """
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Fill trained parameters from (seed, layer number) alone, as the constructor does."""
+        """Fill trained parameters from (seed, layer number), as the constructor does."""
         prefix = f"router.{self.layer_number}."
         self.reset_parameters(lambda name, shape: keyed.normal(shape, seed=self.seed, name=prefix + name))
 
@@ -399,14 +398,14 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (deepcopy, pickle) shares no micro-batch with other ranks: their groups cannot be
-        copied, and it sees what it is given.
+        """A copy (deepcopy, pickle) shares no micro-batch with other ranks, because process groups cannot
+        be copied.
         """
         return {**self.__dict__, "over_shards": None, "gather_shards": None}
 
     def hold(self, on: bool = True) -> None:
         """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a
-        router may keep what it derives.
+        router may keep what it computes from them.
         """
 
     def begin_step(self) -> None:
@@ -432,7 +431,7 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
 
 
 def without_counts(what: str) -> str:
-    """The warning that ``what`` waits for :meth:`Router.end_step`."""
+    """The warning that ``what`` needs :meth:`Router.end_step`."""
     return (
         f"{what} follows what all ranks chose in an optimizer step, and stands still until it is told: "
         "make "
@@ -442,7 +441,7 @@ def without_counts(what: str) -> str:
 
 
 def without_tokens(what: str, instead: str) -> str:
-    """The warning that ``what`` asks for ``Tokens``; ``instead``: what happens without."""
+    """The warning that ``what`` needs ``Tokens``; ``instead``: what happens without them."""
     return (
         f"{what} goes by the ids or places of tokens; without them {instead}. Make a "
         "megatron_hyperrouter.RouterSteps of the model, "

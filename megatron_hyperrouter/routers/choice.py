@@ -1,4 +1,4 @@
-"""How a router whose logits alone decide chooses experts, weighs them and balances them.
+"""Choice, weights and balance for routers that decide by their logits.
 
 Legend: ``T`` tokens, ``E`` experts, ``K`` active experts.
 
@@ -6,21 +6,21 @@ With logits ``g``, scores ``s`` (softmax of g over all E, or sigmoid) and the ch
 
 - default (Shazeer et al. 2017, arXiv 1701.06538, without its noise): S = the k largest g, ``w =
   softmax(g_S)``;
-- ``pre_softmax`` (Switch, arXiv 2101.03961; k = 1 there): ``w_i = s_i``, which sum to less than 1; with
-  ``renormalise`` ``w_i = s_i / sum_S s``, which is the default's softmax over the kept logits, and is
-  computed as that;
-- ``score_function sigmoid`` (DeepSeek-V3, arXiv 2412.19437): ``w_i = s_i``, with ``renormalise`` divided by
-  their sum;
+- ``pre_softmax`` (Switch, arXiv 2101.03961, with k = 1): ``w_i = s_i``, which sum to less than 1.  With
+  ``renormalise``, ``w_i = s_i / sum_S s``, which is equal to the default and is computed like it;
+- ``score_function sigmoid`` (DeepSeek-V3, arXiv 2412.19437): ``w_i = s_i``; with ``renormalise``, divided
+  by their sum;
 - ``expert_bias`` (arXiv 2408.15664): S = the k largest ``s + c``; weights as above, without c.  After each
-  optimizer step ``c_i += bias_update_rate * sign(mean load - load_i)``, loads over the whole global batch;
-- ``jitter_eps`` (Switch): in training the router, and it alone, sees x times a uniform number from [1 - eps,
-  1 + eps].
+  optimizer step ``c_i += bias_update_rate * sign(mean load - load_i)``, with loads over the whole global
+  batch;
+- ``jitter_eps`` (Switch): in training, the router (not the experts) gets x times a uniform number in [1 -
+  eps, 1 + eps].
 
-Auxiliary loss: coefficient times ``E sum_i f_i P_i``, where P is the mean over tokens of s (sigmoid: divided
-by its sum over E), and f_i the share of routes that went to i, in the micro-batch, in each sequence
-(averaged), or in the last global batch. ``global_batch``: f is that of the step before (uniform at first),
-the gradient flows through the P of this micro-batch. Megatron-core takes a running mean over the
-micro-batches seen so far instead: it depends on how many replicas there are.
+Auxiliary loss: coefficient times ``E sum_i f_i P_i``.  P is the mean over tokens of s (sigmoid: divided by
+its sum over E).  f_i is the share of routes to expert i in the micro-batch, in each sequence (averaged),
+or in the last global batch. ``global_batch``: f is that of the previous step (uniform at first), and the
+gradient flows through the P of this micro-batch. Megatron-core instead uses a running mean over the
+micro-batches so far, which depends on the number of replicas.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _UPDATE_RATE = 0.001  # arXiv 2408.15664, section 4.1
 
 
 class ChoosingRouter(Router):
-    """The family of routers that decide by their logits; a method brings the logits."""
+    """Base of the routers that decide by their logits; a method only computes the logits."""
 
     config: Config
     share_E: Tensor  # float32, of the routes of the last global batch; there with aux_loss global_batch
@@ -96,7 +96,7 @@ class ChoosingRouter(Router):
         ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Options that contradict one another, or that another one leaves without a meaning."""
+            """Options that contradict each other, or that have no meaning because of another option."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.pre_softmax and self.score_function == "sigmoid":
                 yield Problem(
@@ -121,16 +121,16 @@ class ChoosingRouter(Router):
                 yield Problem("--router.logit-std", self.logit_std, rule, "drop one of the two")
 
         def initial_logit_std(self, hidden_size: int) -> float | None:
-            """As asked for, or as the other options give it."""
+            """As set, or as it follows from the other options."""
             return super().initial_logit_std(hidden_size) if self.logit_std is None else self.logit_std
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
-            """A kind of loss that is multiplied by 0."""
+            """A kind of balance loss whose coefficient is 0."""
             if self.aux_loss not in (type(self).aux_loss, "off") and not aux_loss_coeff:
                 yield f"--router.aux-loss {self.aux_loss} does nothing: --moe-aux-loss-coeff is 0"
 
         def unserved(self) -> Iterator[str]:
-            """Options that look at the global batch or at places of tokens."""
+            """Options that need the global batch or the positions of tokens."""
             if self.expert_bias and self.update_rate:
                 yield without_counts("--router.expert-bias")
             if self.aux_loss == "global_batch":
@@ -144,7 +144,7 @@ class ChoosingRouter(Router):
 
         @property
         def renormalised_anyway(self) -> bool:
-            """Weights come from the softmax over the kept logits."""
+            """The weights are the softmax over the kept logits."""
             return self.score_function == "softmax" and not self.pre_softmax
 
         @property
@@ -166,13 +166,15 @@ class ChoosingRouter(Router):
             self.register_buffer("choice_bias_E", torch.zeros(self.num_experts))
 
     def matrix_std(self) -> float:
-        """Standard deviation of the entries of a random matrix: ``init_std``, or what gives ``logit_std``."""
+        """Standard deviation of the entries of a random matrix: ``init_std``, or the value that gives
+        ``logit_std``.
+        """
         wanted: float | None = self.config.logit_std
         own: float = getattr(self.config, "init_std", 0.0)
         return own if wanted is None else wanted / math.sqrt(self.hidden_size)
 
     def view(self, x_TD: Tensor, now: Pass) -> Tensor:
-        """In training the input with its jitter; without places of tokens they count from 0."""
+        """In training, the input with jitter; if the positions of tokens are unknown, they count from 0."""
         eps = self.config.jitter_eps
         if not (eps and now.training):
             return x_TD
@@ -184,8 +186,8 @@ class ChoosingRouter(Router):
         )
 
     def choose(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest scores, by the choice bias where there is one, and the weights that the options
-        ask for.
+        """The k largest scores, with the choice bias if there is one, and the weights that the options
+        define.
         """
         config = self.config
         choice_bias_E = self.choice_bias_E if config.expert_bias else None
@@ -199,9 +201,7 @@ class ChoosingRouter(Router):
         )
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """``aux`` of the kind that ``aux_loss`` names, over probabilities of the score function, and
-        ``z``.
-        """
+        """``aux`` of the kind in ``aux_loss``, over probabilities of the score function, and ``z``."""
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff and self.config.aux_loss != "off":
             losses["aux"] = self.aux_loss_coeff * self._balance(logits_TE, experts_TK, now)
@@ -222,7 +222,7 @@ class ChoosingRouter(Router):
         return switch_loss(probs_TE, experts_TK, self.over_shards)
 
     def end_step(self, counts: StepCounts) -> None:
-        """Take the load of the global batch over into the buffers that follow it."""
+        """Update the buffers that depend on the load of the global batch."""
         load_E = counts.load_E
         with torch.no_grad():
             if self.config.aux_loss == "global_batch":
@@ -237,5 +237,5 @@ class ChoosingRouter(Router):
         return {name: getattr(self.config, name) for name in names}
 
     def folded_buffers(self) -> dict[str, Tensor]:
-        """What balances the choice so far."""
+        """The buffers that balance the choice."""
         return {name: buffer for name, buffer in self.named_buffers() if name in ("share_E", "choice_bias_E")}

@@ -22,7 +22,7 @@ from megatron_hyperrouter.routers.base import Router
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """All that decides the bytes of some frozen tensors; equal recipes give equal tensors."""
+    """Everything that decides the bytes of some frozen tensors; equal recipes give equal tensors."""
 
     seed: int
     name: str  # prefix of the names of their streams
@@ -37,8 +37,8 @@ class Recipe(ABC):
 
 
 class Frozen:
-    """The tensors of one recipe on one device: an immutable value, shared by all who ask for it, copied by
-    none.
+    """The tensors of one recipe on one device: an immutable value that all its users share without
+    copying.
     """
 
     def __init__(self, recipe: Recipe, tensors: tuple[Tensor, ...], digest: str) -> None:
@@ -72,8 +72,8 @@ _ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], Frozen] = WeakValueDict
 
 
 def frozen(recipe: Recipe, device: torch.device) -> Frozen:
-    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or those that somebody has
-    already.
+    """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or the existing ones of
+    another router.
     """
     device = torch.device("cpu") if device.type == "meta" else device
     return _shared(recipe, device, lambda: _drawn(recipe, device))
@@ -101,7 +101,9 @@ class FrozenRouter(Router):
     frozen_hash: Tensor  # uint8 [32], SHA-256
 
     def freeze(self, recipe: Recipe) -> None:
-        """Draw the frozen part on the device that new tensors are made on; the constructor calls it once."""
+        """Draw the frozen part on the device on which new tensors are created; the constructor calls it
+        once.
+        """
         seed = torch.tensor([recipe.seed], dtype=torch.int64)
         self.frozen = frozen(recipe, seed.device)
         self.register_buffer("frozen_seed", seed)

@@ -1,7 +1,7 @@
-"""HyperRouter: a frozen hypernetwork makes the router out of a trained embedding (arXiv 2312.07035).
+"""HyperRouter: a frozen hypernetwork generates the router from a trained embedding (arXiv 2312.07035).
 
-Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``S`` size of the embedding, ``H`` hypernetwork width,
-``P`` generated numbers: E*(D+1) with a bias, else E*D.
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``S`` size of the embedding, ``H`` hypernetwork
+width, ``P`` generated numbers: E*(D+1) with a bias, else E*D.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def logit_std(first: float, second: float, embedding_size: int, width: int, numb
 
 
 class Generated(NamedTuple):
-    """A router made from the present embedding, and what its gradient needs."""
+    """A router generated from the current embedding, and what its gradient needs."""
 
     W_ED: Tensor
     b_E: Tensor | None
@@ -91,9 +91,9 @@ class Generated(NamedTuple):
 class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     """``logits = W x + b`` with ``(W, b)`` generated from a trained embedding by a frozen hypernetwork.
 
-    By itself it generates in every forward pass, which is always right.  An engine that keeps the promise of
-    :meth:`hold` has it generate once per optimizer step; the way back to the embedding then runs once for
-    each micro-batch that reaches the router.
+    By default it generates (W, b) in every forward pass, which is always correct.  With an engine that
+    keeps the promise of :meth:`hold`, it generates once per optimizer step, and the backward pass to the
+    embedding runs once per micro-batch.
     """
 
     config: Config
@@ -136,7 +136,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             return {"shared": "model" if num_experts * hidden_size > _ONE_FOR_ALL_FROM else "layer"}
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """At k = 1 the embedding does not learn where weights sum to 1."""
+            """At k = 1 the embedding does not learn if the weights of a token sum to 1."""
             return no_gradient_at_k1("hyper", topk) if self.sums_to_one else iter(())
 
         def initial_logit_std(self, hidden_size: int) -> float | None:
@@ -171,7 +171,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         self.reset()
 
     def _one_for_all(self) -> bool:
-        """Large hypernetworks take memory on every rank, and time to draw: 4 H E D bytes, H E D draws."""
+        """Large hypernetworks need 4 H E D bytes on every rank, and H E D random numbers."""
         sizes = {"hidden_size": self.hidden_size, "num_experts": self.num_experts}
         return (self.config.shared or self.config.chosen_by_size(**sizes)["shared"]) == "model"
 
@@ -201,16 +201,16 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         return W_ED, b_E
 
     def hold(self, on: bool = True) -> None:
-        """Generate once per step: from now on the caller calls :meth:`begin_step` after each change of the
-        embedding.
+        """Generate once per step: from now on the caller must call :meth:`begin_step` after each change of
+        the embedding.
         """
         self._held = on
         self._generated = None
         self._stale = True
 
     def begin_step(self) -> None:
-        """What was generated is out of date; the next forward pass generates, when an engine has gathered the
-        weights.
+        """Discard the generated router; the next forward pass generates it again, after an engine has
+        gathered the weights.
         """
         self._stale = True
 
@@ -235,8 +235,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         self.begin_step()
 
     def _regenerate(self) -> Generated:
-        """Generate outside any graph, and not as inference tensors: evaluation may come first, training
-        later.
+        """Generate outside any graph, and not as inference tensors, because training may follow an
+        evaluation.
         """
         device = self.embedding_S.device
         w1_HS, b1_H, _, _ = self.frozen_tensors(device)
@@ -265,12 +265,14 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (deepcopy, pickle) generates in every forward: no engine has promised it anything."""
+        """A copy (deepcopy, pickle) generates in every forward pass: no engine has promised it
+        :meth:`begin_step`.
+        """
         return {**super().__getstate__(), "_held": False, "_generated": None, "_stale": True}
 
 
 class _Reuse(torch.autograd.Function):
-    """Hands out the generated router; backward is the transposed pass through the hypernetwork."""
+    """Returns the generated router; its backward is the transposed pass through the hypernetwork."""
 
     @staticmethod
     def forward(
