@@ -1,7 +1,8 @@
-"""Pretraining of sparse mixture-of-experts language models whose routers are the subject: HyperRouter and its
-peers.
+"""Pretraining of sparse mixture-of-experts language models with different routers: HyperRouter and six
+others.
 
-The names below are imported when they are first used: ``import megatron_hyperrouter`` alone loads no torch.
+The names below are imported when they are first used: ``import megatron_hyperrouter`` does not import
+torch.
 """
 
 from __future__ import annotations

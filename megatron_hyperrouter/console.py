@@ -1,7 +1,8 @@
-"""The one place of the package that talks to the user, and that turns errors into exit statuses.
+"""The only part of the package that prints to the user during a run, and that turns errors into exit
+statuses.
 
-Every rank of a run goes through :func:`run`, but one rank speaks: an error in the settings happens on all of
-them.
+Every rank of a run goes through :func:`run`, but only one rank prints: an error in the settings happens on
+all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every command but training shares: exit statuses, stopping on signals, flags, and progress."""
+"""What every command except training shares: exit statuses, stopping on signals, flags, and progress."""
 
 from __future__ import annotations
 

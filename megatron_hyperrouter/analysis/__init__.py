@@ -1,1 +1,1 @@
-"""What trained models and finished runs look like from outside."""
+"""Measures of trained models and finished runs."""

@@ -1,4 +1,4 @@
-"""How alike the experts of a trained model are.
+"""How similar the experts of a trained model are.
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts of the whole model.
 """

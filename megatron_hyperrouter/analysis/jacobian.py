@@ -1,11 +1,11 @@
 """The part of a MoE layer's Jacobian that comes from its router.
 
 For ``y = sum_S w_i E_i(x)`` the Jacobian is ``J = J_E + J_R`` with ``J_E = sum_S w_i dE_i/dx`` and ``J_R =
-sum_S E_i(x) (dw_i/dx)^T``.  With the softmax over the kept logits of a linear router that is ``sum_S w_i
-(E_i(x) - y) W_i^T``: its rank is at most k - 1, its rows lie in the span of W, and at k = 1 it is zero.
+sum_S E_i(x) (dw_i/dx)^T``.  With the softmax over the kept logits of a linear router, ``J_R = sum_S w_i
+(E_i(x) - y) W_i^T``: its rank is at most k - 1, its rows are in the span of W, and at k = 1 it is zero.
 
-Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``F`` width of an expert, ``G =
-2 F`` for its two input matrices [gate; up], ``R`` dimensions of a subspace, ``P`` probes.
+Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``F`` width of an expert, ``G
+= 2 F`` for its two input matrices [gate; up], ``R`` dimensions of a subspace, ``P`` probes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The experts of a checkpoint as plain matrices, whatever engine and layout wrote it."""
+"""The experts of a checkpoint as plain matrices, from any engine and layout."""
 
 from __future__ import annotations
 

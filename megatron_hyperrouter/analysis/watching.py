@@ -1,4 +1,4 @@
-"""Watch routers at work in an engine's evaluation, and keep a sample of what they saw and chose.
+"""Watches routers during an engine's evaluation, and keeps a sample of their inputs and choices.
 
 Legend: ``T`` tokens of a micro-batch, ``N`` tokens of the sample, ``D`` hidden size, ``E`` experts, ``K``
 active experts.

@@ -1,7 +1,7 @@
 """What a checkpoint says about the run that wrote it: its settings, its tokenizer, and where it ran.
 
-With them a checkpoint is complete by itself.  ``settings.yaml`` has all settings; the folder ``tokenizer``
-has the files of the tokenizer, unless they are large, and then their digest alone is known.
+With this, a checkpoint needs no other file.  ``settings.yaml`` has all settings.  The folder ``tokenizer``
+has the files of the tokenizer; if they are large, only their digest.
 """
 
 from __future__ import annotations

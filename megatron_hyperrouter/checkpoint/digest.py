@@ -1,9 +1,9 @@
-"""Digests of tensors that add up: the sum of the digests of its parts is that of the whole, whatever the
+"""Digests of tensors that add up: the sum of the digests of the parts is the digest of the whole, on any
 layout.
 
-``digest = sum over elements of (bits + 1) x odd(position in the whole tensor)  modulo 2**64``.  An odd
-factor can be inverted, so one changed element always changes the sum; the position makes an exchange of
-elements show.
+``digest = sum over elements of (bits + 1) x odd(position in the whole tensor)  modulo 2**64``.
+Multiplication by an odd factor can be inverted, so one changed element always changes the sum; the
+position reveals swapped elements.
 """
 
 from __future__ import annotations

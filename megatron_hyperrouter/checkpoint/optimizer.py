@@ -1,10 +1,11 @@
-"""Optimizer state on disk: rectangles under global names, one safetensors file a rank, and one index of all.
+"""Optimizer state on disk: boxes (rectangles of tensors) under global names, one safetensors file per
+rank, and one index of all.
 
     optimizer.json                 name -> shape, dtype, optimizer steps, digests of the whole, boxes
     optimizer-RRRRR.safetensors    keys NAME#BOX#FIELD, float32
 
-The master weight of a parameter that is float32 itself is the weight, and is not written twice.  Nothing here
-talks to another rank, and nothing is a pickle.
+If a parameter is float32 itself, it is its own master weight, which is not written again.  Nothing here
+communicates with another rank, and nothing is a pickle.
 """
 
 from __future__ import annotations

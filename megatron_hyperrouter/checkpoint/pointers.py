@@ -1,5 +1,5 @@
-"""Which checkpoint of a run counts: ``latest`` names it, and where ``latest`` is lost, the newest whole one
-does.
+"""Which checkpoint of a run is the current one: the one that ``latest`` names, or without ``latest`` the
+newest complete one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors of a folder read by name and written into shards, each one alone in memory."""
+"""Tensors of a folder, read by name and written into shards, with one tensor in memory at a time."""
 
 from __future__ import annotations
 

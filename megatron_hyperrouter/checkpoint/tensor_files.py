@@ -1,11 +1,10 @@
-"""safetensors files read and written one tensor at a time, so that a model of any size needs the memory of
-its largest tensor.
+"""safetensors files, read and written one tensor at a time, so that a model of any size needs the memory
+of its largest tensor.
 
-The library maps whole files into memory when it reads, and keeps a second copy of all tensors when it writes.
-The format is an
-eight-byte length, a JSON header (name -> dtype, shape, offsets) and the bytes.  The part that reads headers
-needs the standard library
-alone, so that a downloaded folder can be checked on any machine.
+The safetensors library maps whole files into memory when it reads, and keeps a second copy of all tensors
+when it writes. The format is an eight-byte length, a JSON header (name -> dtype, shape, offsets) and the
+bytes.  Reading headers needs only the standard library, so that a downloaded folder can be checked on any
+machine.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def read_header(path: Path) -> list[Entry]:
 
 
 def digest_of_bytes(path: Path, begin: int = 0, end: int | None = None) -> str:
-    """SHA-256 of a file, or of a stretch of it."""
+    """SHA-256 of a file, or of a range of it."""
     found = hashlib.sha256()
     left = (path.stat().st_size if end is None else end) - begin
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Weights on disk: safetensors files, global parameter names, each tensor written once by the rank that
-owns it.
+"""Weights on disk: safetensors files with global parameter names; each tensor is written once, by one
+rank.
 
-Names do not depend on the layout, so any layout reads what another one wrote.
+Names do not depend on the layout, so any layout reads what another layout wrote.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hosts that talk: what they say at import or at each layer, and what no user of ours can act on."""
+"""Suppresses warnings of the hosts, at import and for each layer, on which users cannot act."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Patches of megatron-core, tested with 0.16.1: what lets it train on CPU with gloo, and without Transformer
-Engine.
+"""Patches of megatron-core, tested with 0.16.1, with which it trains on a CPU with gloo, and without
+Transformer Engine.
 
-None of the CPU patches acts where there is a GPU.  Each one changes calls that would raise, or make a GPU
-wait, so no program that worked gives other numbers.
+The CPU patches do nothing if there is a GPU.  Each patch changes calls that would raise an error, or make
+a GPU wait, so no working program gives other numbers.
 """
 
 from __future__ import annotations

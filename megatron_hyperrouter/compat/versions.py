@@ -1,4 +1,4 @@
-"""Which versions of the hosts this project was tested with, and what to say of others."""
+"""The versions of the hosts that this project was tested with, and what to report about others."""
 
 from __future__ import annotations
 

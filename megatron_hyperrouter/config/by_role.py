@@ -1,4 +1,4 @@
-"""Lists of settings, made from the roles of the leaves; none is kept by hand."""
+"""Lists of settings, made from the roles of the leaves; none is maintained by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that follow from several settings; each is written down once, here."""
+"""Values that follow from several settings; each is defined once, here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""One set of settings in the making: merges the sources, validates leaf by leaf, and collects what is
-wrong.
-"""
+"""Builds one set of settings: merges the sources, validates each leaf, and collects the problems."""
 
 from __future__ import annotations
 

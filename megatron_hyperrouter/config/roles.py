@@ -1,6 +1,7 @@
-"""What a setting is for.  Each leaf of the tree has one role, and every list of settings is made from roles.
+"""The purpose of a setting.  Each leaf of the tree has one role, and every list of settings is made from
+roles.
 
-A new setting needs no other entry anywhere: its role says whether a checkpoint must agree with it, whether
+A new setting needs no other entry: its role decides whether a checkpoint must agree with it, whether an
 evaluation needs it, whether the other engine refuses it, and so on.
 """
 

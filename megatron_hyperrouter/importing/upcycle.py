@@ -1,10 +1,10 @@
-"""A dense model as a mixture of experts: copies of its MLP, or of its slices, that together compute the same.
+"""A dense model as a mixture of experts: copies of its MLP, or of slices of it, that together compute the
+same.
 
-A group of G slices gets weights that sum to the group's share, so each slice needs a factor G: the square
-root of it in ``up`` and
-in ``down``, which keeps both of one size.  silu is not linear, so ``gate`` keeps its numbers.  The router's
-rows are drawn once for a
-group and repeated, so that top-k takes whole groups where k is a multiple of G.
+The weights of a group of G slices add up to the group's share, so each slice needs a factor G: its square
+root in ``up`` and in ``down``, which keeps both at the same scale.  silu is not linear, so ``gate`` keeps
+its numbers.  The router's rows are drawn once for each group and repeated, so that top-k chooses whole
+groups if k is a multiple of G.
 
 Legend: ``E`` experts, ``G`` slices of the MLP (granularity), ``D`` hidden size, ``F`` width of an expert.
 """
@@ -49,7 +49,7 @@ class UpcycleOptions:
     seed: int = 1234
 
     def problems(self, width: int) -> Iterator[Problem]:
-        """What is wrong with it for an MLP of this width."""
+        """Problems of these options for an MLP of this width."""
         if width % self.granularity:
             yield Problem(
                 "--granularity", self.granularity, f"must divide the MLP's width {width}", "use a divisor"
@@ -67,13 +67,13 @@ class UpcycleOptions:
                 )
 
     def check(self, width: int) -> None:
-        """ConfigError with all of it."""
+        """ConfigError that lists all problems."""
         if found := list(self.problems(width)):
             raise ConfigError(found)
 
 
 class UpcycledWeights:
-    """Reads tensors of the mixture by our names; the MLP is cut when an expert is asked for."""
+    """Reads tensors of the mixture by our names; the MLP is divided when an expert is read."""
 
     def __init__(self, folder: HfFolder, recipe: UpcycleOptions) -> None:
         recipe.check(folder.expert_width)

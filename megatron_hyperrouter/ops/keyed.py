@@ -1,13 +1,11 @@
-"""Random numbers that are a function of (seed, name, element index) alone: the same bits on every device,
-dtype and version.
+"""Random numbers that depend only on (seed, name, element index): the same bits on every device, dtype and
+version.
 
-Element i is word i of a counter-based generator, SplitMix64 (Steele, Lea, Flood 2014) with a 128-bit key:
-integers that wrap around.  Normal numbers are Wichura's inverse of the normal distribution (AS 241,
-PPND16,
-1988) in float64, made of + - * / and sqrt, which IEEE 754 rounds in one way only; its logarithm is our
-  own
-for the same reason.  A compiler would fuse a product and a sum into one rounding, so nothing here may be
-compiled.
+Element i is word i of a counter-based generator, SplitMix64 (Steele, Lea, Flood 2014) with a 128-bit key,
+in integer arithmetic that wraps around.  Normal numbers use Wichura's inverse of the normal distribution
+(AS 241, PPND16, 1988) in float64.  It consists of + - * / and sqrt, which IEEE 754 rounds in only one way;
+the logarithm is our own for the same reason.  A compiler would fuse a product and a sum into one rounding,
+so nothing here may be compiled.
 """
 
 from __future__ import annotations
@@ -167,8 +165,8 @@ def _key(seed: int, name: str) -> tuple[int, int]:
 
 
 def _mix(counter: Tensor, offset: int, twist: int) -> Tensor:
-    """64 random bits for each counter, in place; the twist keeps two streams from running through one
-    another's words.
+    """64 random bits for each counter, in place; the twist keeps the words of two streams from
+    overlapping.
     """
     z = counter.mul_(_signed(0x9E3779B97F4A7C15)).add_(offset)
     z.bitwise_xor_(_shift(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9)).bitwise_xor_(twist)

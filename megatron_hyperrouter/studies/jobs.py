@@ -1,5 +1,5 @@
-"""What both studies of mhr scaling share: their common flags, runs for a cluster, and which
-runs a table can have.
+"""What both studies of mhr scaling share: common flags, runs on a cluster, and the runs that a table can
+include.
 """
 
 from __future__ import annotations

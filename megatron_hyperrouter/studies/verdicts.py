@@ -1,6 +1,7 @@
-"""Comparisons of two routers that were named before the runs, and what the runs say of each.
+"""Planned comparisons of two routers, and the results of the runs for each.
 
-A comparison reads ``LEFT:RIGHT@K``: bits per byte of LEFT minus those of RIGHT with K experts, seed by seed.
+A comparison reads ``LEFT:RIGHT@K``: bits per byte of LEFT minus those of RIGHT with K experts, for each
+seed.
 """
 
 from __future__ import annotations

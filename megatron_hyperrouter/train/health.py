@@ -1,7 +1,7 @@
-"""Which checkpoint is proved: a step with a sound loss has followed it, so its weights are fine.
+"""Which checkpoint is proved: a step with a normal loss has followed it, so its weights are good.
 
-A checkpoint is written after an update and before anybody has seen what that update did.  The next step shows
-it.  So the newest proved checkpoint is kept, and it is the way back when the loss is lost.
+A checkpoint is written after an update whose effect is not known yet.  The next step shows it.  So the
+newest proved checkpoint is kept, and the run can go back to it if the loss diverges.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What a run measures: the table of a step's metrics, the records made of it, and the file that keeps them.
+"""The metrics of a run: the table of a step's metrics, their records, and the file that they are written
+to.
 
-A metric of a step is one entry of ``METRICS``: its name in ``metrics.jsonl``, its group in TensorBoard, its
-value, and how the console shows it.  A number of each MoE layer is one of ``engines.statistics``.
-The names are part of the public interface: scripts read ``metrics.jsonl``.
+A metric of a step is one entry of ``METRICS``: its name in ``metrics.jsonl``, its group in TensorBoard,
+its value, and its format on the console.  Numbers of each MoE layer are in ``engines.statistics``. The
+names are part of the public interface, because scripts read ``metrics.jsonl``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run and the things that it does: take a step, evaluate, save; the loop says when."""
+"""One run and its actions: take a step, evaluate, save; the loop decides when."""
 
 from __future__ import annotations
 

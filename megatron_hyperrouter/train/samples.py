@@ -1,4 +1,6 @@
-"""The samples of a run, opened before its engine: from its settings and from what it has read so far."""
+"""The samples of a run, opened before its engine: from its settings and from the record of what it has
+read.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Whether layouts train the same model."""
+"""Checks whether layouts train the same model."""

@@ -1,8 +1,8 @@
-"""What a difference between two runs looks like: the faults that a distributed trainer has most often, by
-their marks.
+"""Likely causes of a difference between two runs: the most common faults of a distributed trainer, and how
+they look.
 
-A guess from numbers: the table of ``evaluate.layouts`` says that something is wrong, this says where to look
-first.
+A guess from numbers: the table of ``verify.differences`` says that something is wrong, this says where to
+look first.
 """
 
 from __future__ import annotations

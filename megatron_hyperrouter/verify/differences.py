@@ -1,6 +1,7 @@
-"""Whether a run is the same on another layout or engine: what a layout is called, and how two runs differ.
+"""Whether a run is the same on another layout or engine: the names of layouts, and the differences between
+two runs.
 
-A run that is judged left a folder (see :class:`Evidence`); nothing is trained here.
+Nothing is trained here: each run has left its results in a folder (see :class:`Evidence`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Starts the ranks of mhr verify on this machine, or, under a launcher, is one of them."""
+"""Starts the ranks of mhr verify on this machine, or joins them under a launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run that has ended should be started again: what a job script asks before it requeues itself."""
+"""Whether a run that has ended should be started again: a job script asks this before it requeues itself."""
 
 from __future__ import annotations
 

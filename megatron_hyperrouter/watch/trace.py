@@ -1,4 +1,4 @@
-"""What a run has left in its folder: events, heartbeats, who holds the folder, and the steps it has taken."""
+"""What a run has left in its folder: events, heartbeats, the lock, and the steps it has taken."""
 
 from __future__ import annotations
 

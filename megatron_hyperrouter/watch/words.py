@@ -1,4 +1,4 @@
-"""A status as a person reads it."""
+"""The text of a status."""
 
 from __future__ import annotations
 

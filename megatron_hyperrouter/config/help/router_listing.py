@@ -1,8 +1,8 @@
-"""What ``--help`` says of the routers, read from their source files: importing them would load torch.
+"""The routers' options for ``--help``, read from their source files, because importing them would import
+torch.
 
-A router stays one file: its class says ``class Mine(Router, name="mine")`` and its nested ``Config`` lists
-the options.  Annotations are evaluated with the words of ``VOCABULARY`` and the file's own aliases, and
-nothing else.
+A router is one file: its class says ``class Mine(Router, name="mine")``, and its nested ``Config`` lists
+the options. Annotations are evaluated only with the names in ``VOCABULARY`` and the file's own aliases.
 """
 
 from __future__ import annotations

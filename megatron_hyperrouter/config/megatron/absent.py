@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM for whole features that are not here, by feature."""
+"""Flags of Megatron-LM for features that this program does not have, by feature."""
 
 from __future__ import annotations
 

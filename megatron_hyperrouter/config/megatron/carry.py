@@ -1,4 +1,4 @@
-"""Carries a command of Megatron-LM over: each flag is translated, dropped and counted, or refused."""
+"""Translates a command of Megatron-LM: each flag is translated, ignored and counted, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command of Megatron-LM leaves to its defaults, where the defaults here are others."""
+"""Flags that a Megatron-LM command omits and whose defaults differ here."""
 
 from __future__ import annotations
 

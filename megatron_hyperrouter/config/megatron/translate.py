@@ -1,6 +1,6 @@
-"""Flags of Megatron-LM that say the same in other words: what they are in ours.
+"""Flags of Megatron-LM with another name or unit here, and how to convert them.
 
-``EARLY`` needs nothing but the flag; ``LATE`` is worked out once all settings are known.
+``EARLY`` needs only the flag; ``LATE`` is computed when all settings are known.
 """
 
 from __future__ import annotations

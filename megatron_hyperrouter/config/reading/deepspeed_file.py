@@ -1,4 +1,4 @@
-"""``--deepspeed-config``: a JSON file of DeepSpeed's, in which "auto" means what the flags say."""
+"""``--deepspeed-config``: a JSON file for DeepSpeed, in which "auto" takes the value from the flags."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Turns a raw value - words of a flag, or a YAML value - into the typed value of its leaf, or says what it
-must be.
+"""Converts a raw value - words of a flag, or a YAML value - into the typed value of its leaf, or says what
+it must be.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""YAML as this program means it: plain values (the core schema of YAML 1.2), no tags, bounded size.
+"""YAML as this program reads it: plain values (the core schema of YAML 1.2), no tags, bounded size.
 
-PyYAML follows YAML 1.1, in which ``010`` is 8, ``1:30`` is 90, ``no`` is false and ``2001-01-01`` is a date.
-Here each stays what it looks like; the setting's own type then decides.
+PyYAML follows YAML 1.1, in which ``010`` is 8, ``1:30`` is 90, ``no`` is false and ``2001-01-01`` is a
+date.  Here values are read literally, and the type of the setting decides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all rules share: the type of a rule, and the words of its problems."""
+"""What all rules share: the type of a rule, and the text of common problems."""
 
 from __future__ import annotations
 

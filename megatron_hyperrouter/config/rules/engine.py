@@ -1,4 +1,4 @@
-"""Rules about the engines: combinations that they compute wrongly, refuse, or do not do in this version."""
+"""Rules about the engines: combinations that an engine computes wrongly, refuses, or does not support."""
 
 from __future__ import annotations
 

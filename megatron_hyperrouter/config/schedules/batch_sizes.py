@@ -1,4 +1,4 @@
-"""How many samples each step takes: always as many, or a batch that grows (``--rampup-batch-size``)."""
+"""The number of samples in each step: constant, or growing (``--rampup-batch-size``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What the words of ``--data-path`` and the entries of ``--data-schedule`` mean, as far as it shows without
-looking at a data file.
-"""
+"""The meaning of ``--data-path`` and of the entries of ``--data-schedule``, without reading data files."""
 
 from __future__ import annotations
 

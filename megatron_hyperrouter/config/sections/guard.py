@@ -1,4 +1,4 @@
-"""Settings of what keeps a run from being lost; a section of the tree."""
+"""Settings that protect a run from bad steps, hangs and damage; a section of the tree."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The C++ extension ``_index`` in NumPy: the same arguments, numbers and kinds of errors, but slower.
 
-Used where no compiler was found at installation.  ``csrc/bindings.cpp`` documents each function.
+Used if no compiler was found at installation.  ``csrc/bindings.cpp`` documents each function.
 """
 
 from __future__ import annotations

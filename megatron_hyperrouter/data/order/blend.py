@@ -1,5 +1,5 @@
-"""What --data-path and --split mean: which files, in which shares, and which of their documents each split
-reads.
+"""The meaning of --data-path and --split: which files, with which weights, and which documents of them
+each split reads.
 
 Equal to megatron-core 0.16's ``get_blend_from_list``, ``BlendedMegatronDatasetConfig`` and
 ``BlendedMegatronDatasetBuilder``.

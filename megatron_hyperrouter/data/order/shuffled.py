@@ -1,8 +1,8 @@
-"""The order in which one file's documents become samples: a pure function of sizes, sequence length, number
-of samples and seed.
+"""The order in which one file's documents become samples: a pure function of sizes, sequence length,
+number of samples and seed.
 
-Equal to megatron-core 0.16's ``GPTDataset`` for the same seed: documents are shuffled and laid end to end,
-epoch after epoch; that stream is cut into samples; the samples are shuffled again.  :mod:`on_demand` is the
+Equal to megatron-core 0.16's ``GPTDataset`` for the same seed: documents are shuffled and joined, epoch
+after epoch; that stream is divided into samples; the samples are shuffled again.  :mod:`on_demand` is the
 other order, for corpora too large for this one.
 """
 

@@ -1,8 +1,8 @@
 """``--mock-data``: made-up token files in memory, for runs without data.
 
-The corpus depends on the vocabulary alone, so every rank and every later run has the same one.  From one
-token to the next the id grows by 1, 2 or 3, each equally likely: a model that has learned everything there is
-reaches ln 3 nats a token.
+The corpus depends only on the vocabulary, so every rank and every later run has the same one.  From one
+token to the next, the id grows by 1, 2 or 3 with equal probability, so the best possible loss is ln 3 nats
+per token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A file of a corpus as memory, or read in parts."""
+"""A file of a corpus, mapped into memory or read in parts."""
 
 from __future__ import annotations
 

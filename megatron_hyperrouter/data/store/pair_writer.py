@@ -1,9 +1,9 @@
-"""Writes a pair of token files so that a process may die at any moment and another one continue.
+"""Writes a pair of token files so that a process may crash at any moment and another one can continue.
 
-While it is under way a pair is three files that only grow: tokens (``.bin.partial``), the length of each
-sequence (``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  A
-:class:`Counts` says where they end at some moment; to continue from it, they are cut there.  ``.idx`` is made
-from the last two when all tokens are written. Memory does not grow with the corpus.
+An unfinished pair is three files that only grow: tokens (``.bin.partial``), the length of each sequence
+(``.sizes.partial``), and the number of sequences of each document (``.counts.partial``).  A
+:class:`Counts` records their ends at one moment; to continue from it, they are truncated there.  When all
+tokens are written, ``.idx`` is made from the last two. Memory does not grow with the corpus.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What the scaling studies conclude: the constants of a machine, and the best size for a budget."""
+"""Conclusions of the scaling studies: the constants of a machine, and the best size for a budget."""

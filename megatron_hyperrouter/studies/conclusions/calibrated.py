@@ -1,4 +1,4 @@
-"""What a speed study says of the machine: the constants that ``mhr plan`` predicts step times with."""
+"""The constants of a machine, from a speed study; ``mhr plan`` predicts step times with them."""
 
 from __future__ import annotations
 

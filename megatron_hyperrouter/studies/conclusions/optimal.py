@@ -1,4 +1,4 @@
-"""The size of model that a budget of compute is best spent on, by a fitted curve."""
+"""The best model size for a budget of compute, by a fitted curve."""
 
 from __future__ import annotations
 

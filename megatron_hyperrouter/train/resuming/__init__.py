@@ -1,1 +1,1 @@
-"""Where a run begins, and what a checkpoint must agree with."""
+"""What a run begins with, and in what a checkpoint must agree with its settings."""

@@ -1,7 +1,7 @@
-"""What differs between the settings of a checkpoint and those that it is resumed with.
+"""Differences between the settings of a checkpoint and those of the run that resumes from it.
 
-Settings that change what the weights compute are refused: the weights would mean something else.  Those that
-change the course of the run are reported.
+Settings that change what the weights compute are refused, because the weights would mean something else.
+Changes of the training schedule are reported.
 """
 
 from __future__ import annotations

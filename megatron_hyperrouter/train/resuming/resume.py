@@ -1,4 +1,4 @@
-"""Brings a run to where it begins: the checkpoint is compared with the settings, and loaded."""
+"""Prepares a run: compares the checkpoint with the settings, and loads it."""
 
 from __future__ import annotations
 

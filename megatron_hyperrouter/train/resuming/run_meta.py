@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest says about the run that wrote it, and what differs from another run."""
+"""What a checkpoint's manifest says about the run that wrote it, and the differences from another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks begin with the checkpoint that rank 0 has found, or not at all."""
+"""All ranks begin with the checkpoint that rank 0 has found, or none does."""
 
 from __future__ import annotations
 
