@@ -9,15 +9,50 @@ Legend: ``T`` tokens of a micro-batch, ``D`` hidden size, ``K`` active experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from megatron_hyperrouter.analysis.jacobian import Experts
 from megatron_hyperrouter.routers.base import Pass, Router, Routing
 
+if TYPE_CHECKING:
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
+    from megatron_hyperrouter.engines.base import Engine
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+
+Scales = Mapping[int, float]  # layer number (from 1) -> what its output is multiplied by
 Factor = Callable[[Router, Routing, Tensor], float]  # of a router, its decision and its input
+
+
+def scales_of_run(run: TrainedRun, tokenizer: Tokenizer, topks: Sequence[int]) -> dict[int, Scales]:
+    """The scales at each k, computed by the run's own engine, which is opened for it and closed again."""
+    engine = run.open_engine(tokenizer)
+    try:
+        run.load_into(engine)
+        return {topk: scales_of(run, engine, tokenizer, topk) for topk in topks}
+    finally:
+        engine.close()
+
+
+def scales_of(run: TrainedRun, engine: Engine, tokenizer: Tokenizer, topk: int) -> Scales:
+    """The scales at ``topk``, from the first micro-batch of the run's training data; the engine holds the
+    run's weights.
+    """
+    from megatron_hyperrouter.analysis.trained_experts import read_experts
+    from megatron_hyperrouter.train.metrics import score
+
+    size = run.settings.train.micro_batch_size
+    training = run.dataset(tokenizer, split="train", samples=size)
+    return calibrate(
+        engine.routers.values(),
+        lambda layer: read_experts(run.checkpoint, run.settings, layer),
+        lambda k: score(engine, training, topk=k, micro_batch_size=size, num_samples=size),
+        trained=run.settings.model.moe_router_topk,
+        topk=topk,
+    )
 
 
 def calibrate(
@@ -54,7 +89,7 @@ def calibrate(
     return found
 
 
-def apply(routers: Iterable[Router], factors: Mapping[int, float]) -> ExitStack:
+def apply(routers: Iterable[Router], factors: Scales) -> ExitStack:
     """A context in which each layer's output is multiplied by its factor."""
     stack = ExitStack()
     stack.enter_context(weights_times(routers, lambda router, routing, x_TD: factors[router.layer_number]))

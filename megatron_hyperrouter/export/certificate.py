@@ -72,6 +72,7 @@ def certificate(
             "custom_code": job.gates.target.custom_code,
             "dtype": job.dtype,
             "topk": job.topk,
+            "scales": None if job.scales is None else [job.scales[layer] for layer in sorted(job.scales)],
             "router": job.gates.options,
             "norm_epsilon": model.norm_epsilon,
             "rotary_base": model.rotary_base,

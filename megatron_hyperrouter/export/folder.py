@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SECOND_MATRIX = re.compile(r"decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.\d+\.linear_fc2\.weight")
 MODELING = Path(__file__).resolve().parent.parent / "huggingface" / MODELING_FILE
 
 
@@ -39,6 +41,8 @@ class Export:
     topk: int
     max_shard_bytes: int
     notes: tuple[str, ...] = ()  # what the user of the folder should know
+    # layer number (from 1) -> what the output of its routed experts is multiplied by: that of --calibrate-k
+    scales: Mapping[int, float] | None = None
 
 
 def write_model(job: Export, folder: Path, reader: Tensors | None = None) -> dict[str, str]:
@@ -106,6 +110,7 @@ class _Source:
         self.routers: Mapping[str, Tensor] = job.gates.tensors
         self.target_dtype = TYPES[job.dtype]
         self.custom = job.gates.target.custom_code
+        self.scales = job.scales or {}
         self._last: tuple[str, Tensor] | None = None
 
     def dtype(self, name: str) -> torch.dtype:
@@ -128,5 +133,11 @@ class _Source:
 
     def _read(self, name: str) -> Tensor:
         if self._last is None or self._last[0] != name:
-            self._last = (name, self.reader.read(name))
+            self._last = (name, self._scaled(name, self.reader.read(name)))
         return self._last[1]
+
+    def _scaled(self, name: str, tensor: Tensor) -> Tensor:
+        """A layer's scale is in the second matrices of its experts, which every class of transformers has."""
+        found = _SECOND_MATRIX.fullmatch(name)
+        scale = self.scales.get(int(found[1]) + 1) if found else None
+        return tensor if scale is None else tensor.float() * scale

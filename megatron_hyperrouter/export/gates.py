@@ -17,6 +17,7 @@ from megatron_hyperrouter.export.classes.target import (
     CHOICE_BIAS,
     FAMILIES,
     Target,
+    check_served,
     choose,
     no_class,
     refuse_unknown,
@@ -38,6 +39,10 @@ class Gates(NamedTuple):
     # our global name of the router's tensor (``decoder.layers.0.mlp.router.weight``) -> tensor
     tensors: dict[str, Tensor]
     options: dict[str, Any]  # of the folded router, or of our own gate
+
+    def check_served(self, topks: Iterable[int], flag: str) -> None:
+        """ConfigError for values of k at which the class would choose other experts."""
+        check_served(self.target.architecture, self.target.topks, topks, flag)
 
 
 def standard_gates(run: RunConfig, routers: Mapping[int, Router], topk: int) -> Gates:

@@ -121,6 +121,11 @@ class Decoder:
             self._layer(read, number, routers.get(number)) for number in range(run.model.num_layers)
         ]
 
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each MoE layer, in order."""
+        return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, Mixture)]
+
     def _layer(self, read: Read, number: int, router: Router | None) -> Layer:
         prefix = f"decoder.layers.{number}."
         kind = LatentAttention if self.sizes.latent else GroupedAttention

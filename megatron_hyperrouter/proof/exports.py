@@ -39,7 +39,14 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
     with TemporaryDirectory(prefix="mhr-reference-") as reference:
         text = Prompt(prompt, job.topk, min(_NEW_TOKENS, length - len(prompt)))
         own = product_side(
-            job.run, job.checkpoint, job.tokenizer.vocab_size, rows_BS, topks, Path(reference), text
+            job.run,
+            job.checkpoint,
+            job.tokenizer.vocab_size,
+            rows_BS,
+            topks,
+            Path(reference),
+            text,
+            job.scales,
         )
         task = {
             "folder": str(folder.resolve()),

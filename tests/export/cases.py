@@ -105,6 +105,11 @@ CASES |= {
     "hyper, a dense layer": Case({"router": HYPER, **MEGATRON, **DENSE}, QWEN3),
     "hyper, YaRN": Case({"router": HYPER, "rope_type": "yarn", **YARN}, QWEN3),
     "hyper, a window": Case({"router": HYPER, **BARE, "window_size": "7,0"}, MIXTRAL),
+    "hyper, calibrated for k = 1, a shared expert": Case(
+        {"router": HYPER, **BARE, **SHARED, **DENSE, "moe_router_topk": 4},
+        QWEN2,
+        "--topk 1 --calibrate-k",
+    ),
     "hyper, a gated shared expert, biases": Case(
         {"router": HYPER, **BARE, **SHARED, **DENSE, "moe_shared_expert_gate": True, "add_qkv_bias": True},
         QWEN2,

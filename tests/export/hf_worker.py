@@ -50,9 +50,11 @@ def one(case: Case, home: Path, text: Path) -> dict[str, Any]:
         topks,
         home / "reference",
         Prompt(prompt, job.topk),
+        job.scales,
     )
     architecture = job.gates.target.architecture
-    return {"architecture": architecture, "prompt": prompt, "greedy": own, "topks": topks}
+    told = {"architecture": architecture, "prompt": prompt, "greedy": own, "topks": topks}
+    return told | {"scales": None if job.scales is None else list(job.scales.items())}
 
 
 def proved(home: Path) -> dict[str, Any]:

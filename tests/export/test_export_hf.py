@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_hyperrouter.commands.models import export_hf as export_command
 from megatron_hyperrouter.commands.models import generate as generate_command
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.evaluate.calibration import apply
 from megatron_hyperrouter.export.classes.names import Heads, Part, join
 from megatron_hyperrouter.export.verify import differences
 from megatron_hyperrouter.generation.attention import Cache
@@ -156,16 +157,27 @@ def test_the_decoder_computes_what_the_engine_does(made: Made, case: str) -> Non
     home, told = made.home(case), made.told[case]
     loaded = load(home / "run")
     rows_BS = load_file(home / "reference" / "tokens.safetensors")["tokens_BS"]
-    for k in told["topks"][:2] + told["topks"][3:]:
-        expected = load_file(home / "reference" / f"k-{k}.safetensors")["logits_BSV"]
-        cache = Cache(torch.zeros(len(rows_BS), 0, dtype=torch.bool))
-        parts = [loaded.decoder.logits(part, cache, topk=k) for part in rows_BS.split((30, 1, 17), 1)]
-        bound = 1e-5 * max(1.0, float(expected.std()))
-        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=bound)
-    ((k, ids),) = told["greedy"].items()
-    assert write(loaded, [told["prompt"]], topk=int(k)) == [ids]
+    ((greedy_k, ids),) = told["greedy"].items()
+    with apply(loaded.decoder.routers if told["scales"] else [], dict(told["scales"] or [])):
+        for k in told["topks"][:2] + told["topks"][3:]:
+            expected = load_file(home / "reference" / f"k-{k}.safetensors")["logits_BSV"]
+            cache = Cache(torch.zeros(len(rows_BS), 0, dtype=torch.bool))
+            parts = [loaded.decoder.logits(part, cache, topk=k) for part in rows_BS.split((30, 1, 17), 1)]
+            bound = 1e-5 * max(1.0, float(expected.std()))
+            torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=bound)
+        assert write(loaded, [told["prompt"]], topk=int(greedy_k)) == [ids]
     if told["architecture"] != "HyperRouterForCausalLM":  # the folder gives the same text
-        assert write(load(home / "folder"), [told["prompt"]], topk=int(k)) == [ids]
+        assert write(load(home / "folder"), [told["prompt"]], topk=int(greedy_k)) == [ids]
+
+
+def test_a_calibrated_folder_says_so(made: Made) -> None:
+    case = "hyper, calibrated for k = 1, a shared expert"
+    folder, scales = made.home(case) / "folder", dict(made.told[case]["scales"])
+    certificate = json.loads((folder / "certificate.json").read_text())
+    assert list(scales) == [2] and 0.0 < scales[2] < 1.0  # the first layer is dense
+    assert certificate["model"]["scales"] == list(scales.values()) and certificate["model"]["topk"] == 1
+    assert "scaled for k = 1" in (folder / "README.md").read_text()
+    assert json.loads((made.home("hyper") / "folder/certificate.json").read_text())["model"]["scales"] is None
 
 
 def write(loaded: Loaded, prompts: list[list[int]], *, topk: int, **style: Any) -> list[list[int]]:

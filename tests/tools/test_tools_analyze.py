@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import REPOSITORY
 from program.launched import Zygote
 from program.settings import TINY, write_text
+
+from megatron_hyperrouter.evaluate.calibration import apply
+from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.decoder import Loaded
+from megatron_hyperrouter.generation.load import load
 
 pytestmark = pytest.mark.processes
 
@@ -117,6 +124,46 @@ def test_a_calibrated_evaluation_is_that_of_a_router_with_the_factor(zygote: Zyg
     job = zygote.run([run, 1, scale], program=WORKER.with_name("scaled_worker.py"))
     assert at_1["lm_loss"] == pytest.approx(float(job.stdout.splitlines()[-1]), rel=1e-6)
     assert at_1["lm_loss"] != pytest.approx(found["results"][0]["lm_loss"], rel=1e-7)
+
+
+def test_calibrated_texts_and_folders_have_the_scales_of_the_evaluation(
+    zygote: Zygote, runs: Path, tmp_path: Path
+) -> None:
+    """With these scales the decoder has the loss that the evaluation reports, and so has the folder."""
+    run, folder = runs / "hyper", tmp_path / "folder"
+    common = ["--load", run, "--topk", 1, "--calibrate-k"]
+    zygote.run([*common, "--output", run / "c.json"], program=REPOSITORY / "tools" / "evaluate.py")
+    (row,) = json.loads((run / "c.json").read_text())["calibrated"]
+    words = ["--prompt", "ab", "--json", "--max-new-tokens", 4]
+    job = zygote.run([*common, *words], program=REPOSITORY / "tools" / "generate.py")
+    told = json.loads(job.stdout[job.stdout.index("{") :])
+    assert (
+        told["calibrated"][0]["scales"] == pytest.approx(row["scales"], rel=1e-9) and len(row["scales"]) == 2
+    )
+    assert "scales" not in told["results"][0]
+    words = ["--output", folder, "--no-proof"]
+    zygote.run([*common, *words], program=REPOSITORY / "tools" / "export_hf.py")
+    plain, exported = load(run), load(folder)
+    with apply(plain.decoder.routers, dict(enumerate(row["scales"], 1))):
+        assert loss_of(plain, run) == pytest.approx(row["lm_loss"], rel=1e-6)
+    assert loss_of(exported, run) == pytest.approx(row["lm_loss"], rel=1e-6)
+    assert loss_of(plain, run) != pytest.approx(row["lm_loss"], rel=1e-4)
+    words = ["--load", folder, "--calibrate-k", "--prompt", "ab"]
+    job = zygote.run(words, program=REPOSITORY / "tools" / "generate.py", expect=2)
+    assert "mhr export-hf --calibrate-k" in job.stderr
+
+
+def loss_of(loaded: Loaded, run_dir: Path) -> float:
+    """The mean loss of the run's test split at k = 1, sample by sample."""
+    run = TrainedRun.open(run_dir)
+    dataset = run.dataset(run.tokenizer())
+    losses = []
+    for number in range(len(dataset)):
+        ids_1Q = torch.from_numpy(dataset[number])[None]
+        cache = Cache(torch.zeros(1, 0, dtype=torch.bool))
+        logits_QV = loaded.decoder.logits(ids_1Q[:, :-1], cache, topk=1)[0]
+        losses.append(torch.nn.functional.cross_entropy(logits_QV, ids_1Q[0, 1:], reduction="sum"))
+    return float(sum(losses)) / sum(len(dataset[number]) - 1 for number in range(len(dataset)))
 
 
 def test_overlapping_windows_score_every_token_once(zygote: Zygote, runs: Path) -> None:

@@ -46,30 +46,20 @@ def calibrated_results(
     """The scores with one scale for each layer, from the first micro-batch of the run's training data."""
     import torch
 
-    from megatron_hyperrouter.analysis.trained_experts import read_experts
-    from megatron_hyperrouter.evaluate.calibration import apply, calibrate
+    from megatron_hyperrouter.evaluate.calibration import apply, scales_of
     from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
-    from megatron_hyperrouter.train.metrics import score
 
-    size = run.settings.train.micro_batch_size
-    training = run.dataset(tokenizer, split="train", samples=size)
     bytes_V = tokenizer.token_bytes_V()
     routers = list(engine.routers.values())
     rows = []
     for topk in args.topk:
-        factors = calibrate(
-            routers,
-            lambda layer: read_experts(run.checkpoint, run.settings, layer),
-            lambda k: score(engine, training, topk=k, micro_batch_size=size, num_samples=size),
-            trained=run.settings.model.moe_router_topk,
-            topk=topk,
-        )
+        factors = scales_of(run, engine, tokenizer, topk)
         with apply(routers, factors):
             (row,) = loss_by_topk(
                 engine,
                 dataset,
                 [topk],
-                micro_batch_size=min(size, len(dataset)),
+                micro_batch_size=min(run.settings.train.micro_batch_size, len(dataset)),
                 num_samples=args.eval_iters and args.eval_iters * run.global_batch_size,
                 token_bytes_V=None if bytes_V is None else torch.from_numpy(bytes_V),
                 unscored=getattr(dataset, "unscored", None),

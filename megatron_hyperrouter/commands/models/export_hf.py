@@ -22,7 +22,6 @@ from megatron_hyperrouter.terminal import Parser, note, parser, show
 if TYPE_CHECKING:
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.proof.exports import Asked
-    from megatron_hyperrouter.routers.base import Router
 
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -42,18 +41,15 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
     """
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.export.card import write_card
-    from megatron_hyperrouter.export.certificate import certificate, source, write_certificate
-    from megatron_hyperrouter.export.classes.target import check_served
+    from megatron_hyperrouter.export.certificate import certificate, write_certificate
     from megatron_hyperrouter.export.folder import write_model
     from megatron_hyperrouter.files import publish, unfinished_folder
     from megatron_hyperrouter.proof.bounds import bounds
     from megatron_hyperrouter.proof.exports import prove
 
-    job, routers = export_of(args)
+    job, came_from = export_of(args)
     check_topks(served, job.run.model.num_experts, router=job.run.router)
-    target = job.gates.target
-    check_served(target.architecture, target.topks, served, "--topk")
-    came_from = source(job.run, job.checkpoint, routers)
+    job.gates.check_served(served, "--topk")
     with unfinished_folder(args.output) as draft:
         digests = write_model(job, draft)
         proof, faults = (None, []) if args.no_proof else prove(job, draft, asked_of(args))
@@ -74,12 +70,13 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
         report(job, folder, len(digests), proof)
 
 
-def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
-    """What will be written, and the run's routers."""
+def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
+    """What will be written, and where it comes from, for the certificate."""
+    from megatron_hyperrouter.evaluate.calibration import scales_of_run
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.evaluate.trained import TrainedRun
     from megatron_hyperrouter.export.card import notes_of
-    from megatron_hyperrouter.export.classes.target import check_served
+    from megatron_hyperrouter.export.certificate import source
     from megatron_hyperrouter.export.folder import Export
     from megatron_hyperrouter.export.gates import custom_gates, standard_gates
     from megatron_hyperrouter.export.gguf import check_gguf
@@ -103,15 +100,20 @@ def export_of(args: Namespace) -> tuple[Export, dict[int, Router]]:
     routers = routers_of(run, reader, vocab_size=tokenizer.vocab_size)
     rows = vocabulary_rows(reader)
     gates = custom_gates(run, routers, rows=rows) if args.custom_code else standard_gates(run, routers, topk)
-    target = gates.target
-    check_served(target.architecture, target.topks, args.proof_topk or [], "--proof-topk")
+    gates.check_served(args.proof_topk or [], "--proof-topk")
     if args.gguf is not None:
         check_gguf(run, gates.target, args.dtype, tokenizer)
-    notes = tuple(notes_of(trained.settings, tokenizer))
+    scales, notes = None, list(notes_of(trained.settings, tokenizer))
+    if args.calibrate_k:
+        scales = scales_of_run(trained, tokenizer, [topk])[topk]
+        notes.append(
+            f"the output of each MoE layer is scaled for k = {topk}, and for no other k (--calibrate-k)"
+        )
     for line in notes:
         note(f"note: {line}")
-    job = Export(run, checkpoint, gates, tokenizer, args.dtype, topk, args.max_shard_size, notes)
-    return job, routers
+    size = args.max_shard_size
+    job = Export(run, checkpoint, gates, tokenizer, args.dtype, topk, size, tuple(notes), scales)
+    return job, source(run, checkpoint, routers)
 
 
 def write_gguf(args: Namespace, folder: Path) -> None:
@@ -219,6 +221,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--custom-code",
         action="store_true",
         help="add modeling code for a router that transformers does not have",
+    )
+    add(
+        "--calibrate-k",
+        action="store_true",
+        help="rescale the output of each MoE layer for --topk, as mhr evaluate --calibrate-k does; "
+        "the second matrices of the experts hold the scales",
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")

@@ -2,7 +2,7 @@
 
 Decoding is greedy by default.  With --temperature above 0, tokens are sampled; --top-p limits them to the
 most likely ones.  Prompts come from --prompt, from --prompt-file (one per line), or from stdin.  Runs in one
-process on the CPU, without a training engine.
+process on the CPU, without a training engine; --calibrate-k opens the run's engine once, for its scales.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hyperrouter.errors import DataError, reason_of
+from megatron_hyperrouter.errors import ConfigError, DataError, Problem, reason_of
 from megatron_hyperrouter.evaluate.trained import add_model_flags
 from megatron_hyperrouter.terminal import note, parser, show
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.evaluate.calibration import Scales
     from megatron_hyperrouter.generation.decoder import Loaded
 
 
@@ -33,15 +34,46 @@ def main(arguments: Sequence[str]) -> None:
     topks = args.topk or [loaded.run.model.moe_router_topk]
     check_topks(topks, loaded.run.model.num_experts, router=loaded.run.router)
     loaded.check(topks)
+    scales = scales_at(args, loaded, topks) if args.calibrate_k else {}
     results = texts(loaded, prompts, topks, args)
+    calibrated = calibrated_texts(loaded, prompts, scales, args)
     if args.json:
-        show(json.dumps({"results": results}, indent=1, ensure_ascii=False))
+        content = {"results": results} | ({"calibrated": calibrated} if args.calibrate_k else {})
+        show(json.dumps(content, indent=1, ensure_ascii=False))
         return
     for number, prompt in enumerate(prompts):
         show(f"{'' if number == 0 else chr(10)}prompt: {prompt}")
-        for result in results:
-            if result["prompt_number"] == number:
-                show(f"k = {result['topk']}: {result['text']}")
+        for kind, rows in (("", results), (", calibrated", calibrated)):
+            for row in rows:
+                if row["prompt_number"] == number:
+                    show(f"k = {row['topk']}{kind}: {row['text']}")
+
+
+def scales_at(args: Namespace, loaded: Loaded, topks: Sequence[int]) -> dict[int, Scales]:
+    """The scales of ``mhr evaluate --calibrate-k``; ConfigError for a folder, which has no training data."""
+    from megatron_hyperrouter.evaluate.calibration import scales_of_run
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+
+    if (args.load / "config.json").is_file():
+        rule = f"needs the training data of a run, and {args.load} is an exported folder"
+        remedy = "name the run folder, or export it with mhr export-hf --calibrate-k"
+        raise ConfigError([Problem("--calibrate-k", True, rule, remedy)])
+    run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+    return scales_of_run(run, loaded.tokenizer, topks)
+
+
+def calibrated_texts(
+    loaded: Loaded, prompts: Sequence[str], scales: Mapping[int, Scales], args: Namespace
+) -> list[dict[str, Any]]:
+    """One row for each k of ``scales`` and prompt, with the scales of the layers in order."""
+    from megatron_hyperrouter.evaluate.calibration import apply
+
+    rows = []
+    for topk, scales_at_k in scales.items():
+        in_order = [scales_at_k[layer] for layer in sorted(scales_at_k)]
+        with apply(loaded.decoder.routers, scales_at_k):
+            rows += [row | {"scales": in_order} for row in texts(loaded, prompts, [topk], args)]
+    return rows
 
 
 def texts(
@@ -119,6 +151,11 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--tokenizer-model",
         metavar="FILE",
         help="tokenizer file, needed only if the model does not contain the tokenizer",
+    )
+    add(
+        "--calibrate-k",
+        action="store_true",
+        help="also write texts with rescaled MoE outputs, as mhr evaluate --calibrate-k does",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)
