@@ -225,5 +225,10 @@ def resume(engine: Engine, config: RunConfig, folder: Path, start: int) -> list[
     return more + [step_numbers(engine, config, step) for step in (start, start + 1)]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Train each case of the task; workers that add something to the engine first end here, too."""
     serve_cases(lambda case: run_case(case, int(os.environ["WORLD_SIZE"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,9 @@ from megatron_hyperrouter.guard.events import read_events
 
 pytestmark = pytest.mark.processes
 ENDLESS = "--train-iters 100000 --save-interval 0 --eval-interval 0 --log-interval 1000".split()
-WITHIN = 20.0  # seconds from the end of the launcher to that of the ranks
+WITHIN = (
+    60.0  # seconds from the end of the launcher to that of the ranks; a busy machine needs more than a few
+)
 LAYOUTS = {
     "deepspeed": "--moe-router-topk 2 --zero-stage 2",
     "stages": "--moe-router-topk 2 --pipeline-model-parallel-size 2",
