@@ -1,4 +1,4 @@
-"""The whole examination; each step needs no more than what the steps before have shown."""
+"""The whole examination; each step uses only what the steps before it have shown."""
 
 from __future__ import annotations
 

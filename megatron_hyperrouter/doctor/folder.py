@@ -1,4 +1,4 @@
-"""The run folder: seen by all ranks alike, with renames and locks that work, fast enough, and with room."""
+"""The run folder: shared by all ranks, with working renames and locks, fast enough, and with enough space."""
 
 from __future__ import annotations
 

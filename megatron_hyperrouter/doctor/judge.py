@@ -1,4 +1,6 @@
-"""Judges what all ranks have said of their machines.  Everything here is a plain function of those facts."""
+"""Judges the facts that all ranks have reported about their machines.  Everything here is a pure function
+of those facts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process can say of its machine and of what is installed on it, without the other ranks."""
+"""What one process can find out about its machine and the installed libraries, without the other ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The ranks of an examination: they exchange facts at the launcher's store, which works where collectives do
-not.
+"""The ranks of an examination: they exchange facts through the launcher's store, which works even if
+collectives do not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The hosts that train: one protocol, one room each."""
+"""The engines: one protocol, and one room for each host."""
 
 from __future__ import annotations
 

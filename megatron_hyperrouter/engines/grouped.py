@@ -1,8 +1,10 @@
-"""The experts of a rank as one module with two parameters, and the way of tokens to experts on other ranks.
+"""The experts of a rank as one module with two parameters, and the exchange of tokens with experts on
+other ranks.
 
-Legend: ``T`` tokens of this rank, ``K`` active experts, ``D`` hidden size, ``P`` ranks that share one expert
-(expert tensor parallelism), ``N`` ranks that share all experts, ``L`` experts on each of them, ``R`` routes
-(``T * K * P``) or rows that came from other ranks, ``F`` width of an expert on this rank, ``G = 2 F``.
+Legend: ``T`` tokens of this rank, ``K`` active experts, ``D`` hidden size, ``P`` ranks that share one
+expert (expert tensor parallelism), ``N`` ranks that share all experts, ``L`` experts on each of them,
+``R`` routes (``T * K * P``) or rows that came from other ranks, ``F`` width of an expert on this rank, ``G
+= 2 F``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of several ranks in one tensor, where no gradient is wanted."""
+"""Gathers rows of several ranks into one tensor, without a gradient."""
 
 from __future__ import annotations
 

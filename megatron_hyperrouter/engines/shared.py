@@ -1,5 +1,5 @@
-"""What the engines of both hosts have in common: the clock, the statistics, and everything that needs no
-host.
+"""What the engines of both hosts share: the clock, the statistics, and everything that does not depend on
+the host.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What routers chose in a step, summed over micro-batches and ranks, and what the sums say of each layer.
+"""The routers' choices in a step, summed over micro-batches and ranks, and the metrics of each layer from
+these sums.
 
-A number of each MoE layer is added here and nowhere else: its value in ``LAYER_METRICS``, and its sum in
-``SUMS`` if those that are there do not suffice.  It appears as ``router/NAME/LAYER`` in the metrics.
+To add a metric of each MoE layer, only change this file: its value in ``LAYER_METRICS``, and its sum in
+``SUMS`` if the existing sums are not enough.  It appears as ``router/NAME/LAYER`` in the metrics.
 
-Legend: ``L`` MoE layers, ``T`` tokens of a micro-batch on this rank, ``N`` tokens of a sample, ``D`` hidden
-size, ``E`` experts, ``K`` active experts.
+Legend: ``L`` MoE layers, ``T`` tokens of a micro-batch on this rank, ``N`` tokens of a sample, ``D``
+hidden size, ``E`` experts, ``K`` active experts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ranks add up after a step or an evaluation: one all-reduce carries all of it."""
+"""What ranks add up after a step or an evaluation, in one all-reduce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process knows of its launcher, how it meets the other ranks, and where it computes."""
+"""The process and its launcher: how it joins the other ranks, and on which device it computes."""
 
 from __future__ import annotations
 

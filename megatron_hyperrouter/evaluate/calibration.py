@@ -1,8 +1,8 @@
 """One scale for the output of each MoE layer, for an evaluation with fewer experts than in training.
 
-A mixture of fewer experts is larger than one of many.  With ``--calibrate-k`` the output of each layer is
-multiplied by one number, so that its root mean square on a batch of training data is what it is with the k
-that training ends on.
+The output of a mixture of fewer experts is larger.  With ``--calibrate-k``, the output of each layer is
+multiplied by one number, so that its root mean square on a batch of training data is the same as at the
+final k of training.
 
 Legend: ``T`` tokens of a micro-batch, ``D`` hidden size, ``K`` active experts.
 """

@@ -1,4 +1,4 @@
-"""The loss of one set of weights at several k: what routing to fewer or more experts costs."""
+"""The loss of one set of weights at several k: what fewer or more experts cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings that a checkpoint carries, for those who only read the model."""
+"""The settings in a checkpoint, for tools that only read the model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A trained run as a value: its checkpoint, its settings, its tokenizer and its data.
 
-Everything is read from the checkpoint itself, and never from the ``config.yaml`` of the run folder, which
-belongs to whoever started last in it.  Data that were moved with the run, or that are named by a path
-relative to where the run was started, are found again.
+Everything is read from the checkpoint, never from the ``config.yaml`` of the run folder, which belongs to
+the last run that started there.  Data are found even if they were moved with the run, or if their path is
+relative to the folder in which the run was started.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Perplexity for each word: what models with different tokenizers can be compared by."""
+"""Perplexity per word, which allows comparisons between models with different tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how to run it, and which k is good for what."""
+"""The model card: what the model is, how to run it, and the perplexity at each k."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Readers of four well-known sets in the files that their authors publish.
+"""Readers of four well-known sets, from the files that their authors publish.
 
-Parts that a set does not have are held out of its training part, by a hash of what belongs together, so that
-the same texts are held out everywhere; a note says so.
+Parts that a set does not have are held out of its training part.  A hash of what belongs together decides,
+so the same texts are held out everywhere; a note says so.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What keeps a run from being lost: requests to stop, bad steps, hangs, and their records."""
+"""Protection of a run: requests to stop, bad steps, hangs, and their records."""

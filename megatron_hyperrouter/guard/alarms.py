@@ -1,7 +1,8 @@
-"""``--alarm NAME=ACTION``: measures of a run's health, the control chart that says when one of them leaves
-its usual range, and what the run does then.
+"""``--alarm NAME=ACTION``: measures of a run's health, the control chart that detects when one of them
+leaves its usual range, and the action that follows.
 
-All of it is computed from numbers that every rank has alike, so every rank decides alike, on every layout.
+Everything is computed from numbers that are the same on every rank, so every rank decides the same, on
+every layout.
 """
 
 from __future__ import annotations

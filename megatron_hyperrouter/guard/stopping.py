@@ -1,7 +1,7 @@
-"""Requests to stop: signals of a user, a scheduler or a launcher, which a run answers with a checkpoint.
+"""Requests to stop: signals of a user, a scheduler or a launcher, after which a run saves and ends.
 
-A request takes effect after the step in which it comes, on all ranks; such a run ends with the exit status
-``errors.STOPPED``.  Where the launcher has died, the step that is under way is given up instead.
+A request takes effect after the current step, on all ranks; such a run ends with the exit status
+``errors.STOPPED``.  If the launcher has died, the current step is dropped instead.
 """
 
 from __future__ import annotations

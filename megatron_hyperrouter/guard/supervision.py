@@ -1,4 +1,4 @@
-"""What watches a run while it trains: requests to stop, its progress, and the thread that looks at both."""
+"""Supervision of a run during training: requests to stop, its progress, and the thread that checks both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A thread of each rank that notices what its training loop cannot: a rank that hangs, a dead launcher."""
+"""A thread of each rank that notices what its training loop cannot notice: a rank that hangs, a dead
+launcher.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Two tasks of lm-evaluation-harness that need no download, made of texts that are given.
+"""Two tasks of lm-evaluation-harness that need no download, made from given texts.
 
-``next_line``: which of four lines comes next, by accuracy.  ``held_out``: bits per byte and perplexity of a
-byte of whole texts.
+``next_line``: which of four lines comes next, by accuracy.  ``held_out``: bits per byte of whole texts,
+and perplexity per byte.
 """
 
 from __future__ import annotations

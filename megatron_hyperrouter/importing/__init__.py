@@ -1,1 +1,1 @@
-"""Models from others: Hugging Face folders as runs of ours, dense models as mixtures of experts."""
+"""Import of models: Hugging Face folders as runs, and dense models as mixtures of experts."""

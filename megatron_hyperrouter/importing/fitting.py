@@ -1,4 +1,6 @@
-"""A Hugging Face model as settings of ours, and what of it our model cannot compute."""
+"""The settings of a run for a Hugging Face model, and the parts of the model that this program cannot
+compute.
+"""
 
 from __future__ import annotations
 

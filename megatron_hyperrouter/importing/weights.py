@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder under our global names, each made when it is asked for.
+"""Weights of a Hugging Face folder under our global names; each is read or made when it is needed.
 
 Legend: ``E`` experts, ``D`` hidden size.
 """

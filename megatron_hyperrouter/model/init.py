@@ -1,5 +1,5 @@
-"""Initial weights as a function of (seed, global parameter name) alone: no layout, device or library version
-has a say.
+"""Initial weights as a function of (seed, global parameter name) only, independent of layout, device and
+library version.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""megatron-core's parallel groups, which both engines lay their ranks out by."""
+"""megatron-core's parallel groups, which define the layout of the ranks for both engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of a whole weight this rank holds: one rule for initial weights, checkpoints and
+"""The part of each whole weight that a rank has: one rule for initial weights, checkpoints and
 comparisons.
 """
 

@@ -1,1 +1,1 @@
-"""Pure tensor functions: one operator a file, float32, no state, no collectives."""
+"""Pure tensor functions: one operator per file, float32, no state, no collectives."""

@@ -1,4 +1,4 @@
-"""Chance that steers collectives: drawn alike on every rank, with no communication."""
+"""Random decisions about collectives: the same on every rank, without communication."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Multiplicative noise that every layout sees alike: a function of (seed, step, layer, place of the token,
-feature).
+"""Multiplicative noise that is the same on every layout: a function of (seed, step, layer, position of the
+token, feature).
 
 Legend: ``T`` tokens, ``D`` features, ``W`` 64-bit words for a token, four features each.
 """

@@ -1,1 +1,1 @@
-"""Plans a run before it has GPUs: which layouts run, what each rank has to hold, how long a step takes."""
+"""Plans a run before it has GPUs: which layouts work, what each rank needs, how long a step takes."""

@@ -1,4 +1,6 @@
-"""Every way to lay a run out over a number of GPUs: which ones the rules allow, and why not the others."""
+"""All layouts of a run over a number of GPUs: those that the rules allow, and the reasons against the
+others.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine can do: assumed, or measured by a speed study and kept in a calibration file."""
+"""The speed of a machine: assumed, or measured by a speed study and saved in a calibration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of one given layout hold."""
+"""Parameters and memory of the ranks of one given layout."""
 
 from __future__ import annotations
 

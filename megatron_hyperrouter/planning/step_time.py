@@ -1,6 +1,6 @@
-"""How long a step takes: the work of one rank, and what a machine makes of it.
+"""The time of a step: the work of one rank, and the speed of the machine.
 
-A time is a sum of products, an amount of work times a constant of the machine, so that a few measured steps
+A time is a sum of products of an amount of work and a constant of the machine, so a few measured steps
 give the constants (``calibration.py``).
 """
 

@@ -1,4 +1,4 @@
-"""Verifies planned layouts with the true engine: first, middle and last rank of each, without memory."""
+"""Verifies planned layouts with the real engine: first, middle and last rank of each, without memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The product's side of a proof: the run's own engine."""
+"""The run's side of a proof: its engine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The product's side of a proof: logits and choices of experts of the run's own engine, written for the other
-side to compare.
+"""The run's side of a proof: logits and expert choices of its engine, written to files for the comparison.
 
 Legend: ``B`` samples, ``S`` positions, ``V`` ids of the padded vocabulary, ``E`` experts, ``K`` active
 experts.

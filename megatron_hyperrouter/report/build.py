@@ -1,4 +1,4 @@
-"""The report: reads what is named, and writes the page."""
+"""The report: reads the given folders and files, and writes the page."""
 
 from __future__ import annotations
 

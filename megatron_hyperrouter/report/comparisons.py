@@ -1,4 +1,4 @@
-"""Chapters about a folder of ``mhr compare``: one colour a router, every mean with its interval."""
+"""Chapters about a folder of ``mhr compare``: one colour per router, every mean with its interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chapters made of what ``mhr evaluate`` and ``mhr analyze`` have measured of one model."""
+"""Chapters about the results of ``mhr evaluate`` and ``mhr analyze`` for one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page itself: HTML that needs no script and no network, and prints."""
+"""The page: HTML that needs no JavaScript and no network, and can be printed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Samples of token files: fixed-length pieces in a random order that depends on the seed alone, from one file
-or a blend of several.
+"""Samples of token files: pieces of fixed length in a random order that depends only on the seed, from one
+file or a blend of several.
 
 ``S`` is the sequence length; a sample is S + 1 tokens: positions 0 .. S - 1 are the inputs, 1 .. S their
-labels. Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the same
-files, split and seed, unless the file's index is an on-demand one (``--data-index``).
+labels. Sample i is the same as that of megatron-core 0.16's ``GPTDataset`` or ``BlendedDataset`` for the
+same files, split and seed, unless the file has an on-demand index (``--data-index``).
 """
 
 from __future__ import annotations

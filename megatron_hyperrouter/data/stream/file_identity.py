@@ -1,8 +1,8 @@
 """Whether the files that a run reads are those of its ledger.
 
-A file is known by how many documents and tokens it holds, by a digest of some of its bytes, and by the
+A file is identified by its numbers of documents and tokens, by a digest of some of its bytes, and by the
 checksums in its manifest; not by its name or its times.  Data that was copied, moved or touched continues
-where it was.  Data that was changed in place is refused.
+where it was left.  Data that was changed in place is refused.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Batches for one data-parallel rank; which samples they contain is a function of the global step, so a
-resumed run reads on exactly.
+"""Batches for one data-parallel rank; their samples are a function of the global step, so a resumed run
+continues exactly.
 
 ``B`` samples of a micro-batch, ``S`` tokens of a sequence.  With R data ranks, micro-batch m of a step on
 rank r has samples first + (m * R + r) * B + [0, B), where ``first`` is the number of samples in all steps
 before it.
 
-Read-ahead is by threads, not processes: a sample is one call into C++ that lets other threads run, so
-threads keep up with any training step, start at once, share the index, survive the signals that a launcher
-sends to every process, and hand errors over as they are.
+Threads read ahead, not processes: a sample is one call into C++ that lets other threads run.  Threads are
+fast enough for any training step, start at once, share the index, are not killed by signals that a
+launcher sends to every process, and pass on errors unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A split as windows of consecutive text that overlap, for an evaluation in which each token has a long past.
+"""A split as overlapping windows of consecutive text, for an evaluation in which each token has a long
+context.
 
-Documents are read in the order of the file.  Each window begins ``stride`` tokens after the one before; its
-last ``stride`` tokens alone are scored, except for the first window of a file, which is scored whole.
+Documents are read in the order of the file.  Each window begins ``stride`` tokens after the previous one,
+and only its last ``stride`` tokens are scored; the first window of a file is scored completely.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Text: files that contain it, read as one stream of documents."""
+"""Text files, read as one stream of documents."""

@@ -1,5 +1,5 @@
-"""The input files of a corpus: names and globs, what each of them is, and which part of them one machine of
-several reads.
+"""The input files of a corpus: names and globs, the kind of each file, and the part that one of several
+machines reads.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Text files: read as one stream of bytes, decompressed by their name's end (plain, .gz, .zst); written whole
-or not at all.
+"""Text files: read as one stream of bytes, decompressed according to their name (plain, .gz, .zst);
+written atomically.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which library turns text into ids: ``tokenizers``, or ``gigatoken``, which is many times faster and knows
-fewer tokenizers.
+"""Which library converts text to ids: ``tokenizers``, or ``gigatoken``, which is many times faster and
+supports fewer tokenizers.
 
-The ids are those of ``tokenizers`` whatever the back end: before a corpus is encoded, its first documents and
-a set of hard texts are encoded by both, and a back end that differs anywhere is refused.
+The ids are always those of ``tokenizers``: before a corpus is encoded, both libraries encode its first
+documents and a set of difficult texts, and a back end with any difference is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shards that several machines have made, end to end: byte for byte what one run over all inputs writes."""
+"""Joins the shards of several machines: byte for byte what one run over all inputs writes."""
 
 from __future__ import annotations
 

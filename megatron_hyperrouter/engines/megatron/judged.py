@@ -1,4 +1,4 @@
-"""megatron-core's optimizer, asked before it moves."""
+"""megatron-core's optimizer with a check of each step before the update."""
 
 from __future__ import annotations
 

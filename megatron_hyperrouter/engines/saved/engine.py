@@ -1,4 +1,4 @@
-"""Saving and loading of both engines: what a host adds is which numbers its optimizer holds."""
+"""Saving and loading for both engines; a host only adds which numbers its optimizer has."""
 
 from __future__ import annotations
 

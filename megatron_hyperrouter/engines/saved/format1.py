@@ -1,8 +1,7 @@
-"""Checkpoints of format 1: the state of a rank is one file ``state-RRRRR.pt``, which fits its own layout
-alone.
+"""Checkpoints of format 1: the state of a rank is one file ``state-RRRRR.pt``, for one layout only.
 
-Such a file has no checksums, so it is read only where the user says that it can be trusted. None of the code
-that it may contain is run: all that it may name is in ``_KNOWN``.
+Such a file has no checksums, so it is read only if the user says that it can be trusted.  Code in it is
+not run: only the classes in ``_KNOWN`` are allowed.
 """
 
 from __future__ import annotations

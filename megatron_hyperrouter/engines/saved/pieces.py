@@ -1,5 +1,5 @@
-"""What a rank's optimizer holds, whatever the host: flat ranges of parameters, with their float32 numbers
-and moments.
+"""What a rank's optimizer has, for any host: flat ranges of parameters, with their float32 numbers and
+moments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a rank saves and loads: weights and optimizer state by global name, each number once, on any
 layout.
 
-The hosts' own files cannot be read on another expert-parallel size (DeepSpeed) or by another engine;
-these can.
+The hosts' own files cannot be read on another expert-parallel size (DeepSpeed) or by another engine; these
+files can.
 """
 
 from __future__ import annotations

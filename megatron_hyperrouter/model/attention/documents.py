@@ -1,10 +1,10 @@
-"""Where documents begin in a sample, and what follows for attention and positions.
+"""Where documents begin in a sample, and the consequences for attention and positions.
 
-A document ends with the tokenizer's end-of-document id, which belongs to it; Megatron-LM's
-``_get_ltor_masks_and_position_ids`` (megatron-core 0.16, datasets/gpt_dataset.py) draws the same borders.
+The tokenizer's end-of-document id is the last token of a document; Megatron-LM's
+``_get_ltor_masks_and_position_ids`` (megatron-core 0.16, datasets/gpt_dataset.py) has the same borders.
 
-Legend: ``B`` batch, ``S`` sequence, ``Q`` queries on this rank, ``N`` heads, ``C`` channels of a head, ``R``
-rates.
+Legend: ``B`` batch, ``S`` sequence, ``Q`` queries on this rank, ``N`` heads, ``C`` channels of a head,
+``R`` rates.
 """
 
 from __future__ import annotations

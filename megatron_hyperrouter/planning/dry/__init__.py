@@ -1,1 +1,1 @@
-"""One rank of many without memory, GPUs or other ranks: the true engine over fake tensors."""
+"""One rank of many, without memory, GPUs or other ranks: the real engine with fake tensors."""

@@ -1,4 +1,4 @@
-"""The life of one rank in a dry run: it joins a world that is not there, and builds the engine."""
+"""One rank in a dry run: it joins a fake world and builds the engine."""
 
 from __future__ import annotations
 

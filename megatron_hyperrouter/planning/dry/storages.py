@@ -1,4 +1,4 @@
-"""Counts the bytes of all tensor storages that are alive, real or fake."""
+"""Counts the bytes of all live tensor storages, real or fake."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the ranks of a layout hold: parameters and memory, part by part."""
+"""Parameters and memory of the ranks of a layout, part by part."""

@@ -1,4 +1,4 @@
-"""Bytes that a rank keeps from the forward to the backward pass, and those of the layer in hand.
+"""Bytes that a rank keeps from the forward to the backward pass, and the working memory of one layer.
 
 Legend: ``T`` tokens of a micro-batch on a rank, ``D`` hidden size, ``V`` rows of the embedding on a rank.
 """

@@ -1,4 +1,4 @@
-"""Which part of the model each pipeline stage holds."""
+"""The part of the model on each pipeline stage."""
 
 from __future__ import annotations
 
