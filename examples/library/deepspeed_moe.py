@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter import RouterSteps, plug_into_deepspeed
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build
-from megatron_hyperrouter.engines.world import alone_without_launcher, backend
+from megatron_hyperrouter.engines.world import backend, single_rank_without_launcher
 
 STEPS, VOCABULARY, WIDTH, EXPERTS = 60, 50, 32, 4
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 def main() -> None:
     """Train, and print a loss that falls from ln 50 = 3.9."""
-    alone_without_launcher()  # plain `python` is one rank of one
+    single_rank_without_launcher()  # plain `python` is one rank of one
     skip_shm_build()  # on a CPU, start without DeepSpeed's compiler
     deepspeed.init_distributed(backend(), verbose=False)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 
 from megatron_hyperrouter import megatron_router_builder
 from megatron_hyperrouter.compat.megatron import install
-from megatron_hyperrouter.engines.world import alone_without_launcher, backend, device
+from megatron_hyperrouter.engines.world import backend, device, single_rank_without_launcher
 
 # lets megatron-core train on a CPU, and without Transformer Engine; changes nothing where that is
 # needless
@@ -69,7 +69,7 @@ def forward_step(data: Any, model: DistributedDataParallel) -> tuple[torch.Tenso
 
 def main() -> None:
     """Train, and print a loss that falls from ln 48 = 3.9."""
-    alone_without_launcher()  # plain `python` is one rank of one
+    single_rank_without_launcher()  # plain `python` is one rank of one
     torch.distributed.init_process_group(backend())
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=min(torch.distributed.get_world_size(), EXPERTS)

@@ -23,7 +23,7 @@ from megatron_hyperrouter.processes import ROUND
 _PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
 
 
-def alone_without_launcher() -> None:
+def single_rank_without_launcher() -> None:
     """Plain ``python program.py`` is one rank of one."""
     if "RANK" in os.environ:
         return

@@ -35,7 +35,9 @@ class Supervision:
             yield
 
     @contextlib.contextmanager
-    def failures_told(self, config: RunConfig, engine: Engine, tell: Callable[..., None]) -> Iterator[None]:
+    def recording_failures(
+        self, config: RunConfig, engine: Engine, tell: Callable[..., None]
+    ) -> Iterator[None]:
         """Within this context an error is an event, too: ``tell`` writes that of rank 0, or that of
         another rank if rank 0 has none.
         """

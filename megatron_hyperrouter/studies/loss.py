@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
         submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
         return
     run_all([plan for plan in left if not args.collect or is_trained(plan)], args.jobs, ranks=args.ranks)
-    write_results([(plan, told_by(plan)) for plan in check_collected(plans)], args)
+    write_results([(plan, results_of(plan)) for plan in check_collected(plans)], args)
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
@@ -328,7 +328,7 @@ def label_of(parts: Sequence[Mapping[str, Any]]) -> str:
     return re.sub(r"[^\w.=,-]+", "_", ",".join(words))
 
 
-def told_by(plan: Trained) -> dict[str, Any]:
+def results_of(plan: Trained) -> dict[str, Any]:
     """The row of one finished run: settings of its axes, sizes, work, seconds and losses."""
     from megatron_hyperrouter.analysis.size import size_of
     from megatron_hyperrouter.checkpoint.weights import weight_shapes

@@ -66,7 +66,7 @@ def train(
             stack.callback(hook.on_end)
             hook.on_start(first)
         stack.callback(run.saving.close)
-        stack.enter_context(watch.failures_told(config, engine, run.tell))
+        stack.enter_context(watch.recording_failures(config, engine, run.tell))
         stack.enter_context(watch.watchdog(config, engine, first))
         last = None
         while last is None:

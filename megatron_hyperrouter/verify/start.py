@@ -117,11 +117,11 @@ class Launched:
         self.patience = timedelta(seconds=timeout)
         self.store: Store = next(rendezvous("env://", self.rank, self.size, timeout=self.patience))[0]
         self.store.set(f"verify-gpu-{self.rank}", str(int(_gpus() > int(environ.get("LOCAL_RANK", "0")))))
-        if not all(self._told(f"verify-gpu-{rank}") == "1" for rank in range(self.size)):
+        if not all(self._wait_for(f"verify-gpu-{rank}") == "1" for rank in range(self.size)):
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, so that they can be compared
         if self.is_main:
             self.store.set("verify-folder", str(_fresh(folder or Path("runs"))))
-        self.folder = Path(self._told("verify-folder"))
+        self.folder = Path(self._wait_for("verify-folder"))
         if not self.folder.is_dir():
             raise _not_shared(self.folder)
 
@@ -133,13 +133,13 @@ class Launched:
         if self.is_main:
             self.store.set(f"verify-start-{ranks}", "1")  # the settings of the cases are written
         if self.rank < ranks:
-            self._told(f"verify-start-{ranks}")
+            self._wait_for(f"verify-start-{ranks}")
             os.environ["WORLD_SIZE"] = str(ranks)
             told = run_cases(cases, World(self.rank, ranks, self.store, self.patience))
             self.store.set(f"verify-done-{ranks}-{self.rank}", "1")
         if self.is_main:
             for rank in range(ranks):
-                self._told(f"verify-done-{ranks}-{rank}")
+                self._wait_for(f"verify-done-{ranks}-{rank}")
         return told
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Launched:
         if self.is_main:
             shutil.rmtree(self.folder)
 
-    def _told(self, key: str) -> str:
+    def _wait_for(self, key: str) -> str:
         self.store.wait([key], self.patience)
         value: bytes = self.store.get(key)
         return value.decode()

@@ -27,7 +27,7 @@ def leave(error: Exception, *, signalled: bool, folder: Path) -> tuple[BaseExcep
     with (
         pytest.raises(BaseException) as raised,
         watch.signals(config),
-        watch.failures_told(config, engine, lambda event, *_, **__: told.append(event)),
+        watch.recording_failures(config, engine, lambda event, *_, **__: told.append(event)),
     ):
         if signalled:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -92,9 +92,9 @@ class _Summed:
 
     def of(self, name: str) -> FileSum:
         """The one of ``.bin`` or ``.idx``."""
-        return file_sum(f"{self._prefix}.{name}", self._told)
+        return file_sum(f"{self._prefix}.{name}", self._count_read)
 
-    def _told(self, count: int) -> None:
+    def _count_read(self, count: int) -> None:
         self._done += count
         if self._progress:
             self._progress(self._done, self._total)

@@ -121,7 +121,7 @@ class DeepSpeedEngine(SharedEngine):
                 self.host.backward(self.host(self.arrive(tokens_BS), labels_BS))
                 self.host.step()
         else:
-            self.host.train_batch(iter(self._told(batches)))
+            self.host.train_batch(iter(self._with_known_tokens(batches)))
         return self._norm()
 
     def _accumulate(self, micro_batches: int) -> None:
@@ -157,13 +157,13 @@ class DeepSpeedEngine(SharedEngine):
         """See :class:`SharedEngine`."""
         for held in self.in_parts(batches):
             if self.stages > 1:
-                self.host.eval_batch(iter(self._told(held)), num_micro_batches=len(held))
+                self.host.eval_batch(iter(self._with_known_tokens(held)), num_micro_batches=len(held))
                 continue
             for batch in held:
                 tokens_BS, labels_BS = (part.to(self.device, non_blocking=True) for part in batch)
                 self.model(self.arrive(tokens_BS), labels_BS)
 
-    def _told(self, held: list[Batch]) -> list[Batch]:
+    def _with_known_tokens(self, held: list[Batch]) -> list[Batch]:
         """The same tokens, which the layers of every stage now know; DeepSpeed gives them only to the
         first and the last stage.
         """

@@ -12,13 +12,13 @@ from megatron_hyperrouter.compat.megatron import install as serve_megatron
 from megatron_hyperrouter.config.derived import recomputed_parts
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
-from megatron_hyperrouter.engines.world import alone_without_launcher, backend, join_world
+from megatron_hyperrouter.engines.world import backend, join_world, single_rank_without_launcher
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 
 
 def join(config: RunConfig) -> Place:
     """Initialise torch.distributed, DeepSpeed's view of it and megatron-core's parallel groups."""
-    alone_without_launcher()
+    single_rank_without_launcher()
     skip_shm_build()
     shape_gathered_tokens()
     # megatron-core's scatter and gather ask for the CUDA device, its recomputation for the CUDA generator

@@ -26,7 +26,7 @@ from megatron_hyperrouter.engines.megatron import host_state, judged, model
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
-from megatron_hyperrouter.engines.world import alone_without_launcher, backend, join_world
+from megatron_hyperrouter.engines.world import backend, join_world, single_rank_without_launcher
 from megatron_hyperrouter.model.init import initialise
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 
@@ -228,7 +228,7 @@ class MegatronEngine(SharedEngine):
 
 
 def _join(config: RunConfig) -> Place:
-    alone_without_launcher()
+    single_rank_without_launcher()
     host_backend = backend()
     if not dist.is_initialized():
         join_world(host_backend)

@@ -140,7 +140,7 @@ def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
     known = memory.parts.get((piece.name, piece.start, piece.end))
     if known is None:
         shard, shape = shard_of(piece.name), tuple(piece.parameter.shape)
-        first, last = share(piece.name, piece.end - piece.start, spread=_alone(piece, holding))
+        first, last = share(piece.name, piece.end - piece.start, spread=_is_only_copy(piece, holding))
         written = MOMENTS if piece.parameter.dtype == torch.float32 else (MASTER, *MOMENTS)
         known = [
             _Part(
@@ -157,7 +157,7 @@ def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
     return known
 
 
-def _alone(piece: Piece, holding: Holding) -> bool:
+def _is_only_copy(piece: Piece, holding: Holding) -> bool:
     """Whether no other data-parallel rank has these numbers: a part that is whole may still be the only
     one.
     """
@@ -247,7 +247,7 @@ def verify(reader: Reader, index: dict[str, Entry], holding: Holding, *, weights
     sums = _weight_sums(index, holding, weights_only=weights_only)
     fields = (WEIGHT,) if weights_only else (WEIGHT, MASTER, *MOMENTS)
     for piece in () if weights_only else _pieces(holding):
-        begin, end = share(piece.name, piece.end - piece.start, spread=_alone(piece, holding))
+        begin, end = share(piece.name, piece.end - piece.start, spread=_is_only_copy(piece, holding))
         for field, row in piece.fields.items():
             sums[piece.name, field] += _sum(
                 piece.name, piece.parameter.shape, row[begin:end], piece.start + begin
