@@ -118,8 +118,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
         init: Annotated[
             Literal["width", "paper"],
-            "Initial weights of the hypernetwork. width: logits have unit standard deviation; "
-            "paper: N(0, 0.02^2)",
+            "Initial weights of the hypernetwork. width: scaled so that logits have unit standard "
+            "deviation; paper: drawn from N(0, 0.02^2)",
         ] = "width"
         seed: Annotated[Natural | None, "Random seed of the frozen hypernetwork; default: --seed"] = None
         anchor: Annotated[

@@ -38,47 +38,57 @@ class AttentionConfig:
         " --multi-latent-attention, else rope",
     ] = None
     rotary_scaling_factor: Annotated[
-        float, Ge(1.0), Role.FUNCTION, "YaRN: extended context length divided by the original one"
+        float,
+        Ge(1.0),
+        Role.FUNCTION,
+        "With --rope-type yarn: extended context length divided by the original one",
     ] = 1.0
     original_max_position_embeddings: Annotated[
-        Count, Role.FUNCTION, "YaRN: context length before it was extended"
+        Count, Role.FUNCTION, "With --rope-type yarn: context length before it was extended"
     ] = 4096
     beta_fast: Annotated[
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "YaRN: do not scale channels that rotate more often than this within the original context",
+        "With --rope-type yarn: do not scale channels that rotate more often than this within the "
+        "original context",
     ] = 32.0
     beta_slow: Annotated[
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "YaRN: fully scale channels that rotate less often than this within the original context",
+        "With --rope-type yarn: fully scale channels that rotate less often than this within the "
+        "original context",
     ] = 1.0
     mscale: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "YaRN: coefficient m of the attention temperature, 0.1 x m x ln(--rotary-scaling-factor) + 1",
+        "With --rope-type yarn: coefficient m of the attention temperature, 0.1 x m x "
+        "ln(--rotary-scaling-factor) + 1",
     ] = 1.0
     mscale_all_dim: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "YaRN: coefficient m of the temperature of attention scores in latent attention, as in --mscale",
+        "With --rope-type yarn: the same coefficient m for the scores of latent attention",
     ] = 0.0
     multi_latent_attention: Annotated[
         bool, Role.SHAPE, "Use multi-latent attention (DeepSeek-V2): queries, keys and values have a low rank"
     ] = False
     q_lora_rank: Annotated[
-        Count | None, Role.SHAPE, "Latent attention: rank of queries; default: full rank"
+        Count | None, Role.SHAPE, "With --multi-latent-attention: rank of queries; default: full rank"
     ] = None
-    kv_lora_rank: Annotated[Count, Role.SHAPE, "Latent attention: rank of keys and values"] = 32
+    kv_lora_rank: Annotated[Count, Role.SHAPE, "With --multi-latent-attention: rank of keys and values"] = 32
     qk_head_dim: Annotated[
-        Count, Role.SHAPE, "Latent attention: channels of a query or key head without rotary positions"
+        Count,
+        Role.SHAPE,
+        "With --multi-latent-attention: channels of a query or key head without rotary positions",
     ] = 128
     qk_pos_emb_head_dim: Annotated[
-        Count, Role.SHAPE, "Latent attention: channels of a query or key head with rotary positions"
+        Count,
+        Role.SHAPE,
+        "With --multi-latent-attention: channels of a query or key head with rotary positions",
     ] = 64
-    v_head_dim: Annotated[Count, Role.SHAPE, "Latent attention: channels of a value head"] = 128
+    v_head_dim: Annotated[Count, Role.SHAPE, "With --multi-latent-attention: channels of a value head"] = 128
     window_size: Annotated[
         Written | None,
         Role.FUNCTION,

@@ -31,12 +31,12 @@ class OptimizerConfig:
     lr_wsd_decay_style: Annotated[
         Literal["exponential", "linear", "cosine", "minus_sqrt"],
         Role.SCHEDULE,
-        "WSD schedule: shape of the final decay",
+        "With --lr-decay-style WSD: shape of the final decay",
     ] = "exponential"
     lr_wsd_decay_iters: Annotated[
         Count | None,
         Role.SCHEDULE,
-        "WSD schedule: steps of the final decay; default: a tenth of --lr-decay-iters",
+        "With --lr-decay-style WSD: steps of the final decay; default: a tenth of --lr-decay-iters",
     ] = None
     weight_decay: Annotated[
         NonNegative,

@@ -30,19 +30,19 @@ class PrecisionConfig:
         "current values: one factor per tensor (tensorwise) or per block (blockwise, mxfp8)",
     ] = "delayed"
     fp8_margin: Annotated[
-        Natural, Role.PRECISION, TE_ALONE, "--fp8-recipe delayed: divide scaling factors by 2^N"
+        Natural, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: divide scaling factors by 2^N"
     ] = 0
     fp8_amax_history_len: Annotated[
-        Count, Role.PRECISION, TE_ALONE, "--fp8-recipe delayed: number of steps whose maxima are kept"
+        Count, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: number of steps whose maxima are kept"
     ] = 1
     fp8_amax_compute_algo: Annotated[
         Literal["most_recent", "max"],
         Role.PRECISION,
         TE_ALONE,
-        "--fp8-recipe delayed: scale by the most recent or by the largest of the kept maxima",
+        "With --fp8-recipe delayed: scale by the most recent or by the largest of the kept maxima",
     ] = "most_recent"
     no_fp8_wgrad: Annotated[
-        bool, Role.PRECISION, TE_ALONE, "--fp8-recipe delayed: compute weight gradients in bfloat16"
+        bool, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: compute weight gradients in bfloat16"
     ] = False
     first_last_layers_bf16: Annotated[
         bool,
