@@ -3,9 +3,9 @@
 #
 #   bash examples/cluster.sh HOSTFILE [flags of pretrain_gpt_hyperrouter.py] [-- flags of deepspeed, such as --exclude node7]
 #
-# HOSTFILE has a line "name slots=8" for each node. Every node sees this folder under the same path and has its environment
+# HOSTFILE has a line "name slots=8" for each node. Every node must have this folder under the same path, and its environment
 # (tools/setup_env.sh). The command continues from the last complete checkpoint of runs/cluster, so start it again after a failure.
-# Exit status 6: the run was asked to stop, by Ctrl-C or a signal, and has saved; run the same command again to continue.
+# Exit status 6: Ctrl-C or a signal stopped the run, which has saved; run the same command again to continue.
 set -euo pipefail
 
 fail() { # message, remedy

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a trained and evaluated HyperRouter GPT: environment, corpus, tokenizer, tokens, training on 2 ranks, evaluation.
 #
-#   bash examples/quickstart.sh                          # about 5 minutes on 2 CPU cores, the first install included
-#   bash examples/quickstart.sh --train-iters 1000       # any flag of pretrain_gpt_hyperrouter.py
-#   bash examples/quickstart.sh --load runs/quickstart        # go on after an interruption
+#   bash examples/quickstart.sh                          # about 5 minutes on 2 CPU cores, including the first installation
+#   bash examples/quickstart.sh --train-iters 1000       # with any flag of pretrain_gpt_hyperrouter.py
+#   bash examples/quickstart.sh --load runs/quickstart   # continue after an interruption
 #
-# Everything is written under runs/quickstart/; steps that are done already are not done again.
+# Everything is written to runs/quickstart/. Steps that are already done are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,7 +28,7 @@ echo "== 4/6 tokens"
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json --append-eod --workers 2
 
 echo "== 5/6 training"
-# Two ranks, each with half of the experts: on GPUs where there are two or more, else on CPU cores.  A lone GPU holds all of them.
+# Two ranks, each with half of the experts: on GPUs if there are at least two, else on CPU cores.  A single GPU gets all experts.
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 layout=()
@@ -37,7 +37,7 @@ if [ "$gpus" = 1 ]; then
   layout=(--expert-model-parallel-size 1)
 fi
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu # one core for each rank; DeepSpeed need not look for GPUs
-# A port of its own: two runs on one machine must not meet.
+# A free port, so that two runs on one machine do not connect to each other.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" pretrain_gpt_hyperrouter.py --config examples/quickstart.yaml \
   --data-path $data/stdlib_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json \

@@ -4,18 +4,18 @@
 #   sbatch --nodes 8 --gpus-per-node 8 examples/cluster/slurm.sh [flags of pretrain_gpt_hyperrouter.py]
 #   sbatch examples/cluster/slurm.sh --mock-data               # a trial on one node, without data; without GPUs, too
 #
-# srun starts a rank for each GPU of a node. Settings: examples/cluster.yaml on the Megatron engine, unless you give --config; run folder:
-# that of --run-dir or of the settings, else runs/cluster. Five minutes before the time limit Slurm sends SIGTERM to the ranks: the run
-# saves, stops with status 6, and the job goes back into the queue. So it does after a failure, unless a restart cannot help (settings,
-# data, installation; `mhr status` decides).
+# srun starts one rank for each GPU of a node. Without --config, the settings are examples/cluster.yaml on the Megatron engine. The run
+# folder is that of --run-dir or of the settings, else runs/cluster. Five minutes before the time limit, Slurm sends SIGTERM to the ranks:
+# the run saves, stops with status 6, and the job goes back into the queue. After a failure it also goes back, unless a restart cannot
+# help (settings, data, installation; `mhr status` decides).
 #
 # Variables:
-#   RANKS_PER_NODE      default: the GPUs of a node, else 1
+#   RANKS_PER_NODE      number of ranks on each node; default: the number of GPUs, else 1
 #   ENGINE              deepspeed or megatron
-#   LAUNCHER=torchrun   one task a node instead of one a rank
+#   LAUNCHER=torchrun   start one task per node instead of one per rank
 #   DOCTOR=1            examine the machines first
-#   CONTAINER_IMAGE     run the ranks in it (Slurm with the pyxis plugin)
-#   MASTER_ADDR         where the name of the first node does not lead to it
+#   CONTAINER_IMAGE     run the ranks in this container image (Slurm with the pyxis plugin)
+#   MASTER_ADDR         address of the first node, if its name does not resolve to it
 #SBATCH --job-name=hyperrouter
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -25,7 +25,7 @@
 #SBATCH --requeue
 set -euo pipefail
 
-# Slurm runs a copy of this file, so the project is where the job was submitted, or where the original file is.
+# Slurm runs a copy of this file, so the project is the folder from which the job was submitted, or the folder of the original file.
 root=${SLURM_SUBMIT_DIR:-$PWD}
 if [ ! -f "$root/pretrain_gpt_hyperrouter.py" ]; then
   original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
