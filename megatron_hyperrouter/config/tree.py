@@ -333,7 +333,7 @@ class DataConfig:
     num_workers: Annotated[
         Natural,
         Role.PORTION,
-        "Data-loading threads, which prefetch 4 micro-batches each; 0: load each batch when it is needed",
+        "Data-loading threads; each prefetches 4 micro-batches; 0: load each batch when it is needed",
     ] = 2
     reset_attention_mask: Annotated[
         bool, Role.COURSE, "Stop attention at document boundaries (end-of-document tokens)"
