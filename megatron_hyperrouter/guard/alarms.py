@@ -168,8 +168,8 @@ class Rise:
 
 @dataclass
 class Health:
-    """All charts of a run.  A chart starts again when its usual level changes by design: with k, or with
-    the mix of the data.
+    """All charts of a run.  A chart starts again when its usual level changes by design: with k, the mix of
+    the data, or the stage of a method.
     """
 
     num_experts: int
@@ -299,7 +299,9 @@ class Alarms:
     def _regime(self, step: int, topk: int) -> str:
         """What changes the level of the measures by design, in step ``step``, counted from 1."""
         mix = bisect_right(self._mixes_from, step - 1)
-        return f"k {topk}, mix {mix}" if mix > 1 else f"k {topk}"
+        stage = self._config.router.options.stage(step - 1, self._config.train.train_iters)
+        counted = {"mix": mix, "stage": stage}
+        return ", ".join([f"k {topk}", *(f"{name} {count}" for name, count in counted.items() if count > 1)])
 
     def _compare(self, step: int, similarity: Mapping[int, float]) -> Finding | None:
         if not similarity or step <= self._health.first:

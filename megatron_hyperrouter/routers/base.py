@@ -173,6 +173,12 @@ class Router(nn.Module):
             """Options without effect in a run with these settings; they give warnings, too."""
             return iter(())
 
+        def stage(self, step: int, train_iters: int) -> int:
+            """The stage of the method that the step after ``step`` completed ones belongs to, from 1: loads
+            and entropy may change by design from one to the next.
+            """
+            return 1
+
         def unserved(self) -> Iterator[str]:
             """The options that have no effect, or another effect, if the caller does not pass ``tokens``
             or does not call :meth:`Router.end_step`.

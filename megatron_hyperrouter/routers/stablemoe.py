@@ -99,6 +99,15 @@ class StableMoERouter(Router, name="stablemoe"):
                     "random ids for each token id"
                 )
 
+        def stage(self, step: int, train_iters: int) -> int:
+            """1 while the routes are learned, 2 when they are frozen."""
+            first = self.stage1_steps
+            if first is None:
+                if self.stage1_share == 1.0:
+                    return 1
+                first = max(1, round(self.stage1_share * train_iters))
+            return 2 if step >= first else 1
+
         def unserved(self) -> Iterator[str]:
             """The word embeddings."""
             yield without_tokens(
@@ -135,12 +144,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
     def is_frozen(self, step: int) -> bool:
         """Whether training after ``step`` completed steps is in the second stage; the same on every rank."""
-        first = self.config.stage1_steps
-        if first is None:
-            if self.config.stage1_share == 1.0:
-                return False
-            first = max(1, round(self.config.stage1_share * self.facts.train_iters))
-        return step >= first
+        return self.config.stage(step, self.facts.train_iters) == 2
 
     def _by_words(self, now: Pass) -> bool:
         """The second stage; evaluation knows it by the copy too, as a reader of a checkpoint may not know the

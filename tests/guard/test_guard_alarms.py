@@ -153,6 +153,28 @@ def test_a_new_mix_of_the_data_starts_the_levels_again(schedule: bool) -> None:
     assert told == ([] if schedule else [(303, "loss_spike")])
 
 
+@pytest.mark.parametrize("stages", [True, False])
+def test_the_second_stage_of_a_method_starts_the_levels_again(stages: bool) -> None:
+    """StableMoE freezes its routes after 300 of 1,000 steps: their loads are others by design."""
+    share = "0.3" if stages else "1.0"
+    words = [
+        "--mock-data",
+        "--router.name",
+        "stablemoe",
+        "--router.stage1-share",
+        share,
+        "--train-iters",
+        "1000",
+    ]
+    config = parse(words, routers=ROUTERS, world_size=1)
+    engine: Any = SimpleNamespace(place=SimpleNamespace(is_main=False), topk_at=lambda step: 2)
+    alarms, told, rng = Alarms(engine, config), list[tuple[int, str]](), random.Random(3)
+    for step in range(1, 501):
+        result = layers(healthy(rng, step), entropy=1.76 if step <= 300 else 1.2)
+        alarms.after(step, result, lambda event, step, **facts: told.append((step, facts["alarm"])))
+    assert told == ([] if stages else [(303, "entropy")])
+
+
 def test_every_alarm_has_a_measure() -> None:
     assert set(NAMES) == set(ALARMS)
 
