@@ -2,10 +2,12 @@
 # Repeats blocks of plan A with the public commands alone, and makes their pages:
 #
 #   bash results/plan_a/repeat.sh A1            # 40 runs
-#   bash results/plan_a/repeat.sh A1 A1b A4 A3 A2
+#   bash results/plan_a/repeat.sh A1 A1b A4 A3 A2 A5
 #   SEEDS=4 bash results/plan_a/repeat.sh A1    # the first 4 seeds alone; later SEEDS=8 adds the others
 #
 # Runs go to runs/plan_a/; after an interruption the same command continues.  A1b and A4 read the runs of A1, so run A1 first.
+# At the end claims.py judges the claims of results/README.md by all blocks that are there.
+#
 # Each run is scored on 128 batches (131,072 bytes) of the test split, drawn anew for each seed, the same for all routers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -54,7 +56,19 @@ A4() {
   for label in hyper matched topk; do
     for seed in $(seq "${SEEDS:-5}"); do
       [ -s $out/A4/$label-seed$seed/results.json ] ||
-        mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed --topk 1 2 4 8 16
+        mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed \
+          --topk 1 2 4 8 16 --steps 300 --seq-length 64
+    done
+  done
+}
+
+A5() { # two other architectures with the tokens of A1
+  for name in glam-like switch-like; do
+    for seed in $(seq "${SEEDS:-1}"); do
+      run=$out/A5/$name-seed$seed
+      [ -s "$run/evaluation.json" ] && continue
+      mhr train --config examples/models/$name-small.yaml --global-batch-size 8 --num-workers 0 --seed "$seed" --run-dir "$run"
+      mhr evaluate --load "$run" --topk 1 2 4 8 16 --eval-iters 128 --output "$run/evaluation.json"
     done
   done
 }
@@ -63,8 +77,9 @@ for block in "${@:-A1}"; do
   "$block"
   case $block in
     A2) folders=("$out"/A2-*/) ;;
-    A4) folders=("$out"/A4/*/) ;;
+    A4 | A5) folders=("$out/$block"/*/) ;;
     *) folders=("$out/$block") ;;
   esac
   mhr report "${folders[@]}" --output "$out/$block.html"
 done
+python results/plan_a/claims.py $out | tee $out/claims.md

@@ -1,0 +1,240 @@
+"""The claims F1 to F7 of results/README.md, judged by the runs of plan A, and tables of these runs.
+
+python results/plan_a/claims.py runs/plan_a          # prints Markdown
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+Run = Mapping[str, Any]  # results.json of one run
+Runs = Mapping[str, Mapping[int, Run]]  # label -> seed -> run
+KS = (1, 2, 4, 8, 16)
+PAIRS = (  # of A1, as in the pilot
+    ("hyper", "smoe_dropout"),
+    ("matched", "smoe_dropout"),
+    ("hyper", "matched"),
+    ("paper", "smoe_dropout"),
+    ("topk", "matched"),
+    ("topk", "hyper"),
+)
+WATCHED_FROM = 40  # steps: twice the warm-up
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % interval."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f}" + ("" if math.isinf(self.half) else f" ± {self.half:.3f}")
+
+    @property
+    def low(self) -> float:
+        """Its lower end."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Its upper end."""
+        return self.mean + self.half
+
+
+class Claim(NamedTuple):
+    """A claim, the verdict on it, and the numbers."""
+
+    name: str
+    verdict: str
+    numbers: str
+
+
+def interval(values: list[float]) -> Interval:
+    """Of one value for each seed; a single one is as wide as can be."""
+    mean, half = mean_and_half(values)
+    return Interval(mean, math.inf if half is None else half, len(values))
+
+
+def difference(runs: Runs, left: str, right: str, value: Callable[[Run], float]) -> Interval:
+    """LEFT minus RIGHT, paired by seed."""
+    seeds = sorted(set(runs[left]) & set(runs[right]))
+    return interval([value(runs[left][seed]) - value(runs[right][seed]) for seed in seeds])
+
+
+def bits(topk: int) -> Callable[[Run], float]:
+    """Bits per byte with ``topk`` experts."""
+    return lambda run: next(float(row["bits_per_byte"]) for row in run["results"] if row["topk"] == topk)
+
+
+def layers(*names: str) -> Callable[[Run], float]:
+    """The mean over layers of a measure on test data, at the k that training ended on."""
+
+    def value(run: Run) -> float:
+        found = []
+        for row in run["analysis"][-1]["layers"]:
+            for name in names:
+                row = row[name]
+            found.append(float(row))
+        return fmean(found)
+
+    return value
+
+
+def verdict(holds: bool, falls: bool) -> str:
+    """Neither: the intervals are too wide."""
+    return "holds" if holds else "falls" if falls else "not decided"
+
+
+def of_a1(runs: Runs) -> Iterator[Claim]:
+    """F1 to F4 and F7."""
+    few, full = (difference(runs, "hyper", "matched", bits(k)) for k in (1, 16))
+    yield Claim(
+        "F1: HyperRouter is better with few experts", verdict(few.high < 0, few.low > 0), f"{few} (k = 1)"
+    )
+    yield Claim(
+        "F2: without loss at the trained k", verdict(full.high <= 0.01, full.low > 0.01), f"{full} (k = 16)"
+    )
+    entropy, told = (
+        difference(runs, "hyper", "matched", layers(name)) for name in ("entropy", "mutual_information")
+    )
+    yield Claim(
+        "F3: lower router entropy, and it says more",
+        verdict(entropy.high < 0 < told.low, entropy.low > 0 or told.high < 0),
+        f"entropy {entropy}, mutual information {told} nats",
+    )
+    rank = difference(runs, "hyper", "matched", layers("jacobian", "effective_rank"))
+    drift = interval([layers("jacobian", "drift")(run) for run in runs["hyper"].values()])
+    yield Claim(
+        "F4: fixed routers restrict the representation",
+        verdict(rank.low > 0 and drift.low >= 0.05, rank.high < 0 or drift.high < 0.05),
+        f"effective rank {rank}, drift of `hyper` {drift}",
+    )
+    trained = {
+        (other, k): difference(runs, "topk", other, bits(k)) for other in ("hyper", "matched") for k in KS
+    }
+    worse = any(all(trained[other, k].low > 0 for other in ("hyper", "matched")) for k in KS)
+    yield Claim(
+        "F7: trained routers collapse",
+        verdict(worse, all(each.high <= 0.01 for each in trained.values())),
+        f"`topk` minus `hyper` {trained['hyper', 1]} (k = 1), {trained['hyper', 16]} (k = 16)",
+    )
+
+
+def of_a3(runs: Runs) -> Iterator[Claim]:
+    """F5, for each of the two methods."""
+    for label in ("competesmoe", "simsmoe"):
+        alike = difference(runs, label, "topk_aux", layers("mean_similarity"))
+        loss = difference(runs, label, "topk_aux", bits(2))
+        yield Claim(
+            f"F5: {label} reduces collapse",
+            verdict(alike.high < 0 and loss.high < 0, alike.low > 0 or loss.low > 0),
+            f"similarity {alike}, bits per byte {loss} (k = 2)",
+        )
+
+
+def of_a4(runs: Runs) -> Iterator[Claim]:
+    """F6."""
+    found = difference(
+        runs, "hyper", "matched", lambda run: next(r["accuracy"] for r in run["results"] if r["topk"] == 2)
+    )
+    yield Claim("F6: it transfers", verdict(found.low > 0, found.high < 0), f"accuracy {found} (k = 2)")
+
+
+def differences(runs: Runs) -> Iterator[str]:
+    """A table of paired differences at each k."""
+    yield "| bits per byte | " + " | ".join(f"k = {k}" for k in KS) + " |"
+    yield "|---" * (len(KS) + 1) + "|"
+    for left, right in PAIRS:
+        cells = [str(difference(runs, left, right, bits(k))) for k in KS]
+        yield f"| `{left}` minus `{right}` | " + " | ".join(cells) + " |"
+
+
+def trials(runs: Runs) -> Iterator[str]:
+    """What was tried to make HyperRouter's router move (A1b): a row for each."""
+    heads = ["router", "drift", "logit std"]
+    heads += [f"minus `{other}`, k = {k}" for other, k in (("hyper", 1), ("matched", 1), ("matched", 16))]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|---" * len(heads) + "|"
+    for label, by_seed in runs.items():
+        drift = interval([layers("jacobian", "drift")(run) for run in by_seed.values()])
+        std = interval([layers("logit_std")(run) for run in by_seed.values()])
+        against = [("hyper", 1), ("matched", 1), ("matched", 16)]
+        cells = [
+            "" if label == other else str(difference(runs, label, other, bits(k))) for other, k in against
+        ]
+        yield f"| `{label}` | {str(drift)[1:]} | {str(std)[1:]} | " + " | ".join(cells) + " |"
+
+
+def alarms(folders: list[Path]) -> tuple[int, dict[str, int]]:
+    """Steps that were watched, and the number of alarms of each kind."""
+    steps, found = 0, dict[str, int]()
+    for folder in folders:
+        told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        steps += max(int(told["steps"]) - WATCHED_FROM, 0)
+        for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["event"] == "alarm" and event["alarm"] != "late_data":
+                found[event["alarm"]] = found.get(event["alarm"], 0) + 1
+    return steps, found
+
+
+def upper_bound(count: int, steps: int) -> float:
+    """The exact 95 % upper bound of a rate per step (Poisson), by bisection."""
+    low, high = 0.0, 10.0 * (count + 3)
+    for _ in range(100):
+        middle = (low + high) / 2
+        below = sum(math.exp(-middle) * middle**n / math.factorial(n) for n in range(count + 1))
+        low, high = (middle, high) if below > 0.05 else (low, middle)
+    return high / steps
+
+
+def read(folder: Path) -> Runs:
+    """Finished runs: those of a comparison, or fine-tunings side by side."""
+    runs: dict[str, dict[int, Run]] = {}
+    for path in sorted([*folder.glob("runs/*/results.json"), *folder.glob("*-seed*/results.json")]):
+        label, _, seed = path.parent.name.rpartition("-seed")
+        runs.setdefault(label, {})[int(seed)] = json.loads(path.read_text(encoding="utf-8"))
+    return runs
+
+
+def main() -> None:
+    """The table, and the alarms."""
+    root = Path(sys.argv[1])
+    lines = ["| claim | verdict | numbers, mean ± half of the 95 % interval |", "|---|---|---|"]
+    for block, judge, left_out in (
+        ("A1", of_a1, ()),
+        ("A3", of_a3, ("F5: competition and similarity losses reduce collapse",)),
+        ("A4", of_a4, ("F6: it transfers",)),
+    ):
+        runs = read(root / block)
+        claims = (
+            judge(runs) if runs else (Claim(name, "not decided", f"{block} was not run") for name in left_out)
+        )
+        lines += [f"| {each.name} | **{each.verdict}** | {each.numbers} |" for each in claims]
+    if first := read(root / "A1"):
+        lines += ["", f"A1, paired by seed ({len(first['hyper'])} seeds):", "", *differences(first)]
+    if tried := read(root / "A1b"):
+        lines += ["", f"A1b ({min(map(len, tried.values()))} seeds):", "", *trials(tried)]
+    steps, found = alarms(sorted(path.parent for path in root.glob("A1/runs/*/results.json")))
+    if steps:
+        total = sum(found.values())
+        kinds = ", ".join(f"{name} {count}" for name, count in sorted(found.items())) or "none"
+        lines += [
+            "",
+            f"Alarms in {steps:,} watched steps of A1: {total} ({kinds}); at most "
+            f"{1000 * upper_bound(total, steps):.2f} in 1,000 steps at 95 % confidence.",
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
