@@ -2,10 +2,10 @@
 # Repeats blocks of plan A with the public commands alone, and makes their pages:
 #
 #   bash results/plan_a/repeat.sh A1            # 40 runs
-#   bash results/plan_a/repeat.sh A1 A1b A4 A3 A2 A5
+#   bash results/plan_a/repeat.sh A1 A1b A1c A4 A3 A2 A5
 #   SEEDS=4 bash results/plan_a/repeat.sh A1    # the first 4 seeds alone; later SEEDS=8 adds the others
 #
-# Runs go to runs/plan_a/; after an interruption the same command continues.  A1b and A4 read the runs of A1, so run A1 first.
+# Runs go to runs/plan_a/; after an interruption the same command continues.  A1b, A1c and A4 take runs of A1, so run A1 first.
 # At the end claims.py judges the claims of results/README.md by all blocks that are there.
 #
 # Each run is scored on 128 batches (131,072 bytes) of the test split, drawn anew for each seed, the same for all routers.
@@ -22,15 +22,29 @@ A1() {
     --seeds "${SEEDS:-8}" "${scored[@]}" --output $out/A1
 }
 
-A1b() {
-  mkdir -p $out/A1b/runs
-  for seed in $(seq "${SEEDS:-8}"); do
-    for label in matched hyper; do ln -sfn "../../A1/runs/$label-seed$seed" "$out/A1b/runs/$label-seed$seed"; done
+take() { # FROM TO LABEL...: finished runs of another block
+  mkdir -p "$out/$2/runs"
+  for label in "${@:3}"; do
+    for run in "$out/$1/runs/$label"-seed*; do
+      if [ -s "$run/results.json" ]; then ln -sfn "../../$1/runs/${run##*/}" "$out/$2/runs/${run##*/}"; fi
+    done
   done
+}
+
+A1b() {
+  take A1 A1b matched hyper
   mhr compare --config results/plan_a/A1.yaml --options results/plan_a/A1b.routers.yaml \
     --routers matched hyper lr3 lr10 lr30 embed512 width1024 \
     --comparisons lr3:matched@1 lr10:matched@1 lr30:matched@1 embed512:matched@1 width1024:matched@1 \
     --seeds "${SEEDS:-8}" "${scored[@]}" --output $out/A1b
+}
+
+A1c() {
+  take A1 A1c matched topk
+  take A1b A1c lr10
+  mhr compare --config results/plan_a/A1.yaml --options results/plan_a/A1c.routers.yaml --routers matched topk lr10 topk_lr10 \
+    --comparisons lr10:matched@1 lr10:matched@16 lr10:topk@1 lr10:topk@16 lr10:topk_lr10@1 lr10:topk_lr10@16 \
+    --seeds "${SEEDS:-4}" "${scored[@]}" --output $out/A1c
 }
 
 A2() {

@@ -49,7 +49,7 @@ def test_scales_of_block_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_the_readme_promises_nothing_that_is_not_there() -> None:
     text = (ROOT / "results/README.md").read_text(encoding="utf-8")
-    for block in ("A1", "A1b", "A2", "A3", "A4", "A5"):
+    for block in ("A1", "A1b", "A1c", "A2", "A3", "A4", "A5"):
         assert f"\n{block}() {{" in SCRIPT and f"| {block} |" in text
 
 
@@ -83,14 +83,14 @@ def test_every_block_can_be_repeated(tmp_path: Path) -> None:
     for _ in range(2):
         (tmp_path / "calls").unlink(missing_ok=True)
         subprocess.run(
-            ["bash", tmp_path / "results/plan_a/repeat.sh", "A1", "A1b", "A2", "A3", "A4", "A5"],
+            ["bash", tmp_path / "results/plan_a/repeat.sh", "A1", "A1b", "A1c", "A2", "A3", "A4", "A5"],
             env=os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"},
             check=True,
         )
         calls.append((tmp_path / "calls").read_text().splitlines())
     pages = [[line.split()[1:] for line in each if line.startswith("report")] for each in calls]
     assert pages[0] == pages[1]
-    assert [len(words) - 2 for words in pages[0]] == [1, 1, 4, 1, 15, 2]
+    assert [len(words) - 2 for words in pages[0]] == [1, 1, 1, 4, 1, 15, 2]
     assert all((tmp_path / folder).is_dir() for words in pages[0] for folder in words[:-2])
     tuned = [sum(line.startswith("finetune") for line in each) for each in calls]
     assert tuned == [15, 0]
