@@ -51,6 +51,8 @@ def test_the_readme_promises_nothing_that_is_not_there() -> None:
     text = (ROOT / "results/README.md").read_text(encoding="utf-8")
     for block in ("A1", "A1b", "A1c", "A2", "A3", "A4", "A5"):
         assert f"\n{block}() {{" in SCRIPT and f"| {block} |" in text
+    told = (ROOT / "results/plan_a/claims.md").read_text(encoding="utf-8").splitlines()
+    assert len(told) > 8 and all(line in text.splitlines() for line in told)  # what claims.py printed
 
 
 STAND_IN = """#!/usr/bin/env bash
