@@ -10,6 +10,7 @@ later ones to a folder next to ``root``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -152,7 +153,10 @@ class CheckpointFolders:
         aside: list[Path] = []
         error = _attempt(lambda: aside.extend(self._rewind(step)))
         if self.ranks.any_rank(error is not None):
-            message = f"{self.root} cannot be prepared: {reason_of(self.ranks, error)}"
+            reason = reason_of(self.ranks, error)
+            if isinstance(error, HyperRouterError):
+                raise error
+            message = f"{self.root} cannot be prepared: {reason}"
             raise CheckpointError(
                 message, remedy="check its permissions, or give another --run-dir"
             ) from error
@@ -285,6 +289,11 @@ class CheckpointFolders:
         """
         if not self._is_main or not self.root.is_dir():
             return []
+        if (latest := self.root / LATEST).is_dir() and not latest.is_symlink():
+            raise CheckpointError(
+                f"{latest} is a folder; it must be a file with the name of a checkpoint",
+                remedy="rename that folder",
+            )
         later = [folder for folder in sorted(self.root.glob("step_*")) if (step_of(folder) or 0) > step]
         if (pointers.proved_step(self.root) or 0) > step:
             (self.root / pointers.PROVED).unlink()  # another checkpoint of that step will have to be proved
@@ -310,10 +319,7 @@ class CheckpointFolders:
             for folder in checkpoints:
                 self._remove(folder)
             return twins[-1].parent
-        number = 1
-        while (aside := self.root.with_name(f"{self.root.name}-earlier-{number}")).exists():
-            number += 1
-        aside.mkdir()
+        aside = self._new_aside()
         metrics = self.root.with_name("metrics.jsonl")
         if metrics.exists():
             shutil.copy2(metrics, aside)
@@ -321,11 +327,25 @@ class CheckpointFolders:
             folder.rename(aside / folder.name)
         return aside
 
+    def _new_aside(self) -> Path:
+        """An empty folder that checkpoints can be renamed into: beside ``root``, or in it where ``root`` is
+        on a file system of its own.
+        """
+        draft = self.root / f"{_WRITING}aside"
+        draft.mkdir(exist_ok=True)  # a killed rewind may have left it
+        try:
+            return _renamed(draft, self.root.with_name(f"{self.root.name}-earlier-1"))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        return _renamed(draft, self.root / "earlier-1")
+
     def _twin(self, folder: Path) -> Path | None:
-        """A complete checkpoint next to ``root`` whose files have the same checksums."""
+        """A complete checkpoint that was set aside and whose files have the same checksums."""
         with contextlib.suppress(CheckpointError, OSError, KeyError):
             files_here = read_manifest(folder)["files"]
-            for other in sorted(self.root.parent.glob(f"{self.root.name}-earlier-*/{folder.name}")):
+            beside = self.root.parent.glob(f"{self.root.name}-earlier-*/{folder.name}")
+            for other in sorted([*beside, *self.root.glob(f"earlier-*/{folder.name}")]):
                 if read_manifest(other)["files"] == files_here and not damage(other, files_here):
                     return other
         return None
@@ -393,6 +413,14 @@ def reason_of(ranks: Ranks, error: Exception | None) -> str:
     own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)
     found = ranks.first_word("" if error is None else f"rank {ranks.place.rank}: {own}")
     return found if error is None else own
+
+
+def _renamed(folder: Path, first: Path) -> Path:
+    """Rename it to ``first``, a name with 1 at its end, or to the next number that is free."""
+    stem, number = first.name.removesuffix("1"), 1
+    while (target := first.with_name(f"{stem}{number}")).exists():
+        number += 1
+    return folder.rename(target)
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -210,6 +211,11 @@ class SharedEngine(SavedEngine):
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of each parameter on this rank."""
+
+    @cached_property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """:meth:`named_parameters`, found once: training waits for each save."""
+        return list(self.named_parameters())
 
     @abstractmethod
     def optimize(self, batches: list[Batch], learning_rate: float) -> float:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -46,6 +47,7 @@ def is_expert(name: str) -> bool:
     return ".mlp.experts." in name
 
 
+@lru_cache(maxsize=1 << 14)
 def router_parameter(name: str) -> tuple[int, str] | None:
     """(layer from 0, parameter's name inside the router), or None for a parameter of something else.
 
@@ -95,10 +97,11 @@ def matrices(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
         yield from zip(names, parameter.detach(), strict=True) if names else [(name, parameter)]
 
 
-def matrix_names(name: str) -> list[str]:
+@lru_cache(maxsize=1 << 14)
+def matrix_names(name: str) -> tuple[str, ...]:
     """The global names of the matrices that a stacked parameter holds, in order; none for any other one."""
     match = _SEVERAL.search(name)
     if match is None:
-        return []
+        return ()
     before, after = name[: match.start()], name[match.end() :]
-    return [f"{before}.local_experts.{number}.{after}" for number in range(int(match[1]), int(match[2]))]
+    return tuple(f"{before}.local_experts.{number}.{after}" for number in range(int(match[1]), int(match[2])))

@@ -323,7 +323,7 @@ class MetricsFile:
                     earlier.writelines(line for line in whole if not _is_kept(line, step))
                     earlier.flush()
                     os.fsync(earlier.fileno())
-            files.write_bytes(self.path, b"".join(kept), durable=True)
+            files.write_bytes(self.path.resolve(), b"".join(kept), durable=True)  # a link stays one
             self._file = self.path.open("a")
         except OSError as error:
             raise self._unwritable(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -155,6 +156,35 @@ class TestProved:
         assert folders.back_to_proved() is None and find(tmp_path) == tmp_path / "step_0000001"
         (tmp_path / "proved").write_text("../elsewhere\n")
         assert folders.back_to_proved() is None
+
+
+def test_a_rewind_where_the_checkpoints_are_on_a_disk_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, rename = tmp_path / "checkpoints", os.rename
+    folders = saved(root, 50, 100)
+
+    def from_disk_to_disk(source: Path, target: Path) -> None:
+        if (root in Path(source).parents) != (root in Path(target).parents):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", from_disk_to_disk)
+    assert folders.rewind(50) == root / "earlier-1"
+    assert visible(root) == ["earlier-1", "latest", "step_0000050"]
+    assert visible(root / "earlier-1") == ["step_0000100"] and find(tmp_path) == root / "step_0000050"
+    saved(root, 100)  # the same files again
+    assert folders.rewind(50) == root / "earlier-1"
+    assert visible(tmp_path) == ["checkpoints"]
+
+
+def test_a_folder_in_the_place_of_latest_is_named(tmp_path: Path) -> None:
+    folders = saved(tmp_path, 50)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(CheckpointError, match="latest is a folder") as caught:
+        folders.rewind(50)
+    assert caught.value.remedy == "rename that folder"
 
 
 def test_rewind_before_anything_was_saved(tmp_path: Path) -> None:

@@ -132,6 +132,13 @@ class TestFile:
         assert read(path)[-1] == {"step": 5}
         assert path.with_name("metrics-earlier.jsonl").read_bytes().splitlines(keepends=True) == before[6:]
 
+    def test_a_link_to_another_disk_stays_one(self, path: Path, tmp_path: Path) -> None:
+        file, target = self.fill(path, steps=range(1, 4)), tmp_path / "elsewhere.jsonl"
+        path.rename(target)
+        path.symlink_to(target)
+        file.cut_after(1)
+        assert path.is_symlink() and [record["step"] for record in read(target)] == [1]
+
     def test_a_new_run_cuts_everything(self, path: Path) -> None:
         self.fill(path, steps=range(1, 4)).cut_after(0)
         assert path.read_bytes() == b""

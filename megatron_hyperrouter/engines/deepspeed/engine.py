@@ -174,7 +174,7 @@ class DeepSpeedEngine(SharedEngine):
 
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""
-        named, host = list(self.named_parameters()), self.host
+        named, host = self.named, self.host
         return Holding(
             named=named,
             routers=self.routers,

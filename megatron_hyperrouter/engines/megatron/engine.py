@@ -202,7 +202,7 @@ class MegatronEngine(SharedEngine):
                 chunk
             ) in self.wrapped:  # until the next forward pass, the weights of the last step are sharded
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
-        named, optimizer = list(self.named_parameters()), self.optimizer
+        named, optimizer = self.named, self.optimizer
         return Holding(
             named=named,
             routers=self.routers,
