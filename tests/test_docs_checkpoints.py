@@ -1,4 +1,4 @@
-"""docs/checkpoints.md names tests that exist and files that a save writes."""
+"""docs/checkpoints.md and docs/faults.md name tests that exist and files that a save writes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+FAULTS = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
 
 
 def test_every_promise_has_a_test_that_exists() -> None:
