@@ -1,8 +1,7 @@
-"""megatron/: what becomes of each flag of Megatron-LM, and of whole commands of its users."""
+"""megatron/: what becomes of each flag of Megatron-LM.  Whole commands: test_config_megatron_commands.py."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from megatron_hyperrouter.errors import ConfigError
 
 HERE = Path(__file__).parent
 FLAGS = set((HERE / "megatron_flags.txt").read_text().split("\n", 1)[1].split())
-COMMANDS = sorted((HERE / "megatron_commands").glob("*.json"))
 KINDS = (ALWAYS, NO_EFFECT, RENAMED, ARITHMETIC, ALL_ABSENT)
 
 
@@ -54,101 +52,6 @@ class TestTable:
         for name, row in ABSENT.items():
             assert row.does
             assert row.without, name
-
-
-@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
-@pytest.mark.parametrize("router", ["hyper", "topk"])
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-def test_a_real_command_carries_over_as_it_stands(path, router, engine, all_routers):
-    words = [word for row in json.loads(path.read_text()) for word in row]
-    argv = [*words, "--router.name", router, "--engine", engine]
-    config = parse(argv, routers=all_routers, world_size=64)
-    assert config.parallel.expert_model_parallel_size == 8
-    assert (config.router.name, config.engine.engine) == (router, engine)
-
-
-REFUSED = sorted((HERE / "megatron_refused").glob("*.json"))
-# What each command needs that is not here, beside sizes that do not fit 64 ranks.
-MISSING = {
-    "gpt3-175b": {"--fp16"},
-    "t5": {
-        *("--encoder-num-layers", "--decoder-num-layers", "--encoder-seq-length", "--decoder-seq-length"),
-        *("--vocab-extra-ids", "--short-seq-prob", "--tokenizer-type"),
-    },
-    "llava": {
-        *("--img-embedding-idx", "--apply-layernorm-1p", "--use-checkpoint-args", "--valid-path"),
-        *("--prompt-path", "--dataloader-save", "--pretrained-checkpoint", "--freeze-LM", "--freeze-ViT"),
-        *("--patch-dim", "--img-h", "--img-w", "--dataloader-type", "--language-model-type"),
-        *("--disable-vision-class-token", "--allow-missing-vision-projection-checkpoint"),
-        "--tokenizer-type",
-    },
-    "hybrid": {
-        *("--hybrid-layer-pattern", "--mamba-num-heads", "--mamba-head-dim", "--mamba-state-dim"),
-        *("--mamba-num-groups", "--position-embedding-type", "--squared-relu", "--csa-window-size"),
-        *("--csa-compress-ratio-for-c", "--csa-compress-ratio-for-h", "--csa-compress-rotary-base"),
-        *("--o-groups", "--o-lora-rank", "--dsa-indexer-n-heads", "--dsa-indexer-head-dim"),
-        *("--dsa-indexer-topk", "--dsa-indexer-loss-coeff", "--spec", "--q-lora-rank"),
-    },
-    # a fork of Megatron-LM with names of its own
-    "deepseek-v2-lite-patch": {
-        *("--dataloader-type", "--tokenizer-type", "--eval-iters", "--max-padding-length"),
-        *("--extra-vocab-size", "--patch-tokenizer-type", "--dataset", "--enable-shared-expert"),
-        *("--num-shared-experts", "--qk-nope-head-dim", "--qk-rope-head-dim", "--train-mode"),
-        *("--kv-lora-rank", "--rotary-scaling-factor"),
-    },
-}
-FITS_OTHER_RANKS = {
-    *("--global-batch-size", "ranks started", "--expert-model-parallel-size", "--sequence-parallel"),
-}
-
-
-@pytest.mark.parametrize("path", REFUSED, ids=lambda path: path.stem)
-def test_a_command_of_another_family_is_told_what_is_missing(path, all_routers):
-    words = [word for row in json.loads(path.read_text()) for word in row]
-    found = problems_of(all_routers, *words, "--engine", "megatron", world_size=64)
-    assert {problem.field for problem in found} - FITS_OTHER_RANKS == MISSING[path.stem]
-    for problem in found:
-        if problem.field.removeprefix("--") in FLAGS:
-            assert "did you mean" not in problem.remedy
-        assert problem.remedy != "leave it out"
-        if "not supported" in problem.rule:
-            assert problem.remedy.startswith(("if you leave it out, ", "use "))
-
-
-def test_names_of_a_fork_lead_to_those_of_the_same_meaning(all_routers):
-    path = HERE / "megatron_refused" / "deepseek-v2-lite-patch.json"
-    words = [word for row in json.loads(path.read_text()) for word in row]
-    remedies = {problem.field: problem.remedy for problem in problems_of(all_routers, *words)}
-    assert "--qk-head-dim," in remedies["--qk-nope-head-dim"]
-    assert "--qk-pos-emb-head-dim," in remedies["--qk-rope-head-dim"]
-    assert "--moe-shared-expert-intermediate-size" in remedies["--enable-shared-expert"]
-    assert "may change the run" in remedies["--train-mode"]
-
-
-class TestDefaults:
-    def test_a_command_that_leaves_the_model_to_megatron_lms_defaults(self, all_routers):
-        """GPT-3's, as it would start once --fp16 is --bf16: a dense model with GELU and learned positions."""
-        path = HERE / "megatron_refused" / "gpt3-175b.json"
-        words = [word for row in json.loads(path.read_text()) for word in row]
-        words[words.index("--fp16")] = "--bf16"
-        notes: list[str] = []
-        parse([*words, "--sequence-parallel"], routers=all_routers, notes=notes, world_size=128)
-        (model,) = (note for note in notes if "builds a different model than in Megatron-LM" in note)
-        for name in ("num-experts", "swiglu", "normalization", "disable-bias-linear", "ffn-hidden-size"):
-            assert f"without --{name}, Megatron-LM uses " in model
-        (training,) = (note for note in notes if "trains in a different way than in Megatron-LM" in note)
-        assert "without --hidden-dropout, Megatron-LM uses dropout 0.1, this program 0" in training
-        assert "--lr-decay-style" not in training
-
-    @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-    def test_a_command_that_says_what_it_means(self, path, all_routers):
-        words = [word for row in json.loads(path.read_text()) for word in row]
-        notes: list[str] = []
-        parse(words, routers=all_routers, world_size=64, notes=notes)
-        assert not [note for note in notes if "builds a different model" in note]
-
-    def test_settings_of_our_own_say_nothing(self, all_routers):
-        assert "Megatron-LM" not in understood(all_routers, "--train-iters", "3")[1]
 
 
 class TestContradictions:
@@ -419,6 +322,45 @@ def test_sequence_parallelism_is_not_forced_on_those_who_refuse_it(all_routers):
     argv = "--engine megatron --tensor-model-parallel-size 2 --no-sequence-parallel"
     (problem,) = problems_of(all_routers, *DATA, *argv.split())
     assert (problem.field, problem.remedy) == ("--sequence-parallel", "add --sequence-parallel")
+
+
+class TestOldNames:
+    @pytest.mark.parametrize(
+        ("argv", "name", "value"),
+        [
+            ("--checkpoint-activations", "recompute_granularity", "full"),
+            ("--moe-layer-recompute", "recompute_modules", ("moe",)),
+            ("--moe-layer-recompute --recompute-granularity full", "recompute_modules", ()),
+            ("--persistent-save-interval 50", "save_interval", 50),
+        ],
+    )
+    def test_what_they_are_now(self, all_routers, argv, name, value):
+        assert value_of(understood(all_routers, *argv.split())[0], name) == value
+
+    @pytest.mark.parametrize(
+        ("argv", "accepted"),
+        [
+            ("--normalization rmsnorm", True),  # Megatron-DeepSpeed's spelling
+            ("--exp-avg-dtype fp32 --use-precision-aware-optimizer", True),
+            ("--exp-avg-dtype bf16 --use-precision-aware-optimizer", False),
+            ("--moe-dispatch-fwd-dtype bf16", True),
+            ("--moe-dispatch-fwd-dtype mxfp8", False),
+            ("--loss-scale 12 --hysteresis 2 --bf16", True),
+            ("--apply-layernorm-1p --apply-query-key-layer-scaling", True),
+            ("--ckpt-convert-format torch_dist", False),  # Megatron-LM trains nothing then
+            ("--te-precision-config-file a.yaml", False),
+        ],
+    )
+    def test_only_values_that_change_a_number_are_refused(self, all_routers, argv, accepted):
+        if accepted:
+            understood(all_routers, *argv.split())
+        else:
+            (problem,) = problems_of(all_routers, *DATA, *argv.split())
+            assert problem.field == argv.split()[0]
+
+    def test_a_tokenizer_of_another_library_is_not_a_slip(self, all_routers):
+        (problem,) = problems_of(all_routers, *DATA, "--tokenizer-type", "SFTTokenizer")
+        assert "use HuggingFaceTokenizer" in problem.remedy
 
 
 class TestWithoutEffectHere:

@@ -66,34 +66,25 @@ dsa-indexer-head-dim dsa-indexer-k-norm-epsilon dsa-indexer-k-norm-fp32 dsa-inde
 dsa-indexer-n-heads dsa-indexer-rope-interleaved dsa-indexer-skip-topk-offset dsa-indexer-topk
 dsa-indexer-topk-freq dsa-indexer-use-sparse-loss dsa-kernel-backend experimental-attention-variant
 gdp-cutedsl-kernel gdp-num-chunk-states-to-recompute gdp-num-householder
-heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
-hierarchical-context-parallel-sizes hybrid-attention-ratio hybrid-context-parallel hybrid-layer-pattern
-hybrid-mlp-ratio hybrid-override-pattern is-hybrid-model linear-attention-freq linear-conv-kernel-dim
+hybrid-attention-ratio hybrid-layer-pattern hybrid-mlp-ratio hybrid-override-pattern
+ is-hybrid-model linear-attention-freq linear-conv-kernel-dim
 linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-head-dim
 mamba-num-groups mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype
-max-seqlen-per-dp-cp-rank no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups
-o-lora-rank spec
+no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups o-lora-rank
 """,
         ("8-bit and 4-bit numbers", "the run would compute in --bf16 or float32"): """
-fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 fp8-interval
-fp8-output-proj fp8-param-gather fp8-quantizer-factory keep-fp8-transpose-cache
-keep-fp8-transpose-cache-when-using-custom-fsdp kitchen-attention-backend kitchen-config-file
-kitchen-recipe-number reuse-grad-buf-for-mxfp8-param-ag
+fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 kitchen-attention-backend
 """,
         ("alternative residual streams", "there would be one residual stream: another model"): """
 enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
 mhc-sinkhorn-iterations
 """,
-        ("optimizer states of other number formats", "they would be float32"): """
-exp-avg-dtype exp-avg-sq-dtype main-grads-dtype main-params-dtype use-precision-aware-optimizer
-""",
         ("fill-in-the-middle data", "samples would be plain text"): """
 fim-data fim-eod-token fim-fragment-rate fim-middle-token fim-no-prefix fim-pad-token fim-prefix-token
 fim-rate fim-split-sample fim-spm-rate fim-suffix-token
 """,
-        ("float16 and its loss scaling", "the run would compute in --bf16 or float32"): """
-fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
-output-logit-dtype
+        ("float16", "the run would compute in --bf16 or float32"): """
+fp16-lm-cross-entropy output-logit-dtype
 """,
         ("reinforcement learning", "the run would pretrain"): """
 grpo-clamp-eps-lower grpo-clamp-eps-upper grpo-entropy-term-weight grpo-filter-groups-with-same-reward
@@ -111,13 +102,6 @@ logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load
 logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
 logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 """,
-        ("multi-token prediction", "only the next token would be predicted: another model"): """
-mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern mtp-standalone
-mtp-use-repeated-layer
-""",
-        ("several validation sets or tests", "there would be one"): """
-multiple-validation-sets test-mode validation-set-names
-""",
         ("scaling of initial weights and rates by width (muP)", "they would not be scaled"): """
 mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
 mup-width-mult use-mup
@@ -126,10 +110,35 @@ mup-width-mult use-mup
 disable-tokenizer-sentencepiece-ignore-extra-whitespaces
 no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
 special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy
-
 """,
         ("other activations", "the activation would be SwiGLU: another model"): """
 openai-gelu quick-geglu squared-relu
+""",
+        ("several validation sets", "there would be one"): """
+multiple-validation-sets validation-set-names
+""",
+        ("other forms of 8-bit numbers", "--fp8-format and --fp8-recipe alone would decide"): """
+fp8-output-proj fp8-quantizer-factory kitchen-config-file kitchen-recipe-number te-precision-config-file
+""",
+        ("layers of different shapes", "all layers would have the same shape: another model"): """
+heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
+""",
+        (
+            "context parallelism whose size follows the length of a sample",
+            "it would always be --context-parallel-size",
+        ): """
+hybrid-context-parallel max-seqlen-per-dp-cp-rank
+""",
+        ("the conversion of a checkpoint", "the run would train; Megatron-LM converts and ends"): """
+ckpt-convert-format ckpt-convert-save ckpt-convert-update-legacy-dist-opt-format
+""",
+        (
+            "quantization and distillation with ModelOpt",
+            "the model would be trained on the tokens alone, without quantization",
+        ): """
+export-kd-cfg export-kd-teacher-ckpt-format export-kd-teacher-load export-kd-teacher-model-config
+export-kv-cache-quant export-offline-model export-quant-cfg export-real-quant-cfg finetune-data-files
+finetune-data-split finetune-hf-dataset freeze-base-for-mtp modelopt-enabled qad-train-target
 """,
         ("fine-tuning on conversations", "the run would pretrain; --finetune starts from weights"): """
 phase-transition-iterations sft sft-tokenizer-prompt-format

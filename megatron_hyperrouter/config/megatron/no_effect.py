@@ -9,16 +9,17 @@ GROUPS: Mapping[str, str] = MappingProxyType(
     {
         "Communication": """
 account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split cp-comm-type
-create-all-gather-group
+create-all-gather-group mtp-standalone
 ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
 ddp-param-name-patterns-for-fp32-local-accumulation ddp-reduce-scatter-with-fp32-accumulation
 defer-embedding-wgrad-compute delay-param-gather delay-wgrad-compute disable-align-grad-reduce
 disable-gloo-process-groups disable-symmetric-registration disable-tp-comm-bulk-dgrad
 disable-tp-comm-bulk-wgrad disable-tp-comm-overlap-ag disable-tp-comm-overlap-rs
 disable-tp-comm-split-ag disable-tp-comm-split-rs ep-overlap-early-attn-memory-release
-fake-process-group high-priority-a2a-comm-stream high-priority-stream-groups local-rank
+fake-process-group hierarchical-context-parallel-sizes
+high-priority-a2a-comm-stream high-priority-stream-groups local-rank
 microbatch-group-size-per-virtual-pipeline-stage microbatch-group-size-per-vp-stage
-moe-combine-bwd-dtype moe-dispatch-fwd-dtype moe-shared-expert-glu-interleave-size
+moe-shared-expert-glu-interleave-size
 moe-shared-expert-overlap nccl-communicator-config-path no-align-grad-reduce no-align-param-gather
 no-async-tensor-model-parallel-allreduce no-delay-grad-reduce no-overlap-p2p-communication
 no-scatter-gather-tensors-in-pipeline no-tp-comm-bulk-dgrad no-tp-comm-bulk-wgrad no-tp-comm-overlap-ag
@@ -29,6 +30,14 @@ overlap-param-gather-with-optimizer-step pipeline-model-parallel-comm-backend sh
 standalone-embedding-stage suggested-communication-unit-size tp-comm-bootstrap-backend tp-comm-overlap
 tp-comm-overlap-cfg tp-comm-overlap-rs-dgrad train-sync-interval use-nccl-ub use-ring-exchange-p2p
 use-sharp use-tp-pp-dp-mapping wgrad-deferral-limit
+""",
+        "Other ways to compute and store the same numbers": """
+apply-layernorm-1p apply-query-key-layer-scaling disable-te-fused-rope fp8-interval fp8-param-gather
+keep-fp8-transpose-cache keep-fp8-transpose-cache-when-using-custom-fsdp
+reuse-grad-buf-for-mxfp8-param-ag use-precision-aware-optimizer
+""",
+        "Loss scaling, which only float16 needs": """
+hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
 """,
         "Kernels, fusions, graphs and memory": """
 activation-offload-fraction attention-backend cpu-offloading-num-layers
@@ -44,7 +53,7 @@ min-offloaded-tensor-size mla-down-proj-fusion mlp-chunks-for-training moe-deepe
 moe-enable-deepep moe-enable-routing-replay moe-extended-tp moe-flex-dispatcher-backend
 moe-flex-dispatcher-num-sms moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute
 moe-hybridep-num-sms moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs
-moe-layer-recompute moe-mlp-glu-interleave-size moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
+moe-mlp-glu-interleave-size moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
 moe-paged-stash moe-paged-stash-buffer-size-factor-cpu moe-paged-stash-buffer-size-factor-cuda
 moe-paged-stash-page-size moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-fusion
 moe-router-padding-for-fp8 moe-router-padding-for-quantization moe-single-grouped-bias
@@ -76,8 +85,9 @@ no-flight-recorder-include-only-active no-log-learnig-rate-to-tensorboard
 no-log-loss-scale-to-tensorboard no-one-logger nvtx-ranges one-logger-async one-logger-entity
 one-logger-project one-logger-run-name otel-enabled otel-service-name otel-span-groups
 pytorch-profiler-collect-callstack pytorch-profiler-collect-chakra pytorch-profiler-collect-shapes
-record-memory-history record-shapes run-workload-inspector-server runtime-time-unit save-config-filepath
-set-level-for-all-loggers straggler-ctrlr-port straggler-minmax-count te-precision-config-file
+record-memory-history record-shapes run-workload-inspector-server runtime-time-unit test-mode
+save-config-filepath
+set-level-for-all-loggers straggler-ctrlr-port straggler-minmax-count
 tensorboard-log-interval tensorboard-queue-size throughput-window-size timing-log-level
 timing-log-option wandb-entity wandb-save-dir
 """,
@@ -91,8 +101,8 @@ trust-remote-code use-gigatoken
 """,
         "Checkpoint files": """
 async-ckpt-cpu-priority async-ckpt-io-priority async-ckpt-use-cpu-shm async-strategy
-auto-detect-ckpt-format ckpt-assume-constant-structure ckpt-convert-format ckpt-convert-save
-ckpt-convert-update-legacy-dist-opt-format ckpt-drop-redundant-extra-state ckpt-format
+auto-detect-ckpt-format ckpt-assume-constant-structure
+ckpt-drop-redundant-extra-state ckpt-format
 ckpt-fully-parallel-load ckpt-fully-parallel-load-exchange-algo
 ckpt-fully-parallel-load-per-rank-objects ckpt-fully-parallel-load-process-group
 ckpt-fully-parallel-save ckpt-fully-parallel-save-process-group ckpt-pg-tensors-cache-create
@@ -103,12 +113,14 @@ distrib-optim-fully-reshardable-mem-efficient load-main-params-from-ckpt load-mo
 no-ckpt-fully-parallel-save no-ckpt-load-validate-sharding-integrity no-save-tokenizer-assets
 no-strict-fsdp-dtensor-load non-persistent-ckpt-type non-persistent-global-ckpt-dir
 non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval
-override-ckpt-iteration persistent-save-interval replication replication-factor replication-jump
+override-ckpt-iteration replication replication-factor replication-jump
 save-activations-interval save-dgrads-interval save-params-interval
 save-tokens-per-expert-interval save-wgrads-interval use-dist-ckpt use-persistent-ckpt-worker
 verify-integrity
 """,
         "Serving and inference": """
+export-default-te-spec export-force-local-attention export-legacy-megatron export-model-type
+export-te-mcore-model
 batch-invariant-backend batch-invariant-mode bert-embedder-type cache-mla-latents
 decode-only-cuda-graphs disable-chunked-prefill disable-offset-sampling-seed-by-dp-rank
 enable-chunked-prefill flash-decode inference-batch-times-seqlen-threshold inference-coordinator-port

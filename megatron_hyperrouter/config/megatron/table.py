@@ -42,7 +42,7 @@ ALWAYS: Mapping[str, Always] = MappingProxyType(
         for name, (values, fact) in _rows(
             """
 swiglu |  | the activation is SwiGLU
-normalization | RMSNorm | the norm is RMSNorm
+normalization | RMSNorm rmsnorm | the norm is RMSNorm
 disable-bias-linear |  | linear layers have no biases
 yarn-correction-range-round-to-int |  | YaRN rounds to whole channels
 use-pytorch-profiler |  | --profile is PyTorch's profiler
@@ -55,6 +55,12 @@ attention-softmax-in-fp32 |  | attention's softmax is float32
 accumulate-allreduce-grads-in-fp32 |  | gradients add up in float32
 moe-token-drop-policy | probs | the tokens with the smallest weights are dropped first
 dataloader-type | single | samples are read in one shuffled order
+exp-avg-dtype | fp32 | the optimizer's states are float32
+exp-avg-sq-dtype | fp32 | the optimizer's states are float32
+main-grads-dtype | fp32 | the optimizer's gradients are float32
+main-params-dtype | fp32 | the optimizer's weights are float32
+moe-dispatch-fwd-dtype | bf16 | tokens travel to experts in the format of the model
+moe-combine-bwd-dtype | bf16 | tokens travel to experts in the format of the model
 softmax-type | vanilla | attention's softmax is the plain one: torch's kernels know no attention sinks
 distributed-backend | nccl gloo | the backend follows the device
 exit-on-missing-checkpoint |  | a --load without a checkpoint ends the run
@@ -75,6 +81,7 @@ disable-multi-latent-attention |  | attention is grouped-query attention by defa
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
         "save": "run_dir",
+        "persistent-save-interval": "save_interval",
         "exit-signal-handler": "exit_on_signal",
         "layernorm-epsilon": "norm_epsilon",
         "batch-size": "micro_batch_size",
@@ -118,6 +125,8 @@ ARITHMETIC = (
     "lr-wsd-decay-samples",
     "num-layers-per-virtual-pipeline-stage",
     "recompute-activations",
+    "checkpoint-activations",
+    "moe-layer-recompute",
     "data-args-path",
     "per-split-data-args-path",
     "moe-router-score-function",
@@ -137,6 +146,22 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
             """
 no-save-rng | saves checkpoints without the random state | checkpoints would hold it
 disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
+spec | builds the layers from a module of your own | the layers would be those of this program: another model
+export-qk-l2-norm | applies an L2 norm to queries and keys
+  | there would be no norm, or RMSNorm with --qk-layernorm: another model
+export-moe-apply-probs-on-input | multiplies the experts' inputs by their weights
+  | outputs would be multiplied: another model
+enable-gpt-oss | scales positions as gpt-oss does | use --rope-type yarn with its scaling factor
+mtp-detach-heads | keeps the loss of the extra predictions from training the rest of the model
+  | that loss would train the whole model
+mtp-hsm | mixes the hidden states of several depths of multi-token prediction
+  | each depth would read the one before it: another model
+mtp-hybrid-override-pattern | lists the layers of multi-token prediction
+  | they would be attention layers with experts: another model
+mtp-use-repeated-layer | uses one layer for all depths of multi-token prediction
+  | each depth would have a layer of its own: another model
+moe-router-topk-limited-devices | limits each token to the experts of some ranks
+  | use --moe-router-num-groups and --moe-router-group-topk, which do not depend on the layout
 moe-latent-size | projects tokens to a smaller width before the experts
   | experts would see the full width: another model
 rotary-interleaved | rotates neighbouring channels | channels of the two halves would rotate: another model
@@ -147,7 +172,6 @@ init-method-xavier-uniform | draws initial weights from Xavier's distribution
   | they would be normal with --init-method-std
 fp16 | computes in float16 | use --bf16
 fp32-residual-connection | keeps the residual stream in float32 | it would be bfloat16 with --bf16
-apply-layernorm-1p | stores norm weights minus 1 | they would be stored as they are
 apply-residual-connection-post-layernorm | takes the residual after the norm
   | it would be taken before: another model
 qk-l2-norm | applies an L2 norm to queries and keys
@@ -186,7 +210,6 @@ moe-apply-probs-on-input | multiplies the experts' inputs by their weights
   | outputs would be multiplied: another model
 no-initialization | leaves the weights uninitialised | they would be drawn from --seed
 use-mp-args-from-checkpoint-args | takes the layout from the checkpoint | the settings must name it
-checkpoint-activations | is the old name of full recomputation | use --recompute-granularity full
 moe-use-upcycling | starts from a dense model
   | use mhr import-hf --upcycle with a Hugging Face model, or the experts start from random weights
 moe-upcycling-granularity | starts from a dense model | use mhr import-hf --upcycle with --granularity
@@ -195,8 +218,6 @@ moe-router-quantile-balancing-ema | balances by quantiles
   | routing would be balanced by --moe-aux-loss-coeff
 moe-expert-rank-capacity-factor | limits the tokens of each rank
   | use --moe-expert-capacity-factor for each expert
-apply-query-key-layer-scaling | scales attention by the layer's number
-  | it would not be scaled; the result differs in rounding alone
 warmup | is the old name of --lr-warmup-fraction | use --lr-warmup-fraction
 """
         ).items()

@@ -88,6 +88,18 @@ def recompute_activations(words: list[str], read: Read) -> Settings:
     return {"recompute_granularity": ["selective"]}
 
 
+def checkpoint_activations(words: list[str], read: Read) -> Settings:
+    """The old name of full recomputation."""
+    return {"recompute_granularity": ["full"]}
+
+
+def moe_layer_recompute(words: list[str], read: Read) -> Settings:
+    """The old name of recomputing the experts; full recomputation has them already."""
+    if read("recompute_granularity") == "full":
+        return {}
+    return {"recompute_granularity": ["selective"], "recompute_modules": ["moe"]}
+
+
 EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
     {
         "moe-router-score-function": score_function,
@@ -99,6 +111,8 @@ EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
         "data-args-path": data_args,
         "per-split-data-args-path": per_split_data_args,
         "recompute-activations": recompute_activations,
+        "checkpoint-activations": checkpoint_activations,
+        "moe-layer-recompute": moe_layer_recompute,
     }
 )
 

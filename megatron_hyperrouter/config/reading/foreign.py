@@ -16,11 +16,11 @@ ffn_hidden_size:             intermediate_size d_ff ffn_dim ffn_hidden_dim
 moe_ffn_hidden_size:         moe_intermediate_size expert_hidden_size expert_ffn_hidden_size
 seq_length:                  block_size seq_len max_seq_len max_seq_length sequence_length context_length
 norm_epsilon:                rms_norm_eps layer_norm_eps norm_eps layer_norm_epsilon layernorm_epsilon
-rotary_base:                 rope_theta rope_base
+rotary_base:                 rope_theta rope_base rotary_position_embeddings_theta
 init_method_std:             initializer_range init_std
 qk_head_dim:                 qk_nope_head_dim
 qk_pos_emb_head_dim:         qk_rope_head_dim
-moe_shared_expert_intermediate_size: shared_expert_intermediate_size
+moe_shared_expert_intermediate_size: shared_expert_intermediate_size shared_moe_ffn_hidden_size
 mtp_num_layers:              num_nextn_predict_layers
 router.num_groups:           n_group
 router.group_topk:           topk_group
@@ -29,9 +29,9 @@ hidden_dropout:              dropout resid_dropout resid_pdrop hidden_dropout_pr
 attention_dropout:           attn_dropout attn_pdrop
 num_experts:                 n_experts n_expert num_local_experts n_routed_experts moe_num_experts experts
 moe_router_topk:             top_k topk k num_experts_per_tok num_experts_per_token experts_per_token
-moe_aux_loss_coeff:          router_aux_loss_coef aux_loss_coef aux_loss_coeff aux_loss_alpha
+moe_aux_loss_coeff:          moe_loss_coeff router_aux_loss_coef aux_loss_coef aux_loss_coeff aux_loss_alpha
 moe_z_loss_coeff:            z_loss_coef z_loss_coeff router_z_loss_coef
-moe_expert_capacity_factor:  capacity_factor expert_capacity_factor
+moe_expert_capacity_factor:  moe_train_capacity_factor capacity_factor expert_capacity_factor
 micro_batch_size:            batch_size device_batch_size per_device_train_batch_size
 global_batch_size:           train_batch_size total_batch_size
 train_iters:                 max_steps max_iters num_steps num_iterations train_steps total_steps steps
@@ -74,6 +74,18 @@ OURS: Mapping[str, str] = MappingProxyType(
     }
 )
 SHARED = "use --moe-shared-expert-intermediate-size, the width of all shared experts together"
+# Megatron-DeepSpeed's and Pai-Megatron-Patch's names of what changes no result.
+_NOT_NEEDED = """
+aml_data_download_path checkpoint_in_cpu contigious_checkpointing cpu_optimizer cpu_torch_adam
+create_moe_param_group data_impl ddp_impl disable_mem_efficient_ln distribute_checkpointed_activations
+ds_fused_adam log_optimizer_states_to_tensorboard memory_centric_tiled_linear mmap_warmup
+no_contiguous_buffers_in_local_ddp no_pipeline_parallel no_query_key_layer_scaling partition_activations
+profile_backward scattered_embeddings split_transformers synchronize_each_layer tile_factor
+use_flash_attn_builder use_flash_attn_triton use_flash_attn_v1 use_flash_attn_v2 use_pin_memory use_tutel
+zero_allgather_bucket_size
+zero_contigious_gradients zero_reduce_bucket_size zero_reduce_scatter
+""".split()
+_TOKENS = "in samples: the number of tokens divided by --seq-length"
 # Names whose values differ as well: what to write instead.
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
@@ -99,5 +111,21 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "num_shared_experts": SHARED,
         "enable_shared_expert": SHARED,
         "hidden_act": "leave it out; the activation is SwiGLU",
+        "train_tokens": f"use --train-samples, {_TOKENS}",
+        "lr_decay_tokens": f"use --lr-decay-samples, {_TOKENS}",
+        "lr_warmup_tokens": f"use --lr-warmup-samples, {_TOKENS}",
+        "moe_eval_capacity_factor": "leave it out; --moe-expert-capacity-factor applies to evaluation too",
+        "disable_moe_token_dropping": "leave out --moe-expert-capacity-factor instead; then none is dropped",
+        "deepspeed_activation_checkpointing": "use --recompute-granularity full",
+        "expert_interval": "use --moe-layer-freq; every second of 12 layers is '([0,1]*6)'",
+        "ds_sequence_parallel_size": "use --context-parallel-size with --engine megatron",
+        "universal_checkpoint": "leave it out; any layout can load a checkpoint",
+        "dataset": "use --data-path with the prefix of a .bin/.idx pair",
+        "patch_tokenizer_type": "use --tokenizer-type HuggingFaceTokenizer and --tokenizer-model",
+        "extra_vocab_size": "use --make-vocab-size-divisible-by, which pads the tokenizer's vocabulary",
+        "max_padding_length": "leave it out; every sample has --seq-length tokens, without padding",
+        "train_mode": "leave it out; the program pretrains, and --finetune starts from other weights",
+        "sliding_window": "use --window-size; a sliding window of 4096 tokens is --window-size 4095,0",
     }
+    | dict.fromkeys(_NOT_NEEDED, "leave it out; it would not change the result")
 )

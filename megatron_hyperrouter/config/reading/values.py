@@ -153,6 +153,8 @@ def _prepared(leaf: Leaf, raw: object) -> object:
 
 
 def _remedy(leaf: Leaf, raw: object) -> str:
+    if leaf.name == "tokenizer_type" and str(raw).endswith("Tokenizer"):  # another library's, not a slip
+        return "use HuggingFaceTokenizer with --tokenizer-model, a folder or a name on the hub"
     if close := nearest(str(raw), map(str, leaf.choices)):
         return f"did you mean {close}?"
     # Omitting a setting that defines the model is not a remedy: the default is another model.
