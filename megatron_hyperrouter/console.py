@@ -108,7 +108,7 @@ def missing_library(error: ModuleNotFoundError) -> HostError:
 
 
 def note(text: str) -> None:
-    """Tell something worth knowing, once: on rank 0, on stdout."""
+    """Print a note once: on rank 0, to stdout."""
     if speaks():
         _say(sys.stdout, "note", text, "bold")
 
@@ -145,7 +145,7 @@ def say_at_once(text: str) -> None:
 
 
 def speaks() -> bool:
-    """True on the one rank that talks; without a launcher, always."""
+    """True on the one rank that prints; always True without a launcher."""
     return _rank() == "0"
 
 

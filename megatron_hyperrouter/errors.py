@@ -11,7 +11,7 @@ STOPPED = 6  # exit status of a run that stopped before its end on request, afte
 
 
 class HyperRouterError(Exception):
-    """Base of every error that is the user's to mend: one message, one remedy, one exit status."""
+    """Base of every error that the user can correct: one message, one remedy, one exit status."""
 
     exit_status: ClassVar[int] = 1
 

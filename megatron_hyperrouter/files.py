@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all, whoever else can write to the folder.
+"""Files that appear complete or not at all, even if others can write to the folder.
 
-A file is written under a temporary name that nobody can foresee, which must not exist yet and is never
-followed when it is a symbolic link, and then renamed. Its mode follows the umask, as that of a file made with
-``open``.
+A file is written under a random temporary name, which must not exist yet and is never followed if it is a
+symbolic link, and then renamed. Its mode follows the umask, like that of a file made with ``open``.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def open_new(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def open_afresh(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """The same under a name that can be foreseen: what a killed run, or somebody else, has left there is
-    removed, and never followed when it is a link.
+    """The same under a predictable name: what a killed run or another user has left there is removed, and
+    never followed if it is a link.
     """
     path.unlink(missing_ok=True)
     return open_new(path, buffering=buffering)

@@ -22,8 +22,8 @@ MOST_TOKENS = 1024  # compared of a micro-batch: beyond, CKA hardly moves
 
 @contextmanager
 def open_to_routers(kind: type[Router]) -> Iterator[None]:
-    """Engines that are built inside serve the experts to routers of this class, whether the method needs them
-    or not.
+    """Within this context, engines give the experts to routers of this class, even if the method does not
+    need them.
     """
     before = kind.needs_experts
     kind.needs_experts = True
@@ -52,8 +52,8 @@ def expert_similarity(routers: Iterable[Router], evaluate: Callable[[], object])
 
 
 def mean_similarity(outputs_ETD: Tensor) -> float:
-    """Linear CKA of two experts' outputs for the same tokens, mean over the E (E - 1) / 2 pairs: 0 unrelated,
-    1 alike; 0 for E = 1.
+    """Linear CKA of two experts' outputs for the same tokens, averaged over the E (E - 1) / 2 pairs: 0 for
+    unrelated experts, 1 for equal ones; 0 for E = 1.
     """
     num_experts = outputs_ETD.size(0)
     rows = [
@@ -76,14 +76,14 @@ def similarity_matrix(outputs_END: Tensor) -> Tensor:
 
 
 def comparable_tokens(num_experts: int, hidden_size: int) -> int:
-    """Tokens for :func:`similarity_matrix`: four for each feature, as fewer make experts look alike, and no
-    more than memory has room for.
+    """Number of tokens for :func:`similarity_matrix`: four for each feature, because with fewer, experts
+    look alike; fewer if memory is too small.
     """
     return min(4 * hidden_size, math.isqrt(_LARGEST // num_experts), _LARGEST // (num_experts * hidden_size))
 
 
 def every_output_ETD(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
-    """Every expert's output for some of the tokens, by way of the engine."""
+    """Every expert's output for some of the tokens, computed by the engine."""
     if now.experts is None:
         raise RuntimeError("the engine does not serve its experts: build it inside open_to_routers()")
     outputs: list[Tensor] = []

@@ -22,8 +22,8 @@ Shape = tuple[int, ...]
 
 
 def shapes_of(config: RunConfig, rows: int, vocab_size: int = 1) -> dict[str, Shape]:
-    """Global name -> shape of each trained tensor; ``rows``: of the embedding; ``vocab_size``: ids of the
-    tokenizer, which only a router that goes by them needs.
+    """Global name -> shape of each trained tensor; ``rows``: of the embedding; ``vocab_size``: number of
+    token ids, needed only for a router that uses them.
     """
     model, D = config.model, config.model.hidden_size
     found: dict[str, Shape] = {WORD_EMBEDDINGS: (rows, D), "decoder.final_layernorm.weight": (D,)}

@@ -18,8 +18,8 @@ Slices = tuple[slice, ...]
 
 
 class Cut(Protocol):
-    """How tensor parallelism cuts a whole tensor: ``parts`` matrices stacked along ``dim``, each cut by
-    itself.
+    """How tensor parallelism splits a whole tensor: ``parts`` matrices are stacked along ``dim``, and each
+    is split separately.
     """
 
     @property

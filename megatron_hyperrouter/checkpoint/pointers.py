@@ -59,7 +59,7 @@ def latest_step(root: Path) -> int | None:
 
 
 def proved_step(root: Path) -> int | None:
-    """The newest sealed checkpoint that a healthy step has followed, as far as it is known."""
+    """The newest sealed checkpoint that is known to have been followed by a normal step."""
     step = _read(root / PROVED).step
     return step if step is not None and _is_sealed(root, step) else None
 

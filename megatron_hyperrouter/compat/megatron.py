@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Patch what this machine needs; idempotent, to be called before a model is built."""
+    """Apply the patches that this machine needs; idempotent.  Call it before a model is built."""
     for always in _everywhere():
         always()
     if torch.cuda.is_available() or getattr(torch.cuda, "_hyperrouter_cpu", False):

@@ -170,7 +170,7 @@ def _about_hardware(config: RunConfig, has_gpu: bool | None) -> Iterator[str]:
 
 
 class _Watched:
-    """Reads like a RunConfig, and notes the flat name of every setting that is looked at."""
+    """Reads like a RunConfig, and records the flat name of every setting that is read."""
 
     def __init__(self, config: Any, seen: set[str], prefix: str | None = None) -> None:
         self._config, self._seen, self._prefix = config, seen, prefix

@@ -1,7 +1,8 @@
 """Builds the settings of a run: defaults < YAML < flags, checked, with every problem in one error.
 
 ``routers`` is always the registry, passed as an argument: name -> class with a nested frozen dataclass
-``Config``. It is an argument because this room knows no torch, and a new router brings its own flags.
+``Config``.  It is an argument because this room does not import torch, and because a new router adds its
+own flags.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def parse(
 ) -> RunConfig:
     """The settings of a command line, merged over those of its ``--config`` file.
 
-    ``world_size``: ranks of the run, see :func:`launched_world_size`; None if it is not known, which
-    leaves out the rules that need it.  ``notes`` receives what is worth telling about how the settings were
-    understood.  ``--help`` prints and raises SystemExit(0).  Raises ConfigError with every problem at once.
+    ``world_size``: number of ranks, see :func:`launched_world_size`; None if unknown, which skips the
+    rules that need it. ``notes`` receives notes for the user about how the settings were understood.
+    ``--help`` prints and raises SystemExit(0).  Raises ConfigError with every problem at once.
     """
     line = read_flags(argv)
     if "--help" in line.flags:

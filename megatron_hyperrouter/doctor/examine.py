@@ -22,7 +22,7 @@ class Report:
 
     @property
     def faults(self) -> list[Finding]:
-        """What has to be mended."""
+        """The findings that must be corrected."""
         return [found for found in self.findings if found.level == "fault"]
 
 

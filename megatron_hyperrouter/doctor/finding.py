@@ -11,7 +11,7 @@ Level = Literal["ok", "note", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to one question: all is well, something is worth knowing, or something has to be mended."""
+    """The result of one check: ok, a note, or a fault."""
 
     check: str
     level: Level
@@ -34,7 +34,7 @@ def note(check: str, text: str, remedy: str = "") -> Finding:
 
 
 def fault(check: str, text: str, remedy: str) -> Finding:
-    """To be mended before a run."""
+    """Something to correct before a run."""
     return Finding(check, "fault", text, remedy)
 
 

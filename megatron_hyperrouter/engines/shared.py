@@ -219,8 +219,8 @@ class SharedEngine(SavedEngine):
 
     @abstractmethod
     def optimize(self, batches: list[Batch], learning_rate: float) -> float:
-        """One optimizer step over all of this rank's micro-batches, in which weights change only where
-        ``self.judgement`` allows it; returns the gradient norm before clipping.
+        """One optimizer step over all of this rank's micro-batches; weights change only if
+        ``self.judgement`` allows it.  Returns the gradient norm before clipping.
         """
 
     def evaluate(
@@ -275,7 +275,7 @@ class SharedEngine(SavedEngine):
         return tokens_BS.clamp(min=0) if self.clock.padded else tokens_BS
 
     def _counted(self, batch: Batch) -> Batch:
-        """The same, without the labels that no loss is asked for."""
+        """The same batch, without labels that are excluded from the loss."""
         tokens_BS, labels_BS = batch
         if not self.config.data.eod_mask_loss or self.eod is None:
             return batch

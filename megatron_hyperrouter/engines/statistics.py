@@ -174,10 +174,11 @@ MOST_TOKENS, MOST_PAIRS = 256, 8
 
 
 class Likeness:
-    """Linear CKA of the outputs of experts 0 and 1, 2 and 3, ... of each layer, for the tokens of a pass that
-    every data-parallel rank makes alike.
+    """Linear CKA of the outputs of experts 0 and 1, 2 and 3, ... of each layer, for the tokens of a pass
+    that is the same on every data-parallel rank.
 
-    It says nothing if an odd number of experts is on each rank: no rank has both of a pair.
+    There is no value if each rank has an odd number of experts, because no rank has both experts of some
+    pairs.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, *, first_expert: int) -> None:
@@ -189,7 +190,7 @@ class Likeness:
 
     @contextmanager
     def watching(self, routers: Iterable[Router]) -> Iterator[None]:
-        """Inside, every pass of these routers is looked at."""
+        """Within this context, every pass of these routers is measured."""
         with ExitStack() as stack:
             for router in routers:
                 stack.enter_context(self._watched(router))

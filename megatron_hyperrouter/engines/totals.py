@@ -33,7 +33,7 @@ class Judgement:
         self._decide, self._allowed = decide, None
 
     def allows(self, norm: float) -> bool:
-        """Whether the weights may change; decided when it is asked first."""
+        """Whether the weights may change; decided at the first call."""
         if self._allowed is None:
             self._allowed = self._decide(norm)
         return self._allowed

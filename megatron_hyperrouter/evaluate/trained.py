@@ -59,10 +59,10 @@ def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One checkpoint and all that is needed to use it.
+    """One checkpoint and everything that is needed to use it.
 
-    ``settings``: those of the run that wrote it, without what only training needs, for as many ranks as were
-    asked for; ``manifest``: see ``checkpoint.manifest``.
+    ``settings``: those of the run that wrote it, without what only training needs, for the given number of
+    ranks; ``manifest``: see ``checkpoint.manifest``.
     """
 
     checkpoint: Path

@@ -27,12 +27,11 @@ from megatron_hyperrouter.model.spec import RMSNorm, expert_spec, layer_spec, tr
 
 
 def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> Path:
-    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; to be called inside
+    """Write the weights in ``folder`` to ``output/iter_NNNNNNN``, which is returned; call it within
     ``one_process``.
 
-    A router that is a linear map of its input becomes megatron-core's ``TopKRouter``, which takes the softmax
-    over the chosen logits as well (``moe_router_pre_softmax`` False).  CheckpointError if that would be
-    another model.
+    A router that is a linear map becomes megatron-core's ``TopKRouter``, which also takes the softmax over
+    the chosen logits (``moe_router_pre_softmax`` False).  CheckpointError if that would be another model.
     """
     if run.model.moe_router_topk < 2:
         raise CheckpointError(

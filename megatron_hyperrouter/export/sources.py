@@ -1,4 +1,4 @@
-"""A checkpoint as the source of an export: checked files, settings that bear on the function alone, and its
+"""A checkpoint as the source of an export: checked files, settings that affect what it computes, and its
 routers.
 """
 
@@ -86,11 +86,11 @@ class OneProcess:
     place = _OnePlace()
 
     def any_rank(self, flag: bool) -> bool:
-        """Nobody else is asked."""
+        """There are no other ranks."""
         return flag
 
     def first_word(self, word: str) -> str:
-        """Nobody else is asked."""
+        """There are no other ranks."""
         return word
 
 

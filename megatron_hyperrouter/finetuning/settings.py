@@ -137,8 +137,8 @@ def overrides(
 
 
 def fitted(run: RunConfig, settings: Settings, *, longest: int, world_size: int) -> RunConfig:
-    """The settings of a fine-tuning for texts of at most ``longest`` tokens, and with micro-batches where
-    none were asked for: of the same size on every layout, as far as the batch allows it.
+    """The settings of a fine-tuning for texts of at most ``longest`` tokens, with a micro-batch size if
+    none was given: the same on every layout, if the batch allows it.
     """
     parallel = run.parallel
     parts = 8 * parallel.tensor_model_parallel_size

@@ -252,7 +252,9 @@ class LateData:
 
 
 class Alarms:
-    """Decides alike on every rank, and changes nothing of a run without ``raise-aux`` and ``stop``."""
+    """Makes the same decisions on every rank, and changes nothing of a run without ``raise-aux`` and
+    ``stop``.
+    """
 
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self._engine, self._config = engine, config

@@ -119,7 +119,7 @@ def _is_lost(part: OwnPart) -> bool:
 
 
 def _alike(one: float, other: float) -> bool:
-    """Equal except for the order of sums on a GPU; two numbers that are not finite are alike."""
+    """Equal except for the order of sums on a GPU; two numbers that are not finite count as equal."""
     if not (math.isfinite(one) and math.isfinite(other)):
         return math.isfinite(one) == math.isfinite(other)
     return math.isclose(one, other, rel_tol=1e-3)

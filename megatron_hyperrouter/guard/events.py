@@ -87,14 +87,14 @@ def last_words(events: Sequence[Mapping[str, Fact]]) -> Mapping[str, Fact] | Non
 
 
 def facts_of(error: Exception) -> dict[str, Fact]:
-    """What ``failure`` says of an error."""
+    """The fields of ``failure`` for an error."""
     status = error.exit_status if isinstance(error, HyperRouterError) else 1
     return {"error": type(error).__name__, "message": str(error), "status": status}
 
 
 def record_failure_of(rank: int, path: Path, step: int, **facts: Fact) -> None:
-    """A failure of a rank that is not rank 0, which may know nothing of it; nothing if rank 0 has failed
-    as well.
+    """Record a failure of a rank other than rank 0, which may not know of it; do nothing if rank 0 has
+    failed as well.
     """
     time.sleep(_TURN)
     if last_words(read_events(path)) is None:

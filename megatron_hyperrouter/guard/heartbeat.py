@@ -56,7 +56,7 @@ class Progress:
     since: float = field(default_factory=time.time)
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase begins, or moves on."""
+        """Begin a phase, or record progress in it."""
         self.step, self.phase, self.since = step, phase, time.time()
 
     def through(self, items: Iterable[Item], getting: str, working: str, step: int) -> Iterator[Item]:

@@ -69,7 +69,7 @@ class Launcher:
         )
 
     def tell(self, request: StopRequest) -> None:
-        """Ask for a stop where the launcher is gone: the step that is under way must not count."""
+        """Request a stop if the launcher is gone: the current step must not count."""
         if self.is_gone():
             request.ask("the end of the launcher", at_once=True)
 

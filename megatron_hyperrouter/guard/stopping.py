@@ -22,9 +22,9 @@ _ECHO = 2.0  # seconds
 
 
 class StopRequest:
-    """Whether somebody asked this rank to stop, and who.
+    """Whether this rank was asked to stop, and by what.
 
-    Bare attributes: a signal handler must not take a lock, as ``threading.Event`` does.
+    Plain attributes: a signal handler must not take a lock, as ``threading.Event`` does.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StopRequest:
 
     @property
     def came(self) -> bool:
-        """True once somebody has asked."""
+        """True once there was a request."""
         return bool(self.reason)
 
     def ask(self, reason: str, *, at_once: bool = False) -> None:
@@ -44,7 +44,7 @@ class StopRequest:
         self.at_once = self.at_once or at_once
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """A signal came: note it; a second Ctrl-C ends the process at once."""
+        """Record a signal; a second Ctrl-C ends the process at once."""
         if not self.reason:
             self.ask(signal.Signals(number).name)
             if number == signal.SIGINT:

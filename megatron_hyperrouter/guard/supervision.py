@@ -57,7 +57,7 @@ class Supervision:
 
     @contextlib.contextmanager
     def watchdog(self, config: RunConfig, engine: Engine, step: int) -> Iterator[None]:
-        """Inside, a run that does not move ends; it starts after ``step`` steps."""
+        """Within this context, a run without progress is ended; it begins after ``step`` steps."""
         minutes, place = config.guard.distributed_timeout_minutes, engine.place
         self.progress.enter("start", step)
         with Watchdog(

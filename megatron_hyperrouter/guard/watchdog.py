@@ -75,7 +75,9 @@ class Watchdog:
         self._thread.join(timeout=SECONDS)
 
     def look(self) -> None:
-        """One round: beat, see whether the launcher is alive, see whether the run moves."""
+        """One round: write the heartbeat, check whether the launcher is alive, check whether there is
+        progress.
+        """
         self._launcher.tell(self._stop)
         self._beat()
         still = time.time() - self._progress.since

@@ -33,7 +33,7 @@ def has_data(run: RunConfig) -> bool:
 
 
 def described_run(run: RunConfig) -> Description:
-    """What the checkpoint says of the run, its tokenizer included."""
+    """The checkpoint's description of the run, including its tokenizer."""
     return describe(run, tokenizer=tokenizer_of(run.data).identity())
 
 

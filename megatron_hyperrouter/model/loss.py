@@ -37,8 +37,8 @@ class LanguageModelLoss:
         self.scale: Tensor | None = None
 
     def __call__(self, output: Projection | Tensor, labels_BS: Tensor) -> Tensor:
-        """The micro-batch's part of the mean, in nats per token, from what :class:`OutputLayer` gives: logits
-        ``_SBV``, or their two factors, either cut over tensor-parallel ranks.
+        """The micro-batch's part of the mean, in nats per token, from the output of :class:`OutputLayer`:
+        logits ``_SBV``, or their two factors, both split over tensor-parallel ranks.
         """
         labels_SB = labels_BS.t().contiguous()
         total, losses_T = _losses(output, labels_SB)

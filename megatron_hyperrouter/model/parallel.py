@@ -68,5 +68,5 @@ def set_dropout_states(states: dict[str, Tensor]) -> None:
 
 
 def forget_groups() -> None:
-    """The opposite of :func:`make_groups`, as far as megatron-core's own records go."""
+    """The opposite of :func:`make_groups`, for megatron-core's own records."""
     parallel_state.destroy_model_parallel()

@@ -17,8 +17,8 @@ from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 
 @dataclass(frozen=True)
 class Shard:
-    """Piece ``rank`` of ``size`` along ``dim``; ``parts`` matrices are stacked along it and cut each by
-    itself.
+    """Part ``rank`` of ``size`` along ``dim``; ``parts`` matrices are stacked along it, and each is split
+    separately.
     """
 
     dim: int
@@ -62,7 +62,9 @@ _CUT = {
 
 
 def is_cut(name: str) -> bool:
-    """Whether tensor parallelism cuts the parameter with this global name; others are whole on each rank."""
+    """Whether tensor parallelism splits the parameter with this global name; others are whole on each
+    rank.
+    """
     return name.endswith(tuple(_CUT))
 
 
@@ -79,7 +81,7 @@ def shard_of(name: str) -> Shard | None:
 
 
 def tensor_parallel_place(name: str) -> tuple[int, int]:
-    """(size, rank) of the tensor parallelism that cuts the parameter with this global name."""
+    """(size, rank) of the tensor parallelism that splits the parameter with this global name."""
     if is_expert(name):
         return (
             parallel_state.get_expert_tensor_parallel_world_size(),

@@ -215,8 +215,8 @@ def mtp_spec(layer: ModuleSpec) -> ModuleSpec:
 
 
 def expert_spec(config: RunConfig, *, apart: bool = False) -> ModuleSpec:
-    """Spec of the experts of a rank, for megatron-core's MoE layer; ``apart``: each is a module of its
-    own that can be called.
+    """Spec of the experts of a rank, for megatron-core's MoE layer; ``apart``: each is a separate module
+    that can be called.
     """
     if uses_transformer_engine(config):
         return fused_expert_spec(config, grouped=not apart)

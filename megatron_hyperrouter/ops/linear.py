@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def float32_linear(x_TD: Tensor, W_ED: Tensor, b_E: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` in float32; for the way back it keeps ``x`` as it came, not a float32 copy of it."""
+    """``x W^T + b`` in float32; for the backward pass it keeps ``x`` in its own dtype, not a float32 copy."""
     if x_TD.dtype == torch.float32:
         return F.linear(x_TD, W_ED, b_E)
     logits_TE: Tensor = _Float32Linear.apply(x_TD, W_ED, b_E)  # type: ignore[no-untyped-call]

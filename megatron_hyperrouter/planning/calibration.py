@@ -32,7 +32,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A machine's constants, and what they say of the steps that they were fitted to."""
+    """A machine's constants, and their predictions for the steps that they were fitted to."""
 
     machine: Machine
     fitted: tuple[str, ...]  # the others stay as assumed

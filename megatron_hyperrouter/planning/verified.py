@@ -51,7 +51,7 @@ def ranks_of(world_size: int) -> list[int]:
 def task_of(
     candidate: Candidate, rank: int, vocab_size: int, skew: float, *, whole: bool = False
 ) -> dict[str, Any]:
-    """What ``dry/rank.py`` is asked; ``whole``: of a step with all of its micro-batches."""
+    """A task for ``dry/rank.py``; ``whole``: with all micro-batches of a step."""
     config = candidate.config
     if not whole:
         config = shortened(config, candidate.micro_batches, candidate.data_size)

@@ -20,7 +20,7 @@ _TOPKS = (1, 2, 4, 8)
 
 
 class Asked(NamedTuple):
-    """What a proof is asked for."""
+    """What a proof has to compare."""
 
     topks: Sequence[int] | None = None  # default: 1, 2, 4, 8, and the k of the folder
     samples: int = 4

@@ -24,7 +24,7 @@ _LONGEST = 512  # positions of a sample: a folder may allow a hundred thousand
 def prove_import(
     draft: Path, folder: HfFolder, topks: list[int], asked: Asked | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """``(import certificate, faults)`` of the run folder in ``draft``; no proof where none is asked for."""
+    """``(import certificate, faults)`` of the run folder in ``draft``; without a proof if none is wanted."""
     run = TrainedRun.open(draft)
     proof = None if asked is None else _proof(run, folder, sorted(asked.topks or topks), asked)
     content = {

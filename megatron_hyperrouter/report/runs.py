@@ -72,7 +72,7 @@ def _summary() -> list[tuple[str, Callable[[TrainingRun], str]]]:
 
 
 def state(run: TrainingRun) -> str:
-    """How the last attempt ended, as far as its events say."""
+    """How the last attempt ended, according to its events."""
     ends = {"end": "finished", "stop": "stopped on request", "failure": "failed"}
     for event in reversed(run.events):
         if event.get("event") in ends:

@@ -54,7 +54,7 @@ from megatron_hyperrouter.routers.base import (
 
 
 class SimSMoERouter(Router, name="simsmoe"):
-    """A trained linear router with a loss that keeps experts from becoming alike (SimSMoE)."""
+    """A trained linear router with a loss that keeps experts different (SimSMoE)."""
 
     needs_experts = True
     config: Config
@@ -301,11 +301,12 @@ class SimSMoERouter(Router, name="simsmoe"):
 def shared_tokens(
     experts_GK: Tensor, places_G: Tensor, pairs_R2: Tensor, most: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that have both experts of each pair: all, or ``most`` of them, evenly spaced in the order of
-    their places.
+    """The tokens that have both experts of each pair: all, or ``most`` of them, evenly spaced in the order
+    of their positions.
 
-    Returns where a token has the pair's two experts among its K, ``slots_RG2``; rows of these tokens,
-    ``_RN``; and which of these are there at all (boolean ``_RN``): N is the largest number that a pair has.
+    Returns the places of the pair's two experts among a token's K, ``slots_RG2``; the rows of these
+    tokens, ``_RN``; and which of these rows are valid (boolean ``_RN``): N is the largest number of tokens
+    of a pair.
     """
     has_RG2K = experts_GK.unsqueeze(1) == pairs_R2[:, None, :, None]
     slots_RG2 = has_RG2K.byte().argmax(-1)

@@ -45,7 +45,7 @@ _MEASURES = (
 
 @dataclass(frozen=True)
 class Analysis:
-    """An open run and the data that it is looked at with."""
+    """An open run and the data on which it is analyzed."""
 
     run: TrainedRun
     engine: Engine

@@ -107,7 +107,7 @@ def write_results(told: Told, args: Namespace) -> None:
 
 
 def score_names(rows: Sequence[ResultRow], topks: Sequence[int] | None) -> list[str]:
-    """What a score is called: by its k, or not at all where each run was scored with its own."""
+    """The name of a score: with its k, or without k if each run was scored at its own."""
     return [f"_k{score['topk']}" for score in rows[0]["scores"]] if topks else [""]
 
 

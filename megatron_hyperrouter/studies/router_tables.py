@@ -224,7 +224,7 @@ def _against_k(
     table: Mapping[str, Mapping[str, Interval]],
     **labels: str,
 ) -> None:
-    """One line a router: means with intervals, a little apart so that none hides another."""
+    """One line for each router: means with intervals, slightly shifted so that none hides another."""
     for number, (label, row) in enumerate(table.items()):
         shift = 1 + 0.015 * (number - (len(table) - 1) / 2)
         means, halves = ([row[name][part] or 0.0 for name in measures] for part in (0, 1))

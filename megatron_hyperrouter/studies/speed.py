@@ -172,7 +172,7 @@ def gpus_here() -> int:
 
 # --------------------------------------------------------------------------------------------- rows
 def layouts_of(args: Namespace) -> list[Layout]:
-    """The layouts asked for; raises ConfigError for words that mean nothing."""
+    """The given layouts; raises ConfigError for unknown words."""
     from megatron_hyperrouter.errors import ConfigError, Problem
     from megatron_hyperrouter.verify.differences import check_names, parse_layout
 

@@ -109,7 +109,7 @@ def markdown(
     started: set[str],
     repeats: int,
 ) -> str:
-    """The table for the terminal, and what it is worth."""
+    """The table for the terminal, and notes on its validity."""
     body = []
     for (ranks, layout), row in table.items():
         cells = []

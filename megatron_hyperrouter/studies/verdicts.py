@@ -48,10 +48,10 @@ class Named:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say of a comparison.
+    """The result of a comparison.
 
-    ``p``: adjusted by Holm over all comparisons; ``smallest_effect``: what this number of seeds detects
-    in 80 % of the cases; ``needed``: seeds for ``effect``, planned with the upper bound of the standard
+    ``p``: adjusted by Holm over all comparisons; ``smallest_effect``: what this number of seeds detects in
+    80 % of the cases; ``needed``: seeds for ``effect``, planned with the upper bound of the standard
     deviation.
     """
 

@@ -120,7 +120,7 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
 
 
 def _given_up(run: Run, first: int, step: int, request: StopRequest) -> int:
-    """Stop after ``step``: the one that was under way does not count."""
+    """Stop after ``step``: the step after it was dropped."""
     if step > first:
         run.save(step, wait=True)
     return _stopped(run, step, run.engine.first_word(request.reason))

@@ -290,9 +290,7 @@ def to_json(record: Mapping[str, Any]) -> str:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, on disk as far as the last whole line whenever the process
-    dies.
-    """
+    """``metrics.jsonl``: one JSON object per line; if the process dies, all complete lines are on disk."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

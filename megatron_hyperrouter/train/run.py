@@ -172,7 +172,7 @@ class Run:
         return islice(batches, self.batch_sizes.size(step - 1) // together)
 
     def similarity(self, step: int) -> dict[int, float] | None:
-        """How alike the experts of each layer are after step ``step``, where it is time to measure it
+        """How similar the experts of each layer are after step ``step``, at the measuring interval
         (collective).
         """
         interval = self.config.guard.expert_similarity_interval

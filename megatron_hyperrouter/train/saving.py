@@ -95,7 +95,7 @@ class Saving:
         return Wish("", save=tells(self._late()))
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of this step is asked for by --save-interval."""
+        """Whether --save-interval asks for a checkpoint of this step."""
         return self._settings.save_interval > 0 and step % self._settings.save_interval == 0
 
     def stops_at(self, step: int) -> str:
@@ -133,9 +133,7 @@ class Saving:
             self._saved(step, folder)
 
     def settle(self, step: int) -> None:
-        """Wait for the running save (collective); where it failed, try once more, with ``step`` at which
-        the run is.
-        """
+        """Wait for the running save (collective); if it failed, try once more at the current ``step``."""
         failure = self._writer.settle()
         self.poll()
         if failure is None:

@@ -26,7 +26,7 @@ class ConsoleHook(Hook):
         self._progress: Progress | None = None
 
     def on_start(self, step: int) -> None:
-        """Open the bar where somebody can see it move."""
+        """Open the bar if the output is a terminal."""
         if not self._screen.is_terminal or step >= self._train_iters:
             return
         # The numbers come first: what does not fit is cut off at their end, or from the bar.

@@ -1,4 +1,4 @@
-"""The state of a run, judged from its files: running, stopped, finished, failed or hung."""
+"""The state of a run, derived from its files: running, stopped, finished, failed or hung."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 
 @dataclass(frozen=True)
 class Status:
-    """What the user asks of a run."""
+    """The state of a run for the user."""
 
     run: str
     state: str  # running, stopped, finished, failed, hung

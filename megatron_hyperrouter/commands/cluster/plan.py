@@ -130,7 +130,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
 
 
 def machine_of(args: Namespace) -> Machine:
-    """What the flags and the calibration file say of the machine."""
+    """The machine that the flags and the calibration file describe."""
     from dataclasses import replace
 
     from megatron_hyperrouter.planning.machine import Machine, calibrated

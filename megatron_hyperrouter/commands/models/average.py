@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def folders_of(args: Namespace) -> list[Path]:
-    """The checkpoints that are asked for, oldest first."""
+    """The requested checkpoints, oldest first."""
     from megatron_hyperrouter.checkpoint.folder import find
     from megatron_hyperrouter.checkpoint.manifest import folder_name, sealed_steps
 

@@ -155,7 +155,7 @@ def samples_of(dataset: Dataset, progress: Callable[[int, int], None] | None = N
 def stretches(
     dataset: Dataset, eod: int | None, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[np.ndarray]:
-    """Samples, cut after each ``eod``: what fills up a packed sample has no pair, and is left out."""
+    """Samples, split after each ``eod``; padding of a packed sample has no pair and is left out."""
     import numpy as np
 
     for sample in samples_of(dataset, progress):

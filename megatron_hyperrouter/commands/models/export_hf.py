@@ -130,7 +130,7 @@ def write_gguf(args: Namespace, folder: Path) -> None:
 
 
 def asked_of(args: Namespace) -> Asked:
-    """What a proof is asked for."""
+    """What the proof has to compare."""
     from megatron_hyperrouter.proof.exports import Asked
 
     return Asked(args.proof_topk, args.proof_samples, args.proof_data, args.python)
@@ -225,8 +225,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--calibrate-k",
         action="store_true",
-        help="rescale the output of each MoE layer for --topk, as mhr evaluate --calibrate-k does; "
-        "the second matrices of the experts hold the scales",
+        help="rescale the output of each MoE layer for --topk, like mhr evaluate --calibrate-k; the "
+        "scales are multiplied into the experts' second matrices",
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")

@@ -115,7 +115,7 @@ def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, t
 def write(
     output: Path, rows: list[dict[str, Any]], lines: list[str], steps: list[str], facts: dict[str, Any]
 ) -> None:
-    """The files of a fine-tuning, each whole or not at all, the results last."""
+    """Write the files of a fine-tuning, each atomically, the results last."""
     from megatron_hyperrouter.finetuning import reports
 
     try:
@@ -130,7 +130,7 @@ def write(
 
 
 def check_output(output: Path) -> None:
-    """ConfigError if results are there already, or cannot be written."""
+    """ConfigError if there are already results, or if they cannot be written."""
     from megatron_hyperrouter.finetuning import reports
 
     rule = "already holds results" if (output / reports.RESULTS).exists() else ""

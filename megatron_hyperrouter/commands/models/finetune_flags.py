@@ -198,7 +198,7 @@ def _optional(flags: ArgumentParser, name: str) -> None:
 
 
 def settings_of(args: Namespace) -> Settings:
-    """The flags as settings; the parts to freeze are taken apart."""
+    """The flags as settings; the list of parts to freeze is split."""
     values = {each.name: getattr(args, each.name) for each in fields(Settings)}
     words = [word for word in args.freeze.split(",") if word]
     values["freeze"] = tuple(word for word in words if word != "none")

@@ -155,7 +155,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--calibrate-k",
         action="store_true",
-        help="also write texts with rescaled MoE outputs, as mhr evaluate --calibrate-k does",
+        help="also print texts with rescaled MoE outputs, like mhr evaluate --calibrate-k",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)

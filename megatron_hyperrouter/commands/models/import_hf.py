@@ -84,7 +84,9 @@ def copies(args: Namespace, folder: HfFolder) -> bool:
 
 
 def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
-    """Values of k to prove: whole groups of slices, or those at which both judge groups of experts alike."""
+    """Values of k to prove: whole groups of slices, or those at which both programs choose the same groups
+    of experts.
+    """
     from megatron_hyperrouter.importing.fitting import check_equal, equal_topks
 
     if folder.dense:
@@ -171,14 +173,14 @@ def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeight
 
 
 def asked_of(args: Namespace) -> Any:
-    """What the proof is asked for."""
+    """What the proof has to compare."""
     from megatron_hyperrouter.proof.exports import Asked
 
     return None if args.no_proof else Asked(args.proof_topk, args.proof_samples, None, args.python)
 
 
 def check_flags(args: Namespace, folder: HfFolder) -> None:
-    """ConfigError with all flags that do not go with this folder."""
+    """ConfigError that lists all flags that cannot be used with this folder."""
     found: list[Problem] = []
     if folder.dense and args.upcycle is None:
         rule = f"must be given for a dense model ({folder.architecture})"

@@ -186,7 +186,7 @@ def check_ranks(layouts: Sequence[Layout]) -> None:
 
 
 def check_some_run(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
-    """ConfigError if the settings rule out every layout that was asked for: nothing would be checked."""
+    """ConfigError if the settings rule out every given layout, because nothing would be checked."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     asked = [row for row in rows if row.layout != reference.layout] or rows
@@ -206,7 +206,7 @@ def check_data(reference: CheckedLayout, args: Namespace) -> None:
 
 
 def under_launcher() -> bool:
-    """Whether somebody else starts the ranks."""
+    """Whether a launcher starts the ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -1,4 +1,4 @@
-"""What the first event of an attempt says of it: how far it is to go, where it runs, and with what."""
+"""The fields of an attempt's first event: the number of steps, the machines, and the software."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks of a run begin with the same settings, the same checkpoint and the same data, or not at all."""
+"""All ranks of a run begin with the same settings, the same checkpoint and the same data, or none begins."""
 
 from __future__ import annotations
 

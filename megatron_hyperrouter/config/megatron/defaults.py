@@ -35,8 +35,8 @@ TRAINING = (
 
 
 def defaults_that_differ(given: Collection[str], foreign: int) -> Iterator[str]:
-    """Notes about what a command leaves out.  ``given``: its flags, without dashes in front; ``foreign``: how
-    many of them are Megatron-LM's alone.
+    """Notes about omitted flags whose defaults differ.  ``given``: the given flags, without leading
+    dashes; ``foreign``: how many of them only Megatron-LM has.
     """
     if foreign < ENOUGH:
         return

@@ -92,7 +92,9 @@ def windows_fit_the_layers(config: RunConfig, world_size: int | None) -> Iterato
 
 
 def mtp_within_its_engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Multi-token prediction reads shifted tokens: borders of documents and parts of samples would move."""
+    """Multi-token prediction reads shifted tokens, which would shift document borders and parts of
+    samples.
+    """
     if config.model.mtp_num_layers is None:
         return
     if resets_documents(config):

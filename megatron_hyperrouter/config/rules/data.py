@@ -60,7 +60,7 @@ def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 def schedule_is_one(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """--data-schedule is a list of mixes; whether their files are there shows when they are opened."""
+    """--data-schedule must be a list of mixes; whether their files exist is checked when they are opened."""
     if config.data.data_schedule is None:
         return
     try:

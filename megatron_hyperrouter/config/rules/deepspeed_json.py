@@ -88,7 +88,7 @@ def _unknown_keys(document: dict[str, Any], path: str) -> Iterator[Problem]:
 
 
 def _keys_that_cannot_run(document: dict[str, Any], path: str) -> Iterator[Problem]:
-    """Whatever the flags say: DeepSpeed would stop at them, or cut the model a second time."""
+    """Keys with which DeepSpeed would stop, or split the model a second time, for any flags."""
     for key in REMOVED:
         if (value := at(document, key)) is not ABSENT:
             yield Problem(

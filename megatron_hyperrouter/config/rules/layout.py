@@ -55,8 +55,8 @@ def expert_tensor_parallel_is_all_or_none(config: RunConfig, world_size: int | N
 
 
 def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """DeepSpeed cuts expert-parallel groups out of the data-parallel ranks, unless TP ranks have experts of
-    their own.
+    """DeepSpeed forms expert-parallel groups from the data-parallel ranks, unless each TP rank has
+    different experts.
     """
     if world_size is None or not _experts_over_data_ranks(config):
         return
@@ -104,7 +104,7 @@ def experts_by_expert_parallel(config: RunConfig, world_size: int | None) -> Ite
 
 
 def heads_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """TP cuts attention between heads, and between key/value heads."""
+    """TP splits attention by heads, and by key/value heads."""
     yield from indivisible(config, "num_attention_heads", "tensor_model_parallel_size")
     if config.model.num_query_groups is not None:
         yield from indivisible(
@@ -113,7 +113,7 @@ def heads_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Itera
 
 
 def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """TP cuts the padded vocabulary into equal parts."""
+    """TP splits the padded vocabulary into equal parts."""
     multiple, ranks = config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
     if multiple % ranks and not config.model.pad_vocab_size_to_tp:
         rule = f"must be divisible by --tensor-model-parallel-size = {ranks}"
@@ -123,7 +123,7 @@ def vocabulary_by_tensor_parallel(config: RunConfig, world_size: int | None) -> 
 
 
 def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """ETP cuts the width of an expert; TP that of a residual MLP, which is as wide."""
+    """ETP splits the width of an expert; TP splits that of a residual MLP, which is the same."""
     model = config.model
     name = (
         "moe_ffn_hidden_size"
@@ -148,7 +148,7 @@ def expert_width_by_tensor_parallel(config: RunConfig, world_size: int | None) -
 
 
 def dense_widths_by_tensor_parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """TP cuts the width of dense layers and of the shared expert."""
+    """TP splits the width of dense layers and of the shared expert."""
     if config.model.moe_shared_expert_intermediate_size is not None:
         yield from indivisible(config, "moe_shared_expert_intermediate_size", "tensor_model_parallel_size")
     if has_dense_layers(config):

@@ -75,7 +75,7 @@ def flex_has_its_kernels(config: RunConfig, world_size: int | None) -> Iterator[
 
 
 def flex_has_ranks_to_dispatch_to(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The flex dispatcher asserts that there is somebody to send tokens to (token_dispatcher.py:1346)."""
+    """The flex dispatcher asserts that there are other ranks to send tokens to (token_dispatcher.py:1346)."""
     if world_size is None:  # nor is the layout: a plan looks for one
         return
     ranks = expert_tensor_size(config) * config.parallel.expert_model_parallel_size

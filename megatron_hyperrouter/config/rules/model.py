@@ -17,7 +17,7 @@ def hidden_size_by_heads(config: RunConfig, world_size: int | None) -> Iterator[
 
 
 def heads_by_query_groups(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Each key/value head serves as many query heads as the others."""
+    """Every key/value head must have the same number of query heads."""
     yield from indivisible(config, "num_attention_heads", "num_query_groups", divisor=query_groups(config))
 
 

@@ -200,7 +200,7 @@ def profile_has_steps(config: RunConfig, world_size: int | None) -> Iterator[Pro
 
 
 def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Fine-tuning starts from somebody's weights."""
+    """Fine-tuning starts from existing weights."""
     if config.checkpoint.finetune and config.checkpoint.load is None:
         yield needs(config, "finetune", "--load")
 

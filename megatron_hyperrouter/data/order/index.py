@@ -1,9 +1,9 @@
-"""Orders of documents and samples, and blends: by the C++ extension, or by its NumPy twin where that was not
-built.
+"""Orders of documents and samples, and blends: by the C++ extension, or by its NumPy version if the
+extension was not built.
 
 The numbers are those of megatron-core 0.16 for the same arguments and random state, so that a run can move
-between the two. Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can compare
-both.
+between the two programs. Every function takes ``impl``, one of :data:`IMPLEMENTATIONS`, so that tests can
+compare both.
 """
 
 from __future__ import annotations

@@ -268,11 +268,10 @@ def _base(length: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The only process of this machine that holds this lock; the system lets go of it when the process ends,
-    however it ends.
+    """Within this context, no other process of this machine has this lock; the system releases it when the
+    process ends in any way.
 
-    Where the file system has no locks, a file of the same meaning in the machine's own folder for such things
-    is locked.
+    If the file system has no locks, a file with the same meaning in a folder of the machine is locked.
     """
     try:
         import fcntl

@@ -72,9 +72,8 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """What an order is made of, as far as it follows from counts: ``epochs`` whole epochs of
-    ``tokens_per_epoch``; ``apart``: samples before those of the last epoch, where that is shuffled by itself,
-    else None.
+    """The counts of an order: ``epochs`` whole epochs of ``tokens_per_epoch``; ``apart``: samples before
+    those of the last epoch, if that epoch is shuffled separately, else None.
     """
 
     epochs: int

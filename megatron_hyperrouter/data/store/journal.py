@@ -91,7 +91,7 @@ class Journal:
             raise DataError(message, remedy="move it away, or choose another --output-prefix")
 
     def _read(self) -> list[dict[str, Any]]:
-        """The whole lines; what a death left of the last is cut off."""
+        """The complete lines; a line that a crash left incomplete is removed."""
         self._stream.seek(0)
         lines: list[dict[str, Any]] = []
         whole = 0

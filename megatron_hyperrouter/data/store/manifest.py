@@ -47,7 +47,7 @@ class Manifest:
 
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:
-    """Beside the pair, whole or not at all; DiskRefused."""
+    """Write it next to the pair, atomically; raises DiskRefused."""
     # a path that is not UTF-8 has characters which JSON knows by that very escape alone
     escaped = "backslashreplace"
     try:

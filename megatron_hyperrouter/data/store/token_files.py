@@ -72,13 +72,14 @@ def index_header(dtype: npt.DTypeLike, num_sequences: int, num_documents: int) -
 
 
 class IndexedDataset:
-    """Memory-mapped reader of ``prefix.bin`` and ``prefix.idx``; checks the whole index once, when it opens.
+    """Memory-mapped reader of ``prefix.bin`` and ``prefix.idx``; checks the whole index once, when it
+    opens.
 
     ``sizes`` int32 [N] tokens in each sequence; ``pointers`` int64 [N] byte of ``.bin`` where it begins;
     ``document_indices`` int64 [M] marks; ``tokens`` the whole ``.bin`` as one array of ``dtype``.  All are
-    views of the files. ``whole=False`` leaves out what takes time with the number of sequences, until
-    :meth:`check` is called. Raises DataError (file, byte, what was expected and found, remedy) when a file is
-    missing, truncated, foreign or inconsistent.
+    views of the files. ``whole=False`` skips checks whose time grows with the number of sequences, until
+    :meth:`check` is called. Raises DataError (file, byte, what was expected and found, remedy) if a file
+    is missing, truncated, foreign or inconsistent.
     """
 
     def __init__(
@@ -115,11 +116,11 @@ class IndexedDataset:
         self._check_pointers(len(self._bin.content))
 
     def check_length(self) -> None:
-        """DataError if a file is now shorter than it was; to be called before tokens are read, for memory
-        cannot be read there.
+        """DataError if a file is now shorter than before.  Call it before tokens are read, because reading
+        missing memory would kill the process.
 
-        A system call for each file, less than a microsecond.  What is cut off between this and the reading
-        still ends in SIGBUS.
+        It takes a system call for each file, less than a microsecond.  A file that is truncated between
+        this check and the reading still ends in SIGBUS.
         """
         for mapped in (self._bin, self._idx):
             now = mapped.size_now()
@@ -356,7 +357,7 @@ class IndexedWriter:
         self.close() if kind is None else self.abort()
 
     def add_document(self, tokens: npt.ArrayLike, lengths: Sequence[int] | None = None) -> None:
-        """Append one document; ``lengths`` cuts it into sequences (default: one)."""
+        """Append one document; ``lengths`` divides it into sequences (default: one)."""
         flat = self._as_tokens(tokens)
         if lengths is None:
             self._append(flat, flat.size, _INT32.pack(min(flat.size, _INT32_MAX)), 1)

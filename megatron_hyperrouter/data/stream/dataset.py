@@ -57,7 +57,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run reads; None: no samples were asked for, or the split has no documents."""
+    """The datasets of a run; None: no samples were requested, or the split has no documents."""
 
     train: Dataset | None
     valid: Dataset | None
@@ -211,8 +211,8 @@ class Builder:
         return self.blended(blend, number, num_samples)
 
     def blended(self, blend: Blend, number: int, num_samples: int | None) -> BlendedDataset:
-        """Several files in the shares of their weights; without weights each sample at most once, as far as
-        they reach.
+        """Several files with the given weights; without weights, each sample at most once, as long as
+        there are samples.
         """
         weights = blend.weights
         if weights is None:

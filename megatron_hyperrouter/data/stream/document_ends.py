@@ -34,7 +34,7 @@ def warning_about_ends(data: DataConfig, stores: Iterable[IndexedDataset], eod: 
 
 
 def _ends(store: IndexedDataset, eod: int) -> bool:
-    """Whether a document that was looked at ends with ``eod``; True if none contains a token."""
+    """Whether one of the examined documents ends with ``eod``; True if none contains a token."""
     # sequences with which documents end
     last = (int(mark) - 1 for mark in store.document_indices[1 : 1 + _AMONG])
     some = list(islice((i for i in last if i >= 0 and store.sizes[i] > 0), _LOOKED_AT))

@@ -48,7 +48,7 @@ def identity(store: IndexedDataset) -> Identity:
 
 
 def same(was: Identity, now: Identity) -> bool:
-    """Whether two identities are of the same text, as far as both know."""
+    """Whether two identities are of the same text, by the facts that both have."""
     return all(was[name] == now[name] for name in _COMPARED if was.get(name) and now.get(name))
 
 

@@ -29,15 +29,14 @@ _AHEAD = 4  # micro-batches in hand for each worker
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """This rank's ``(tokens_BS, labels_BS)``, int64, contiguous, for ``num_steps`` steps from ``start_step``
-    on; close it when done.
+    """This rank's ``(tokens_BS, labels_BS)``, int64, contiguous, for ``num_steps`` steps from
+    ``start_step`` on; close it when done.
 
-    ``num_workers``: threads that read ahead; 0: each batch is read when it is asked for.  No earlier sample
-    is ever read. ``rampup``: see :class:`BatchSizes`.  ``waited``: seconds that the caller has waited for
-    batches, in total.
-    ``pin``: in page-locked memory, from which a GPU copies while it computes; None: where there is a GPU.
-    ValueError for sizes that do not divide; DataError for a dataset that ends too soon, or whatever reading a
-    sample raises.
+    ``num_workers``: threads that read ahead; 0: each batch is read when it is needed.  No earlier sample
+    is read. ``rampup``: see :class:`BatchSizes`.  ``waited``: total seconds that the caller has waited for
+    batches.  ``pin``: in page-locked memory, from which a GPU copies while it computes; None: if there is
+    a GPU.  Raises ValueError for sizes that do not divide, DataError for a dataset that ends too soon, and
+    what reading a sample raises.
     """
 
     def __init__(

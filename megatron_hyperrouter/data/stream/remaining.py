@@ -83,7 +83,7 @@ class BuiltStream:
 
 
 class RemainingOrder:
-    """Samples of ``seq_length`` tokens and one more, their last label, cut from what is unread."""
+    """Samples of ``seq_length`` tokens and one more, their last label, from the tokens that are unread."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class RemainingOrder:
         return self.unread.following + max(sample * self._seq_length - self._left, 0)
 
     def _number(self, i: int) -> int:
-        """The sample, in the order of the cut, that is read at position ``i``."""
+        """The number of the sample, in the order of the stream, that is read at position ``i``."""
         if i < 0:
             raise IndexError(f"sample {i}")
         if i < self._from_left:

@@ -143,7 +143,7 @@ def documents(
 
 
 def _rows(batch: TextBatch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
-    """The documents of the rows after ``where``, which moves along."""
+    """The documents of the rows after ``where``; ``where`` is updated."""
     for index in range(where.index + 1, len(batch.columns[0])):
         where.index = index
         values = (column[index] for column in batch.columns)
@@ -151,7 +151,7 @@ def _rows(batch: TextBatch, keys: Sequence[str], where: _Where) -> Iterator[tupl
 
 
 def _lines(batch: TextBatch, keys: Sequence[str], where: _Where) -> Iterator[tuple[list[str], ...]]:
-    """The documents of the lines after ``where``, which moves along."""
+    """The documents of the lines after ``where``; ``where`` is updated."""
     for index in range(where.index + 1, len(batch.pieces)):
         where.index = index
         text = _utf8(batch.pieces[index], where)
@@ -292,8 +292,8 @@ def _skip_bom(stream: ByteStream) -> int:
 
 
 def _cut(data: bytes) -> int:
-    """Where to cut ``data`` (longer than PIECE_BYTES): the last line end or space where a word surely ends,
-    else the last line end, else between two characters.
+    """Where to split ``data`` (longer than PIECE_BYTES): at the last line end or space that certainly ends
+    a word, else at the last line end, else between two characters.
     """
     window = data[: PIECE_BYTES + 2]  # two bytes more than the piece, to see what follows the cut
     for places in (_SAFE_LINE_END.finditer(window), _SAFE_CUT.finditer(window)):

@@ -128,10 +128,11 @@ def choose_encoder(
 ) -> tuple[Tokenizer, Backend]:
     """The tokenizer to encode with, and the name of its back end.
 
-    ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, supports the tokenizer and
-    agrees with ``tokenizers``.  ``first``: names and texts of the first documents.  ``report``: called with
-    what is ignored, and with the reason why ``auto`` rejected a back end.  Raises DataError (document, and
-    first id that differs) for a back end asked for by name that disagrees, ConfigError, HostError.
+    ``wanted``: one of ``BACKENDS``; ``auto`` takes the fastest that is installed, supports the tokenizer
+    and agrees with ``tokenizers``.  ``first``: names and texts of the first documents.  ``report``: called
+    with what is ignored, and with the reason why ``auto`` rejected a back end.  Raises DataError
+    (document, and first id that differs) if a back end was given by name and disagrees, ConfigError,
+    HostError.
     """
     kind = options.tokenizer_type
     if wanted not in BACKENDS:

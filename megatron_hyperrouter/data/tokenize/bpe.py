@@ -16,9 +16,9 @@ LARGEST_VOCAB = 1 << 24
 def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
     """Train on ``texts``, write a ``tokenizer.json`` and return the size of its vocabulary.
 
-    Every text encodes and decodes without loss; words are cut as in GPT-2.  The result depends on the
-    texts alone.  It has fewer than ``vocab_size`` ids where the texts contain no more pairs to merge.
-    ConfigError for a size below 257 or beyond 2**24, DataError for no text.
+    Every text encodes and decodes without loss; words are split as in GPT-2.  The result depends only on
+    the texts.  It has fewer than ``vocab_size`` ids if the texts contain no more pairs to merge.
+    ConfigError for a size below 257 or above 2**24, DataError if there is no text.
     """
     if vocab_size < SMALLEST_VOCAB:
         rule = f"must be at least {SMALLEST_VOCAB} (256 bytes and {END_OF_TEXT})"

@@ -91,9 +91,7 @@ def _finish(writer: PairWriter, shards: Sequence[Manifest]) -> Written:
 
 
 def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
-    """For each key, prefixes and manifests of its shards in order; DataError unless all are there and
-    agree.
-    """
+    """For each key, prefixes and manifests of its shards in order; DataError unless all exist and agree."""
     pattern = re.compile(
         re.escape(output_prefix) + r"\.shard-(\d+)-of-(\d+)_(.+)_document" + re.escape(ENDING)
     )

@@ -25,7 +25,7 @@ _ABSENT = torch.iinfo(torch.int64).min  # loses against every digest and against
 
 
 class Replicas:
-    """Compares the weights of all ranks; what they are called is asked once."""
+    """Compares the weights of all ranks; their names are exchanged once."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] | None = None  # of every piece of the model, in one order on all ranks

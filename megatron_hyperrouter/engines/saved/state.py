@@ -76,7 +76,7 @@ class Memory:
         return kept.copy_(tensor.detach(), non_blocking=True)
 
     def wait(self) -> None:
-        """Until all copies are there."""
+        """Wait until all copies are complete."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -228,7 +228,7 @@ def cut(ours: Sequence[Tensor], part: Part, heads: Heads) -> Tensor:
 
 
 def join(parts: Mapping[Part, Tensor], heads: Heads) -> Tensor:
-    """Our tensor out of its parts: the inverse of :func:`cut`; stacks are taken apart by index."""
+    """Our tensor from its parts: the inverse of :func:`cut`; stacks are separated by index."""
     if Part.GATE in parts:
         return torch.cat((parts[Part.GATE], parts[Part.UP]))
     if Part.QUERY not in parts:

@@ -102,7 +102,7 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
 
     class Done:
         def wait(self) -> None:
-            """Nothing is under way."""
+            """There is nothing to wait for."""
 
     yield Done()
 

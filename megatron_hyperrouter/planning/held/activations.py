@@ -63,7 +63,7 @@ def _routed(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
 
 
 def _dense(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
-    """As :func:`_routed`, of a dense layer; tensor parallelism cuts its width."""
+    """Like :func:`_routed`, for a dense layer; tensor parallelism splits its width."""
     size = 2 if config.train.bf16 else 4
     return size * own * 3 * dense_width(config), size * own * 3 * dense_width(config)
 

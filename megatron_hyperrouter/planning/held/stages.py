@@ -11,7 +11,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline stage holds, on all of its ranks alike."""
+    """The content of one pipeline stage, the same on all of its ranks."""
 
     layers: tuple[int, ...]  # numbers of transformer layers, from 0
     first: bool  # has the embedding
@@ -53,7 +53,9 @@ def _named_stages(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _balanced_stages(layers: int, stages: int) -> list[tuple[int, ...]]:
-    """As DeepSpeed's ``PipelineModule`` cuts its list of layers with ``partition_method="type:Block"``."""
+    """Like DeepSpeed's ``PipelineModule``, which divides its list of layers with
+    ``partition_method="type:Block"``.
+    """
     from deepspeed.runtime.utils import partition_balanced
 
     bounds = partition_balanced([0, *[1] * layers, 0, 0], stages)  # embedding, layers, norm, output

@@ -20,11 +20,11 @@ class RollBack(Exception):
 
 
 class GivenUp(Exception):
-    """The run has to stop, and the step that was under way does not count."""
+    """The run has to stop, and the current step does not count."""
 
 
 class Recovery:
-    """Follows ``--on-bad-step``; every rank decides alike, as it knows the same numbers."""
+    """Follows ``--on-bad-step``; every rank makes the same decision, because it has the same numbers."""
 
     def __init__(self, engine: Engine, config: RunConfig, *, remedy: Callable[[int], str]) -> None:
         """``remedy``: what the user can do after a step (collective)."""

@@ -101,7 +101,7 @@ def _refuse_other_growth(start: Start, saved: Mapping[str, Any], ours: Mapping[s
 
 
 def _refuse_layout(start: Start, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """The state of format 1 is that of one rank of one layout; that of later ones moves."""
+    """A state of format 1 works on one layout only; later formats work on any."""
     if not any(name.startswith("state-") for name in start.manifest["files"]):
         return
     if lines := list(differences("layout", saved, ours)):
