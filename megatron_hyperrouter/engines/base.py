@@ -24,7 +24,7 @@ class Place:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that talks and writes metrics."""
+        """True on the one rank that prints and writes metrics."""
         return self.rank == 0
 
 
@@ -58,14 +58,14 @@ class EvalResult:
 
 
 class Staged(Protocol):
-    """A checkpoint of one rank, copied and not yet written; a thread may write it."""
+    """A checkpoint of one rank that was copied but not yet written; a thread may write it."""
 
     def write(self, folder: Path) -> list[Path]:
         """Write this rank's files; returns those that the checkpoint keeps."""
         ...
 
     def join(self, folder: Path) -> None:
-        """Finish the folder: the main rank, after all ranks have written."""
+        """Finish the folder; the main rank calls it after all ranks have written."""
         ...
 
 
@@ -97,7 +97,7 @@ class Engine(Protocol):
     patience: float  # seconds that a collective waits for other ranks unless wait_at_most says otherwise
 
     def topk_at(self, step: int) -> int:
-        """Active experts k after ``step`` completed steps: what step ``step + 1`` trains with."""
+        """Active experts k after ``step`` completed steps: the k with which step ``step + 1`` trains."""
         ...
 
     def train_step(
@@ -111,29 +111,31 @@ class Engine(Protocol):
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of the global batch.
 
-        ``stop`` is asked once the rank has done its work: whether the run should stop after this step, or,
-        with ``GIVE_UP``, before the weights change; ``accept`` decides about that.
-        ``accept`` is asked before the optimizer: where it says False, on all ranks alike, weights, optimizer
-        and random state are as before the step.
+        ``stop`` is called when the rank has done its work.  It returns whether the run should stop after
+        this step, or, with ``GIVE_UP``, before the weights change; ``accept`` then decides.  ``accept`` is
+        called before the optimizer.  If it returns False (on all ranks), weights, optimizer and random
+        state stay as they were before the step.
         """
         ...
 
     def again(self) -> tuple[StepResult, list[OwnPart]]:
-        """Run the last step's micro-batches once more, as before and without an update (collective);
-        also returns what each rank saw.  To be called after a step that was not accepted.
+        """Run the last step's micro-batches once more in the same way, without an update (collective);
+        also returns the results of each rank.  Call it after a step that was not accepted.
         """
         ...
 
     def leave_out(self, step: int, stop: Callable[[], int]) -> bool:
-        """Step ``step + 1`` takes no part (collective); returns whether some rank was asked to stop."""
+        """Skip step ``step + 1`` (collective); returns whether some rank was asked to stop."""
         ...
 
     def evaluate(
         self, batches: Iterator[Batch], *, topk: int, token_bytes_V: Tensor | None = None
     ) -> EvalResult:
-        """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes nothing.
+        """Loss of this rank's batches with ``topk`` active experts, summed over all ranks; changes
+        nothing.
 
-        Every rank brings the same number of batches.  ``token_bytes_V``: UTF-8 bytes of each token id.
+        Every rank has the same number of batches.  ``token_bytes_V``: number of UTF-8 bytes of each token
+        id.
         """
         ...
 
@@ -149,20 +151,20 @@ class Engine(Protocol):
         ...
 
     def expert_similarity(self, tokens_BS: Tensor, *, topk: int) -> dict[int, float]:
-        """Layer number -> mean linear CKA of neighbouring experts for these tokens, which every rank brings
-        alike (collective); changes nothing, and leaves out layers where it is not known.
+        """Layer number -> mean linear CKA of neighbouring experts for these tokens, which are the same on
+        every rank (collective). Changes nothing, and omits layers for which it is unknown.
         """
         ...
 
     def stage(self) -> Staged:
-        """Copy what :meth:`save` writes into CPU memory, where the next steps do not change it; called by
-        every rank, and not again before the copy is written.
+        """Copy what :meth:`save` writes to CPU memory, where the next steps do not change it.  Every rank
+        calls it, and does not call it again before the copy is written.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights, optimizer and random state into ``folder``; called by every
-        rank.
+        """Write this rank's part of weights, optimizer and random state to ``folder``; every rank calls
+        it.
         """
         ...
 
@@ -175,15 +177,15 @@ class Engine(Protocol):
         ...
 
     def set_aux_loss_coeff(self, value: float) -> None:
-        """From the next step on, the coefficient of the routers' load-balancing loss."""
+        """Set the coefficient of the routers' load-balancing loss from the next step on."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all weights of the model, by global name, whatever the layout (collective)."""
+        """Shapes of all weights of the model, by global name, the same on any layout (collective)."""
         ...
 
     def wait_at_most(self, seconds: float) -> None:
-        """From now on every collective of every process group fails after so long a wait."""
+        """Set the time limit of every collective of every process group from now on."""
         ...
 
     def barrier(self) -> None:

@@ -38,7 +38,7 @@ class Clock:
     starts: list[Tensor] = field(default_factory=list)
 
     def begin(self, *, step: int, topk: int | None = None) -> None:
-        """A step, or an evaluation with ``topk``, begins."""
+        """Begin a step, or an evaluation with ``topk``."""
         self.step, self.topk = step, topk
         self.turn += 1
         self.arrived, self.starts, self.real = [], [], []
@@ -55,10 +55,10 @@ class Clock:
         *,
         batch_first: bool = False,
     ) -> None:
-        """The next micro-batch; ``part`` cuts a ``[B, S]`` tensor to the positions that this rank's routers
-        see.
+        """Pass the next micro-batch; ``part`` selects the positions of a ``[B, S]`` tensor that this
+        rank's routers process.
 
-        ``batch_first``: hidden states are ``[B, S, D]``, and not ``[S, B, D]``.
+        ``batch_first``: hidden states are ``[B, S, D]``, not ``[S, B, D]``.
         """
         size, length = tokens_BS.shape
         if self.eod is not None:
@@ -79,8 +79,8 @@ class Clock:
 
 
 class Passes:
-    """Which micro-batch a layer has before it: they come in order, on every pipeline stage; so do their
-    repeats.
+    """The number of the micro-batch that a layer is processing: micro-batches come in order on every
+    pipeline stage, and so do their repetitions.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -89,7 +89,7 @@ class Passes:
         self._passes = [0, 0]  # first passes, and those that activation checkpointing repeats
 
     def next(self) -> int:
-        """The number of the micro-batch, from 0; to be asked once in each pass."""
+        """The number of the micro-batch, from 0; call it once in each pass."""
         number = self.coming()
         self._passes[recomputing()] += 1
         return number
@@ -113,7 +113,7 @@ class StartsSite:
 
 
 class RouterSite:
-    """A router in its layer, with what an engine adds to it."""
+    """A router in its layer, with what an engine adds."""
 
     def __init__(
         self, router: Router, *, clock: Clock | None = None, statistics: RouterStatistics | None = None
@@ -123,12 +123,12 @@ class RouterSite:
         self._given: Routing | None = None
 
     def join(self, clock: Clock, statistics: RouterStatistics | None) -> None:
-        """From now on go by this clock, and count there."""
+        """Use this clock from now on, and count there."""
         self.clock, self.statistics = clock, statistics
         self._passes = Passes(clock)
 
     def route(self, x_TD: Tensor, experts: ExpertBank | None = None) -> tuple[Routing, Pass]:
-        """Route the next micro-batch, and count what was chosen."""
+        """Route the next micro-batch, and count the choices."""
         asked: dict[str, Any] = {
             "step": self.clock.step,
             "topk": self.clock.topk,
@@ -147,7 +147,7 @@ class RouterSite:
         return self.clock.real[self._passes.coming()] if self.clock.padded else None
 
     def routing(self, x_TD: Tensor) -> Routing:
-        """What was given, or what the router decides."""
+        """The given decision, or the router's."""
         return self.route(x_TD)[0] if self._given is None else self._given
 
     @property
@@ -157,7 +157,7 @@ class RouterSite:
 
     @contextmanager
     def given(self, routing: Routing) -> Iterator[None]:
-        """Inside, the host dispatches by ``routing``."""
+        """Within this context, the host dispatches by ``routing``."""
         self._given = routing
         try:
             yield
@@ -175,7 +175,7 @@ class RouterSite:
 
 
 def evenly(routing: Routing) -> Routing:
-    """The same, sent to all experts in turn."""
+    """The same routing, but with experts in turn, so that all get the same number of tokens."""
     count, k = routing.experts_TK.shape
     routes_R = torch.arange(count * k, device=routing.experts_TK.device)
     return routing._replace(experts_TK=(routes_R % routing.logits_TE.size(1)).view(count, k))

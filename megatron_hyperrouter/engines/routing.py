@@ -35,9 +35,10 @@ def topk_schedule(config: RunConfig) -> Callable[[int], int]:
 
 
 def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Router:
-    """The run's router for the layer ``layer_number`` (from 1), its trained parameters drawn by global name.
+    """The run's router for the layer ``layer_number`` (from 1); its trained parameters are drawn by global
+    name.
 
-    ``vocab_size``: ids of the tokenizer.
+    ``vocab_size``: number of token ids.
     """
     place = device()
     # What is frozen is drawn where it is used; nothing else says where on a machine without a GPU.
@@ -65,31 +66,34 @@ def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Rou
 
 
 def total_loss(routing: Routing, device: torch.device) -> Tensor:
-    """Sum of a router's losses, which carry their coefficients; a float32 scalar."""
+    """Sum of a router's losses, which include their coefficients; a float32 scalar."""
     if not routing.losses:
         return torch.zeros((), dtype=torch.float32, device=device)
     return torch.stack([value.float() for value in routing.losses.values()]).sum()
 
 
 def heaviest(score_TE: Tensor, capacity: int) -> Tensor:
-    """True for the ``capacity`` largest scores of each expert (Megatron's "probs" policy); boolean ``_TE``.
+    """True for the ``capacity`` largest scores of each expert (Megatron's "probs" policy); boolean
+    ``_TE``.
 
-    Equal scores, which k = 1 gives to all routes, go to the earlier tokens; ``torch.topk`` would leave the
-    choice to the device.
+    Of equal scores, which all routes have at k = 1, the earlier tokens come first; with ``torch.topk``
+    this would depend on the device.
     """
     first_CE = score_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
     return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, first_CE, True)
 
 
 def kept_routes(routing: Routing, capacity: int) -> Tensor:
-    """Which routes the capacity of each expert leaves, the heaviest first; boolean ``_TK``."""
+    """The routes that the capacity of each expert allows, those with the largest weights first; boolean
+    ``_TK``.
+    """
     weights_TE = torch.zeros_like(routing.logits_TE)
     weights_TE = weights_TE.scatter(1, routing.experts_TK, routing.weights_TK.detach())
     return heaviest(weights_TE, capacity).gather(1, routing.experts_TK)
 
 
 def draw_by_name(seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """Initial numbers of a weight, N(0, 1): a function of (seed, global name) alone, drawn on this rank's
+    """Initial numbers of a weight, N(0, 1): a function of (seed, global name) only, drawn on this rank's
     device.
     """
     return lambda name, shape: keyed.normal(shape, seed=seed, name=name, device=device())

@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def rows_of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks of ``group``, one rank after the other (collective); every rank brings as
-    many.
-    """
+    """The rows of all ranks of ``group``, rank by rank (collective); every rank has the same number."""
     if group.size() == 1:
         return rows
     # gloo takes the ranks' rows one after the other, not stacked.

@@ -61,7 +61,7 @@ _EVALUATED_TOGETHER = 16  # micro-batches for each pipeline stage
 
 
 class _Step(NamedTuple):
-    """What a step is made of, to run it again."""
+    """What is needed to run a step again."""
 
     batches: list[Batch]  # of this rank
     step: int
@@ -70,7 +70,7 @@ class _Step(NamedTuple):
 
 
 class SharedEngine(SavedEngine):
-    """Serves ``engines.base.Engine``, except for what a host does in its own way."""
+    """Implements the parts of ``engines.base.Engine`` that do not depend on the host."""
 
     routers: dict[str, Router]  # prefix of the global names -> router
     num_zeros: float | None = None  # of the last step's gradient, where the host counts them
@@ -265,7 +265,7 @@ class SharedEngine(SavedEngine):
 
     @abstractmethod
     def forward_all(self, batches: Iterator[Batch]) -> None:
-        """Forward passes alone; the loss counts what it sees."""
+        """Only forward passes; the loss counts its tokens."""
 
     def arrive(self, tokens_BS: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Tell the layers of the next micro-batch; returns the ids for the embedding, which has none for

@@ -95,7 +95,7 @@ LAYER_METRICS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = MappingP
 
 
 class RouterStatistics:
-    """Sums over one step of what the routers chose, one row a layer, ready for a single all-reduce.
+    """Sums over one step of the routers' choices, one row per layer, ready for a single all-reduce.
 
     A row contains the sums of ``SUMS``, and then the method's own counts.
     """
@@ -107,7 +107,7 @@ class RouterStatistics:
         self.make_room(0)
 
     def make_room(self, num_extra: int) -> None:
-        """Start with ``num_extra`` more numbers a layer, for what the method counts."""
+        """Add ``num_extra`` numbers per layer, for what the method counts."""
         width = sum(self._widths) + num_extra
         # They move to where the routers compute with the first micro-batch.
         self.sums: Tensor = torch.zeros(self.num_layers, width, dtype=torch.float64, device="cpu")
@@ -133,12 +133,12 @@ class RouterStatistics:
             row[sum(self._widths) :] += router.extra_counts(routing)
 
     def take(self) -> Tensor:
-        """The sums so far; starts afresh."""
+        """Return the sums so far, and start again from 0."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
 
     def summary(self, sums: Tensor) -> dict[str, list[float]]:
-        """Each of ``LAYER_METRICS``, a number a MoE layer, from sums over all ranks."""
+        """Each of ``LAYER_METRICS``, one number per MoE layer, from sums over all ranks."""
         named = self._named(sums[self.routed(sums)])
         return {name: value(named).tolist() for name, value in LAYER_METRICS.items()}
 
@@ -154,7 +154,9 @@ class RouterStatistics:
         return self.tokens_L(sums).nonzero().flatten()
 
     def tokens_L(self, sums: Tensor) -> Tensor:
-        """How many tokens each layer has seen, from sums over all ranks; replicas count each time."""
+        """Number of tokens that each layer has processed, from sums over all ranks; replicas count each
+        time.
+        """
         return self._named(sums)["tokens"]
 
     def _named(self, sums: Tensor) -> dict[str, Tensor]:

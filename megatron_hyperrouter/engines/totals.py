@@ -22,7 +22,7 @@ from megatron_hyperrouter.model.sharding import (
 
 
 class Judgement:
-    """Asked once in each step, before the optimizer changes anything: whether the step counts."""
+    """Decides once in each step, before the optimizer changes anything, whether the step counts."""
 
     def __init__(self) -> None:
         self._decide: Callable[[float], bool] = bool
@@ -155,7 +155,7 @@ def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[li
 def own_parts(
     place: Place, device: torch.device, losses: tuple[float, float], bad_gradient: str
 ) -> list[OwnPart]:
-    """What each rank saw in a step that was run twice (collective)."""
+    """The results of each rank in a step that was run twice (collective)."""
     own = OwnPart(place.rank, socket.gethostname(), str(device), losses, bad_gradient)
     parts: list[OwnPart] = [own] * place.world_size
     dist.all_gather_object(parts, own)

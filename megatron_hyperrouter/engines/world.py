@@ -70,7 +70,7 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
 
 
 def backend() -> str:
-    """torch.distributed's backend here; on GPUs it also picks this rank's."""
+    """torch.distributed's backend on this machine; on GPUs it also selects this rank's GPU."""
     if not torch.cuda.is_available():
         return "gloo"
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -78,7 +78,7 @@ def backend() -> str:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device on which this rank computes."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -87,19 +87,19 @@ def device() -> torch.device:
 
 
 def patience() -> float:
-    """Seconds that a collective waits for other ranks, as torch has it."""
+    """Seconds that a collective waits for other ranks by torch's default."""
     usual = constants.default_pg_nccl_timeout if torch.cuda.is_available() else None
     return (usual or constants.default_pg_timeout).total_seconds()
 
 
 def wait_at_most(seconds: float) -> None:
-    """Let every collective of every process group, whoever made it, fail after so long a wait."""
+    """Set the time limit of every collective of every process group, including those of others."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def peak_memory(where: torch.device) -> int:
-    """Bytes that this process has needed at most: of the GPU where it has one, else of the machine."""
+    """Largest number of bytes that this process has used: of its GPU if it has one, else of the machine."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -120,7 +120,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Continue where :func:`random_states` was asked."""
+    """Restore what :func:`random_states` returned."""
     torch.set_rng_state(states["torch"])
     if states["tracker"]:  # empty if megatron-core's tracker has no seed
         set_dropout_states(_copied(states["tracker"]))

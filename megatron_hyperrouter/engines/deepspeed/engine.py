@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine(SharedEngine):
-    """Serves ``engines.base.Engine``."""
+    """Implements ``engines.base.Engine``."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class DeepSpeedEngine(SharedEngine):
         for_training: bool = True,
         classifier: Classifier | None = None,
     ) -> None:
-        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document;
-        ``classifier``: what takes the place of the output matrix.
+        """``vocab_size``: number of token ids, before padding; ``eod``: the id that ends a document;
+        ``classifier``: replaces the output matrix.
         """
         self._found_world = dist.is_initialized()
         super().__init__(config, join(config), eod=eod, classifier=classifier)
@@ -139,9 +139,9 @@ class DeepSpeedEngine(SharedEngine):
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / micro_batches, device=self.device))
 
     def _judge(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Before AdamW moves: without gradients it leaves weights and moments as they are.
+        """Called before AdamW: without gradients, it does not change weights and moments.
 
-        ZeRO calls it for one parameter group after the other, with the norm of all of them known.
+        ZeRO calls it for one parameter group after the other; the norm of all groups is then known.
         """
         if not self.judgement.allows(self._norm()):
             for group in optimizer.param_groups:
@@ -193,5 +193,5 @@ class DeepSpeedEngine(SharedEngine):
         host_state.load_format_1(self.host.optimizer, state)
 
     def close(self) -> None:
-        """Leave the process groups; those that stood before this engine stay."""
+        """Leave the process groups, except those that existed before this engine."""
         leave(keep_world=self._found_world)

@@ -1,4 +1,4 @@
-"""Process groups: joining the launcher's ranks through DeepSpeed, and cutting them into parallel groups."""
+"""Process groups: joins the launcher's ranks through DeepSpeed, and forms the parallel groups."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def join(config: RunConfig) -> Place:
 
 
 def leave(*, keep_world: bool) -> None:
-    """Forget the parallel groups, and end torch.distributed unless it is somebody else's."""
+    """Forget the parallel groups, and end torch.distributed unless the caller had started it."""
     from deepspeed.utils import groups
 
     forget_groups()

@@ -17,8 +17,8 @@ from megatron_hyperrouter.engines.saved.pieces import Piece, piece
 def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
     """What this rank's optimizer has of the parameters with these global names.
 
-    ZeRO lays the parameters of a group end to end in one row, and gives each data-parallel rank a part of it;
-    ``_hp_mapping`` says which numbers of a parameter are where in that part, and is None if none are.
+    ZeRO joins the parameters of a group into one row, and gives each data-parallel rank a part of it.
+    ``_hp_mapping`` says which numbers of a parameter are in that part, and is None if none are.
     """
     for name, parameter in named:
         if not parameter.requires_grad:
@@ -33,7 +33,7 @@ def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterato
 
 
 def load_format_1(optimizer: Any, state: Any) -> None:
-    """Restore what DeepSpeed's own ``state_dict`` said; the model's weights must be there already."""
+    """Restore DeepSpeed's own ``state_dict``; the model's weights must already be loaded."""
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer.load_state_dict(state)
         return
@@ -44,6 +44,6 @@ def load_format_1(optimizer: Any, state: Any) -> None:
 
 
 def take_weights_over(optimizer: Any) -> None:
-    """ZeRO's float32 master weights are copies: make them those of the model."""
+    """Set ZeRO's float32 master weights, which are copies, to the weights of the model."""
     if hasattr(optimizer, "refresh_fp32_params"):
         optimizer.refresh_fp32_params()

@@ -1,4 +1,4 @@
-"""Our routers in a caller's own megatron-core model."""
+"""Our routers in your own megatron-core model."""
 
 from __future__ import annotations
 

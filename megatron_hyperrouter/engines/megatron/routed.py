@@ -41,7 +41,7 @@ class StackedExperts(GroupedExperts):
 
 
 class RoutedMoELayer(MoELayer):
-    """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
+    """Implements ``ExpertBank``, and gives the router the outputs of the experts that it chose."""
 
     use_shared_expert: bool  # the host's
 
@@ -92,7 +92,7 @@ class RoutedMoELayer(MoELayer):
         return output if shared is None else output + shared, None
 
     def _stacked(self, hidden: Tensor) -> Tensor:
-        """With our own way to the experts, which pads nothing and waits for at most one number."""
+        """With our own exchange of tokens, which pads nothing and waits for at most one number."""
         x_TD, router = hidden.flatten(0, -2), self.router
         routing, now = router.site.route(x_TD, experts=self)
         if router.router.wants_outputs(now):
@@ -131,7 +131,7 @@ class RoutedMoELayer(MoELayer):
         return all_GTL[:, first : first + x_TD.size(0)].transpose(0, 1).flatten(1)
 
     def _refuse(self) -> None:
-        """Settings of a caller's own model under which a decision that is given would be lost, or an
+        """ValueError for settings of your own model with which a given decision would be lost, or an
         output be more than an expert's.
         """
         found = {

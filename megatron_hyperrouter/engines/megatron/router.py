@@ -26,7 +26,9 @@ from megatron_hyperrouter.routers.base import Router, Routing
 
 
 class MegatronRouter(MegatronModule):
-    """Serves megatron-core's ``RouterInterface``: ``forward`` and ``set_layer_number`` (moe_layer.py:42)."""
+    """Implements megatron-core's ``RouterInterface``: ``forward`` and ``set_layer_number``
+    (moe_layer.py:42).
+    """
 
     router: Router
     site: RouterSite
@@ -120,8 +122,8 @@ class MegatronRouter(MegatronModule):
         return kept_routes(routing, math.ceil(routing.experts_TK.numel() / self.router.num_experts * factor))
 
     def _kept(self, weights_TE: Tensor, chosen_TE: Tensor, routes: int) -> Tensor:
-        """What the capacity of each expert leaves of this rank's routes: in this host it is the router that
-        drops (router.py:587).
+        """The routes of this rank that each expert's capacity allows: in this host the router drops tokens
+        (router.py:587).
         """
         capacity = math.ceil(routes / self.router.num_experts * self.config.moe_expert_capacity_factor)
         by_weight = self.config.moe_token_drop_policy == "probs"

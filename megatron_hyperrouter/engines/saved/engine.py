@@ -119,7 +119,7 @@ class SavedEngine(ABC):
 
     @abstractmethod
     def go_to(self, step: int) -> None:
-        """So many steps are done: what the model does may depend on it."""
+        """Set the number of completed steps, because the model may depend on it."""
 
     @abstractmethod
     def weights_changed(self) -> None:

@@ -99,7 +99,7 @@ def piece(
 
 
 def _make_moments(adam: torch.optim.Optimizer, main: Tensor) -> None:
-    """Adam makes its state in the first step; what is to be filled before that has to be made here."""
+    """Create Adam's state, which Adam itself creates only in the first step."""
     state = adam.state[main]
     if MOMENTS[0] in state:
         return

@@ -105,8 +105,8 @@ def _owned_weights(holding: Holding, memory: Memory) -> Iterator[tuple[str, Tens
 
 
 def _turns(holding: Holding) -> Iterator[tuple[str, _Turn]]:
-    """The weights that this rank's tensor-parallel group writes: the ranks that could write one take turns,
-    the least burdened first.
+    """The weights that this rank's tensor-parallel group writes: the ranks that could write a weight take
+    turns, starting with the rank that has the least to write.
     """
     burden: dict[bool, list[int]] = {}
     for name, tensor in weights(holding):
@@ -158,15 +158,13 @@ def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
 
 
 def _is_only_copy(piece: Piece, holding: Holding) -> bool:
-    """Whether no other data-parallel rank has these numbers: a part that is whole may still be the only
-    one.
-    """
+    """Whether no other data-parallel rank has these numbers; even a whole part can be the only copy."""
     return holding.spread or piece.end - piece.start != piece.parameter.numel()
 
 
 # --------------------------------------------------------------------------------------------- loading
 def load_weights(reader: Reader, holding: Holding) -> None:
-    """Read this rank's part from what any layout of any engine wrote."""
+    """Read this rank's part, written by any layout of any engine."""
     targets = {name: tensor for name, tensor in weights(holding) if tensor.is_floating_point()}
     cuts = {name: shard for name in targets if (shard := shard_of(name)) is not None}
     read_weights(reader.folder, targets, cuts, reader=reader)

@@ -33,10 +33,11 @@ class SparseRoutes(NamedTuple):
 
 
 class RouterGate(nn.Module):
-    """Hands a router's choice to DeepSpeed's dispatch, for any k from 1 to E, dropless or with a capacity.
+    """Passes a router's choice to DeepSpeed's dispatch, for any k from 1 to E, without dropping or with a
+    capacity.
 
-    DeepSpeed's own gate differs by k: at k = 1 weights are not renormalised, at k = 2 the balance loss counts
-    first choices only.
+    DeepSpeed's own gate differs by k: at k = 1 weights are not renormalised, and at k = 2 the balance loss
+    counts only first choices.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class RouterGate(nn.Module):
         min_capacity: int = 0,
         capacity_multiple: int | Callable[[], int] = 1,
     ) -> None:
-        """``capacity_factor``: slots as a multiple of an even load, None drops nothing;
-        ``eval_capacity_factor``: outside training, by default the same; ``min_capacity``: slots at least;
-        ``capacity_multiple``: MOELayer cuts the slots over this many TP ranks.
+        """``capacity_factor``: number of slots as a multiple of an even load; None drops nothing.
+        ``eval_capacity_factor``: outside training; by default the same.  ``min_capacity``: smallest number
+        of slots.  ``capacity_multiple``: number of TP ranks over which MOELayer splits the slots.
         """
         super().__init__()
         self.router = router
@@ -81,7 +82,7 @@ class RouterGate(nn.Module):
         sparse_routes: bool = True,
         use_tutel: bool = False,
     ) -> SparseRoutes:
-        """Route the tokens of this rank; the optional arguments are DeepSpeed's and have to keep these
+        """Route the tokens of this rank; the optional arguments are DeepSpeed's and must have these
         values.
         """
         if used_token is not None or not sparse_routes or use_tutel:

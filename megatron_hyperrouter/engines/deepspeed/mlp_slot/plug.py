@@ -1,4 +1,4 @@
-"""Our routers in a caller's own DeepSpeed model."""
+"""Our routers in your own DeepSpeed model."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def _gate_of(moe: nn.Module) -> TopKGate:
 
 
 def _refuse_too_late(old: TopKGate, router: Router) -> None:
-    """ZeRO has cut its parameters into partitions: one that comes later would never be trained, in
-    silence.
+    """ValueError if ZeRO has already partitioned its parameters: it would silently never train a parameter
+    that is added later.
     """
     in_zero = getattr(old.wg.weight, "_hp_mapping", None) is not None or hasattr(old.wg.weight, "ds_id")
     if in_zero and any(parameter.requires_grad for parameter in router.parameters()):
@@ -144,7 +144,7 @@ def _refuse_too_late(old: TopKGate, router: Router) -> None:
 
 
 def _tensor_ranks() -> int:
-    """TP ranks that MOELayer cuts the slots over; DeepSpeed knows them once it is initialised
+    """Number of TP ranks over which MOELayer splits the slots; DeepSpeed knows it after initialisation
     (sharded_moe.py:686).
     """
     ranks: int = bwc_tensor_model_parallel_world_size(groups.mpu)

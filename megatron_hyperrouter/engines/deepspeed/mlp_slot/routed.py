@@ -47,7 +47,7 @@ def consult_experts(layer: MOELayer) -> None:
 
 
 class RoutedMOELayer(MOELayer):
-    """Serves ``ExpertBank``, and hands the router the outputs of the experts that it chose."""
+    """Implements ``ExpertBank``, and gives the router the outputs of the experts that it chose."""
 
     gate: RouterGate
     l_aux: Tensor
@@ -112,9 +112,9 @@ class RoutedMOELayer(MOELayer):
 
 
 class GroupedMOELayer(RoutedMOELayer):
-    """The experts of a rank in grouped products, and a way to them that pads nothing.
+    """The experts of a rank in grouped products, and an exchange of tokens without padding.
 
-    Every tensor-parallel rank routes all tokens; each brings its part of them to the experts.
+    Every tensor-parallel rank routes all tokens; each sends its part of them to the experts.
     """
 
     def forward(self, *given: Tensor, **kwargs: Any) -> Tensor:
@@ -175,7 +175,7 @@ def _whole(expert: Callable[[Tensor], tuple[Tensor, None]], rows: Tensor) -> Ten
 
 
 def _output(expert: Any, rows: Tensor) -> Tensor:
-    """A caller's own expert may return its bias as well."""
+    """An expert of your own may also return its bias."""
     made = expert(rows)
     output: Tensor = made[0] if isinstance(made, tuple) else made
     return output
