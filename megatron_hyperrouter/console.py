@@ -79,7 +79,7 @@ def left_alone(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def waiting_for_ranks(world_size: int) -> Iterator[None]:
-    """Inside, a wait of more than ``SILENCE`` is reported."""
+    """Within this context, a wait of more than ``SILENCE`` is reported."""
     words = (
         f"waiting for all {world_size} ranks: one of them may still be building an index file (mhr index "
         "builds it beforehand), or may have exited"

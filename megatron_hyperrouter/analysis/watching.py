@@ -21,7 +21,9 @@ See = Callable[[Router, Routing, Tensor, Pass], None]  # the router, its decisio
 
 @contextmanager
 def watching(routers: Iterable[Router], see: See) -> Iterator[None]:
-    """Inside, ``see`` is called with each decision of each router.  The decisions stay as they are."""
+    """Within this context, ``see`` is called with each decision of each router.  The decisions stay as
+    they are.
+    """
     with ExitStack() as stack:
         for router in routers:
             stack.enter_context(_watched(router, see))

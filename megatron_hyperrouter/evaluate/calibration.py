@@ -98,7 +98,9 @@ def apply(routers: Iterable[Router], factors: Scales) -> ExitStack:
 
 @contextmanager
 def weights_times(routers: Iterable[Router], factor: Factor) -> Iterator[None]:
-    """Inside, the weights of the chosen experts are multiplied, which multiplies the layer's output."""
+    """Within this context, the weights of the chosen experts are multiplied, which multiplies the layer's
+    output.
+    """
     with ExitStack() as stack:
         for router in routers:
             stack.enter_context(_multiplied(router, factor))

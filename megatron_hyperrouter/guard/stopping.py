@@ -61,7 +61,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals(request: StopRequest, *, enabled: bool) -> Iterator[StopRequest]:
-    """Inside, the signals of ``SIGNALS`` ask for a stop instead of ending the process.
+    """Within this context, the signals of ``SIGNALS`` ask for a stop instead of ending the process.
 
     A signal that the process ignores stays ignored, as SIGHUP under ``nohup``.
     """

@@ -30,7 +30,7 @@ class Supervision:
 
     @contextlib.contextmanager
     def signals(self, config: RunConfig) -> Iterator[None]:
-        """Inside, signals are requests to stop."""
+        """Within this context, signals are requests to stop."""
         with stop_signals(self.request, enabled=config.train.exit_on_signal):
             yield
 

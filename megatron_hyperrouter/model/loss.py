@@ -103,7 +103,9 @@ def _losses(output: Projection | Tensor, labels_SB: Tensor) -> tuple[Tensor, Ten
 
 @contextmanager
 def captured_logits(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, what the output layer computes: ``_SBV``.  Copies, as the loss writes into its input."""
+    """Within this context, what the output layer computes: ``_SBV``.  Copies, as the loss writes into its
+    input.
+    """
     seen: list[Tensor] = []
 
     def note(_layer: Any, _inputs: Any, output: tuple[Tensor, Any]) -> None:

@@ -119,7 +119,7 @@ def fp8_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def uses_transformer_engine(config: RunConfig) -> bool:
-    """True where Transformer Engine makes the layers; an engine is opened with ``auto`` decided already."""
+    """True if Transformer Engine makes the layers; an engine is opened with ``auto`` decided already."""
     return config.engine.transformer_impl == "transformer_engine"
 
 

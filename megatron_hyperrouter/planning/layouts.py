@@ -141,7 +141,7 @@ def structures(
 
 
 def refused(candidate: Candidate) -> Refusal | None:
-    """Why the rules refuse a layout; None where they do not."""
+    """Why the rules refuse a layout; None if they do not."""
     found = problems(candidate.config, world_size=candidate.world_size)
     causes = tuple(f"{problem.field} = {problem.value}: {problem.rule}" for problem in found)
     return Refusal(candidate.layout(), "; ".join(causes), causes) if found else None

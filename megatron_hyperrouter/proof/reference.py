@@ -42,7 +42,7 @@ def write_reference(engine: Engine, rows_BS: Tensor, topks: Sequence[int], folde
 
 @contextmanager
 def watched(routers: Mapping[str, Router]) -> Iterator[dict[int, Routing]]:
-    """Inside, each layer's last routing, by its number from 0."""
+    """Within this context, each layer's last routing, by its number from 0."""
     seen: dict[int, Routing] = {}
 
     def note(router: Any, _inputs: Any, routing: Routing) -> None:

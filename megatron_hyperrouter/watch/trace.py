@@ -203,7 +203,7 @@ def is_here(holder: dict[str, object]) -> bool:
 
 
 class _readable:
-    """Inside, a file that cannot be read is a DataError."""
+    """Within this context, a file that cannot be read is a DataError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

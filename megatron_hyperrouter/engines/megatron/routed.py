@@ -149,7 +149,7 @@ class RoutedMoELayer(MoELayer):
 
     @contextmanager
     def _one_expert_each(self) -> Iterator[None]:
-        """Inside: one route a token, nothing is dropped, and no shared expert is added."""
+        """Within this context, one route a token, nothing is dropped, and no shared expert is added."""
         topk = self.config.moe_router_topk
         self.set_topk(1)
         self.router.dropless = True
