@@ -1,5 +1,5 @@
-"""One dataset in a process of its own, which tells its times and its memory: ``_data_process.py KIND PREFIX
-EPOCHS STARTED``.
+"""One dataset in a separate process, which reports its times and its memory: ``_data_process.py KIND
+PREFIX EPOCHS STARTED``.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What Megatron-LM's two preprocessing tools do, in a process of its own: a peer for preprocess.py.
+"""The work of Megatron-LM's two preprocessing tools, in a separate process: a peer for preprocess.py.
 
 Run as: _preprocess_peer.py one|batch INPUT.jsonl PREFIX tokenizer.json WORKERS.  Those tools need packages
-that this project does not, so their work is done here by the same libraries.  ``one``
-(``preprocess_data.py``): a ``multiprocessing.Pool`` maps over the lines, 32 at a time; a worker encodes one
-document after another with the library ``tokenizers`` (the tool goes through ``transformers``, which costs
-more), and the lists of ids go to megatron-core's ``IndexedDatasetBuilder``.  ``batch``
-(``preprocess_data_fast.py``): ``gigatoken`` encodes the whole file, ``awkward`` appends the end-of-document
-token, and the documents go to the same builder; the tool's builder hands them to 128 processes, which
-megatron-core 0.16 does not know and CPU seconds would not gain by.
+that this project does not need, so the same libraries do their work here.  ``one``
+(``preprocess_data.py``): a ``multiprocessing.Pool`` maps over the lines, 32 at a time; a worker encodes
+one document after another with the library ``tokenizers`` (the tool uses it through ``transformers``,
+which costs more), and the lists of ids go to megatron-core's ``IndexedDatasetBuilder``.  ``batch``
+(``preprocess_data_fast.py``): ``gigatoken`` encodes the whole file, ``awkward`` appends the
+end-of-document token, and the documents go to the same builder.  The tool's builder gives them to 128
+processes, which megatron-core 0.16 does not support and which would not save CPU time.
 """
 
 from __future__ import annotations

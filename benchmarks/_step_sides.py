@@ -1,7 +1,7 @@
-"""One side of ``step.py``: a model in a process of its own that takes whole training steps.
+"""One side of ``step.py``: a model in a separate process that takes whole training steps.
 
-Reads a word a line (``step``, ``evaluate``, ``profile``) and answers each with one line of JSON; the first
-answer comes after the first step.
+Reads one word per line (``step``, ``evaluate``, ``profile``) and answers each with one line of JSON; the
+first answer comes after the first step.
 
 Legend: ``B`` batch, ``S`` sequence, ``T = B * S`` tokens, ``D`` hidden size, ``F`` width of an expert.
 """

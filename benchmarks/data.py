@@ -1,8 +1,8 @@
-"""Data against megatron-core's own helpers and datasets, bit-equal and in turn; goals in the table, as ratios
-of CPU time.
+"""Data against megatron-core's own helpers and datasets, with equal bits and in turn; the table has goals,
+as ratios of CPU time.
 
-All of it takes about ten minutes, of which preprocessing takes most; benchmarks/preprocess.py has more cases
-of that.  The last line is a cold start over the sizes of 10**8 documents, which has no peer.
+The whole takes about ten minutes, most of it for preprocessing; benchmarks/preprocess.py has more cases of
+that.  The last line is a cold start over the sizes of 10**8 documents, which has no peer.
 """
 
 from __future__ import annotations

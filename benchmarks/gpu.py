@@ -1,14 +1,15 @@
-"""One run on one GPU: how fast our engines are, beside whom, and where the time goes; 8 minutes at most.
+"""One run on one GPU: how fast the engines are, compared with other code, and where the time goes; 8
+minutes at most.
 
     python benchmarks/gpu.py --out DIR [--seconds 450] [--only WORD] [--tiny]
 
-Each case is a process of its own with a time limit, the most telling first.  When time is up, what is done
-is there: DIR/results.jsonl has one object a case, failures too, and DIR/table.md the table.  --tiny does
-the same on a CPU with toy sizes.
+Each case is a separate process with a time limit, the most important case first.  When the time is up, the
+finished cases are saved: DIR/results.jsonl has one object per case, including failures, and DIR/table.md
+the table.  --tiny does the same on a CPU with toy sizes.
 
 Cases: the chip's own matrix product and copy; whole training steps of a Mixtral-shaped layer and of two
-Qwen3-30B-shaped ones, 8192 tokens, in bfloat16: hand-written torch (bfloat16 Adam), transformers' Qwen3-MoE,
-both engines with grouped experts and with the loop, and with router hyper in the place of topk.
+Qwen3-30B-shaped layers, 8192 tokens, in bfloat16: hand-written torch (bfloat16 Adam), transformers'
+Qwen3-MoE, both engines with grouped experts and with the loop, and with router hyper instead of topk.
 """
 
 from __future__ import annotations

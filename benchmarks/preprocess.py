@@ -1,11 +1,11 @@
-"""tools/preprocess_data.py against what Megatron-LM's tools do; goals: 1/8 of the time of the first, 1/3 of
-its fast variant.
+"""tools/preprocess_data.py against Megatron-LM's tools; goals: 1/8 of the time of the first, 1/3 of its
+fast variant.
 
-Each run is a process of its own, from the interpreter's start to its end, and counts the processor time of
-all its workers; the two sides take turns.  The peers are reproduced by ``_preprocess_peer.py``, which says
-how.  The text: the sources of the Python standard library, in the mixed order of make_corpus.py, repeated up
-to the size asked for; a BPE tokenizer is trained on its beginning.  Both sides must write the same bytes,
-which is checked.  With ``--threads`` above 1 both use as many processes.
+Each run is a separate process, from the interpreter's start to its end, and counts the processor time of
+all its workers; the two sides take turns.  ``_preprocess_peer.py`` reproduces the peers.  The text is the
+sources of the Python standard library, in the mixed order of make_corpus.py, repeated up to the given
+size; a BPE tokenizer is trained on its beginning. The benchmark checks that both sides write the same
+bytes.  With ``--threads`` above 1, both use that many processes.
 """
 
 from __future__ import annotations

@@ -170,8 +170,8 @@ def world(sizes: Sizes, threads: int) -> Iterator[Any]:
 
 
 def engine_of(config: RunConfig, *, for_training: bool = True) -> Any:
-    """An engine beside those that there are: of one rank, all groups are alike, and each engine takes over
-    what it finds.
+    """One more engine in this process: with one rank, all groups are the same, and each engine reuses the
+    existing ones.
     """
     import gc
 

@@ -1,10 +1,10 @@
 """Training step of the DeepSpeed engine with router hyper against router topk; goal <= 1.03 at D = 256, <=
 1.01 at D >= 1024.
 
-Two processes, each with an engine of its own, step in turn.  Both start from the same weights, topk's router
-from those that hyper's hypernetwork generates, and the learning rate is 0: the optimizer does all its work
-and changes nothing, so both send the same tokens to the same experts in every step, which is checked.  What
-is left between them is the router's own cost.
+Two processes, each with one engine, step in turn.  Both start from the same weights: topk's router has
+those that hyper's hypernetwork generates.  The learning rate is 0, so the optimizer does all its work and
+changes nothing, and both send the same tokens to the same experts in every step, which is checked.  The
+difference is the router's own cost.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def measure(case: Case, *, pairs: int, warm_up: int, threads: int) -> Row:
 
 @contextmanager
 def worker(case: Case, router: str, threads: int) -> Iterator[Connection]:
-    """A process with an engine; it steps when it is told the number of a step, and ends at None."""
+    """A process with an engine; it steps when it receives the number of a step, and ends at None."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(case, router, threads, theirs), daemon=True)

@@ -1,12 +1,12 @@
-"""Whole training steps and evaluations of both engines beside hand-written torch and transformers.
+"""Whole training steps and evaluations of both engines, compared with hand-written torch and transformers.
 
     python benchmarks/step.py                         both cases, about 10 minutes of one core
     python benchmarks/step.py --side deepspeed --side "megatron:hyper" --case "few wide experts"
 
-Each side is a process of its own; one works at a time, in turns, so that other work on the machine hits all
-alike.  A ratio is taken within a round, against the floor: torch with grouped_mm and fused AdamW, and nothing
-around it.  Sides: floor, transformers (:grouped_mm, :eager), deepspeed and megatron (:ROUTER).  All are in
-float32 with tied embeddings, norms on queries and keys, softmax over the chosen logits, clipping at 1.
+Each side is a separate process; they work in turns, so that other work on the machine affects all of
+them.  A ratio is taken within a round, relative to the floor: torch with grouped_mm and fused AdamW, and
+nothing else.  Sides: floor, transformers (:grouped_mm, :eager), deepspeed and megatron (:ROUTER).  All are
+in float32 with tied embeddings, norms on queries and keys, softmax over the chosen logits, clipping at 1.
 """
 
 from __future__ import annotations

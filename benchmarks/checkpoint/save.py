@@ -1,13 +1,13 @@
-"""How long training waits for an asynchronous save, over the time of a plain copy of what is saved.
+"""How long training waits for an asynchronous save, relative to a plain copy of the saved tensors.
 
     python benchmarks/checkpoint/save.py        both engines, 60 M parameters: a minute of one core
     torchrun --nproc_per_node 2 benchmarks/checkpoint/save.py --engine megatron
 
-Each save of the training loop (``train.saving``) is followed by the floor: the same tensors, copied into
-memory that is there already, and nothing else.  A ratio is taken within such a pair, in CPU seconds of the
-main thread (on the CPU a copy is work of that thread; ``--wall`` takes wall time, which other work on the
-machine spoils), and the median is shown.  The writer of a save has ended before the next one begins, as in a
-run whose saves are farther apart than they take.
+Each save of the training loop (``train.saving``) is followed by the floor: a copy of the same tensors into
+memory that already exists, and nothing else.  The ratio is taken within such a pair, in CPU seconds of the
+main thread (on the CPU, that thread does the copy; ``--wall`` uses wall time, which other work on the
+machine disturbs), and the median is shown. A save is complete before the next one begins, as in a run with
+enough time between its saves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIZES = (
 
 
 def main() -> None:
-    """Measure one engine in this process, or each in a process of its own."""
+    """Measure one engine in this process, or each in a separate process."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--engine", choices=("deepspeed", "megatron"))
     flags.add_argument("--saves", type=int, default=15, metavar="N")
