@@ -263,7 +263,8 @@ class Run:
 
         The checkpoint says that it was due, and ``metrics.jsonl`` does not have the scores.
         """
-        if due := self.start.manifest.get("meta", {}).get("evaluation_due"):
+        due = self.start.manifest.get("meta", {}).get("evaluation_due")
+        if due and step == self.start.step:
             metrics = Path(self.config.logging.run_dir) / "metrics.jsonl"
             known = scored_splits(metrics, step) if self.engine.place.is_main else set()
             for split in self.evaluations(step):
