@@ -301,7 +301,8 @@ class Alarms:
     def _regime(self, step: int, topk: int) -> str:
         """What changes the level of the measures by design, in step ``step``, counted from 1."""
         mix = bisect_right(self._mixes_from, step - 1)
-        stage = self._config.router.options.stage(step - 1, self._config.train.train_iters)
+        options = self._config.router.options  # None in settings that no parser has read
+        stage = 1 if options is None else options.stage(step - 1, self._config.train.train_iters)
         counted = {"mix": mix, "stage": stage}
         return ", ".join([f"k {topk}", *(f"{name} {count}" for name, count in counted.items() if count > 1)])
 
