@@ -25,7 +25,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
     ``durable``: also after a power failure. OSError if the file system refuses.
     """
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    unfinished = _unfinished(path)
     try:
         with open_new(unfinished) as stream:
             yield stream
@@ -39,6 +39,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         raise
     if durable:
         sync(path.parent)
+
+
+def _unfinished(path: Path) -> Path:
+    """A name beside ``path`` that nobody can foresee."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
 
 
 def open_new(path: Path, *, buffering: int = -1) -> BinaryIO:
@@ -78,6 +83,23 @@ def write_json(path: Path, content: object) -> None:
     """Write JSON for people and programs to read, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def check_output(path: Path) -> None:
+    """Make the folders above ``path``, which will be written when the work is done; ConfigError now if it
+    cannot be.
+    """
+    try:
+        reason = "is not a file" if path.exists() and not path.is_file() else ""
+        if not reason:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trial = _unfinished(path)
+            open_new(trial).close()
+            trial.unlink()
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}"
+    if reason:
+        raise ConfigError([Problem("--output", path, reason, "name a file that you can write")])
 
 
 @contextlib.contextmanager

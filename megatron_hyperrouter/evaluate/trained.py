@@ -199,7 +199,9 @@ class TrainedRun:
 
 
 def add_model_flags(flags: ArgumentParser) -> None:
-    """``--load`` and ``--topk`` of every tool that takes a run or an exported folder."""
+    """``--load``, ``--topk`` and ``--tokenizer-model`` of every tool that takes a run or an exported
+    folder.
+    """
     flags.add_argument(
         "--load",
         type=run_path,
@@ -209,6 +211,11 @@ def add_model_flags(flags: ArgumentParser) -> None:
     )
     flags.add_argument(
         "--topk", type=int, nargs="+", metavar="K", help="numbers of active experts (default: the model's)"
+    )
+    flags.add_argument(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="tokenizer file, needed only if the model does not contain the tokenizer",
     )
 
 

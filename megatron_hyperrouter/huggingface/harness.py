@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> None:
             model="hf",
             model_args={
                 "pretrained": task["folder"],
+                "tokenizer": task["tokenizer"],  # None: the folder's
                 "dtype": task["dtype"],
                 "num_experts_per_tok": k,
                 "trust_remote_code": task["custom_code"],

@@ -17,6 +17,7 @@ from megatron_hyperrouter.errors import HostError, HyperRouterError, reason_of
 
 _FILES = Path(__file__).resolve().parent.parent / "huggingface"
 COMPARE, HARNESS, GGUF = _FILES / "compare.py", _FILES / "harness.py", _FILES / "gguf_file.py"
+_NEEDS = {COMPARE: ("transformers",), HARNESS: ("lm_eval", "transformers", "accelerate"), GGUF: ("gguf",)}
 _INSTALL = {
     COMPARE: "pip install 'megatron-hyperrouter[hf]', or name a Python that has it with --python",
     HARNESS: "pip install 'megatron-hyperrouter[hf,eval]', or name a Python that has it with --python",
@@ -25,28 +26,28 @@ _INSTALL = {
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def require(script: Path, *, python: str | None = None) -> None:
+    """HostError now, before work that ``script`` needs, where that Python lacks a library."""
+    look = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if not importlib.util.find_spec(n)))"
+    program = _program(python)
+    done = _run([program, "-c", look, *_NEEDS[script]], cwd=str(_FILES), env=_environment())
+    if done.returncode:
+        raise HostError(f"{program} is not a working Python", remedy="name another one with --python")
+    if missing := done.stdout.split():
+        raise HostError(f"{program} does not have {' and '.join(missing)}", remedy=_INSTALL[script])
+
+
 def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = COMPARE) -> dict[str, Any]:
     """The answer of ``script`` to ``task``; HostError if that Python lacks a library."""
     with tempfile.TemporaryDirectory(prefix="mhr-proof-") as folder:
         asked, answered = Path(folder) / "task.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(task), encoding="utf-8")
-        program = python or sys.executable
-        if os.sep in program:  # a path, from here: the process runs in another folder
-            program = os.path.abspath(program)
-        try:
-            done = subprocess.run(
-                [program, str(script), str(asked), str(answered)],
-                env=_environment() | {"HF_MODULES_CACHE": folder},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-            )
-        except OSError as error:
-            raise HostError(
-                f"{program} cannot be started: {reason_of(error)}", remedy="name a Python with --python"
-            ) from error
+        program = _program(python)
+        done = _run(
+            [program, str(script), str(asked), str(answered)],
+            cwd=folder,
+            env=_environment() | {"HF_MODULES_CACHE": folder},
+        )
         if done.returncode == 0:
             found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
             return found
@@ -57,6 +58,23 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             f"{script.name} failed: {last[0]}",
             remedy="its output:\n" + done.stderr.strip()[-3000:],
         )
+
+
+def _program(python: str | None) -> str:
+    """The Python to start; a path is from here, as the process may run in another folder."""
+    program = python or sys.executable
+    return os.path.abspath(program) if os.sep in program else program
+
+
+def _run(command: list[str], *, cwd: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise HostError(
+            f"{command[0]} cannot be started: {reason_of(error)}", remedy="name a Python with --python"
+        ) from error
 
 
 def _environment() -> dict[str, str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import venv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from export.made_up import make_up
 
-from megatron_hyperrouter.commands.models import export_hf, generate
-from megatron_hyperrouter.commands.models.lm_eval import main, texts_in
-from megatron_hyperrouter.errors import ConfigError, DataError
+from megatron_hyperrouter.commands.models import export_hf, generate, import_hf
+from megatron_hyperrouter.commands.models.lm_eval import main, read_flags, texts_in, texts_of
+from megatron_hyperrouter.data.store.token_files import IndexedWriter
+from megatron_hyperrouter.errors import ConfigError, DataError, HostError
 from megatron_hyperrouter.proof import child
 
 SETTINGS = {
@@ -37,7 +40,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
     def ask(task: Mapping[str, Any], *, python: str | None, script: Path) -> dict[str, Any]:
-        assert script == child.HARNESS and python is None
+        assert script == child.HARNESS
         config = json.loads((Path(task["folder"]) / "config.json").read_text())
         seen.append(dict(task) | {"experts": config["num_experts_per_tok"]})
         rows = [{"topk": k, "task": name, "acc": float(k)} for k in task["topks"] for name in task["tasks"]]
@@ -70,10 +73,81 @@ def test_each_k_is_a_column(
         "1.0000",
         "4.0000",
     ] in lines
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):  # a file in the place of its folder
-        run_on(tmp_path / "run", tmp_path, "--output", str(tmp_path / "file" / "scores.json"))
-    assert tasks[1]["topks"] == [2] and "k = 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word, rule", [("text.jsonl/a.json", "cannot be written"), (".", "is not a file")])
+def test_an_output_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, tasks: list[dict[str, Any]], word: str, rule: str
+) -> None:
+    make_up(tmp_path / "run", SETTINGS)
+    with pytest.raises(ConfigError, match=f"--output = .*: {rule}"):
+        run_on(tmp_path / "run", tmp_path, "--output", str(tmp_path / word))
+    assert tasks == [] and {path.name for path in tmp_path.iterdir()} == {"run", "text.jsonl"}
+
+
+def test_a_missing_library_is_named_before_any_work(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+    python = tmp_path / "bin" / "python"
+    venv.create(python.parent.parent, symlinks=True)
+    make_up(tmp_path / "run", SETTINGS)
+    with pytest.raises(HostError, match=r"does not have lm_eval and transformers and accelerate\n") as error:
+        run_on(tmp_path / "run", tmp_path, "--python", str(python))
+    assert "pip install 'megatron-hyperrouter[hf,eval]'" in str(error.value)
+    out, other = str(tmp_path / "out"), ["--python", str(python)]
+    for flags, library in (([], "transformers"), (["--no-proof", "--gguf", str(tmp_path / "m")], "gguf")):
+        with pytest.raises(HostError, match=f"does not have {library}\n"):
+            export_hf.main(["--load", str(tmp_path / "run"), "--output", out, *flags, *other])
+    with pytest.raises(HostError, match="does not have transformers\n"):
+        import_hf.main(["--input", str(tmp_path / "run"), "--output", out, *other])
+    with pytest.raises(HostError, match="is not a working Python"):
+        child.require(child.GGUF, python="false")
+    assert tasks == [] and not (tmp_path / "out").exists()
+
+
+def test_the_harness_needs_a_tokenizer_of_text(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+    make_up(tmp_path / "ids", SETTINGS | {"tokenizer_type": "NullTokenizer", "vocab_size": 60})
+    with pytest.raises(ConfigError, match=r"--load = .*: has a NullTokenizer, which the harness cannot read"):
+        run_on(tmp_path / "ids", tmp_path)
+    folder = tmp_path / "folder"
+    export_hf.main(["--load", str(tmp_path / "ids"), "--output", str(folder), "--no-proof"])
+    with pytest.raises(ConfigError, match=r"--load = .*: has no tokenizer"):
+        run_on(folder, tmp_path)
+    make_up(tmp_path / "run", SETTINGS)
+    export_hf.main(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "text"), "--no-proof"])
+    given = str(tmp_path / "text" / "tokenizer.json")
+    with pytest.raises(ConfigError, match="has 257 ids, and the model's vocab_size is 128"):
+        run_on(folder, tmp_path, "--tokenizer-model", given)
+    run_on(tmp_path / "text", tmp_path, "--tokenizer-model", given)
+    assert len(tasks) == 1 and tasks[0]["tokenizer"].endswith("/tokenizer")
+
+
+def corpus(prefix: Path, word: str) -> str:
+    """A byte-level token file of ten documents."""
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for number in range(10):
+            writer.add_document(np.array([*f"{word} {number} ".encode() * 8, 256], np.uint16))
+    return str(prefix)
+
+
+def test_texts_come_from_token_files(
+    tmp_path: Path, tasks: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the run's test split, or those of --data-path."""
+    seen: list[list[str]] = []
+    make_up(tmp_path / "run", SETTINGS | {"data_path": [corpus(tmp_path / "own", "west")], "split": "8,1,1"})
+    other = corpus(tmp_path / "other", "north")
+    words = f"--load {tmp_path}/run --tasks held_out --output {tmp_path}/scores.json".split()
+    for flags in ([], ["--data-path", other]):
+        seen.append(texts_of(read_flags([*words, *flags])))
+    assert "".join(seen[0]) in "west 9 " * 8  # the last document of ten, once and without its end
+    assert sum(map(len, seen[1])) > 9 * len("north 0 ") * 8 and set("".join(seen[1])) == set(
+        "north 0123456789"
+    )
+    for more, message in ((["--text", "a.jsonl"], "not both"), (["--load", str(tmp_path / "hf")], "a run")):
+        (tmp_path / "hf").mkdir(exist_ok=True)
+        (tmp_path / "hf" / "config.json").write_text("{}")
+        with pytest.raises(SystemExit):
+            main([*words, "--data-path", other, *more])
+        assert message in capsys.readouterr().err
 
 
 def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:

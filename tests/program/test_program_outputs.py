@@ -333,6 +333,10 @@ class TestTools:
         job = zygote.run(["--load", whole, "--topk", 0, 5, "--output", output], program=program, expect=2)
         assert "--topk = 0" in job.stderr and "--topk = 5" in job.stderr
         zygote.run(["--load", tmp_path, "--topk", 1, "--output", output], program=program, expect=4)
+        below = output.parent / "file" / "scores.json"
+        (output.parent / "file").touch()
+        job = zygote.run(["--load", whole, "--topk", 1, "--output", below], program=program, expect=2)
+        assert f"--output = {below}: cannot be written: " in job.stderr
         assert not output.exists()
 
     def test_export_to_megatron_core(self, zygote: Zygote, whole: Path, tmp_path: Path) -> None:

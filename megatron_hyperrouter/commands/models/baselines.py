@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
+from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.errors import DataError
 
     results: list[dict[str, Any]] = read_results(args.results)
+    if args.output is not None:
+        check_output(args.output)
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     config, tokenizer = run.settings, run.tokenizer()
     bytes_V = tokenizer.token_bytes_V()
@@ -71,10 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     show(rows, results[0]["tokens"], masked=eod is not None)
     if args.output is not None:
-        args.output.write_text(
-            json.dumps({"bits_per_byte": rows, "tokens": results[0]["tokens"]}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+        write_json(args.output, {"bits_per_byte": rows, "tokens": results[0]["tokens"]})
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from megatron_hyperrouter.commands.models.evaluate_ways import (
     windows_of,
 )
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags, checkpoint_of
-from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import Bar, parser
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
     adopt_ranks()
     meeting = Meeting.of_this_process()
-    load = follow_rank_0(lambda: found(args.load), meeting).folder
+    load = follow_rank_0(lambda: found(args), meeting).folder
     assert load is not None
     run = TrainedRun.open(load, world_size=launched_world_size(), tokenizer_model=args.tokenizer_model)
     check_topks(args.topk, run.settings.model.num_experts, router=run.settings.router)
@@ -98,12 +98,15 @@ def main(arguments: Sequence[str]) -> None:
         engine.close()
 
 
-def found(load: str) -> Start:
-    """The checkpoint that ``load`` means, as this rank sees it."""
+def found(args: Namespace) -> Start:
+    """The checkpoint that ``--load`` means, as this rank sees it; ConfigError where the results could not be
+    written.
+    """
     from megatron_hyperrouter.checkpoint.folder import read_manifest
     from megatron_hyperrouter.train.resuming.start import Start
 
-    folder = checkpoint_of(load)
+    check_output(args.output)
+    folder = checkpoint_of(args.load)
     return Start(folder, read_manifest(folder))
 
 

@@ -47,6 +47,7 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
     from megatron_hyperrouter.proof.bounds import bounds
     from megatron_hyperrouter.proof.exports import prove
 
+    check_libraries(args)
     job, came_from = export_of(args)
     check_topks(served, job.run.model.num_experts, router=job.run.router)
     job.gates.check_served(served, "--topk")
@@ -68,6 +69,16 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
         write_gguf(args, folder)
     if not quiet:
         report(job, folder, len(digests), proof)
+
+
+def check_libraries(args: Namespace) -> None:
+    """HostError where what comes after the folder could not be done."""
+    from megatron_hyperrouter.proof.child import COMPARE, GGUF, require
+
+    if not args.no_proof:
+        require(COMPARE, python=args.python)
+    if args.gguf is not None:
+        require(GGUF, python=args.python)
 
 
 def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:

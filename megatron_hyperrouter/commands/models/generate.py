@@ -148,11 +148,6 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     add("--seed", type=int, default=1234, help="random seed of the sampling (default: 1234)")
     add(
-        "--tokenizer-model",
-        metavar="FILE",
-        help="tokenizer file, needed only if the model does not contain the tokenizer",
-    )
-    add(
         "--calibrate-k",
         action="store_true",
         help="also print texts with rescaled MoE outputs, like mhr evaluate --calibrate-k",

@@ -1,8 +1,8 @@
 """Run lm-evaluation-harness on a run or an exported folder, once for each k.
 
 Two tasks need no download: held_out (bits per byte of texts that the model was not trained on) and next_line
-(which of four lines comes next).  Their texts come from the run's test split, or from --text FILE.jsonl.  The
-harness's other tasks load their data from the Hugging Face hub, or as their files in --include-path specify.
+(which of four lines comes next).  Their texts come from the run's test split, from the token files
+of --data-path, or from --text FILE.jsonl.  The harness's other tasks load their data from the Hugging Face hub, or as their files in --include-path specify.
 """
 
 from __future__ import annotations
@@ -10,35 +10,40 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem, reason_of
-from megatron_hyperrouter.evaluate.trained import add_model_flags
-from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.evaluate.trained import TrainedRun, add_model_flags
+from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import parser, show
 
 _SAMPLES = 64
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Folder -> tasks -> the harness in a separate process -> a table."""
     args = read_flags(arguments)
     from megatron_hyperrouter.huggingface.local_tasks import TASKS
-    from megatron_hyperrouter.proof.child import HARNESS, ask
+    from megatron_hyperrouter.proof.child import HARNESS, ask, require
 
+    check_output(args.output)
+    require(HARNESS, python=args.python)
     with TemporaryDirectory(prefix="mhr-lm-eval-") as name:
         home = Path(name)
         folder = folder_of(args, home)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        topks, tokenizer = topks_of(args, config), tokenizer_of(args, home, config)
         include = args.include_path
         if set(args.tasks) & set(TASKS):
             include = home / "tasks"
             make_tasks(args, include)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        topks = topks_of(args, config)
         task = {
             "folder": str(folder.resolve()),
+            "tokenizer": None if tokenizer is None else str(tokenizer),
             "topks": topks,
             "tasks": args.tasks,
             "include_path": None if include is None else str(include.resolve()),
@@ -54,16 +59,62 @@ def main(arguments: Sequence[str]) -> None:
     write_json(args.output, {"results": answer["results"], "versions": answer["versions"]})
 
 
+def is_folder(load: Path) -> bool:
+    """Whether it is a Hugging Face folder; else a run."""
+    return (load / "config.json").is_file()
+
+
 def folder_of(args: Namespace, home: Path) -> Path:
     """The Hugging Face folder, or a temporary export of the run."""
     load: Path = args.load
-    if (load / "config.json").is_file():
+    if is_folder(load):
         return load
     from megatron_hyperrouter.commands.models import export_hf
+    from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
 
+    tokenizer = open_run(args).tokenizer()
+    if tokenizer_json(tokenizer) is None:
+        rule = f"has a {tokenizer.type}, which the harness cannot read"
+        remedy = "evaluate a run that was trained with a HuggingFaceTokenizer or a ByteTokenizer"
+        raise ConfigError([Problem("--load", load, rule, remedy)])
     folder = home / "folder"
     words = ["--load", str(load), "--output", str(folder), "--no-proof"]
+    if args.tokenizer_model is not None:
+        words += ["--tokenizer-model", args.tokenizer_model]
     export_hf.write_folder(export_hf.read_flags(words), quiet=True, served=args.topk or ())
+    return folder
+
+
+def open_run(args: Namespace) -> TrainedRun:
+    """The run of ``--load``."""
+    return TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
+
+
+def tokenizer_of(args: Namespace, home: Path, config: dict[str, Any]) -> Path | None:
+    """A folder with the tokenizer of ``--tokenizer-model``; None where the Hugging Face folder has its
+    own.
+    """
+    if not is_folder(args.load):
+        return None
+    if args.tokenizer_model is None:
+        if not any((args.load / name).is_file() for name in _TOKENIZER_FILES):
+            rule = "has no tokenizer, which the harness needs"
+            remedy = "give a tokenizer.json with --tokenizer-model FILE"
+            raise ConfigError([Problem("--load", args.load, rule, remedy)])
+        return None
+    from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
+    from megatron_hyperrouter.data.tokenize.transformers_files import write_tokenizer
+
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", args.tokenizer_model, None)
+    rows = int(config["vocab_size"])
+    if tokenizer.vocab_size > rows:
+        rule = f"has {tokenizer.vocab_size:,} ids, and the model's vocab_size is {rows:,}"
+        raise ConfigError(
+            [Problem("--tokenizer-model", args.tokenizer_model, rule, "give the model's own tokenizer")]
+        )
+    folder = home / "tokenizer"
+    folder.mkdir()
+    write_tokenizer(folder, tokenizer, seq_length=int(config["max_position_embeddings"]))
     return folder
 
 
@@ -98,18 +149,27 @@ def texts_of(args: Namespace) -> list[str]:
     """Texts that training did not see."""
     if args.text is not None:
         return list(texts_in(args.text))
-    if (args.load / "config.json").is_file():
+    if is_folder(args.load):
         raise DataError(
             "held_out and next_line need texts, and a Hugging Face folder has none",
             remedy="name a file with --text FILE.jsonl, or give --load the run folder",
         )
-    from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text
 
-    run = TrainedRun.open(args.load)
+    run = open_run(args)
     tokenizer = run.tokenizer()
-    dataset = run.dataset(tokenizer, split="test", samples=_SAMPLES)
-    rows = [dataset[number] for number in range(min(_SAMPLES, len(dataset)))]
-    return [tokenizer.decode(row.tolist()) for row in rows]
+    dataset = run.dataset(tokenizer, split=None if args.data_path else "test", data_path=args.data_path)
+    samples = (dataset[number].tolist() for number in range(min(_SAMPLES, len(dataset))))
+    eod = end_of_text(tokenizer)
+    parts = (part for ids in samples for part in split_at(ids, eod))
+    return [text for part in parts if (text := tokenizer.decode(part)).strip()]
+
+
+def split_at(ids: Sequence[int], end: int | None) -> Iterator[list[int]]:
+    """The parts of ``ids`` between the ends of documents."""
+    for ends, part in groupby(ids, lambda each: each == end):
+        if not ends:
+            yield list(part)
 
 
 def texts_in(path: Path) -> Iterator[str]:
@@ -141,8 +201,13 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         for metric in metrics:
             show(
                 f"{task:<16} {metric:<16}"
-                + "".join(f"{own[k].get(metric, float('nan')):>12.4f}" for k in topks)
+                + "".join(f" {cell(own[k].get(metric, float('nan'))):>11}" for k in topks)
             )
+
+
+def cell(value: float) -> str:
+    """A number that fits into its column."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:
@@ -166,6 +231,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="texts for held_out and next_line (default: the run's test split)",
     )
     add(
+        "--data-path",
+        nargs="+",
+        metavar="P",
+        help="token files with the texts for held_out and next_line, in place of the test split",
+    )
+    add(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
@@ -179,4 +250,9 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="FILE",
         help="Python interpreter that has lm-eval and transformers (default: the current one)",
     )
-    return flags.parse_args(arguments)
+    args = flags.parse_args(arguments)
+    if args.text is not None and args.data_path is not None:
+        flags.error("give --text or --data-path, not both")
+    if args.data_path is not None and is_folder(args.load):
+        flags.error("--data-path needs a run in --load; give --text FILE.jsonl for a Hugging Face folder")
+    return args

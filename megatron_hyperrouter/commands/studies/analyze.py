@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_hyperrouter.compat.host_logs import silence_hosts
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags
-from megatron_hyperrouter.files import write_json
+from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import note, parser
 
 EPILOG = """\
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     """Settings of the run -> data -> model -> one table for each k."""
     args = read_flags(arguments)
     refuse_several_ranks()
+    check_output(args.output)
     silence_hosts()
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.studies.analyzed import Analysis
