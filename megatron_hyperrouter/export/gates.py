@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.export.classes.latent import LATENT_ATTENTION, attention_fields
 from megatron_hyperrouter.export.classes.names import PACKED, SHARED_GATE
 from megatron_hyperrouter.export.classes.target import (
     CHOICE_BIAS,
@@ -98,7 +99,8 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
             ["--mlp-type residual, which the modeling file does not have either"], custom_code=False
         )
     base = FAMILIES["Qwen3MoeForCausalLM"]
-    refuse_unknown(run, (*base.settings, *_SHARED), "the modeling file")
+    latent = LATENT_ATTENTION if run.attention.multi_latent_attention else ()
+    refuse_unknown(run, (*base.settings, *_SHARED, *latent), "the modeling file")
     kind: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for layer, router in routers.items():
@@ -115,8 +117,10 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
     module = MODELING_FILE.removesuffix(".py")
     fields = {
         **plain.fields,
+        **(attention_fields(run) if latent else {}),
         "hyperrouter": {
             **kind,
+            "latent_attention": bool(latent),
             "qk_norm": run.model.qk_layernorm,
             "shared_width": run.model.moe_shared_expert_intermediate_size or 0,
         },

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
 
 
@@ -100,18 +101,35 @@ class SharedMixture(Qwen3MoeSparseMoeBlock):
         return super().forward(hidden_states) + shared
 
 
+def latent_attention(config: HyperRouterConfig, layer: int) -> DeepseekV3Attention:
+    """DeepSeek-V3's attention, whose norms of latent vectors have the epsilon of the other norms, or are
+    left out.
+    """
+    attention = DeepseekV3Attention(config, layer)
+    for name in ("q_a_layernorm", "kv_a_layernorm"):
+        if getattr(attention, name) is not None:
+            getattr(attention, name).variance_epsilon = config.rms_norm_eps
+            if not config.hyperrouter["qk_norm"]:
+                setattr(attention, name, nn.Identity())
+    return attention
+
+
 class HyperRouterForCausalLM(Qwen3MoeForCausalLM):
-    """Qwen3-MoE with :class:`RoutedGate`, and without q/k norms where the run had none."""
+    """Qwen3-MoE with :class:`RoutedGate`, without q/k norms where the run had none, and with latent attention
+    where it had that.
+    """
 
     config_class = HyperRouterConfig
 
     def __init__(self, config: HyperRouterConfig) -> None:
         super().__init__(config)
-        for layer in self.model.layers:
+        for number, layer in enumerate(self.model.layers):
             if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):  # the others are dense
                 layer.mlp = SharedMixture(config) if config.hyperrouter["shared_width"] else layer.mlp
                 layer.mlp.gate = RoutedGate(config)
-            if not config.hyperrouter["qk_norm"]:
+            if config.hyperrouter["latent_attention"]:
+                layer.self_attn = latent_attention(config, number)
+            elif not config.hyperrouter["qk_norm"]:
                 layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
         self.post_init()
 

@@ -154,6 +154,20 @@ CASES |= {
         DEEPSEEK3,
     ),
 }
+WITHOUT_NORMS = {"qk_layernorm": False, "norm_epsilon": 1e-5, "moe_shared_expert_intermediate_size": None}
+CASES |= {  # latent attention with a router that DeepSeek's classes do not have
+    "hyper, latent attention": Case({"router": HYPER, **LATENT, "norm_epsilon": 1e-5}, OWN, "--custom-code"),
+    "hyper, latent attention without norms, low rank, YaRN": Case(
+        {"router": HYPER, **LATENT, **WITHOUT_NORMS, **YARN, **UNTIED, "q_lora_rank": 14},
+        OWN,
+        "--custom-code",
+    ),
+    "xmoe, latent attention, megatron": Case(
+        {"router": {"name": "xmoe"}, **LATENT, **MEGATRON, "moe_layer_freq": "[1,0]", "q_lora_rank": 14},
+        OWN,
+        "--custom-code",
+    ),
+}
 REFUSED: dict[str, Case] = {
     "adds a bias to its logits": Case({"router": {"name": "hyper", "bias": True}}, ""),
     "divides each token's projection": Case({"router": {"name": "xmoe"}}, ""),

@@ -19,10 +19,7 @@ from megatron_hyperrouter.export.classes.family import (
 from megatron_hyperrouter.export.classes.names import QWEN
 
 EPSILON = 1e-6  # of the norms of latent vectors: a constant in transformers
-_SETTINGS = (
-    *DENSE_LAYERS,
-    *SHARED_EXPERTS,
-    "moe_shared_expert_gate",
+LATENT_ATTENTION = (
     "multi_latent_attention",
     "q_lora_rank",
     "kv_lora_rank",
@@ -30,6 +27,7 @@ _SETTINGS = (
     "qk_pos_emb_head_dim",
     "v_head_dim",
 )
+_SETTINGS = (*DENSE_LAYERS, *SHARED_EXPERTS, "moe_shared_expert_gate", *LATENT_ATTENTION)
 
 
 def _latent_lacks(run: RunConfig) -> Iterator[str]:
@@ -58,18 +56,23 @@ def _deepseek_v3_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     yield from sigmoid_scores(options)
 
 
-def _latent_fields(run: RunConfig, options: Any) -> dict[str, Any]:
+def attention_fields(run: RunConfig) -> dict[str, Any]:
+    """What the classes with latent attention call its sizes."""
     attention = run.attention
     return {
-        **deepseek_fields(run, options),
         "num_key_value_heads": run.model.num_attention_heads,
         "q_lora_rank": attention.q_lora_rank,
         "kv_lora_rank": attention.kv_lora_rank,
         "qk_nope_head_dim": attention.qk_head_dim,
         "qk_rope_head_dim": attention.qk_pos_emb_head_dim,
         "v_head_dim": attention.v_head_dim,
+        "rope_interleave": True,
         "head_dim": attention.qk_pos_emb_head_dim,
     }
+
+
+def _latent_fields(run: RunConfig, options: Any) -> dict[str, Any]:
+    return deepseek_fields(run, options) | attention_fields(run)
 
 
 def _deepseek_v2_fields(run: RunConfig, options: Any) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def _deepseek_v2_fields(run: RunConfig, options: Any) -> dict[str, Any]:
 
 
 def _deepseek_v3_fields(run: RunConfig, options: Any) -> dict[str, Any]:
-    named = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_interleave": True}
+    named = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     return _latent_fields(run, options) | named
 
 

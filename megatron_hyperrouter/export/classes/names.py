@@ -164,6 +164,8 @@ def _attention(ours: str, theirs: str, sizes: Sizes) -> dict[str, TensorPlace]:
         alike |= _QK_NORMS if sizes.qk_norm else {}
     else:
         alike |= _LATENT | (_LOW_RANK_QUERIES if sizes.low_rank_queries else _FULL_RANK_QUERIES)
+        if not sizes.qk_norm:
+            alike = {hf: own for hf, own in alike.items() if "_a_layernorm" not in hf}
     return found | {theirs + hf: TensorPlace((ours + own,)) for hf, own in alike.items()}
 
 

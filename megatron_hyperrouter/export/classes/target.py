@@ -61,7 +61,7 @@ def choose(run: RunConfig, options: Any, topk: int) -> Target:
         if not found:
             return target_of(family, run, options)
         reasons.append(f"{family.title} " + "; it ".join(found))
-    raise no_class(reasons, custom_code=not run.attention.multi_latent_attention)
+    raise no_class(reasons)
 
 
 def check_served(architecture: str, served: Sequence[int], topks: Iterable[int], flag: str) -> None:
