@@ -1,8 +1,9 @@
 """Run lm-evaluation-harness on a run or an exported folder, once for each k.
 
 Two tasks need no download: held_out (bits per byte of texts that the model was not trained on) and next_line
-(which of four lines comes next).  Their texts come from the run's test split, from the token files
-of --data-path, or from --text FILE.jsonl.  The harness's other tasks load their data from the Hugging Face hub, or as their files in --include-path specify.
+(which of four lines comes next).  Their texts come from the run's test split, from the token files of
+--data-path, or from --text FILE.jsonl.  The harness's other tasks load their data from the Hugging Face hub,
+or as their files in --include-path specify.
 """
 
 from __future__ import annotations
