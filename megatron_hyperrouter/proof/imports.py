@@ -10,7 +10,7 @@ from megatron_hyperrouter.evaluate.perplexity import check_topks
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.export.sources import plain_run, weight_reader
 from megatron_hyperrouter.proof.bounds import bounds, faults
-from megatron_hyperrouter.proof.child import ask
+from megatron_hyperrouter.proof.child import COMPARE, ask, require
 from megatron_hyperrouter.proof.exports import Asked
 from megatron_hyperrouter.proof.product import product_side
 from megatron_hyperrouter.proof.samples import random_rows
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.importing.source import HfFolder
 
 _LONGEST = 512  # positions of a sample: a folder may allow a hundred thousand
+
+
+def check_other_side(python: str | None) -> None:
+    """HostError where there is no transformers to compare with."""
+    require(COMPARE, python=python)
 
 
 def prove_import(

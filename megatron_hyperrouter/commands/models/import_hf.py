@@ -35,11 +35,10 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.files import publish, unfinished_folder, write_json
     from megatron_hyperrouter.importing.fitting import fitting_folder
     from megatron_hyperrouter.importing.weights import ImportedWeights
-    from megatron_hyperrouter.proof.child import COMPARE, require
-    from megatron_hyperrouter.proof.imports import prove_import
+    from megatron_hyperrouter.proof.imports import check_other_side, prove_import
 
     if not args.no_proof:
-        require(COMPARE, python=args.python)
+        check_other_side(args.python)
     with given_folder(args) as given, unfinished_folder(args.output) as draft:
         folder = fitting_folder(given)
         check_flags(args, folder)
