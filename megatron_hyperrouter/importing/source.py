@@ -76,6 +76,12 @@ class HfFolder:
         return tuple(layer >= first and layer not in dense and not (layer + 1) % step for layer in layers)
 
     @property
+    def predicting_layers(self) -> tuple[str, ...]:
+        """Prefixes of the layers of multi-token prediction; the model computes the same without them."""
+        first, count = len(self.routed), int(self.config.get("num_nextn_predict_layers") or 0)
+        return tuple(f"model.layers.{first + number}." for number in range(count))
+
+    @property
     def latent(self) -> bool:
         """Attention through latent vectors."""
         return self.architecture in LATENT

@@ -47,6 +47,13 @@ class UpcycleOptions:
     noise: float = 0.0  # of a matrix's own standard deviation, on all groups but the first
     redraw: float = 0.0  # share of hidden units drawn anew in all groups but the first (arXiv 2502.19261)
     seed: int = 1234
+    pre_softmax: bool = False  # weights that sum to k/E where the router is indifferent, not to 1
+
+    @property
+    def scale(self) -> float:
+        """The factor on ``up`` and on ``down``."""
+        share = self.experts / self.topk if self.pre_softmax else 1.0
+        return (self.granularity * share) ** 0.5
 
     def problems(self, width: int) -> Iterator[Problem]:
         """Problems of these options for an MLP of this width."""
@@ -134,7 +141,7 @@ class UpcycledWeights:
     def _expert(self, layer: int, expert: int, matrix: str) -> Tensor:
         recipe = self.recipe
         mlp = f"model.layers.{layer}.mlp."
-        slice_number, scale = expert % recipe.granularity, recipe.granularity**0.5
+        slice_number, scale = expert % recipe.granularity, recipe.scale
         group = expert // recipe.granularity
         fresh = self._redrawn(layer, expert)
 

@@ -69,16 +69,10 @@ class ImportedWeights:
         stem = match[1].replace("block_sparse_moe", "mlp")
         return f"{stem}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}", int(match[2]), leaf
 
-    def _predicting_layers(self) -> tuple[str, ...]:
-        """Layers of multi-token prediction come after the others, which do not need them."""
-        first = len(self.folder.routed)
-        count = int(self.folder.config.get("num_nextn_predict_layers") or 0)
-        return tuple(f"model.layers.{first + number}." for number in range(count))
-
     @property
     def left_out(self) -> bool:
         """Whether the folder has layers that are not imported."""
-        return any(name.startswith(self._predicting_layers()) for name in self.folder.reader.names())
+        return any(name.startswith(self.folder.predicting_layers) for name in self.folder.reader.names())
 
     def _check(self, found: dict[str, TensorPlace]) -> None:
         reader, wanted = self.folder.reader, set()
@@ -93,7 +87,7 @@ class ImportedWeights:
             for name in reader.names()
             if name not in wanted and not name.endswith(_DERIVED) and reader.meta(name).numel()
         ]
-        extra = [name for name in extra if not name.startswith(self._predicting_layers())]
+        extra = [name for name in extra if not name.startswith(self.folder.predicting_layers)]
         if self.folder.tied and "lm_head.weight" in extra:
             same = torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight"))
             extra = [name for name in extra if name != "lm_head.weight" or not same]

@@ -63,6 +63,7 @@ def _proof(run: TrainedRun, folder: HfFolder, topks: list[int], asked: Asked) ->
             "topks": topks,
             "dtype": "float32",
             "dense": folder.dense,
+            "left_out": folder.predicting_layers,
         }
         answer = ask(task, python=asked.python)
     return {

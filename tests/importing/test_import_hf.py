@@ -16,6 +16,8 @@ from importing.given import MODELS, edit_config, make_model
 from program.launched import Zygote
 from safetensors.torch import load_file, save_file
 
+from megatron_hyperrouter.importing.fitting import fitting_folder
+from megatron_hyperrouter.importing.upcycle import UpcycledWeights, UpcycleOptions
 from megatron_hyperrouter.proof.bounds import faults
 
 pytestmark = pytest.mark.processes
@@ -49,6 +51,8 @@ EXACT: dict[str, Any] = {
     "deepseek_v2": case("deepseek_v2", topks=[1, 2, 8], engines=BOTH, back="float32"),
     "deepseek_v3": case("deepseek_v3", topks=[4], engines=BOTH, back="float32"),
     "deepseek_v3, hyper": case("deepseek_v3", "--router", "hyper", topks=[4], back="float32"),
+    "layers that predict further tokens": case("predicting", "--proof-samples", "1", topks=[4])
+    | {"proof": True},
     "spelling of transformers 4": case("old", topks=[2]),
     "hyper, anchored": case("qwen3_moe", "--router", "hyper", topks=[1, 2, 8], engines=BOTH, back="float32"),
     "8 copies of llama": case("llama", *UP, topks=[1, 2, 8]),
@@ -61,6 +65,7 @@ MOVED: dict[str, Any] = {
     "router drawn anew": case("qwen3_moe", "--router", "hyper", "--reset-router", topks=[2]),
     "noise": case("llama", *UP, "--noise", "0.01", topks=[2]),
     "half of the units drawn anew": case("llama", *UP, "--redraw", "0.5", topks=[2]),
+    "weights of the softmax over all": case("llama", *UP, "--scale-pre-softmax", topks=[2]),
     "half a group": case("qwen3", *UP, "--granularity", "2", "--topk", "4", topks=[3]),
 }
 REFUSED: dict[str, Any] = {
@@ -70,6 +75,11 @@ REFUSED: dict[str, Any] = {
     "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
     "extra.weight: unexpected tensor": case("holed", topks=[]),
     "cannot be given the router of another model": case("qwen3_moe", "--router", "xmoe", topks=[]),
+    "--router = xmoe: has weights that do not sum to 1": case("llama", *UP, "--router", "xmoe", topks=[]),
+    "--scale-pre-softmax: is for the routers topk": case(
+        "llama", *UP, "--router", "competesmoe", "--scale-pre-softmax", topks=[]
+    ),
+    "--scale-pre-softmax: is for dense models": case("qwen3_moe", "--scale-pre-softmax", topks=[]),
     "--upcycle: must be given for a dense model": case("llama", topks=[]),
     "--granularity = 5: must divide the MLP's width 48": case("llama", *UP, "--granularity", "5", topks=[]),
     "--topk = 3: must be a multiple of --granularity = 2": case(
@@ -103,6 +113,11 @@ def write_folders(home: Path) -> None:
     (home / "old" / "config.json").write_text(json.dumps(config))
     longrope = {"rope_type": "longrope", "rope_theta": 50000.0, "factor": 4.0}
     edit_config(home / "biased", attention_bias=True, use_sliding_window=True, rope_parameters=longrope)
+    make_model("deepseek_v3", home / "predicting")
+    edit_config(home / "predicting", num_nextn_predict_layers=1)
+    tensors = load_file(home / "predicting" / "model.safetensors")
+    more = {f"model.layers.2.{name}.weight": torch.ones(32) for name in ("enorm", "hnorm")}
+    save_file(tensors | more, home / "predicting" / "model.safetensors", metadata={"format": "pt"})
     edit_config(home / "olmoe", architectures=["OlmoeForCausalLM"])
     tensors = load_file(home / "holed" / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
@@ -139,6 +154,7 @@ def compared(told: dict[str, Any], name: str, engine: str) -> Any:
             "topks": asked["topks"],
             "dtype": "float32",
             "dense": Path(one["given"]).name in ("llama", "mistral", "qwen3"),
+            "left_out": ["model.layers.2."] if name == "layers that predict further tokens" else [],
         }
     )
 
@@ -163,6 +179,26 @@ def test_the_command_proves_what_it_writes(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", MOVED)
 def test_what_moves_the_function_is_seen(told: dict[str, Any], name: str) -> None:
     assert faults(compared(told, name, "deepspeed"), "float32")
+
+
+@pytest.mark.parametrize("granularity, topk", [(1, 2), (2, 4)])
+def test_scaled_experts_of_equal_weights_sum_to_the_mlp(
+    told: dict[str, Any], granularity: int, topk: int
+) -> None:
+    folder = fitting_folder(Path(told["noise"]["given"]))
+    recipe = UpcycleOptions(experts=8, granularity=granularity, topk=topk, pre_softmax=True)
+    weights, mlp = UpcycledWeights(folder, recipe), "model.layers.1.mlp."
+    x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+
+    def output(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
+
+    experts = [f"decoder.layers.1.mlp.experts.local_experts.{expert}.linear_" for expert in range(topk)]
+    mixed = [
+        output(*weights.read(f"{e}fc1.weight").chunk(2), weights.read(f"{e}fc2.weight")) for e in experts
+    ]
+    dense = output(*(folder.reader.read(f"{mlp}{leaf}_proj.weight") for leaf in ("gate", "up", "down")))
+    torch.testing.assert_close(sum(mixed) / 8, dense, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, one in EXACT.items() if one["back"]])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CERTIFICATE = "import_certificate.json"
 _KEEP = ("topk", "hyper")  # routers that can compute a given matrix
+_NOT_SUMMED = ("xmoe", "stablemoe")  # a token's weights do not sum to 1
+_SCALED = ("topk", "hyper", "smoe_dropout")  # have --router.pre-softmax
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         run = run_of(args, folder, weights)
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
-        tolerated = args.reset_router or args.noise or args.redraw
+        tolerated = args.reset_router or args.noise or args.redraw or args.scale_pre_softmax
         write_json(draft / CERTIFICATE, certificate)
         target = publish(draft, args.output, failed=bool(faults) and not tolerated)
     if faults and not tolerated:
@@ -91,6 +93,8 @@ def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
     """
     from megatron_hyperrouter.importing.fitting import check_equal, equal_topks
 
+    if args.scale_pre_softmax:
+        return [run.model.moe_router_topk]  # the factor is that of this k
     if folder.dense:
         return sorted({args.granularity, run.model.moe_router_topk, run.model.num_experts})
     check_equal(folder, run, args.proof_topk or (), "--proof-topk")
@@ -112,6 +116,7 @@ def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledW
         noise=args.noise,
         redraw=args.redraw,
         seed=args.seed,
+        pre_softmax=args.scale_pre_softmax,
     )
     return UpcycledWeights(folder, recipe)
 
@@ -132,6 +137,8 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
     if args.router not in _KEEP:
         router = {}
     settings["router"] = router | {"name": args.router}
+    if args.scale_pre_softmax:
+        settings["router"] |= {"pre_softmax": True}
     if args.router == "hyper" and not (args.reset_router or copies(args, folder)):
         settings["router"] |= {"anchor": True}
     settings |= tokenizer_of(args, folder)
@@ -193,14 +200,25 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
             "--upcycle": args.upcycle,
             "--noise": args.noise,
             "--redraw": args.redraw,
+            "--scale-pre-softmax": args.scale_pre_softmax,
             "--topk": args.topk,
         }
-        found += [Problem(name, value, rule, "leave it out") for name, value in given.items() if value]
+        found += [
+            Problem(name, "" if value is True else value, rule, "leave it out")
+            for name, value in given.items()
+            if value
+        ]
         if args.granularity != 1:
             found.append(Problem("--granularity", args.granularity, rule, "leave it out"))
     if args.router not in _KEEP and not args.reset_router and not copies(args, folder):
         rule = f"cannot be given the router of another model; {' and '.join(_KEEP)} can"
         found.append(Problem("--router", args.router, rule, "add --reset-router; the model will differ"))
+    if copies(args, folder) and args.router in _NOT_SUMMED and not args.reset_router:
+        rule = "has weights that do not sum to 1, so the mixture would not compute the dense model"
+        found.append(Problem("--router", args.router, rule, "choose another one, such as topk or hyper"))
+    if args.scale_pre_softmax and args.router not in _SCALED:
+        rule = f"is for the routers {', '.join(_SCALED)}"
+        found.append(Problem("--scale-pre-softmax", "", rule, "leave it out"))
     if args.tokenizer_model and not Path(args.tokenizer_model).is_file():
         rule = "must be an existing file"
         found.append(Problem("--tokenizer-model", args.tokenizer_model, rule, "name a tokenizer.json"))
@@ -317,6 +335,12 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
         default=0.0,
         metavar="R",
         help="with --upcycle: fraction of hidden units to draw anew in every copy of the MLP but the first",
+    )
+    add(
+        "--scale-pre-softmax",
+        action="store_true",
+        help="with --upcycle: weigh experts by the softmax over all E of them (--router.pre-softmax), and "
+        "multiply their output by E/K, which is exact only for a router without preferences",
     )
     add(
         "--seed",
