@@ -11,6 +11,7 @@ Legend: ``E`` experts, ``G`` slices of the MLP (granularity), ``D`` hidden size,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class UpcycleOptions:
     def scale(self) -> float:
         """The factor on ``up`` and on ``down``."""
         share = self.experts / self.topk if self.pre_softmax else 1.0
-        return (self.granularity * share) ** 0.5
+        return math.sqrt(self.granularity * share)
 
     def problems(self, width: int) -> Iterator[Problem]:
         """Problems of these options for an MLP of this width."""
