@@ -136,7 +136,7 @@ class CheckpointFolders:
             raise self._save_error(step, error, reason) from error
 
     def discard(self, step: int) -> None:
-        """Remove what a save that failed has written (main rank)."""
+        """Remove the files of a failed save (main rank)."""
         shutil.rmtree(self._writing(step), ignore_errors=True)
         (self.root / f"{NEW_LATEST}{folder_name(step)}").unlink(missing_ok=True)
 
@@ -407,8 +407,8 @@ def _attempt(work: Callable[[], object]) -> Exception | None:
 
 
 def reason_of(ranks: Ranks, error: Exception | None) -> str:
-    """What went wrong, on any rank (collective): only one rank reports to the user, and seldom the one
-    that failed.
+    """The error message of any rank (collective). Only one rank reports to the user, and it is seldom the
+    one that failed.
     """
     own = error.message if isinstance(error, HyperRouterError) else str(error) or repr(error)
     found = ranks.first_word("" if error is None else f"rank {ranks.place.rank}: {own}")

@@ -68,7 +68,7 @@ class Entry:
         return MASTER if MASTER in self.digests else WEIGHT
 
     def add(self, name: str, value: int) -> None:
-        """One more part of a field's digest."""
+        """Add a part to a field's digest."""
         self.digests[name] = (self.digests.get(name, 0) + value) & MASK
 
     def join(self, other: Entry) -> None:

@@ -140,7 +140,7 @@ def _no_breaks(text: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- BANKING77
 def is_banking77(folder: Path) -> bool:
-    """``train.csv`` and ``test.csv``."""
+    """Whether the folder has BANKING77's ``train.csv`` and ``test.csv``."""
     return (folder / "train.csv").is_file() and (folder / "test.csv").is_file()
 
 

@@ -136,7 +136,7 @@ class Watchdog:
         return self._rank == min({self._rank, *beats} - set(self._lost(beats)))
 
     def _suspects(self, beats: Mapping[int, Beat]) -> list[str]:
-        """One line for each rank that holds up the others."""
+        """One line for each rank for which the others are waiting."""
         if lost := self._lost(beats):
             silent = "no sign of life for"
             return [f"{describe(beats[rank])}; {silent} {self._silent(rank):.0f} s" for rank in lost]

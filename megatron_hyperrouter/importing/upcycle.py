@@ -109,7 +109,7 @@ class UpcycledWeights:
         ]
 
     def read(self, name: str) -> Tensor:
-        """The tensor under our name."""
+        """Read the tensor that has this name in our model."""
         if match := _EXPERT.match(name):
             return self._expert(int(match[1]), int(match[2]), match[3])
         outside = {

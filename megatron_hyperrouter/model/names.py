@@ -67,8 +67,8 @@ def router_prefix(layer_number: int, num_layers: int) -> str:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay as Megatron-LM has it: matrices, not vectors (norms, biases, a HyperRouter's
-    embedding).
+    """Whether a parameter has weight decay, by Megatron-LM's rule: matrices have it; vectors (norms,
+    biases, a HyperRouter's embedding) do not.
     """
     return parameter.ndim > 1
 

@@ -101,7 +101,7 @@ def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
 
 
 def token_mean(values_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
-    """Mean over the micro-batch's tokens; with ``over_shards`` the rank's part of it, as in
+    """Mean over the micro-batch's tokens; with ``over_shards``, this rank's part of that mean, as in
     :func:`switch_loss`.
     """
     if over_shards is None:

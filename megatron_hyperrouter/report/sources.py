@@ -103,7 +103,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def read(path: Path) -> Source:
-    """What ``path`` holds; raises ConfigError if it is nothing of these."""
+    """Read ``path`` as a source of a report; raises ConfigError if it is none."""
     if path.is_file():
         content = _json(path)
         if _kind(content):

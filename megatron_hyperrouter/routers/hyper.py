@@ -132,7 +132,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = None
 
         def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:
-            """The values of options that are not set and depend on the size of the model."""
+            """Values of unset options that depend on the size of the model."""
             return {"shared": "model" if num_experts * hidden_size > _ONE_FOR_ALL_FROM else "layer"}
 
         def warnings(self, *, topk: int) -> Iterator[str]:

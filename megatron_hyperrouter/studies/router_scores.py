@@ -107,8 +107,8 @@ def work(run: TrainedRun, topks: Sequence[int], records: Sequence[dict[str, Any]
 
 
 def told(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the metrics of a run say: means of its last steps, the median step time (seconds), and curves
-    as [step, value].
+    """Numbers from the metrics of a run: means of its last steps, the median step time (seconds), and
+    curves as [step, value].
     """
     steps = [record for record in records if "split" not in record]
     last = steps[-max(round(LAST_SHARE * len(steps)), 1) :]

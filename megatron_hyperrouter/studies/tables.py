@@ -17,7 +17,7 @@ def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]])
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """A Markdown table: the first column is aligned left, the others right."""
     return "".join(
         f"| {' | '.join(line)} |\n" for line in (heads, [":--", *["--:"] * (len(heads) - 1)], *rows)
     )

@@ -78,7 +78,7 @@ class Source:
 
 
 def carry_over(source: Source, ours: Container[str], carried: Carried) -> None:
-    """Translate Megatron-LM's flags that are not flags of ours."""
+    """Translate flags of Megatron-LM that this program does not have."""
     for key in list(source.given):
         name = key.removeprefix("--").replace("_", "-")
         carried.given.add(name)

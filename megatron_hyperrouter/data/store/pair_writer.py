@@ -204,7 +204,7 @@ def sync_folder(path: str) -> None:
 
 
 class refusing:
-    """Turns an OSError of its block into DiskRefused."""
+    """Turn an OSError raised in the block into DiskRefused."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix

@@ -184,7 +184,7 @@ class IndexedDataset:
         return int(self.sizes.sum(dtype=np.int64))
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
-        """Pickled as its prefix: the maps are opened afresh on the other side."""
+        """Pickle only the prefix: the receiving process opens the memory maps itself."""
         return IndexedDataset, (self.prefix,)
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> TokenArray:

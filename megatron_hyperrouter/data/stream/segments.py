@@ -47,7 +47,7 @@ Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on,
 
 
 class RemainingDataset:
-    """Samples of what is unread of one file."""
+    """Samples of the unread part of one file."""
 
     def __init__(self, order: RemainingOrder, *, size: int, whole: SequenceDataset) -> None:
         """``whole``: reads the spans of the file."""

@@ -33,7 +33,7 @@ class StackedExperts(GroupedExperts):
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, *, run: RunConfig, **_: object
     ) -> None:
-        """``run``: the settings that ``config`` was made of."""
+        """``run``: the settings from which ``config`` was made."""
         super().__init__(run, sharing_of(run))
         for parameter, cut in ((self.linear_fc1_LGD, 1), (self.linear_fc2_LDF, 2)):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=cut, stride=1)

@@ -215,8 +215,8 @@ def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) ->
 
 
 def _fill(reader: Reader, entry: Entry, piece: Piece, files: dict[str, str]) -> None:
-    """The moments of a piece, and its master weight; a parameter in float32 gets the master weight as
-    well.
+    """Read the moments and the master weight of a piece. A float32 parameter itself gets the master
+    weight, too.
     """
     shape, shard = tuple(piece.parameter.shape), shard_of(piece.name)
     rows = [(moment, piece.fields[moment], piece.start) for moment in MOMENTS]

@@ -26,7 +26,7 @@ num_groups group_topk scaling_factor
 
 @dataclass(frozen=True)
 class Target:
-    """A class of transformers, with the fields that only its ``config.json`` has."""
+    """A class of transformers, with the fields that occur only in its ``config.json``."""
 
     architecture: str
     model_type: str

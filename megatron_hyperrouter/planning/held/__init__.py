@@ -1,1 +1,1 @@
-"""Parameters and memory of the ranks of a layout, part by part."""
+"""Parameters and memory of each rank of a layout, by parts."""

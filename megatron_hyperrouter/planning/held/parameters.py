@@ -63,7 +63,7 @@ class Model:
     ahead: _Part  # multi-token prediction
 
     def held(self, config: RunConfig, stage: Stage) -> Held:
-        """Parameters of a rank of ``stage`` under the layout of ``config``."""
+        """Parameters on a rank of pipeline stage ``stage``, with the layout of ``config``."""
         part = _Part()
         for number in stage.layers:
             part = part.add(self.layers[number])

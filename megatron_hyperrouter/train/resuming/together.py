@@ -39,7 +39,7 @@ def follow_rank_0(decide: Callable[[], Start], meeting: Meeting) -> Start:
 
 
 def _followed(told: Mapping[str, Any], meeting: Meeting, start: Start | None = None) -> Start:
-    """What rank 0 has decided, with this rank's own view of the checkpoint."""
+    """The decision of rank 0, combined with what this rank itself sees."""
     if "error" in told:
         raise CheckpointError(f"rank 0 cannot begin: {told['error']}")
     if start is None:
