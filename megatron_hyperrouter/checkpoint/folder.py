@@ -328,8 +328,8 @@ class CheckpointFolders:
         return aside
 
     def _new_aside(self) -> Path:
-        """An empty folder that checkpoints can be renamed into: beside ``root``, or in it where ``root`` is
-        on a file system of its own.
+        """Make an empty folder into which checkpoints can be renamed: next to ``root``, or inside it if
+        ``root`` is on another file system.
         """
         draft = self.root / f"{_WRITING}aside"
         draft.mkdir(exist_ok=True)  # a killed rewind may have left it

@@ -24,7 +24,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Around step ``step``, counted from 1."""
+        """Profile step ``step``, counted from 1, if it is one of the requested steps."""
         if self._asked and self._trace is None and self._start < step <= self._end:
             self._trace = torch.profiler.profile()
             self._trace.start()

@@ -107,7 +107,7 @@ class RouterStatistics:
         self.make_room(0)
 
     def make_room(self, num_extra: int) -> None:
-        """Add ``num_extra`` numbers per layer, for what the method counts."""
+        """Add ``num_extra`` numbers per layer for what the router itself counts."""
         width = sum(self._widths) + num_extra
         # They move to where the routers compute with the first micro-batch.
         self.sums: Tensor = torch.zeros(self.num_layers, width, dtype=torch.float64, device="cpu")

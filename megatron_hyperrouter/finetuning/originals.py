@@ -55,7 +55,7 @@ def _table(path: Path) -> Iterator[LabelledText]:
 
 # ------------------------------------------------------------------------------------------------------ SST-5
 def is_sst5(folder: Path) -> bool:
-    """``trees/train.txt``, or ``train.txt``, of the Stanford treebank."""
+    """Whether the folder has ``trees/train.txt`` or ``train.txt`` of the Stanford treebank."""
     return any((place / "train.txt").is_file() for place in (folder / "trees", folder))
 
 

@@ -72,7 +72,7 @@ class BadSteps:
         return self.in_a_row < _MOST_IN_A_ROW
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, as JSON."""
+        """The state that a checkpoint saves, as JSON."""
         return {
             "good": [list(pair) for pair in self._good],
             "skipped": sorted(self.skipped),

@@ -22,7 +22,9 @@ _CHOICE_BIAS = "e_score_correction_bias"
 def imported_routers(
     run: RunConfig, names: list[str], read: Callable[[str], Tensor], *, vocab_size: int, reset: bool
 ) -> dict[int, Router]:
-    """The router of each MoE layer, by its number from 0; ``reset``: as it is drawn, whatever was given."""
+    """The router of each MoE layer, by its number from 0; with ``reset``, all routers are newly
+    initialised.
+    """
     found: dict[int, Router] = {}
     for layer in (number for number, routed in enumerate(moe_layers(run)) if routed):
         router = make_router(run, layer + 1, vocab_size=vocab_size)

@@ -74,7 +74,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter of Transformer Engine's layers has without it."""
+    """The name of a parameter in torch's layers, for its name in Transformer Engine's layers."""
     name = _FUSED_NORM.sub(".input_layernorm.weight", name)
     name = _FUSED_MLP_NORM.sub(".pre_mlp_layernorm.weight", name)
     return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)

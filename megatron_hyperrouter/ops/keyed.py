@@ -217,7 +217,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _shift(bits: Tensor, count: int) -> Tensor:
-    """Logical shift to the right; torch's own fills with the sign."""
+    """Logical shift to the right; torch's own shift copies the sign bit."""
     return torch.bitwise_right_shift(bits, count).bitwise_and_((1 << (64 - count)) - 1)
 
 

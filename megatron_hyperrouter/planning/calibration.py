@@ -62,8 +62,8 @@ def work_of_row(row: Measured, vocab_size: int, per_node: int, skew: float) -> W
 
 
 def _smallest_errors(amounts: Array) -> tuple[list[int], Array]:
-    """Least squares of ``amounts @ costs = 1`` over the sets of columns with positive costs; computing is
-    always among them.  Fewer columns win where more explain nothing.
+    """Least squares of ``amounts @ costs = 1`` over the sets of columns with positive costs. Each set
+    includes computing. If more columns explain nothing more, the smaller set wins.
     """
     candidates = [number for number in range(1, amounts.shape[1]) if amounts[:, number].any()]
     best: tuple[float, list[int], Array] | None = None

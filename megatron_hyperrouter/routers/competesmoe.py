@@ -184,7 +184,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 )
 
         def chosen(self, option: str) -> Any:
-            """The value of an option, or the published one of this version."""
+            """The value of an option or, if it is not set, the published value for this version."""
             value = getattr(self, option)
             return _PUBLISHED[self.version][option] if value is None else value
 

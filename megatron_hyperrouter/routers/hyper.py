@@ -265,8 +265,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (deepcopy, pickle) generates in every forward pass: no engine has promised it
-        :meth:`begin_step`.
+        """A copy (deepcopy, pickle) generates the matrix in every forward pass, because no engine calls
+        its :meth:`begin_step`.
         """
         return {**super().__getstate__(), "_held": False, "_generated": None, "_stale": True}
 

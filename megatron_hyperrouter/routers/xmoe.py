@@ -47,7 +47,9 @@ class XMoERouter(Router, name="xmoe"):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Router.Config):
-        """The paper's router; without ``normalize_input`` that of published code, which folds."""
+        """The paper's router; without ``normalize_input``, the router of the published code, which can be
+        folded into a linear gate.
+        """
 
         projection_size: Annotated[
             Count | None,
@@ -156,5 +158,5 @@ class XMoERouter(Router, name="xmoe"):
 
 
 def on_sphere(vector_NP: Tensor) -> Tensor:
-    """Each row divided by its length, or by 1e-6 where it is shorter."""
+    """Each row divided by its length, or by 1e-6 if its length is less."""
     return F.normalize(vector_NP, dim=-1, eps=_EPS)

@@ -122,7 +122,7 @@ def without_strangers(plans: Sequence[P]) -> list[P]:
 
 
 def check_collected(plans: Sequence[P]) -> list[P]:
-    """The finished ones; says which are missing, and raises ConfigError if all are."""
+    """The finished jobs; prints which are missing, and raises ConfigError if all are."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     missing = [plan for plan in plans if not plan.finished]

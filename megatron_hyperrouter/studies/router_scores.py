@@ -49,8 +49,8 @@ def main(arguments: Sequence[str]) -> None:
 def scores(
     run: TrainedRun, topks: Sequence[int], test_iters: int | None
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Losses of the test split; and what routers and experts do there, at the smallest k and, last, at the k
-    that training ends on.
+    """Losses on the test split, and statistics of routers and experts there: first at the smallest k, then
+    at the k with which training ended.
     """
     import torch
 

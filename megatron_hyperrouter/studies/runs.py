@@ -105,7 +105,7 @@ def refuse_flags(flags: Parser, line: CommandLine, more: Sequence[str] = ()) -> 
 
 
 def file_values(file: YamlFile, *, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings of ``--config`` but those that the study sets, and those named."""
+    """The settings of ``--config``, except those that the study sets and those named."""
     dropped = {*without, *(word.removeprefix("--").replace("-", "_") for word in OURS)}
     return {key: value for key, value in file.values.items() if key not in dropped}
 

@@ -1,6 +1,6 @@
-"""Faults that mhr verify must find: its own tests seed them with ``fault=NAME`` in a layout.
+"""Faults that mhr verify must find: its own tests put them into a layout with ``fault=NAME``.
 
-Each is one that a distributed trainer can have.  None of them touches the one-process reference.
+Each of them can occur in a distributed trainer. None affects the one-process reference.
 """
 
 from __future__ import annotations

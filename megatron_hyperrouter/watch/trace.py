@@ -57,7 +57,7 @@ class Trace:
 
     @property
     def opening(self) -> Event | None:
-        """The event that began the newest attempt."""
+        """The event with which the newest attempt began."""
         return next((each for each in reversed(self.events) if each["event"] in OPENING), None)
 
     @property

@@ -15,7 +15,7 @@ the last documents, which a split uses as its test part, represent the whole cor
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the flags, write the corpus, say what was written."""
+    """Read the flags, write the corpus, and report what was written."""
     from megatron_hyperrouter.data.text.collect import default_root, write_corpus
 
     flags = parser(__doc__ or "", EPILOG)

@@ -138,7 +138,7 @@ def lr_wsd_decay_samples(count: float, values: Mapping[str, Any], batch: int) ->
 
 
 def lr_warmup_samples(count: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
-    """The nearest step."""
+    """Rounded to the nearest step."""
     return "lr_warmup_iters", round(count / batch)
 
 

@@ -27,7 +27,7 @@ from megatron_hyperrouter.errors import Problem
 
 
 def world_by_layout(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The ranks form whole copies of the model."""
+    """The number of ranks is a multiple of the ranks of one copy of the model."""
     size = model_parallel_size(config)
     if world_size is not None and world_size % size:
         sizes = config.parallel

@@ -22,7 +22,7 @@ def heads_by_query_groups(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def head_width_is_even(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """RoPE turns channels in pairs."""
+    """RoPE rotates pairs of channels."""
     width = head_width(config)
     if width % 2 == 0:
         return

@@ -65,7 +65,7 @@ def sample_index(
 
 
 def shuffle(values: Integers, key: npt.NDArray[np.uint32], position: int) -> int:
-    """Shuffle in place as RandomState.shuffle does from that state; changes ``key``, returns the new
+    """Shuffle in place, like RandomState.shuffle with that state. Changes ``key`` and returns the new
     position.
     """
     random_state = np.random.RandomState()

@@ -358,7 +358,7 @@ class Builder:
         )
 
     def order(self, store: IndexedDataset, documents: range, num_samples: int | None) -> Order:
-        """The samples of these documents, by the kind of index that the file has."""
+        """The samples of these documents, made from the kind of index that the file has."""
         if self.on_demand(store):
             return OnDemandOrder(
                 store,

@@ -114,7 +114,7 @@ class TrainingSamples:
         return samples, sum(count * entry["seq_length"] for count, entry in parts)
 
     def ledger(self, step: int) -> Ledger:
-        """What has been read after ``step`` steps."""
+        """A record of what has been read after ``step`` steps."""
         told = list(self._past)
         for number, (first_step, dataset, settings) in enumerate(self._segments):
             if step <= first_step and number:

@@ -128,7 +128,7 @@ class Output(nn.Module):
         )
 
     def forward(self, hidden_SBD: Tensor) -> Projection | Headed | Tensor:
-        """What :class:`OutputLayer` or :class:`ClassOutput` gives."""
+        """The result of :class:`OutputLayer` or :class:`ClassOutput`."""
         made, _ = self.output_layer(hidden_SBD)
         return seen_by_hooks(made)
 

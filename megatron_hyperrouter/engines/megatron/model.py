@@ -118,8 +118,8 @@ def build(
     loss: LanguageModelLoss,
     classifier: Classifier | None = None,
 ) -> list[nn.Module]:
-    """The chunks of this pipeline rank, several under the interleaved schedule.  Weights are left as they
-    come.
+    """The chunks of this pipeline rank: several with the interleaved schedule. This function does not set
+    the weights.
     """
     router = partial(
         MegatronRouter,

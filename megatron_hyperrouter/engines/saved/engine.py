@@ -1,4 +1,4 @@
-"""Saving and loading for both engines; a host only adds which numbers its optimizer has."""
+"""Saving and loading for both engines; each engine only adds the numbers of its optimizer."""
 
 from __future__ import annotations
 

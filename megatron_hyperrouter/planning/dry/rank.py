@@ -23,7 +23,7 @@ from megatron_hyperrouter.planning.dry.one_rank import run
 
 
 def main() -> None:
-    """Tasks from stdin, answers to stdout, in order."""
+    """Read tasks from stdin and write the answers to stdout in the same order."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of the hosts is not part of the answer
     silence_hosts()

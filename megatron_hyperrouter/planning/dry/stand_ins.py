@@ -33,7 +33,9 @@ def install(config: RunConfig, skew: float) -> None:
 
 
 def _draw_nothing() -> None:
-    """Initial weights and frozen tensors: their numbers do not matter, and drawing them takes long."""
+    """Skip drawing initial weights and frozen tensors: a dry run does not need their values, and drawing
+    them is slow.
+    """
     from megatron_hyperrouter.engines.deepspeed import engine as deepspeed_engine
     from megatron_hyperrouter.engines.megatron import engine as megatron_engine
     from megatron_hyperrouter.ops import keyed

@@ -25,7 +25,7 @@ def run_meta(config: RunConfig, engine: Engine) -> dict[str, Any]:
 
 
 def model_sizes(config: RunConfig) -> dict[str, Any]:
-    """What must be equal in a checkpoint and in the settings, and the router."""
+    """The sizes that must be equal in a checkpoint and in the settings, and the router."""
     shapes = {name: in_effect(config, name) for name in names_with(Role.SHAPE)}
     return shapes | {"router.name": config.router.name}
 
