@@ -2,9 +2,9 @@
 
 A mixture-of-experts model keeps its router (--router topk), or gets a HyperRouter that is anchored to it
 (--router hyper).  Both compute the same function as the given model.  --reset-router draws a new router
-instead, and the run then computes another function.  A dense model (Llama, Mistral, Qwen3, or a run of this
-program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares the run with
-transformers, and is written to import_certificate.json in the run folder.
+instead, and the run then gives other outputs than the model.  A dense model (Llama, Mistral, Qwen3, or a
+run of this program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares the
+run with transformers, and is written to import_certificate.json in the run folder.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--reset-router",
         action="store_true",
-        help="draw a new router; the run then computes another function than the model",
+        help="draw a new router; the run then gives other outputs than the model",
     )
     add(
         "--engine",
