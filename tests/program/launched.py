@@ -51,8 +51,11 @@ class Job:
         """
         for pid, status in zip(self.pids, self.statuses, strict=True):
             if status is None:
-                with contextlib.suppress(ProcessLookupError):
+                try:
                     os.killpg(pid, number)
+                except ProcessLookupError:  # a fresh fork leads no group yet
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
 
     def wait(self, timeout: float = 240) -> Job:
         """Until every rank has ended; as a launcher does, the first failure ends the others."""

@@ -49,7 +49,7 @@ def killed_again_and_again(
 def kill(job: Job, rank: int | None) -> None:
     """One rank, and the others a moment later, as a launcher does; or all at once."""
     if rank is not None:
-        os.killpg(job.pids[rank], signal.SIGKILL)
+        os.kill(job.pids[rank], signal.SIGKILL)  # itself: a fresh fork leads no group yet
         time.sleep(0.1)
     job.kill()
     assert all(status is not None for status in job.wait().statuses)
