@@ -193,6 +193,9 @@ class Draft:
         written = flag if place.startswith("--") else str
         owners = [other for other in self.routers if name in self._options_of(other)]
         if owners:
+            place = self.carried.origin.get(name, place)
+            if any(problem.field == place for problem in self.problems):
+                return  # one flag of Megatron-LM may become several options
             rule = f"is not an option of router {router} (but of {', '.join(owners)})"
             remedy = f"leave it out, or use --router.name {owners[0]}"
         elif name in foreign.REMEDIES:

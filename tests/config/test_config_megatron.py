@@ -183,6 +183,32 @@ class TestKinds:
         )
         assert "is not an option of router" in problem.rule
 
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            "--moe-router-score-function sigmoid",  # becomes two options
+            "--moe-router-pre-softmax",
+            "--moe-router-load-balancing-type seq_aux_loss",
+            "--moe-router-enable-expert-bias",
+        ],
+    )
+    def test_a_router_without_the_option_names_the_flag_that_was_typed(self, all_routers, argv):
+        words = ["--router.name", "stablemoe", *argv.split()]
+        (problem,) = problems_of(all_routers, *DATA, *words)
+        assert problem.field == argv.split()[0]
+        assert "is not an option of router stablemoe" in problem.rule
+
+    @pytest.mark.parametrize("router", ["competesmoe", "simsmoe", "smoe_dropout", "stablemoe", "xmoe"])
+    def test_groups_and_a_scaling_factor_go_to_any_router(self, all_routers, router):
+        argv = "--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
+        options = understood(all_routers, *argv.split(), "--router.name", router)[0].router.options
+        assert (options.num_groups, options.group_topk, options.scaling_factor) == (4, 2, 2.5)
+
+    def test_one_balancing_method_at_a_time(self, all_routers):
+        argv = ["--moe-router-load-balancing-type", "seq_aux_loss", "aux_loss"]
+        (problem,) = problems_of(all_routers, *DATA, *argv)
+        assert "only one can be used" in problem.rule
+
     @pytest.mark.parametrize(("k", "renormalised"), [("2", True), ("1", False), (None, True)])
     def test_sigmoid_scores_are_those_of_megatron_core(self, all_routers, k, renormalised):
         """moe_utils.py divides sigmoid scores by their sum where k > 1, as by default."""

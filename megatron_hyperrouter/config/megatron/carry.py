@@ -45,6 +45,7 @@ class Carried:
     translated: list[str] = field(default_factory=list)  # "--save is --run-dir"
     pending: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # place and words
     given: set[str] = field(default_factory=set)  # names of all flags and keys, with dashes
+    origin: dict[str, str] = field(default_factory=dict)  # setting of ours -> the flag that became it
     problems: list[Problem] = field(default_factory=list)
 
     def notes(self) -> Iterator[str]:
@@ -190,6 +191,7 @@ def _put(name: str, place: str, settings: Mapping[str, list[str]], source: Sourc
             carried.problems.append(Problem(place, " ".join(words), rule, "keep one of the two flags"))
             return
         source.given[key] = words if key.startswith("--") else _plain(words)
+        carried.origin[ours] = place
     if settings:
         texts = (" ".join([flag(ours), *words]) for ours, words in settings.items())
         carried.translated.append(f"{flag(name)} is {' '.join(texts)}")

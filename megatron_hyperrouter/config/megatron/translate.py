@@ -31,6 +31,8 @@ def score_function(words: list[str], read: Read) -> Settings:
 
 def load_balancing_type(words: list[str], read: Read) -> Settings:
     """What the balancing loss looks at; "aux_loss" is the micro-batch, as here."""
+    if len(words) > 1:
+        raise BadValue("names several balancing methods; only one can be used at a time", "use one of them")
     kind = _one(words)
     if kind == "aux_loss":
         return {}
