@@ -12,10 +12,13 @@ from megatron_hyperrouter.config.check import warnings
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.ops.schedule import topk_at
+from megatron_hyperrouter.routers import RunFacts
+from megatron_hyperrouter.routers.base import Tokens
 
 SIZES = {"hidden_size": 16, "num_experts": 8, "topk": 2, "seed": 3}
 CHOOSING = ("topk", "hyper", "smoe_dropout")
 GROUPS = {"num_groups": 4, "group_topk": 2}
+ALWAYS = {"version": "v2", "rate": 1.0, "warm_up": 0.0, "max_competing": 3}  # of CompeteSMoE: competes
 
 
 def tokens() -> torch.Tensor:
@@ -33,6 +36,39 @@ def test_every_router_can_be_limited_to_groups(name):
     assert any(len(set(row)) > 2 for row in (free(tokens(), topk=4).experts_TK // 2).tolist())
     with pytest.raises(ValueError, match="topk = 5: must be from 1 to the experts of group_topk groups = 4"):
         limited(tokens(), topk=5)
+
+
+class Bank:
+    """Eight linear experts."""
+
+    def scores_TE(self, x_TD: torch.Tensor, score):
+        experts_EDD = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(7)) / 4
+        return score(torch.einsum("td,edf->tef", x_TD.float(), experts_EDD))
+
+
+def in_two_groups(scores: list[float], k: int) -> list[int]:
+    """The two groups whose best expert (k // group_topk = 1) is best; then the best experts in them."""
+    groups = sorted(range(4), key=lambda group: -max(scores[2 * group : 2 * group + 2]))[:2]
+    allowed = [expert for expert in range(8) if expert // 2 in groups]
+    return sorted(allowed, key=lambda expert: -scores[expert])[:k]
+
+
+def test_winners_of_a_competition_are_in_the_best_groups():
+    router, bank, x_TD = build_router("competesmoe", **SIZES, **GROUPS, **ALWAYS), Bank(), tokens()
+    assert router.wants_outputs(router.at(step=0, experts=bank))
+    found = router(x_TD, topk=3, experts=bank).experts_TK.tolist()
+    rows = bank.scores_TE(x_TD, router.score).tolist()
+    assert found == [in_two_groups(row, 3) for row in rows]
+    assert found != [sorted(range(8), key=lambda expert: -row[expert])[:3] for row in rows]
+
+
+def test_the_frozen_choice_of_stablemoe_is_in_the_best_groups():
+    sizes = {**SIZES, "stage1_steps": 1, "facts": RunFacts(num_layers=2, train_iters=9, vocab_size=32)}
+    words = Tokens(torch.arange(64) % 32, torch.arange(64), 64)
+    free, limited = build_router("stablemoe", **sizes), build_router("stablemoe", **sizes, **GROUPS)
+    for router, most in ((limited, 2), (free, 4)):
+        chosen = router(tokens(), step=1, topk=4, tokens=words).experts_TK
+        assert max(len(set(row)) for row in (chosen // 2).tolist()) == most
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
