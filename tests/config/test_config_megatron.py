@@ -204,6 +204,16 @@ class TestKinds:
         options = understood(all_routers, *argv.split(), "--router.name", router)[0].router.options
         assert (options.num_groups, options.group_topk, options.scaling_factor) == (4, 2, 2.5)
 
+    @pytest.mark.parametrize("sigmoid", ["--moe-router-score-function", "--router.score-function"])
+    def test_sigmoid_scores_have_no_softmax(self, all_routers, sigmoid):
+        """Megatron-LM's own tests give both flags; moe_utils.py looks at one of them alone."""
+        both = [sigmoid, "sigmoid", "--moe-router-pre-softmax"]
+        for argv in (both, [*both[2:], *both[:2]]):
+            options = understood(all_routers, *argv, "--router.name", "topk")[0].router.options
+            assert (options.score_function, options.pre_softmax) == ("sigmoid", False)
+        alone = understood(all_routers, "--moe-router-pre-softmax")[0]
+        assert alone.router.options.pre_softmax is True
+
     def test_one_balancing_method_at_a_time(self, all_routers):
         argv = ["--moe-router-load-balancing-type", "seq_aux_loss", "aux_loss"]
         (problem,) = problems_of(all_routers, *DATA, *argv)

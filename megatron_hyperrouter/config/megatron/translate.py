@@ -29,6 +29,13 @@ def score_function(words: list[str], read: Read) -> Settings:
     return {"router.score_function": [function], "router.renormalise": ["true"]}
 
 
+def pre_softmax(words: list[str], read: Read) -> Settings:
+    """Sigmoid scores have no softmax: Megatron-Core ignores the flag then."""
+    if "sigmoid" in (read("moe_router_score_function"), read("router.score_function")):
+        return {}
+    return {"router.pre_softmax": words}
+
+
 def load_balancing_type(words: list[str], read: Read) -> Settings:
     """What the balancing loss looks at; "aux_loss" is the micro-batch, as here."""
     if len(words) > 1:
@@ -105,6 +112,7 @@ def moe_layer_recompute(words: list[str], read: Read) -> Settings:
 EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
     {
         "moe-router-score-function": score_function,
+        "moe-router-pre-softmax": pre_softmax,
         "moe-router-load-balancing-type": load_balancing_type,
         "group-query-attention": group_query_attention,
         "iterations-to-skip": iterations_to_skip,
