@@ -159,15 +159,15 @@ def differences(runs: Runs) -> Iterator[str]:
 
 
 def trials(runs: Runs) -> Iterator[str]:
-    """What was tried to make HyperRouter's router move (A1b): a row for each."""
-    heads = ["router", "drift", "logit std"]
-    heads += [f"minus `{other}`, k = {k}" for other, k in (("hyper", 1), ("matched", 1), ("matched", 16))]
+    """What was tried to make HyperRouter's router move (A1b, A1c): a row for each."""
+    asked = (("hyper", 1), ("topk", 1), ("topk", 16), ("matched", 1), ("matched", 16))
+    against = [(other, k) for other, k in asked if other in runs]
+    heads = ["router", "drift", "logit std", *(f"minus `{other}`, k = {k}" for other, k in against)]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for label, by_seed in runs.items():
         drift = interval([layers("jacobian", "drift")(run) for run in by_seed.values()])
         std = interval([layers("logit_std")(run) for run in by_seed.values()])
-        against = [("hyper", 1), ("matched", 1), ("matched", 16)]
         cells = [
             "" if label == other else str(difference(runs, label, other, bits(k))) for other, k in against
         ]
@@ -222,8 +222,11 @@ def main() -> None:
         lines += [f"| {each.name} | **{each.verdict}** | {each.numbers} |" for each in claims]
     if first := read(root / "A1"):
         lines += ["", f"A1, paired by seed ({len(first['hyper'])} seeds):", "", *differences(first)]
-    if tried := read(root / "A1b"):
-        lines += ["", f"A1b ({min(map(len, tried.values()))} seeds):", "", *trials(tried)]
+    for block in ("A1b", "A1c"):
+        if tried := read(root / block):
+            seeds = min(map(len, tried.values()))
+            counted = "1 seed" if seeds == 1 else f"{seeds} seeds"
+            lines += ["", f"{block}, bits per byte paired by seed ({counted}):", "", *trials(tried)]
     steps, found = alarms(sorted(path.parent for path in root.glob("A1/runs/*/results.json")))
     if steps:
         total = sum(found.values())
