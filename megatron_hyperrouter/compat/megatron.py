@@ -40,7 +40,13 @@ def patches() -> list[str]:
 
 
 def _everywhere() -> tuple[Callable[[], None], ...]:
-    return name_te_general_gemm, keep_adam_step, keep_norms_on_device
+    return (
+        name_te_general_gemm,
+        keep_adam_step,
+        keep_norms_on_device,
+        scale_all_at_once,
+        turn_in_few_operators,
+    )
 
 
 def _without_gpu() -> tuple[Callable[[], None], ...]:
@@ -262,6 +268,51 @@ def keep_norms_on_device() -> None:
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
+
+
+def scale_all_at_once() -> None:
+    """Without apex and TE the host clips gradients one by one, each by way of a copy (utils.py:1212)."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Tensor]], factor: float) -> None:
+    """``tensor_lists``: the sources and the results, which the host gives as the same gradients."""
+    sources, results = tensor_lists
+    if sources is not results:
+        torch._foreach_copy_(results, sources)
+    torch._foreach_mul_(results, factor)
+
+
+def turn_in_few_operators() -> None:
+    """Without TE the host takes ten operators each way for rotary positions, and computes cosines and sines
+    again in each layer (rope_utils.py:122).
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_hyperrouter.model.attention.rotary import turned_by_table
+
+    host = rope_utils._apply_rotary_pos_emb_bshd
+    if getattr(host, "_hyperrouter", False):
+        return
+
+    def turned(
+        t: Tensor,
+        freqs: Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+    ) -> Tensor:
+        if rotary_interleaved or multi_latent_attention or freqs.size(-1) != t.size(-1):
+            other: Tensor = host(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+            return other
+        return turned_by_table(t, freqs, mscale)
+
+    turned._hyperrouter = True  # type: ignore[attr-defined]
+    rope_utils._apply_rotary_pos_emb_bshd = turned
 
 
 def _l2_norm(

@@ -113,6 +113,8 @@ class GroupedExperts(nn.Module):
     def _homes(self, experts_TK: Tensor) -> Tensor:
         """``rank * L + place`` of every slice of every chosen expert: ``_TKP``."""
         parts = self.sharing.parts
+        if parts == 1:
+            return experts_TK.unsqueeze(-1)  # experts are numbered by rank
         rank_TK1 = (experts_TK // self.num_local * parts).unsqueeze(-1)
         rank_TKP = rank_TK1 + torch.arange(parts, device=experts_TK.device)
         return rank_TKP * self.num_local + (experts_TK % self.num_local).unsqueeze(-1)

@@ -67,9 +67,8 @@ def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Rou
 
 def total_loss(routing: Routing, device: torch.device) -> Tensor:
     """Sum of a router's losses, which include their coefficients; a float32 scalar."""
-    if not routing.losses:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    return torch.stack([value.float() for value in routing.losses.values()]).sum()
+    values = [value.float() for value in routing.losses.values()]
+    return sum(values[1:], values[0]) if values else torch.zeros((), dtype=torch.float32, device=device)
 
 
 def heaviest(score_TE: Tensor, capacity: int) -> Tensor:

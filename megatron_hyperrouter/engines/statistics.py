@@ -35,8 +35,9 @@ class Seen:
     probs_TE: Tensor  # softmax over all experts
     experts_TK: Tensor
     load_E: Tensor  # of this rank's tokens
-    whole_load_E: Tensor  # of the micro-batch, which several ranks may share
-    part: Tensor  # this rank's share of the micro-batch's tokens: float64 scalar
+    # of the micro-batch, where ranks share it, and this rank's share of its tokens: a float64 scalar
+    whole_load_E: Tensor | None
+    part: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ class Sum:
     per_expert: bool = False
 
 
+def _aux(seen: Seen) -> Tensor:
+    whole_E = seen.whole_load_E
+    over_shards = None if whole_E is None else lambda _: whole_E
+    return switch_loss(seen.probs_TE, seen.experts_TK, over_shards, load_E=seen.load_E)
+
+
+def _z(seen: Seen) -> Tensor:
+    mean = z_loss(seen.logits_TE)
+    return mean if seen.whole_load_E is None else mean * seen.part
+
+
 SUMS: Mapping[str, Sum] = MappingProxyType(
     {
         "load": Sum(lambda seen: seen.load_E, per_expert=True),
@@ -55,8 +67,8 @@ SUMS: Mapping[str, Sum] = MappingProxyType(
         "logit_variance": Sum(lambda seen: seen.logits_TE.var(-1, correction=0).sum(dtype=torch.float64)),
         # filled on the device of the part: copying a number to a GPU would make the host wait
         "tokens": Sum(lambda seen: seen.part.new_full((), seen.logits_TE.size(0))),
-        "aux": Sum(lambda seen: switch_loss(seen.probs_TE, seen.experts_TK, lambda _: seen.whole_load_E)),
-        "z": Sum(lambda seen: z_loss(seen.logits_TE) * seen.part),
+        "aux": Sum(_aux),
+        "z": Sum(_z),
         "micro_batches": Sum(lambda seen: seen.part),
     }
 )
@@ -124,13 +136,16 @@ class RouterStatistics:
         if self.sums.device != logits_TE.device:
             self.sums = self.sums.to(logits_TE.device)
         load_E = load(experts_TK, self.num_experts)
-        whole_E = load_E if router.over_shards is None else router.over_shards(load_E)
-        part = load_E.sum(dtype=torch.float64) / whole_E.sum()
-        seen = Seen(logits_TE, logits_TE.softmax(-1), experts_TK, load_E, whole_E, part)
         row = self.sums[router.layer_number - 1]
-        row[: sum(self._widths)] += torch.cat([each.of(seen).double().view(-1) for each in SUMS.values()])
+        if router.over_shards is None:
+            whole_E, part = None, row.new_ones(())
+        else:
+            whole_E = router.over_shards(load_E)
+            part = load_E.sum(dtype=torch.float64) / whole_E.sum()
+        seen = Seen(logits_TE, logits_TE.softmax(-1), experts_TK, load_E, whole_E, part)
+        row[: sum(self._widths)].add_(torch.cat([each.of(seen).view(-1) for each in SUMS.values()]))
         if router.num_extra_counts:
-            row[sum(self._widths) :] += router.extra_counts(routing)
+            row[sum(self._widths) :].add_(router.extra_counts(routing))
 
     def take(self) -> Tensor:
         """Return the sums so far, and start again from 0."""

@@ -7,14 +7,23 @@ over the given tokens, so the load is balanced within the caller's micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 OverShards = Callable[[Tensor], Tensor]
 
 
-def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | None = None) -> Tensor:
+def switch_loss(
+    probs_TE: Tensor,
+    experts_TK: Tensor,
+    over_shards: OverShards | None = None,
+    *,
+    load_E: Tensor | None = None,
+    coefficient: float = 1.0,
+) -> Tensor:
     """Load-balancing loss of Switch Transformers, ``E * sum_i f_i P_i`` (arXiv 2101.03961, equation 4),
     for any k.
 
@@ -25,13 +34,17 @@ def switch_loss(probs_TE: Tensor, experts_TK: Tensor, over_shards: OverShards | 
     ``over_shards`` sums a tensor over the ranks that share one micro-batch.  With it, the result is this
     rank's part of the loss of the whole micro-batch.  The parts add up to the value that one rank with all
     tokens would compute, and so do their gradients.
+    ``load_E``: the load of ``experts_TK``, if the caller has it.  ``coefficient`` multiplies the loss.
     """
-    num_experts = probs_TE.size(1)
-    load_E = load(experts_TK, num_experts)
-    load_E = (load_E if over_shards is None else over_shards(load_E)).to(probs_TE.dtype)
+    num_experts, topk = probs_TE.size(1), experts_TK.size(1)
+    load_E = load(experts_TK, num_experts) if load_E is None else load_E
+    sum_E = probs_TE.sum(0)
+    if over_shards is None:  # the number of routes is known on the host
+        scale = coefficient * num_experts * topk / max(experts_TK.numel(), 1) ** 2  # T = routes / K
+        return torch.dot((load_E * scale).to(sum_E.dtype), sum_E)
+    load_E = over_shards(load_E).to(probs_TE.dtype)
     num_routes = load_E.sum().clamp(min=1)
-    mean_E = probs_TE.sum(0) * (experts_TK.size(1) / num_routes)  # T = routes / K
-    return num_experts * (load_E / num_routes * mean_E).sum()
+    return coefficient * num_experts * (load_E / num_routes * (sum_E * (topk / num_routes))).sum()
 
 
 def overload_loss(
@@ -91,13 +104,37 @@ def bias_step(load_E: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(load_E.sum() - load_E.numel() * load_E)
 
 
-def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None) -> Tensor:
+def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None, *, coefficient: float = 1.0) -> Tensor:
     """Mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906,
     equation 5).
 
-    ``over_shards``: as in :func:`switch_loss`.
+    ``over_shards``: as in :func:`switch_loss`; ``coefficient`` multiplies the loss.
     """
-    return token_mean(logits_TE.logsumexp(-1).square(), over_shards)
+    if over_shards is None:
+        factor = coefficient / max(logits_TE.size(0), 1)
+        mean: Tensor = _SumOfSquares.apply(logits_TE, factor)  # type: ignore[no-untyped-call]
+        return mean
+    return coefficient * token_mean(logits_TE.logsumexp(-1).square(), over_shards)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Of each row's log-sum-exp, times a factor; what autograd would make of it takes twice as many
+    operators.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, factor: float) -> Tensor:
+        total_T = logits_TE.logsumexp(-1)
+        ctx.save_for_backward(logits_TE, total_T)
+        ctx.factor = factor
+        return torch.dot(total_T, total_T) * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits_TE, total_T = ctx.saved_tensors
+        slope_T = total_T * (grad * (2.0 * ctx.factor))
+        return logits_TE.softmax(-1).mul_(slope_T.unsqueeze(1)), None
 
 
 def token_mean(values_T: Tensor, over_shards: OverShards | None = None) -> Tensor:
@@ -119,6 +156,6 @@ def load(experts_TK: Tensor, num_experts: int) -> Tensor:
     """Routes to each expert, int64 ``_E``; they sum to T*K."""
     routes = experts_TK.reshape(-1)
     # not bincount: on a GPU it waits for the largest id, and its output size is unknown to a compiler
-    return torch.zeros(num_experts, dtype=torch.int64, device=routes.device).scatter_add_(
-        0, routes, torch.ones_like(routes)
+    return torch.zeros(num_experts, dtype=torch.int64, device=routes.device).scatter_(
+        0, routes, 1, reduce="add"
     )

@@ -110,7 +110,8 @@ def best_experts(scores_TE: Tensor, k: int, groups: Groups | None = None) -> Ten
         scores_TE = within_best_groups(scores_TE, k, groups)
     if scores_TE.device.type == "cpu" and num_experts >= _ROUNDS_PAY_FROM * k:
         return _by_rounds(scores_TE, k)
-    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]
+    # not a view of the whole sort: that would keep E ids of each token, and be copied by each reader
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def within_best_groups(scores_TE: Tensor, k: int, groups: Groups) -> Tensor:

@@ -255,11 +255,11 @@ class Router(nn.Module):
         """
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff:
-            losses["aux"] = self.aux_loss_coeff * switch_loss(
-                logits_TE.softmax(-1), experts_TK, self.over_shards
+            losses["aux"] = switch_loss(
+                logits_TE.softmax(-1), experts_TK, self.over_shards, coefficient=self.aux_loss_coeff
             )
         if self.z_loss_coeff:
-            losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
+            losses["z"] = z_loss(logits_TE, self.over_shards, coefficient=self.z_loss_coeff)
         return losses
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:

@@ -204,22 +204,23 @@ class ChoosingRouter(Router):
         """``aux`` of the kind in ``aux_loss``, over probabilities of the score function, and ``z``."""
         losses: dict[str, Tensor] = {}
         if self.aux_loss_coeff and self.config.aux_loss != "off":
-            losses["aux"] = self.aux_loss_coeff * self._balance(logits_TE, experts_TK, now)
+            losses["aux"] = self._balance(logits_TE, experts_TK, now)
         if self.z_loss_coeff:
-            losses["z"] = self.z_loss_coeff * z_loss(logits_TE, self.over_shards)
+            losses["z"] = z_loss(logits_TE, self.over_shards, coefficient=self.z_loss_coeff)
         return losses
 
     def _balance(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> Tensor:
         probs_TE = log_scores(logits_TE, self.config.score_function).softmax(-1)
         if self.config.aux_loss == "global_batch":
-            return known_load_loss(probs_TE, self.share_E, self.over_shards)
+            return self.aux_loss_coeff * known_load_loss(probs_TE, self.share_E, self.over_shards)
         # else all tokens are one sequence
         if self.config.aux_loss == "sequence" and now.tokens is not None:
             sequence_T = now.tokens.places_T // now.tokens.seq_length
             sequence_T = sequence_T - sequence_T.min()
             number = int(sequence_T.max()) + 1 if now.tokens.sequences is None else now.tokens.sequences
-            return sequence_loss(probs_TE, experts_TK, sequence_T, number, self.over_shards)
-        return switch_loss(probs_TE, experts_TK, self.over_shards)
+            loss = sequence_loss(probs_TE, experts_TK, sequence_T, number, self.over_shards)
+            return self.aux_loss_coeff * loss
+        return switch_loss(probs_TE, experts_TK, self.over_shards, coefficient=self.aux_loss_coeff)
 
     def end_step(self, counts: StepCounts) -> None:
         """Update the buffers that depend on the load of the global batch."""

@@ -13,9 +13,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hyperrouter.compat import deepspeed as for_deepspeed
 from megatron_hyperrouter.compat import megatron as for_megatron
@@ -26,6 +28,8 @@ MEGATRON = {
         for_megatron.name_te_general_gemm,
         for_megatron.keep_adam_step,
         for_megatron.keep_norms_on_device,
+        for_megatron.scale_all_at_once,
+        for_megatron.turn_in_few_operators,
         for_megatron.serve_cuda_calls,
         for_megatron.serve_cuda_devices,
         for_megatron.serve_random_state,
@@ -91,6 +95,52 @@ def keep_norms_on_device() -> None:
     gradients = [torch.randn(size) for size in sizes]
     (norm, _) = clip_grads.l2_norm_impl(2**16, None, [gradients], False)
     torch.testing.assert_close(norm.double(), torch.cat(gradients).double().norm().view(1), rtol=1e-6, atol=0)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is not a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {f"aten::{name}" for name in ("slice", "split", "alias", "detach", "view", "unsqueeze", "expand")}
+
+
+def scale_all_at_once() -> None:
+    """Gradients of many parameters are clipped by one operator."""
+    from megatron.core.optimizer import clip_grads
+
+    gradients = [torch.full((3,), float(number)) for number in range(20)]
+    with Operators() as seen:
+        clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, None, [gradients, gradients], 0.5)
+    assert [gradient[0].item() for gradient in gradients] == [number / 2 for number in range(20)]
+    assert seen.count == 1, f"{seen.count} operators"
+
+
+def turn_in_few_operators() -> None:
+    """Rotary positions forward and back; the values and the gradient are those of the complex product."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    angles_SR = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.1, 0.01]))
+    angles_S11C = torch.cat([angles_SR, angles_SR], -1).view(5, 1, 1, 6)
+    x, back = (torch.randn(5, 2, 3, 6, requires_grad=True) for _ in range(2))
+    rope_utils._apply_rotary_pos_emb_bshd(x, angles_S11C)  # later layers and steps have the table
+    with Operators() as seen:
+        turned = rope_utils._apply_rotary_pos_emb_bshd(x, angles_S11C)
+        (gradient,) = torch.autograd.grad(turned, x, back)
+
+    def product(numbers: torch.Tensor, sign: float) -> torch.Tensor:
+        pairs = torch.complex(*numbers.detach().double().chunk(2, -1))
+        result = pairs * torch.polar(torch.ones(()).double(), sign * angles_SR.double()).view(5, 1, 1, 3)
+        return torch.cat([result.real, result.imag], -1).float()
+
+    torch.testing.assert_close(turned, product(x, 1.0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, product(back, -1.0), rtol=1e-6, atol=1e-6)
+    assert seen.count <= 6, f"{seen.count} operators"
 
 
 def serve_cuda_calls() -> None:

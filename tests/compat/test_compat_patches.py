@@ -20,6 +20,8 @@ NEEDED = {
     "name_te_general_gemm": (1, "NameError: name 'te_general_gemm'"),
     "keep_adam_step": (1, "KeyError: 'step'"),
     "keep_norms_on_device": (1, "meta"),
+    "scale_all_at_once": (1, "40 operators"),
+    "turn_in_few_operators": (1, "AssertionError: [0-9]+ operators"),
     "serve_cuda_calls": (1, "not compiled with CUDA|NVIDIA|CUDA"),
     "serve_cuda_devices": (1, "not compiled with CUDA|NVIDIA|CUDA|AssertionError"),
     "serve_random_state": (1, "not compiled with CUDA|NVIDIA|default stream went on|not that of its seed"),
@@ -34,6 +36,7 @@ WITHOUT_TE = (
     "name_te_general_gemm",
     "keep_adam_step",
     "keep_norms_on_device",
+    "scale_all_at_once",
 )
 
 

@@ -17,7 +17,8 @@ ENGINES = {"deepspeed": "", "megatron": "--engine megatron"}
 VARIANTS = {"": "", "more experts": "--num-experts 16", "more layers": "--num-layers 3"}
 EP2 = "--expert-model-parallel-size 2 --global-batch-size 4"
 # For a layer and micro-batch: attention, experts, norms, router and statistics, forward and backward, Adam.
-LAUNCHES_OF_A_LAYER = 220
+# Megatron-Core adds the gradient of each of nine parameters to its buffer.
+LAUNCHES_OF_A_LAYER = {"deepspeed": 117, "megatron": 126}
 NORMS = 4  # of a layer
 
 
@@ -54,7 +55,7 @@ def test_launches_do_not_depend_on_the_number_of_experts(
 def test_launches_of_a_layer(told: dict[tuple[str, str], Any], engine: str) -> None:
     one = told[engine, "more layers"]["launches"] - told[engine, ""]["launches"]
     one -= NORMS * told[engine, ""]["of_a_norm"]
-    assert 0 < one <= LAUNCHES_OF_A_LAYER, one
+    assert 0 < one <= LAUNCHES_OF_A_LAYER[engine], one
 
 
 @pytest.mark.parametrize("engine", ENGINES)

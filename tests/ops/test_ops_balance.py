@@ -81,6 +81,14 @@ def test_z_loss_and_entropy_against_loops():
     assert float(entropy(logits_TE)) == pytest.approx(sum(entropies) / 13, rel=1e-5)
 
 
+def test_z_loss_gradient_is_that_of_its_formula():
+    logits_TE, _ = random_routing(13, 6, 1)
+    double_TE, logits_TE = logits_TE.double().requires_grad_(), logits_TE.requires_grad_()
+    (expected_TE,) = torch.autograd.grad(3 * double_TE.exp().sum(1).log().pow(2).mean(), double_TE)
+    (gradient_TE,) = torch.autograd.grad(3 * z_loss(logits_TE), logits_TE)
+    torch.testing.assert_close(gradient_TE.double(), expected_TE, rtol=1e-5, atol=1e-7)
+
+
 def test_entropy_is_ln_E_when_uniform_and_zero_when_certain():
     assert float(entropy(torch.zeros(3, 16))) == pytest.approx(math.log(16))
     certain_TE = torch.full((3, 4), -math.inf).index_fill(1, torch.tensor([2]), 0.0)

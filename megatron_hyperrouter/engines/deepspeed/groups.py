@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_hyperrouter.compat.deepspeed import shape_gathered_tokens, skip_shm_build
 from megatron_hyperrouter.compat.megatron import install as serve_megatron
+from megatron_hyperrouter.compat.megatron import turn_in_few_operators
 from megatron_hyperrouter.config.derived import recomputed_parts
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import Place
@@ -21,6 +22,7 @@ def join(config: RunConfig) -> Place:
     single_rank_without_launcher()
     skip_shm_build()
     shape_gathered_tokens()
+    turn_in_few_operators()
     # megatron-core's scatter and gather ask for the CUDA device, its recomputation for the CUDA generator
     if config.parallel.tensor_model_parallel_size > 1 or "mlp" in recomputed_parts(config):
         serve_megatron()

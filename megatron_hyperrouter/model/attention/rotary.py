@@ -7,9 +7,11 @@ Legend: ``S`` sequence, ``B`` batch, ``N`` heads, ``C`` channels that turn, ``R 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_hyperrouter.config.derived import rope_type, rotary_channels
 from megatron_hyperrouter.config.tree import RunConfig
@@ -30,6 +32,7 @@ class RotaryTable(nn.Module):
         # Neither is a buffer: a cast to bfloat16 must not reach them.
         self._rates_R = rates_R
         self._table: Tensor | None = None  # for the longest sequence so far
+        self._cut: Tensor | None = None  # the part of it that was asked for last
 
     def forward(self, length: int, device: torch.device) -> Tensor:
         """Angles of the positions 0 to ``length - 1``."""
@@ -37,7 +40,10 @@ class RotaryTable(nn.Module):
             positions_S = torch.arange(length, dtype=torch.float32, device=device)
             angles_SR = torch.outer(positions_S, self._rates_R.to(device))
             self._table = torch.cat([angles_SR, angles_SR], dim=-1).view(length, 1, 1, -1)
-        return self._table[:length]
+            self._cut = None
+        if self._cut is None or self._cut.size(0) != length:
+            self._cut = self._table[:length]  # one tensor for all steps: it keeps its cosines, see below
+        return self._cut
 
 
 def turned(x_SBNC: Tensor, angles_S11C: Tensor, scale: float = 1.0) -> Tensor:
@@ -45,6 +51,41 @@ def turned(x_SBNC: Tensor, angles_S11C: Tensor, scale: float = 1.0) -> Tensor:
     cos, sin = ((part * scale).to(x_SBNC.dtype) for part in (angles_S11C.cos(), angles_S11C.sin()))
     first, second = x_SBNC.chunk(2, -1)
     return x_SBNC * cos + torch.cat([-second, first], -1) * sin
+
+
+def turned_by_table(x_SBNC: Tensor, angles_S11C: Tensor, scale: float = 1.0) -> Tensor:
+    """As :func:`turned`, in three operators each way; the table of angles keeps its cosines and sines."""
+    found: dict[Any, tuple[Tensor, Tensor]] = getattr(angles_S11C, "_hyperrouter_turns", {})
+    key = (scale, x_SBNC.dtype)
+    if key not in found:
+        with torch.inference_mode(False), torch.no_grad():  # training may follow an evaluation
+            cos, sin = ((part * scale).to(x_SBNC.dtype) for part in (angles_S11C.cos(), angles_S11C.sin()))
+            found[key] = cos, sin[..., : sin.size(-1) // 2].contiguous()
+        setattr(angles_S11C, "_hyperrouter_turns", found)  # noqa: B010 - a note of ours on a host's tensor
+    y_SBNC: Tensor = _Turn.apply(x_SBNC, *found[key])  # type: ignore[no-untyped-call]
+    return y_SBNC
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SBNC: Tensor, cos_S11C: Tensor, sin_S11R: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_S11C, sin_S11R)
+        return _turn(x_SBNC, cos_S11C, sin_S11R, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SBNC: Tensor) -> tuple[Tensor | None, ...]:
+        cos_S11C, sin_S11R = ctx.saved_tensors
+        return _turn(grad_SBNC, cos_S11C, sin_S11R, -1), None, None
+
+
+def _turn(x_SBNC: Tensor, cos_S11C: Tensor, sin_S11R: Tensor, direction: int) -> Tensor:
+    first, second = x_SBNC.chunk(2, -1)
+    y_SBNC = x_SBNC * cos_S11C
+    half = first.size(-1)
+    y_SBNC[..., :half].addcmul_(second, sin_S11R, value=-direction)
+    y_SBNC[..., half:].addcmul_(first, sin_S11R, value=direction)
+    return y_SBNC
 
 
 def rates(config: RunConfig) -> Tensor:
