@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import sys
 from collections.abc import Callable
@@ -31,6 +32,27 @@ def install() -> None:
     for patch in _without_gpu():
         patch()
     torch.cuda._hyperrouter_cpu = True  # type: ignore[attr-defined]
+
+
+def import_without_compiler() -> None:
+    """Import megatron-core, on a CPU without torch's compiler.
+
+    The host asks for the compiler at import (jit.py:21), which takes more time than all the rest, and
+    :func:`run_helpers_eagerly` would turn it off again.
+    """
+    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        return
+    compiler = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compiler
+
+
+def _as_it_is(function: Any = None, **_: object) -> Any:
+    """In place of ``torch.compile``, called or as a decorator with arguments."""
+    return _as_it_is if function is None else function
 
 
 def patches() -> list[str]:

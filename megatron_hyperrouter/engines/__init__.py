@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.compat.host_logs import silence_hosts
+from megatron_hyperrouter.compat.megatron import import_without_compiler
 from megatron_hyperrouter.compat.transformer_engine import implementation
 from megatron_hyperrouter.compat.versions import check
 from megatron_hyperrouter.config.derived import resets_documents, separates_documents
@@ -35,6 +36,7 @@ def open_engine(
         raise ValueError("these settings need the ends of documents: give eod, the id that ends one")
     silence_hosts()
     check(config.engine.engine)
+    import_without_compiler()
     if config.engine.engine == "megatron":
         wanted = config.engine.transformer_impl
         if wanted == "auto" and resets_documents(config):
