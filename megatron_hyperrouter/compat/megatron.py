@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hyperrouter.compat.rotary import turned_by_table
+
 TESTED = "0.16.1"
 _CPU = torch.device("cpu")
 
@@ -314,8 +316,6 @@ def turn_in_few_operators() -> None:
     again in each layer (rope_utils.py:122).
     """
     from megatron.core.models.common.embeddings import rope_utils
-
-    from megatron_hyperrouter.model.attention.rotary import turned_by_table
 
     host = rope_utils._apply_rotary_pos_emb_bshd
     if getattr(host, "_hyperrouter", False):
