@@ -71,11 +71,11 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or "it cannot be opened"
     if isinstance(error, UnicodeError):
-        return "it is not text in UTF-8"
+        return "it is not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
         return f"it is not JSON ({error})"
     if isinstance(error, KeyError) and error.args:
         return f"it has no field {error.args[0]}"
     if isinstance(error, (KeyError, TypeError, AttributeError, RecursionError)):
-        return "its content has another form"
-    return str(error) or "its content has another form"
+        return "it has an unexpected form"
+    return str(error) or "it has an unexpected form"

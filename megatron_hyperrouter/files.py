@@ -106,8 +106,10 @@ def check_output(path: Path) -> None:
 def unfinished_folder(output: Path) -> Iterator[Path]:
     """A folder under a temporary name, for :func:`publish`; what is left of it at the end is removed."""
     if output.exists():
-        rule = "is already there"
-        raise ConfigError([Problem("--output", output, rule, "give another folder, or move it away")])
+        rule = "already exists"
+        raise ConfigError(
+            [Problem("--output", output, rule, ("give another folder, or move this folder away"))]
+        )
     draft = output.with_name(f".{output.name}.unfinished")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,7 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(
             f"{output} cannot be written: {error.strerror or error}",
-            remedy="make room on that disk, or give another --output",
+            remedy="free space on that disk, or give another --output",
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

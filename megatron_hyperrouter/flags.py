@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         near = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=_LIKENESS)
         if not word.startswith("-"):
-            return Problem("command line", word, "belongs to no flag", self._lists_flags())
+            return Problem("command line", word, "is not the value of a flag", self._lists_flags())
         return Problem(word, "", "unknown flag", f"did you mean {near[0]}?" if near else self._lists_flags())
 
 

@@ -85,7 +85,9 @@ def comparable_tokens(num_experts: int, hidden_size: int) -> int:
 def every_output_ETD(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
     """Every expert's output for some of the tokens, computed by the engine."""
     if now.experts is None:
-        raise RuntimeError("the engine does not serve its experts: build it inside open_to_routers()")
+        raise RuntimeError(
+            "the engine does not give access to its experts; build it inside open_to_routers()"
+        )
     outputs: list[Tensor] = []
 
     def keep(output: Tensor) -> Tensor:
@@ -96,6 +98,6 @@ def every_output_ETD(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
     now.experts.scores_TE(x_TD[::step], keep)
     if len(outputs) != router.num_experts:
         raise RuntimeError(
-            f"{len(outputs)} of {router.num_experts} experts are on this rank: run in one process"
+            f"{len(outputs)} of {router.num_experts} experts are on this rank; run in one process"
         )
     return torch.stack(outputs)

@@ -106,17 +106,14 @@ def obstacle(sizes: Mapping[str, Sequence[float]]) -> str:
     """Why no curve can be fitted over ``sizes`` (N and D of each run); "" where one can."""
     terms = varying(sizes)
     if not terms:
-        return f"{' and '.join(sizes)} are the same in all runs: there is no curve through one point"
+        return f"{' and '.join(sizes)} are the same in all runs"
     points, needed = different_points(sizes), 2 + 2 * len(terms)
     curve = " + ".join(["E", *(f"{TERMS[size][0]}/{size}^{TERMS[size][1]}" for size in terms)])
     if points < needed:
-        return (
-            f"{curve} has {needed - 1} parameters and needs runs of {needed} different sizes at least, "
-            f"there are {points}"
-        )
+        return f"{curve} needs runs of at least {needed} different sizes, but there are {points}"
     for size, values in terms.items():
         if (found := 1 + max(different(values))) < LEAST_SIZES:
-            return f"{curve} needs {LEAST_SIZES} different {size}, there are {found}"
+            return f"{curve} needs {LEAST_SIZES} different values of {size}, but there are {found}"
     return ""
 
 
@@ -138,7 +135,7 @@ def fit(
     if reason := obstacle(sizes):
         raise ValueError(reason)
     if not all(math.isfinite(loss) and loss > 0 for loss in losses):
-        raise ValueError("losses must be finite and above 0")
+        raise ValueError("losses must be finite and greater than 0")
     terms = list(varying(sizes))
     logs_tn = np.log(np.array([sizes[size] for size in terms], dtype=np.float64))
     centre_t = logs_tn.mean(axis=1)

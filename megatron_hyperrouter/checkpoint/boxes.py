@@ -115,7 +115,7 @@ def _moved(offset: Shape, shape: Shape, cut: Cut, part: int) -> Shape:
         step = shape[0] // cut.parts
         return offset[0] + (part * cut.size + cut.rank) * step, *offset[1:]
     if cut.parts != 1:
-        raise ValueError("only rows are stacked: parts of another dimension are not contiguous")
+        raise ValueError("only parts along the first dimension can be stacked")
     moved = list(offset)
     moved[cut.dim] += cut.rank * shape[cut.dim]
     return tuple(moved)
@@ -158,7 +158,7 @@ def gap(shape: Shape, covering: Sequence[Box]) -> str:
     for box in sorted(covering, key=lambda each: each.offset):
         active = [other for other in active if not shape or other.end[0] > box.offset[0]]
         if any(box.common(other) for other in active):
-            return "a part is there twice"
+            return "a part is present twice"
         active.append(box)
     missing = prod(shape) - sum(box.numel for box in covering)
     return f"{missing} of {prod(shape)} numbers are missing" if missing else ""

@@ -197,7 +197,7 @@ class CheckpointFolders:
         self._sweep()
         if final.exists():
             raise CheckpointError(
-                f"{final} is already there", remedy="give another --run-dir, or move that folder away"
+                f"{final} already exists", remedy="give another --run-dir, or move that folder away"
             )
         writing.mkdir()
         for name, content in texts.items():
@@ -275,11 +275,11 @@ class CheckpointFolders:
         name = "" if last is None else folder_name(last)
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved in {self.root}: {reason}",
-            remedy=f"make room on that disk{free} or give another --run-dir; "
+            remedy=f"free space on that disk{free}, or give another --run-dir; "
             + (
-                f"{name} is untouched, continue from it with --load {self.root / name}"
+                f"then continue from {name} with --load {self.root / name}"
                 if name
-                else "no earlier checkpoint exists"
+                else "there is no earlier checkpoint"
             ),
         )
 

@@ -74,16 +74,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest['format']}; this program reads formats up to {FORMAT}",
-            remedy="use the version that wrote it",
+            remedy="use the version of this program that wrote it",
         )
     named = step_of(folder)
     if named is not None and named != manifest["step"]:
         raise CheckpointError(
-            f"{path} belongs to step {manifest['step']}, but its folder is named for another step",
+            f"{path} is for step {manifest['step']}, but its folder is named after another step",
             remedy=older(folder),
         )
     if manifest["format"] >= 2 and manifest.get("sha256") != _digest(manifest):
-        raise CheckpointError(f"{path} was altered: its checksum does not match", remedy=older(folder))
+        raise CheckpointError(f"{path} has changed: its checksum does not match", remedy=older(folder))
     return dict(manifest)
 
 
@@ -111,9 +111,9 @@ def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
         if not path.is_file():
             return f"{path} is missing"
         if (found := path.stat().st_size) != files[name]["bytes"]:
-            return f"{path} has {found} bytes, {files[name]['bytes']} were saved"
+            return f"{path} has {found} bytes, but {files[name]['bytes']} were saved"
         if fingerprint(path) != {key: files[name][key] for key in ("bytes", "crc32")}:
-            return f"{path} was altered: its checksum is not the one in {MANIFEST}"
+            return f"{path} has changed: its checksum does not match {MANIFEST}"
     return ""
 
 
@@ -139,7 +139,7 @@ def older(folder: Path) -> str:
     step = step_of(folder)
     earlier = [other for other in sealed_steps(folder.parent) if step is not None and other < step]
     if earlier:
-        return f"continue from the checkpoint before it: --load {folder.parent / folder_name(earlier[-1])}"
+        return f"continue from the previous checkpoint with --load {folder.parent / folder_name(earlier[-1])}"
     return (
         f"there is no older checkpoint in {folder.parent}; restore the folder from a copy, "
         "or train again without --load"
@@ -158,17 +158,17 @@ def _wrong(manifest: Any) -> str:
     kinds = {"format": int, "step": int, "meta": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind) or isinstance(manifest.get(name), bool):
-            return f"{name!r} is missing or of the wrong type"
+            return f"{name} is missing or has the wrong type"
     if manifest["format"] < 1 or manifest["step"] < 0:
-        return "'format' or 'step' is out of range"
+        return "format or step is out of range"
     if not manifest["files"]:
-        return "it lists no file"
+        return "it lists no files"
     for name, entry in manifest["files"].items():
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or "\0" in name:
-            return f"it lists {name!r}, which is not in the folder"
+            return f"it lists {name}, which is not in the folder"
         if not isinstance(entry, dict) or not {"bytes", "crc32"} <= entry.keys():
-            return f"what it says of {name!r} is not a size and a checksum"
+            return f"the entry of {name} is not a size and a checksum"
     return ""
 
 

@@ -74,9 +74,11 @@ class Entry:
     def join(self, other: Entry) -> None:
         """Add what another rank reports; ValueError if the two contradict each other."""
         if self.shape != other.shape:
-            raise ValueError(f"one rank says its shape is {list(self.shape)}, another {list(other.shape)}")
+            raise ValueError(
+                f"its shape is {list(self.shape)} on one rank and {list(other.shape)} on another"
+            )
         if None not in (self.steps, other.steps) and self.steps != other.steps:
-            raise ValueError(f"one rank counts {self.steps} optimizer steps, another {other.steps}")
+            raise ValueError(f"it has {self.steps} optimizer steps on one rank and {other.steps} on another")
         if self.dtype and other.dtype:
             raise ValueError("two ranks write its weight")
         self.dtype, self.trained = self.dtype or other.dtype, self.trained or other.trained
@@ -145,7 +147,7 @@ class Staged:
         parts = [folder / _PART.format(rank=rank) for rank in range(self.ranks)]
         for rank, path in enumerate(parts):
             if not path.is_file():
-                raise CheckpointError(f"rank {rank} wrote nothing to {folder}", remedy=_REPORT)
+                raise CheckpointError(f"rank {rank} wrote no files to {folder}", remedy=_REPORT)
             for name, entry in _read_index(path).items():
                 if name not in joined:
                     joined[name] = entry
@@ -162,7 +164,7 @@ class Staged:
             path.unlink()
 
 
-_REPORT = "continue from the last checkpoint, and report this: the ranks disagree on who writes what"
+_REPORT = "continue from the last checkpoint, and report this bug: ranks disagree on what each of them writes"
 
 
 def read_index(folder: Path) -> dict[str, Entry] | None:
@@ -178,7 +180,7 @@ def read_index(folder: Path) -> dict[str, Entry] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {reason_of(error)}", remedy="load an older checkpoint of the run"
+            f"{path} cannot be read: {reason_of(error)}", remedy="load an older checkpoint of this run"
         ) from error
 
 
@@ -190,8 +192,8 @@ def read_box(reader: Reader, entry: Entry, name: str, box: Box, row: Tensor) -> 
             part = reader.part(stored.file, f"{stored.key}#{name}", common.within(stored.box))
             if tuple(part.shape) != common.size or part.dtype != row.dtype:
                 raise CheckpointError(
-                    f"{reader.folder / stored.file}: {stored.key}#{name} is not what {INDEX} says of it",
-                    remedy="load an older checkpoint of the run",
+                    f"{reader.folder / stored.file}: {stored.key}#{name} does not match {INDEX}",
+                    remedy="load an older checkpoint of this run",
                 )
             target[common.within(box)].copy_(part) if box.size else target.copy_(part)
 
@@ -199,8 +201,11 @@ def read_box(reader: Reader, entry: Entry, name: str, box: Box, row: Tensor) -> 
 def _digest(name: str, what: str, values: Tensor, box: Box, shape: Shape) -> int:
     if values.is_floating_point() and not torch.isfinite(values).all():
         raise NotFiniteError(
-            f"{name}: its {what} has a number that is not finite; nothing was saved",
-            remedy="continue from the last checkpoint with a lower --lr, or skip the steps that led here",
+            f"{name}: its {what} contains NaN or infinity; nothing was saved",
+            remedy=(
+                "continue from the last checkpoint with a lower --lr, or "
+                "leave out bad steps with --skip-steps"
+            ),
         )
     return digest(values, box, shape)
 
@@ -261,5 +266,5 @@ def _is_dtype(name: Any) -> bool:
 
 def _checked(value: Any, fits: bool) -> Any:
     if not fits:
-        raise ValueError(f"{value!r:.80} is out of place")
+        raise ValueError(f"{value!r:.80} is not expected here")
     return value

@@ -45,7 +45,7 @@ def find(load: Path) -> Path | None:
     if (load / MANIFEST).is_file():
         return load
     if step_of(load) is not None and load.is_dir():
-        message = f"{load / MANIFEST} is missing: the checkpoint is not whole"
+        message = f"{load / MANIFEST} is missing, so this checkpoint is incomplete"
         raise CheckpointError(message, remedy=older(load))
     for root in (load / "checkpoints", load):
         if (folder := _that_counts(root)) is not None:
@@ -98,17 +98,17 @@ def _that_counts(root: Path) -> Path | None:
         sealed = sealed_steps(root) if root.is_dir() else []
     except OSError as error:
         message = f"{root} cannot be read: {error}"
-        raise CheckpointError(message, remedy="check its permissions and its disk") from error
+        raise CheckpointError(message, remedy="check its permissions and the disk") from error
     step, problem = _read(root / LATEST)
     if step in sealed and step is not None:
         return root / folder_name(_finished(root, step, sealed))
     if step is not None:
-        problem = f"names {folder_name(step)}, which is not a whole checkpoint"
+        problem = f"names {folder_name(step)}, which is not a complete checkpoint"
     if sealed:
         return _newest_whole(root, sealed, problem or "is missing")
     if problem:
         raise CheckpointError(
-            f"{root / LATEST} {problem}, and there is no whole checkpoint beside it",
+            f"{root / LATEST} {problem}, and the folder has no complete checkpoint",
             remedy="restore the folder from a copy, or train again without --load",
         )
     return None
@@ -135,11 +135,13 @@ def _newest_whole(root: Path, sealed: list[int], why: str) -> Path:
             wrong = f"{folder} cannot be read: {error}"
         if not wrong:
             passed_over = "".join(f"\n  skipped: {each}" for each in damaged)
-            console.warn(f"{root / LATEST} {why}; using the newest whole checkpoint, {folder}{passed_over}")
+            console.warn(
+                f"{root / LATEST} {why}; using the newest complete checkpoint, {folder}{passed_over}"
+            )
             return folder
         damaged.append(wrong)
     raise CheckpointError(
-        "\n  - ".join([f"{root / LATEST} {why}, and no checkpoint beside it is whole:", *damaged]),
+        "\n  - ".join([f"{root / LATEST} {why}, and no checkpoint in that folder is complete:", *damaged]),
         remedy="restore the folder from a copy, or train again without --load",
     )
 
@@ -166,4 +168,6 @@ def _read(pointer: Path) -> Pointer:
     if not text:
         return Pointer(None, "is empty")
     step = step_of(Path(text)) if text == Path(text).name else None
-    return Pointer(step, "" if step is not None else f"names {text[:60]!r}, which is not a checkpoint here")
+    return Pointer(
+        step, "" if step is not None else (f"names {text[:60]!r}, which is not a checkpoint in this folder")
+    )

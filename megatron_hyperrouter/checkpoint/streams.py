@@ -77,10 +77,10 @@ class TensorReader:
                 got = file.readinto(as_bytes(tensor))
         except OSError as error:
             raise CheckpointError(
-                f"{path} cannot be read: {error}", remedy="restore it from a copy"
+                f"{path} cannot be read: {error}", remedy="restore the file from a copy"
             ) from error
         if got != tensor.nbytes:
-            raise CheckpointError(f"{path} ends inside {name}", remedy="restore it from a copy")
+            raise CheckpointError(f"{path} ends inside {name}", remedy="restore the file from a copy")
         return tensor
 
     def digest(self) -> str:

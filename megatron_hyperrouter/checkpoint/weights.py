@@ -104,7 +104,7 @@ def read_weights(
 def _refuse_misfits(
     folder: Path, targets: Mapping[str, Tensor], cuts: Mapping[str, Cut], files: Mapping[str, str]
 ) -> None:
-    problems = [f"{name}: not in the checkpoint" for name in targets if name not in files]
+    problems = [f"{name} is not in the checkpoint" for name in targets if name not in files]
     for name, file in _opened(folder, files, targets):
         stored = file.get_slice(name)
         found, needed = (
@@ -122,8 +122,8 @@ def _refuse_misfits(
             f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         )
         raise CheckpointError(
-            f"{folder} holds a model with different shapes or another router:\n{shown}",
-            remedy="use the settings of the run that wrote it: its config.yaml stands beside checkpoints/",
+            f"{folder} has a model with different shapes or another router:\n{shown}",
+            remedy="use the settings of the run that wrote it, which are in config.yaml of its run folder",
         )
 
 
@@ -166,10 +166,10 @@ def weight_files(folder: Path) -> dict[str, str]:
             raise _unreadable(path, error) from error
     if not files:
         raise CheckpointError(
-            f"{folder} holds no {_PATTERN}", remedy="name a run folder or one of its checkpoints"
+            f"{folder} has no {_PATTERN} files", remedy="give a run folder or one of its checkpoints"
         )
     return files
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error}", remedy="load an older checkpoint of the run")
+    return CheckpointError(f"{path} cannot be read: {error}", remedy="load an older checkpoint of this run")

@@ -28,17 +28,23 @@ def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
         return "local"
     reason = obstacle(OLDEST_FOR.get(fp8 or "", OLDEST))
     if reason is None:
-        warn(f"transformer-engine {_version()} was not tested; if something breaks: --transformer-impl local")
+        warn(
+            f"transformer-engine {_version()} was not tested; if something "
+            "fails, use --transformer-impl local"
+        )
         return "transformer_engine"
     if wanted == "transformer_engine" or fp8:
         needs = "--fp8-format" if fp8 else "--transformer-impl transformer_engine"
-        without = "leave --fp8-format out" if fp8 else "use --transformer-impl local"
+        without = "leave out --fp8-format" if fp8 else "use --transformer-impl local"
         raise HostError(
             f"{needs}: Transformer Engine {reason}",
-            remedy=f"with GPUs: pip install --no-build-isolation 'transformer_engine[pytorch]'; or {without}",
+            remedy=(
+                "with GPUs, run: pip install --no-build-isolation "
+                f"'transformer_engine[pytorch]'; otherwise {without}"
+            ),
         )
     if present() and torch.cuda.is_available():
-        warn(f"Transformer Engine {reason}: using PyTorch's layers instead")
+        warn(f"Transformer Engine {reason}, so the layers of PyTorch are used")
     return "local"
 
 
@@ -47,14 +53,16 @@ def obstacle(oldest: tuple[int, int] = OLDEST) -> str | None:
     if not present():
         return "is not installed"
     if not torch.cuda.is_available():
-        return "needs a GPU, and there is none"
+        return "needs a GPU, but there is none"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:  # OSError: a CUDA library of another version
         return f"cannot be imported ({error})"
     version = _version()
     if tuple(int(part) for part in version.split(".")[:2]) < oldest:
-        return f"{version} is older than {oldest[0]}.{oldest[1]}, the first with what these settings need"
+        return (
+            f"{version} is older than {oldest[0]}.{oldest[1]}, the first version that supports these settings"
+        )
     return None
 
 

@@ -34,14 +34,14 @@ def check(engine: str) -> None:
         verb = "is" if len(missing) == 1 else "are"
         raise HostError(
             f"--engine {engine} needs {' and '.join(missing)}, which {verb} not installed",
-            remedy=f"run: bash tools/setup_env.sh, or: pip install {install}",
+            remedy=f"run bash tools/setup_env.sh, or pip install {install}",
         )
     for library, version in found.items():
         tested = TESTED[library][1]
         if version is not None and not in_range(version, tested):
             warn(
-                f"{library} {version} was not tested, {tested} was; if something breaks: pip install "
-                f"{library}=={tested}"
+                f"{library} {version} was not tested (tested: {tested}); if something "
+                f"fails, run: pip install {library}=={tested}"
             )
 
 

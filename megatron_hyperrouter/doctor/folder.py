@@ -22,7 +22,7 @@ CHECKPOINTS = 3  # for which there has to be room: one being written, the newest
 _BLOCK, _BLOCKS, _SECONDS = 4 << 20, 16, 2.0  # bytes; limits of the amount and of the time
 _SLOW = 20e6  # bytes a second
 _RENAMES = 100
-_MOUNT = "mount the same file system on all machines, and give --run-dir a path on it"
+_MOUNT = "mount the same file system on all machines, and use a folder on it for --run-dir"
 
 
 def examine_folder(
@@ -72,11 +72,11 @@ def _shared(ranks: Ranks, names: Sequence[str], folder: Path, token: str) -> lis
     """Rank 0 writes, all read; all write, rank 0 reads."""
     told = ""
     if ranks.rank:
-        told = "" if _appears(folder / "content", token) else "does not see what rank 0 has written"
+        told = "" if _appears(folder / "content", token) else "does not see the files of rank 0"
         told = told or _reason(lambda: (folder / f"rank-{ranks.rank}").write_text(token))
     reports = ranks.gather("folder/shared", told)
     missing = [
-        f"{names[rank]} {report}" if report else f"rank 0 does not see what {names[rank]} has written"
+        f"{names[rank]} {report}" if report else f"rank 0 does not see the files of {names[rank]}"
         for rank, report in enumerate(reports)
         if report or (rank and not _appears(folder / f"rank-{rank}", token))
     ]
@@ -124,11 +124,11 @@ def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
     over.set()
     if reader.ident is not None:
         reader.join()
-    remedy = "keep runs on a POSIX file system (Lustre, GPFS, NFS, a local disk), not on an object store"
+    remedy = "use a POSIX file system (Lustre, GPFS, NFS, local disk) for runs, not an object store"
     if error:
         return [fault("rename", f"a file cannot be replaced by a rename: {error}", remedy)]
     if torn[0]:
-        return [fault("rename", f"a rename is not atomic: {torn[0]} reads met no whole file", remedy)]
+        return [fault("rename", f"a rename is not atomic: {torn[0]} reads found an incomplete file", remedy)]
     return [ok("rename", f"{_RENAMES} renames, each atomic")]
 
 
@@ -146,8 +146,8 @@ def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
     wrong = [f"{names[rank]}: {word}" for rank, word in enumerate(got) if word]
     if wrong:
         remedy = (
-            "mount it with locks (Lustre: -o flock; NFS: without nolock); else never start two runs in one "
-            "folder"
+            "mount the folder with locks (Lustre: -o flock; NFS: without nolock), "
+            "or never start two runs in one folder"
         )
         return [fault("lock", f"locks do not work in the run folder: {wrong[0]}", remedy)]
     return [ok("lock", "a second lock is refused")] if ranks.rank == 0 else []
@@ -178,7 +178,9 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     told = {rank: each for rank, each in enumerate(ranks.gather("folder/speed", own)) if each}
     bad = [f"{names[rank]}: {each['error']}" for rank, each in told.items() if each["error"]]
     if bad:
-        return [fault("disk", f"the run folder cannot be written: {bad[0]}", "make room, or mend the disk")]
+        return [
+            fault("disk", (f"the run folder cannot be written: {bad[0]}"), "free space, or repair the disk")
+        ]
     if ranks.rank:
         return []
     writes = {rank: each["write"] for rank, each in told.items()}
@@ -189,7 +191,11 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     )
     if writes[slowest] < min(_SLOW, statistics.median(writes.values())):
         slow = f"; {names[slowest]} writes {writes[slowest] / 1e6:,.1f} MB/s"
-        return [note("disk", text + slow, "a checkpoint takes long there: see --async-save, or another disk")]
+        return [
+            note(
+                "disk", text + slow, ("use --async-save or another disk, because checkpoints take long there")
+            )
+        ]
     return [ok("disk", text)]
 
 
@@ -209,14 +215,20 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
     free = shutil.disk_usage(run_dir).free
     inodes = os.statvfs(run_dir).f_favail
     if inodes and inodes < 10_000:
-        return [fault("room", f"{run_dir}: {inodes:,} files can still be made", "remove files there")]
+        return [
+            fault(
+                "room",
+                (f"{run_dir}: only {inodes:,} more files can be created"),
+                "remove files in that folder",
+            )
+        ]
     if checkpoint is None:
-        text = f"{free / 1e9:,.1f} GB free; three checkpoints take 42 bytes a parameter in bfloat16"
+        text = f"{free / 1e9:,.1f} GB free; three checkpoints take 42 bytes per parameter in bfloat16"
         return [ok("room", text)]
     needed = CHECKPOINTS * checkpoint
-    text = f"{free / 1e9:,.1f} GB free, and {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"
+    text = f"{free / 1e9:,.1f} GB free, but {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"
     if free < needed:
-        return [fault("room", f"{run_dir}: {text}", "make room, or give another --run-dir")]
+        return [fault("room", f"{run_dir}: {text}", "free space, or give another --run-dir")]
     return [ok("room", text)]
 
 

@@ -20,7 +20,9 @@ _SHM_A_RANK = 64 << 20  # bytes: NCCL's and the data loader's
 EXTRAS = {
     "transformer_engine": "Transformer Engine: fused attention, norms and experts on the Megatron engine",
     "apex": "apex: fused Adam and gradient norms on the Megatron engine",
-    "flash_attn": "flash-attn: attention inside Transformer Engine; without it torch's own kernel is used",
+    "flash_attn": (
+        "flash-attn: attention inside Transformer Engine; without it, the kernel of PyTorch is used"
+    ),
 }
 
 
@@ -55,7 +57,7 @@ def first_ranks(facts: Sequence[Facts]) -> list[int]:
 def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     found: Mapping[str, str] = facts[0]["versions"]
     differences = [
-        f"{names[rank]} has {library} {each['versions'].get(library, 'none')}, and {names[0]} has {version}"
+        f"{names[rank]} has {library} {each['versions'].get(library, 'none')}, but {names[0]} has {version}"
         for rank, each in enumerate(facts)
         for library, version in found.items()
         if each["versions"].get(library) != version
@@ -68,7 +70,7 @@ def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]
     if differences or missing:
         return
     untested = [
-        f"{library} {found[library]} was not tested, {tested} was"
+        f"{library} {found[library]} was not tested (tested: {tested})"
         for library, (_, tested) in TESTED.items()
         if not in_range(found[library], tested)
     ]
@@ -79,7 +81,10 @@ def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]
 def _extension(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     missing = [f"{names[rank]}: {each['extension']}" for rank, each in enumerate(facts) if each["extension"]]
     if missing:
-        text = f"the C++ extension for data indices is missing, so NumPy does its work: {first_of(missing)}"
+        text = (
+            "the C++ extension for data indices is missing, so the slower "
+            f"NumPy version is used: {first_of(missing)}"
+        )
         yield fault("extension", text, f"{_INSTALL} (it needs a C++17 compiler)")
     else:
         yield ok("extension", "the C++ extension for data indices works")
@@ -95,7 +100,7 @@ def _extras(first: Facts) -> Finding:
     missing = [EXTRAS[name] for name, version in first["extras"].items() if not version]
     text = f"found: {', '.join(found) or 'none'}"
     if not first["gpus"]:
-        return ok("extras", f"{text}; they speed up GPUs alone, and there is none")
+        return ok("extras", f"{text}; they speed up only GPUs, and this machine has none")
     return note("extras", f"{text}; not installed: {'; '.join(missing)}") if missing else ok("extras", text)
 
 
@@ -104,22 +109,20 @@ def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if facts[0]["gpus"] and any(not each["gpu"] for each in facts):
         bare = [name for name, each in zip(names, facts, strict=True) if not each["gpu"]]
-        yield fault(
-            "devices", f"no GPU for {first_of(bare)}", "start as many ranks on a machine as it has GPUs"
-        )
+        yield fault("devices", f"no GPU for {first_of(bare)}", "start one rank for each GPU of a machine")
     elif len(kinds) > 1:
-        yield note("devices", f"different devices: {text}; the slowest sets the pace")
+        yield note("devices", f"the devices differ ({text}); the slowest limits the speed")
     else:
         yield ok("devices", text)
     broken = [f"{each['host']}: {word}" for each in facts for word in each["gpu_faults"]]
     if broken:
-        yield fault("GPU", first_of(list(dict.fromkeys(broken))), "take that machine out of the job")
+        yield fault("GPU", first_of(list(dict.fromkeys(broken))), "remove that machine from the job")
     ranks_of = Counter(each["host"] for each in facts)
     crowded = {each["host"]: each["cores"] for each in facts if ranks_of[each["host"]] > (each["cores"] or 1)}
     if crowded:
         host, cores = next(iter(crowded.items()))
         text = f"{ranks_of[host]} ranks on {host} share {cores} core(s)"
-        remedy = "with Slurm give --cpus-per-task: the cores of the node / tasks on it"
+        remedy = "with Slurm, set --cpus-per-task to the cores of the node / its tasks"
         yield fault("cores", text, remedy) if facts[0]["gpus"] else note("cores", text, remedy)
 
 
@@ -137,7 +140,7 @@ def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
         return ok("speed", text)
     if gpu and min(rates) > _SLOW_GPU * usual:
         return note("speed", f"{text}; {first_of(slow)}")
-    remedy = "look for another job on that machine, for heat, and for a power limit"
+    remedy = "check that machine for other jobs, heat and power limits"
     return fault("speed", f"{text}; slow: {first_of(slow)}", remedy)
 
 
@@ -149,7 +152,11 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         if 0 <= each["open_files"] < needed
     ]
     if low:
-        yield fault("open files", f"ulimit -n is below {needed}: {first_of(low)}", "set ulimit -n 65536")
+        yield fault(
+            "open files",
+            (f"ulimit -n is less than {needed}: {first_of(low)}"),
+            "run ulimit -n 65536 before the program",
+        )
     else:
         yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")
     ranks_of = Counter(each["host"] for each in facts)
@@ -159,7 +166,10 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         if each["shm"] is not None and each["shm"] < _SHM_A_RANK * ranks_of[each["host"]]
     ]
     if small:
-        remedy = "give the container more: docker --shm-size 8g; Kubernetes: an emptyDir with medium Memory"
+        remedy = (
+            "give the container more shared memory (docker --shm-size 8g; "
+            "Kubernetes: an emptyDir with medium Memory)"
+        )
         yield fault("/dev/shm", f"too small: {first_of(list(dict.fromkeys(small)))}", remedy)
     elif facts[0]["shm"] is not None:
         yield ok("/dev/shm", f"{facts[0]['shm'] / 1e9:,.1f} GB free")
@@ -170,8 +180,8 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
             if not each["resolves"] or each["resolves"].startswith("127.")
         ]
         if lost:
-            text = f"the name of a machine does not lead to its network address: {first_of(lost)}"
-            remedy = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            text = f"the host name of a machine does not resolve to its network address: {first_of(lost)}"
+            remedy = "correct /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             yield fault("host names", text, remedy)
 
 

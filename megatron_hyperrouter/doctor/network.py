@@ -39,7 +39,7 @@ def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
         told = ranks.gather("ports/answers", answer)
         ranks.meet("ports/done")
     closed = [
-        f"{names[rank]} does not reach {names[after]} at {places[after][0]}:{places[after][1]} ({why})"
+        f"{names[rank]} cannot reach {names[after]} at {places[after][0]}:{places[after][1]} ({why})"
         for rank, why in enumerate(told)
         if why and (after := (rank + 1) % ranks.size) >= 0
     ]
@@ -81,7 +81,10 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
     broken = [(alone, f"{names[rank]}: {reason}") for rank, (_, reason, alone) in enumerate(told) if reason]
     if broken:  # a rank that was left alone does not know why
         first = first_of([text for _, text in sorted(broken, key=lambda each: each[0])])
-        remedy = "see the ports above; set NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        remedy = (
+            "check the ports above, or set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME "
+            "(NCCL_DEBUG=INFO shows more)"
+        )
         return [fault("collectives", f"ranks cannot exchange tensors: {first}", remedy)], {}
     return _judge([own for own, _, _ in told], names, numbers, device.type), numbers
 
@@ -145,7 +148,7 @@ def _judge(
         if rate < _SLOW[kind] * usual
     ]
     if slow and len(rates) >= _FEW_PAIRS:
-        remedy = "look at the cable, the switch port and the network card of the machine in these pairs"
+        remedy = "check cable, switch port and network card of these machines"
         return [fault("collectives", f"{text}; slow: {first_of(slow)}", remedy)]
     return [ok("collectives", text)]
 
@@ -173,7 +176,5 @@ def _loopback() -> list[Finding]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         why = _connect("127.0.0.1", server.getsockname()[1])
     if why:
-        return [
-            fault("ports", f"this machine does not reach itself: {why}", "allow 127.0.0.1 in its firewall")
-        ]
+        return [fault("ports", f"this machine cannot reach itself: {why}", "allow 127.0.0.1 in the firewall")]
     return [ok("ports", "this machine reaches itself")]

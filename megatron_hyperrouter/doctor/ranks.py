@@ -39,10 +39,11 @@ class Ranks:
             store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
         except (dist.DistStoreError, dist.DistNetworkError, OSError, RuntimeError) as error:
             raise HostError(
-                f"rank {rank} on {socket.gethostname()} does not reach rank 0 at {place}, or not all "
-                f"{size} ranks have come within {PATIENCE.seconds} s: {str(error).splitlines()[0]}",
-                remedy="check that this host name is known on all machines, that no firewall closes the "
-                "port, and that the other ranks were started",
+                (
+                    f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {place}, or not all "
+                    f"{size} ranks joined within {PATIENCE.seconds} s: {str(error).splitlines()[0]}"
+                ),
+                remedy="check the host name, the firewall and the messages of the other ranks",
             ) from error
         store.set_timeout(PATIENCE)
         return cls(int(rank), size, dist.PrefixStore("doctor", store))
@@ -96,7 +97,7 @@ class Ranks:
             found: bytes = self.store.get(topic)
         except (dist.DistStoreError, RuntimeError) as error:
             raise HostError(
-                f"rank {rank} says nothing for {PATIENCE.seconds} s ({topic})",
-                remedy="look at what that rank has said, and at its machine",
+                f"rank {rank} has sent nothing for {PATIENCE.seconds} s ({topic})",
+                remedy="read the messages of that rank, and check its machine",
             ) from error
         return found

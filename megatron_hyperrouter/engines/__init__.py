@@ -33,7 +33,9 @@ def open_engine(
     settings can be checked without it.  Raises HostError if it is missing.
     """
     if eod is None and separates_documents(config):
-        raise ValueError("these settings need the ends of documents: give eod, the id that ends one")
+        raise ValueError(
+            "these settings need the ends of documents; give eod, the token id that ends a document"
+        )
     silence_hosts()
     check(config.engine.engine)
     import_without_compiler()

@@ -38,4 +38,4 @@ class Profiler:
         path = self._folder / f"rank-{self._rank}.json"
         self._trace.export_chrome_trace(str(path))
         self._trace, self._asked = None, False
-        console.note(f"trace of steps {self._start + 1} to {self._end}: {path}")
+        console.note(f"wrote the trace of steps {self._start + 1} to {self._end} to {path}")

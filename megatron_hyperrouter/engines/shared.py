@@ -140,7 +140,7 @@ class SharedEngine(SavedEngine):
 
     def again(self) -> tuple[StepResult, list[OwnPart]]:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        assert self._last is not None, "again() follows a step"
+        assert self._last is not None, "call step() before again()"
         first = self._own_loss
         with first_bad_gradient(self.holding().named) as bad:
             result = self._run(self._last, lambda: False, lambda result: False)
@@ -246,7 +246,9 @@ class SharedEngine(SavedEngine):
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         parallel = self.config.parallel
         if parallel.context_parallel_size > 1:
-            raise NotImplementedError("logits are not available where context parallelism splits sequences")
+            raise NotImplementedError(
+                "logits are not available with context parallelism, which splits sequences"
+            )
         stages, rows = parallel.pipeline_model_parallel_size, len(tokens_BS)
         size = self.config.train.micro_batch_size if stages > 1 else rows  # stages know no other size
         more = tokens_BS[-1:].expand(-rows % size, -1)

@@ -255,7 +255,7 @@ class Likeness:
 
 def _sample_ND(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
     """Evenly spaced tokens of the micro-batch, in the order of their places."""
-    assert now.tokens is not None, "an engine tells the places of tokens"
+    assert now.tokens is not None, "the engine must give the positions of the tokens"
     places_T = now.tokens.places_T
     if router.gather_shards is not None:
         x_TD, places_T = router.gather_shards(x_TD), router.gather_shards(places_T)

@@ -113,7 +113,7 @@ class RouterSteps:
         tokens_L = (self._statistics.tokens_L(sums) / self._replicas).tolist()
         tokens = round(max(tokens_L))
         if not tokens:
-            raise ValueError("no router has seen a token since begin()")
+            raise ValueError("no router has processed a token since begin()")
         for router in self.routers:
             if tokens_L[router.layer_number - 1]:  # a model may leave layers out
                 counts = self._statistics.counts(
@@ -137,19 +137,18 @@ class RouterSteps:
         numbers = [router.layer_number for router in self.routers]
         if len(set(numbers)) < len(numbers):
             raise ValueError(
-                f"layers have the numbers {sorted(numbers)}: give each its own layer_number when its "
-                "router "
-                "is made"
+                f"layers have the numbers {sorted(numbers)}; give each router its own layer_number"
             )
         experts = {router.num_experts for router in self.routers}
         most = self._largest(max(experts, default=0))
         if not most:
-            raise ValueError("no router of ours is in the model: plug them in before RouterSteps is made")
+            raise ValueError(
+                "the model has no router of this package; plug routers in before you create RouterSteps"
+            )
         if experts - {most}:
             raise ValueError(
-                f"layers have {sorted(experts)} experts here, and {most} at most: make RouterSteps for "
-                "each "
-                "kind of layer"
+                f"layers have different numbers of experts, {sorted(experts)}; create "
+                "one RouterSteps for each kind of layer"
             )
         return self._largest(max(numbers, default=0)), most
 

@@ -56,15 +56,15 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
             dist.init_process_group(host_backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error):
-            remedy = "choose another port, with --master-port of torchrun or --master_port of deepspeed"
+            remedy = "choose another port with --master-port of torchrun, or --master_port of deepspeed"
             raise HyperRouterError(
-                f"MASTER_PORT = {os.environ['MASTER_PORT']}: another program uses this port", remedy=remedy
+                f"MASTER_PORT = {os.environ['MASTER_PORT']}: is used by another program", remedy=remedy
             ) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
-        remedy = "see what the other ranks have said; build a large index ahead of the run with mhr index"
+        remedy = "read the messages of the other ranks; build a large index before the run with mhr index"
         raise HyperRouterError(
-            f"after {_PATIENCE} some of the ranks have not connected: {error}", remedy=remedy
+            f"some ranks have not connected within {_PATIENCE}: {error}", remedy=remedy
         ) from error
     distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 

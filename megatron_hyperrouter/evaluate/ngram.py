@@ -42,7 +42,7 @@ class NgramBaselines:
         self.num_tokens = int(counts_V.sum())
         if not self.num_tokens:
             raise DataError(
-                "no tokens to fit the unigram and bigram baselines on", remedy="give training data"
+                "there are no tokens to fit the unigram and bigram baselines", remedy="give training data"
             )
         self.unigram_V: Floats = np.asarray(counts_V + 0.5, dtype=np.float64) / (
             self.num_tokens + 0.5 * vocab_size
@@ -68,7 +68,7 @@ class NgramBaselines:
         contexts = _checked(contexts_N, self.vocab_size)
         targets = _checked(targets_N, self.vocab_size)
         if contexts.shape != targets.shape:
-            raise ValueError(f"{contexts.shape} contexts for {targets.shape} targets")
+            raise ValueError(f"contexts have shape {contexts.shape}, but targets have shape {targets.shape}")
         total = 0.0
         for start in range(0, targets.size, _CHUNK):
             part = slice(start, start + _CHUNK)

@@ -22,8 +22,8 @@ def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) 
         path = folder.parent.parent / "config.yaml"
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no {SETTINGS}, and {path} is missing: its model is unknown",
-                remedy="put the run's config.yaml there",
+                f"{folder} has no {SETTINGS} and {path} is missing, so the model is not known",
+                remedy="copy the config.yaml of the run to that place",
             )
         console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")
     # Settings that only training needs must not prevent an evaluation; faster implementations may need GPUs.

@@ -51,9 +51,8 @@ def run_path(text: str) -> Path:
 
 def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
     return CheckpointError(
-        f"--load {load}: there is no finished checkpoint{why}",
-        remedy="name the run folder of a run that has saved one: settings, tokenizer and weights are read "
-        "from it",
+        f"--load = {load}: the folder has no finished checkpoint{why}",
+        remedy="give the folder of a run that has saved a checkpoint",
     )
 
 
@@ -117,7 +116,7 @@ class TrainedRun:
         known = self.manifest["meta"].get("tokenizer", {}).get("sha256")
         if known is not None and tokenizer.sha256() != known:
             model, rule = self.settings.data.tokenizer_model, "is not the tokenizer of the run"
-            remedy = "leave --tokenizer-model out, or name the tokenizer that the run was trained with"
+            remedy = "leave out --tokenizer-model, or give the tokenizer of the run"
             raise ConfigError([Problem("--tokenizer-model", model, rule, remedy)])
         return tokenizer
 
@@ -166,7 +165,7 @@ class TrainedRun:
         if dataset is None:
             raise DataError(
                 f"the {name} split has no documents",
-                remedy="name another one with --split, or other data with --data-path",
+                remedy="choose another split with --split, or other data with --data-path",
             )
         return dataset
 

@@ -43,7 +43,7 @@ def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataCon
             if known is None or same(known, identity(IndexedDataset(place, whole=False))):
                 return place
         if present:
-            console.warn(f"{present[0]} is not the file that the run has read: it has changed since")
+            console.warn(f"{present[0]} has changed since the run read it")
         return present[0] if present else word
 
     return _named(data, {name: tuple(map(located, getattr(data, name))) for name in _PATHS})

@@ -38,7 +38,7 @@ def check_alike(terms: Sequence[Term]) -> None:
     first = terms[0]
     for term in terms[1:]:
         if term.reader.names() != first.reader.names():
-            raise _misfit(first, term, "have other tensors")
+            raise _misfit(first, term, "have different tensors")
         for name in first.reader.names():
             mine, theirs = first.reader.meta(name), term.reader.meta(name)
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
@@ -80,5 +80,5 @@ def _counts(name: str) -> bool:
 def _misfit(first: Term, other: Term, what: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoints of steps {first.step} and {other.step} {what}",
-        remedy="average checkpoints of one run, with one router",
+        remedy="average only checkpoints of the same run",
     )

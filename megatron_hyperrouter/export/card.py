@@ -41,7 +41,7 @@ def _about(job: Export, step: int) -> str:
     router = (
         "Its router needs the modeling file in this folder."
         if job.gates.target.custom_code
-        else "The router is folded into a plain matrix: nothing is generated any more."
+        else "The router is folded into a plain matrix."
     )
     return (
         f"# {Path(run.logging.run_dir).name}\n\n"
@@ -69,7 +69,7 @@ def _topks(job: Export, proof: dict[str, Any] | None) -> str:
         f"and is {job.topk} by default."
     )
     if proof is None:
-        return text + "  The numbers of this folder were not proved."
+        return text + "  This folder was not compared with the training program."
     rows = [f"| {row['topk']} | {row['perplexity_hf']:.4f} |" for row in proof["results"]]
     table = "\n".join(["| k | perplexity |", "|---|---|", *rows])
     return f"{text}  Perplexity on {proof['tokens']} tokens ({proof['data']}):\n\n{table}"
@@ -95,6 +95,6 @@ def notes_of(run: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
     if (lacking := without_text(tokenizer)) is not None:
         yield lacking
     if run.model.mtp_num_layers is not None:
-        yield "layers of multi-token prediction are left out; the model is the same without them"
+        yield "the multi-token prediction layers are left out; the model computes the same without them"
     if run.model.moe_expert_capacity_factor is not None:
-        yield "training dropped tokens over an expert's capacity; the exported model drops none"
+        yield "training dropped tokens above the capacity of an expert, but the exported model drops none"

@@ -77,7 +77,7 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
         raise CheckpointError(
             f"{job.checkpoint} has no {missing[0]}"
             + (f" and lacks {len(missing) - 1} more" if missing[1:] else ""),
-            remedy="this checkpoint and its settings do not match; export from the original run folder",
+            remedy="export from the original run folder, because this checkpoint does not match its settings",
         )
     source = _Source(job, reader, sizes)
     planned = [

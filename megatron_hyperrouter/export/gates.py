@@ -95,9 +95,7 @@ def _folded(router: Router) -> Any:
 def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) -> Gates:
     """The gates of ``huggingface/modeling_hyperrouter.py``; ``rows`` of the embedding."""
     if run.model.mlp_type != "standard":
-        raise no_class(
-            ["--mlp-type residual, which the modeling file does not have either"], custom_code=False
-        )
+        raise no_class(["the modeling file does not support --mlp-type residual"], custom_code=False)
     base = FAMILIES["Qwen3MoeForCausalLM"]
     latent = LATENT_ATTENTION if run.attention.multi_latent_attention else ()
     refuse_unknown(run, (*base.settings, *_SHARED, *latent), "the modeling file")
@@ -181,7 +179,8 @@ def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]
         own["bias"] = bias_E
     if options.groups is not None or options.scaling_factor != 1.0:
         raise no_class(
-            ["the modeling file has no groups of experts and no factor on their weights"], custom_code=False
+            [("the modeling file does not support groups of experts or --router.scaling-factor")],
+            custom_code=False,
         )
     if options.expert_bias:
         own[CHOICE_BIAS] = folded.choice_bias_E

@@ -28,15 +28,15 @@ def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer)
     if rope_parameters(run)["rope_type"] != "default":
         reasons.append("it needs rotary positions without scaling")
     if dtype != "float32":
-        reasons.append("it needs float32: leave --dtype out")
+        reasons.append("it needs float32 (leave out --dtype)")
     if (
         tree.get("model", {}).get("type") != "BPE"
         or words.get("type") != "ByteLevel"
         or tree.get("normalizer")
     ):
-        reasons.append("it needs a byte-level BPE tokenizer in GPT-2's form")
+        reasons.append("it needs a byte-level BPE tokenizer like that of GPT-2")
     if reasons:
         raise CheckpointError(
-            f"--gguf: llama.cpp cannot take this model as qwen3moe: {'; '.join(reasons)}",
-            remedy="leave --gguf out",
+            f"--gguf: llama.cpp cannot run this model as qwen3moe: {'; '.join(reasons)}",
+            remedy="leave out --gguf",
         )

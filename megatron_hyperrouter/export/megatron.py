@@ -36,17 +36,17 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     if run.model.moe_router_topk < 2:
         raise CheckpointError(
             f"{folder} was trained with k = 1",
-            remedy="megatron-core's router applies the softmax to the chosen logits only for k > 1",
+            remedy="use mhr export-hf; megatron-core does not support this router at k = 1",
         )
     if run.model.mlp_type != "standard":
         raise CheckpointError(
             f"{folder} has --mlp-type {run.model.mlp_type}",
-            remedy="megatron-core has only the standard type",
+            remedy="use mhr export-hf; megatron-core supports only --mlp-type standard",
         )
     if found := beyond_plain_layers(run):
         raise CheckpointError(
             f"{folder} has settings that export-megatron does not support: {', '.join(found)}",
-            remedy="leaving them out would make another model; there is no way around it in this version",
+            remedy="use mhr evaluate; a model with these settings cannot be exported",
         )
     rows = _rows(folder)
     model = plain_model(run, rows=rows)
@@ -59,7 +59,7 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     target = output / f"iter_{step:07d}"
     if target.exists():
         raise CheckpointError(
-            f"{target} is already there", remedy="give another --output, or move that folder away"
+            f"{target} already exists", remedy="give another --output, or move that folder away"
         )
     target.mkdir(parents=True)
     state = {"model": model.sharded_state_dict(), "iteration": step, "checkpoint_version": 3.0}
@@ -128,6 +128,6 @@ def model_flags(run: RunConfig) -> list[str]:
 def _rows(folder: Path) -> int:
     if WORD_EMBEDDINGS not in weight_names(folder):
         raise CheckpointError(
-            f"{folder} has no {WORD_EMBEDDINGS}", remedy="name a checkpoint that this program wrote"
+            f"{folder} has no {WORD_EMBEDDINGS}", remedy="give a checkpoint that this program wrote"
         )
     return read_tensors(folder, [WORD_EMBEDDINGS])[WORD_EMBEDDINGS].size(0)

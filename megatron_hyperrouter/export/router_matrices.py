@@ -34,17 +34,17 @@ def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mappin
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{folder}: {error}",
-                remedy="use mhr export-hf --custom-code; megatron-core has only linear routers",
+                remedy="use mhr export-hf --custom-code, because megatron-core supports only linear routers",
             ) from error
         if bias_E is not None or not chooses_by_softmax(router):
             what = (
                 "adds a bias to its logits"
                 if bias_E is not None
-                else "does not weigh experts by the softmax over the chosen logits"
+                else "does not compute expert weights by a softmax over the chosen logits"
             )
             raise CheckpointError(
-                f"{folder}: router {run.router.name!r} {what}",
-                remedy="use mhr export-hf --custom-code; megatron-core's router has no equivalent",
+                f"{folder}: router {run.router.name} {what}",
+                remedy="use mhr export-hf --custom-code, because megatron-core does not support this router",
             )
         found[f"{prefix}weight"] = matrix_ED.detach()
     return found

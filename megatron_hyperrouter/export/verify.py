@@ -24,17 +24,17 @@ def read_certificate(folder: Path) -> dict[str, Any]:
         known, _, _ = found["format"], dict(found["files"]), dict(found["tensors"])
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} has no {CERTIFICATE}: it is not an export, or an unfinished one",
-            remedy="name a folder that export-hf has written",
+            f"{folder} has no {CERTIFICATE}, so it is not a finished export",
+            remedy="give a folder that mhr export-hf wrote",
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {reason_of(error)}", remedy="restore it from a copy"
+            f"{path} cannot be read: {reason_of(error)}", remedy="restore the file from a copy"
         ) from error
     if known != FORMAT:
         raise CheckpointError(
             f"{path} has format {known}; this program reads format {FORMAT}",
-            remedy="use the version that wrote it",
+            remedy="use the version of this program that wrote it",
         )
     return dict(found)
 
@@ -45,7 +45,7 @@ def differences(folder: Path, certificate: dict[str, Any]) -> list[str]:
     seen: set[str] = set()
     for name, wanted in certificate["files"].items():
         found += _differences_of_file(folder / name, wanted, certificate["tensors"], seen)
-    found += [f"{tensor}: in no file" for tensor in sorted(set(certificate["tensors"]) - seen)]
+    found += [f"{tensor}: missing" for tensor in sorted(set(certificate["tensors"]) - seen)]
     extra = {path.name for path in folder.iterdir()} - set(certificate["files"]) - {CERTIFICATE}
     return found + [f"{name}: not in the certificate" for name in sorted(extra)]
 
@@ -57,7 +57,7 @@ def _differences_of_file(
         yield f"{path.name}: missing"
         return
     if (size := path.stat().st_size) != wanted["bytes"]:
-        yield f"{path.name}: {size} bytes; {wanted['bytes']} were written"
+        yield f"{path.name}: {size} bytes instead of {wanted['bytes']}"
     altered = digest_of_bytes(path) != wanted["sha256"]
     told = False
     if path.suffix == ".safetensors":
@@ -72,6 +72,6 @@ def _differences_of_file(
                 yield f"{path.name}: {entry.name} is not in the certificate"
             elif altered and digest_of_bytes(path, entry.begin, entry.end) != tensors[entry.name]:
                 told = True
-                yield f"{path.name}: {entry.name} ({entry.dtype} {list(entry.shape)}) was altered"
+                yield f"{path.name}: {entry.name} ({entry.dtype} {list(entry.shape)}) has changed"
     if altered and not told and size == wanted["bytes"]:
-        yield f"{path.name}: was altered"
+        yield f"{path.name}: the file has changed"

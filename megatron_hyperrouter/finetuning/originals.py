@@ -37,7 +37,7 @@ def is_sst2(folder: Path) -> bool:
 def sst2(folder: Path) -> Original:
     """``test.tsv`` has no labels, so GLUE's dev part is the test here, and dev is held out of train."""
     train, dev = _held_out(_table(folder / "train.tsv"), lambda row: row[0])
-    note = "SST-2's test part has no labels: dev.tsv is the test, and a tenth of train.tsv is dev"
+    note = "the test part of SST-2 has no labels, so dev.tsv is used as test and a tenth of train.tsv as dev"
     names = {"0": "negative", "1": "positive"}
     test = list(_table(folder / "dev.tsv"))
     parts = {
@@ -76,8 +76,8 @@ def _trees(path: Path, names: tuple[str, ...]) -> Iterator[LabelledText]:
         words = re.findall(r"\(\d ([^()]+)\)", tree)
         if root is None or int(root[1]) >= len(names) or not words:
             raise DataError(
-                f"{path}, line {number}: not a tree of the treebank",
-                remedy="it looks like (3 (2 The) (4 film))",
+                f"{path}, line {number}: the line must be a tree of the treebank",
+                remedy="correct the line; a tree looks like (3 (2 The) (4 film))",
             )
         text = " ".join(words).replace("-LRB-", "(").replace("-RRB-", ")").replace("\\/", "/")
         yield text, names[int(root[1])]
@@ -95,7 +95,7 @@ def imdb(folder: Path) -> Original:
     reviews = list(_reviews(place / "train"))
     train, dev = _held_out(reviews, lambda row: row[2])
     test = [(text, label) for text, label, _ in _reviews(place / "test")]
-    note = "IMDB has no dev part: a tenth of the films of train are dev"
+    note = "IMDB has no dev part, so a tenth of the films in train is used as dev"
     parts = {"train": [row[:2] for row in train], "dev": [row[:2] for row in dev], "test": test}
     return Original(("neg", "pos"), parts, (note,))
 
@@ -130,7 +130,7 @@ def imdb_table(folder: Path) -> Original:
     for row in rows:
         share = _share(row[0])
         parts["test" if share < 0.1 else "dev" if share < 0.2 else "train"].append(row)
-    note = "this form of IMDB mixes its halves: a tenth of the texts is the test, another tenth dev"
+    note = "this form of IMDB has no parts, so a tenth of the texts is used as test and another tenth as dev"
     return Original(("negative", "positive"), parts, (note,))
 
 
@@ -147,7 +147,7 @@ def is_banking77(folder: Path) -> bool:
 def banking77(folder: Path) -> Original:
     """``text,category``, some texts with line ends; the labels are the categories, sorted."""
     train, dev = _held_out(_questions(folder / "train.csv"), lambda row: row[0])
-    note = "BANKING77 has no dev part: a tenth of train.csv is dev"
+    note = "BANKING77 has no dev part, so a tenth of train.csv is used as dev"
     labels = tuple(sorted({label for _, label in (*train, *dev)}))
     return Original(
         labels, {"train": train, "dev": dev, "test": list(_questions(folder / "test.csv"))}, (note,)
@@ -170,12 +170,12 @@ def _rows(
         if missing := [name for name in columns if name not in (table.fieldnames or ())]:
             raise DataError(
                 f"{path} has no column {missing[0]!r} in its first line",
-                remedy=f"the columns of the original file are {', '.join(columns)}",
+                remedy=f"use the original file, which has the columns {', '.join(columns)}",
             )
         for row in table:
             if any(row[name] is None for name in columns):
                 raise DataError(
-                    f"{path}, line {table.line_num}: the row is too short", remedy="mend or remove the row"
+                    f"{path}, line {table.line_num}: the row is too short", remedy="correct or remove the row"
                 )
             yield table.line_num, row
 
@@ -185,19 +185,19 @@ def _content(path: Path) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}, byte {error.start}: not UTF-8", remedy="convert the file to UTF-8"
+            f"{path}, byte {error.start}: the text is not UTF-8", remedy="convert the file to UTF-8"
         ) from error
 
 
 def _text(path: Path, line: int, text: str) -> str:
     if not text.strip():
-        raise DataError(f"{path}, line {line}: there is no text", remedy="mend or remove the row")
+        raise DataError(f"{path}, line {line}: there is no text", remedy="correct or remove the row")
     return text.strip()
 
 
 def _there(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"{path} is missing", remedy="put the set's own file there")
+        raise DataError(f"{path} is missing", remedy="copy that file of the original data set to the folder")
     return path
 
 

@@ -80,7 +80,7 @@ def compare(first: Path, second: Path) -> list[Row]:
         if not np.array_equal(labels, other_labels):
             raise DataError(
                 f"{first} and {second} were not tested on the same texts",
-                remedy="compare fine-tunings on one task folder",
+                remedy="compare fine-tunings on the same task folder",
             )
         own_right, other_right = own == labels, other == labels
         low, high = paired_bootstrap(own_right, other_right)
@@ -96,13 +96,16 @@ def compare(first: Path, second: Path) -> list[Row]:
             }
         )
     if not found:
-        raise DataError(f"{first} and {second} share no seed and k", remedy="use the same --seeds and --topk")
+        raise DataError(
+            (f"{first} and {second} have no seed and k in common"),
+            remedy="fine-tune both with the same --seeds and --topk",
+        )
     return found
 
 
 def comparison_table(found: Sequence[Row]) -> list[str]:
     """Two questions, each with its own words: do these checkpoints differ, and do the methods?"""
-    lines = ["do these two checkpoints differ? (the same texts, drawn again)"]
+    lines = ["Do these two checkpoints differ? (bootstrap over test texts)"]
     head = ("k", "seed", "first", "second", "difference", "95 % bootstrap", "McNemar p")
     lines.append(
         f"{head[0]:>4} {head[1]:>5} {head[2]:>8} {head[3]:>8} {head[4]:>11} {head[5]:>20} {head[6]:>10}"
@@ -114,10 +117,10 @@ def comparison_table(found: Sequence[Row]) -> list[str]:
             f"{row['topk']:>4} {row['seed']:>5} {row['first']:>8.4f} {row['second']:>8.4f} "
             f"{row['difference']:>+11.4f} {interval:>20} {row['mcnemar_p']:>10.4g}"
         )
-    lines.append("do the two methods differ? (mean difference over seeds +- half of the 95 % t-interval)")
+    lines.append("Do the two methods differ? (mean difference over seeds +- half of the 95 % t-interval)")
     for topk in dict.fromkeys(sorted(row["topk"] for row in found)):
         mean, half = mean_and_half([row["difference"] for row in found if row["topk"] == topk])
-        spread = "one seed: not known" if half is None else f"+- {half:.4f}"
+        spread = "not known from one seed" if half is None else f"+- {half:.4f}"
         lines.append(f"{topk:>4} {mean:>+.4f} {spread}")
     return lines
 
@@ -126,12 +129,14 @@ def _predictions(folder: Path) -> dict[tuple[int, int], tuple[Any, Any]]:
     """(seed, k) -> labels and predictions of the test."""
     path = folder / PREDICTIONS
     if not path.is_file():
-        raise DataError(f"{path} is missing", remedy="name the --output folder of a fine-tuning")
+        raise DataError(f"{path} is missing", remedy="give the --output folder of a fine-tuning")
     lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
             lines.setdefault((line["seed"], line["topk"]), []).append((line["label"], line["predicted"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a prediction", remedy="fine-tune again") from error
+            raise DataError(
+                (f"{path}, line {number}: the line is not a prediction"), remedy="run mhr finetune again"
+            ) from error
     return {key: (np.array(rows)[:, 0], np.array(rows)[:, 1]) for key, rows in lines.items()}

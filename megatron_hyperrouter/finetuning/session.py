@@ -98,7 +98,7 @@ class Session:
 def predictions(engine: SharedEngine, part: Part, topk: int, *, feed: Feed | None = None) -> Floats:
     """Logits ``_NC`` of all texts of a part, on every rank (collective)."""
     loss, feed = engine.loss, feed or Feed(engine.config, engine.place)
-    assert isinstance(loss, ClassLoss), "the engine was opened with a classifier"
+    assert isinstance(loss, ClassLoss), "the engine has no classifier"
     loss.kept = []
     try:
         engine.evaluate(feed.all(part), topk=topk)

@@ -76,13 +76,18 @@ class Settings:
         for name in ("epochs", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 yield Problem(
-                    _flag(name), getattr(self, name), "must be greater than 0", "use a number above 0"
+                    _flag(name), getattr(self, name), "must be greater than 0", "use a number greater than 0"
                 )
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
-                yield Problem(_flag(name), getattr(self, name), "must be from 0 to below 1", "use a share")
+                yield Problem(
+                    _flag(name),
+                    getattr(self, name),
+                    ("must be at least 0 and less than 1"),
+                    "use a number from 0 to 0.99",
+                )
         if unknown := [part for part in self.freeze if part not in FREEZABLE]:
-            rule = f"has an unknown part {unknown[0]!r}"
+            rule = f"has the unknown part {unknown[0]!r}"
             yield Problem("--freeze", ",".join(self.freeze), rule, "use none, router, or router,experts")
 
 

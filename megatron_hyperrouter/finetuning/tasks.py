@@ -49,17 +49,17 @@ def read_task(folder: Path) -> Task:
         if not task.parts[part]:
             raise DataError(
                 f"--task {folder}: the {part} part has no texts",
-                remedy="training, selection on dev, and the test each need texts of their own",
+                remedy="add texts to that part; training, dev and test each need texts",
             )
     if len(task.labels) < 2:
-        remedy = "classification needs two labels or more"
-        raise DataError(f"--task {folder}: there is 1 label, {task.labels[0]!r}", remedy=remedy)
+        remedy = "add labels; classification needs two or more"
+        raise DataError(f"--task {folder}: there is only one label, {task.labels[0]!r}", remedy=remedy)
     return Task(task.labels, task.parts, (*task.notes, *_notes(task)))
 
 
 _FORMS = (
-    "name a folder with train.jsonl, dev.jsonl, test.jsonl and labels.json, or one with the original files "
-    "of SST-2, SST-5, IMDB or BANKING77"
+    "give a folder with train.jsonl, dev.jsonl, test.jsonl and labels.json, or with "
+    "the original files of SST-2, SST-5, IMDB or BANKING77"
 )
 _ORIGINALS: tuple[tuple[Callable[[Path], bool], Callable[[Path], originals.Original]], ...] = (
     (originals.is_sst2, originals.sst2),
@@ -81,9 +81,11 @@ def _own(folder: Path) -> Task:
 def _labels(path: Path) -> tuple[str, ...]:
     found = _parsed(path, path.read_bytes(), 1)
     if not isinstance(found, list) or not found or not all(isinstance(each, str) for each in found):
-        raise DataError(f"{path} must be a list of names", remedy='write it like ["negative", "positive"]')
+        raise DataError(
+            (f"{path} must be a list of names"), remedy='write, for example, ["negative", "positive"]'
+        )
     if len(set(found)) < len(found):
-        raise DataError(f"{path} names a label twice", remedy="give each label a name of its own")
+        raise DataError(f"{path} names a label twice", remedy="give each label a different name")
     return tuple(found)
 
 
@@ -95,14 +97,14 @@ def _examples(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
         row = _parsed(path, line, number)
         text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
         if not isinstance(text, str) or not text.strip():
-            remedy = 'each line must be like {"text": "...", "label": 0}'
+            remedy = 'write each line as {"text": "...", "label": 0}'
             raise DataError(f"{path}, line {number}: there is no text", remedy=remedy)
         place = numbers.get(label) if isinstance(label, str) else label
         if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(labels):
             known = f"its numbers are 0 to {len(labels) - 1}"
             raise DataError(
                 f"{path}, line {number}: {json.dumps(label)} is not a label of labels.json",
-                remedy=f"use a label of that file ({known}), or add this one to it",
+                remedy=f"use a label of that file ({known}), or add this label to it",
             )
         yield Example(text, place)
 
@@ -112,7 +114,8 @@ def _parsed(path: Path, content: bytes, line: int) -> Any:
         return json.loads(content)
     except ValueError as error:
         raise DataError(
-            f"{path}, line {line}: not JSON in UTF-8: {error}", remedy="mend or remove the line"
+            (f"{path}, line {line}: the line is not JSON in UTF-8: {error}"),
+            remedy="correct or remove the line",
         ) from error
 
 
@@ -125,8 +128,8 @@ def _numbered(original: originals.Original) -> Task:
         for _, label in rows:
             if label not in places:
                 raise DataError(
-                    f"the {part} part has the label {label!r}, which this set does not have",
-                    remedy=f"its labels are {', '.join(known)}",
+                    f"the {part} part has the unknown label {label!r}",
+                    remedy=f"use one of the labels {', '.join(known)}",
                 )
         parts[part] = tuple(Example(text, places[label]) for text, label in rows)
     return Task(known, parts, original.notes)
@@ -138,7 +141,7 @@ def _notes(task: Task) -> Iterator[str]:
     for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
         if shared := len(seen[first] & seen[second]):
             count = "1 text" if shared == 1 else f"{shared} texts"
-            yield f"{count} of {second} also in {first}: scores on {second} may be too high"
+            yield f"{count} of {second} are also in {first}, so scores on {second} may be too high"
     trained = {label for _, label in task.parts["train"]}
     if missing := [name for place, name in enumerate(task.labels) if place not in trained]:
         yield f"no text of train has the label {', '.join(missing)}"

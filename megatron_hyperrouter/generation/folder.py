@@ -20,7 +20,8 @@ def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
     folder = fitting_folder(path)
     if folder.dense:
         raise CheckpointError(
-            f"{path} holds a dense model", remedy="import it first: mhr import-hf --upcycle E --input FOLDER"
+            f"{path} has a dense model",
+            remedy=("import the model first: mhr import-hf --upcycle E --input FOLDER"),
         )
     weights = ImportedWeights(folder)
     name = tokenizer_model or str(path / "tokenizer.json")

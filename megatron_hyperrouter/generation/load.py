@@ -22,7 +22,7 @@ def load(path: Path, *, tokenizer_model: str | None = None) -> Loaded:
     if run.model.mlp_type != "standard":
         raise CheckpointError(
             "generation does not support --mlp-type residual",
-            remedy="score the run with mhr evaluate instead",
+            remedy="use mhr evaluate to score the run",
         )
     refuse_unknown(run, FOLLOWED, "generation")
     reader = weight_reader(trained.checkpoint)

@@ -93,7 +93,10 @@ class Finding:
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f" in layer {self.layer}"
-        return f"{self.measure}{where}: {self.value:.4g}, beyond {self.threshold:.4g} since step {self.since}"
+        return (
+            f"{self.measure}{where}: {self.value:.4g}, outside the limit "
+            f"{self.threshold:.4g} since step {self.since}"
+        )
 
 
 @dataclass

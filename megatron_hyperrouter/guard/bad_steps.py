@@ -91,10 +91,10 @@ def steps_of(ranges: Iterable[str]) -> Iterable[int]:
     for word in ranges:
         first, dash, last = word.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
-            raise ValueError(f"{word!r} must be a step or a range of steps, such as 105-107")
+            raise ValueError(f"{word} must be a step or a range of steps, such as 105-107")
         begin, end = int(first), int(last or first)
         if not 1 <= begin <= end:
-            raise ValueError(f"{word!r} must start at 1 or later and must not run backwards")
+            raise ValueError(f"{word} must start at 1 or later and must not run backwards")
         yield from range(begin, end + 1)
 
 
@@ -105,8 +105,11 @@ def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart])
     places = [_place(part) for part in parts if not _alike(*part.losses) or _is_lost(part)]
     where = f"; seen on {', '.join(places)}" if places else ""
     if repeats:
-        return f"run again, it gives the same ({told}): data, settings or weights cause it{where}"
-    return f"run again, it gives {told}: a passing fault of the hardware is likely{where}"
+        return (
+            f"repeated, the step gives the same result ({told}), so the cause "
+            f"is in data, settings or weights{where}"
+        )
+    return f"repeated, the step gives {told}, so a temporary hardware fault is likely{where}"
 
 
 def _place(part: OwnPart) -> str:

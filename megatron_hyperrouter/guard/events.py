@@ -34,7 +34,7 @@ class EventsFile:
     def write(self, event: str, step: int, **facts: Fact) -> None:
         """Add a line: event, time (seconds since 1970), step (completed), attempt (from 1), and facts."""
         if event not in EVENTS:
-            raise ValueError(f"event {event!r}: must be one of {', '.join(EVENTS)}")
+            raise ValueError(f"event {event}: must be one of {', '.join(EVENTS)}")
         if event in OPENING:
             self.attempt += 1
             if cause := cause_of_restart(read_events(self.path)):
@@ -68,13 +68,13 @@ def cause_of_restart(events: Sequence[Mapping[str, Fact]]) -> str:
         return ""
     closing = last_words(events)
     if closing is None:
-        return "the attempt before ended without a last event: killed, or its machine failed"
+        return "the previous attempt left no last event: it was killed, or its machine failed"
     if closing["event"] == "end":
-        return "the attempt before had finished"
+        return "the previous attempt had finished"
     if closing["event"] == "stop":
-        return f"the attempt before was stopped by {closing.get('reason', 'a request')}"
+        return f"the previous attempt was stopped by {closing.get('reason', 'a request')}"
     lines = str(closing.get("message", "")).splitlines()
-    return f"the attempt before failed: {closing.get('error', 'error')}: {lines[0] if lines else ''}"
+    return f"the previous attempt failed: {closing.get('error', 'error')}: {lines[0] if lines else ''}"
 
 
 def last_words(events: Sequence[Mapping[str, Fact]]) -> Mapping[str, Fact] | None:

@@ -78,7 +78,7 @@ class Meeting:
                 if ours.get(name) != theirs.get(name):
                     return (
                         f"rank {rank} on {told['host']} has {name} = {theirs.get(name, 'none')}, "
-                        f"and rank 0 has {ours.get(name, 'none')}"
+                        f"but rank 0 has {ours.get(name, 'none')}"
                     )
         return ""
 
@@ -96,7 +96,7 @@ def wait_for_name(host: str) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 rule = f"is not known on {socket.gethostname()} ({error.strerror or error})"
-                remedy = "give rank 0's address, or mend DNS or /etc/hosts on that machine"
+                remedy = "give the address of rank 0, or correct DNS or /etc/hosts on that machine"
                 raise ConfigError([Problem("MASTER_ADDR", host, rule, remedy)]) from error
         time.sleep(1.0)
 
@@ -132,5 +132,5 @@ def _tell_name(store: Any, name: str, missing: set[int]) -> None:
                 told[rank] = word
         missing -= {rank for rank in missing if store.check([f"round/{name}/{rank}"])}
         if missing and time.monotonic() > end:
-            raise dist.DistStoreError(f"rank {min(missing)} has not come")
+            raise dist.DistStoreError(f"rank {min(missing)} has not joined")
         time.sleep(_POLL if missing else 0.0)

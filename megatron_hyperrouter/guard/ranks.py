@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_hyperrouter.errors import ConfigError, Problem
 
-_LAUNCH = "start it with torchrun or deepspeed, which set all of them, or set the missing ones"
+_LAUNCH = "start the program with torchrun or deepspeed, which set all variables, or set the missing ones"
 _PORTS = range(15000, 35000)  # from which tasks of a scheduler choose one by the number of their job
 
 
@@ -146,7 +146,7 @@ def _problems(environ: MutableMapping[str, str]) -> list[Problem]:
     size = number("WORLD_SIZE", 1)
     rank = number("RANK", 0)
     if size is not None and rank is not None and rank >= size:
-        problems.append(Problem("RANK", rank, f"must be below WORLD_SIZE = {size}", _LAUNCH))
+        problems.append(Problem("RANK", rank, f"must be less than WORLD_SIZE = {size}", _LAUNCH))
     if size == 1 and environ.get("LOCAL_RANK") is None:
         environ["LOCAL_RANK"] = "0"
     number("LOCAL_RANK", 0)

@@ -129,7 +129,11 @@ class RunLock:
             who = f"a run on {holder['host']}, process {holder['pid']}{job}, since {holder['since']}"
         rule = f"is in use by {who}"
         return ConfigError(
-            [Problem("--run-dir", self._folder, rule, "wait for it, stop it, or give another --run-dir")]
+            [
+                Problem(
+                    "--run-dir", self._folder, rule, ("wait for that run, stop it, or give another --run-dir")
+                )
+            ]
         )
 
 

@@ -48,7 +48,9 @@ class StopRequest:
         if not self.reason:
             self.ask(signal.Signals(number).name)
             if number == signal.SIGINT:
-                console.say_at_once("stopping after this step, with a checkpoint; Ctrl-C again ends at once")
+                console.say_at_once(
+                    "stopping after this step; a checkpoint will be saved (press Ctrl-C again to end at once)"
+                )
         elif number == signal.SIGINT and time.monotonic() - self._when > self._echo():
             raise KeyboardInterrupt
 

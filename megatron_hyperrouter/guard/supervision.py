@@ -51,7 +51,7 @@ class Supervision:
                 record_failure_of(rank, Path(config.logging.run_dir) / FILE, step, **facts_of(error))
             if console.left_alone(error) and self.request.reason == "SIGTERM":
                 # The launcher ends all ranks because one has failed, and only that rank knows the reason.
-                console.warn("this rank ends because another rank has failed")
+                console.warn("this rank stops because another rank has failed")
                 raise SystemExit(1) from error
             raise
 

@@ -138,7 +138,7 @@ class Watchdog:
     def _suspects(self, beats: Mapping[int, Beat]) -> list[str]:
         """One line for each rank for which the others are waiting."""
         if lost := self._lost(beats):
-            silent = "no sign of life for"
+            silent = "it has been silent for"
             return [f"{describe(beats[rank])}; {silent} {self._silent(rank):.0f} s" for rank in lost]
         now = {**beats, self._rank: self._own_beat()}
         return [describe(now[rank]) for rank in apart(now)] or [f"{describe(now[self._rank])}, as all ranks"]
@@ -161,7 +161,7 @@ class Watchdog:
             self._record(still, suspects)
             console.error_from_here(
                 f"no progress for {still:.0f} s (--distributed-timeout-minutes):\n  {lines}\n"
-                "  remedy: look at that rank's machine and at the stacks below; continue with --load"
+                "  remedy: check the machine of that rank and the stacks below, then continue with --load"
             )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         time.sleep(_LAST_WORDS if speaks else 3 * _LAST_WORDS)
@@ -183,8 +183,8 @@ def apart(beats: Mapping[int, Beat]) -> list[int]:
 def describe(beat: Beat) -> str:
     """``rank 1 (host, pid 123) has been in step 57, data, for 300 s, at read (loader.py:80)``."""
     return (
-        f"rank {beat.rank} ({beat.host}, pid {beat.pid}) has been in step {beat.step + 1}, {beat.phase}, "
-        f"for {beat.time - beat.since:.0f} s, at {beat.where}"
+        f"rank {beat.rank} ({beat.host}, pid {beat.pid}) has been in step {beat.step + 1} "
+        f"({beat.phase}) for {beat.time - beat.since:.0f} s, at {beat.where}"
     )
 
 

@@ -45,7 +45,7 @@ def answer(task: Task) -> dict[str, Any]:
             model, faults = load(task, k)
         except (OSError, RuntimeError, ValueError) as error:
             if "does not recognize this architecture" in str(error):
-                sys.exit(f"transformers {transformers.__version__} does not have the class of this model")
+                sys.exit(f"transformers {transformers.__version__} does not support this model class")
             problems.append(f"transformers cannot load the folder: {str(error).splitlines()[0]}")
             break
         problems += faults
@@ -80,7 +80,7 @@ def load(task: Task, k: int) -> tuple[Any, list[str]]:
     for key, word in (
         ("missing_keys", "missing"),
         ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "of another shape"),
+        ("mismatched_keys", "has another shape"),
     ):
         for each in told.get(key) or ():
             name = each if isinstance(each, str) else each[0]

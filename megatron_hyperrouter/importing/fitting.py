@@ -38,7 +38,7 @@ def fitting_folder(path: Path) -> HfFolder:
     if found := list(problems(folder)):
         raise CheckpointError(
             "\n  - ".join([f"this model is not supported: {path}", *found]),
-            remedy="choose a model that docs/interop.md lists",
+            remedy="choose a model that is listed in docs/interop.md",
         )
     return folder
 
@@ -48,34 +48,34 @@ def problems(folder: HfFolder) -> Iterator[str]:
     config = folder.config
     needed = (*_NEEDED, *_NEEDED_BY.get(folder.architecture, ()), *(_DEEPSEEK if folder.latent else ()))
     missing = [name for name in needed if name not in config]
-    yield from (f"config.json does not say {name}" for name in missing)
+    yield from (f"config.json has no {name}" for name in missing)
     if "model.embed_tokens.weight" not in folder.reader:
         yield "there is no tensor model.embed_tokens.weight"
     if missing:
         return
     if folder.theta <= 1:
-        yield f"rope_theta {folder.theta:g}; ours is above 1"
+        yield f"rope_theta {folder.theta:g} must be greater than 1"
     try:
         rotary_settings(rope_of(config), latent=folder.latent)
     except ValueError as error:
         yield str(error)
     except KeyError as error:
-        yield f"rope_parameters does not say {error.args[0]}"
+        yield f"rope_parameters has no {error.args[0]}"
     if folder.architecture != "Glm4MoeForCausalLM":
         if config.get("attention_bias"):
-            yield "attention_bias; our attention has biases only on queries, keys and values"
+            yield "attention_bias is supported only on queries, keys and values"
         if not folder.latent and _turning_share(folder) != 1.0:
-            yield "partial_rotary_factor, which this class does not have"
+            yield "partial_rotary_factor is not supported for this class"
     if _windowed(folder) and folder.architecture not in ("MixtralForCausalLM", "MistralForCausalLM"):
-        yield "a sliding window in some layers"
+        yield "a sliding window in only some layers is not supported"
     if folder.dense and _windowed(folder):
-        yield "a sliding window; --upcycle takes models without one"
+        yield "a sliding window is not supported with --upcycle"
     if config.get("hidden_act", "silu") != "silu":
-        yield f"hidden_act {config['hidden_act']}; our experts are SwiGLU"
+        yield f"hidden_act {config['hidden_act']} is not supported; experts are SwiGLU"
     if config.get("quantization_config"):
-        yield "quantised weights; ours are not"
+        yield "quantized weights are not supported"
     if config.get("mlp_bias"):
-        yield "mlp_bias; our experts have none"
+        yield "mlp_bias is not supported"
     if not folder.dense:
         yield from _expert_problems(folder)
     if folder.latent:
@@ -85,17 +85,17 @@ def problems(folder: HfFolder) -> Iterator[str]:
 def _expert_problems(folder: HfFolder) -> Iterator[str]:
     config = folder.config
     if not any(name in config for name in EXPERTS):
-        yield f"config.json says none of {', '.join(EXPERTS)}"
+        yield f"config.json has none of {', '.join(EXPERTS)}"
         return
     if "num_experts_per_tok" not in config:
-        yield "config.json does not say num_experts_per_tok"
+        yield "config.json has no num_experts_per_tok"
         return
     if not any(folder.routed):
         yield "no layer has experts"
     if int(config.get("moe_layer_freq", 1)) != 1:
-        yield f"moe_layer_freq {config['moe_layer_freq']}, which transformers does not follow either"
+        yield f"moe_layer_freq {config['moe_layer_freq']} is not supported (transformers ignores it)"
     if folder.architecture == _DEEPSEEK_V2 and config.get("norm_topk_prob"):
-        yield "norm_topk_prob, which transformers does not follow for this class"
+        yield "norm_topk_prob is not supported (transformers ignores it for this class)"
     groups, chosen = _groups(folder)
     if chosen >= groups:
         return
@@ -103,8 +103,8 @@ def _expert_problems(folder: HfFolder) -> Iterator[str]:
     topk = int(config["num_experts_per_tok"])
     if min(max(topk // chosen, 1), size) != best:
         yield (
-            f"n_group {groups}: it judges a group by its {best} best experts, ours by num_experts_per_tok / "
-            f"topk_group = {topk} / {chosen}, as in Megatron-LM"
+            f"n_group {groups} is not supported: the model scores a group by its {best} best "
+            f"experts, this program by {topk} / {chosen} (num_experts_per_tok / topk_group)"
         )
 
 
@@ -119,11 +119,10 @@ def _groups(folder: HfFolder) -> tuple[int, int]:
 def _latent_problems(config: dict[str, Any]) -> Iterator[str]:
     if config["rms_norm_eps"] != EPSILON:
         yield (
-            f"rms_norm_eps {config['rms_norm_eps']:g}; norms of latent vectors have {EPSILON:g}, and ours "
-            "have one epsilon for all"
+            f"rms_norm_eps must be {EPSILON:g}, the epsilon of latent norms, not {config['rms_norm_eps']:g}"
         )
     if config.get("rope_interleave", True) is not True:
-        yield "rope_interleave false; our latent attention turns channels that are neighbours"
+        yield "rope_interleave false is not supported"
 
 
 def _windowed(folder: HfFolder) -> bool:

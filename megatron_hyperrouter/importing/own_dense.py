@@ -64,14 +64,17 @@ def _check(run: RunConfig, vocab_size: int) -> None:
     model = run.model
     if model.num_experts != 1 or model.mlp_type != "standard":
         raise CheckpointError(
-            f"the run has {model.num_experts} experts in a layer; a dense model has one (--num-experts 1)",
-            remedy="train the mixture further as it is, or name a dense run",
+            (
+                f"the run has {model.num_experts} experts in each layer, but --upcycle "
+                "needs a dense model (--num-experts 1)"
+            ),
+            remedy="give a dense run, or continue the training of this run",
         )
     refuse_unknown(run, (), "upcycling")
     router = make_router(run, 1, vocab_size=vocab_size)
     weights_TK, _ = router.choose(torch.linspace(-2, 2, 8)[:, None], 1)
     if not torch.equal(router.scaled(weights_TK), torch.ones(8, 1)):
         raise CheckpointError(
-            f"the router {run.router.name!r} multiplies the only expert's output",
-            remedy="a dense model has no factor there; name a run whose weights sum to 1",
+            f"router {run.router.name} multiplies the output of the only expert by a weight",
+            remedy="give a run whose expert weights sum to 1",
         )

@@ -22,8 +22,8 @@ MOE: dict[str, Naming] = {
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 UNLIKE = {
-    "OlmoeForCausalLM": "its q/k norms are over the whole width, ours over each head",
-    "GptOssForCausalLM": "its experts are another function, with biases and attention sinks",
+    "OlmoeForCausalLM": "its q/k norms are not supported, because they span all heads",
+    "GptOssForCausalLM": "its biases and attention sinks are not supported",
 }
 
 
@@ -124,15 +124,17 @@ def open_folder(path: Path) -> HfFolder:
         architecture = str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(
-            f"{path / 'config.json'} cannot be read as a model's settings: {_reason(error)}",
-            remedy="name a folder of a Hugging Face model",
+            f"{path / 'config.json'} cannot be read as the settings of a model: {_reason(error)}",
+            remedy="give a folder of a Hugging Face model",
         ) from error
     if architecture not in MOE and architecture not in DENSE:
-        reason = UNLIKE.get(architecture, f"known are {', '.join((*MOE, *DENSE))}")
-        raise CheckpointError(f"{path} holds a {architecture}: {reason}", remedy="import another model")
+        reason = UNLIKE.get(architecture, f"supported are {', '.join((*MOE, *DENSE))}")
+        raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy="choose another model")
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path} has no .safetensors files", remedy="save the model in that format")
+        raise CheckpointError(
+            f"{path} has no .safetensors files", remedy=("save the model in the safetensors format")
+        )
     return HfFolder(path, architecture, config, TensorReader(files))
 
 

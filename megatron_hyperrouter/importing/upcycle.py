@@ -60,18 +60,21 @@ class UpcycleOptions:
         """Problems of these options for an MLP of this width."""
         if width % self.granularity:
             yield Problem(
-                "--granularity", self.granularity, f"must divide the MLP's width {width}", "use a divisor"
+                "--granularity",
+                self.granularity,
+                (f"must divide the MLP width, {width}"),
+                f"use a divisor of {width}",
             )
         if self.experts % self.granularity:
             rule = f"must be a multiple of --granularity = {self.granularity}"
-            yield Problem("--upcycle", self.experts, rule, "use whole groups of slices")
+            yield Problem("--upcycle", self.experts, rule, "use a multiple of --granularity")
         if self.topk % self.granularity or not 1 <= self.topk <= self.experts:
             rule = f"must be a multiple of --granularity = {self.granularity}, and at most {self.experts}"
-            yield Problem("--topk", self.topk, rule, "make it a multiple of --granularity")
+            yield Problem("--topk", self.topk, rule, "use a multiple of --granularity")
         for name in ("noise", "redraw"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 yield Problem(
-                    f"--{name}", getattr(self, name), "must be from 0 to 1", "give a number from 0 to 1"
+                    f"--{name}", getattr(self, name), "must be from 0 to 1", "use a number from 0 to 1"
                 )
 
     def check(self, width: int) -> None:
@@ -194,7 +197,7 @@ class UpcycledWeights:
         ]:
             raise CheckpointError(
                 "\n  - ".join(
-                    [f"the tensors in {self.folder.path} are not those of its config.json:", *lines[:8]]
+                    [f"the tensors in {self.folder.path} do not match its config.json:", *lines[:8]]
                 ),
                 remedy="download the folder again",
             )

@@ -97,7 +97,7 @@ class ImportedWeights:
             raise CheckpointError(
                 "\n  - ".join(
                     [
-                        f"the tensors in {self.folder.path} are not those of its config.json:",
+                        f"the tensors in {self.folder.path} do not match its config.json:",
                         *lines[:8],
                         *more,
                     ]

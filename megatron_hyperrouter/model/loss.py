@@ -141,5 +141,5 @@ def whole_logits(seen: list[Tensor], *, tensor_size: int, stages: int) -> Tensor
         dist.broadcast_object_list(held, src=last, group=group)
         part_SBV = held[0]
     if part_SBV is None:
-        raise RuntimeError("no output layer ran in this forward pass")
+        raise RuntimeError("the forward pass did not reach an output layer")
     return part_SBV.transpose(0, 1).contiguous()

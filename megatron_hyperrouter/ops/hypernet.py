@@ -31,7 +31,9 @@ def generate(
     Differentiable; W_ED is contiguous.  Raises ValueError if P is not divisible into ``num_experts`` rows.
     """
     if w2_PH.size(0) % num_experts or w2_PH.size(0) <= num_experts * bias:
-        raise ValueError(f"P = {w2_PH.size(0)} rows in w2_PH do not make {num_experts} experts' weights")
+        raise ValueError(
+            f"P = {w2_PH.size(0)} rows in w2_PH: must be {num_experts} experts x (hidden size + 1)"
+        )
     if embedding.dim() == 1:
         hidden_H = torch.addmv(b1_H, w1_HS, embedding).relu()
         rows = torch.addmv(b2_P, w2_PH, hidden_H).view(num_experts, -1)

@@ -138,7 +138,7 @@ def _fill(
     start: int,
 ) -> Tensor:
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"draw {name!r} outside torch.compile: a compiler changes how float64 rounds")
+        raise RuntimeError(f"draw {name} outside torch.compile, which changes the rounding of float64")
     offset, twist = _key(seed, name)
     here = torch.device(device)
     place = here if here.type in ("cpu", "cuda") else torch.device("cpu")  # others may lack float64

@@ -19,10 +19,11 @@ def topk_at(step: int, *, start: int, end: int, steps: int, kind: str = "linear"
     """
     if min(start, end, steps) < 1 or step < 0:
         raise ValueError(
-            f"start = {start}, end = {end}, steps = {steps} must be at least 1 and step = {step} at least 0"
+            f"start = {start}, end = {end}, steps = {steps} must be at least "
+            f"1, and step = {step} must be at least 0"
         )
     if kind not in KINDS:
-        raise ValueError(f"kind = {kind!r}: must be one of {', '.join(KINDS)}")
+        raise ValueError(f"kind = {kind}: must be one of {', '.join(KINDS)}")
     if kind == "constant" or step >= steps:
         return end
     if kind == "multistep":

@@ -43,7 +43,7 @@ def rbf_cka(x_ND: Tensor, y_ND: Tensor, sigma: float, valid_N: Tensor | None = N
     then relative to it, as in the paper.
     """
     if not sigma > 0:
-        raise ValueError(f"sigma = {sigma}: must be above 0")
+        raise ValueError(f"sigma = {sigma}: must be greater than 0")
     return _cosine(*(_centred_rbf(_centred(each_ND, valid_N), sigma, valid_N) for each_ND in (x_ND, y_ND)))
 
 

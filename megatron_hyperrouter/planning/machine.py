@@ -25,17 +25,19 @@ class Machine:
     latency: float = 20e-6  # seconds of one message
     reserve: float = 2.5e9  # bytes: CUDA's context, NCCL's buffers, work space of kernels
     skew: float = 1.3  # load of the busiest rank of experts over the mean
-    source: str = "assumed, not measured: an H100 at 40 % utilisation, NVLink, 400 Gb/s a GPU between nodes"
+    source: str = "assumed, not measured: an H100 at 40 % utilization, NVLink, 400 Gb/s per GPU between nodes"
 
     def assumptions(self) -> list[str]:
         """What a prediction rests on, a line each."""
         return [
-            f"a GPU computes {self.flops / 1e12:,.0f} TFLOP/s in a step, and exchanges "
+            f"a GPU computes {self.flops / 1e12:,.0f} TFLOP/s and exchanges "
             f"{self.inside / 1e9:,.0f} GB/s inside a node, {self.outside / 1e9:,.0f} GB/s between nodes, "
-            f"{self.latency * 1e6:.0f} us a message ({self.source})",
-            f"the busiest rank of experts has {self.skew:g} times the mean load (--skew)",
-            f"{self.reserve / 1e9:g} GB of a GPU go to CUDA, NCCL and kernels (--reserve); "
-            "fragmentation is not counted",
+            f"{self.latency * 1e6:.0f} us per message ({self.source})",
+            f"the busiest expert-parallel rank has {self.skew:g} times the mean load (--skew)",
+            (
+                f"{self.reserve / 1e9:g} GB per GPU are reserved for CUDA, NCCL and "
+                "kernels (--reserve); fragmentation is not counted"
+            ),
             "communication and computation do not overlap; tensor parallelism stays inside a node",
         ]
 
@@ -68,4 +70,4 @@ def write_calibration(path: Path, machine: Machine, measured: object) -> None:
 
 
 def _bad(path: Path, rule: str) -> Problem:
-    return Problem("--calibration", path, rule, "write one with: mhr scaling speed ...")
+    return Problem("--calibration", path, rule, "create a calibration file with mhr scaling speed")

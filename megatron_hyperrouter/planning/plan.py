@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.planning.machine import Machine
 
 _REMEDIES = {
-    "weights": "raise expert, tensor or pipeline parallelism",
-    "gradients": "raise expert, tensor or pipeline parallelism",
-    "optimizer": "raise expert, tensor or pipeline parallelism, or use more GPUs",
-    "hypernetwork": "set --router.shared model, or a smaller --router.hypernet-width",
-    "activations": "raise tensor or context parallelism, or use a smaller --micro-batch-size",
-    "logits": "raise tensor parallelism, or use a smaller --micro-batch-size",
-    "buckets": "set a smaller reduce_bucket_size with --deepspeed-config, or use the megatron engine",
+    "weights": "increase expert, tensor or pipeline parallelism",
+    "gradients": "increase expert, tensor or pipeline parallelism",
+    "optimizer": "increase expert, tensor or pipeline parallelism, or use more GPUs",
+    "hypernetwork": "set --router.shared model, or use a smaller --router.hypernet-width",
+    "activations": "increase tensor or context parallelism, or use a smaller --micro-batch-size",
+    "logits": "increase tensor parallelism, or use a smaller --micro-batch-size",
+    "buckets": "set a smaller reduce_bucket_size with --deepspeed-config, or use --engine megatron",
 }
 GIB = 2.0**30
 
@@ -158,13 +158,18 @@ class Planner:
         """Why a layout does not fit, and what to do about the largest part."""
         use, part = made.use, made.use.largest()
         reason = (
-            f"needs {use.total / GIB:.1f} GiB of a GPU's {self.machine.memory / GIB:.1f}: {part} take "
-            f"{getattr(use, part) / GIB:.1f} GiB; {_REMEDIES[part]}"
+            f"needs {use.total / GIB:.1f} GiB, but a GPU has {self.machine.memory / GIB:.1f}: "
+            f"{part} take {getattr(use, part) / GIB:.1f} GiB; {_REMEDIES[part]}"
         )
         cause = f"does not fit; {part} take most: {_REMEDIES[part]}"
         return Refusal(made.candidate.layout(), reason, (cause,))
 
 
 def _nothing_runs(gpus: int, refusals: Sequence[Refusal]) -> Problem:
-    reason = refusals[0].reason if refusals else "there are none"
-    return Problem("--gpus", gpus, f"no layout keeps the rules; the first: {reason}", "use another number")
+    reason = refusals[0].reason if refusals else "there are no layouts"
+    return Problem(
+        "--gpus",
+        gpus,
+        (f"no layout is allowed by the rules; the first reason is: {reason}"),
+        "use another number of GPUs, or other settings",
+    )

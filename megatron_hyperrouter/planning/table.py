@@ -40,10 +40,10 @@ def _head(plan: Plan) -> str:
     k = first.model.moe_router_topk
     return (
         f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; {plan.gpus} GPUs of "
-        f"{plan.machine.memory / GIB:.1f} GiB; a step of {first.train.global_batch_size:,} samples of "
+        f"{plan.machine.memory / GIB:.1f} GiB; each step has {first.train.global_batch_size:,} samples of "
         f"{first.model.seq_length:,} tokens.\n"
-        f"{len(plan.layouts)} {'layout keeps' if len(plan.layouts) == 1 else 'layouts keep'} the rules, "
-        f"and {len(plan.fitting)} of them {'fits' if len(plan.fitting) == 1 else 'fit'} in memory."
+        f"{len(plan.layouts)} {'layout is' if len(plan.layouts) == 1 else 'layouts are'} "
+        f"allowed, and {len(plan.fitting)} of them {'fits' if len(plan.fitting) == 1 else 'fit'} in memory."
     )
 
 
@@ -94,8 +94,8 @@ def _first(row: Planned) -> str:
     counts = sorted(set(row.parameters))
     ranks = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return (
-        f"The first, GiB of its fullest rank: {', '.join(memory)}. Parameters of a rank: {ranks}.\n"
-        f"Its step, seconds: {times_of(row)}."
+        f"First layout, GiB of its fullest rank: {', '.join(memory)}. Parameters per rank: {ranks}.\n"
+        f"Seconds per step: {times_of(row)}."
     )
 
 
@@ -116,7 +116,7 @@ def _refusals(plan: Plan) -> str:
     reasons = Counter(cause for each in plan.refused for cause in each.causes)
     shown = [f"{count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS)]
     left = len(reasons) - len(shown)
-    more = [f"and {left} other reasons: --json FILE has them all"] if left > 0 else []
+    more = [f"and {left} other reasons (use --json FILE to see all)"] if left > 0 else []
     count = len(plan.refused)
     head = "1 layout is refused" if count == 1 else f"{count} layouts are refused, some for several reasons"
     return f"{head}:\n" + _lines([*shown, *more])

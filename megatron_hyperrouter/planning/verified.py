@@ -24,7 +24,7 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
     """Dry runs of the ``best`` layouts; one that needs more than a GPU has is refused after all."""
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
-    note(f"dry run of {len(tasks)} ranks: the engine is built, and takes {_STEPS} steps, without memory")
+    note(f"dry run of {len(tasks)} ranks: building the engine and running {_STEPS} steps without memory")
     for (each, rank), told in zip(asked, answers(tasks), strict=True):
         if "error" in told:
             note(f"rank {rank} of a layout could not be verified: {told['error']}")
@@ -36,8 +36,8 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
         if peak > plan.machine.memory:
             each.fits = False
             reason = (
-                f"a dry run needs {peak / GIB:.1f} GiB of a GPU's {plan.machine.memory / GIB:.1f}, where the "
-                f"formula says {each.use.total / GIB:.1f}"
+                f"a dry run needs {peak / GIB:.1f} GiB, but a GPU has {plan.machine.memory / GIB:.1f} "
+                f"(the formula predicts {each.use.total / GIB:.1f})"
             )
             plan.refused.append(Refusal(each.candidate.layout(), reason, (reason,)))
     plan.layouts.sort(key=lambda each: not each.fits)
@@ -89,15 +89,15 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             except BrokenPipeError:
                 line = ""
             if not line:
-                raise HostError("a dry run ended without an answer", remedy="bash tools/setup_env.sh")
+                raise HostError("a dry run ended without a result", remedy="run bash tools/setup_env.sh")
             yield json.loads(line)
         process.stdin.close()
 
 
 def _compared(each: Planned, told: dict[str, Any]) -> str:
     rank = told["rank"]
-    same = "as the formula says" if told["parameters"] == each.parameters[rank] else "NOT as the formula says"
+    same = "as predicted" if told["parameters"] == each.parameters[rank] else "NOT as predicted"
     return (
         f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / GIB:.2f} GiB built, "
-        f"{told['peak_bytes'] / GIB:.2f} GiB at most"
+        f"{told['peak_bytes'] / GIB:.2f} GiB at the peak"
     )

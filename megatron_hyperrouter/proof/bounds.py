@@ -31,29 +31,29 @@ def faults(
         found += [f"k = {result['topk']}: {line}" for line in _faults(result, dtype)]
     for k, ids in (greedy or {}).items():
         if dtype == "float32" and answer["generated"].get(k) != ids:
-            found.append(f"k = {k}: greedy text differs: {answer['generated'].get(k)} instead of {ids}")
+            found.append(f"k = {k}: the greedy text is {answer['generated'].get(k)} instead of {ids}")
     return found
 
 
 def _faults(result: Mapping[str, Any], dtype: str) -> Iterator[str]:
     if not result["finite"]:
-        yield "logits that are not finite"
+        yield "some logits are not finite"
         return
     same = min(result["equal_experts"], default=1.0)
     if dtype == "float32":
         bound = DIFFERENCE * max(1.0, result["logits_std"])
         if not result["max_difference"] <= bound:
-            yield f"logits differ by up to {result['max_difference']:.2e}; the bound is {bound:.2e}"
+            yield f"logits differ by up to {result['max_difference']:.2e}, but at most {bound:.2e} is allowed"
         if (gap := max(result["largest_gap"], default=0.0)) > NEAR:
             yield (
-                f"tokens chose other experts ({100 * (1 - same):.2f} % of a layer's) although their router "
-                f"logits are {gap:.1e} apart"
+                f"{100 * (1 - same):.2f} % of tokens chose other experts, although "
+                f"their router logits differ by {gap:.1e}"
             )
         return
     if same < SAME_EXPERTS:
         yield (
-            f"{100 * same:.2f} % of a layer's tokens chose the same experts; the bound is "
-            f"{100 * SAME_EXPERTS} %"
+            f"{100 * same:.2f} % of tokens chose the same experts, but at "
+            f"least {100 * SAME_EXPERTS} % are required"
         )
     ratio = result["perplexity_hf"] / result["perplexity"]
     if not abs(ratio - 1) <= PERPLEXITY:
@@ -74,12 +74,12 @@ def score_faults(certificate: Mapping[str, Any], answer: Mapping[str, Any], dtyp
             # one token may have chosen another expert, and moved those behind it
             if not worst <= bound and min(row["equal_experts"], default=1.0) == 1.0:
                 found.append(
-                    f"k = {result['topk']}: the loss of a token differs by {worst:.2e}; "
-                    f"the bound is {bound:.2e}"
+                    f"k = {result['topk']}: the loss of a token differs by {worst:.2e}, "
+                    f"but at most {bound:.2e} is allowed"
                 )
         if not abs(result["perplexity_hf"] / row["perplexity"] - 1) <= PERPLEXITY:
             found.append(
-                f"k = {result['topk']}: the perplexity is {result['perplexity_hf']:.4f}; "
-                f"certified is {row['perplexity']:.4f}"
+                f"k = {result['topk']}: the perplexity is {result['perplexity_hf']:.4f} "
+                f"instead of {row['perplexity']:.4f}"
             )
     return found

@@ -19,9 +19,9 @@ _FILES = Path(__file__).resolve().parent.parent / "huggingface"
 COMPARE, HARNESS, GGUF = _FILES / "compare.py", _FILES / "harness.py", _FILES / "gguf_file.py"
 _NEEDS = {COMPARE: ("transformers",), HARNESS: ("lm_eval", "transformers", "accelerate"), GGUF: ("gguf",)}
 _INSTALL = {
-    COMPARE: "pip install 'megatron-hyperrouter[hf]', or name a Python that has it with --python",
-    HARNESS: "pip install 'megatron-hyperrouter[hf,eval]', or name a Python that has it with --python",
-    GGUF: "pip install gguf, or name a Python that has it with --python",
+    COMPARE: "run: pip install 'megatron-hyperrouter[hf]', or give another Python with --python",
+    HARNESS: "run: pip install 'megatron-hyperrouter[hf,eval]', or give another Python with --python",
+    GGUF: "run: pip install gguf, or give another Python with --python",
 }
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -32,7 +32,7 @@ def require(script: Path, *, python: str | None = None) -> None:
     program = _program(python)
     done = _run([program, "-c", look, *_NEEDS[script]], cwd=str(_FILES), env=_environment())
     if done.returncode:
-        raise HostError(f"{program} is not a working Python", remedy="name another one with --python")
+        raise HostError(f"{program} is not a working Python", remedy="give another Python with --python")
     if missing := done.stdout.split():
         raise HostError(f"{program} does not have {' and '.join(missing)}", remedy=_INSTALL[script])
 
@@ -56,7 +56,7 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             raise HostError(f"{program}: {last[0]}", remedy=_INSTALL[script])
         raise HyperRouterError(
             f"{script.name} failed: {last[0]}",
-            remedy="its output:\n" + done.stderr.strip()[-3000:],
+            remedy="read its output:\n" + done.stderr.strip()[-3000:],
         )
 
 
@@ -73,7 +73,8 @@ def _run(command: list[str], *, cwd: str, env: Mapping[str, str]) -> subprocess.
         )
     except OSError as error:
         raise HostError(
-            f"{command[0]} cannot be started: {reason_of(error)}", remedy="name a Python with --python"
+            f"{command[0]} cannot be started: {reason_of(error)}",
+            remedy="give an existing Python with --python",
         ) from error
 
 

@@ -18,8 +18,8 @@ _SEED = 1234
 def proof_rows(
     run: TrainedRun, tokenizer: Tokenizer, *, samples: int, data_path: Sequence[str] | None = None
 ) -> tuple[Tensor, str]:
-    """Samples of S + 1 ids, ``_BS``, and where they come from: the run's test split, or random ids where the
-    data has gone.
+    """Samples of S + 1 ids, ``_BS``, and where they come from: the run's test split, or random ids if the
+    data are missing.
 
     Random ids show equal functions as well as text does; only their perplexity means nothing.
     """
@@ -32,8 +32,10 @@ def proof_rows(
         if data_path:
             raise
         shape = (samples, run.settings.model.seq_length + 1)
-        return random_rows(shape, tokenizer.vocab_size), "random token ids: the run's data is not there"
-    return torch.from_numpy(rows), " ".join(data_path) if data_path else "the run's test split"
+        return random_rows(shape, tokenizer.vocab_size), (
+            "random token ids, because the data of the run are missing"
+        )
+    return torch.from_numpy(rows), " ".join(data_path) if data_path else "the test split of the run"
 
 
 def random_rows(shape: tuple[int, int], vocab_size: int) -> Tensor:

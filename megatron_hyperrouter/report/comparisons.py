@@ -59,16 +59,16 @@ def verdict_chapter(study: Comparison) -> Section:
     rows = [each.cells() for each in verdicts.verdicts(study.runs, named, effect=effect)]
     if not rows:
         section.text(
-            "No comparison was named before the runs (mhr compare --comparisons), so the tables below "
-            "describe, and test nothing."
+            "No comparison was named before the runs (mhr compare --comparisons), "
+            "so the tables below show no tests."
         )
         return section
     section.table(verdicts.HEADS, rows, name="verdicts", note=verdicts.about(effect))
     if control := study.study.get("control"):
         section.text(
             f"{control} is the control: a random router that is never trained, whose logits start with the "
-            "standard deviation of the router that it is compared with. What a router gains over it does "
-            "not come from the scale of its logits."
+            "standard deviation of the router that it is compared with. Any gain over the "
+            "control does not come from the scale of the logits."
         )
     return section
 
@@ -124,11 +124,13 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
             [f"{label} minus {first}", *(with_half(*row[name], ".4f", "+") for name in scored)]
             for label, row in apart.items()
         ]
-        section.table(["seed by seed", *(f"k = {k}" for k in ks)], rows, name="differences")
+        section.table(["paired by seed", *(f"k = {k}" for k in ks)], rows, name="differences")
         section.figure(
             drawing.draw(against_k(apart, f"{unit}, minus {first}", skip=1)),
-            f"Differences from {first}, paired by seed, which vary less than either number. An interval "
-            "that holds 0 shows nothing.",
+            (
+                f"Differences from {first}, paired by seed, which vary less than either number. "
+                "An interval that contains 0 shows no difference."
+            ),
         )
     return section
 
@@ -185,10 +187,13 @@ def work_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
 
     section.figure(
         drawing.draw(fill),
-        "One point for each router and k. The grey band joins the points that no other one beats in both.",
+        (
+            "One point for each router and k. The grey band joins the points "
+            "for which no other point is better in both."
+        ),
     )
     heads = ["router", "training, in all", *(f"forward, k = {k}" for k in ks)]
-    note = "2 FLOPs for each active parameter, and attention; routers' own frozen networks are not counted."
+    note = "FLOPs: 2 per active parameter, plus attention. Frozen networks of routers are not counted."
     section.table(heads, rows, name="flops", note=note)
     return section
 
@@ -237,12 +242,17 @@ def matrix_chapters(firsts: Mapping[str, Sequence[Record]], drawing: Drawing) ->
     loads, alike = Section("Loads"), Section("Similarity of experts")
     loads.figure(
         loads_figure(firsts, drawing),
-        "Load of each expert over the mean, sorted within a layer, of the first seed; 1 is even.",
+        (
+            "Load of each expert divided by the mean load, sorted within each "
+            "layer, for the first seed (1: equal loads)."
+        ),
     )
     alike.figure(
         similarity_figure(firsts, drawing),
-        "Linear CKA of two experts' outputs for the same tokens, of the first seed: 1 alike, near 0 "
-        "unrelated.",
+        (
+            "Linear CKA between the outputs of two experts for the same tokens, for "
+            "the first seed (1: alike, near 0: unrelated)."
+        ),
     )
     return [loads, alike]
 
@@ -305,7 +315,7 @@ def _layers(told: Record) -> Sequence[Record]:
 
 
 def _of(seeds: Mapping[int, Record], topk: int, layer: int, name: str) -> list[Any]:
-    """A measure of one layer, seed by seed."""
+    """A measure of one layer, paired by seed."""
     found = []
     for told in seeds.values():
         result = next(each for each in told["analysis"] if each["topk"] == topk)
@@ -320,6 +330,6 @@ def _band(study: Comparison) -> str:
 
 _MEANING = "Mean ± half of the 95 % t-interval over seeds."
 _LAYERS = (
-    "By layer, at the k that training ended on: mean and 95 % interval over seeds. Entropy depends on the "
-    "scale of the logits; lower entropy without higher mutual information shows no better router."
+    "By layer, at the final k of training: mean and 95 % interval over seeds. Entropy depends on the "
+    "scale of the logits; lower entropy without higher mutual information does not mean a better router."
 )

@@ -24,7 +24,7 @@ JACOBIAN = (
     ("effective_rank", "effective rank", ".1f"),
     ("drift", "drift of the span", ".4f"),
     ("inputs_in_span", "inputs in the span", ".3f"),
-    ("inputs_by_chance", "the same by chance", ".3f"),
+    ("inputs_by_chance", "expected by chance", ".3f"),
 )
 
 
@@ -75,7 +75,7 @@ def analysis_chapters(content: Mapping[str, Any], drawing: Drawing, title: str =
     last = results[-1]
     measures.figure(
         loads_figure({f"k = {last['topk']}": last["layers"]}, drawing),
-        "Load of each expert over the mean, sorted within a layer; 1 is even.",
+        "Load of each expert divided by the mean load, sorted within each layer (1: equal loads).",
     )
     alike.figure(
         similarity_figure({f"k = {last['topk']}": last["layers"]}, drawing),
@@ -131,7 +131,10 @@ def similarity_caption(layers: Sequence[Mapping[str, Any]]) -> str:
     """What the matrices show."""
     means = [row["mean_similarity"] for row in layers if row["mean_similarity"] is not None]
     mean = f" Mean over pairs and layers: {sum(means) / len(means):.3f}." if means else ""
-    return f"Linear CKA of two experts' outputs for the same tokens: 1 alike, near 0 unrelated.{mean}"
+    return (
+        "Linear CKA between the outputs of two experts for the same tokens "
+        f"(1: alike, near 0: unrelated).{mean}"
+    )
 
 
 def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> Section:
@@ -149,9 +152,9 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 
 
 JACOBIAN_NOTE = (
-    "J_R is the part of a layer's Jacobian that comes from the router; its rows lie in the span of the "
-    "router's matrix. Drift: the part of that span that lies outside the span at the start, 0 for a fixed "
-    "router. At k = 1 the softmax over the kept logit is constant, so J_R is 0."
+    "J_R is the part of a layer's Jacobian that comes from the router; its rows are in "
+    "the span of the router matrix. Drift: the part of that span that is outside the "
+    "initial span (0 for a fixed router). At k = 1 the softmax over one logit is constant, so J_R is 0."
 )
 
 
@@ -179,9 +182,9 @@ def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
     over = next(iter(models.values()))
     section.figure(
         drawing.draw(fill, size=(8.0, 3.0), grid=(1, 2)),
-        f"{over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: share of choices that the "
-        "last checkpoint makes too. Fluctuation: share of tokens whose first expert differs from that of "
-        "the checkpoint before. Dotted: what would be seen by chance.",
+        f"{over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: share of "
+        "choices that the last checkpoint also makes. Fluctuation: share of tokens whose "
+        "first expert differs from the one at the previous checkpoint. Dotted: the value expected by chance.",
     )
     return section
 

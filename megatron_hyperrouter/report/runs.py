@@ -138,9 +138,10 @@ def router_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Sectio
             section.figure(_layers(run, part, drawing, legend=first == 0))
     if section.parts:
         section.text(
-            "By layer, of training batches. Entropy is that of the softmax over all experts: it depends on "
-            "the scale of the logits, so read it beside their standard deviation. Mutual information is 0 "
-            "where the router says the same of every token; low entropy with low mutual information is "
+            "By layer, of training batches. Entropy is that of the softmax over all experts: "
+            "it depends on the scale of the logits, so read it together with their standard "
+            "deviation. Mutual information is 0 if the router scores are the same for every "
+            "token; low entropy with low mutual information is "
             "collapse. An expert with less than 5 % of the mean load is dead."
         )
     return section
@@ -182,7 +183,7 @@ def speed_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section
                 ]
             )
     heads = ["run", "step, ms", "tokens/s", "TFLOP/s a device", "peak memory, GiB", "minutes in steps"]
-    section.table(heads, rows, name="speed", note="Medians over the steps, the first ones included.")
+    section.table(heads, rows, name="speed", note="Medians over all steps.")
     if rows:
         panels = [("tokens_per_second", "tokens/s"), ("step_time", "step, s")]
         section.figure(_panels(named, panels, drawing))
@@ -204,7 +205,7 @@ def events_chapter(named: Mapping[str, TrainingRun]) -> Section:
             rows.append([name, event.get("event"), event.get("step"), f"{minutes:.1f}", rest])
     note = "Minutes since the first event."
     if len(rows) > _MOST_EVENTS:
-        note += f" The first {_MOST_EVENTS} of {len(rows)} events; events.jsonl has all."
+        note += f" The first {_MOST_EVENTS} of {len(rows)} events; events.jsonl has all of them."
     heads = ["run", "event", "step", "minutes", "facts"]
     section.table(heads, rows[:_MOST_EVENTS], name="events", note=note)
     return section

@@ -59,11 +59,13 @@ def scaling_chapters(study: ScalingStudy, drawing: Drawing) -> list[Section]:
         losses = [head for head in heads if head.startswith("bits_per_byte")]
         known = [head for head in losses if all(row[head] for row in study.rows)]
         shown = known or [head for head in heads if head.startswith("lm_loss")]
-        found.figure(_work_figure(study.rows, shown, drawing), "One point a run; both axes are logarithmic.")
+        found.figure(
+            _work_figure(study.rows, shown, drawing), ("One point for each run; both axes are logarithmic.")
+        )
         _fits(found, study.curves)
     elif "tokens_per_second" in heads:
         found.figure(
-            _speed_figure(study.rows, drawing), "Tokens per second against ranks, one line a layout."
+            _speed_figure(study.rows, drawing), "Tokens per second against ranks, one line for each layout."
         )
     return [found, runs]
 
@@ -98,7 +100,11 @@ def _fits(section: Section, curves: Sequence[Mapping[str, Any]]) -> None:
         for parameter, value in curve["parameters"].items():
             low, high = curve["intervals"].get(parameter, (None, None))
             interval = "-" if low is None else f"{low:.4g} to {high:.4g}"
-            bound = "at a bound: these runs do not tell it" if parameter in curve.get("at_bounds", []) else ""
+            bound = (
+                ("not determined by these runs (ended at a bound)")
+                if parameter in curve.get("at_bounds", [])
+                else ""
+            )
             rows.append([name, curve.get("k") or "-", parameter, f"{value:.4g}", interval, bound])
     heads = ["runs", "k", "parameter", "value", "95 % interval", "remark"]
     section.table(heads, rows, name="fit", note="L = E + A / N^alpha + B / D^beta, where N and D vary.")

@@ -156,14 +156,20 @@ class Router(nn.Module):
                     ("num_groups", "group_topk") if self.group_topk is None else ("group_topk", "num_groups")
                 )
                 flag, needed = (f"--router.{name.replace('_', '-')}" for name in (given, other))
-                yield Problem(flag, getattr(self, given), f"needs {needed}", f"add {needed}, or drop both")
+                yield Problem(
+                    flag, getattr(self, given), f"needs {needed}", (f"add {needed}, or leave out both")
+                )
             elif self.num_groups is not None and self.group_topk is not None:
                 if num_experts % self.num_groups:
                     rule = f"must divide --num-experts = {num_experts}"
-                    yield Problem("--router.num-groups", self.num_groups, rule, "use a divisor of it")
+                    yield Problem(
+                        "--router.num-groups", self.num_groups, rule, ("use a divisor of --num-experts")
+                    )
                 if self.group_topk > self.num_groups:
                     rule = f"must be at most --router.num-groups = {self.num_groups}"
-                    yield Problem("--router.group-topk", self.group_topk, rule, "use fewer")
+                    yield Problem(
+                        "--router.group-topk", self.group_topk, rule, ("use a smaller number of groups")
+                    )
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warnings about these options for a run whose smallest k is ``topk``."""
@@ -190,7 +196,9 @@ class Router(nn.Module):
         if name is None:  # an abstract family
             return
         if other := ROUTERS.get(name):
-            raise TypeError(f"router {name!r} is claimed by {other.__qualname__} and {cls.__qualname__}")
+            raise TypeError(
+                f"the router name {name} is used by both {other.__qualname__} and {cls.__qualname__}"
+            )
         cls.name = name
         ROUTERS[name] = cls
 
@@ -346,7 +354,7 @@ class Router(nn.Module):
         """The router as a plain linear map ``(W_ED, b_E or None)``, float32; raises NotImplementedError if
         the method is not linear.
         """
-        raise NotImplementedError(f"router {self.name!r} is not a linear map of its input")
+        raise NotImplementedError(f"router {self.name} is not a linear function of its input")
 
     def fold(self) -> Router:
         """The ``topk`` router with the weights of :meth:`linear`: same routing, without a hypernetwork."""
@@ -429,29 +437,25 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
     """The warning of the methods that take the softmax over the kept logits."""
     if topk == 1:
         yield (
-            f"router {name!r} with k = 1: the softmax over one kept logit is 1, so the language-model "
-            "loss "
-            "gives the router no gradient; "
-            "only --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
+            f"router {name} with k = 1: the only weight is always 1, so the language-model loss "
+            "gives the router no gradient; only --moe-aux-loss-coeff and --moe-z-loss-coeff train the router"
         )
 
 
 def without_counts(what: str) -> str:
     """The warning that ``what`` needs :meth:`Router.end_step`."""
     return (
-        f"{what} follows what all ranks chose in an optimizer step, and stands still until it is told: "
-        "make "
-        "a "
-        "megatron_hyperrouter.RouterSteps of the model, and call its begin() and end() around each step"
+        f"{what} needs the choices of all ranks in each optimizer step; create "
+        "megatron_hyperrouter.RouterSteps for the model, and call its begin() and end() around each step"
     )
 
 
 def without_tokens(what: str, instead: str) -> str:
     """The warning that ``what`` needs ``Tokens``; ``instead``: what happens without them."""
     return (
-        f"{what} goes by the ids or places of tokens; without them {instead}. Make a "
-        "megatron_hyperrouter.RouterSteps of the model, "
-        "call its begin() and end() around each step, and its arrive() before each micro-batch"
+        f"{what} needs the ids or positions of tokens; without them, {instead}. Create "
+        "megatron_hyperrouter.RouterSteps for the model, call its begin() and end() around "
+        "each step, and its arrive() before each micro-batch"
     )
 
 

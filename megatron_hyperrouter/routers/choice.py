@@ -102,23 +102,23 @@ class ChoosingRouter(Router):
                 yield Problem(
                     "--router.pre-softmax",
                     True,
-                    "asks for softmax scores, --router.score-function sigmoid for others",
-                    "drop one",
+                    "cannot be combined with --router.score-function sigmoid",
+                    "keep one of the two options",
                 )
             if self.renormalise and self.renormalised_anyway:
-                rule = "changes nothing: the softmax over the kept logits sums to 1"
-                yield Problem("--router.renormalise", True, rule, "drop it, or add --router.pre-softmax")
+                rule = "has no effect: the weights of the chosen experts already sum to 1"
+                yield Problem("--router.renormalise", True, rule, "leave it out, or add --router.pre-softmax")
             if self.bias_update_rate is not None and not self.expert_bias:
                 yield Problem(
                     "--router.bias-update-rate",
                     self.bias_update_rate,
                     "needs --router.expert-bias",
-                    "add it, or drop the rate",
+                    "add --router.expert-bias, or leave out --router.bias-update-rate",
                 )
             own = getattr(self, "init_std", None)
             if self.logit_std is not None and own != getattr(type(self), "init_std", None):
-                rule = "sets the scale of the logits, and --router.init-std sets it too"
-                yield Problem("--router.logit-std", self.logit_std, rule, "drop one of the two")
+                rule = "sets the scale of the logits, which --router.init-std also sets"
+                yield Problem("--router.logit-std", self.logit_std, rule, "keep one of the two options")
 
         def initial_logit_std(self, hidden_size: int) -> float | None:
             """As set, or as it follows from the other options."""
@@ -127,7 +127,7 @@ class ChoosingRouter(Router):
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
             """A kind of balance loss whose coefficient is 0."""
             if self.aux_loss not in (type(self).aux_loss, "off") and not aux_loss_coeff:
-                yield f"--router.aux-loss {self.aux_loss} does nothing: --moe-aux-loss-coeff is 0"
+                yield f"--router.aux-loss {self.aux_loss} has no effect, because --moe-aux-loss-coeff is 0"
 
         def unserved(self) -> Iterator[str]:
             """Options that need the global batch or the positions of tokens."""
@@ -136,10 +136,12 @@ class ChoosingRouter(Router):
             if self.aux_loss == "global_batch":
                 yield without_counts("--router.aux-loss global_batch")
             if self.aux_loss == "sequence":
-                yield without_tokens("--router.aux-loss sequence", "all tokens of a pass are one sequence")
+                yield without_tokens(
+                    "--router.aux-loss sequence", ("all tokens of a pass count as one sequence")
+                )
             if self.jitter_eps:
                 yield without_tokens(
-                    "--router.jitter-eps", "all passes of a step have the same noise, on every rank"
+                    "--router.jitter-eps", "all passes of a step have the same noise on every rank"
                 )
 
         @property

@@ -153,7 +153,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 if present[option] in values or value == getattr(type(self), name):
                     continue
                 rule, remedy = (
-                    f"does nothing with --router.{option} {present[option]}",
+                    f"has no effect with --router.{option} {present[option]}",
                     f"leave it out, or use {' or '.join(values)}",
                 )
                 yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)
@@ -162,14 +162,13 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             """A router without competitions; mixing weights that teach nothing."""
             if self.chosen("rate") == 0.0 and self.chosen("schedule") != "function":
                 yield (
-                    "router 'competesmoe' with --router.rate 0: no layer ever competes, as with router 'topk'"
+                    "with --router.rate 0, no layer competes, and router competesmoe routes like router topk"
                 )
             if topk == 1:
                 yield (
-                    "router 'competesmoe' with k = 1: the one weight is 1, so the language-model loss "
-                    "gives "
-                    "the router no gradient; "
-                    "competitions, --moe-aux-loss-coeff and --moe-z-loss-coeff train it"
+                    "router competesmoe with k = 1: the only weight is always 1, so the language-model "
+                    "loss gives the router no gradient; only competitions, --moe-aux-loss-coeff "
+                    "and --moe-z-loss-coeff train the router"
                 )
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
@@ -177,10 +176,8 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             rate, most = self.chosen("rate"), self.max_competing
             if self.chosen("schedule") == "capped" and rate * num_layers > most:
                 yield (
-                    f"router 'competesmoe' with --router.rate {rate:g} on --num-layers {num_layers} asks "
-                    f"for {rate * num_layers:.3g} "
-                    f"competing layers a step; --router.max-competing {most} leaves a rate of "
-                    f"{most / num_layers:.3g}"
+                    f"--router.rate {rate:g} means {rate * num_layers:.3g} competing layers in each "
+                    f"step, but --router.max-competing {most} limits the rate to {most / num_layers:.3g}"
                 )
 
         def chosen(self, option: str) -> Any:
@@ -259,7 +256,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
         """Weights and losses again from the winners' outputs, which they train."""
-        assert isinstance(routing, Competition), "combine() follows a competing pass alone"
+        assert isinstance(routing, Competition), "call combine() only after a competing pass"
         losses, experts_TK = dict(routing.losses), routing.experts_TK
         with float32_maths(x_TD.device):
             scores_TK = self.score(outputs_TKD)

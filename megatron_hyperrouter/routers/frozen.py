@@ -134,11 +134,12 @@ class FrozenRouter(Router):
         seed, drawn = self.frozen.recipe.seed, self.frozen.digest
         other = "an unknown seed" if saved_seed is None else f"seed {int(saved_seed)}"
         raise CheckpointError(
-            f"{prefix}frozen_hash: the checkpoint was trained with frozen weights of {other} and hash "
-            f"{saved_hash[:16]}..., "
-            f"this run drew those of seed {seed}, layer {self.layer_number}, hash {drawn[:16]}...",
-            remedy="use the seed, the sizes and the router options of the run that wrote it: its "
-            "config.yaml has them"
+            (
+                f"{prefix}frozen_hash: layer {self.layer_number} was trained with frozen weights of "
+                f"{other} (hash {saved_hash[:16]}...), but this run has those "
+                f"of seed {seed} (hash {drawn[:16]}...)"
+            ),
+            remedy="use the seed, sizes and router options of the run that wrote it, from its config.yaml"
             if saved_seed is None or int(saved_seed) == seed
             else f"set --router.seed {int(saved_seed)}",
         )

@@ -36,21 +36,23 @@ def make_options(
     if problems := list(config.problems(hidden_size=hidden_size, num_experts=num_experts)):
         raise ConfigError(problems)
     if isinstance(topk, int) and topk > (most := config.largest_topk(num_experts)):
-        rule = f"must be at most {most}, the experts of --router.group-topk {config.group_topk} groups"
-        raise ConfigError([Problem("--moe-router-topk", topk, rule, "use fewer experts or more groups")])
+        rule = f"must be at most {most}, the experts of --router.group-topk = {config.group_topk}"
+        raise ConfigError(
+            [Problem("--moe-router-topk", topk, rule, ("use a smaller k, or increase --router.group-topk"))]
+        )
     return config
 
 
 def _size_problems(hidden_size: int, num_experts: int, topk: int | Callable[[int], int]) -> Iterator[Problem]:
     for flag, value in (("--hidden-size", hidden_size), ("--num-experts", num_experts)):
         if value < 1:
-            yield Problem(flag, value, "must be at least 1", "give a positive number")
+            yield Problem(flag, value, "must be at least 1", "use 1 or more")
     if isinstance(topk, int) and not 1 <= topk <= max(num_experts, 1):
         yield Problem(
             "--moe-router-topk",
             topk,
             f"must be from 1 to --num-experts = {num_experts}",
-            "use fewer active experts or more experts",
+            "use a smaller k, or increase --num-experts",
         )
 
 
@@ -62,7 +64,7 @@ def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[
             yield Problem(
                 f"--router.{name}",
                 value,
-                f"is not an option of router {cls.name!r}",
+                f"is not an option of router {cls.name}",
                 _suggest(name, defaults),
             )
             continue

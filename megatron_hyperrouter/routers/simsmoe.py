@@ -110,21 +110,26 @@ class SimSMoERouter(Router, name="simsmoe"):
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.max_tokens < self.min_tokens:
                 rule = f"must be at least --router.min-tokens = {self.min_tokens}"
-                yield Problem("--router.max-tokens", self.max_tokens, rule, "raise it, or lower the other")
+                yield Problem(
+                    "--router.max-tokens",
+                    self.max_tokens,
+                    rule,
+                    ("raise --router.max-tokens, or lower --router.min-tokens"),
+                )
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """At k = 1 no two experts share a token."""
             yield from no_gradient_at_k1("simsmoe", topk)
             if topk == 1:
                 yield (
-                    "router 'simsmoe' with k = 1: no two experts share a token, so the similarity loss "
-                    "does nothing"
+                    "router simsmoe with k = 1: each token has one expert, so "
+                    "the similarity loss has no effect"
                 )
 
         def unserved(self) -> Iterator[str]:
             """The counts of pairs."""
             if self.similarity_coeff:
-                yield without_counts("the similarity loss of router 'simsmoe'")
+                yield without_counts("the similarity loss of router simsmoe")
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`."""
@@ -289,8 +294,8 @@ class SimSMoERouter(Router, name="simsmoe"):
             return now.tokens.places_T
         if self.gather_shards is not None:
             raise ValueError(
-                "router 'simsmoe' needs the places of the tokens where a micro-batch is spread over ranks: "
-                "give it tokens"
+                "router simsmoe needs the positions of the tokens if several ranks "
+                "share a micro-batch; call it with tokens"
             )
         return torch.arange(experts_TK.size(0), device=experts_TK.device)
 

@@ -58,7 +58,7 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
             """Nothing is trained."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.lr_mult != 1.0:
-                rule = "changes nothing: the router smoe_dropout has no trained parameters"
+                rule = "has no effect: router smoe_dropout has no trainable parameters"
                 yield Problem("--router.lr-mult", self.lr_mult, rule, "leave it out")
 
     def __init__(self, config: Config, **common: Any) -> None:

@@ -88,15 +88,15 @@ class StableMoERouter(Router, name="stablemoe"):
             """Two lengths of the first stage."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.stage1_steps is not None and self.stage1_share != type(self).stage1_share:
-                rule = f"does nothing beside --router.stage1-steps {self.stage1_steps}"
-                yield Problem("--router.stage1-share", self.stage1_share, rule, "give one of the two")
+                rule = f"has no effect with --router.stage1-steps {self.stage1_steps}"
+                yield Problem("--router.stage1-share", self.stage1_share, rule, "keep one of the two options")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """A second stage that follows what was never taught."""
             if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
                 yield (
-                    "router 'stablemoe' with --router.distillation-coeff 0: the second stage follows "
-                    "random ids for each token id"
+                    "with --router.distillation-coeff 0, the second stage routes "
+                    "each token id to random experts"
                 )
 
         def stage(self, step: int, train_iters: int) -> int:
@@ -111,7 +111,7 @@ class StableMoERouter(Router, name="stablemoe"):
         def unserved(self) -> Iterator[str]:
             """The word embeddings."""
             yield without_tokens(
-                "router 'stablemoe'", "nothing is distilled, and the second stage raises ValueError"
+                "router stablemoe", "nothing is distilled, and the second stage raises ValueError"
             )
 
     def __init__(self, config: Config, **common: Any) -> None:
@@ -195,9 +195,9 @@ class StableMoERouter(Router, name="stablemoe"):
     def _frozen_experts(self, now: Pass) -> Tensor:
         if now.tokens is None:
             raise ValueError(
-                f"router 'stablemoe' at step {now.step} is in its second stage and routes by token ids: "
-                "call it with tokens=Tokens(...), "
-                "or build it with stage1_share=1.0 to stay in the first stage"
+                f"router stablemoe at step {now.step} is in its second stage and routes by token "
+                "ids; call it with tokens=Tokens(...), or build it with "
+                "stage1_share=1.0 to stay in the first stage"
             )
         with torch.no_grad():
             self._freeze(now.step)
@@ -221,6 +221,6 @@ class StableMoERouter(Router, name="stablemoe"):
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """Refused."""
         raise NotImplementedError(
-            "router 'stablemoe' does not fold: its weights are sigmoids that are not normalised, and its "
-            "second stage routes by token ids"
+            "router stablemoe cannot be folded: its weights are sigmoids, "
+            "and its second stage routes by token ids"
         )

@@ -44,11 +44,12 @@ class TopKRouter(ChoosingRouter, name="topk"):
             """What is frozen must not change."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.freeze and self.expert_bias and self.update_rate:
-                rule = (
-                    "keeps the router as it is, but --router.expert-bias would change the choice in each step"
-                )
+                rule = "keeps routes fixed, but --router.expert-bias changes them in each step"
                 yield Problem(
-                    "--router.freeze", True, rule, "add --router.bias-update-rate 0, or drop one of the two"
+                    "--router.freeze",
+                    True,
+                    rule,
+                    ("add --router.bias-update-rate 0, or keep one of the two options"),
                 )
 
         def warnings(self, *, topk: int) -> Iterator[str]:

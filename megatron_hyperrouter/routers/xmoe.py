@@ -141,9 +141,8 @@ class XMoERouter(Router, name="xmoe"):
         """W = (e / |e|) A / tau, without ``normalize_input``; raises where tokens are normalised."""
         if self.config.normalize_input:
             raise NotImplementedError(
-                "router 'xmoe' divides each token's projection by its length, which is no linear map of the "
-                "token; "
-                "--router.no-normalize-input trains a linear router"
+                "router xmoe normalizes each token, so it is not a linear function of its input; "
+                "train with --router.no-normalize-input to get a linear router"
             )
         return on_sphere(self.embedding_EP.float()) @ self.projection_PD.float() / self.temperature(), None
 

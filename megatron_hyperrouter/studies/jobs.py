@@ -98,7 +98,10 @@ def submit(plans: Sequence[tuple[Plan, int]], gpus_per_node: int) -> None:
 
     uneven = sorted({ranks for _, ranks in plans if ranks > gpus_per_node and ranks % gpus_per_node})
     if uneven:
-        rule, remedy = f"must be divisible by --gpus-per-node = {gpus_per_node}", "use whole nodes"
+        rule, remedy = (
+            f"must be divisible by --gpus-per-node = {gpus_per_node}",
+            ("use a multiple of --gpus-per-node, because a run uses whole nodes"),
+        )
         raise ConfigError([Problem("--ranks", ranks, rule, remedy) for ranks in uneven])
     for plan, ranks in plans:
         write_plan(plan)
@@ -127,9 +130,16 @@ def check_collected(plans: Sequence[P]) -> list[P]:
 
     missing = [plan for plan in plans if not plan.finished]
     if len(missing) == len(plans):
-        rule = f"found none of the {len(plans)} runs of this study finished"
+        rule = f"has none of the {len(plans)} runs of this study finished"
         raise ConfigError(
-            [Problem("--output", plans[0].folder.parent.parent, rule, "submit them with --dry-run, or wait")]
+            [
+                Problem(
+                    "--output",
+                    plans[0].folder.parent.parent,
+                    rule,
+                    ("submit the runs with --dry-run, or wait until they finish"),
+                )
+            ]
         )
     for plan in missing:
         note(f"not finished: {plan.folder}")

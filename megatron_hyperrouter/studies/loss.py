@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     plans = list(plans_of(args, line))
     left = without_strangers(plans)
     for reason in obstacles(plans, args):
-        note(f"note: no fit will be made: {reason}")
+        note(f"note: no curve will be fitted, because {reason}")
     if args.dry_run:
         submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
         return
@@ -202,7 +202,7 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                     "--axis",
                     ", ".join(twice),
                     "is named twice",
-                    "the values of an axis must differ in its first setting",
+                    "give different values to the first setting of the axis",
                 )
             ]
         )
@@ -246,15 +246,22 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
     known = {flag.removeprefix("--").replace("-", "_") for flag in line.flags}
     problems = []
     if not axes:
-        problems.append(_bad("--axis", "", "is missing", "name a setting and its values"))
+        problems.append(_bad("--axis", "", "is missing", "add --axis with a setting and its values"))
     for name, values in axes.items():
         if len(values) < 2 or any(value.keys() != values[0].keys() for value in values):
             problems.append(
-                _bad("--axis", name, "must have two values at least, of the same settings", "see --help")
+                _bad(
+                    "--axis",
+                    name,
+                    ("must have at least two values of the same settings"),
+                    "write, for example, --axis hidden_size 64 128",
+                )
             )
     for name in dict.fromkeys(settings):
         if settings.count(name) > 1 or name in known:
-            problems.append(_bad("--axis", name, "is set twice", "keep one axis or flag that sets it"))
+            problems.append(
+                _bad("--axis", name, "is set twice", ("keep only one axis or flag that sets this setting"))
+            )
         if name == "seed" or f"--{name.replace('_', '-')}" in OURS:
             problems.append(
                 _bad(
@@ -290,10 +297,10 @@ def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([_bad("--axes", path, f"cannot be read ({error})", "name a YAML file")]) from error
+        raise ConfigError([_bad("--axes", path, f"cannot be read ({error})", "give a YAML file")]) from error
     if not isinstance(found, dict) or not all(isinstance(values, list) for values in found.values()):
         raise ConfigError(
-            [_bad("--axes", path, "must map axes to lists", "write lines like num_experts: [4, 8]")]
+            [_bad("--axes", path, "must map axes to lists", "write lines such as num_experts: [4, 8]")]
         )
     return {
         str(axis): [

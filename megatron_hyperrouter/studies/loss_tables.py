@@ -252,16 +252,16 @@ def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
             if best := fit.optimal_exponents():
                 low, high = fit.intervals["optimal_N"]
                 text += (
-                    f"{curve.name}: with compute C ~ N D, the best N grows as C^{best['N']:.2f} "
+                    f"{curve.name}: for compute C ~ N D, the best N grows as C^{best['N']:.2f} "
                     f"[{low:.2f}, {high:.2f}], D as the rest.\n"
                 )
             if fit.at_bounds:
                 text += (
-                    f"{curve.name}: these runs do not tell {' and '.join(fit.at_bounds)}, which ended "
-                    "at a bound; the others lean on it.\n"
+                    f"{curve.name}: these runs do not determine {' and '.join(fit.at_bounds)} (the fit "
+                    "ended at a bound), so the other values are uncertain.\n"
                 )
     return text + "".join(
-        f"No fit of {curve.name}: {curve.refused}.\n" for curve in curves if curve.fit is None
+        f"No curve was fitted for {curve.name}: {curve.refused}.\n" for curve in curves if curve.fit is None
     )
 
 

@@ -134,12 +134,12 @@ def markdown(
     about = (
         f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last "
         "steps; logit std, mutual information (MI, nats) and similarity (mean linear CKA of two experts' "
-        "outputs) of test data at the k that training ends on. "
+        "outputs) of test data at the final k of training. "
         f"Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
         f"{_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
-    return text if not apart else f"{text}\n{lines(f'minus {first}, seed by seed', apart, '+')}"
+    return text if not apart else f"{text}\n{lines(f'minus {first}, paired by seed', apart, '+')}"
 
 
 def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:

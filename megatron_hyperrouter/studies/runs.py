@@ -90,8 +90,8 @@ def check_finished(plans: Sequence[Plan]) -> None:
                 Problem(
                     "--output",
                     plan.folder,
-                    "holds a run with other settings",
-                    "give another folder, or remove this one",
+                    "has a run with other settings",
+                    "give another folder, or remove this folder",
                 )
             )
     if problems:
@@ -199,7 +199,7 @@ def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
                     bar.update(done, steps, f"{ended} of {len(plans)} runs finished")
                 time.sleep(0.1)
     except Stopped as reason:
-        reason.left = "run the same command again to continue"
+        reason.left = "type the same command again to continue"
         raise
     finally:
         _stop(running)

@@ -149,15 +149,12 @@ def check_start(most: int) -> None:
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     if "RANK" in os.environ:
-        remedy = "start it alone, or print the commands for a cluster with --dry-run"
+        remedy = "start this command without a launcher, or use --dry-run on a cluster"
         raise ConfigError(
-            [Problem("a launcher", "", "must not start this command: it starts its own ranks", remedy)]
+            [Problem("a launcher", "", "must not start this command, which starts its own ranks", remedy)]
         )
     if 0 < (gpus := gpus_here()) < most:
-        remedy = (
-            "name fewer, hide the GPUs (CUDA_VISIBLE_DEVICES=), or print commands for a cluster with "
-            "--dry-run"
-        )
+        remedy = "use fewer ranks, hide the GPUs (CUDA_VISIBLE_DEVICES=), or use --dry-run on a cluster"
         raise ConfigError(
             [Problem("--ranks", most, f"must be at most {gpus}, the GPUs of this machine", remedy)]
         )
@@ -184,8 +181,8 @@ def layouts_of(args: Namespace) -> list[Layout]:
                 Problem(
                     "--layouts",
                     text,
-                    "must not inject a fault: speed is measured on working layouts",
-                    "leave out the fault=... of this layout",
+                    "must not contain a fault",
+                    "leave out fault=... in this layout",
                 )
                 for text in seeded
             ]
@@ -254,8 +251,8 @@ def base_batch(
                 Problem(
                     "--global-batch-size",
                     "none",
-                    "must be given for strong scaling, which keeps it",
-                    "give it",
+                    "must be given for strong scaling",
+                    "add --global-batch-size",
                 )
             ]
         )

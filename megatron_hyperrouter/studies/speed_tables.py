@@ -131,10 +131,7 @@ def markdown(
     if any(word.endswith("cores") for word in started) and any(
         number > 1 for number, _ in [(ranks, layout), *others]
     ):
-        text += (
-            "Ranks shared the cores of one machine, and its memory was their network: this says nothing "
-            "about a cluster.\n"
-        )
+        text += "All ranks shared one machine, so these numbers do not apply to a cluster.\n"
     return text + "".join(
         f"Refused by the settings: {row.ranks} x {row.layout}: {row.refused}.\n" for row in refused
     )

@@ -66,7 +66,7 @@ class Verdict:
     def words(self) -> str:
         """The verdict; lower bits per byte are better."""
         if self.p is None:
-            return "one seed decides nothing"
+            return "not testable with one seed"
         if self.p >= ALPHA:
             return "not shown"
         return f"{self.named.left} is {'better' if self.test.mean < 0 else 'worse'}"
@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> list[Named]:
         match = re.fullmatch(r"(\w[\w.-]*):(\w[\w.-]*)@(\d+)", word)
         if match is None or match[1] == match[2]:
             raise ValueError(
-                f"{word} is not of the form LEFT:RIGHT@K with two labels and a number of experts"
+                f"{word} must have the form LEFT:RIGHT@K with two labels and a number of experts"
             )
         found.append(Named(match[1], match[2], int(match[3])))
     return found

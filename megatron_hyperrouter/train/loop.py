@@ -59,7 +59,7 @@ def train(
     if start.step:
         run.restore(start.manifest["meta"], start.folder)
     if run.evaluates and splits.valid is None and engine.place.is_main:
-        console.note("no evaluation during training: the valid split has no documents")
+        console.note("there is no evaluation during training, because the valid split has no documents")
     with contextlib.ExitStack() as stack:
         stack.enter_context(watch.signals(config))
         for hook in guarded:
@@ -114,7 +114,7 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
             if wish.stop and not last:
                 return _stopped(run, step, wish.stop)
     if first >= config.train.train_iters and engine.place.is_main:
-        console.note(f"nothing to do: {first} steps are done, --train-iters is {config.train.train_iters}")
+        console.note(f"nothing to do: {first} steps are done and --train-iters = {config.train.train_iters}")
     run.tell("end", max(first, config.train.train_iters))
     return max(first, config.train.train_iters)
 

@@ -19,7 +19,7 @@ def learning_rate_at(step: float, optimizer: OptimizerConfig, train_iters: float
     decay uses ``min_lr``.
     """
     if step <= 0:
-        raise ValueError(f"steps count from 1, got {step}")
+        raise ValueError(f"step = {step}: must be at least 1")
     warmup = optimizer.lr_warmup_iters
     if step <= warmup:
         return optimizer.lr_warmup_init + (optimizer.lr - optimizer.lr_warmup_init) * step / warmup

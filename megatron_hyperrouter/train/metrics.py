@@ -221,8 +221,8 @@ def score(
     scored = len(dataset) if num_samples is None else min(num_samples, len(dataset))
     if scored < 1:
         raise DataError(
-            "the split has no samples to score",
-            remedy="give it a larger share with --split, or use a smaller --seq-length",
+            "the split has no samples to evaluate",
+            remedy="give the split a larger share with --split, or use a smaller --seq-length",
         )
     together = micro_batch_size * place.data_size
     rounds = -(-scored // together)
@@ -327,7 +327,7 @@ class MetricsFile:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> HyperRouterError:
-        remedy = "make room on that disk, then continue with --load RUN_DIR"
+        remedy = "free space on that disk, then continue with --load RUN_DIR"
         return HyperRouterError(f"{self.path} cannot be written: {error}", remedy=remedy)
 
     def sync(self) -> None:

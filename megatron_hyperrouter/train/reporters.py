@@ -129,7 +129,8 @@ def _import(module: str, *, asked: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise HostError(
-            f"{asked} needs {package}, which cannot be imported: {error}", remedy=f"pip install {package}"
+            (f"{asked} needs the library {package}, which cannot be imported: {error}"),
+            remedy=f"run: pip install {package}",
         ) from error
 
 

@@ -100,8 +100,8 @@ class Run:
         """This rank's micro-batches from step ``first + 1`` on."""
         if self.splits.train is None:
             raise DataError(
-                "there are no samples to train on",
-                remedy="give training a share with --split, or --train-data-path",
+                "there are no training samples",
+                remedy="give the training split a share with --split, or add --train-data-path",
             )
         place = self.engine.place
         return Batches(
@@ -215,9 +215,12 @@ class Run:
             self.saving.keep(step)
         if asked == "stop":
             remedy = (
-                f"look at events.jsonl; continue with --load {self.config.logging.run_dir} and other settings"
+                "read events.jsonl, then continue with --load "
+                f"{self.config.logging.run_dir} and other settings"
             )
-            raise HyperRouterError(f"step {step}: an alarm stops the run, after a checkpoint", remedy=remedy)
+            raise HyperRouterError(
+                (f"step {step}: an alarm stopped the run after a checkpoint was saved"), remedy=remedy
+            )
 
     def restore(self, meta: dict[str, Any], folder: Path | None) -> None:
         """Judge steps as the run did that wrote the checkpoint in ``folder``."""
@@ -225,8 +228,8 @@ class Run:
             self.recovery.restore(meta)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
-                f"{folder}: what manifest.json says of earlier steps cannot be used: {error!r:.200}",
-                remedy="load an older checkpoint of the run",
+                f"{folder}: the history in manifest.json cannot be used: {error!r:.200}",
+                remedy="load an older checkpoint of this run",
             ) from error
 
     def roll_back(self) -> int:
@@ -350,7 +353,7 @@ class Run:
         proved = self.folders.back_to_proved()
         back = f"continue after step {proved or steps[-1]} with --load {run_dir}" if steps else "start again"
         if proved is not None and proved < steps[-1]:
-            back += f" (the checkpoint of step {steps[-1]} may hold ruined weights)"
+            back += f" (the checkpoint of step {steps[-1]} may have bad weights)"
         return (
             f"{back}, and use a lower --lr, more --lr-warmup-iters, a --clip-grad greater than 0, or "
             "--on-bad-step skip"

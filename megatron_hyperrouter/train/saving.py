@@ -145,8 +145,8 @@ class Saving:
             )
         if self._engine.place.is_main:
             console.warn(
-                f"the checkpoint of step {failed} could not be saved ({failure.reason}): "
-                f"saving step {step} instead"
+                f"the checkpoint of step {failed} could not be saved "
+                f"({failure.reason}); saving step {step} instead"
             )
         self._save_now(step)
 

@@ -60,8 +60,8 @@ def _frozen(found: Evidence, reference: Evidence) -> Iterator[str]:
             else f"rank {', '.join(map(str, guilty))} has"
         )
         yield (
-            f"{who} another frozen part (hypernetwork) than one process: another seed, or weights that "
-            "were not loaded"
+            f"{who} a different frozen part (hypernetwork) than one process: the "
+            "seed differs, or weights were not loaded"
         )
 
 
@@ -91,13 +91,12 @@ def _gradients(
     factors = [fits[name].factor for name in experts if fits[name].scaled(tolerance)]
     if factors and wrong <= experts and max(factors) - min(factors) <= tolerance * factors[0]:
         yield (
-            f"gradients of experts, and no others, are {_times(factors[0], sizes, tolerance)} those of "
+            f"only the gradients of experts differ: they are {_times(factors[0], sizes, tolerance)} those of "
             "one process"
         )
     elif wrong == {WORD_EMBEDDINGS}:
         yield (
-            "only the embedding's gradient is wrong: a part of its sum over first and last pipeline "
-            "stage, or over ranks, is missing"
+            "only the gradient of the embedding is wrong: its sum over pipeline stages or ranks is incomplete"
         )
     elif wrong and wrong == set(fits):
         every = [fit.factor for fit in fits.values()]

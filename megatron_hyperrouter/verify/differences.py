@@ -146,7 +146,7 @@ def parse_layout(text: str) -> Layout:
             fault = value
         elif key in SHORT or key == "dp":
             if not value.isdigit() or (key != "zero" and int(value) < 1):
-                raise _bad_layout(text, f"{word}: needs a whole number from 1, as in {key}=2")
+                raise _bad_layout(text, f"{word}: must have an integer >= 1, as in {key}=2")
             sizes[key] = int(value)
             if key != "dp":
                 overrides[SHORT[key]] = int(value)
@@ -154,7 +154,7 @@ def parse_layout(text: str) -> Layout:
             overrides[key.replace("-", "_").lstrip("_")] = _typed(value)
         else:
             raise _bad_layout(
-                text, f"{word!r} is no size; known are dp, {', '.join(SHORT)}, and settings by name=value"
+                text, f"{word} is not a size; use dp, {', '.join(SHORT)}, or a setting as name=value"
             )
     tensor, stages, context = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
     if tensor > 1:
@@ -172,7 +172,7 @@ def _typed(value: str) -> object:
 
 
 def _bad_layout(text: str, rule: str) -> ConfigError:
-    return ConfigError([Problem("--layouts", text, rule, "write for example tp=2,ep=2 or pp=2,vpp=2")])
+    return ConfigError([Problem("--layouts", text, rule, "write, for example, tp=2,ep=2 or pp=2,vpp=2")])
 
 
 def samples_for(layouts: Sequence[Layout], micro_batch_size: int) -> int:
@@ -247,7 +247,7 @@ def _frozen_parts(found: Evidence, reference: Evidence) -> Difference:
     """How many ranks have another frozen part than the reference has."""
     expected = {name: digest for rank in reference.routers for name, digest in rank.items()}
     guilty = [
-        f"rank {rank} has another {name.rstrip('.')}"
+        f"rank {rank} has a different {name.rstrip('.')}"
         for rank, held in enumerate(found.routers)
         for name, digest in held.items()
         if expected.get(name) != digest
@@ -266,7 +266,7 @@ def _pairs(folder: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     names = sorted(weight_names(other))
     if weight_names(folder) != set(names):
         missing = sorted(weight_names(folder) ^ set(names))
-        raise ValueError(f"{folder} and {other} hold other parameters: {', '.join(missing[:5])}")
+        raise ValueError(f"{folder} and {other} have different parameters: {', '.join(missing[:5])}")
     for name in names:
         one, two = read_tensors(folder, [name])[name], read_tensors(other, [name])[name]
         if one.is_floating_point():  # not the seeds and hashes of routers
@@ -290,7 +290,12 @@ def check_names(layouts: Sequence[Layout]) -> None:
     for layout in layouts:
         if layout.fault and layout.fault not in FAULTS:
             problems.append(
-                Problem("--layouts", layout.text, "no such fault", f"seed one of {', '.join(FAULTS)}")
+                Problem(
+                    "--layouts",
+                    layout.text,
+                    "has an unknown fault",
+                    (f"use one of the faults {', '.join(FAULTS)}"),
+                )
             )
         for name in layout.overrides:
             if name not in tree_leaves() and not name.startswith("router."):

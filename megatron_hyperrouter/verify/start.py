@@ -183,7 +183,7 @@ def _not_shared(folder: Path) -> Exception:
                 "--folder",
                 folder,
                 f"cannot be seen from {socket.gethostname()}",
-                "name a folder that all nodes share",
+                "give a folder that all nodes share",
             )
         ]
     )

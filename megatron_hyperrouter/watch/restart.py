@@ -42,7 +42,7 @@ def worth_restarting(
     if not begun:
         return False, f"exit status {recorded} before the first step"
     if same >= MOST_ATTEMPTS:
-        return False, f"{same} attempts in a row began after step {begun[-1]}, and none saved a later one"
+        return False, f"{same} attempts in a row started after step {begun[-1]}, and none saved a later step"
     return True, f"exit status {recorded} ({status.reason.splitlines()[0] if status.reason else 'unknown'})"
 
 
@@ -57,4 +57,4 @@ def _unseen(opening: Event, environ: Mapping[str, str]) -> int:
 
 
 def _no_use(exit_status: int) -> str:
-    return f"exit status {exit_status}: a restart does not mend {_NEVER[exit_status]}"
+    return f"exit status {exit_status}: a restart does not solve problems of {_NEVER[exit_status]}"

@@ -90,13 +90,13 @@ def _state(trace: Trace, late: list[str], *, alive: bool) -> tuple[str, str, int
     begins_again = alive and (trace.held_since or 0.0) > newest
     if not trace.events or (closing is not None and begins_again):
         if alive:
-            return "running", "it is starting: no event of this attempt yet", None
-        return "failed", "it ended before its first event; see what it said", None
+            return "running", "the run is starting and has no event yet", None
+        return "failed", "the run ended before its first event; read its output", None
     if closing is not None:
         status = closing.get("status")
         return STATES[closing["event"]], _why(closing), int(status) if isinstance(status, int) else None
     if not alive:
-        return "failed", "it ended without a last event: killed, or its machine failed", None
+        return "failed", "the run left no last event: it was killed, or its machine failed", None
     return ("hung", "; ".join(late), None) if late else ("running", "", None)
 
 
@@ -124,7 +124,7 @@ def _late(trace: Trace, opening: Event) -> list[str]:
     beats, silent = trace.beats, trace.silent
     lost = [rank for rank, seconds in silent.items() if seconds > _MISSED * beats[rank].every]
     if lost:
-        return [f"{describe(beats[rank])}; no sign of life for {silent[rank]:.0f} s" for rank in lost]
+        return [f"{describe(beats[rank])}; silent for {silent[rank]:.0f} s" for rank in lost]
     if not beats:
         return []
     # The newest move of any rank: how long ago it was when the beat was written, and that beat's age.
@@ -134,7 +134,7 @@ def _late(trace: Trace, opening: Event) -> list[str]:
     if still <= (_FIRST_STEP if first else max(_STILL, _STEPS * usual)):
         return []
     names = apart(beats) or sorted(beats)[:1]
-    return [f"{describe(beats[rank])}; nothing moves for {still:.0f} s" for rank in names]
+    return [f"{describe(beats[rank])}; no progress for {still:.0f} s" for rank in names]
 
 
 def _late_data(trace: Trace) -> list[str]:

@@ -78,7 +78,7 @@ def read_trace(run_dir: Path) -> Trace:
         raise ConfigError([Problem("RUN", run_dir, rule, "give the --run-dir of a run")])
     events, notes = _events(run_dir / FILE)
     if not events and not (run_dir / run_lock.LOCK).exists():
-        rule = f"holds no run: it has no {FILE}"
+        rule = f"has no {FILE}, so it is not a run folder"
         raise ConfigError([Problem("RUN", run_dir, rule, "give the --run-dir of a run that has started")])
     openings = [each for each in events if each["event"] in OPENING]
     now = _now(run_dir)
@@ -139,7 +139,7 @@ def _step_times(path: Path) -> Iterator[tuple[int, float]]:
                 found = True
                 yield int(match[1]), float(match[2])
             if not found and b'"split"' not in content[:_TAIL] and b'"skipped"' not in content[:_TAIL]:
-                raise _damaged(path, "no line is the record of a step")
+                raise _damaged(path, "no line is a record of a step")
 
 
 def _events(path: Path) -> tuple[list[Event], list[str]]:
@@ -158,7 +158,7 @@ def _events(path: Path) -> tuple[list[Event], list[str]]:
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             bad += [number] if line.strip() else []
     if bad and not found:
-        raise _damaged(path, f"line {bad[0]} is not an event, and no other line is")
+        raise _damaged(path, f"line {bad[0]} is not an event, and no other line is one")
     if not bad:
         return found, []
     shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
@@ -218,5 +218,5 @@ class _readable:
 
 def _damaged(path: Path, why: str) -> DataError:
     return DataError(
-        f"{path} cannot be read: {why}", remedy="look at the file; move it away to go on without"
+        f"{path} cannot be read: {why}", remedy="check the file, or move it away to continue without it"
     )

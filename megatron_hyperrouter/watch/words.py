@@ -11,7 +11,7 @@ def lines_of(status: Status) -> list[tuple[str, str]]:
     """Label and text of each line."""
     rows = [("run", status.run), ("state", _state(status)), ("step", _step(status))]
     if status.speed is not None and status.step_time is not None:
-        rows.append(("speed", f"{status.speed:,.0f} tokens/s, {status.step_time:.3g} s a step"))
+        rows.append(("speed", f"{status.speed:,.0f} tokens/s, {status.step_time:.3g} s per step"))
     if status.eta is not None:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + status.eta))
         rows.append(("ETA", f"{duration(status.eta)} (at {at})"))

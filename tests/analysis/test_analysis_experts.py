@@ -80,7 +80,7 @@ def test_many_tokens_are_thinned_out():
 
 def test_experts_that_are_elsewhere_are_told():
     router = build_router("topk", hidden_size=D, num_experts=E, topk=2)
-    with pytest.raises(RuntimeError, match="does not serve its experts"):
+    with pytest.raises(RuntimeError, match="does not give access to its experts"):
         expert_similarity([router], lambda: router(torch.zeros(T, D)))
     with pytest.raises(RuntimeError, match="2 of 4 experts are on this rank"):
         expert_similarity([router], lambda: router(torch.zeros(T, D), experts=Bank(2)))

@@ -181,16 +181,20 @@ REFUSED = {
     "three models": (
         [1e6, 1e7, 1e8],
         [1e9] * 3,
-        "3 parameters and needs runs of 4 different sizes at least, there are 3",
+        "needs runs of at least 4 different sizes, but there are 3",
     ),
     "seeds are no sizes": ([1e6, 1e7, 1e8] * 3, [1e9] * 9, "there are 3"),
     "sizes that hardly differ": ([1e6, 1.02e6, 1e7, 1.01e7], [1e9] * 4, "there are 2"),
     "two by two": (
         [1e6, 1e6, 1e7, 1e7],
         [1e9, 1e10] * 2,
-        "5 parameters and needs runs of 6 different sizes at least, there are 4",
+        "needs runs of at least 6 different sizes, but there are 4",
     ),
-    "two lengths": ([1e6, 1e6, 1e7, 1e7, 1e8, 1e8], [1e9, 1e10] * 3, "needs 3 different D, there are 2"),
+    "two lengths": (
+        [1e6, 1e6, 1e7, 1e7, 1e8, 1e8],
+        [1e9, 1e10] * 3,
+        ("needs 3 different values of D, but there are 2"),
+    ),
 }
 
 
@@ -203,7 +207,7 @@ def test_what_cannot_be_fitted(n, d, says):
 
 def test_losses_that_are_none():
     for bad in (0.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="finite and above 0"):
+        with pytest.raises(ValueError, match="losses must be finite and greater than 0"):
             fit({"N": [1e5, 1e6, 1e7, 1e8], "D": [1.0] * 4}, [3.0, 2.5, bad, 2.0])
 
 

@@ -57,7 +57,7 @@ def test_find_takes_a_run_its_checkpoints_or_one_of_them(tmp_path: Path) -> None
 
 def test_the_same_step_is_not_overwritten(tmp_path: Path) -> None:
     folders = saved(tmp_path, 5)
-    with pytest.raises(CheckpointError, match="already there"):
+    with pytest.raises(CheckpointError, match="already exists"):
         folders.save(5, write_two_files, {})
     verify(find(tmp_path) or tmp_path, Alone())
 
@@ -105,7 +105,7 @@ class TestDamage:
         ("damage", "message"),
         [
             (lambda path: path.unlink(), "missing"),
-            (lambda path: path.write_bytes(path.read_bytes()[:-1]), "5119 bytes, 5120 were saved"),
+            (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 5119 bytes, but 5120 were saved"),
             (lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]), "checksum"),
         ],
     )
@@ -165,7 +165,7 @@ class TestDamage:
     def test_of_the_folders_name(self, folder: Path) -> None:
         folder.rename(folder.with_name("step_0000200"))
         with pytest.raises(
-            CheckpointError, match="belongs to step 100, but its folder is named for another step"
+            CheckpointError, match="is for step 100, but its folder is named after another step"
         ):
             find(folder.with_name("step_0000200")) and read_manifest(folder.with_name("step_0000200"))
         folder.with_name("step_0000200").rename(folder.with_name("the-best"))  # which names no step
@@ -200,7 +200,7 @@ class TestFailedSave:
         with pytest.raises(CheckpointError, match="step 100 could not be saved") as caught:
             saved(tmp_path, 50).save(100, fill_the_disk, {})
         assert str(kind) in caught.value.message
-        assert "step_0000050 is untouched" in caught.value.remedy and "MB are free" in caught.value.remedy
+        assert "continue from step_0000050" in caught.value.remedy and "MB are free" in caught.value.remedy
         self.check(tmp_path, caught.value)
 
     @pytest.mark.parametrize("call", range(1, 10))
@@ -318,7 +318,7 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     answers = ThreadRanks.run(3, lambda ranks: verify(tmp_path / "step_0000007", ranks))
     assert all(isinstance(answer, CheckpointError) for answer in answers)
     # rank 0 tells it, whoever read the file
-    assert all("rank2 has 0 bytes, 1000 were saved" in str(answer) for answer in answers)
+    assert all("rank2 has 0 bytes, but 1000 were saved" in str(answer) for answer in answers)
     assert all(str(answer).count("remedy") == 1 for answer in answers)
 
 

@@ -34,19 +34,22 @@ class TestLatest:
             (lambda latest: latest.write_bytes(b""), "is empty"),
             (lambda latest: latest.write_bytes(b" \n\n"), "is empty"),
             (lambda latest: latest.write_bytes(bytes(13)), "is empty"),
-            (lambda latest: latest.write_bytes(bytes(range(128, 200)) * 9), "not a checkpoint here"),
+            (
+                lambda latest: latest.write_bytes(bytes(range(128, 200)) * 9),
+                "not a checkpoint in this folder",
+            ),
             (
                 lambda latest: latest.write_text("step_0000075"),
-                "step_0000075, which is not a whole checkpoint",
+                "names step_0000075, which is not a complete checkpoint",
             ),
-            (lambda latest: latest.write_text("step_50"), "not a checkpoint here"),
+            (lambda latest: latest.write_text("step_50"), "not a checkpoint in this folder"),
             (
                 lambda latest: latest.write_text("../../other/checkpoints/step_0000050"),
-                "not a checkpoint here",
+                "not a checkpoint in this folder",
             ),
             (
                 lambda latest: latest.write_text(str(latest.with_name("step_0000050"))),
-                "not a checkpoint here",
+                "not a checkpoint in this folder",
             ),
             (lambda latest: (latest.unlink(), latest.mkdir()), "cannot be read (Is a directory)"),
             (lambda latest: (latest.unlink(), os.mkfifo(latest)), "is empty"),  # nobody writes into it
@@ -65,14 +68,14 @@ class TestLatest:
         assert find(root.parent) == root / "step_0000050"
         assert "skipped: " in capsys.readouterr().err
         (root / "step_0000050/manifest.json").write_text("{")
-        with pytest.raises(CheckpointError, match="no checkpoint beside it is whole") as caught:
+        with pytest.raises(CheckpointError, match="and no checkpoint in that folder is complete:") as caught:
             find(root.parent)
         assert all(step in caught.value.message for step in ("step_0000100", "step_0000050"))
 
     def test_without_any_checkpoint(self, root: Path) -> None:
         for step in (50, 100):
             shutil.rmtree(root / f"step_{step:07d}")
-        with pytest.raises(CheckpointError, match="names step_0000100, which is not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="names step_0000100, which is not a complete checkpoint"):
             find(root)
         (root / "latest").unlink()
         assert find(root) is None

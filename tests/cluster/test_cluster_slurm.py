@@ -110,7 +110,7 @@ def test_refused_settings_are_not_started_again(slurm: Slurm) -> None:
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0"), said(
         slurm, job
     )
-    assert "a restart does not mend settings" in said(slurm, job)
+    assert "a restart does not solve problems of settings" in said(slurm, job)
 
 
 def test_a_trial_without_data_trains_without_editing_a_file(slurm: Slurm) -> None:

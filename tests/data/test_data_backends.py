@@ -180,11 +180,11 @@ def test_not_installed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not told
     with pytest.raises(HostError, match="needs the library gigatoken") as caught:
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
-    assert caught.value.remedy == "pip install gigatoken"
+    assert caught.value.remedy == "run: pip install gigatoken"
 
 
 def test_settings(model: str) -> None:
-    with pytest.raises(ConfigError, match="--tokenizer-backend = quick: is not a back end"):
+    with pytest.raises(ConfigError, match="--tokenizer-backend = quick: is not a backend"):
         chosen("HuggingFaceTokenizer", model, "quick", FIRST)
     with pytest.raises(ConfigError, match="--tokenizer-backend = gigatoken: applies to HuggingFaceTokenizer"):
         chosen("ByteTokenizer", None, "gigatoken", FIRST)
@@ -214,4 +214,4 @@ def test_a_full_cache_is_emptied(
 def test_a_file_that_is_not_needed_is_told():
     said: list[str] = []
     choose_encoder(TokenizerOptions("ByteTokenizer", "tokenizer.json"), "auto", [], said.append)
-    assert said == ["--tokenizer-model is ignored: ByteTokenizer needs none"]
+    assert said == ["--tokenizer-model is ignored: ByteTokenizer needs no file"]

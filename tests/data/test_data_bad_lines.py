@@ -72,7 +72,7 @@ def test_a_bad_line_keeps_what_was_saved_and_skip_continues(
 
 def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(BAD[0] + "\n")
-    with pytest.raises(DataError, match=r"(?s)line 1: .*or leave such lines out with --on-bad-line skip$"):
+    with pytest.raises(DataError, match=r"(?s)line 1: .*or skip such lines with --on-bad-line skip$"):
         preprocess(
             [str(tmp_path / "a.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), save_seconds=0
         )
@@ -88,7 +88,7 @@ def test_the_same_input_twice_is_reported(tmp_path: Path) -> None:
     names = [str(tmp_path / f"{name}.jsonl") for name in ("a", "link", "other", "copy", "a")]
     preprocess(names, str(tmp_path / "p"), settings("ByteTokenizer"), report=said.append)
     assert said == [
-        f"{names[number]} is the same text as {first}: its documents are written twice"
+        f"{names[number]} has the same text as {first}, so its documents are written twice"
         for number in (1, 3, 4)
     ]
 

@@ -129,16 +129,22 @@ def test_several_keys_and_sequences(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    "broken": ('{"text": "x"', r"a\.jsonl, line 3: broken JSON at column \d+"),
-    "not an object": ("[1, 2]", r"a\.jsonl, line 3: a JSON list, not an object"),
-    "missing key": ('{"body": "x", "n": 1}', r"a\.jsonl, line 3: no key 'text'; keys present: 'body', 'n'"),
-    "number": ('{"text": 5}', r"a\.jsonl, line 3: the value of 'text' is a int, not a string"),
-    "null": ('{"text": null}', r"a\.jsonl, line 3: the value of 'text' is a NoneType"),
-    "list of numbers": ('{"text": ["a", 5]}', r"a\.jsonl, line 3: the value of 'text' is a int"),
+    "broken": ('{"text": "x"', r"a\.jsonl, line 3: invalid JSON at column \d+"),
+    "not an object": ("[1, 2]", r"a\.jsonl, line 3: the line must be a JSON object, not a list"),
+    "missing key": (
+        '{"body": "x", "n": 1}',
+        r"a\.jsonl, line 3: there is no key 'text' \(keys present: 'body', 'n'\)",
+    ),
+    "number": ('{"text": 5}', r"a\.jsonl, line 3: the value of 'text' must be a string, not a int"),
+    "null": ('{"text": null}', r"a\.jsonl, line 3: the value of 'text' must be a string, not a NoneType"),
+    "list of numbers": (
+        '{"text": ["a", 5]}',
+        r"a\.jsonl, line 3: the value of 'text' must be a string, not a int",
+    ),
     "half a pair": ('{"text": "\\ud83d"}', r"a\.jsonl, line 3: .*\\ud83d"),
     "endless nesting": ("[" * 100000, r"a\.jsonl, line 3: "),
     "endless number": ('{"n": ' + "9" * 5000 + ', "text": "x"}', r"a\.jsonl, line 3: unusable JSON"),
-    "not UTF-8": (b'{"text": "caf\xe9"}', rf"a\.jsonl, line 3, byte {30 + 13}: not UTF-8"),
+    "not UTF-8": (b'{"text": "caf\xe9"}', rf"a\.jsonl, line 3, byte {30 + 13}: the text is not UTF-8"),
 }
 
 
@@ -163,7 +169,7 @@ def test_a_bad_line_is_named(
 def test_plain_text_that_is_not_utf8_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "PIECE_BYTES", 8)
     data = b"one two three\nfour \xff five"
-    with pytest.raises(DataError, match=rf"a\.txt, byte {data.index(0xFF)}: not UTF-8"):
+    with pytest.raises(DataError, match=rf"a\.txt, byte {data.index(0xFF)}: the text is not UTF-8"):
         found(written(tmp_path, "a.txt", data))
 
 
@@ -258,7 +264,7 @@ def test_a_bad_line_is_named_in_every_part(tmp_path: Path) -> None:
         except DataError as error:
             messages.append(error.message)
     assert len(messages) == 1
-    assert "a.jsonl, line 51: broken JSON" in messages[0]
+    assert "a.jsonl, line 51: invalid JSON" in messages[0]
 
 
 def test_a_line_without_end_is_refused_before_it_fills_memory(
@@ -266,9 +272,9 @@ def test_a_line_without_end_is_refused_before_it_fills_memory(
 ) -> None:
     monkeypatch.setattr(corpus, "MOST_LINE_BYTES", 100)
     path = written(tmp_path, "a.jsonl", '{"text": "good"}\n' + "x" * 101 + "\n")
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: a line of more than 100 bytes") as caught:
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: the line has more than 100 bytes") as caught:
         list(read_batches([path]))
-    assert "one JSON object a line" in caught.value.remedy
+    assert "one JSON object on each line" in caught.value.remedy
     exact = written(tmp_path, "b.jsonl", json.dumps({"text": "x" * 87}) + "\n")
     assert Path(exact).stat().st_size == 100
     assert found(exact) == [(["x" * 87],)]

@@ -292,7 +292,7 @@ def test_an_empty_corpus_is_refused(tmp_path):
         DataConfig(train_data_path=(prefix, prefix)),
     ):
         with pytest.raises(
-            DataError, match=re.escape(f"{prefix}.idx: the corpus is empty: 0 documents")
+            DataError, match=re.escape(f"{prefix}.idx: the corpus has no documents")
         ) as caught:
             ours(data, (5, 5, 5))
         assert "preprocess" in caught.value.remedy

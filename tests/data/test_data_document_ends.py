@@ -40,11 +40,8 @@ def test_what_is_told(tmp_path: Path, documents: list[list[int]], warns: bool, h
     told = warning_about_ends(ALL, [written(tmp_path / "a", documents, halves=halves)], EOD)
     assert (told is not None) is warns
     if told:
-        assert told.startswith(
-            f"{tmp_path / 'a'}: none of the first documents ends with id 9, by which "
-            "--reset-attention-mask, --eod-"
-        )
-        assert "mask-loss tell documents apart; preprocess the text with --append-eod" in told
+        assert told.startswith(f"{tmp_path / 'a'}: none of the first documents ends with id 9, but --reset-")
+        assert "mask-loss need it to separate documents; preprocess the text with --append-eod" in told
 
 
 def test_once_for_all_files(tmp_path: Path) -> None:
@@ -53,7 +50,7 @@ def test_once_for_all_files(tmp_path: Path) -> None:
     assert told is not None
     assert (
         told.startswith(f"{tmp_path}/0, {tmp_path}/1, {tmp_path}/3 and 2 more files: none")
-        and "--reset-position-ids tells" in told
+        and "--reset-position-ids needs it" in told
     )
 
 

@@ -63,7 +63,7 @@ CHANGES = {
     ),
     "a longer one": (
         lambda prefix: write_corpus(prefix, [*SIZES, 3]),
-        f"{HAD}, and now has 25 documents with 303 tokens",
+        f"{HAD} and now has 25 documents with 303 tokens",
     ),
     "cut otherwise": (
         lambda prefix: recut(prefix),
@@ -152,7 +152,7 @@ def test_a_file_that_stands_twice_can_go_on_but_not_change(two: tuple[str, str])
     words = (two[0], two[0])
     told = course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2).ledger(3)
     resumed(words, told)
-    with pytest.raises(CheckpointError, match="stands twice in the mix"):
+    with pytest.raises(CheckpointError, match="names this file twice"):
         resumed(words, told, length=5)
 
 
@@ -208,9 +208,7 @@ def test_one_byte_changed_in_place_is_refused(described: str, tmp_path: Path) ->
     with open(f"{described}.bin", "r+b") as stream:
         stream.seek(71_015)
         stream.write(b"X")
-    with pytest.raises(
-        DataError, match=r"p_text_document\.bin: its bytes have changed since the run read it"
-    ):
+    with pytest.raises(DataError, match=r"p_text_document\.bin: the file has changed since the run read it"):
         resume()
     with open(f"{described}.bin", "r+b") as stream:  # put back
         stream.seek(71_015)
@@ -251,8 +249,8 @@ def test_the_same_text_twice_in_a_blend_is_reported(
     words = (*two, f"{tmp_path}/copy", f"{tmp_path}/link")
     course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2)
     assert [line.split(":")[0] for line in said] == [
-        f"{tmp_path}/copy holds the same text as {two[0]}",
-        f"{tmp_path}/link holds the same text as {two[1]}",
+        f"{tmp_path}/copy has the same text as {two[0]}, so the blend reads it twice",
+        f"{tmp_path}/link has the same text as {two[1]}, so the blend reads it twice",
     ]
 
 
@@ -267,6 +265,6 @@ def test_data_of_another_tokenizer_is_refused(described: str, tmp_path: Path) ->
         replace(builder((described,)), tokenizer=tokenizer.identity()).open(described)
     for tokenizer in (other, build_tokenizer("NullTokenizer", vocab_size=200)):
         with pytest.raises(
-            DataError, match=r"p_text_document: made with another tokenizer: ByteTokenizer and 257"
+            DataError, match=r"p_text_document: the data were made with the tokenizer ByteTokenizer and 257"
         ):
             replace(builder((described,)), tokenizer=tokenizer.identity()).open(described)

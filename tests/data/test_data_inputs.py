@@ -67,7 +67,7 @@ def test_shard_flags() -> None:
     ):
         with pytest.raises(ConfigError, match=r"--shard = .*must be I/N with 1 <= I <= N"):
             parse_part(text, partitions)
-    with pytest.raises(ConfigError, match=r"--partitions = 4: gives the number of parts but not which"):
+    with pytest.raises(ConfigError, match=r"--partitions = 4: needs --shard I"):
         parse_part(None, 4)
 
 
@@ -80,15 +80,15 @@ def zipped() -> bytes:
 
 FOREIGN = {
     "a.jsonl": [
-        (gzip.compress(b"{}"), "compressed with gzip", "end in .gz"),
-        (zstandard.compress(b"{}"), "compressed with zstd", "end in .zst"),
-        (bz2.compress(b"{}"), "bzip2, which is not read", "decompress"),
-        (lzma.compress(b"{}"), "xz, which is not read", "decompress"),
+        (gzip.compress(b"{}"), "compressed with gzip", "give the file a name that ends in .gz"),
+        (zstandard.compress(b"{}"), "compressed with zstd", "give the file a name that ends in .zst"),
+        (bz2.compress(b"{}"), "is compressed with bzip2, which is not supported", "decompress"),
+        (lzma.compress(b"{}"), "is compressed with xz, which is not supported", "decompress"),
         (zipped(), "a zip archive", "unpack"),
-        (b"MMIDIDX\x00\x00" + bytes(40), "the index of a pair of token files already", "text"),
+        (b"MMIDIDX\x00\x00" + bytes(40), "is the index of existing token files", "text"),
     ],
-    "a.txt": [(b"some text \x00\x01", "byte 10: a NUL byte: this is not text", "plain text")],
-    "a.bin": [(b"\x01\x00\x02\x00", "byte 1: a NUL", "plain text")],
+    "a.txt": [(b"some text \x00\x01", "byte 10: the file has a NUL byte, so it is not text", "plain text")],
+    "a.bin": [(b"\x01\x00\x02\x00", "byte 1: the file has a NUL", "plain text")],
     "a.tar.gz": [(gzip.compress(b"name" + bytes(500)), "a NUL", "plain text")],
 }
 

@@ -82,8 +82,8 @@ def test_other_settings_are_named(path: str) -> None:
         ),
         ([INPUTS[0], ("b.jsonl", 20, 223)], r"b\.jsonl: the input has changed since"),
         ([INPUTS[0], ("c.jsonl", 20, 222)], r"c\.jsonl: the input was b\.jsonl"),
-        (INPUTS[:1], "1 inputs, and 2 in the unfinished run"),
-        ([*INPUTS, INPUTS[0]], "3 inputs, and 2 in the unfinished run"),
+        (INPUTS[:1], "there are 1 inputs, but 2 in the unfinished run that left"),
+        ([*INPUTS, INPUTS[0]], "there are 3 inputs, but 2 in the unfinished run that left"),
     ],
 )
 def test_changed_inputs_are_named(path: str, inputs: list[tuple[str, int, int]], message: str) -> None:
@@ -129,6 +129,6 @@ def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(
 def test_another_file_of_that_name_is_left_alone(path: str, foreign: bytes) -> None:
     Path(path).write_bytes(foreign)
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"p\.journal: not the journal of an unfinished run"):
+        with pytest.raises(DataError, match=r"p\.journal: this file is in the way"):
             Journal(path, SETTINGS, INPUTS, overwrite=overwrite)
         assert Path(path).read_bytes() == foreign

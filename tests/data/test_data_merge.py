@@ -102,11 +102,15 @@ DAMAGE = {
     "changed token": (
         "bin",
         lambda data: data[:10] + b"\x01" + data[11:],
-        r"p_text_document\.bin: SHA-256 \w+\.\.\., and",
+        r"p_text_document\.bin: the file has changed: its SHA-256 is \w+",
     ),
-    "cut tokens": ("bin", lambda data: data[:-2], r"p_text_document\.bin, byte \d+: \d+ bytes, and \d+ in"),
+    "cut tokens": (
+        "bin",
+        lambda data: data[:-2],
+        r"p_text_document\.bin, byte \d+: the file has \d+ bytes, but .* says \d+",
+    ),
     "longer tokens": ("bin", lambda data: data + b"\0\0", r"p_text_document\.bin, byte \d+"),
-    "changed index": ("idx", lambda data: data[:-1] + b"\x01", r"p_text_document\.idx: SHA-256"),
+    "changed index": ("idx", lambda data: data[:-1] + b"\x01", r"p_text_document\.idx: the file has changed"),
     "no manifest": ("manifest.json", None, r"manifest\.json: no such manifest"),
     "broken manifest": ("manifest.json", lambda data: data[:-9], r"manifest\.json: cannot be read"),
     "foreign manifest": ("manifest.json", lambda data: b'{"version": 1}', r"not a manifest of token files"),
@@ -119,7 +123,7 @@ DAMAGE = {
     "other counts": (
         "manifest.json",
         lambda data: data.replace(b'"documents": 41', b'"documents": 42'),
-        "documents 42, and 41 in the files",
+        "says 42 documents, but the files have 41",
     ),
 }
 
@@ -144,22 +148,22 @@ def test_shards_that_do_not_fit(tmp_path: Path, inputs: list[str]) -> None:
     manifest = Path(f"{name}.manifest.json")
     content = manifest.read_bytes()
     manifest.unlink()
-    with pytest.raises(DataError, match="no shard 2/3 under the key 'text'") as caught:
+    with pytest.raises(DataError, match="shard 2/3 of the key 'text' is missing") as caught:
         merge(prefix)
     assert "--shard" in caught.value.remedy
     manifest.write_bytes(content.replace(b'"append_eod": true', b'"append_eod": false'))
     with pytest.raises(
-        DataError, match=r"shard-00002-of-00003.*settings .*False.*, and .*True.* in .*shard-00001"
+        DataError, match=r"shard-00002-of-00003.*settings .*False.*, but .*True.* in .*shard-00001"
     ):
         merge(prefix)
     manifest.write_bytes(content)
     tokens = Path(f"{name}.bin").read_bytes()
     Path(f"{name}.bin").write_bytes(tokens[:-1] + b"\x07")
-    with pytest.raises(DataError, match=r"shard-00002-of-00003_text_document\.bin: not the file that"):
+    with pytest.raises(DataError, match=r"shard-00002-of-00003_text_document\.bin: the file does not match"):
         merge(prefix)
     Path(f"{name}.bin").write_bytes(tokens)
     shards(tmp_path, inputs, 2)
-    with pytest.raises(DataError, match=r"shards of different splits \(N = 2 and 3\)"):
+    with pytest.raises(DataError, match=r"come from different splits \(N = 2 and 3\)"):
         merge(prefix)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("p_") or "partial" in path.name]
 
@@ -172,7 +176,9 @@ def test_another_tokenizer_is_told_by_its_checksum(tmp_path: Path, inputs: list[
     right, wrong = (build_tokenizer("HuggingFaceTokenizer", model) for model in models)
     assert "verified" in describe(pair.prefix, tokenizer=right, verify=True)["manifest"]
     describe(pair.prefix, tokenizer=wrong)
-    with pytest.raises(DataError, match=r"p_text_document: its manifest names .*300.*, not the tokenizer .*"):
+    with pytest.raises(
+        DataError, match=r"p_text_document: the data were made with the tokenizer .*300.*, not with .*"
+    ):
         describe(pair.prefix, tokenizer=wrong, verify=True)
 
 
@@ -189,7 +195,7 @@ def test_empty_shards_join_and_an_empty_whole_is_refused(tmp_path: Path) -> None
     recipe = settings("ByteTokenizer")
     for number in (1, 2):
         preprocess([str(path)], str(tmp_path / "p"), recipe, part=Part(number, 2))
-    with pytest.raises(DataError, match=r"a\.jsonl: 1 documents, and each is empty"):
+    with pytest.raises(DataError, match=r"a\.jsonl: all 1 documents are empty"):
         merge(str(tmp_path / "p"))
 
 

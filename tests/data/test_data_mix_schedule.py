@@ -44,7 +44,7 @@ def test_mixes_and_their_steps(tmp_path: Path) -> None:
         ("- {from_step: 0, data_path: A}", "must be a list of prefixes"),
         ("- {from_step: 0, data_path: []}", "must be a list of prefixes"),
         ("- {from_step: 0, data_path: [A, A]}", "names a file twice"),
-        ("- {from_step: 0, data_path: [gone]}", r"gone\.bin is not there"),
+        ("- {from_step: 0, data_path: [gone]}", r"gone\.bin does not exist"),
         ("- {from_step: 0, data_path: [0.5, A, B]}", "alternate|weight"),
         ("- {from_step: 2, data_path: [A]}", "must begin at step 0, not at step 2"),
         (
@@ -99,6 +99,6 @@ def test_whose_files_validation_reads(tmp_path: Path) -> None:
 def test_files_of_mixes_that_are_over_may_be_gone(tmp_path: Path) -> None:
     a = write_corpus(tmp_path / "a", [5])
     data = given(tmp_path, f"- {{from_step: 0, data_path: [gone]}}\n- {{from_step: 4, data_path: [{a}]}}\n")
-    with pytest.raises(ConfigError, match=r"entry 1: gone\.bin is not there"):
+    with pytest.raises(ConfigError, match=r"entry 1: the file gone\.bin does not exist"):
         mixes_of(data, step=3)
     assert mixes_of(data, step=4) == ((0, ("gone",)), (4, (a,)))

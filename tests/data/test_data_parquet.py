@@ -99,18 +99,20 @@ def test_kinds_of_columns(tmp_path: Path) -> None:
 
 
 def test_bad_rows_and_columns(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; columns present: 'body', 'n'"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: there is no column 'text' \(columns present: 'body', 'n'\)"
+    ):
         found(table(tmp_path / "a.parquet", TEXTS, name="body"))
     with pytest.raises(
-        DataError, match=r"b\.parquet, row 9: the value of 'text' is a NoneType, not a string"
+        DataError, match=r"b\.parquet, row 9: the value of 'text' must be a string, not a NoneType"
     ):
         found(table(tmp_path / "b.parquet", [*TEXTS[:8], None]))
-    with pytest.raises(DataError, match=r"c\.parquet, row 1: the value of 'n' is a int"):
+    with pytest.raises(DataError, match=r"c\.parquet, row 1: the value of 'n' must be a string, not a int"):
         found(table(tmp_path / "c.parquet", TEXTS), ("n",))
-    with pytest.raises(DataError, match=r"d\.parquet, row 2, byte 3: not UTF-8"):
+    with pytest.raises(DataError, match=r"d\.parquet, row 2, byte 3: the text is not UTF-8"):
         found(table(tmp_path / "d.parquet", [b"fine", b"caf\xe9"], arrow.binary()))
     latin = arrow.array([b"fine", b"caf\xe9"], arrow.binary()).view(arrow.string())
-    with pytest.raises(DataError, match=r"e\.parquet, rows 1 to \d+: not UTF-8"):
+    with pytest.raises(DataError, match=r"e\.parquet, rows 1 to \d+: the text is not UTF-8"):
         found(table(tmp_path / "e.parquet", latin))
 
 
@@ -125,7 +127,7 @@ def test_truncated_damaged_and_foreign(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}\.parquet, footer: cannot be read") as caught:
             found(str(path))
-        assert "truncated, damaged or no Parquet" in caught.value.remedy
+        assert "it is truncated, damaged or not Parquet" in caught.value.remedy
     damaged = bytearray(whole)
     damaged[4:60] = b"\xff" * 56  # the first page's header
     (tmp_path / "damaged.parquet").write_bytes(damaged)
@@ -140,7 +142,7 @@ def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytes
         HostError, match=r"a\.parquet: reading Parquet files needs the library pyarrow"
     ) as caught:
         found(path)
-    assert caught.value.remedy == "pip install pyarrow"
+    assert caught.value.remedy == "run: pip install pyarrow"
 
 
 def bomb(path: Path, rows: int, size: int, kind: object = None) -> str:
@@ -177,7 +179,7 @@ def test_a_text_that_all_rows_share_does_not_fill_the_memory(
 def test_a_text_beyond_all_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_files, "MOST_VALUE_BYTES", 1000)
     path = table(tmp_path / "a.parquet", ["short", "x" * 1001])
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: a text of 1001 bytes"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: the text has 1001 bytes"):
         found(path)
 
 

@@ -199,18 +199,21 @@ def test_plain_text_is_one_document_a_file(
 
 
 BAD = {
-    "no documents": (b"\n \n", r"bad\.jsonl: no documents"),
-    "empty file": (b"", r"bad\.jsonl: no documents"),
+    "no documents": (b"\n \n", r"bad\.jsonl: the input has no documents"),
+    "empty file": (b"", r"bad\.jsonl: the input has no documents"),
     "only empty texts": (
         b'{"text": ""}\n{"text": []}\n',
-        r"bad\.jsonl: 2 documents, and each is empty under the key 'text'",
+        r"bad\.jsonl: all 2 documents are empty under the key 'text'",
     ),
-    "broken line": (b'{"text": "a"}\n{"text": "b"\n', r"bad\.jsonl, line 2: broken JSON"),
+    "broken line": (b'{"text": "a"}\n{"text": "b"\n', r"bad\.jsonl, line 2: invalid JSON"),
     "missing key": (
         b'{"text": "a"}\n{"body": "b"}\n',
-        r"bad\.jsonl, line 2: no key 'text'; keys present: 'body'",
+        r"bad\.jsonl, line 2: there is no key 'text' \(keys present: 'body'\)",
     ),
-    "not UTF-8": (b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl, line 2, byte 24: not UTF-8"),
+    "not UTF-8": (
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        r"bad\.jsonl, line 2, byte 24: the text is not UTF-8",
+    ),
 }
 
 
@@ -234,7 +237,9 @@ def test_bad_input_leaves_what_was_there(tmp_path: Path, bad: str) -> None:
 @pytest.mark.processes
 def test_an_error_in_a_worker_is_the_same_error(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n' * 50 + b'{"text": 1}\n' + b'{"text": "a"}\n' * 50)
-    with pytest.raises(DataError, match=r"bad\.jsonl, line 51: the value of 'text' is a int") as caught:
+    with pytest.raises(
+        DataError, match=r"bad\.jsonl, line 51: the value of 'text' must be a string, not a int"
+    ) as caught:
         preprocess.preprocess(
             [str(tmp_path / "bad.jsonl")], str(tmp_path / "p"), settings("ByteTokenizer"), workers=2
         )
@@ -257,7 +262,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(
             killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with pytest.raises(HyperRouterError, match="a worker process died"):
+    with pytest.raises(HyperRouterError, match="a worker process was killed or ran out of memory"):
         preprocess.preprocess(
             [records_file] * 20, str(tmp_path / "p"), settings("ByteTokenizer"), workers=2, progress=kill_one
         )
@@ -280,6 +285,8 @@ def test_an_id_beyond_the_vocabulary_is_never_written(
     from megatron_hyperrouter.data.tokenize.tokenizer import ByteTokenizer
 
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 100)
-    with pytest.raises(DataError, match=r"made id \d+, beyond its vocabulary of 100"):
+    with pytest.raises(
+        DataError, match=r"the tokenizer gave id \d+, which is outside its vocabulary of 100 ids"
+    ):
         preprocess.preprocess([records_file], str(tmp_path / "p"), settings("ByteTokenizer"))
     assert not list(tmp_path.iterdir())

@@ -209,10 +209,11 @@ def test_what_was_saved_and_has_changed_is_not_gone_on_with(
     data[0] ^= 1
     saved.write_bytes(data)
     with pytest.raises(
-        DataError, match=rf"p_note_document\.{ending}\.partial: has changed since an unfinished run saved it"
+        DataError,
+        match=rf"p_note_document\.{ending}\.partial: the file has changed since an unfinished run saved it",
     ) as caught:
         preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
-    assert "the same command starts from the beginning" in caught.value.remedy
+    assert "starts from the beginning" in caught.value.remedy
     assert not [name for name in outputs(tmp_path / "out") if not name.startswith("p_text_document.")]
     preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
     preprocess(inputs, str(tmp_path / "whole" / "p"), recipe)
@@ -230,7 +231,7 @@ def test_a_journal_that_no_run_writes_is_refused(
     with open(tmp_path / "out" / "p.journal", "a") as stream:
         stream.write(record + "\n")
     with pytest.raises(
-        DataError, match=r"p\.journal: a line holds what no run of this program saves"
+        DataError, match=r"p\.journal: the journal has a line that this program did not write"
     ) as caught:
         preprocess(inputs, str(tmp_path / "out" / "p"), recipe)
     assert "--overwrite" in caught.value.remedy
@@ -248,7 +249,7 @@ def test_an_input_that_another_program_writes_to_is_not_trusted(
             stream.write(next(more, ""))
 
     with pytest.raises(
-        DataError, match=r"a\.jsonl: the input has changed while it was read \(it had \d+ bytes, and has"
+        DataError, match=r"a\.jsonl: the input changed while it was read \(it had \d+ bytes, and has"
     ) as caught:
         preprocess(inputs, prefix, recipe, progress=write)
     assert "--overwrite" in caught.value.remedy

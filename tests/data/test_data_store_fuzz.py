@@ -145,7 +145,7 @@ def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(tmp_path, kind, e
     np.testing.assert_array_equal(found[0], expected)
     os.truncate(path, 100)
     with pytest.raises(
-        DataError, match=re.escape(f"{path}, byte 100: the file ends here now, and had {size} bytes")
+        DataError, match=re.escape(f"{path}, byte 100: the file now ends here, but it had {size} bytes")
     ) as caught:
         found[0]
     assert "while a run reads" in caught.value.remedy

@@ -379,7 +379,9 @@ def test_a_document_longer_than_the_format_allows_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(store, "_INT32_MAX", 4)
     for lengths in (None, [5]):
         with (
-            pytest.raises(DataError, match="document 0: 5 tokens; the format ends at 4"),
+            pytest.raises(
+                DataError, match="document 0: the document has 5 tokens, but the format allows at most 4"
+            ),
             IndexedWriter(tmp_path / "a", "u2") as writer,
         ):
             writer.add_document([1, 2, 3, 4, 5], lengths)

@@ -58,4 +58,4 @@ def test_without_transformer_engine_it_is_refused() -> None:
     config = parse([*flags.split(), "--tokenizer-type", "ByteTokenizer"], routers=ROUTERS, world_size=1)
     with pytest.raises(HostError, match="--fp8-format: Transformer Engine is not installed") as caught:
         open_engine(config, vocab_size=64)
-    assert caught.value.exit_status == 5 and "leave --fp8-format out" in str(caught.value.remedy)
+    assert caught.value.exit_status == 5 and "leave out --fp8-format" in str(caught.value.remedy)

@@ -97,7 +97,8 @@ def test_format_1_of_other_layers_is_refused() -> None:
     """Their parameters stand in another order, and some have the same shapes."""
     state = state_of(host(GroupAdam), "transformer_engine")
     with pytest.raises(
-        CheckpointError, match="written with --transformer-impl transformer_engine, and this run has local"
+        CheckpointError,
+        match="was written with --transformer-impl transformer_engine, but this run uses local",
     ) as caught:
         host_state.load_format_1(host(GroupAdam), state, layers="local")
     assert "--finetune" in caught.value.remedy

@@ -220,15 +220,15 @@ def with_own_gate() -> MoE:
     ("make", "arguments", "error", "words"),
     [
         (lambda: nn.Linear(2, 2), {}, TypeError, "must be a deepspeed.moe.layer.MoE, not Linear$"),
-        (lambda: nn.Sequential(layer()), {}, TypeError, "not Sequential; give its layers one by one"),
-        (plugged, {}, ValueError, "has the router 'topk' already"),
+        (lambda: nn.Sequential(layer()), {}, TypeError, "not Sequential; call it once for each layer"),
+        (plugged, {}, ValueError, "already has the router topk"),
         (with_own_gate, {}, TypeError, "gate of this MoE layer is a Linear"),
         (with_tutel, {}, ValueError, "use_tutel=False"),
         (layer, {"name": "hyperr"}, ConfigError, "did you mean hyper"),
         (layer, {"hypernet_with": 3}, ConfigError, "did you mean hypernet_width"),
         (layer, {"hypernet_width": 0}, ConfigError, "hypernet_width = 0"),
-        (layer, {"hidden_size": 8}, TypeError, "hidden_size is the layer's own"),
-        (layer, {"layer_number": 0}, ValueError, "layers count from 1"),
+        (layer, {"hidden_size": 8}, TypeError, "hidden_size is set by the layer"),
+        (layer, {"layer_number": 0}, ValueError, "layer_number = 0: must be at least 1"),
         (layer, {"topk": E + 1}, ConfigError, "must be from 1 to --num-experts = 4"),
     ],
 )
@@ -239,9 +239,7 @@ def test_refusals(make: Any, arguments: dict[str, Any], error: type[Exception], 
 
 def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> None:
     moe = layer(drop_tokens=False)
-    with pytest.warns(
-        UserWarning, match=r"similarity loss of router 'simsmoe' .* stands still until it is told"
-    ):
+    with pytest.warns(UserWarning, match=r"similarity loss of router simsmoe needs the choices of all ranks"):
         router = plug_into_deepspeed(
             moe, "simsmoe", frequency=0.1, threshold=0.0, min_tokens=3, aux_loss_coeff=0.0
         )
@@ -266,14 +264,14 @@ def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> Non
     assert counts.extra[0] == together, "tokens that experts 0 and 1 share"
     assert chosen["load_max_over_mean"] == [pytest.approx((load_E.max() / load_E.float().mean()).item())]
     assert moe(micro_batches[0])[1].item() > 0.0
-    with pytest.raises(ValueError, match=r"no router has seen a token since begin\(\)"):
+    with pytest.raises(ValueError, match=r"no router has processed a token since begin\(\)"):
         steps.end()
 
 
 def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() -> None:
     """StableMoE's second stage routes by the id alone."""
     moe = layer(k=1, drop_tokens=False)
-    with pytest.warns(UserWarning, match="goes by the ids or places of tokens"):
+    with pytest.warns(UserWarning, match="needs the ids or positions of tokens"):
         router = plug_into_deepspeed(moe, "stablemoe", facts=RunFacts(train_iters=10, vocab_size=50))
     steps, ids_BS = RouterSteps(moe, batch_first=True), torch.arange(2 * 5).view(2, 5) * 3
     steps.begin(9)
@@ -295,7 +293,7 @@ def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() ->
 def test_a_layer_that_a_model_leaves_out_learns_of_its_own_tokens_alone() -> None:
     layers, told = [layer(drop_tokens=False) for _ in range(3)], {}
     for number, moe in enumerate(layers, start=1):
-        with pytest.warns(UserWarning, match="stands still until it is told"):
+        with pytest.warns(UserWarning, match="needs the choices of all ranks"):
             router = plug_into_deepspeed(moe, "topk", layer_number=number, expert_bias=True)
         router.end_step = lambda counts, number=number, end_step=router.end_step: (
             told.update({number: counts}),
@@ -334,16 +332,18 @@ def test_a_pass_whose_tokens_have_not_arrived_is_refused() -> None:
 
 
 def test_what_router_steps_refuses() -> None:
-    with pytest.raises(ValueError, match="no router of ours is in the model"):
+    with pytest.raises(ValueError, match="the model has no router of this package"):
         RouterSteps(layer(), batch_first=True)
     twice = nn.ModuleList([layer(), layer()])
     for moe in twice:
         plug_into_deepspeed(moe, "topk")
-    with pytest.raises(ValueError, match=r"layers have the numbers \[1, 1\]: give each its own layer_number"):
+    with pytest.raises(
+        ValueError, match=r"layers have the numbers \[1, 1\]; give each router its own layer_number"
+    ):
         RouterSteps(twice, batch_first=True)
     wide = MoE(D, nn.Linear(D, D), num_experts=2 * E)
     plug_into_deepspeed(wide, "topk", layer_number=2)
-    with pytest.raises(ValueError, match=r"layers have \[4, 8\] experts here, and 8 at most"):
+    with pytest.raises(ValueError, match=r"layers have different numbers of experts, \[4, 8\]"):
         RouterSteps([twice[0], wide], batch_first=True)
 
 

@@ -125,5 +125,5 @@ def test_ids_outside_the_vocabulary_are_refused(bad: int) -> None:
 def test_nothing_to_fit_or_mismatched_pairs() -> None:
     with pytest.raises(DataError, match="no tokens"):
         NgramBaselines([np.zeros(0, np.int32)], V)
-    with pytest.raises(ValueError, match=r"\(2,\) contexts for \(3,\) targets"):
+    with pytest.raises(ValueError, match=r"contexts have shape \(2,\), but targets have shape \(3,\)"):
         fitted([[0, 1]]).bigram_nats(np.arange(2), np.arange(3))

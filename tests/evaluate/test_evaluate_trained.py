@@ -70,7 +70,7 @@ def test_a_moved_run_finds_its_data(home: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_file_that_has_changed_is_reported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     token_file(home / "text", first=98)
     TrainedRun.open(home / "run").data()
-    assert "it has changed since" in capsys.readouterr().err
+    assert "has changed since the run read it" in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(home: Path) -> None:

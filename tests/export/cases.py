@@ -170,21 +170,21 @@ CASES |= {  # latent attention with a router that DeepSeek's classes do not have
 }
 REFUSED: dict[str, Case] = {
     "adds a bias to its logits": Case({"router": {"name": "hyper", "bias": True}}, ""),
-    "divides each token's projection": Case({"router": {"name": "xmoe"}}, ""),
-    "does not fold": Case({"router": {"name": "stablemoe"}}, ""),
+    "router xmoe normalizes each token": Case({"router": {"name": "xmoe"}}, ""),
+    "cannot be folded": Case({"router": {"name": "stablemoe"}}, ""),
     "do not sum to 1": Case({"router": {**TOPK, "pre_softmax": True}, **BARE}, ""),
-    "moves a choice among softmax scores": Case({"router": {**TOPK, "expert_bias": True}}, ""),
-    "Qwen3-MoE has no counterpart of --moe-shared-expert-intermediate-size": Case(
-        {"router": HYPER, **SHARED}, ""
+    "no class supports --router.expert-bias with softmax scores": Case(
+        {"router": {**TOPK, "expert_bias": True}}, ""
     ),
-    "norms of latent vectors with epsilon 1e-06, not 1e-05": Case(
+    "Qwen3-MoE does not support --moe-shared-expert-intermediate-size": Case({"router": HYPER, **SHARED}, ""),
+    "needs latent norms with epsilon 1e-06, not 1e-05": Case(
         {"router": HYPER, **LATENT, "norm_epsilon": 1e-5}, ""
     ),
-    "DeepSeek-V2 needs weights that do not sum to 1": Case({"router": HYPER, **LATENT}, ""),
-    "DeepSeek-V3 has dense layers only before the MoE layers": Case(
+    "DeepSeek-V2 needs expert weights that do not sum to 1": Case({"router": HYPER, **LATENT}, ""),
+    "DeepSeek-V3 supports dense layers only before the MoE layers": Case(
         {"router": DEEPSEEK_V3, **LATENT, "moe_layer_freq": "[1,0]"}, ""
     ),
-    "DeepSeek-V3 judges a group of experts by its 2 best": Case(
+    "DeepSeek-V3 scores a group by its 2 best experts": Case(
         {"router": {**DEEPSEEK_V3, **IN_GROUPS}, **LATENT}, ""
     ),
     "--mlp-type residual": Case({"router": TOPK, "mlp_type": "residual"}, ""),

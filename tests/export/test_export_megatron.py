@@ -29,10 +29,10 @@ LOADED = {
 }
 REFUSED = {
     f"{LOCAL} --router.name topk --router.bias {K2}": "adds a bias to its logits",
-    f"{LOCAL} --router.name topk --router.score-function sigmoid {K2}": "does not weigh experts",
+    f"{LOCAL} --router.name topk --router.score-function sigmoid {K2}": "does not compute expert weights",
     f"{LOCAL} --router.name topk --moe-router-topk 1": "k = 1",
     f"--router.name topk --mlp-type residual {K2}": "--mlp-type residual",
-    f"--router.name topk --router.scaling-factor 2.5 {K2}": "does not weigh experts",
+    f"--router.name topk --router.scaling-factor 2.5 {K2}": "does not compute expert weights",
     f"--router.name topk --moe-layer-freq 2 {K2}": "does not support: --moe-layer-freq",
     f"--router.name topk --rotary-percent 0.5 {K2}": "does not support: --rotary-percent",
 }

@@ -62,15 +62,18 @@ def cut(folder: Path) -> None:
 
 HARM: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "nothing": (lambda folder: None, []),
-    "a bit flipped": (flip, ["gate (F32 [5]) was altered"]),
-    "config edited": (rewrite("config.json", '{"num_experts_per_tok": 4}'), ["config.json: was altered"]),
-    "another tokenizer": (rewrite("tokenizer.json", '{"a":0}'), ["tokenizer.json: 7 bytes; 2 were written"]),
+    "a bit flipped": (flip, ["gate (F32 [5]) has changed"]),
+    "config edited": (
+        rewrite("config.json", '{"num_experts_per_tok": 4}'),
+        ["config.json: the file has changed"],
+    ),
+    "another tokenizer": (rewrite("tokenizer.json", '{"a":0}'), ["tokenizer.json: 7 bytes instead of 2"]),
     "shard missing": (
         lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
-        ["model-00002-of-00002.safetensors: missing", "norm: in no file"],
+        ["model-00002-of-00002.safetensors: missing", "norm: missing"],
     ),
     "file too many": (rewrite("notes.txt", "mine"), ["notes.txt: not in the certificate"]),
-    "header cut off": (cut, ["the safetensors header is cut off", "norm: in no file"]),
+    "header cut off": (cut, ["the safetensors header is cut off", "norm: missing"]),
 }
 
 
@@ -99,12 +102,12 @@ def test_the_command_needs_the_standard_library_alone(original: Path, tmp_path: 
     flip(folder)
     bad = verify()
     assert (
-        bad.returncode == 4 and "gate (F32 [5]) was altered" in bad.stderr and "Traceback" not in bad.stderr
+        bad.returncode == 4 and "gate (F32 [5]) has changed" in bad.stderr and "Traceback" not in bad.stderr
     )
 
 
 def test_a_folder_without_a_certificate_is_unfinished(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="unfinished"):
+    with pytest.raises(CheckpointError, match="not a finished export"):
         read_certificate(tmp_path)
     (tmp_path / "certificate.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):

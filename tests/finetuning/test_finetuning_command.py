@@ -50,7 +50,7 @@ def command(home: Path, more: str, *, load: str = "run", task: str = "task") -> 
         ("--topk 1 9", 2, "--topk = 9: must be from 1 to the 8 experts"),
         ("--topk 0", 2, "--topk = 0"),
         ("--finetune-k 9", 2, "--finetune-k = 9"),
-        ("--freeze router,head", 2, "has an unknown part 'head'"),
+        ("--freeze router,head", 2, "has the unknown part 'head'"),
         ("--seeds 0 --epochs 0 --warmup 1", 2, "3 problems"),
         ("--batch-size 6 --micro-batch-size 4", 2, "--global-batch-size"),
         ("--config missing.yaml", 2, "cannot be read"),
@@ -65,7 +65,7 @@ def test_settings_that_cannot_be(home: Path, more: str, status: int, words: str)
 
 def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
     for given, status, words in (
-        ({"load": "nothing"}, 4, "there is no finished checkpoint"),
+        ({"load": "nothing"}, 4, "the folder has no finished checkpoint"),
         ({"task": "nothing"}, 3, "there is no such folder"),
         ({"task": "run"}, 3, "train.jsonl is missing"),
     ):
@@ -74,7 +74,7 @@ def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
         assert refused.value.exit_status == status
     (home / "earlier").mkdir()
     (home / "earlier/results.json").touch()
-    for place, words in (("earlier", "already holds results"), ("task/labels.json", "cannot be made")):
+    for place, words in (("earlier", "already has results"), ("task/labels.json", "cannot be created")):
         with pytest.raises(HyperRouterError, match=words) as refused:
             command(home, f"--output {home / place}")
         assert refused.value.exit_status == 2
@@ -143,7 +143,7 @@ def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     low, high = found[0]["interval"]
     assert 0.2 <= low < 0.45 < high <= 0.7
     shown = capsys.readouterr().out
-    assert "do these two checkpoints differ?" in shown and "do the two methods differ?" in shown
+    assert "Do these two checkpoints differ?" in shown and "Do the two methods differ?" in shown
     assert "+0.4250 +- 0.3177" in shown  # t of 1 degree of freedom, 12.706, times 0.025
 
 
@@ -151,7 +151,7 @@ def test_comparisons_that_cannot_be(tmp_path: Path) -> None:
     first = outcome(tmp_path / "first", [1, 0, 1])
     for second, words in (
         (outcome(tmp_path / "labels", [1, 0, 1], label=2), "not tested on the same texts"),
-        (outcome(tmp_path / "seed", [1, 0, 1], seed=9), "share no seed and k"),
+        (outcome(tmp_path / "seed", [1, 0, 1], seed=9), "have no seed and k in common"),
         (tmp_path / "nothing", "is missing"),
     ):
         with pytest.raises(HyperRouterError, match=words) as refused:

@@ -49,7 +49,7 @@ def test_the_project_s_own_form(tmp_path: Path) -> None:
         ({"train_jsonl": '{"text": "a"}'}, "null is not a label"),
         ({"train_jsonl": '{"sentence": "a", "label": 0}'}, "line 1: there is no text"),
         ({"train_jsonl": '{"text": " ", "label": 0}'}, "line 1: there is no text"),
-        ({"train_jsonl": '{"text": "a", "label": 0'}, "line 1: not JSON"),
+        ({"train_jsonl": '{"text": "a", "label": 0'}, "line 1: the line is not JSON"),
         ({"labels_json": '{"a": 0}'}, "must be a list of names"),
         ({"labels_json": '["a", "a"]'}, "names a label twice"),
     ],
@@ -65,7 +65,7 @@ def test_a_folder_that_is_not_there_and_bytes_that_are_not_utf8(tmp_path: Path) 
         read_task(tmp_path / "missing")
     folder = own_form(tmp_path / "task")
     (folder / "dev.jsonl").write_bytes(b'{"text": "\xff", "label": 0}')
-    with pytest.raises(DataError, match=r"dev.jsonl, line 1: not JSON in UTF-8"):
+    with pytest.raises(DataError, match=r"dev.jsonl, line 1: the line is not JSON in UTF-8"):
         read_task(folder)
 
 
@@ -73,7 +73,7 @@ def test_duplicates_and_labels_without_texts_are_reported(tmp_path: Path) -> Non
     same = '{"text": "One!", "label": 0}\n{"text": "new", "label": 1}'
     task = read_task(own_form(tmp_path / "task", test_jsonl=same, labels_json='["no", "yes", "never"]'))
     assert task.notes == (
-        "1 text of test also in train: scores on test may be too high",
+        "1 text of test are also in train, so scores on test may be too high",
         "no text of train has the label never",
     )
 
@@ -92,13 +92,13 @@ def test_sst2(tmp_path: Path) -> None:
     held = set(task.parts["train"]) | set(task.parts["dev"])
     assert len(task.parts["train"]) + len(task.parts["dev"]) == len(held) == 40
     assert ('sentence 3 "quoted"', 1) in held and 0 < len(task.parts["dev"]) < 12
-    assert "dev.tsv is the test" in task.notes[0]
+    assert "dev.tsv is used as test" in task.notes[0]
 
 
 def test_sst2_with_a_label_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("sentence\tlabel\na\t0\nb\t-1\n")
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\na\t0\n")
-    with pytest.raises(DataError, match="'-1', which this set does not have"):
+    with pytest.raises(DataError, match="has the unknown label '-1'"):
         read_task(tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_sst5(tmp_path: Path) -> None:
     task = read_task(tmp_path)
     assert texts(task, "dev") == [("The ( big )", "positive"), ("1/2 stars", "very negative")]
     (tmp_path / "trees" / "dev.txt").write_text(f"{tree}\nno tree\n")
-    with pytest.raises(DataError, match=r"dev.txt, line 2: not a tree"):
+    with pytest.raises(DataError, match=r"dev.txt, line 2: the line must be a tree"):
         read_task(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_banking77(tmp_path: Path) -> None:
     assert texts(task, "test") == [("plain", "topic_1")]
     assert len(task.parts["train"]) + len(task.parts["dev"]) == 60
     (tmp_path / "test.csv").write_text("text,category\nplain,topic_9\n")
-    with pytest.raises(DataError, match="'topic_9', which this set does not have"):
+    with pytest.raises(DataError, match="has the unknown label 'topic_9'"):
         read_task(tmp_path)
     (tmp_path / "test.csv").write_text("text,label\nplain,topic_1\n")
     with pytest.raises(DataError, match="has no column 'category'"):

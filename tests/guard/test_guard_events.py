@@ -37,7 +37,7 @@ def test_lines_of_two_attempts(tmp_path: Path) -> None:
 
 
 def test_an_unknown_event_is_a_mistake_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'finish'"):
+    with pytest.raises(ValueError, match="event finish: must be"):
         EventsFile(tmp_path / "events.jsonl").write("finish", 1)
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_event_is_a_mistake_of_ours(tmp_path: Path) -> None:
             "DataError: a.bin is cut",
         ),
         ("end", {}, "had finished"),
-        (None, {}, "without a last event"),
+        (None, {}, "left no last event"),
     ],
 )
 def test_a_restart_names_its_cause(

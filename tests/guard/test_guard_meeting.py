@@ -49,8 +49,8 @@ def test_the_first_difference_is_known_to_all() -> None:
     assert on_ranks(lambda meeting: meeting.difference("same", {"a": 1})) == [""] * 3
     found = on_ranks(lambda meeting: meeting.difference("other", {"a": 1, "b": meeting.rank // 2}))
     assert len(set(found)) == 1
-    assert "rank 2 on " in str(found[0]) and "has b = 1, and rank 0 has b" not in str(found[0])
-    assert "has b = 1, and rank 0 has 0" in str(found[0])
+    assert "rank 2 on " in str(found[0]) and "has b = 1, but rank 0 has b" not in str(found[0])
+    assert "has b = 1, but rank 0 has 0" in str(found[0])
 
 
 def test_other_settings_are_refused_on_all_ranks(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_other_settings_are_refused_on_all_ranks(tmp_path: Path) -> None:
 
     for answer in on_ranks(work):
         assert isinstance(answer, ConfigError) and answer.exit_status == 2
-        assert "rank 2 on " in str(answer) and "--lr = 0.05, and rank 0 has 0.001" in str(answer)
+        assert "rank 2 on " in str(answer) and "has --lr = 0.05, but rank 0 has 0.001" in str(answer)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_all_ranks_load_what_rank_0_sees(root: Path, monkeypatch: pytest.MonkeyP
 def test_what_rank_0_refuses_no_other_rank_waits_for(tmp_path: Path) -> None:
     config = parse(["--data-path", "text", "--load", str(tmp_path / "nowhere")], routers=ROUTERS)
     for answer in on_ranks(lambda meeting: decide_together(config, meeting)):
-        assert isinstance(answer, CheckpointError) and "there is no finished checkpoint" in str(answer)
+        assert isinstance(answer, CheckpointError) and "the folder has no finished checkpoint" in str(answer)
 
 
 def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_tasks_of_mpirun() -> None:
         (TORCHRUN | {"RANK": "one"}, "RANK = one: must be an integer at least 0"),
         (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE = many"),
         (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT = 99999: must be an integer from 1 to 65535"),
-        (TORCHRUN | {"RANK": "2"}, "RANK = 2: must be below WORLD_SIZE = 2"),
+        (TORCHRUN | {"RANK": "2"}, "RANK = 2: must be less than WORLD_SIZE = 2"),
     ],
 )
 def test_half_an_environment_is_a_message(environ: dict[str, str], words: str) -> None:

@@ -52,7 +52,7 @@ def test_a_second_ctrl_c_ends_at_once(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with stop_signals(StopRequest(), enabled=True), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-        assert "Ctrl-C again ends at once" in capfd.readouterr().err
+        assert "press Ctrl-C again to end at once" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGTERM)  # a scheduler that insists is no person who gives up
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)

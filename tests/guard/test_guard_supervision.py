@@ -41,7 +41,7 @@ def test_a_rank_that_the_launcher_ends_leaves_the_word_to_the_one_that_failed(
     """The signal can arrive before this rank sees that the other one is gone; a traceback is no help then."""
     left, told = leave(LOST, signalled=True, folder=tmp_path)
     assert isinstance(left, SystemExit) and left.code == 1 and told == ["failure"]
-    assert capsys.readouterr().err == "warning: this rank ends because another rank has failed\n"
+    assert capsys.readouterr().err == "warning: this rank stops because another rank has failed\n"
 
 
 @pytest.mark.parametrize(

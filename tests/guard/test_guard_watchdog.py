@@ -63,7 +63,7 @@ class TestWhoIsNamed:
 
     def test_words(self) -> None:
         assert describe(BEAT) == (
-            "rank 0 (node-a, pid 11) has been in step 57, step, for 300 s, at wait (x.py:3)"
+            "rank 0 (node-a, pid 11) has been in step 57 (step) for 300 s, at wait (x.py:3)"
         )
 
 
@@ -105,7 +105,7 @@ class TestRounds:
         watch.look()
         told = capfd.readouterr().err
         assert ended == [1]
-        assert "rank 1 (node-a, pid 11) has been in step 57" in told and "no sign of life for 10 s" in told
+        assert "rank 1 (node-a, pid 11) has been in step 57" in told and "silent for 10 s" in told
         assert "test_guard_watchdog.py" in told  # the stacks of this process
 
     def test_the_second_rank_speaks_where_the_first_is_silent(

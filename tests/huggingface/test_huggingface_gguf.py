@@ -101,5 +101,5 @@ def test_what_llama_cpp_computes_otherwise_is_refused() -> None:
         (dense, target_of(QWEN3_MOE, dense, KEPT), "float32"),
         (scaled, target_of(QWEN3_MOE, scaled, KEPT), "float32"),
     ):
-        with pytest.raises(CheckpointError, match=r"llama\.cpp cannot take this model"):
+        with pytest.raises(CheckpointError, match=r"llama\.cpp cannot run this model"):
             check_gguf(other, target, dtype, tokenizer)

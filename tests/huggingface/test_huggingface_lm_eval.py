@@ -152,7 +152,7 @@ def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, 
     with pytest.raises(ConfigError, match="--topk = 5: must be from 1 to the 4 experts of the model"):
         run_on(tmp_path / "run", tmp_path, "--topk", "2", "5")
     make_up(tmp_path / "groups", SETTINGS | GROUPS)
-    with pytest.raises(ConfigError, match="--topk = 1: must be one at which Glm4MoeForCausalLM chooses"):
+    with pytest.raises(ConfigError, match="--topk = 1: must be a k at which Glm4MoeForCausalLM chooses"):
         run_on(tmp_path / "groups", tmp_path, "--topk", "1", "2")  # it judges a group by two experts
     dense = tmp_path / "dense"
     dense.mkdir()
@@ -169,7 +169,7 @@ def test_text_at_a_k_that_the_class_does_not_serve(tmp_path: Path) -> None:
     words = ["--prompt", "a", "--max-new-tokens", "1", "--topk"]
     generate.main(["--load", str(tmp_path / "groups"), *words, "1", "2"])
     generate.main(["--load", str(tmp_path / "out"), *words, "2"])
-    with pytest.raises(ConfigError, match="--topk = 1: must be one at which Glm4MoeForCausalLM chooses"):
+    with pytest.raises(ConfigError, match="--topk = 1: must be a k at which Glm4MoeForCausalLM chooses"):
         generate.main(["--load", str(tmp_path / "out"), *words, "1", "2"])
 
 
@@ -177,7 +177,7 @@ def test_text_at_a_k_that_the_class_does_not_serve(tmp_path: Path) -> None:
 def test_a_line_without_text_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one\u2028two"}\n\n' + line + "\n")
-    with pytest.raises(DataError, match=r'a\.jsonl, line 3: is not a JSON object with a field "text"'):
+    with pytest.raises(DataError, match=r'a\.jsonl, line 3: must be a JSON object with a field "text"'):
         list(texts_in(path))
 
 

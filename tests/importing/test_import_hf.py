@@ -69,19 +69,19 @@ MOVED: dict[str, Any] = {
     "half a group": case("qwen3", *UP, "--granularity", "2", "--topk", "4", topks=[3]),
 }
 REFUSED: dict[str, Any] = {
-    "attention_bias; our attention has biases only on queries, keys and values": case("biased", topks=[]),
-    "a sliding window in some layers": case("biased", topks=[]),
+    "attention_bias is supported only on queries, keys and values": case("biased", topks=[]),
+    "a sliding window in only some layers is not supported": case("biased", topks=[]),
     "rope_type longrope": case("biased", topks=[]),
     "model.layers.1.mlp.experts.3.up_proj.weight: missing": case("holed", topks=[]),
     "extra.weight: unexpected tensor": case("holed", topks=[]),
-    "cannot be given the router of another model": case("qwen3_moe", "--router", "xmoe", topks=[]),
+    "cannot keep the router of the model": case("qwen3_moe", "--router", "xmoe", topks=[]),
     "--router = xmoe: has weights that do not sum to 1": case("llama", *UP, "--router", "xmoe", topks=[]),
-    "--scale-pre-softmax: is for the routers topk": case(
+    "--scale-pre-softmax: works only with the routers topk": case(
         "llama", *UP, "--router", "competesmoe", "--scale-pre-softmax", topks=[]
     ),
-    "--scale-pre-softmax: is for dense models": case("qwen3_moe", "--scale-pre-softmax", topks=[]),
+    "--scale-pre-softmax: is only for dense models": case("qwen3_moe", "--scale-pre-softmax", topks=[]),
     "--upcycle: must be given for a dense model": case("llama", topks=[]),
-    "--granularity = 5: must divide the MLP's width 48": case("llama", *UP, "--granularity", "5", topks=[]),
+    "--granularity = 5: must divide the MLP width, 48": case("llama", *UP, "--granularity", "5", topks=[]),
     "--topk = 3: must be a multiple of --granularity = 2": case(
         "llama", *UP, "--granularity", "2", "--topk", "3", topks=[]
     ),
@@ -92,10 +92,10 @@ REFUSED: dict[str, Any] = {
         "llama", *UP, "--proof-topk", "9", topks=[]
     )
     | {"proof": True},
-    "--proof-topk = 2: must be one at which DeepseekV3ForCausalLM chooses the same experts: 4": case(
+    "--proof-topk = 2: must be a k at which DeepseekV3ForCausalLM chooses the same experts: 4": case(
         "deepseek_v3", "--proof-topk", "2", topks=[]
     ),
-    "its q/k norms are over the whole width": case("olmoe", topks=[]),
+    "its q/k norms are not supported, because they span all heads": case("olmoe", topks=[]),
 }
 
 

@@ -49,13 +49,15 @@ def test_the_mixture_computes_the_dense_run(tmp_path: Path, qk_norm: bool, flags
 def test_what_is_no_dense_run_is_refused(tmp_path: Path) -> None:
     words = ["--output", str(tmp_path / "run"), "--upcycle", "4", "--no-proof", "--input"]
     make_up(tmp_path / "mixture", SETTINGS | {"num_experts": 4}, small)
-    with pytest.raises(HyperRouterError, match="the run has 4 experts in a layer") as error:
+    with pytest.raises(HyperRouterError, match="the run has 4 experts in each layer") as error:
         main([*words, str(tmp_path / "mixture")])
     assert error.value.exit_status == 4
     make_up(tmp_path / "scaled", SETTINGS | {"router": {"name": "topk", "scaling_factor": 2.0}}, small)
-    with pytest.raises(HyperRouterError, match="multiplies the only expert's output"):
+    with pytest.raises(HyperRouterError, match="multiplies the output of the only expert"):
         main([*words, str(tmp_path / "scaled")])
     make_up(tmp_path / "biased", SETTINGS | {"add_qkv_bias": True}, small)
-    with pytest.raises(HyperRouterError, match="upcycling does not follow: --add-qkv-bias"):
+    with pytest.raises(
+        HyperRouterError, match="upcycling does not support these settings of the run: --add-qkv-bias"
+    ):
         main([*words, str(tmp_path / "biased")])
     assert not (tmp_path / "run").exists()

@@ -177,7 +177,7 @@ def test_median_distance_of_mostly_equal_tokens_is_their_root_mean_square():
 
 def test_bandwidths_that_are_none_are_refused():
     for sigma in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="must be above 0"):
+        with pytest.raises(ValueError, match="must be greater than 0"):
             rbf_cka(torch.zeros(3, 2), torch.zeros(3, 2), sigma)
 
 

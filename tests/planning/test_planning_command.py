@@ -195,7 +195,7 @@ def test_ways_to_save_memory_keep_the_rules_too(folder: Path) -> None:
         (["--gpus", "0"], "--gpus = 0: must be at least 1"),
         (["--gpus", "12"], "--gpus = 12: must be divisible by --per-node = 8"),
         (["--gpus", "8", "--gpu-memory", "2"], "--reserve = 2.5: must be at least 0"),
-        (["--gpus", "8", "--expert-model-parallel-size", "2"], "is chosen by this command"),
+        (["--gpus", "8", "--expert-model-parallel-size", "2"], "is set by this command"),
         (["--gpus", "8", "--hidden-sise", "2"], "--hidden-size"),
         (["--gpus", "8", "--calibration", "nowhere.json"], "--calibration = nowhere.json: cannot be read"),
         (["--gpus", "11", "--per-node", "11"], "--global-batch-size"),

@@ -78,13 +78,13 @@ def test_each_token_is_read_once_on_any_number_of_ranks(
         job = zygote.run(flags, ranks=ranks, noted="read")
         read[ranks] = inputs(zygote, 10**9)
         changed = (
-            f"the number of ranks was {before} in the checkpoint and is {ranks} now: the optimizer "
+            f"the number of ranks was {before} in the checkpoint and is now {ranks}: the optimizer "
             "state is redistributed"
         )
         assert job.stdout.count(changed) == (ranks != before)
         assert (
             job.stdout.count(
-                "was 8 in the checkpoint and is 4 now: the run continues with the data that it has not read"
+                "was 8 in the checkpoint and is now 4: the run continues with data that it has not read"
             )
             == 1
         )

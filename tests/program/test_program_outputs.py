@@ -248,12 +248,12 @@ class TestCheckpoints:
 
         sizes = refused("--hidden-size", 64, "--num-experts", 8)
         assert (
-            "--hidden-size was 32 in the checkpoint and is 64 now" in sizes
+            "--hidden-size was 32 in the checkpoint and is now 64" in sizes
             and "--num-experts was 4" in sizes
             and "settings.yaml" in sizes
         )
         seed = refused("--router.seed", 77)
-        assert "--router.seed was none and is 77 now" in seed and "--override" in seed
+        assert "--router.seed was none and is now 77" in seed and "--override" in seed
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
 
     def test_another_layout_continues_and_says_what_cannot_move(
@@ -262,7 +262,7 @@ class TestCheckpoints:
         """Two ranks of DeepSpeed -> one of Megatron; the dropout of this run is drawn by place."""
         flags = flags_of(text, tmp_path / "run", "--load", whole, "--engine", "megatron", *ONE_RANK)
         told = zygote.run(flags).stdout
-        assert "the number of ranks was 2 in the checkpoint and is 1 now: the optimizer state is" in told
+        assert "the number of ranks was 2 in the checkpoint and is now 1: the optimizer state is" in told
         assert "dropout draws other numbers than on the layout of the checkpoint" in told
 
 
@@ -287,7 +287,7 @@ class TestDamaged:
                 flags_of(text, tmp_path / "run", "--load", tmp_path / "run"), ranks=RANKS, expect=4
             ).stderr
         )
-        assert f"{damaged} was altered" in message and f"--load {copy / 'step_0000009'}" in message
+        assert f"{damaged} has changed" in message and f"--load {copy / 'step_0000009'}" in message
 
 
 class TestTools:
@@ -349,4 +349,4 @@ class TestTools:
         assert str(output / "iter_0000012") in job.stdout and "--num-experts 4" in job.stdout
         assert list((output / "iter_0000012").glob("*.distcp"))
         again = zygote.run(["--load", whole, "--output", output], program=program, expect=4)
-        assert "is already there" in again.stderr
+        assert "already exists" in again.stderr

@@ -159,7 +159,7 @@ class TestData:
         job = zygote.run([*flags, "--train-iters", "1", "--lr-warmup-iters", "0"])
         assert (
             job.stderr.count(
-                f"{prefix}: none of the first documents ends with id 256, by which --eod-mask-loss tells"
+                f"{prefix}: none of the first documents ends with id 256, but --eod-mask-loss needs"
             )
             == 1
         )
@@ -168,7 +168,7 @@ class TestData:
         job = zygote.run([*flags, "--train-iters", "2"], expect=3)
         message = one_message(job.stderr)
         assert f"has read another file of the same name:\n  - {prefix}: " in message
-        assert "remedy: put back what that run has read" in message
+        assert "remedy: restore what the run has read" in message
         assert [line["step"] for line in metrics(run_dir)] == [1]
         Path(f"{prefix}.bin").write_bytes(before)
         zygote.run([*flags, "--train-iters", "2"])
@@ -180,7 +180,7 @@ class TestCheckpoint:
 
     def test_nothing_to_load(self, refused: Refused, tmp_path: Path) -> None:
         message = refused("--load", tmp_path / "nowhere", status=4)
-        assert f"--load {tmp_path / 'nowhere'}: there is no finished checkpoint" in message
+        assert f"--load = {tmp_path / 'nowhere'}: the folder has no finished checkpoint" in message
 
 
 class TestLibraries:

@@ -253,7 +253,7 @@ def test_folding(name):
     router = small(name, aux_loss_coeff=0.1)
     if name in ("xmoe", "stablemoe"):  # cosines, and routes by token id
         for refused in (router.linear, router.fold):
-            with pytest.raises(NotImplementedError, match=f"router '{name}'"):
+            with pytest.raises(NotImplementedError, match=f"router {name} "):
                 refused()
         return
     W_ED, b_E = router.linear()
@@ -337,5 +337,5 @@ def test_what_needs_tokens_or_counts_says_so(name, options):
     needs_counts = any(not torch.equal(tensor, changed[key]) for key, tensor in router.state_dict().items())
     warned = " ".join(router.config.unserved())
     # Without a loss that they belong to, simsmoe's counts serve nothing.
-    assert ("what all ranks chose" in warned) == (needs_counts and options != {"similarity_coeff": 0.0})
+    assert ("the choices of all ranks" in warned) == (needs_counts and options != {"similarity_coeff": 0.0})
     assert ("its arrive() before" in warned) == needs_tokens

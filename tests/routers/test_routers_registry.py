@@ -34,7 +34,7 @@ def test_importing_the_package_loads_no_torch():
 
 
 def test_a_second_claim_on_a_name_is_refused():
-    with pytest.raises(TypeError, match=r"'hyper' is claimed by HyperRouter and .*Impostor"):
+    with pytest.raises(TypeError, match=r"the router name hyper is used by both HyperRouter and .*Impostor"):
 
         class Impostor(Router, name="hyper"):
             pass

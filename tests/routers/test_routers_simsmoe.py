@@ -309,7 +309,7 @@ def test_a_micro_batch_spread_over_ranks(options):
 def test_a_spread_micro_batch_needs_places():
     router = due(small(), (1, 3))
     router.gather_shards = lambda rows: rows
-    with pytest.raises(ValueError, match="needs the places of the tokens"):
+    with pytest.raises(ValueError, match="needs the positions of the tokens"):
         run(router, tokens())
 
 
@@ -436,7 +436,7 @@ def test_options_are_checked_together():
 
 def test_k_of_1_is_warned_about():
     config = SimSMoERouter.Config()
-    assert [text.partition(":")[0] for text in config.warnings(topk=1)] == ["router 'simsmoe' with k = 1"] * 2
+    assert [text.partition(":")[0] for text in config.warnings(topk=1)] == ["router simsmoe with k = 1"] * 2
     assert not list(config.warnings(topk=2))
 
 

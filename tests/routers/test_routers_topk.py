@@ -339,7 +339,7 @@ def test_options_come_as_flags_and_from_yaml(tmp_path):
     )
     config = load_file(file, routers=ROUTERS)
     assert config.router.options == TopKRouter.Config(jitter_eps=0.01, aux_loss="global_batch", freeze=True)
-    with pytest.raises(ConfigError, match=r"--router\.renormalise = True: changes nothing"):
+    with pytest.raises(ConfigError, match=r"--router\.renormalise = True: has no effect"):
         parse(["--data-path", "corpus", "--router.name", "topk", "--router.renormalise"], routers=ROUTERS)
 
 
@@ -352,4 +352,4 @@ def test_warning_where_the_chosen_loss_is_multiplied_by_zero(kind, coefficient):
     )
     told = warnings(parse(words.split(), routers=ROUTERS, world_size=1))
     assert len(told) == (kind != "micro_batch" and not coefficient)
-    assert all(f"--router.aux-loss {kind} does nothing" in line for line in told)
+    assert all(f"--router.aux-loss {kind} has no effect" in line for line in told)

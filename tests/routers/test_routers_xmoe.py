@@ -192,7 +192,7 @@ def test_the_published_variant_folds_with_its_temperature(form, k):
 def test_the_cosine_does_not_fold_and_says_why():
     with pytest.raises(
         NotImplementedError,
-        match=r"divides each token's projection by its length.*--router\.no-normalize-input",
+        match=r"normalizes each token.*--router\.no-normalize-input",
     ):
         make().fold()
 

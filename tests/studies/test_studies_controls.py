@@ -63,7 +63,7 @@ def test_questions_stand_once_runs_are_finished(tmp_path: Path) -> None:
     content = {"comparisons": ["a:b@1"], "jobs": 2}
     write_study(tmp_path / "out", content, started=False)
     write_study(tmp_path / "out", {**content, "comparisons": ["a:b@2"]}, started=False)
-    with pytest.raises(ConfigError, match="must be named before the runs, which answer a:b@2"):
+    with pytest.raises(ConfigError, match="cannot change after the runs started; they were a:b@2"):
         write_study(tmp_path / "out", content, started=True)
 
 
@@ -82,4 +82,4 @@ def test_words_of_a_verdict() -> None:
     assert words(-0.2, 0.01) == "hyper is better"
     assert words(0.2, 0.01) == "hyper is worse"
     assert words(-0.2, 0.05) == "not shown"
-    assert words(-0.2, None) == "one seed decides nothing"
+    assert words(-0.2, None) == "not testable with one seed"

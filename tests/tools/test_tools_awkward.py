@@ -44,9 +44,11 @@ CASES = {
     ),
     "no prefix": case(PREPROCESS + " --output-prefix=", 2, "--output-prefix = '': must not be empty"),
     "a key with a slash": case(
-        PREPROCESS + " --json-keys ../b", 2, "--json-keys = '../b': is a part of the output's name"
+        PREPROCESS + " --json-keys ../b", 2, "--json-keys = '../b': must not be empty or contain a slash"
     ),
-    "an empty key": case(PREPROCESS + " --json-keys=", 2, "--json-keys = '': is a part of the output's name"),
+    "an empty key": case(
+        PREPROCESS + " --json-keys=", 2, ("--json-keys = '': must not be empty or contain a slash")
+    ),
     "100000 workers": case(PREPROCESS + " --workers 100000", 2, "--workers = 100000: must be 1 to 1024"),
     "a negative time": case(
         PREPROCESS + " --save-seconds -1", 2, "--save-seconds = -1.0: must be at least 0"
@@ -79,10 +81,13 @@ CASES = {
     "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
     # data: status 3
     "another p.journal": case(
-        PREPROCESS, 3, "p.journal: not the journal of an unfinished run", p__journal=b"Dear diary\n"
+        PREPROCESS, 3, "p.journal: this file is in the way", p__journal=b"Dear diary\n"
     ),
     "another p.journal, overwrite": case(
-        PREPROCESS + " --overwrite", 3, "p.journal: not the journal", p__journal=b'{"dear": "diary"}\n'
+        PREPROCESS + " --overwrite",
+        3,
+        ("p.journal: this file is in the way"),
+        p__journal=b'{"dear": "diary"}\n',
     ),
     "a journal of another version": case(
         PREPROCESS, 3, "p.journal: written by another version", p__journal=HEAD.replace(b"1", b"9", 1)
@@ -106,10 +111,10 @@ CASES = {
         "inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000
     ),
     "a corpus without a name": case(
-        "make_corpus --root . --output=", 3, "'': cannot be written: not a file name"
+        "make_corpus --root . --output=", 3, "'': cannot be written, because it is not a file name"
     ),
     "a corpus in a folder's place": case(
-        "make_corpus --root . --output c", 3, "c: cannot be written: not a file name", c=None
+        "make_corpus --root . --output c", 3, "c: cannot be written, because it is not a file name", c=None
     ),
 }
 
@@ -217,7 +222,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, make: Callable[[Path
     (tmp_path / "root" / "one.txt").write_text("one")
     make(tmp_path)
     status, _, err = run(["make_corpus", "--root", "root", "--output", "c.jsonl"], tmp_path)
-    assert status == 3 and "c.jsonl: cannot be written: not a file name" in err
+    assert status == 3 and "c.jsonl: cannot be written, because it is not a file name" in err
     assert (tmp_path / "c.jsonl").is_fifo()
     status, _, err = run(f"preprocess_data --input c.jsonl {PREPROCESS.split(' ', 3)[3]}".split(), tmp_path)
     assert status == 3 and "remedy: write it to a file first" in err, err

@@ -236,7 +236,7 @@ def test_differences_are_paired_by_seed(compared: Compared) -> None:
             ONE_DEGREE * abs(apart[0] - apart[1]) / 2, rel=1e-6
         )
         assert f"{sum(apart) / 2:+.4f} ± " in compared.out
-    assert f"| minus {LABELS[0]}, seed by seed |" in compared.out
+    assert f"| minus {LABELS[0]}, paired by seed |" in compared.out
 
 
 def test_verdicts_against_scipy(compared: Compared) -> None:
@@ -294,9 +294,9 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(co
     assert "started" not in err
     later = ["--comparisons", "twins:topk@4"]
     _, err = finish(start(compared.folder, *words, *later, "--seeds", 2, "--train-iters", STEPS), expect=2)
-    assert "must be named before the runs, which answer twins:topk@1, topk:twins@2" in err
+    assert "cannot change after the runs started; they were twins:topk@1, topk:twins@2" in err
     _, err = finish(start(compared.folder, *words, "--seeds", 1, "--train-iters", STEPS + 1), expect=2)
-    assert err.count("holds a run with other settings") == 2
+    assert err.count("has a run with other settings") == 2
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a comparison that cannot be read": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk@1"],
         "",
-        "is not of the form LEFT:RIGHT@K",
+        "must have the form LEFT:RIGHT@K with two labels and a number of experts",
     ),
     "a comparison with nobody": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk:hyper@1", "topk:xmoe@3"],

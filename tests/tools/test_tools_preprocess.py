@@ -181,17 +181,17 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
     return {
         "cut.jsonl.gz": ("cut.jsonl.gz", r"cut\.jsonl\.gz, byte \d+: cannot be read further"),
         "cut.jsonl.zst": ("cut.jsonl.zst", r"cut\.jsonl\.zst, byte \d+: cannot be read further"),
-        "latin": ("latin.jsonl", r"latin\.jsonl, line 2, byte 27: not UTF-8"),
-        "broken": ("broken.jsonl", r"broken\.jsonl, line 2: broken JSON at column"),
+        "latin": ("latin.jsonl", r"latin\.jsonl, line 2, byte 27: the text is not UTF-8"),
+        "broken": ("broken.jsonl", r"broken\.jsonl, line 2: invalid JSON at column"),
         "tokens": (
             "tokens.jsonl",
-            r"tokens\.jsonl, byte 0: the file is the index of a pair of token files already",
+            r"tokens\.jsonl, byte 0: the file is the index of existing token files",
         ),
-        "binary": ("binary.txt", r"binary\.txt, byte 4: a NUL"),
-        "empty": ("empty.jsonl", r"empty\.jsonl: no documents"),
+        "binary": ("binary.txt", r"binary\.txt, byte 4: the file has a NUL"),
+        "empty": ("empty.jsonl", r"empty\.jsonl: the input has no documents"),
         "hollow": ("hollow.parquet", r"empty file: hollow\.parquet"),
         "foreign": ("foreign.parquet", r"foreign\.parquet, footer: cannot be read"),
-        "key": ("key.jsonl", r"key\.jsonl, line 1: no key 'text'; keys present: 'body'"),
+        "key": ("key.jsonl", r"key\.jsonl, line 1: there is no key 'text' \(keys present: 'body'\)"),
         "glob": ("nothing-*.jsonl", r"no input file matches: nothing-\*\.jsonl"),
     }
 
@@ -247,7 +247,7 @@ def test_three_machines_and_a_merge(tmp_path: Path) -> None:
         stream.write(b"\x01\x01")
     status, out, err = run("inspect_data", "p_text_document", "--verify", cwd=tmp_path)
     assert status == 3 and not out
-    assert "p_text_document.bin: SHA-256" in err and "remedy: copy the files again" in err
+    assert "p_text_document.bin: the file has changed" in err and "remedy: copy the files again" in err
     assert run("inspect_data", "p_text_document", cwd=tmp_path)[0] == 0
     status, _, err = run("merge_data", "p", cwd=tmp_path)
     assert status == 3 and "p: no shards" in err

@@ -129,9 +129,9 @@ def test_a_row_for_each_run(study: Study) -> None:
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_by_two_have_no_fit_and_it_is_said_before_and_after(study: Study) -> None:
-    reason = "E + A/N^alpha has 3 parameters and needs runs of 4 different sizes at least, there are 2"
-    assert study.err.startswith(f"note: no fit will be made: {reason}\n")
-    assert f"No fit of k = 2: {reason}." in study.out
+    reason = "E + A/N^alpha needs runs of at least 4 different sizes, but there are 2"
+    assert study.err.startswith(f"note: no curve will be fitted, because {reason}\n")
+    assert f"No curve was fitted for k = 2: {reason}." in study.out
     assert [found["refused"] for found in json.loads((study.folder / "out" / "fit.json").read_text())] == [
         reason
     ] * 2
@@ -171,7 +171,7 @@ def test_finished_runs_stay_and_a_cluster_gets_the_others(
             rows(tmp_path / "out" / "runs.csv")[3][name] == rows(study.folder / "out" / "runs.csv")[3][name]
         )
     _, other = study.arguments, zygote.run([*study.arguments, "--lr", "0.5"], program=TOOL, expect=2)
-    assert other.stderr.count("holds a run with other settings") == 4
+    assert other.stderr.count("has a run with other settings") == 4
 
 
 def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_curve_for_each_router(
     out = capsys.readouterr().out
     assert (
         "N grows as C^0.46 [0.46, 0.46]" in out
-        and "do not tell" not in out
+        and "do not determine" not in out
         and "Scores of the valid split" in out
         and "nats/token" in out
     )
@@ -295,7 +295,10 @@ def test_what_the_runs_do_not_tell_stands_in_the_table(
     for _, row in made_up:
         row["scores"][0]["lm_loss"] -= 1.8 if row["router.name"] == "topk" else 0.0
     write_results(made_up, arguments(tmp_path / "a"))
-    assert "router.name = topk: these runs do not tell E, which ended at a bound" in capsys.readouterr().out
+    assert (
+        "router.name = topk: these runs do not determine E (the fit ended at a bound)"
+        in capsys.readouterr().out
+    )
     assert [found["at_bounds"] for found in json.loads((tmp_path / "a" / "fit.json").read_text())] == [
         ["E"],
         [],
@@ -319,7 +322,7 @@ def test_curve_for_takes_axes_apart(made_up: list[tuple[Any, dict[str, Any]]], t
 AXIS = ["--axis", "hidden_size", "16", "32"]
 REFUSED: dict[str, tuple[list[str], str, str]] = {
     "no axis": ([], "", "--axis: is missing"),
-    "one value": (["--axis", "hidden_size", "16"], "", "must have two values at least"),
+    "one value": (["--axis", "hidden_size", "16"], "", "must have at least two values"),
     "no such setting": (["--axis", "hiden_size", "16", "32"], "", "did you mean hidden_size"),
     "a bad value": (["--axis", "hidden_size", "16", "0"], "", "must be an integer >= 1"),
     "a size that cannot be": (["--axis", "hidden_size", "16", "33"], "", "--num-attention-heads"),
@@ -346,7 +349,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds = 0: must be at least 1"),
     "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval = 1 0: must be at least 1"),
     "both": ([*AXIS, "--dry-run", "--collect"], "", "cannot be combined with --dry-run"),
-    "nothing to collect": ([*AXIS, "--collect"], "", "found none of the 6 runs of this study finished"),
+    "nothing to collect": ([*AXIS, "--collect"], "", "has none of the 6 runs of this study finished"),
     "half a node": (
         [*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"],
         "",

@@ -112,16 +112,16 @@ NAMED: dict[str, Callable[[dict[str, tuple[float, str]]], bool]] = {
     ),
     FAULTS[3]: lambda told: (
         told["frozen parts"][0] == 1
-        and told["frozen parts"][1].startswith("rank 1 has another decoder.layers.0.")
+        and told["frozen parts"][1].startswith("rank 1 has a different decoder.layers.0.")
     ),
 }
 
 
 CAUSES = {
-    FAULTS[0]: "gradients of experts, and no others, are 2 times (EP = 2 or DP = 2)",
-    FAULTS[1]: "only the embedding's gradient is wrong",
+    FAULTS[0]: "only the gradients of experts differ: they are 2 times (EP = 2 or DP = 2)",
+    FAULTS[1]: "only the gradient of the embedding is wrong",
     FAULTS[2]: "the auxiliary loss is 2 times (TP = 2)",
-    FAULTS[3]: "rank 1 has another frozen part",
+    FAULTS[3]: "rank 1 has a different frozen part",
 }
 
 
@@ -132,7 +132,7 @@ def test_a_fault_is_caught_and_named(proof: Proof, layout: str, engine: str) -> 
     assert NAMED[layout](told), told
     assert told["gradients"][1] in proof.out
     (cause,) = proof.rows[layout, engine]["causes"]
-    assert cause.startswith(CAUSES[layout]) and f"looks like this: {cause}" in proof.out
+    assert cause.startswith(CAUSES[layout]) and f"probable cause: {cause}" in proof.out
 
 
 @pytest.mark.parametrize("layout", FAULTS[:3])
@@ -143,19 +143,19 @@ def test_nobody_else_is_blamed_for_the_hypernetwork(proof: Proof, layout: str) -
 @pytest.mark.parametrize(
     ("arguments", "settings", "world", "says"),
     [
-        (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "no such fault"),
+        (("--layouts", "dp=2,fault=gremlin"), SETTINGS, "1", "has an unknown fault"),
         (
             ("--local_rank=0", "--layouts", "tp=none"),
             SETTINGS,
             "1",
-            "tp=none: needs a whole number",
+            "tp=none: must have an integer >= 1",
         ),  # as the deepspeed launcher starts it
         ((), SETTINGS.replace("moe_router_topk: 2", "moe_router_topk: 5"), "1", "--moe-router-topk"),
         (
             ("--layouts", "tp=2,ep=2", "ep=2"),
             SETTINGS,
             "2",
-            "--layouts = tp=2,ep=2: needs more ranks than the 2 that the launcher started",
+            "--layouts = tp=2,ep=2: needs more than the 2 ranks that the launcher started",
         ),
         # one process on the other engine is not a layout that was asked for
         (("--layouts", "ep=3"), SETTINGS, "1", "--layouts = ep=3 on megatron: "),

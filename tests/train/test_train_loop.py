@@ -344,7 +344,7 @@ class TestResume:
         with pytest.raises(CheckpointError, match="different shapes") as caught:
             run(change(again, "model", hidden_size=512, num_experts=4, mlp_type="residual"))
         for words in (
-            "--hidden-size was 256 in the checkpoint and is 512 now",
+            "--hidden-size was 256 in the checkpoint and is now 512",
             "--mlp-type was standard",
             "--num-experts was 8 in",
             "--kv-channels was 64",
@@ -370,7 +370,7 @@ class TestResume:
     ) -> None:
         run(config)
         run(change(again, "engine", zero_stage=2))
-        told = "--zero-stage was 1 in the checkpoint and is 2 now: the optimizer state is redistributed"
+        told = "--zero-stage was 1 in the checkpoint and is now 2: the optimizer state is redistributed"
         assert told in capsys.readouterr().out
 
     def test_another_layout_needs_finetune_in_format_1(
@@ -388,7 +388,7 @@ class TestResume:
         run(config, engine=Earlier(VOCAB_SIZE))
         other = change(again, "engine", zero_stage=2)
         with pytest.raises(
-            CheckpointError, match="--zero-stage was 1 in the checkpoint and is 2 now"
+            CheckpointError, match="--zero-stage was 1 in the checkpoint and is now 2"
         ) as caught:
             run(other)
         assert "--finetune" in caught.value.remedy
@@ -402,7 +402,7 @@ class TestResume:
         run(change(again, "train", seed=99, global_batch_size=2))
         told = capsys.readouterr().err
         assert (
-            "--seed was 1234 in the checkpoint and is 99 now" in told and "--global-batch-size was 4" in told
+            "--seed was 1234 in the checkpoint and is now 99" in told and "--global-batch-size was 4" in told
         )
 
     @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ class TestScore:
         assert sum(part.loss_sum for part in parts) == pytest.approx(alone.loss_sum, rel=1e-6)
 
     def test_no_samples(self) -> None:
-        with pytest.raises(DataError, match="no samples to score"):
+        with pytest.raises(DataError, match="the split has no samples to evaluate"):
             score(FakeEngine(VOCAB_SIZE), FakeDataset(0), topk=1, micro_batch_size=4)
 
 

@@ -104,5 +104,5 @@ def test_a_warm_up_longer_than_the_run_is_only_a_warm_up(style: str) -> None:
 
 
 def test_step_zero_is_an_error() -> None:
-    with pytest.raises(ValueError, match="count from 1"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         learning_rate_at(0, OptimizerConfig(), 10)

@@ -57,7 +57,7 @@ def test_a_run_that_begins_has_its_own(tmp_path: Path) -> None:
     assert with_own_schedule(now, replace(start, weights_only=True)) == now
 
 
-@pytest.mark.parametrize(("text", "rule"), [(None, "is missing"), ("- lr\n", "does not hold settings")])
+@pytest.mark.parametrize(("text", "rule"), [(None, "is missing"), ("- lr\n", "has no settings")])
 def test_a_checkpoint_that_does_not_say(tmp_path: Path, text: str | None, rule: str) -> None:
     if text is not None:
         (tmp_path / SETTINGS).write_text(text, encoding="utf-8")

@@ -78,8 +78,8 @@ def test_rolling_back_leaves_out_all_steps_since_the_checkpoint(config: RunConfi
 @pytest.mark.parametrize(
     ("once", "said"),
     [
-        (False, "run again, it gives the same (lm_loss nan, grad_norm"),
-        (True, "a passing fault of the hardware is likely; seen on rank 0 (here, cpu)"),
+        (False, "repeated, the step gives the same result (lm_loss nan, grad_norm"),
+        (True, "a temporary hardware fault is likely; seen on rank 0 (here, cpu)"),
     ],
 )
 def test_stopping_says_whether_the_value_repeats(config: RunConfig, once: bool, said: str) -> None:
@@ -117,7 +117,7 @@ def test_a_resumed_run_decides_as_the_run_that_was_never_stopped(
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(config: RunConfig) -> None:
-    with pytest.raises(HyperRouterError, match="the last of 10 bad steps in a row"):
+    with pytest.raises(HyperRouterError, match="this is bad step 10 in a row"):
         run(policy(config, "skip"), engine=Faulty(dict.fromkeys(range(2, 13), math.nan)))
 
 
@@ -237,6 +237,6 @@ class TestAlarms:
         ]  # fmt: skip
 
     def test_stop_saves_first(self, config: RunConfig) -> None:
-        with pytest.raises(HyperRouterError, match="step 63: an alarm stops the run"):
+        with pytest.raises(HyperRouterError, match="step 63: an alarm stopped the run"):
             self.start(long(config, "imbalance=stop"))
         assert [(event["event"], event["step"]) for event in self.events] == [("alarm", 63), ("save", 63)]

@@ -92,7 +92,7 @@ def test_each_number_is_told_with_its_place(tmp_path: Path, reference: Evidence)
         "small",
     )
     assert told["weights"] == (pytest.approx(0.5, rel=1e-3), "w")
-    assert told["frozen parts"] == (1.0, "rank 1 has another decoder.layers.0.mlp.router")
+    assert told["frozen parts"] == (1.0, "rank 1 has a different decoder.layers.0.mlp.router")
 
 
 def test_noise_in_gradients_of_almost_nothing_is_relative_to_the_others(tmp_path: Path) -> None:

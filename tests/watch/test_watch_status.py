@@ -213,7 +213,7 @@ class TestRestart:
         write_events(run_dir, {"event": "start", "time": 1.0}, opening, opening, opening)
         assert worth_restarting(run_dir, 1) == (
             False,
-            "3 attempts in a row began after step 100, and none saved a later one",
+            "3 attempts in a row started after step 100, and none saved a later step",
         )
         write_events(run_dir, opening, opening, {**opening, "step": 120})
         assert worth_restarting(run_dir, 1)[0] is True
@@ -310,6 +310,6 @@ def test_a_hundred_thousand_steps(tmp_path: Path) -> None:
 
 def test_words(run_dir: Path) -> None:
     lines = dict(lines_of(now(run_dir)))
-    assert lines["step"] == "10 of 40 (25.0%)" and lines["speed"] == "50 tokens/s, 2 s a step"
+    assert lines["step"] == "10 of 40 (25.0%)" and lines["speed"] == "50 tokens/s, 2 s per step"
     assert lines["last save"] == "none yet" and lines["goodput"].startswith("20.0% (0:00:20 of 0:01:40")
     assert duration(93784) == "1 d 2:03:04"

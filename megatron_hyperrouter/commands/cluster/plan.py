@@ -166,7 +166,7 @@ def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[st
     line, file = program_flags(words), read_yaml(path)
     layout = names_with(Role.LAYOUT)
     if named := [flag for flag in line.flags if flag.removeprefix("--").replace("-", "_") in layout]:
-        problem = Problem(named[0], "", "is chosen by this command", "leave it out")
+        problem = Problem(named[0], "", "is set by this command", "leave it out")
         raise ConfigError([problem])
     chosen = line.flags.get("--engine")
     values = {name: value for name, value in file.values.items() if name not in layout}

@@ -62,13 +62,10 @@ def main(arguments: Sequence[str]) -> None:
     if len(cache.used) < cache.asked:
         raise DataError(
             f"{cache.asked - len(cache.used)} of {cache.asked} index files could not be written",
-            remedy="name a folder that can be written with --data-cache-path, here and in the run",
+            remedy="give a writable folder with --data-cache-path, here and in the run",
         )
     if not cache.used:
-        print(
-            "no index file is needed: what is small, or looked up on demand, is made by each process in no "
-            "time"
-        )
+        print("no index file is needed: each process builds these small indexes by itself")
     print(f"{time.monotonic() - begin:.1f} s")
 
 

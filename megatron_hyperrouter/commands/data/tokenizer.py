@@ -59,10 +59,17 @@ def main(arguments: Sequence[str]) -> None:
     problems = []
     if args.max_bytes is not None and args.max_bytes < 1:
         problems.append(
-            Problem("--max-bytes", args.max_bytes, "must be at least 1", "omit it to train on all")
+            Problem(
+                "--max-bytes",
+                args.max_bytes,
+                "must be at least 1",
+                ("leave it out to train on all of the text"),
+            )
         )
     if any(os.path.realpath(path) == os.path.realpath(args.output) for path in inputs):
-        problems.append(Problem("--output", args.output, "is one of the inputs", "choose another name"))
+        problems.append(
+            Problem("--output", args.output, "is one of the inputs", ("give the output another name"))
+        )
     if problems:
         raise ConfigError(problems)
     with Bar("mhr tokenizer") as bar:
@@ -71,6 +78,6 @@ def main(arguments: Sequence[str]) -> None:
     fewer = (
         ""
         if size == args.vocab_size
-        else f" of the {args.vocab_size:,} asked for: the text has no more pairs to merge"
+        else f" of {args.vocab_size:,}, because the text has no more pairs to merge"
     )
     print(f"{args.output}: {size:,} tokens{fewer}; {bar.seconds():.1f} s", file=sys.stderr)

@@ -47,8 +47,8 @@ def folders_of(args: Namespace) -> list[Path]:
     newest = find(args.load)
     if newest is None:
         raise CheckpointError(
-            f"--load {args.load}: there is no finished checkpoint",
-            remedy="name the --run-dir of a run that has saved one",
+            f"--load = {args.load}: the folder has no finished checkpoint",
+            remedy="give the folder of a run that has saved a checkpoint",
         )
     root = newest.parent
     there = sealed_steps(root)
@@ -60,7 +60,7 @@ def folders_of(args: Namespace) -> list[Path]:
             )
         return [root / folder_name(step) for step in sorted(set(args.steps))]
     if args.last > len(there):
-        rule = f"is more than the {len(there)} checkpoints in {root}"
+        rule = f"must be at most {len(there)}, the number of checkpoints in {root}"
         raise ConfigError([Problem("--last", args.last, rule, f"use --last {len(there)} or less")])
     return [root / folder_name(step) for step in there[-args.last :]]
 
@@ -73,7 +73,7 @@ def terms_of(args: Namespace, runs: Sequence[TrainedRun]) -> list[Term]:
     for run in runs:
         check_files(run.checkpoint)
     if args.weights is not None and len(args.weights) != len(runs):
-        rule = f"must be one weight for each of the {len(runs)} checkpoints"
+        rule = f"must have one weight for each of the {len(runs)} checkpoints"
         given = " ".join(map(str, args.weights))
         raise ConfigError(
             [Problem("--weights", given, rule, f"give {len(runs)} weights, oldest checkpoint first")]
@@ -153,7 +153,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         flags.refuse("--steps or --last", "", "one of the two is required", "give either --steps or --last")
     flags.check_at_least(args, 1, "last")
     if args.weights is not None and args.ema is not None:
-        flags.refuse("--ema", args.ema, "cannot be combined with --weights", "keep one of the two")
+        flags.refuse("--ema", args.ema, "cannot be combined with --weights", "keep one of the two flags")
     if args.ema is not None and not 0 < args.ema < 1:
         flags.refuse("--ema", args.ema, "must be greater than 0 and less than 1", "use --ema 0.9")
     if args.weights is not None and not sum(args.weights) > 0:

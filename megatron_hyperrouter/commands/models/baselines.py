@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
         raise DataError(
-            f"{config.data.tokenizer_type}: the bytes of a token do not follow from its id",
+            f"{config.data.tokenizer_type}: the bytes of a token are not known",
             remedy="use a byte-level tokenizer",
         )
     splits = build_splits(
@@ -85,15 +85,15 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror}", remedy="name the file that mhr evaluate wrote"
+            f"{path} cannot be read: {error.strerror}", remedy="give the file that mhr evaluate wrote"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: not the results of an evaluation",
+            f"{path} has no results of an evaluation",
             remedy="write it with mhr evaluate --output FILE.json",
         ) from error
     if not results:
-        raise DataError(f"{path} has no results", remedy="evaluate with at least one k")
+        raise DataError(f"{path} has no results", remedy="evaluate the run with at least one k")
     return results
 
 
@@ -120,7 +120,7 @@ def baseline_bits(
     if splits.train is None or splits.test is None:
         raise DataError(
             "the run has no training or no test data",
-            remedy="give all three shares of --split a number above 0",
+            remedy="give all three shares of --split a number greater than 0",
         )
     fitted = NgramBaselines(stretches(splits.train, eod, progress), vocab_size)
     parts, left = [np.zeros((0, 2), np.int64)], tokens
@@ -132,9 +132,8 @@ def baseline_bits(
         left -= len(parts[-1])
     if left:
         raise DataError(
-            f"the results count {tokens:,} targets, which is no number of whole samples of the run's test "
-            "split",
-            remedy="write the results with mhr evaluate in one process, from the data of the run",
+            f"the results count {tokens:,} targets, which is not a multiple of the sample length",
+            remedy="run mhr evaluate again in one process, with the data of the run",
         )
     contexts_N, targets_N = np.concatenate(parts).T
     per_byte = targets_N.size / bytes_V[targets_N].sum() / math.log(2)
@@ -172,7 +171,7 @@ def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
     table = Table(title=f"bits per byte on {tokens:,} tokens of the test split{left_out}")
     table.add_column("")
     table.add_column("bits per byte", justify="right")
-    table.add_column("against the bigram", justify="right")
+    table.add_column("change from bigram", justify="right")
     for name, bits in rows.items():
         table.add_row(name, f"{bits:.4f}", f"{bits / rows['bigram'] - 1:+.1%}")
     Console().print(table)

@@ -36,7 +36,7 @@ def refuse_several_ranks(world_size: int) -> None:
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     if world_size > 1:
-        rule = f"needs one process, and {world_size} were started"
+        rule = f"needs exactly one process, but {world_size} were started"
         raise ConfigError([Problem("--calibrate-k", True, rule, "start the command without a launcher")])
 
 

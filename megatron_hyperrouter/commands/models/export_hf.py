@@ -62,8 +62,8 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
         folder = publish(draft, args.output, failed=bool(faults))
     if faults:
         raise CheckpointError(
-            "\n  - ".join(["the proof is out of bounds:", *faults]),
-            remedy=f"the folder is {folder}; its certificate.json has all numbers",
+            "\n  - ".join(["the exported folder differs too much from the run:", *faults]),
+            remedy=f"look at all differences in certificate.json of {folder}",
         )
     if args.gguf is not None:
         write_gguf(args, folder)
@@ -157,8 +157,8 @@ def verify_folder(args: Namespace) -> None:
 
         if content["proof"] is None:
             raise CheckpointError(
-                f"{args.verify} was written with --no-proof: there are no numbers to compare with",
-                remedy="export it again without --no-proof, or leave --numbers out",
+                f"{args.verify} was written with --no-proof, so it has no numbers to compare with",
+                remedy="export the folder again without --no-proof, or leave out --numbers",
             )
         dtype = content["model"]["dtype"]
         task = {
@@ -171,7 +171,7 @@ def verify_folder(args: Namespace) -> None:
         found = score_faults(content, ask(task, python=args.python), dtype)
     if found:
         raise CheckpointError(
-            "\n  - ".join([f"{args.verify} is not as certified:", *found]),
+            "\n  - ".join([f"{args.verify} differs from its certificate:", *found]),
             remedy="copy the folder again from where it was written",
         )
     what = f"{len(content['tensors'])} tensors and {len(content['files'])} files"
@@ -182,7 +182,7 @@ def report(job: Export, folder: Path, tensors: int, proof: dict[str, Any] | None
     """A table for the terminal."""
     show(f"{folder}: {job.gates.target.architecture}, {tensors} tensors in {job.dtype}, k = {job.topk}")
     if proof is None:
-        show("The numbers of this folder were not proved (--no-proof).")
+        show("This folder was not compared with transformers (--no-proof).")
         return
     show(f"{'k':>4} {'max difference':>15} {'same experts':>13} {'perplexity':>11} {'transformers':>13}")
     for row in proof["results"]:

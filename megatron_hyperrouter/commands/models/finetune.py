@@ -125,7 +125,7 @@ def write(
         write_json(output / reports.RESULTS, {"results": rows})
     except OSError as error:
         raise HyperRouterError(
-            f"{output} cannot be written: {error.strerror or error}", remedy="make room on that disk"
+            f"{output} cannot be written: {error.strerror or error}", remedy="free space on that disk"
         ) from error
 
 
@@ -133,13 +133,15 @@ def check_output(output: Path) -> None:
     """ConfigError if there are already results, or if they cannot be written."""
     from megatron_hyperrouter.finetuning import reports
 
-    rule = "already holds results" if (output / reports.RESULTS).exists() else ""
+    rule = "already has results" if (output / reports.RESULTS).exists() else ""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        rule = f"cannot be made: {error.strerror or error}"
+        rule = f"cannot be created: {error.strerror or error}"
     if rule:
-        raise ConfigError([Problem("--output", output, rule, "give another folder, or move it away")])
+        raise ConfigError(
+            [Problem("--output", output, rule, ("give another folder, or move this folder away"))]
+        )
 
 
 def facts_of(run: TrainedRun, settings: Settings, task: Task, parts: dict[str, Part]) -> dict[str, Any]:

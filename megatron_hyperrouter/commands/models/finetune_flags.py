@@ -41,10 +41,10 @@ def words_of(path: Path) -> list[str]:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            [Problem("--config", path, f"cannot be read: {error}", "give a YAML file of the flags below")]
+            [Problem("--config", path, f"cannot be read: {error}", "give a YAML file of flags")]
         ) from error
     if not isinstance(found, dict):
-        remedy = "write lines such as lr: 1.0e-4"
+        remedy = "write one flag on each line, such as lr: 1.0e-4"
         raise ConfigError([Problem("--config", path, "must be a mapping of flags", remedy)])
     words = list[str]()
     for name, value in found.items():

@@ -87,10 +87,13 @@ def texts(
     eod = end_of_text(tokenizer)
     encoded = [tokenizer.encode(prompt) or ([] if eod is None else [eod]) for prompt in prompts]
     if not all(encoded):
-        raise DataError("a prompt has no tokens", remedy="give a text that is not empty")
+        raise DataError("a prompt has no tokens", remedy="give a prompt that is not empty")
     longest, context = max(map(len, encoded)) + args.max_new_tokens, loaded.run.model.seq_length
     if longest > context:
-        note(f"note: texts of {longest} tokens are longer than the {context} that the model was trained on")
+        note(
+            f"note: texts of {longest} tokens are longer than the training "
+            f"samples of the model ({context} tokens)"
+        )
     style = Style(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     rows = []
     for topk in topks:
@@ -110,11 +113,14 @@ def prompts_of(args: Namespace) -> list[str]:
     except (OSError, UnicodeError) as error:
         where = args.prompt_file or "stdin"
         raise DataError(
-            f"{where} cannot be read: {reason_of(error)}", remedy="give text in UTF-8, one prompt a line"
+            f"{where} cannot be read: {reason_of(error)}",
+            remedy=("give a UTF-8 text file with one prompt on each line"),
         ) from error
     if found := [line for line in text.splitlines() if line]:
         return found
-    raise DataError("there are no prompts", remedy="give --prompt TEXT, or lines of text on stdin")
+    raise DataError(
+        "there are no prompts", remedy=("add --prompt TEXT, or write prompts to stdin, one on each line")
+    )
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:
@@ -155,7 +161,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)
     if args.prompt is not None and args.prompt_file is not None:
-        flags.refuse("--prompt", "", "cannot be combined with --prompt-file", "keep one of the two")
+        flags.refuse("--prompt", "", "cannot be combined with --prompt-file", "keep one of the two flags")
     flags.check_at_least(args, 1, "max_new_tokens")
     flags.check_at_least(args, 0, "temperature")
     if not 0 < args.top_p <= 1:

@@ -46,7 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         check_flags(args, folder)
         weights = weights_of(args, folder)
         if isinstance(weights, ImportedWeights) and weights.left_out:
-            note("note: layers of multi-token prediction are left out; the model is the same without them")
+            note(
+                "note: the multi-token prediction layers are left out; the "
+                "model computes the same without them"
+            )
         run = run_of(args, folder, weights)
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
@@ -55,8 +58,8 @@ def main(arguments: Sequence[str]) -> None:
         target = publish(draft, args.output, failed=bool(faults) and not tolerated)
     if faults and not tolerated:
         raise CheckpointError(
-            "\n  - ".join(["the run does not compute the given model:", *faults]),
-            remedy=f"the folder is {target}; its {CERTIFICATE} has all numbers",
+            "\n  - ".join(["the run and the given model compute different results:", *faults]),
+            remedy=f"look at all differences in {CERTIFICATE} of {target}",
         )
     report(target, run, folder, certificate)
 
@@ -193,9 +196,9 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
     found: list[Problem] = []
     if folder.dense and args.upcycle is None:
         rule = f"must be given for a dense model ({folder.architecture})"
-        found.append(Problem("--upcycle", "", rule, "name the number of experts"))
+        found.append(Problem("--upcycle", "", rule, "add --upcycle E, the number of experts"))
     if not folder.dense:
-        rule = f"is for dense models, and this is a {folder.architecture}"
+        rule = f"is only for dense models, but this model is {folder.architecture}"
         given = {
             "--upcycle": args.upcycle,
             "--noise": args.noise,
@@ -211,17 +214,17 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
         if args.granularity != 1:
             found.append(Problem("--granularity", args.granularity, rule, "leave it out"))
     if args.router not in _KEEP and not args.reset_router and not copies(args, folder):
-        rule = f"cannot be given the router of another model; {' and '.join(_KEEP)} can"
-        found.append(Problem("--router", args.router, rule, "add --reset-router; the model will differ"))
+        rule = f"cannot keep the router of the model; {' and '.join(_KEEP)} can"
+        found.append(Problem("--router", args.router, rule, "add --reset-router, which changes the model"))
     if copies(args, folder) and args.router in _NOT_SUMMED and not args.reset_router:
         rule = "has weights that do not sum to 1, so the mixture would not compute the dense model"
-        found.append(Problem("--router", args.router, rule, "choose another one, such as topk or hyper"))
+        found.append(Problem("--router", args.router, rule, "choose another router, such as topk or hyper"))
     if args.scale_pre_softmax and args.router not in _SCALED:
-        rule = f"is for the routers {', '.join(_SCALED)}"
+        rule = f"works only with the routers {', '.join(_SCALED)}"
         found.append(Problem("--scale-pre-softmax", "", rule, "leave it out"))
     if args.tokenizer_model and not Path(args.tokenizer_model).is_file():
         rule = "must be an existing file"
-        found.append(Problem("--tokenizer-model", args.tokenizer_model, rule, "name a tokenizer.json"))
+        found.append(Problem("--tokenizer-model", args.tokenizer_model, rule, "give a tokenizer.json"))
     if found:
         raise ConfigError(found)
 
@@ -237,7 +240,7 @@ def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str
     )
     if not has_data(run):
         words = f"mhr train --config {target}/config.yaml --load {target} --finetune"
-        show(f"To train it: {words} --data-path P --run-dir NEW (or --mock-data in the place of P)")
+        show(f"To train it: {words} --data-path P --run-dir NEW (or --mock-data instead of --data-path P)")
     proof = certificate["proof"]
     if proof is None:
         show("The run was not compared with the given model (--no-proof).")

@@ -126,7 +126,7 @@ def topks_of(args: Namespace, config: dict[str, Any]) -> list[int]:
 
     experts = next((int(config[name]) for name in EXPERTS if name in config), None)
     if experts is None or "num_experts_per_tok" not in config:
-        rule = "has no experts to choose k of: config.json names none"
+        rule = "has no experts: config.json names none"
         raise ConfigError([Problem("--load", args.load, rule, "give a run or a mixture-of-experts model")])
     topks = args.topk or [int(config["num_experts_per_tok"])]
     check_topks(topks, experts)
@@ -152,8 +152,8 @@ def texts_of(args: Namespace) -> list[str]:
         return list(texts_in(args.text))
     if is_folder(args.load):
         raise DataError(
-            "held_out and next_line need texts, and a Hugging Face folder has none",
-            remedy="name a file with --text FILE.jsonl, or give --load the run folder",
+            "the tasks held_out and next_line need texts, but a Hugging Face folder has none",
+            remedy="add --text FILE.jsonl, or give the run folder to --load",
         )
     from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text
 
@@ -178,7 +178,7 @@ def texts_in(path: Path) -> Iterator[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeError) as error:
-        remedy = "name a file of JSON lines in UTF-8"
+        remedy = "give a UTF-8 file of JSON lines"
         raise DataError(f"{path} cannot be read: {reason_of(error)}", remedy=remedy) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -187,8 +187,8 @@ def texts_in(path: Path) -> Iterator[str]:
             yield str(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f'{path}, line {number}: is not a JSON object with a field "text"',
-                remedy="mend or remove the line",
+                f'{path}, line {number}: must be a JSON object with a field "text"',
+                remedy="correct or remove the line",
             ) from error
 
 

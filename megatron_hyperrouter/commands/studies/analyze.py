@@ -77,7 +77,7 @@ def refuse_several_ranks() -> None:
 
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
-        rule = "must be 1: every expert has to be on the rank that compares them"
+        rule = "must be 1, because one rank compares all experts"
         raise ConfigError([Problem("ranks", ranks, rule, "start this command without a launcher")])
 
 

@@ -270,7 +270,7 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            [Problem("--options", path, f"cannot be read ({error})", "name a YAML file")]
+            [Problem("--options", path, f"cannot be read ({error})", "give a YAML file")]
         ) from error
     if not isinstance(found, dict) or not all(isinstance(options, dict) for options in found.values()):
         raise ConfigError(
@@ -279,13 +279,15 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
                     "--options",
                     path,
                     "must map labels to options",
-                    "write lines like hyper: {hypernet_width: 128}",
+                    "write lines such as hyper: {hypernet_width: 128}",
                 )
             ]
         )
     if unused := sorted(str(label) for label in set(found) - set(labels)):
         rule = f"has options of {', '.join(unused)}, which --routers does not name"
-        raise ConfigError([Problem("--options", path, rule, "name them, or leave their options out")])
+        raise ConfigError(
+            [Problem("--options", path, rule, ("add these labels to --routers, or remove their options"))]
+        )
     return found
 
 

@@ -75,7 +75,7 @@ def comparisons_of(
     try:
         named = parse(args.comparisons)
     except ValueError as error:
-        remedy = "write them like hyper:topk@1"
+        remedy = "write, for example, hyper:topk@1"
         raise ConfigError(
             [Problem("--comparisons", " ".join(args.comparisons), str(error), remedy)]
         ) from error
@@ -86,7 +86,7 @@ def comparisons_of(
         if word not in configs
     ]
     problems += [
-        Problem("--comparisons", each, "is at a k that is not scored", "add it to --topk-eval")
+        Problem("--comparisons", each, "has a k that is not evaluated", "add that k to --topk-eval")
         for each in named
         if each.topk not in topks
     ]
@@ -103,8 +103,11 @@ def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> N
     if path.exists() and started:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["comparisons"] != content["comparisons"]:
-            rule = f"must be named before the runs, which answer {', '.join(before['comparisons']) or 'none'}"
-            remedy = "leave it out, or compare into another folder"
+            rule = (
+                "cannot change after the runs started; they were "
+                f"{', '.join(before['comparisons']) or 'none'}"
+            )
+            remedy = "leave it out, or give another --output folder"
             raise ConfigError([Problem("--comparisons", " ".join(content["comparisons"]), rule, remedy)])
         content = {**content, "jobs": max(content["jobs"], before["jobs"])}
     output.mkdir(parents=True, exist_ok=True)

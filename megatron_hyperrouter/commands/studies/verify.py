@@ -176,10 +176,10 @@ def check_ranks(layouts: Sequence[Layout]) -> None:
     started = launched_world_size()
     large = [layout for layout in layouts if layout.ranks > started]
     if under_launcher() and large:
-        rule = f"needs more ranks than the {started} that the launcher started"
+        rule = f"needs more than the {started} ranks that the launcher started"
         raise ConfigError(
             [
-                Problem("--layouts", layout.text, rule, f"start {layout.ranks} ranks, or name others")
+                Problem("--layouts", layout.text, rule, f"start {layout.ranks} ranks, or give other layouts")
                 for layout in large
             ]
         )
@@ -191,7 +191,7 @@ def check_some_run(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> N
 
     asked = [row for row in rows if row.layout != reference.layout] or rows
     if all(row.refused for row in asked):
-        remedy = "name a layout that these settings allow"
+        remedy = "give a layout that these settings allow"
         raise ConfigError(
             [Problem("--layouts", f"{row.layout.text} on {row.engine}", row.refused, remedy) for row in asked]
         )
@@ -378,7 +378,7 @@ def show(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
                     soft_wrap=True,
                 )
         for cause in row.causes:
-            console.print(f"  [bold]looks like this:[/] {cause}", highlight=False, soft_wrap=True)
+            console.print(f"  [bold]probable cause:[/] {cause}", highlight=False, soft_wrap=True)
     console.print(
         f"{len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} refused by the settings",
         highlight=False,

@@ -32,6 +32,6 @@ def asked_for(argv: Sequence[str]) -> DryRun:
         else:
             rest.append(name + equals + value)
     if world_size is not None and not asked:
-        rule = "belongs to --dry-run; launchers set the number of ranks of a run"
+        rule = "works only with --dry-run: the launcher sets the number of ranks of a run"
         raise ConfigError([Problem("--world-size", world_size, rule, "add --dry-run, or leave it out")])
     return DryRun(asked, world_size, rest)

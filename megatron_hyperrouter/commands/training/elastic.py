@@ -77,10 +77,10 @@ def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem
     more = [count for count in usable if count > world_size]
     near = [*fewer[-1:], *more[:1]]
     rule = (
-        f"with --elastic must be whole copies of the model ({model_parallel_size(config)} ranks each) and a "
-        "multiple of the expert parallelism, and the number of copies must divide the global batch"
-        + (f" of {batch} samples" if batch else "")
-    )
+        f"does not fit --elastic: ranks must be a multiple of the {model_parallel_size(config)} "
+        "model-parallel ranks and of the expert-parallel size, and the "
+        "data-parallel ranks must divide the global batch"
+    ) + (f" of {batch} samples" if batch else "")
     remedy = f"start {' or '.join(map(str, near))} ranks" if near else "change the layout"
     return Problem("ranks started", world_size, rule, remedy)
 
@@ -95,7 +95,7 @@ def _said(config: RunConfig, before: dict[str, Any], now: tuple[int, int, int, i
     ]
     if micro != config.train.micro_batch_size:
         lines.append(
-            f"--elastic: the micro-batch is {micro} instead of {config.train.micro_batch_size}; the losses "
-            "of routers are means over micro-batches, and differ slightly"
+            f"--elastic: the micro-batch is {micro} instead of {config.train.micro_batch_size}; "
+            "router losses, which are means over micro-batches, change slightly"
         )
     return lines

@@ -58,7 +58,7 @@ use-torch-fsdp2
 """,
         (
             "state-space, linear and sparse attention layers",
-            "all attention would be full: another model",
+            "all attention would be full, a different model",
         ): """
 csa-compress-ratio-for-c csa-compress-ratio-for-h csa-compress-rotary-base csa-window-size
 disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu disable-mamba-mem-eff-path
@@ -75,7 +75,7 @@ no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups o-lora-ran
         ("8-bit and 4-bit numbers", "the run would compute in --bf16 or float32"): """
 fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 kitchen-attention-backend
 """,
-        ("alternative residual streams", "there would be one residual stream: another model"): """
+        ("alternative residual streams", "the model would have one residual stream, a different model"): """
 enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
 mhc-sinkhorn-iterations
 """,
@@ -97,30 +97,30 @@ rl-profile-dir rl-prompts-per-eval rl-remove-kv-cache-during-training rl-rollout
 rl-rollout-bank-max-bytes rl-sequence-packing-algo rl-sequence-packing-max-sequences-per-bin
 rl-skip-bos-token rl-submission-granularity rl-use-sequence-packing rl-verify-model-weights-swap
 """,
-        ("distillation", "the run would learn from the tokens alone"): """
+        ("distillation", "the run would learn only from the tokens"): """
 logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load-kd-loss-alpha
 logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
 logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 """,
-        ("scaling of initial weights and rates by width (muP)", "they would not be scaled"): """
+        ("scaling of initial weights and rates by width (muP)", "weights and rates would not be scaled"): """
 mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
 mup-width-mult use-mup
 """,
-        ("tokenizer options", "the tokenizer's file would decide"): """
+        ("tokenizer options", "the tokenizer file would decide this"): """
 disable-tokenizer-sentencepiece-ignore-extra-whitespaces
 no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
 special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy
 """,
-        ("other activations", "the activation would be SwiGLU: another model"): """
+        ("other activations", "the activation would be SwiGLU, a different model"): """
 openai-gelu quick-geglu squared-relu
 """,
-        ("several validation sets", "there would be one"): """
+        ("several validation sets", "there would be one validation set"): """
 multiple-validation-sets validation-set-names
 """,
         ("other forms of 8-bit numbers", "--fp8-format and --fp8-recipe alone would decide"): """
 fp8-output-proj fp8-quantizer-factory kitchen-config-file kitchen-recipe-number te-precision-config-file
 """,
-        ("layers of different shapes", "all layers would have the same shape: another model"): """
+        ("layers of different shapes", "all layers would have the same shape, a different model"): """
 heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
 """,
         (
@@ -143,7 +143,7 @@ finetune-data-split finetune-hf-dataset freeze-base-for-mtp modelopt-enabled qad
         ("fine-tuning on conversations", "the run would pretrain; --finetune starts from weights"): """
 phase-transition-iterations sft sft-tokenizer-prompt-format
 """,
-        ("changed blends of the data", "weights would be used as they are"): """
+        ("changed blends of the data", "blend weights would be used unchanged"): """
 renormalize-blend-weights
 """,
     }

@@ -45,31 +45,31 @@ swiglu |  | the activation is SwiGLU
 normalization | RMSNorm rmsnorm | the norm is RMSNorm
 disable-bias-linear |  | linear layers have no biases
 yarn-correction-range-round-to-int |  | YaRN rounds to whole channels
-use-pytorch-profiler |  | --profile is PyTorch's profiler
+use-pytorch-profiler |  | --profile always uses the PyTorch profiler
 use-rotary-position-embeddings |  | positions are rotary
 no-position-embedding |  | there are no learned positions
-use-mcore-models |  | the layers are megatron-core's
+use-mcore-models |  | the layers are always those of megatron-core
 optimizer | adam | the optimizer is AdamW
 moe-router-dtype | fp32 | routers compute in float32
-attention-softmax-in-fp32 |  | attention's softmax is float32
-accumulate-allreduce-grads-in-fp32 |  | gradients add up in float32
+attention-softmax-in-fp32 |  | the attention softmax is always float32
+accumulate-allreduce-grads-in-fp32 |  | gradients are always summed in float32
 moe-token-drop-policy | probs | the tokens with the smallest weights are dropped first
-dataloader-type | single | samples are read in one shuffled order
+dataloader-type | single | samples are always read in one shuffled order
 exp-avg-dtype | fp32 | the optimizer's states are float32
 exp-avg-sq-dtype | fp32 | the optimizer's states are float32
 main-grads-dtype | fp32 | the optimizer's gradients are float32
 main-params-dtype | fp32 | the optimizer's weights are float32
 moe-dispatch-fwd-dtype | bf16 | tokens travel to experts in the format of the model
 moe-combine-bwd-dtype | bf16 | tokens travel to experts in the format of the model
-softmax-type | vanilla | attention's softmax is the plain one: torch's kernels know no attention sinks
-distributed-backend | nccl gloo | the backend follows the device
-exit-on-missing-checkpoint |  | a --load without a checkpoint ends the run
-moe-per-layer-logging |  | metrics.jsonl has each layer
+softmax-type | vanilla | the attention softmax is always the plain one
+distributed-backend | nccl gloo | the backend depends on the device
+exit-on-missing-checkpoint |  | --load without a checkpoint always ends the run
+moe-per-layer-logging |  | metrics.jsonl always has values for each layer
 weight-decay-incr-style | constant | the weight decay is constant
-override-opt-param-scheduler |  | the schedule of the command counts, not that of the checkpoint
+override-opt-param-scheduler |  | the schedule always comes from the command, not from the checkpoint
 calculate-per-token-loss |  | the loss is the mean over the tokens of the global batch
-no-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
-disable-use-tokenizer-model-from-checkpoint-args |  | the tokenizer is the one of the settings
+no-use-tokenizer-model-from-checkpoint-args |  | the tokenizer always comes from the settings
+disable-use-tokenizer-model-from-checkpoint-args |  | the tokenizer always comes from the settings
 no-multi-latent-attention |  | attention is grouped-query attention by default
 disable-multi-latent-attention |  | attention is grouped-query attention by default
 """
@@ -144,76 +144,80 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
         name: Absent(*cells)
         for name, cells in _rows(
             """
-no-save-rng | saves checkpoints without the random state | checkpoints would hold it
-disable-save-rng | saves checkpoints without the random state | checkpoints would hold it
-spec | builds the layers from a module of your own | the layers would be those of this program: another model
+no-save-rng | saves checkpoints without the random state | checkpoints would contain the random state
+disable-save-rng | saves checkpoints without the random state | checkpoints would contain the random state
+spec | builds the layers from a module of your own
+  | the layers would be those of this program, a different model
 export-qk-l2-norm | applies an L2 norm to queries and keys
-  | there would be no norm, or RMSNorm with --qk-layernorm: another model
-export-moe-apply-probs-on-input | multiplies the experts' inputs by their weights
-  | outputs would be multiplied: another model
+  | there would be no norm, or RMSNorm with --qk-layernorm, a different model
+export-moe-apply-probs-on-input | multiplies expert inputs by the expert weights
+  | expert outputs would be multiplied, a different model
 enable-gpt-oss | scales positions as gpt-oss does | use --rope-type yarn with its scaling factor
 mtp-detach-heads | keeps the loss of the extra predictions from training the rest of the model
   | that loss would train the whole model
 mtp-hsm | mixes the hidden states of several depths of multi-token prediction
-  | each depth would read the one before it: another model
+  | each depth would read the one before it, a different model
 mtp-hybrid-override-pattern | lists the layers of multi-token prediction
-  | they would be attention layers with experts: another model
+  | they would be attention layers with experts, a different model
 mtp-use-repeated-layer | uses one layer for all depths of multi-token prediction
-  | each depth would have a layer of its own: another model
+  | each depth would have a layer of its own, a different model
 moe-router-topk-limited-devices | limits each token to the experts of some ranks
   | use --moe-router-num-groups and --moe-router-group-topk, which do not depend on the layout
 moe-latent-size | projects tokens to a smaller width before the experts
-  | experts would see the full width: another model
-rotary-interleaved | rotates neighbouring channels | channels of the two halves would rotate: another model
-no-rope-freq | leaves rotary positions out of some layers | all layers would have them: another model
-embedding-init-method-std | is the standard deviation of the initial embedding
-  | it would be --init-method-std
+  | experts would see the full width, a different model
+rotary-interleaved | rotates neighboring channels | channels of the two halves would rotate, a different model
+no-rope-freq | leaves rotary positions out of some layers | all layers would have them, a different model
+embedding-init-method-std | sets the standard deviation of the initial embedding
+  | the embedding would use --init-method-std
 init-method-xavier-uniform | draws initial weights from Xavier's distribution
-  | they would be normal with --init-method-std
+  | weights would be normal with --init-method-std
 fp16 | computes in float16 | use --bf16
-fp32-residual-connection | keeps the residual stream in float32 | it would be bfloat16 with --bf16
+fp32-residual-connection | keeps the residual stream in float32
+  | the residual stream would be bfloat16 with --bf16
 apply-residual-connection-post-layernorm | takes the residual after the norm
-  | it would be taken before: another model
+  | the residual would be taken before the norm, a different model
 qk-l2-norm | applies an L2 norm to queries and keys
-  | there would be no norm, or RMSNorm with --qk-layernorm: another model
-attention-output-gate | gates attention's output | it would not be gated: another model
-glu-linear-offset | shifts the linear half of the activation | it would not be shifted: another model
-activation-func-clamp-value | clamps the activation | it would not be clamped: another model
-start-weight-decay | lets the weight decay grow | it would be constant
-end-weight-decay | lets the weight decay grow | it would be constant
-decoupled-lr | gives embedding and output a learning rate of their own | they would have --lr
-decoupled-min-lr | gives embedding and output a learning rate of their own | they would have --min-lr
+  | there would be no norm, or RMSNorm with --qk-layernorm, a different model
+attention-output-gate | gates the output of attention | attention output would not be gated, a different model
+glu-linear-offset | shifts the linear half of the activation
+  | the linear half would not be shifted, a different model
+activation-func-clamp-value | clamps the activation | the activation would not be clamped, a different model
+start-weight-decay | increases the weight decay during training | the weight decay would be constant
+end-weight-decay | increases the weight decay during training | the weight decay would be constant
+decoupled-lr | gives embedding and output a separate learning rate | both would use --lr
+decoupled-min-lr | gives embedding and output a separate minimum learning rate | both would use --min-lr
 skip-train | evaluates without training | the run would train; use mhr evaluate
-use-checkpoint-args | takes the model's sizes from the checkpoint | the settings must name them
+use-checkpoint-args | takes the model sizes from the checkpoint | the settings must give all sizes
 pretrained-checkpoint | starts from other weights | use --load DIR --finetune
 freeze-all-layers | trains no layer | all layers would be trained
-step-batch-size-schedule | changes the global batch at given steps | it would stay as it is
-decrease-batch-size-if-needed | makes the global batch smaller where it does not divide
-  | use a global batch that divides
-padded-vocab-size | is the number of rows of the embedding
-  | it would follow from the tokenizer and --make-vocab-size-divisible-by
+step-batch-size-schedule | changes the global batch at given steps | the global batch would stay constant
+decrease-batch-size-if-needed | reduces the global batch if it is not divisible
+  | use a divisible --global-batch-size
+padded-vocab-size | sets the number of rows of the embedding
+  | the number would follow from the tokenizer and --make-vocab-size-divisible-by
 no-pad-vocab-size | leaves the vocabulary unpadded | use --make-vocab-size-divisible-by 1
 disable-pad-vocab-size | leaves the vocabulary unpadded | use --make-vocab-size-divisible-by 1
-eval-global-batch-size | is the global batch of evaluations | it would be --global-batch-size
-eval-micro-batch-size | is the micro-batch of evaluations | it would be --micro-batch-size
+eval-global-batch-size | sets the global batch of evaluations | evaluations would use --global-batch-size
+eval-micro-batch-size | sets the micro-batch of evaluations | evaluations would use --micro-batch-size
 full-validation | scores the whole validation split | --eval-iters batches would be scored
-start-eval-at-iter | begins evaluations at a step | they would begin with the first --eval-interval
+start-eval-at-iter | starts evaluations at a given step
+  | evaluations would start after the first --eval-interval
 pipeline-model-parallel-layout | lists the layers of each pipeline stage
-  | stages would have equally many layers
-encoder-seq-length | is the sample's length in an encoder-decoder
+  | stages would have equal numbers of layers
+encoder-seq-length | sets the sample length of an encoder-decoder
   | the model would be a decoder-only language model
-yaml-cfg | reads settings from Megatron-LM's YAML | use --config with this program's YAML
-data-parallel-random-init | draws other initial weights on each data-parallel rank
-  | all ranks would start alike
-dataloader-inter-document-masking | keeps attention inside a document | use --reset-attention-mask
-moe-apply-probs-on-input | multiplies the experts' inputs by their weights
-  | outputs would be multiplied: another model
-no-initialization | leaves the weights uninitialised | they would be drawn from --seed
-use-mp-args-from-checkpoint-args | takes the layout from the checkpoint | the settings must name it
+yaml-cfg | reads a YAML file of Megatron-LM | use --config with a YAML file of this program
+data-parallel-random-init | draws different initial weights on each data-parallel rank
+  | all ranks would start with the same weights
+dataloader-inter-document-masking | keeps attention within documents | use --reset-attention-mask
+moe-apply-probs-on-input | multiplies expert inputs by the expert weights
+  | expert outputs would be multiplied, a different model
+no-initialization | leaves the weights uninitialized | weights would be drawn from --seed
+use-mp-args-from-checkpoint-args | takes the layout from the checkpoint | the settings must give the layout
 moe-use-upcycling | starts from a dense model
-  | use mhr import-hf --upcycle with a Hugging Face model, or the experts start from random weights
+  | use mhr import-hf --upcycle with a Hugging Face model, or train from random weights
 moe-upcycling-granularity | starts from a dense model | use mhr import-hf --upcycle with --granularity
-moe-router-force-biased | adds a random bias to the routing | the router alone would route
+moe-router-force-biased | adds a random bias to the routing | routing would have no random bias
 moe-router-quantile-balancing-ema | balances by quantiles
   | routing would be balanced by --moe-aux-loss-coeff
 moe-expert-rank-capacity-factor | limits the tokens of each rank

@@ -53,9 +53,7 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
             words = line.flags["--help"] = []
         elif words is None:
             remedy = "write values after a flag: --flag VALUE"
-            line.problems.append(
-                Problem("command line", word, "is not a flag and does not follow one", remedy)
-            )
+            line.problems.append(Problem("command line", word, "is not the value of a flag", remedy))
         else:
             words.append(word)
     for name in LAUNCHER_FLAGS:

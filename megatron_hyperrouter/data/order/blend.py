@@ -41,7 +41,7 @@ def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
     try:
         prefixes, weights = prefixes_and_weights(words)
     except ValueError as error:
-        remedy = "write 0.3 prefix-a 0.7 prefix-b, or prefix-a prefix-b"
+        remedy = "write weights with prefixes (0.3 PREFIX-A 0.7 PREFIX-B), or prefixes alone"
         raise ConfigError([Problem(flag, " ".join(words), str(error), remedy)]) from None
     return Blend(prefixes, None if weights is None else normalise(weights))
 
@@ -64,7 +64,14 @@ def split_documents(split: str, num_documents: int) -> tuple[range, range, range
         shares = split_shares(split)
     except ValueError as error:
         raise ConfigError(
-            [Problem("--split", split, str(error), "write training, validation and test shares: 969,30,1")]
+            [
+                Problem(
+                    "--split",
+                    split,
+                    str(error),
+                    ("write the shares of training, validation and test data, such as 969,30,1"),
+                )
+            ]
         ) from None
     bounds = [round(bound * num_documents) for bound in accumulate(shares, initial=0.0)]
     train, valid, test = (range(begin, end) for begin, end in pairwise(bounds))

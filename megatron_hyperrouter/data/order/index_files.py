@@ -100,7 +100,7 @@ class Cache:
                 return found
             except OSError as error:
                 refused = f"{path}: cannot be written: {error.strerror or error}"
-        console.warn(f"{refused}. Falling back: every process builds its own copy of the index in memory")
+        console.warn(f"{refused}. every process builds its own copy of the index in memory instead")
         return dict(build())
 
     def _folders(self, beside: str) -> list[Path]:
@@ -122,7 +122,7 @@ def file_identity(path: Path) -> CacheKey:
             ends += stream.read(4096)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and its disk"
+            f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and the disk"
         ) from error
     digest = hashlib.blake2b(ends, digest_size=16).hexdigest()
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
@@ -230,7 +230,7 @@ def _read_header(stream: Any, key: CacheKey, names: Names) -> list[_Entry]:
         raise ValueError("the header is damaged")
     header = json.loads(content)
     if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
-        raise ValueError("made for another key, or cut short")
+        raise ValueError("made for another key, or truncated")
     entries = [
         _Entry(
             each["name"], np.dtype(each["dtype"]), tuple(each["shape"]), base + each["offset"], each["crc32"]
@@ -242,9 +242,9 @@ def _read_header(stream: Any, key: CacheKey, names: Names) -> list[_Entry]:
         if entry.dtype.kind not in "iu" or not whole:
             raise ValueError(f"{entry.name} is not an array of integers")
         if entry.start + entry.count * entry.dtype.itemsize > size:
-            raise ValueError(f"{entry.name} lies outside of the file")
+            raise ValueError(f"{entry.name} is outside the file")
     if tuple(entry.name for entry in entries) != tuple(names):
-        raise ValueError("other arrays than were asked for")
+        raise ValueError("the arrays are not the expected ones")
     return entries
 
 

@@ -102,7 +102,8 @@ class OnDemandOrder:
         whole = (self.tokens_per_epoch - 1) // seq_length  # the samples that need no token of a second epoch
         if whole < 1:
             raise ValueError(
-                f"{self.tokens_per_epoch} tokens hold no sample of {seq_length} tokens and their last label"
+                f"{self.tokens_per_epoch} tokens are too few for a sample of "
+                f"{seq_length} tokens and the last label"
             )
         self._end = whole if num_samples is None else None
         self._num_samples = whole if num_samples is None else num_samples
@@ -230,10 +231,8 @@ class OnDemandOrder:
         ):
             place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
             raise DataError(
-                f"{place} do not fill the {end - begin} tokens between the first of them and the next, one "
-                "after another",
-                remedy="an on-demand index needs documents in the order of the file: use --data-index "
-                "materialised, or preprocess again",
+                f"{place} do not follow each other without gaps ({end - begin} tokens)",
+                remedy="use --data-index materialised, or preprocess the text again",
             )
         return sizes
 

@@ -181,6 +181,6 @@ class PackedDataset:
                 f"{store.bin_path}: document {store.document_of(int(documents[unended][0]))} does not end "
                 f"with id {self.eod},"
                 " which --pack-documents uses to separate documents",
-                remedy="preprocess the text with --append-eod, or leave --pack-documents out",
+                remedy="preprocess the text with --append-eod, or leave out --pack-documents",
             )
         return sample

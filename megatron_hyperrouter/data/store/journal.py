@@ -19,7 +19,7 @@ from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 _VERSION = 2
 _START = b'{"version": '
-_AFRESH = "or give --overwrite to start from the beginning"
+_AFRESH = "or add --overwrite to start from the beginning"
 
 
 class Journal:
@@ -87,8 +87,8 @@ class Journal:
         self._stream.seek(0)
         start = self._stream.read(len(_START))
         if start.strip(b"\0") and not _START.startswith(start):
-            message = f"{self.path}: not the journal of an unfinished run, which would have this name"
-            raise DataError(message, remedy="move it away, or choose another --output-prefix")
+            message = f"{self.path}: this file is in the way: the journal of this run needs that name"
+            raise DataError(message, remedy="move this file away, or choose another --output-prefix")
 
     def _read(self) -> list[dict[str, Any]]:
         """The complete lines; a line that a crash left incomplete is removed."""
@@ -111,10 +111,10 @@ class Journal:
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get("version") != new["version"]:
             message = f"{self.path}: written by another version of this program"
-            raise DataError(message, remedy="give --overwrite to start from the beginning")
+            raise DataError(message, remedy="add --overwrite to start from the beginning")
         if not _is_head(old):
-            message = f"{self.path}: its first line is not one that this program writes"
-            raise DataError(message, remedy="give --overwrite to start from the beginning")
+            message = f"{self.path}: its first line is damaged"
+            raise DataError(message, remedy="add --overwrite to start from the beginning")
         before, now = old["settings"], new["settings"]
         problems = []
         for name in {**before, **now}:
@@ -139,14 +139,14 @@ class Journal:
                 )
                 raise DataError(
                     f"{what} since the unfinished run that left {self.path}{sizes}",
-                    remedy=f"restore it, {_AFRESH}",
+                    remedy=f"restore the input, {_AFRESH}",
                 )
         if len(old["inputs"]) != len(new["inputs"]):
             message = (
-                f"{len(new['inputs'])} inputs, and {len(old['inputs'])} in the unfinished run that "
-                f"left {self.path}"
+                f"there are {len(new['inputs'])} inputs, but {len(old['inputs'])} in "
+                f"the unfinished run that left {self.path}"
             )
-            raise DataError(message, remedy=f"give the same to --input, {_AFRESH}")
+            raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")
 
 
 def _is_head(line: dict[str, Any]) -> bool:
@@ -169,7 +169,7 @@ def locked_output(output_prefix: str) -> Iterator[None]:
     unused = not os.fstat(stream.fileno()).st_size
     try:
         if not unused:
-            remedy = "finish it with the command that started it, or remove that file"
+            remedy = "finish that run with the same command, or remove the file"
             raise DataError(
                 f"{path} belongs to an unfinished preprocessing run with this output", remedy=remedy
             )
@@ -204,6 +204,6 @@ def _lock(stream: BinaryIO, path: str) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         message = f"{path}: another process is writing these files"
-        raise DataError(message, remedy="wait for it, or choose another --output-prefix") from error
+        raise DataError(message, remedy="wait for that process, or choose another --output-prefix") from error
     except OSError:
         return  # a file system without locks

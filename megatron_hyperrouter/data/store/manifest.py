@@ -68,9 +68,7 @@ def read_manifest(prefix: str) -> Manifest:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        remedy = (
-            "leave --verify out; only mhr preprocess writes a manifest, and without it there are no checksums"
-        )
+        remedy = "leave out --verify; only mhr preprocess writes a manifest"
         raise DataError(f"{path}: no such manifest", remedy=remedy) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}", remedy=_AGAIN) from error
@@ -78,7 +76,7 @@ def read_manifest(prefix: str) -> Manifest:
         if found["version"] != _VERSION:
             raise DataError(
                 f"{path}: version {str(found['version'])[:60]}, expected {_VERSION}",
-                remedy="use the version of this program that made it",
+                remedy="use the version of this program that wrote it",
             )
         sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}
         return Manifest(**_typed(Manifest, {**found, **sums}))
@@ -98,9 +96,11 @@ def check_tokenizer(prefix: str, tokenizer: Mapping[str, Any]) -> None:
         return
     theirs, ours = _described(manifest.tokenizer), _described(tokenizer)
     raise DataError(
-        f"{prefix}: made with another tokenizer: {theirs}; this run has {ours}",
-        remedy="use the tokenizer that made the data (--tokenizer-type, --tokenizer-model), or preprocess the"
-        " text with this one",
+        f"{prefix}: the data were made with the tokenizer {theirs}, but this run has {ours}",
+        remedy=(
+            "use the tokenizer that made the data (--tokenizer-type, --tokenizer-model), "
+            "or preprocess the text with this tokenizer"
+        ),
     )
 
 
@@ -146,20 +146,20 @@ def compare(prefix: str, manifest: Manifest, found: Mapping[str, object], sums: 
         told: FileSum = getattr(manifest, ending)
         if real.bytes != told.bytes:
             message = (
-                f"{prefix}.{ending}, byte {min(real.bytes, told.bytes)}: {real.bytes} bytes, and "
-                f"{told.bytes} in {name}"
+                f"{prefix}.{ending}, byte {min(real.bytes, told.bytes)}: the file has "
+                f"{real.bytes} bytes, but {name} says {told.bytes}"
             )
             raise DataError(message, remedy=_AGAIN)
         if real.sha256 != told.sha256:
             message = (
-                f"{prefix}.{ending}: SHA-256 {real.sha256[:16]}..., and {told.sha256[:16]}... in "
-                f"{name}: it has changed since it was made"
+                f"{prefix}.{ending}: the file has changed: its SHA-256 is {real.sha256[:16]}..., "
+                f"but {name} says {told.sha256[:16]}..."
             )
             raise DataError(message, remedy=_AGAIN)
     for what, value in found.items():
         if value != getattr(manifest, what):
             raise DataError(
-                f"{name}: {what} {getattr(manifest, what)}, and {value} in the files", remedy=_AGAIN
+                f"{name} says {getattr(manifest, what)} {what}, but the files have {value}", remedy=_AGAIN
             )
 
 

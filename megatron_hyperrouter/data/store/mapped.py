@@ -36,7 +36,7 @@ class Mapped:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{path}: cannot be read: {reason}", remedy="check its permissions and its disk"
+                f"{path}: cannot be read: {reason}", remedy="check its permissions and the disk"
             ) from error
         self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
 
@@ -73,10 +73,14 @@ class Mapped:
     def cut(self, byte: int) -> DataError:
         """What to raise where the file now ends at ``byte``."""
         return DataError(
-            f"{self.path}, byte {byte}: the file ends here now, and had {len(self.content)} bytes when it "
-            "was opened",
-            remedy="leave token files alone while a run reads them; copy both again, and continue with "
-            "--load",
+            (
+                f"{self.path}, byte {byte}: the file now ends here, but it had "
+                f"{len(self.content)} bytes when it was opened"
+            ),
+            remedy=(
+                "copy both token files again and continue with --load; do not "
+                "change files while a run reads them"
+            ),
         )
 
     def size_now(self) -> int:
@@ -107,7 +111,7 @@ def missing_pair(prefix: str) -> str:
     names = [path.removesuffix(".idx") for path in found if os.path.exists(path.removesuffix("idx") + "bin")]
     if names:
         return f"did you mean {' or '.join(names[:_NAMED])}?"
-    return "give the path without .bin or .idx, as mhr preprocess printed it"
+    return "give the path without .bin or .idx, as printed by mhr preprocess"
 
 
 def _identity(state: os.stat_result) -> tuple[int, int]:

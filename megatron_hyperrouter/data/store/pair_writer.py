@@ -177,9 +177,10 @@ def put_in_place(prefix: str, dtype: DTypeLike, counts: Counts) -> FileSum:
 
 def changed_since(path: str) -> DataError:
     """What to raise for a growing file that does not contain what was saved in it."""
-    message = f"{path}: has changed since an unfinished run saved it"
+    message = f"{path}: the file has changed since an unfinished run saved it"
     return DataError(
-        message, remedy="what was saved is discarded: the same command starts from the beginning"
+        message,
+        remedy=("type the same command again; it discards the saved progress and starts from the beginning"),
     )
 
 

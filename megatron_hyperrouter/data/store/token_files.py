@@ -106,7 +106,7 @@ class IndexedDataset:
         rest = len(self._bin.content) % self.dtype.itemsize
         if rest:
             raise self._bad_bin(
-                len(self._bin.content), f"a multiple of {self.dtype.itemsize} bytes", f"{rest} bytes too many"
+                len(self._bin.content), f"a multiple of {self.dtype.itemsize} bytes", f"{rest} extra bytes"
             )
         self.tokens: TokenArray = self._bin.content.view(self.dtype)
 
@@ -194,13 +194,13 @@ class IndexedDataset:
         Raises IndexError for a sequence that is not there, ValueError for a range that leaves the sequence.
         """
         if not 0 <= i < len(self):
-            raise IndexError(f"{self.idx_path} has no sequence {i}: it holds {len(self)}")
+            raise IndexError(f"{self.idx_path} has no sequence {i}; it has {len(self)} sequences")
         size = int(self.sizes[i])
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
             raise ValueError(
-                f"tokens {offset} to {offset + length} of sequence {i} of {self.bin_path}: the sequence "
-                f"holds {size}"
+                f"tokens {offset} to {offset + length} of sequence {i} of "
+                f"{self.bin_path}: the sequence has {size}"
             )
         begin = int(self.pointers[i]) // self.dtype.itemsize + offset
         return self.tokens[begin : begin + length]
@@ -217,8 +217,10 @@ class IndexedDataset:
         )
         return DataError(
             f"{place}: token id {token}, but the vocabulary has {vocab_size} ids: 0 to {vocab_size - 1}",
-            remedy="train with the tokenizer that made this file (--tokenizer-type, --tokenizer-model), or "
-            "preprocess it again",
+            remedy=(
+                "train with the tokenizer that made this file (--tokenizer-type, "
+                "--tokenizer-model), or preprocess the text again"
+            ),
         )
 
     def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
@@ -234,7 +236,7 @@ class IndexedDataset:
                 0,
                 f"the magic {_MAGIC!r}",
                 f"{magic!r}",
-                "this is not an index in Megatron's format: check the prefix",
+                "check the prefix, because this is not an index in Megatron format",
             )
         if version != 1:
             raise self._bad_index(9, "version 1", f"version {version}")
@@ -310,7 +312,7 @@ class IndexedDataset:
             raise self._bad_bin(
                 end,
                 f"the end of the file after {end} bytes",
-                f"{bin_bytes} bytes: {self.idx_path} does not belong to this file",
+                f"{bin_bytes} bytes, so {self.idx_path} does not belong to this file",
             )
 
     def _bad_index(self, byte: int, expected: str, found: str, remedy: str = _AGAIN) -> DataError:
@@ -335,7 +337,7 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in _CODES:
             raise ValueError(
-                f"dtype = {self.dtype}: tokens are integers of 1 to 8 bytes, and not uint32 or uint64"
+                f"dtype = {self.dtype}: must be an integer type of 1 to 8 bytes, but not uint32 or uint64"
             )
         self.num_sequences = self.num_documents = self.num_tokens = 0
         self._marks: array[int] | None = None  # only once a document holds other than one sequence
@@ -414,8 +416,8 @@ class IndexedWriter:
                 if not limits.min <= extreme <= limits.max:
                     place = f"{self.prefix}.bin, document {self.num_documents}"
                     remedy = (
-                        "write with the type for the tokenizer's vocabulary: it has more ids than "
-                        f"{self.dtype.name} can hold"
+                        "use the integer type for the vocabulary of the tokenizer, "
+                        f"which is larger than {self.dtype.name}"
                     )
                     raise DataError(
                         f"{place}: token id {extreme} does not fit {self.dtype.name}", remedy=remedy
@@ -435,10 +437,10 @@ class IndexedWriter:
     def _append(self, tokens: TokenArray, longest: int, sizes: bytes, count: int) -> None:
         if longest > _INT32_MAX:
             message = (
-                f"{self.prefix}.bin, document {self.num_documents}: {longest} tokens; the format ends "
-                f"at {_INT32_MAX}"
+                f"{self.prefix}.bin, document {self.num_documents}: the document has {longest} "
+                f"tokens, but the format allows at most {_INT32_MAX}"
             )
-            raise DataError(message, remedy="cut the document into smaller ones")
+            raise DataError(message, remedy="split the document into smaller ones")
         try:
             self._bin.write(tokens.data)
             self._idx.write(sizes)

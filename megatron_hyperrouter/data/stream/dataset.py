@@ -159,10 +159,8 @@ def build_splits(
     Raises DataError for files that are unusable, empty, or shorter than one sample.
     """
     if not data.data_path and not data.train_data_path and not data.mock_data:
-        remedy = "give the prefix of a .bin/.idx pair (mhr preprocess writes one), or add --mock-data"
-        raise ConfigError(
-            [Problem("--data-path", "()", "no training data: needs --data-path or --train-data-path", remedy)]
-        )
+        remedy = "add --data-path PREFIX (mhr preprocess writes such data), --train-data-path or --mock-data"
+        raise ConfigError([Problem("--data-path", "()", "there is no training data", remedy)])
     builder = Builder(
         data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod, tokenizer
     )
@@ -225,9 +223,7 @@ class Builder:
                 return BlendedDataset(parts, *self.mix(blend, weights, num_samples))
             # More than one epoch: megatron-core stops here; we continue with the same shares.
         elif num_samples is None:
-            raise ValueError(
-                "a blend with weights needs a number of samples: its sets would end at different times"
-            )
+            raise ValueError("a blend with weights needs a number of samples")
         sets, samples, needed = self.weighted(blend, weights, num_samples)
         parts = [
             self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)
@@ -317,8 +313,10 @@ class Builder:
                 f"{tokens} tokens"
             )
             raise DataError(
-                f"{store.bin_path}: {part}, and one sample needs {self.seq_length + 1}: --seq-length "
-                f"{self.seq_length} and the last label",
+                (
+                    f"{store.bin_path}: {part}, but one sample needs {self.seq_length + 1} "
+                    f"(--seq-length {self.seq_length} and the last label)"
+                ),
                 remedy="use more text, a smaller --seq-length, or another --split",
             )
         return tokens
@@ -326,7 +324,7 @@ class Builder:
     def packed(self, store: IndexedDataset, documents: range, num_samples: int | None) -> PackedDataset:
         """Samples of whole documents."""
         if self.eod is None:
-            raise ValueError("documents are packed by the id that ends one: eod must be given")
+            raise ValueError("packing documents needs eod, the token id that ends a document")
         length = self.seq_length + 1
         key = {
             "kind": "packed documents",

@@ -64,9 +64,11 @@ def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: 
         found = _sum_of(path, cache)
         if found != expected:
             raise DataError(
-                f"{path}: its bytes have changed since the run read it: SHA-256 {found[:16]}..., and"
-                f" {expected[:16]}... in its manifest",
-                remedy="put back the file that the run has read, or start a new epoch with --finetune",
+                (
+                    f"{path}: the file has changed since the run read it: its SHA-256 is "
+                    f"{found[:16]}..., but its manifest says {expected[:16]}..."
+                ),
+                remedy="restore the file that the run has read, or start a new epoch with --finetune",
             )
 
 
@@ -74,7 +76,9 @@ def _sum_of(path: Path, cache: Cache) -> str:
     """The SHA-256 of a file, cached with the index files for the other processes and the next run."""
 
     def build() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-        console.note(f"comparing all of {path} with its manifest: it was written after the checkpoint")
+        console.note(
+            f"comparing all of {path} with its manifest, because the file is newer than the checkpoint"
+        )
         yield "sha256", np.frombuffer(bytes.fromhex(file_sum(str(path)).sha256), np.uint8)
 
     key = {"kind": "SHA-256", "file": file_identity(path)}
@@ -108,13 +112,17 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
         raise DataError(
             "\n  - ".join(
                 [
-                    f"the checkpoint has read {'another file' if len(changed) == 1 else 'other files'} of "
-                    "the same name:",
+                    (
+                        f"the run has read {'another file' if len(changed) == 1 else 'other files'} "
+                        "of the same name:"
+                    ),
                     *changed,
                 ]
             ),
-            remedy="put back what that run has read and name other text by another prefix, or start a new "
-            "epoch with --finetune",
+            remedy=(
+                "restore what the run has read, and give new text another prefix; "
+                "or start a new epoch with --finetune"
+            ),
         )
     gone = {path: was for path, was in recorded.items() if was and path not in files}
     renamed = {
@@ -144,5 +152,5 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
 def _difference(was: Identity, now: Identity) -> str:
     before, after = ("{documents} documents with {tokens} tokens".format_map(each) for each in (was, now))
     if before != after:
-        return f"it had {before}, and now has {after}"
+        return f"it had {before} and now has {after}"
     return f"it still has {before}, but its content has changed"

@@ -64,7 +64,7 @@ def settled(data: DataConfig, mixes: Sequence[Mix]) -> DataConfig:
 def _check_files(data: DataConfig, number: int, path: tuple[str, ...]) -> None:
     for prefix in parse_blend(path, flag="--data-schedule").prefixes:
         if missing := [end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]:
-            raise _refused(data, f"entry {number}: {prefix}{missing[0]} is not there")
+            raise _refused(data, f"entry {number}: the file {prefix}{missing[0]} does not exist")
 
 
 def _refused(data: DataConfig, rule: str) -> ConfigError:

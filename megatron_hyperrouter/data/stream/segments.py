@@ -174,8 +174,8 @@ def build_training_samples(
             past.pop()
         else:
             console.note(
-                "a run of this length has another order of samples than the one that was planned:"
-                " continuing with the data that has not been consumed yet"
+                "--train-iters changes the order of samples; continuing with "
+                "data that the run has not read yet"
             )
     else:
         last = None
@@ -218,9 +218,9 @@ def _warn_of_repeated(mixes: Sequence[Sequence[str]], files: Mapping[str, Identi
     for words in mixes:
         prefixes = parse_blend(words, flag="--data-path").prefixes
         for prefix in sorted({each for each in prefixes if prefixes.count(each) > 1}):
-            console.warn(f"{prefix} is in the blend twice")
+            console.warn(f"the blend names {prefix} twice")
         for prefix, earlier in repeated({prefix: files[prefix] for prefix in prefixes}):
-            console.warn(f"{prefix} holds the same text as {earlier}: the blend reads it twice")
+            console.warn(f"{prefix} has the same text as {earlier}, so the blend reads it twice")
 
 
 def _planned_for(
@@ -258,9 +258,11 @@ def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
     found = _entry(builder, entry["path"], None)
     if any(found[name] != entry[name] for name in ("documents", "tokens")):
         raise CheckpointError(
-            f"{entry['path']}: the checkpoint has read documents {entry['documents']} with "
-            f"{entry['tokens']} tokens,"
-            f" and these settings make them {found['documents']} with {found['tokens']}",
+            (
+                f"{entry['path']}: the run has read documents {entry['documents']} with {entry['tokens']} "
+                f"tokens, but these settings select documents {found['documents']} "
+                f"with {found['tokens']} tokens"
+            ),
             remedy="use the files and the --split of that run, or start a new epoch with --finetune",
         )
 
@@ -270,14 +272,14 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
     way, nor can unread pieces of a stream be packed.
     """
     changed = [
-        f"{name} was {last.get(name, False)} and is {value}"
+        f"{name} was {last.get(name, False)} and is now {value}"
         for name, value in now.items()
         if last.get(name, False) != value
     ]
     if longer and parse_blend(now["mix"], flag="--data-path").weights is None and len(now["mix"]) > 1:
         changed.append(
-            f"it was planned for {last['planned']} samples and is longer now; without weights, this changes "
-            "the mixture of files"
+            f"the run was planned for {last['planned']} samples and is now longer, "
+            "which changes the mixture of files without weights"
         )
     if changed:
         raise CheckpointError(
@@ -415,9 +417,7 @@ def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set])
         prefix, read = entry["path"], int(entry["samples"])
         if prefix in seen:
             raise CheckpointError(
-                f"{prefix}: stands twice in the mix that the checkpoint has read, so what is unread of "
-                "it "
-                "is not known",
+                f"{prefix}: the mix of the checkpoint names this file twice, so the unread part is not known",
                 remedy="use the settings of that run, or start a new epoch with --finetune",
             )
         seen.add(prefix)

@@ -29,9 +29,7 @@ def open_store(
     if tokenizer is not None:
         check_tokenizer(prefix, tokenizer)
     if not len(store):
-        raise DataError(
-            f"{prefix}.idx: the corpus is empty: 0 documents", remedy="preprocess a file that holds text"
-        )
+        raise DataError(f"{prefix}.idx: the corpus has no documents", remedy="preprocess a file with text")
     return store
 
 

@@ -48,7 +48,7 @@ class StridedDataset:
         sample = store.tokens[start : start + self.seq_length + 1].astype(np.int64)
         if sample.max() >= self.vocab_size or sample.min() < 0:
             raise DataError(
-                f"{store.bin_path}: a token id is outside the vocabulary of {self.vocab_size}",
+                f"{store.bin_path}: a token id is outside the vocabulary of {self.vocab_size} ids",
                 remedy="evaluate with the tokenizer that made this file",
             )
         return sample
@@ -66,7 +66,7 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
         rule = f"must be from 1 to the {builder.seq_length} tokens of a sample"
         raise ConfigError([Problem("--eval-stride", stride, rule, f"use {-(-builder.seq_length // 8)}")])
     if builder.data.pack_documents:
-        rule = "cannot be used with --pack-documents, whose samples are whole documents"
+        rule = "cannot be combined with --pack-documents"
         raise ConfigError([Problem("--eval-stride", stride, rule, "leave out --eval-stride")])
     number = SPLITS.index(split)
     data = builder.data
@@ -80,6 +80,6 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
     if not len(found):
         raise DataError(
             f"the {split} split has no text of {builder.seq_length + 1} tokens",
-            remedy="name another one with --split, or other data with --data-path",
+            remedy="choose another split with --split, or other data with --data-path",
         )
     return found

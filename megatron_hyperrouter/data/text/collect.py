@@ -47,7 +47,7 @@ def write_corpus(
     """
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(
-            [Problem("--max-bytes", max_bytes, "must be at least 1", "omit it to take everything")]
+            [Problem("--max-bytes", max_bytes, "must be at least 1", "leave it out to take all files")]
         )
     own = {
         os.path.relpath(os.path.realpath(f"{output}{ending}"), os.path.realpath(root))
@@ -76,7 +76,7 @@ def write_corpus(
             within = "" if max_bytes is None else f" of at most {max_bytes} bytes"
             larger = "" if max_bytes is None else ", or a larger --max-bytes"
             raise DataError(
-                f"{root}: no text file{within} among {len(sources)} files",
+                f"{root}: none of the {len(sources)} files is a text file{within}",
                 remedy=f"give another --root{larger}",
             )
     return Gathered(documents, size, left_out)

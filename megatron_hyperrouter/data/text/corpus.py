@@ -241,10 +241,10 @@ def _line(stream: ByteStream, path: str, offset: int, number: int) -> bytes:
     line = stream.readline(MOST_LINE_BYTES + 1)
     if len(line) > MOST_LINE_BYTES:
         where = f"line {number}" if number else f"byte {offset}"
-        message = f"{path}, {where}: a line of more than {MOST_LINE_BYTES} bytes"
+        message = f"{path}, {where}: the line has more than {MOST_LINE_BYTES} bytes"
         raise DataError(
             message,
-            remedy="write one JSON object a line; a file of plain text needs a name that ends in .txt",
+            remedy="write one JSON object on each line; give a plain-text file a name that ends in .txt",
         )
     return line
 
@@ -346,7 +346,7 @@ def _utf8(piece: bytes, where: _Where) -> str:
     try:
         return piece.decode()
     except UnicodeDecodeError as error:
-        message = f"{where}, byte {where.byte + error.start}: not UTF-8 ({error.reason})"
+        message = f"{where}, byte {where.byte + error.start}: the text is not UTF-8 ({error.reason})"
         raise BadLine(message, remedy="convert the file, for example: iconv -f LATIN1 -t UTF-8") from error
 
 
@@ -355,23 +355,23 @@ def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ..
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadLine(
-            f"{where}: broken JSON at column {error.colno}: {error.msg}",
-            remedy="write one whole JSON object a line",
+            f"{where}: invalid JSON at column {error.colno}: {error.msg}",
+            remedy="write one complete JSON object on each line",
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
         raise BadLine(
-            f"{where}: unusable JSON: {error}", remedy="write one JSON object of plain text a line"
+            f"{where}: unusable JSON: {error}", remedy="write one JSON object with plain text on each line"
         ) from error
     if not isinstance(record, dict):
         raise BadLine(
-            f"{where}: a JSON {type(record).__name__}, not an object",
+            f"{where}: the line must be a JSON object, not a {type(record).__name__}",
             remedy='write {"text": "..."} on each line',
         )
     for key in keys:
         if key not in record:
             present = ", ".join(map(repr, record)) or "none"
-            message = f"{where}: no key {key!r}; keys present: {present}"
-            raise BadLine(message, remedy="name the key that holds the text: --json-keys KEY")
+            message = f"{where}: there is no key {key!r} (keys present: {present})"
+            raise BadLine(message, remedy="give the key of the text with --json-keys KEY")
     return tuple(_sequences(record[key], key, where) for key in keys)
 
 
@@ -384,16 +384,14 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
         if not isinstance(text, str):
             kind = type(text).__name__
             raise BadLine(
-                f"{where}: the value of {key!r} is a {kind}, not a string",
-                remedy="name a key that holds text: --json-keys KEY",
+                f"{where}: the value of {key!r} must be a string, not a {kind}",
+                remedy="give a key with text with --json-keys KEY",
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             lone = f"\\u{ord(text[error.start]):04x}"
-            message = (
-                f"{where}: the value of {key!r} has half a surrogate pair ({lone}), which is no character"
-            )
-            raise BadLine(message, remedy="remove it or pair it") from error
+            message = f"{where}: the value of {key!r} has half of a surrogate pair ({lone})"
+            raise BadLine(message, remedy="remove it, or add the other half") from error
         sequences.append(text)
     return sequences

@@ -25,25 +25,25 @@ _HEAD = 1 << 12
 _BLOCKS, _BLOCK = 16, 1 << 13  # compared to see whether two files are the same text
 # The first bytes of files whose content differs from their name, or that this program does not read.
 _SIGNATURES = (
-    (b"\x1f\x8b", "is compressed with gzip", "let its name end in .gz"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "let its name end in .zst"),
+    (b"\x1f\x8b", "is compressed with gzip", "give the file a name that ends in .gz"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "give the file a name that ends in .zst"),
     (
         b"BZh",
-        "is compressed with bzip2, which is not read here",
-        "decompress it, or compress it as .gz or .zst",
+        "is compressed with bzip2, which is not supported",
+        "decompress the file, or compress it as .gz or .zst",
     ),
     (
         b"\xfd7zXZ",
-        "is compressed with xz, which is not read here",
-        "decompress it, or compress it as .gz or .zst",
+        "is compressed with xz, which is not supported",
+        "decompress the file, or compress it as .gz or .zst",
     ),
-    (b"PK\x03\x04", "is a zip archive", "unpack it, and give the files inside"),
-    (b"\xff\xfe", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"PK\x03\x04", "is a zip archive", "unpack the archive, and give the files in it"),
+    (b"\xff\xfe", "is UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "is UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8"),
     (
         b"MMIDIDX",
-        "is the index of a pair of token files already",
-        "give the text that the tokens were made from",
+        "is the index of existing token files",
+        "give the text from which the tokens were made",
     ),
 )
 
@@ -77,13 +77,13 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
     if text is None:
         if partitions in (None, 1):
             return WHOLE
-        remedy = "give each machine its --shard I, then run mhr merge; on one machine use --workers"
+        remedy = "add --shard I on each machine, then run mhr merge; on one machine use --workers"
         raise ConfigError(
             [
                 Problem(
                     "--partitions",
                     partitions,
-                    "gives the number of parts but not which part to read",
+                    "needs --shard I, the number of the part to read",
                     remedy,
                 )
             ]
@@ -96,8 +96,8 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
                 Problem(
                     "--shard",
                     text,
-                    "must be I/N with 1 <= I <= N, the same N on all machines",
-                    "use 1/4 for the first of 4",
+                    "must be I/N with 1 <= I <= N",
+                    "write, for example, 1/4 for the first of 4 parts",
                 )
             ]
         )
@@ -123,7 +123,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
     if empty:
         raise DataError(
             "no input file matches: " + ", ".join(empty),
-            remedy="correct the pattern; quote it so that the shell leaves it alone",
+            remedy="correct the pattern, and put it in quotes to keep the shell from changing it",
         )
     return found
 
@@ -141,7 +141,7 @@ def total_bytes(paths: Sequence[str]) -> int:
             else "give existing files to --input"
         )
         if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
-            remedy = "write it to a file first: a pipe or a device cannot be read twice"
+            remedy = "write it to a file first, because a pipe or a device cannot be read twice"
         raise DataError("no readable input file: " + ", ".join(bad), remedy=remedy)
     hollow = [
         path for path in paths if path.lower().endswith((*SUFFIXES, *_PARQUET_SUFFIXES)) and not size_of(path)
@@ -201,7 +201,7 @@ def _status_of(path: str) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and leave it there"
+            f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and do not move it"
         ) from error
 
 
@@ -231,8 +231,8 @@ def kind_of(path: str) -> Kind:
     if suffix != ".txt" and head.removeprefix(BOM).lstrip().startswith(b"{"):
         return "json"
     if b"\0" in head:
-        message = f"{path}, byte {head.index(0)}: a NUL byte: this is not text"
-        raise DataError(message, remedy="give JSON lines, plain text or Parquet, whole or as .gz or .zst")
+        message = f"{path}, byte {head.index(0)}: the file has a NUL byte, so it is not text"
+        raise DataError(message, remedy="give JSON lines or plain text (also as .gz or .zst), or Parquet")
     return "text"
 
 

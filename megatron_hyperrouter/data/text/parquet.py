@@ -120,7 +120,7 @@ def _group_rows(
                     columns = tuple(batch.column(key).slice(begin, end - begin).to_pylist() for key in keys)
                     yield Rows(row + begin, columns, (row + end) / total)
         except UnicodeDecodeError as error:
-            message = f"{path}, rows {row + begin + 1} to {row + end}: not UTF-8 ({error.reason})"
+            message = f"{path}, rows {row + begin + 1} to {row + end}: the text is not UTF-8 ({error.reason})"
             raise DataError(message, remedy="write the column as UTF-8 text") from error
         except (OSError, ValueError, NotImplementedError) as error:  # all that the library raises
             raise _damaged(path, f"row group {number}", error) from error
@@ -137,8 +137,8 @@ def _stretches(
     begin = passed = 0
     for end, until in enumerate(accumulate(sizes), start=1):
         if sizes[end - 1] > MOST_VALUE_BYTES:
-            message = f"{path}, row {row + end}: a text of {sizes[end - 1]} bytes"
-            raise DataError(message, remedy=f"split it: a text may have at most {MOST_VALUE_BYTES} bytes")
+            message = f"{path}, row {row + end}: the text has {sizes[end - 1]} bytes"
+            raise DataError(message, remedy=f"split the text into parts of at most {MOST_VALUE_BYTES} bytes")
         if until - passed >= batch_bytes:
             yield begin, end
             begin, passed = end, until
@@ -178,7 +178,7 @@ def _open(path: str, **how: Any) -> Any:
         import pyarrow.parquet  # type: ignore[import]
     except ImportError as error:
         raise HostError(
-            f"{path}: reading Parquet files needs the library pyarrow", remedy="pip install pyarrow"
+            f"{path}: reading Parquet files needs the library pyarrow", remedy="run: pip install pyarrow"
         ) from error
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, **how)
@@ -190,11 +190,13 @@ def _check_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None
     for key in keys:
         if key not in names:
             present = ", ".join(map(repr, names)) or "none"
-            message = f"{path}: no column {key!r}; columns present: {present}"
-            raise DataError(message, remedy="name the column that holds the text: --json-keys KEY")
+            message = f"{path}: there is no column {key!r} (columns present: {present})"
+            raise DataError(message, remedy="give the column of the text with --json-keys KEY")
 
 
 def _damaged(path: str, place: str, error: Exception) -> DataError:
     reason = str(error).strip().split("\n", 1)[0]
     message = f"{path}, {place}: cannot be read: {reason}"
-    return DataError(message, remedy="the file is truncated, damaged or no Parquet: fetch or write it again")
+    return DataError(
+        message, remedy=("download or write the file again; it is truncated, damaged or not Parquet")
+    )

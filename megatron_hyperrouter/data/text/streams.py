@@ -31,7 +31,7 @@ _ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot 
 
 def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
     """Message and remedy where ``path`` cannot be written; ``instead``: what else the user can do."""
-    mend = "free space on that disk" if error.errno in _NO_ROOM else "make that place writable"
+    mend = "free space on that disk" if error.errno in _NO_ROOM else "make that folder writable"
     return f"{error.filename or path}: cannot be written: {error.strerror or error}", f"{mend}, or {instead}"
 
 
@@ -44,7 +44,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(
-            f"{path or repr(path)}: cannot be written: not a file name", remedy="choose another output"
+            (f"{path or repr(path)}: cannot be written, because it is not a file name"),
+            remedy="choose another output",
         )
     partial = Path(f"{path}.partial")
     try:
@@ -55,7 +56,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
-        message, remedy = refusal(error, path, "choose another output; what was there before is untouched")
+        message, remedy = refusal(error, path, "choose another output; the existing file was not changed")
         raise DataError(message, remedy=remedy) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -99,7 +100,7 @@ class _DecompressedFile(io.RawIOBase):
         except (OSError, EOFError, zlib.error) as error:
             message = f"{self._path}, byte {self.on_disk.tell()}: cannot be read further: {error}"
             raise DataError(
-                message, remedy="the file is truncated or damaged: fetch or compress it again"
+                message, remedy="download or compress the file again; it is truncated or damaged"
             ) from error
 
     def close(self) -> None:
@@ -117,7 +118,7 @@ class _ZstdFile(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise HostError(
-                "reading .zst files needs the library zstandard", remedy="pip install zstandard"
+                "reading .zst files needs the library zstandard", remedy="run: pip install zstandard"
             ) from error
         self._raw = raw
         self._library = zstandard
@@ -150,7 +151,7 @@ class _ZstdFile(io.RawIOBase):
         data = data or self._raw.read(_ZSTD_INPUT)
         if not data:
             if self._inside:
-                raise EOFError("the file ended before its last frame did")
+                raise EOFError("the file ended before its last frame")
             return False
         self._inside = True
         try:

@@ -97,7 +97,7 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
             import gigatoken  # type: ignore[import]
         except ImportError as error:
             raise HostError(
-                f"{_FLAG} gigatoken needs the library gigatoken", remedy="pip install gigatoken"
+                f"{_FLAG} gigatoken needs the library gigatoken", remedy="run: pip install gigatoken"
             ) from error
         try:
             return gigatoken.Tokenizer.from_json(self.json())
@@ -136,12 +136,12 @@ def choose_encoder(
     """
     kind = options.tokenizer_type
     if wanted not in BACKENDS:
-        raise ConfigError([Problem(_FLAG, wanted, "is not a back end", f"use {', '.join(BACKENDS)}")])
+        raise ConfigError([Problem(_FLAG, wanted, "is not a backend", f"use {', '.join(BACKENDS)}")])
     if kind != "HuggingFaceTokenizer" and wanted != "auto":
-        rule = f"applies to HuggingFaceTokenizer only; {kind} has one way to encode"
+        rule = f"applies only to HuggingFaceTokenizer, not to {kind}"
         raise ConfigError([Problem(_FLAG, wanted, rule, "omit it")])
     if report and options.tokenizer_model and kind == "ByteTokenizer":
-        report(f"--tokenizer-model is ignored: {kind} needs none")
+        report(f"--tokenizer-model is ignored: {kind} needs no file")
     if kind != "HuggingFaceTokenizer" or wanted == "tokenizers" or not options.tokenizer_model:
         return tokenizer_from(options), "tokenizers"
     try:
@@ -151,15 +151,17 @@ def choose_encoder(
             raise
         plain = tokenizer_from(options)
         if report and isinstance(error, ConfigError):  # a library that is not installed needs no report
-            report(f"encoding with tokenizers, not with gigatoken: {error.problems[0].rule}")
+            report(f"using the library tokenizers instead of gigatoken: {error.problems[0].rule}")
         return plain, "tokenizers"
     found = difference(fast, first)
     if found is None:
         return fast, "gigatoken"
     if wanted == "gigatoken":
-        raise DataError(found, remedy=f"use {_FLAG} tokenizers; the two must give the same ids")
+        raise DataError(
+            found, remedy=(f"use {_FLAG} tokenizers, because both libraries must give the same ids")
+        )
     if report:
-        report(f"encoding with tokenizers, not with gigatoken: {found}")
+        report(f"using the library tokenizers instead of gigatoken: {found}")
     return tokenizer_from(options), "tokenizers"
 
 

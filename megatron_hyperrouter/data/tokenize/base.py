@@ -129,15 +129,24 @@ def no_end_token(path: str, name: str | None, known: Iterable[str] = ()) -> Data
     """
     if name is None:
         looked_for = f" (looked for {', '.join(known)})" if known else ""
-        message = f"{path}: no token of this tokenizer is known to end a document{looked_for}"
-        return DataError(message, remedy="name the token with --eod-token TOKEN, or omit --append-eod")
+        message = f"{path}: this tokenizer has no known end-of-document token{looked_for}"
+        return DataError(message, remedy="give the token with --eod-token TOKEN, or leave out --append-eod")
     listed = ", ".join(known)
-    suggestion = f"name one of its special tokens: {listed}" if listed else "name a token of the vocabulary"
+    suggestion = (
+        (f"choose one of its special tokens: {listed}") if listed else "choose a token of the vocabulary"
+    )
     return DataError(f"{path}: --eod-token {name} is not in the vocabulary", remedy=suggestion)
 
 
 def _no_text(verb: str) -> ConfigError:
-    remedy = "use a tokenizer that has text, such as ByteTokenizer or HuggingFaceTokenizer"
+    remedy = "use a tokenizer for text, such as ByteTokenizer or HuggingFaceTokenizer"
     return ConfigError(
-        [Problem("--tokenizer-type", "NullTokenizer", f"has ids without text and cannot {verb} text", remedy)]
+        [
+            Problem(
+                "--tokenizer-type",
+                "NullTokenizer",
+                (f"cannot {verb} text, because it knows only token ids"),
+                remedy,
+            )
+        ]
     )

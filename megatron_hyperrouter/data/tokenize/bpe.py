@@ -38,11 +38,13 @@ def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise HostError(
-            "training a tokenizer needs the library tokenizers", remedy="bash tools/setup_env.sh"
+            "training a tokenizer needs the library tokenizers", remedy="run bash tools/setup_env.sh"
         ) from error
     first = next((text for text in texts if text), None)
     if first is None:
-        raise DataError("no text to train a tokenizer on", remedy="give a corpus that holds text to --input")
+        raise DataError(
+            ("there is no text to train a tokenizer on"), remedy="give a corpus with text to --input"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

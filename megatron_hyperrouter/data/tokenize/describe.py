@@ -32,7 +32,7 @@ def describe(
     or contain ids that the tokenizer does not have.
     """
     if num_first < 0:
-        raise ConfigError([Problem("--tokens", num_first, "must be at least 0", "give 0 to show none")])
+        raise ConfigError([Problem("--tokens", num_first, "must be at least 0", "use 0 to show no tokens")])
     root, ending = os.path.splitext(prefix)
     prefix = root if ending in (".bin", ".idx") else prefix
     manifest = read_manifest(prefix) if verify else None
@@ -64,18 +64,19 @@ def describe(
             "dtype": data.dtype.name,
         }
         compare(prefix, manifest, counts, {})
-        found["manifest"] = "verified: counts, sizes and checksums are those of the files"
+        found["manifest"] = "verified: counts, sizes and checksums match the files"
         if tokenizer is not None and not same_tokenizer(manifest.tokenizer, tokenizer.identity()):
             message = (
-                f"{prefix}: its manifest names {manifest.tokenizer}, not the tokenizer {tokenizer.identity()}"
+                f"{prefix}: the data were made with the tokenizer {manifest.tokenizer}, "
+                f"not with {tokenizer.identity()}"
             )
             raise DataError(message, remedy="give the tokenizer that made the data")
     if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:
             message = (
-                f"{data.bin_path}: token id {highest} is outside the tokenizer's vocabulary of "
-                f"{tokenizer.vocab_size}"
+                f"{data.bin_path}: token id {highest} is outside the vocabulary of "
+                f"{tokenizer.vocab_size} ids of the tokenizer"
             )
             raise DataError(message, remedy="give the tokenizer that made the data")
         found["first text"] = repr(tokenizer.decode(first.tolist()))

@@ -101,8 +101,11 @@ class Encoder:
         tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
         if tokens.size and int(tokens.max()) >= self.tokenizer.vocab_size:
             raise DataError(
-                f"the tokenizer made id {tokens.max()}, beyond its vocabulary of {self.tokenizer.vocab_size}",
-                remedy="its file is inconsistent: train or fetch it again",
+                (
+                    f"the tokenizer gave id {tokens.max()}, which is outside its vocabulary "
+                    f"of {self.tokenizer.vocab_size} ids"
+                ),
+                remedy="train or download the tokenizer again; its file is inconsistent",
             )
         return Encoded(
             tokens.astype(self.dtype),
@@ -143,7 +146,7 @@ def encode_all(
             yield done, future.result()
     except BrokenProcessPool as error:
         raise HyperRouterError(
-            "a worker process died, killed or out of memory", remedy="use fewer --workers, or free memory"
+            "a worker process was killed or ran out of memory", remedy="use fewer --workers, or free memory"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

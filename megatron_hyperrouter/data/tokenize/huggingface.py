@@ -36,8 +36,8 @@ END_TOKENS = (
     "[SEP]",
 )
 REMEDY = (
-    "--tokenizer-model takes a tokenizer.json, a folder that holds one (or vocab.json and merges.txt), or the"
-    " name of a model on the Hugging Face hub; mhr tokenizer writes a tokenizer.json"
+    "give a tokenizer.json, its folder, or the name of a model on the Hugging Face hub "
+    "to --tokenizer-model (mhr tokenizer trains a tokenizer)"
 )
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -198,23 +198,27 @@ def _backend_of(files: TokenizerFiles) -> Backend:
         from tokenizers import Tokenizer as Library
     except ImportError as error:
         message = "HuggingFaceTokenizer needs the library tokenizers"
-        raise HostError(message, remedy="bash tools/setup_env.sh") from error
-    with _library_errors(f"{files.model[0]}: not a tokenizer of the library tokenizers"):
+        raise HostError(message, remedy="run bash tools/setup_env.sh") from error
+    with _library_errors(f"{files.model[0]}: this is not a tokenizer of the library tokenizers"):
         backend = (
             Library.from_file(str(files.model[0])) if len(files.model) == 1 else _of_vocab_and_merges(files)
         )
     vocab = backend.get_vocab(with_added_tokens=True)
     if not vocab:
         message = f"{files.model[0]}: the tokenizer has no tokens"
-        raise DataError(message, remedy="train it with mhr tokenizer")
+        raise DataError(message, remedy="train a tokenizer with mhr tokenizer")
     name, highest = max(vocab.items(), key=lambda each: each[1])
     if highest >= MOST_IDS:  # before the library is asked for the whole tree, which it makes id by id
-        message = f"{files.model[0]}: token {name[:40]!r} has id {highest}; ids must be below {MOST_IDS}"
-        raise DataError(message, remedy="the file is damaged: fetch or train it again")
+        message = (
+            f"{files.model[0]}: token {name[:40]!r} has id {highest}, but ids must be less than {MOST_IDS}"
+        )
+        raise DataError(message, remedy="download or train the tokenizer again; its file is damaged")
     for content in _replacements(json.loads(backend.to_str())["normalizer"]):
         if len(content) > _LONGEST_REPLACEMENT:
-            message = f"{files.model[0]}: its normalizer replaces text by {len(content)} characters"
-            raise DataError(message, remedy=f"use at most {_LONGEST_REPLACEMENT}: text would fill the memory")
+            message = f"{files.model[0]}: its normalizer inserts {len(content)} characters at a time"
+            raise DataError(
+                message, remedy=(f"use at most {_LONGEST_REPLACEMENT} characters; more would fill the memory")
+            )
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -328,7 +332,7 @@ def find_files(name: str, fetch: Callable[[str, str], Path | None]) -> Tokenizer
             return _of_folder(path.parent, merged_only=True)
         return TokenizerFiles((path,), _settings_in(path.parent))
     if path.suffix in (".json", ".model") or not _HUB_NAME.fullmatch(name):
-        raise DataError(f"{name}: no such tokenizer file", remedy=REMEDY)
+        raise DataError(f"{name}: there is no such tokenizer file", remedy=REMEDY)
     model = fetch(name, "tokenizer.json")
     if model is None:
         raise DataError(f"{name}: this model on the hub has no tokenizer.json", remedy=REMEDY)
@@ -341,7 +345,8 @@ def vocab_and_merges(vocab: str | None, merges: str | None) -> TokenizerFiles:
     for path in paths:
         if not path.is_file():
             raise DataError(
-                f"{path}: no such tokenizer file", remedy="--vocab-file and --merge-file name two files"
+                f"{path}: there is no such tokenizer file",
+                remedy=("give two existing files to --vocab-file and --merge-file"),
             )
     return TokenizerFiles(paths, _settings_in(paths[0].parent))
 
@@ -353,15 +358,15 @@ def _of_folder(folder: Path, *, merged_only: bool = False) -> TokenizerFiles:
     pair = (folder / "vocab.json", folder / "merges.txt")
     missing = [path.name for path in pair if not path.is_file()]
     if missing:
-        message = f"{folder}: holds neither tokenizer.json nor both of vocab.json and merges.txt"
+        message = f"{folder}: the folder has neither tokenizer.json nor vocab.json with merges.txt"
         raise DataError(message, remedy=REMEDY)
     for path in settings:
         kind = _json_object(path).get("tokenizer_class")
         if kind is not None and kind not in _GPT2_CLASSES:
             message = (
-                f"{path}: vocab.json and merges.txt of the class {kind} are not supported; only GPT-2's are"
+                f"{path}: vocab.json and merges.txt are supported only for GPT-2, not for the class {kind}"
             )
-            raise DataError(message, remedy="convert the tokenizer to a tokenizer.json, and name that file")
+            raise DataError(message, remedy="convert the tokenizer to a tokenizer.json, and give that file")
     return TokenizerFiles(pair, settings)
 
 
@@ -374,9 +379,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: {error}", remedy="fetch or write the file again") from error
+        raise DataError(
+            (f"{path}: cannot be read: {error}"), remedy="download or write the file again"
+        ) from error
     if not isinstance(found, dict):
-        raise DataError(f"{path}: must be a JSON object", remedy="fetch or write the file again")
+        raise DataError(f"{path}: must be a JSON object", remedy="download or write the file again")
     return found
 
 
@@ -394,5 +401,5 @@ def from_hub(name: str, file: str) -> Path | None:
         if isinstance(error, EntryNotFoundError) and not (offline and file == "tokenizer.json"):
             return None
         reason = str(error).strip().split("\n", 1)[0]
-        message = f"{name}: neither a file, nor available from the Hugging Face hub: {reason}"
+        message = f"{name}: this is not a file, and the Hugging Face hub does not have it: {reason}"
         raise DataError(message, remedy=REMEDY) from error

@@ -101,7 +101,7 @@ def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
         if match:
             found.setdefault(match[3], {})[int(match[1]), int(match[2])] = path.removesuffix(ENDING)
     if not found:
-        remedy = "make them with mhr preprocess --shard I/N and the same --output-prefix"
+        remedy = "create them with mhr preprocess --shard I/N and the same --output-prefix"
         raise DataError(
             f"{output_prefix}: no shards ({output_prefix}.shard-I-of-N_KEY_document{ENDING})", remedy=remedy
         )
@@ -113,15 +113,15 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
     if len(numbers) > 1:
         cuts = " and ".join(map(str, numbers))
         raise DataError(
-            f"{output_prefix}: shards of different splits (N = {cuts}) for the key {key!r}",
+            f"{output_prefix}: the shards of the key {key!r} come from different splits (N = {cuts})",
             remedy="delete the shards of the split that you do not want",
         )
     of = numbers[0]
     missing = [str(Part(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
     if missing:
-        remedy = "make them: mhr preprocess --shard I/N, and copy each manifest with its pair"
+        remedy = "create them with mhr preprocess --shard I/N, and copy each manifest with its files"
         raise DataError(
-            f"{output_prefix}: no shard {', '.join(missing)} under the key {key!r}", remedy=remedy
+            f"{output_prefix}: shard {', '.join(missing)} of the key {key!r} is missing", remedy=remedy
         )
     read = [(prefix, read_manifest(prefix)) for _, prefix in sorted(shards.items())]
     first_prefix, first = read[0]
@@ -129,8 +129,8 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
         for what in _SHARED:
             if getattr(manifest, what) != getattr(first, what):
                 message = (
-                    f"{prefix}{ENDING}: {what} {getattr(manifest, what)}, and {getattr(first, what)} "
-                    f"in {first_prefix}{ENDING}"
+                    f"{prefix}{ENDING}: {what} is {getattr(manifest, what)}, but "
+                    f"{getattr(first, what)} in {first_prefix}{ENDING}"
                 )
                 raise DataError(
                     message, remedy="create all shards from the same files, with the same names and settings"
@@ -154,6 +154,6 @@ def _append(writer: PairWriter, prefix: str, manifest: Manifest) -> None:
         begin = end
     if digest.hexdigest() != manifest.bin.sha256 or data.num_tokens != manifest.tokens:
         raise DataError(
-            f"{prefix}.bin: not the file that {prefix}{ENDING} describes",
+            f"{prefix}.bin: the file does not match {prefix}{ENDING}",
             remedy="copy the shard again, or create it again",
         )

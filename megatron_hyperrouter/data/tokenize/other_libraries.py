@@ -18,7 +18,7 @@ from megatron_hyperrouter.data.tokenize.base import MOST_IDS, Tokenizer, no_end_
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Problem
 
 _SPACE = "▁"  # how a piece writes a space
-_MODEL_REMEDY = "--tokenizer-model names the tokenizer.model of a SentencePiece tokenizer"
+_MODEL_REMEDY = "give the tokenizer.model of a SentencePiece tokenizer to --tokenizer-model"
 
 # How words are cut; the two patterns that --tiktoken-pattern of Megatron-LM chooses between.
 PATTERNS = MappingProxyType(
@@ -32,7 +32,7 @@ PATTERNS = MappingProxyType(
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 NUM_SPECIAL_TOKENS = 1000
 _DEFAULT_VOCAB = 1 << 17
-_RANKS_REMEDY = "--tokenizer-model names a JSON list of objects with rank, token_bytes and token_str"
+_RANKS_REMEDY = "give a JSON list of objects with rank, token_bytes and token_str to --tokenizer-model"
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
@@ -103,14 +103,16 @@ def _load(path: str) -> Any:
         import sentencepiece  # type: ignore[import]
     except ImportError as error:
         message = "SentencePiece models need the library sentencepiece"
-        raise HostError(message, remedy="pip install sentencepiece") from error
+        raise HostError(message, remedy="run: pip install sentencepiece") from error
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such tokenizer file", remedy=_MODEL_REMEDY)
+        raise DataError(f"{path}: there is no such tokenizer file", remedy=_MODEL_REMEDY)
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise DataError(f"{path}: not a SentencePiece model: {reason}", remedy=_MODEL_REMEDY) from error
+        raise DataError(
+            (f"{path}: this is not a SentencePiece model: {reason}"), remedy=_MODEL_REMEDY
+        ) from error
 
 
 class TikTokenizer(Tokenizer):
@@ -145,10 +147,10 @@ class TikTokenizer(Tokenizer):
         wanted = self.vocab_size - num_special_tokens
         if not 0 < wanted <= len(ranks):
             message = (
-                f"{path}: {len(ranks)} byte strings, but --vocab-size {self.vocab_size} asks for {wanted} "
-                f"beside {num_special_tokens} special tokens"
+                f"{path} has {len(ranks)} byte strings, but --vocab-size {self.vocab_size} "
+                f"needs {wanted} and {num_special_tokens} special tokens"
             )
-            raise DataError(message, remedy=f"use a --vocab-size up to {num_special_tokens + len(ranks)}")
+            raise DataError(message, remedy=f"use --vocab-size of at most {num_special_tokens + len(ranks)}")
         self._bytes = ranks[:wanted]
         self._special = {name: number for number, name in enumerate(names)}
         self._first = num_special_tokens
@@ -160,7 +162,7 @@ class TikTokenizer(Tokenizer):
             import tiktoken
         except ImportError as error:
             raise HostError(
-                "TikTokenizer needs the library tiktoken", remedy="pip install tiktoken"
+                "TikTokenizer needs the library tiktoken", remedy="run: pip install tiktoken"
             ) from error
         return tiktoken.Encoding(
             name=Path(self.path).stem,
@@ -200,7 +202,7 @@ class TikTokenizer(Tokenizer):
 def _read(path: str) -> list[bytes]:
     """The byte strings by rank; DataError for a file of another kind."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such tokenizer file", remedy=_RANKS_REMEDY)
+        raise DataError(f"{path}: there is no such tokenizer file", remedy=_RANKS_REMEDY)
     try:
         entries = json.loads(Path(path).read_bytes())
         if not isinstance(entries, list) or len(entries) > MOST_IDS:
@@ -209,10 +211,12 @@ def _read(path: str) -> list[bytes]:
         for rank, entry in enumerate(entries):
             if entry["rank"] != rank or (rank < 256 and found[rank] != bytes([rank])):
                 raise ValueError(
-                    f"entry {rank}: ranks must rise from 0, and the first 256 must be the single bytes"
+                    f"entry {rank}: ranks must increase from 0, and the first 256 must be the single bytes"
                 )
         if len(set(found)) < max(len(found), 256):
-            raise ValueError("must hold the 256 single bytes, and each byte string once")
+            raise ValueError("must contain the 256 single bytes, and each byte string only once")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
-        raise DataError(f"{path}: not the ranks of a TikTokenizer: {error}", remedy=_RANKS_REMEDY) from error
+        raise DataError(
+            (f"{path}: these are not the ranks of a TikTokenizer: {error}"), remedy=_RANKS_REMEDY
+        ) from error
     return found

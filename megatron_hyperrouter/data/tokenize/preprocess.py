@@ -108,7 +108,7 @@ def preprocess(
     total_bytes(inputs)
     if report:
         for path, earlier in repeated(inputs):
-            report(f"{path} is the same text as {earlier}: its documents are written twice")
+            report(f"{path} has the same text as {earlier}, so its documents are written twice")
     first = _first_documents(job)
     tokenizer, backend = choose_encoder(settings.tokenizer, settings.backend, first, report)
     encoder = Encoder(replace(settings, backend=backend), tokenizer)
@@ -121,7 +121,7 @@ def preprocess(
         kept = not isinstance(error, DataError) or isinstance(error, DiskRefused | InputChanged | BadLine)
         run.close(forget=not kept or not run.saved.pairs)
         if isinstance(error, BadLine):
-            skip = "or leave such lines out with --on-bad-line skip"
+            skip = "or skip such lines with --on-bad-line skip"
             goes_on = ", which continues from what was saved" if run.saved.pairs else ""
             raise BadLine(error.message, remedy=f"{error.remedy}; {skip}{goes_on}") from error
         raise
@@ -172,8 +172,8 @@ def saved_of(path: str, record: Mapping[str, Any], keys: int) -> Saved:
 
 
 def _unknown_record(path: str) -> DataError:
-    message = f"{path}: a line holds what no run of this program saves"
-    return DataError(message, remedy="give --overwrite to start from the beginning")
+    message = f"{path}: the journal has a line that this program did not write"
+    return DataError(message, remedy="add --overwrite to start from the beginning")
 
 
 class _Run:
@@ -278,8 +278,8 @@ class _Run:
             now = facts_of(was[0])
             if now != was:
                 sizes = f" (it had {was[1]} bytes, and has {now[1]})" if was[1] != now[1] else ""
-                remedy = "let no other program write to it, and start from the beginning with --overwrite"
-                raise InputChanged(f"{was[0]}: the input has changed while it was read{sizes}", remedy=remedy)
+                remedy = "start from the beginning with --overwrite, and do not change the input meanwhile"
+                raise InputChanged(f"{was[0]}: the input changed while it was read{sizes}", remedy=remedy)
 
     def _save(self, writers: list[PairWriter], saved: Saved) -> None:
         saved = replace(saved, pairs=tuple((writer.save(), writer.bin_sum()) for writer in writers))
@@ -321,13 +321,13 @@ def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
     names = ", ".join(inputs)
     if not counts.documents:
         raise DataError(
-            f"{names}: no documents",
+            f"{names}: the input has no documents",
             remedy='give JSON lines {"text": "..."}, or plain text that is not empty',
         )
     if not counts.tokens:
         raise DataError(
-            f"{names}: {counts.documents} documents, and each is empty under the key {key!r}",
-            remedy="name another key: --json-keys KEY",
+            f"{names}: all {counts.documents} documents are empty under the key {key!r}",
+            remedy="give another key with --json-keys KEY",
         )
 
 
@@ -339,7 +339,7 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
                 "--workers",
                 workers,
                 f"must be 1 to {_MOST_WORKERS}",
-                "use as many as there are processor cores",
+                "use the number of processor cores",
             )
         )
     if not save_seconds >= 0:
@@ -352,14 +352,19 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
         )
     for key in keys:
         if not key or "/" in key:
-            rule = "is a part of the output's name, so it must not be empty or hold a slash"
+            rule = "must not be empty or contain a slash, because it is part of the output name"
             problems.append(Problem("--json-keys", repr(key), rule, "rename the key in the input"))
     if not job.output_prefix:
         problems.append(
-            Problem("--output-prefix", "''", "must not be empty", "name the output, for example data/corpus")
+            Problem(
+                "--output-prefix",
+                "''",
+                "must not be empty",
+                ("give the start of the output name, such as data/corpus"),
+            )
         )
     elif job.output_prefix.endswith("/"):
-        remedy = f"add the beginning of a file's name: {job.output_prefix}corpus"
+        remedy = f"add the start of a file name, such as {job.output_prefix}corpus"
         problems.append(Problem("--output-prefix", job.output_prefix, "must not end with a slash", remedy))
     endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
     written = [

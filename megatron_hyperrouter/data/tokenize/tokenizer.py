@@ -122,14 +122,26 @@ def missing_option(options: TokenizerOptions) -> Problem | None:
     if kind == "NullTokenizer":
         if options.vocab_size is None or options.vocab_size < 1:
             rule = "must be given with NullTokenizer"
-            return Problem("--vocab-size", options.vocab_size, rule, "give the number of token ids")
+            return Problem(
+                "--vocab-size", options.vocab_size, rule, ("add --vocab-size N, the number of token ids")
+            )
         return None
     if kind == "GPT2BPETokenizer" and options.tokenizer_model is None:
         if options.vocab_file is None or options.merge_file is None:
-            rule = "GPT2BPETokenizer needs both --vocab-file and --merge-file"
-            return Problem("--vocab-file", options.vocab_file, rule, "name vocab.json and merges.txt")
+            rule = "needs --merge-file for GPT2BPETokenizer"
+            return Problem(
+                "--vocab-file",
+                options.vocab_file,
+                rule,
+                ("add --vocab-file vocab.json and --merge-file merges.txt"),
+            )
         return None
     if kind != "ByteTokenizer" and not options.tokenizer_model:
         rule = f"must be given with {kind}"
-        return Problem("--tokenizer-model", options.tokenizer_model, rule, f"name the file of the {kind}")
+        return Problem(
+            "--tokenizer-model",
+            options.tokenizer_model,
+            rule,
+            (f"add --tokenizer-model with the file of the {kind}"),
+        )
     return None

@@ -65,10 +65,10 @@ def without_text(tokenizer: Tokenizer) -> str | None:
         return None
     own = _own_file(tokenizer)
     if own is None:
-        return f"{tokenizer.type} has ids without text: the folder holds no tokenizer"
+        return f"the folder has no tokenizer, because {tokenizer.type} knows only token ids"
     return (
-        f"{tokenizer.type} has no tokenizer.json of the same ids: the folder holds its own file {own.name}, "
-        "which AutoTokenizer may not read as this program does"
+        f"the folder has the file {own.name} instead of a tokenizer.json, and "
+        f"AutoTokenizer may read it differently ({tokenizer.type})"
     )
 
 

@@ -62,15 +62,17 @@ def load_format_1(optimizer: Any, state: dict[str, Any], *, layers: str) -> None
     """
     if state["layers"] != layers:
         raise CheckpointError(
-            f"the checkpoint was written with --transformer-impl {state['layers']}, "
-            f"and this run has {layers}",
-            remedy=f"add --transformer-impl {state['layers']}, or load weights alone with --finetune",
+            (
+                f"the checkpoint was written with --transformer-impl {state['layers']}, "
+                f"but this run uses {layers}"
+            ),
+            remedy=f"add --transformer-impl {state['layers']}, or load only the weights with --finetune",
         )
     saved, parts = state["parts"], list(_parts(optimizer))
     if len(saved) != len(parts):
         raise CheckpointError(
             f"the checkpoint has {len(saved)} optimizers but this run has {len(parts)}",
-            remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
+            remedy="resume on the layout of the run that wrote it, or load only the weights with --finetune",
         )
     for part, state in zip(parts, saved, strict=True):
         _restore(part, state)
@@ -82,8 +84,8 @@ def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
     shapes = [tuple(state["value"].shape) for state in saved]
     if shapes != [tuple(parameter.shape) for parameter in parameters]:
         raise CheckpointError(
-            "the optimizer's parameters in the checkpoint have other shapes than in this run",
-            remedy="resume on the layout of the run that wrote it, or load weights alone with --finetune",
+            "the optimizer parameters in the checkpoint and in this run have different shapes",
+            remedy="resume on the layout of the run that wrote it, or load only the weights with --finetune",
         )
     for group, step in zip(adam.param_groups, state_of_part["steps"], strict=True):
         if step is not None:

@@ -108,18 +108,21 @@ def _problems(config: TransformerConfig) -> Iterator[Problem]:
             "moe_router_load_balancing_type",
             balancing,
             'must be "aux_loss" or "none"',
-            "the router has one balance loss",
+            "use one of these two: the router has only one balance loss",
         )
     for field, default in _STOCK_ONLY:
         value = getattr(config, field, default)
         if value != default:
             yield Problem(
-                field, value, "is a setting of megatron-core's own router", f"leave it at {default}"
+                field,
+                value,
+                ("applies only to the router of megatron-core"),
+                f"set it to its default, {default}",
             )
     if config.moe_router_pre_softmax and config.moe_router_topk > 1:  # at k = 1 megatron-core insists on it
         yield Problem(
             "moe_router_pre_softmax",
             True,
-            "the router takes the softmax over the chosen experts",
-            "leave it at False",
+            "must be False, because the router applies softmax to the chosen experts",
+            "set it to False",
         )

@@ -80,7 +80,7 @@ class RoutedMoELayer(MoELayer):
             with router.site.given(routing):
                 return super().forward(hidden_states, *more, **kwargs)
         if any(value is not None for value in (*more, *kwargs.values())):
-            raise NotImplementedError("padding masks and partial passes are not supported: give full samples")
+            raise NotImplementedError("padding masks and partial passes are not supported; give full samples")
         routes_R1D = x_TD.repeat_interleave(routing.experts_TK.size(1), 0).unsqueeze(1)
         shared = self.shared_experts_compute(hidden_states)
         with router.site.given(single_routes(routing)), self._one_expert_each():
@@ -142,9 +142,9 @@ class RoutedMoELayer(MoELayer):
         }
         if names := [name for name, there in found.items() if there]:
             raise HostError(
-                f"router {self.router.router.name!r} consults the experts, which cannot be combined with "
+                f"router {self.router.router.name} uses expert outputs, which cannot be combined with "
                 f"{', '.join(names)}",
-                remedy="leave it out, or use a router that does not consult experts",
+                remedy="leave these settings out, or use a router that does not use expert outputs",
             )
 
     @contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from megatron_hyperrouter.errors import CheckpointError
 
-_LAYOUT = "resume on the layout of the run that wrote it, or load weights alone with --finetune"
+_LAYOUT = "resume on the layout of the run that wrote it, or load only the weights with --finetune"
 
 _KNOWN = (  # what the optimizers and generators of both hosts put into such a file in addition to tensors
     "numpy.ndarray",
@@ -40,41 +40,44 @@ def read_state(
     """
     if not trusted:
         raise CheckpointError(
-            f"{folder} is of format 1: its optimizer state has no checksums",
-            remedy="add --trust-checkpoint if you know who wrote it, or load weights alone with --finetune",
+            f"{folder} has format 1, whose optimizer state has no checksums",
+            remedy=(
+                "add --trust-checkpoint if you know who wrote it, or load only the weights with --finetune"
+            ),
         )
     if stacked:  # DeepSpeed's rows would be taken in another order, without a word
         raise CheckpointError(
-            f"{folder} is of format 1, whose optimizer state lists the experts one by one",
-            remedy="add --no-moe-grouped-gemm until the run has saved a checkpoint of its own",
+            f"{folder} has format 1, whose optimizer state lists the experts separately",
+            remedy="add --no-moe-grouped-gemm until this run has saved its first checkpoint",
         )
     path = folder / f"state-{rank:05d}.pt"
     found = len(list(folder.glob("state-*.pt")))
     if found != ranks:
         raise CheckpointError(
-            f"{folder} was written by {found} ranks, and this run has {ranks}", remedy=_LAYOUT
+            f"{folder} was written by {found} ranks, but this run has {ranks}", remedy=_LAYOUT
         )
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
-            f"{path} cannot be read: it is damaged", remedy="load an older checkpoint of the run"
+            f"{path} is damaged and cannot be read", remedy="load an older checkpoint of this run"
         )
     try:
         with torch.serialization.safe_globals(_known()):
             if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
                 raise CheckpointError(
-                    f"{path} holds code that no optimizer state needs: {', '.join(sorted(foreign))}",
-                    remedy="do not use this file; load the weights alone with --finetune",
+                    f"{path} contains code that no optimizer state needs: {', '.join(sorted(foreign))}",
+                    remedy="do not use this file; load only the weights with --finetune",
                 )
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch's reader raises whatever a damaged pickle provokes
         raise CheckpointError(
-            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of the run"
+            f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of this run"
         ) from error
     if not isinstance(state, dict) or not {"optimizer", "random"} <= state.keys():
         raise CheckpointError(
-            f"{path} has no optimizer or no generators", remedy="load an older checkpoint of the run"
+            (f"{path} has no optimizer state or no random-generator state"),
+            remedy="load an older checkpoint of this run",
         )
     return dict(state)
 

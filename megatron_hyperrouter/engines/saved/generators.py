@@ -50,7 +50,7 @@ def restore(folder: Path, rank: int, config: RunConfig, *, world_size: int, step
             return True
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {reason_of(error)}", remedy="load an older checkpoint of the run"
+            f"{path} cannot be read: {reason_of(error)}", remedy="load an older checkpoint of this run"
         ) from error
     seed_dropout(config, seed=_seed_at(config.train.seed, step))
     return False

@@ -195,14 +195,16 @@ def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) ->
         entry = index.get(piece.name)
         if entry is None or not entry.trained or entry.steps is None:
             raise CheckpointError(
-                f"{reader.folder} has no optimizer state of {piece.name}",
-                remedy="load weights alone with --finetune",
+                f"{reader.folder} has no optimizer state for {piece.name}",
+                remedy="load only the weights with --finetune",
             )
         if entry.shape != (needed := whole_shape(tuple(piece.parameter.shape), shard_of(piece.name))):
             raise CheckpointError(
-                f"{reader.folder}: {piece.name}: the optimizer state has the shape {list(entry.shape)}, and "
-                f"the weight {list(needed)}",
-                remedy="load an older checkpoint of the run",
+                (
+                    f"{reader.folder}: {piece.name}: the optimizer state has shape {list(entry.shape)}, "
+                    f"but the weight has shape {list(needed)}"
+                ),
+                remedy="load an older checkpoint of this run",
             )
         if counted.setdefault(piece.counter, entry.steps) != entry.steps:
             raise CheckpointError(
@@ -264,8 +266,8 @@ def verify(reader: Reader, index: dict[str, Entry], holding: Holding, *, weights
             value or field != WEIGHT
         ):  # 0: no rank holds such a weight, or could compare it
             raise CheckpointError(
-                f"{reader.folder}: {name}: its {field} is not the one that was saved (the digests differ)",
-                remedy="load an older checkpoint of the run",
+                f"{reader.folder}: {name}: its {field} has changed since it was saved (the digests differ)",
+                remedy="load an older checkpoint of this run",
             )
 
 

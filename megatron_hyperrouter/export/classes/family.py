@@ -45,12 +45,12 @@ class Family:
     def reasons(self, run: RunConfig, options: Any, topk: int) -> list[str]:
         """Why it does not compute this run's model; empty if it does."""
         flags = unfollowed(run, self.settings)
-        found = [f"has no counterpart of {', '.join(flags)}"] if flags else []
+        found = [f"does not support {', '.join(flags)}"] if flags else []
         if options.groups is not None and self.group_best is None:
-            found.append("has no groups of experts")
+            found.append("does not support groups of experts")
         elif options.groups is not None and topk not in (fit := self.topks(run, options)):
-            where = f"; at k = {_span(fit)} so does this router" if fit else ""
-            found.append(f"judges a group of experts by its {self.group_best} best{where}")
+            where = f"; this router does the same only at k = {_span(fit)}" if fit else ""
+            found.append(f"scores a group by its {self.group_best} best experts{where}")
         return found + list(self.lacks(run, options))
 
     def topks(self, run: RunConfig, options: Any) -> tuple[int, ...]:
@@ -82,28 +82,28 @@ def unfollowed(run: RunConfig, followed: tuple[str, ...]) -> list[str]:
 def softmax_scores(options: Any) -> Iterator[str]:
     """For a class that has no others."""
     if options.score_function != "softmax":
-        yield "has only softmax scores"
+        yield "supports only softmax scores"
 
 
 def sigmoid_scores(options: Any) -> Iterator[str]:
     """For a class that has no others."""
     if options.score_function != "sigmoid":
-        yield "has only sigmoid scores"
+        yield "supports only sigmoid scores"
 
 
 def dense_layers_first(run: RunConfig) -> Iterator[str]:
     """For a class that has no dense layer behind a MoE layer."""
     if sorted(layers := moe_layers(run)) != list(layers):
-        yield "has dense layers only before the MoE layers"
+        yield "supports dense layers only before the MoE layers"
 
 
 def whole_shared_experts(run: RunConfig) -> Iterator[str]:
     """For a class with several shared experts of an expert's width and without a gate."""
     shared, width = run.model.moe_shared_expert_intermediate_size or 0, expert_width(run)
     if shared % width:
-        yield f"needs a shared width that is a multiple of {width}, an expert's width; here it is {shared}"
+        yield f"needs a shared expert width that is a multiple of the expert width {width}, not {shared}"
     if run.model.moe_shared_expert_gate:
-        yield "has no gate of the shared expert"
+        yield "does not support a shared-expert gate"
 
 
 def deepseek_fields(run: RunConfig, options: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from megatron_hyperrouter.export.classes.names import MIXTRAL, QWEN, QWEN2
 def _plain_softmax(options: Any) -> Iterator[str]:
     yield from softmax_scores(options)
     if options.scaling_factor != 1.0:
-        yield "has no factor on the weights (--router.scaling-factor)"
+        yield "does not support --router.scaling-factor"
 
 
 def _qwen3_lacks(run: RunConfig, options: Any) -> Iterator[str]:
@@ -48,11 +48,11 @@ def _qwen2_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     yield from _plain_softmax(options)
     model = run.model
     if model.qk_layernorm:
-        yield "has no q/k norms"
+        yield "does not support q/k norms (--qk-layernorm)"
     if model.moe_shared_expert_intermediate_size is None:
         yield "needs a shared expert (--moe-shared-expert-intermediate-size)"
     if head_width(run) * model.num_attention_heads != model.hidden_size:
-        yield "needs heads of hidden size / heads channels (--kv-channels)"
+        yield "needs a head width of hidden size / heads (--kv-channels)"
 
 
 def _qwen2_fields(run: RunConfig, options: Any) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def _qwen2_fields(run: RunConfig, options: Any) -> dict[str, Any]:
 def _mixtral_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     yield from _plain_softmax(options)
     if not options.sums_to_one:
-        yield "needs weights that sum to 1, and this router's do not sum to 1"
+        yield "needs expert weights that sum to 1, unlike those of this router"
     if run.model.qk_layernorm:
-        yield "has no q/k norms"
+        yield "does not support q/k norms (--qk-layernorm)"
     if len(set(windows(run))) > 1:
-        yield "needs its sliding window in all layers (--window-attn-skip-freq)"
+        yield "needs the sliding window in all layers (--window-attn-skip-freq)"
 
 
 def _mixtral_fields(run: RunConfig, _options: Any) -> dict[str, Any]:

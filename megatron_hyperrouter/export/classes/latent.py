@@ -34,11 +34,10 @@ def _latent_lacks(run: RunConfig) -> Iterator[str]:
     if not run.attention.multi_latent_attention:
         yield "needs latent attention (--multi-latent-attention)"
     elif not run.model.qk_layernorm:
-        yield "needs norms of latent vectors (--qk-layernorm)"
+        yield "needs latent norms (--qk-layernorm)"
     elif run.model.norm_epsilon != EPSILON:
         yield (
-            f"has norms of latent vectors with epsilon {EPSILON:g}, not {run.model.norm_epsilon:g} "
-            "(--norm-epsilon)"
+            f"needs latent norms with epsilon {EPSILON:g}, not {run.model.norm_epsilon:g} (--norm-epsilon)"
         )
     yield from dense_layers_first(run)
     yield from whole_shared_experts(run)
@@ -48,7 +47,7 @@ def _deepseek_v2_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     yield from _latent_lacks(run)
     yield from softmax_scores(options)
     if options.sums_to_one:
-        yield "needs weights that do not sum to 1 (--router.pre-softmax)"
+        yield "needs expert weights that do not sum to 1 (--router.pre-softmax)"
 
 
 def _deepseek_v3_lacks(run: RunConfig, options: Any) -> Iterator[str]:

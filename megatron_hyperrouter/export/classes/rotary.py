@@ -52,10 +52,10 @@ def rotary_settings(rope: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
         return {"rope_type": "rope", "rotary_seq_len_interpolation_factor": float(rope["factor"])}
     if kind == "llama3":
         if any(rope.get(name) != value for name, value in _LLAMA3.items()):
-            raise ValueError("rope_type llama3 with other constants than those of Llama 3.1")
+            raise ValueError("rope_type llama3 has other constants than Llama 3.1")
         return {"rope_type": "rope", "use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
     if kind != "yarn" or rope.get("truncate", True) is not True:
-        raise ValueError(f"rope_type {kind}; ours are default, linear, llama3 and yarn")
+        raise ValueError(f"rope_type {kind} is not supported; only default, linear, llama3 and yarn are")
     # What DeepSeek's own code has by default; without either, transformers takes 0.1 ln(factor) + 1.
     mscale, all_dim = (float(rope.get(name) or 0.0) for name in ("mscale", "mscale_all_dim"))
     if not (mscale and all_dim):
@@ -65,7 +65,7 @@ def rotary_settings(rope: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
     if asked is not None and not math.isclose(asked, ours, rel_tol=1e-9):
         mscale = (asked * temperature(factor, all_dim) - 1.0) / (0.1 * math.log(factor))
         if mscale < 0:
-            raise ValueError(f"attention_factor {asked}; ours follows from mscale and mscale_all_dim")
+            raise ValueError(f"attention_factor {asked} does not agree with mscale and mscale_all_dim")
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": factor,

@@ -47,14 +47,14 @@ def choose(run: RunConfig, options: Any, topk: int) -> Target:
     CheckpointError with all reasons if there is none.
     """
     if run.model.mlp_type != "standard":
-        raise no_class(["--mlp-type residual adds a dense MLP beside the experts"], custom_code=False)
+        raise no_class(["no class supports --mlp-type residual"], custom_code=False)
     if unknown := _changed(options, _ROUTER):
         flags = [f"--router.{name.replace('_', '-')}" for name in unknown]
-        raise no_class([f"the router has {', '.join(flags)}, which no class has"])
+        raise no_class([f"no class supports {', '.join(flags)}"])
     if options.bias:
-        raise no_class(["the router adds a bias to its logits"])
+        raise no_class(["no class supports a bias on the router logits"])
     if options.expert_bias and options.score_function == "softmax":
-        raise no_class(["--router.expert-bias moves a choice among softmax scores"])
+        raise no_class(["no class supports --router.expert-bias with softmax scores"])
     reasons = []
     for family in _LATENT if run.attention.multi_latent_attention else _GROUPED:
         found = family.reasons(run, options, topk)
@@ -68,8 +68,8 @@ def check_served(architecture: str, served: Sequence[int], topks: Iterable[int],
     """ConfigError for values of k, given by ``flag``, that are not ``served``: the class would choose other
     experts.
     """
-    rule = f"must be one at which {architecture} chooses the same experts: {served[0]} to {served[-1]}"
-    found = [Problem(flag, k, rule, "use one of these") for k in topks if k not in served]
+    rule = f"must be a k at which {architecture} chooses the same experts: {served[0]} to {served[-1]}"
+    found = [Problem(flag, k, rule, "use one of these values") for k in topks if k not in served]
     if found:
         raise ConfigError(found)
 
@@ -91,8 +91,8 @@ def refuse_unknown(run: RunConfig, followed: tuple[str, ...], what: str) -> None
     """CheckpointError for settings of the model that are not ``followed``."""
     if found := unfollowed(run, followed):
         raise CheckpointError(
-            f"this run has settings that {what} does not follow: {', '.join(found)}",
-            remedy="leaving them out would make another model; this version has no way around it",
+            f"{what} does not support these settings of the run: {', '.join(found)}",
+            remedy="use mhr evaluate; a model with these settings cannot be exported",
         )
 
 
@@ -112,9 +112,9 @@ def no_class(reasons: Iterable[str], *, custom_code: bool = True) -> CheckpointE
     told = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
     return CheckpointError(
         f"no class of transformers computes this model:{told}",
-        remedy="mhr export-hf --custom-code adds modeling code that does (transformers 5, trust_remote_code)"
+        remedy="add --custom-code to export with modeling code (needs transformers 5 and trust_remote_code)"
         if custom_code
-        else "docs/interop.md lists the models that can be exported; mhr evaluate takes this one as it is",
+        else "use mhr evaluate instead; docs/interop.md lists the models that can be exported",
     )
 
 

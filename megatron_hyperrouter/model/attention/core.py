@@ -60,7 +60,7 @@ class ScaledDotProductAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
             raise NotImplementedError(
-                f"attention mask {attn_mask_type} is not supported: use AttnMaskType.causal"
+                f"attention mask {attn_mask_type} is not supported; use AttnMaskType.causal"
             )
         self.recompute = recompute
         self.cp_group = getattr(pg_collection, "cp", None)
@@ -79,7 +79,7 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """Returns ``[S, B, N * C]``."""
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("attention masks, biases and packed sequences are not provided")
+            raise NotImplementedError("attention masks, biases and packed sequences are not supported")
         # Asked here, for a recomputation of attention alone is of the same micro-batch.
         inputs = (query_SBNC, key_SBGC, value_SBGC, None if self.next_starts is None else self.next_starts())
         if self.recompute and self.training and torch.is_grad_enabled():

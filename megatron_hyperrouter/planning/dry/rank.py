@@ -48,7 +48,10 @@ def in_fork(task: dict[str, Any]) -> dict[str, Any]:
     if text:
         answer: dict[str, Any] = json.loads(text)
         return answer
-    return {"rank": task["rank"], "error": f"its process ended with {os.waitstatus_to_exitcode(status)}"}
+    return {
+        "rank": task["rank"],
+        "error": (f"its process ended with status {os.waitstatus_to_exitcode(status)}"),
+    }
 
 
 def _tell(task: dict[str, Any], pipe: int) -> NoReturn:

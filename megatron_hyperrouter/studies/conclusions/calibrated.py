@@ -56,7 +56,11 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
         f"{getattr(found.machine, name) * _UNITS[name][0]:.3g} {_UNITS[name][1]}" for name in found.fitted
     )
     left = [name for name in _UNITS if name not in found.fitted]
-    others = f" These runs do not tell {', '.join(left)}: mhr plan assumes them." if left else ""
+    others = (
+        (f" These runs do not determine {', '.join(left)}, so mhr plan assumes default values.")
+        if left
+        else ""
+    )
     return (
         f"\n{table}\nFitted to these {len(rows)} rows: {constants}.{others} "
         f"mhr plan --calibration {path} predicts with them.\n"

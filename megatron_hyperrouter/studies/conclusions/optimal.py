@@ -41,8 +41,7 @@ def optimal_text(curves: Curves, flops: float, size: str) -> str:
     table = markdown_table(["fit", "FLOPs", "best N", "best D", "loss"], body)
     return (
         f"\n{table}\nThe {size} parameters N and tokens D with the lowest fitted loss for 6 N D FLOPs; "
-        "in brackets the 95 % interval of N. Beyond the largest run this extends the curve, which "
-        "nothing here verifies.\n"
+        "in brackets the 95 % interval of N. Beyond the largest run, these values are extrapolated.\n"
     )
 
 

@@ -33,7 +33,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{flag(self.leaf.name)} was {_shown(self.before)} and is {_shown(self.now)} now"
+        return f"{flag(self.leaf.name)} was {_shown(self.before)} and is now {_shown(self.now)}"
 
 
 def changes_of_function(saved: str, config: RunConfig) -> list[str]:
@@ -50,7 +50,7 @@ def changes_of_course(saved: str, config: RunConfig, *, step: int) -> list[str]:
     lines = [str(change) for change in _changes(saved, config) if change.leaf.role in _COURSE]
     before, now = _rate(_flat(saved), step + 1), _rate(_flat(dump(config)), step + 1)
     if lines and before is not None and now is not None and before != now:
-        lines.append(f"the learning rate of step {step + 1} is {now:.4g}, and was to be {before:.4g}")
+        lines.append(f"the learning rate of step {step + 1} is {now:.4g}, not {before:.4g} as planned before")
     return lines
 
 

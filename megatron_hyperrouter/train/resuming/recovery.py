@@ -68,16 +68,16 @@ class Recovery:
         words = f"step {step}: {reason}; {said}"
         if policy == "stop" or (policy == "rollback" and not checkpoint):
             raise HyperRouterError(
-                f"{words}; the run stops before the weights change", remedy=self._remedy(step)
+                f"{words}; the run stops before this step changes the weights", remedy=self._remedy(step)
             )
         first = step if policy == "skip" else (checkpoint or 0) + 1
         if not self._bad.leave_out(range(first, step + 1)):
             raise HyperRouterError(
-                f"{words}; it is the last of {self._bad.in_a_row} bad steps in a row",
+                f"{words}; this is bad step {self._bad.in_a_row} in a row, so the run stops",
                 remedy=self._remedy(step),
             )
         if policy == "rollback":
-            console.warn(f"{words}; returning to step {checkpoint}, and leaving out steps {first} to {step}")
+            console.warn(f"{words}; returning to step {checkpoint} and leaving out steps {first} to {step}")
             raise RollBack
         console.warn(f"{words}; the step is left out")
 
@@ -109,9 +109,11 @@ class ReplicaCheck:
             facts["hosts"] = ", ".join(host for _, host in found[0].ranks)
             tell("alarm", step, alarm="replicas", tensors=len(found), action="stop", **facts)
             raise HyperRouterError(
-                f"step {step}: {_deviation(found)}; they were equal after step {self._alike}",
-                remedy="look for memory errors on that machine and leave it out; continue with --load from a "
-                f"checkpoint of step {self._alike} or earlier",
+                f"step {step}: {_deviation(found)}; the replicas were equal after step {self._alike}",
+                remedy=(
+                    "check that machine for memory errors, and continue without it from a "
+                    f"checkpoint of step {self._alike} or earlier"
+                ),
             )
         self._alike = step
 
@@ -124,7 +126,7 @@ def _deviation(found: list[Deviation]) -> str:
     first = found[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     said = f"{first.name}{more} on {_ranks(first.ranks)} differs from that on {_ranks(first.others)}"
-    return said if first.sure else f"{said} (one against one: either may be wrong)"
+    return said if first.sure else f"{said} (only two replicas: either may be wrong)"
 
 
 def _ranks(places: tuple[tuple[int, str], ...]) -> str:

@@ -37,8 +37,8 @@ def resume(
             _report(start, config, engine)
     if aside := folders.rewind(start.step):
         console.warn(
-            f"{folders.root.parent} holds checkpoints after step {start.step}: moved to {aside}, with a copy "
-            "of the metrics"
+            f"{folders.root.parent} has checkpoints after step {start.step}; moved "
+            f"them to {aside}, with a copy of the metrics"
         )
     return start.step
 
@@ -54,7 +54,7 @@ def _report(start: Start, config: RunConfig, engine: Engine) -> None:
         console.note(f"{line}: the optimizer state is redistributed")
     for line in differences("order", meta, ours):
         if "data" in meta:
-            console.note(f"{line}: the run continues with the data that it has not read yet")
+            console.note(f"{line}: the run continues with data that it has not read yet")
         else:
             console.warn(f"{line}: the samples differ from those of the earlier run")
     if changed := changes_of_course(_saved_settings(start), config, step=start.step):
@@ -64,10 +64,10 @@ def _report(start: Start, config: RunConfig, engine: Engine) -> None:
 
 def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: Mapping[str, Any]) -> None:
     saved, ours = start.manifest["meta"], run_meta(config, engine)
-    theirs = f"use the settings of the run that wrote it, which are in {start.folder}/{SETTINGS}"
+    theirs = f"use the settings of the run that wrote it, from {start.folder}/{SETTINGS}"
     if lines := list(differences("sizes", saved, ours)):
         raise CheckpointError(
-            "\n  - ".join([f"{start.folder} holds a model with different shapes:", *lines]), remedy=theirs
+            "\n  - ".join([f"{start.folder} has a model with different shapes:", *lines]), remedy=theirs
         )
     if start.weights_only:
         return
@@ -95,7 +95,7 @@ def _refuse_other_growth(start: Start, saved: Mapping[str, Any], ours: Mapping[s
     growing = saved.get("order", {}).get("rampup_batch_size") or ours["order"]["rampup_batch_size"]
     if growing and (lines := [line for line in lines if "batch-size" in line]):
         raise CheckpointError(
-            "\n  - ".join([f"{start.folder} was written while the batch followed other sizes:", *lines]),
+            "\n  - ".join([f"{start.folder} was written with other batch sizes:", *lines]),
             remedy="use the batch sizes of that run, or start a new run from its weights with --finetune",
         )
 
@@ -105,18 +105,19 @@ def _refuse_layout(start: Start, saved: Mapping[str, Any], ours: Mapping[str, An
     if not any(name.startswith("state-") for name in start.manifest["files"]):
         return
     if lines := list(differences("layout", saved, ours)):
-        head = f"the optimizer state in {start.folder} is of format 1, which fits one layout:"
+        head = f"the optimizer state in {start.folder} has format 1, which fits only one layout:"
         raise CheckpointError(
             "\n  - ".join([head, *lines]),
-            remedy="resume with the layout of the run that wrote it, or load the weights alone with "
-            "--finetune",
+            remedy=(
+                "resume with the layout of the run that wrote it, or load only the weights with --finetune"
+            ),
         )
 
 
 def _other_tokenizer(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
     before, now = saved.get("sha256"), ours.get("sha256")
     if before and now and before != now:
-        yield f"the tokenizer was the file of SHA-256 {before[:16]}... and is that of {now[:16]}... now"
+        yield f"the tokenizer file had SHA-256 {before[:16]}... and now has {now[:16]}..."
 
 
 def _saved_settings(start: Start) -> str:

@@ -37,4 +37,4 @@ def differences(part: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) ->
         value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
         if (before := theirs.get(name, value)) != value:  # an older checkpoint does not know all settings
             label = "the number of ranks" if name == "world_size" else f"--{name.replace('_', '-')}"
-            yield f"{label} was {before} in the checkpoint and is {value} now"
+            yield f"{label} was {before} in the checkpoint and is now {value}"

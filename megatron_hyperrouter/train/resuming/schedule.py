@@ -31,10 +31,10 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
     path = start.folder / SETTINGS
     saved = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(saved, dict):
-        rule = "does not hold settings" if path.is_file() else "is missing"
+        rule = "has no settings" if path.is_file() else "is missing"
         raise CheckpointError(
             f"{path} {rule}, so the checkpoint's learning-rate schedule is unknown",
-            remedy="replace --use-checkpoint-opt_param-scheduler by the schedule: --lr, --min-lr, "
+            remedy="instead of --use-checkpoint-opt_param-scheduler, give the schedule with --lr, --min-lr, "
             "--lr-decay-style, --lr-decay-iters, --lr-warmup-iters, --weight-decay",
         )
     scheduled = {*names_with(Role.SCHEDULE), *_MORE} & {field.name for field in fields(config.optimizer)}

@@ -54,8 +54,8 @@ def decide(config: RunConfig) -> Start:
         # The same command with --load must also continue a run that was killed before its first checkpoint.
         if not _is_own(load, own):
             raise CheckpointError(
-                f"--load {load}: there is no finished checkpoint",
-                remedy="name a run folder, its checkpoints/ or one folder in it, or leave --load out",
+                f"--load = {load}: the folder has no finished checkpoint",
+                remedy="give a run folder, its checkpoints/ or one checkpoint, or leave out --load",
             )
         console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
         return Start()
@@ -100,8 +100,9 @@ def settings_for_state(config: RunConfig, start: Start) -> RunConfig:
     if not (start.step and listed and config.engine.moe_grouped_gemm):
         return config
     console.note(
-        f"{start.folder} has format 1, which stores experts one by one, so this run computes them so; "
-        "--moe-grouped-gemm takes effect once the run resumes from a checkpoint of its own"
+        f"{start.folder} has format 1, which stores experts separately, so "
+        "this run also computes them separately; "
+        "--moe-grouped-gemm takes effect when the run resumes from its own checkpoint"
     )
     return replace(config, engine=replace(config.engine, moe_grouped_gemm=False))
 

@@ -86,7 +86,7 @@ class RouterGate(nn.Module):
         values.
         """
         if used_token is not None or not sparse_routes or use_tutel:
-            raise NotImplementedError("RouterGate serves sparse routes of all tokens only")
+            raise NotImplementedError("RouterGate supports only sparse routes of all tokens")
         routing = self.site.routing(x_TD)
         load_E = load(routing.experts_TK, self.router.num_experts)
         kept_TK = self.kept_TK(routing)

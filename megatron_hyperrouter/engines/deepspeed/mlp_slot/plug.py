@@ -64,10 +64,10 @@ def plug_into_deepspeed(
     """
     old = _gate_of(moe)
     if layer_number < 1:
-        raise ValueError(f"layer_number = {layer_number}: layers count from 1")
+        raise ValueError(f"layer_number = {layer_number}: must be at least 1")
     for taken in ("hidden_size", "num_experts"):
         if taken in options:
-            raise TypeError(f"{taken} is the layer's own and cannot be given")
+            raise TypeError(f"{taken} is set by the layer and cannot be given")
     weight = old.wg.weight
     hidden_size, num_experts = weight.size(1), weight.size(0)
     router = build_router(
@@ -103,7 +103,7 @@ def plug_into_deepspeed(
 def _gate_of(moe: nn.Module) -> TopKGate:
     if not isinstance(moe, MoE):
         hint = (
-            "; give its layers one by one"
+            "; call it once for each layer"
             if isinstance(moe, nn.Module) and any(isinstance(part, MoE) for part in moe.modules())
             else ""
         )
@@ -111,21 +111,15 @@ def _gate_of(moe: nn.Module) -> TopKGate:
     gate = moe.deepspeed_moe.gate
     if isinstance(gate, RouterGate):
         raise ValueError(
-            f"this MoE layer has the router {gate.router.name!r} already; create a new layer to give "
-            "it "
-            "another"
+            f"this MoE layer already has the router {gate.router.name}; create a new layer for another router"
         )
     if not isinstance(gate, TopKGate):
         raise TypeError(
-            f"the gate of this MoE layer is a {type(gate).__qualname__}; only DeepSpeed's own TopKGate "
-            "can "
-            "be replaced"
+            f"the gate of this MoE layer is a {type(gate).__qualname__}; only "
+            "the TopKGate of DeepSpeed can be replaced"
         )
     if moe.deepspeed_moe.use_tutel:
-        raise ValueError(
-            "this MoE layer dispatches by Tutel, which asks the gate for another form; build it with "
-            "use_tutel=False"
-        )
+        raise ValueError("this MoE layer uses Tutel, which is not supported; build it with use_tutel=False")
     return gate
 
 

@@ -64,7 +64,7 @@ class RoutedMOELayer(MOELayer):
                 output: Tensor = super().forward(*given, **kwargs)
             return output
         if given[1] is not None:
-            raise NotImplementedError("RouterGate serves all tokens only: used_token is not provided")
+            raise NotImplementedError("RouterGate does not support used_token")
         routes_RD = x_TD.repeat_interleave(routing.experts_TK.size(1), 0)
         with site.given(single_routes(routing)), self._dropping_nothing():
             outputs_RD = super().forward(routes_RD, None)
