@@ -185,5 +185,5 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file or directory\n"):
         list(texts_in(tmp_path / "b.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"b\.jsonl cannot be read: it is not text in UTF-8\n"):
+    with pytest.raises(DataError, match=r"b\.jsonl cannot be read: it is not UTF-8 text\n"):
         list(texts_in(tmp_path / "b.jsonl"))

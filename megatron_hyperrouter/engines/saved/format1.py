@@ -58,7 +58,7 @@ def read_state(
         )
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
-            f"{path} is damaged and cannot be read", remedy="load an older checkpoint of this run"
+            f"{path} cannot be read: it is damaged", remedy="load an older checkpoint of this run"
         )
     try:
         with torch.serialization.safe_globals(_known()):
