@@ -61,7 +61,7 @@ main-grads-dtype | fp32 | the optimizer's gradients are float32
 main-params-dtype | fp32 | the optimizer's weights are float32
 moe-dispatch-fwd-dtype | bf16 | tokens travel to experts in the format of the model
 moe-combine-bwd-dtype | bf16 | tokens travel to experts in the format of the model
-softmax-type | vanilla | the attention softmax is always the plain one
+softmax-type | vanilla | the attention softmax is always the plain one, without attention sinks
 distributed-backend | nccl gloo | the backend depends on the device
 exit-on-missing-checkpoint |  | --load without a checkpoint always ends the run
 moe-per-layer-logging |  | metrics.jsonl always has values for each layer
