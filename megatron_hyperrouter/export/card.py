@@ -12,6 +12,7 @@ from megatron_hyperrouter.export.folder import Export
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.tokenize.base import Tokenizer
+    from megatron_hyperrouter.export.classes.target import Target
 
 _SCHEDULE = "k grew from {start} to {end} during training ({kind})"
 
@@ -90,11 +91,18 @@ def _limits(job: Export) -> str:
     return "## Limits\n\n" + "\n\n".join(lines)
 
 
-def notes_of(run: RunConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """What the user of the folder should know of the run that it comes from."""
+def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[str]:
+    """What the user of the folder should know of the run that it comes from, and of the class."""
     if (lacking := without_text(tokenizer)) is not None:
         yield lacking
     if run.model.mtp_num_layers is not None:
         yield "the multi-token prediction layers are left out; the model computes the same without them"
     if run.model.moe_expert_capacity_factor is not None:
         yield "training dropped tokens above the capacity of an expert, but the exported model drops none"
+    attention = run.attention
+    if target.model_type == "deepseek_v2" and attention.rope_type == "yarn" and attention.mscale_all_dim:
+        # transformers 4 leaves the temperature out of this class's attention; 5 has it.
+        yield (
+            "transformers 4 computes another model from this folder: it ignores --mscale-all-dim here; "
+            "use transformers 5"
+        )

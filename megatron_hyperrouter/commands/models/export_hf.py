@@ -114,7 +114,7 @@ def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
     gates.check_served(args.proof_topk or [], "--proof-topk")
     if args.gguf is not None:
         check_gguf(run, gates.target, args.dtype, tokenizer)
-    scales, notes = None, list(notes_of(trained.settings, tokenizer))
+    scales, notes = None, list(notes_of(trained.settings, tokenizer, gates.target))
     if args.calibrate_k:
         scales = scales_of_run(trained, tokenizer, [topk])[topk]
         notes.append(
