@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.guard.meeting import wait_for_name
+from megatron_hyperrouter.guard.meeting import of_this_attempt, wait_for_name
 
 PATIENCE = timedelta(seconds=120)  # with the slowest rank
 Value = TypeVar("Value")
@@ -37,6 +37,7 @@ class Ranks:
         wait_for_name(os.environ["MASTER_ADDR"])
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+            return cls.at_store(store, int(rank), size)
         except (dist.DistStoreError, dist.DistNetworkError, OSError, RuntimeError) as error:
             raise HostError(
                 (
@@ -45,8 +46,12 @@ class Ranks:
                 ),
                 remedy="check the host name, the firewall and the messages of the other ranks",
             ) from error
+
+    @classmethod
+    def at_store(cls, store: Any, rank: int, size: int) -> Ranks:
+        """The ranks that meet at a launcher's store, with nothing that an earlier attempt has left there."""
         store.set_timeout(PATIENCE)
-        return cls(int(rank), size, dist.PrefixStore("doctor", store))
+        return cls(rank, size, dist.PrefixStore("doctor", of_this_attempt(store, rank, size, PATIENCE)))
 
     def gather(self, topic: str, value: Value) -> list[Value]:
         """On rank 0, the values of all ranks; elsewhere an empty list."""

@@ -45,8 +45,7 @@ class Meeting:
         with console.waiting_for_ranks(world_size):
             store, rank, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
             store.set_timeout(_PATIENCE)
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                store = _of_this_attempt(store, rank, world_size)
+            store = of_this_attempt(store, rank, world_size, _PATIENCE)
         return cls(rank, world_size, dist.PrefixStore("start", store))
 
     def decided(self, topic: str, word: str) -> str:
@@ -101,14 +100,16 @@ def wait_for_name(host: str) -> None:
         time.sleep(1.0)
 
 
-def _of_this_attempt(store: Any, rank: int, world_size: int) -> Any:
-    """The part of torchrun's store to which no earlier attempt has written.
+def of_this_attempt(store: Any, rank: int, world_size: int, patience: timedelta) -> Any:
+    """The part of the launcher's store to which no earlier attempt has written.
 
     When torchrun restarts the ranks, it keeps its store with every key of the previous attempt, and each
     node counts restarts separately.  So rank 0 chooses a random name for this attempt.  Each rank asks for
     it with a random word of its own, and rank 0 answers each word.  Words of an earlier attempt are never
     asked for again, so they do no harm.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
     if rank:
         word = secrets.token_hex(8)
         store.set(f"round/asked/{rank}", word)
@@ -116,14 +117,14 @@ def _of_this_attempt(store: Any, rank: int, world_size: int) -> Any:
         store.set(f"round/{name}/{rank}", "here")
     else:
         name = secrets.token_hex(8)
-        _tell_name(store, name, set(range(1, world_size)))
+        _tell_name(store, name, set(range(1, world_size)), patience)
     os.environ[ROUND] = f"round/{name}"
     return dist.PrefixStore(f"round/{name}", store)
 
 
-def _tell_name(store: Any, name: str, missing: set[int]) -> None:
+def _tell_name(store: Any, name: str, missing: set[int], patience: timedelta) -> None:
     told: dict[int, bytes] = {}
-    end = time.monotonic() + _PATIENCE.total_seconds()
+    end = time.monotonic() + patience.total_seconds()
     while missing:
         for rank in sorted(missing):
             word = store.get(f"round/asked/{rank}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from torch import distributed as dist
 
 from megatron_hyperrouter.compat.versions import TESTED
 from megatron_hyperrouter.doctor.judge import first_ranks, judge, names_of
+from megatron_hyperrouter.doctor.ranks import Ranks
+from megatron_hyperrouter.processes import ROUND
 
 SOUND: dict[str, Any] = {
     "host": "a",
@@ -72,3 +77,21 @@ def test_all_alike() -> None:
     assert levels(*[{"open_files": 1024, "host": str(rank)} for rank in range(300)]) == {
         "open files": "fault"
     }
+
+
+def test_a_second_attempt_does_not_meet_what_the_first_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun --max-restarts keeps its store, with every key of the attempt before."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv(ROUND, "")
+    store = dist.HashStore()
+
+    def told(rank: int, attempt: str) -> list[str]:
+        ranks = Ranks.at_store(store, rank, 2)
+        if rank:
+            time.sleep(0.3)  # rank 0 asks first
+        return ranks.gather("facts", f"{attempt} of rank {rank}")
+
+    for attempt in ("first", "second"):
+        with ThreadPoolExecutor(2) as threads:
+            found = [threads.submit(told, rank, attempt) for rank in range(2)]
+            assert found[0].result() == [f"{attempt} of rank 0", f"{attempt} of rank 1"]

@@ -120,13 +120,14 @@ def test_a_store_that_an_earlier_attempt_has_written_to(monkeypatch: pytest.Monk
     store = HashStore()
     store.set_timeout(timedelta(seconds=20))
     monkeypatch.setattr(meeting, "_POLL", 0.01)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.delenv(meeting.ROUND, raising=False)
 
     def attempt(ranks: range, word: str) -> dict[int, str]:
         heard: dict[int, str] = {}
 
         def one(rank: int) -> None:
-            own = meeting._of_this_attempt(store, rank, 3)
+            own = meeting.of_this_attempt(store, rank, 3, timedelta(seconds=20))
             heard[rank] = Meeting(rank, 3, own).decided("start", f"{word} of {rank}")
 
         threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in ranks]
