@@ -1,8 +1,8 @@
 """What a large job does that can be measured without one: start-up of many ranks, and volume.
 
-    python benchmarks/cluster.py ranks --ranks 64         rendezvous, comparison of settings, first all-reduce
-    python benchmarks/cluster.py steps --steps 100000     metrics.jsonl written, and read by mhr status
-    python benchmarks/cluster.py documents                first samples of 10**8 documents in a new process
+    python benchmarks/cluster/scale.py ranks --ranks 64         rendezvous, comparison of settings, first all-reduce
+    python benchmarks/cluster/scale.py steps --steps 100000     metrics.jsonl written, and read by mhr status
+    python benchmarks/cluster/scale.py documents                first samples of 10**8 documents in a new process
 
 The ranks are forked from one process that has imported torch, so imports are not in their times.
 """
@@ -46,7 +46,7 @@ def main() -> None:
         elif args.what == "steps":
             write_steps(args.steps, Path(folder))
         else:
-            sys.path.insert(0, str(Path(__file__).parent))
+            sys.path.insert(0, str(Path(__file__).parent.parent))
             from data import cold_start  # type: ignore[import-not-found]
 
             cold_start(Path(folder), args.documents)
