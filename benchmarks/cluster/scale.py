@@ -1,8 +1,8 @@
 """What a large job does that can be measured without one: start-up of many ranks, and volume.
 
-    python benchmarks/cluster/scale.py ranks --ranks 64         rendezvous, comparison of settings, first all-reduce
-    python benchmarks/cluster/scale.py steps --steps 100000     metrics.jsonl written, and read by mhr status
-    python benchmarks/cluster/scale.py documents                first samples of 10**8 documents in a new process
+    python benchmarks/cluster/scale.py ranks --ranks 64      rendezvous, comparison of settings, all-reduce
+    python benchmarks/cluster/scale.py steps --steps 100000  metrics.jsonl written, and read by mhr status
+    python benchmarks/cluster/scale.py documents             first samples of 10**8 documents in a new process
 
 The ranks are forked from one process that has imported torch, so imports are not in their times.
 """
