@@ -85,7 +85,7 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, flag: str = "--output") -> None:
     """Make the folders above ``path``, which will be written when the work is done; ConfigError now if it
     cannot be.
     """
@@ -99,7 +99,7 @@ def check_output(path: Path) -> None:
     except OSError as error:
         reason = f"cannot be written: {error.strerror or error}"
     if reason:
-        raise ConfigError([Problem("--output", path, reason, "name a file that you can write")])
+        raise ConfigError([Problem(flag, path, reason, "name a file that you can write")])
 
 
 @contextlib.contextmanager

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import environment
 
+from megatron_hyperrouter.commands.cluster import doctor
 from megatron_hyperrouter.commands.cluster.plan import main, settings_of
 from megatron_hyperrouter.config.check import problems
 from megatron_hyperrouter.config.cli import parse
@@ -206,6 +208,18 @@ def test_bad_input(folder: Path, flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         main(["--config", str(folder / "model.yaml"), *flags])
     assert caught.value.exit_status == 2 and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"), [(main, ["--config", "model.yaml", "--gpus", "8"]), (doctor.main, [])]
+)
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(
+    folder: Path, command: Callable[[list[str]], None], flags: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="is not a file"):
+        command([*flags, "--json", str(folder)])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        command([*flags, "--json", str(folder / "model.yaml" / "plan.json")])
 
 
 def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

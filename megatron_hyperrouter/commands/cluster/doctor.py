@@ -46,9 +46,12 @@ def main(arguments: Sequence[str]) -> None:
         flags.refuse("--checkpoint-gb", args.checkpoint_gb, rule, "give the size of one checkpoint in GB")
     from megatron_hyperrouter.doctor.examine import examine
     from megatron_hyperrouter.doctor.ranks import Ranks
+    from megatron_hyperrouter.files import check_output
     from megatron_hyperrouter.guard.ranks import adopt_ranks
     from megatron_hyperrouter.guard.stopping import ignore_signals
 
+    if args.json is not None:
+        check_output(args.json, "--json")
     adopt_ranks()
     ranks = Ranks.of_this_process()
     size = None if args.checkpoint_gb is None else round(args.checkpoint_gb * 1e9)

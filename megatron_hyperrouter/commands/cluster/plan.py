@@ -39,11 +39,13 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.compat.host_logs import silence_hosts
 
     silence_hosts()  # before anything of megatron-core is imported
-    from megatron_hyperrouter.files import write_json
+    from megatron_hyperrouter.files import check_output, write_json
     from megatron_hyperrouter.planning.plan import Planner
     from megatron_hyperrouter.planning.start_command import start_command
     from megatron_hyperrouter.planning.table import text_of
 
+    if args.json is not None:
+        check_output(args.json, "--json")
     config, engines, named = settings_of(args.config, rest)
     planner = Planner(config, vocabulary_of(config), machine_of(args), engines)
     plan = planner.plan(args.gpus)
@@ -52,7 +54,6 @@ def main(arguments: Sequence[str]) -> None:
 
         verify(plan, args.dry_run, planner.vocab_size, note)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, plan.as_json(named))
     command = ""
     if plan.fitting:
