@@ -16,6 +16,7 @@ from megatron_hyperrouter.config.derived import (
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
 from megatron_hyperrouter.data.stream.dataset import Builder
+from megatron_hyperrouter.engines.deepspeed.settings import zero_stage
 
 _SIZES = (
     ("pipeline", "pipeline_model_parallel_size"),
@@ -34,7 +35,7 @@ def start_block(
         ("model", _model(config, size)),
         ("router", _router(config)),
         ("device", _device(world_size)),
-        ("engine", _engine(config)),
+        ("engine", _engine(config, world_size)),
         ("layout", _layout(config, world_size)),
         ("step", _step(config, world_size)),
         ("data", _data(config, world_size, epoch)),
@@ -75,10 +76,10 @@ def _device(world_size: int) -> str:
     return f"{world_size} x {name}"
 
 
-def _engine(config: RunConfig) -> str:
+def _engine(config: RunConfig, world_size: int) -> str:
     details: list[str] = [config.engine.engine]
     if config.engine.engine == "deepspeed":
-        details.append(f"ZeRO stage {config.engine.zero_stage}")
+        details.append(f"ZeRO stage {zero_stage(config, world_size=world_size)}")
     elif config.optimizer.use_distributed_optimizer:
         details.append("distributed optimizer")
     return ", ".join([*details, "bfloat16" if config.train.bf16 else "float32"])
