@@ -247,7 +247,10 @@ class CheckpointFolders:
             listed |= json.loads(part.read_text())
             part.unlink()
         if missed := {path.relative_to(writing).as_posix() for path in files_of(writing)} ^ listed.keys():
-            raise OSError(f"the ranks do not see the same files in {writing}: {sorted(missed)[:3]}")
+            raise CheckpointError(
+                f"the ranks do not see the same files in {writing}: {', '.join(sorted(missed)[:3])}",
+                remedy="give a --run-dir on a file system that all ranks share",
+            )
         _write_synced(writing / MANIFEST, manifest_text(step, meta, listed))
         for folder, _, _ in os.walk(writing):
             files.sync(Path(folder))

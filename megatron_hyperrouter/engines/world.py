@@ -57,8 +57,9 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error):
             remedy = "choose another port with --master-port of torchrun, or --master_port of deepspeed"
+            port = os.environ["MASTER_PORT"]
             raise HyperRouterError(
-                f"MASTER_PORT = {os.environ['MASTER_PORT']}: is used by another program", remedy=remedy
+                f"port {port} (MASTER_PORT) is already in use by another program", remedy=remedy
             ) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise

@@ -75,6 +75,6 @@ def _check(run: RunConfig, vocab_size: int) -> None:
     weights_TK, _ = router.choose(torch.linspace(-2, 2, 8)[:, None], 1)
     if not torch.equal(router.scaled(weights_TK), torch.ones(8, 1)):
         raise CheckpointError(
-            f"router {run.router.name} multiplies the output of the only expert by a weight",
-            remedy="give a run whose expert weights sum to 1",
+            f"router {run.router.name} gives a single expert a routing weight other than 1",
+            remedy="give a run whose routing weights sum to 1",
         )

@@ -55,7 +55,7 @@ def test_a_port_that_another_run_has_is_named(monkeypatch):
         ):
             monkeypatch.setenv(name, value)
         with pytest.raises(
-            HyperRouterError, match=f"MASTER_PORT = {port}: is used by another program"
+            HyperRouterError, match=rf"port {port} \(MASTER_PORT\) is already in use"
         ) as caught:
             launch.join_world("gloo")
     assert "--master-port of torchrun" in caught.value.remedy

@@ -53,7 +53,7 @@ def test_what_is_no_dense_run_is_refused(tmp_path: Path) -> None:
         main([*words, str(tmp_path / "mixture")])
     assert error.value.exit_status == 4
     make_up(tmp_path / "scaled", SETTINGS | {"router": {"name": "topk", "scaling_factor": 2.0}}, small)
-    with pytest.raises(HyperRouterError, match="multiplies the output of the only expert"):
+    with pytest.raises(HyperRouterError, match="a routing weight other than 1"):
         main([*words, str(tmp_path / "scaled")])
     make_up(tmp_path / "biased", SETTINGS | {"add_qkv_bias": True}, small)
     with pytest.raises(

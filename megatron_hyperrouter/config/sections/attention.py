@@ -50,7 +50,7 @@ class AttentionConfig:
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: do not scale channels that rotate more often than this within the "
+        "With --rope-type yarn: leave channels unscaled that make more rotations than this within the "
         "original context",
     ] = 32.0
     beta_slow: Annotated[

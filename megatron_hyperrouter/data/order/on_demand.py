@@ -231,7 +231,7 @@ class OnDemandOrder:
         ):
             place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
             raise DataError(
-                f"{place} do not follow each other without gaps ({end - begin} tokens)",
+                f"{place} are not contiguous in the .bin file: they should fill {end - begin:,} tokens",
                 remedy="use --data-index materialised, or preprocess the text again",
             )
         return sizes
