@@ -144,7 +144,10 @@ def of_a3(runs: Runs) -> Iterator[Claim]:
 def of_a4(runs: Runs) -> Iterator[Claim]:
     """F6."""
     found = difference(
-        runs, "hyper", "matched", lambda run: next(r["accuracy"] for r in run["results"] if r["topk"] == 2)
+        runs,
+        "hyper",
+        "matched",
+        lambda run: next(r["accuracy"] for r in run["results"] if (r["topk"], r["split"]) == (2, "test")),
     )
     yield Claim("F6: it transfers", verdict(found.low > 0, found.high < 0), f"accuracy {found} (k = 2)")
 
