@@ -22,21 +22,21 @@ def check_gguf(run: RunConfig, target: Target, dtype: str, tokenizer: Tokenizer)
     words = tree.get("pre_tokenizer") or {}
     reasons = []
     if target.architecture != "Qwen3MoeForCausalLM" or not target.sums_to_one:
-        reasons.append("it needs q/k norms (--qk-layernorm) and weights that sum to 1")
+        reasons.append("q/k norms (--qk-layernorm) and weights that sum to 1")
     if target.fields.get("mlp_only_layers"):
-        reasons.append("it needs experts in every layer")
+        reasons.append("experts in every layer")
     if rope_parameters(run)["rope_type"] != "default":
-        reasons.append("it needs rotary positions without scaling")
+        reasons.append("rotary positions without scaling")
     if dtype != "float32":
-        reasons.append("it needs float32 (leave out --dtype)")
+        reasons.append("float32 (leave out --dtype)")
     if (
         tree.get("model", {}).get("type") != "BPE"
         or words.get("type") != "ByteLevel"
         or tree.get("normalizer")
     ):
-        reasons.append("it needs a byte-level BPE tokenizer like that of GPT-2")
+        reasons.append("a byte-level BPE tokenizer like GPT-2's")
     if reasons:
         raise CheckpointError(
-            f"--gguf: llama.cpp cannot run this model as qwen3moe: {'; '.join(reasons)}",
-            remedy="leave out --gguf",
+            f"--gguf: llama.cpp cannot run this model as qwen3moe, which requires: {'; '.join(reasons)}",
+            remedy="change these settings, or leave out --gguf",
         )

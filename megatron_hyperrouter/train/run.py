@@ -215,8 +215,8 @@ class Run:
             self.saving.keep(step)
         if asked == "stop":
             remedy = (
-                "read events.jsonl, then continue with --load "
-                f"{self.config.logging.run_dir} and other settings"
+                "read events.jsonl, change the settings that caused the alarm, and continue with --load "
+                f"{self.config.logging.run_dir}"
             )
             raise HyperRouterError(
                 (f"step {step}: an alarm stopped the run after a checkpoint was saved"), remedy=remedy

@@ -120,7 +120,7 @@ class TestVocabAndMerges:
         assert named.identity() == of_file(folder).identity() | {"type": "GPT2BPETokenizer"}
 
     def test_one_of_the_two_is_missing(self, folder: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="needs --merge-file for GPT2BPETokenizer"):
+        with pytest.raises(ConfigError, match="must be given with GPT2BPETokenizer"):
             tokenizer_from(TokenizerOptions("GPT2BPETokenizer", vocab_file=str(folder / "vocab.json")))
         (tmp_path / "vocab.json").write_text("{}")
         with pytest.raises(

@@ -89,7 +89,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} has no results of an evaluation",
+            f"{path} contains no evaluation results",
             remedy="write it with mhr evaluate --output FILE.json",
         ) from error
     if not results:

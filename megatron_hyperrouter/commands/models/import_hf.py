@@ -1,9 +1,9 @@
 """Turn a Hugging Face model into a run folder for training, evaluation and export.
 
 A mixture-of-experts model keeps its router (--router topk), or gets a HyperRouter that is anchored to it
-(--router hyper).  Both compute the same function as the given model.  --reset-router draws a new router
-instead, and the run then gives other outputs than the model.  A dense model (Llama, Mistral, Qwen3, or a
-run of this program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares the
+(--router hyper).  Both compute the same function as the given model.  --reset-router initializes a
+new router at random, so the run's outputs differ from the model's.  A dense model (Llama, Mistral, Qwen3,
+or a run of this program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares the
 run with transformers, and is written to import_certificate.json in the run folder.
 """
 
@@ -272,7 +272,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--reset-router",
         action="store_true",
-        help="draw a new router; the run then gives other outputs than the model",
+        help="initialize a new router at random; the run's outputs then differ from the model's",
     )
     add(
         "--engine",

@@ -26,8 +26,8 @@ def show_run(config: RunConfig, world_size: int) -> None:
     block = start_block(config, model.size, world_size=world_size, epoch=epoch)
     lines = [(label, text) for label, text in block if label not in ("device", "run folder")]
     console.table([*lines, *held])
-    console.note("memory is an estimate without CUDA and NCCL; mhr plan compares layouts")
-    console.note("dry run: the settings can run; nothing was started")
+    console.note("memory is an estimate that excludes CUDA and NCCL; mhr plan compares layouts")
+    console.note("dry run: the settings are valid; nothing was started")
 
 
 def _epoch(config: RunConfig, vocab_size: int) -> int:

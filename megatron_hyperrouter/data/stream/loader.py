@@ -70,8 +70,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         begin, needed = sizes.samples(start_step), sizes.samples(start_step + num_steps)
         if num_steps and needed > len(dataset):
             message = (
-                f"the dataset has {len(dataset)} samples; steps {start_step} to "
-                f"{start_step + num_steps} need {needed}"
+                f"the dataset has {len(dataset)} samples, but training from step 0 to step "
+                f"{start_step + num_steps} needs {needed}"
             )
             raise DataError(
                 message, remedy="use more text, or a smaller --train-iters or --global-batch-size"

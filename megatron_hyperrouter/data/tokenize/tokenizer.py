@@ -128,11 +128,11 @@ def missing_option(options: TokenizerOptions) -> Problem | None:
         return None
     if kind == "GPT2BPETokenizer" and options.tokenizer_model is None:
         if options.vocab_file is None or options.merge_file is None:
-            rule = "needs --merge-file for GPT2BPETokenizer"
+            flag = "--vocab-file" if options.vocab_file is None else "--merge-file"
             return Problem(
-                "--vocab-file",
-                options.vocab_file,
-                rule,
+                flag,
+                None,
+                f"must be given with {kind}",
                 ("add --vocab-file vocab.json and --merge-file merges.txt"),
             )
         return None
