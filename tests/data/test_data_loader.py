@@ -292,7 +292,7 @@ def test_a_signal_to_the_process_leaves_the_batches_alone():
 
 def test_a_dataset_that_ends_too_soon_is_refused():
     batches(Numbered(24)).close()
-    with pytest.raises(DataError, match="has 23 samples; steps 0 to 3 need 24") as caught:
+    with pytest.raises(DataError, match="from step 0 to step 3 needs 24") as caught:
         batches(Numbered(23))
     assert "--train-iters" in caught.value.remedy
 

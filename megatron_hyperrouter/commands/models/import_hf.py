@@ -3,8 +3,8 @@
 A mixture-of-experts model keeps its router (--router topk), or gets a HyperRouter that is anchored to it
 (--router hyper).  Both compute the same function as the given model.  --reset-router initializes a
 new router at random, so the run's outputs differ from the model's.  A dense model (Llama, Mistral, Qwen3,
-or a run of this program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares the
-run with transformers, and is written to import_certificate.json in the run folder.
+or a run of this program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares
+the run with transformers, and is written to import_certificate.json in the run folder.
 """
 
 from __future__ import annotations
