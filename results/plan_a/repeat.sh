@@ -69,8 +69,8 @@ A4() {
   bash examples/tasks/fetch.sh build/plan_a/tasks senses45
   for label in hyper matched topk; do
     for seed in $(seq "${SEEDS:-5}"); do
-      [ -s $out/A4/$label-seed$seed/results.json ] ||
-        mhr finetune --load $out/A1/runs/$label-seed$seed --task build/plan_a/tasks/senses45 --output $out/A4/$label-seed$seed \
+      [ -s "$out/A4/$label-seed$seed/results.json" ] ||
+        mhr finetune --load "$out/A1/runs/$label-seed$seed" --task build/plan_a/tasks/senses45 --output "$out/A4/$label-seed$seed" \
           --topk 1 2 4 8 16 --steps 300 --seq-length 64
     done
   done
