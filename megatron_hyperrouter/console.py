@@ -35,6 +35,10 @@ _LOST_A_RANK = (
 )
 
 
+class EndedByLauncher(SystemExit):
+    """The launcher has asked this rank to end, because another one has failed; that one says why."""
+
+
 def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     """Call ``main`` and return the exit status of the public contract: what ``main`` returns where that is
     an integer, else 0; errors are reported once, by rank 0.
@@ -57,6 +61,13 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     except ModuleNotFoundError as error:
         _take_turn(patience)
         return _missing_module(error)
+    except EndedByLauncher:
+        # By the launcher's own signal: an exit status of this rank would hide that of the one that failed.
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+        return 1
     except KeyboardInterrupt:
         warn("interrupted")
         return 1

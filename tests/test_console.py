@@ -102,6 +102,15 @@ def test_system_exit_passes():
     assert leaving.value.code == 0
 
 
+def test_a_rank_that_its_launcher_ends_leaves_no_status_of_its_own():
+    """A launcher reports the status of the rank that failed, whichever of the two it looks at first."""
+    child = os.fork()
+    if child == 0:
+        os._exit(console.run(failing(console.EndedByLauncher(1))))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+
+
 def test_interrupt(capsys):
     assert console.run(failing(KeyboardInterrupt())) == 1
     assert "Traceback" not in capsys.readouterr().err

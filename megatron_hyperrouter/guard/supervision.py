@@ -52,7 +52,7 @@ class Supervision:
             if console.left_alone(error) and self.request.reason == "SIGTERM":
                 # The launcher ends all ranks because one has failed, and only that rank knows the reason.
                 console.warn("this rank stops because another rank has failed")
-                raise SystemExit(1) from error
+                raise console.EndedByLauncher(1) from error
             raise
 
     @contextlib.contextmanager

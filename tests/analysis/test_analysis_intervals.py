@@ -72,5 +72,5 @@ def test_19_of_20_intervals_hold_the_mean():
 
 def test_arguments_out_of_range():
     for probability, degrees in ((0.4, 3), (1.0, 3), (0.9, 0)):
-        with pytest.raises(ValueError, match="must be from"):
+        with pytest.raises(ValueError, match="must be at least"):
             t_quantile(probability, degrees)

@@ -186,7 +186,9 @@ def test_not_installed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings(model: str) -> None:
     with pytest.raises(ConfigError, match="--tokenizer-backend = quick: is not a backend"):
         chosen("HuggingFaceTokenizer", model, "quick", FIRST)
-    with pytest.raises(ConfigError, match="--tokenizer-backend = gigatoken: applies to HuggingFaceTokenizer"):
+    with pytest.raises(
+        ConfigError, match="--tokenizer-backend = gigatoken: applies only to HuggingFaceTokenizer"
+    ):
         chosen("ByteTokenizer", None, "gigatoken", FIRST)
 
 

@@ -254,8 +254,8 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     )
     packed = course_of(builder(prefix), [], step=0, train_iters=9).ledger(4)
     for changed, batch, name in (
-        (builder(prefix, length=5), 2, "seq_length was 6 and is 5"),
-        (builder(prefix), 3, "global_batch_size was 2 and is 3"),
+        (builder(prefix, length=5), 2, "seq_length was 6 and is now 5"),
+        (builder(prefix), 3, "global_batch_size was 2 and is now 3"),
         (builder(other), 2, "mix was"),
         (builder(prefix, pack=False), 2, "pack_documents was True and is False"),
     ):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config.test_config_megatron import COMMANDS
+from config.test_config_megatron_commands import COMMANDS
 from distributed import run_ranks
 from engines.layout_table import WORKER
 from program.launched import Zygote

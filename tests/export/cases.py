@@ -169,10 +169,10 @@ CASES |= {  # latent attention with a router that DeepSeek's classes do not have
     ),
 }
 REFUSED: dict[str, Case] = {
-    "adds a bias to its logits": Case({"router": {"name": "hyper", "bias": True}}, ""),
+    "no class supports a bias on the router logits": Case({"router": {"name": "hyper", "bias": True}}, ""),
     "router xmoe normalizes each token": Case({"router": {"name": "xmoe"}}, ""),
     "cannot be folded": Case({"router": {"name": "stablemoe"}}, ""),
-    "do not sum to 1": Case({"router": {**TOPK, "pre_softmax": True}, **BARE}, ""),
+    "sum to 1, unlike those of this router": Case({"router": {**TOPK, "pre_softmax": True}, **BARE}, ""),
     "no class supports --router.expert-bias with softmax scores": Case(
         {"router": {**TOPK, "expert_bias": True}}, ""
     ),

@@ -252,7 +252,7 @@ def test_three_machines_and_a_merge(tmp_path: Path) -> None:
     status, _, err = run("merge_data", "p", cwd=tmp_path)
     assert status == 3 and "p: no shards" in err
     status, _, err = run("preprocess_data", *common, "--output-prefix", "p", "--partitions", 3, cwd=tmp_path)
-    assert status == 2 and "--partitions = 3: gives the number of parts" in err
+    assert status == 2 and "--partitions = 3: needs --shard I" in err
 
 
 def test_progress_tells_speeds_and_the_time_left(tmp_path: Path) -> None:
