@@ -257,12 +257,12 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
         (builder(prefix, length=5), 2, "seq_length was 6 and is now 5"),
         (builder(prefix), 3, "global_batch_size was 2 and is now 3"),
         (builder(other), 2, "mix was"),
-        (builder(prefix, pack=False), 2, "pack_documents was True and is False"),
+        (builder(prefix, pack=False), 2, "pack_documents was True and is now False"),
     ):
         with pytest.raises(CheckpointError, match=name):
             course_of(changed, packed, step=4, train_iters=9, batch=batch)
     plain = course_of(builder(prefix, pack=False), [], step=0, train_iters=9).ledger(4)
-    with pytest.raises(CheckpointError, match="pack_documents was False and is True"):
+    with pytest.raises(CheckpointError, match="pack_documents was False and is now True"):
         course_of(builder(prefix), plain, step=4, train_iters=9)
     both = course_of(builder(prefix, other), [], step=0, train_iters=9).ledger(4)
     course_of(builder(prefix, other), both, step=4, train_iters=9)
