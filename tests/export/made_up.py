@@ -19,6 +19,17 @@ from megatron_hyperrouter.importing.settings import run_of
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
 Draw = Callable[[tuple[int, ...]], Tensor]
+# A run that transformers has a class for.
+TINY: dict[str, Any] = {
+    "num_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "moe_ffn_hidden_size": 16,
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "seq_length": 32,
+    "qk_layernorm": True,
+}
 
 
 def make_up(home: Path, settings: dict[str, Any], draw: Draw = torch.randn) -> None:

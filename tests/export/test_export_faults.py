@@ -13,23 +13,13 @@ import gguf
 import pytest
 import sentencepiece
 from distributed import REPOSITORY
-from export.made_up import make_up
+from export.made_up import TINY, make_up
 
 from megatron_hyperrouter.commands.models.export_hf import main
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.proof.child import ask
 
-SETTINGS = {
-    "num_layers": 2,
-    "hidden_size": 16,
-    "num_attention_heads": 4,
-    "moe_ffn_hidden_size": 16,
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "seq_length": 32,
-    "qk_layernorm": True,
-    "router": {"name": "hyper", "hypernet_width": 8},
-}
+SETTINGS = {**TINY, "num_layers": 2, "router": {"name": "hyper", "hypernet_width": 8}}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from export.made_up import make_up
+from export.made_up import TINY, make_up
 
 from megatron_hyperrouter.commands.models import export_hf
 from megatron_hyperrouter.commands.models.lm_eval import main
@@ -20,16 +20,7 @@ from megatron_hyperrouter.generation.load import load
 from megatron_hyperrouter.huggingface.local_tasks import questions
 
 pytestmark = pytest.mark.processes
-SETTINGS = {
-    "num_layers": 1,
-    "hidden_size": 16,
-    "num_attention_heads": 4,
-    "moe_ffn_hidden_size": 16,
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "seq_length": 64,
-    "qk_layernorm": True,
-}
+SETTINGS = {**TINY, "seq_length": 64}
 END = 256  # of a text of bytes; the harness begins with it
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from export.made_up import make_up
+from export.made_up import TINY, make_up
 
 from megatron_hyperrouter.commands.models import export_hf, generate, import_hf
 from megatron_hyperrouter.commands.models.lm_eval import main, read_flags, texts_in, texts_of
@@ -18,16 +18,6 @@ from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError
 from megatron_hyperrouter.proof import child
 
-SETTINGS = {
-    "num_layers": 1,
-    "hidden_size": 16,
-    "num_attention_heads": 4,
-    "moe_ffn_hidden_size": 16,
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "seq_length": 32,
-    "qk_layernorm": True,
-}
 GROUPS = {
     "qk_layernorm": False,
     "router": {"name": "topk", "score_function": "sigmoid", "num_groups": 2, "group_topk": 1},
@@ -61,7 +51,7 @@ def run_on(load: Path, home: Path, *flags: str) -> Any:
 def test_each_k_is_a_column(
     tmp_path: Path, tasks: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_up(tmp_path / "run", SETTINGS)
+    make_up(tmp_path / "run", TINY)
     scores = run_on(tmp_path / "run", tmp_path, "--topk", "4", "1")
     (task,) = tasks
     assert task["topks"] == [4, 1] and task["experts"] == 2 and not task["include_defaults"]
@@ -79,7 +69,7 @@ def test_each_k_is_a_column(
 def test_an_output_that_cannot_be_written_is_refused_first(
     tmp_path: Path, tasks: list[dict[str, Any]], word: str, rule: str
 ) -> None:
-    make_up(tmp_path / "run", SETTINGS)
+    make_up(tmp_path / "run", TINY)
     with pytest.raises(ConfigError, match=f"--output = .*: {rule}"):
         run_on(tmp_path / "run", tmp_path, "--output", str(tmp_path / word))
     assert tasks == [] and {path.name for path in tmp_path.iterdir()} == {"run", "text.jsonl"}
@@ -88,7 +78,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(
 def test_a_missing_library_is_named_before_any_work(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     python = tmp_path / "bin" / "python"
     venv.create(python.parent.parent, symlinks=True)
-    make_up(tmp_path / "run", SETTINGS)
+    make_up(tmp_path / "run", TINY)
     with pytest.raises(HostError, match=r"does not have lm_eval and transformers and accelerate\n") as error:
         run_on(tmp_path / "run", tmp_path, "--python", str(python))
     assert "pip install 'megatron-hyperrouter[hf,eval]'" in str(error.value)
@@ -104,14 +94,14 @@ def test_a_missing_library_is_named_before_any_work(tmp_path: Path, tasks: list[
 
 
 def test_the_harness_needs_a_tokenizer_of_text(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
-    make_up(tmp_path / "ids", SETTINGS | {"tokenizer_type": "NullTokenizer", "vocab_size": 60})
+    make_up(tmp_path / "ids", TINY | {"tokenizer_type": "NullTokenizer", "vocab_size": 60})
     with pytest.raises(ConfigError, match=r"--load = .*: has a NullTokenizer, which the harness cannot read"):
         run_on(tmp_path / "ids", tmp_path)
     folder = tmp_path / "folder"
     export_hf.main(["--load", str(tmp_path / "ids"), "--output", str(folder), "--no-proof"])
     with pytest.raises(ConfigError, match=r"--load = .*: has no tokenizer"):
         run_on(folder, tmp_path)
-    make_up(tmp_path / "run", SETTINGS)
+    make_up(tmp_path / "run", TINY)
     export_hf.main(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "text"), "--no-proof"])
     given = str(tmp_path / "text" / "tokenizer.json")
     with pytest.raises(ConfigError, match="has 257 ids, and the model's vocab_size is 128"):
@@ -131,7 +121,7 @@ def corpus(prefix: Path, word: str) -> str:
 def test_texts_come_from_token_files(tmp_path: Path) -> None:
     """Those of the run's test split, or those of --data-path."""
     seen: list[list[str]] = []
-    make_up(tmp_path / "run", SETTINGS | {"data_path": [corpus(tmp_path / "own", "west")], "split": "8,1,1"})
+    make_up(tmp_path / "run", TINY | {"data_path": [corpus(tmp_path / "own", "west")], "split": "8,1,1"})
     other = corpus(tmp_path / "other", "north")
     words = f"--load {tmp_path}/run --tasks held_out --output {tmp_path}/scores.json".split()
     for flags in ([], ["--data-path", other]):
@@ -148,10 +138,10 @@ def test_texts_come_from_token_files(tmp_path: Path) -> None:
 
 
 def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
-    make_up(tmp_path / "run", SETTINGS)
+    make_up(tmp_path / "run", TINY)
     with pytest.raises(ConfigError, match="--topk = 5: must be from 1 to the 4 experts of the model"):
         run_on(tmp_path / "run", tmp_path, "--topk", "2", "5")
-    make_up(tmp_path / "groups", SETTINGS | GROUPS)
+    make_up(tmp_path / "groups", TINY | GROUPS)
     with pytest.raises(ConfigError, match="--topk = 1: must be a k at which Glm4MoeForCausalLM chooses"):
         run_on(tmp_path / "groups", tmp_path, "--topk", "1", "2")  # it judges a group by two experts
     dense = tmp_path / "dense"
@@ -164,7 +154,7 @@ def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, 
 
 def test_text_at_a_k_that_the_class_does_not_serve(tmp_path: Path) -> None:
     """A folder is read by our router, which judges groups as its class does at some k alone."""
-    make_up(tmp_path / "groups", SETTINGS | GROUPS)
+    make_up(tmp_path / "groups", TINY | GROUPS)
     export_hf.main(["--load", str(tmp_path / "groups"), "--output", str(tmp_path / "out"), "--no-proof"])
     words = ["--prompt", "a", "--max-new-tokens", "1", "--topk"]
     generate.main(["--load", str(tmp_path / "groups"), *words, "1", "2"])
