@@ -143,7 +143,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def resets_documents(config: RunConfig) -> bool:
-    """Whether attention or positions start again with each document."""
+    """Whether the attention mask or the position ids restart at each document."""
     return config.data.reset_attention_mask or config.data.reset_position_ids
 
 

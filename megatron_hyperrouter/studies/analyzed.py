@@ -115,7 +115,7 @@ class Analysis:
         return seen
 
     def _every(self, samples: int, wanted: int) -> int:
-        """n such that every n-th token of ``samples`` samples gives ``wanted`` tokens."""
+        """The stride n: every n-th token of ``samples`` samples makes ``wanted`` tokens."""
         return max(samples * self.run.settings.model.seq_length // wanted, 1)
 
     def _start_matrices(self) -> dict[int, Tensor]:

@@ -46,5 +46,5 @@ def test_no_two_parameters_share_a_name() -> None:
 
 
 def test_a_parameter_of_no_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="belongs to no layer"):
+    with pytest.raises(ValueError, match="does not belong to any layer"):
         global_name("loss.weight", num_layers=2, first_expert=0)

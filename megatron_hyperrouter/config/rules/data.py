@@ -55,7 +55,7 @@ def blends(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         try:
             prefixes_and_weights(words)
         except ValueError as error:
-            remedy = "write weights with prefixes (0.3 PREFIX-A 0.7 PREFIX-B), or prefixes alone"
+            remedy = "put a weight before every prefix (0.3 PREFIX-A 0.7 PREFIX-B), or give no weights"
             yield broken(config, name, str(error), remedy)
 
 

@@ -98,7 +98,7 @@ def zero_0_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]
         )
         > 1
     ):
-        rule = "computes wrong gradient norms with tensor, pipeline or expert parallelism"
+        rule = "gives wrong gradient norms in DeepSpeed with tensor, pipeline or expert parallelism"
         yield broken(config, "zero_stage", rule, "use --zero-stage 1")
 
 

@@ -41,7 +41,7 @@ def parse_blend(words: Sequence[str], *, flag: str) -> Blend:
     try:
         prefixes, weights = prefixes_and_weights(words)
     except ValueError as error:
-        remedy = "write weights with prefixes (0.3 PREFIX-A 0.7 PREFIX-B), or prefixes alone"
+        remedy = "put a weight before every prefix (0.3 PREFIX-A 0.7 PREFIX-B), or give no weights"
         raise ConfigError([Problem(flag, " ".join(words), str(error), remedy)]) from None
     return Blend(prefixes, None if weights is None else normalise(weights))
 

@@ -22,7 +22,7 @@ def global_name(name: str, *, num_layers: int, first_expert: int, experts: int =
         return _EMBEDDING.sub("embedding.", name)
     match = _LAYER.match(name)
     if match is None:
-        raise ValueError(f"parameter {name} belongs to no layer of the model")
+        raise ValueError(f"parameter {name} does not belong to any layer of the model")
     position, rest = int(match[1]), name[match.end() :]
     if position == num_layers + 1:
         return f"decoder.final_layernorm.{rest}"
