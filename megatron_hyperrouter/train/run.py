@@ -240,6 +240,7 @@ class Run:
         self.engine.load(folder)
         self.restore(read_manifest(folder)["meta"], folder)
         self.replicas.returned(step)
+        self._evaluated = {each for each in self._evaluated if each[1] <= step}
         for hook in self.hooks:
             hook.on_return(step)
         return step
@@ -267,7 +268,7 @@ class Run:
         The checkpoint says that it was due, and ``metrics.jsonl`` does not have the scores.
         """
         due = self.start.manifest.get("meta", {}).get("evaluation_due")
-        if due and step == self.start.step:
+        if due and self.start.step and step == self.start.step:  # --finetune starts at 0, from another run
             metrics = Path(self.config.logging.run_dir) / "metrics.jsonl"
             known = scored_splits(metrics, step) if self.engine.place.is_main else set()
             for split in self.evaluations(step):

@@ -133,3 +133,13 @@ def test_a_checkpoint_after_an_evaluation_owes_nothing(config: RunConfig, tmp_pa
     torch.manual_seed(0)
     run(change(elsewhere, "checkpoint", load=config.logging.run_dir))
     assert lines(elsewhere) == []
+
+
+def test_a_finetuning_owes_no_evaluation_of_the_run_that_it_starts_from(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    run(config, engine=Orphan(evaluation=1))  # its checkpoint says that an evaluation is due
+    Orphan.gone = False
+    tuned = settings(tmp_path / "tuned")
+    run(change(tuned, "checkpoint", load=config.logging.run_dir, finetune=True))
+    assert lines(tuned) and 0 not in [line["step"] for line in lines(tuned)]
