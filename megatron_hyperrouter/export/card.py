@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hyperrouter.config.derived import rope_type
 from megatron_hyperrouter.data.tokenize.transformers_files import without_text
 from megatron_hyperrouter.export.folder import Export
 
@@ -99,8 +100,7 @@ def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[s
         yield "the multi-token prediction layers are left out; the model computes the same without them"
     if run.model.moe_expert_capacity_factor is not None:
         yield "training dropped tokens above the capacity of an expert, but the exported model drops none"
-    attention = run.attention
-    if target.model_type == "deepseek_v2" and attention.rope_type == "yarn" and attention.mscale_all_dim:
+    if target.model_type == "deepseek_v2" and rope_type(run) == "yarn" and run.attention.mscale_all_dim:
         # transformers 4 leaves the temperature out of this class's attention; 5 has it.
         yield (
             "transformers 4 computes another model from this folder: it ignores --mscale-all-dim here; "

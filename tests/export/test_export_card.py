@@ -14,17 +14,20 @@ from megatron_hyperrouter.export.card import notes_of
     ("model_type", "rope_type", "mscale_all_dim", "warned"),
     [
         ("deepseek_v2", "yarn", 0.7, True),
+        ("deepseek_v2", None, 0.7, True),  # the default of latent attention
         ("deepseek_v2", "yarn", 0.0, False),  # no temperature
         ("deepseek_v2", "rope", 0.7, False),  # a setting of YaRN
         ("deepseek_v3", "yarn", 0.7, False),  # transformers 4 has it in this class
     ],
 )
 def test_transformers_4_is_named_where_it_computes_another_model(
-    model_type: str, rope_type: str, mscale_all_dim: float, warned: bool
+    model_type: str, rope_type: str | None, mscale_all_dim: float, warned: bool
 ) -> None:
     run: Any = SimpleNamespace(
         model=SimpleNamespace(mtp_num_layers=None, moe_expert_capacity_factor=None),
-        attention=SimpleNamespace(rope_type=rope_type, mscale_all_dim=mscale_all_dim),
+        attention=SimpleNamespace(
+            rope_type=rope_type, mscale_all_dim=mscale_all_dim, multi_latent_attention=True
+        ),
     )
     tokenizer: Any = SimpleNamespace(type="NullTokenizer")
     target: Any = SimpleNamespace(model_type=model_type)
