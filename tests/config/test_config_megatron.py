@@ -404,7 +404,7 @@ class TestWithoutEffectHere:
 
     def test_scalings_of_positions_that_latent_attention_ignores(self, all_routers):
         """gpt_model.py gives --use-rope-scaling to rotary positions that latent attention does not use."""
-        argv = ["--multi-latent-attention", "--use-rope-scaling"]
+        argv = ["--multi-latent-attention", "--use-rope-scaling", "--rope-scaling-factor", "32"]
         config, note = understood(all_routers, *argv)
         assert config.attention == understood(all_routers, argv[0])[0].attention
         assert "--use-rope-scaling is off" in note

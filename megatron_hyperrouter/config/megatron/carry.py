@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from megatron_hyperrouter.config.leaves import flag
+from megatron_hyperrouter.config.leaves import flag, tree_leaves
 from megatron_hyperrouter.config.megatron.absent import FEATURES
 from megatron_hyperrouter.config.megatron.defaults import defaults_that_differ
 from megatron_hyperrouter.config.megatron.no_effect import NO_EFFECT
@@ -130,6 +130,7 @@ def settled(values: dict[str, Any], written: Container[str]) -> Iterator[str]:
         yield "--sequence-parallel is on, because megatron-core needs it for experts with tensor parallelism"
     if values["use_rope_scaling"] and values["multi_latent_attention"]:
         values["use_rope_scaling"] = False
+        values["rope_scaling_factor"] = tree_leaves()["rope_scaling_factor"].default
         yield "--use-rope-scaling is off, because latent attention has --rope-type yarn instead"
 
 
