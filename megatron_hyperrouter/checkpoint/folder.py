@@ -247,9 +247,9 @@ class CheckpointFolders:
             listed |= json.loads(part.read_text())
             part.unlink()
         if missed := {path.relative_to(writing).as_posix() for path in files_of(writing)} ^ listed.keys():
-            raise CheckpointError(
-                f"the ranks do not see the same files in {writing}: {', '.join(sorted(missed)[:3])}",
-                remedy="give a --run-dir on a file system that all ranks share",
+            # An OSError, since a slow network file system may show the files a moment later.
+            raise OSError(
+                f"the ranks do not see the same files in {writing}: {', '.join(sorted(missed)[:3])}"
             )
         _write_synced(writing / MANIFEST, manifest_text(step, meta, listed))
         for folder, _, _ in os.walk(writing):

@@ -226,7 +226,7 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
         text = f"{free / 1e9:,.1f} GB free; three checkpoints take 42 bytes per parameter in bfloat16"
         return [ok("room", text)]
     needed = CHECKPOINTS * checkpoint
-    text = f"{free / 1e9:,.1f} GB free, but {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"
+    text = f"{free / 1e9:,.1f} GB free; {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"
     if free < needed:
         return [fault("room", f"{run_dir}: {text}", "free space, or give another --run-dir")]
     return [ok("room", text)]

@@ -41,12 +41,12 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     if run.model.mlp_type != "standard":
         raise CheckpointError(
             f"{folder} has --mlp-type {run.model.mlp_type}",
-            remedy="use mhr export-hf; megatron-core supports only --mlp-type standard",
+            remedy="use mhr evaluate; this model cannot be exported",
         )
     if found := beyond_plain_layers(run):
         raise CheckpointError(
             f"{folder} has settings that export-megatron does not support: {', '.join(found)}",
-            remedy="use mhr evaluate; a model with these settings cannot be exported",
+            remedy="try mhr export-hf, which supports more models",
         )
     rows = _rows(folder)
     model = plain_model(run, rows=rows)

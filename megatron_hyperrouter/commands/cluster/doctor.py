@@ -9,6 +9,7 @@ Each line is ok, a note, or a fault with its remedy. Exit status: 0, or 5 if the
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,9 +51,9 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.guard.ranks import adopt_ranks
     from megatron_hyperrouter.guard.stopping import ignore_signals
 
-    if args.json is not None:
-        check_output(args.json, "--json")
     adopt_ranks()
+    if args.json is not None and os.environ.get("RANK", "0") == "0":  # only this rank writes
+        check_output(args.json, "--json")
     ranks = Ranks.of_this_process()
     size = None if args.checkpoint_gb is None else round(args.checkpoint_gb * 1e9)
     report = examine(ranks, args.run_dir, size)

@@ -118,10 +118,10 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     flags.check_at_least(args, 0, "dry_run")
     if not 0 <= args.reserve < args.gpu_memory:
         rule = f"must be at least 0 and less than --gpu-memory = {args.gpu_memory:g}"
-        flags.refuse("--reserve", f"{args.reserve:g}", rule, "use --reserve 2.5, or a larger --gpu-memory")
+        flags.refuse("--reserve", f"{args.reserve:g}", rule, "use a smaller --reserve or larger GPUs")
     if args.gpu_tflops is not None and not args.gpu_tflops > 0:
         rule = "must be greater than 0"
-        flags.refuse("--gpu-tflops", f"{args.gpu_tflops:g}", rule, "give the peak TFLOP/s of one GPU")
+        flags.refuse("--gpu-tflops", f"{args.gpu_tflops:g}", rule, "give the TFLOP/s that one GPU sustains")
     if args.gpus > args.per_node and args.gpus % args.per_node:
         rule = f"must be divisible by --per-node = {args.per_node}, because a run uses whole nodes"
         above = -(-args.gpus // args.per_node) * args.per_node

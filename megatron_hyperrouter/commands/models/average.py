@@ -150,7 +150,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     args = flags.parse_args(arguments)
     if (args.steps is None) == (args.last is None):
-        flags.refuse("--steps or --last", "", "one of the two is required", "give either --steps or --last")
+        flags.refuse("--steps or --last", "", "exactly one is required", "give either --steps or --last")
     flags.check_at_least(args, 1, "last")
     if args.weights is not None and args.ema is not None:
         flags.refuse("--ema", args.ema, "cannot be combined with --weights", "keep one of the two flags")

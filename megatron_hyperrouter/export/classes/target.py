@@ -92,7 +92,7 @@ def refuse_unknown(run: RunConfig, followed: tuple[str, ...], what: str) -> None
     if found := unfollowed(run, followed):
         raise CheckpointError(
             f"{what} does not support these settings of the run: {', '.join(found)}",
-            remedy="use mhr evaluate; a model with these settings cannot be exported",
+            remedy="use mhr evaluate, which supports every model",
         )
 
 

@@ -41,7 +41,7 @@ def follow_rank_0(decide: Callable[[], Start], meeting: Meeting) -> Start:
 def _followed(told: Mapping[str, Any], meeting: Meeting, start: Start | None = None) -> Start:
     """The decision of rank 0, combined with what this rank itself sees."""
     if "error" in told:
-        raise CheckpointError(f"rank 0 cannot load the checkpoint: {told['error']}")
+        raise CheckpointError(f"rank 0 cannot start: {told['error']}")
     if start is None:
         start = Start()
         if told["folder"] is not None:
