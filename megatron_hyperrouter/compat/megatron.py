@@ -1,8 +1,8 @@
 """Patches of megatron-core, tested with 0.16.1, with which it trains on a CPU with gloo, and without
 Transformer Engine.
 
-The CPU patches do nothing if there is a GPU.  Each patch changes calls that would raise an error, or make
-a GPU wait, so no working program gives other numbers.
+The CPU patches do nothing if there is a GPU.  The patches change calls that would raise an error,
+or make a GPU wait. One patch (``turn_in_few_operators``) rounds rotary positions differently.
 """
 
 from __future__ import annotations
