@@ -39,7 +39,7 @@ def stopwatch(work: Callable[[], object]) -> Seconds:
 
 
 @dataclass(frozen=True)
-class Row:
+class PairedTimes:
     """One line of the table: ``ours`` against ``base``, as many pairs of each."""
 
     case: str
@@ -105,7 +105,7 @@ def in_turns(works: Sequence[Callable[[], Seconds]], *, rounds: int) -> list[lis
     return times
 
 
-def print_table(rows: Iterable[Row], *, base: str, ours: str, clock: str | None = None) -> None:
+def print_table(rows: Iterable[PairedTimes], *, base: str, ours: str, clock: str | None = None) -> None:
     """The rows under their headings, on stdout, each printed as soon as it is measured; ``clock``: other than
     the deciding one.
     """

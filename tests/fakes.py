@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_hyperrouter.engines.base import Batch, Deviation, EvalResult, OwnPart, Place, StepResult
+from megatron_hyperrouter.engines.base import Batch, Deviation, EvalResult, OwnPart, RankPlace, StepResult
 
 
 class Alone:
     """The only rank."""
 
-    place = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+    place = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
 
     def any_rank(self, flag: bool) -> bool:
         return flag
@@ -33,7 +33,7 @@ class ThreadRanks:
     """One of several ranks that are threads of this process."""
 
     def __init__(self, rank: int, meeting: threading.Barrier, told: list[object]) -> None:
-        self.place = Place(rank=rank, world_size=len(told), data_rank=rank, data_size=len(told))
+        self.place = RankPlace(rank=rank, world_size=len(told), data_rank=rank, data_size=len(told))
         self._meeting, self._told = meeting, told
 
     def any_rank(self, flag: bool) -> bool:

@@ -115,14 +115,14 @@ ARRAYS = {"documents": np.arange(50, dtype=np.int32), "starts": np.arange(60, dt
 
 
 def make_index_file(folder: Path) -> Path:
-    cache = index_files.Cache(str(folder), cached_from=1)
+    cache = index_files.IndexCache(str(folder), cached_from=1)
     cache.arrays(KEY, tuple(ARRAYS), lambda: iter(ARRAYS.items()), beside="x", numbers=1)
     return cache.used[0]
 
 
 def read_index_file(path: Path) -> None:
     """Whatever is there, the arrays are those that were asked for: a damaged file is built again."""
-    cache = index_files.Cache(str(path.parent), cached_from=1)
+    cache = index_files.IndexCache(str(path.parent), cached_from=1)
     found = cache.arrays(KEY, tuple(ARRAYS), lambda: iter(ARRAYS.items()), beside="x", numbers=1)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array)

@@ -82,7 +82,7 @@ class Box(NamedTuple):
         return tuple(begin + length for begin, length in zip(self.offset, self.size, strict=True))
 
 
-class Placed(NamedTuple):
+class FilledBox(NamedTuple):
     """A box, and from where to where the piece's flat numbers fill it."""
 
     box: Box
@@ -95,7 +95,7 @@ def whole_shape(shape: Shape, cut: Cut | None) -> Shape:
     return shape if cut is None else cut.whole_shape(shape)
 
 
-def boxes(shape: Shape, begin: int, end: int, cut: Cut | None) -> list[Placed]:
+def boxes(shape: Shape, begin: int, end: int, cut: Cut | None) -> list[FilledBox]:
     """Numbers ``begin`` to before ``end`` of a piece of ``shape``, as boxes of the whole tensor."""
     parts = cut.parts if cut is not None and cut.dim == 0 else 1
     own = (shape[0] // parts, *shape[1:]) if shape else ()
@@ -105,7 +105,7 @@ def boxes(shape: Shape, begin: int, end: int, cut: Cut | None) -> list[Placed]:
         first, last = max(begin - base, 0), min(end - base, prod(own))
         for offset, size, at in _rectangles(own, first, last) if first < last else ():
             box = Box(offset if cut is None else _moved(offset, shape, cut, part), size)
-            found.append(Placed(box, base + at, base + at + box.numel))
+            found.append(FilledBox(box, base + at, base + at + box.numel))
     return found
 
 

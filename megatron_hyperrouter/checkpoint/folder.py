@@ -56,7 +56,7 @@ __all__ = [
 _WRITING, _REMOVING = ".writing-", ".removing-"  # what a killed run may leave behind
 
 
-class _Place(Protocol):
+class _RankPlace(Protocol):
     @property
     def rank(self) -> int: ...
     @property
@@ -67,7 +67,7 @@ class Ranks(Protocol):
     """The processes that save together; every engine is one."""
 
     @property
-    def place(self) -> _Place:
+    def place(self) -> _RankPlace:
         """Which of the ranks this one is."""
         ...
 

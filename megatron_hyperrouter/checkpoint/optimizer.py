@@ -52,7 +52,7 @@ class Stored(NamedTuple):
 
 
 @dataclass
-class Entry:
+class IndexEntry:
     """What the index says about one tensor."""
 
     shape: Shape
@@ -71,7 +71,7 @@ class Entry:
         """Add a part to a field's digest."""
         self.digests[name] = (self.digests.get(name, 0) + value) & MASK
 
-    def join(self, other: Entry) -> None:
+    def join(self, other: IndexEntry) -> None:
         """Add what another rank reports; ValueError if the two contradict each other."""
         if self.shape != other.shape:
             raise ValueError(
@@ -116,10 +116,12 @@ class Staged:
         """Write this rank's files, and return those that stay; NotFiniteError names the tensor that is
         lost.
         """
-        index: dict[str, Entry] = {}
+        index: dict[str, IndexEntry] = {}
         for name, tensor in self.weights.items():
             shape = tuple(tensor.shape)
-            entry = index[name] = Entry(shape, str(tensor.dtype).removeprefix("torch."), name in self.trained)
+            entry = index[name] = IndexEntry(
+                shape, str(tensor.dtype).removeprefix("torch."), name in self.trained
+            )
             entry.add(WEIGHT, _digest(name, WEIGHT, tensor, Box((0,) * len(shape), shape), shape))
         write_weights(folder, self.rank, self.weights)
         file = f"optimizer-{self.rank:05d}.safetensors"
@@ -131,9 +133,9 @@ class Staged:
         names = [f"weights-{self.rank:05d}.safetensors", file, *self.texts]
         return [folder / name for name in names if (folder / name).exists()]
 
-    def _state_tensors(self, index: dict[str, Entry], file: str) -> Iterator[tuple[str, Tensor]]:
+    def _state_tensors(self, index: dict[str, IndexEntry], file: str) -> Iterator[tuple[str, Tensor]]:
         for state in self.states:
-            entry = index.setdefault(state.name, Entry(state.shape, trained=True))
+            entry = index.setdefault(state.name, IndexEntry(state.shape, trained=True))
             key = f"{state.name}#{len(entry.boxes)}"
             entry.steps = state.steps
             entry.boxes.append(Stored(file, key, state.box))
@@ -143,7 +145,7 @@ class Staged:
 
     def join(self, folder: Path) -> None:
         """Make one index of those of all ranks (the main rank, after all have written); refuses a gap."""
-        joined: dict[str, Entry] = {}
+        joined: dict[str, IndexEntry] = {}
         parts = [folder / _PART.format(rank=rank) for rank in range(self.ranks)]
         for rank, path in enumerate(parts):
             if not path.is_file():
@@ -167,7 +169,7 @@ class Staged:
 _REPORT = "continue from the last checkpoint, and report this bug: ranks disagree on what each of them writes"
 
 
-def read_index(folder: Path) -> dict[str, Entry] | None:
+def read_index(folder: Path) -> dict[str, IndexEntry] | None:
     """Global name -> entry; None if there is no index, as in a checkpoint of format 1."""
     path = folder / INDEX
     try:
@@ -184,7 +186,7 @@ def read_index(folder: Path) -> dict[str, Entry] | None:
         ) from error
 
 
-def read_box(reader: Reader, entry: Entry, name: str, box: Box, row: Tensor) -> None:
+def read_box(reader: Reader, entry: IndexEntry, name: str, box: Box, row: Tensor) -> None:
     """Fill ``row`` with the numbers of ``box`` of one field of a tensor, from the files that contain them."""
     target = row.view(box.size)
     for stored in entry.boxes:
@@ -214,7 +216,7 @@ class NotFiniteError(CheckpointError):
     """A weight or a moment is lost: to save again would not help."""
 
 
-def _write_index(path: Path, index: Mapping[str, Entry]) -> None:
+def _write_index(path: Path, index: Mapping[str, IndexEntry]) -> None:
     plain: dict[str, Any] = {}
     for name, entry in sorted(index.items()):
         plain[name] = {
@@ -230,14 +232,14 @@ def _write_index(path: Path, index: Mapping[str, Entry]) -> None:
     path.write_text(json.dumps(plain), encoding="utf-8")
 
 
-def _read_index(path: Path) -> dict[str, Entry]:
+def _read_index(path: Path) -> dict[str, IndexEntry]:
     return {name: _entry(raw) for name, raw in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def _entry(raw: dict[str, Any]) -> Entry:
+def _entry(raw: dict[str, Any]) -> IndexEntry:
     """ValueError, KeyError or TypeError if it is not as :func:`_write_index` writes it."""
     shape = _numbers(raw["shape"])
-    return Entry(
+    return IndexEntry(
         shape=shape,
         dtype=_checked(raw["dtype"], raw["dtype"] == "" or _is_dtype(raw["dtype"])),
         trained=_checked(raw["trained"], isinstance(raw["trained"], bool)),

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.tensor_files import Entry, header_bytes, read_header
+from megatron_hyperrouter.checkpoint.tensor_files import TensorEntry, header_bytes, read_header
 from megatron_hyperrouter.errors import CheckpointError
 
 DTYPES = {
@@ -45,7 +45,7 @@ class TensorReader:
     """The tensors of several safetensors files, by name."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._files: dict[str, tuple[Path, Entry]] = {}
+        self._files: dict[str, tuple[Path, TensorEntry]] = {}
         for path in paths:
             try:
                 entries = read_header(path)
@@ -93,7 +93,7 @@ class TensorReader:
         return found.hexdigest()
 
 
-class Planned(NamedTuple):
+class TensorToWrite(NamedTuple):
     """A tensor that will be written."""
 
     name: str
@@ -106,9 +106,9 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def shards(planned: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
+def shards(planned: Sequence[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:
     """Divide the tensors into files of at most ``max_bytes``; a larger tensor gets a separate file."""
-    found: list[list[Planned]] = [[]]
+    found: list[list[TensorToWrite]] = [[]]
     size = 0
     for each in planned:
         if found[-1] and size + each.nbytes > max_bytes:
@@ -119,7 +119,7 @@ def shards(planned: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
     return found
 
 
-def write_shard(path: Path, planned: Sequence[Planned], tensors: Iterator[Tensor]) -> dict[str, str]:
+def write_shard(path: Path, planned: Sequence[TensorToWrite], tensors: Iterator[Tensor]) -> dict[str, str]:
     """Write the next ``tensors``, as planned, into one file; returns name -> SHA-256 of the bytes."""
     digests: dict[str, str] = {}
     with path.open("wb") as file:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 CHUNK = 1 << 22
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor in a file."""
 
     name: str
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     end: int
 
 
-def read_header(path: Path) -> list[Entry]:
+def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of a file, in the order of their bytes; ValueError if it is not a whole safetensors
     file.
     """
@@ -44,7 +44,7 @@ def read_header(path: Path) -> list[Entry]:
         header = json.loads(file.read(length))
     try:
         entries = [
-            Entry(
+            TensorEntry(
                 name, told["dtype"], tuple(told["shape"]), *(8 + length + at for at in told["data_offsets"])
             )
             for name, told in header.items()

@@ -44,7 +44,7 @@ class Failure(NamedTuple):
     hopeless: bool  # to write the same again would fail again
 
 
-class Writer:
+class CheckpointWriter:
     """Writes one checkpoint at a time; methods marked collective need every rank, in the main thread."""
 
     def __init__(self, folders: CheckpointFolders) -> None:

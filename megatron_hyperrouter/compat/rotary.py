@@ -23,11 +23,11 @@ def turned_by_table(x_SBNC: Tensor, angles_S11C: Tensor, scale: float = 1.0) -> 
             cos, sin = ((part * scale).to(x_SBNC.dtype) for part in (angles_S11C.cos(), angles_S11C.sin()))
             found[key] = cos, sin[..., : sin.size(-1) // 2].contiguous()
         setattr(angles_S11C, "_hyperrouter_turns", found)  # noqa: B010 - a note of ours on a host's tensor
-    y_SBNC: Tensor = _Turn.apply(x_SBNC, *found[key])  # type: ignore[no-untyped-call]
+    y_SBNC: Tensor = _Rotate.apply(x_SBNC, *found[key])  # type: ignore[no-untyped-call]
     return y_SBNC
 
 
-class _Turn(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBNC: Tensor, cos_S11C: Tensor, sin_S11R: Tensor) -> Tensor:
         ctx.save_for_backward(cos_S11C, sin_S11R)

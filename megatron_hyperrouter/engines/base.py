@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]  # tokens_BS, labels_BS: int64, labels are the tok
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """The position of this process among all ranks."""
 
     rank: int
@@ -93,7 +93,7 @@ class Deviation:
 class Engine(Protocol):
     """A host that trains the model; ``step`` counts completed optimizer steps."""
 
-    place: Place
+    place: RankPlace
     patience: float  # seconds that a collective waits for other ranks unless wait_at_most says otherwise
 
     def topk_at(self, step: int) -> int:

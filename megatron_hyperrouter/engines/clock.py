@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.engines.statistics import RouterStatistics, recomputing
 from megatron_hyperrouter.model.attention.documents import document_starts
 from megatron_hyperrouter.routers.base import ExpertBank, Pass, Router, Routing, Tokens
@@ -50,7 +50,7 @@ class Clock:
     def arrive(
         self,
         tokens_BS: Tensor,
-        place: Place,
+        place: RankPlace,
         part: Callable[[Tensor], Tensor] | None = None,
         *,
         batch_first: bool = False,

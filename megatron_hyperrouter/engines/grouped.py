@@ -23,7 +23,7 @@ from megatron_hyperrouter.config.derived import expert_tensor_size, expert_width
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.parallel import expert_group
 from megatron_hyperrouter.model.spec import parameter_dtype
-from megatron_hyperrouter.ops.grouped import Plan, collect, experts, plan, spread
+from megatron_hyperrouter.ops.grouped import RoutesByExpert, collect, experts, sort_by_expert, spread
 
 
 class Sharing(NamedTuple):
@@ -94,14 +94,14 @@ class GroupedExperts(nn.Module):
 
     def _through(
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None, kept_TK: Tensor | None
-    ) -> tuple[Tensor, Plan]:
+    ) -> tuple[Tensor, RoutesByExpert]:
         """A row for each route, in the order of the plan that is returned."""
         parts, topk = self.sharing.parts, experts_TK.size(1)
         homes_TKP = self._homes(experts_TK)
         cut = kept_TK is not None and self.sharing.ranks > 1  # alone, a weight of 0 does it without a count
         if cut:
             homes_TKP = torch.where(kept_TK.unsqueeze(-1), homes_TKP, self.sharing.ranks * self.num_local)  # type: ignore[union-attr]
-        rows = plan(homes_TKP.flatten(), self.sharing.ranks * self.num_local)
+        rows = sort_by_expert(homes_TKP.flatten(), self.sharing.ranks * self.num_local)
         x_RD = spread(x_TD, rows.order_R, rows.row_R, topk * parts)
         weights_R1 = None
         if weights_TK is not None:
@@ -136,7 +136,7 @@ class GroupedExperts(nn.Module):
         arrived = [exchanged(part, come, go, group) for part in sent]
         places_L = torch.arange(self.num_local, device=x_RD.device)
         places_R = places_L.repeat(len(come)).repeat_interleave(coming_NL.flatten(), output_size=sum(come))
-        rows = plan(places_R, self.num_local)
+        rows = sort_by_expert(places_R, self.num_local)
         x, *weights = (spread(part, rows.order_R, rows.row_R, 1) for part in arrived)
         y_RD = self._experts(x, weights[0] if weights else None, rows.ends_E)
         back_RD = exchanged(collect(y_RD, rows.order_R, rows.row_R, 1), go, come, group)

@@ -52,7 +52,7 @@ from megatron_hyperrouter.model.loss import (
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.base import Batch, EvalResult, OwnPart, Place, StepResult
+    from megatron_hyperrouter.engines.base import Batch, EvalResult, OwnPart, RankPlace, StepResult
     from megatron_hyperrouter.model.classifier import Classifier
     from megatron_hyperrouter.routers.base import Router
 
@@ -78,7 +78,7 @@ class SharedEngine(SavedEngine):
     def __init__(
         self,
         config: RunConfig,
-        place: Place,
+        place: RankPlace,
         *,
         eod: int | None = None,
         classifier: Classifier | None = None,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.engines.clock import Clock, RouterSite
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.world import device
@@ -67,7 +67,7 @@ class RouterSteps:
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
         self._alone = size == 1
         self._batch_first, self._part = batch_first, part
-        self._place = Place(
+        self._place = RankPlace(
             rank, size, rank if data_rank is None else data_rank, size if data_size is None else data_size
         )
         self.clock = Clock()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.base import GIVE_UP, EvalResult, OwnPart, Place, StepResult
+from megatron_hyperrouter.engines.base import GIVE_UP, EvalResult, OwnPart, RankPlace, StepResult
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.model.names import matrices
 from megatron_hyperrouter.model.sharding import (
@@ -42,7 +42,7 @@ class Judgement:
 def step_result(
     loss_sums: Tensor,
     statistics: RouterStatistics,
-    place: Place,
+    place: RankPlace,
     *,
     grad_norm: float,
     stop: int,
@@ -94,7 +94,7 @@ def eval_result(loss_sums: Tensor, *, replicas: int) -> EvalResult:
     return EvalResult(loss_sum=loss, tokens=round(tokens), target_bytes=round(bytes_))
 
 
-def mean_scale(labels: list[Tensor], place: Place, device: torch.device) -> Tensor:
+def mean_scale(labels: list[Tensor], place: RankPlace, device: torch.device) -> Tensor:
     """Positions of the global batch / labels of it that count, from this rank's ``_BS`` of a step
     (collective): a float32 scalar.
     """
@@ -153,7 +153,7 @@ def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[li
 
 
 def own_parts(
-    place: Place, device: torch.device, losses: tuple[float, float], bad_gradient: str
+    place: RankPlace, device: torch.device, losses: tuple[float, float], bad_gradient: str
 ) -> list[OwnPart]:
     """The results of each rank in a step that was run twice (collective)."""
     own = OwnPart(place.rank, socket.gethostname(), str(device), losses, bad_gradient)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.streams import Planned, TensorReader, write_shard
+from megatron_hyperrouter.checkpoint.streams import TensorReader, TensorToWrite, write_shard
 from megatron_hyperrouter.errors import CheckpointError
 
 
@@ -66,7 +66,7 @@ def write_average(folder: Path, terms: Sequence[Term]) -> dict[str, str]:
     check_alike(terms)
     reader = terms[-1].reader
     names = reader.names()
-    planned = [Planned(name, reader.meta(name).dtype, tuple(reader.meta(name).shape)) for name in names]
+    planned = [TensorToWrite(name, reader.meta(name).dtype, tuple(reader.meta(name).shape)) for name in names]
     return write_shard(
         folder / "weights-00000.safetensors", planned, (average(name, terms) for name in names)
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.checkpoint.folder import read_manifest
 from megatron_hyperrouter.checkpoint.tensor_files import digest_of_bytes
 from megatron_hyperrouter.data.tokenize.transformers_files import tokenizer_json
-from megatron_hyperrouter.export.classes.names import Sizes
+from megatron_hyperrouter.export.classes.names import ModelShape
 from megatron_hyperrouter.export.sources import weight_reader
 from megatron_hyperrouter.export.verify import CERTIFICATE, FORMAT
 from megatron_hyperrouter.files import write_json
@@ -51,7 +51,7 @@ def certificate(
     bounds: dict[str, float],
 ) -> dict[str, Any]:
     """The certificate of a folder that lacks nothing else."""
-    model, sizes = job.run.model, Sizes.of(job.run)
+    model, sizes = job.run.model, ModelShape.of(job.run)
     text = tokenizer_json(job.tokenizer)
     return {
         "format": FORMAT,

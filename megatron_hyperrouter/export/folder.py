@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.checkpoint.streams import Planned, Tensors, shards, write_shard
+from megatron_hyperrouter.checkpoint.streams import Tensors, TensorToWrite, shards, write_shard
 from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text, write_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.export.classes.names import Part, Sizes, TensorPlace, cut, places
+from megatron_hyperrouter.export.classes.names import (
+    ModelShape,
+    TensorPart,
+    TensorSource,
+    cut,
+    tensor_sources,
+)
 from megatron_hyperrouter.export.classes.target import CHOICE_BIAS, config_json
 from megatron_hyperrouter.export.gates import MODELING_FILE, Gates
 from megatron_hyperrouter.export.sources import vocabulary_rows, weight_reader
@@ -65,12 +71,12 @@ def write_model(job: Export, folder: Path, reader: Tensors | None = None) -> dic
 
 
 def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]:
-    sizes, target = Sizes.of(job.run), job.gates.target
-    found = places(sizes, target.naming, target.router_leaves)
+    sizes, target = ModelShape.of(job.run), job.gates.target
+    found = tensor_sources(sizes, target.naming, target.router_leaves)
     if missing := [
         name
         for place in found.values()
-        if place.part is not Part.MADE
+        if place.part is not TensorPart.MADE
         for name in place.ours
         if name not in reader
     ]:
@@ -79,9 +85,10 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
             + (f" and lacks {len(missing) - 1} more" if missing[1:] else ""),
             remedy="export from the original run folder, because this checkpoint does not match its settings",
         )
-    source = _Source(job, reader, sizes)
+    source = _TensorReader(job, reader, sizes)
     planned = [
-        Planned(name, source.dtype(name), tuple(source.meta(place).shape)) for name, place in found.items()
+        TensorToWrite(name, source.dtype(name), tuple(source.meta(place).shape))
+        for name, place in found.items()
     ]
     tensors = (source.tensor(place).to(source.dtype(name)) for name, place in found.items())
     parts = shards(planned, job.max_shard_bytes)
@@ -100,12 +107,12 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
     return digests
 
 
-class _Source:
+class _TensorReader:
     """Tensors of the folder, made of the checkpoint's; the last one read is kept, for its other parts come
     next.
     """
 
-    def __init__(self, job: Export, reader: Tensors, sizes: Sizes) -> None:
+    def __init__(self, job: Export, reader: Tensors, sizes: ModelShape) -> None:
         self.reader, self.heads = reader, sizes.heads
         self.routers: Mapping[str, Tensor] = job.gates.tensors
         self.target_dtype = TYPES[job.dtype]
@@ -119,15 +126,15 @@ class _Source:
         kept = name.endswith(CHOICE_BIAS) or (self.custom and routed)
         return torch.float32 if kept else self.target_dtype
 
-    def meta(self, place: TensorPlace) -> Tensor:
+    def meta(self, place: TensorSource) -> Tensor:
         """The tensor without its numbers."""
-        if place.part is Part.MADE:
+        if place.part is TensorPart.MADE:
             return self.routers[place.ours[0]]
         return cut([self.reader.meta(name) for name in place.ours], place.part, self.heads)
 
-    def tensor(self, place: TensorPlace) -> Tensor:
+    def tensor(self, place: TensorSource) -> Tensor:
         """The tensor."""
-        if place.part is Part.MADE:
+        if place.part is TensorPart.MADE:
             return self.routers[place.ours[0]]
         return cut([self._read(name) for name in place.ours], place.part, self.heads)
 

@@ -76,14 +76,14 @@ def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> dict
     return found
 
 
-class _OnePlace:
+class _SingleRank:
     rank, world_size = 0, 1
 
 
 class OneProcess:
     """The ranks that read or write a checkpoint: this process alone."""
 
-    place = _OnePlace()
+    place = _SingleRank()
 
     def any_rank(self, flag: bool) -> bool:
         """There are no other ranks."""

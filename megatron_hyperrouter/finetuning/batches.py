@@ -20,7 +20,7 @@ from megatron_hyperrouter.model.loss import UNCOUNTED
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
-    from megatron_hyperrouter.engines.base import Batch, Place
+    from megatron_hyperrouter.engines.base import Batch, RankPlace
     from megatron_hyperrouter.finetuning.tasks import Example
 
 Numbers = NDArray[np.int64]
@@ -28,8 +28,8 @@ _ALONE = -1  # fills up a round of an evaluation: no text
 
 
 @dataclass(frozen=True)
-class Part:
-    """The texts of one part as token ids, and their classes."""
+class TextsOfSplit:
+    """The texts of one split (training, validation or test) as token ids, and their classes."""
 
     ids: Sequence[Numbers]
     classes_N: Numbers
@@ -44,17 +44,17 @@ class Part:
         return max(map(len, self.ids))
 
 
-def encoded(examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) -> Part:
+def encoded(examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) -> TextsOfSplit:
     """Each text and the token that ends a document; of a longer text than ``seq_length`` its end."""
     texts = tokenizer.encode_batch([example.text for example in examples])
     rows = [np.append(ids, tokenizer.eod)[-seq_length:].astype(np.int64) for ids in texts]
-    return Part(rows, np.array([example.label for example in examples], dtype=np.int64))
+    return TextsOfSplit(rows, np.array([example.label for example in examples], dtype=np.int64))
 
 
 class Feed:
     """This rank's micro-batches: which texts they contain depends on the seed and the step alone."""
 
-    def __init__(self, config: RunConfig, place: Place) -> None:
+    def __init__(self, config: RunConfig, place: RankPlace) -> None:
         self._micro = config.train.micro_batch_size
         self._together = self._micro * place.data_size
         self._global = config.train.global_batch_size or self._together
@@ -63,7 +63,7 @@ class Feed:
         self._fixed = config.parallel.pipeline_model_parallel_size > 1
         self._multiple = 8 * config.parallel.tensor_model_parallel_size
 
-    def step(self, part: Part, *, step: int, seed: int) -> Iterator[Batch]:
+    def step(self, part: TextsOfSplit, *, step: int, seed: int) -> Iterator[Batch]:
         """The micro-batches of training step ``step``, from 0: each epoch has another order, and no text
         is dropped.
         """
@@ -71,24 +71,24 @@ class Feed:
         for start in range(first, (step + 1) * self._global, self._together):
             yield self._batch(part, [_drawn(start + row, len(part), seed) for row in range(self._micro)])
 
-    def all(self, part: Part) -> Iterator[Batch]:
+    def all(self, part: TextsOfSplit) -> Iterator[Batch]:
         """Those of an evaluation of the whole part, every rank as many: see :func:`order`."""
         rows = self.order(part)
         for start in range(self._place.data_rank * self._micro, len(rows), self._together):
             yield self._batch(part, rows[start : start + self._micro])
 
-    def order(self, part: Part) -> list[int]:
+    def order(self, part: TextsOfSplit) -> list[int]:
         """The texts of an evaluation, the shortest first, filled up to whole rounds of all ranks."""
         rows = sorted(range(len(part)), key=lambda row: (len(part.ids[row]), row))
         return rows + [_ALONE] * (-len(rows) % self._together)
 
-    def rows_of(self, part: Part, data_rank: int) -> list[int]:
+    def rows_of(self, part: TextsOfSplit, data_rank: int) -> list[int]:
         """The texts of that data-parallel rank's micro-batches in an evaluation, in order."""
         rows = self.order(part)
         starts = range(data_rank * self._micro, len(rows), self._together)
         return [row for start in starts for row in rows[start : start + self._micro]]
 
-    def _batch(self, part: Part, rows: Sequence[int]) -> Batch:
+    def _batch(self, part: TextsOfSplit, rows: Sequence[int]) -> Batch:
         texts = [part.ids[max(row, 0)] for row in rows]
         longest = -(-max(map(len, texts)) // self._multiple) * self._multiple
         length = self._length if self._fixed else min(longest, self._length)

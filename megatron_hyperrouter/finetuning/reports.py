@@ -15,7 +15,7 @@ from megatron_hyperrouter.errors import DataError
 from megatron_hyperrouter.finetuning.measures import log_softmax, mcnemar, paired_bootstrap, scores
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.finetuning.batches import Part
+    from megatron_hyperrouter.finetuning.batches import TextsOfSplit
     from megatron_hyperrouter.finetuning.session import Outcome
 
 RESULTS, PREDICTIONS, TRAINING, FACTS = (
@@ -28,7 +28,7 @@ _NUMBERS = ("accuracy", "macro_f1", "loss", "ece")
 Row = dict[str, Any]
 
 
-def rows_of(outcome: Outcome, parts: dict[str, Part]) -> list[Row]:
+def rows_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> list[Row]:
     """The results of one seed, as in ``results.json``."""
     return [
         {"topk": topk, "seed": outcome.seed, "split": split}
@@ -37,7 +37,7 @@ def rows_of(outcome: Outcome, parts: dict[str, Part]) -> list[Row]:
     ]
 
 
-def predictions_of(outcome: Outcome, parts: dict[str, Part]) -> Iterator[str]:
+def predictions_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> Iterator[str]:
     """A line for each text of the test, in the order of its file, and each k."""
     for (split, topk), logits_NC in outcome.logits.items():
         if split != "test":

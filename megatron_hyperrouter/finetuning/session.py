@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.finetuning.batches import Feed, Part
+from megatron_hyperrouter.finetuning.batches import Feed, TextsOfSplit
 from megatron_hyperrouter.finetuning.measures import Floats, Scores, scores
 from megatron_hyperrouter.finetuning.weights import Kept, keep, put_back, start_again
 from megatron_hyperrouter.model.loss import ClassLoss
@@ -43,7 +43,7 @@ class Session:
     """A model with a head, and the parts of a task; every method is called by all ranks together."""
 
     engine: SharedEngine
-    parts: dict[str, Part]
+    parts: dict[str, TextsOfSplit]
     begun: int  # steps of the run that the weights come from
     evaluations: int
     start: Kept  # the run's weights
@@ -95,7 +95,7 @@ class Session:
         return scores(predictions(self.engine, self.parts[part], topk), self.parts[part].classes_N)
 
 
-def predictions(engine: SharedEngine, part: Part, topk: int, *, feed: Feed | None = None) -> Floats:
+def predictions(engine: SharedEngine, part: TextsOfSplit, topk: int, *, feed: Feed | None = None) -> Floats:
     """Logits ``_NC`` of all texts of a part, on every rank (collective)."""
     loss, feed = engine.loss, feed or Feed(engine.config, engine.place)
     assert isinstance(loss, ClassLoss), "the engine has no classifier"

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.export.classes.names import Sizes
+from megatron_hyperrouter.export.classes.names import ModelShape
 from megatron_hyperrouter.model.attention.rotary import concentration, rates, temperature
 
 
 @dataclass
-class Cache:
+class KeyValueCache:
     """Keys and values of the positions so far, ``[B, G, P, C]`` for each layer; ``hidden_BP``: padding in
     front of short prompts.
     """
@@ -67,7 +67,7 @@ class _Attention:
     def __init__(
         self,
         run: RunConfig,
-        sizes: Sizes,
+        sizes: ModelShape,
         read: Callable[[str], Tensor],
         layer: str,
         number: int,
@@ -97,7 +97,7 @@ class _Attention:
         query_BQNC: Tensor,
         key_BQGC: Tensor,
         value_BQGC: Tensor,
-        cache: Cache,
+        cache: KeyValueCache,
         scale: float | None = None,
     ) -> Tensor:
         mask = cache.visible(self.number, query_BQNC.size(1), self.window)
@@ -119,7 +119,7 @@ class GroupedAttention(_Attention):
         norms = ("q_layernorm.weight", "k_layernorm.weight")
         self.norms = [self._own(leaf) if self.sizes.qk_norm else None for leaf in norms]
 
-    def compute(self, x_BQD: Tensor, places_BQ: Tensor, cache: Cache) -> Tensor:
+    def compute(self, x_BQD: Tensor, places_BQ: Tensor, cache: KeyValueCache) -> Tensor:
         """The output ``_BQD``; the cache grows."""
         heads = self.sizes.heads
         per_group = heads.queries // heads.groups
@@ -156,7 +156,7 @@ class LatentAttention(_Attention):
         sharpness = temperature(attention.rotary_scaling_factor, attention.mscale_all_dim)
         self.scale = sharpness * sharpness / math.sqrt(self.plain + self.turning)
 
-    def compute(self, x_BQD: Tensor, places_BQ: Tensor, cache: Cache) -> Tensor:
+    def compute(self, x_BQD: Tensor, places_BQ: Tensor, cache: KeyValueCache) -> Tensor:
         """The output ``_BQD``; the cache grows."""
         heads, plain, turning = self.sizes.heads.queries, self.plain, self.turning
         if self.sizes.low_rank_queries:

@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_hyperrouter.config.derived import windows
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.export.classes.family import DENSE_LAYERS, SHARED_EXPERTS
-from megatron_hyperrouter.export.classes.names import FINAL_NORM, OUTPUT, SHARED_GATE, Sizes
-from megatron_hyperrouter.generation.attention import Cache, GroupedAttention, LatentAttention
+from megatron_hyperrouter.export.classes.names import FINAL_NORM, OUTPUT, SHARED_GATE, ModelShape
+from megatron_hyperrouter.generation.attention import GroupedAttention, KeyValueCache, LatentAttention
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.routers.base import Router, Tokens
 
@@ -70,7 +70,7 @@ class Mixture(NamedTuple):
     shared_gate_1D: Tensor | None
 
     @classmethod
-    def of(cls, read: Read, layer: str, router: Router, sizes: Sizes) -> Mixture:
+    def of(cls, read: Read, layer: str, router: Router, sizes: ModelShape) -> Mixture:
         """The mixture of the layer with this prefix."""
         numbers = range(sizes.num_experts)
         return cls(
@@ -97,7 +97,7 @@ class Mixture(NamedTuple):
         return total_TD + shared_TD
 
 
-class Layer(NamedTuple):
+class LayerWeights(NamedTuple):
     """One transformer layer."""
 
     input_norm_D: Tensor
@@ -112,7 +112,7 @@ class Decoder:
     """
 
     def __init__(self, run: RunConfig, read: Read, routers: Mapping[int, Router], *, step: int = 0) -> None:
-        self.run, self.sizes = run, Sizes.of(run)
+        self.run, self.sizes = run, ModelShape.of(run)
         self.step = step
         self.embedding_VD = read(WORD_EMBEDDINGS)
         self.output_VD = self.embedding_VD if self.sizes.tied else read(OUTPUT)
@@ -126,7 +126,7 @@ class Decoder:
         """The router of each MoE layer, in order."""
         return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, Mixture)]
 
-    def _layer(self, read: Read, number: int, router: Router | None) -> Layer:
+    def _layer(self, read: Read, number: int, router: Router | None) -> LayerWeights:
         prefix = f"decoder.layers.{number}."
         kind = LatentAttention if self.sizes.latent else GroupedAttention
         attention = kind(self.run, self.sizes, read, prefix, number, windows(self.run)[number])
@@ -136,10 +136,10 @@ class Decoder:
             else Mixture.of(read, prefix, router.eval(), self.sizes)
         )
         norms = (read(f"{prefix}{leaf}.weight") for leaf in ("input_layernorm", "pre_mlp_layernorm"))
-        return Layer(next(norms), attention, next(norms), mlp)
+        return LayerWeights(next(norms), attention, next(norms), mlp)
 
     @torch.inference_mode()
-    def logits(self, ids_BQ: Tensor, cache: Cache, *, topk: int) -> Tensor:
+    def logits(self, ids_BQ: Tensor, cache: KeyValueCache, *, topk: int) -> Tensor:
         """Logits ``_BQV`` of the tokens that follow each of the new positions; the cache grows by them."""
         start, (batch, new) = cache.length, ids_BQ.shape
         places_BQ = torch.arange(start, start + new) - cache.hidden_BP.sum(1, keepdim=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Decoder
 
 
@@ -41,7 +41,7 @@ def generate(
     The text of a prompt does not depend on the other prompts, because each has separate random numbers.
     """
     ids_BP, hidden_BP = padded(prompts)
-    cache = Cache(hidden_BP)
+    cache = KeyValueCache(hidden_BP)
     generators = [torch.Generator().manual_seed(style.seed) for _ in prompts]
     made: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)

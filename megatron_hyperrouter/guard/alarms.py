@@ -82,7 +82,7 @@ NAMES = tuple(measure.alarm for measure in MEASURES)
 
 
 @dataclass(frozen=True)
-class Finding:
+class MeasureOutOfRange:
     """A measure that has left its range."""
 
     measure: str
@@ -170,7 +170,7 @@ class Rise:
 
 
 @dataclass
-class Health:
+class HealthCharts:
     """All charts of a run.  A chart starts again when its usual level changes by design: with k, the mix of
     the data, or the stage of a method.
     """
@@ -182,7 +182,7 @@ class Health:
     )
     regime: str = ""
 
-    def see(self, step: int, result: StepResult, *, topk: int, regime: str) -> list[Finding]:
+    def see(self, step: int, result: StepResult, *, topk: int, regime: str) -> list[MeasureOutOfRange]:
         """What this step, counted from 1, has shown."""
         if regime != self.regime:
             self.regime = regime
@@ -197,7 +197,7 @@ class Health:
                 continue
             if alarm := watch.see(value, run):
                 threshold, steps = alarm
-                found.append(Finding(name, layer, value, threshold, step - steps + 1))
+                found.append(MeasureOutOfRange(name, layer, value, threshold, step - steps + 1))
         return found
 
     def state(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class Alarms:
     def __init__(self, engine: Engine, config: RunConfig) -> None:
         self._engine, self._config = engine, config
         self._actions = alarm_actions(config.guard.alarm)
-        self._health = Health(config.model.num_experts, 2 * config.optimizer.lr_warmup_iters)
+        self._health = HealthCharts(config.model.num_experts, 2 * config.optimizer.lr_warmup_iters)
         self._rise = Rise()
         self._factor, self._raised_at = 1.0, 0
         self._snapshot_at, self._kept_at = -_PAUSE, -_PAUSE
@@ -309,12 +309,16 @@ class Alarms:
         counted = {"mix": mix, "stage": stage}
         return ", ".join([f"k {topk}", *(f"{name} {count}" for name, count in counted.items() if count > 1)])
 
-    def _compare(self, step: int, similarity: Mapping[int, float]) -> Finding | None:
+    def _compare(self, step: int, similarity: Mapping[int, float]) -> MeasureOutOfRange | None:
         if not similarity or step <= self._health.first:
             return None
         layer = max(similarity, key=similarity.__getitem__)
         threshold = self._rise.see(similarity[layer])
-        return None if threshold is None else Finding("collapse", layer, similarity[layer], threshold, step)
+        return (
+            None
+            if threshold is None
+            else MeasureOutOfRange("collapse", layer, similarity[layer], threshold, step)
+        )
 
     def _tell_late(self, step: int, rank: int, share: float, tell: Callable[..., None]) -> None:
         """A note, whatever --alarm says: nothing of the model is wrong."""
@@ -326,7 +330,7 @@ class Alarms:
                 f"{_LATE_STEPS} steps; use more --num-workers, or check the disk of its machine"
             )
 
-    def _follow(self, step: int, finding: Finding, tell: Callable[..., None]) -> str:
+    def _follow(self, step: int, finding: MeasureOutOfRange, tell: Callable[..., None]) -> str:
         action = self._actions[finding.measure]
         tell(
             "alarm",

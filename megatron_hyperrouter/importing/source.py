@@ -11,7 +11,7 @@ from megatron_hyperrouter.checkpoint.streams import TensorReader
 from megatron_hyperrouter.errors import CheckpointError, reason_of
 from megatron_hyperrouter.export.classes.grouped import GLM4_MOE, MIXTRAL_MOE, QWEN2_MOE, QWEN3_MOE
 from megatron_hyperrouter.export.classes.latent import DEEPSEEK_V2, DEEPSEEK_V3
-from megatron_hyperrouter.export.classes.names import QWEN, Heads, Naming, Sizes
+from megatron_hyperrouter.export.classes.names import QWEN, Heads, ModelShape, Naming
 
 _LATENT_FAMILIES = (DEEPSEEK_V2, DEEPSEEK_V3)
 LATENT = tuple(family.architecture for family in _LATENT_FAMILIES)
@@ -87,12 +87,12 @@ class HfFolder:
         return self.architecture in LATENT
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ModelShape:
         """What decides which tensors there are."""
         config = self.config
         queries = int(config["num_attention_heads"])
         channels = int(config.get("head_dim") or config["hidden_size"] // queries)
-        return Sizes(
+        return ModelShape(
             num_experts=self.num_experts,
             heads=Heads(queries, int(config.get("num_key_value_heads") or queries), channels),
             qk_norm=self.latent or "model.layers.0.self_attn.q_norm.weight" in self.reader,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
-from megatron_hyperrouter.export.classes.names import Part, Sizes, join
+from megatron_hyperrouter.export.classes.names import ModelShape, TensorPart, join
 from megatron_hyperrouter.importing.source import HfFolder
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 from megatron_hyperrouter.ops import keyed
@@ -89,7 +89,7 @@ class UpcycledWeights:
     def __init__(self, folder: HfFolder, recipe: UpcycleOptions) -> None:
         recipe.check(folder.expert_width)
         self.folder, self.recipe = folder, recipe
-        self.sizes: Sizes = folder.sizes
+        self.sizes: ModelShape = folder.sizes
         self._check()
 
     def names(self) -> list[str]:
@@ -127,7 +127,7 @@ class UpcycledWeights:
         if leaf == "mlp.router":
             return self._router(name)
         if leaf == "self_attention.linear_qkv":
-            kinds = zip((Part.QUERY, Part.KEY, Part.VALUE), "qkv", strict=True)
+            kinds = zip((TensorPart.QUERY, TensorPart.KEY, TensorPart.VALUE), "qkv", strict=True)
             parts = {part: self._theirs(f"{theirs}self_attn.{letter}_proj.weight") for part, letter in kinds}
             return join(parts, self.sizes.heads)
         return self._theirs(f"{theirs}{self._alike()[leaf]}.weight")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.export.classes.names import Part, TensorPlace, join, places
+from megatron_hyperrouter.export.classes.names import TensorPart, TensorSource, join, tensor_sources
 from megatron_hyperrouter.importing.source import MOE, HfFolder
 
 _CHOICE_BIAS = "e_score_correction_bias"
@@ -28,8 +28,8 @@ class ImportedWeights:
         self._last: tuple[str, Tensor] | None = None
         biased = any(name.endswith(_CHOICE_BIAS) for name in folder.reader.names())
         leaves = ("weight", _CHOICE_BIAS) if biased else ("weight",)
-        found = places(folder.sizes, MOE[folder.architecture], leaves)
-        self._parts: dict[str, dict[Part, str]] = {}
+        found = tensor_sources(folder.sizes, MOE[folder.architecture], leaves)
+        self._parts: dict[str, dict[TensorPart, str]] = {}
         for theirs, place in found.items():
             self._parts.setdefault(place.ours[0], {})[place.part] = theirs
         self._check(found)
@@ -41,8 +41,8 @@ class ImportedWeights:
     def read(self, name: str) -> Tensor:
         """The tensor under our name."""
         parts = {part: self._theirs(theirs) for part, theirs in self._parts[name].items()}
-        if Part.MADE in parts:
-            return parts[Part.MADE]
+        if TensorPart.MADE in parts:
+            return parts[TensorPart.MADE]
         return join(parts, self.heads).contiguous()
 
     def _theirs(self, name: str) -> Tensor:
@@ -74,7 +74,7 @@ class ImportedWeights:
         """Whether the folder has layers that are not imported."""
         return any(name.startswith(self.folder.predicting_layers) for name in self.folder.reader.names())
 
-    def _check(self, found: dict[str, TensorPlace]) -> None:
+    def _check(self, found: dict[str, TensorSource]) -> None:
         reader, wanted = self.folder.reader, set()
         missing = []
         for name in found:

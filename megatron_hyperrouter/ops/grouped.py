@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 ALIGNMENT = 16  # bytes: rows of the matrices of a grouped product must start at multiples of this
 
 
-class Plan(NamedTuple):
+class RoutesByExpert(NamedTuple):
     """Routes in the order of their experts; everything stays on the device."""
 
     order_R: Tensor  # the route in each row
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     ends_E: Tensor  # int32: the row after each expert's last one
 
 
-def plan(experts_R: Tensor, num_experts: int) -> Plan:
+def sort_by_expert(experts_R: Tensor, num_experts: int) -> RoutesByExpert:
     """Sort the routes by expert; equal ids keep their order, so rows do not depend on the device.
 
     Ids from ``num_experts`` on go to the rows behind all experts' rows.
@@ -36,7 +36,7 @@ def plan(experts_R: Tensor, num_experts: int) -> Plan:
     numbers_R = torch.arange(experts_R.numel(), device=experts_R.device)
     row_R = torch.empty_like(order_R).scatter_(0, order_R, numbers_R)
     experts_E = torch.arange(num_experts, device=experts_R.device, dtype=experts_R.dtype)
-    return Plan(order_R, row_R, torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True))
+    return RoutesByExpert(order_R, row_R, torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True))
 
 
 def spread(x_TD: Tensor, order_R: Tensor, row_R: Tensor, choices: int) -> Tensor:

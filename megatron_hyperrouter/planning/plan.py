@@ -40,7 +40,7 @@ GIB = 2.0**30
 
 
 @dataclass
-class Planned:
+class PlannedLayout:
     """A layout that the rules allow, with what it would need."""
 
     candidate: Candidate
@@ -76,14 +76,14 @@ class Planned:
 class Plan:
     """What the command shows and writes."""
 
-    layouts: list[Planned]  # those that fit come first, the fastest of them at the top
+    layouts: list[PlannedLayout]  # those that fit come first, the fastest of them at the top
     refused: list[Refusal]
     machine: Machine
     model: Model
     gpus: int
 
     @property
-    def fitting(self) -> list[Planned]:
+    def fitting(self) -> list[PlannedLayout]:
         """The layouts that fit, the fastest first."""
         return [each for each in self.layouts if each.fits]
 
@@ -115,7 +115,7 @@ class Planner:
             self._models[rows] = model, Estimator(model, self._frozen, rows, self.machine)
         return self._models[rows]
 
-    def planned(self, candidate: Candidate) -> Planned | Refusal:
+    def planned(self, candidate: Candidate) -> PlannedLayout | Refusal:
         """The fastest way to save memory that fits, or the one that needs least; of those that the rules
         allow.
         """
@@ -133,14 +133,14 @@ class Planner:
                 continue
             parameters = parameters_of_ranks(model, variant.config, variant.world_size)
             seconds = work.seconds(self.machine)
-            return Planned(variant, use, work.parts(self.machine), seconds, parameters, not too_large)
+            return PlannedLayout(variant, use, work.parts(self.machine), seconds, parameters, not too_large)
         return refusals[0]
 
     def plan(self, gpus: int) -> Plan:
         """Every layout over this number of GPUs; raises ConfigError if the rules allow no layout."""
         base = without_layout(self.base, gpus)
         refusals: list[Refusal] = []
-        planned: list[Planned] = []
+        planned: list[PlannedLayout] = []
         for each in structures(base, gpus, self.machine.per_node, self.engines):
             made = self.planned(each) if isinstance(each, Candidate) else each
             if isinstance(made, Refusal):
@@ -154,7 +154,7 @@ class Planner:
         planned.sort(key=lambda each: (not each.fits, each.seconds if each.fits else each.use.total))
         return Plan(planned, refusals, self.machine, self.of_rows(base)[0], gpus)
 
-    def too_large(self, made: Planned) -> Refusal:
+    def too_large(self, made: PlannedLayout) -> Refusal:
         """Why a layout does not fit, and what to do about the largest part."""
         use, part = made.use, made.use.largest()
         reason = (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megatron_hyperrouter.config.derived import expert_tensor_size, global_batch_size
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.planning.held.parameters import Model
-from megatron_hyperrouter.planning.held.stages import Stage, stages_of
+from megatron_hyperrouter.planning.held.stages import StageContent, stages_of
 from megatron_hyperrouter.planning.layouts import Candidate
 from megatron_hyperrouter.planning.machine import Machine
 
@@ -93,7 +93,7 @@ def work_of(candidate: Candidate, model: Model, per_node: int, skew: float) -> W
     return Work(flops, inside, outside, messages)
 
 
-def _busiest(model: Model, config: RunConfig, stages: list[Stage]) -> float:
+def _busiest(model: Model, config: RunConfig, stages: list[StageContent]) -> float:
     """Work of the stage that has most, over the mean: the others wait for it."""
     if len(stages) == 1:
         return 1.0

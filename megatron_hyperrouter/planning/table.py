@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_hyperrouter.planning.held.memory import PARTS
-from megatron_hyperrouter.planning.plan import GIB, Plan, Planned
+from megatron_hyperrouter.planning.plan import GIB, Plan, PlannedLayout
 
 _SIZES = (
     ("TP", "tensor_model_parallel_size"),
@@ -47,7 +47,7 @@ def _head(plan: Plan) -> str:
     )
 
 
-def _table(rows: Sequence[Planned]) -> str:
+def _table(rows: Sequence[PlannedLayout]) -> str:
     heads = ["", "engine", *(name for name, _ in _SIZES), "state", "recompute", "micro", "GiB", "s a step"]
     body = [[*heads, "tokens/s", "dry run, GiB"]]
     for number, row in enumerate(rows, start=1):
@@ -89,7 +89,7 @@ def _distributed(layout: dict[str, object]) -> str:
     return "split" if layout["use_distributed_optimizer"] else "whole"
 
 
-def _first(row: Planned) -> str:
+def _first(row: PlannedLayout) -> str:
     memory = [f"{name} {getattr(row.use, name) / GIB:.2f}" for name in PARTS]
     counts = sorted(set(row.parameters))
     ranks = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
@@ -99,7 +99,7 @@ def _first(row: Planned) -> str:
     )
 
 
-def times_of(row: Planned) -> str:
+def times_of(row: PlannedLayout) -> str:
     """What a step's time goes to."""
     names = {
         "compute": "computing",

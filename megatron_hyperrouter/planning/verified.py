@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.planning.layouts import Candidate, Refusal
-from megatron_hyperrouter.planning.plan import GIB, Plan, Planned
+from megatron_hyperrouter.planning.plan import GIB, Plan, PlannedLayout
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -94,7 +94,7 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         process.stdin.close()
 
 
-def _compared(each: Planned, told: dict[str, Any]) -> str:
+def _compared(each: PlannedLayout, told: dict[str, Any]) -> str:
     rank = told["rank"]
     same = "as predicted" if told["parameters"] == each.parameters[rank] else "NOT as predicted"
     return (

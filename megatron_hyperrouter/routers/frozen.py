@@ -36,7 +36,7 @@ class Recipe(ABC):
         return keyed.normal(shape, seed=self.seed, name=f"{self.name}.{part}", device=device).mul_(std)
 
 
-class Frozen:
+class FrozenTensors:
     """The tensors of one recipe on one device: an immutable value that all its users share without
     copying.
     """
@@ -47,7 +47,7 @@ class Frozen:
         self.digest = digest
         self.device = tensors[0].device
 
-    def to(self, device: torch.device) -> Frozen:
+    def to(self, device: torch.device) -> FrozenTensors:
         """The same tensors on ``device``; itself if they are already there, or if ``device`` has no
         numbers (meta).
         """
@@ -55,11 +55,13 @@ class Frozen:
             return self
         return _shared(self.recipe, device, lambda: self._copied(device))
 
-    def _copied(self, device: torch.device) -> Frozen:
+    def _copied(self, device: torch.device) -> FrozenTensors:
         with torch.inference_mode(False), torch.no_grad():
-            return Frozen(self.recipe, tuple(tensor.to(device) for tensor in self.tensors), self.digest)
+            return FrozenTensors(
+                self.recipe, tuple(tensor.to(device) for tensor in self.tensors), self.digest
+            )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTensors:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,10 +70,10 @@ class Frozen:
 
 # A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; entries die
 # with their last user.
-_ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], Frozen] = WeakValueDictionary()
+_ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], FrozenTensors] = WeakValueDictionary()
 
 
-def frozen(recipe: Recipe, device: torch.device) -> Frozen:
+def frozen(recipe: Recipe, device: torch.device) -> FrozenTensors:
     """The tensors of ``recipe``, drawn on ``device`` (on the CPU for meta), or the existing ones of
     another router.
     """
@@ -79,17 +81,17 @@ def frozen(recipe: Recipe, device: torch.device) -> Frozen:
     return _shared(recipe, device, lambda: _drawn(recipe, device))
 
 
-def _shared(recipe: Recipe, device: torch.device, make: Callable[[], Frozen]) -> Frozen:
+def _shared(recipe: Recipe, device: torch.device, make: Callable[[], FrozenTensors]) -> FrozenTensors:
     value = _ALIVE.get((recipe, device))
     if value is None:
         _ALIVE[recipe, device] = value = make()
     return value
 
 
-def _drawn(recipe: Recipe, device: torch.device) -> Frozen:
+def _drawn(recipe: Recipe, device: torch.device) -> FrozenTensors:
     with torch.inference_mode(False), torch.no_grad():
         tensors = recipe.draw(device)
-    return Frozen(recipe, tensors, keyed.digest(tensors))
+    return FrozenTensors(recipe, tensors, keyed.digest(tensors))
 
 
 class FrozenRouter(Router):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megatron_hyperrouter.studies.runs import (
     PROGRAM,
-    Plan,
+    StudyRun,
     check_finished,
     refuse_flags,
     training,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.reading.sources import CommandLine
     from megatron_hyperrouter.config.tree import RunConfig
 
-P = TypeVar("P", bound=Plan)
+P = TypeVar("P", bound=StudyRun)
 EPILOG = """Any other flag is a setting of mhr train and applies to every run.
 
 On a Slurm cluster, from the folder that contains examples/, add one of these flags to the command:
@@ -92,7 +92,7 @@ def gather(makers: Iterable[Callable[[], RunConfig]]) -> list[RunConfig]:
     return made
 
 
-def submit(plans: Sequence[tuple[Plan, int]], gpus_per_node: int) -> None:
+def submit(plans: Sequence[tuple[StudyRun, int]], gpus_per_node: int) -> None:
     """Write the settings of runs, and print what starts each on its number of ranks; raises ConfigError."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 

@@ -29,8 +29,8 @@ from megatron_hyperrouter.studies.jobs import (
 from megatron_hyperrouter.studies.runs import (
     LAYOUT,
     OURS,
-    Plan,
-    Stage,
+    RunProcess,
+    StudyRun,
     digest_of,
     file_values,
     is_trained,
@@ -66,14 +66,14 @@ SIZES = ("active", "total")
 
 
 @dataclass(frozen=True)
-class Trained(Plan):
+class Trained(StudyRun):
     """One model of the grid with one seed."""
 
     point: Mapping[str, Any]  # the settings of its axes
     seed: int
     ranks: int
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[RunProcess]:
         """Train, and score what was trained to its end."""
         words = [
             "--load",
@@ -85,7 +85,9 @@ class Trained(Plan):
         ]
         words += ["--topk", *map(str, self.task["topk"])]
         words += ["--eval-iters", str(self.task["iters"])] if self.task["iters"] else []
-        scoring = Stage("scoring", on_ranks(["-m", "megatron_hyperrouter", "evaluate", *words], self.ranks))
+        scoring = RunProcess(
+            "scoring", on_ranks(["-m", "megatron_hyperrouter", "evaluate", *words], self.ranks)
+        )
         return [scoring] if is_trained(self) else [training(self, self.ranks), scoring]
 
 

@@ -38,7 +38,7 @@ _TAIL_BYTES = 1 << 16  # of a metrics file: more than its last line
 
 
 @dataclass(frozen=True)
-class Stage:
+class RunProcess:
     """A process of a run; ``command`` starts with the file or the ``-m`` of what Python is to run."""
 
     what: str  # for messages: "training"
@@ -46,7 +46,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyRun:
     """One run of a study."""
 
     folder: Path
@@ -61,7 +61,7 @@ class Plan:
         """Nothing is left to do; a study says when."""
         return (self.folder / "results.json").exists()
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[RunProcess]:
         """What is left to do, asked when the run starts: its settings are in ``settings.yaml``, its task
         in ``task.json``.
         """
@@ -75,7 +75,7 @@ def digest_of(config: RunConfig, scored: Mapping[str, Any]) -> str:
     return hashlib.sha256((dump(config) + json.dumps(scored)).encode()).hexdigest()
 
 
-def check_finished(plans: Sequence[Plan]) -> None:
+def check_finished(plans: Sequence[StudyRun]) -> None:
     """A table must not mix settings; raises ConfigError that names the runs that were made with others."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
@@ -110,7 +110,7 @@ def file_values(file: YamlFile, *, without: Sequence[str] = ()) -> dict[str, Any
     return {key: value for key, value in file.values.items() if key not in dropped}
 
 
-def write_plan(plan: Plan) -> Path:
+def write_plan(plan: StudyRun) -> Path:
     """Put settings and task into the folder of a run; returns the settings' file."""
     from megatron_hyperrouter.config.cli import dump
 
@@ -121,7 +121,7 @@ def write_plan(plan: Plan) -> Path:
     return settings
 
 
-def is_trained(plan: Plan) -> bool:
+def is_trained(plan: StudyRun) -> bool:
     """Its last checkpoint is that of its last step."""
     from megatron_hyperrouter.checkpoint.folder import find, read_manifest
 
@@ -129,10 +129,10 @@ def is_trained(plan: Plan) -> bool:
     return newest is not None and read_manifest(newest)["step"] >= plan.config.train.train_iters
 
 
-def training(plan: Plan, ranks: int = 1) -> Stage:
+def training(plan: StudyRun, ranks: int = 1) -> RunProcess:
     """Train, from the last checkpoint where there is one."""
     load = str(plan.folder) if plan.resumes else "none"
-    return Stage(
+    return RunProcess(
         "training",
         on_ranks([*PROGRAM, "--config", str(plan.folder / "settings.yaml"), "--load", load], ranks),
     )
@@ -161,14 +161,14 @@ def on_ranks(command: Sequence[str], ranks: int) -> list[str]:
 class _Started:
     """A run in progress."""
 
-    plan: Plan
+    plan: StudyRun
     log: TextIO
-    left: list[Stage]
+    left: list[RunProcess]
     process: subprocess.Popen[bytes] | None = None
     what: str = ""
 
 
-def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
+def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
     """Finish all plans, ``jobs`` at a time, of at most ``ranks`` each; the first failure ends them all,
     and is the error.
     """
@@ -205,7 +205,7 @@ def run_all(plans: Sequence[Plan], jobs: int, *, ranks: int = 1) -> None:
         _stop(running)
 
 
-def trained_steps(plan: Plan) -> int:
+def trained_steps(plan: StudyRun) -> int:
     """Optimizer steps that the run's metrics show so far."""
     try:
         with (plan.folder / "metrics.jsonl").open("rb") as file:
@@ -216,7 +216,7 @@ def trained_steps(plan: Plan) -> int:
     return min(int(steps[-1]), plan.config.train.train_iters) if steps else 0
 
 
-def _start(plan: Plan) -> _Started:
+def _start(plan: StudyRun) -> _Started:
     write_plan(plan)
     return _Started(plan, (plan.folder / "log.txt").open("a", encoding="utf-8"), plan.stages())
 

@@ -26,8 +26,8 @@ from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.studies.jobs import check_collected, common_parser, read_common, submit
 from megatron_hyperrouter.studies.runs import (
     LAYOUT,
-    Plan,
-    Stage,
+    RunProcess,
+    StudyRun,
     check_finished,
     digest_of,
     file_values,
@@ -70,7 +70,7 @@ class TimedLayout:
 
 
 @dataclass(frozen=True)
-class Timed(Plan):
+class Timed(StudyRun):
     """One repetition of a row; starts again after an interruption."""
 
     row: TimedLayout
@@ -78,7 +78,7 @@ class Timed(Plan):
 
     resumes: ClassVar[bool] = False
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[RunProcess]:
         """Train; what an interrupted run left is removed."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return [training(self, self.row.ranks)]

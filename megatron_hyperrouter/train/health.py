@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _RUINED = 2.0  # times the last sound loss
 
 
-class Health:
+class CheckpointHealth:
     """What the steps of one run say about its checkpoints."""
 
     def __init__(self, folders: CheckpointFolders, *, step: int) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.guard.stopping import StopRequest
     from megatron_hyperrouter.train.hooks import Hook
-    from megatron_hyperrouter.train.written import Writer
+    from megatron_hyperrouter.train.written import SampleWriter
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
     description: Description | None = None,
     supervision: Supervision | None = None,
     start: Start | None = None,
-    writer: Writer | None = None,
+    writer: SampleWriter | None = None,
 ) -> int:
     """Train to ``--train-iters``, or until a rank is asked to stop; returns the number of completed steps.
 

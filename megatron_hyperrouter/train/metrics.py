@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_hyperrouter import files
 from megatron_hyperrouter.data.stream.dataset import Dataset, Sample
 from megatron_hyperrouter.data.stream.loader import Batches
-from megatron_hyperrouter.engines.base import Batch, Engine, EvalResult, Place, StepResult
+from megatron_hyperrouter.engines.base import Batch, Engine, EvalResult, RankPlace, StepResult
 from megatron_hyperrouter.errors import DataError, HyperRouterError
 
 Value = float | int | str | None
@@ -265,7 +265,7 @@ def _counted(
     batches: Iterator[Batch],
     scored: int,
     micro_batch_size: int,
-    place: Place,
+    place: RankPlace,
     unscored: Callable[[int], int] | None,
 ) -> Iterator[Batch]:
     """The same micro-batches, without the labels of what only fills them up, or is not to be scored."""

@@ -10,13 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.guard.events import Fact
 from megatron_hyperrouter.train.hooks import EventsHook, Hook, MetricsHook, SettingsHook
 from megatron_hyperrouter.train.metrics import Record, tags
 from megatron_hyperrouter.train.screen import ConsoleHook
-from megatron_hyperrouter.train.written import Writer
+from megatron_hyperrouter.train.written import SampleWriter
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ class WandbHook(Hook):
             self._run.finish()
 
 
-def hooks_for(config: RunConfig, place: Place, opening: Mapping[str, Fact] | None = None) -> list[Hook]:
+def hooks_for(config: RunConfig, place: RankPlace, opening: Mapping[str, Fact] | None = None) -> list[Hook]:
     """The hooks that the settings need, on the main rank; none elsewhere.
 
     ``opening``: fields of the first event of this attempt.
@@ -134,14 +134,14 @@ def _import(module: str, *, asked: str, package: str) -> ModuleType:
         ) from error
 
 
-def writer_of(config: RunConfig, tokenizer: Tokenizer) -> Writer | None:
+def writer_of(config: RunConfig, tokenizer: Tokenizer) -> SampleWriter | None:
     """The writer that the settings ask for; None if they ask for none."""
     settings, length = config.logging, config.model.seq_length
     if not settings.sample_interval:
         return None
     # a long prompt leaves room for one token at least
     ids = [tokenizer.encode(prompt)[: length - 1] for prompt in settings.sample_prompt]
-    return Writer(
+    return SampleWriter(
         every=settings.sample_interval,
         prompts=settings.sample_prompt,
         ids=[prompt or [tokenizer.eod] for prompt in ids],

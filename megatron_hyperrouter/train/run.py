@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.guard.supervision import Supervision
     from megatron_hyperrouter.train.hooks import Hook
     from megatron_hyperrouter.train.resuming.start import Start
-    from megatron_hyperrouter.train.written import Writer
+    from megatron_hyperrouter.train.written import SampleWriter
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Run:
     description: Description  # which every checkpoint carries
     supervision: Supervision
     start: Start
-    writer: Writer | None = None
+    writer: SampleWriter | None = None
 
     def __post_init__(self) -> None:
         # Of the newest save: when it began, and for how long training waited; None: it still waits.

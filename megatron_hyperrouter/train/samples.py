@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hyperrouter.config.derived import batch_sizes
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.stream import segments
 from megatron_hyperrouter.data.stream.dataset import Builder, Splits
 from megatron_hyperrouter.data.stream.file_identity import identity
@@ -36,7 +36,7 @@ def open_samples(
     *,
     vocab_size: int,
     eod: int | None,
-    cache: Cache,
+    cache: IndexCache,
     world_size: int,
     ledger: list[dict[str, Any]],
     step: int,

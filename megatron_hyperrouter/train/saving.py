@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
-from megatron_hyperrouter.checkpoint.writer import Writer
+from megatron_hyperrouter.checkpoint.writer import CheckpointWriter
 from megatron_hyperrouter.engines.base import GIVE_UP
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.train.health import Health
+from megatron_hyperrouter.train.health import CheckpointHealth
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -66,8 +66,8 @@ class Saving:
         )
         self._texts = texts
         self._meta, self._saved, self._remedy, self._clock = meta, saved, remedy, clock
-        self.health = Health(self.folders, step=begun)
-        self._writer = Writer(self.folders)
+        self.health = CheckpointHealth(self.folders, step=begun)
+        self._writer = CheckpointWriter(self.folders)
         self._last_save = clock()
         self._to_keep: set[int] = set()
         self._covered = _NONE  # the step of the newest save that was begun and has not failed

@@ -20,7 +20,7 @@ _NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Writer:
+class SampleWriter:
     """Continues prompts every ``every`` steps, with the model as it is spread over the ranks."""
 
     every: int

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from megatron_hyperrouter.config.tree import RunConfig
     from megatron_hyperrouter.data.stream.dataset import Dataset
-    from megatron_hyperrouter.engines.base import Batch, Engine, Place, StepResult
+    from megatron_hyperrouter.engines.base import Batch, Engine, RankPlace, StepResult
 
 
 class World(NamedTuple):
@@ -63,12 +63,12 @@ def run_case(case: dict[str, Any], world: World, name: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     folder = Path(case["folder"])
-    probe = _Run(case, "gradients", world, f"{name}-gradients")
+    probe = _OpenEngine(case, "gradients", world, f"{name}-gradients")
     with probe as engine:
         _save(engine, folder / "before")
         probe.step(engine, case["steps"] - 1)  # not the first k: with k = 1 a router may have no gradient
         _save(engine, folder / "after")
-    run = _Run(case, "settings", world, f"{name}-settings")
+    run = _OpenEngine(case, "settings", world, f"{name}-settings")
     with run as engine:
         routers: list[Any] = [None] * engine.place.world_size
         dist.all_gather_object(routers, _frozen_parts(engine))
@@ -80,7 +80,7 @@ def run_case(case: dict[str, Any], world: World, name: str) -> dict[str, Any]:
     return {"steps": numbers, "routers": routers}
 
 
-class _Run:
+class _OpenEngine:
     """An engine in a separate world: ending it frees the threads of all its process groups."""
 
     def __init__(self, case: dict[str, Any], settings: str, world: World, name: str) -> None:
@@ -116,7 +116,7 @@ class _Run:
             batches(self.config, engine.place, step), step=step, learning_rate=self.config.optimizer.lr
         )
 
-    def _own_batches(self, config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
+    def _own_batches(self, config: RunConfig, place: RankPlace, step: int) -> Iterator[Batch]:
         from megatron_hyperrouter.data.stream.loader import Batches
 
         assert self.dataset is not None and config.train.global_batch_size is not None
@@ -182,7 +182,7 @@ def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | N
     return vocab_size, eod, splits.train
 
 
-def made_up_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
+def made_up_batches(config: RunConfig, place: RankPlace, step: int) -> Iterator[Batch]:
     """This rank's part of the global batch of ``step``, which is the same on every layout."""
     import torch
 

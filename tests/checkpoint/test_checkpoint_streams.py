@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_hyperrouter.checkpoint.streams import Planned, TensorReader, shards, write_shard
+from megatron_hyperrouter.checkpoint.streams import TensorReader, TensorToWrite, shards, write_shard
 from megatron_hyperrouter.errors import CheckpointError
 
 TENSORS = {
@@ -22,8 +22,8 @@ TENSORS = {
 }
 
 
-def planned() -> list[Planned]:
-    return [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+def planned() -> list[TensorToWrite]:
+    return [TensorToWrite(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_one_digest_does_not_depend_on_files(tmp_path: Path) -> None:
 
 
 def test_shards_are_cut_by_size() -> None:
-    parts = shards([Planned(str(n), torch.float32, (n,)) for n in (10, 20, 30, 100, 1)], 130)
+    parts = shards([TensorToWrite(str(n), torch.float32, (n,)) for n in (10, 20, 30, 100, 1)], 130)
     assert [[each.name for each in part] for part in parts] == [["10", "20"], ["30"], ["100"], ["1"]]
 
 

@@ -11,7 +11,7 @@ import pytest
 from fakes import Alone, ThreadRanks
 
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_meta, verify
-from megatron_hyperrouter.checkpoint.writer import Failure, Writer
+from megatron_hyperrouter.checkpoint.writer import CheckpointWriter, Failure
 from megatron_hyperrouter.errors import CheckpointError
 
 RANKS = 3
@@ -37,8 +37,8 @@ class Files:
             path.unlink()
 
 
-def on_ranks(work: Callable[[ThreadRanks, Writer], object], root: Path) -> list[object]:
-    return ThreadRanks.run(RANKS, lambda ranks: work(ranks, Writer(CheckpointFolders(root, ranks))))
+def on_ranks(work: Callable[[ThreadRanks, CheckpointWriter], object], root: Path) -> list[object]:
+    return ThreadRanks.run(RANKS, lambda ranks: work(ranks, CheckpointWriter(CheckpointFolders(root, ranks))))
 
 
 def names(folder: Path) -> dict[str, str]:
@@ -52,7 +52,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path) -> None:
 
     ThreadRanks.run(RANKS, together)
 
-    def behind(ranks: ThreadRanks, writer: Writer) -> None:
+    def behind(ranks: ThreadRanks, writer: CheckpointWriter) -> None:
         writer.start(10, Files(ranks.place.rank), {"a": 1})
         assert writer.settle() is None
         published = writer.published()
@@ -70,7 +70,7 @@ def test_the_files_are_those_of_a_save_that_waits(tmp_path: Path) -> None:
 def test_training_goes_on_while_it_writes_and_a_kill_leaves_the_last_one(tmp_path: Path) -> None:
     held = threading.Event()
 
-    def work(ranks: ThreadRanks, writer: Writer) -> None:
+    def work(ranks: ThreadRanks, writer: CheckpointWriter) -> None:
         rank = ranks.place.rank
         writer.start(1, Files(rank), {})
         assert writer.settle() is None
@@ -99,7 +99,7 @@ def test_a_rank_that_fails_fails_all(
     if mute:
         monkeypatch.setattr("megatron_hyperrouter.checkpoint.writer._FAILED", "no/such/folder/")
 
-    def work(ranks: ThreadRanks, writer: Writer) -> Failure | None:
+    def work(ranks: ThreadRanks, writer: CheckpointWriter) -> Failure | None:
         rank = ranks.place.rank
         writer.start(1, Files(rank), {})
         assert writer.settle() is None
@@ -119,7 +119,7 @@ def test_an_error_of_ours_is_hopeless(tmp_path: Path) -> None:
     def lost() -> None:
         raise CheckpointError("a weight is not finite")
 
-    def work(ranks: ThreadRanks, writer: Writer) -> Failure | None:
+    def work(ranks: ThreadRanks, writer: CheckpointWriter) -> Failure | None:
         writer.start(2, Files(ranks.place.rank, lost if ranks.place.rank == 1 else lambda: None), {})
         return writer.settle()
 
@@ -129,7 +129,7 @@ def test_an_error_of_ours_is_hopeless(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_one_save_is_not_given_to_the_next(tmp_path: Path) -> None:
-    writer = Writer(CheckpointFolders(tmp_path, Alone()))
+    writer = CheckpointWriter(CheckpointFolders(tmp_path, Alone()))
     writer.start(1, Files(0), {})
     with pytest.raises(RuntimeError, match="has not finished"):
         writer.start(2, Files(0), {})
@@ -144,7 +144,7 @@ def test_the_end_of_a_broken_run_does_not_wait_for_ranks_that_are_gone(
     class Lonely(Alone):
         place = ThreadRanks(0, threading.Barrier(1), [None, None]).place
 
-    writer = Writer(CheckpointFolders(tmp_path, Lonely()))
+    writer = CheckpointWriter(CheckpointFolders(tmp_path, Lonely()))
     writer.start(1, Files(0), {})
     writer.close()
     assert writer.failed and find(tmp_path) is None

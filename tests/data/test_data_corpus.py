@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_hyperrouter.data.text import corpus
 from megatron_hyperrouter.data.text.corpus import documents, read_batches, texts
-from megatron_hyperrouter.data.text.inputs import Part, kind_of, total_bytes
+from megatron_hyperrouter.data.text.inputs import InputRange, kind_of, total_bytes
 from megatron_hyperrouter.errors import DataError, HostError
 
 
@@ -231,7 +231,7 @@ def test_parts_hold_each_line_once(
     paths.append(written(folder, "z.jsonl.gz", gzip.compress(b'{"text": "packed"}\n')))
     paths.append(written(folder, "z.txt", "plain text"))
     whole = [document for batch in read_batches(paths) for document in documents(batch, ("text",))]
-    parts = [read_batches(paths, part=Part(number, of)) for number in range(1, of + 1)]
+    parts = [read_batches(paths, part=InputRange(number, of)) for number in range(1, of + 1)]
     assert [document for part in parts for batch in part for document in documents(batch, ("text",))] == whole
 
 
@@ -260,7 +260,7 @@ def test_a_bad_line_is_named_in_every_part(tmp_path: Path) -> None:
     messages = []
     for number in range(1, 8):
         try:
-            [list(documents(batch, ("text",))) for batch in read_batches([path], part=Part(number, 7))]
+            [list(documents(batch, ("text",))) for batch in read_batches([path], part=InputRange(number, 7))]
         except DataError as error:
             messages.append(error.message)
     assert len(messages) == 1

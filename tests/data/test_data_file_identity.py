@@ -19,7 +19,7 @@ from data.test_data_segments import builder, course_of
 from encode_settings import settings
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store import manifest
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream import file_identity
@@ -189,7 +189,7 @@ def described(tmp_path: Path) -> str:
     return pair.prefix
 
 
-def resumed_with(prefix: str, cache: Cache) -> Callable[[], TrainingSamples]:
+def resumed_with(prefix: str, cache: IndexCache) -> Callable[[], TrainingSamples]:
     words = (prefix,)
     told = course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2).ledger(3)
 
@@ -203,7 +203,7 @@ def resumed_with(prefix: str, cache: Cache) -> Callable[[], TrainingSamples]:
 
 
 def test_one_byte_changed_in_place_is_refused(described: str, tmp_path: Path) -> None:
-    resume = resumed_with(described, Cache(str(tmp_path / "cache")))
+    resume = resumed_with(described, IndexCache(str(tmp_path / "cache")))
     expected = samples(resume())
     with open(f"{described}.bin", "r+b") as stream:
         stream.seek(71_015)
@@ -228,7 +228,7 @@ def described_byte(place: int) -> bytes:
 def test_a_touched_or_copied_file_is_compared_once(
     described: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, read = Cache(str(tmp_path / "cache")), list[str]()
+    cache, read = IndexCache(str(tmp_path / "cache")), list[str]()
     resume = resumed_with(described, cache)
     monkeypatch.setattr(file_identity, "file_sum", lambda path: read.append(path) or manifest.file_sum(path))
     expected = samples(resume())

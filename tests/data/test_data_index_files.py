@@ -24,7 +24,7 @@ from distributed import environment
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index_files as cache
-from megatron_hyperrouter.data.order.index_files import Cache, Named, file_identity
+from megatron_hyperrouter.data.order.index_files import IndexCache, Named, file_identity
 from megatron_hyperrouter.data.stream.dataset import SequenceDataset, Splits, build_splits
 
 KEY = {"kind": "test", "numbers": [1, 2], "share": None}
@@ -55,7 +55,7 @@ def files(folder: Path) -> list[str]:
 
 
 def arrays(folder: Path, build, key=KEY, names=NAMES):
-    return Cache(str(folder), cached_from=1).arrays(key, names, build, beside="data/corpus", numbers=5)
+    return IndexCache(str(folder), cached_from=1).arrays(key, names, build, beside="data/corpus", numbers=5)
 
 
 def test_what_was_built_is_found_again(tmp_path):
@@ -178,7 +178,7 @@ def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch):
 def test_where_files_lie(tmp_path, monkeypatch):
     beside = str(tmp_path / "data" / "corpus")
     (tmp_path / "data").mkdir()
-    own, run = Cache(cached_from=1), Cache(fallback=str(tmp_path / "run"), cached_from=1)
+    own, run = IndexCache(cached_from=1), IndexCache(fallback=str(tmp_path / "run"), cached_from=1)
     assert_made(own.arrays(KEY, NAMES, made, beside=beside, numbers=1))
     assert [path.parent for path in own.used] == [tmp_path / "data" / "cache" / "hyperrouter"]
     assert_made(run.arrays(KEY, NAMES, never, beside=beside, numbers=1))
@@ -212,7 +212,7 @@ def test_a_full_disk_beside_the_data_leaves_the_other_folder(tmp_path, monkeypat
 
     monkeypatch.setattr(cache, "_write", full)
     monkeypatch.setattr(console, "warn", lambda line: pytest.fail(line))
-    run = Cache(fallback=str(tmp_path / "run"), cached_from=1)
+    run = IndexCache(fallback=str(tmp_path / "run"), cached_from=1)
     assert_made(run.arrays(KEY, NAMES, made, beside=str(tmp_path / "data" / "corpus"), numbers=1))
     assert [path.parent for path in run.used] == [tmp_path / "run"]
 
@@ -247,7 +247,7 @@ def test_without_locks_of_the_file_system_one_of_a_machine_builds(tmp_path, monk
 
 
 def test_small_ones_are_not_worth_a_file(tmp_path):
-    assert_made(Cache(str(tmp_path), cached_from=6).arrays(KEY, NAMES, made, beside="x", numbers=5))
+    assert_made(IndexCache(str(tmp_path), cached_from=6).arrays(KEY, NAMES, made, beside="x", numbers=5))
     assert os.listdir(tmp_path) == []
 
 
@@ -287,7 +287,7 @@ def splits(
         "valid_samples": 20,
         "test_samples": 0,
     } | other
-    where = Cache(None if folder is None else str(folder), cached_from=cached_from)
+    where = IndexCache(None if folder is None else str(folder), cached_from=cached_from)
     return build_splits(DataConfig(data_path=tuple(words), split="8,2"), cache=where, **arguments)
 
 

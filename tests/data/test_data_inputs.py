@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hyperrouter.data.text.inputs import WHOLE, Part, expand, kind_of, parse_part, total_bytes
+from megatron_hyperrouter.data.text.inputs import WHOLE, InputRange, expand, kind_of, parse_part, total_bytes
 from megatron_hyperrouter.errors import ConfigError, DataError
 
 
@@ -46,7 +46,7 @@ def test_a_folder_says_how_to_name_its_files(tmp_path: Path) -> None:
 
 @given(total=st.integers(0, 1 << 50), of=st.integers(1, 300))
 def test_parts_are_the_whole_end_to_end(total: int, of: int) -> None:
-    stretches = [Part(number, of).stretch(total) for number in range(1, of + 1)]
+    stretches = [InputRange(number, of).stretch(total) for number in range(1, of + 1)]
     assert stretches[0][0] == 0 and stretches[-1][1] == total
     assert all(before[1] == after[0] for before, after in pairwise(stretches))
     sizes = [end - begin for begin, end in stretches]
@@ -55,7 +55,7 @@ def test_parts_are_the_whole_end_to_end(total: int, of: int) -> None:
 
 def test_shard_flags() -> None:
     assert parse_part(None, None) == parse_part(None, 1) == parse_part("1/1", None) == WHOLE
-    assert parse_part("2/4", None) == parse_part("2", 4) == parse_part("2/4", 4) == Part(2, 4)
+    assert parse_part("2/4", None) == parse_part("2", 4) == parse_part("2/4", 4) == InputRange(2, 4)
     for text, partitions in (
         ("0/4", None),
         ("5/4", None),

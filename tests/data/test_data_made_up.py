@@ -10,7 +10,7 @@ import pytest
 
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store.made_up import PREFIX, MadeUpTokens
 from megatron_hyperrouter.data.stream.dataset import Builder, Splits
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
@@ -41,7 +41,7 @@ def test_the_best_model_reaches_ln_3() -> None:
 
 def opened(step: int, ledger: list, cache: Path, **how: object) -> Splits:
     data = DataConfig(mock_data=True, **how)
-    builder = Builder(data, 32, 5, 257, Cache(str(cache), cached_from=1), eod=256)
+    builder = Builder(data, 32, 5, 257, IndexCache(str(cache), cached_from=1), eod=256)
     sizes = {"train_iters": 8, "sizes": BatchSizes(4), "valid_samples": 6, "test_samples": 6}
     return splits_of_run(builder, mixes_of(data), ledger, step=step, **sizes)
 

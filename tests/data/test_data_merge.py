@@ -15,7 +15,7 @@ from encode_settings import settings
 
 from megatron_hyperrouter.data.store.journal import Journal
 from megatron_hyperrouter.data.store.manifest import read_manifest
-from megatron_hyperrouter.data.text.inputs import Part
+from megatron_hyperrouter.data.text.inputs import InputRange
 from megatron_hyperrouter.data.tokenize import merge as merging
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.describe import describe
@@ -50,7 +50,7 @@ def contents(prefix: Path, keys: tuple[str, ...] = ("text", "note")) -> list[byt
 
 def shards(tmp_path: Path, inputs: list[str], of: int, recipe: EncodeSettings = RECIPE) -> str:
     for number in range(1, of + 1):
-        preprocess(inputs, str(tmp_path / "p"), recipe, part=Part(number, of))
+        preprocess(inputs, str(tmp_path / "p"), recipe, part=InputRange(number, of))
     return str(tmp_path / "p")
 
 
@@ -185,7 +185,7 @@ def test_another_tokenizer_is_told_by_its_checksum(tmp_path: Path, inputs: list[
 def test_a_name_with_odd_characters(tmp_path: Path, inputs: list[str]) -> None:
     odd = str(tmp_path / "p[1].shard-x")
     for number in (1, 2):
-        preprocess(inputs, odd, RECIPE, part=Part(number, 2))
+        preprocess(inputs, odd, RECIPE, part=InputRange(number, 2))
     assert set(find_shards(odd)) == {"text", "note"}
 
 
@@ -194,7 +194,7 @@ def test_empty_shards_join_and_an_empty_whole_is_refused(tmp_path: Path) -> None
     path.write_text('{"text": ""}\n\n\n')
     recipe = settings("ByteTokenizer")
     for number in (1, 2):
-        preprocess([str(path)], str(tmp_path / "p"), recipe, part=Part(number, 2))
+        preprocess([str(path)], str(tmp_path / "p"), recipe, part=InputRange(number, 2))
     with pytest.raises(DataError, match=r"a\.jsonl: all 1 documents are empty"):
         merge(str(tmp_path / "p"))
 

@@ -21,7 +21,7 @@ from reference_gpt import ReferenceGPT
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.order.packed import PackedDataset, best_fit, pack
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
@@ -48,7 +48,7 @@ def write(prefix: Path, sizes: list[int]) -> tuple[str, list[list[int]]]:
 
 def builder(*words: str, length: int = 6, pack: bool = True) -> Builder:
     data = DataConfig(data_path=words, split="1,0,0", pack_documents=pack)
-    return Builder(data, seq_length=length, seed=7, vocab_size=VOCABULARY, cache=Cache(), eod=EOD)
+    return Builder(data, seq_length=length, seed=7, vocab_size=VOCABULARY, cache=IndexCache(), eod=EOD)
 
 
 def dataset(prefix: str, length: int, impl: Any = None, *, samples: int | None = None) -> PackedDataset:
@@ -137,7 +137,7 @@ def test_epochs_differ_in_order_alone_and_a_longer_run_begins_like_a_shorter_one
 
 def test_a_kept_packing_is_the_one_that_was_built(tmp_path: Path) -> None:
     prefix, _ = write(tmp_path / "p", [*range(60)])
-    cache = Cache(str(tmp_path / "cache"), cached_from=0)
+    cache = IndexCache(str(tmp_path / "cache"), cached_from=0)
     samples = {"train_samples": 50, "valid_samples": 0, "test_samples": 0}
     runs = [
         build_splits(

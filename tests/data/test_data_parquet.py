@@ -13,7 +13,7 @@ import pytest
 from megatron_hyperrouter.data.text import corpus
 from megatron_hyperrouter.data.text import parquet as parquet_files
 from megatron_hyperrouter.data.text.corpus import documents, read_batches
-from megatron_hyperrouter.data.text.inputs import Part, total_bytes
+from megatron_hyperrouter.data.text.inputs import InputRange, total_bytes
 from megatron_hyperrouter.errors import DataError, HostError
 
 arrow = pytest.importorskip("pyarrow")
@@ -54,7 +54,7 @@ def test_rows_arrive_once_and_in_order(
 @pytest.mark.parametrize("of", [1, 2, 3, 9, 60])
 def test_parts_hold_whole_row_groups(tmp_path: Path, of: int) -> None:
     path = table(tmp_path / "a.parquet", TEXTS)
-    parts = [found(path, part=Part(number, of)) for number in range(1, of + 1)]
+    parts = [found(path, part=InputRange(number, of)) for number in range(1, of + 1)]
     assert [row for part in parts for row in part] == [([text],) for text in TEXTS]
     assert all(len(part) % 7 in (0, 1) for part in parts)  # 7 groups of 7 rows, and one of 1
 

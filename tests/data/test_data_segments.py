@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
@@ -53,7 +53,7 @@ def builder(
     split: str = "1,0,0",
 ) -> Builder:
     data = DataConfig(data_path=words, split=split, data_index=kind)
-    return Builder(data, seq_length=length, seed=seed, vocab_size=VOCABULARY, cache=Cache())
+    return Builder(data, seq_length=length, seed=seed, vocab_size=VOCABULARY, cache=IndexCache())
 
 
 def course_of(first: Builder, mixes: Any, ledger: Ledger, *, batch: int, **steps: int) -> Any:

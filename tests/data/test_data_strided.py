@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.data.stream.strided import StridedDataset, strided
@@ -27,7 +27,7 @@ def written(prefix: Path, sizes: list[int], first: int) -> str:
 
 
 def windows(data: DataConfig, stride: int, split: str = "test", vocab_size: int = 1000) -> StridedDataset:
-    return strided(Builder(data, S, 1, vocab_size, Cache(None)), split, stride)
+    return strided(Builder(data, S, 1, vocab_size, IndexCache(None)), split, stride)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])

@@ -28,11 +28,11 @@ from megatron_hyperrouter.checkpoint.weights import Reader
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import separates_documents
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.engines import open_engine
-from megatron_hyperrouter.engines.base import Batch, Engine, Place
+from megatron_hyperrouter.engines.base import Batch, Engine, RankPlace
 from megatron_hyperrouter.engines.saved.pieces import weights
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.routers import ROUTERS
@@ -61,7 +61,7 @@ def tiny_config(flags: list[str], world_size: int = 1, *, bare: bool = False) ->
     return parse(flags if bare else [*TINY, *flags], routers=ROUTERS, world_size=world_size)
 
 
-def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
+def micro_batches(config: RunConfig, place: RankPlace, step: int) -> Iterator[Batch]:
     """This rank's part of the global batch of ``step``, which is the same on every layout."""
     size, seq = config.train.micro_batch_size, config.model.seq_length
     whole = config.train.global_batch_size or size * place.data_size
@@ -88,7 +88,7 @@ def packed_rows(config: RunConfig, count: int, generator: torch.Generator) -> to
             ).tolist():
                 writer.add_document([*torch.randint(0, 54, (size,), generator=generator).tolist(), EOD])
         data = replace(config.data, data_path=(), train_data_path=(f"{folder}/made-up",))
-        builder = Builder(data, config.model.seq_length, config.train.seed, VOCABULARY, Cache(), eod=EOD)
+        builder = Builder(data, config.model.seq_length, config.train.seed, VOCABULARY, IndexCache(), eod=EOD)
         packed = builder.build(0, count)
         assert packed is not None
         return torch.from_numpy(np.stack([packed[i] for i in range(count)]))

@@ -11,7 +11,7 @@ from engines import layout_worker
 from engines.layout_worker import VOCABULARY, micro_batches, tiny_config
 
 from megatron_hyperrouter.engines import open_engine
-from megatron_hyperrouter.train.written import Writer
+from megatron_hyperrouter.train.written import SampleWriter
 
 STEPS, LENGTH = 2, 16
 
@@ -23,7 +23,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     rows = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
     told: dict[str, Any] = {"losses": [], "texts": [], "logits": []}
     prompts: list[list[int]] = [[1, 2, 3], [7], rows[0, : LENGTH - 1].tolist()]
-    writer = Writer(
+    writer = SampleWriter(
         every=1,
         prompts=["a", "b", "c"],
         ids=prompts,

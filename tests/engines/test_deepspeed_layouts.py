@@ -16,7 +16,7 @@ from program.launched import Zygote
 from reference_gpt import ReferenceGPT, train_reference
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.routers import ROUTERS
 
 TP2 = "--tensor-model-parallel-size 2"
@@ -94,7 +94,7 @@ def test_gradients_of_one_process_are_those_of_the_plain_model(table: Table, rou
     assert norm > config.optimizer.clip_grad  # so clipping is in it
 
 
-HERE = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+HERE = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
 
 
 def plain_model(router: str, config: Any, folder: Path) -> ReferenceGPT:

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.shared import SharedEngine
 
 
 @pytest.mark.parametrize(("stages", "count"), [(1, 0), (1, 1), (1, 16), (1, 50), (2, 50)])
 def test_an_evaluation_forgets_what_it_has_seen(stages: int, count: int) -> None:
-    place = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+    place = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
     engine = SimpleNamespace(
         clock=Clock(), config=SimpleNamespace(parallel=SimpleNamespace(pipeline_model_parallel_size=stages))
     )

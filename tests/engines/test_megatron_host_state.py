@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_hyperrouter.engines.megatron import host_state
-from megatron_hyperrouter.engines.saved.pieces import Piece
+from megatron_hyperrouter.engines.saved.pieces import StatePiece
 from megatron_hyperrouter.errors import CheckpointError
 
 
@@ -53,7 +53,7 @@ def steps(chained: Any, first: int, last: int) -> torch.Tensor:
     return parameter.detach().clone()
 
 
-def pieces_of(chained: Any) -> list[Piece]:
+def pieces_of(chained: Any) -> list[StatePiece]:
     (part,) = chained.chained_optimizers
     named = [("a.weight", part.optimizer.param_groups[0]["params"][0])]
     return list(host_state.pieces(chained, named))

@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from one_rank import world
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.engines.clock import Clock
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.engines.totals import eval_result, step_result
@@ -30,10 +30,10 @@ from megatron_hyperrouter.model.loss import LanguageModelLoss
 from megatron_hyperrouter.model.output import Projection
 from megatron_hyperrouter.routers import ROUTERS, build_router
 from megatron_hyperrouter.routers.base import Router, RunFacts, Tokens
-from megatron_hyperrouter.routers.frozen import Frozen
+from megatron_hyperrouter.routers.frozen import FrozenTensors
 
 META = torch.device("meta")
-PLACE = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+PLACE = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
 D, E, B, S = 32, 4, 2, 16  # D and E of the tiny model
 T = B * S
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -88,7 +88,7 @@ def on_meta(module: nn.Module) -> Any:
     for part in module.modules():
         if (held := getattr(part, "frozen", None)) is not None:
             fakes = tuple(torch.empty_like(tensor, device=META) for tensor in held.tensors)
-            part.frozen = Frozen(held.recipe, fakes, held.digest)
+            part.frozen = FrozenTensors(held.recipe, fakes, held.digest)
     return module
 
 
@@ -217,7 +217,7 @@ def test_scale_of_the_routers_losses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     engine = object.__new__(DeepSpeedEngine)
     engine._zero_stage = 1
     engine.config, engine.device, engine.stages = tiny_config([]), META, 1
-    engine.place = type("Place", (), {"data_size": 1})  # type: ignore[assignment]
+    engine.place = type("RankPlace", (), {"data_size": 1})  # type: ignore[assignment]
     engine.model = nn.Linear(1, 1)
     monkeypatch.setattr(DeepSpeedEngine, "named_parameters", lambda self: self.model.named_parameters())
     with pytest.raises(Stopped):

@@ -16,7 +16,7 @@ from reference_gpt import ReferenceGPT, train_reference
 from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 
 AHEAD = 2
 
@@ -70,7 +70,7 @@ def test_multi_token_prediction_is_the_plain_model(zygote: Zygote, tmp_path: Pat
     saved = read_tensors(tmp_path / "initial", weight_names(tmp_path / "initial"))
     weights = {_as_decoder(name): each for name, each in saved.items()}
     model = PredictingGPT(config, weights, lambda w, layer: w[f"decoder.layers.{layer}.mlp.router.weight_ED"])
-    here = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+    here = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
     steps = [(list(micro_batches(config, here, step)), topk) for step, topk in enumerate((1, 2, 4))]
     expected = train_reference(model, steps, config.optimizer.lr)
     found = [(step["lm_loss"], step["grad_norm"]) for step in told["steps"]]

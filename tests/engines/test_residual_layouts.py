@@ -17,7 +17,7 @@ from reference_gpt import ReferenceGPT, train_reference
 from torch import Tensor
 
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 
 RESIDUAL = "--mlp-type residual"
 TP2 = "--tensor-model-parallel-size 2"
@@ -94,7 +94,7 @@ def test_one_process_is_the_plain_model(table: Table, tmp_path: Path, zygote: Zy
     model = ResidualGPT(
         config, weights, lambda weights, layer: weights[f"decoder.layers.{layer}.mlp.router.weight_ED"]
     )
-    here = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+    here = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
     steps = [(list(micro_batches(config, here, step)), topk) for step, topk in enumerate((1, 2, 4))]
     expected = train_reference(model, steps, config.optimizer.lr)
     run = table.references["topk", RESIDUAL]

@@ -20,10 +20,10 @@ from engines.layout_worker import VOCABULARY, micro_batches, run_case, tiny_conf
 from megatron_hyperrouter.compat.deepspeed import skip_shm_build  # noqa: E402
 from megatron_hyperrouter.compat.megatron import install  # noqa: E402
 from megatron_hyperrouter.config.tree import RunConfig  # noqa: E402
-from megatron_hyperrouter.engines.base import Place  # noqa: E402
+from megatron_hyperrouter.engines.base import RankPlace  # noqa: E402
 from megatron_hyperrouter.model.spec import transformer_config  # noqa: E402
 
-HERE = Place(rank=0, world_size=1, data_rank=0, data_size=1)
+HERE = RankPlace(rank=0, world_size=1, data_rank=0, data_size=1)
 
 
 def plain_loss(run: RunConfig, folder: Path) -> float:

@@ -22,9 +22,9 @@ from megatron_hyperrouter.commands.models import export_hf as export_command
 from megatron_hyperrouter.commands.models import generate as generate_command
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.evaluate.calibration import apply
-from megatron_hyperrouter.export.classes.names import Heads, Part, join
+from megatron_hyperrouter.export.classes.names import Heads, TensorPart, join
 from megatron_hyperrouter.export.verify import differences
-from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Loaded
 from megatron_hyperrouter.generation.load import load
 from megatron_hyperrouter.generation.sampling import Style, generate
@@ -161,7 +161,7 @@ def test_the_decoder_computes_what_the_engine_does(made: Made, case: str) -> Non
     with apply(loaded.decoder.routers if told["scales"] else [], dict(told["scales"] or [])):
         for k in told["topks"][:2] + told["topks"][3:]:
             expected = load_file(home / "reference" / f"k-{k}.safetensors")["logits_BSV"]
-            cache = Cache(torch.zeros(len(rows_BS), 0, dtype=torch.bool))
+            cache = KeyValueCache(torch.zeros(len(rows_BS), 0, dtype=torch.bool))
             parts = [loaded.decoder.logits(part, cache, topk=k) for part in rows_BS.split((30, 1, 17), 1)]
             bound = 1e-5 * max(1.0, float(expected.std()))
             torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=bound)
@@ -249,7 +249,13 @@ def without_groups(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     heads = Heads(4, 2, 8)
     for layer in range(2):
         names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
-        parts = dict(zip((Part.QUERY, Part.KEY, Part.VALUE), (tensors[name] for name in names), strict=True))
+        parts = dict(
+            zip(
+                (TensorPart.QUERY, TensorPart.KEY, TensorPart.VALUE),
+                (tensors[name] for name in names),
+                strict=True,
+            )
+        )
         cut_anew = join(parts, heads).split((32, 16, 16))
         tensors.update(zip(names, cut_anew, strict=True))
 

@@ -11,11 +11,11 @@ from megatron_hyperrouter.export.classes.names import (
     PACKED,
     QWEN,
     Heads,
-    Part,
-    Sizes,
+    ModelShape,
+    TensorPart,
     cut,
     join,
-    places,
+    tensor_sources,
 )
 
 HEADS = st.builds(
@@ -32,11 +32,11 @@ def test_attention_is_cut_by_groups(heads: Heads, width: int) -> None:
     per_group = heads.queries // heads.groups
     rows = (heads.queries + 2 * heads.groups) * heads.channels
     whole = torch.arange(rows * width).view(rows, width)
-    parts = {part: cut([whole], part, heads) for part in (Part.QUERY, Part.KEY, Part.VALUE)}
-    expected: dict[Part, list[torch.Tensor]] = {part: [] for part in parts}
+    parts = {part: cut([whole], part, heads) for part in (TensorPart.QUERY, TensorPart.KEY, TensorPart.VALUE)}
+    expected: dict[TensorPart, list[torch.Tensor]] = {part: [] for part in parts}
     at = 0
     for _ in range(heads.groups):  # megatron-core's order, head by head
-        for part in [Part.QUERY] * per_group + [Part.KEY, Part.VALUE]:
+        for part in [TensorPart.QUERY] * per_group + [TensorPart.KEY, TensorPart.VALUE]:
             expected[part].append(whole[at : at + heads.channels])
             at += heads.channels
     for part, pieces in expected.items():
@@ -46,17 +46,17 @@ def test_attention_is_cut_by_groups(heads: Heads, width: int) -> None:
 
 def test_gate_and_up() -> None:
     whole, heads = torch.arange(12).view(6, 2), Heads(1, 1, 1)
-    gate, up = (cut([whole], part, heads) for part in (Part.GATE, Part.UP))
+    gate, up = (cut([whole], part, heads) for part in (TensorPart.GATE, TensorPart.UP))
     assert torch.equal(gate, whole[:3]) and torch.equal(up, whole[3:])
-    assert torch.equal(join({Part.GATE: gate, Part.UP: up}, heads), whole)
+    assert torch.equal(join({TensorPart.GATE: gate, TensorPart.UP: up}, heads), whole)
 
 
 def test_every_tensor_has_one_place() -> None:
     for naming in (QWEN, MIXTRAL, PACKED):
         for qk_norm in (True, False):
             for tied in (True, False):
-                sizes = Sizes(4, Heads(4, 2, 8), qk_norm, tied, (True, True))
-                found = places(sizes, naming)
+                sizes = ModelShape(4, Heads(4, 2, 8), qk_norm, tied, (True, True))
+                found = tensor_sources(sizes, naming)
                 used = [(name, place.part) for place in found.values() for name in place.ours]
                 assert len(used) == len(set(used))
                 ours = {name for name, _ in used}

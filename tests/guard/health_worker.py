@@ -21,7 +21,7 @@ from megatron_hyperrouter.checkpoint.weights import read_tensors
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines import open_engine
-from megatron_hyperrouter.engines.base import Batch, Place
+from megatron_hyperrouter.engines.base import Batch, RankPlace
 from megatron_hyperrouter.guard.alarms import Alarms
 from megatron_hyperrouter.model.names import is_expert, matrices
 from megatron_hyperrouter.model.sharding import shard_of
@@ -40,7 +40,7 @@ FLAGS = (
 ).split()
 
 
-def micro_batches(config: RunConfig, place: Place, step: int) -> Iterator[Batch]:
+def micro_batches(config: RunConfig, place: RankPlace, step: int) -> Iterator[Batch]:
     """This rank's part of a step: ids that grow by 1, 2 or 3, so that there is something to learn."""
     generator = torch.Generator().manual_seed(1000 + step)
     whole, size = 8, config.train.micro_batch_size

@@ -19,7 +19,7 @@ from megatron_hyperrouter.guard.alarms import (
     NAMES,
     Alarms,
     Conditions,
-    Health,
+    HealthCharts,
     LateData,
     Rise,
     Watch,
@@ -57,8 +57,8 @@ def healthy(rng: random.Random, step: int) -> StepResult:
     return StepResult(loss, 1.0, 0.0, 1.0, values, stop=False, peak_memory=0)
 
 
-def health() -> Health:
-    return Health(num_experts=16, first=10)
+def health() -> HealthCharts:
+    return HealthCharts(num_experts=16, first=10)
 
 
 def run_of(steps: int, *, at: int = 10**9, broken: Callable[[StepResult], StepResult] | None = None) -> Any:

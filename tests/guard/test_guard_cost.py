@@ -11,8 +11,8 @@ from guard.test_guard_alarms import healthy
 
 from megatron_hyperrouter import build_router
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.guard.alarms import Health
-from megatron_hyperrouter.ops.grouped import collect, experts, plan, spread
+from megatron_hyperrouter.guard.alarms import HealthCharts
+from megatron_hyperrouter.ops.grouped import collect, experts, sort_by_expert, spread
 
 TOKENS, HIDDEN, EXPERTS, WIDTH, K = 4096, 256, 16, 512, 2
 
@@ -39,12 +39,12 @@ def test_health_costs_less_than_half_a_percent_of_a_layer(capsys: pytest.Capture
     probs_TE = routing.logits_TE.detach().softmax(-1)
 
     def layer() -> None:
-        rows = plan(routing.experts_TK.flatten(), EXPERTS)
+        rows = sort_by_expert(routing.experts_TK.flatten(), EXPERTS)
         x_RD = spread(x_TD, rows.order_R, rows.row_R, K)
         y_RD = experts(x_RD, w1, w2, rows.ends_E, routing.weights_TK.detach().flatten()[rows.order_R])
         collect(y_RD, rows.order_R, rows.row_R, K).sum().backward()
 
-    statistics, health = RouterStatistics(1, EXPERTS), Health(EXPERTS, first=0)
+    statistics, health = RouterStatistics(1, EXPERTS), HealthCharts(EXPERTS, first=0)
     import random
 
     rng, steps = random.Random(1), iter(range(1, 10**6))

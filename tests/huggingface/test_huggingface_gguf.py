@@ -15,7 +15,7 @@ from megatron_hyperrouter.data.tokenize.tokenizer import ByteTokenizer
 from megatron_hyperrouter.data.tokenize.transformers_files import write_tokenizer
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.export.classes.grouped import MIXTRAL_MOE, QWEN3_MOE
-from megatron_hyperrouter.export.classes.names import QWEN, Heads, Sizes, cut, places
+from megatron_hyperrouter.export.classes.names import QWEN, Heads, ModelShape, cut, tensor_sources
 from megatron_hyperrouter.export.classes.target import config_json, target_of
 from megatron_hyperrouter.export.gguf import check_gguf
 from megatron_hyperrouter.huggingface.gguf_file import main
@@ -40,7 +40,7 @@ def model(run: RunConfig) -> dict[str, torch.Tensor]:
     """Random tensors under Hugging Face's names."""
     shapes = {"embed": (ROWS, 16), "qkv": (32, 16), "proj": (16, 16), "fc1": (24, 16), "fc2": (16, 12)}
     found = {}
-    for name, place in places(Sizes.of(run), QWEN).items():
+    for name, place in tensor_sources(ModelShape.of(run), QWEN).items():
         ours = place.ours[0]
         default = (4,) if "_layernorm" in ours else (16,)
         shape = next((shape for word, shape in shapes.items() if word in ours), default)

@@ -14,7 +14,7 @@ from export.made_up import TINY, make_up
 
 from megatron_hyperrouter.commands.models import export_hf
 from megatron_hyperrouter.commands.models.lm_eval import main
-from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Loaded
 from megatron_hyperrouter.generation.load import load
 from megatron_hyperrouter.huggingface.local_tasks import questions
@@ -35,7 +35,7 @@ def log_probability(loaded: Loaded, k: int, before: list[int], text: str) -> flo
     """Of the bytes of ``text`` behind ``before``."""
     ids = list(text.encode())
     logits_1SV = loaded.decoder.logits(
-        torch.tensor([before + ids[:-1]]), Cache(torch.zeros(1, 0, dtype=torch.bool)), topk=k
+        torch.tensor([before + ids[:-1]]), KeyValueCache(torch.zeros(1, 0, dtype=torch.bool)), topk=k
     )
     log_SV = logits_1SV[0].double().log_softmax(-1)[len(before) - 1 :]
     return float(sum(log_SV[at, byte] for at, byte in enumerate(ids)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.commands.models.import_hf import main
 from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.load import load
 
 SETTINGS = {
@@ -32,7 +32,7 @@ def small(shape: tuple[int, ...]) -> Tensor:
 
 def logits(folder: Path, k: int) -> Tensor:
     ids = torch.arange(60).view(2, 30)
-    return load(folder).decoder.logits(ids, Cache(torch.zeros(2, 0, dtype=torch.bool)), topk=k)
+    return load(folder).decoder.logits(ids, KeyValueCache(torch.zeros(2, 0, dtype=torch.bool)), topk=k)
 
 
 @pytest.mark.parametrize(("qk_norm", "flags"), [(True, "--granularity 2"), (False, "--router hyper")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hyperrouter.ops.grouped import collect, experts, plan, spread
+from megatron_hyperrouter.ops.grouped import collect, experts, sort_by_expert, spread
 
 T, D, F = 67, 16, 24
 # float32 and bfloat16: largest difference from float64 over the largest number
@@ -28,7 +28,7 @@ def made(k: int, num_experts: int, skew: float, dtype: torch.dtype) -> list[Tens
 
 
 def grouped(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    rows = plan(experts_TK.flatten(), w1.size(0))
+    rows = sort_by_expert(experts_TK.flatten(), w1.size(0))
     k = experts_TK.size(1)
     x_RD = spread(x_TD, rows.order_R, rows.row_R, k)
     y_RD = experts(x_RD, w1, w2, rows.ends_E, weights_TK.flatten()[rows.order_R])
@@ -77,7 +77,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
 
 
 def test_routes_of_no_expert_lie_behind_all_others() -> None:
-    rows = plan(torch.tensor([2, 0, 1, 2, 0]), 2)
+    rows = sort_by_expert(torch.tensor([2, 0, 1, 2, 0]), 2)
     assert rows.order_R.tolist() == [1, 4, 2, 0, 3]
     assert rows.row_R.tolist() == [3, 0, 2, 4, 1]
     assert rows.ends_E.tolist() == [2, 3]
@@ -96,7 +96,7 @@ def test_an_expanded_gradient_and_frozen_experts() -> None:
     """``sum()`` hands back a gradient whose strides are 0; frozen matrices get none."""
     x_TD, weights_TK, experts_TK, w1, w2 = made(2, 4, 0.0, torch.float32)
     x_TD.requires_grad_()
-    rows = plan(experts_TK.flatten(), 4)
+    rows = sort_by_expert(experts_TK.flatten(), 4)
     experts(spread(x_TD, rows.order_R, rows.row_R, 2), w1, w2, rows.ends_E).sum().backward()
     expected = torch.autograd.grad(by_loop(x_TD, torch.ones_like(weights_TK), experts_TK, w1, w2).sum(), x_TD)
     torch.testing.assert_close(x_TD.grad, expected[0], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from program.settings import TINY, write_text
 
 from megatron_hyperrouter.evaluate.calibration import apply
 from megatron_hyperrouter.evaluate.trained import TrainedRun
-from megatron_hyperrouter.generation.attention import Cache
+from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Loaded
 from megatron_hyperrouter.generation.load import load
 
@@ -160,7 +160,7 @@ def loss_of(loaded: Loaded, run_dir: Path) -> float:
     losses = []
     for number in range(len(dataset)):
         ids_1Q = torch.from_numpy(dataset[number])[None]
-        cache = Cache(torch.zeros(1, 0, dtype=torch.bool))
+        cache = KeyValueCache(torch.zeros(1, 0, dtype=torch.bool))
         logits_QV = loaded.decoder.logits(ids_1Q[:, :-1], cache, topk=1)[0]
         losses.append(torch.nn.functional.cross_entropy(logits_QV, ids_1Q[0, 1:], reduction="sum"))
     return float(sum(losses)) / sum(len(dataset[number]) - 1 for number in range(len(dataset)))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_hyperrouter.config.tree import DataConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.data.stream.dataset import Builder, Splits
 from megatron_hyperrouter.errors import DataError
@@ -43,7 +43,7 @@ def splits(tmp_path: Path, *, pack: bool) -> tuple[Splits, list[list[int]]]:
     data = DataConfig(
         train_data_path=(str(tmp_path / "p"),), test_data_path=(str(tmp_path / "p"),), pack_documents=pack
     )
-    builder = Builder(data, LENGTH, 1, VOCABULARY, Cache(), None, EOD)
+    builder = Builder(data, LENGTH, 1, VOCABULARY, IndexCache(), None, EOD)
     return Splits(builder.build(0, None), None, builder.build(2, None)), documents
 
 

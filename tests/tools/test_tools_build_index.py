@@ -12,7 +12,7 @@ from corpora import write_corpus
 
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.stream.dataset import Builder, build_splits
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of
 from megatron_hyperrouter.data.stream.segments import splits_of_run
@@ -50,7 +50,7 @@ def test_a_run_finds_what_was_built_ahead(tmp_path):
     )
 
     config = parse(flags, routers=ROUTERS)
-    cache = Cache(str(tmp_path / "cache"))
+    cache = IndexCache(str(tmp_path / "cache"))
     states = {path: os.stat(path).st_mtime_ns for path in paths}
     build_splits(
         config.data,
@@ -99,7 +99,7 @@ def test_the_mixes_of_a_schedule_are_built_ahead(tmp_path):
     assert len(states) == 3, "the first mix, the second file, and how the two are mixed"
 
     config = parse(flags, routers=ROUTERS)
-    cache = Cache(str(tmp_path / "cache"))
+    cache = IndexCache(str(tmp_path / "cache"))
     builder = Builder(config.data, seq_length=4, seed=config.train.seed, vocab_size=1000, cache=cache)
     splits_of_run(
         builder,

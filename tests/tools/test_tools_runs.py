@@ -32,11 +32,11 @@ def plan_of(runs: Any, folder: Path, commands: list[tuple[str, list[str]]]) -> A
     from megatron_hyperrouter.routers import ROUTERS
 
     @dataclass(frozen=True)
-    class Told(runs.Plan):  # type: ignore[name-defined,misc]
+    class Told(runs.StudyRun):  # type: ignore[name-defined,misc]
         commands: list[tuple[str, list[str]]] = field(default_factory=list)
 
         def stages(self) -> list[Any]:
-            return [runs.Stage(what, command) for what, command in self.commands]
+            return [runs.RunProcess(what, command) for what, command in self.commands]
 
     config = parse([*TINY, "--data-path", "x", "--run-dir", str(folder)], routers=ROUTERS)
     return Told(folder, config, {"settings": runs.digest_of(config, {})}, commands)

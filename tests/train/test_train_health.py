@@ -13,7 +13,7 @@ from megatron_hyperrouter.checkpoint.folder import find, folder_name
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines.base import StepResult
 from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.train.health import Health
+from megatron_hyperrouter.train.health import CheckpointHealth
 
 
 class RuinedBy(FakeEngine):
@@ -80,7 +80,7 @@ class Noted:
 
 def test_a_checkpoint_that_is_published_late_is_proved_late() -> None:
     folders = Noted()
-    health = Health(folders, step=3)  # type: ignore[arg-type]
+    health = CheckpointHealth(folders, step=3)  # type: ignore[arg-type]
     health.after_step(4, 5.0)
     assert folders.proved == [3]
     health.after_step(5, 5.1)  # the checkpoint of step 4 is still being written

@@ -24,10 +24,10 @@ from train.loop_runs import Diary, KillAt, Killed, change, lines, run
 from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.data.stream.segments import build_training_samples
-from megatron_hyperrouter.engines.base import Batch, EvalResult, Place, StepResult
+from megatron_hyperrouter.engines.base import Batch, EvalResult, RankPlace, StepResult
 from megatron_hyperrouter.errors import CheckpointError, DataError, HyperRouterError
 from megatron_hyperrouter.train.loop import train
 from megatron_hyperrouter.train.lr import learning_rate_at
@@ -89,7 +89,7 @@ class TestRecords:
             data = change(now, "data", data_path=words, split="1,0,0").data
             start = decide(now)
             course = build_training_samples(
-                Builder(data, lengths[last - 1], 7, VOCAB_SIZE, Cache()),
+                Builder(data, lengths[last - 1], 7, VOCAB_SIZE, IndexCache()),
                 ((0, words), (8, words)),  # the schedule cuts a segment, the counts go on
                 start.ledger,
                 step=start.step,
@@ -460,7 +460,7 @@ class TestScore:
         data, parts = FakeDataset(11, vocab_size=VOCAB_SIZE), list[EvalResult]()
         for rank in range(data_size):
             engine = FakeEngine(VOCAB_SIZE)
-            engine.place = Place(rank, data_size, rank, data_size)
+            engine.place = RankPlace(rank, data_size, rank, data_size)
             parts.append(score(engine, data, topk=1, micro_batch_size=2))
             assert engine.batches_scored == -(-11 // (2 * data_size))
         alone = score(FakeEngine(VOCAB_SIZE), data, topk=1, micro_batch_size=1)

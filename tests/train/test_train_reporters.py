@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.records import VALID, step_record
 
 from megatron_hyperrouter.config.tree import LoggingConfig, RunConfig
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.train.hooks import EventsHook, MetricsHook, SettingsHook
 from megatron_hyperrouter.train.reporters import TensorBoardHook, WandbHook, hooks_for
 from megatron_hyperrouter.train.screen import ConsoleHook
 
-MAIN, OTHER = Place(0, 2, 0, 2), Place(1, 2, 1, 2)
+MAIN, OTHER = RankPlace(0, 2, 0, 2), RankPlace(1, 2, 1, 2)
 
 
 def config_with(tmp_path: Path, **logging: object) -> RunConfig:
@@ -121,7 +121,7 @@ class TestWandb:
 
     @pytest.mark.parametrize("place", [MAIN, OTHER])
     def test_missing_library_is_told_on_every_rank(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: RankPlace
     ) -> None:
         # what Python itself notes for a module that must not be imported
         monkeypatch.setitem(sys.modules, "wandb", None)

@@ -16,7 +16,7 @@ from megatron_hyperrouter.terminal import parser
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.data.order.index_files import IndexCache
     from megatron_hyperrouter.data.stream.dataset import Splits
 
 
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     flags.check_at_least(args, 1, "world_size")
 
     from megatron_hyperrouter.config.cli import parse
-    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.data.order.index_files import IndexCache
     from megatron_hyperrouter.errors import DataError
     from megatron_hyperrouter.routers import ROUTERS
 
-    class Counting(Cache):
+    class Counting(IndexCache):
         """Counts the files that were requested: a file that cannot be written is only made in memory,
         which does not help the run.
         """
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{time.monotonic() - begin:.1f} s")
 
 
-def build(config: RunConfig, cache: Cache, *, world_size: int) -> Splits:
+def build(config: RunConfig, cache: IndexCache, *, world_size: int) -> Splits:
     """The datasets that the program would build with these settings."""
     from megatron_hyperrouter.train.resuming.start import decide
     from megatron_hyperrouter.train.samples import open_samples

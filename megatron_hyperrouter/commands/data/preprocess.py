@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         args.tokenizer_backend,
         args.on_bad_line,
     )
-    with Progress() as progress:
+    with PreprocessBar() as progress:
         try:
             written = preprocess(
                 expand(args.input),
@@ -144,7 +144,7 @@ def tell(message: str) -> None:
     print(f"mhr preprocess: {message}", file=sys.stderr)
 
 
-class Progress(Bar):
+class PreprocessBar(Bar):
     """Megabytes and documents, and how fast they pass."""
 
     def __init__(self) -> None:

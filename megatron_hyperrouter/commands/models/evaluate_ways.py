@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def windows_of(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> StridedDataset:
     """The split as windows that overlap."""
-    from megatron_hyperrouter.data.order.index_files import Cache
+    from megatron_hyperrouter.data.order.index_files import IndexCache
     from megatron_hyperrouter.data.stream.dataset import Builder
     from megatron_hyperrouter.data.stream.strided import strided
 
@@ -25,7 +25,7 @@ def windows_of(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> Stride
         run.settings.model.seq_length,
         run.settings.train.seed,
         tokenizer.vocab_size,
-        Cache(data.data_cache_path),
+        IndexCache(data.data_cache_path),
         tokenizer=tokenizer.identity(),
     )
     return strided(builder, args.split or "test", args.eval_stride)

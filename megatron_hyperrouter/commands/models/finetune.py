@@ -25,7 +25,7 @@ from megatron_hyperrouter.terminal import Bar, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
-    from megatron_hyperrouter.finetuning.batches import Part
+    from megatron_hyperrouter.finetuning.batches import TextsOfSplit
     from megatron_hyperrouter.finetuning.tasks import Task
 
 
@@ -144,7 +144,9 @@ def check_output(output: Path) -> None:
         )
 
 
-def facts_of(run: TrainedRun, settings: Settings, task: Task, parts: dict[str, Part]) -> dict[str, Any]:
+def facts_of(
+    run: TrainedRun, settings: Settings, task: Task, parts: dict[str, TextsOfSplit]
+) -> dict[str, Any]:
     """What a reader of the results needs to know."""
     return {
         "checkpoint": str(run.checkpoint),

@@ -34,8 +34,8 @@ from megatron_hyperrouter.commands.studies.controls import (
 )
 from megatron_hyperrouter.studies.runs import (
     LAYOUT,
-    Plan,
-    Stage,
+    RunProcess,
+    StudyRun,
     check_finished,
     digest_of,
     file_values,
@@ -67,15 +67,15 @@ turns the folder into a page."""
 
 
 @dataclass(frozen=True)
-class Trial(Plan):
+class Trial(StudyRun):
     """One router with one seed; ``studies.router_scores`` reads its task."""
 
     label: str
     seed: int
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[RunProcess]:
         """Train, and score what was trained to its end."""
-        scoring = Stage(
+        scoring = RunProcess(
             "scoring", ["-m", "megatron_hyperrouter.studies.router_scores", str(self.folder / "task.json")]
         )
         return [scoring] if is_trained(self) else [training(self), scoring]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_hyperrouter import console
 from megatron_hyperrouter.commands.training.start_block import start_block, tokens_of_an_epoch
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.stream.dataset import Builder
 from megatron_hyperrouter.data.stream.mix_schedule import mixes_of, settled
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
@@ -37,6 +37,6 @@ def _epoch(config: RunConfig, vocab_size: int) -> int:
         seq_length=config.model.seq_length,
         seed=config.train.seed,
         vocab_size=vocab_size,
-        cache=Cache(None, fallback=config.logging.run_dir),
+        cache=IndexCache(None, fallback=config.logging.run_dir),
     )
     return tokens_of_an_epoch(builder, mixes)

@@ -13,7 +13,7 @@ from megatron_hyperrouter.commands.training.together import agree_on_data, agree
 from megatron_hyperrouter.config.derived import separates_documents
 from megatron_hyperrouter.config.run_folder import make_folders
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.data.order.index_files import Cache
+from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.stream.document_ends import warning_about_ends
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.guard.launcher import Launcher
@@ -49,7 +49,7 @@ def _prepare_and_run(
         vocab_size=tokenizer.vocab_size,
         eod=eod,
         tokenizer=tokenizer.identity(),
-        cache=Cache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
+        cache=IndexCache(config.data.data_cache_path, fallback=f"{config.logging.run_dir}/index-cache"),
         world_size=world_size,
         ledger=start.ledger,
         step=start.step,

@@ -58,7 +58,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass
-class Cache:
+class IndexCache:
     """The place of index files: ``folder``, else ``cache/hyperrouter`` next to the data, else
     ``fallback``, else memory.
 

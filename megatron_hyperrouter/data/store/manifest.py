@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from megatron_hyperrouter.data.store.pair_writer import DiskRefused, FileSum
-from megatron_hyperrouter.data.text.inputs import Part
+from megatron_hyperrouter.data.text.inputs import InputRange
 from megatron_hyperrouter.data.text.streams import replacing
 from megatron_hyperrouter.errors import DataError
 
@@ -43,7 +43,7 @@ class Manifest:
 
     def whole(self) -> bool:
         """Whether this is not a shard."""
-        return self.part == str(Part())
+        return self.part == str(InputRange())
 
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:

@@ -24,7 +24,7 @@ from megatron_hyperrouter.data.order.blend import (
     set_counts,
     split_documents,
 )
-from megatron_hyperrouter.data.order.index_files import Cache, Named
+from megatron_hyperrouter.data.order.index_files import IndexCache, Named
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.packed import PackedDataset, Packing, pack
 from megatron_hyperrouter.data.order.shuffled import Order, SampleOrder, Span, order_of, plan_order
@@ -146,7 +146,7 @@ def build_splits(
     test_samples: int | None,
     eod: int | None = None,
     tokenizer: Mapping[str, Any] | None = None,
-    cache: Cache | None = None,
+    cache: IndexCache | None = None,
     impl: Implementation | None = None,
 ) -> Splits:
     """The datasets of a run, each with at least the requested number of samples (None: one epoch; 0: no
@@ -162,7 +162,7 @@ def build_splits(
         remedy = "add --data-path PREFIX (mhr preprocess writes such data), --train-data-path or --mock-data"
         raise ConfigError([Problem("--data-path", "()", "there is no training data", remedy)])
     builder = Builder(
-        data, seq_length, seed, vocab_size, cache or Cache(data.data_cache_path), impl, eod, tokenizer
+        data, seq_length, seed, vocab_size, cache or IndexCache(data.data_cache_path), impl, eod, tokenizer
     )
     samples = (train_samples, valid_samples, test_samples)
     return Splits(*(builder.build(number, wanted) for number, wanted in enumerate(samples)))
@@ -176,7 +176,7 @@ class Builder:
     seq_length: int
     seed: int
     vocab_size: int
-    cache: Cache
+    cache: IndexCache
     impl: Implementation | None = None
     eod: int | None = None  # the id that ends a document; what packs them needs it
     tokenizer: Mapping[str, Any] | None = None  # its identity, which that of the data must be; None: any

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.data.order.index_files import Cache, file_identity
+from megatron_hyperrouter.data.order.index_files import IndexCache, file_identity
 from megatron_hyperrouter.data.store.manifest import file_sum, manifest_of
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.errors import DataError
@@ -52,7 +52,7 @@ def same(was: Identity, now: Identity) -> bool:
     return all(was[name] == now[name] for name in _COMPARED if was.get(name) and now.get(name))
 
 
-def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: Cache) -> None:
+def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: IndexCache) -> None:
     """DataError if a file was written since the checkpoint and no longer agrees with its manifest.
 
     Modification times show whether it was written.  A copy may change them, too, so all bytes are then
@@ -72,7 +72,7 @@ def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: 
             )
 
 
-def _sum_of(path: Path, cache: Cache) -> str:
+def _sum_of(path: Path, cache: IndexCache) -> str:
     """The SHA-256 of a file, cached with the index files for the other processes and the next run."""
 
     def build() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:

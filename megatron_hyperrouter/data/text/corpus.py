@@ -13,7 +13,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from megatron_hyperrouter.data.text.inputs import BOM, WHOLE, Kind, Part, is_compressed, kind_of, size_of
+from megatron_hyperrouter.data.text.inputs import (
+    BOM,
+    WHOLE,
+    InputRange,
+    Kind,
+    is_compressed,
+    kind_of,
+    size_of,
+)
 from megatron_hyperrouter.data.text.parquet import read_rows
 from megatron_hyperrouter.data.text.streams import ByteStream
 from megatron_hyperrouter.errors import DataError
@@ -64,7 +72,7 @@ class TextBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _InputStretch:
     """One input, and which stretch of it to read."""
 
     number: int
@@ -83,7 +91,7 @@ def read_batches(
     paths: Sequence[str],
     keys: Sequence[str] = ("text",),
     *,
-    part: Part = WHOLE,
+    part: InputRange = WHOLE,
     start: ReadPosition | None = None,
 ) -> Iterator[TextBatch]:
     """Every input in turn, in batches of about ``BATCH_BYTES``; DataError for a file that cannot be read or
@@ -97,7 +105,7 @@ def read_batches(
     low, high = part.stretch(sum(sizes))
     before = 0
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
-        source = _Source(number, path, before, size, low - before, high - before)
+        source = _InputStretch(number, path, before, size, low - before, high - before)
         before += size
         if number < start.source or source.low >= size or source.high <= 0:
             continue
@@ -197,7 +205,7 @@ class _Stream(ByteStream):
             offset -= skipped
 
 
-def _json_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
+def _json_batches(source: _InputStretch, place: ReadPosition) -> Iterator[TextBatch]:
     """Lines from ``place`` on, or from the first that begins in the source's stretch, to the last that begins
     in it.
     """
@@ -229,7 +237,7 @@ def _json_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
 
 
 def _json_batch(
-    source: _Source, lines: list[bytes], number: int, first: int, stream: ByteStream
+    source: _InputStretch, lines: list[bytes], number: int, first: int, stream: ByteStream
 ) -> TextBatch:
     end = ReadPosition(source.number, first + sum(map(len, lines)), number + len(lines) if number else 0)
     return TextBatch(
@@ -249,7 +257,7 @@ def _line(stream: ByteStream, path: str, offset: int, number: int) -> bytes:
     return line
 
 
-def _text_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
+def _text_batches(source: _InputStretch, place: ReadPosition) -> Iterator[TextBatch]:
     byte = place.offset
     with _Stream(source.path, byte) as stream:
         byte += _skip_bom(stream) if not byte else 0
@@ -266,14 +274,16 @@ def _text_batches(source: _Source, place: ReadPosition) -> Iterator[TextBatch]:
             yield _text_batch(source, held, byte, True, stream)
 
 
-def _text_batch(source: _Source, piece: bytes, byte: int, closes: bool, stream: ByteStream) -> TextBatch:
+def _text_batch(
+    source: _InputStretch, piece: bytes, byte: int, closes: bool, stream: ByteStream
+) -> TextBatch:
     end = ReadPosition(source.number, byte + len(piece))
     return TextBatch(
         source.path, "text", (piece,), 1, byte, closes, source.before + stream.disk_position(), end
     )
 
 
-def _parquet_batches(source: _Source, keys: Sequence[str], place: ReadPosition) -> Iterator[TextBatch]:
+def _parquet_batches(source: _InputStretch, keys: Sequence[str], place: ReadPosition) -> Iterator[TextBatch]:
     for rows in read_rows(
         source.path,
         keys,

@@ -49,7 +49,7 @@ _SIGNATURES = (
 
 
 @dataclass(frozen=True)
-class Part:
+class InputRange:
     """Part ``number`` (from 1) of ``of``: the bytes of all inputs on disk, divided into ``of`` equal
     ranges.
 
@@ -69,10 +69,10 @@ class Part:
         return total * (self.number - 1) // self.of, total * self.number // self.of
 
 
-WHOLE = Part()
+WHOLE = InputRange()
 
 
-def parse_part(text: str | None, partitions: int | None) -> Part:
+def parse_part(text: str | None, partitions: int | None) -> InputRange:
     """``--shard I/N``, or ``--shard I`` with ``--partitions N``; ConfigError for anything else."""
     if text is None:
         if partitions in (None, 1):
@@ -101,7 +101,7 @@ def parse_part(text: str | None, partitions: int | None) -> Part:
                 )
             ]
         )
-    return Part(number, of)
+    return InputRange(number, of)
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

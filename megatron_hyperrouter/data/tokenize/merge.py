@@ -15,7 +15,7 @@ from megatron_hyperrouter.data.store.journal import locked_output
 from megatron_hyperrouter.data.store.manifest import ENDING, Manifest, read_manifest, write_manifest
 from megatron_hyperrouter.data.store.pair_writer import PairWriter, put_in_place, remove_partial
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
-from megatron_hyperrouter.data.text.inputs import Part
+from megatron_hyperrouter.data.text.inputs import InputRange
 from megatron_hyperrouter.data.tokenize.preprocess import Written, check_not_empty
 from megatron_hyperrouter.errors import DataError
 
@@ -86,7 +86,7 @@ def _finish(writer: PairWriter, shards: Sequence[Manifest]) -> Written:
         words=sum(shard.words for shard in shards),
         left_out=sum(shard.left_out for shard in shards),
     )
-    write_manifest(writer.prefix, replace(counted, part=str(Part()), bin=writer.bin_sum(), idx=idx))
+    write_manifest(writer.prefix, replace(counted, part=str(InputRange()), bin=writer.bin_sum(), idx=idx))
     return Written(writer.prefix, counts.documents, counts.sequences, counts.tokens, writer.dtype)
 
 
@@ -117,7 +117,7 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
             remedy="delete the shards of the split that you do not want",
         )
     of = numbers[0]
-    missing = [str(Part(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
+    missing = [str(InputRange(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
     if missing:
         remedy = "create them with mhr preprocess --shard I/N, and copy each manifest with its files"
         raise DataError(

@@ -30,7 +30,7 @@ from megatron_hyperrouter.data.store.pair_writer import (
     remove_partial,
 )
 from megatron_hyperrouter.data.text.corpus import BadLine, ReadPosition, documents, read_batches
-from megatron_hyperrouter.data.text.inputs import WHOLE, Part, facts_of, repeated, total_bytes
+from megatron_hyperrouter.data.text.inputs import WHOLE, InputRange, facts_of, repeated, total_bytes
 from megatron_hyperrouter.data.tokenize.backends import choose_encoder
 from megatron_hyperrouter.data.tokenize.encode import Encoder, EncodeSettings, encode_all
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
@@ -63,7 +63,7 @@ class Job:
     inputs: tuple[str, ...]
     output_prefix: str
     settings: EncodeSettings
-    part: Part = WHOLE
+    part: InputRange = WHOLE
 
     def stem(self) -> str:
         """The output prefix, with the number of the shard where there are several."""
@@ -84,7 +84,7 @@ def preprocess(
     settings: EncodeSettings,
     *,
     workers: int = 1,
-    part: Part = WHOLE,
+    part: InputRange = WHOLE,
     overwrite: bool = False,
     save_seconds: float = SAVE_SECONDS,
     progress: Callable[[int, int, int], None] | None = None,
@@ -112,7 +112,7 @@ def preprocess(
     first = _first_documents(job)
     tokenizer, backend = choose_encoder(settings.tokenizer, settings.backend, first, report)
     encoder = Encoder(replace(settings, backend=backend), tokenizer)
-    run = _Run(job, encoder, overwrite, save_seconds, progress)
+    run = _Preprocessing(job, encoder, overwrite, save_seconds, progress)
     try:
         if not run.saved.complete:
             run.encode(workers)
@@ -176,7 +176,7 @@ def _unknown_record(path: str) -> DataError:
     return DataError(message, remedy="add --overwrite to start from the beginning")
 
 
-class _Run:
+class _Preprocessing:
     """The journal, its state, and the steps from there to the finished files."""
 
     def __init__(

@@ -12,12 +12,12 @@ from megatron_hyperrouter.compat.megatron import install as serve_megatron
 from megatron_hyperrouter.compat.megatron import turn_in_few_operators
 from megatron_hyperrouter.config.derived import recomputed_parts
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.engines.world import backend, join_world, single_rank_without_launcher
 from megatron_hyperrouter.model.parallel import forget_groups, make_groups, seed_dropout
 
 
-def join(config: RunConfig) -> Place:
+def join(config: RunConfig) -> RankPlace:
     """Initialise torch.distributed, DeepSpeed's view of it and megatron-core's parallel groups."""
     single_rank_without_launcher()
     skip_shm_build()
@@ -37,7 +37,7 @@ def join(config: RunConfig) -> Place:
         deepspeed.init_distributed(host_backend, verbose=False)
     make_groups(config)
     seed_dropout(config)
-    return Place(
+    return RankPlace(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),

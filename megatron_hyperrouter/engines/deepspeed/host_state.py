@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_hyperrouter.engines.saved.pieces import Piece, piece
+from megatron_hyperrouter.engines.saved.pieces import StatePiece, piece
 
 
-def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
+def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[StatePiece]:
     """What this rank's optimizer has of the parameters with these global names.
 
     ZeRO joins the parameters of a group into one row, and gives each data-parallel rank a part of it.

@@ -21,7 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.base import Place
+from megatron_hyperrouter.engines.base import RankPlace
 from megatron_hyperrouter.engines.megatron import host_state, judged, model
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.saved.pieces import Holding
@@ -227,14 +227,14 @@ class MegatronEngine(SharedEngine):
             dist.destroy_process_group()
 
 
-def _join(config: RunConfig) -> Place:
+def _join(config: RunConfig) -> RankPlace:
     single_rank_without_launcher()
     host_backend = backend()
     if not dist.is_initialized():
         join_world(host_backend)
     make_groups(config)
     seed_dropout(config)
-    return Place(
+    return RankPlace(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_hyperrouter.engines.saved.pieces import Piece, piece
+from megatron_hyperrouter.engines.saved.pieces import StatePiece, piece
 from megatron_hyperrouter.errors import CheckpointError
 
 
-def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
+def pieces(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[StatePiece]:
     """What this rank's optimizer has of the parameters with these global names."""
     names = {parameter: name for name, parameter in named if parameter.requires_grad}
     for part in _parts(optimizer):

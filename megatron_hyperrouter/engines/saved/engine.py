@@ -26,7 +26,7 @@ from megatron_hyperrouter.engines.saved.state import (
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.base import Deviation, Place
+    from megatron_hyperrouter.engines.base import Deviation, RankPlace
     from megatron_hyperrouter.engines.saved.pieces import Holding
 
 
@@ -34,7 +34,7 @@ class SavedEngine(ABC):
     """The part of ``engines.base.Engine`` that saves and loads."""
 
     config: RunConfig
-    place: Place
+    place: RankPlace
 
     def __init__(self) -> None:
         self._memory = Memory()

@@ -23,7 +23,7 @@ from megatron_hyperrouter.routers.base import Router
 
 
 @dataclass
-class Piece:
+class StatePiece:
     """The part of one parameter whose optimizer state is on this rank."""
 
     name: str  # global
@@ -38,7 +38,7 @@ class Piece:
         """The first number after the part."""
         return self.start + len(self.fields[MASTER])
 
-    def by_matrix(self) -> Iterator[Piece]:
+    def by_matrix(self) -> Iterator[StatePiece]:
         """Itself; of a parameter that stacks the matrices of several experts, the part of each matrix."""
         names = matrix_names(self.name)
         if not names:
@@ -50,7 +50,7 @@ class Piece:
             begin, end = max(self.start, first), min(self.end, first + matrix.numel())
             if begin < end:
                 rows = {key: row[begin - self.start : end - self.start] for key, row in self.fields.items()}
-                yield Piece(name, matrix, begin - first, rows, self.adam, self.main)
+                yield StatePiece(name, matrix, begin - first, rows, self.adam, self.main)
 
     @property
     def steps(self) -> int:
@@ -87,7 +87,7 @@ def piece(
     *,
     start: int = 0,
     part: tuple[int, int] | None = None,
-) -> Piece:
+) -> StatePiece:
     """``main``: the optimizer's own tensor; ``part``: (start, length) in it where it contains other
     parameters, too.
     """
@@ -95,7 +95,7 @@ def piece(
     begin, length = part or (0, main.numel())
     rows = {MASTER: main.detach(), **{moment: adam.state[main][moment] for moment in MOMENTS}}
     fields = {field: row.view(-1).narrow(0, begin, length) for field, row in rows.items()}
-    return Piece(name, parameter, start, fields, adam, main)
+    return StatePiece(name, parameter, start, fields, adam, main)
 
 
 def _make_moments(adam: torch.optim.Optimizer, main: Tensor) -> None:
@@ -116,7 +116,7 @@ class Holding(NamedTuple):
 
     named: list[tuple[str, nn.Parameter]]  # global names; routers' parameters as well
     routers: dict[str, Router]  # prefix of the global names -> router
-    pieces: Callable[[], Iterable[Piece]] | None  # of the optimizer; None if there is none
+    pieces: Callable[[], Iterable[StatePiece]] | None  # of the optimizer; None if there is none
     spread: bool  # the host gives each data-parallel rank another part of the optimizer's state
     device: torch.device
 

@@ -22,13 +22,13 @@ from megatron_hyperrouter.checkpoint.optimizer import (
     MASTER,
     MOMENTS,
     WEIGHT,
-    Entry,
+    IndexEntry,
     Staged,
     State,
     read_box,
 )
 from megatron_hyperrouter.checkpoint.weights import Reader, read_tensors, read_weights, weight_files
-from megatron_hyperrouter.engines.saved.pieces import Holding, Piece, share, weights
+from megatron_hyperrouter.engines.saved.pieces import Holding, StatePiece, share, weights
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.model.names import CLASSIFIER, is_expert, matrices
 from megatron_hyperrouter.model.sharding import (
@@ -41,8 +41,8 @@ from megatron_hyperrouter.model.sharding import (
 )
 
 
-class _Part(NamedTuple):
-    """A box of a tensor that this rank writes, and where it is in the rank's piece."""
+class _BoxToWrite(NamedTuple):
+    """A box of a tensor that this rank writes, and the range of the rank's optimizer state that fills it."""
 
     shape: Shape  # of the whole tensor
     box: Box
@@ -50,8 +50,8 @@ class _Part(NamedTuple):
     keys: dict[str, str]  # field -> its name in memory
 
 
-class _Turn(NamedTuple):
-    """How a whole weight comes together that this tensor-parallel group writes."""
+class _WeightToWrite(NamedTuple):
+    """A weight that this tensor-parallel group writes, and how its slices are joined."""
 
     shard: Shard | None
     writes: bool  # this rank
@@ -64,8 +64,8 @@ class Memory:
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
-        self.parts: dict[tuple[str, int, int], list[_Part]] = {}
-        self.turns: dict[str, _Turn] = {}
+        self.parts: dict[tuple[str, int, int], list[_BoxToWrite]] = {}
+        self.turns: dict[str, _WeightToWrite] = {}
 
     def copy(self, key: str, tensor: Tensor) -> Tensor:
         """A copy of the tensor in CPU memory; on a GPU it is there after :meth:`wait`."""
@@ -104,7 +104,7 @@ def _owned_weights(holding: Holding, memory: Memory) -> Iterator[tuple[str, Tens
                 yield name, whole
 
 
-def _turns(holding: Holding) -> Iterator[tuple[str, _Turn]]:
+def _turns(holding: Holding) -> Iterator[tuple[str, _WeightToWrite]]:
     """The weights that this rank's tensor-parallel group writes: the ranks that could write a weight take
     turns, starting with the rank that has the least to write.
     """
@@ -121,21 +121,21 @@ def _turns(holding: Holding) -> Iterator[tuple[str, _Turn]]:
         turn = loads.index(min(loads))
         loads[turn] += tensor.nbytes * (1 if shard is None else shard.size)
         if turn // size == copy:  # the same for all ranks of a tensor-parallel group
-            yield name, _Turn(shard, turn % size == place)
+            yield name, _WeightToWrite(shard, turn % size == place)
 
 
-def _pieces(holding: Holding) -> Iterator[Piece]:
+def _pieces(holding: Holding) -> Iterator[StatePiece]:
     for piece in holding.pieces() if holding.pieces else ():
         yield from piece.by_matrix()
 
 
-def _states(piece: Piece, holding: Holding, memory: Memory) -> Iterator[State]:
+def _states(piece: StatePiece, holding: Holding, memory: Memory) -> Iterator[State]:
     for part in _parts(piece, holding, memory):
         copies = {field: memory.copy(key, piece.fields[field][part.at]) for field, key in part.keys.items()}
         yield State(piece.name, part.shape, part.box, piece.steps, copies)
 
 
-def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
+def _parts(piece: StatePiece, holding: Holding, memory: Memory) -> list[_BoxToWrite]:
     """What this rank writes of a piece; asked of the layout once, since training waits for each save."""
     known = memory.parts.get((piece.name, piece.start, piece.end))
     if known is None:
@@ -143,7 +143,7 @@ def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
         first, last = share(piece.name, piece.end - piece.start, spread=_is_only_copy(piece, holding))
         written = MOMENTS if piece.parameter.dtype == torch.float32 else (MASTER, *MOMENTS)
         known = [
-            _Part(
+            _BoxToWrite(
                 whole_shape(shape, shard),
                 placed.box,
                 slice(placed.begin - piece.start, placed.end - piece.start),
@@ -157,7 +157,7 @@ def _parts(piece: Piece, holding: Holding, memory: Memory) -> list[_Part]:
     return known
 
 
-def _is_only_copy(piece: Piece, holding: Holding) -> bool:
+def _is_only_copy(piece: StatePiece, holding: Holding) -> bool:
     """Whether no other data-parallel rank has these numbers; even a whole part can be the only copy."""
     return holding.spread or piece.end - piece.start != piece.parameter.numel()
 
@@ -187,7 +187,7 @@ def without_new_head(holding: Holding, folder: Path) -> Holding:
     return holding._replace(named=kept)
 
 
-def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) -> None:
+def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holding) -> None:
     """Fill this rank's optimizer; the model's weights must be there already."""
     files = weight_files(reader.folder)
     counted: dict[int, int] = {}
@@ -216,7 +216,7 @@ def load_optimizer(reader: Reader, index: dict[str, Entry], holding: Holding) ->
         _fill(reader, entry, piece, files)
 
 
-def _fill(reader: Reader, entry: Entry, piece: Piece, files: dict[str, str]) -> None:
+def _fill(reader: Reader, entry: IndexEntry, piece: StatePiece, files: dict[str, str]) -> None:
     """Read the moments and the master weight of a piece. A float32 parameter itself gets the master
     weight, too.
     """
@@ -240,7 +240,7 @@ def _fill(reader: Reader, entry: Entry, piece: Piece, files: dict[str, str]) -> 
 
 
 # ------------------------------------------------------------------------------------------- verifying
-def verify(reader: Reader, index: dict[str, Entry], holding: Holding, *, weights_only: bool) -> None:
+def verify(reader: Reader, index: dict[str, IndexEntry], holding: Holding, *, weights_only: bool) -> None:
     """Compare digests of the tensors that are now in the model and in the optimizer with the index
     (collective).
     """
@@ -272,7 +272,7 @@ def verify(reader: Reader, index: dict[str, Entry], holding: Holding, *, weights
 
 
 def _weight_sums(
-    index: dict[str, Entry], holding: Holding, *, weights_only: bool
+    index: dict[str, IndexEntry], holding: Holding, *, weights_only: bool
 ) -> defaultdict[tuple[str, str], int]:
     sums: defaultdict[tuple[str, str], int] = defaultdict(int)
     for name, tensor in weights(holding):

@@ -22,7 +22,7 @@ from megatron_hyperrouter.model.names import WORD_EMBEDDINGS
 FINAL_NORM, OUTPUT = "decoder.final_layernorm.weight", "output_layer.weight"
 
 
-class Part(Enum):
+class TensorPart(Enum):
     """Which part of our tensor a Hugging Face tensor is."""
 
     WHOLE = "whole"
@@ -36,11 +36,11 @@ class Part(Enum):
     MADE = "made"  # such as a folded router: no tensor of ours has it
 
 
-class TensorPlace(NamedTuple):
+class TensorSource(NamedTuple):
     """The tensors of ours that a Hugging Face tensor comes from."""
 
     ours: tuple[str, ...]
-    part: Part = Part.WHOLE
+    part: TensorPart = TensorPart.WHOLE
 
 
 class Heads(NamedTuple):
@@ -52,7 +52,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelShape:
     """What decides which tensors a model has."""
 
     num_experts: int
@@ -67,7 +67,7 @@ class Sizes:
     low_rank_queries: bool = False
 
     @classmethod
-    def of(cls, run: RunConfig) -> Sizes:
+    def of(cls, run: RunConfig) -> ModelShape:
         """Of a run's settings."""
         model, attention = run.model, run.attention
         return cls(
@@ -121,17 +121,17 @@ _LOW_RANK_QUERIES = {
     "self_attn.q_b_proj.weight": "self_attention.linear_q_up_proj.weight",
 }
 _FULL_RANK_QUERIES = {"self_attn.q_proj.weight": "self_attention.linear_q_proj.weight"}
-_QKV = {"q": Part.QUERY, "k": Part.KEY, "v": Part.VALUE}
+_QKV = {"q": TensorPart.QUERY, "k": TensorPart.KEY, "v": TensorPart.VALUE}
 SHARED_GATE = "mlp.shared_experts.gate_weight"
 
 
-def places(
-    sizes: Sizes, naming: Naming, router_leaves: Sequence[str] = ("weight",)
-) -> dict[str, TensorPlace]:
+def tensor_sources(
+    sizes: ModelShape, naming: Naming, router_leaves: Sequence[str] = ("weight",)
+) -> dict[str, TensorSource]:
     """Hugging Face's name -> place, in the order of the layers; ``router_leaves``: the router's tensors
     there.
     """
-    found = {"model.embed_tokens.weight": TensorPlace((WORD_EMBEDDINGS,))}
+    found = {"model.embed_tokens.weight": TensorSource((WORD_EMBEDDINGS,))}
     for layer, routed in enumerate(sizes.routed):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         found |= _attention(ours, theirs, sizes)
@@ -140,55 +140,58 @@ def places(
             continue
         router = f"{ours}mlp.router."
         found |= {
-            f"{theirs}{naming.moe}.gate.{leaf}": TensorPlace((router + leaf,), Part.MADE)
+            f"{theirs}{naming.moe}.gate.{leaf}": TensorSource((router + leaf,), TensorPart.MADE)
             for leaf in router_leaves
         }
         found |= _experts(ours, theirs, sizes.num_experts, naming)
         if sizes.shared:
             found |= _shared_expert(ours, theirs, sizes, naming)
-    found["model.norm.weight"] = TensorPlace((FINAL_NORM,))
+    found["model.norm.weight"] = TensorSource((FINAL_NORM,))
     if not sizes.tied:
-        found["lm_head.weight"] = TensorPlace((OUTPUT,))
+        found["lm_head.weight"] = TensorSource((OUTPUT,))
     return found
 
 
-def _attention(ours: str, theirs: str, sizes: Sizes) -> dict[str, TensorPlace]:
+def _attention(ours: str, theirs: str, sizes: ModelShape) -> dict[str, TensorSource]:
     alike = dict(_ALIKE)
-    found: dict[str, TensorPlace] = {}
+    found: dict[str, TensorSource] = {}
     if not sizes.latent:
         for kind in ("weight", "bias") if sizes.qkv_bias else ("weight",):
             qkv = (f"{ours}self_attention.linear_qkv.{kind}",)
             found |= {
-                f"{theirs}self_attn.{leaf}_proj.{kind}": TensorPlace(qkv, part) for leaf, part in _QKV.items()
+                f"{theirs}self_attn.{leaf}_proj.{kind}": TensorSource(qkv, part)
+                for leaf, part in _QKV.items()
             }
         alike |= _QK_NORMS if sizes.qk_norm else {}
     else:
         alike |= _LATENT | (_LOW_RANK_QUERIES if sizes.low_rank_queries else _FULL_RANK_QUERIES)
         if not sizes.qk_norm:
             alike = {hf: own for hf, own in alike.items() if "_a_layernorm" not in hf}
-    return found | {theirs + hf: TensorPlace((ours + own,)) for hf, own in alike.items()}
+    return found | {theirs + hf: TensorSource((ours + own,)) for hf, own in alike.items()}
 
 
-def _mlp(ours: str, theirs: str, down: Part = Part.WHOLE) -> dict[str, TensorPlace]:
+def _mlp(ours: str, theirs: str, down: TensorPart = TensorPart.WHOLE) -> dict[str, TensorSource]:
     first, second = f"{ours}linear_fc1.weight", f"{ours}linear_fc2.weight"
     return {
-        f"{theirs}gate_proj.weight": TensorPlace((first,), Part.GATE),
-        f"{theirs}up_proj.weight": TensorPlace((first,), Part.UP),
-        f"{theirs}down_proj.weight": TensorPlace((second,), down),
+        f"{theirs}gate_proj.weight": TensorSource((first,), TensorPart.GATE),
+        f"{theirs}up_proj.weight": TensorSource((first,), TensorPart.UP),
+        f"{theirs}down_proj.weight": TensorSource((second,), down),
     }
 
 
-def _shared_expert(ours: str, theirs: str, sizes: Sizes, naming: Naming) -> dict[str, TensorPlace]:
+def _shared_expert(ours: str, theirs: str, sizes: ModelShape, naming: Naming) -> dict[str, TensorSource]:
     """If the class always has a gate, write a gate of zeros, whose sigmoid is 1/2, and double the output."""
     expert = f"{ours}mlp.shared_experts."
     if not naming.gated_shared_expert:
         return _mlp(expert, f"{theirs}mlp.shared_experts.")
-    found = _mlp(expert, f"{theirs}mlp.shared_expert.", Part.WHOLE if sizes.shared_gate else Part.TWICE)
-    gate = TensorPlace((ours + SHARED_GATE,), Part.WHOLE if sizes.shared_gate else Part.MADE)
+    found = _mlp(
+        expert, f"{theirs}mlp.shared_expert.", TensorPart.WHOLE if sizes.shared_gate else TensorPart.TWICE
+    )
+    gate = TensorSource((ours + SHARED_GATE,), TensorPart.WHOLE if sizes.shared_gate else TensorPart.MADE)
     return found | {f"{theirs}mlp.shared_expert_gate.weight": gate}
 
 
-def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[str, TensorPlace]:
+def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[str, TensorSource]:
     first, second = (
         tuple(f"{ours}mlp.experts.local_experts.{expert}.linear_{fc}.weight" for expert in range(num_experts))
         for fc in ("fc1", "fc2")
@@ -196,46 +199,48 @@ def _experts(ours: str, theirs: str, num_experts: int, naming: Naming) -> dict[s
     experts = f"{theirs}{naming.moe}.experts."
     if naming.packed:
         return {
-            f"{experts}gate_up_proj": TensorPlace(first, Part.STACK),
-            f"{experts}down_proj": TensorPlace(second, Part.STACK),
+            f"{experts}gate_up_proj": TensorSource(first, TensorPart.STACK),
+            f"{experts}down_proj": TensorSource(second, TensorPart.STACK),
         }
-    found: dict[str, TensorPlace] = {}
+    found: dict[str, TensorSource] = {}
     for expert in range(num_experts):
         found |= {
-            f"{experts}{expert}.{naming.gate}.weight": TensorPlace((first[expert],), Part.GATE),
-            f"{experts}{expert}.{naming.up}.weight": TensorPlace((first[expert],), Part.UP),
-            f"{experts}{expert}.{naming.down}.weight": TensorPlace((second[expert],)),
+            f"{experts}{expert}.{naming.gate}.weight": TensorSource((first[expert],), TensorPart.GATE),
+            f"{experts}{expert}.{naming.up}.weight": TensorSource((first[expert],), TensorPart.UP),
+            f"{experts}{expert}.{naming.down}.weight": TensorSource((second[expert],)),
         }
     return found
 
 
-def cut(ours: Sequence[Tensor], part: Part, heads: Heads) -> Tensor:
+def cut(ours: Sequence[Tensor], part: TensorPart, heads: Heads) -> Tensor:
     """The Hugging Face tensor out of ours; works on the meta device as well."""
-    if part is Part.STACK:
+    if part is TensorPart.STACK:
         return torch.stack(list(ours))
     (whole,) = ours
-    if part in (Part.GATE, Part.UP):  # [gate; up]
-        return whole.chunk(2)[part is Part.UP].contiguous()
-    if part in (Part.QUERY, Part.KEY, Part.VALUE):
+    if part in (TensorPart.GATE, TensorPart.UP):  # [gate; up]
+        return whole.chunk(2)[part is TensorPart.UP].contiguous()
+    if part in (TensorPart.QUERY, TensorPart.KEY, TensorPart.VALUE):
         # megatron-core: for each group its query heads, then its key, then its value
         per_group = heads.queries // heads.groups
         rows = whole.view(heads.groups, per_group + 2, heads.channels, *whole.shape[1:])
         chosen = {
-            Part.QUERY: slice(per_group),
-            Part.KEY: slice(per_group, per_group + 1),
-            Part.VALUE: slice(per_group + 1, None),
+            TensorPart.QUERY: slice(per_group),
+            TensorPart.KEY: slice(per_group, per_group + 1),
+            TensorPart.VALUE: slice(per_group + 1, None),
         }
         return rows[:, chosen[part]].reshape(-1, *whole.shape[1:]).contiguous()
-    return whole * 2 if part is Part.TWICE else whole
+    return whole * 2 if part is TensorPart.TWICE else whole
 
 
-def join(parts: Mapping[Part, Tensor], heads: Heads) -> Tensor:
+def join(parts: Mapping[TensorPart, Tensor], heads: Heads) -> Tensor:
     """Our tensor from its parts: the inverse of :func:`cut`; stacks are separated by index."""
-    if Part.GATE in parts:
-        return torch.cat((parts[Part.GATE], parts[Part.UP]))
-    if Part.QUERY not in parts:
-        return parts[Part.WHOLE]
-    groups, channels, width = heads.groups, heads.channels, parts[Part.QUERY].shape[1:]
-    query = parts[Part.QUERY].view(groups, heads.queries // groups, channels, *width)
-    key, value = (parts[part].view(groups, 1, channels, *width) for part in (Part.KEY, Part.VALUE))
+    if TensorPart.GATE in parts:
+        return torch.cat((parts[TensorPart.GATE], parts[TensorPart.UP]))
+    if TensorPart.QUERY not in parts:
+        return parts[TensorPart.WHOLE]
+    groups, channels, width = heads.groups, heads.channels, parts[TensorPart.QUERY].shape[1:]
+    query = parts[TensorPart.QUERY].view(groups, heads.queries // groups, channels, *width)
+    key, value = (
+        parts[part].view(groups, 1, channels, *width) for part in (TensorPart.KEY, TensorPart.VALUE)
+    )
     return torch.cat((query, key, value), 1).reshape(-1, *width).contiguous()

@@ -12,7 +12,7 @@ from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 from megatron_hyperrouter.export.classes.family import Family, unfollowed
 from megatron_hyperrouter.export.classes.grouped import GLM4_MOE, MIXTRAL_MOE, QWEN2_MOE, QWEN3_MOE
 from megatron_hyperrouter.export.classes.latent import DEEPSEEK_V2, DEEPSEEK_V3
-from megatron_hyperrouter.export.classes.names import Naming, Sizes
+from megatron_hyperrouter.export.classes.names import ModelShape, Naming
 from megatron_hyperrouter.export.classes.rotary import rope_parameters
 
 CHOICE_BIAS = "e_score_correction_bias"
@@ -124,7 +124,7 @@ def config_json(
     """``config.json`` in the spellings of transformers 4 and 5; ``rows`` of the embedding, ``eod``: the id
     that ends a text.
     """
-    model, sizes, theta = run.model, Sizes.of(run), float(run.model.rotary_base)
+    model, sizes, theta = run.model, ModelShape.of(run), float(run.model.rotary_base)
     own = dict(target.fields)
     rope = rope_parameters(run) | {"rope_theta": theta} | own.pop("rope_parameters", {})
     common = {

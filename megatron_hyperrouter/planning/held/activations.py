@@ -18,20 +18,20 @@ from megatron_hyperrouter.model.output import chunk_tokens
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.planning.held.stages import Stage
+    from megatron_hyperrouter.planning.held.stages import StageContent
     from megatron_hyperrouter.planning.layouts import Candidate
 
 _FLOAT32 = 4
 
 
-class Layer(NamedTuple):
+class LayerActivations(NamedTuple):
     """Bytes of a micro-batch in one layer."""
 
     kept: float  # until the backward pass
     working: float  # more, while the backward pass is in it
 
 
-def layer_of(candidate: Candidate, skew: float, with_experts: bool) -> Layer:
+def layer_of(candidate: Candidate, skew: float, with_experts: bool) -> LayerActivations:
     """A layer of the layout of ``candidate``; ``skew``: load of the busiest rank of experts over the mean."""
     config = candidate.config
     size = 2 if config.train.bf16 else 4
@@ -43,8 +43,8 @@ def layer_of(candidate: Candidate, skew: float, with_experts: bool) -> Layer:
     if config.engine.engine == "deepspeed" and tensor > 1 and with_experts:
         mlp += (T - own) * D * (size + _FLOAT32)  # every rank routes all tokens
     if config.train.recompute_granularity == "full":
-        return Layer(size * own * D, attention + mlp + working)
-    return Layer(attention + mlp, working)
+        return LayerActivations(size * own * D, attention + mlp + working)
+    return LayerActivations(attention + mlp, working)
 
 
 def _routed(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
@@ -87,16 +87,16 @@ def _normed(config: RunConfig) -> float:
 
 def activations_of(
     candidate: Candidate,
-    stages: list[Stage],
+    stages: list[StageContent],
     number: int,
-    layers: list[Layer],
+    layers: list[LayerActivations],
     routed: tuple[bool, ...],
-) -> Layer:
+) -> LayerActivations:
     """Of all micro-batches that a stage has in flight; ``layers``: without and with experts."""
     stage = stages[number]
     kept = sum(layers[routed[layer]].kept for layer in stage.layers)
     working = max((layers[routed[layer]].working for layer in stage.layers), default=0.0)
-    return Layer(kept * _in_flight(candidate, len(stages), number), working)
+    return LayerActivations(kept * _in_flight(candidate, len(stages), number), working)
 
 
 def _in_flight(candidate: Candidate, stages: int, number: int) -> float:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 _FLOAT32 = 4
 
 
-class Frozen(NamedTuple):
+class FrozenBytes(NamedTuple):
     """Bytes of routers in addition to their parameters."""
 
     per_layer: float
     shared: float  # once on each rank
 
 
-def frozen_of(config: RunConfig, vocab_size: int) -> Frozen:
+def frozen_of(config: RunConfig, vocab_size: int) -> FrozenBytes:
     """Hypernetworks, fixed routers and buffers, all float32 and on every rank."""
     router = router_on_meta(config, vocab_size)
     per_layer = float(sum(each.numel() * each.element_size() for each in router.buffers()))
@@ -32,8 +32,8 @@ def frozen_of(config: RunConfig, vocab_size: int) -> Frozen:
         embeddings = recipe.num_experts if config.router.options.per_expert_embedding else 1
         per_layer += _FLOAT32 * (made + embeddings * width)  # this step's router, and its hidden units
         if recipe.name == "hypernet.model":
-            return Frozen(per_layer, network)
-        return Frozen(per_layer + network, 0.0)
+            return FrozenBytes(per_layer, network)
+        return FrozenBytes(per_layer + network, 0.0)
     if recipe is not None:
         per_layer += _FLOAT32 * recipe.num_experts * recipe.hidden_size
-    return Frozen(per_layer, 0.0)
+    return FrozenBytes(per_layer, 0.0)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_hyperrouter.config.derived import moe_layers
 from megatron_hyperrouter.engines.deepspeed.settings import bucket_numbers, zero_stage
 from megatron_hyperrouter.planning.held.activations import activations_of, layer_of, logits_of
-from megatron_hyperrouter.planning.held.stages import Stage, stages_of
+from megatron_hyperrouter.planning.held.stages import StageContent, stages_of
 
 if TYPE_CHECKING:
-    from megatron_hyperrouter.planning.held.frozen import Frozen
+    from megatron_hyperrouter.planning.held.frozen import FrozenBytes
     from megatron_hyperrouter.planning.held.parameters import Held, Model
     from megatron_hyperrouter.planning.layouts import Candidate
     from megatron_hyperrouter.planning.machine import Machine
@@ -50,7 +50,7 @@ class Use(NamedTuple):
 class Estimator:
     """Memory of layouts of one model; what they share is worked out once."""
 
-    def __init__(self, model: Model, frozen: Frozen, rows: int, machine: Machine) -> None:
+    def __init__(self, model: Model, frozen: FrozenBytes, rows: int, machine: Machine) -> None:
         """``rows``: of the embedding."""
         self.model, self.frozen, self.rows, self.machine = model, frozen, rows, machine
 
@@ -62,7 +62,7 @@ class Estimator:
         asked = {0, last, min(1, last), counts.index(max(counts))}
         return max((self.of_stage(candidate, stages, number) for number in asked), key=lambda use: use.total)
 
-    def of_stage(self, candidate: Candidate, stages: list[Stage], number: int) -> Use:
+    def of_stage(self, candidate: Candidate, stages: list[StageContent], number: int) -> Use:
         """Of a rank of one stage."""
         config, stage = candidate.config, stages[number]
         held = self.model.held(config, stage)

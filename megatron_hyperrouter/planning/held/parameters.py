@@ -14,7 +14,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.names import WORD_EMBEDDINGS, is_expert
 from megatron_hyperrouter.model.sharding import is_cut
 from megatron_hyperrouter.model.spec import padded_vocab_size
-from megatron_hyperrouter.planning.held.stages import Stage, stages_of
+from megatron_hyperrouter.planning.held.stages import StageContent, stages_of
 
 _LAYER = "decoder.layers."
 
@@ -32,7 +32,7 @@ class Held(NamedTuple):
         return self.dense + self.expert
 
 
-class _Part(NamedTuple):
+class _ParameterCount(NamedTuple):
     """Parameters of a piece of the model, before any layout."""
 
     cut: int = 0  # by tensor parallelism
@@ -41,8 +41,8 @@ class _Part(NamedTuple):
     largest_cut: int = 0
     largest_stack: int = 0  # of all experts
 
-    def add(self, other: _Part) -> _Part:
-        return _Part(
+    def add(self, other: _ParameterCount) -> _ParameterCount:
+        return _ParameterCount(
             self.cut + other.cut,
             self.whole + other.whole,
             self.experts + other.experts,
@@ -56,15 +56,15 @@ class Model:
     """The parameters of a model by the pieces that stages hold; the same for every layout."""
 
     size: ModelSize
-    layers: tuple[_Part, ...]
-    embedding: _Part
-    output: _Part  # empty if it is tied to the embedding
-    norm: _Part
-    ahead: _Part  # multi-token prediction
+    layers: tuple[_ParameterCount, ...]
+    embedding: _ParameterCount
+    output: _ParameterCount  # empty if it is tied to the embedding
+    norm: _ParameterCount
+    ahead: _ParameterCount  # multi-token prediction
 
-    def held(self, config: RunConfig, stage: Stage) -> Held:
+    def held(self, config: RunConfig, stage: StageContent) -> Held:
         """Parameters on a rank of pipeline stage ``stage``, with the layout of ``config``."""
-        part = _Part()
+        part = _ParameterCount()
         for number in stage.layers:
             part = part.add(self.layers[number])
         if stage.first:
@@ -79,7 +79,7 @@ class Model:
         return Held(part.cut // tensor + part.whole, part.experts // over, largest)
 
     @staticmethod
-    def _copies(config: RunConfig, stage: Stage) -> int:
+    def _copies(config: RunConfig, stage: StageContent) -> int:
         """Copies of the embedding on the last stage: for a tied output, and for multi-token prediction."""
         if stage.first:
             return 0
@@ -98,8 +98,8 @@ def model_of(config: RunConfig, vocab_size: int) -> Model:
         elif name.startswith("mtp."):
             ahead[name] = shape
 
-    def single(name: str) -> _Part:
-        return _part([(name, shapes[name])]) if name in shapes else _Part()
+    def single(name: str) -> _ParameterCount:
+        return _part([(name, shapes[name])]) if name in shapes else _ParameterCount()
 
     return Model(
         size=size_of(config, shapes),
@@ -118,7 +118,7 @@ def parameters_of_ranks(model: Model, config: RunConfig, world_size: int) -> lis
     return [count for count in of_stages for _ in range(world_size // len(stages))]
 
 
-def _part(named: Iterable[tuple[str, Shape]]) -> _Part:
+def _part(named: Iterable[tuple[str, Shape]]) -> _ParameterCount:
     cut = whole = experts = largest = 0
     stacks: dict[str, int] = {}
     for name, shape in named:
@@ -131,4 +131,4 @@ def _part(named: Iterable[tuple[str, Shape]]) -> _Part:
             cut, largest = cut + count, max(largest, count)
         else:
             whole += count
-    return _Part(cut, whole, experts, largest, max(stacks.values(), default=0))
+    return _ParameterCount(cut, whole, experts, largest, max(stacks.values(), default=0))

@@ -10,7 +10,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageContent:
     """The content of one pipeline stage, the same on all of its ranks."""
 
     layers: tuple[int, ...]  # numbers of transformer layers, from 0
@@ -18,7 +18,7 @@ class Stage:
     last: bool  # has the last norm and the output
 
 
-def stages_of(config: RunConfig) -> list[Stage]:
+def stages_of(config: RunConfig) -> list[StageContent]:
     """The pipeline stages, first to last."""
     stages = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
@@ -28,7 +28,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
         parts = _even_stages(config)
     else:  # the rules allow it on the deepspeed engine alone
         parts = _balanced_stages(layers, stages)
-    return [Stage(part, number == 0, number == stages - 1) for number, part in enumerate(parts)]
+    return [StageContent(part, number == 0, number == stages - 1) for number, part in enumerate(parts)]
 
 
 def _even_stages(config: RunConfig) -> list[tuple[int, ...]]:
