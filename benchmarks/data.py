@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from _data_process import in_a_process
-from _pairs import Row, Seconds, flags, in_turn, print_table, stopwatch
+from _pairs import PairedTimes, Seconds, flags, in_turn, print_table, stopwatch
 from _token_files import SEQ_LENGTH, megatron_dataset, our_dataset, write_sizes, write_tokens
 from preprocess import measured as preprocessing
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 def measured(
     parts: tuple[str, ...], folder: Path, *, pairs: int, scale: int, memory: list[str]
-) -> Iterator[Row]:
+) -> Iterator[PairedTimes]:
     """The rows of these parts; ``memory`` takes the lines of peak memory."""
     if "preprocess" in parts:
         size, vocabulary = (33 * 10**6, 32_000) if scale == 1 else (3 * 10**5, 1000)
@@ -72,7 +72,7 @@ def measured(
         yield from samples(folder, pairs=pairs, count=20 if scale > 1 else 2000)
 
 
-def compared(case: str, goal: float, base: Work, ours: Work, *, pairs: int) -> Row:
+def compared(case: str, goal: float, base: Work, ours: Work, *, pairs: int) -> PairedTimes:
     """Both timed in turn, after one run of each; their results must be the same arrays."""
     results: dict[str, Any] = {}
 
@@ -86,7 +86,7 @@ def compared(case: str, goal: float, base: Work, ours: Work, *, pairs: int) -> R
         np.array_equal(one, other) for one, other in zip(results["base"], results["ours"], strict=True)
     ):
         raise DifferentWork(case)
-    return Row(case, goal, *times)
+    return PairedTimes(case, goal, *times)
 
 
 def sizes_of(documents: int) -> np.ndarray:
@@ -94,7 +94,7 @@ def sizes_of(documents: int) -> np.ndarray:
     return np.random.default_rng(0).integers(200, 1801, documents).astype(np.int32)
 
 
-def sample_index(documents: int, epochs: int, *, pairs: int) -> Row:
+def sample_index(documents: int, epochs: int, *, pairs: int) -> PairedTimes:
     """Cutting shuffled documents into samples."""
     from megatron.core.datasets import helpers
 
@@ -111,7 +111,7 @@ def sample_index(documents: int, epochs: int, *, pairs: int) -> Row:
     )
 
 
-def shuffle(count: int, *, pairs: int) -> Row:
+def shuffle(count: int, *, pairs: int) -> PairedTimes:
     """NumPy's shuffle, as megatron-core calls it."""
 
     def run(how: Callable[[np.ndarray, np.random.RandomState], object]) -> list[np.ndarray]:
@@ -128,7 +128,7 @@ def shuffle(count: int, *, pairs: int) -> Row:
     )
 
 
-def blend(sets: int, size: int, goal: float, *, pairs: int) -> Row:
+def blend(sets: int, size: int, goal: float, *, pairs: int) -> PairedTimes:
     """A blend with weights."""
     from megatron.core.datasets import helpers
 
@@ -149,7 +149,7 @@ def blend(sets: int, size: int, goal: float, *, pairs: int) -> Row:
     )
 
 
-def exhaustive(sets: int, size: int, *, pairs: int) -> Row:
+def exhaustive(sets: int, size: int, *, pairs: int) -> PairedTimes:
     """A blend that uses up every set."""
     from megatron.core.datasets import helpers
 
@@ -170,7 +170,7 @@ def exhaustive(sets: int, size: int, *, pairs: int) -> Row:
     )
 
 
-def fresh_dataset(folder: Path, documents: int, epochs: int, *, pairs: int, memory: list[str]) -> Row:
+def fresh_dataset(folder: Path, documents: int, epochs: int, *, pairs: int, memory: list[str]) -> PairedTimes:
     """A new process that builds a dataset of ``epochs`` epochs, stores its index files, and reads ten
     samples.
     """
@@ -185,7 +185,7 @@ def fresh_dataset(folder: Path, documents: int, epochs: int, *, pairs: int, memo
         return Seconds(told["wall"], told["cpu"])
 
     case = f"fresh dataset, {documents:.0e} documents x {epochs}"
-    row = Row(case, 1 / 3, *in_turn(lambda: run("megatron"), lambda: run("ours"), pairs=pairs))
+    row = PairedTimes(case, 1 / 3, *in_turn(lambda: run("megatron"), lambda: run("ours"), pairs=pairs))
     base, ours = (float(np.median(each)) for each in peaks.values())
     memory.append(
         f"{case}: peak memory over the imports {base:.0f} MB, ours {ours:.0f} MB: {ours / base:.2f} of it "
@@ -194,7 +194,7 @@ def fresh_dataset(folder: Path, documents: int, epochs: int, *, pairs: int, memo
     return row
 
 
-def samples(folder: Path, *, pairs: int, count: int) -> Iterator[Row]:
+def samples(folder: Path, *, pairs: int, count: int) -> Iterator[PairedTimes]:
     """Reading samples one by one, in both orders of ours."""
     prefix = folder / "tokens"
     write_tokens(prefix, sizes_of(20_000))
@@ -206,7 +206,7 @@ def samples(folder: Path, *, pairs: int, count: int) -> Iterator[Row]:
         yield read_one_by_one(f"{count} samples of {SEQ_LENGTH}{name}", theirs, dataset, count, pairs=pairs)
 
 
-def read_one_by_one(case: str, theirs: Any, mine: Any, count: int, *, pairs: int) -> Row:
+def read_one_by_one(case: str, theirs: Any, mine: Any, count: int, *, pairs: int) -> PairedTimes:
     """Samples 0 to ``count`` of both."""
 
     def base() -> object:
@@ -216,7 +216,7 @@ def read_one_by_one(case: str, theirs: Any, mine: Any, count: int, *, pairs: int
         return [mine[i] for i in range(count)]
 
     base(), ours()
-    return Row(case, 1 / 5, *in_turn(lambda: stopwatch(base), lambda: stopwatch(ours), pairs=pairs))
+    return PairedTimes(case, 1 / 5, *in_turn(lambda: stopwatch(base), lambda: stopwatch(ours), pairs=pairs))
 
 
 def cold_start(folder: Path, documents: int) -> None:

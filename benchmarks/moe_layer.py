@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from _pairs import Row, Seconds, flags, in_turn, print_table, stopwatch
+from _pairs import PairedTimes, Seconds, flags, in_turn, print_table, stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,7 +90,7 @@ def world(sizes: Sizes, threads: int) -> Iterator[None]:
         leave(keep_world=False)
 
 
-def measure(sizes: Sizes, router: str, k: int, *, pairs: int, warm_up: int) -> Row:
+def measure(sizes: Sizes, router: str, k: int, *, pairs: int, warm_up: int) -> PairedTimes:
     """Run both layers in turn on the same tokens."""
     import torch
 
@@ -117,7 +117,7 @@ def measure(sizes: Sizes, router: str, k: int, *, pairs: int, warm_up: int) -> R
         once(bare, run_bare), once(slot, run_ours)
     base, ours = in_turn(lambda: once(bare, run_bare), lambda: once(slot, run_ours), pairs=pairs)
     check_same_work(slot, bare, statistics, runs=pairs + warm_up)
-    return Row(f"{router} k={k}, {sizes}", GOAL, base, ours)
+    return PairedTimes(f"{router} k={k}, {sizes}", GOAL, base, ours)
 
 
 def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:

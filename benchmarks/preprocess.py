@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
-from _pairs import Row, Seconds, flags, in_turn, print_table
+from _pairs import PairedTimes, Seconds, flags, in_turn, print_table
 
 HERE = Path(__file__).resolve().parent
 Case = tuple[str, str, str, float]
@@ -69,7 +69,7 @@ def measured(
     cases: Sequence[Case] = CASES[::2],
     workers: int = 1,
     warm_up: int = 0,
-) -> Iterator[Row]:
+) -> Iterator[PairedTimes]:
     """A row for each case, of ``size`` bytes of JSON lines; benchmarks/data.py takes those of the goals."""
     source, tokenizer = make_inputs(folder, size, vocabulary)
     for case in cases:
@@ -96,7 +96,7 @@ def make_inputs(folder: Path, size: int, vocabulary: int) -> tuple[Path, Path]:
 
 def row(
     case: Case, folder: Path, source: Path, tokenizer: Path, workers: int, warm_up: int, pairs: int
-) -> Row:
+) -> PairedTimes:
     """Measure one peer; DifferentBytes where the files differ."""
     name, peer, backend, goal = case
 
@@ -130,7 +130,7 @@ def row(
             folder / f"theirs_text_document.{ending}", folder / f"ours_text_document.{ending}", shallow=False
         ):
             raise DifferentBytes(f"{name}: the .{ending} files differ")
-    return Row(name, goal, base, own)
+    return PairedTimes(name, goal, base, own)
 
 
 def run(program: str, *arguments: object) -> Seconds:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from _pairs import Row, Seconds, flags, in_turns, print_table, stopwatch
+from _pairs import PairedTimes, Seconds, flags, in_turns, print_table, stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +186,7 @@ def engine_of(config: RunConfig, *, for_training: bool = True) -> Any:
     return open_engine(config, vocab_size=VOCABULARY, for_training=for_training)
 
 
-def measure(sizes: Sizes, method: Method, base: Any, *, pairs: int, warm_up: int) -> Iterator[Row]:
+def measure(sizes: Sizes, method: Method, base: Any, *, pairs: int, warm_up: int) -> Iterator[PairedTimes]:
     """The rows of a method."""
     if method.name.startswith("competesmoe"):
         yield from layer_rows(sizes, method, pairs=pairs, warm_up=warm_up)
@@ -199,8 +199,10 @@ def measure(sizes: Sizes, method: Method, base: Any, *, pairs: int, warm_up: int
     averaged = [mean([kind.share for kind in method.kinds], every) for every in zip(*kinds, strict=True)]
     if len(kinds) > 1:
         for kind, seconds in zip(method.kinds, kinds, strict=True):
-            yield Row(f"{method.name}, {kind.name}", None, topk, seconds)
-    yield Row(method.name if len(kinds) == 1 else f"{method.name}, average", method.goal, topk, averaged)
+            yield PairedTimes(f"{method.name}, {kind.name}", None, topk, seconds)
+    yield PairedTimes(
+        method.name if len(kinds) == 1 else f"{method.name}, average", method.goal, topk, averaged
+    )
 
 
 class Stepper:
@@ -266,7 +268,7 @@ def check_same_routes(method: Method, runs: list[Stepper]) -> None:
             )
 
 
-def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Iterator[Row]:
+def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Iterator[PairedTimes]:
     """Forward and backward pass of the MoE layer alone, competing against ordinary; and the time in its
     experts alone.
     """
@@ -298,7 +300,7 @@ def layer_rows(sizes: Sizes, method: Method, *, pairs: int, warm_up: int) -> Ite
     in_turns([lambda: once("ordinary"), lambda: once("competing")], rounds=warm_up + pairs)
     for part, which, goal in (("layer", 0, None), ("experts", 1, sizes.experts / TOPK)):
         base, ours = ([pair[which] for pair in told[kind][warm_up:]] for kind in ("ordinary", "competing"))
-        yield Row(f"{method.name}, {part}", goal, base, ours)
+        yield PairedTimes(f"{method.name}, {part}", goal, base, ours)
 
 
 class ExpertMeter:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from _pairs import Row, Seconds, flags, in_turn, print_table, stopwatch
+from _pairs import PairedTimes, Seconds, flags, in_turn, print_table, stopwatch
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -101,7 +101,7 @@ def main() -> None:
     print_table(rows, base="topk", ours="hyper")
 
 
-def measure(case: Case, *, pairs: int, warm_up: int, threads: int) -> Row:
+def measure(case: Case, *, pairs: int, warm_up: int, threads: int) -> PairedTimes:
     """Let both routers' engines step in turn."""
     with ExitStack() as stack:
         topk, hyper = (stack.enter_context(worker(case, router, threads)) for router in ("topk", "hyper"))
@@ -117,7 +117,7 @@ def measure(case: Case, *, pairs: int, warm_up: int, threads: int) -> Row:
     for one, other in zip(*told, strict=True):
         if abs(one.lm_loss - other.lm_loss) > 1e-4 or one.load_max_over_mean_L != other.load_max_over_mean_L:
             raise DifferentWork(f"{case}: topk {one}, hyper {other}")
-    return Row(str(case), case.goal, base, ours)
+    return PairedTimes(str(case), case.goal, base, ours)
 
 
 @contextmanager

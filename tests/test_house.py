@@ -455,7 +455,7 @@ class TestTheseTests:
 
     def test_rooms(self):
         assert room_of(f"{PACKAGE}.ops.topk.topk_softmax") == "ops"
-        assert room_of(f"{PACKAGE}.engines.base.Place") == "engines/base"
+        assert room_of(f"{PACKAGE}.engines.base.RankPlace") == "engines/base"
         assert room_of(f"{PACKAGE}.engines.deepspeed.engine") == "engines/deepspeed"
         assert room_of(f"{PACKAGE}.engines.open_engine") == "engines"
         assert room_of(PACKAGE) == room_of(f"{PACKAGE}.__version__") == ""

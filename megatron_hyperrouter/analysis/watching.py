@@ -16,11 +16,13 @@ from torch import Tensor
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, Tokens
 
-See = Callable[[Router, Routing, Tensor, Pass], None]  # the router, its decision, its input x_TD, the pass
+Observer = Callable[
+    [Router, Routing, Tensor, Pass], None
+]  # the router, its decision, its input x_TD, the pass
 
 
 @contextmanager
-def watching(routers: Iterable[Router], see: See) -> Iterator[None]:
+def watching(routers: Iterable[Router], see: Observer) -> Iterator[None]:
     """Within this context, ``see`` is called with each decision of each router.  The decisions stay as
     they are.
     """
@@ -31,7 +33,7 @@ def watching(routers: Iterable[Router], see: See) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(router: Router, see: See) -> Iterator[None]:
+def _watched(router: Router, see: Observer) -> Iterator[None]:
     own = router.refine
 
     def refine(first: Routing, x_TD: Tensor, now: Pass) -> Routing:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 Count = Annotated[int, Ge(1)]  # 1, 2, 3, ...
 Natural = Annotated[int, Ge(0)]  # 0, 1, 2, ...
-Share = Annotated[float, Ge(0.0), Le(1.0)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 # Text that a YAML file may hold as a number or a list too: 2, [0, 1, 1].
-Written = Annotated[str, BeforeValidator(lambda raw: str(raw) if isinstance(raw, int | list) else raw)]
+YamlWord = Annotated[str, BeforeValidator(lambda raw: str(raw) if isinstance(raw, int | list) else raw)]

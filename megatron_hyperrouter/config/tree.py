@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_hyperrouter.config.kinds import Count, Natural, NonNegative, Share, Written
+from megatron_hyperrouter.config.kinds import Count, Fraction, Natural, NonNegative, YamlWord
 from megatron_hyperrouter.config.roles import PATH, Only, Quiet, Role
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.sections.checkpoint import CheckpointConfig as CheckpointConfig
@@ -63,8 +63,8 @@ class ModelConfig:
         "Standard deviation of the initial weights; for output projections, divided by sqrt(2 x "
         "--num-layers)",
     ] = 0.02
-    hidden_dropout: Annotated[Share, Role.NOISE, "Dropout rate on residual branches"] = 0.0
-    attention_dropout: Annotated[Share, Role.NOISE, "Dropout rate on attention probabilities"] = 0.0
+    hidden_dropout: Annotated[Fraction, Role.NOISE, "Dropout rate on residual branches"] = 0.0
+    attention_dropout: Annotated[Fraction, Role.NOISE, "Dropout rate on attention probabilities"] = 0.0
     make_vocab_size_divisible_by: Annotated[Count, Role.SHAPE, "Pad the vocabulary to a multiple of this"] = (
         128
     )
@@ -75,7 +75,7 @@ class ModelConfig:
     ] = False
     num_experts: Annotated[Count, Role.SHAPE, "Number of experts E in each MoE layer"] = 8
     moe_layer_freq: Annotated[
-        Written,
+        YamlWord,
         Role.SHAPE,
         "Which layers are MoE layers: N for every Nth layer, beginning with the first; or a list of 1"
         " (MoE) and 0 (dense), which may be an expression such as ([0]*1+[1]*26)",

@@ -25,10 +25,10 @@ RESULTS, PREDICTIONS, TRAINING, FACTS = (
     "finetuning.json",
 )
 _NUMBERS = ("accuracy", "macro_f1", "loss", "ece")
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
-def rows_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> list[Row]:
+def rows_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> list[ResultRow]:
     """The results of one seed, as in ``results.json``."""
     return [
         {"topk": topk, "seed": outcome.seed, "split": split}
@@ -45,12 +45,12 @@ def predictions_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> Iterator
         log_probs_NC = log_softmax(logits_NC)
         for index, label in enumerate(parts[split].classes_N):
             predicted = int(log_probs_NC[index].argmax())
-            line: Row = {"seed": outcome.seed, "topk": topk, "index": index, "label": int(label)}
+            line: ResultRow = {"seed": outcome.seed, "topk": topk, "index": index, "label": int(label)}
             line |= {"predicted": predicted, "probability": float(np.exp(log_probs_NC[index, predicted]))}
             yield json.dumps(line) + "\n"
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[ResultRow]) -> list[str]:
     """The test at each k: the mean over seeds, and half of its 95 % interval."""
     seeds = len({row["seed"] for row in rows})
     over = "" if seeds == 1 else f" (mean of {seeds} seeds +- half of the 95 % interval)"
@@ -68,12 +68,12 @@ def _with_half(values: Sequence[float]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- comparison
-def compare(first: Path, second: Path) -> list[Row]:
+def compare(first: Path, second: Path) -> list[ResultRow]:
     """For each seed and k that both folders have: the accuracies, McNemar's p-value and the bootstrap
     interval of their difference.  DataError if the folders contain tests of different texts.
     """
     ours, theirs = _predictions(first), _predictions(second)
-    found = list[Row]()
+    found = list[ResultRow]()
     for key in sorted(ours.keys() & theirs.keys()):
         labels, own = ours[key]
         other_labels, other = theirs[key]
@@ -103,7 +103,7 @@ def compare(first: Path, second: Path) -> list[Row]:
     return found
 
 
-def comparison_table(found: Sequence[Row]) -> list[str]:
+def comparison_table(found: Sequence[ResultRow]) -> list[str]:
     """Two questions, each with its own words: do these checkpoints differ, and do the methods?"""
     lines = ["Do these two checkpoints differ? (bootstrap over test texts)"]
     head = ("k", "seed", "first", "second", "difference", "95 % bootstrap", "McNemar p")

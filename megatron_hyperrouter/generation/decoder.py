@@ -26,7 +26,7 @@ from megatron_hyperrouter.routers.base import Router, Tokens
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
 
-Read = Callable[[str], Tensor]  # a weight by its name
+ReadWeight = Callable[[str], Tensor]  # a weight by its name
 FOLLOWED = (  # settings beyond those of plain layers
     *DENSE_LAYERS,
     *SHARED_EXPERTS,
@@ -51,7 +51,7 @@ class MLP(NamedTuple):
     down: Tensor
 
     @classmethod
-    def of(cls, read: Read, prefix: str) -> MLP:
+    def of(cls, read: ReadWeight, prefix: str) -> MLP:
         """The MLP whose matrices have this prefix."""
         return cls(read(f"{prefix}linear_fc1.weight"), read(f"{prefix}linear_fc2.weight"))
 
@@ -70,7 +70,7 @@ class Mixture(NamedTuple):
     shared_gate_1D: Tensor | None
 
     @classmethod
-    def of(cls, read: Read, layer: str, router: Router, sizes: ModelShape) -> Mixture:
+    def of(cls, read: ReadWeight, layer: str, router: Router, sizes: ModelShape) -> Mixture:
         """The mixture of the layer with this prefix."""
         numbers = range(sizes.num_experts)
         return cls(
@@ -111,7 +111,9 @@ class Decoder:
     MoE layers by their numbers from 0.
     """
 
-    def __init__(self, run: RunConfig, read: Read, routers: Mapping[int, Router], *, step: int = 0) -> None:
+    def __init__(
+        self, run: RunConfig, read: ReadWeight, routers: Mapping[int, Router], *, step: int = 0
+    ) -> None:
         self.run, self.sizes = run, ModelShape.of(run)
         self.step = step
         self.embedding_VD = read(WORD_EMBEDDINGS)
@@ -126,7 +128,7 @@ class Decoder:
         """The router of each MoE layer, in order."""
         return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, Mixture)]
 
-    def _layer(self, read: Read, number: int, router: Router | None) -> LayerWeights:
+    def _layer(self, read: ReadWeight, number: int, router: Router | None) -> LayerWeights:
         prefix = f"decoder.layers.{number}."
         kind = LatentAttention if self.sizes.latent else GroupedAttention
         attention = kind(self.run, self.sizes, read, prefix, number, windows(self.run)[number])

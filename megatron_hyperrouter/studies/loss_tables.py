@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.studies.loss import Trained
 
 ResultRow = dict[str, Any]
-Told = Sequence[tuple["Trained", ResultRow]]
+TrainedWithRows = Sequence[tuple["Trained", ResultRow]]
 COUNTS = ("parameters_total", "parameters_active", "tokens", "flops")
 
 
@@ -67,7 +67,7 @@ def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
             yield f"{label}: {reason}" if label else reason
 
 
-def write_results(told: Told, args: Namespace) -> None:
+def write_results(told: TrainedWithRows, args: Namespace) -> None:
     """runs.csv, table.csv, fit.json, table.md and, where matplotlib is, the plot; tables go to stdout as
     well.
     """
@@ -162,7 +162,7 @@ def curve_label(point: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} = {point[name]}" for name in names)
 
 
-def curves_of(told: Told, scores: Sequence[str], args: Namespace) -> Iterator[FittedCurve]:
+def curves_of(told: TrainedWithRows, scores: Sequence[str], args: Namespace) -> Iterator[FittedCurve]:
     """A curve for each group of runs and each score, fitted where it can be."""
     from megatron_hyperrouter.analysis.scaling import fit, obstacle
 

@@ -86,10 +86,10 @@ def test_the_table_s_arithmetic() -> None:
         pairs.Seconds(wall=60.0, cpu=11.0),
         pairs.Seconds(wall=3.0, cpu=1.3),
     ]
-    cells = pairs.Row("case", 1.1000001, base, ours).cells("cpu")
+    cells = pairs.PairedTimes("case", 1.1000001, base, ours).cells("cpu")
     assert cells == ["case", "3", "1000.00", "1300.00", "1.100", "1.100 to 1.200", "1.500", "<= 1.10", "met"]
-    assert pairs.Row("case", 1.4, base, ours).cells("wall")[-1] == "missed"
-    assert pairs.Row("case", None, base, ours).cells("cpu")[-2:] == ["", ""]
+    assert pairs.PairedTimes("case", 1.4, base, ours).cells("wall")[-1] == "missed"
+    assert pairs.PairedTimes("case", None, base, ours).cells("cpu")[-2:] == ["", ""]
 
 
 def test_runs_take_turns() -> None:

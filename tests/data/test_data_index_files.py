@@ -24,14 +24,14 @@ from distributed import environment
 from megatron_hyperrouter import console
 from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order import index_files as cache
-from megatron_hyperrouter.data.order.index_files import IndexCache, Named, file_identity
+from megatron_hyperrouter.data.order.index_files import IndexCache, NamedArrays, file_identity
 from megatron_hyperrouter.data.stream.dataset import SequenceDataset, Splits, build_splits
 
 KEY = {"kind": "test", "numbers": [1, 2], "share": None}
 NAMES = ("odd", "rows", "none", "words")
 
 
-def made() -> Named:
+def made() -> NamedArrays:
     yield "odd", np.arange(13, dtype=np.int16)  # 26 bytes: no whole number of words
     yield "rows", np.arange(2 * 200_000, dtype=np.int64).reshape(-1, 2)
     yield "none", np.zeros((0, 2), np.int32)
@@ -46,7 +46,7 @@ def assert_made(arrays) -> None:
         np.testing.assert_array_equal(array, expected[name])
 
 
-def never() -> Named:
+def never() -> NamedArrays:
     raise AssertionError("built again")
 
 
@@ -121,7 +121,7 @@ def test_many_at_once_build_it_once(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_SILENCE", 0.05)
     monkeypatch.setattr(console, "note", said.append)
 
-    def build() -> Named:
+    def build() -> NamedArrays:
         built.append(1)
         until = time.monotonic() + 30
         while not said and time.monotonic() < until:
@@ -139,7 +139,7 @@ def test_no_array_is_kept_while_the_next_one_is_made(tmp_path):
     class Watched(np.ndarray):  # a plain array takes no weak reference on all versions
         pass
 
-    def build() -> Named:
+    def build() -> NamedArrays:
         one = np.arange(1000).view(Watched)
         seen = weakref.ref(one)
         yield "one", one
@@ -152,7 +152,7 @@ def test_no_array_is_kept_while_the_next_one_is_made(tmp_path):
 
 
 def test_a_builder_that_fails_leaves_nothing_and_the_next_one_builds(tmp_path):
-    def fail() -> Named:
+    def fail() -> NamedArrays:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
@@ -235,7 +235,7 @@ def test_without_locks_of_the_file_system_one_of_a_machine_builds(tmp_path, monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     built = []
 
-    def build() -> Named:
+    def build() -> NamedArrays:
         built.append(1)
         time.sleep(0.2)
         return made()

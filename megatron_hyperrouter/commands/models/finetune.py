@@ -87,7 +87,7 @@ def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, t
     try:
         run.load_into(engine)
         session = Session(engine, parts, run.step, settings.evaluations, keep(engine))
-        rows, lines, steps = list[reports.Row](), list[str](), list[str]()
+        rows, lines, steps = list[reports.ResultRow](), list[str](), list[str]()
         chosen: dict[int, int] = {}
         total = settings.seeds * run.settings.train.train_iters
         with Bar("fine-tune", "steps") as bar:

@@ -15,13 +15,13 @@ from typing import Any
 from megatron_hyperrouter.config.reading.values import BadValue, expanded
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
 
-Read = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
+ReadWord = Callable[[str], "str | None"]  # the word that the same source gives to a setting of ours
 Settings = dict[str, list[str]]  # our names -> words
 
 BALANCING = {"seq_aux_loss": "sequence", "global_aux_loss": "global_batch", "none": "off"}
 
 
-def score_function(words: list[str], read: Read) -> Settings:
+def score_function(words: list[str], read: ReadWord) -> Settings:
     """Sigmoid scores are divided by their sum over the chosen experts, if there are several."""
     function = _one(words)
     if function != "sigmoid" or read("moe_router_topk") == "1":
@@ -29,14 +29,14 @@ def score_function(words: list[str], read: Read) -> Settings:
     return {"router.score_function": [function], "router.renormalise": ["true"]}
 
 
-def pre_softmax(words: list[str], read: Read) -> Settings:
+def pre_softmax(words: list[str], read: ReadWord) -> Settings:
     """Sigmoid scores have no softmax: Megatron-Core ignores the flag then."""
     if "sigmoid" in (read("moe_router_score_function"), read("router.score_function")):
         return {}
     return {"router.pre_softmax": words}
 
 
-def load_balancing_type(words: list[str], read: Read) -> Settings:
+def load_balancing_type(words: list[str], read: ReadWord) -> Settings:
     """What the balancing loss looks at; "aux_loss" is the micro-batch, as here."""
     if len(words) > 1:
         raise BadValue("names several balancing methods; only one can be used at a time", "use one of them")
@@ -49,36 +49,36 @@ def load_balancing_type(words: list[str], read: Read) -> Settings:
     return {"router.aux_loss": [BALANCING[kind]]}
 
 
-def group_query_attention(words: list[str], read: Read) -> Settings:
+def group_query_attention(words: list[str], read: ReadWord) -> Settings:
     """Megatron-LM's default of --num-query-groups is 1."""
     return {} if read("num_query_groups") is not None else {"num_query_groups": ["1"]}
 
 
-def position_embedding_type(words: list[str], read: Read) -> Settings:
+def position_embedding_type(words: list[str], read: ReadWord) -> Settings:
     """Rotary positions, plain or scaled by YaRN."""
     if (kind := _one(words)) not in ("rope", "yarn"):
         raise BadValue("must be rope or yarn: positions are always rotary", "use rope or yarn")
     return {} if kind == "rope" else {"rope_type": [kind]}
 
 
-def iterations_to_skip(words: list[str], read: Read) -> Settings:
+def iterations_to_skip(words: list[str], read: ReadWord) -> Settings:
     """Megatron-LM counts completed steps there, so its 0 is step 1."""
     if not words or not all(word.isdecimal() for word in words):
         raise BadValue("must be a list of steps", "write one or more step numbers")
     return {"skip_steps": [str(int(word) + 1) for word in words]}
 
 
-def save_retain_interval(words: list[str], read: Read) -> Settings:
+def save_retain_interval(words: list[str], read: ReadWord) -> Settings:
     """Keeps the checkpoints of these steps and the newest one."""
     return {"keep_every": [_one(words)], "keep_checkpoints": ["1"]}
 
 
-def data_args(words: list[str], read: Read) -> Settings:
+def data_args(words: list[str], read: ReadWord) -> Settings:
     """A file with the words of --data-path."""
     return {"data_path": _text(_one(words)).split()}
 
 
-def per_split_data_args(words: list[str], read: Read) -> Settings:
+def per_split_data_args(words: list[str], read: ReadWord) -> Settings:
     """A JSON file with the words of --train-data-path and its two siblings."""
     try:
         parts = json.loads(_text(_one(words)))
@@ -92,24 +92,24 @@ def per_split_data_args(words: list[str], read: Read) -> Settings:
     }
 
 
-def recompute_activations(words: list[str], read: Read) -> Settings:
+def recompute_activations(words: list[str], read: ReadWord) -> Settings:
     """The short name of selective recomputation."""
     return {"recompute_granularity": ["selective"]}
 
 
-def checkpoint_activations(words: list[str], read: Read) -> Settings:
+def checkpoint_activations(words: list[str], read: ReadWord) -> Settings:
     """The old name of full recomputation."""
     return {"recompute_granularity": ["full"]}
 
 
-def moe_layer_recompute(words: list[str], read: Read) -> Settings:
+def moe_layer_recompute(words: list[str], read: ReadWord) -> Settings:
     """The old name of recomputing the experts; full recomputation has them already."""
     if read("recompute_granularity") == "full":
         return {}
     return {"recompute_granularity": ["selective"], "recompute_modules": ["moe"]}
 
 
-EARLY: Mapping[str, Callable[[list[str], Read], Settings]] = MappingProxyType(
+EARLY: Mapping[str, Callable[[list[str], ReadWord], Settings]] = MappingProxyType(
     {
         "moe-router-score-function": score_function,
         "moe-router-pre-softmax": pre_softmax,

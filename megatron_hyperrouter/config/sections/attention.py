@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_hyperrouter.config.kinds import Count, NonNegative, Written
+from megatron_hyperrouter.config.kinds import Count, NonNegative, YamlWord
 from megatron_hyperrouter.config.roles import Role
 
 
@@ -90,13 +90,13 @@ class AttentionConfig:
     ] = 64
     v_head_dim: Annotated[Count, Role.SHAPE, "With --multi-latent-attention: channels of a value head"] = 128
     window_size: Annotated[
-        Written | None,
+        YamlWord | None,
         Role.FUNCTION,
         "Sliding-window attention, written LEFT,0: a token attends to itself and the LEFT tokens "
         "before it; default: full attention",
     ] = None
     window_attn_skip_freq: Annotated[
-        Written | None,
+        YamlWord | None,
         Role.FUNCTION,
         "Which layers have a sliding window: N for all layers except every Nth; or a list of 1 "
         "(window) and 0 (full attention), which may be an expression; default: all layers",

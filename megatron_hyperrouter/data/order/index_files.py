@@ -41,7 +41,7 @@ from megatron_hyperrouter.errors import DataError
 from megatron_hyperrouter.files import open_afresh
 
 Arrays = dict[str, npt.NDArray[Any]]
-Named = Iterator[tuple[str, npt.NDArray[Any]]]
+NamedArrays = Iterator[tuple[str, npt.NDArray[Any]]]
 CacheKey = Mapping[str, Any]
 
 Names = Sequence[str]
@@ -71,7 +71,7 @@ class IndexCache:
     used: list[Path] = field(default_factory=list)
 
     def arrays(
-        self, key: CacheKey, names: Names, build: Callable[[], Named], *, beside: str, numbers: int
+        self, key: CacheKey, names: Names, build: Callable[[], NamedArrays], *, beside: str, numbers: int
     ) -> Arrays:
         """The arrays called ``names`` that ``build`` makes for ``key`` (values that JSON supports), with
         ``numbers`` numbers in total, for the data file ``beside``.
@@ -128,7 +128,7 @@ def file_identity(path: Path) -> CacheKey:
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
 
 
-def _build(path: Path, key: CacheKey, names: Names, build: Callable[[], Named]) -> Arrays:
+def _build(path: Path, key: CacheKey, names: Names, build: Callable[[], NamedArrays]) -> Arrays:
     """Make the arrays and put them in place; only the holder of the lock comes here."""
     mine = f".{path.stem}.{socket.gethostname()}-"
     for dead in path.parent.glob(f"{mine}*.partial"):  # a machine's other builders would hold the lock
@@ -142,7 +142,7 @@ def _build(path: Path, key: CacheKey, names: Names, build: Callable[[], Named]) 
     return _load(path, key, names, written_here=True) or dict(build())
 
 
-def _write(path: Path, key: CacheKey, arrays: Named) -> None:
+def _write(path: Path, key: CacheKey, arrays: NamedArrays) -> None:
     """Not forced to the disk: what a crash of the machine leaves shows in the checksums,
     and is built again.
     """

@@ -24,7 +24,7 @@ from megatron_hyperrouter.data.order.blend import (
     set_counts,
     split_documents,
 )
-from megatron_hyperrouter.data.order.index_files import IndexCache, Named
+from megatron_hyperrouter.data.order.index_files import IndexCache, NamedArrays
 from megatron_hyperrouter.data.order.on_demand import OnDemandOrder
 from megatron_hyperrouter.data.order.packed import PackedDataset, Packing, pack
 from megatron_hyperrouter.data.order.shuffled import Order, SampleOrder, Span, order_of, plan_order
@@ -270,7 +270,7 @@ class Builder:
         used up.
         """
 
-        def build() -> Named:
+        def build() -> NamedArrays:
             made = (
                 index.exhaustive_blending_indices(shares, impl=self.impl)
                 if size is None
@@ -334,7 +334,7 @@ class Builder:
             "length": length,
         }
 
-        def build() -> Named:
+        def build() -> NamedArrays:
             yield from vars(
                 pack(store.sizes, documents, length=length, seed=self.seed, impl=self.impl)
             ).items()
@@ -376,7 +376,7 @@ class Builder:
             **asdict(plan),
         }
 
-        def build() -> Named:
+        def build() -> NamedArrays:
             return order_of(
                 plan, store.sizes, documents, seq_length=self.seq_length, seed=self.seed, impl=self.impl
             )
