@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_
 from megatron_hyperrouter.studies.verdicts import RunsBySeed
 from megatron_hyperrouter.terminal import note, show
 
-Interval = tuple[float, float | None]  # mean, half of the 95 % interval
+# mean, and half of the 95 % interval; no mean where a run does not have the measure
+Interval = tuple[float | None, float | None]
 SeedCurve = tuple[Sequence[int], Sequence[float], Sequence[float]]  # steps, means, halves
 HEADS = {
     "entropy": "router entropy",
@@ -20,8 +21,11 @@ HEADS = {
     "logit_std": "logit std",
     "mutual_information": "MI",
     "expert_similarity": "similarity",
+    "effective_rank": "effective rank",
+    "drift": "drift",
     "step_time": "step, ms",
 }
+_LOOKED_AT = ("effective_rank", "drift")  # of the router's part of the Jacobian, means over layers
 POINTS = 60  # of a training curve: each the mean of the steps between
 
 
@@ -35,12 +39,12 @@ def write_tables(
     for label, seed, results in finished:
         runs.setdefault(label, {})[seed] = results
     table = intervals(runs)
-    measures = list(next(iter(table.values())))
+    measures = measures_in(runs)
     write_csv(
         output / "runs.csv",
         ["router", "seed", *measures],
         [
-            [label, seed, *measures_of(results).values()]
+            [label, seed, *map(measures_of(results).get, measures)]
             for label, seeds in runs.items()
             for seed, results in seeds.items()
         ],
@@ -79,20 +83,44 @@ def measures_of(results: Mapping[str, Any]) -> dict[str, float]:
     """
     scored = results["results"]
     unit = "lm_loss" if any(row["bits_per_byte"] is None for row in scored) else "bits_per_byte"
+    known = dict(results) | dict(_looked_at(results))
     return {f"{unit}_k{row['topk']}": row[unit] for row in scored} | {
-        name: results[name] for name in HEADS if name in results
+        name: known[name] for name in HEADS if name in known
     }
+
+
+def _looked_at(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Measures of the Jacobian at the final k of training; a router that is not a linear map has no drift."""
+    parts = [row["jacobian"] for row in results["analysis"][-1]["layers"]] if "analysis" in results else []
+    for name in _LOOKED_AT:
+        values = [part[name] for part in parts if part[name] is not None]
+        if values and len(values) == len(parts):
+            yield name, statistics.fmean(values)
+
+
+def measures_in(runs: RunsBySeed) -> list[str]:
+    """The columns of all tables: the measures that at least one run has, in the order of HEADS."""
+    found = dict.fromkeys(
+        name for seeds in runs.values() for results in seeds.values() for name in measures_of(results)
+    )
+    return sorted(found, key=lambda name: list(HEADS).index(name) if name in HEADS else -1)
 
 
 def intervals(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
     """label -> measure -> (mean, half) over seeds."""
-    from megatron_hyperrouter.analysis.intervals import mean_and_half
-
+    names = measures_in(runs)
     table = {}
     for label, seeds in runs.items():
         columns = [measures_of(results) for results in seeds.values()]
-        table[label] = {name: mean_and_half([column[name] for column in columns]) for name in columns[0]}
+        table[label] = {name: _interval([column.get(name) for column in columns]) for name in names}
     return table
+
+
+def _interval(values: Sequence[float | None]) -> Interval:
+    from megatron_hyperrouter.analysis.intervals import mean_and_half
+
+    known = [value for value in values if value is not None]
+    return mean_and_half(known) if len(known) == len(values) else (None, None)
 
 
 def differences(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
@@ -100,17 +128,21 @@ def differences(runs: RunsBySeed) -> dict[str, dict[str, Interval]]:
 
     Runs of one seed share data and initial weights, so a difference varies less than either number.
     """
-    from megatron_hyperrouter.analysis.intervals import mean_and_half
-
+    names = measures_in(runs)
     (_, first), *others = runs.items()
     base = {seed: measures_of(results) for seed, results in first.items()}
     found = {}
     for label, seeds in others:
         columns = [(measures_of(results), base[seed]) for seed, results in seeds.items()]
         found[label] = {
-            name: mean_and_half([own[name] - other[name] for own, other in columns]) for name in columns[0][0]
+            name: _interval([_difference(own.get(name), other.get(name)) for own, other in columns])
+            for name in names
         }
     return found
+
+
+def _difference(own: float | None, other: float | None) -> float | None:
+    return None if own is None or other is None else own - other
 
 
 def markdown(
@@ -134,7 +166,8 @@ def markdown(
     about = (
         f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last "
         "steps; logit std, mutual information (MI, nats) and similarity (mean linear CKA of two experts' "
-        "outputs) of test data at the final k of training. "
+        "outputs) of test data at the final k of training; there too, effective rank of the router's part "
+        "of the Jacobian, and drift, the share of the router's span that lies outside its start. "
         f"Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
         f"{_listed(steps)} steps."
     )
@@ -142,7 +175,7 @@ def markdown(
     return text if not apart else f"{text}\n{lines(f'minus {first}, paired by seed', apart, '+')}"
 
 
-def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
+def cell(measure: str, mean: float | None, half: float | None, sign: str = "") -> str:
     """``mean ± half``, with as many digits as the measure deserves; ``sign`` "+" shows it of positive numbers
     as well.
     """
@@ -153,8 +186,11 @@ def cell(measure: str, mean: float, half: float | None, sign: str = "") -> str:
         "logit_std": (3, 1),
         "mutual_information": (3, 1),
         "expert_similarity": (3, 1),
+        "effective_rank": (2, 1),
+        "drift": (3, 1),
     }.get(measure, (4, 1))
-    return with_half(mean * scale, None if half is None else half * scale, f".{digits}f", sign)
+    mean, half = (None if each is None else each * scale for each in (mean, half))
+    return with_half(mean, half, f".{digits}f", sign)
 
 
 def curves(runs: RunsBySeed, name: str, *, points: int | None = None) -> dict[str, SeedCurve]:

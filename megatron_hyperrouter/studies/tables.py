@@ -23,10 +23,12 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def with_half(mean: float, half: float | None, digits: str, sign: str = "") -> str:
-    """``mean ± half``; ``digits`` as in a format: ``.4f``; ``sign`` "+" shows it of positive numbers as
-    well.
+def with_half(mean: float | None, half: float | None, digits: str, sign: str = "") -> str:
+    """``mean ± half``, or a dash; ``digits`` as in a format: ``.4f``; ``sign`` "+" shows it of positive
+    numbers as well.
     """
+    if mean is None:
+        return "-"
     shown = f"{mean:{sign}{digits}}"
     return shown if half is None else f"{shown} ± {half:{digits}}"
 

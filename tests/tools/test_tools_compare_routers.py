@@ -208,6 +208,13 @@ def test_table_against_loops(compared: Compared) -> None:
             name: [results[name] for results in pair]
             for name in ("entropy", "load_max_over_mean", "expert_similarity")
         }
+        measures |= {
+            name: [
+                sum(layer["jacobian"][name] for layer in results["analysis"][-1]["layers"]) / 2
+                for results in pair
+            ]
+            for name in ("effective_rank", "drift")
+        }
         for name, values in measures.items():
             assert [float(row[name]) for row in rows if row["router"] == label] == values
             assert float(by_router[label][name]) == pytest.approx(sum(values) / 2, rel=1e-12)

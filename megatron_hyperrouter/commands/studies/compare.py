@@ -61,9 +61,11 @@ A router that is not in the file has the options in --config, or its defaults.
 
 Columns of the table: router entropy (nats) and load (largest over mean) are averages over layers and the last
 tenth of the steps.  Logit standard deviation, mutual information (nats) and similarity (mean linear CKA
-between the outputs of two experts) are averages over layers, on test data at the final k of training; each
-run's results.json has them for each layer.  Step time is the median; --jobs above 1 distorts it.  mhr report
-turns the folder into a page."""
+between the outputs of two experts) are averages over layers, on test data at the final k of training.  So are
+effective rank (of the router's part of the Jacobian) and drift (the share of the span of the router's matrix
+that lies outside its start); a router that is not a linear map has no drift.  Each run's results.json has
+these measures for each layer.  Step time is the median; --jobs above 1 distorts it.  mhr report turns the
+folder into a page."""
 
 
 @dataclass(frozen=True)
