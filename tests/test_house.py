@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "data/order": ({"config", "data", "data/store"}, {"numpy"}),
     "data/stream": ({"config", "data/store", "data/order"}, {"numpy", "torch"}),
-    "model": ({"config"}, {"torch", "megatron"}),
+    "model": ({"config", "compat.rotary", "compat.specs"}, {"torch", "megatron"}),
     "compat": (set(), {"torch", "deepspeed", "megatron"}),
     "checkpoint": ({"config"}, {"torch", "safetensors"}),
     "engines/base": ({"config"}, {"torch"}),

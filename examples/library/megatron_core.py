@@ -13,6 +13,7 @@ import torch
 
 from megatron_hyperrouter import megatron_router_builder
 from megatron_hyperrouter.compat.megatron import install
+from megatron_hyperrouter.compat.specs import submodules_of
 from megatron_hyperrouter.engines.world import backend, device, single_rank_without_launcher
 
 # lets megatron-core train on a CPU, and without Transformer Engine; changes nothing where that is
@@ -47,7 +48,7 @@ def build_model() -> DistributedDataParallel:
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="LayerNorm")
     # the one line that is new
-    spec.submodules.mlp.submodules.router = megatron_router_builder("hyper", seed=1234)
+    submodules_of(spec.submodules.mlp).router = megatron_router_builder("hyper", seed=1234)
     model = GPTModel(
         config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE, position_embedding_type="rope"
     ).to(device())

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megatron_hyperrouter.compat.rotary import turned_by_table
 
-TESTED = "0.16.1"
+TESTED = "0.16.1"  # Python 3.10 and 3.11 have no newer one
+ALSO_TESTED = "0.19.2"  # for Python >= 3.12
 _CPU = torch.device("cpu")
 
 
@@ -321,15 +322,10 @@ def turn_in_few_operators() -> None:
     if getattr(host, "_hyperrouter", False):
         return
 
-    def turned(
-        t: Tensor,
-        freqs: Tensor,
-        rotary_interleaved: bool = False,
-        multi_latent_attention: bool = False,
-        mscale: float = 1.0,
-    ) -> Tensor:
-        if rotary_interleaved or multi_latent_attention or freqs.size(-1) != t.size(-1):
-            other: Tensor = host(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+    # ``ways``: of taking pairs of channels; their names depend on the version
+    def turned(t: Tensor, freqs: Tensor, *, mscale: float = 1.0, **ways: bool | None) -> Tensor:
+        if any(ways.values()) or freqs.size(-1) != t.size(-1):
+            other: Tensor = host(t, freqs, mscale=mscale, **ways)
             return other
         return turned_by_table(t, freqs, mscale)
 

@@ -1,4 +1,4 @@
-"""Rotary positions in few operators, for the patch of megatron-core that applies them.
+"""Rotary positions in few operators, for latent attention and the patch of megatron-core that applies them.
 
 Legend: ``S`` sequence, ``B`` batch, ``N`` heads, ``C`` channels that turn, ``R = C / 2``.
 """

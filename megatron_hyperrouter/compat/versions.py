@@ -11,12 +11,14 @@ from megatron_hyperrouter.compat import deepspeed, megatron
 from megatron_hyperrouter.console import warn
 from megatron_hyperrouter.errors import HostError
 
-# library -> (the module that it installs, the version that all tests ran with)
+# library -> (the module that it installs, the version that all tests run with)
 TESTED = {
     "torch": ("torch", "2.13.0"),
     "megatron-core": ("megatron.core", megatron.TESTED),
     "deepspeed": ("deepspeed", deepspeed.TESTED),
 }
+# library -> newer versions with which tests/newest_hosts.sh passes, on a Python that the first may not have
+ALSO_TESTED = {"megatron-core": (megatron.ALSO_TESTED,)}
 # The DeepSpeed engine too is built of megatron-core's layers.
 NEEDED = {"deepspeed": ("torch", "megatron-core", "deepspeed"), "megatron": ("torch", "megatron-core")}
 
@@ -37,12 +39,16 @@ def check(engine: str) -> None:
             remedy=f"run bash tools/setup_env.sh, or pip install {install}",
         )
     for library, version in found.items():
-        tested = TESTED[library][1]
-        if version is not None and not in_range(version, tested):
-            warn(
-                f"{library} {version} was not tested (tested: {tested}); if something "
-                f"fails, run: pip install {library}=={tested}"
-            )
+        if version is not None and (problem := untested(library, version)):
+            warn(f"{problem}; if something fails, run: pip install {library}=={TESTED[library][1]}")
+
+
+def untested(library: str, version: str) -> str | None:
+    """What to report about a version that was not tested; None about one that was."""
+    known = (TESTED[library][1], *ALSO_TESTED.get(library, ()))
+    if any(in_range(version, tested) for tested in known):
+        return None
+    return f"{library} {version} was not tested (tested: {' and '.join(known)})"
 
 
 def installed(library: str) -> str | None:

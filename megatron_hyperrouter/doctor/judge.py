@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from megatron_hyperrouter.compat.versions import TESTED, in_range
+from megatron_hyperrouter.compat.versions import TESTED, untested
 from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, note, ok
 from megatron_hyperrouter.doctor.machine import Facts
 
@@ -69,13 +69,9 @@ def _versions(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]
         yield fault("versions", f"not installed: {', '.join(missing)}", _INSTALL)
     if differences or missing:
         return
-    untested = [
-        f"{library} {found[library]} was not tested (tested: {tested})"
-        for library, (_, tested) in TESTED.items()
-        if not in_range(found[library], tested)
-    ]
+    problems = [problem for library in TESTED if (problem := untested(library, found[library]))]
     shown = ", ".join(f"{library} {found[library]}" for library in ("python", *TESTED))
-    yield note("versions", f"{shown}; {'; '.join(untested)}") if untested else ok("versions", shown)
+    yield note("versions", f"{shown}; {'; '.join(problems)}") if problems else ok("versions", shown)
 
 
 def _extension(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """The layer spec for machines with Transformer Engine: megatron-core's own, with our router in it.
 
 The tests run it on a CPU, with a replacement that has Transformer Engine's classes and attributes, not on
-a GPU. megatron-core 0.16.1, models/gpt/gpt_layer_specs.py
+a GPU. megatron-core 0.16.1 and 0.19.2, models/gpt/gpt_layer_specs.py
 (``get_gpt_layer_with_transformer_engine_spec``).
 """
 
@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_hyperrouter.compat.specs import submodules_of
 from megatron_hyperrouter.config.tree import RunConfig
 
 
@@ -35,7 +36,7 @@ def fused_expert_spec(config: RunConfig, *, grouped: bool) -> ModuleSpec:
     them.
     """
     moe = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=grouped)
-    experts: ModuleSpec = moe.submodules.experts
+    experts: ModuleSpec = submodules_of(moe).experts
     return experts
 
 

@@ -47,6 +47,8 @@ def test_tested_versions_are_silent(
     versions.check(engine)
     installed |= {"torch": "2.13.1+cu130", "megatron-core": "0.16.7"}
     versions.check(engine)
+    installed |= {"megatron-core": "0.19.3"}
+    versions.check(engine)
     assert capsys.readouterr() == ("", "")
 
 
@@ -57,6 +59,7 @@ def test_tested_versions_are_silent(
         ("torch", "3.13.0"),
         ("megatron-core", "0.16.0rc2"),
         ("megatron-core", "0.17.0"),
+        ("megatron-core", "0.19.0"),
         ("deepspeed", "main"),
     ],
 )
@@ -67,6 +70,7 @@ def test_others_are_named(
     versions.check("deepspeed")
     told = capsys.readouterr().err
     assert told.count("warning") == 1 and f"{library} {version} was not tested" in told
+    assert ("(tested: 0.16.1 and 0.19.2)" in told) == (library == "megatron-core")
     assert f"pip install {library}=={versions.TESTED[library][1]}" in told
 
 

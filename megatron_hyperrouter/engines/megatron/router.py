@@ -41,8 +41,11 @@ class MegatronRouter(MegatronModule):
         make: Callable[[int], Router],
         clock: Clock | None = None,
         statistics: RouterStatistics | None = None,
+        **_: object,
     ) -> None:
-        """``make``: the router of the layer of this number, counted from 1 over the whole model."""
+        """``make``: the router of the layer of this number, counted from 1 over the whole model; newer hosts
+        give more arguments, which no router of ours needs.
+        """
         super().__init__(config=config)
         self.make, self._clock, self._statistics = make, clock or Clock(), statistics
         self.dropless = (

@@ -27,9 +27,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_hyperrouter.compat.rotary import turned_by_table
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention.core import gathered_positions
-from megatron_hyperrouter.model.attention.rotary import RotaryTable, concentration, rates, temperature, turned
+from megatron_hyperrouter.model.attention.rotary import RotaryTable, concentration, rates, temperature
 
 
 class LatentAttention(MegatronModule):
@@ -129,7 +130,7 @@ class LatentAttention(MegatronModule):
             first = rank * length
             angles = angles[gathered_positions(length, size, x_SBNP.device)[first : first + length]]
         halves = torch.cat([x_SBNP[..., 0::2], x_SBNP[..., 1::2]], -1)
-        return turned(halves, angles, self.length_scale)
+        return turned_by_table(halves, angles, self.length_scale)
 
 
 class WholeLinear(nn.Module):

@@ -40,15 +40,8 @@ class RotaryTable(nn.Module):
             self._table = torch.cat([angles_SR, angles_SR], dim=-1).view(length, 1, 1, -1)
             self._cut = None
         if self._cut is None or self._cut.size(0) != length:
-            self._cut = self._table[:length]  # one tensor for all steps: it keeps its cosines, see below
+            self._cut = self._table[:length]  # one tensor for all steps: a turn keeps its cosines
         return self._cut
-
-
-def turned(x_SBNC: Tensor, angles_S11C: Tensor, scale: float = 1.0) -> Tensor:
-    """Channel i turned with channel i + C/2, and ``scale`` times as long."""
-    cos, sin = ((part * scale).to(x_SBNC.dtype) for part in (angles_S11C.cos(), angles_S11C.sin()))
-    first, second = x_SBNC.chunk(2, -1)
-    return x_SBNC * cos + torch.cat([-second, first], -1) * sin
 
 
 def rates(config: RunConfig) -> Tensor:

@@ -55,9 +55,10 @@ class MoESlot(MegatronModule):
         clock: Clock,
         statistics: RouterStatistics,
         shared_expert: ModuleSpec,
+        **_: object,
     ) -> None:
         """``make``: the router of the layer of this number, counted from 1 over the whole model;
-        ``shared_expert``: built where the settings ask for one.
+        ``shared_expert``: built where the settings ask for one.  Newer hosts give more arguments.
         """
         super().__init__(config)
         model, parallel = run.model, run.parallel
