@@ -33,7 +33,8 @@ def examine(ranks: Ranks, run_dir: Path, checkpoint: int | None) -> Report:
     """
     own = machine.facts_of_this_process()
     ranks.meet("rates")  # so that all ranks of a machine compute at the same time, as they train
-    own |= {"rate": machine.matmul_rate(), "offset": ranks.clock_offset()}
+    own["rate"] = machine.matmul_rate()
+    own["offset"], own["offset_error"] = ranks.clock_offset()
     facts = ranks.gather("facts", own)
     names = ranks.tell("names", judge.names_of(facts))
     first_ranks = ranks.tell("first ranks", judge.first_ranks(facts))

@@ -182,10 +182,11 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
 
 
 def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
-    offsets = [each["offset"] for each in facts]
-    worst = max(range(len(offsets)), key=lambda rank: abs(offsets[rank]))
-    if abs(offsets[worst]) > _MOST_SKEW:
-        way = "ahead of" if offsets[worst] > 0 else "behind"
-        text = f"the clock of {names[worst]} is {abs(offsets[worst]):.1f} s {way} that of {names[0]}"
+    certain = [abs(each["offset"]) - each["offset_error"] for each in facts]
+    worst = max(range(len(facts)), key=lambda rank: certain[rank])
+    offset = facts[worst]["offset"]
+    if certain[worst] > _MOST_SKEW:
+        way = "ahead of" if offset > 0 else "behind"
+        text = f"the clock of {names[worst]} is {abs(offset):.1f} s {way} that of {names[0]}"
         return fault("clock", text, "start chrony or ntpd on that machine")
-    return ok("clock", f"within {max(abs(each) for each in offsets):.3f} s of each other")
+    return ok("clock", f"within {max(abs(each['offset']) for each in facts):.3f} s of each other")

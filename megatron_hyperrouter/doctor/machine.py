@@ -24,7 +24,7 @@ from megatron_hyperrouter.compat.versions import TESTED, installed
 
 Facts = dict[str, Any]
 _LIBRARIES = ("numpy", "safetensors", "pydantic", "tokenizers")
-_MATMUL_SECONDS = 0.4
+_MATMUL_SECONDS, _MATMUL_TRIES = 0.4, 20  # at least; a busy machine may interrupt some of the tries
 _SHM = Path("/dev/shm")
 
 
@@ -47,25 +47,26 @@ def facts_of_this_process() -> Facts:
 
 
 def matmul_rate() -> float:
-    """Floating-point operations a second of this rank's device: the best of many, so that what else runs on
-    the machine for a moment does not count.
+    """Floating-point operations a second of this rank's device: the best of many short tries, so that what
+    else runs on the machine does not count.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     size, dtype = (8192, torch.bfloat16) if gpu else (384, torch.float32)
     a = torch.ones(size, size, device=device, dtype=dtype)
-    best, end = float("inf"), None
-    while end is None or time.perf_counter() < end:
+
+    def seconds() -> float:
         begun = time.perf_counter()
         a @ a
         if gpu:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
-        if end is None:  # the first one warms up
-            end = time.perf_counter() + _MATMUL_SECONDS
-        else:
-            best = min(best, seconds)
-    return 2 * size**3 / best
+        return time.perf_counter() - begun
+
+    seconds()  # the first one warms up
+    end, tried = time.perf_counter() + _MATMUL_SECONDS, [seconds()]
+    while len(tried) < _MATMUL_TRIES or time.perf_counter() < end:
+        tried.append(seconds())
+    return 2 * size**3 / min(tried)
 
 
 def _versions() -> dict[str, str]:

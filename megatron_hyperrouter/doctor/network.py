@@ -7,7 +7,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_hyperrouter.doctor.ranks import Ranks
 _ANSWER = 5.0  # seconds
 _LIMIT = timedelta(seconds=60)
 _TRIES = 3
+_MORE_ROUNDS = 3  # until a pair is called slow: other work on a machine may have disturbed it
 _BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _FEW_PAIRS = 4  # fewer have no usual speed
 _SLOW = {"cpu": 0.1, "cuda": 0.5}  # of the median; processes of one CPU machine disturb each other
@@ -59,7 +60,7 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     numbers: dict[str, Any] = {}
-    pairs: list[tuple[int, float]] = []
+    pairs: dict[tuple[int, int], float] = {}
     why, left_alone = "", False
     try:
         dist.init_process_group(
@@ -69,16 +70,16 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
             world_size=ranks.size,
             timeout=_LIMIT,
         )
-        numbers, pairs = _measure(ranks, device)
+        numbers, pairs = _measure(ranks.rank, ranks.size, device)
     except (RuntimeError, ValueError) as error:  # what gloo and NCCL raise
         why, left_alone = str(error).splitlines()[0], console.left_alone(error)
     finally:
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             dist.destroy_process_group()
-    told = ranks.gather("collectives", (pairs, why, left_alone))
+    told = ranks.gather("collectives", (why, left_alone))
     if ranks.rank:
         return [], {}
-    broken = [(alone, f"{names[rank]}: {reason}") for rank, (_, reason, alone) in enumerate(told) if reason]
+    broken = [(alone, f"{names[rank]}: {reason}") for rank, (reason, alone) in enumerate(told) if reason]
     if broken:  # a rank that was left alone does not know why
         first = first_of([text for _, text in sorted(broken, key=lambda each: each[0])])
         remedy = (
@@ -86,27 +87,58 @@ def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Findin
             "(NCCL_DEBUG=INFO shows more)"
         )
         return [fault("collectives", f"ranks cannot exchange tensors: {first}", remedy)], {}
-    return _judge([own for own, _, _ in told], names, numbers, device.type), numbers
+    return [_judge(pairs, names, numbers, device.type)], numbers
 
 
-def _measure(ranks: Ranks, device: torch.device) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Bandwidths in bytes a second, the same on all ranks; and of this rank's pairs."""
-    size, count = ranks.size, _BYTES[device.type] // 4 // ranks.size * ranks.size
+def _measure(
+    rank: int, size: int, device: torch.device
+) -> tuple[dict[str, Any], dict[tuple[int, int], float]]:
+    """Bandwidths in bytes a second, of all ranks together and of each pair; the same on all ranks."""
+    count = _BYTES[device.type] // 4 // size * size
     x, y = torch.ones(count, device=device), torch.empty(count, device=device)
     share = (size - 1) / size
     numbers: dict[str, Any] = {
         "all_reduce": 2 * share * 4 * count / _time(lambda: dist.all_reduce(x), device),
         "all_to_all": share * 4 * count / _time(lambda: dist.all_to_all_single(y, x), device),
     }
-    pairs, step = [], 1
-    while step < size:
-        other = ranks.rank ^ step
+    best = _rates_of_pairs(rank, size, x, y)
+    for _ in range(_MORE_ROUNDS):
+        if not _slow_pairs(_named(best), device.type):
+            break
+        best = torch.maximum(best, _rates_of_pairs(rank, size, x, y))
+    return numbers, _named(best)
+
+
+def _rates_of_pairs(rank: int, size: int, x: Tensor, y: Tensor) -> Tensor:
+    """Bytes a second of rank r with rank r ^ 2^s at [s, r], where r is the lower one; else 0."""
+    bits = (size - 1).bit_length()
+    rates = torch.zeros(bits, size, dtype=torch.float64, device=x.device)
+    for bit in range(bits):
+        other = rank ^ (1 << bit)
         partner = other if other < size else None
-        seconds = _time(partial(_exchange, x, y, partner), device, alone=True)
-        if partner is not None and ranks.rank < partner:
-            pairs.append((partner, 4 * count / seconds))
-        step *= 2
-    return numbers, pairs
+        seconds = _time(partial(_exchange, x, y, partner), x.device, alone=True)
+        if partner is not None and rank < partner:
+            rates[bit, rank] = 4 * x.numel() / seconds
+    dist.all_reduce(rates)
+    return rates
+
+
+def _named(rates: Tensor) -> dict[tuple[int, int], float]:
+    """By the two ranks."""
+    return {
+        (rank, rank ^ (1 << bit)): rate
+        for bit, row in enumerate(rates.tolist())
+        for rank, rate in enumerate(row)
+        if rate
+    }
+
+
+def _slow_pairs(rates: Mapping[tuple[int, int], float], kind: str) -> list[tuple[int, int]]:
+    """The slowest first; where there are few, none is unusual."""
+    if len(rates) < _FEW_PAIRS:
+        return []
+    limit = _SLOW[kind] * statistics.median(rates.values())
+    return sorted((pair for pair in rates if rates[pair] < limit), key=lambda pair: rates[pair])
 
 
 def _exchange(x: Tensor, y: Tensor, partner: int | None) -> None:
@@ -133,24 +165,18 @@ def _time(act: Callable[[], object], device: torch.device, *, alone: bool = Fals
 
 
 def _judge(
-    told: Sequence[Sequence[tuple[int, float]]], names: Sequence[str], numbers: dict[str, Any], kind: str
-) -> list[Finding]:
-    rates = {(rank, other): rate for rank, pairs in enumerate(told) for other, rate in pairs}
-    usual = statistics.median(rates.values())
-    numbers["pair"] = usual
+    rates: Mapping[tuple[int, int], float], names: Sequence[str], numbers: dict[str, Any], kind: str
+) -> Finding:
+    numbers["pair"] = statistics.median(rates.values())
     text = (
         f"all-reduce {numbers['all_reduce'] / 1e9:,.2f} GB/s, all-to-all {numbers['all_to_all'] / 1e9:,.2f} "
-        f"GB/s, a pair {usual / 1e9:,.2f} GB/s"
+        f"GB/s, a pair {numbers['pair'] / 1e9:,.2f} GB/s"
     )
-    slow = [
-        f"{names[a]} with {names[b]}: {rate / 1e9:,.2f} GB/s"
-        for (a, b), rate in sorted(rates.items(), key=lambda item: item[1])
-        if rate < _SLOW[kind] * usual
-    ]
-    if slow and len(rates) >= _FEW_PAIRS:
+    slow = [f"{names[a]} with {names[b]}: {rates[a, b] / 1e9:,.2f} GB/s" for a, b in _slow_pairs(rates, kind)]
+    if slow:
         remedy = "check cable, switch port and network card of these machines"
-        return [fault("collectives", f"{text}; slow: {first_of(slow)}", remedy)]
-    return [ok("collectives", text)]
+        return fault("collectives", f"{text}; slow: {first_of(slow)}", remedy)
+    return ok("collectives", text)
 
 
 def _connect(host: str, port: int) -> str:

@@ -4,6 +4,7 @@ collectives do not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.guard.meeting import of_this_attempt, wait_for_name
 
 PATIENCE = timedelta(seconds=120)  # with the slowest rank
+_ASKED = 4  # times that each rank asks for the time; the first answer waits for the ranks before
 Value = TypeVar("Value")
 
 
@@ -82,20 +84,23 @@ class Ranks:
         self.meet("end")
         self.gather("left", True)
 
-    def clock_offset(self) -> float:
-        """Seconds by which this rank's clock is ahead of rank 0's, to half the time of one answer."""
-        if self.store is None:
-            return 0.0
-        for rank in range(1, self.size):
+    def clock_offset(self) -> tuple[float, float]:
+        """Seconds by which this rank's clock is ahead of rank 0's, and by how much that may be wrong: half
+        the time of the quickest answer.
+        """
+        found = [(0.0, 0.0)] if self.rank == 0 else []
+        for rank, number in itertools.product(range(1, self.size), range(_ASKED)):
+            topic = f"clock/{rank}/{number}"
             if self.rank == 0:
-                self._get(f"clock/{rank}/asked", rank)
-                self.store.set(f"clock/{rank}/told", repr(time.time()))
+                self._get(f"{topic}/asked", rank)
+                self.store.set(f"{topic}/told", repr(time.time()))
             elif self.rank == rank:
                 begun = time.time()
-                self.store.set(f"clock/{rank}/asked", "?")
-                told = float(self._get(f"clock/{rank}/told", 0))
-                return (begun + time.time()) / 2 - told
-        return 0.0
+                self.store.set(f"{topic}/asked", "?")
+                told = float(self._get(f"{topic}/told", 0))
+                ended = time.time()
+                found.append(((begun + ended) / 2 - told, (ended - begun) / 2))
+        return min(found, key=lambda each: each[1])
 
     def _get(self, topic: str, rank: int) -> bytes:
         try:

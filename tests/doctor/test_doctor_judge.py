@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from torch import distributed as dist
 
 from megatron_hyperrouter.compat.versions import TESTED
+from megatron_hyperrouter.doctor import machine, network
 from megatron_hyperrouter.doctor.judge import first_ranks, judge, names_of
 from megatron_hyperrouter.doctor.ranks import Ranks
 from megatron_hyperrouter.processes import ROUND
@@ -29,6 +31,7 @@ SOUND: dict[str, Any] = {
     "gpu_faults": [],
     "rate": 700e12,
     "offset": 0.0,
+    "offset_error": 0.001,
 }
 
 
@@ -59,6 +62,7 @@ def test_sound_machines() -> None:
         ({"resolves": ""}, {"host names": "fault"}),
         ({"offset": -3.0}, {"clock": "fault"}),
         ({"offset": 0.5}, {}),
+        ({"offset": 3.0, "offset_error": 2.5}, {}),  # rank 0 was slow to answer
         ({"versions": SOUND["versions"] | {"torch": "2.12.0"}}, {"versions": "fault"}),
     ],
 )
@@ -77,6 +81,51 @@ def test_all_alike() -> None:
     assert levels(*[{"open_files": 1024, "host": str(rank)} for rank in range(300)]) == {
         "open files": "fault"
     }
+
+
+def test_a_slow_pair() -> None:
+    names = [f"rank {rank}" for rank in range(8)]
+    numbers = {"all_reduce": 1e9, "all_to_all": 1e9}
+    rates = {(a, a ^ 1 << bit): 1e9 for bit in range(3) for a in range(8) if not a & 1 << bit}
+    assert len(rates) == 12 and network._judge(rates, names, numbers, "cpu").level == "ok"
+    slow = network._judge(rates | {(2, 6): 0.05e9}, names, numbers, "cpu")
+    assert slow.level == "fault" and "slow: rank 2 with rank 6: 0.05 GB/s" in slow.text
+    assert network._judge({(0, 1): 1e9, (2, 3): 1e6}, names, numbers, "cpu").level == "ok"  # none is usual
+
+
+def test_a_rate_comes_from_many_tries_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tries but one are interrupted for longer than the whole measurement should take."""
+    monkeypatch.setattr(machine, "_MATMUL_SECONDS", 0.01)
+    clock, calls = [0.0], itertools.count()
+
+    def now() -> float:
+        clock[0] += 0.001 if next(calls) in (30, 31) else 1.0  # one of the two is the end of a try
+        return clock[0]
+
+    monkeypatch.setattr(machine.time, "perf_counter", now)
+    assert machine.matmul_rate() == pytest.approx(2 * 384**3 / 0.001, rel=1e-6)
+
+
+def test_a_clock_is_compared_by_the_quickest_answer() -> None:
+    """Rank 0 answers the first question of each rank late; rank 1's clock is right."""
+    store = dist.HashStore()
+
+    class Slow(dist.Store):
+        """Rank 0's view of the store."""
+
+        def get(self, key: str) -> bytes:
+            if key.endswith("/0/asked"):
+                time.sleep(0.5)
+            return store.get(key)
+
+        def set(self, key: str, value: str) -> None:
+            store.set(key, value)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(Ranks(0, 2, Slow()).clock_offset)
+        offset, error = threads.submit(Ranks(1, 2, store).clock_offset).result()
+        assert first.result() == (0.0, 0.0)
+    assert error < 0.2 and abs(offset) <= error
 
 
 def test_a_second_attempt_does_not_meet_what_the_first_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
