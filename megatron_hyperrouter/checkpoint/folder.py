@@ -156,7 +156,7 @@ class CheckpointFolders:
             reason = reason_of(self.ranks, error)
             if isinstance(error, HyperRouterError):
                 raise error
-            message = f"{self.root} cannot be prepared: {reason}"
+            message = f"the checkpoint folder {self.root} cannot be prepared for this run: {reason}"
             raise CheckpointError(
                 message, remedy="check its permissions, or give another --run-dir"
             ) from error

@@ -268,5 +268,5 @@ def _is_dtype(name: Any) -> bool:
 
 def _checked(value: Any, fits: bool) -> Any:
     if not fits:
-        raise ValueError(f"{value!r:.80} is not expected here")
+        raise ValueError(f"unexpected value {value!r:.80}")
     return value

@@ -68,7 +68,7 @@ def overview() -> str:
     lines = ["usage: mhr COMMAND [arguments]       (mhr COMMAND --help explains one)", ""]
     for group, commands in GROUPS.items():
         lines += [f"{group}:", *(f"  {name:<16} {command.summary}" for name, command in commands.items()), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "k: number of experts that process each token (active experts)", ""])
 
 
 def _unknown(word: str) -> ConfigError:

@@ -21,9 +21,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": Command("training.train", "pretrain a GPT-style mixture-of-experts model"),
     },
     "Clusters": {
-        "plan": Command("cluster.plan", "find the layouts that fit a model onto a number of GPUs"),
+        "plan": Command("cluster.plan", "find parallel layouts in which a model fits on N GPUs"),
         "doctor": Command("cluster.doctor", "examine the machines of a job before it trains"),
-        "status": Command("cluster.status", "show the state of a run: step, speed, ETA, who is late"),
+        "status": Command("cluster.status", "show the state of a run: step, speed, ETA, late ranks"),
     },
     "Data": {
         "corpus": Command("data.corpus", "turn the text files below a folder into JSON lines"),
@@ -40,17 +40,17 @@ GROUPS: dict[str, dict[str, Command]] = {
             "models.finetune", "train a classification head on a run and test it at several k"
         ),
         "generate": Command("models.generate", "continue prompts at several k"),
-        "export-hf": Command("models.export_hf", "write a run as a Hugging Face folder with a certificate"),
+        "export-hf": Command("models.export_hf", "export a run to a Hugging Face folder with a certificate"),
         "import-hf": Command("models.import_hf", "turn a Hugging Face model into a run folder"),
         "average": Command("models.average", "average checkpoints of a run into a new run folder"),
         "lm-eval": Command("models.lm_eval", "run lm-evaluation-harness at several k"),
-        "export-megatron": Command("models.export_megatron", "write a run's weights for Megatron-LM"),
+        "export-megatron": Command("models.export_megatron", "export a run's weights to Megatron-LM"),
     },
     "Studies": {
-        "compare": Command("studies.compare", "train several routers alike and compare them"),
+        "compare": Command("studies.compare", "train one model with several routers and compare them"),
         "scaling": Command("studies.scaling", "study how loss and speed scale"),
         "analyze": Command("studies.analyze", "analyze the routers and experts of a trained run"),
         "report": Command("studies.report", "make one page of plots from runs and studies"),
-        "verify": Command("studies.verify", "check that layouts train the same model"),
+        "verify": Command("studies.verify", "check that all parallel layouts train the same model"),
     },
 }

@@ -106,8 +106,8 @@ def _about_training(config: RunConfig) -> Iterator[str]:
         )
     if (config.topk.topk_schedule_steps or 0) > train.train_iters:
         yield (
-            f"k does not reach {model.moe_router_topk}: --topk-schedule-steps is greater than --train-iters "
-            f"= {train.train_iters}"
+            f"the number of active experts (k) does not reach {model.moe_router_topk}: "
+            f"--topk-schedule-steps is greater than --train-iters = {train.train_iters}"
         )
     if config.optimizer.lr_decay_style in ("linear", "cosine", "WSD") and run_length(config) > decay_iters(
         config
@@ -135,7 +135,10 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
         yield f"--tokenizer-model is ignored: {kind} needs no file"
     for name in ("mscale", "mscale_all_dim"):
         if getattr(config.attention, name) != tree_leaves()[name].default and rope_type(config) != "yarn":
-            yield f"{tree_leaves()[name].flag} is ignored: only --rope-type yarn scales attention's scores"
+            yield (
+                f"{tree_leaves()[name].flag} is ignored: attention scores are scaled only with "
+                "--rope-type yarn"
+            )
     for name in ("no_load_optim", "no_load_rng"):
         if getattr(config.checkpoint, name) and config.checkpoint.load is None:
             yield f"{tree_leaves()[name].flag} is ignored: there is no --load"

@@ -73,7 +73,7 @@ NOT_RECOMPUTED: Mapping[str, str] = MappingProxyType(
     {
         "layernorm": "megatron-core supports it only with Transformer Engine",
         "moe_act": "only the experts of Transformer Engine support it",
-        "mla_up_proj": "attention keeps its result",
+        "mla_up_proj": "the backward pass of attention needs its result anyway",
     }
 )
 

@@ -186,8 +186,9 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     writes = {rank: each["write"] for rank, each in told.items()}
     slowest = min(writes, key=lambda rank: writes[rank])
     text = (
-        f"write {sum(writes.values()) / 1e6:,.0f} MB/s, read (also from memory) "
-        f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s, over {len(told)} machine(s)"
+        f"write {sum(writes.values()) / 1e6:,.0f} MB/s, read "
+        f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s (partly from the page "
+        f"cache), in all, on {len(told)} machine(s)"
     )
     if writes[slowest] < min(_SLOW, statistics.median(writes.values())):
         slow = f"; {names[slowest]} writes {writes[slowest] / 1e6:,.1f} MB/s"

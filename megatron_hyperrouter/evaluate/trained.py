@@ -237,6 +237,5 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="prefixes of token files to use instead of the run's, or of the run's files if they have "
-            "moved",
+            help="prefixes of the token files, if they are not the run's or have moved",
         )

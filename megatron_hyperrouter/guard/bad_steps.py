@@ -94,7 +94,7 @@ def steps_of(ranges: Iterable[str]) -> Iterable[int]:
             raise ValueError(f"{word} must be a step or a range of steps, such as 105-107")
         begin, end = int(first), int(last or first)
         if not 1 <= begin <= end:
-            raise ValueError(f"{word} must start at 1 or later and must not run backwards")
+            raise ValueError(f"{word} must start at step 1 or later and end at the same or a later step")
         yield from range(begin, end + 1)
 
 
@@ -106,10 +106,10 @@ def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart])
     where = f"; seen on {', '.join(places)}" if places else ""
     if repeats:
         return (
-            f"repeated, the step gives the same result ({told}), so the cause "
-            f"is in data, settings or weights{where}"
+            f"a repetition of the step gave the same result ({told}), so the cause is in the data, "
+            f"settings or weights{where}"
         )
-    return f"repeated, the step gives {told}, so a temporary hardware fault is likely{where}"
+    return f"a repetition of the step gave {told}, so a temporary hardware fault is likely{where}"
 
 
 def _place(part: OwnPart) -> str:

@@ -68,7 +68,7 @@ def cause_of_restart(events: Sequence[Mapping[str, Fact]]) -> str:
         return ""
     closing = last_words(events)
     if closing is None:
-        return "the previous attempt left no last event: it was killed, or its machine failed"
+        return "the previous attempt did not record its end: it was killed, or its machine failed"
     if closing["event"] == "end":
         return "the previous attempt had finished"
     if closing["event"] == "stop":

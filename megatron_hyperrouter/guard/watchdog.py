@@ -141,7 +141,9 @@ class Watchdog:
             silent = "it has been silent for"
             return [f"{describe(beats[rank])}; {silent} {self._silent(rank):.0f} s" for rank in lost]
         now = {**beats, self._rank: self._own_beat()}
-        return [describe(now[rank]) for rank in apart(now)] or [f"{describe(now[self._rank])}, as all ranks"]
+        return [describe(now[rank]) for rank in apart(now)] or [
+            f"all ranks are in the same place: {describe(now[self._rank])}"
+        ]
 
     def _record(self, still: float, suspects: list[str]) -> None:
         with contextlib.suppress(OSError):

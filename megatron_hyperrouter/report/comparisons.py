@@ -128,8 +128,8 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         section.figure(
             drawing.draw(against_k(apart, f"{unit}, minus {first}", skip=1)),
             (
-                f"Differences from {first}, paired by seed, which vary less than either number. "
-                "An interval that contains 0 shows no difference."
+                f"Differences from {first}, paired by seed, which reduces their variance. An "
+                "interval that contains 0 does not show a difference."
             ),
         )
     return section
@@ -325,7 +325,7 @@ def _of(seeds: Mapping[int, Record], topk: int, layer: int, name: str) -> list[A
 
 
 def _band(study: Comparison) -> str:
-    return "One seed has no band." if max(map(len, study.runs.values())) < 2 else ""
+    return "With one seed there is no band." if max(map(len, study.runs.values())) < 2 else ""
 
 
 _MEANING = "Mean ± half of the 95 % t-interval over seeds."

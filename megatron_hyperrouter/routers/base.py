@@ -437,8 +437,9 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
     """The warning of the methods that take the softmax over the kept logits."""
     if topk == 1:
         yield (
-            f"router {name} with k = 1: the only weight is always 1, so the language-model loss "
-            "gives the router no gradient; only --moe-aux-loss-coeff and --moe-z-loss-coeff train the router"
+            f"router {name} with k = 1: the weight of the only chosen expert is always 1, so the "
+            "language-model loss gives the router no gradient; only --moe-aux-loss-coeff and "
+            "--moe-z-loss-coeff train the router"
         )
 
 

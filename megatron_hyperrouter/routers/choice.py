@@ -74,8 +74,8 @@ class ChoosingRouter(Router):
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Tokens over which the load-balancing loss is computed; global_batch takes the load from the "
-            "previous step; off: no such loss",
+            "Tokens over which the load-balancing loss is computed. global_batch: with the load of "
+            "the previous step; off: no load-balancing loss",
         ] = "micro_batch"
         expert_bias: Annotated[
             bool,
@@ -91,8 +91,8 @@ class ChoosingRouter(Router):
             float | None,
             Gt(0.0),
             Role.INITIAL,
-            "Standard deviation of the initial logits, for inputs of unit variance; default: as the "
-            "router's initial weights give it",
+            "Standard deviation of the initial logits, for inputs of unit variance; default: set by "
+            "the router's initial weights",
         ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:

@@ -166,9 +166,9 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 )
             if topk == 1:
                 yield (
-                    "router competesmoe with k = 1: the only weight is always 1, so the language-model "
-                    "loss gives the router no gradient; only competitions, --moe-aux-loss-coeff "
-                    "and --moe-z-loss-coeff train the router"
+                    "router competesmoe with k = 1: the weight of the only chosen expert is always "
+                    "1, so the language-model loss gives the router no gradient; only competitions, "
+                    "--moe-aux-loss-coeff and --moe-z-loss-coeff train the router"
                 )
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:

@@ -113,7 +113,10 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         per_expert_embedding: Annotated[
             bool,
             bool,
-            "Train one embedding per expert, which generates its router weights, instead of one per layer",
+            (
+                "Train one embedding for each expert instead of one for each layer; it generates the "
+                "router weights of that expert"
+            ),
         ] = False
         bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
         init: Annotated[
@@ -127,8 +130,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "layer: one hypernetwork for each layer; model: one for all layers, with one embedding for "
-            "each; default: model if experts x hidden size exceeds 2^18, else layer",
+            "Hypernetworks of the model. layer: one for each layer; model: one for all layers, with "
+            "one embedding for each layer; default: model if experts x hidden size exceeds 2^18, "
+            "else layer",
         ] = None
 
         def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:

@@ -72,11 +72,15 @@ class StableMoERouter(Router, name="stablemoe"):
         ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "Steps in stage 1; 0: use the frozen copy in the loaded checkpoint from the start, to "
-            "fine-tune; default: as --router.stage1-share says",
+            "Steps in stage 1; 0: start in stage 2 with the distilled router of the loaded "
+            "checkpoint, for fine-tuning; default: follows from --router.stage1-share",
         ] = None
         word_size: Annotated[
-            Count, "Features of a token id in the distilled router, which decides after stage 1"
+            Count,
+            (
+                "Size of the embedding of a token id in the distilled router, which chooses the experts "
+                "after stage 1"
+            ),
         ] = 50
         balance_coeff: Annotated[float, Ge(0.0), "Weight of the balance loss in stage 1"] = 0.3
         distillation_coeff: Annotated[float, Ge(0.0), "Weight of the distillation loss in stage 1"] = 1.0

@@ -54,13 +54,16 @@ The file of --axes has the same as YAML: for each axis, values or mappings of se
     - {hidden_size: 128, moe_ffn_hidden_size: 192}
   num_experts: [4, 8, 16]
 
-N is the number of trainable parameters: with --size active, those that a token is multiplied with when it
-uses k experts (an input embedding that is not tied to the output is not one of them).  D is the number of
-tokens trained on.  FLOPs: 6 per active parameter and token, at the k of each step, plus 12 per attention
-channel and position that a token sees, which is (S + 1) / 2 on average.  Recomputed activations, the
-optimizer and what a method computes beyond routing are not counted.  A term is fitted if its size varies,
-over all runs with the same values of the --curve-for axes.  A fit needs at least one more different size
-than it has parameters.  Intervals contain 95 % of the curves through resampled residuals.
+N is the number of trainable parameters.  --size active counts only those that a token uses with k experts,
+without an input embedding that is not tied to the output.  D is the number of training tokens.
+
+FLOPs are estimated: 6 per active parameter and token, at the k of each step, plus 12 per attention channel
+and visible position, of which there are (S + 1) / 2 on average.  Recomputed activations, the optimizer and
+the work of a method beyond routing are not counted.
+
+One curve is fitted to all runs with the same values of the --curve-for axes.  It has a term for N if N
+varies, and a term for D if D varies.  It needs more different sizes than it has parameters.  Intervals
+contain 95 % of the curves that are fitted to resampled residuals.
 """
 SIZES = ("active", "total")
 

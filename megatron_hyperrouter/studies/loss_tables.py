@@ -252,8 +252,9 @@ def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
             if best := fit.optimal_exponents():
                 low, high = fit.intervals["optimal_N"]
                 text += (
-                    f"{curve.name}: for compute C ~ N D, the best N grows as C^{best['N']:.2f} "
-                    f"[{low:.2f}, {high:.2f}], D as the rest.\n"
+                    f"{curve.name}: if N D is proportional to the compute C, the best N grows as "
+                    f"C^{best['N']:.2f} [{low:.2f}, {high:.2f}], and the best D as "
+                    f"C^{1 - best['N']:.2f}.\n"
                 )
             if fit.at_bounds:
                 text += (

@@ -29,7 +29,7 @@ HEADS = (
     "difference",
     "p (Holm)",
     "verdict",
-    "smallest effect seen",
+    "detectable effect",
     "seeds needed",
 )
 
@@ -132,9 +132,10 @@ def score(results: Mapping[str, Any], topk: int) -> float:
 def about(effect: float) -> str:
     """What the columns of the table are."""
     return (
-        "Difference: mean ± half of the 95 % t-interval over seeds; runs of one seed share data and initial "
-        "weights, and negative is better. p: two-sided paired t-test, adjusted by Holm over all comparisons "
-        "of the table, which were named before the runs. Smallest effect seen: what this number of seeds "
-        "detects in 80 % of the cases. "
-        f"Seeds needed: to find a difference of {effect:g}, planned with the 80 % upper bound of the spread."
+        "Difference: mean ± half of the 95 % t-interval over seeds; runs of one seed share data and "
+        "initial weights, and negative is better. p: two-sided paired t-test, adjusted by Holm over "
+        "all comparisons of the table, which were named before the runs. Detectable effect: the "
+        "difference that this number of seeds detects with a power of 80 %. Seeds needed: the "
+        f"number that detects a difference of {effect:g} with that power, if the spread is at its 80 "
+        "% upper bound."
     )

@@ -55,13 +55,13 @@ def _frozen(found: Evidence, reference: Evidence) -> Iterator[str]:
     ]
     if guilty:
         who = (
-            "all ranks have"
+            "on all ranks"
             if len(guilty) == len(found.routers) > 1
-            else f"rank {', '.join(map(str, guilty))} has"
+            else f"on rank {', '.join(map(str, guilty))}"
         )
         yield (
-            f"{who} a different frozen part (hypernetwork) than one process: the "
-            "seed differs, or weights were not loaded"
+            f"{who}, a frozen part (the hypernetwork) differs from that of one process: its seed "
+            "differs, or its weights were not loaded"
         )
 
 

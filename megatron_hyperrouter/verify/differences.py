@@ -209,7 +209,7 @@ def _steps(number: str, found: Evidence, reference: Evidence, tolerance: float) 
         value = difference / abs(other[number]) if difference and other[number] else difference
         if not value <= worst.value:  # not a number is the worst of all
             worst = Difference(
-                number, value, tolerance, f"step {step}: {one[number]:.7g}, not {other[number]:.7g}"
+                number, value, tolerance, f"step {step}: {one[number]:.7g} instead of {other[number]:.7g}"
             )
     return worst
 

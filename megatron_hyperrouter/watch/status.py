@@ -96,7 +96,7 @@ def _state(trace: Trace, late: list[str], *, alive: bool) -> tuple[str, str, int
         status = closing.get("status")
         return STATES[closing["event"]], _why(closing), int(status) if isinstance(status, int) else None
     if not alive:
-        return "failed", "the run left no last event: it was killed, or its machine failed", None
+        return "failed", "the run did not record its end: it was killed, or its machine failed", None
     return ("hung", "; ".join(late), None) if late else ("running", "", None)
 
 

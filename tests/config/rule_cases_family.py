@@ -225,7 +225,7 @@ CASES = [
         "named_stages_fit",
         {"pipeline_model_parallel_size": 3, "decoder_last_pipeline_num_layers": 1},
         "--decoder-last-pipeline-num-layers",
-        "gives the pipeline stages 2, 1, 1 layers; the stages between first and last must have equal",
+        "gives the pipeline stages 2, 1, 1 layers; all stages between the first and the last must",
         {"decoder_last_pipeline_num_layers": 2},
     ),
     case(

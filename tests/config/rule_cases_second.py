@@ -105,7 +105,7 @@ CASES = [
             "vocab_size": 64,
         },
         "--sample-interval",
-        "NullTokenizer knows only token ids",
+        "can encode text, and NullTokenizer cannot",
         {"tokenizer_type": "ByteTokenizer", "vocab_size": None},
     ),
     case(

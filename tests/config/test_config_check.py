@@ -83,7 +83,10 @@ def test_a_tree_without_a_registry_can_be_checked():
         ({"router.seed": 3, "num_layers": 3, "moe_aux_loss_coeff": 0.0}, "no loss in 3 layers"),
         ({"eval_interval": 101}, "validation runs only at the end"),
         ({"save_interval": 101}, "a checkpoint is saved only at the end"),
-        ({"topk_schedule": "linear", "topk_start": 8, "topk_schedule_steps": 200}, "k does not reach 2"),
+        (
+            {"topk_schedule": "linear", "topk_start": 8, "topk_schedule_steps": 200},
+            "experts (k) does not reach 2",
+        ),
         ({"lr_decay_iters": 40}, "last 60 steps"),
         ({"tokenizer_model": "t.json"}, "--tokenizer-model is ignored"),
         ({"vocab_size": 9}, "--vocab-size is ignored"),

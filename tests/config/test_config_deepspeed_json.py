@@ -107,7 +107,7 @@ class TestDeepSpeedJson:
             (
                 {"torch_autocast": {"enabled": True}},
                 "torch_autocast.enabled",
-                "would mix number types within an expert",
+                "would mix data types within an expert",
             ),
             (
                 {"zero_optimization": {"reduce_scatter": False}},

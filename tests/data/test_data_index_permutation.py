@@ -74,5 +74,5 @@ def test_a_permutation_of_an_impossible_size_is_refused(impl, size):
 @every
 @pytest.mark.parametrize("position", [-1, 5])
 def test_a_place_outside_a_permutation_is_refused(impl, position):
-    with pytest.raises(IndexError, match=f"position {position} of 5"):
+    with pytest.raises(IndexError, match=f"position {position} "):
         impl.permuted(position, 5, 0)

@@ -129,6 +129,6 @@ def test_a_journal_that_its_owner_removes_before_it_is_locked_is_opened_again(
 def test_another_file_of_that_name_is_left_alone(path: str, foreign: bytes) -> None:
     Path(path).write_bytes(foreign)
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"p\.journal: this file is in the way"):
+        with pytest.raises(DataError, match=r"p\.journal: this file already exists"):
             Journal(path, SETTINGS, INPUTS, overwrite=overwrite)
         assert Path(path).read_bytes() == foreign

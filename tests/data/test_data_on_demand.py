@@ -192,7 +192,7 @@ def test_neighbours_change_from_epoch_to_epoch_and_come_from_all_over_the_file()
 @pytest.mark.parametrize("i", [-1, 9])
 def test_a_sample_that_is_not_there_is_refused(i):
     order = OnDemandOrder(Sizes([5, 5]), range(2), seq_length=1, num_samples=None, seed=0)
-    with pytest.raises(IndexError, match=f"sample {i}: there are 9"):
+    with pytest.raises(IndexError, match=f"sample {i} is out of range: there are 9"):
         order.span(i)
 
 

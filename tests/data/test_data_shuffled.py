@@ -124,5 +124,5 @@ def test_each_token_is_read_once_an_epoch(impl, sizes, epochs):
 def test_a_sample_that_is_not_there_is_refused(i):
     order = build_order(np.array([9], np.int32), range(1), seq_length=2, num_samples=None, seed=0)
     assert len(order) == 4
-    with pytest.raises(IndexError, match=f"sample {i}: there are 4"):
+    with pytest.raises(IndexError, match=f"sample {i} is out of range: there are 4"):
         order.span(i)

@@ -111,7 +111,7 @@ def test_the_command_proves_what_it_writes(made: Made) -> None:
     assert {file.dtype for file in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     card = (folder / "README.md").read_text()
     assert "license: mit" in card and "| 3 | " in card and "k grew from 2 to 4" in card
-    assert "are as certified" in told["stdout"]
+    assert "match the certificate" in told["stdout"]
 
 
 def test_numbers_are_compared_with_the_certificate(

@@ -98,7 +98,7 @@ def test_the_command_needs_the_standard_library_alone(original: Path, tmp_path: 
 
     good = verify()
     assert good.returncode == 0, good.stderr
-    assert "3 tensors and 4 files are as certified" in good.stdout
+    assert "3 tensors and 4 files match the certificate" in good.stdout
     flip(folder)
     bad = verify()
     assert (

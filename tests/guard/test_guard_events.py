@@ -51,7 +51,7 @@ def test_an_unknown_event_is_a_mistake_of_ours(tmp_path: Path) -> None:
             "DataError: a.bin is cut",
         ),
         ("end", {}, "had finished"),
-        (None, {}, "left no last event"),
+        (None, {}, "did not record its end"),
     ],
 )
 def test_a_restart_names_its_cause(

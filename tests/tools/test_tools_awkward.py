@@ -81,12 +81,12 @@ CASES = {
     "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
     # data: status 3
     "another p.journal": case(
-        PREPROCESS, 3, "p.journal: this file is in the way", p__journal=b"Dear diary\n"
+        PREPROCESS, 3, "p.journal: this file already exists", p__journal=b"Dear diary\n"
     ),
     "another p.journal, overwrite": case(
         PREPROCESS + " --overwrite",
         3,
-        ("p.journal: this file is in the way"),
+        ("p.journal: this file already exists"),
         p__journal=b'{"dear": "diary"}\n',
     ),
     "a journal of another version": case(

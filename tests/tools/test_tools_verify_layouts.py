@@ -121,7 +121,7 @@ CAUSES = {
     FAULTS[0]: "only the gradients of experts differ: they are 2 times (EP = 2 or DP = 2)",
     FAULTS[1]: "only the gradient of the embedding is wrong",
     FAULTS[2]: "the auxiliary loss is 2 times (TP = 2)",
-    FAULTS[3]: "rank 1 has a different frozen part",
+    FAULTS[3]: "on rank 1, a frozen part (the hypernetwork) differs",
 }
 
 

@@ -78,7 +78,7 @@ def test_rolling_back_leaves_out_all_steps_since_the_checkpoint(config: RunConfi
 @pytest.mark.parametrize(
     ("once", "said"),
     [
-        (False, "repeated, the step gives the same result (lm_loss nan, grad_norm"),
+        (False, "a repetition of the step gave the same result (lm_loss nan, grad_norm"),
         (True, "a temporary hardware fault is likely; seen on rank 0 (here, cpu)"),
     ],
 )
@@ -154,7 +154,7 @@ class TestJudgement:
             OwnPart(1, "b", "cuda:1", (3.0, 3.0 if repeats else 4.0), ""),
         ]
         said = attribution(self.result(5.0), self.result(second), parts)
-        assert ("gives the same" in said) == repeats
+        assert ("gave the same" in said) == repeats
         assert ("seen on rank 1 (b, cuda:1)" in said) != repeats
 
 

@@ -85,7 +85,7 @@ def test_each_number_is_told_with_its_place(tmp_path: Path, reference: Evidence)
         and told["aux_loss"][0] == pytest.approx(0.5)
         and told["grad_norm"] == (0.0, "")
     )
-    assert told["lm_loss"][1].startswith("step 1: 5.5, not 5")
+    assert told["lm_loss"][1].startswith("step 1: 5.5 instead of 5")
     # 0.01 of 0.01; the large one is an eighth off
     assert told["gradients"] == (
         pytest.approx(1.0, rel=1e-3),

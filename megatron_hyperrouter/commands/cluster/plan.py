@@ -190,6 +190,6 @@ def vocabulary_of(config: RunConfig) -> int:
         return tokenizer_of(config.data).vocab_size
     except (DataError, HostError) as error:
         ids = config.data.vocab_size or _ASSUMED_IDS
-        reason = "as --vocab-size says" if config.data.vocab_size else "assumed; --vocab-size N sets it"
+        reason = "as --vocab-size sets it" if config.data.vocab_size else "assumed; --vocab-size N sets it"
         note(f"the tokenizer cannot be read ({error.message}): {ids:,} token ids, {reason}")
         return ids

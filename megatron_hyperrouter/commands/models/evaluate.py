@@ -158,9 +158,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags.add_argument(
         "--calibrate-k",
         action="store_true",
-        help="also score with each MoE layer's output rescaled to its size at the final k of training; "
-        "the scales are measured on a batch of training data, and these scores are written as "
-        '"calibrated"',
+        help="also score after rescaling the output of each MoE layer to its size at the final k of "
+        "training, measured on one batch of training data; the results call these scores calibrated",
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results"

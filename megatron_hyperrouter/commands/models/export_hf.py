@@ -175,7 +175,7 @@ def verify_folder(args: Namespace) -> None:
             remedy="copy the folder again from where it was written",
         )
     what = f"{len(content['tensors'])} tensors and {len(content['files'])} files"
-    show(f"{args.verify}: {what} are as certified" + (", and so are its numbers" if args.numbers else ""))
+    show(f"{args.verify}: {what} match the certificate" + (", and so do the losses" if args.numbers else ""))
 
 
 def report(job: Export, folder: Path, tensors: int, proof: dict[str, Any] | None) -> None:
@@ -249,7 +249,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="P",
         help="token files to take the samples from (default: the run's test split)",
     )
-    add("--gguf", type=Path, metavar="FILE", help="also write the weights to FILE for llama.cpp")
+    add(
+        "--gguf",
+        type=Path,
+        metavar="FILE",
+        help="also write the weights to a GGUF file for llama.cpp",
+    )
     add(
         "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
     )

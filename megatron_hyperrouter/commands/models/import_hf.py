@@ -217,7 +217,10 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
         rule = f"cannot keep the router of the model; {' and '.join(_KEEP)} can"
         found.append(Problem("--router", args.router, rule, "add --reset-router, which changes the model"))
     if copies(args, folder) and args.router in _NOT_SUMMED and not args.reset_router:
-        rule = "has weights that do not sum to 1, so the mixture would not compute the dense model"
+        rule = (
+            "gives the chosen experts weights that do not sum to 1, so the mixture would not compute "
+            "the same as the dense model"
+        )
         found.append(Problem("--router", args.router, rule, "choose another router, such as topk or hyper"))
     if args.scale_pre_softmax and args.router not in _SCALED:
         rule = f"works only with the routers {', '.join(_SCALED)}"
@@ -266,8 +269,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--router",
         default="topk",
         metavar="NAME",
-        help="topk: keep the model's router; hyper: anchor a HyperRouter to it; with --reset-router, any"
-        " router (default: topk)",
+        help="topk: keep the model's router; hyper: add a HyperRouter to the model's router; with "
+        "--reset-router: any router (default: topk)",
     )
     add(
         "--reset-router",
@@ -342,8 +345,9 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
     add(
         "--scale-pre-softmax",
         action="store_true",
-        help="with --upcycle: weigh experts by the softmax over all E of them (--router.pre-softmax), and "
-        "multiply their output by E/K, which is exact only for a router without preferences",
+        help="with --upcycle: weigh experts by the softmax over all E of them (--router.pre-softmax), "
+        "and multiply their output by E/K, which is exact only while the router gives all experts "
+        "the same weight",
     )
     add(
         "--seed",

@@ -21,9 +21,10 @@ from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import note, parser
 
 EPILOG = """\
-Entropy is that of the softmax over all experts, averaged over tokens, in nats.  It depends on the scale of
-the logits: read it together with their standard deviation.  Mutual information between token and expert is 0
-if the router's scores are the same for every token.  docs/evidence.md explains every number."""
+Entropy is computed from the softmax over all experts, in nats, and averaged over tokens.  It depends on the
+scale of the logits: read it together with their standard deviation.  Mutual information between token and
+expert is 0 if the router's scores are the same for every token.  docs/evidence.md
+explains every number."""
 BATCHES = 16  # of the run
 
 

@@ -134,8 +134,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--comparisons",
         nargs="+",
         metavar="LEFT:RIGHT@K",
-        help="comparisons to test, fixed before the runs (default: HyperRouter with the control, at the "
-        "smallest k and at the final k of training)",
+        help="comparisons to test, fixed before the runs (default: HyperRouter against the control, at "
+        "the smallest k and at the final k of training)",
     )
     flags.add_argument(
         "--effect",

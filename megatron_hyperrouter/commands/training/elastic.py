@@ -90,8 +90,8 @@ def _said(config: RunConfig, before: dict[str, Any], now: tuple[int, int, int, i
     was = before.get("world_size")
     head = f"--elastic: {world_size} ranks" + (f" instead of {was}" if was not in (None, world_size) else "")
     lines = [
-        f"{head}: {ranks} data-parallel, micro-batch {micro}, {batch // (ranks * micro)} a rank; the global "
-        f"batch stays {batch}"
+        f"{head}: {ranks} data-parallel ranks, micro-batch size {micro}, micro-batches per rank and "
+        f"step: {batch // (ranks * micro)}; the global batch stays {batch}"
     ]
     if micro != config.train.micro_batch_size:
         lines.append(

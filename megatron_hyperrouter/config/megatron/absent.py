@@ -30,7 +30,7 @@ retro-project-dir sample-rate short-seq-prob titles-data-path use-one-sent-docs 
 """,
         (
             "YaRN without rounding to whole channels",
-            "the range between slow and fast turns would be rounded",
+            "the correction range of YaRN would be rounded to whole channels",
         ): """
 no-yarn-correction-range-round-to-int
 """,
@@ -72,7 +72,7 @@ linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-hea
 mamba-num-groups mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype
 no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups o-lora-rank
 """,
-        ("8-bit and 4-bit numbers", "the run would compute in --bf16 or float32"): """
+        ("8-bit and 4-bit number formats", "the run would compute in --bf16 or float32"): """
 fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 kitchen-attention-backend
 """,
         ("alternative residual streams", "the model would have one residual stream, a different model"): """
@@ -102,7 +102,10 @@ logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load
 logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
 logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 """,
-        ("scaling of initial weights and rates by width (muP)", "weights and rates would not be scaled"): """
+        (
+            "scaling of initial weights and learning rates by width (muP)",
+            "initial weights and learning rates would not be scaled",
+        ): """
 mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
 mup-width-mult use-mup
 """,
@@ -111,13 +114,13 @@ disable-tokenizer-sentencepiece-ignore-extra-whitespaces
 no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
 special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy
 """,
-        ("other activations", "the activation would be SwiGLU, a different model"): """
+        ("activation functions other than SwiGLU", "the activation would be SwiGLU, a different model"): """
 openai-gelu quick-geglu squared-relu
 """,
         ("several validation sets", "there would be one validation set"): """
 multiple-validation-sets validation-set-names
 """,
-        ("other forms of 8-bit numbers", "--fp8-format and --fp8-recipe alone would decide"): """
+        ("other 8-bit number formats", "--fp8-format and --fp8-recipe alone would decide"): """
 fp8-output-proj fp8-quantizer-factory kitchen-config-file kitchen-recipe-number te-precision-config-file
 """,
         ("layers of different shapes", "all layers would have the same shape, a different model"): """
@@ -143,7 +146,7 @@ finetune-data-split finetune-hf-dataset freeze-base-for-mtp modelopt-enabled qad
         ("fine-tuning on conversations", "the run would pretrain; --finetune starts from weights"): """
 phase-transition-iterations sft sft-tokenizer-prompt-format
 """,
-        ("changed blends of the data", "blend weights would be used unchanged"): """
+        ("changes to the blend weights of the data", "blend weights would be used unchanged"): """
 renormalize-blend-weights
 """,
     }

@@ -116,7 +116,7 @@ UNFIT: tuple[tuple[str, object, str, str], ...] = (  # key, the value that chang
     (
         "torch_autocast.enabled",
         False,
-        "would mix number types within an expert",
+        "would mix data types within an expert",
         "remove this key, and use --bf16",
     ),
     (

@@ -223,7 +223,11 @@ def named_stages_fit(config: RunConfig, world_size: int | None) -> Iterator[Prob
     if len(between) > 1 or any(size % chunks for size in sizes):
         rule = f"gives the pipeline stages {', '.join(map(str, sizes))} layers"
         whole = f"; each number must be divisible by {chunks} interleaved chunks" if chunks > 1 else ""
-        equal = "; the stages between first and last must have equal numbers" if len(between) > 1 else ""
+        equal = (
+            "; all stages between the first and the last must have the same number of layers"
+            if len(between) > 1
+            else ""
+        )
         yield broken(config, name, rule + whole + equal, "change FLAG or --num-layers")
 
 

@@ -215,7 +215,7 @@ def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Pr
     if not settings.sample_prompt:
         yield needs(config, "sample_interval", "--sample-prompt")
     if config.data.tokenizer_type == "NullTokenizer":
-        rule = "needs a tokenizer that knows text; NullTokenizer knows only token ids"
+        rule = "needs a tokenizer that can encode text, and NullTokenizer cannot"
         yield broken(config, "sample_interval", rule, "use another --tokenizer-type, or leave out FLAG")
     if config.parallel.context_parallel_size > 1:
         rule = "cannot be combined with --context-parallel-size greater than 1"

@@ -50,7 +50,7 @@ class AttentionConfig:
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: leave channels unscaled that make more rotations than this within the "
+        "With --rope-type yarn: do not scale channels that make more rotations than this within the "
         "original context",
     ] = 32.0
     beta_slow: Annotated[
@@ -69,7 +69,10 @@ class AttentionConfig:
     mscale_all_dim: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "With --rope-type yarn: the same coefficient m for the scores of latent attention",
+        (
+            "With --rope-type yarn and --multi-latent-attention: coefficient m of the temperature of "
+            "the attention scores"
+        ),
     ] = 0.0
     multi_latent_attention: Annotated[
         bool, Role.SHAPE, "Use multi-latent attention (DeepSeek-V2): queries, keys and values have a low rank"

@@ -18,7 +18,7 @@ class CheckpointConfig:
     save_interval: Annotated[
         Natural,
         Role.UPKEEP,
-        "Steps between checkpoints; 0: save only as --save-interval-minutes says, and at the end",
+        "Steps between checkpoints; 0: save only at the end, and every --save-interval-minutes",
     ] = 0
     save_interval_minutes: Annotated[
         NonNegative | None,
@@ -66,8 +66,8 @@ class CheckpointConfig:
     elastic: Annotated[
         bool,
         Role.START,
-        "Resume on another number of ranks: keep the global batch size and all parallel sizes except "
-        "data parallelism, and choose the micro-batch size",
+        "Allow another number of ranks when resuming: choose the data-parallel size and the "
+        "micro-batch size, and keep the global batch size and all other parallel sizes",
     ] = False
     finetune: Annotated[
         bool,

@@ -18,7 +18,7 @@ class GuardConfig:
     on_bad_step: Annotated[
         Literal["stop", "skip", "rollback"],
         Role.COURSE,
-        "What to do at a bad step: the loss or gradient norm is not finite, or exceeds "
+        "What to do at a bad step, whose loss or gradient norm is not finite or exceeds "
         "--max-loss-sigma. stop: end the run; skip: make no update; rollback: return to the last "
         "checkpoint, and skip the steps after it",
     ] = "stop"
@@ -54,8 +54,8 @@ class GuardConfig:
         Natural,
         Role.UPKEEP,
         Quiet(0),
-        "Steps between measurements of how similar neighbouring experts are (CKA), which the alarm "
-        "collapse needs; 0: never",
+        "Steps between measurements of the similarity of neighbouring experts (CKA), which the "
+        "alarm collapse needs; 0: never",
     ] = 200
     alarm: Annotated[
         tuple[str, ...],

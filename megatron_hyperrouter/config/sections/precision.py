@@ -26,8 +26,9 @@ class PrecisionConfig:
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
         Role.PRECISION,
         TE_ALONE,
-        "How fp8 scaling factors are chosen. delayed: from maxima of earlier steps; the others, from "
-        "current values: one factor per tensor (tensorwise) or per block (blockwise, mxfp8)",
+        "How fp8 scaling factors are chosen. delayed: from the maxima of earlier steps; tensorwise: "
+        "from current values, one factor per tensor; blockwise, mxfp8: from current values, one "
+        "factor per block",
     ] = "delayed"
     fp8_margin: Annotated[
         Natural, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: divide scaling factors by 2^N"

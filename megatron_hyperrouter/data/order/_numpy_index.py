@@ -40,12 +40,12 @@ def sample_index(
         return rows
     if len(document_index) and not 0 <= document_index.min() <= document_index.max() < len(sizes):
         raise IndexError(
-            f"document_index holds {document_index.min()} to {document_index.max()}, but there are "
-            f"{len(sizes)} documents"
+            f"document_index has entries from {document_index.min()} to {document_index.max()}, but "
+            f"there are {len(sizes)} documents"
         )
     lengths = sizes[document_index]
     if len(lengths) and lengths.min() < 0:
-        raise ValueError(f"sizes hold {lengths.min()}, which is negative")
+        raise ValueError(f"sizes contain the negative value {lengths.min()}")
     ends = np.cumsum(lengths, dtype=np.int64)
     boundaries = np.arange(1, num_samples + 1, dtype=np.int64) * seq_length
     # Row k belongs to the document of token boundary + extra - 1, the last one that sample k - 1 reads.
@@ -57,7 +57,7 @@ def sample_index(
         before = int(ends[-1]) if len(ends) else 0
         # only a last sample that is shorter than the others can be left
         if inside < num_samples - 1 or before < num_tokens:
-            raise ValueError(f"the documents of document_index hold {before} tokens, not {num_tokens}")
+            raise ValueError(f"the documents in document_index hold {before} tokens, not {num_tokens}")
         # As megatron-core, in the last document even if it is empty; but not at token -1 of it.
         last = len(lengths) - 1 if lengths[-1] >= extra else int(np.flatnonzero(lengths)[-1])
         rows[-1] = last, lengths[last] - extra
@@ -82,7 +82,7 @@ def blending_indices(weights: npt.NDArray[np.float64], size: int) -> BlendIndice
     """
     _check_count(len(weights), "weights")
     if not np.isfinite(weights).all() or weights.min() <= 0:
-        raise ValueError(f"weights must be above 0, got {weights.tolist()}")
+        raise ValueError(f"weights must be greater than 0, got {weights.tolist()}")
     if size < 0:
         raise ValueError(f"size must be at least 0, got {size}")
     return _blend(weights, np.full(len(weights), size + 1), size)
@@ -101,7 +101,7 @@ def permuted(position: int, size: int, key: int) -> int:
     """Element ``position`` of the permutation of 0 .. size - 1 that ``key`` names."""
     if not 0 <= position < size:
         _check_size(size)
-        raise IndexError(f"position {position} of {size}")
+        raise IndexError(f"position {position} is out of range: the permutation has {size} elements")
     return int(_permute(np.array([position], np.uint64), size, key)[0])
 
 
@@ -125,22 +125,22 @@ def gather(
 ) -> int:
     """Copy one sample into ``out``; returns the first position of an id outside 0 .. limit - 1, or -1."""
     if not 0 <= first <= last < len(document_index):
-        raise IndexError(f"documents {first} to {last} of an order of {len(document_index)}")
+        raise IndexError(f"document_index has {len(document_index)} entries, not {first} to {last}")
     filled = 0
     for i in range(first, last + 1):
         document = int(document_index[i])
         if not 0 <= document < len(sizes):
-            raise IndexError(f"document {document} is not there")
+            raise IndexError(f"document {document} is out of range: there are {len(sizes)} documents")
         size, start = int(sizes[document]), int(pointers[document]) // tokens.itemsize
         low, high = begin if i == first else 0, end if i == last else size
         if not 0 <= low <= high <= size or not 0 <= start <= len(tokens) - size:
-            raise IndexError(f"tokens {low} to {high} of document {document}, which holds {size}")
+            raise IndexError(f"document {document} has {size} tokens, not {low} to {high}")
         if high - low > len(out) - filled:
-            raise IndexError(f"the sample holds more than {len(out)} tokens")
+            raise IndexError(f"the sample has more than {len(out)} tokens")
         out[filled : filled + high - low] = tokens[start + low : start + high]
         filled += high - low
     if filled != len(out):
-        raise IndexError(f"the sample holds {filled} tokens, not {len(out)}")
+        raise IndexError(f"the sample has {filled} tokens, not {len(out)}")
     if not len(out) or 0 <= out.min() <= out.max() < limit:
         return -1
     return int(np.flatnonzero((out < 0) | (out >= limit))[0])
@@ -179,7 +179,7 @@ def _mix(words: Words) -> Words:
 
 def _check_count(count: int, name: str) -> None:
     if not 1 <= count <= _MOST_SETS:
-        raise ValueError(f"{name} must hold 1 to {_MOST_SETS} numbers, got {count}")
+        raise ValueError(f"{name} must have 1 to {_MOST_SETS} elements, got {count}")
 
 
 def _blend(weights: npt.NDArray[np.float64], limits: npt.NDArray[np.int64], size: int) -> BlendIndices:

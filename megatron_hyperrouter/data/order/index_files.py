@@ -100,7 +100,7 @@ class IndexCache:
                 return found
             except OSError as error:
                 refused = f"{path}: cannot be written: {error.strerror or error}"
-        console.warn(f"{refused}. every process builds its own copy of the index in memory instead")
+        console.warn(f"{refused}; every process builds its own copy of the index in memory instead")
         return dict(build())
 
     def _folders(self, beside: str) -> list[Path]:

@@ -118,7 +118,7 @@ class OnDemandOrder:
     def span(self, i: int) -> Span:
         """The position of sample ``i``.  IndexError outside 0 .. len - 1."""
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i}: there are {len(self)}")
+            raise IndexError(f"sample {i} is out of range: there are {len(self)} samples")
         window = self._window  # once: another thread may put its own in place
         if window is None or not window.first <= i < window.until:
             window = self._window = self._make_window(i)

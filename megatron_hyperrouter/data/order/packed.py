@@ -147,7 +147,7 @@ class PackedDataset:
         vocabulary, and for a document that does not end with ``eod``.
         """
         if not 0 <= i < self._size:
-            raise IndexError(f"sample {i}: there are {self._size}")
+            raise IndexError(f"sample {i} is out of range: there are {self._size} samples")
         epoch, place = divmod(i, self._epoch)
         row = self._impl.permuted(place, self._epoch, index.key_of(self._seed, _SAMPLES, epoch))
         pieces = slice(*self.packing.starts[row : row + 2].tolist())

@@ -64,7 +64,7 @@ class SampleOrder:
     def span(self, i: int) -> Span:
         """The position of sample ``i``.  IndexError outside 0 .. N - 1."""
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i}: there are {len(self)}")
+            raise IndexError(f"sample {i} is out of range: there are {len(self)} samples")
         row = int(self.shuffle_index[i])
         (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
         return Span(self.document_index, first, begin, last, end + 1)

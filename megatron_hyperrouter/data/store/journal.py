@@ -87,7 +87,9 @@ class Journal:
         self._stream.seek(0)
         start = self._stream.read(len(_START))
         if start.strip(b"\0") and not _START.startswith(start):
-            message = f"{self.path}: this file is in the way: the journal of this run needs that name"
+            message = (
+                f"{self.path}: this file already exists, and the run needs its name to save its progress"
+            )
             raise DataError(message, remedy="move this file away, or choose another --output-prefix")
 
     def _read(self) -> list[dict[str, Any]]:

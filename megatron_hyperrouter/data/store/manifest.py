@@ -75,7 +75,10 @@ def read_manifest(prefix: str) -> Manifest:
     try:
         if found["version"] != _VERSION:
             raise DataError(
-                f"{path}: version {str(found['version'])[:60]}, expected {_VERSION}",
+                (
+                    f"{path}: the manifest has version {str(found['version'])[:60]}, but this program "
+                    f"reads version {_VERSION}"
+                ),
                 remedy="use the version of this program that wrote it",
             )
         sums = {ending: FileSum(**_typed(FileSum, found[ending])) for ending in ("bin", "idx")}

@@ -158,7 +158,8 @@ class IndexedDataset:
         if len(wrong):
             bad = wanted[int(wrong[0])]
             expected = (
-                f"the start of sequence {bad} to be a multiple of {item} from the start before to {last}"
+                f"the start of sequence {bad} to be a multiple of {item}, not less than the start "
+                f"before it, and at most {last}"
             )
             raise self._bad_index(place + 8 * bad, expected, f"{starts[wrong[0]]}")
         return starts // item
@@ -199,8 +200,8 @@ class IndexedDataset:
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
             raise ValueError(
-                f"tokens {offset} to {offset + length} of sequence {i} of "
-                f"{self.bin_path}: the sequence has {size}"
+                f"{self.bin_path}: tokens {offset} to {offset + length} of sequence {i} are out of "
+                f"range; the sequence has {size} tokens"
             )
         begin = int(self.pointers[i]) // self.dtype.itemsize + offset
         return self.tokens[begin : begin + length]

@@ -131,7 +131,7 @@ class BlendedDataset:
         vocabulary.
         """
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i}: there are {len(self)}")
+            raise IndexError(f"sample {i} is out of range: there are {len(self)} samples")
         return self.datasets[int(self.dataset_index[i])][int(self.sample_index[i])]
 
 

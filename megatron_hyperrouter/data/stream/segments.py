@@ -60,7 +60,7 @@ class RemainingDataset:
     def __getitem__(self, i: int) -> Sample:
         """See :class:`Dataset`."""
         if not 0 <= i < self._size:
-            raise IndexError(f"sample {i}: there are {self._size}")
+            raise IndexError(f"sample {i} is out of range: there are {self._size} samples")
         sample: Sample = np.concatenate(
             [self._whole.read(span, length) for span, length in self._order.spans(i)]
         )

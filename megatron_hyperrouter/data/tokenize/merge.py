@@ -113,8 +113,11 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
     if len(numbers) > 1:
         cuts = " and ".join(map(str, numbers))
         raise DataError(
-            f"{output_prefix}: the shards of the key {key!r} come from different splits (N = {cuts})",
-            remedy="delete the shards of the split that you do not want",
+            (
+                f"{output_prefix}: the shards of the key {key!r} were made with different numbers of "
+                f"shards (N = {cuts})"
+            ),
+            remedy="delete the shards with the N that you do not want",
         )
     of = numbers[0]
     missing = [str(InputRange(number, of)) for number in range(1, of + 1) if (number, of) not in shards]

@@ -101,8 +101,7 @@ class SavedEngine(ABC):
         model = self.config.model
         if not kept and self.place.is_main and max(model.hidden_dropout, model.attention_dropout) > 0:
             console.note(
-                f"the layout has changed: from step {step + 1} on, dropout draws other numbers "
-                "than on the layout of the checkpoint"
+                f"the layout has changed, so dropout draws different random numbers from step {step + 1} on"
             )
 
     @abstractmethod

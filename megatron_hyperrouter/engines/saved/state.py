@@ -208,8 +208,9 @@ def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holdin
             )
         if counted.setdefault(piece.counter, entry.steps) != entry.steps:
             raise CheckpointError(
-                f"{piece.name} took {entry.steps} optimizer steps, and others that this layout counts"
-                f" together with it {counted[piece.counter]}",
+                f"the optimizer state of {piece.name} has {entry.steps} steps and that of other "
+                f"parameters has {counted[piece.counter]}, but this layout needs the same number for "
+                "all of them",
                 remedy="resume with the layout of the run that wrote it",
             )
         piece.set_steps(entry.steps)

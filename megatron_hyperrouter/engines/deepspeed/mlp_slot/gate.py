@@ -86,7 +86,10 @@ class RouterGate(nn.Module):
         values.
         """
         if used_token is not None or not sparse_routes or use_tutel:
-            raise NotImplementedError("RouterGate supports only sparse routes of all tokens")
+            raise NotImplementedError(
+                "RouterGate routes all tokens and returns sparse routes; leave used_token, "
+                "sparse_routes and use_tutel at their defaults"
+            )
         routing = self.site.routing(x_TD)
         load_E = load(routing.experts_TK, self.router.num_experts)
         kept_TK = self.kept_TK(routing)
