@@ -127,8 +127,10 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
             "AutoModelForCausalLM": f"{module}.HyperRouterForCausalLM",
         },
     }
+    most = run.router.options.largest_topk(run.model.num_experts)
     target = replace(
         plain,
+        topks=tuple(range(1, most + 1)),
         architecture="HyperRouterForCausalLM",
         model_type="hyperrouter_moe",
         # transformers joins single experts for the model types that it knows, and for no other
@@ -141,13 +143,23 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
 
 
 def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the gate of the modeling file does, and its tensors."""
+    kind, own = _scores_and_choice(router, rows)
+    groups = router.config.groups
+    return kind | {
+        "groups": None if groups is None else list(groups),
+        "scaling_factor": router.config.scaling_factor,
+    }, own
+
+
+def _scores_and_choice(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind: dict[str, Any]
     own: dict[str, Tensor]
     if isinstance(router, StableMoERouter):
         kind = {"scores": "linear", "weights": "sigmoid", "renormalise": False, "bias": False}
         own = {"weight": router.centroid_ED}
         if int(router.frozen_at) < 0:
-            return kind | {"choice": "scores"}, own
+            return kind | {"choice": "logits"}, own
         words, size = router.frozen_word_VW.shape
         word = torch.zeros(rows, size)
         word[:words] = router.frozen_word_VW
@@ -155,12 +167,13 @@ def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]
         return kind | {"choice": "words", "word_size": size}, own
     if isinstance(router, XMoERouter) and router.config.normalize_input:
         own = {"projection": router.projection_PD, "embedding": router.embedding_EP}
+        options = router.config
         kind = {
             "scores": "cosine",
-            "weights": router.config.score_function,
-            "renormalise": router.config.renormalise,
+            "weights": _weights(options),
+            "renormalise": options.renormalise,
             "bias": False,
-            "choice": "scores",
+            "choice": _choice(options),
             "projection_size": router.projection_PD.size(0),
         }
         return kind, own | {"temperature": router.temperature()}
@@ -169,19 +182,28 @@ def _gate(router: Router, rows: int) -> tuple[dict[str, Any], dict[str, Tensor]]
     options = folded.config
     kind = {
         "scores": "linear",
-        "weights": "kept" if options.renormalised_anyway else options.score_function,
+        "weights": _weights(options),
         "renormalise": options.renormalise,
         "bias": bias_E is not None,
-        "choice": "biased" if options.expert_bias else "scores",
+        "choice": "biased" if options.expert_bias else _choice(options),
     }
     own = {"weight": W_ED}
     if bias_E is not None:
         own["bias"] = bias_E
-    if options.groups is not None or options.scaling_factor != 1.0:
-        raise no_class(
-            [("the modeling file does not support groups of experts or --router.scaling-factor")],
-            custom_code=False,
-        )
     if options.expert_bias:
         own[CHOICE_BIAS] = folded.choice_bias_E
     return kind, own
+
+
+def _weights(options: Any) -> str:
+    """What the weights are before ``renormalise`` and the factor."""
+    return "kept" if getattr(options, "renormalised_anyway", False) else str(options.score_function)
+
+
+def _choice(options: Any) -> str:
+    """What the choice compares, as in ``ops.topk.scored_topk``: scores rise with the logits, but a sum of a
+    group's scores does not rise with the sum of its logits.
+    """
+    summed = options.renormalise or getattr(options, "renormalised_anyway", False)
+    plain = options.groups is None or (summed and options.score_function == "softmax")
+    return "logits" if plain else "scores"

@@ -55,7 +55,7 @@ def answer(task: Task) -> dict[str, Any]:
             elif tokens := task.get("tokens"):
                 results.append(score(model, torch.tensor(tokens), k))
             if (prompt := task.get("prompt")) and k == task["prompt_topk"]:
-                generated[str(k)] = greedy(model, prompt, task["new_tokens"])
+                generated[str(k)] = greedy(model, prompt, task["new_tokens"], task["vocab_size"])
     return {
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "problems": sorted(set(problems)),
@@ -214,8 +214,8 @@ def _losses(model: Any, rows_BS: Tensor) -> Iterator[float]:
         yield from F.cross_entropy(logits_SV, row_S[1:], reduction="none").tolist()
 
 
-def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """The text after ``prompt``, by greedy decoding."""
+def greedy(model: Any, prompt: list[int], new_tokens: int, vocab_size: int) -> list[int]:
+    """The text after ``prompt``, by greedy decoding among the ids below ``vocab_size``."""
     ids = torch.tensor([prompt])
     made = model.generate(
         ids,
@@ -224,6 +224,7 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
         do_sample=False,
         eos_token_id=-1,  # runs to the end
         pad_token_id=0,
+        suppress_tokens=list(range(vocab_size, model.config.vocab_size)) or None,
     )
     found: list[int] = made[0, len(prompt) :].tolist()
     return found

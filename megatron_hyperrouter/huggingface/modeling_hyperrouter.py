@@ -1,11 +1,11 @@
 """A mixture of experts with a router that no class of transformers has; ``config.hyperrouter`` describes it.
 
 Written by megatron_hyperrouter; needs transformers 5 and ``trust_remote_code=True``.  The gate scores
-(``linear``, ``cosine``), weighs (``kept``, ``softmax``, ``sigmoid``) and chooses experts (by ``scores``,
-``biased``, ``words``).
+(``linear``, ``cosine``), weighs (``kept``, ``softmax``, ``sigmoid``) and chooses experts (by ``logits``,
+``scores``, ``biased``, ``words``), where a token may be limited to its best groups of experts.
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts, ``P`` projection, ``V``
-vocabulary, ``W`` word features.
+vocabulary, ``W`` word features, ``G`` groups of ``M`` experts, of which a token may use ``C``.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class RoutedGate(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.size(-1)).float()
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD)
-            order_TE = torch.sort(self._choice(logits_TE), dim=-1, descending=True, stable=True).indices
-            experts_TK = order_TE[:, : self.top_k]
+            experts_TK = best(self._within_groups(self._choice(logits_TE)), self.top_k)
             if self.kind["weights"] == "kept":
                 weights_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
             else:
                 weights_TK = self._scores(logits_TE).gather(-1, experts_TK)
             if self.kind["renormalise"]:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            weights_TK = weights_TK * self.kind["scaling_factor"]
         return logits_TE, weights_TK.to(hidden_states.dtype), experts_TK
 
     def _logits(self, x_TD: Tensor) -> Tensor:
@@ -84,7 +84,23 @@ class RoutedGate(nn.Module):
             return F.linear(words_TW, self.word_centroid.float())
         if self.kind["choice"] == "biased":
             return self._scores(logits_TE) + self.e_score_correction_bias.float()
-        return logits_TE
+        return self._scores(logits_TE) if self.kind["choice"] == "scores" else logits_TE
+
+    def _within_groups(self, choice_TE: Tensor) -> Tensor:
+        """-inf outside the groups whose best experts have the largest sums, as in Megatron-LM."""
+        if self.kind["groups"] is None:
+            return choice_TE
+        groups, chosen = self.kind["groups"]
+        choice_TGM = choice_TE.view(len(choice_TE), groups, -1)
+        counted = min(max(self.top_k // chosen, 1), choice_TGM.size(-1))
+        best_TC = best(choice_TGM.topk(counted, dim=-1).values.sum(-1), chosen)
+        inside_TG = torch.zeros_like(choice_TGM[..., 0], dtype=torch.bool).scatter(-1, best_TC, True)
+        return choice_TGM.masked_fill(~inside_TG.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k largest in each row; of equal ones, the first."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 class SharedMixture(Qwen3MoeSparseMoeBlock):

@@ -57,6 +57,7 @@ def prove(job: Export, folder: Path, asked: Asked) -> tuple[dict[str, Any], list
             "prompt": prompt,
             "prompt_topk": job.topk,
             "new_tokens": text.new_tokens,
+            "vocab_size": job.tokenizer.vocab_size,
         }
         answer = ask(task, python=asked.python)
     generated = answer["generated"]

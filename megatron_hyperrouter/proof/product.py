@@ -43,7 +43,14 @@ def product_side(
             if prompt is None:
                 return {}
             length = rows_BS.size(1) - 1
-            ids = greedy(engine, prompt.ids, prompt.new_tokens, topk=prompt.topk, length=length)
+            ids = greedy(
+                engine,
+                prompt.ids,
+                prompt.new_tokens,
+                topk=prompt.topk,
+                length=length,
+                vocab_size=vocab_size,
+            )
             return {str(prompt.topk): ids}
     finally:
         engine.close()

@@ -66,12 +66,17 @@ def gap(logits_TE: Tensor, k: int) -> Tensor:
     return best[:, k - 1] - best[:, k]
 
 
-def greedy(engine: Engine, prompt: Sequence[int], new_tokens: int, *, topk: int, length: int) -> list[int]:
-    """The text after ``prompt``, by greedy decoding; samples have ``length`` ids, as in training."""
+def greedy(
+    engine: Engine, prompt: Sequence[int], new_tokens: int, *, topk: int, length: int, vocab_size: int
+) -> list[int]:
+    """The text after ``prompt``, by greedy decoding among the ids below ``vocab_size``: a router may not know
+    those of padding.  Samples have ``length`` ids, as in training.
+    """
     ids_1S = torch.zeros(1, length, dtype=torch.int64)
     start = len(prompt)
     ids_1S[0, :start] = torch.tensor(prompt)
     end = min(start + new_tokens, length)
     for at in range(start, end):  # what is behind a position does not reach it
-        ids_1S[0, at] = engine.logits(ids_1S, topk=topk)[0, at - 1].argmax().cpu()
+        logits_V = engine.logits(ids_1S, topk=topk)[0, at - 1, :vocab_size]
+        ids_1S[0, at] = logits_V.argmax().cpu()
     return [int(token) for token in ids_1S[0, start:end]]

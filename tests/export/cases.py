@@ -67,6 +67,7 @@ CASES: dict[str, Case] = {
         {"router": {"name": "xmoe", "normalize_input": False, "renormalise": True}}, QWEN3
     ),
     "competesmoe": Case({"router": {"name": "competesmoe"}}, QWEN3),
+    "simsmoe, megatron": Case({"router": {"name": "simsmoe"}, **MEGATRON}, QWEN3),
     "hyper, megatron, no q/k norms": Case(
         {"router": {"name": "hyper"}, **MEGATRON, **UNTIED, **BARE}, MIXTRAL, "--max-shard-size 100KB"
     ),
@@ -77,6 +78,9 @@ CASES: dict[str, Case] = {
     "xmoe": Case({"router": {"name": "xmoe"}}, OWN, "--custom-code"),
     "stablemoe, second stage": Case({"router": {"name": "stablemoe", "init_std": 0.2}}, OWN, "--custom-code"),
     "switch without q/k norms": Case({"router": {**TOPK, "pre_softmax": True}, **BARE}, OWN, "--custom-code"),
+    "stablemoe, first stage": Case(
+        {"router": {"name": "stablemoe", "init_std": 0.2, "stage1_share": 1.0}}, OWN, "--custom-code"
+    ),
     "softmax with a choice bias": Case({"router": {**TOPK, "expert_bias": True}}, OWN, "--custom-code"),
 }
 SHARED = {"moe_shared_expert_intermediate_size": 24}
@@ -166,6 +170,23 @@ CASES |= {  # latent attention with a router that DeepSeek's classes do not have
         {"router": {"name": "xmoe"}, **LATENT, **MEGATRON, "moe_layer_freq": "[1,0]", "q_lora_rank": 14},
         OWN,
         "--custom-code",
+    ),
+}
+SWITCH_IN_GROUPS = {**TOPK, "pre_softmax": True, **IN_GROUPS}
+CASES |= {  # groups and a factor, which no class has beside these weights or scores
+    "hyper, groups, a factor": Case({"router": {**HYPER, **IN_GROUPS}}, OWN, "--custom-code"),
+    "switch, groups, a factor, latent attention, megatron": Case(
+        {"router": {**SWITCH_IN_GROUPS, "renormalise": True}, **LATENT, **MEGATRON}, OWN, "--custom-code"
+    ),
+    "switch, groups, a factor": Case({"router": SWITCH_IN_GROUPS}, OWN, "--custom-code"),
+    "sigmoids, a choice bias, groups at every k": Case(
+        {"router": {**DEEPSEEK_V3, **IN_GROUPS}}, OWN, "--custom-code"
+    ),
+    "xmoe, groups, a factor": Case(
+        {"router": {"name": "xmoe", **IN_GROUPS, "renormalise": True}}, OWN, "--custom-code"
+    ),
+    "stablemoe, groups, a factor": Case(
+        {"router": {"name": "stablemoe", "init_std": 0.2, **IN_GROUPS}}, OWN, "--custom-code"
     ),
 }
 REFUSED: dict[str, Case] = {

@@ -33,6 +33,7 @@ from megatron_hyperrouter.proof.bounds import faults
 
 pytestmark = pytest.mark.processes
 WORKER = Path(__file__).with_name("hf_worker.py")
+IDS = 257  # of the tokenizer; the embedding has more rows
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Made:
             "prompt": told["prompt"],
             "prompt_topk": int(next(iter(told["greedy"]))),
             "new_tokens": 16,
+            "vocab_size": IDS,
         } | more
 
 
@@ -107,6 +109,8 @@ def test_the_command_proves_what_it_writes(made: Made) -> None:
     assert [row["topk"] for row in certificate["proof"]["results"]] == [2, 3]
     assert certificate["proof"]["tokens"] == 48 and certificate["proof"]["faults"] == []
     assert certificate["model"]["dtype"] == "bfloat16" and certificate["source"]["step"] == 5
+    libraries = {"torch", "transformers", "safetensors", "tokenizers", "python"}
+    assert all(certificate["versions"][name] for name in (*libraries, "machine", "processor"))
     assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 3
     assert {file.dtype for file in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     card = (folder / "README.md").read_text()
@@ -182,8 +186,7 @@ def test_a_calibrated_folder_says_so(made: Made) -> None:
 
 def write(loaded: Loaded, prompts: list[list[int]], *, topk: int, **style: Any) -> list[list[int]]:
     chosen = Style(max_new_tokens=16, **style)
-    rows = loaded.decoder.embedding_VD.size(0)
-    return generate(loaded.decoder, prompts, chosen, topk=topk, vocab_size=rows, eod=None)
+    return generate(loaded.decoder, prompts, chosen, topk=topk, vocab_size=IDS, eod=None)
 
 
 def test_a_text_does_not_depend_on_those_beside_it(made: Made) -> None:
@@ -206,6 +209,23 @@ def test_the_command_prints_every_k(made: Made, capsys: pytest.CaptureFixture[st
     assert all(len(row["tokens"]) <= 4 for row in rows)
     generate_command.main(words)
     assert capsys.readouterr().out.count("k = 8: ") == 2
+
+
+def test_a_long_text_is_noted_once(
+    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the number of k, with scales or without."""
+    scales = {1: {1: 2.0, 2: 2.0}, 8: {1: 1.0, 2: 1.0}}
+    monkeypatch.setattr(generate_command, "scales_at", lambda *_: scales)
+    words = ["--load", str(made.home("hyper") / "run"), "--prompt", "def f", "--topk", "1", "8"]
+    generate_command.main([*words, "--max-new-tokens", "50", "--calibrate-k", "--json"])
+    told = capsys.readouterr()
+    assert (told.err + told.out).count("note: texts of 55 tokens are longer than the training samples") == 1
+    content = json.loads(told.out)
+    plain, calibrated = (
+        {row["topk"]: row["tokens"] for row in content[key]} for key in ("results", "calibrated")
+    )
+    assert calibrated[8] == plain[8] and calibrated[1] != plain[1]
 
 
 # ---------------------------------------------------------------------------- the proof's own worth
@@ -234,6 +254,16 @@ def changed(word: str, function: Callable[[Tensor], Tensor]) -> Edit:
     def edit(_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if word in name]:
             tensors[name] = function(tensors[name])
+
+    return edit
+
+
+def together(*edits: Edit) -> Edit:
+    """One edit after the other."""
+
+    def edit(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for each in edits:
+            each(config, tensors)
 
     return edit
 
@@ -277,7 +307,9 @@ FAULTS: dict[str, Edit] = {
     "gate and up swapped": exchange("gate_proj", "up_proj"),
     "router rounded to bfloat16": changed(".mlp.gate.", lambda weight: weight.bfloat16().float()),
     "router rows rolled by one expert": changed("layers.0.mlp.gate.", lambda weight: weight.roll(1, 0)),
-    "q rows in interleaved RoPE order": changed(".q_proj.", interleaved),
+    "q and k rows in interleaved RoPE order": together(
+        changed(".q_proj.", interleaved), changed(".k_proj.", interleaved)
+    ),
     "qkv cut without regard to groups": without_groups,
     "a tensor left out": tensor_left_out,
     "an expert left out": expert_left_out,

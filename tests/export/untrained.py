@@ -81,7 +81,7 @@ def _shake(engine: Any) -> None:
         for name, buffer in router.named_buffers():
             if name == "choice_bias_E":
                 buffer.copy_(noise(buffer, 0.05))
-            elif name == "frozen_at":
+            elif name == "frozen_at" and router.config.stage1_share < 1.0:
                 buffer.fill_(STEP)
             elif name in ("frozen_word_VW", "frozen_centroid_EW"):
                 buffer.copy_(noise(buffer, 1.0))

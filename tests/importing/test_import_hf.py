@@ -42,11 +42,11 @@ EXACT: dict[str, Any] = {
     "not renormalised, bfloat16": case("bf16", topks=[1, 4], back="bfloat16"),
     "proved": case("deepseek_v3", "--proof-samples", "1", topks=[4]) | {"proof": True},
     "mixtral": case("mixtral", "--engine", "megatron", topks=[1, 2, 4, 8], engines=BOTH, back="float32"),
-    "glm4_moe": case("glm4_moe", topks=[1, 2, 8], back="float32"),
+    "glm4_moe": case("glm4_moe", topks=[1, 2, 8], engines=BOTH, back="float32"),
     "qwen2_moe": case("qwen2_moe", topks=[1, 2, 8], engines=BOTH, back="float32"),
-    "qwen3_moe, a dense layer": case("qwen3_moe, a dense layer", topks=[2], back="float32"),
+    "qwen3_moe, a dense layer": case("qwen3_moe, a dense layer", topks=[2], engines=BOTH, back="float32"),
     "glm4_moe, shared experts, groups": case(
-        "glm4_moe, shared experts, groups", "--proof-topk", "4", topks=[4], back="float32"
+        "glm4_moe, shared experts, groups", "--proof-topk", "4", topks=[4], engines=BOTH, back="float32"
     ),
     "deepseek_v2": case("deepseek_v2", topks=[1, 2, 8], engines=BOTH, back="float32"),
     "deepseek_v3": case("deepseek_v3", topks=[4], engines=BOTH, back="float32"),

@@ -35,8 +35,9 @@ def main(arguments: Sequence[str]) -> None:
     check_topks(topks, loaded.run.model.num_experts, router=loaded.run.router)
     loaded.check(topks)
     scales = scales_at(args, loaded, topks) if args.calibrate_k else {}
-    results = texts(loaded, prompts, topks, args)
-    calibrated = calibrated_texts(loaded, prompts, scales, args)
+    encoded = encode(loaded, prompts, args.max_new_tokens)
+    results = texts(loaded, prompts, encoded, topks, args)
+    calibrated = calibrated_texts(loaded, prompts, encoded, scales, args)
     if args.json:
         content = {"results": results} | ({"calibrated": calibrated} if args.calibrate_k else {})
         show(json.dumps(content, indent=1, ensure_ascii=False))
@@ -63,7 +64,11 @@ def scales_at(args: Namespace, loaded: Loaded, topks: Sequence[int]) -> dict[int
 
 
 def calibrated_texts(
-    loaded: Loaded, prompts: Sequence[str], scales: Mapping[int, Scales], args: Namespace
+    loaded: Loaded,
+    prompts: Sequence[str],
+    encoded: list[list[int]],
+    scales: Mapping[int, Scales],
+    args: Namespace,
 ) -> list[dict[str, Any]]:
     """One row for each k of ``scales`` and prompt, with the scales of the layers in order."""
     from megatron_hyperrouter.evaluate.calibration import apply
@@ -72,28 +77,40 @@ def calibrated_texts(
     for topk, scales_at_k in scales.items():
         in_order = [scales_at_k[layer] for layer in sorted(scales_at_k)]
         with apply(loaded.decoder.routers, scales_at_k):
-            rows += [row | {"scales": in_order} for row in texts(loaded, prompts, [topk], args)]
+            rows += [row | {"scales": in_order} for row in texts(loaded, prompts, encoded, [topk], args)]
     return rows
 
 
-def texts(
-    loaded: Loaded, prompts: Sequence[str], topks: Sequence[int], args: Namespace
-) -> list[dict[str, Any]]:
-    """One row for each k and prompt."""
+def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """The prompts as token ids; a note if their texts will be longer than the samples of training."""
     from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text
-    from megatron_hyperrouter.generation.sampling import Style, generate
 
-    tokenizer = loaded.tokenizer
-    eod = end_of_text(tokenizer)
-    encoded = [tokenizer.encode(prompt) or ([] if eod is None else [eod]) for prompt in prompts]
+    eod = end_of_text(loaded.tokenizer)
+    encoded = [loaded.tokenizer.encode(prompt) or ([] if eod is None else [eod]) for prompt in prompts]
     if not all(encoded):
         raise DataError("a prompt has no tokens", remedy="give a prompt that is not empty")
-    longest, context = max(map(len, encoded)) + args.max_new_tokens, loaded.run.model.seq_length
+    longest, context = max(map(len, encoded)) + max_new_tokens, loaded.run.model.seq_length
     if longest > context:
         note(
             f"note: texts of {longest} tokens are longer than the training "
             f"samples of the model ({context} tokens)"
         )
+    return encoded
+
+
+def texts(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    encoded: list[list[int]],
+    topks: Sequence[int],
+    args: Namespace,
+) -> list[dict[str, Any]]:
+    """One row for each k and prompt; ``encoded``: the prompts as token ids."""
+    from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text
+    from megatron_hyperrouter.generation.sampling import Style, generate
+
+    tokenizer = loaded.tokenizer
+    eod = end_of_text(tokenizer)
     style = Style(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     rows = []
     for topk in topks:
