@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron_hyperrouter.config.derived import expert_tensor_size, global_batch_size
+from megatron_hyperrouter.config.derived import (
+    dense_width,
+    expert_tensor_size,
+    global_batch_size,
+    recomputed_parts,
+)
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.planning.held.parameters import Model
 from megatron_hyperrouter.planning.held.stages import StageContent, stages_of
@@ -44,7 +49,8 @@ def work_of(candidate: Candidate, model: Model, per_node: int, skew: float) -> W
     size, D = (2 if config.train.bf16 else 4), config.model.hidden_size
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     samples, seq = global_batch_size(config, candidate.world_size), config.model.seq_length
-    again = 4 / 3 if config.train.recompute_granularity == "full" else 1.0
+    whole = config.train.recompute_granularity == "full"
+    again = 1 + _again(model, config) / 3  # the forward pass is a third of a step
     flops = samples * seq * model.size.flops(config.model.moe_router_topk) / candidate.world_size * again
     flops *= _busiest(model, config, stages_of(config))
     held = [model.held(config, stage) for stage in stages_of(config)]
@@ -53,16 +59,17 @@ def work_of(candidate: Candidate, model: Model, per_node: int, skew: float) -> W
     own = config.train.micro_batch_size * seq / parallel.context_parallel_size
     inside = outside = messages = 0.0
     experts = parallel.expert_model_parallel_size * expert_tensor_size(config)
-    times = 4 + 2 * (again > 1)  # there and back, forward and backward
+    times = 4 + 2 * whole  # there and back, forward and backward
     if experts > 1:
-        sent = times * passes * own / tensor * config.model.moe_router_topk * expert_tensor_size(config)
+        exchanges = 4 + 2 * (whole or "moe" in recomputed_parts(config))
+        sent = exchanges * passes * own / tensor * config.model.moe_router_topk * expert_tensor_size(config)
         volume = sent * D * size * skew
         # of the peers of a rank, those in its node come first
         span = experts * (tensor if expert_tensor_size(config) == 1 and tensor > 1 else 1)
         far = max(0.0, 1 - per_node / span)
         outside += volume * far
         inside += volume * max(1 - far - 1 / experts, 0.0)
-        messages += times * passes * (experts - 1)
+        messages += exchanges * passes * (experts - 1)
     if tensor > 1:
         inside += 2 * times * passes * own * D * size * (tensor - 1) / tensor
         messages += 2 * times * passes
@@ -91,6 +98,22 @@ def work_of(candidate: Candidate, model: Model, per_node: int, skew: float) -> W
         inside += reduced
     messages += 2 * (candidate.replicas > 1) + 2 * (candidate.expert_replicas > 1)
     return Work(flops, inside, outside, messages)
+
+
+def _again(model: Model, config: RunConfig) -> float:
+    """The share of the forward pass that is computed a second time."""
+    if config.train.recompute_granularity == "full":
+        return 1.0
+    parts, D, k = recomputed_parts(config), config.model.hidden_size, config.model.moe_router_topk
+    routed = sum(part.experts > 0 for part in model.layers)
+    again = 0.0  # parameters that a token passes once more
+    if "moe" in parts:
+        again += sum(part.experts for part in model.layers) * k / config.model.num_experts
+    if "moe" in parts or "shared_experts" in parts:
+        again += routed * 3 * D * (config.model.moe_shared_expert_intermediate_size or 0)
+    if "mlp" in parts:
+        again += (len(model.layers) - routed) * 3 * D * dense_width(config)
+    return 6 * again / model.size.flops(k)
 
 
 def _busiest(model: Model, config: RunConfig, stages: list[StageContent]) -> float:

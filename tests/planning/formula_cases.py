@@ -23,6 +23,10 @@ TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 EP4, PP2 = "--expert-model-parallel-size 4", "--pipeline-model-parallel-size 2"
 MEGATRON, SPLIT, BF16 = "--engine megatron", "--use-distributed-optimizer", "--bf16"
 FULL = "--recompute-granularity full"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
+MOE = f"{SELECTIVE} moe"
+SHARED = f"--moe-shared-expert-intermediate-size 2048 {SELECTIVE} shared_experts"
+DENSE = f"--moe-layer-freq [0,1,0,1,0,1,0,1] --ffn-hidden-size 4096 {SELECTIVE} mlp"
 
 
 class Laid(NamedTuple):
@@ -49,6 +53,12 @@ LAYOUTS = {
     "medium, megatron PP2 VPP2": Laid(
         "medium", 8, f"{MEGATRON} {PP2} --virtual-pipeline-model-parallel-size 2 {SPLIT} {BF16}"
     ),
+    "medium, megatron recomputes experts": Laid("medium", 8, f"{MEGATRON} {EP4} {SPLIT} {BF16} {MOE}"),
+    "medium, deepspeed recomputes experts": Laid("medium", 8, f"{EP4} {BF16} {MOE}"),
+    "medium, megatron recomputes its shared expert": Laid(
+        "medium", 8, f"{MEGATRON} {EP4} {SPLIT} {BF16} {SHARED}"
+    ),
+    "medium, megatron recomputes dense layers": Laid("medium", 8, f"{MEGATRON} {EP4} {SPLIT} {BF16} {DENSE}"),
     "medium, deepspeed EP4": Laid("medium", 8, f"{EP4} {BF16}", 1.5),
     "medium, deepspeed TP2": Laid("medium", 8, f"{TP2} {SP} {EP4} {BF16}"),
     "medium, deepspeed PP2": Laid("medium", 8, f"{PP2} {EP4} {BF16}"),

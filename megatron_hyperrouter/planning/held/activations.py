@@ -13,6 +13,7 @@ from megatron_hyperrouter.config.derived import (
     expert_width,
     head_width,
     query_groups,
+    recomputed_parts,
 )
 from megatron_hyperrouter.model.output import chunk_tokens
 
@@ -42,6 +43,13 @@ def layer_of(candidate: Candidate, skew: float, with_experts: bool) -> LayerActi
     mlp, working = (_routed if with_experts else _dense)(config, own, skew)
     if config.engine.engine == "deepspeed" and tensor > 1 and with_experts:
         mlp += (T - own) * D * (size + _FLOAT32)  # every rank routes all tokens
+    shared = _shared(config, T) if with_experts else 0.0
+    parts = recomputed_parts(config)
+    if ("moe" if with_experts else "mlp") in parts:  # its input is kept, and the rest computed again
+        mlp, working, shared = size * own * D, working + mlp + shared, 0.0
+    elif "shared_experts" in parts:
+        working, shared = working + shared, 0.0
+    mlp += shared
     if config.train.recompute_granularity == "full":
         return LayerActivations(size * own * D, attention + mlp + working)
     return LayerActivations(attention + mlp, working)
@@ -55,11 +63,18 @@ def _routed(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
     rows = own * model.moe_router_topk * shares
     if config.parallel.expert_model_parallel_size * shares > 1:
         rows *= skew
-    shared = model.moe_shared_expert_intermediate_size
-    beside = (3 * shared / config.parallel.tensor_model_parallel_size + D) if shared else 0.0
     router = own * _FLOAT32 * (D * config.train.bf16 + 5 * model.num_experts)
-    kept = size * (rows * (D + 2 * F) + own * config.parallel.tensor_model_parallel_size * beside)
+    kept = size * rows * (D + 2 * F)
     return kept + router, size * rows * (2 * D + 4 * F)
+
+
+def _shared(config: RunConfig, tokens: float) -> float:
+    """Kept bytes of the shared expert, which every tensor-parallel rank computes for all ``tokens``."""
+    width = config.model.moe_shared_expert_intermediate_size
+    if width is None:
+        return 0.0
+    size, tensor = 2 if config.train.bf16 else 4, config.parallel.tensor_model_parallel_size
+    return size * tokens * (3 * width / tensor + config.model.hidden_size)
 
 
 def _dense(config: RunConfig, own: float, skew: float) -> tuple[float, float]:
