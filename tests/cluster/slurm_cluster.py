@@ -97,16 +97,23 @@ class Slurm:
     root: Path
     env: dict[str, str]
 
-    def run(self, *command: object, check: bool = True, **more: str) -> str:
+    def run(
+        self,
+        *command: object,
+        check: bool = True,
+        timeout: float = 60,
+        folder: Path | None = None,
+        **more: str,
+    ) -> str:
         """A command of a user; returns what it says."""
         done = subprocess.run(
             [str(word) for word in command],
             env=self.env | more,
-            cwd=self.root,
+            cwd=folder or self.root,
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=timeout,
         )
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout

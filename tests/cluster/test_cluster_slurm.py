@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +19,13 @@ from distributed import REPOSITORY, environment, free_port
 from program.launched import metrics
 
 from megatron_hyperrouter.guard.events import read_events
+from megatron_hyperrouter.guard.heartbeat import read_beats
 from megatron_hyperrouter.watch.status import status_of
 from megatron_hyperrouter.watch.trace import read_trace
 
 pytestmark = pytest.mark.processes
 SCRIPT = REPOSITORY / "examples" / "cluster" / "slurm.sh"
-STEPS = 400
+STEPS = 300
 TINY = (
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 64 "
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 "
@@ -29,6 +33,20 @@ TINY = (
     f"--micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --save-interval 20 "
     "--keep-checkpoints 2 --eval-interval 0 --log-interval 50"
 ).split()
+
+STUDY = """
+mock_data: true
+tokenizer_type: NullTokenizer
+vocab_size: 64
+num_layers: 2
+hidden_size: 32
+num_attention_heads: 4
+moe_ffn_hidden_size: 32
+seq_length: 32
+num_experts: 4
+micro_batch_size: 2
+"""
+STUDIED = ["--ranks", 1, 2, "--layouts", "", "ep=2", "--warmup", 1, "--steps", 3, "--repeats", 1]
 
 
 @pytest.fixture(scope="module")
@@ -73,28 +91,64 @@ def lines_of(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+LIMIT = 30.0  # seconds that a collective may take
+
+
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.by_hand)])
-def test_stopped_then_killed_at_random_steps(slurm: Slurm, launcher: str) -> None:
+def test_stopped_killed_and_suspended_at_random_steps(slurm: Slurm, launcher: str) -> None:
     """Each time the job requeues itself; in the end every step stands once."""
     run_dir, dice = slurm.root / f"run-{launcher}", random.Random(launcher)
-    job = submit(
-        slurm, *TINY, "--run-dir", run_dir, "--expert-model-parallel-size", 2, nodes=2, LAUNCHER=launcher
-    )
-    for attempt, number in enumerate(("TERM", "KILL")):
+    words = [*TINY, "--run-dir", run_dir, "--expert-model-parallel-size", 2]
+    words += ["--distributed-timeout-minutes", LIMIT / 60]
+    job = submit(slurm, *words, nodes=2, LAUNCHER=launcher)
+    for attempt, disturb in enumerate((stop_all, kill_all, kill_one, suspend_one)):
         wait(slurm, job, lambda attempt=attempt: len(openings(run_dir)) > attempt)
-        begun = openings(run_dir)[-1]
-        aim = begun + dice.randint(25, 60)
+        aim = openings(run_dir)[-1] + dice.randint(25, 60)
         wait(slurm, job, lambda aim=aim: lines_of(run_dir) >= aim)
-        slurm.run("scancel", f"--signal={number}", f"{job}.0")
+        disturb(slurm, job, run_dir)
         wait(slurm, job, lambda attempt=attempt: int(slurm.job(job)["Restarts"]) == attempt + 1)
+    assert_finished(slurm, job, run_dir, restarts=4)
+    causes = status_of(read_trace(run_dir)).causes
+    assert "was stopped by SIGTERM" in causes[0] and "killed" in causes[1]
+    opening = read_events(run_dir / "events.jsonl")[0]
+    assert opening["world_size"] == 2 and f"SLURM_JOB_ID={job}" in str(opening["job"])
+
+
+def stop_all(slurm: Slurm, job: str, run_dir: Path) -> None:
+    """As before a time limit."""
+    slurm.run("scancel", "--signal=TERM", f"{job}.0")
+
+
+def kill_all(slurm: Slurm, job: str, run_dir: Path) -> None:
+    slurm.run("scancel", "--signal=KILL", f"{job}.0")
+
+
+def kill_one(slurm: Slurm, job: str, run_dir: Path) -> None:
+    os.kill(pid_of_rank_1(run_dir), signal.SIGKILL)
+
+
+def suspend_one(slurm: Slurm, job: str, run_dir: Path) -> None:
+    """It is named within twice the limit."""
+    os.kill(pid_of_rank_1(run_dir), signal.SIGSTOP)
+    wait(slurm, job, lambda: names_rank_1(run_dir), seconds=2 * LIMIT)
+
+
+def pid_of_rank_1(run_dir: Path) -> int:
+    return read_beats(run_dir / "heartbeat")[1].pid
+
+
+def names_rank_1(run_dir: Path) -> bool:
+    """In ``mhr status``, or in the event that ended the attempt."""
+    status = status_of(read_trace(run_dir))
+    return any("rank 1" in text for text in (*status.late, status.reason))
+
+
+def assert_finished(slurm: Slurm, job: str, run_dir: Path, *, restarts: int) -> None:
     wait(slurm, job, lambda: has_ended(slurm, job))
     assert slurm.job(job)["JobState"] == "COMPLETED", said(slurm, job)
     assert [line["step"] for line in metrics(run_dir) if "split" not in line] == list(range(1, STEPS + 1))
     status = status_of(read_trace(run_dir))
-    assert (status.state, status.restarts) == ("finished", 2)
-    assert "was stopped by SIGTERM" in status.causes[0] and "killed" in status.causes[1]
-    opening = read_events(run_dir / "events.jsonl")[0]
-    assert opening["world_size"] == 2 and f"SLURM_JOB_ID={job}" in str(opening["job"])
+    assert (status.state, status.restarts) == ("finished", restarts)
 
 
 def openings(run_dir: Path) -> list[int]:
@@ -103,14 +157,25 @@ def openings(run_dir: Path) -> list[int]:
     return [int(str(each["step"])) for each in events if each["event"] in ("start", "resume")]
 
 
-def test_refused_settings_are_not_started_again(slurm: Slurm) -> None:
-    job = submit(slurm, *TINY, "--run-dir", slurm.root / "refused", "--moe-router-topk", 9, nodes=1)
-    wait(slurm, job, lambda: has_ended(slurm, job))
-    found = slurm.job(job)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0"), said(
-        slurm, job
-    )
-    assert "a restart does not solve problems of settings" in said(slurm, job)
+NO_MOCK = [word for word in TINY if word != "--mock-data"]
+NEVER_AGAIN = {
+    2: ([*TINY, "--moe-router-topk", 9], "settings"),
+    3: ([*NO_MOCK, "--data-path", "/no/such/prefix"], "data"),
+    5: ([*TINY, "--transformer-impl", "transformer_engine"], "the installation"),
+}
+
+
+def test_no_restart_where_it_cannot_help(slurm: Slurm) -> None:
+    jobs = {
+        status: submit(slurm, *words, "--run-dir", slurm.root / f"refused-{status}", nodes=1)
+        for status, (words, _) in NEVER_AGAIN.items()
+    }
+    for status, job in jobs.items():
+        wait(slurm, job, lambda job=job: has_ended(slurm, job))
+        found = slurm.job(job)
+        ended = ("FAILED", f"{status}:0", "0")
+        assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ended, said(slurm, job)
+        assert f"a restart does not solve problems of {NEVER_AGAIN[status][1]}" in said(slurm, job)
 
 
 def test_a_trial_without_data_trains_without_editing_a_file(slurm: Slurm) -> None:
@@ -135,3 +200,38 @@ def test_a_cancelled_job_stays_cancelled(slurm: Slurm) -> None:
     time.sleep(2.0)
     found = slurm.job(job)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), said(slurm, job)
+
+
+@pytest.mark.by_hand
+def test_srun_starts_the_program_itself(slurm: Slurm, tmp_path: Path) -> None:
+    """One task a rank, without the script."""
+    program = [sys.executable, str(REPOSITORY / "pretrain_gpt_hyperrouter.py"), *TINY, "--train-iters", 3]
+    program += ["--run-dir", tmp_path / "run", "--expert-model-parallel-size", 2]
+    slurm.run("srun", "-N2", "-n2", *program, timeout=240)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert read_events(tmp_path / "run" / "events.jsonl")[0]["world_size"] == 2
+
+
+@pytest.mark.by_hand
+def test_a_study_is_submitted_and_collected(slurm: Slurm, tmp_path: Path) -> None:
+    """As docs/scaling.md says: the printed commands submit a job for each run."""
+    (tmp_path / "run.yaml").write_text(STUDY, encoding="utf-8")
+    study = [sys.executable, "-m", "megatron_hyperrouter", "scaling", "speed", "--config"]
+    study += [tmp_path / "run.yaml", "--output", tmp_path / "out", *STUDIED]
+    printed = slurm.run(*study, "--dry-run", "--gpus-per-node", 2, folder=REPOSITORY, timeout=240)
+    jobs = []
+    for line in printed.splitlines():
+        start, *words = shlex.split(line)
+        (gpus,) = (word for word in words if word.startswith("--gpus-per-node="))
+        words.remove(gpus)  # these nodes have none
+        more = {"RANKS_PER_NODE": gpus.partition("=")[2]}
+        words = [start, "--parsable", f"--output={slurm.root}/job-%j.out", *words]
+        jobs.append(slurm.run(*words, folder=REPOSITORY, **more).strip())
+    assert len(jobs) == 3
+    for job in jobs:
+        wait(slurm, job, lambda job=job: has_ended(slurm, job), seconds=400)
+        assert slurm.job(job)["JobState"] == "COMPLETED", said(slurm, job)
+    slurm.run(*study, "--collect", folder=REPOSITORY, timeout=240)
+    with (tmp_path / "out" / "runs.csv").open(newline="") as file:
+        found = [row["ranks"] for row in csv.DictReader(file)]
+    assert sorted(found) == ["1", "2", "2"]
