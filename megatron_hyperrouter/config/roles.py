@@ -28,7 +28,7 @@ class Role(Enum):
     PRECISION = "the number format"
     ENGINE = "which engine trains"
     LAYOUT = "how the work is spread over the ranks"
-    SHARDING = "how the optimizer state is spread over the ranks"
+    SHARDING = "how optimizer state and frozen weights are spread over the ranks"
     SPEED = "how the same numbers are computed"
     PORTION = "how much is read or computed at a time"
     UPKEEP = "evaluations and checkpoints along the way"

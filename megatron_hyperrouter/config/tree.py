@@ -428,6 +428,12 @@ class EngineConfig:
         "ZeRO stage 0, 1 or 2; stage 3 is refused, because DeepSpeed does not support it with mixture"
         " of experts",
     ] = 1
+    shard_hypernetwork: Annotated[
+        bool | None,
+        Role.SHARDING,
+        "Divide the hypernetwork of the hyper router among the data-parallel ranks to save memory; "
+        "default: only if experts x hidden size exceeds 2^18",
+    ] = None
     deepspeed_config: Annotated[
         str | None,
         Role.SPEED,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.engines.row_gather import data_ranks
 from megatron_hyperrouter.engines.world import device
 from megatron_hyperrouter.model.names import router_prefix
 from megatron_hyperrouter.ops import keyed
@@ -56,6 +57,7 @@ def make_router(config: RunConfig, layer_number: int, *, vocab_size: int) -> Rou
                 num_layers=config.model.num_layers,
                 train_iters=config.train.train_iters,
                 vocab_size=vocab_size,
+                data_ranks=data_ranks(config),
             ),
         )
     prefix = router_prefix(layer_number, config.model.num_layers)

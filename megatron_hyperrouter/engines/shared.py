@@ -180,8 +180,12 @@ class SharedEngine(SavedEngine):
             return accept(found[0][0])
 
         self.judgement.begin(decide)
+        for router in self.routers.values():
+            router.begin_backward(len(batches))
         with self.profiler.watching(now.step + 1):
             norm = self.optimize(batches, now.learning_rate)
+        for router in self.routers.values():
+            router.end_backward()
         applied = self.judgement.allows(norm)  # some hosts leave out a step by themselves, and have not asked
         result, sums = found[0]
         if applied:

@@ -34,6 +34,12 @@ def expert_group() -> dist.ProcessGroup | None:
     return None if group.size() == 1 else group
 
 
+def data_group() -> dist.ProcessGroup:
+    """The ranks that have the same dense parameters, whose gradients an engine sums over them."""
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
+
+
 def expert_rank() -> int:
     """This rank's place among those that share all experts of a layer."""
     return int(parallel_state.get_expert_model_parallel_rank())

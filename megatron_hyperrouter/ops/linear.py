@@ -21,6 +21,11 @@ def float32_linear(x_TD: Tensor, W_ED: Tensor, b_E: Tensor | None = None) -> Ten
     return logits_TE
 
 
+def float32_maths(device: torch.device) -> torch.autocast:
+    """Keeps autocast from rounding the inputs of a matrix product."""
+    return torch.autocast(device.type, enabled=False)
+
+
 class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, W_ED: Tensor, b_E: Tensor | None) -> Tensor:

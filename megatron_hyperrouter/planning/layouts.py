@@ -16,6 +16,7 @@ from megatron_hyperrouter.config.derived import (
     expert_tensor_size,
     global_batch_size,
     model_parallel_size,
+    replicas,
 )
 from megatron_hyperrouter.config.leaves import flag, tree_leaves, value_of
 from megatron_hyperrouter.config.tree import RunConfig
@@ -51,7 +52,7 @@ class Candidate:
     @property
     def replicas(self) -> int:
         """Number of ranks that have the same dense parameters: DP x CP."""
-        return self.data_size * self.config.parallel.context_parallel_size
+        return replicas(self.config, self.world_size)
 
     @property
     def expert_replicas(self) -> int:

@@ -31,7 +31,8 @@ _REMEDIES = {
     "weights": "increase expert, tensor or pipeline parallelism",
     "gradients": "increase expert, tensor or pipeline parallelism",
     "optimizer": "increase expert, tensor or pipeline parallelism, or use more GPUs",
-    "hypernetwork": "set --router.shared model, or use a smaller --router.hypernet-width",
+    "hypernetwork": "set --shard-hypernetwork or --router.shared model, or use a smaller "
+    "--router.hypernet-width",
     "activations": "increase tensor or context parallelism, or use a smaller --micro-batch-size",
     "logits": "increase tensor parallelism, or use a smaller --micro-batch-size",
     "buckets": "set a smaller reduce_bucket_size with --deepspeed-config, or use --engine megatron",

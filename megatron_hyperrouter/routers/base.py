@@ -22,6 +22,7 @@ from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
+from megatron_hyperrouter.ops.linear import float32_maths
 from megatron_hyperrouter.ops.topk import Groups, best_experts, topk_softmax
 
 ROUTERS: dict[str, type[Router]] = {}
@@ -49,6 +50,23 @@ class ExpertBank(Protocol):
         ...
 
 
+class DataRanks(Protocol):
+    """The data-parallel ranks that divide a router's frozen part.  Each of them runs the same passes in the
+    same order, and the engine sums the gradients of a router's parameters over them.
+    """
+
+    rank: int
+    size: int
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The tensors of all ranks, stacked rank by rank (collective)."""
+        ...
+
+    def sum_of_own(self, parts: Tensor) -> Tensor:
+        """``parts[r]`` is for rank r: the sum of what all ranks have for this one (collective)."""
+        ...
+
+
 class Tokens(NamedTuple):
     """What an engine knows about the tokens of a micro-batch in addition to their vectors, in the order of
     ``x_TD``.
@@ -67,6 +85,7 @@ class RunFacts(NamedTuple):
     num_layers: int = 1  # of the whole model
     train_iters: int = 1000  # optimizer steps of the run
     vocab_size: int = 256  # token ids
+    data_ranks: DataRanks | None = None  # those that divide a frozen part; None: this rank has all of it
 
 
 class Pass(NamedTuple):
@@ -412,10 +431,11 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (deepcopy, pickle) shares no micro-batch with other ranks, because process groups cannot
-        be copied.
+        """A copy (deepcopy, pickle) shares nothing with other ranks, because process groups cannot be
+        copied.
         """
-        return {**self.__dict__, "over_shards": None, "gather_shards": None}
+        alone = self.facts._replace(data_ranks=None)
+        return {**self.__dict__, "over_shards": None, "gather_shards": None, "facts": alone}
 
     def hold(self, on: bool = True) -> None:
         """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a
@@ -427,20 +447,13 @@ class Router(nn.Module):
         load.
         """
 
+    def begin_backward(self, passes: int) -> None:
+        """An engine's promise: this router will take part in ``passes`` backward passes before the next
+        :meth:`end_backward`, so it may finish the gradient of its weights in the last of them.
+        """
 
-def float32_maths(device: torch.device) -> torch.autocast:
-    """Keeps autocast from rounding the inputs of a matrix product."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
-    """The warning of the methods that take the softmax over the kept logits."""
-    if topk == 1:
-        yield (
-            f"router {name} with k = 1: the weight of the only chosen expert is always 1, so the "
-            "language-model loss gives the router no gradient; only --moe-aux-loss-coeff and "
-            "--moe-z-loss-coeff train the router"
-        )
+    def end_backward(self) -> None:
+        """The step's backward passes are done.  Raises RuntimeError if some of those promised are missing."""
 
 
 def without_counts(what: str) -> str:

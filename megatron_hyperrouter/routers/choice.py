@@ -242,3 +242,13 @@ class ChoosingRouter(Router):
     def folded_buffers(self) -> dict[str, Tensor]:
         """The buffers that balance the choice."""
         return {name: buffer for name, buffer in self.named_buffers() if name in ("share_E", "choice_bias_E")}
+
+
+def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
+    """The warning of the methods that take the softmax over the kept logits."""
+    if topk == 1:
+        yield (
+            f"router {name} with k = 1: the weight of the only chosen expert is always 1, so the "
+            "language-model loss gives the router no gradient; only --moe-aux-loss-coeff and "
+            "--moe-z-loss-coeff train the router"
+        )

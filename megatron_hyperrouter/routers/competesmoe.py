@@ -52,8 +52,8 @@ from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
-from megatron_hyperrouter.ops.linear import float32_linear
-from megatron_hyperrouter.routers.base import Pass, Router, Routing, float32_maths
+from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
+from megatron_hyperrouter.routers.base import Pass, Router, Routing
 
 Coefficient = Annotated[float, Ge(0.0)]
 

@@ -28,12 +28,17 @@ class Recipe(ABC):
     name: str  # prefix of the names of their streams
 
     @abstractmethod
-    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The tensors, float32, on ``device``."""
+    def draw(self, device: torch.device) -> tuple[tuple[Tensor, ...], str]:
+        """The tensors, float32, on ``device``, and their :func:`keyed.digest`.  A recipe for a part of the
+        tensors gives the hash of the whole ones.
+        """
 
-    def normal(self, part: str, shape: tuple[int, ...], std: float, device: torch.device) -> Tensor:
-        """N(0, std^2) numbers of the stream ``name.part``."""
-        return keyed.normal(shape, seed=self.seed, name=f"{self.name}.{part}", device=device).mul_(std)
+    def normal(
+        self, part: str, shape: tuple[int, ...], std: float, device: torch.device, *, start: int = 0
+    ) -> Tensor:
+        """N(0, std^2) numbers of the stream ``name.part``, from number ``start``."""
+        name = f"{self.name}.{part}"
+        return keyed.normal(shape, seed=self.seed, name=name, device=device, start=start).mul_(std)
 
 
 class FrozenTensors:
@@ -90,8 +95,7 @@ def _shared(recipe: Recipe, device: torch.device, make: Callable[[], FrozenTenso
 
 def _drawn(recipe: Recipe, device: torch.device) -> FrozenTensors:
     with torch.inference_mode(False), torch.no_grad():
-        tensors = recipe.draw(device)
-    return FrozenTensors(recipe, tensors, keyed.digest(tensors))
+        return FrozenTensors(recipe, *recipe.draw(device))
 
 
 class FrozenRouter(Router):
@@ -119,6 +123,12 @@ class FrozenRouter(Router):
         if self.frozen.device != device:
             self.frozen = self.frozen.to(device)
         return self.frozen.tensors
+
+    def frozen_digest(self, device: torch.device) -> str:
+        """The hash of the frozen bytes that this router uses, computed anew (collective where ranks divide
+        them).
+        """
+        return keyed.digest(self.frozen_tensors(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenRouter:
         # moves parameters and the two buffers; a dtype cannot touch the frozen part

@@ -1,14 +1,15 @@
 """HyperRouter: a frozen hypernetwork generates the router from a trained embedding (arXiv 2312.07035).
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``S`` size of the embedding, ``H`` hypernetwork
-width, ``P`` generated numbers: E*(D+1) with a bias, else E*D.
+width, ``P`` generated numbers: E*(D+1) with a bias, else E*D.  Where ``G`` ranks divide the hypernetwork,
+each generates ``C`` = D/G columns of W, and P is its part of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -16,18 +17,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_hyperrouter.config.kinds import Count, Natural
+from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.hypernet import active_units, generate, transposed
-from megatron_hyperrouter.ops.linear import float32_linear
-from megatron_hyperrouter.routers.base import float32_maths, no_gradient_at_k1
-from megatron_hyperrouter.routers.choice import ChoosingRouter
-from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
+from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
+from megatron_hyperrouter.routers.choice import ChoosingRouter, no_gradient_at_k1
+from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe, frozen
 
-_ONE_FOR_ALL_FROM = 1 << 18  # experts x hidden size
+_LARGE = 1 << 18  # experts x hidden size
+_BLOCK = 1 << 22  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
 class HypernetRecipe(Recipe):
-    """The frozen layers of a hypernetwork; their biases are zero."""
+    """The frozen layers of a hypernetwork, or one of several parts of them; their biases are zero."""
 
     num_experts: int
     hidden_size: int
@@ -36,22 +38,39 @@ class HypernetRecipe(Recipe):
     bias: bool
     init: str
     logit_std: float | None = None
+    part: int = 0  # of ``parts`` equal ones: its columns of the router's weights, and the whole bias
+    parts: int = 1
 
-    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+    def draw(self, device: torch.device) -> tuple[tuple[Tensor, ...], str]:
         """``(w1_HS, b1_H, w2_HP, b2_P)``.  The columns for the router's bias are drawn from a separate
         stream, so W does not depend on ``bias``.
 
         W2 is stored in column-major order.  Products with it and with its transpose then take a quarter of
-        the time (on a CPU).
+        the time (on a CPU).  It is drawn a few hidden units at a time: the hash covers all of it, and only
+        this part stays in memory.
         """
-        H, E, D = self.width, self.num_experts, self.hidden_size
+        H, E, D, C = self.width, self.num_experts, self.hidden_size, self.hidden_size // self.parts
         w1_std, w2_std = self.stds()
         w1_HS = self.normal("w1", (H, self.embedding_size), w1_std, device)
-        w2_HED = self.normal("w2", (H, E, D), w2_std, device)
-        if self.bias:
-            w2_HED = torch.cat((w2_HED, self.normal("w2_bias", (H, E, 1), w2_std, device)), 2)
-        w2_HP = w2_HED.view(H, -1)
-        return w1_HS, w1_HS.new_zeros(H), w2_HP, w1_HS.new_zeros(w2_HP.size(1))
+        w2_HEC = w1_HS.new_empty(H, E, C + self.bias)
+        b1_H, b2_P = w1_HS.new_zeros(H), w1_HS.new_zeros(E * (C + self.bias))
+
+        def whole() -> Iterator[Tensor]:
+            yield from (w1_HS, b1_H)
+            units = max(_BLOCK // (E * D), 1)
+            for first in range(0, H, units):
+                kept_HEC = w2_HEC[first : first + units]
+                count = len(kept_HEC)
+                block = self.normal("w2", (count, E, D), w2_std, device, start=first * E * D)
+                kept_HEC[..., :C] = block[..., self.part * C : (self.part + 1) * C]
+                if self.bias:
+                    kept_HEC[..., C:] = self.normal("w2_bias", (count, E, 1), w2_std, device, start=first * E)
+                    block = torch.cat((block, kept_HEC[..., C:]), 2)
+                yield block
+            yield w1_HS.new_zeros(E * (D + self.bias))
+
+        digest = keyed.digest(whole())
+        return (w1_HS, b1_H, w2_HEC.view(H, -1), b2_P), digest
 
     def stds(self) -> tuple[float, float]:
         """Standard deviations of both layers, given an embedding ~ N(0, 1).
@@ -92,8 +111,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     """``logits = W x + b`` with ``(W, b)`` generated from a trained embedding by a frozen hypernetwork.
 
     By default it generates (W, b) in every forward pass, which is always correct.  With an engine that
-    keeps the promise of :meth:`hold`, it generates once per optimizer step, and the backward pass to the
-    embedding runs once per micro-batch.
+    keeps the promise of :meth:`hold`, it generates once per optimizer step.  The backward pass to the
+    embedding runs once per micro-batch, or once per optimizer step after :meth:`begin_backward`.
     """
 
     config: Config
@@ -101,6 +120,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     _held: bool
     _stale: bool
     _generated: Generated | None
+    _promised: int | None  # backward passes of this step
+    _left: int  # of them
+    _sum: tuple[Tensor, Tensor | None] | None  # the gradients of (W, b) in earlier passes
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ChoosingRouter.Config):
@@ -137,7 +159,12 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
 
         def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:
             """Values of unset options that depend on the size of the model."""
-            return {"shared": "model" if num_experts * hidden_size > _ONE_FOR_ALL_FROM else "layer"}
+            large = self.is_large(hidden_size=hidden_size, num_experts=num_experts)
+            return {"shared": "model" if large else "layer"}
+
+        def is_large(self, *, hidden_size: int, num_experts: int) -> bool:
+            """Whether the hypernetwork is a considerable part of a rank's memory."""
+            return num_experts * hidden_size > _LARGE
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """At k = 1 the embedding does not learn if the weights of a token sum to 1."""
@@ -165,6 +192,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             init=config.init,
             logit_std=config.logit_std,
         )
+        self._ranks = self.facts.data_ranks
+        if self._ranks is not None:
+            recipe = replace(recipe, part=self._ranks.rank, parts=self._ranks.size)
         self.freeze(recipe)
         if config.anchor:
             self.register_buffer("anchor_ED", torch.zeros(self.num_experts, self.hidden_size))
@@ -199,17 +229,23 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             self._generated = self._regenerate()
             self._stale = False
         W_ED, b_E, active = self._generated
-        if torch.is_grad_enabled():
-            w1_HS, _, w2_HP, _ = self.frozen_tensors(device)
-            W_ED, b_E = _Reuse.apply(self._embedding(), W_ED, b_E, active, w1_HS, w2_HP)  # type: ignore[no-untyped-call]
-        return W_ED, b_E
+        if not torch.is_grad_enabled():
+            return W_ED, b_E
+        if self._promised is not None and not torch.compiler.is_compiling():
+            return _ReuseInStep.apply(self._embedding(), W_ED, b_E, active, self)  # type: ignore[no-untyped-call, no-any-return]
+        if self._ranks is not None:
+            raise RuntimeError(
+                "call begin_backward() first: the ranks that divide a hypernetwork go back together"
+            )
+        w1_HS, _, w2_HP, _ = self.frozen_tensors(device)
+        return _Reuse.apply(self._embedding(), W_ED, b_E, active, w1_HS, w2_HP)  # type: ignore[no-untyped-call, no-any-return]
 
     def hold(self, on: bool = True) -> None:
         """Generate once per step: from now on the caller must call :meth:`begin_step` after each change of
         the embedding.
         """
         self._held = on
-        self._generated = None
+        self._generated = self._sum = self._promised = None
         self._stale = True
 
     def begin_step(self) -> None:
@@ -217,6 +253,19 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         gathered the weights.
         """
         self._stale = True
+
+    def begin_backward(self, passes: int) -> None:
+        """See :meth:`Router.begin_backward`; :meth:`hold` must be on.  Raises RuntimeError in a pass beyond
+        the promise.
+        """
+        self._promised = self._left = passes
+
+    def end_backward(self) -> None:
+        """See :meth:`Router.end_backward`; an embedding that is not trained takes part in no pass."""
+        promised, self._promised = self._promised, None
+        if promised is not None and self._left not in (0, promised):
+            missing = f"{self._left} of {promised} backward passes"
+            raise RuntimeError(f"router of layer {self.layer_number}: {missing} are missing in this step")
 
     def _embedding(self) -> Tensor:
         """``_S``, or ``_ES`` with one for each expert."""
@@ -226,6 +275,10 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     def _generate(self, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
         w1_HS, b1_H, w2_HP, b2_P = self.frozen_tensors(embedding.device)
         W_ED, b_E = generate(embedding, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias)
+        if self._ranks is not None:
+            if torch.is_grad_enabled():
+                raise RuntimeError("call hold() first: what other ranks generate has no gradient")
+            W_ED = _joined(self._ranks.gather(W_ED))
         return (W_ED + self.anchor_ED if self.config.anchor else W_ED), b_E
 
     def anchor_at(self, given_ED: Tensor) -> None:
@@ -259,6 +312,49 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
                 new = old
         return new
 
+    def _way_back(self, grad_W_ED: Tensor, grad_b_E: Tensor | None, active: Tensor) -> Tensor:
+        """The embedding's gradient in one backward pass: zero, and in the last pass of the step that of all
+        passes.
+
+        Where ranks divide the hypernetwork, a rank takes the gradients of all ranks back through its own
+        columns.  The engine sums the embedding's gradient over the ranks: the sum is the same.
+        """
+        if self._promised is None or self._left == 0:
+            raise RuntimeError(f"a backward pass beyond the {self._promised or 0} of begin_backward()")
+        if self._left < self._promised and self._sum is not None:
+            total_W_ED, total_b_E = self._sum
+            total_W_ED.add_(grad_W_ED)
+            if total_b_E is not None and grad_b_E is not None:
+                total_b_E.add_(grad_b_E)
+            grad_W_ED, grad_b_E = self._sum
+        elif self._promised > 1:
+            self._sum = grad_W_ED.clone(), None if grad_b_E is None else grad_b_E.clone()
+        self._left -= 1
+        w1_HS, _, w2_HP, _ = self.frozen_tensors(grad_W_ED.device)
+        if self._left:
+            return grad_W_ED.new_zeros((*active.shape[:-1], w1_HS.size(1)))
+        if self._ranks is not None:
+            parts_GEC = grad_W_ED.view(self.num_experts, self._ranks.size, -1).transpose(0, 1)
+            grad_W_ED = self._ranks.sum_of_own(parts_GEC)
+        return transposed(grad_W_ED, grad_b_E, active, w1_HS, w2_HP.t())
+
+    def frozen_digest(self, device: torch.device) -> str:
+        """See :meth:`FrozenRouter.frozen_digest`."""
+        ranks = self._ranks
+        if ranks is None:
+            return super().frozen_digest(device)
+        w1_HS, b1_H, w2_HP, _ = self.frozen_tensors(device)
+        C, bias = self.hidden_size // ranks.size, int(self.config.bias)
+
+        def whole() -> Iterator[Tensor]:
+            yield from (w1_HS, b1_H)
+            for w2_P in w2_HP:
+                own_EC = w2_P.view(self.num_experts, C + bias)
+                yield torch.cat((_joined(ranks.gather(own_EC[:, :C].contiguous())), own_EC[:, C:]), 1)
+            yield w1_HS.new_zeros(self.num_experts * (self.hidden_size + bias))
+
+        return keyed.digest(whole())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperRouter:
         self.begin_step()
         super()._apply(fn, recurse)
@@ -270,9 +366,24 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (deepcopy, pickle) generates the matrix in every forward pass, because no engine calls
-        its :meth:`begin_step`.
+        its :meth:`begin_step`, and has the whole hypernetwork.
         """
-        return {**super().__getstate__(), "_held": False, "_generated": None, "_stale": True}
+        own: dict[str, Any] = {
+            "_held": False,
+            "_generated": None,
+            "_stale": True,
+            "_sum": None,
+            "_promised": None,
+        }
+        if self._ranks is not None:
+            whole = replace(self.frozen.recipe, part=0, parts=1)  # type: ignore[call-arg]
+            own |= {"_ranks": None, "frozen": frozen(whole, self.frozen.device)}
+        return {**super().__getstate__(), **own}
+
+
+def _joined(W_GEC: Tensor) -> Tensor:
+    """``W_ED`` from the columns of each rank."""
+    return W_GEC.transpose(0, 1).flatten(1)
 
 
 class _Reuse(torch.autograd.Function):
@@ -308,3 +419,21 @@ class _Reuse(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _ReuseInStep(torch.autograd.Function):
+    """Returns the generated router; its backward is :meth:`HyperRouter._way_back`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, embedding: Tensor, W_ED: Tensor, b_E: Tensor | None, active: Tensor, router: HyperRouter
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(active)
+        ctx.router = router
+        return W_ED.detach(), None if b_E is None else b_E.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_W_ED: Tensor, grad_b_E: Tensor | None) -> tuple[Tensor | None, ...]:
+        (active,) = ctx.saved_tensors
+        return ctx.router._way_back(grad_W_ED, grad_b_E, active), None, None, None, None

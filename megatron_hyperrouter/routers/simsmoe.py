@@ -39,18 +39,17 @@ from torch import Tensor, nn
 from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
-from megatron_hyperrouter.ops.linear import float32_linear
+from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
 from megatron_hyperrouter.ops.similarity import linear_cka, median_distance, rbf_cka
 from megatron_hyperrouter.routers.base import (
     Pass,
     Router,
     Routing,
     StepCounts,
-    float32_maths,
-    no_gradient_at_k1,
     reaching,
     without_counts,
 )
+from megatron_hyperrouter.routers.choice import no_gradient_at_k1
 
 
 class SimSMoERouter(Router, name="simsmoe"):

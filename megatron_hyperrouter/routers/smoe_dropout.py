@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_hyperrouter.config.kinds import Natural
 from megatron_hyperrouter.errors import Problem
+from megatron_hyperrouter.ops import keyed
 from megatron_hyperrouter.ops.linear import float32_linear
 from megatron_hyperrouter.routers.choice import ChoosingRouter
 from megatron_hyperrouter.routers.frozen import FrozenRouter, Recipe
@@ -34,9 +35,10 @@ class LinearRecipe(Recipe):
     hidden_size: int
     std: float
 
-    def draw(self, device: torch.device) -> tuple[Tensor, ...]:
+    def draw(self, device: torch.device) -> tuple[tuple[Tensor, ...], str]:
         """``(W_ED,)``."""
-        return (self.normal("weight", (self.num_experts, self.hidden_size), self.std, device),)
+        tensors = (self.normal("weight", (self.num_experts, self.hidden_size), self.std, device),)
+        return tensors, keyed.digest(tensors)
 
 
 class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):

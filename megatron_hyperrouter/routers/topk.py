@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.linear import float32_linear
-from megatron_hyperrouter.routers.base import Router, no_gradient_at_k1
-from megatron_hyperrouter.routers.choice import ChoosingRouter
+from megatron_hyperrouter.routers.base import Router
+from megatron_hyperrouter.routers.choice import ChoosingRouter, no_gradient_at_k1
 
 
 class TopKRouter(ChoosingRouter, name="topk"):

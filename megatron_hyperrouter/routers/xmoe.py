@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from megatron_hyperrouter.config.kinds import Count
 from megatron_hyperrouter.ops.balance import switch_loss, z_loss
 from megatron_hyperrouter.ops.topk import scored_topk
-from megatron_hyperrouter.routers.base import Pass, Router, no_gradient_at_k1
+from megatron_hyperrouter.routers.base import Pass, Router
+from megatron_hyperrouter.routers.choice import no_gradient_at_k1
 
 _EPS = 1e-6  # of a length that divides: a token of zeros, as padding is, has cosine 0 and a finite gradient
 _BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}  # tau0, the paper's section 4.1

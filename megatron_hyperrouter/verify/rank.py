@@ -209,12 +209,10 @@ def _save(engine: Engine, folder: Path) -> None:
 
 def _frozen_parts(engine: Any) -> dict[str, str]:
     """A digest of the frozen bytes that each router of this rank uses; the stored hash is not used."""
-    from megatron_hyperrouter.ops.keyed import digest
-
     return {
-        prefix: digest([tensor.cpu() for tensor in router.frozen_tensors(engine.device)])
+        prefix: router.frozen_digest(engine.device)
         for prefix, router in engine.routers.items()
-        if hasattr(router, "frozen_tensors")
+        if hasattr(router, "frozen_digest")
     }
 
 

@@ -428,6 +428,14 @@ CASES = [
         {"pad_vocab_size_to_tp": True},
     ),
     case(
+        "hypernetwork_over_ranks",
+        {"shard_hypernetwork": True, "hidden_size": 252, "num_attention_heads": 4},
+        "--shard-hypernetwork",
+        "divisible by data-parallel x context-parallel ranks = 8, not 252",
+        {"hidden_size": 256},
+        8,
+    ),
+    case(
         "recomputed_layers",
         {**MEGATRON, "recompute_num_layers": 2},
         "--recompute-num-layers",

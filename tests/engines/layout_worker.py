@@ -36,6 +36,7 @@ from megatron_hyperrouter.engines.base import Batch, Engine, RankPlace
 from megatron_hyperrouter.engines.saved.pieces import weights
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.routers.frozen import FrozenRouter
 
 VOCABULARY = 61
 # ends a document, where the settings mind documents; ids from 54 on become it, so that samples have several
@@ -103,6 +104,7 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             told = train(engine, config, case)
         if strays := engine.deviations():
             raise AssertionError(f"{case['flags']}: replicas differ: {strays}")
+        frozen = [part.nbytes for each in frozen_routers(engine) for part in each.frozen.tensors]
         flipped = [flip(engine, rank, end) for rank, end in case.get("flips", ())]
         shapes = engine.shapes() if case.get("shapes") else None
         evaluations = {}
@@ -121,8 +123,19 @@ def run_case(case: dict[str, Any], world_size: int) -> dict[str, Any]:
             save(engine, Path(case["folder"]) / "probed")
     finally:
         engine.close()
-    seen = {"read": case.get("read"), "shapes": shapes, "flipped": flipped, "calls": calls}
+    seen = {
+        "frozen": sum(frozen),
+        "read": case.get("read"),
+        "shapes": shapes,
+        "flipped": flipped,
+        "calls": calls,
+    }
     return {"steps": told, "evaluations": evaluations, **seen}
+
+
+def frozen_routers(engine: Engine) -> list[FrozenRouter]:
+    """Those of this rank."""
+    return [each for each in engine.routers.values() if isinstance(each, FrozenRouter)]
 
 
 def flip(engine: Any, rank: int, end: str) -> list[Any]:

@@ -18,7 +18,7 @@ ROUTERS = {
     "larger and faster": "hyper --router.embedding-size 80 --router.hypernet-width 300 --router.lr-mult 10",
 }
 LAYOUTS = {
-    "deepspeed, EP2, ZeRO-1": Layout(2, "--expert-model-parallel-size 2 --zero-stage 1"),
+    "deepspeed, EP2, ZeRO-1": Layout(2, "--expert-model-parallel-size 2 --zero-stage 1 --shard-hypernetwork"),
     "megatron": Layout(1, "--engine megatron"),
     "megatron, TP2": Layout(2, "--engine megatron --tensor-model-parallel-size 2 --sequence-parallel"),
 }

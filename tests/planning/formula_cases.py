@@ -39,6 +39,7 @@ class Laid(NamedTuple):
 LAYOUTS = {
     "small, megatron EP4": Laid("small", 8, f"{MEGATRON} {EP4} {SPLIT} {BF16}"),
     "small, megatron float32": Laid("small", 8, f"{MEGATRON} {SPLIT}"),
+    "small, megatron divided": Laid("small", 8, f"{MEGATRON} {EP4} {SPLIT} {BF16} --shard-hypernetwork"),
     "small, megatron PP2": Laid("small", 8, f"{MEGATRON} {PP2} {BF16}"),
     "small, deepspeed EP4": Laid("small", 8, f"{EP4} {BF16}"),
     "small, deepspeed float32": Laid("small", 8, EP4),

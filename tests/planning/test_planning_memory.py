@@ -37,11 +37,12 @@ def test_state_of_a_rank_by_hand() -> None:
     assert use.optimizer == 12 * (dense / 8 + experts / 2)
 
 
-def test_a_hypernetwork_by_hand() -> None:
-    (use,) = uses_of("small, megatron EP4")
-    numbers = 256 * 256 + 256 + 256 * 16 * 256 + 16 * 256  # W1, b1, W2, b2
-    made = 16 * 256 + 256
-    assert use.hypernetwork == pytest.approx(4 * 4 * (numbers + made), rel=1e-3)
+@pytest.mark.parametrize(("name", "ranks"), [("small, megatron EP4", 1), ("small, megatron divided", 8)])
+def test_a_hypernetwork_by_hand(name: str, ranks: int) -> None:
+    (use,) = uses_of(name)
+    first, second = 256 * 256 + 256, 256 * 16 * 256 + 16 * 256  # W1, b1; W2, b2
+    made = 2 * 16 * 256 + 256  # this step's router and the sum of its gradients, and the hidden units
+    assert use.hypernetwork == pytest.approx(4 * 4 * (first + second / ranks + made), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

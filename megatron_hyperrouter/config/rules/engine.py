@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from megatron_hyperrouter.config.derived import (
     has_dense_layers,
+    has_hypernetwork,
     has_uneven_stages,
     longest_dense_run,
     moe_layers,
+    replicas,
     stage_layers,
 )
 from megatron_hyperrouter.config.leaves import tree_leaves, value_of
-from megatron_hyperrouter.config.rules.base import Rule, broken
+from megatron_hyperrouter.config.rules.base import Rule, broken, multiples
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
@@ -123,6 +125,23 @@ def settings_of_the_other_engine(config: RunConfig, world_size: int | None) -> I
             yield broken(config, leaf.name, rule, owner.remedy)
 
 
+def hypernetwork_over_ranks(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Each of the ranks with the same dense parameters holds equally many columns of the hypernetwork."""
+    if not config.engine.shard_hypernetwork:
+        return
+    if not has_hypernetwork(config):
+        rule = f"needs --router.name hyper: the router {config.router.name} has no hypernetwork"
+        yield broken(config, "shard_hypernetwork", rule, "leave out FLAG")
+        return
+    size, ranks = config.model.hidden_size, 1 if world_size is None else replicas(config, world_size)
+    if ranks and size % ranks:
+        rule = (
+            f"needs a --hidden-size divisible by data-parallel x context-parallel ranks = {ranks}, not {size}"
+        )
+        remedy = f"leave out FLAG, or use --hidden-size {multiples(size, ranks)}"
+        yield broken(config, "shard_hypernetwork", rule, remedy)
+
+
 def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """DeepSpeed computes a norm for each group of parameters.  A stage without experts has one group
     fewer, so the stages would deadlock (0.19.8, runtime/zero/stage_1_and_2.py:2951).
@@ -161,4 +180,5 @@ RULES: tuple[Rule, ...] = (
     zero_0_alone,
     zero_0_in_float32,
     settings_of_the_other_engine,
+    hypernetwork_over_ranks,
 )

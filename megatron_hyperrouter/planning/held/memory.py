@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_hyperrouter.config.derived import moe_layers
+from megatron_hyperrouter.config.derived import hypernetwork_parts, moe_layers
 from megatron_hyperrouter.engines.deepspeed.settings import bucket_numbers, zero_stage
 from megatron_hyperrouter.planning.held.activations import activations_of, layer_of, logits_of
 from megatron_hyperrouter.planning.held.stages import StageContent, stages_of
@@ -83,7 +83,11 @@ class Estimator:
             weights,
             gradients,
             optimizer,
-            self.frozen.per_layer * routers + (self.frozen.shared if routers else 0.0),
+            self.frozen.on_a_rank(
+                routers,
+                parts=hypernetwork_parts(config, candidate.world_size),
+                micro_batches=candidate.micro_batches,
+            ),
             kept + working,
             logits,
             buckets + passing,
