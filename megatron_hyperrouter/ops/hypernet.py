@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def generate(
-    embedding: Tensor,
-    w1_HS: Tensor,
+    embedding_D: Tensor,
+    w1_HD: Tensor,
     b1_H: Tensor,
     w2_PH: Tensor,
     b2_P: Tensor,
@@ -28,17 +28,18 @@ def generate(
     """The router ``(W_ED, b_E)`` from ``W2 relu(W1 e + b1) + b2``; b_E is None with ``bias=False``, where
     P = E*D.
 
-    Differentiable; W_ED is contiguous.  Raises ValueError if P is not divisible into ``num_experts`` rows.
+    The embedding's default size is D, but it may have any size ``S``.  Differentiable; W_ED is contiguous.
+    Raises ValueError if P is not divisible into ``num_experts`` rows.
     """
     if w2_PH.size(0) % num_experts or w2_PH.size(0) <= num_experts * bias:
         raise ValueError(
             f"P = {w2_PH.size(0)} rows in w2_PH: must be {num_experts} experts x (hidden size + 1)"
         )
-    if embedding.dim() == 1:
-        hidden_H = torch.addmv(b1_H, w1_HS, embedding).relu()
+    if embedding_D.dim() == 1:
+        hidden_H = torch.addmv(b1_H, w1_HD, embedding_D).relu()
         rows = torch.addmv(b2_P, w2_PH, hidden_H).view(num_experts, -1)
     else:
-        hidden_EH = F.linear(embedding, w1_HS, b1_H).relu()
+        hidden_EH = F.linear(embedding_D, w1_HD, b1_H).relu()
         rows = (
             b2_P.view(num_experts, -1)
             + torch.bmm(_by_expert(w2_PH, num_experts), hidden_EH[..., None])[..., 0]

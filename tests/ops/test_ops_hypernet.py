@@ -43,6 +43,14 @@ def test_generate_against_loops(bias, columns):
         assert b_E is None
 
 
+def test_public_argument_names():
+    embedding, w1, b1, w2, b2 = tensors()
+    by_name = generate(embedding_D=embedding, w1_HD=w1, b1_H=b1, w2_PH=w2, b2_P=b2, num_experts=E)
+    W, b = generate_loops(*(tensor.double().tolist() for tensor in tensors()), True)
+    for ours, loops in zip(by_name, (W, b), strict=True):
+        torch.testing.assert_close(ours, torch.tensor(loops), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_transposed_pass_against_loops_and_autograd(bias):
     embedding, w1, b1, w2, b2 = tensors(bias, torch.float64)
