@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_hyperrouter.errors import ConfigError, Problem
 
@@ -16,6 +16,19 @@ _LIKENESS = 0.7
 
 class Parser(argparse.ArgumentParser):
     """Refuses what it cannot read with a :class:`ConfigError`."""
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """Called by argparse for each word; underscores in a flag's name count as dashes, as in a run's."""
+        return super()._parse_optional(self._with_dashes(arg_string))
+
+    def _with_dashes(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        is_spelling = name.startswith("--") and name not in self._flags() and dashed in self._flags()
+        return f"{dashed}{equals}{value}" if is_spelling else word
+
+    def _flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse with its own words; raises ConfigError with ours."""
@@ -50,8 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, found: re.Match[str]) -> Problem:
         word = found[1].split()[0]
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(word.partition("=")[0], flags, n=1, cutoff=_LIKENESS)
+        near = difflib.get_close_matches(word.partition("=")[0], self._flags(), n=1, cutoff=_LIKENESS)
         if not word.startswith("-"):
             return Problem("command line", word, "is not the value of a flag", self._lists_flags())
         return Problem(word, "", "unknown flag", f"did you mean {near[0]}?" if near else self._lists_flags())

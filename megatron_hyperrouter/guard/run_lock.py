@@ -36,6 +36,7 @@ class RunLock:
         """``held``: False on the ranks that leave it to rank 0."""
         self._folder, self._held = run_dir, held
         self._lock: int | None = None
+        self._made_folder = False
         self._ended = threading.Event()
 
     def __enter__(self) -> RunLock:
@@ -62,16 +63,16 @@ class RunLock:
         if self._held:
             with contextlib.suppress(OSError):
                 (self._folder / HOLDER).unlink()
+            if error is not None and self._made_folder:
+                self._remove_unused_folder()
         if self._lock is not None:
             os.close(self._lock)  # lets go
 
     def _take(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(
-            self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
+        self._made_folder = not self._folder.exists()
         try:
-            self._lock_now(self._lock)
+            while not self._lock_file():
+                pass
         except BlockingIOError:
             raise self._taken() from None
         except OSError as error:
@@ -80,6 +81,25 @@ class RunLock:
             self._take_without_locks()
             return
         self._write()
+
+    def _lock_file(self) -> bool:
+        """Open and lock the file; False if the run that had it has just removed it with the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            self._lock = file
+            self._lock_now(file)
+            if os.path.samestat(os.fstat(file), os.stat(self._folder / LOCK)):
+                return True
+            os.close(file)
+        return False
+
+    def _remove_unused_folder(self) -> None:
+        """Leave no new folder behind if the run was refused before it wrote anything."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self._folder) == [LOCK]:
+                (self._folder / LOCK).unlink()
+                self._folder.rmdir()
 
     @staticmethod
     def _lock_now(file: int) -> None:

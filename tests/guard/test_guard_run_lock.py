@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -46,6 +47,37 @@ def test_another_process_is_refused_until_it_ends(tmp_path: Path) -> None:
         assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
     assert not (tmp_path / HOLDER).exists() and holder_of(tmp_path) == {}
     assert is_held(tmp_path / "nowhere") is False
+
+
+def test_a_refused_run_leaves_no_new_folder(tmp_path: Path) -> None:
+    new, own, used = tmp_path / "runs" / "new", tmp_path / "own", tmp_path / "used"
+    own.mkdir()
+    for folder in (new, own, used):
+        with contextlib.suppress(ValueError), RunLock(folder):
+            if folder == used:
+                (folder / "config.yaml").touch()
+            raise ValueError("refused")
+    assert not new.exists() and own.exists() and (used / "config.yaml").exists()
+    with RunLock(new):  # a run that ends well keeps its folder
+        pass
+    assert new.exists()
+
+
+def test_a_lock_on_a_removed_file_does_not_count(tmp_path: Path) -> None:
+    """A refused run removes its folder while the next run waits for the lock."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (folder / run_lock.LOCK).open("w") as refused:
+        fcntl.flock(refused, fcntl.LOCK_EX)
+
+        def remove() -> None:
+            (folder / run_lock.LOCK).unlink()
+            folder.rmdir()
+            fcntl.flock(refused, fcntl.LOCK_UN)
+
+        threading.Timer(run_lock._PAUSE, remove).start()
+        with RunLock(folder):
+            assert (folder / HOLDER).exists() and is_held(folder) is True
 
 
 def test_asking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:

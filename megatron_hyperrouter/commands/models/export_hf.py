@@ -245,6 +245,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add("--proof-samples", type=int, default=4, metavar="N", help="number of samples to compare (default: 4)")
     add(
         "--proof-data",
+        "--data-path",
         nargs="+",
         metavar="P",
         help="token files to take the samples from (default: the run's test split)",
