@@ -41,7 +41,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.model.attention.core import NextStarts, ScaledDotProductAttention
 from megatron_hyperrouter.model.attention.latent import LatentAttention
 from megatron_hyperrouter.model.attention.rotary import rates
-from megatron_hyperrouter.model.te_layers import fused_expert_spec, fused_layer_spec, fused_norm
+from megatron_hyperrouter.model.te_layers import fused_expert_spec, fused_layer_spec, fused_norm, fusions
 
 
 def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerConfig:
@@ -85,19 +85,15 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": config.train.bf16,
-        # Fusions need apex or Transformer Engine.
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_dropout_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "persist_layer_norm": False,
-        "apply_rope_fusion": False,
+        "bias_activation_fusion": True,  # SwiGLU that keeps only its input, in torch
+        "masked_softmax_fusion": False,  # of an attention that is not ours
+        "gradient_accumulation_fusion": False,  # of apex
     }
     own = () if uses_transformer_engine(config) else ("core_attn",)  # our own attention does it itself
     if parts := [part for part in recomputed_parts(config) if part not in own]:
         fields |= {"recompute_granularity": "selective", "recompute_modules": parts}
     if uses_transformer_engine(config):
-        fields |= {"moe_grouped_gemm": True, **fp8_fields(config)}
+        fields |= {"moe_grouped_gemm": True, **fusions(config), **fp8_fields(config)}
         if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
             limited = [int(window is not None) for window in windows(config)]
             fields |= {"window_size": (width, 0), "window_attn_skip_freq": limited}

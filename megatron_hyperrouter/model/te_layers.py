@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hyperrouter.compat.specs import submodules_of
 from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.model.attention.rotary import concentration
 
 
 def fused_layer_spec(config: RunConfig, moe: ModuleSpec | None) -> ModuleSpec:
@@ -38,6 +40,21 @@ def fused_expert_spec(config: RunConfig, *, grouped: bool) -> ModuleSpec:
     moe = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=grouped)
     experts: ModuleSpec = submodules_of(moe).experts
     return experts
+
+
+def fusions(config: RunConfig) -> dict[str, bool]:
+    """Fields of megatron-core's configuration: what Megatron-LM fuses by default with Transformer Engine.
+
+    Without ``cross_entropy_loss_fusion``: the loss is ours, in chunks.
+    """
+    plain_turns = not config.attention.multi_latent_attention and concentration(config) == 1.0
+    return {
+        "bias_dropout_fusion": True,
+        "moe_permute_fusion": True,
+        "apply_rope_fusion": plain_turns,  # there is no kernel for others (rope_utils.py:275)
+        # apex's, which megatron-core's own layers need as well (tensor_parallel/layers.py:924)
+        "gradient_accumulation_fusion": layers._grad_accum_fusion_available,
+    }
 
 
 def fused_norm() -> type:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from engines import te_fused
 from torch import Tensor, nn
 
 
@@ -66,7 +67,8 @@ class Linear(Stateful):
         bias: bool, return_bias: bool, init_method: Any, **made: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        assert not bias and not return_bias and made["fuse_wgrad_accumulation"] is False
+        assert not bias and not return_bias
+        self.accumulates = made["fuse_wgrad_accumulation"]
         self.mode, self.group, self.sequence = (
             parallel_mode if tp_size > 1 else None,
             tp_group,
@@ -87,7 +89,7 @@ class Linear(Stateful):
                 else mappings.copy_to_tensor_model_parallel_region
             )
             x = into(x, group=self.group)
-        x = rounded(x) @ rounded(self.weight).t()
+        x = te_fused.product(rounded(x), rounded(self.weight), self.weight, into_main_grad=self.accumulates)
         if self.mode == "row":
             to = (
                 mappings.reduce_scatter_to_sequence_parallel_region
@@ -136,6 +138,7 @@ class GroupedLinear(Stateful):
         super().__init__()
         assert tp_size == 1 and not bias
         self.num_gemms, self.use_bias = num_gemms, bias
+        self.accumulates = made["fuse_wgrad_accumulation"]
         for number in range(num_gemms):
             self.register_parameter(
                 f"weight{number}",
@@ -144,11 +147,11 @@ class GroupedLinear(Stateful):
             init_method(self.get_parameter(f"weight{number}"))
 
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
-        parts = x.split(m_splits)
+        weights = [self.get_parameter(f"weight{number}") for number in range(self.num_gemms)]
         return torch.cat(
             [
-                rounded(part) @ rounded(self.get_parameter(f"weight{number}")).t()
-                for number, part in enumerate(parts)
+                te_fused.product(rounded(part), rounded(weight), weight, into_main_grad=self.accumulates)
+                for part, weight in zip(x.split(m_splits), weights, strict=True)
             ]
         )
 
@@ -182,11 +185,16 @@ class Tracker:
     """Of random states; nothing here draws from it."""
 
 
-def install() -> None:
-    """Make ``import transformer_engine`` find this; before megatron-core is imported."""
+def install(*, apex: bool = False) -> None:
+    """Make ``import transformer_engine`` find this; before megatron-core is imported.  ``apex``: its
+    extension too.
+    """
+    if apex:
+        sys.modules["fused_weight_gradient_mlp_cuda"] = te_fused.apex()
     parts = (
-        "common common.recipe pytorch pytorch.distributed pytorch.fp8 pytorch.float8_tensor "
-        "pytorch.cpp_extensions pytorch.ops pytorch.tensor pytorch.tensor.float8_tensor"
+        "common common.recipe pytorch pytorch.attention pytorch.distributed pytorch.fp8 "
+        "pytorch.float8_tensor pytorch.cpp_extensions pytorch.ops pytorch.permutation pytorch.tensor "
+        "pytorch.tensor.float8_tensor"
     ).split()
     names = ["transformer_engine", *(f"transformer_engine.{part}" for part in parts)]
     for name in names:
@@ -207,6 +215,14 @@ def install() -> None:
             RMSNorm,
             GroupedLinear,
             DotProductAttention,
+        ],
+        "pytorch.attention": [te_fused.apply_rotary_pos_emb],
+        "pytorch.permutation": [
+            te_fused.moe_permute,
+            te_fused.moe_permute_with_probs,
+            te_fused.moe_unpermute,
+            te_fused.moe_sort_chunks_by_index,
+            te_fused.moe_sort_chunks_by_index_with_probs,
         ],
         "common.recipe": [Format, DelayedScaling, MXFP8BlockScaling],
         "pytorch.ops": [type("Sequential", (), {}), type("FusibleOperation", (), {})],

@@ -33,6 +33,9 @@ LAYOUTS = {
     "PP2": Layout(2, f"{TE} --pipeline-model-parallel-size 2"),
 }
 ROUTER = "hyper"
+# kernels that each layout of so many ranks must have called; those of two ranks have apex too
+FUSED = {1: {"apply_rotary_pos_emb", "moe_permute_with_probs", "moe_unpermute"}}
+FUSED[2] = {*FUSED[1], "wgrad accumulated"}
 RESUMED = 4  # steps told beyond the first: two more, and the same two from the checkpoint
 
 
@@ -63,9 +66,11 @@ def table(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Table:
     for ranks in (1, 2):
         layouts = {name: layout for name, layout in LAYOUTS.items() if layout.ranks == ranks}
         cases = [case | {"resume": True} for case in cases_over(layouts, root)]
-        found |= runs_of(
-            layouts, run_afresh(OVER_STAND_IN, {"cases": cases}, ranks=ranks, folder=root / f"ranks{ranks}")
-        )
+        folder = root / f"ranks{ranks}"
+        task = {"cases": cases, "apex": ranks == 2}
+        found |= runs_of(layouts, run_afresh(OVER_STAND_IN, task, ranks=ranks, folder=folder))
+        for called in folder.glob("called.*"):
+            assert not FUSED[ranks] - json.loads(called.read_text(encoding="utf-8")).keys()
     for run in found.values():
         run.told["resumed"] = [run.told["steps"].pop() for _ in range(RESUMED)]
     return Table(
@@ -97,22 +102,28 @@ install()
 import json
 from megatron.core.transformer.spec_utils import ModuleSpec
 from engines.layout_worker import tiny_config
+from megatron_hyperrouter.compat.specs import submodules_of
 from megatron_hyperrouter.model.spec import expert_spec, last_norm, layer_spec, transformer_config
 flags = "--engine megatron --transformer-impl transformer_engine --recompute-granularity selective"
 run = tiny_config(flags.split())
 parts = layer_spec(run, ModuleSpec(module=int)).submodules
 experts, config = expert_spec(run), transformer_config(run)
+class_of = lambda spec: getattr(spec, "func", None) or spec.module  # a partial, or a ModuleSpec
 apart = expert_spec(run, apart=True)
+made, made_apart = (submodules_of(spec) for spec in (experts, apart))
 attention = parts.self_attention.submodules
 classes = [
     parts.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.core_attention,
     attention.linear_proj,
-    parts.pre_mlp_layernorm, parts.mlp.module, experts.module, experts.submodules.linear_fc1,
-    experts.submodules.linear_fc2, last_norm(run),
-    apart.module, apart.submodules.linear_fc1, apart.submodules.linear_fc2,
+    parts.pre_mlp_layernorm, parts.mlp.module, class_of(experts), made.linear_fc1, made.linear_fc2,
+    last_norm(run), class_of(apart), made_apart.linear_fc1, made_apart.linear_fc2,
 ]
+fused = "bias_activation bias_dropout gradient_accumulation apply_rope moe_permute".split()
+longer = f"{flags} --rope-type yarn --rotary-scaling-factor 4 --original-max-position-embeddings 8 --mscale"
+turned = [transformer_config(tiny_config(f"{longer} {scale}".split())).apply_rope_fusion for scale in (1, 0)]
 print(json.dumps([[found.__name__ for found in classes], config.moe_grouped_gemm,
-config.recompute_granularity, config.recompute_modules]))
+config.recompute_granularity, config.recompute_modules,
+[name for name in fused if getattr(config, f"{name}_fusion")], turned]))
 """
 
 
@@ -126,7 +137,7 @@ def test_classes_of_the_spec() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    names, grouped, recompute, modules = json.loads(done.stdout.splitlines()[-1])
+    names, grouped, recompute, modules, fused, turned = json.loads(done.stdout.splitlines()[-1])
     assert names == [
         "IdentityOp", "TELayerNormColumnParallelLinear", "TENorm", "TEDotProductAttention",
         "TERowParallelLinear",
@@ -135,3 +146,5 @@ def test_classes_of_the_spec() -> None:
         "SequentialMLP", "TEColumnParallelLinear", "TERowParallelLinear",
     ]  # fmt: skip
     assert (grouped, recompute, modules) == (True, "selective", ["core_attn"])
+    assert fused == ["bias_activation", "bias_dropout", "apply_rope", "moe_permute"]  # without apex
+    assert turned == [False, True]  # no kernel makes queries and keys longer, as YaRN does
