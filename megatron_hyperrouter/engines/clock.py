@@ -139,7 +139,7 @@ class RouterSite:
         if self.clock.balanced:
             routing = evenly(routing)
         if self.statistics is not None:
-            self.statistics.record(self.router, routing)
+            self.statistics.record(self.router, routing, own=not self.clock.balanced)
         return routing, self.router.at(**asked)
 
     def real_rows(self) -> Tensor | None:

@@ -24,6 +24,7 @@ from megatron_hyperrouter.ops.balance import load, switch_loss, z_loss
 from megatron_hyperrouter.ops.similarity import linear_cka
 from megatron_hyperrouter.routers.base import Pass, Router, Routing, StepCounts
 
+_MOST_NUMBERS = 64  # tokens of a micro-batch, where padding makes them differ
 DEAD_SHARE = 0.05  # of the mean load: an expert with less is dead
 
 
@@ -38,6 +39,8 @@ class Seen:
     # of the micro-batch, where ranks share it, and this rank's share of its tokens: a float64 scalar
     whole_load_E: Tensor | None
     part: Tensor
+    tokens: Tensor  # number of them, a float64 scalar
+    losses: Mapping[str, Tensor]  # those of ``Router.plain_losses``, before their coefficients
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,16 @@ class Sum:
 
 
 def _aux(seen: Seen) -> Tensor:
+    if "aux" in seen.losses:
+        return seen.losses["aux"]
     whole_E = seen.whole_load_E
     over_shards = None if whole_E is None else lambda _: whole_E
     return switch_loss(seen.probs_TE, seen.experts_TK, over_shards, load_E=seen.load_E)
 
 
 def _z(seen: Seen) -> Tensor:
+    if "z" in seen.losses:
+        return seen.losses["z"]
     mean = z_loss(seen.logits_TE)
     return mean if seen.whole_load_E is None else mean * seen.part
 
@@ -65,8 +72,7 @@ SUMS: Mapping[str, Sum] = MappingProxyType(
         "probability": Sum(lambda seen: seen.probs_TE.sum(0, dtype=torch.float64), per_expert=True),
         "entropy": Sum(lambda seen: torch.special.entr(seen.probs_TE).sum(dtype=torch.float64)),
         "logit_variance": Sum(lambda seen: seen.logits_TE.var(-1, correction=0).sum(dtype=torch.float64)),
-        # filled on the device of the part: copying a number to a GPU would make the host wait
-        "tokens": Sum(lambda seen: seen.part.new_full((), seen.logits_TE.size(0))),
+        "tokens": Sum(lambda seen: seen.tokens),
         "aux": Sum(_aux),
         "z": Sum(_z),
         "micro_batches": Sum(lambda seen: seen.part),
@@ -116,6 +122,7 @@ class RouterStatistics:
         self.num_layers, self.num_experts = num_layers, num_experts
         self._widths = [num_experts if each.per_expert else 1 for each in SUMS.values()]
         self.enabled = True
+        self._numbers: dict[int, Tensor] = {}
         self.make_room(0)
 
     def make_room(self, num_extra: int) -> None:
@@ -125,8 +132,9 @@ class RouterStatistics:
         self.sums: Tensor = torch.zeros(self.num_layers, width, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
-    def record(self, router: Router, routing: Routing) -> None:
-        """Add one micro-batch; the second forward pass of activation checkpointing is left out.
+    def record(self, router: Router, routing: Routing, *, own: bool = True) -> None:
+        """Add one micro-batch; the second forward pass of activation checkpointing is left out.  ``own``:
+        the choices are those that the router's losses are about.
 
         Ranks that share the micro-batch (``router.over_shards``) each add their part of the means.
         """
@@ -137,15 +145,28 @@ class RouterStatistics:
             self.sums = self.sums.to(logits_TE.device)
         load_E = load(experts_TK, self.num_experts)
         row = self.sums[router.layer_number - 1]
-        if router.over_shards is None:
-            whole_E, part = None, row.new_ones(())
-        else:
+        whole_E, part, tokens = None, self._number(1), self._number(logits_TE.size(0))
+        if router.over_shards is not None:
             whole_E = router.over_shards(load_E)
             part = load_E.sum(dtype=torch.float64) / whole_E.sum()
-        seen = Seen(logits_TE, logits_TE.softmax(-1), experts_TK, load_E, whole_E, part)
+        plain = router.plain_losses.items() if own else ()
+        losses = {name: routing.losses[name].detach() / by for name, by in plain if name in routing.losses}
+        probs_TE = logits_TE.softmax(-1)
+        seen = Seen(logits_TE, probs_TE, experts_TK, load_E, whole_E, part, tokens, losses)
         row[: sum(self._widths)].add_(torch.cat([each.of(seen).view(-1) for each in SUMS.values()]))
         if router.num_extra_counts:
             row[sum(self._widths) :].add_(router.extra_counts(routing))
+
+    def _number(self, value: int) -> Tensor:
+        """A float64 scalar where the sums are, made once: each layer of a micro-batch asks for the same.
+
+        It is filled there: copying a number to a GPU would make the host wait.
+        """
+        if value not in self._numbers or self._numbers[value].device != self.sums.device:
+            if len(self._numbers) > _MOST_NUMBERS:
+                self._numbers.clear()
+            self._numbers[value] = self.sums.new_full((), value)
+        return self._numbers[value]
 
     def take(self) -> Tensor:
         """Return the sums so far, and start again from 0."""

@@ -250,6 +250,7 @@ class Router(nn.Module):
         # gradient.
         self.over_shards: Callable[[Tensor], Tensor] | None = None
         self.gather_shards: Callable[[Tensor], Tensor] | None = None
+        self._held = False
 
     # ------------------------------------------------------------------------------- what a method is:
     # override these
@@ -288,6 +289,13 @@ class Router(nn.Module):
         if self.z_loss_coeff:
             losses["z"] = z_loss(logits_TE, self.over_shards, coefficient=self.z_loss_coeff)
         return losses
+
+    @property
+    def plain_losses(self) -> dict[str, float]:
+        """The coefficients of those losses of a routing that are ``switch_loss`` of the softmax (``aux``) and
+        ``z_loss`` (``z``) of its micro-batch, and nothing else: what an engine need not compute again.
+        """
+        return {}
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
         """Change the first decision, for a method that uses more than its logits."""
@@ -365,7 +373,7 @@ class Router(nn.Module):
                 logits_TE,
                 self.scaled(weights_TK),
                 experts_TK,
-                self.balance_losses(logits_TE, experts_TK, now),
+                {} if self._held and not now.training else self.balance_losses(logits_TE, experts_TK, now),
             )
             return self.refine(first, x_TD, now)
 
@@ -435,12 +443,13 @@ class Router(nn.Module):
         copied.
         """
         alone = self.facts._replace(data_ranks=None)
-        return {**self.__dict__, "over_shards": None, "gather_shards": None, "facts": alone}
+        return {**self.__dict__, "over_shards": None, "gather_shards": None, "facts": alone, "_held": False}
 
     def hold(self, on: bool = True) -> None:
-        """An engine's promise to call :meth:`begin_step` after each change of the weights, so that a
-        router may keep what it computes from them.
+        """An engine's promises: it calls :meth:`begin_step` after each change of the weights, so that a
+        router may keep what it computes from them, and reads no losses of passes that do not train.
         """
+        self._held = on
 
     def begin_step(self) -> None:
         """The trained weights may have changed: an engine calls this after each optimizer step and each
@@ -454,23 +463,6 @@ class Router(nn.Module):
 
     def end_backward(self) -> None:
         """The step's backward passes are done.  Raises RuntimeError if some of those promised are missing."""
-
-
-def without_counts(what: str) -> str:
-    """The warning that ``what`` needs :meth:`Router.end_step`."""
-    return (
-        f"{what} needs the choices of all ranks in each optimizer step; create "
-        "megatron_hyperrouter.RouterSteps for the model, and call its begin() and end() around each step"
-    )
-
-
-def without_tokens(what: str, instead: str) -> str:
-    """The warning that ``what`` needs ``Tokens``; ``instead``: what happens without them."""
-    return (
-        f"{what} needs the ids or positions of tokens; without them, {instead}. Create "
-        "megatron_hyperrouter.RouterSteps for the model, call its begin() and end() around "
-        "each step, and its arrive() before each micro-batch"
-    )
 
 
 def reaching(value: Tensor, *parameters: Tensor) -> Tensor:

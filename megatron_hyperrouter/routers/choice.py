@@ -39,7 +39,7 @@ from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import bias_step, known_load_loss, sequence_loss, switch_loss, z_loss
 from megatron_hyperrouter.ops.jitter import jitter
 from megatron_hyperrouter.ops.topk import log_scores, scored_topk
-from megatron_hyperrouter.routers.base import Pass, Router, StepCounts, without_counts, without_tokens
+from megatron_hyperrouter.routers.base import Pass, Router, StepCounts
 
 _UPDATE_RATE = 0.001  # arXiv 2408.15664, section 4.1
 
@@ -211,6 +211,14 @@ class ChoosingRouter(Router):
             losses["z"] = z_loss(logits_TE, self.over_shards, coefficient=self.z_loss_coeff)
         return losses
 
+    @property
+    def plain_losses(self) -> dict[str, float]:
+        """See :attr:`Router.plain_losses`."""
+        found = {"z": self.z_loss_coeff}
+        if self.config.aux_loss == "micro_batch" and self.config.score_function == "softmax":
+            found["aux"] = self.aux_loss_coeff
+        return found
+
     def _balance(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> Tensor:
         probs_TE = log_scores(logits_TE, self.config.score_function).softmax(-1)
         if self.config.aux_loss == "global_batch":
@@ -252,3 +260,20 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
             "language-model loss gives the router no gradient; only --moe-aux-loss-coeff and "
             "--moe-z-loss-coeff train the router"
         )
+
+
+def without_counts(what: str) -> str:
+    """The warning that ``what`` needs :meth:`Router.end_step`."""
+    return (
+        f"{what} needs the choices of all ranks in each optimizer step; create "
+        "megatron_hyperrouter.RouterSteps for the model, and call its begin() and end() around each step"
+    )
+
+
+def without_tokens(what: str, instead: str) -> str:
+    """The warning that ``what`` needs ``Tokens``; ``instead``: what happens without them."""
+    return (
+        f"{what} needs the ids or positions of tokens; without them, {instead}. Create "
+        "megatron_hyperrouter.RouterSteps for the model, call its begin() and end() around "
+        "each step, and its arrive() before each micro-batch"
+    )

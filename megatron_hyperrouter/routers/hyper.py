@@ -117,7 +117,6 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
 
     config: Config
     anchor_ED: Tensor  # float32; there with anchor
-    _held: bool
     _stale: bool
     _generated: Generated | None
     _promised: int | None  # backward passes of this step
@@ -244,7 +243,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """Generate once per step: from now on the caller must call :meth:`begin_step` after each change of
         the embedding.
         """
-        self._held = on
+        super().hold(on)
         self._generated = self._sum = self._promised = None
         self._stale = True
 
@@ -369,7 +368,6 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         its :meth:`begin_step`, and has the whole hypernetwork.
         """
         own: dict[str, Any] = {
-            "_held": False,
             "_generated": None,
             "_stale": True,
             "_sum": None,

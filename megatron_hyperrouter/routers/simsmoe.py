@@ -47,9 +47,8 @@ from megatron_hyperrouter.routers.base import (
     Routing,
     StepCounts,
     reaching,
-    without_counts,
 )
-from megatron_hyperrouter.routers.choice import no_gradient_at_k1
+from megatron_hyperrouter.routers.choice import no_gradient_at_k1, without_counts
 
 
 class SimSMoERouter(Router, name="simsmoe"):

@@ -47,7 +47,8 @@ from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
-from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, without_tokens
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching
+from megatron_hyperrouter.routers.choice import without_tokens
 
 
 class StableMoERouter(Router, name="stablemoe"):

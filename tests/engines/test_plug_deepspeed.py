@@ -278,7 +278,9 @@ def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() ->
     steps.arrive(ids_BS)
     routes = []
     gate = moe.deepspeed_moe.gate
-    gate.site.statistics.record = lambda _, routing: routes.append(routing.experts_TK.flatten().tolist())
+    gate.site.statistics.record = lambda _, routing, **__: routes.append(
+        routing.experts_TK.flatten().tolist()
+    )
     moe(torch.randn(2, 5, D))
     alone = []
     for token in ids_BS.flatten().tolist():

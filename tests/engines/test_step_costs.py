@@ -18,7 +18,7 @@ VARIANTS = {"": "", "more experts": "--num-experts 16", "more layers": "--num-la
 EP2 = "--expert-model-parallel-size 2 --global-batch-size 4"
 # For a layer and micro-batch: attention, experts, norms, router and statistics, forward and backward, Adam.
 # Megatron-Core adds the gradient of each of nine parameters to its buffer.
-LAUNCHES_OF_A_LAYER = {"deepspeed": 117, "megatron": 126}
+LAUNCHES_OF_A_LAYER = {"deepspeed": 111, "megatron": 120}
 NORMS = 4  # of a layer
 
 
