@@ -61,13 +61,13 @@ def test_the_numbers_are_those_of_the_code() -> None:
     windows = f"{on_demand.BLOCK * on_demand.REGION:,}"
     for told in (
         f"every {preprocess.SAVE_SECONDS:g} seconds",
-        f"8 bytes for each {on_demand.BLOCK} documents, and a few regions of {windows} documents",
-        f"blocks of {on_demand.BLOCK} documents over the whole file; documents within {on_demand.REGION} "
-        "such blocks",
+        f"8 bytes for each block of {on_demand.BLOCK} documents, and a few regions of {windows} documents",
+        f"all blocks of {on_demand.BLOCK} documents; then the documents of each region of {on_demand.REGION} "
+        "blocks",
         f"less than {order._SEPARATE_BELOW:.0%} of it is".replace("%", " %"),
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
         f"An index smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
-        f"({DataConfig().num_workers}) read ahead, each {loader._AHEAD} micro-batches",
+        f"(default: {DataConfig().num_workers}) read ahead; each prefetches {loader._AHEAD} micro-batches",
         f"After {console.SILENCE:.0f} seconds of waiting",
         f"after {launch._PATIENCE // timedelta(hours=1)} hours",
     ):
