@@ -126,7 +126,8 @@ def test_the_other_flags_exist():
         if section.name != "router"
         for leaf in fields(getattr(tree, section.name))
     }
-    assert set(re.findall(r"(?<![\w-])--(?!router)[a-z][\w-]+", PAGE)) <= leaves
+    named = set(re.findall(r"(?<![\w-])--(?!router)[a-z][\w-]+", PAGE))
+    assert {each for each in named if each not in leaves} <= {f"--no-{each[2:]}" for each in leaves}
 
 
 @pytest.mark.parametrize("name", NAMES)
