@@ -17,7 +17,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.derived import alarm_actions
+from megatron_hyperrouter.config.derived import alarm_actions, moe_layers
 from megatron_hyperrouter.config.schedules.mixes import scheduled
 from megatron_hyperrouter.engines.base import StepResult
 
@@ -36,6 +36,7 @@ _SETTLE = 500  # quiet steps after which the coefficient is as set again
 _RISE, _ALIKE, _FIRST_VALUES = 0.2, 0.9, 3  # of the similarity of experts; how many values make a level
 _PAUSE = 500  # steps between two checkpoints that alarms ask for
 _LATE_STEPS, _LATE_SHARE = 20, 0.1  # steps, and the share of their time that a rank may cost the others
+_COUNTERS = ("above", "beyond", "above_since", "beyond_since", "quiet")  # of a chart
 _MAD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 
 
@@ -51,7 +52,8 @@ class Conditions:
 class Measure:
     """A number of a step that is worse the larger it is (``sign`` 1) or the smaller (-1).
 
-    Relative alarm: ``patience`` steps in a row beyond median + ``sigma`` x 1.48 MAD + ``floor``.
+    Relative alarm: ``patience`` steps in a row beyond median + ``sigma`` x 1.48 MAD + floor.  The floor is
+    ``floor``, or ``experts`` / E where this is more: a share of few experts moves in large steps.
     Absolute alarm: ``lasting`` steps in a row beyond ``limit``, where there is one.
     """
 
@@ -63,6 +65,7 @@ class Measure:
     lasting: int = 50
     sigma: float = 6.0
     patience: int = 3
+    experts: float = 0.0
 
 
 def _half_of_the_worst(run: Conditions) -> float:
@@ -72,7 +75,8 @@ def _half_of_the_worst(run: Conditions) -> float:
 
 
 MEASURES: tuple[Measure, ...] = (
-    Measure("dead_experts", "dead_share", 1, 0.03, lambda run: 0.25),
+    # One dead expert more than usual is no alarm: in healthy runs it comes and goes.
+    Measure("dead_experts", "dead_share", 1, 0.03, lambda run: 0.25, experts=1.5),
     Measure("imbalance", "load_max_over_mean", 1, 0.15, _half_of_the_worst, 20),
     Measure("entropy", "entropy", -1, 0.02, lambda run: 0.1 * math.log(run.num_experts) * (run.topk > 1)),
     Measure("collapse", "effective_experts", -1, 0.02, lambda run: 0.5 * run.topk / run.num_experts),
@@ -107,48 +111,54 @@ class Watch:
     values: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW + _LAG))
     above: int = 0  # steps in a row beyond the relative threshold
     beyond: int = 0  # ... and beyond the limit
+    above_since: int = 0  # the first of them
+    beyond_since: int = 0
     quiet: int = _QUIET
 
-    def see(self, value: float, run: Conditions) -> tuple[float, int] | None:
-        """The threshold and the number of steps beyond it where this step gives an alarm; else None."""
+    def see(self, value: float, run: Conditions, *, step: int = 0) -> tuple[float, int] | None:
+        """The threshold and the first step beyond it where this step gives an alarm; else None."""
         sign = self.measure.sign
         past = list(self.values)[:-_LAG]
         self.values.append(value)
-        level = self._threshold(past)
+        level = self._threshold(past, run)
         limit = None if self.measure.limit is None else self.measure.limit(run)
         # A value that is not a number is beyond everything.
         self.above = self.above + 1 if level is not None and not sign * value <= sign * level else 0
         self.beyond = self.beyond + 1 if limit is not None and not sign * value <= sign * limit else 0
+        self.above_since = step if self.above == 1 else self.above_since
+        self.beyond_since = step if self.beyond == 1 else self.beyond_since
         found = None
         if self.above >= self.measure.patience and level is not None:
-            found = (level, self.above)
+            found = (level, self.above_since)
         elif self.beyond >= self.measure.lasting and limit is not None:
-            found = (limit, self.beyond)
+            found = (limit, self.beyond_since)
         fires = found is not None and self.quiet >= _QUIET
         self.quiet = 0 if found is not None else self.quiet + 1
         return found if fires else None
 
-    def _threshold(self, past: list[float]) -> float | None:
+    def restart(self) -> None:
+        """Forget the usual level."""
+        self.values.clear()
+        self.above = self.beyond = 0
+
+    def _threshold(self, past: list[float], run: Conditions) -> float | None:
         if len(past) < _LEAST:
             return None
-        middle = _median(past)
+        measure, middle = self.measure, _median(past)
         spread = _MAD * _median([abs(each - middle) for each in past])
-        return middle + self.measure.sign * (self.measure.sigma * spread + self.measure.floor)
+        floor = max(measure.floor, measure.experts / run.num_experts)
+        return middle + measure.sign * (measure.sigma * spread + floor)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as JSON."""
-        return {
-            "values": list(self.values),
-            "above": self.above,
-            "beyond": self.beyond,
-            "quiet": self.quiet,
-        }
+        return {"values": list(self.values)} | {name: getattr(self, name) for name in _COUNTERS}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state` gave."""
+        """Continue from what :meth:`state` gave; an older checkpoint does not have every counter."""
         self.values.clear()
         self.values.extend(float(value) for value in state["values"])
-        self.above, self.beyond, self.quiet = int(state["above"]), int(state["beyond"]), int(state["quiet"])
+        for name in _COUNTERS:
+            setattr(self, name, int(state.get(name, 0)))
 
 
 @dataclass
@@ -169,47 +179,70 @@ class Rise:
         return threshold if self.high and not was_high else None
 
 
+def _new_watches() -> dict[str, Watch]:
+    return {measure.alarm: Watch(measure) for measure in MEASURES}
+
+
 @dataclass
 class HealthCharts:
     """All charts of a run.  A chart starts again when its usual level changes by design: with k, the mix of
-    the data, or the stage of a method.
+    the data, or the stage of a method.  Steps that are unlike most others by design have charts of their own.
     """
 
     num_experts: int
     first: int  # first steps, which are not watched
-    watches: dict[str, Watch] = field(
-        default_factory=lambda: {measure.alarm: Watch(measure) for measure in MEASURES}
-    )
+    watches: dict[str, Watch] = field(default_factory=_new_watches)
+    variants: dict[str, dict[str, Watch]] = field(default_factory=dict)  # charts of other steps, by name
     regime: str = ""
 
-    def see(self, step: int, result: StepResult, *, topk: int, regime: str) -> list[MeasureOutOfRange]:
+    def see(
+        self, step: int, result: StepResult, *, topk: int, regime: str, variant: str = ""
+    ) -> list[MeasureOutOfRange]:
         """What this step, counted from 1, has shown."""
         if regime != self.regime:
             self.regime = regime
-            for watch in self.watches.values():
-                watch.restore({"values": [], "above": 0, "beyond": 0, "quiet": watch.quiet})
+            for watch in self._all():
+                watch.restart()
         if step <= self.first:
             return []
         run, found = Conditions(self.num_experts, topk), []
-        for name, watch in self.watches.items():
+        watches = self.variants.setdefault(variant, _new_watches()) if variant else self.watches
+        for name, watch in watches.items():
             value, layer = _worst(watch.measure, result)
             if value is None:
                 continue
-            if alarm := watch.see(value, run):
-                threshold, steps = alarm
-                found.append(MeasureOutOfRange(name, layer, value, threshold, step - steps + 1))
+            if alarm := watch.see(value, run, step=step):
+                threshold, since = alarm
+                found.append(MeasureOutOfRange(name, layer, value, threshold, since))
         return found
+
+    def _all(self) -> list[Watch]:
+        return [watch for each in (self.watches, *self.variants.values()) for watch in each.values()]
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as JSON."""
-        return {"regime": self.regime, "watches": {name: each.state() for name, each in self.watches.items()}}
+        return {
+            "regime": self.regime,
+            "watches": _states(self.watches),
+            "variants": {name: _states(each) for name, each in self.variants.items()},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state` gave."""
+        """Continue from what :meth:`state` gave; an older checkpoint has no variants."""
         self.regime = str(state["regime"])
-        for name, kept in state["watches"].items():
-            if name in self.watches:
-                self.watches[name].restore(kept)
+        _restore(self.watches, state["watches"])
+        for variant, kept in state.get("variants", {}).items():
+            _restore(self.variants.setdefault(variant, _new_watches()), kept)
+
+
+def _states(watches: Mapping[str, Watch]) -> dict[str, Any]:
+    return {name: each.state() for name, each in watches.items()}
+
+
+def _restore(watches: Mapping[str, Watch], states: Mapping[str, Any]) -> None:
+    for name, kept in states.items():
+        if name in watches:
+            watches[name].restore(kept)
 
 
 def _worst(measure: Measure, result: StepResult) -> tuple[float | None, int | None]:
@@ -271,6 +304,9 @@ class Alarms:
         )
         self._late = LateData()
         schedule = () if config.data.data_schedule is None else scheduled(config.data)
+        routed = [number for number, each in enumerate(moe_layers(config), 1) if each]
+        layers = config.model.num_layers
+        self._layers = [*routed, *range(layers + 1, layers + 1 + (config.model.mtp_num_layers or 0))]
         self._mixes_from = [first for first, _ in schedule]  # steps, from 0
 
     def after(
@@ -285,7 +321,8 @@ class Alarms:
         ``similarity``: of the experts of each layer, in steps that measure it.
         """
         topk = self._engine.topk_at(step - 1)
-        found = self._health.see(step, result, topk=topk, regime=self._regime(step, topk))
+        regime, variant = self._regime(step, topk), self._variant(step)
+        found = self._health.see(step, result, topk=topk, regime=regime, variant=variant)
         # Step n shows the weights that step n - 1 left.
         good = [each.since - 2 for each in found]
         if similarity is not None and (alike := self._compare(step, similarity)) is not None:
@@ -308,6 +345,17 @@ class Alarms:
         stage = 1 if options is None else options.stage(step - 1, self._config.train.train_iters)
         counted = {"mix": mix, "stage": stage}
         return ", ".join([f"k {topk}", *(f"{name} {count}" for name, count in counted.items() if count > 1)])
+
+    def _variant(self, step: int) -> str:
+        """What makes step ``step``, counted from 1, unlike most others by design."""
+        options, train = self._config.router.options, self._config.train
+        if options is None:
+            return ""
+        num_layers = self._config.model.num_layers
+        name: str = options.variant(
+            step - 1, self._layers, seed=train.seed, num_layers=num_layers, train_iters=train.train_iters
+        )
+        return name
 
     def _compare(self, step: int, similarity: Mapping[int, float]) -> MeasureOutOfRange | None:
         if not similarity or step <= self._health.first:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
@@ -180,15 +180,11 @@ class Router(nn.Module):
                 )
             elif self.num_groups is not None and self.group_topk is not None:
                 if num_experts % self.num_groups:
-                    rule = f"must divide --num-experts = {num_experts}"
-                    yield Problem(
-                        "--router.num-groups", self.num_groups, rule, ("use a divisor of --num-experts")
-                    )
+                    rule, remedy = f"must divide --num-experts = {num_experts}", "use a divisor of it"
+                    yield Problem("--router.num-groups", self.num_groups, rule, remedy)
                 if self.group_topk > self.num_groups:
                     rule = f"must be at most --router.num-groups = {self.num_groups}"
-                    yield Problem(
-                        "--router.group-topk", self.group_topk, rule, ("use a smaller number of groups")
-                    )
+                    yield Problem("--router.group-topk", self.group_topk, rule, "use a smaller number")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warnings about these options for a run whose smallest k is ``topk``."""
@@ -199,10 +195,12 @@ class Router(nn.Module):
             return iter(())
 
         def stage(self, step: int, train_iters: int) -> int:
-            """The stage of the method that the step after ``step`` completed ones belongs to, from 1: loads
-            and entropy may change by design from one to the next.
-            """
+            """The stage, from 1, of the step after ``step`` completed ones: loads may change with it."""
             return 1
+
+        def variant(self, step: int, layers: Sequence[int], **run: int) -> str:
+            """What makes the step after ``step`` completed ones unlike most others by design, if anything."""
+            return ""
 
         def unserved(self) -> Iterator[str]:
             """The options that have no effect, or another effect, if the caller does not pass ``tokens``

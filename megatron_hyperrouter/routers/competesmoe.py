@@ -38,7 +38,7 @@ Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``K`` active experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -53,7 +53,7 @@ from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
 from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
-from megatron_hyperrouter.routers.base import Pass, Router, Routing
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, RunFacts
 
 Coefficient = Annotated[float, Ge(0.0)]
 
@@ -180,6 +180,31 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                     f"step, but --router.max-competing {most} limits the rate to {most / num_layers:.3g}"
                 )
 
+        def competes(self, step: int, layer: int, *, seed: int, facts: RunFacts) -> bool:
+            """Whether that layer competes in the training step after ``step`` completed ones."""
+            schedule: str = self.chosen("schedule")
+            rate: float = self.chosen("rate")
+            if schedule == "capped":
+                plan = competition.Capped(
+                    seed,
+                    rate,
+                    warm_up=int(self.warm_up * facts.train_iters),
+                    # facts left out: this layer and those before it
+                    num_layers=max(facts.num_layers, layer),
+                    max_competing=self.max_competing,
+                )
+                return plan.competes(step=step, layer=layer)
+            if schedule == "function":
+                step //= self.block_steps
+                rate = competition.decaying_rate(step)
+            return shared_coin(seed=seed, step=step, layer=layer) < rate
+
+        def variant(self, step: int, layers: Sequence[int], **run: int) -> str:
+            """Steps in which a layer competes; ``run``: seed, num_layers, train_iters."""
+            facts = RunFacts(run["num_layers"], run["train_iters"])
+            competing = any(self.competes(step, layer, seed=run["seed"], facts=facts) for layer in layers)
+            return "competing" if competing else ""
+
         def chosen(self, option: str) -> Any:
             """The value of an option or, if it is not set, the published value for this version."""
             value = getattr(self, option)
@@ -212,23 +237,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         """Whether this layer competes in the training step after ``step`` completed ones; the same on
         every rank.
         """
-        schedule: str = self.config.chosen("schedule")
-        rate: float = self.config.chosen("rate")
-        if schedule == "capped":
-            plan = competition.Capped(
-                self.seed,
-                rate,
-                warm_up=int(self.config.warm_up * self.facts.train_iters),
-                num_layers=max(
-                    self.facts.num_layers, self.layer_number
-                ),  # facts left out: this layer and those before it
-                max_competing=self.config.max_competing,
-            )
-            return plan.competes(step=step, layer=self.layer_number)
-        if schedule == "function":
-            step //= self.config.block_steps
-            rate = competition.decaying_rate(step)
-        return shared_coin(seed=self.seed, step=step, layer=self.layer_number) < rate
+        return self.config.competes(step, self.layer_number, seed=self.seed, facts=self.facts)
 
     def wants_outputs(self, now: Pass) -> bool:
         """In the passes that compete: training, with a bank, as planned."""

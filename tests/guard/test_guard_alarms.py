@@ -25,6 +25,7 @@ from megatron_hyperrouter.guard.alarms import (
     Watch,
 )
 from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.routers.base import RunFacts
 
 BROKEN: dict[str, tuple[str, Callable[[StepResult], StepResult]]] = {
     # what happens to the numbers -> the alarm that tells it (values as measured in runs that were broken so)
@@ -173,6 +174,68 @@ def test_the_second_stage_of_a_method_starts_the_levels_again(stages: bool) -> N
         result = layers(healthy(rng, step), entropy=1.76 if step <= 300 else 1.2)
         alarms.after(step, result, lambda event, step, **facts: told.append((step, facts["alarm"])))
     assert told == ([] if stages else [(303, "entropy")])
+
+
+@pytest.mark.parametrize("charted_apart", [True, False])
+@pytest.mark.parametrize("more", ["--router.rate 0.3", "--router.schedule function --router.block-steps 40"])
+def test_competing_steps_have_charts_of_their_own(
+    charted_apart: bool, more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loads and loss of CompeteSMoE's competing steps are other ones by design."""
+    words = ["--mock-data", "--router.name", "competesmoe", *more.split(), "--num-layers", "2", "--seed", "3"]
+    config = parse(
+        [*words, "--router.warm-up", "0"] if "rate" in more else words, routers=ROUTERS, world_size=1
+    )
+    if not charted_apart:
+        monkeypatch.setattr(type(config.router.options), "variant", lambda *args, **more: "")
+    facts = RunFacts(num_layers=2, train_iters=config.train.train_iters)
+    routers = [
+        ROUTERS["competesmoe"](
+            config.router.options,
+            hidden_size=4,
+            num_experts=8,
+            topk=2,
+            layer_number=layer,
+            seed=3,
+            facts=facts,
+        )
+        for layer in (1, 2)
+    ]
+    engine: Any = SimpleNamespace(place=SimpleNamespace(is_main=False), topk_at=lambda step: 2)
+    alarms, told, rng, seen = Alarms(engine, config), list[str](), random.Random(3), list[bool]()
+    for step in range(1, 601):
+        seen.append(any(router.competes(step - 1) for router in routers))
+        result = healthy(rng, step)
+        if seen[-1]:
+            result = replace(layers(result, entropy=1.2), lm_loss=result.lm_loss + 1.0)
+        alarms.after(step, result, lambda event, step, **facts: told.append(facts["alarm"]))
+    assert 100 < sum(seen) < 500
+    assert (told == []) == charted_apart
+
+
+def test_a_breakdown_in_competing_steps_is_dated_by_its_first_step() -> None:
+    rng, watch, found = random.Random(3), health(), []
+    for step in range(1, 301):
+        result = healthy(rng, step)
+        if step >= 201 and step % 2:
+            result = layers(result, entropy=0.01)
+        variant = "competing" if step % 2 else ""
+        found += [(step, each) for each in watch.see(step, result, topk=2, regime="k 2", variant=variant)]
+        watch = restored(watch)
+    assert [(step, each.measure, each.since) for step, each in found] == [(205, "entropy", 201)]
+
+
+def restored(charts: HealthCharts) -> HealthCharts:
+    """The same after a stop: the state goes through JSON, as in a checkpoint."""
+    other = health()
+    other.restore(json.loads(json.dumps(charts.state())))
+    return other
+
+
+def test_one_more_dead_expert_is_no_alarm_and_two_are() -> None:
+    for dead, expected in ((1, []), (2, [("dead_experts", 101)])):
+        broken = run_of(160, at=101, broken=lambda r, dead=dead: layers(r, dead_share=dead / 16))
+        assert [(each.measure, each.since) for _, each in broken] == expected
 
 
 def test_every_alarm_has_a_measure() -> None:
