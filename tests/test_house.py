@@ -104,7 +104,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "rich", "tensorboard", "wandb"},
     ),
     "evaluate": ({*LATE_ROOM, "analysis"}, {"torch", "numpy"}),
-    "finetuning": ({*LATE_ROOM, "train.lr", "evaluate", "analysis"}, {"torch", "numpy", "megatron"}),
+    "finetuning": (
+        {*LATE_ROOM, "train.lr", "train.resuming.run_meta", "evaluate", "analysis"},
+        {"torch", "numpy", "megatron"},
+    ),
     "export": ({*LATE_ROOM, "export/classes"}, {"torch", "numpy", "safetensors", "megatron"}),
     "export/classes": ({"config", "model"}, {"torch"}),
     "huggingface": (

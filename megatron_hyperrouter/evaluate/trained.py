@@ -76,13 +76,14 @@ class TrainedRun:
         world_size: int = 1,
         tokenizer_model: str | None = None,
         overrides: Mapping[str, object] | None = None,
+        headed: bool = False,
     ) -> TrainedRun:
         """The run that ``load`` means: a run folder, its ``checkpoints/``, or one checkpoint.
 
         ``world_size``: ranks that will have the model, in the run's own layout where it fits them, else with
         data-parallel ranks alone.  ``tokenizer_model``: where the tokenizer is now, for a checkpoint that
-        knows only its digest.  ``overrides``: other settings, by flat name.  CheckpointError if there is
-        no whole checkpoint.
+        knows only its digest.  ``overrides``: other settings, by flat name.  ``headed``: the model may have a
+        classification head.  CheckpointError if there is no whole checkpoint.
         """
         from megatron_hyperrouter.checkpoint.folder import read_manifest
         from megatron_hyperrouter.evaluate.saved_settings import settings_of
@@ -90,6 +91,11 @@ class TrainedRun:
 
         folder = checkpoint_of(load)
         manifest = read_manifest(folder)
+        if "classifier" in manifest["meta"] and not headed:
+            raise CheckpointError(
+                f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
+                remedy="give the run that was fine-tuned, or test the classifier with mhr finetune --test",
+            )
         settings = settings_of(folder, world_size, overrides or {})
         return cls(folder, manifest, with_tokenizer(settings, folder, manifest, tokenizer_model))
 
@@ -169,9 +175,15 @@ class TrainedRun:
             )
         return dataset
 
-    def open_engine(self, tokenizer: Tokenizer, *, classifier: Classifier | None = None) -> Engine:
-        """The model in its engine, without its weights yet; close it when done.  There is an optimizer only
-        for a ``classifier``, which takes the place of the output matrix and is to be trained.
+    def open_engine(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        classifier: Classifier | None = None,
+        for_training: bool = False,
+    ) -> Engine:
+        """The model in its engine, without its weights yet; close it when done.  ``classifier`` takes the
+        place of the output matrix; ``for_training``: with an optimizer.
         """
         from megatron_hyperrouter import engines
 
@@ -179,7 +191,7 @@ class TrainedRun:
             self.settings,
             vocab_size=tokenizer.vocab_size,
             eod=self._eod(tokenizer),
-            for_training=classifier is not None,
+            for_training=for_training,
             classifier=classifier,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_hyperrouter.analysis.intervals import mean_and_half
-from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.errors import DataError, HyperRouterError
+from megatron_hyperrouter.files import write_json, write_text
 from megatron_hyperrouter.finetuning.measures import log_softmax, mcnemar, paired_bootstrap, scores
 
 if TYPE_CHECKING:
@@ -48,6 +50,60 @@ def predictions_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> Iterator
             line: ResultRow = {"seed": outcome.seed, "topk": topk, "index": index, "label": int(label)}
             line |= {"predicted": predicted, "probability": float(np.exp(log_probs_NC[index, predicted]))}
             yield json.dumps(line) + "\n"
+
+
+def folder_of(output: Path, seed: int) -> Path:
+    """What belongs to one seed."""
+    return output / f"seed-{seed}"
+
+
+def is_finished(output: Path, seed: int) -> bool:
+    """Whether this attempt or an earlier one has finished the seed."""
+    return (folder_of(output, seed) / RESULTS).is_file()
+
+
+def write_facts(output: Path, facts: ResultRow) -> None:
+    """``finetuning.json``."""
+    with _reported(output):
+        write_json(output / FACTS, facts)
+
+
+def write_seed(folder: Path, outcome: Outcome, parts: dict[str, TextsOfSplit]) -> None:
+    """Write the files of one seed, or of one test, each atomically, the results last."""
+    results: ResultRow = {"results": rows_of(outcome, parts)}
+    with _reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / PREDICTIONS, "".join(predictions_of(outcome, parts)))
+        if outcome.lines:  # a test has none
+            write_text(folder / TRAINING, "".join(outcome.lines))
+            results["chosen_step"] = outcome.chosen_step
+        write_json(folder / RESULTS, results)
+
+
+def join(output: Path, seeds: Sequence[int], facts: ResultRow) -> list[ResultRow]:
+    """Write the files of a fine-tuning from those of its seeds, the results last; returns the results."""
+    folders = [folder_of(output, seed) for seed in seeds]
+    with _reported(output):
+        found = [json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in folders]
+        for name in (PREDICTIONS, TRAINING):
+            texts = [(folder / name).read_text(encoding="utf-8") for folder in folders]
+            write_text(output / name, "".join(texts))
+        chosen = {str(seed): each["chosen_step"] for seed, each in zip(seeds, found, strict=True)}
+        write_json(output / FACTS, facts | {"chosen_steps": chosen})
+        rows = [row for each in found for row in each["results"]]
+        write_json(output / RESULTS, {"results": rows})
+    return rows
+
+
+@contextmanager
+def _reported(output: Path) -> Iterator[None]:
+    """A full disk is a message."""
+    try:
+        yield
+    except OSError as error:
+        raise HyperRouterError(
+            f"{output} cannot be written: {error.strerror or error}", remedy="free space on that disk"
+        ) from error
 
 
 def table(rows: Sequence[ResultRow]) -> list[str]:

@@ -5,6 +5,7 @@ Legend: ``N`` texts of a part, ``C`` classes.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,19 @@ from megatron.core import parallel_state
 
 from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.finetuning.batches import Feed, TextsOfSplit
-from megatron_hyperrouter.finetuning.measures import Floats, Scores, scores
-from megatron_hyperrouter.finetuning.weights import Kept, keep, put_back, start_again
+from megatron_hyperrouter.finetuning.measures import Floats, scores
+from megatron_hyperrouter.finetuning.weights import Kept, keep, start_again
+from megatron_hyperrouter.model.classifier import Classifier
 from megatron_hyperrouter.model.loss import ClassLoss
 from megatron_hyperrouter.train.lr import learning_rate_at
 
 if TYPE_CHECKING:
+    from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
     from megatron_hyperrouter.engines.base import StepResult
     from megatron_hyperrouter.engines.shared import SharedEngine
+    from megatron_hyperrouter.evaluate.trained import TrainedRun
+    from megatron_hyperrouter.finetuning.saved import SeedFolder
+    from megatron_hyperrouter.finetuning.settings import Settings
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -36,6 +42,7 @@ class Outcome:
     seed: int
     chosen_step: int
     logits: dict[tuple[str, int], Floats] = field(default_factory=dict)  # (part, k)
+    lines: list[str] = field(default_factory=list)  # of training.jsonl
 
 
 @dataclass(frozen=True)
@@ -46,29 +53,46 @@ class Session:
     parts: dict[str, TextsOfSplit]
     begun: int  # steps of the run that the weights come from
     evaluations: int
-    start: Kept  # the run's weights
+    stop: Callable[[], bool]  # whether this rank was asked to stop
+    start: Kept | None  # the run's weights; None for a test
 
-    def run(self, seed: int, topks: Sequence[int], tell: Tell) -> Outcome:
-        """Train with this seed, take the weights that are best on dev, and predict at each k."""
-        engine, train = self.engine, self.engine.config.train
-        start_again(engine, self.start, seed=seed)
-        topk, best, chosen, kept = self.engine.topk_at(self.begun), (-1.0, -math.inf), 0, self.start
-        for step in range(1, train.train_iters + 1):
-            result = self._step(step, seed)
-            record: dict[str, Any] = {"seed": seed, "step": step, "loss": result.lm_loss}
+    def run(self, seed: int, topks: Sequence[int], folder: SeedFolder, tell: Tell) -> Outcome | None:
+        """Train with this seed, take the weights that are best on dev, and predict at each k; None if the
+        fine-tuning was asked to stop.
+
+        An attempt that was stopped continues from ``folder``.
+        """
+        assert self.start is not None, "the session was opened for a test"
+        start_again(self.engine, self.start, seed=seed)
+        course = folder.load()
+        topk = self.engine.topk_at(self.begun)
+        while course.step < self.engine.config.train.train_iters:
+            result = self._step(course.step + 1, seed)
+            course.step += 1
+            record: dict[str, Any] = {"seed": seed, "step": course.step, "loss": result.lm_loss}
             record |= {"grad_norm": result.grad_norm, "aux_loss": result.aux_loss}
-            if self._evaluates(step):
-                found = self._scores("dev", topk)
+            evaluates = self._evaluates(course.step)
+            if evaluates:
+                found = scores(self.predictions("dev", topk), self.parts["dev"].classes_N)
                 record |= {"dev_accuracy": found.accuracy, "dev_loss": found.loss}
-                if (found.accuracy, -found.loss) > best:
-                    best, chosen, kept = (found.accuracy, -found.loss), step, keep(engine)
+                if (found.accuracy, -found.loss) > course.best:
+                    course.best, course.chosen = (found.accuracy, -found.loss), course.step
+            course.lines.append(json.dumps(record) + "\n")
             tell(record)
-        put_back(engine, kept)
-        outcome = Outcome(seed, chosen)
-        for part in ("dev", "test"):
-            for k in topks:
-                outcome.logits[part, k] = predictions(engine, self.parts[part], k)
-        return outcome
+            if evaluates or result.stop:
+                folder.save(course)
+            if result.stop:
+                return None
+        folder.take_chosen()
+        return Outcome(seed, course.chosen, self.tested(topks), course.lines)
+
+    def tested(self, topks: Sequence[int]) -> dict[tuple[str, int], Floats]:
+        """The logits of dev and test at each k, from the present weights."""
+        return {(part, k): self.predictions(part, k) for part in ("dev", "test") for k in topks}
+
+    def predictions(self, part: str, topk: int) -> Floats:
+        """Of one part at one k."""
+        return predictions(self.engine, self.parts[part], topk)
 
     def _step(self, step: int, seed: int) -> StepResult:
         config = self.engine.config
@@ -77,6 +101,7 @@ class Session:
             # A router whose behaviour depends on the step continues from the end of pre-training.
             step=self.begun + step - 1,
             learning_rate=learning_rate_at(step, config.optimizer, config.train.train_iters),
+            stop=self.stop,
             accept=lambda result: math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm),
         )
         if not result.applied:
@@ -91,8 +116,23 @@ class Session:
         total = self.engine.config.train.train_iters
         return step * self.evaluations // total > (step - 1) * self.evaluations // total
 
-    def _scores(self, part: str, topk: int) -> Scores:
-        return scores(predictions(self.engine, self.parts[part], topk), self.parts[part].classes_N)
+
+def opened(
+    run: TrainedRun,
+    settings: Settings,
+    parts: dict[str, TextsOfSplit],
+    labels: Sequence[str],
+    tokenizer: Tokenizer,
+    stop: Callable[[], bool],
+    *,
+    for_training: bool,
+) -> Session:
+    """A session with the weights of the run (collective); close its engine when done."""
+    classifier = Classifier(len(labels), settings.dropout, frozenset(settings.freeze))
+    engine: Any = run.open_engine(tokenizer, classifier=classifier, for_training=for_training)
+    run.load_into(engine)
+    start = keep(engine) if for_training else None
+    return Session(engine, parts, run.step, settings.evaluations, stop, start)
 
 
 def predictions(engine: SharedEngine, part: TextsOfSplit, topk: int, *, feed: Feed | None = None) -> Floats:

@@ -39,6 +39,9 @@ _PLAIN: Mapping[str, object] = {
     "transformer_impl": "local",
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_force_load_balancing": False,
+    "no_save_optim": False,
+    "no_load_optim": False,
+    "no_load_rng": False,
 }
 
 

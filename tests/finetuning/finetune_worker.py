@@ -5,6 +5,7 @@ A case: ``do`` (a function below) and its arguments.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,29 @@ def command(flags: list[str]) -> None:
     finetune.main(flags)
 
 
+def stopped(flags: list[str], after: int) -> int:
+    """The status of ``mhr finetune`` if it gets SIGTERM after that number of steps."""
+    steps = iter(range(1, 1000))
+
+    class Interrupted(finetune.Bar):
+        def update(self, done: float, total: float, words: str = "") -> None:
+            super().update(done, total, words)
+            if next(steps) == after:
+                signal.raise_signal(signal.SIGTERM)
+
+    finetune.Bar = Interrupted  # type: ignore[misc]  # of this fork
+    try:
+        finetune.main(flags)
+    except SystemExit as error:
+        return int(str(error.code))
+    return 0
+
+
 def with_head(load: str, freeze: tuple[str, ...] = (), **settings: object) -> tuple[TrainedRun, Any]:
     """The run and its model with a head of three classes."""
     run = TrainedRun.open(load, overrides={"global_batch_size": 4, "micro_batch_size": 4, **settings})
-    engine = run.open_engine(run.tokenizer(), classifier=Classifier(3, freeze=frozenset(freeze)))
+    classifier = Classifier(3, freeze=frozenset(freeze))
+    engine = run.open_engine(run.tokenizer(), classifier=classifier, for_training=True)
     run.load_into(engine)
     return run, engine
 

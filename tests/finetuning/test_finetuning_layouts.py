@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 from distributed import run_ranks
 from program.launched import Zygote
+
+from megatron_hyperrouter.commands.models import finetune
+from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
 FLAGS = "--topk 1 2 4 --epochs 1 --lr 3e-3 --batch-size 8 --micro-batch-size 2 --evaluations 2".split()
@@ -61,9 +66,8 @@ class Home:
 
     def numbers(self, name: str) -> dict[str, Any]:
         results = json.loads((self.folder / name / "results.json").read_text())["results"]
-        steps = [
-            json.loads(line) for line in (self.folder / name / "training.jsonl").read_text().splitlines()
-        ]
+        lines = self.folder / name / "training.jsonl"  # a test has none
+        steps = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         return {"results": results, "steps": steps}
 
 
@@ -115,6 +119,42 @@ def test_the_step_that_is_tested_is_the_best_on_dev(home: Home) -> None:
         own = [each for each in steps if each["seed"] == int(seed)]
         best = max(own, key=lambda each: (each["dev_accuracy"], -each["dev_loss"]))
         assert step == best["step"] and len(own) == 2
+
+
+@pytest.mark.parametrize("name", ["deepspeed, EP2", "megatron, PP2"])
+def test_saved_weights_give_the_same_results_on_another_layout(home: Home, name: str) -> None:
+    """And no other tool takes them for a language model."""
+    flags = ["--load", str(home.folder / name / "seed-1"), "--task", str(home.folder / "task"), "--test"]
+    flags += ["--output", str(home.folder / f"{name}, tested"), "--topk", "1", "2", "4"]
+    home.cases({"do": "command", "flags": flags})
+    found, expected = (home.numbers(each)["results"] for each in (f"{name}, tested", name))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.pop("split") == theirs.pop("split")
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert [path.name for path in (home.folder / name / "seed-1").iterdir() if path.is_dir()] == [
+        "checkpoints"
+    ]
+    with pytest.raises(CheckpointError, match="is a fine-tuned classifier"):
+        TrainedRun.open(home.folder / name / "seed-1")
+
+
+def test_what_was_stopped_continues_to_the_same_bytes(home: Home) -> None:
+    """Stopped after an evaluation, with its second save lost, and again in the middle of the second seed."""
+    flags = "--seeds 2 --dropout 0.2"
+    (status,) = home.cases({"do": "stopped", "after": 1} | {"flags": home.command("parts", flags)["flags"]})
+    assert status == 6
+    parts = home.folder / "parts"
+    assert not (parts / "results.json").exists()
+    with pytest.raises(ConfigError, match=r"unfinished fine-tuning with other settings \(lr was 0.003"):
+        finetune.main([*home.command("parts", flags)["flags"], "--lr", "1e-3"])
+    shutil.rmtree(parts / "seed-1/checkpoints")
+    asked = home.command("parts", flags)
+    stopped = {"do": "stopped", "after": 4, "flags": asked["flags"]}
+    told = home.cases(stopped, asked, home.command("whole", flags))
+    assert told[0] == 6
+    for name in ("training.jsonl", "predictions.jsonl", "results.json"):
+        assert (parts / name).read_bytes() == (home.folder / "whole" / name).read_bytes(), name
+    assert not list(parts.glob("*/unfinished"))
 
 
 def test_the_loss_falls(home: Home) -> None:

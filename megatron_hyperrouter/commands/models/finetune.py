@@ -1,139 +1,250 @@
 """Train a classification head on a trained run, and test it at several k.
 
 The task folder contains train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
-original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested, once.
-Writes results.json, predictions.jsonl, training.jsonl and finetuning.json to --output. Runs in one process,
-or on several ranks under torchrun or deepspeed. --compare compares two such output folders instead.
+original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested, once,
+and saved below seed-N. Writes results.json, predictions.jsonl, training.jsonl and finetuning.json to
+--output. After an interruption, run the same command again to continue. --test tests saved weights again,
+and --compare compares two output folders. Runs in one process, or on several ranks under torchrun or
+deepspeed.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.commands.models.finetune_flags import layout_of, read_flags, settings_of
-from megatron_hyperrouter.errors import ConfigError, HyperRouterError, Problem
+from megatron_hyperrouter.errors import STOPPED, ConfigError, Problem
 from megatron_hyperrouter.evaluate.trained import TrainedRun
-from megatron_hyperrouter.files import write_json, write_text
+from megatron_hyperrouter.files import write_json
 from megatron_hyperrouter.finetuning.settings import Settings, check, fitted, overrides
 from megatron_hyperrouter.terminal import Bar, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
     from megatron_hyperrouter.finetuning.batches import TextsOfSplit
+    from megatron_hyperrouter.finetuning.session import Session
     from megatron_hyperrouter.finetuning.tasks import Task
+    from megatron_hyperrouter.guard.stopping import StopRequest
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Settings, task -> model with a head -> each seed -> results; or a comparison."""
+    """A fine-tuning, a test of saved weights, or a comparison of two fine-tunings."""
     args = read_flags(arguments, __doc__ or "")
     if args.compare:
         compare(*args.compare, output=args.output)
         return
     from megatron_hyperrouter.compat.host_logs import silence_hosts
-    from megatron_hyperrouter.config.cli import launched_world_size
-    from megatron_hyperrouter.finetuning.tasks import read_task
+    from megatron_hyperrouter.guard.stopping import StopRequest, stop_signals
 
     silence_hosts()
-    settings = settings_of(args)
-    run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
-    check(settings, run.settings)
-    task = read_task(args.task)
-    for note in task.notes:
+    work = Work.of(args)
+    for note in work.task.notes:
         console.note(note)
-    tokenizer = run.tokenizer()
-    asked = overrides(
-        settings,
-        router=run.settings.router.name,
-        trained_topk=trained_topk(run),
-        layout=layout_of(args),
-        steps=settings.steps_for(len(task.parts["train"])),
-    )
-    run = TrainedRun.open(
-        args.load,
-        world_size=launched_world_size(),
-        tokenizer_model=args.tokenizer_model,
-        overrides=asked,
-    )
-    check_output(args.output)
-    finetune(args, settings, run, task, tokenizer)
+    if args.test:
+        work.test()
+        return
+    with stop_signals(StopRequest(), enabled=True) as request:
+        ended = work.finetune(request)
+    if not ended:
+        sys.exit(STOPPED)
 
 
-def finetune(args: Namespace, settings: Settings, run: TrainedRun, task: Task, tokenizer: Tokenizer) -> None:
-    """Fine-tune a run with all seeds; ``run`` has the settings of the fine-tuning."""
-    from dataclasses import replace
+@dataclass(frozen=True)
+class Work:
+    """One fine-tuning, or one test of saved weights; ``run`` has the settings for it."""
 
-    from megatron_hyperrouter.config.cli import launched_world_size
-    from megatron_hyperrouter.finetuning import reports
-    from megatron_hyperrouter.finetuning.batches import encoded
-    from megatron_hyperrouter.finetuning.session import Session
-    from megatron_hyperrouter.finetuning.weights import keep
-    from megatron_hyperrouter.model.classifier import Classifier
+    output: Path
+    settings: Settings
+    run: TrainedRun
+    task: Task
+    tokenizer: Tokenizer
 
-    length = run.settings.model.seq_length
-    parts = {name: encoded(examples, tokenizer, length) for name, examples in task.parts.items()}
-    longest = max(part.longest for part in parts.values())
-    run = replace(
-        run, settings=fitted(run.settings, settings, longest=longest, world_size=launched_world_size())
-    )
-    topks = list(dict.fromkeys(settings.topk or (run.settings.model.moe_router_topk,)))
-    classifier = Classifier(len(task.labels), settings.dropout, frozenset(settings.freeze))
-    engine: Any = run.open_engine(tokenizer, classifier=classifier)
-    try:
-        run.load_into(engine)
-        session = Session(engine, parts, run.step, settings.evaluations, keep(engine))
-        rows, lines, steps = list[reports.ResultRow](), list[str](), list[str]()
-        chosen: dict[int, int] = {}
-        total = settings.seeds * run.settings.train.train_iters
+    @classmethod
+    def of(cls, args: Namespace) -> Work:
+        """What the flags ask for; raises an error if this is not possible."""
+        from megatron_hyperrouter.config.cli import launched_world_size
+        from megatron_hyperrouter.finetuning.tasks import read_task
+
+        settings = settings_of(args)
+        run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model, headed=True)
+        check(settings, run.settings)
+        task, tokenizer = read_task(args.task), run.tokenizer()
+        asked = overrides(
+            settings,
+            router=run.settings.router.name,
+            trained_topk=trained_topk(run),
+            layout=layout_of(args),
+            steps=settings.steps_for(len(task.parts["train"])),
+        )
+        run = TrainedRun.open(
+            args.load,
+            world_size=launched_world_size(),
+            tokenizer_model=args.tokenizer_model,
+            overrides=asked,
+            headed=True,
+        )
+        work = cls(args.output, settings, run, task, tokenizer)
+        if args.test:
+            check_labels(args, run, task)
+        check_output(args.output, None if args.test else work.facts)
+        return work
+
+    @property
+    def seeds(self) -> range:
+        """From 1."""
+        return range(1, self.settings.seeds + 1)
+
+    @cached_property
+    def topks(self) -> list[int]:
+        """The numbers of active experts to test with."""
+        return list(dict.fromkeys(self.settings.topk or (self.run.settings.model.moe_router_topk,)))
+
+    @cached_property
+    def parts(self) -> dict[str, TextsOfSplit]:
+        """The texts as tokens."""
+        from megatron_hyperrouter.finetuning.batches import encoded
+
+        length = self.run.settings.model.seq_length
+        return {name: encoded(each, self.tokenizer, length) for name, each in self.task.parts.items()}
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the results needs to know; a fine-tuning continues only with the same facts."""
+        model = self.run.settings.model
+        return {
+            "checkpoint": str(self.run.checkpoint),
+            "step": self.run.step,
+            "router": self.run.settings.router.name,
+            "finetune_k": model.moe_router_topk,
+            "steps": self.run.settings.train.train_iters,
+            "seq_length": model.seq_length,
+            "settings": asdict(self.settings),
+            "labels": list(self.task.labels),
+            "texts": {name: len(examples) for name, examples in self.task.parts.items()},
+            "notes": list(self.task.notes),
+        }
+
+    def open(self, stop: Callable[[], bool], *, for_training: bool) -> Session:
+        """The model with a head and the weights of ``--load`` (collective); close its engine when done."""
+        from megatron_hyperrouter.config.cli import launched_world_size
+        from megatron_hyperrouter.finetuning.session import opened
+
+        longest = max(part.longest for part in self.parts.values())
+        fit = fitted(self.run.settings, self.settings, longest=longest, world_size=launched_world_size())
+        fitting = replace(self.run, settings=fit)
+        return opened(
+            fitting,
+            self.settings,
+            self.parts,
+            self.task.labels,
+            self.tokenizer,
+            stop,
+            for_training=for_training,
+        )
+
+    def finetune(self, request: StopRequest) -> bool:
+        """Fine-tune with all seeds; returns False if a request has stopped it before its end."""
+        from megatron_hyperrouter.finetuning import reports
+
+        session = self.open(lambda: request.came, for_training=True)
+        engine: Any = session.engine
+        try:
+            if engine.place.is_main:
+                reports.write_facts(self.output, self.facts)
+            ended = self.all_seeds(session)
+            reason = engine.first_word(request.reason)
+            if engine.place.is_main and ended:
+                for line in reports.table(reports.join(self.output, self.seeds, self.facts)):
+                    show(line)
+            elif engine.place.is_main:
+                again = "run the same command again to continue"
+                console.note(f"stopped by {reason}; the fine-tuning was saved to {self.output}; {again}")
+        finally:
+            engine.close()
+        return ended
+
+    def all_seeds(self, session: Session) -> bool:
+        """Each seed that an earlier attempt has not finished; False if the fine-tuning was asked to stop."""
+        from megatron_hyperrouter.finetuning import reports, saved
+
+        total = self.settings.seeds * self.run.settings.train.train_iters
         with Bar("fine-tune", "steps") as bar:
 
-            def tell(record: dict[str, Any]) -> None:
-                steps.append(json.dumps(record) + "\n")
-                if engine.place.is_main:
+            def tell(record: Mapping[str, Any]) -> None:
+                if session.engine.place.is_main:
                     dev = [f"dev {record['dev_accuracy']:.4f}"] if "dev_accuracy" in record else []
-                    bar.update(len(steps), total, ", ".join([f"loss {record['loss']:.4f}", *dev]))
+                    done = (record["seed"] - 1) * self.run.settings.train.train_iters + record["step"]
+                    bar.update(done, total, ", ".join([f"loss {record['loss']:.4f}", *dev]))
 
-            for seed in range(1, settings.seeds + 1):
-                outcome = session.run(seed, topks, tell)
-                chosen[seed] = outcome.chosen_step
-                rows += reports.rows_of(outcome, parts)
-                lines += reports.predictions_of(outcome, parts)
-        if engine.place.is_main:
-            for line in reports.table(rows):
-                show(line)
-            facts = facts_of(run, settings, task, parts) | {"chosen_steps": chosen}
-            write(args.output, rows, lines, steps, facts)
-    finally:
-        engine.close()
+            for seed in self.seeds:
+                if reports.is_finished(self.output, seed):
+                    continue
+                own = reports.folder_of(self.output, seed)
+                about = {"labels": list(self.task.labels), "seed": seed}
+                folder = saved.seed_folder(own, session.engine, self.run, self.tokenizer, about)
+                outcome = session.run(seed, self.topks, folder, tell)
+                if outcome is None:
+                    return False
+                if session.engine.place.is_main:
+                    reports.write_seed(folder.path, outcome, self.parts)
+                    folder.finish()
+        return True
+
+    def test(self) -> None:
+        """Test the saved weights of ``--load`` on this task."""
+        from megatron_hyperrouter.finetuning import reports, saved
+        from megatron_hyperrouter.finetuning.session import Outcome
+
+        session = self.open(bool, for_training=False)
+        engine: Any = session.engine
+        try:
+            seed = self.run.manifest["meta"][saved.CLASSIFIER]["seed"]
+            outcome = Outcome(seed, 0, session.tested(self.topks))
+            if engine.place.is_main:
+                reports.write_facts(self.output, self.facts)
+                reports.write_seed(self.output, outcome, self.parts)
+                for line in reports.table(reports.rows_of(outcome, self.parts)):
+                    show(line)
+        finally:
+            engine.close()
 
 
-def write(
-    output: Path, rows: list[dict[str, Any]], lines: list[str], steps: list[str], facts: dict[str, Any]
-) -> None:
-    """Write the files of a fine-tuning, each atomically, the results last."""
-    from megatron_hyperrouter.finetuning import reports
+def check_labels(args: Namespace, run: TrainedRun, task: Task) -> None:
+    """An error if the run has no head, or one for other labels."""
+    from megatron_hyperrouter.errors import DataError
+    from megatron_hyperrouter.finetuning.saved import labels_of
 
-    try:
-        write_json(output / reports.FACTS, facts)
-        write_text(output / reports.PREDICTIONS, "".join(lines))
-        write_text(output / reports.TRAINING, "".join(steps))
-        write_json(output / reports.RESULTS, {"results": rows})
-    except OSError as error:
-        raise HyperRouterError(
-            f"{output} cannot be written: {error.strerror or error}", remedy="free space on that disk"
-        ) from error
+    labels = labels_of(run.manifest["meta"])
+    if labels is None:
+        rule, remedy = (
+            "has no classification head",
+            "give a folder seed-N of a fine-tuning, or leave out --test",
+        )
+        raise ConfigError([Problem("--load", args.load, rule, remedy)])
+    if labels != list(task.labels):
+        raise DataError(
+            f"--task {args.task} does not have the labels that {args.load} was fine-tuned on",
+            remedy="use a task whose labels.json has the same labels in the same order",
+        )
 
 
-def check_output(output: Path) -> None:
-    """ConfigError if there are already results, or if they cannot be written."""
+def check_output(output: Path, facts: Mapping[str, Any] | None) -> None:
+    """ConfigError if there are already results, or part of a fine-tuning with other ``facts``, or if nothing
+    can be written there; ``facts``: None for a test.
+    """
     from megatron_hyperrouter.finetuning import reports
 
     rule = "already has results" if (output / reports.RESULTS).exists() else ""
+    if not rule and (output / reports.FACTS).exists():
+        rule = other_than(json.loads((output / reports.FACTS).read_text(encoding="utf-8")), facts)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,22 +255,23 @@ def check_output(output: Path) -> None:
         )
 
 
-def facts_of(
-    run: TrainedRun, settings: Settings, task: Task, parts: dict[str, TextsOfSplit]
-) -> dict[str, Any]:
-    """What a reader of the results needs to know."""
-    return {
-        "checkpoint": str(run.checkpoint),
-        "step": run.step,
-        "router": run.settings.router.name,
-        "finetune_k": run.settings.model.moe_router_topk,
-        "steps": run.settings.train.train_iters,
-        "seq_length": run.settings.model.seq_length,
-        "settings": asdict(settings),
-        "labels": list(task.labels),
-        "texts": {name: len(part) for name, part in parts.items()},
-        "notes": list(task.notes),
-    }
+def other_than(earlier: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """Why the fine-tuning that ``earlier`` describes cannot continue, if so; it may have more seeds."""
+    if facts is None:
+        return "has an unfinished fine-tuning"
+    before, now = map(_comparable, (earlier, facts))
+    for name, value in now.items():
+        if before.get(name) != value:
+            differs = f"{name} was {before.get(name)} and is now {value}"
+            return f"has an unfinished fine-tuning with other settings ({differs})"
+    return ""
+
+
+def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal, as JSON gives it back."""
+    flat = {**facts, **facts.get("settings", {})}
+    left_out = ("settings", "seeds", "notes", "chosen_steps")
+    return {name: json.loads(json.dumps(value)) for name, value in flat.items() if name not in left_out}
 
 
 def trained_topk(run: TrainedRun) -> int:

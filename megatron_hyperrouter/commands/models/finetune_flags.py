@@ -70,6 +70,11 @@ def all_flags(description: str) -> Parser:
     flags.add_argument("--task", type=Path, metavar="DIR", help="folder with the data of the task")
     flags.add_argument("--output", type=Path, metavar="DIR", help="folder to write the results to")
     flags.add_argument(
+        "--test",
+        action="store_true",
+        help="instead of training, test the weights that a fine-tuning has saved: --load OUTPUT/seed-N",
+    )
+    flags.add_argument(
         "--compare",
         type=Path,
         nargs=2,

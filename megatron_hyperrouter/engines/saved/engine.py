@@ -40,18 +40,18 @@ class SavedEngine(ABC):
         self._memory = Memory()
         self._replicas = Replicas()
 
-    def stage(self) -> Staged:
-        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
+    def stage(self, *, weights_only: bool = False) -> Staged:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`; ``weights_only``: without the optimizer."""
         place = self.place
         texts = {generators.file_of(place.rank): generators.as_text(self.config, place.world_size)}
         held = self.holding()
-        if self.config.checkpoint.no_save_optim:
+        if weights_only or self.config.checkpoint.no_save_optim:
             held = held._replace(pieces=None)
         return stage(place.rank, place.world_size, held, self._memory, texts)
 
-    def save(self, folder: Path) -> None:
-        """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        staged = self.stage()
+    def save(self, folder: Path, *, weights_only: bool = False) -> None:
+        """See :class:`megatron_hyperrouter.engines.base.Engine`; ``weights_only``: without the optimizer."""
+        staged = self.stage(weights_only=weights_only)
         staged.write(folder)
         self.barrier()
         if self.place.is_main:

@@ -27,7 +27,13 @@ from megatron_hyperrouter.checkpoint.optimizer import (
     State,
     read_box,
 )
-from megatron_hyperrouter.checkpoint.weights import Reader, read_tensors, read_weights, weight_files
+from megatron_hyperrouter.checkpoint.weights import (
+    Reader,
+    read_tensors,
+    read_weights,
+    weight_files,
+    weight_shapes,
+)
 from megatron_hyperrouter.engines.saved.pieces import Holding, StatePiece, share, weights
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.model.names import CLASSIFIER, is_expert, matrices
@@ -181,9 +187,17 @@ def load_weights(reader: Reader, holding: Holding) -> None:
 
 
 def without_new_head(holding: Holding, folder: Path) -> Holding:
-    """A classification head that the checkpoint does not have keeps its initial weights."""
-    known = weight_files(folder)
-    kept = [(name, each) for name, each in holding.named if not name.startswith(CLASSIFIER) or name in known]
+    """A classification head that the checkpoint does not have, or has for other classes, keeps its initial
+    weights.
+    """
+    if not any(name.startswith(CLASSIFIER) for name, _ in holding.named):
+        return holding
+    known = weight_shapes(folder)
+    kept = [
+        (name, each)
+        for name, each in holding.named
+        if not name.startswith(CLASSIFIER) or known.get(name) == tuple(each.shape)
+    ]
     return holding._replace(named=kept)
 
 
