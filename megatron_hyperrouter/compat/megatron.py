@@ -1,5 +1,6 @@
-"""Patches of megatron-core, tested with 0.16.1, with which it trains on a CPU with gloo, and without
-Transformer Engine.
+"""Patches of megatron-core with which it trains on a CPU with gloo, and without Transformer Engine.
+
+Tested with 0.16.1 and 0.19.2; files and lines are those of 0.16.1.
 
 The CPU patches do nothing if there is a GPU.  The patches change calls that would raise an error,
 or make a GPU wait. One patch (``turn_in_few_operators``) rounds rotary positions differently.
@@ -11,8 +12,10 @@ import contextlib
 import functools
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -58,6 +61,15 @@ def _as_it_is(function: Any = None, **_: object) -> Any:
     return _as_it_is if function is None else function
 
 
+def version() -> tuple[int, ...]:
+    """Of the installed megatron-core; a checkout without metadata counts as older than all."""
+    try:
+        found = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return ()
+    return tuple(map(int, re.findall(r"\d+", found)[:3]))
+
+
 def patches() -> list[str]:
     """Names of the functions here that :func:`install` calls on this machine."""
     found = _everywhere() if torch.cuda.is_available() else (*_everywhere(), *_without_gpu())
@@ -66,7 +78,7 @@ def patches() -> list[str]:
 
 def _everywhere() -> tuple[Callable[[], None], ...]:
     return (
-        name_te_general_gemm,
+        *((name_te_general_gemm,) if version()[:2] < (0, 19) else ()),
         keep_adam_step,
         keep_norms_on_device,
         scale_all_at_once,
@@ -249,8 +261,8 @@ def _reduce_scatter(
 
 
 def name_te_general_gemm() -> None:
-    """moe_utils.py:1192 reads ``te_general_gemm``, a name that is bound only where Transformer Engine
-    imports.
+    """Before 0.19, moe_utils.py:1192 reads ``te_general_gemm``, a name that is bound only where Transformer
+    Engine imports.
     """
     from megatron.core.transformer.moe import moe_utils
 

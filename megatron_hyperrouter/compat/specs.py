@@ -13,3 +13,16 @@ def submodules_of(spec: Any) -> Any:
     some (moe_module_specs.py:87).
     """
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
+def dense_mlp(parts: Any) -> Any:
+    """Spec of an MLP for every token, with the host's ``MLPSubmodules``; 0.19.2 warns about a ``ModuleSpec``
+    here (transformer_layer.py:420).
+    """
+    # Not at the top: the patches come before the host.
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MLP.as_mlp_submodule, submodules=parts)
+    return ModuleSpec(module=MLP, submodules=parts)

@@ -38,6 +38,11 @@ def check(engine: str) -> None:
             f"--engine {engine} needs {' and '.join(missing)}, which {verb} not installed",
             remedy=f"run bash tools/setup_env.sh, or pip install {install}",
         )
+    core = found["megatron-core"] or ""
+    if _numbers(core) >= (0, 19) and importlib.util.find_spec("triton") is None:
+        raise HostError(
+            f"megatron-core {core} needs triton, which is not installed", remedy="run: pip install triton"
+        )
     for library, version in found.items():
         if version is not None and (problem := untested(library, version)):
             warn(f"{problem}; if something fails, run: pip install {library}=={TESTED[library][1]}")

@@ -17,7 +17,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
@@ -28,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_hyperrouter.compat.specs import dense_mlp
 from megatron_hyperrouter.config.derived import (
     dense_width,
     expert_width,
@@ -144,7 +145,7 @@ def layer_specs(
     """Spec of each layer of the model: its MLP slot contains ``moe`` in MoE layers, one dense MLP in
     others.
     """
-    mlp = ModuleSpec(module=MLP, submodules=_mlp_parts())
+    mlp = dense_mlp(_mlp_parts())
     return [
         layer_spec(config, moe if routed else mlp, routed=routed, window=window, starts=starts)
         for routed, window in zip(moe_layers(config), windows(config), strict=True)

@@ -47,8 +47,6 @@ def test_tested_versions_are_silent(
     versions.check(engine)
     installed |= {"torch": "2.13.1+cu130", "megatron-core": "0.16.7"}
     versions.check(engine)
-    installed |= {"megatron-core": "0.19.3"}
-    versions.check(engine)
     assert capsys.readouterr() == ("", "")
 
 
@@ -59,7 +57,7 @@ def test_tested_versions_are_silent(
         ("torch", "3.13.0"),
         ("megatron-core", "0.16.0rc2"),
         ("megatron-core", "0.17.0"),
-        ("megatron-core", "0.19.0"),
+        ("megatron-core", "0.18.2"),
         ("deepspeed", "main"),
     ],
 )
@@ -84,6 +82,21 @@ def test_only_the_hosts_of_the_engine_matter(
         versions.HostError, match="--engine deepspeed needs deepspeed, which is not installed"
     ):
         versions.check("deepspeed")
+
+
+def test_triton_is_needed_where_megatron_core_imports_it(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torch's builds for CPUs come without it."""
+    installed["megatron-core"] = "0.19.3"
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(versions.HostError, match=r"megatron-core 0\.19\.3 needs triton") as caught:
+            versions.check("megatron")
+    assert caught.value.remedy == "run: pip install triton"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton")
+    versions.check("megatron")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_missing_hosts_end_with_status_5(
