@@ -18,8 +18,8 @@ from _token_files import SEQ_LENGTH, megatron_dataset, our_dataset
 
 
 def in_a_process(kind: str, prefix: Path, *, epochs: int) -> dict[str, float]:
-    """``wall`` and ``cpu`` seconds and ``peak_mb`` after the imports; ``all_wall`` and ``all_mb`` from the
-    start of the process on.
+    """``wall`` and ``cpu`` seconds and ``peak_mb`` after the imports; ``all_wall``, ``all_cpu`` and ``all_mb``
+    from the start of the process on.
 
     ``kind``: megatron, ours or cold, which imports no more than it needs.
     """
@@ -72,6 +72,7 @@ def main() -> None:
             "peak_mb": peak_mb() - before,
         }
         told |= {"all_wall": time.monotonic() - float(sys.argv[4]), "all_mb": peak_mb()}
+        told["all_cpu"] = time.process_time()
     print(json.dumps(told))
 
 
