@@ -81,13 +81,18 @@ fi
 if [ "${LAUNCHER:-srun}" = torchrun ]; then
   # every attempt meets under a name of its own; torchrun gives ranks 30 s to stop unless it is told otherwise
   head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-  "${step[@]}" --ntasks "$nodes" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}" \
-    torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --shutdown-timeout 280 --rdzv-backend c10d \
-    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID-$attempt" \
-    pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" || status=$?
+  start=("${step[@]}" --ntasks "$nodes" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}"
+    torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --shutdown-timeout 280 --rdzv-backend c10d
+    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID-$attempt")
 else
-  "${by_rank[@]}" python pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" || status=$?
+  start=("${by_rank[@]}" python)
 fi
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+{ "${start[@]}" pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" 2>&1 >&3 | tee "$errors" >&2; } 3>&1 || status=$?
+# The launcher ends the other ranks, and then has their status (143), or 1. If the first rank to end refused the start, its status counts.
+first=$(sed -n -E '/.*(Exited with exit code|exitcode *:) ([0-9]+).*/{s//\2/p;q}' "$errors")
+case $first in 2 | 3 | 5) status=$first ;; esac
 
 if [ "$status" != 0 ] && "${ask[@]}" python tools/status.py "$run_dir" --after-exit "$status"; then
   case $(scontrol show job "$SLURM_JOB_ID") in

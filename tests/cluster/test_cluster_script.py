@@ -71,3 +71,23 @@ def test_a_container(tmp_path: Path) -> None:
     # whether to start again is asked there as well: the machine itself may not have the libraries
     assert container in second and "--ntasks 1 " in second
     assert second.endswith("tools/status.py runs/cluster --after-exit 1")
+
+
+BY_SRUN = """srun: error: n1: task 0: Exited with exit code 3
+srun: error: n2: tasks 1-3: Terminated
+"""
+BY_TORCHRUN = """  exitcode  : -15 (pid: 7)
+Root Cause (first observed failure):
+  exitcode  : 3 (pid: 8)
+srun: error: n1: task 0: Exited with exit code 1
+"""
+
+
+@pytest.mark.parametrize(("launcher", "said"), [("srun", BY_SRUN), ("torchrun", BY_TORCHRUN)])
+def test_the_status_of_the_rank_that_refused_counts(tmp_path: Path, launcher: str, said: str) -> None:
+    """And not that of the ranks that the launcher has ended."""
+    (tmp_path / "said").write_text(said)
+    failed = f'case "$*" in *pretrain*) cat {tmp_path}/said >&2; exit 143;; esac'
+    more = {"LAUNCHER": launcher, "SLURM_JOB_NODELIST": "n1", "CONTAINER_IMAGE": "x.sqsh"}
+    *_, question = asked(tmp_path, srun=failed, **more)
+    assert question.endswith("tools/status.py runs/cluster --after-exit 3")

@@ -167,7 +167,7 @@ NEVER_AGAIN = {
 
 def test_no_restart_where_it_cannot_help(slurm: Slurm) -> None:
     jobs = {
-        status: submit(slurm, *words, "--run-dir", slurm.root / f"refused-{status}", nodes=1)
+        status: submit(slurm, *words, "--run-dir", slurm.root / f"refused-{status}", nodes=1 + (status == 2))
         for status, (words, _) in NEVER_AGAIN.items()
     }
     for status, job in jobs.items():
