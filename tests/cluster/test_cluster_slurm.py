@@ -205,7 +205,8 @@ def test_a_cancelled_job_stays_cancelled(slurm: Slurm) -> None:
 @pytest.mark.by_hand
 def test_srun_starts_the_program_itself(slurm: Slurm, tmp_path: Path) -> None:
     """One task a rank, without the script."""
-    program = [sys.executable, str(REPOSITORY / "pretrain_gpt_hyperrouter.py"), *TINY, "--train-iters", 3]
+    program = [sys.executable, REPOSITORY / "pretrain_gpt_hyperrouter.py", *TINY, "--train-iters", 3]
+    program += ["--topk-schedule", "linear", "--lr-warmup-iters", 0]
     program += ["--run-dir", tmp_path / "run", "--expert-model-parallel-size", 2]
     slurm.run("srun", "-N2", "-n2", *program, timeout=240)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
