@@ -18,8 +18,8 @@ from _token_files import SEQ_LENGTH, megatron_dataset, our_dataset
 
 
 def in_a_process(kind: str, prefix: Path, *, epochs: int) -> dict[str, float]:
-    """``wall`` and ``cpu`` seconds and ``peak_mb`` after the imports; ``all_wall``, ``all_cpu`` and ``all_mb``
-    from the start of the process on.
+    """``wall`` and ``cpu`` seconds and ``peak_mb`` after the imports; ``all_wall``, ``all_cpu`` and
+    ``all_mb`` from the start of the process on.
 
     ``kind``: megatron, ours or cold, which imports no more than it needs.
     """

@@ -231,8 +231,8 @@ def cold_start(folder: Path, documents: int) -> None:
     told = in_a_process("cold", prefix, epochs=1)
     print(
         f"{documents:.0e} documents, on demand, from the start of a new process to its first 10 samples: "
-        f"{told['all_wall']:.2f} s"
-        f" (goal <= 2), {told['all_cpu']:.2f} s of CPU time, peak memory {told['all_mb']:.0f} MB (goal <= 300)"
+        f"{told['all_wall']:.2f} s (goal <= 2), "
+        f"{told['all_cpu']:.2f} s of CPU time, peak memory {told['all_mb']:.0f} MB (goal <= 300)"
     )
 
 
