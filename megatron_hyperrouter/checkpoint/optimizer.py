@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ class Staged:
     weights: dict[str, Tensor]
     trained: set[str]  # of ``weights``: those for which the optimizer has state
     states: list[State]
-    texts: dict[str, str]  # other files of this rank
+    texts: dict[str, Callable[[], str]]  # other files of this rank, made when they are written
 
     def write(self, folder: Path) -> list[Path]:
         """Write this rank's files, and return those that stay; NotFiniteError names the tensor that is
@@ -128,7 +128,7 @@ class Staged:
         if tensors := dict(self._state_tensors(index, file)):
             write_tensors(folder / file, tensors)
         for name, text in self.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text(), encoding="utf-8")
         _write_index(folder / _PART.format(rank=self.rank), index)
         names = [f"weights-{self.rank:05d}.safetensors", file, *self.texts]
         return [folder / name for name in names if (folder / name).exists()]

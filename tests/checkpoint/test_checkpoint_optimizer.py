@@ -57,7 +57,7 @@ def staged(
             if dtype == torch.float32:
                 del rows[MASTER]
             states.append(State(name, shape, placed.box, 7, {key: row.clone() for key, row in rows.items()}))
-    return Staged(rank, ranks, weights, set(tensors), states, {f"random-{rank:05d}.json": "{}"})
+    return Staged(rank, ranks, weights, set(tensors), states, {f"random-{rank:05d}.json": lambda: "{}"})
 
 
 def save(folder: Path, parts: list[Staged]) -> None:

@@ -35,7 +35,7 @@ def drawn() -> list[float]:
 
 
 def written(folder: Path, config: RunConfig) -> None:
-    (folder / generators.file_of(3)).write_text(generators.as_text(config, world_size=4))
+    (folder / generators.file_of(3)).write_text(generators.later_text(config, world_size=4)())
 
 
 def restored(folder: Path, config: RunConfig, *, world_size: int = 4, step: int = 5) -> bool:

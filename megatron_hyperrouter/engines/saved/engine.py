@@ -43,7 +43,7 @@ class SavedEngine(ABC):
     def stage(self, *, weights_only: bool = False) -> Staged:
         """See :class:`megatron_hyperrouter.engines.base.Engine`; ``weights_only``: without the optimizer."""
         place = self.place
-        texts = {generators.file_of(place.rank): generators.as_text(self.config, place.world_size)}
+        texts = {generators.file_of(place.rank): generators.later_text(self.config, place.world_size)}
         held = self.holding()
         if weights_only or self.config.checkpoint.no_save_optim:
             held = held._replace(pieces=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,24 @@ def file_of(rank: int) -> str:
     return f"random-{rank:05d}.json"
 
 
-def as_text(config: RunConfig, world_size: int) -> str:
-    """The state of all generators, and the layout that they belong to."""
-    states: dict[str, Any] = {
-        "torch": _text_of(torch.get_rng_state()),
-        "tracker": {name: _text_of(state) for name, state in dropout_states().items()},
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = _text_of(torch.cuda.get_rng_state())
-    return json.dumps({"layout": _layout(config, world_size), "states": states})
+def later_text(config: RunConfig, world_size: int) -> Callable[[], str]:
+    """The current state of all generators, and the layout that they belong to; the text itself is made
+    later.
+    """
+    own = torch.get_rng_state()
+    tracker = {name: state.clone() for name, state in dropout_states().items()}
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def text() -> str:
+        states: dict[str, Any] = {
+            "torch": _text_of(own),
+            "tracker": {name: _text_of(state) for name, state in tracker.items()},
+        }
+        if cuda is not None:
+            states["cuda"] = _text_of(cuda)
+        return json.dumps({"layout": _layout(config, world_size), "states": states})
+
+    return text
 
 
 def restore(folder: Path, rank: int, config: RunConfig, *, world_size: int, step: int) -> bool:

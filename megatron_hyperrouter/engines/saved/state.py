@@ -8,7 +8,7 @@ files can.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from megatron_hyperrouter.checkpoint.weights import (
 )
 from megatron_hyperrouter.engines.saved.pieces import Holding, StatePiece, share, weights
 from megatron_hyperrouter.errors import CheckpointError
-from megatron_hyperrouter.model.names import CLASSIFIER, is_expert, matrices
+from megatron_hyperrouter.model.names import CLASSIFIER, is_expert, matrix_names
 from megatron_hyperrouter.model.sharding import (
     Shard,
     gathered,
@@ -70,44 +70,62 @@ class Memory:
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self.due: list[tuple[Tensor, Tensor]] = []  # (copy, what is to be copied), in this order
         self.parts: dict[tuple[str, int, int], list[_BoxToWrite]] = {}
         self.turns: dict[str, _WeightToWrite] = {}
 
     def copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy of the tensor in CPU memory; on a GPU it is there after :meth:`wait`."""
+        """A tensor in CPU memory that is equal to this one after :meth:`fill`."""
         kept = self._kept.get(key)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
             self._kept[key] = kept
-        return kept.copy_(tensor.detach(), non_blocking=True)
+        self.due.append((kept, tensor))
+        return kept
 
-    def wait(self) -> None:
-        """Wait until all copies are complete."""
+    def start(self) -> None:
+        """Begin all copies that are due, one right after the other.
+
+        Whatever ran between two copies would be slow: a large copy leaves nothing else in the caches of the
+        processor.
+        """
+        due, self.due = self.due, []
+        with torch.no_grad():
+            for kept, tensor in due:
+                kept.copy_(tensor, non_blocking=True)
+
+    def fill(self) -> None:
+        """Make all copies that are due, and wait until they are complete."""
+        self.start()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------- saving
-def stage(rank: int, ranks: int, holding: Holding, memory: Memory, texts: dict[str, str]) -> Staged:
+def stage(
+    rank: int, ranks: int, holding: Holding, memory: Memory, texts: dict[str, Callable[[], str]]
+) -> Staged:
     """Copy what this rank writes into CPU memory (collective: tensor-parallel pieces of weights are
     joined).
     """
-    weights = {name: memory.copy(name, tensor) for name, tensor in _owned_weights(holding, memory)}
-    states = [state for piece in _pieces(holding) for state in _states(piece, holding, memory)]
-    learning = ((name, each) for name, each in holding.named if each.requires_grad)
-    trained = {name for name, _ in matrices(learning)} if holding.pieces else set()
-    memory.wait()
+    weights = dict(_owned_weights(holding, memory))
+    states = [state for piece in _held(holding) for state in _states(piece, holding, memory)]
+    learning = [name for name, each in holding.named if each.requires_grad] if holding.pieces else []
+    trained = {matrix for name in learning for matrix in matrix_names(name) or (name,)}
+    memory.fill()
     return Staged(rank, ranks, weights, trained, states, texts)
 
 
 def _owned_weights(holding: Holding, memory: Memory) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights that this rank writes."""
+    """Copies of the whole weights that this rank writes."""
     memory.turns = memory.turns or dict(_turns(holding))
     for name, tensor in weights(holding):
         if (turn := memory.turns.get(name)) is not None:
             whole = tensor if turn.shard is None else gathered(name, tensor, turn.shard)
             if turn.writes:
-                yield name, whole
+                yield name, memory.copy(name, whole)
+            if turn.shard is not None:
+                memory.start()  # so that no more than one joined weight is in memory
 
 
 def _turns(holding: Holding) -> Iterator[tuple[str, _WeightToWrite]]:
@@ -130,15 +148,23 @@ def _turns(holding: Holding) -> Iterator[tuple[str, _WeightToWrite]]:
             yield name, _WeightToWrite(shard, turn % size == place)
 
 
+def _held(holding: Holding) -> Iterable[StatePiece]:
+    return holding.pieces() if holding.pieces else ()
+
+
 def _pieces(holding: Holding) -> Iterator[StatePiece]:
-    for piece in holding.pieces() if holding.pieces else ():
+    for piece in _held(holding):
         yield from piece.by_matrix()
 
 
-def _states(piece: StatePiece, holding: Holding, memory: Memory) -> Iterator[State]:
-    for part in _parts(piece, holding, memory):
-        copies = {field: memory.copy(key, piece.fields[field][part.at]) for field, key in part.keys.items()}
-        yield State(piece.name, part.shape, part.box, piece.steps, copies)
+def _states(held: StatePiece, holding: Holding, memory: Memory) -> Iterator[State]:
+    steps = held.steps
+    for piece in held.by_matrix():
+        for part in _parts(piece, holding, memory):
+            copies = {
+                field: memory.copy(key, piece.fields[field][part.at]) for field, key in part.keys.items()
+            }
+            yield State(piece.name, part.shape, part.box, steps, copies)
 
 
 def _parts(piece: StatePiece, holding: Holding, memory: Memory) -> list[_BoxToWrite]:
