@@ -1,5 +1,5 @@
-"""Centred kernel alignment in plain-Python loops, in float64: the formula with the centring matrix H as it
-stands.
+"""Centred kernel alignment in plain-Python loops, in float64: the formula with the centring matrix H, written
+out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rbf_kernel(sigma: float) -> Kernel:
 
 
 def cka(x: Matrix, y: Matrix, kernel: Kernel, kernel_of_y: Kernel | None = None) -> float:
-    """tr(KHLH) / sqrt(tr(KHKH) tr(LHLH)) as it stands."""
+    """tr(KHLH) / sqrt(tr(KHKH) tr(LHLH)), written out."""
     n = len(x)
     H = [[(i == j) - 1 / n for j in range(n)] for i in range(n)]
     K, L = ([[k(a, b) for b in rows] for a in rows] for rows, k in ((x, kernel), (y, kernel_of_y or kernel)))

@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, fixed seeds, and skips that are seen."""
+"""Set-up of every test: one thread, fixed seeds, and visible skips."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test is not a rank, whatever started pytest."""
+    """Tests do not act as ranks, even if a launcher started pytest."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -71,8 +71,8 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip aloud GPU tests where there is no GPU, and tests on eight ranks unless they are asked for by
-    name.
+    """Skip GPU tests without a GPU, and tests on eight ranks unless they are selected, both with a visible
+    reason.
     """
     has_gpu = _has_gpu() if any("gpu" in item.keywords for item in items) else False
     for item in items:

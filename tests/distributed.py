@@ -1,4 +1,4 @@
-"""Runs a worker file on several CPU ranks, as a launcher would, and brings back what rank 0 tells."""
+"""Runs a worker file on several CPU ranks, as a launcher would, and returns the answer of rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the rules of the house look at: the files of the repository, their imports and their functions."""
+"""What the house tests examine: the files of the repository, their imports and their functions."""
 
 from __future__ import annotations
 

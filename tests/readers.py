@@ -1,6 +1,4 @@
-"""Every reader of a file that a stranger may hand us, as one table: a good file, how to read it, and how it
-may refuse.
-"""
+"""A table of all readers of untrusted files: a good file, how to read it, and the errors that are allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/definitions.md names code and tests that are there."""
+"""docs/definitions.md names code and tests that exist."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""docs/routers.md tells the truth wherever code can say so: sections, options, tensors, counts, and what
-folds.
-"""
+"""docs/routers.md agrees with the code: sections, options, tensors, counts, and which routers fold."""
 
 from __future__ import annotations
 

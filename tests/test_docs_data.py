@@ -1,4 +1,4 @@
-"""docs/data.md tells the truth wherever code can say so: flags, files, statuses and numbers."""
+"""docs/data.md agrees with the code: flags, files, statuses and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of the examples are settings that run, and their scripts name files that exist."""
+"""The examples' settings are accepted, and their scripts name files that exist."""
 
 from __future__ import annotations
 

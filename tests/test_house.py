@@ -1,6 +1,4 @@
-"""The rules of the house, executable: sizes, who may import whom, annotations, docstrings, and what no file
-may hold.
-"""
+"""The rules of the house as tests: sizes, allowed imports, annotations, docstrings, and forbidden code."""
 
 from __future__ import annotations
 

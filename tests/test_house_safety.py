@@ -1,4 +1,4 @@
-"""Nothing that is loaded can run code: no pickle, and no ``torch.load`` or ``numpy.load`` that reads one."""
+"""No file that is loaded can run code: no pickle, and no ``torch.load`` or ``numpy.load`` that reads one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an installation gives: from the sdist a wheel, from the wheel the command ``mhr`` in any folder."""
+"""Packaging: the sdist gives a wheel, and the wheel gives the command ``mhr`` in any folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An installation without a compiler goes on, says so, and leaves out only the extension."""
+"""An installation without a compiler continues with a warning, and lacks only the extension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/setup_env.sh, with a stand-in for Python whose pip only writes down what it was asked for."""
+"""tools/setup_env.sh, with a stand-in for Python whose pip only records its arguments."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A whole run with the fake engine that takes a second: settings, data, and a program to be signalled and
-killed.
+"""A whole run of one second with the fake engine: settings, data, and a program that tests can signal and
+kill.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def check(settings: Settings, run: RunConfig) -> None:
     asked += [("--finetune-k", settings.finetune_k)] if settings.finetune_k is not None else []
     for flag, k in asked:
         if not 1 <= k <= most:
-            rule = f"must be from 1 to the {most} experts that a token of this model can have"
+            rule = f"must be from 1 to the {most} experts that this model allows for each token"
             problems.append(Problem(flag, k, rule, f"use 1 to {most}"))
     if problems:
         raise ConfigError(problems)

@@ -66,9 +66,9 @@ def verdict_chapter(study: Comparison) -> Section:
     section.table(verdicts.HEADS, rows, name="verdicts", note=verdicts.about(effect))
     if control := study.study.get("control"):
         section.text(
-            f"{control} is the control: a random router that is never trained, whose logits start with the "
-            "standard deviation of the router that it is compared with. Any gain over the "
-            "control does not come from the scale of the logits."
+            f"{control} is the control: a random router that is never trained. Its logits have the "
+            "standard deviation that those of the compared router have at the start, so a gain over "
+            "the control does not come from the scale of the logits."
         )
     return section
 

@@ -152,9 +152,9 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 
 
 JACOBIAN_NOTE = (
-    "J_R is the part of a layer's Jacobian that comes from the router; its rows are in "
-    "the span of the router matrix. Drift: the part of that span that is outside the "
-    "initial span (0 for a fixed router). At k = 1 the softmax over one logit is constant, so J_R is 0."
+    "J_R is the part of a layer's Jacobian that comes from the router; its rows are in the span of "
+    "the router matrix. Drift: the share of this span that is outside the span at the start of "
+    "training (0 for a fixed router). At k = 1 the softmax over one logit is constant, so J_R is 0."
 )
 
 

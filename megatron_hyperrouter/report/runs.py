@@ -138,11 +138,11 @@ def router_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Sectio
             section.figure(_layers(run, part, drawing, legend=first == 0))
     if section.parts:
         section.text(
-            "By layer, of training batches. Entropy is that of the softmax over all experts: "
-            "it depends on the scale of the logits, so read it together with their standard "
-            "deviation. Mutual information is 0 if the router scores are the same for every "
-            "token; low entropy with low mutual information is "
-            "collapse. An expert with less than 5 % of the mean load is dead."
+            "For each layer, measured on training batches. Entropy: of the softmax over all "
+            "experts; it depends on the scale of the logits, so read it together with their "
+            "standard deviation. Mutual information is 0 if the router scores are the same for "
+            "every token; low entropy with low mutual information is collapse. An expert with less "
+            "than 5 % of the mean load is dead."
         )
     return section
 

@@ -34,9 +34,9 @@ def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list
                 series[name] = Line(ks, [m for m, _ in pairs], [half or 0.0 for _, half in pairs], marker="o")
     heads = ["task and model", "split", "k", "seeds", *(measure.replace("_", " ") for measure, _ in SCORES)]
     note = (
-        "Mean ± half of the 95 % t-interval over seeds. ECE: expected calibration error. The interval holds "
-        "for seeds of the head on these texts: other test texts would change an accuracy by up to "
-        "1 / sqrt(n), for n texts in the test."
+        "Mean ± half of the 95 % t-interval over seeds. ECE: expected calibration error. The "
+        "interval covers the seeds of fine-tuning, not the choice of the test texts: with n other "
+        "texts, an accuracy can change by up to 1 / sqrt(n)."
     )
     section.table(heads, rows, name="transfer", note=note)
 

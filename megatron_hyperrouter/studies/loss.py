@@ -48,7 +48,7 @@ EPILOG = """\
 An axis is a setting with its values.  Several settings, joined by commas, change together:
   --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000
   --axis router.name topk hyper
-The file of --axes has the same as YAML: for each axis, values or mappings of settings:
+The YAML file of --axes defines the same: a list of values, or of mappings of settings, for each axis:
   width:
     - {hidden_size: 64, moe_ffn_hidden_size: 96}
     - {hidden_size: 128, moe_ffn_hidden_size: 192}

@@ -164,12 +164,12 @@ def markdown(
     seeds = sorted({len(each) for each in runs.values()})
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
     about = (
-        f"{unit.capitalize()} of the test split with k experts; router entropy (nats) and load of the last "
-        "steps; logit std, mutual information (MI, nats) and similarity (mean linear CKA of two experts' "
-        "outputs) of test data at the final k of training; there too, effective rank of the router's part "
-        "of the Jacobian, and drift, the share of the router's span that lies outside its start. "
-        f"Mean ± half of the 95 % t-interval over {_listed(seeds)} seed(s); "
-        f"{_listed(steps)} steps."
+        f"{unit.capitalize()} of the test split with k experts. Router entropy (nats) and load: "
+        "means over the last steps of training. The other measures use test data at the final k of "
+        "training: logit std; mutual information (MI, nats); similarity (mean linear CKA of two "
+        "experts' outputs); effective rank of the router's part of the Jacobian; drift, the share "
+        "of the router's span that is outside its span at the start. Mean ± half of the 95 % "
+        f"t-interval over {_listed(seeds)} seed(s); {_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
     return text if not apart else f"{text}\n{lines(f'minus {first}, paired by seed', apart, '+')}"

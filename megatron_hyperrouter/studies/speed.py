@@ -43,12 +43,13 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp, dp and zero with their
-sizes, and settings by name ("" is plain data parallelism).  It runs on each number of --ranks; ranks that it
-does not need are data-parallel.  A layout that the settings rule out is shown with the reason.  Without
---layouts, the layout in --config is used; without --ranks, each layout runs on as few ranks as it needs.
+sizes, and settings by name ("" is plain data parallelism).  Each layout runs on each number of --ranks;
+ranks that it does not need become data-parallel.  A layout that the settings rule out is shown with the
+reason.  Without --layouts, the layout in --config is used; without --ranks, each layout runs on as few ranks
+as it needs.
 
---scaling weak: the global batch size grows with the ranks.  --global-batch-size (default: one micro-batch per
-data-parallel rank) is that of the fewest ranks.  --scaling strong: it is the same for all numbers of ranks.
+--scaling weak: the global batch size grows with the ranks, from --global-batch-size (default: one micro-batch
+per data-parallel rank) on the fewest ranks.  --scaling strong: it is the same for all numbers of ranks.
 Efficiency is the number of tokens per second and rank, relative to the first row with the fewest ranks, for
 each repetition.  Data is the fraction of the step time in which rank 0 waited for its batch.
 

@@ -132,10 +132,10 @@ def score(results: Mapping[str, Any], topk: int) -> float:
 def about(effect: float) -> str:
     """What the columns of the table are."""
     return (
-        "Difference: mean ± half of the 95 % t-interval over seeds; runs of one seed share data and "
-        "initial weights, and negative is better. p: two-sided paired t-test, adjusted by Holm over "
-        "all comparisons of the table, which were named before the runs. Detectable effect: the "
-        "difference that this number of seeds detects with a power of 80 %. Seeds needed: the "
-        f"number that detects a difference of {effect:g} with that power, if the spread is at its 80 "
-        "% upper bound."
+        "Difference: mean ± half of the 95 % t-interval over seeds; negative is better. Runs with "
+        "the same seed share data and initial weights. p: two-sided paired t-test, adjusted by "
+        "Holm's method over all comparisons of the table, which were named before the runs. "
+        "Detectable effect: the difference that this number of seeds detects with a power of 80 %. "
+        f"Seeds needed: the number that detects a difference of {effect:g} with that power, if the "
+        "spread is at its 80 % upper bound."
     )

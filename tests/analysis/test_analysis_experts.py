@@ -1,4 +1,4 @@
-"""Similarity of experts against the loop formula, and what looking at them leaves behind."""
+"""Similarity of experts against the formula in loops; measuring it leaves no trace in the model."""
 
 from __future__ import annotations
 

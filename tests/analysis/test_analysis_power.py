@@ -41,7 +41,7 @@ def test_holm_by_hand() -> None:
 
 
 def power(effect: float, sd: float, runs: int) -> float:
-    """Of the two-sided paired t-test at 5 %, from the noncentral t."""
+    """Power of the two-sided paired t-test at 5 %, from the noncentral t distribution."""
     limit, shift = stats.t.ppf(0.975, runs - 1), effect / sd * math.sqrt(runs)
     return float(stats.nct.sf(limit, runs - 1, shift) + stats.nct.cdf(-limit, runs - 1, shift))
 

@@ -1,5 +1,5 @@
-"""Scaling laws: known constants come back, with noise inside their intervals; the minimum against another
-minimiser; what is refused.
+"""Scaling laws: fits recover known constants, and with noise their intervals contain them; the minimum
+against another minimiser; what is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_best_sizes_for_a_budget_against_a_search():
 
 @pytest.mark.parametrize("over_d", [False, True])
 def test_the_minimum_is_that_of_lbfgs(over_d):
-    """torch's L-BFGS on the same objective, from the fit and from elsewhere, finds nothing lower."""
+    """torch's L-BFGS on the same objective, started at the fit and elsewhere, finds no lower value."""
     sizes, losses = study(over_d=over_d, noise=0.01, seeds=2, seed=3)
     found = fit(sizes, losses)
     logs = {name: torch.tensor(values, dtype=torch.float64).log() for name, values in sizes.items()}

@@ -1,4 +1,6 @@
-"""What is counted and kept while routers work, against plain loops; the routes of a probe set by hand."""
+"""What is counted and kept while routers work, against plain loops; routes of a probe set
+computed by hand.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,7 @@ def test_entropy_of_normal_logits(std: float, entropy: float) -> None:
 
 
 def test_a_router_that_follows_words_is_seen_as_it_decides() -> None:
-    """The second stage of StableMoE decides after its logits."""
+    """The second stage of StableMoE chooses experts from the token ids, after its logits are computed."""
     router = build_router("stablemoe", hidden_size=D, num_experts=E, topk=1, stage1_steps=0).eval()
     tokens = Tokens(torch.arange(T) % 7, torch.arange(T), T)
     seen = Witness([router], every=1)

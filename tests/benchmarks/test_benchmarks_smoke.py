@@ -1,5 +1,5 @@
-"""The benchmarks run and print their table; what they measure on a busy machine says nothing and is not
-looked at.
+"""The benchmarks run and print their table; their numbers are not checked, because the machine
+may be busy.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def test_whole_steps_are_compared_with_the_floor() -> None:
 
 @pytest.mark.processes
 def test_the_run_for_a_gpu_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With toy sizes, on whatever is here; a failed case is a row as well."""
+    """With toy sizes, on any device; a failed case is a row as well."""
     told = run("gpu.py", "--tiny", "--only", "mixtral: megatron hyper", "--out", str(tmp_path))
     assert told.returncode == 0, told.stderr
     (result,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())

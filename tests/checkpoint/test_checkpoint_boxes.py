@@ -43,7 +43,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def piece_of(case: Case) -> np.ndarray:
-    """The numbers of the whole, which are their own places, that this piece has in a row."""
+    """The numbers of this piece, in a row; each number of the whole tensor is its own position."""
     places = torch.arange(prod(case.whole)).view(case.whole)
     return (case.cut.cut(places) if case.cut else places).reshape(-1).numpy()
 
@@ -63,7 +63,7 @@ def test_boxes_have_the_numbers_of_the_range_in_its_order(case: Case) -> None:
 
 
 def plain_digest(values: np.ndarray) -> int:
-    """As the formula says it, one element after another."""
+    """The digest by its formula, one element after another."""
     total = 0
     for place, bits in enumerate(values.reshape(-1).view(np.int32).tolist()):
         factor = (place * 0x9E3779B97F4A7C15 % MODULUS) | 1

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or not there, at whatever moment the process dies or the disk fills up."""
+"""A checkpoint is complete or absent, at whatever moment the process is killed or the disk becomes full."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 
 class TestDamage:
-    """Every damage is found on load, and the message names the file and the way out."""
+    """Any damage is found on load, and the message names the file and the remedy."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -180,7 +180,7 @@ class TestDamage:
 
 
 class TestFailedSave:
-    """The old checkpoint and ``latest`` survive, and nothing of the new one stays."""
+    """The old checkpoint and ``latest`` stay, and no part of the new one does."""
 
     @staticmethod
     def check(root: Path, error: object) -> None:

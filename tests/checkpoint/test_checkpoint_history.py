@@ -1,4 +1,4 @@
-"""Which checkpoint counts, and what a rewind leaves: nothing that is whole is ever lost or overlooked."""
+"""Which checkpoint is used, and what a rewind leaves: no complete checkpoint is ever lost or overlooked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer state on disk: what several ranks wrote comes back bit for bit, and what is not whole is
+"""Optimizer state on disk: what several ranks wrote is read back bit for bit, and incomplete state is
 refused.
 """
 
@@ -44,7 +44,9 @@ def whole() -> dict[str, dict[str, Tensor]]:
 def staged(
     tensors: dict[str, dict[str, Tensor]], rank: int, dtype: torch.dtype = torch.bfloat16, ranks: int = RANKS
 ) -> Staged:
-    """A third of each tensor's numbers; the weights in turn, and a buffer that is not trained."""
+    """What one of three ranks writes: a third of each tensor's numbers, every third weight, and a frozen
+    buffer.
+    """
     names = list(tensors)[rank::ranks]
     weights = {name: tensors[name]["weight"].to(dtype) for name in names}
     if rank == 1:

@@ -1,4 +1,4 @@
-"""safetensors files written and read tensor by tensor, beside the library."""
+"""safetensors files written and read tensor by tensor, compared with the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Weights on disk: each bit comes back, whichever files hold it; what does not fit is told all at once."""
+"""Weights on disk: every bit is read back, whichever file contains it; all mismatches are
+reported at once.
+"""
 
 from __future__ import annotations
 

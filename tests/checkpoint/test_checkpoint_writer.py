@@ -1,4 +1,6 @@
-"""Saving in the background: nothing waits, nothing is torn, and a failure on one rank is known to all."""
+"""Saving in the background: training does not wait, no file is incomplete, and all ranks know
+of a failure.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ RANKS = 3
 
 
 class Files:
-    """One file a rank, and one of all ranks; ``before``: what a rank's thread does first."""
+    """One file for each rank, and one for all; ``before``: what a rank's thread does first."""
 
     def __init__(self, rank: int, before: Callable[[], object] = lambda: None) -> None:
         self.rank, self.before = rank, before
@@ -95,7 +97,7 @@ def full_disk() -> None:
 def test_a_rank_that_fails_fails_all(
     tmp_path: Path, bad: int, mute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``mute``: its disk is so full that it cannot even leave a word."""
+    """``mute``: its disk is so full that it cannot even write a message."""
     if mute:
         monkeypatch.setattr("megatron_hyperrouter.checkpoint.writer._FAILED", "no/such/folder/")
 

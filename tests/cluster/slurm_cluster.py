@@ -50,7 +50,7 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why there can be no Slurm here; empty where there is one, which may have to be installed first."""
+    """Why Slurm cannot run here; empty if it can, after an installation if necessary."""
     if os.geteuid() != 0:
         return "Slurm's daemons need the rights of root"
     if absent() and not _may_install():
@@ -70,7 +70,7 @@ def _path() -> str:
 
 
 def _may_install() -> bool:
-    """In a container, or on a CI machine, nobody minds."""
+    """Installing is allowed in a container and on a CI machine."""
     container = Path("/.dockerenv").exists() or Path("/run/.containerenv").exists() or "CI" in os.environ
     return os.geteuid() == 0 and container and shutil.which("apt-get") is not None
 
@@ -105,7 +105,7 @@ class Slurm:
         folder: Path | None = None,
         **more: str,
     ) -> str:
-        """A command of a user; returns what it says."""
+        """Run a command as a user; returns its output."""
         done = subprocess.run(
             [str(word) for word in command],
             env=self.env | more,
@@ -124,7 +124,7 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def logs(self) -> str:
-        """The last words of the daemons."""
+        """The ends of the daemons' logs."""
         return "\n".join(
             f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in self.root.glob("*.log")
         )

@@ -20,7 +20,7 @@ SCRIPT = REPOSITORY / "examples" / "cluster.sh"
 
 
 def start(folder: Path, hostfile: str, *words: object, timeout: float = 60, **env: str) -> tuple[int, str]:
-    """Exit status, and all that was said."""
+    """Exit status, and all output."""
     (folder / "hosts").write_text(hostfile)
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(
@@ -36,7 +36,7 @@ def start(folder: Path, hostfile: str, *words: object, timeout: float = 60, **en
 
 
 def stand_in(folder: Path, name: str, script: str) -> None:
-    """A program that is found before the real one."""
+    """A stand-in that PATH finds before the real program."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
     (folder / "bin" / name).chmod(0o755)
@@ -67,7 +67,7 @@ TWO = "node1 slots=1 max_slots=8  # comment\nnode2 slots=1\nnode3 slots=1"
 
 
 def test_machines_that_ssh_does_not_reach(tmp_path: Path) -> None:
-    """All that are not reached are named, and nothing is started."""
+    """The message names every machine that is not reached, and nothing is started."""
     stand_in(tmp_path, "pdsh", "exit 0")
     stand_in(tmp_path, "ssh", 'case "$*" in *node1*) exit 0;; *) exit 255;; esac')
     stand_in(tmp_path, "deepspeed", "echo started")
@@ -78,7 +78,7 @@ def test_machines_that_ssh_does_not_reach(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", ["--exclude node2@node3", "--include node1:0", "--launcher openmpi"])
 def test_machines_that_are_left_out_need_not_answer(tmp_path: Path, asked: str) -> None:
-    """What stands after -- goes to the launcher, the rest to the program."""
+    """Flags after -- go to the launcher, the others to the program."""
     stand_in(tmp_path, "pdsh", "exit 0")
     stand_in(tmp_path, "ssh", 'case "$*" in *node1*) exit 0;; *) exit 255;; esac')
     stand_in(tmp_path, "deepspeed", 'echo "started $*"')

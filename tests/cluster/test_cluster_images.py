@@ -33,7 +33,7 @@ def test_what_an_image_copies_and_runs_is_in_the_repository(path: Path) -> None:
 
 
 def test_pip_takes_our_pins_beside_the_torch_of_an_image(tmp_path: Path) -> None:
-    """The commands of the image, in the environment of this Python, where pip only says what it would do."""
+    """Runs the image's pip commands in this environment, with --dry-run."""
     (run,) = [text for name, text in instructions(FILES[0]) if name == "RUN"]
     asked, filtered, install, *_ = run.split(" && ")
     assert "-c /tmp/kept.txt -r /tmp/requirements.txt" in install

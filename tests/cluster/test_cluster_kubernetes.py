@@ -40,7 +40,7 @@ def job_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_manifest_fits_its_schema_and_has_no_field_that_it_does_not_know(document: dict[str, Any]) -> None:
-    """What the schema does not know is left out on the way there and back."""
+    """Parsing and writing a manifest again would lose fields that the schema does not know."""
     read = SCHEMAS[document["kind"]].from_dict(document)
     assert without_none(read.to_dict()) == document
 
@@ -88,7 +88,7 @@ def test_the_master_is_the_first_pod_of_the_headless_service() -> None:
     ],
 )
 def test_a_node(tmp_path: Path, more: list[str], status: int) -> None:
-    """With one node of one rank: what torchrun would turn into 1 ends the job instead."""
+    """With one node of one rank: an exit status that torchrun would replace by 1 ends the job."""
     script = REPOSITORY / "examples" / "cluster" / "node.sh"
     config = ["--config", "examples/quickstart.yaml", "--mock-data", "--expert-model-parallel-size", "1"]
     config += "--tokenizer-type NullTokenizer --vocab-size 64 --train-iters 2 --seq-length 32".split()

@@ -1,4 +1,6 @@
-"""Two nodes under torchrun, which restarts the ranks of both when one is killed: every step stands once."""
+"""Two nodes under torchrun, which restarts the ranks of both when one is killed: metrics.jsonl has every step
+once.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One rank of the tests of the host patches: with every patch but one, the host's own call has to fail; with
-that one too, it works.
+"""One rank of the tests of the host patches: without one patch, the host's own call must fail; with it, the
+call must work.
 
 Called with a folder and the name of a patch; writes ``RANK.json``: the error without the patch, and with it.
 """

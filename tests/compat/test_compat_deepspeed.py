@@ -1,5 +1,5 @@
-"""The patch of DeepSpeed is still needed, and does what it says.  A failure here says: look at
-compat/deepspeed.py again.
+"""The patch of DeepSpeed is still needed and does what it says. If a test fails, review
+compat/deepspeed.py.
 """
 
 from __future__ import annotations

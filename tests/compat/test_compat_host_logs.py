@@ -1,5 +1,5 @@
-"""The hosts still say what silence_hosts() silences, and it silences that alone.  A failure here means: look
-at compat/host_logs.py again.
+"""The hosts still print what silence_hosts() silences, and it silences nothing else. If a test fails, review
+compat/host_logs.py.
 """
 
 from __future__ import annotations

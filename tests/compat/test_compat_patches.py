@@ -1,5 +1,5 @@
-"""Each patch that acts on this machine is still needed: all the others alone leave a call of the host's
-failing.  A failure here says: drop the patch.  Each one that is left out, for a newer host, is needless.
+"""Each patch that acts on this machine is still needed: without it, and with all others, a call of the host
+fails.  If a test fails, remove the patch.  Each patch that is left out, for a newer host, is needless.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_every_patch_is_tried() -> None:
 
 @pytest.mark.parametrize("patch", NEEDED)
 def test_patch_names_version_file_and_line(patch: str) -> None:
-    """The line is there: a new version of the host moves it, and asks for another look."""
+    """The named line exists; a new version of the host may move it, and then the patch needs a review."""
     from compat.patch_worker import DEEPSPEED, PATCHES
 
     module = importlib.import_module(PATCHES[patch].__module__)

@@ -1,5 +1,5 @@
 """--transformer-impl: what is chosen, what is refused with status 5 and the command that installs it, and
-what is told.
+what is reported.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A missing host ends the run with status 5, a version that was not tested is named, and the pinned ones are
-silent.
+"""A missing host ends the run with status 5, a version that was not tested gives a warning, and the pinned
+versions give none.
 """
 
 from __future__ import annotations

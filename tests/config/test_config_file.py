@@ -1,4 +1,4 @@
-"""reading/: settings in a YAML file, and names and values that are not quite ours."""
+"""reading/: settings in a YAML file, and names and values from other programs."""
 
 from __future__ import annotations
 

@@ -400,7 +400,7 @@ class TestOldNames:
 
 
 class TestWithoutEffectHere:
-    """What Megatron-LM's own scripts give without need, and what they lose nothing by."""
+    """Flags that Megatron-LM's own scripts give although they have no effect there or here."""
 
     def test_scalings_of_positions_that_latent_attention_ignores(self, all_routers):
         """gpt_model.py gives --use-rope-scaling to rotary positions that latent attention does not use."""

@@ -1,4 +1,4 @@
-"""BPE training: deterministic, complete, lossless, and honest about its size."""
+"""BPE training is deterministic, complete and lossless, and reports the true size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpus reader: every byte once, bounded pieces, and a place in every message."""
+"""The corpus reader: every byte once, bounded pieces, and messages that name file and line."""
 
 from __future__ import annotations
 

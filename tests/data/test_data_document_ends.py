@@ -1,4 +1,6 @@
-"""A run that goes by the end of documents is told where there are none, by a look at a few tokens."""
+"""A run that separates documents gets a warning if the files have no ends of documents; a few tokens are
+read.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def test_what_is_told(tmp_path: Path, documents: list[list[int]], warns: bool, h
     assert (told is not None) is warns
     if told:
         assert told.startswith(f"{tmp_path / 'a'}: none of the first documents ends with id 9, but --reset-")
-        assert "mask-loss need it to separate documents; preprocess the text with --append-eod" in told
+        assert "mask-loss need this id to separate documents; preprocess the text with --append-eod" in told
 
 
 def test_once_for_all_files(tmp_path: Path) -> None:
@@ -50,7 +52,7 @@ def test_once_for_all_files(tmp_path: Path) -> None:
     assert told is not None
     assert (
         told.startswith(f"{tmp_path}/0, {tmp_path}/1, {tmp_path}/3 and 2 more files: none")
-        and "--reset-position-ids needs it" in told
+        and "--reset-position-ids needs this id" in told
     )
 
 

@@ -1,5 +1,5 @@
-"""A run that goes on knows its files by what they hold: another file of the name is refused, a copy of
-another name is not.
+"""A resumed run recognises its files by their content: another file with the same name is refused, a copy
+with another name is not.
 """
 
 from __future__ import annotations

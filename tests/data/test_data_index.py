@@ -403,8 +403,8 @@ def test_the_extension_copies_no_array_in_silence():
 
 @native
 def test_other_threads_run_while_the_extension_works():
-    """With so long a switch interval another thread runs during the call only if the call lets go of the
-    interpreter's lock.
+    """With such a long switch interval, another thread runs during the call only if the call releases the
+    global interpreter lock.
     """
     done, steps = threading.Event(), [0]
 

@@ -1,5 +1,5 @@
-"""Index files: built once by however many processes, whole or not there at all, and never believed when they
-are damaged.
+"""Index files: built once by any number of processes, complete or absent, and never used when they are
+damaged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The journal: what was saved comes back, half a line does not count, and differences are refused by name."""
+"""The journal: saved progress is read back, an incomplete line is ignored, and refusals name what differs."""
 
 from __future__ import annotations
 

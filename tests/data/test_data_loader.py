@@ -1,4 +1,4 @@
-"""Batches are a function of the step: any rank, any start, any number of workers."""
+"""Batches depend only on the step, for any rank, first step and number of workers."""
 
 from __future__ import annotations
 

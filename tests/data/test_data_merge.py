@@ -1,5 +1,5 @@
-"""Shards made apart and joined are the bytes of one run; manifests tell what is missing, damaged or of other
-settings.
+"""Merged shards are the bytes of one run; manifests reveal shards that are missing, damaged or made with
+other settings.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The on-demand order reads each token once an epoch, is the one that plain lists would give, and costs
-nothing to begin.
+"""The on-demand order reads each token once per epoch, equals the order that plain lists give, and starts at
+once.
 """
 
 from __future__ import annotations

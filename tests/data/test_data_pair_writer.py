@@ -1,4 +1,4 @@
-"""The writer of growing files against megatron-core's builder, going on after a death at any place, and one
+"""The writer of growing files against megatron-core's builder, continuing after a kill at any point, and one
 message for a full disk.
 """
 

@@ -1,5 +1,5 @@
-"""Parquet against the rows that were written: every row once, bounded batches, parts, and a place in every
-message.
+"""Parquet against the rows that were written: every row once, bounded batches, parts, and messages that name
+file and row.
 """
 
 from __future__ import annotations

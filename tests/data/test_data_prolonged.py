@@ -1,4 +1,4 @@
-"""A run that is prolonged keeps its order as long as the longer run would have had it."""
+"""A run that is extended keeps its order wherever the longer run would have had the same one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""However often the length changes on the way, what was read and what is left are the stream, each token once
-an epoch.
+"""However often the sequence length changes, the read and the remaining samples together are the stream, with
+each token once per epoch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run that dies at any step and is started again writes the bytes of one that did not."""
+"""A command that is killed at any step and started again writes the same bytes as one that was not."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Runs that change on the way: each token once an epoch, and a run that does not change is megatron-core's
-order as before.
+"""Runs whose settings change at a resume read each token once per epoch; a run that does not change keeps
+megatron-core's order.
 """
 
 from __future__ import annotations

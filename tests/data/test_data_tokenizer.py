@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, equal to the library's own encoding of the whole text, bytes counted exactly."""
+"""Tokenizers: lossless, equal to the library's own encoding of the whole text, with exact byte counts."""
 
 from __future__ import annotations
 

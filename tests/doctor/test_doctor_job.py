@@ -1,4 +1,4 @@
-"""``mhr doctor`` in a job of several ranks: each fault that is put in is named, and nothing else is."""
+"""``mhr doctor`` in a job of several ranks: each injected fault is named, and nothing else is."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_folder_that_is_not_shared_and_no_room(zygote: Zygote, tmp_path: Path)
 
 
 def test_the_rank_that_cannot_exchange_is_named(zygote: Zygote, tmp_path: Path) -> None:
-    """Not those that it leaves alone."""
+    """The ranks that wait for it are not named."""
     found = faults_of(examine(zygote, tmp_path, "no_exchange@1", ranks=2, expect=5))
     assert sorted(found) == ["collectives"]
     assert "cannot exchange tensors: rank 1 on" in found["collectives"], found

@@ -1,4 +1,4 @@
-"""What is a fault and what is not, of facts that this machine cannot show: GPUs, many machines."""
+"""What counts as a fault, given facts that this machine cannot produce: GPUs, many machines."""
 
 from __future__ import annotations
 

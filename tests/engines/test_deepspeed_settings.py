@@ -1,4 +1,4 @@
-"""engines/deepspeed/settings.py: what DeepSpeed is told, and what it is not told because we do it."""
+"""engines/deepspeed/settings.py: what DeepSpeed is configured to do, and what this program does instead."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Runs that mind documents: one process is the plain float64 model, and every layout of both engines is that
-process.
+"""Runs that separate documents: one process equals the plain float64 model, and every layout of both engines
+equals that process.
 """
 
 from __future__ import annotations

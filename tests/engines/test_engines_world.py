@@ -1,4 +1,4 @@
-"""Ranks meet before they form a process group, and a rank that is left alone says so."""
+"""Ranks meet before they form a process group, and a rank whose partners are missing reports it."""
 
 from __future__ import annotations
 

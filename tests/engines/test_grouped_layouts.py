@@ -1,4 +1,4 @@
-"""Experts in grouped products give the run of a loop over experts, on every way that tokens take to them.
+"""Experts in grouped products give the same run as a loop over experts, with every dispatcher.
 
 The reference is one process of the DeepSpeed engine, which is a plain float64 model elsewhere.
 """

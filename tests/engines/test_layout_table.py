@@ -1,4 +1,4 @@
-"""The comparison that the layout tests rest on: it finds what is wrong, and names it."""
+"""The comparison that all layout tests use: it finds a wrong number, and names it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What the Megatron engine saves is what the optimizer has just written, wherever the pieces of it lie at
-that moment.
-"""
+"""The Megatron engine saves the optimizer's newest weights, wherever they are stored at that moment."""
 
 from __future__ import annotations
 

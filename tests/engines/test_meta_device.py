@@ -1,4 +1,4 @@
-"""Our parts on a device that is not the CPU and holds no numbers, which finds what would stop or slow a GPU.
+"""Our modules on torch's ``meta`` device, which reveals what would fail or wait on a GPU.
 
 On torch's ``meta`` device an operator over two devices raises, as on a GPU, and so does every read of a
 number, for which the host would wait.  Nothing here needs a GPU.

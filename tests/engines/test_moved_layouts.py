@@ -1,4 +1,4 @@
-"""A run that is stopped on one layout and continues on another is the run that stayed, on both engines.
+"""A run that stops on one layout and continues on another equals a run that stayed, on both engines.
 
 Each source trains three steps, saves, and takes three more; each target loads what was saved, takes the same
 three steps, and then tells its gradients at the weights that were saved.

@@ -1,5 +1,5 @@
-"""k changes right after a resume and within it: routers, dispatch and statistics of both engines go by the k
-of the step.
+"""k changes right after a resume and later: routers, dispatch and statistics of both engines use the k of the
+step.
 """
 
 from __future__ import annotations

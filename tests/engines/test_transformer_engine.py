@@ -1,4 +1,4 @@
-"""Layers of Transformer Engine, as far as a machine without a GPU can tell: over a stand-in, the run is
+"""Layers of Transformer Engine on a machine without a GPU: with a stand-in for the library, the run equals
 that of torch's layers.
 """
 

@@ -1,4 +1,4 @@
-"""A trained run as a value: its own settings, its own tokenizer, and its data wherever they are now."""
+"""A trained run brings its own settings and tokenizer, and finds its data wherever they are now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong with an export: each with its message and its status, and nothing half-written is left."""
+"""Exports that fail: each gives its message and status, and leaves no incomplete folder."""
 
 from __future__ import annotations
 

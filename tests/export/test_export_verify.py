@@ -1,4 +1,4 @@
-"""A copied folder beside its certificate, on a Python that has the standard library alone."""
+"""A copied folder is checked against its certificate with Python's standard library alone."""
 
 from __future__ import annotations
 

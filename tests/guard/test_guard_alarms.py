@@ -1,4 +1,4 @@
-"""Alarms: none without a cause, and one soon after each way in which routing breaks down."""
+"""Alarms: none without a cause, and one soon after each kind of failure of the routing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Five ways to break a run in the real engines: each gives an alarm within 20 steps, the same on every
-layout.
-"""
+"""Five injected faults in the real engines: each gives an alarm within 20 steps, the same on every layout."""
 
 from __future__ import annotations
 

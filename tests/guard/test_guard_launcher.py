@@ -1,4 +1,4 @@
-"""Whose end stops a rank: the launcher's, and not that of a shell."""
+"""The end of the launcher stops a rank; the end of a shell does not."""
 
 from __future__ import annotations
 

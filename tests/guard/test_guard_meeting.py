@@ -1,4 +1,4 @@
-"""What ranks say to each other before their process groups stand."""
+"""What ranks exchange before their process groups exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank a process is, from what launchers and schedulers say in the environment."""
+"""The rank of a process, from the environment variables of launchers and schedulers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an error leaves a run that is watched."""
+"""How an error ends a run under the watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watchdog: beats, who is named, and when the run ends."""
+"""The watchdog: heartbeats, which rank is named, and when the run ends."""
 
 from __future__ import annotations
 

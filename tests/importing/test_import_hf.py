@@ -1,5 +1,5 @@
-"""Models of transformers as runs of ours: the same numbers on both engines, and the same bytes on the way
-back.
+"""Models of transformers as runs of this program: the same numbers on both engines, and the same bytes when
+exported again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks against torch's, and that logits of all tokens never exist.
+"""Cross-entropy in chunks against torch's; the logits of all tokens never exist at the same time.
 
 Legend: ``S`` sequence, ``B`` batch, ``T = S * B`` tokens, ``D`` hidden size, ``V`` vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The coin that all ranks toss alike."""
+"""The random choice on which all ranks agree."""
 
 from __future__ import annotations
 

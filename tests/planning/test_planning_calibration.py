@@ -1,4 +1,4 @@
-"""Constants that are put into made-up step times come out of the fit, through the file and into a plan."""
+"""The fit recovers the constants of made-up step times, and a plan uses them from the calibration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mhr plan`` as a user meets it: the JSON form of the contract, the table, and bad input."""
+"""``mhr plan`` from a user's view: the JSON of the contract, the table, and bad input."""
 
 from __future__ import annotations
 

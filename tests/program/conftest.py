@@ -1,4 +1,4 @@
-"""What the tests of the program share: token files, and one run that was never stopped."""
+"""Fixtures of the program tests: token files, and one run that was never stopped."""
 
 from __future__ import annotations
 

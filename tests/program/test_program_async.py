@@ -1,6 +1,4 @@
-"""Kills of one rank or of all at random moments of saves that run behind the training: nothing is lost or
-torn.
-"""
+"""Kills of one rank or of all at random moments of background saves: nothing is lost or incomplete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bad step in both engines: one rank's gradients are not finite, and nothing of it reaches the weights."""
+"""A bad step in both engines: one rank's gradients are not finite, and they never reach the weights."""
 
 from __future__ import annotations
 

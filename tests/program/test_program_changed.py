@@ -1,5 +1,5 @@
-"""A run that is killed and goes on with other data, another batch and other ranks reads each token once, and
-is the run of one process.
+"""A run that is killed and continues with other data, batch size and ranks reads each token once, and equals
+the run of one process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``--elastic``: a run that goes from 4 ranks to 2 and back is the run that stayed."""
+"""``--elastic``: a run that changes from 4 ranks to 2 and back equals the run that did not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No rank waits in a collective for one that builds its data: a run begins when the last rank has come,
+"""No rank waits in a collective for one that builds its data: a run begins when the last rank has joined,
 however long that takes.
 """
 

@@ -1,5 +1,5 @@
-"""Real starts: the ``deepspeed`` launcher and plain ``python``, with all that hosts and launchers say at
-import.
+"""Real starts with the ``deepspeed`` launcher and plain ``python``, including what hosts and
+launchers print.
 """
 
 from __future__ import annotations

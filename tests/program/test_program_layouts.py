@@ -1,6 +1,4 @@
-"""Runs on other layouts go on from a checkpoint bit for bit, and are evaluated, in processes that never saw
-the first half.
-"""
+"""Runs on several layouts continue from a checkpoint bit for bit and are evaluated, in new processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A launcher that dies, and a rank that hangs: no process is left behind, and the run says what happened."""
+"""A launcher that dies, and a rank that hangs: no process stays, and the run reports what happened."""
 
 from __future__ import annotations
 

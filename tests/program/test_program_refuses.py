@@ -1,5 +1,5 @@
-"""What cannot run ends with its exit status and one message that names the place and the remedy; nothing of a
-run is left behind.
+"""A command that cannot run ends with its exit status and one message with the remedy, and
+leaves no files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``mhr status`` on real runs: states are told from files alone, while a run runs and after it has ended."""
+"""``mhr status`` on real runs: it reads the state from files alone, during a run and after its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person tries first on a new machine: made-up data, forced balance, a trace, a dry run."""
+"""First trials on a new machine: made-up data, forced balance, a trace, a dry run."""
 
 from __future__ import annotations
 

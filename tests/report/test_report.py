@@ -1,4 +1,6 @@
-"""The report page: its bytes, what it needs to be seen, and that it says what the files say."""
+"""The report page: the same bytes for the same files, nothing loaded from elsewhere, and the
+files' numbers.
+"""
 
 from __future__ import annotations
 

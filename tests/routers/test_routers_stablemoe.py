@@ -102,7 +102,9 @@ def test_balance_is_zero_when_uniform_and_pushes_the_crowded_down():
 
 
 def test_who_learns_from_what_in_stage_one():
-    """Balance trains the centroids; distillation the light router alone, towards the chosen ids."""
+    """The balance loss trains the centroids; distillation trains only the light router, towards the chosen
+    experts.
+    """
     router, x_TD, tokens = small(), numbers(), words()
     losses = router(x_TD, tokens=tokens).losses
     balance = torch.autograd.grad(
@@ -126,7 +128,9 @@ def test_who_learns_from_what_in_stage_one():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_stage_two_against_loops(k):
-    """Ids by token id from the light router; weights, and the only gradient, by the centroids."""
+    """The light router chooses experts by token id; the centroids give the weights and get the
+    only gradient.
+    """
     router, x_TD, tokens = (
         small(topk=k, aux_loss_coeff=0.1, z_loss_coeff=0.1),
         numbers().requires_grad_(),
@@ -223,7 +227,7 @@ def test_evaluation_follows_the_stage_of_its_step():
 
 
 def test_a_checkpoint_of_the_second_stage_is_evaluated_and_finetuned_by_its_frozen_copy():
-    """Whatever the step: evaluation may not know it, finetuning starts from 0."""
+    """This does not depend on the step, which an evaluation may not know and a fine-tuning starts at 0."""
     router, tokens = small(), words(77)
     train(router, adam(router), range(SWITCH + 4))
     expected = frozen_ids(router.frozen_word_VW, router.frozen_centroid_EW, tokens, 2)
@@ -293,7 +297,7 @@ def test_a_run_that_goes_back_to_stage_one_distils_anew():
 
 
 def test_freezing_again_changes_nothing_where_the_device_decides():
-    """The way of a GPU: no number is read on the host."""
+    """As on a GPU, the host reads no number."""
     router = small()
     router.train()
 

@@ -90,7 +90,7 @@ def test_logits_weights_and_losses_against_loops(form, k):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_against_finite_differences(form):
-    """Of everything that is trained and of the tokens, in float64 maths."""
+    """Gradients of all trained tensors and of the tokens, computed in float64."""
     router, seen = make(aux_loss_coeff=0.3, **FORMS[form]), some(4)
     chosen_TK = router(seen).experts_TK
     names = ["projection_PD", "embedding_EP", "log_temperature"]

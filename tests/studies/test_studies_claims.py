@@ -1,4 +1,4 @@
-"""The verdicts on the claims of plan A, from made-up runs whose verdicts are plain."""
+"""The verdicts on the claims of plan A, from made-up runs with obvious verdicts."""
 
 from __future__ import annotations
 

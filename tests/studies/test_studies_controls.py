@@ -1,4 +1,4 @@
-"""The control that a comparison adds by itself, and which comparisons it asks by default."""
+"""The control that a comparison adds automatically, and the default comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mhr analyze`` on runs of both engines: what must hold whatever was trained, and what is refused."""
+"""``mhr analyze`` on runs of both engines: properties of any trained run, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The data tools with what nobody should give them: one message with a remedy, the right status, and no file
-of the user's lost.
+"""The data tools with unusual and wrong input: one message with a remedy, the right status, and no file of
+the user is lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""preprocess_data.py on a bad day: kills, full disks, bad inputs; on many machines; and what it tells."""
+"""preprocess_data.py with kills, full disks and bad inputs, on several machines; and its messages."""
 
 from __future__ import annotations
 

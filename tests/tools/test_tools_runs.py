@@ -1,5 +1,5 @@
-"""What starts the runs of a study: stages in order, no more at a time than asked for, and a failure that ends
-all.
+"""The runs of a study: processes in order, no more at a time than --jobs, and one failure ends
+all of them.
 """
 
 from __future__ import annotations

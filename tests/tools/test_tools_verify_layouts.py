@@ -1,5 +1,5 @@
-"""The proof that layouts agree: it passes right runs, catches and names what is seeded, and refuses what
-cannot run.
+"""The proof that layouts agree: correct runs pass, injected faults are found and named, and impossible
+layouts are refused.
 """
 
 from __future__ import annotations

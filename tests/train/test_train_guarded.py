@@ -1,4 +1,4 @@
-"""Nothing that watches a run can end it: a hook that fails, a screen that has gone, a file in the way."""
+"""Monitoring cannot end a run: a hook that fails, a terminal that has gone, a file with a needed name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A checkpoint that ruined weights were saved in neither replaces the last good one nor is the way back."""
+"""A checkpoint with ruined weights neither replaces the last good one nor is named as the one
+to return to.
+"""
 
 from __future__ import annotations
 

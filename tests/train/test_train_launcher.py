@@ -1,4 +1,4 @@
-"""A launcher that dies in a step or an evaluation: the run stops there at once, and loses nothing."""
+"""A launcher that dies in a step or an evaluation: the run stops at once and loses nothing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Records and the file that keeps them: names of the public interface, full precision, valid JSON, no step
-twice.
-"""
+"""Records and ``metrics.jsonl``: names of the public interface, full precision, valid JSON, no step twice."""
 
 from __future__ import annotations
 

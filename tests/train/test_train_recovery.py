@@ -1,4 +1,6 @@
-"""Bad steps: what becomes of them, that they change nothing, and that a resumed run decides alike."""
+"""Bad steps: how a run handles them, that they change nothing, and that a resumed run decides in the same
+way.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which hooks a run has, and what TensorBoard and Weights & Biases are told."""
+"""Which hooks a run has, and what they send to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run begins with, what a resumed run refuses and reports, and what is kept of its metrics."""
+"""Where a run starts, what a resumed run refuses and reports, and which metrics it keeps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""When a run saves: by steps, by the clock, on request; what it does when a save fails; and that it does
-not wait.
+"""When a run saves (by steps, by time, on request), what it does if a save fails, and that training does not
+wait.
 """
 
 from __future__ import annotations

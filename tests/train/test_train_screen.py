@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines in a log, lines and a bar on a terminal."""
+"""The display of a run: lines in a log, lines and a bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts along the way, with an engine whose likeliest next token is known."""
+"""Texts during training, with an engine whose likeliest next token is known."""
 
 from __future__ import annotations
 

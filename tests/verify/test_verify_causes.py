@@ -1,4 +1,4 @@
-"""What differences look like: each fault by its mark, and nothing where there is no known one."""
+"""Causes of differences: each known fault is recognised, and others get no cause."""
 
 from __future__ import annotations
 

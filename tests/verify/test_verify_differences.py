@@ -1,4 +1,4 @@
-"""What a layout is called, and how far two runs are apart."""
+"""How layouts are written, and how differences of two runs are measured."""
 
 from __future__ import annotations
 

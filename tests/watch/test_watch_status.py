@@ -1,4 +1,4 @@
-"""States and errors that need no real run: files written by hand, with the times that are wanted."""
+"""States and errors without a real run: files written by hand, with chosen times."""
 
 from __future__ import annotations
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
-Each line is {"text": ..., "source": path below the folder}.  Skipped are hidden files and folders, links,
-__pycache__, site-packages, dist-packages, and files that are binary, blank or not UTF-8.  Documents are
-sorted by the SHA-256 of their paths.  This order is the same on every machine and mixes all folders, so that
-the last documents, which a split uses as its test part, represent the whole corpus."""
+Each line is {"text": ..., "source": path below the folder}.  The command skips hidden files and
+folders, links, __pycache__, site-packages, dist-packages, and files that are binary, blank or not UTF-8.
+
+Documents are sorted by the SHA-256 of their paths.  This order is the same on every machine and mixes all
+folders, so the last documents, from which --split takes the test data, represent the whole corpus."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
-Reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 to N and each KEY, and compares
-them with the checksums in the manifests.  Writes P_KEY_document.*, byte for byte what one run over all inputs
-would write."""
+The command reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 to N and each KEY, and
+compares the files with the checksums in the manifests.  It writes P_KEY_document.bin, .idx and
+.manifest.json, which are byte for byte those of a single run over all inputs."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -167,7 +167,7 @@ def show(rows: dict[str, float], tokens: int, *, masked: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    left_out = ", without those that begin a document" if masked else ""
+    left_out = ", without the first token of each document" if masked else ""
     table = Table(title=f"bits per byte on {tokens:,} tokens of the test split{left_out}")
     table.add_column("")
     table.add_column("bits per byte", justify="right")

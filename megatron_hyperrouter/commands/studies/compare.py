@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Any other flag applies to every training run.  Each run has one process; layout settings in --config are
-ignored.  --routers takes names of routers, or labels that the file of --options defines.  This file has the
-options of each label; the option "name" chooses the router:
+ignored.  --routers takes names of routers, or labels that the YAML file of --options defines.  The file
+maps each label to options; the option "name" chooses the router:
   hyper: {hypernet_width: 128}
   switch: {name: topk, pre_softmax: true}
 A router that is not in the file has the options in --config, or its defaults.
@@ -63,9 +63,9 @@ Columns of the table: router entropy (nats) and load (largest over mean) are ave
 tenth of the steps.  Logit standard deviation, mutual information (nats) and similarity (mean linear CKA
 between the outputs of two experts) are averages over layers, on test data at the final k of training.  So are
 effective rank (of the router's part of the Jacobian) and drift (the share of the span of the router's matrix
-that lies outside its start); a router that is not a linear map has no drift.  Each run's results.json has
-these measures for each layer.  Step time is the median; --jobs above 1 distorts it.  mhr report turns the
-folder into a page."""
+that is outside the span at the start of training); a router that is not a linear map has no drift.  Each
+run's results.json has these measures for each layer.  Step time is the median; --jobs above 1 distorts it.
+mhr report turns the folder into a page."""
 
 
 @dataclass(frozen=True)

@@ -49,19 +49,21 @@ LAYOUTS = (
 )
 EPILOG = """\
 A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp (expert tensor
-parallelism), dp and zero with their sizes, and any setting by its name.  It uses as few ranks as the sizes
-need.  tp also switches sequence parallelism on:
+parallelism), dp and zero with their sizes, and any setting by its name.  The command runs each layout on as
+few ranks as its sizes need.  tp also switches sequence parallelism on:
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
 A layout that the settings rule out is listed with the reason.  If no layout that you named can run, this is
 an error (exit status 2).
 To test this command itself, a layout can contain a deliberate fault: fault=expert-gradient,
 fault=embedding-reduce, fault=aux-loss or fault=hypernetwork.
 
-Differences are relative: for gradients, to the parameter's largest gradient; for weights, to the longest path
-that Adam can have taken plus a hundredth of the weight.  In float32 the tolerance is 1e-5, for weights 1e-4.
-For bfloat16, the command also trains one process in float32 to measure what bfloat16 changes.  Numbers may
-then differ by twice that change, gradients by the change itself (at most 0.25), and weights by 1.5 (a step in
-the opposite direction would be 2).
+All differences are relative.  A gradient's is divided by the largest gradient of the parameter, a weight's by
+the largest change that Adam can have made plus a hundredth of the weight.  In float32 the tolerance is 1e-5,
+for weights 1e-4.
+
+For bfloat16, the command also trains one process in float32 to measure what bfloat16 changes.  The tolerance
+is then twice that change; for gradients it is the change itself (at most 0.25), and for weights 1.5 (a step
+in the opposite direction would give 2).
 
 Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 unusable
 data."""

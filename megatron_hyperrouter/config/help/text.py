@@ -104,9 +104,10 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
         yield from page.wrapped(line.format(prog=prog), indent=2)
     yield ""
     yield from page.wrapped(
-        "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name with"
-        " underscores; the router's settings form a mapping: router: {name: hyper, hypernet_width: 256}."
-        " A --router.name that differs from the file's replaces that whole mapping."
+        "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name "
+        "with underscores; the router's settings form a mapping: router: {name: hyper, "
+        "hypernet_width: 256}. If --router.name differs from the name in the file, the mapping in "
+        "the file is ignored."
     )
     yield ""
     yield from page.wrapped(f"Show one section with --help SECTION: {_names()}.")

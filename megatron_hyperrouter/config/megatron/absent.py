@@ -120,7 +120,7 @@ openai-gelu quick-geglu squared-relu
         ("several validation sets", "there would be one validation set"): """
 multiple-validation-sets validation-set-names
 """,
-        ("other 8-bit number formats", "--fp8-format and --fp8-recipe alone would decide"): """
+        ("other 8-bit number formats", "--fp8-format and --fp8-recipe would set the number format"): """
 fp8-output-proj fp8-quantizer-factory kitchen-config-file kitchen-recipe-number te-precision-config-file
 """,
         ("layers of different shapes", "all layers would have the same shape, a different model"): """

@@ -62,10 +62,11 @@ py::array bind_sample_index(const Array<int32_t>& sizes, const Array<Document>& 
   int64_t reach;
   if (__builtin_add_overflow(num_samples, 1, &reach) || __builtin_mul_overflow(reach, seq_length, &reach)) {
     throw std::invalid_argument(std::to_string(num_samples) + " samples of " + std::to_string(seq_length) +
-                                " tokens: over 2**63");
+                                " tokens are more than 2**63 tokens");
   }
   if (!wide && order.size() > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("int32 rows cannot count " + std::to_string(order.size()) + " documents");
+    throw std::invalid_argument("int32 rows cannot number " + std::to_string(order.size()) +
+                                " documents; use wide rows");
   }
   const SampleCut cut{seq_length, num_samples, num_tokens, extra};
   const auto sizes_view = view(sizes, "sizes");
@@ -79,7 +80,7 @@ int bind_shuffle(Array<T>& values, Array<uint32_t>& key, int position) {
   if (values.ndim() != 1)
     throw std::invalid_argument("values must have 1 dimension, got " + std::to_string(values.ndim()));
   if (key.size() != MersenneTwister::kWords) {
-    throw std::invalid_argument("key must hold 624 words, got " + std::to_string(key.size()));
+    throw std::invalid_argument("key must have 624 elements, got " + std::to_string(key.size()));
   }
   T* data = values.mutable_data();
   uint32_t* words = key.mutable_data();
@@ -94,7 +95,7 @@ template <typename T>
 std::vector<T> shares(const Array<T>& values, const char* name) {
   const auto values_view = view(values, name);
   if (values.size() < 1 || static_cast<std::size_t>(values.size()) > kMostSets) {
-    throw std::invalid_argument(std::string(name) + " must hold 1 to 32767 numbers, got " +
+    throw std::invalid_argument(std::string(name) + " must have 1 to 32767 elements, got " +
                                 std::to_string(values.size()));
   }
   std::vector<T> result;
@@ -106,7 +107,7 @@ py::tuple bind_blending_indices(const Array<double>& weights, int64_t size) {
   const std::vector<double> wanted = shares(weights, "weights");
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     if (!std::isfinite(wanted[i]) || wanted[i] <= 0) {
-      throw std::invalid_argument("weights[" + std::to_string(i) + "] must be above 0, got " +
+      throw std::invalid_argument("weights[" + std::to_string(i) + "] must be greater than 0, got " +
                                   std::to_string(wanted[i]));
     }
   }
@@ -128,7 +129,7 @@ py::tuple bind_exhaustive_blending_indices(const Array<int64_t>& sizes) {
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     if (wanted[i] < 0 || __builtin_add_overflow(total, wanted[i], &total)) {
       throw std::invalid_argument("sizes[" + std::to_string(i) + "] = " + std::to_string(wanted[i]) +
-                                  " must be at least 0 and the sum below 2**63");
+                                  " must be at least 0, and all sizes together less than 2**63");
     }
   }
   Array<int16_t> set(total);
@@ -167,7 +168,8 @@ KeyedPermutation keyed_permutation(int64_t size, uint64_t key) {
 int64_t bind_permuted(int64_t position, int64_t size, uint64_t key) {
   const KeyedPermutation permutation = keyed_permutation(size, key);
   if (position < 0 || position >= size) {
-    throw std::out_of_range("position " + std::to_string(position) + " of " + std::to_string(size));
+    throw std::out_of_range("position " + std::to_string(position) + " is out of range: the permutation has " +
+                            std::to_string(size) + " elements");
   }
   return permutation(position);
 }
@@ -219,7 +221,7 @@ PYBIND11_MODULE(_index, module) {
       "2].\n\n"
       "sizes int32 [N]: tokens of each document; document_index int32 or int64 [M]: documents in reading order, epochs "
       "included;\n"
-      "num_tokens: what they hold together; extra: 1 where a sample reads one token more than seq_length, else 0;\n"
+      "num_tokens: their number of tokens; extra: 1 if a sample reads one token more than seq_length, else 0;\n"
       "wide: int64 rows instead of int32.  Rows are those of megatron-core 0.16 `build_sample_idx`.\n"
       "IndexError for a document that is not there; ValueError for a negative size or documents that end too soon.";
   define_sample_index<int32_t>(module, sample_index_doc);

@@ -22,22 +22,23 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
                int64_t limit, int64_t* out, int64_t length) {
   const auto refuse = [](const std::string& what) { throw std::out_of_range(what); };
   if (span.first < 0 || span.first > span.last || span.last >= order.size()) {
-    refuse("documents " + std::to_string(span.first) + " to " + std::to_string(span.last) + " of an order of " +
-           std::to_string(order.size()));
+    refuse("document_index has " + std::to_string(order.size()) + " entries, not " + std::to_string(span.first) +
+           " to " + std::to_string(span.last));
   }
   int64_t filled = 0;
   Token lowest = 0, highest = 0;
   for (int64_t i = span.first; i <= span.last; ++i) {
     const int64_t id = order[i];
     if (id < 0 || id >= sizes.size() || id >= pointers.size())
-      refuse("document " + std::to_string(id) + " is not there");
+      refuse("document " + std::to_string(id) + " is out of range: there are " + std::to_string(sizes.size()) +
+             " documents");
     const int64_t size = sizes[id], pointer = pointers[id], start = pointer / static_cast<int64_t>(sizeof(Token));
     const int64_t begin = i == span.first ? span.begin : 0, end = i == span.last ? span.end : size;
     if (begin < 0 || begin > end || end > size || pointer < 0 || start > tokens.size() - size) {
-      refuse("tokens " + std::to_string(begin) + " to " + std::to_string(end) + " of document " + std::to_string(id) +
-             ", which holds " + std::to_string(size));
+      refuse("document " + std::to_string(id) + " has " + std::to_string(size) + " tokens, not " +
+             std::to_string(begin) + " to " + std::to_string(end));
     }
-    if (end - begin > length - filled) refuse("the sample holds more than " + std::to_string(length) + " tokens");
+    if (end - begin > length - filled) refuse("the sample has more than " + std::to_string(length) + " tokens");
     for (int64_t token = start + begin; token < start + end; ++token) {
       const Token value = tokens[token];
       lowest = value < lowest ? value : lowest;
@@ -45,7 +46,7 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
       out[filled++] = static_cast<int64_t>(value);
     }
   }
-  if (filled != length) refuse("the sample holds " + std::to_string(filled) + " tokens, not " + std::to_string(length));
+  if (filled != length) refuse("the sample has " + std::to_string(filled) + " tokens, not " + std::to_string(length));
   if (!length || (static_cast<int64_t>(lowest) >= 0 && static_cast<int64_t>(highest) < limit)) return -1;
   int64_t bad = 0;
   while (out[bad] >= 0 && out[bad] < limit) ++bad;

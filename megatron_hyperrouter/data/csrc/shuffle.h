@@ -61,10 +61,11 @@ class MersenneTwister {
 template <typename T>
 int shuffle(T* values, int64_t size, uint32_t* key, int position) {
   if (position < 0 || position > MersenneTwister::kWords) {
-    throw std::invalid_argument("position = " + std::to_string(position) + " must be 0 to 624");
+    throw std::invalid_argument("position = " + std::to_string(position) + " must be from 0 to 624");
   }
   if (size - 1 > static_cast<int64_t>(std::numeric_limits<uint32_t>::max())) {
-    throw std::invalid_argument("size = " + std::to_string(size) + ": NumPy draws 64-bit numbers above 2**32 elements");
+    throw std::invalid_argument("size = " + std::to_string(size) +
+                                " must be at most 2**32: NumPy shuffles larger arrays in another way");
   }
   constexpr int64_t kBlock = 64;
   uint32_t draws[kBlock];

@@ -26,9 +26,9 @@ def warning_about_ends(data: DataConfig, stores: Iterable[IndexedDataset], eod: 
         return None
     more = f" and {len(found) - _NAMED} more files" if len(found) > _NAMED else ""
     return (
-        f"{', '.join(found[:_NAMED])}{more}: none of the first documents ends with id {eod}, "
-        f"but {', '.join(flags)} {'need' if len(flags) > 1 else 'needs'} it to separate "
-        "documents; preprocess the text with --append-eod and the tokenizer of this run"
+        f"{', '.join(found[:_NAMED])}{more}: none of the first documents ends with id {eod}, but "
+        f"{', '.join(flags)} {'need' if len(flags) > 1 else 'needs'} this id to separate documents; "
+        "preprocess the text with --append-eod and the tokenizer of this run"
     )
 
 
