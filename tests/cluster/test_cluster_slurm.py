@@ -25,7 +25,7 @@ from megatron_hyperrouter.watch.trace import read_trace
 
 pytestmark = pytest.mark.processes
 SCRIPT = REPOSITORY / "examples" / "cluster" / "slurm.sh"
-STEPS = 300
+STEPS = 400
 TINY = (
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 64 "
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 "
