@@ -67,6 +67,7 @@ def _slurm(environ: MutableMapping[str, str]) -> _Tasks | None:
     size = environ.get("SLURM_STEP_NUM_TASKS") or (
         environ.get("SLURM_NTASKS") if rank not in (None, "0") else None
     )
+    _refuse_half(("SLURM_PROCID", rank), ("SLURM_STEP_NUM_TASKS", size))
     if rank is None or size is None:
         return None
     one_node = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")
@@ -86,12 +87,13 @@ def _slurm(environ: MutableMapping[str, str]) -> _Tasks | None:
 
 
 def _open_mpi(environ: MutableMapping[str, str]) -> _Tasks | None:
-    if "OMPI_COMM_WORLD_RANK" not in environ:
+    rank, size = environ.get("OMPI_COMM_WORLD_RANK"), environ.get("OMPI_COMM_WORLD_SIZE")
+    _refuse_half(("OMPI_COMM_WORLD_RANK", rank), ("OMPI_COMM_WORLD_SIZE", size))
+    if rank is None or size is None:
         return None
-    size = environ.get("OMPI_COMM_WORLD_SIZE", "")
     return _Tasks(
         starter="mpirun (OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE)",
-        rank=environ["OMPI_COMM_WORLD_RANK"],
+        rank=rank,
         size=size,
         local_rank=environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""),
         address="127.0.0.1" if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size else "",
@@ -101,17 +103,30 @@ def _open_mpi(environ: MutableMapping[str, str]) -> _Tasks | None:
 
 def _pmi(environ: MutableMapping[str, str]) -> _Tasks | None:
     """MPICH and Intel MPI."""
-    if "PMI_RANK" not in environ or "PMI_SIZE" not in environ:
+    rank, size = environ.get("PMI_RANK"), environ.get("PMI_SIZE")
+    _refuse_half(("PMI_RANK", rank), ("PMI_SIZE", size))
+    if rank is None or size is None:
         return None
-    size, local_size = environ["PMI_SIZE"], environ.get("MPI_LOCALNRANKS")
+    local_size = environ.get("MPI_LOCALNRANKS")
     return _Tasks(
         starter="mpiexec (PMI_RANK, PMI_SIZE)",
-        rank=environ["PMI_RANK"],
+        rank=rank,
         size=size,
         local_rank=environ.get("MPI_LOCALRANKID", ""),
         address="127.0.0.1" if local_size == size else "",
         job="",
     )
+
+
+def _refuse_half(rank: tuple[str, str | None], size: tuple[str, str | None]) -> None:
+    """ConfigError if this is one of several tasks, and its number or the number of tasks is missing.
+
+    ``rank``, ``size``: name and value of the two variables.  Without a number, or as number 0, a process may
+    be no task at all: a batch script, for example.
+    """
+    for (missing, value), (name, known), alone in ((rank, size, "1"), (size, rank, "0")):
+        if value is None and known not in (None, alone):
+            raise ConfigError([Problem(missing, "", f"must be set, because {name} = {known}", _LAUNCH)])
 
 
 def first_host(nodes: str) -> str:

@@ -47,6 +47,11 @@ def test_a_batch_script_is_no_task() -> None:
     assert adopted(batch) == batch
 
 
+def test_a_single_task_needs_no_second_variable() -> None:
+    for environ in ({"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_PROCID": "0"}):
+        assert adopted(environ) == environ
+
+
 def test_launchers_are_left_alone() -> None:
     assert adopted(TORCHRUN) == TORCHRUN
     assert adopted(SLURM | TORCHRUN) == SLURM | TORCHRUN
@@ -74,6 +79,12 @@ def test_tasks_of_mpirun() -> None:
     [
         ({**SLURM, "SLURM_STEP_NODELIST": ""}, "task 3 of 4 of srun"),
         ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "task 1 of 2 of mpirun"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID: must be set, because SLURM_STEP_NUM_TASKS = 2"),
+        ({"SLURM_PROCID": "3"}, "SLURM_STEP_NUM_TASKS: must be set, because SLURM_PROCID = 3"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK: must be set"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE: must be set"),
+        ({"PMI_SIZE": "2"}, "PMI_RANK: must be set"),
+        ({"PMI_RANK": "1"}, "PMI_SIZE: must be set"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "RANK"}, "RANK: must be set"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "WORLD_SIZE"}, "WORLD_SIZE: must be set"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_ADDR"}, "MASTER_ADDR: must be set"),
