@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.errors import reason_of
 from megatron_hyperrouter.guard.events import FILE, EventsFile
 from megatron_hyperrouter.guard.heartbeat import (
     FOLDER,
@@ -111,7 +112,7 @@ class Watchdog:
             write_beat(self._folder, self._own_beat())
         except OSError as error:  # training continues without it
             if not self._unwritable:
-                console.warn_from_here(f"heartbeats cannot be written: {error}")
+                console.warn_from_here(f"heartbeats cannot be written to {self._folder}: {reason_of(error)}")
             self._unwritable = True
 
     def _own_beat(self) -> Beat:

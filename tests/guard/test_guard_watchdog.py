@@ -146,7 +146,7 @@ class TestRounds:
         watch = dog(tmp_path, progress)
         watch.look()
         watch.look()
-        assert capfd.readouterr().err.count("heartbeats cannot be written") == 1
+        assert capfd.readouterr().err.count("heartbeats cannot be written to ") == 1
 
 
 class TestProgress:
