@@ -234,7 +234,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             return _ReuseInStep.apply(self._embedding(), W_ED, b_E, active, self)  # type: ignore[no-untyped-call, no-any-return]
         if self._ranks is not None:
             raise RuntimeError(
-                "call begin_backward() first: the ranks that divide a hypernetwork go back together"
+                "call begin_backward() first, because the ranks that share a hypernetwork run its "
+                "backward pass together"
             )
         w1_HS, _, w2_HP, _ = self.frozen_tensors(device)
         return _Reuse.apply(self._embedding(), W_ED, b_E, active, w1_HS, w2_HP)  # type: ignore[no-untyped-call, no-any-return]

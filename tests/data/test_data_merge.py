@@ -163,7 +163,7 @@ def test_shards_that_do_not_fit(tmp_path: Path, inputs: list[str]) -> None:
         merge(prefix)
     Path(f"{name}.bin").write_bytes(tokens)
     shards(tmp_path, inputs, 2)
-    with pytest.raises(DataError, match=r"made with different numbers of shards \(N = 2 and 3\)"):
+    with pytest.raises(DataError, match=r"were made with --shard I/N for N = 2 and 3"):
         merge(prefix)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("p_") or "partial" in path.name]
 

@@ -137,7 +137,7 @@ def write_gguf(args: Namespace, folder: Path) -> None:
         task = {"folder": str(folder.resolve()), "file": str(file), "name": folder.name}
         ask(task, python=args.python, script=GGUF)
         file.replace(args.gguf)
-    show(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes for llama.cpp")
+    show(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes in the GGUF format of llama.cpp")
 
 
 def asked_of(args: Namespace) -> Asked:

@@ -181,7 +181,7 @@ class IndexedDataset:
 
     @property
     def num_tokens(self) -> int:
-        """TokenArray of all sequences; takes time with their number."""
+        """Number of tokens in all sequences; counting them takes time."""
         return int(self.sizes.sum(dtype=np.int64))
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
@@ -189,7 +189,7 @@ class IndexedDataset:
         return IndexedDataset, (self.prefix,)
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> TokenArray:
-        """TokenArray ``offset .. offset + length`` of sequence ``i`` (all the rest by default), as a view of
+        """Tokens ``offset .. offset + length`` of sequence ``i`` (all the rest by default), as a view of
         the file.
 
         Raises IndexError for a sequence that is not there, ValueError for a range that leaves the sequence.

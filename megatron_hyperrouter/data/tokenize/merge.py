@@ -114,8 +114,8 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
         cuts = " and ".join(map(str, numbers))
         raise DataError(
             (
-                f"{output_prefix}: the shards of the key {key!r} were made with different numbers of "
-                f"shards (N = {cuts})"
+                f"{output_prefix}: the shards of the key {key!r} do not belong together: they were "
+                f"made with --shard I/N for N = {cuts}"
             ),
             remedy="delete the shards with the N that you do not want",
         )
