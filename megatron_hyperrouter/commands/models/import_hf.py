@@ -159,10 +159,14 @@ def tokenizer_of(args: Namespace, folder: HfFolder) -> dict[str, Any]:
     """The settings of the tokenizer, whose file is saved in the checkpoint; without a tokenizer there are
     only ids.
     """
+    from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
+
     given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / "tokenizer.json"
     if not given.is_file():
         ids = folder.rows - 1  # the last row is the end of a document
         return {"tokenizer_type": "NullTokenizer", "vocab_size": ids}
+    if is_byte_tokenizer(given):
+        return {"tokenizer_type": "ByteTokenizer"}
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(given.resolve())}
 
 

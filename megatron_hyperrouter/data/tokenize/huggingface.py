@@ -147,7 +147,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(each.ids, dtype=np.int32) for each in found]
 
     def json(self) -> str:
-        """The ``tokenizer.json`` as the library writes it, with truncation and padding off."""
+        """A ``tokenizer.json`` with truncation and padding off: the file itself if it is one, so that data
+        which were made with it still fit; else as the library writes it.
+        """
+        if len(self.files.model) == 1:
+            text = self.files.model[0].read_bytes().decode("utf-8")
+            tree = json.loads(text)
+            if not tree.get("truncation") and not tree.get("padding"):
+                return text
         return str(self._backend.to_str())
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -59,6 +59,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
     return None
 
 
+def is_byte_tokenizer(file: Path) -> bool:
+    """Whether this ``tokenizer.json`` is the one that :func:`write_tokenizer` writes for ByteTokenizer."""
+    try:
+        tree = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(tree == json.loads(_bytes_json(ByteTokenizer().eod)))
+
+
 def without_text(tokenizer: Tokenizer) -> str | None:
     """What to know of a folder that has no ``tokenizer.json``; None if it has one."""
     if tokenizer_json(tokenizer) is not None:
