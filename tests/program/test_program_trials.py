@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from program.launched import Zygote, metrics
+from program.launched import Zygote, metrics, one_message
 from program.settings import TINY
 
 from megatron_hyperrouter.checkpoint.folder import find
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 
 pytestmark = pytest.mark.processes
 TRIAL = """--mock-data --tokenizer-type NullTokenizer --vocab-size 60 --train-iters 4 --log-params-norm
@@ -141,3 +142,20 @@ def test_recomputed_layers_change_no_loss(zygote: Zygote, trials: dict[str, Path
     zygote.run([*TINY, *TRIAL, *more.split(), "--run-dir", str(tmp_path / "run")], ranks=1)
     losses = [record["lm_loss"] for record in steps_of(tmp_path / "run")]
     assert losses == pytest.approx([record["lm_loss"] for record in steps_of(trials["megatron"])], rel=1e-6)
+
+
+def test_a_run_continues_after_its_tokenizer_file_has_gone(zygote: Zygote, tmp_path: Path) -> None:
+    """Whoever gets a checkpoint alone can continue it; a misspelt name is still an error."""
+    train_bpe(iter(["a text of a few words, a text of a few words"]), 260, str(tmp_path / "own.json"))
+    words = [*TINY, "--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--eval-iters", "0"]
+    words += ["--train-iters", "4", "--run-dir", str(tmp_path / "run"), "--tokenizer-model"]
+    zygote.run([*words, str(tmp_path / "own.json"), "--exit-interval", "2"], ranks=1, expect=6)
+    (tmp_path / "own.json").rename(tmp_path / "elsewhere.json")
+    resumed = ["--load", str(tmp_path / "run")]
+    job = zygote.run([*words, str(tmp_path / "ovn.json"), *resumed], ranks=1, expect=3)
+    assert "ovn.json: there is no such tokenizer file" in one_message(job.stderr)
+    zygote.run([*words, str(tmp_path / "own.json"), *resumed], ranks=1)
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    folder = find(tmp_path / "run")
+    assert folder is not None
+    assert (folder / "tokenizer" / "own.json").read_bytes() == (tmp_path / "elsewhere.json").read_bytes()

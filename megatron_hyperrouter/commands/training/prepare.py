@@ -19,6 +19,7 @@ from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.guard.run_lock import RunLock
+from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
 from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.samples import open_samples
 
@@ -40,10 +41,10 @@ def _prepare_and_run(
 ) -> int:
     meeting = Meeting.of_this_process()
     agree_on_settings(config, meeting)
+    start = decide_together(config, meeting)
+    config = with_kept_tokenizer(with_own_schedule(config, start), start)
     tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if separates_documents(config) else None
-    start = decide_together(config, meeting)
-    config = with_own_schedule(config, start)
     samples = open_samples(
         config,
         vocab_size=tokenizer.vocab_size,

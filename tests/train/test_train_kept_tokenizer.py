@@ -1,0 +1,56 @@
+"""resuming/kept_tokenizer.py: a run continues although its tokenizer's file has gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperrouter.checkpoint.description import describe
+from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.tree import RunConfig
+from megatron_hyperrouter.data.tokenize.bpe import train_bpe
+from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
+from megatron_hyperrouter.train.resuming.start import Start
+
+
+def settings(file: Path) -> RunConfig:
+    words = f"--mock-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model {file}"
+    return parse(words.split(), routers=ROUTERS)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    train_bpe(iter(["a text of a few words, a text of a few words"]), 260, str(tmp_path / "own.json"))
+    return tmp_path / "own.json"
+
+
+@pytest.fixture
+def start(file: Path, tmp_path: Path) -> Start:
+    """From a checkpoint that keeps the tokenizer."""
+    description = describe(settings(file), tokenizer=tokenizer_of(settings(file).data).identity())
+    for name, content in description.texts.items():
+        path = tmp_path / "step_0000001" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return Start(tmp_path / "step_0000001", {"step": 1, "meta": description.meta})
+
+
+def test_the_checkpoint_has_the_tokenizer(file: Path, start: Start) -> None:
+    before = tokenizer_of(settings(file).data).identity()
+    file.unlink()
+    found = with_kept_tokenizer(settings(file), start)
+    assert tokenizer_of(found.data).identity() == before
+
+
+def test_a_file_that_is_there_counts(file: Path, start: Start) -> None:
+    assert with_kept_tokenizer(settings(file), start) == settings(file)
+
+
+def test_another_file_that_is_missing_is_not_replaced(file: Path, start: Start) -> None:
+    file.unlink()
+    other = settings(file.with_name("misspelt.json"))
+    assert with_kept_tokenizer(other, start) == other
+    assert with_kept_tokenizer(settings(file), Start()) == settings(file)
