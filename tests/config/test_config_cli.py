@@ -50,6 +50,21 @@ class TestPrecedence:
     def test_the_last_of_equal_flags_wins(self, routers):
         assert parse([*DATA, "--num-layers", "1", "--num-layers=2"], routers=routers).model.num_layers == 2
 
+    def test_what_repeated_flags_name_adds_up(self, routers):
+        argv = [
+            "--alarm",
+            "entropy=stop",
+            "--skip_steps",
+            "3",
+            "--alarm=collapse=snapshot",
+            "--skip-steps=5-6",
+        ]
+        guard = parse([*DATA, *argv, "--alarm", "imbalance=note", "entropy=note"], routers=routers).guard
+        assert guard.alarm == ("entropy=stop", "collapse=snapshot", "imbalance=note", "entropy=note")
+        assert guard.skip_steps == ("3", "5-6")
+        with pytest.raises(ConfigError, match=r"--alarm = \(none\)|--alarm: needs a value"):
+            parse([*DATA, "--alarm"], routers=routers)
+
     def test_a_bad_value_that_is_overridden_does_no_harm(self, routers, write):
         path = write("num_layers: many\ndata_path: a\n")
         assert parse(["--config", path, "--num-layers", "2"], routers=routers).model.num_layers == 2

@@ -134,13 +134,14 @@ def test_calibrated_texts_and_folders_have_the_scales_of_the_evaluation(
     common = ["--load", run, "--topk", 1, "--calibrate-k"]
     zygote.run([*common, "--output", run / "c.json"], program=REPOSITORY / "tools" / "evaluate.py")
     (row,) = json.loads((run / "c.json").read_text())["calibrated"]
-    words = ["--prompt", "ab", "--json", "--max-new-tokens", 4]
+    words = ["--prompt", "ab", "--json", "--max-new-tokens", 4, "--prompt", "b"]
     job = zygote.run([*common, *words], program=REPOSITORY / "tools" / "generate.py")
     told = json.loads(job.stdout[job.stdout.index("{") :])
     assert (
         told["calibrated"][0]["scales"] == pytest.approx(row["scales"], rel=1e-9) and len(row["scales"]) == 2
     )
     assert "scales" not in told["results"][0]
+    assert [row["prompt"] for row in told["results"]] == ["ab", "b"]
     words = ["--output", folder, "--no-proof"]
     zygote.run([*common, *words], program=REPOSITORY / "tools" / "export_hf.py")
     plain, exported = load(run), load(folder)

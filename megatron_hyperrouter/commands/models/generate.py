@@ -145,7 +145,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags = parser(__doc__ or "")
     add_model_flags(flags)
     add = flags.add_argument
-    add("--prompt", nargs="+", metavar="TEXT", help="prompts to continue")
+    add("--prompt", nargs="+", action="extend", metavar="TEXT", help="prompts to continue")
     add("--prompt-file", type=Path, metavar="FILE", help="file with one prompt per line (default: stdin)")
     add(
         "--max-new-tokens",

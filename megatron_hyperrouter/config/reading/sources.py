@@ -2,7 +2,7 @@
 
 argparse stops at the first mistake and the contract asks for all of them at once, so the few rules of flags
 are here: ``--name value``, ``--name=value``, several words after one flag, underscores count as dashes, and
-the last of two equal flags wins.
+the last of two equal flags wins, except for flags that each name one more thing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_hyperrouter.config.reading.yaml_text import compose, duplicates, v
 from megatron_hyperrouter.errors import Problem
 
 LAUNCHER_FLAGS = ("--local-rank",)  # put in front of ours by the deepspeed launcher
+REPEATED_FLAGS = ("--alarm", "--skip-steps", "--sample-prompt")  # their words add up
 
 
 @dataclass
@@ -47,8 +48,10 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
     words: list[str] | None = None
     for word in argv:
         if word.startswith("--") and len(word) > 2:
-            name, equals, value = word.partition("=")
-            words = line.flags[name.replace("_", "-")] = [value] if equals else []
+            spelling, equals, value = word.partition("=")
+            name = spelling.replace("_", "-")
+            before = line.flags.get(name, []) if name in REPEATED_FLAGS else []
+            words = line.flags[name] = [*before, value] if equals else before
         elif word == "-h":
             words = line.flags["--help"] = []
         elif words is None:
