@@ -16,9 +16,13 @@ from lm_eval.tasks import TaskManager
 
 
 def main(arguments: list[str]) -> None:
-    """Read the task, write the answer."""
+    """Read the task, write the answer: the scores, or the names of tasks that the harness does not know."""
     task = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     manager = TaskManager(include_path=task["include_path"], include_defaults=task["include_defaults"])
+    known = {*manager.all_tasks}
+    if unknown := [name for name in task["tasks"] if name not in known and not Path(name).is_file()]:
+        Path(arguments[1]).write_text(json.dumps({"unknown": unknown}), encoding="utf-8")
+        return
     rows: list[dict[str, Any]] = []
     for k in task["topks"]:
         found = lm_eval.simple_evaluate(
@@ -43,11 +47,11 @@ def main(arguments: list[str]) -> None:
 
 
 def row_of(k: int, task: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``."""
+    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``, which is None if there is none."""
     numbers = {
-        name.split(",")[0]: value
+        name.split(",")[0]: value if isinstance(value, (int, float)) else None
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and "," in name
+        if "," in name and (isinstance(value, (int, float)) or "_stderr," in name)
     }
     return {"topk": k, "task": task, **numbers}
 

@@ -14,6 +14,7 @@ from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.config.cli import dump, load_file
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
 from megatron_hyperrouter.routers import ROUTERS
 
 _NO_DATA = "no-data-yet"  # instead of --data-path, which is not needed without training
@@ -30,6 +31,15 @@ def run_of(settings: Mapping[str, Any]) -> RunConfig:
 def has_data(run: RunConfig) -> bool:
     """Whether the run names data, which an import need not."""
     return run.data.data_path != (_NO_DATA,)
+
+
+def tokenizer_settings(file: Path, rows: int) -> dict[str, Any]:
+    """The settings of the tokenizer in ``file``; if there is no such file, of as many ids as rows."""
+    if not file.is_file():
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": rows - 1}  # the last row ends a document
+    if is_byte_tokenizer(file):
+        return {"tokenizer_type": "ByteTokenizer"}
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(file.resolve())}
 
 
 def described_run(run: RunConfig) -> Description:

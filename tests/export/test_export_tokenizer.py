@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from megatron_hyperrouter.commands.models.import_hf import tokenizer_of
 from megatron_hyperrouter.data.store.manifest import same_tokenizer
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer, build_tokenizer
 from megatron_hyperrouter.data.tokenize.transformers_files import write_tokenizer
+from megatron_hyperrouter.importing.settings import tokenizer_settings
 
 TEXT = "def f(x):\n    return x + x\n" * 50
 
@@ -28,8 +25,7 @@ def file(tmp_path: Path) -> Path:
 def sent_and_taken_back(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     folder.mkdir()
     assert write_tokenizer(folder, tokenizer, seq_length=8)
-    given: Any = SimpleNamespace(path=folder, rows=384)
-    settings = tokenizer_of(Namespace(tokenizer_model=None), given)
+    settings = tokenizer_settings(folder / "tokenizer.json", rows=384)
     return build_tokenizer(settings["tokenizer_type"], settings.get("tokenizer_model"))
 
 

@@ -14,6 +14,7 @@ from export.made_up import TINY, make_up
 
 from megatron_hyperrouter.commands.models import export_hf
 from megatron_hyperrouter.commands.models.lm_eval import main
+from megatron_hyperrouter.errors import ConfigError
 from megatron_hyperrouter.generation.attention import KeyValueCache
 from megatron_hyperrouter.generation.decoder import Loaded
 from megatron_hyperrouter.generation.load import load
@@ -83,6 +84,13 @@ def test_the_harness_scores_each_k(tmp_path: Path) -> None:
     scores = scored(tmp_path, "--load", str(folder), "--topk", "2", "--tokenizer-model", str(tokenizer))
     results += scores["results"]
     assert scores["versions"]["lm_eval"]
+    (tmp_path / "scores.json").unlink()
+    with pytest.raises(ConfigError, match="--tasks = held_in: is not a task of the harness"):
+        scored(tmp_path, "--load", str(folder), "--tokenizer-model", str(tokenizer), "--tasks", "held_in")
+    assert not (tmp_path / "scores.json").exists()
+    for row in results:  # each metric has its standard error, or null
+        for name in {*row} - {"topk", "task"}:
+            assert f"{name}_stderr" in row or name.endswith("_stderr"), row
     seen = {
         (row["topk"], row["task"], name): row[name]
         for row in results

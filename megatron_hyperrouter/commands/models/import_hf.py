@@ -128,6 +128,7 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
     """The settings of the run."""
     from megatron_hyperrouter.importing.fitting import settings_of_folder
     from megatron_hyperrouter.importing.settings import run_of as checked_run
+    from megatron_hyperrouter.importing.settings import tokenizer_settings
 
     settings = settings_of_folder(folder)
     if recipe := getattr(weights, "recipe", None):
@@ -144,7 +145,8 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
         settings["router"] |= {"pre_softmax": True}
     if args.router == "hyper" and not (args.reset_router or copies(args, folder)):
         settings["router"] |= {"anchor": True}
-    settings |= tokenizer_of(args, folder)
+    tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / "tokenizer.json"
+    settings |= tokenizer_settings(tokenizer, folder.rows)
     settings |= {
         "seq_length": args.seq_length or settings["seq_length"],
         **({"data_path": args.data_path} if args.data_path else {}),
@@ -153,21 +155,6 @@ def run_of(args: Namespace, folder: HfFolder, weights: ImportedWeights | Upcycle
         "seed": args.seed,
     }
     return checked_run(settings)
-
-
-def tokenizer_of(args: Namespace, folder: HfFolder) -> dict[str, Any]:
-    """The settings of the tokenizer, whose file is saved in the checkpoint; without a tokenizer there are
-    only ids.
-    """
-    from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
-
-    given = Path(args.tokenizer_model) if args.tokenizer_model else folder.path / "tokenizer.json"
-    if not given.is_file():
-        ids = folder.rows - 1  # the last row is the end of a document
-        return {"tokenizer_type": "NullTokenizer", "vocab_size": ids}
-    if is_byte_tokenizer(given):
-        return {"tokenizer_type": "ByteTokenizer"}
-    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(given.resolve())}
 
 
 def write(draft: Path, run: RunConfig, weights: ImportedWeights | UpcycledWeights, *, reset: bool) -> None:

@@ -56,6 +56,10 @@ def main(arguments: Sequence[str]) -> None:
             "custom_code": "auto_map" in config,
         }
         answer = ask(task, python=args.python, script=HARNESS)
+    if unknown := answer.get("unknown"):
+        rule = "is not a task of the harness" if len(unknown) == 1 else "are not tasks of the harness"
+        remedy = f"use {' or '.join(TASKS)}, or give the folder of the task's YAML file with --include-path"
+        raise ConfigError([Problem("--tasks", " ".join(unknown), rule, remedy)])
     table(answer["results"])  # first: it is there even if the file cannot be written
     write_json(args.output, {"results": answer["results"], "versions": answer["versions"]})
 

@@ -9,7 +9,12 @@ from megatron_hyperrouter import console
 from megatron_hyperrouter.commands.training.execute import run
 from megatron_hyperrouter.commands.training.opening import opening_of
 from megatron_hyperrouter.commands.training.start_block import tokens_of_an_epoch
-from megatron_hyperrouter.commands.training.together import agree_on_data, agree_on_settings, decide_together
+from megatron_hyperrouter.commands.training.together import (
+    agree_on_data,
+    agree_on_settings,
+    decide_together,
+    with_checkpoints_settings,
+)
 from megatron_hyperrouter.config.derived import separates_documents
 from megatron_hyperrouter.config.run_folder import make_folders
 from megatron_hyperrouter.config.tree import RunConfig
@@ -19,8 +24,6 @@ from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.guard.launcher import Launcher
 from megatron_hyperrouter.guard.meeting import Meeting
 from megatron_hyperrouter.guard.run_lock import RunLock
-from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
-from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.samples import open_samples
 
 
@@ -42,7 +45,7 @@ def _prepare_and_run(
     meeting = Meeting.of_this_process()
     agree_on_settings(config, meeting)
     start = decide_together(config, meeting)
-    config = with_kept_tokenizer(with_own_schedule(config, start), start)
+    config = with_checkpoints_settings(config, start)
     tokenizer = tokenizer_of(config.data)
     eod = tokenizer.eod if separates_documents(config) else None
     samples = open_samples(

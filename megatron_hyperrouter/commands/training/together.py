@@ -11,6 +11,8 @@ from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 from megatron_hyperrouter.guard.meeting import Meeting
+from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
+from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.resuming.start import Start, decide
 from megatron_hyperrouter.train.resuming.together import follow_rank_0
 
@@ -37,6 +39,11 @@ def agree_on_settings(config: RunConfig, meeting: Meeting) -> None:
 def decide_together(config: RunConfig, meeting: Meeting) -> Start:
     """Rank 0 decides what is loaded; CheckpointError if another rank does not see that checkpoint."""
     return follow_rank_0(lambda: decide(config), meeting)
+
+
+def with_checkpoints_settings(config: RunConfig, start: Start) -> RunConfig:
+    """The settings, with the schedule and the tokenizer of the checkpoint where they call for them."""
+    return with_kept_tokenizer(with_own_schedule(config, start), start)
 
 
 def agree_on_data(meeting: Meeting, tokenizer: Mapping[str, Any], files: Mapping[str, object]) -> None:
