@@ -78,7 +78,7 @@ def patches() -> list[str]:
 
 def _everywhere() -> tuple[Callable[[], None], ...]:
     return (
-        *((name_te_general_gemm,) if version()[:2] < (0, 19) else ()),
+        count_predictions_of_logits if version() >= (0, 19) else name_te_general_gemm,
         keep_adam_step,
         keep_norms_on_device,
         scale_all_at_once,
@@ -268,6 +268,26 @@ def name_te_general_gemm() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def count_predictions_of_logits() -> None:
+    """In 0.19, multi_token_prediction.py:523 counts the right predictions, for a log that is not ours; our
+    output matrix gives the two factors of the logits instead.
+    """
+    from megatron.core.transformer import multi_token_prediction
+
+    host = getattr(multi_token_prediction, "_compute_mtp_acceptance_counts", None)
+    if host is None or getattr(host, "_hyperrouter", False):
+        return
+
+    def counts(logits: Any, labels_BS: Tensor, *more: Any, **named: Any) -> Any:
+        if torch.is_tensor(logits):
+            return host(logits, labels_BS, *more, **named)
+        zero = torch.zeros((), device=labels_BS.device)
+        return zero, zero
+
+    counts._hyperrouter = True  # type: ignore[attr-defined]
+    multi_token_prediction._compute_mtp_acceptance_counts = counts
 
 
 def keep_adam_step() -> None:

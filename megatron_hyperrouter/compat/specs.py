@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -26,3 +27,12 @@ def dense_mlp(parts: Any) -> Any:
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(MLP.as_mlp_submodule, submodules=parts)
     return ModuleSpec(module=MLP, submodules=parts)
+
+
+def prediction_parts(layer: Any, **others: Any) -> Any:
+    """``MultiTokenPredictionLayerSubmodules`` around a transformer layer, a field with a new name in 0.19."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
+
+    old, new = "transformer_layer", "mtp_model_layer"
+    names = {field.name for field in fields(MultiTokenPredictionLayerSubmodules)}
+    return MultiTokenPredictionLayerSubmodules(**{new if new in names else old: layer}, **others)

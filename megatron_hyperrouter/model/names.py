@@ -36,6 +36,7 @@ CLASSIFIER = "classifier."  # how the names of a classification head begin
 _FUSED_NORM = re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$")
 _FUSED_MLP_NORM = re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$")
 _GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+_AHEAD = re.compile(r"^(mtp\.layers\.\d+)\.mtp_model_layer\.")  # megatron-core 0.19
 # Ours: a parameter holds the matrices of all experts of a rank, engines/grouped.py.
 _STACKED = re.compile(r"\.mlp\.experts\.(linear_fc[12])_L\w+$")
 _SEVERAL = re.compile(r"\.local_experts\.(\d+):(\d+)\.")
@@ -74,7 +75,10 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter in torch's layers, for its name in Transformer Engine's layers."""
+    """The name of a parameter in torch's layers of megatron-core 0.16, for its name in Transformer Engine's
+    layers or in 0.19.
+    """
+    name = _AHEAD.sub(r"\1.transformer_layer.", name)
     name = _FUSED_NORM.sub(".input_layernorm.weight", name)
     name = _FUSED_MLP_NORM.sub(".pre_mlp_layernorm.weight", name)
     return _GROUPED.sub(r".mlp.experts.local_experts.\2.\1.weight", name)

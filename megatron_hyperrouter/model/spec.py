@@ -20,15 +20,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionLayer,
-    MultiTokenPredictionLayerSubmodules,
-)
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_hyperrouter.compat.specs import dense_mlp
+from megatron_hyperrouter.compat.specs import dense_mlp, prediction_parts
 from megatron_hyperrouter.config.derived import (
     dense_width,
     expert_width,
@@ -201,12 +198,8 @@ def mtp_spec(layer: ModuleSpec) -> ModuleSpec:
     """Spec of a layer of multi-token prediction around a transformer layer (DeepSeek-V3, 2412.19437, section
     2.2).
     """
-    parts = MultiTokenPredictionLayerSubmodules(
-        enorm=RMSNorm,
-        hnorm=RMSNorm,
-        eh_proj=ColumnParallelLinear,
-        transformer_layer=layer,
-        layer_norm=RMSNorm,
+    parts = prediction_parts(
+        layer, enorm=RMSNorm, hnorm=RMSNorm, eh_proj=ColumnParallelLinear, layer_norm=RMSNorm
     )
     return ModuleSpec(module=MultiTokenPredictionLayer, submodules=parts)
 

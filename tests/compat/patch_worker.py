@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ MEGATRON = {
     patch.__name__: patch
     for patch in (
         for_megatron.name_te_general_gemm,
+        for_megatron.count_predictions_of_logits,
         for_megatron.keep_adam_step,
         for_megatron.keep_norms_on_device,
         for_megatron.scale_all_at_once,
@@ -50,6 +52,20 @@ def name_te_general_gemm() -> None:
 
     out = router_gating_linear(torch.ones(3, 4), torch.ones(2, 4), None, torch.float32)
     assert out.tolist() == [[4.0, 4.0]] * 3
+
+
+def count_predictions_of_logits() -> None:
+    """Multi-token prediction with an output that is no tensor; 0.16.1 does not look at it."""
+    from megatron.core.transformer import multi_token_prediction
+
+    count = getattr(multi_token_prediction, "_compute_mtp_acceptance_counts", None)
+    if count is None:
+        return
+    labels_BS, mask_BS = torch.tensor([[1, 0]]), torch.tensor([[1, 1]])
+    logits_SBV = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]])
+    layer = types.SimpleNamespace(gather_output=False)
+    for logits, expected in ((logits_SBV, (1, 2)), ((logits_SBV, logits_SBV), (0, 0))):
+        assert count(logits, labels_BS, mask_BS, layer, None) == expected
 
 
 def keep_adam_step() -> None:

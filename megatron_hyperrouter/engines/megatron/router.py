@@ -41,12 +41,16 @@ class MegatronRouter(MegatronModule):
         make: Callable[[int], Router],
         clock: Clock | None = None,
         statistics: RouterStatistics | None = None,
+        is_mtp_layer: bool = False,
         **_: object,
     ) -> None:
-        """``make``: the router of the layer of this number, counted from 1 over the whole model; newer hosts
-        give more arguments, which no router of ours needs.
+        """``make``: the router of the layer of this number, counted from 1 over the whole model.
+
+        megatron-core 0.19 gives ``is_mtp_layer`` and counts the layers of multi-token prediction from 1;
+        before, they followed the others.
         """
         super().__init__(config=config)
+        self._before = config.num_layers if is_mtp_layer else 0
         self.make, self._clock, self._statistics = make, clock or Clock(), statistics
         self.dropless = (
             False  # whatever the capacity: as long as a router waits for the outputs of all its choices
@@ -55,10 +59,8 @@ class MegatronRouter(MegatronModule):
         self.group = None if pg_collection is None else pg_collection.tp_cp
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by the transformer layer; builds the router of this layer (numbers count from 1 over the
-        whole model).
-        """
-        self.router = self.make(layer_number)
+        """Called by the transformer layer; builds the router of this layer."""
+        self.router = self.make(self._before + layer_number)
         self.site = RouterSite(self.router, clock=self._clock, statistics=self._statistics)
         if self.group is not None and self.group.size() > 1:
             self.router.over_shards, self.router.gather_shards = self.over_shards, self.gather_shards
