@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -121,6 +122,9 @@ def _chunk(
     """Losses, and the gradient of the logits in the rows' dtype."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     logits_CV = (rows_CD @ weight_VD.t()).float()
+    if ranks == 1 and not wanted:
+        labels_C = labels_C.clamp(min=-1)
+        return F.cross_entropy(logits_CV, labels_C, ignore_index=-1, reduction="none"), None
     top_C = logits_CV.amax(1)
     if ranks > 1:
         group = parallel_state.get_tensor_model_parallel_group()

@@ -98,9 +98,12 @@ class _Collect(torch.autograd.Function):
 
 def _summed(y_RD: Tensor, row_R: Tensor, choices: int) -> Tensor:
     """One choice after the other, added in float32: ``[T, K, D]`` never exists."""
-    rows_KT = row_R.view(-1, choices).t()
     if choices == 1:
-        return y_RD.index_select(0, rows_KT[0])
+        return y_RD.index_select(0, row_R)
+    if y_RD.dtype == torch.float32:  # one operator; in bfloat16 it would round after each choice
+        starts_T = torch.arange(0, row_R.numel(), choices, device=row_R.device)
+        return torch.embedding_bag(y_RD.detach(), row_R, starts_T, mode=0)[0]
+    rows_KT = row_R.view(-1, choices).t()
     total_TD = y_RD.index_select(0, rows_KT[0]).float()
     for rows_T in rows_KT[1:]:
         total_TD += y_RD.index_select(0, rows_T)

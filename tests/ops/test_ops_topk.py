@@ -38,12 +38,14 @@ def test_equal_logits_go_to_the_lower_id(data, num_experts, num_tokens):
     assert best_experts(torch.tensor(rows), k).tolist() == [chosen_by_sort(row, k) for row in rows]
 
 
-@pytest.mark.parametrize(("num_experts", "k"), [(16, 1), (32, 2), (48, 3)])
-def test_rounds_agree_with_the_sort_on_any_floats(num_experts, k):
-    """Where E >= 16 k the choice is made by rounds of argmax."""
+@pytest.mark.parametrize(("num_experts", "k"), [(16, 1), (32, 2), (48, 3), (32, 8), (64, 6), (200, 200)])
+def test_rounds_and_keys_agree_with_the_sort_on_any_floats(num_experts, k):
+    """Where E >= 16 k the choice is made by rounds of argmax; of 32 experts and more, by ordered keys."""
     # ties in every row
     logits_TE = torch.randn(200, num_experts, generator=torch.Generator().manual_seed(1)).mul(3).round()
     logits_TE[0], logits_TE[1, 5], logits_TE[2] = -math.inf, math.nan, torch.finfo(torch.float32).min
+    logits_TE[3, ::2], logits_TE[3, 1::2], logits_TE[4, 7], logits_TE[5, 3] = 0.0, -0.0, -math.nan, math.inf
+    logits_TE[6] = logits_TE[6] * 1e-42  # too small to be normal
     by_sort = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(best_experts(logits_TE, k), by_sort)
 
