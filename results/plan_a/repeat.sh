@@ -2,10 +2,11 @@
 # Repeats blocks of plan A with the public commands alone, and makes their pages:
 #
 #   bash results/plan_a/repeat.sh A1            # 40 runs
-#   bash results/plan_a/repeat.sh A1 A1b A1c A4 A3 A2 A5
+#   bash results/plan_a/repeat.sh A1 A1b A1c A1d A4 A3 A2 A5
 #   SEEDS=4 bash results/plan_a/repeat.sh A1    # the first 4 seeds alone; later SEEDS=8 adds the others
 #
-# Runs go to runs/plan_a/; after an interruption the same command continues.  A1b, A1c and A4 take runs of A1, so run A1 first.
+# Runs go to runs/plan_a/; after an interruption the same command continues.  A1b, A1c, A1d and A4 take runs of A1, so run A1
+# first.
 # At the end claims.py judges the claims of results/README.md by all blocks that are there.
 #
 # Each run is scored on 128 batches (131,072 bytes) of the test split, drawn anew for each seed, the same for all routers.
@@ -45,6 +46,12 @@ A1c() {
   mhr compare --config results/plan_a/A1.yaml --options results/plan_a/A1c.routers.yaml --routers matched topk lr10 topk_lr10 \
     --comparisons lr10:matched@1 lr10:matched@16 lr10:topk@1 lr10:topk@16 lr10:topk_lr10@1 lr10:topk_lr10@16 \
     --seeds "${SEEDS:-4}" "${scored[@]}" --output $out/A1c
+}
+
+A1d() {
+  take A1 A1d matched hyper
+  mhr compare --config results/plan_a/A1.yaml --options results/plan_a/A1d.routers.yaml --routers matched hyper each \
+    --comparisons each:hyper@1 each:hyper@16 each:matched@1 --seeds "${SEEDS:-4}" "${scored[@]}" --output $out/A1d
 }
 
 A2() {
