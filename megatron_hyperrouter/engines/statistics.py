@@ -66,12 +66,21 @@ def _z(seen: Seen) -> Tensor:
     return mean if seen.whole_load_E is None else mean * seen.part
 
 
+def _logit_variance(seen: Seen) -> Tensor:
+    """Over experts, summed over tokens.  Layer norm finds it on the way, four times as fast as ``var`` where
+    rows are short and there is no GPU.
+    """
+    size = seen.logits_TE.shape[-1:]
+    _, _, inverse_std_T1 = torch.native_layer_norm(seen.logits_TE, size, None, None, 0.0)
+    return inverse_std_T1.pow(-2).sum(dtype=torch.float64)
+
+
 SUMS: Mapping[str, Sum] = MappingProxyType(
     {
         "load": Sum(lambda seen: seen.load_E, per_expert=True),
         "probability": Sum(lambda seen: seen.probs_TE.sum(0, dtype=torch.float64), per_expert=True),
         "entropy": Sum(lambda seen: torch.special.entr(seen.probs_TE).sum(dtype=torch.float64)),
-        "logit_variance": Sum(lambda seen: seen.logits_TE.var(-1, correction=0).sum(dtype=torch.float64)),
+        "logit_variance": Sum(_logit_variance),
         "tokens": Sum(lambda seen: seen.tokens),
         "aux": Sum(_aux),
         "z": Sum(_z),

@@ -209,6 +209,12 @@ def read(folder: Path) -> Runs:
     return runs
 
 
+def shared(runs: Runs) -> Runs:
+    """The runs with the seeds that every router has: a block links all runs that it takes from A1."""
+    seeds = set.intersection(*map(set, runs.values())) if runs else set()
+    return {label: {seed: by_seed[seed] for seed in sorted(seeds)} for label, by_seed in runs.items()}
+
+
 def main() -> None:
     """The table, and the alarms."""
     root = Path(sys.argv[1])
@@ -225,9 +231,9 @@ def main() -> None:
         lines += [f"| {each.name} | **{each.verdict}** | {each.numbers} |" for each in claims]
     if first := read(root / "A1"):
         lines += ["", f"A1, paired by seed ({len(first['hyper'])} seeds):", "", *differences(first)]
-    for block in ("A1b", "A1c"):
-        if tried := read(root / block):
-            seeds = min(map(len, tried.values()))
+    for block in ("A1b", "A1c", "A1d"):
+        if tried := shared(read(root / block)):
+            seeds = len(next(iter(tried.values())))
             counted = "1 seed" if seeds == 1 else f"{seeds} seeds"
             lines += ["", f"{block}, bits per byte paired by seed ({counted}):", "", *trials(tried)]
     steps, found = alarms(sorted(path.parent for path in root.glob("A1/runs/*/results.json")))

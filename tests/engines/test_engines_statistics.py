@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +61,18 @@ def test_losses_are_those_of_the_logits_and_choices(name: str, options: dict[str
     share_E = torch.bincount(routing.experts_TK.flatten(), minlength=E) / routing.experts_TK.numel()
     assert summary["aux"] == pytest.approx([float(E * (share_E * probs_TE.mean(0)).sum())], rel=1e-6)
     assert summary["z"] == pytest.approx([float(logits_TE.logsumexp(-1).square().mean())], rel=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1e-3, 2.0), (40.0, -7.0), (0.0, 3.0)])
+def test_spread_of_the_logits(scale: float, shift: float) -> None:
+    """Also of large logits that are nearly equal, and of equal ones."""
+    one, counted = router("topk"), RouterStatistics(1, E)
+    routing = one(tokens())
+    generator = torch.Generator().manual_seed(1)
+    logits_TE = shift + scale * torch.randn(T, E, generator=generator)
+    counted.record(one, routing._replace(logits_TE=logits_TE))
+    expected = np.sqrt(np.var(logits_TE.double().numpy(), axis=1).mean())
+    assert counted.summary(counted.take())["logit_std"] == pytest.approx([expected], rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "options"), PLAIN)

@@ -75,6 +75,14 @@ def test_differences_are_paired_by_seed(claims: ModuleType) -> None:
     assert (found.mean, found.seeds) == (pytest.approx(-0.1), 5) and found.half < 1e-9
 
 
+def test_a_block_is_judged_by_the_seeds_that_all_of_its_routers_have(claims: ModuleType) -> None:
+    found = claims.shared(
+        {"topk": {1: run(1.0), 2: run(2.0), 3: run(3.0)}, "lr10": {3: run(3.0), 1: run(1.0)}}
+    )
+    assert {label: list(by_seed) for label, by_seed in found.items()} == {"topk": [1, 3], "lr10": [1, 3]}
+    assert claims.shared({}) == {}
+
+
 @pytest.mark.parametrize(("count", "expected"), [(0, 2.9957), (1, 4.7439), (5, 10.5130)])
 def test_the_bound_is_that_of_tables_of_the_poisson_distribution(
     claims: ModuleType, count: int, expected: float

@@ -36,6 +36,23 @@ def test_every_block_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch, tmp
         assert "matched_control" not in found.configs
 
 
+@pytest.mark.parametrize("size", ["paper", "large"])
+def test_plan_b_is_accepted(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command of ``plan_b/repeat.sh``, with the routers and comparisons of plan A's first block."""
+    script = (ROOT / "results/plan_b/repeat.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = (line for line in script.splitlines() if line.startswith("mhr compare"))
+    monkeypatch.chdir(ROOT)
+    line = re.sub(r"\$\{STEPS.*?\}", "", line.replace("$size", size).replace("$seeds", "5"))
+    found = Study.of(*read_flags(shlex.split(line.replace("$out", str(tmp_path)))[2:]))
+    assert found.control == "matched" and list(found.topks) == [1, 2, 4, 8, 16]
+    assert found.comparisons == study(LINES[0], monkeypatch, tmp_path).comparisons
+    scales = {
+        label: config.router.options.initial_logit_std(config.model.hidden_size)
+        for label, config in found.configs.items()
+    }
+    assert scales["hyper"] == scales["matched"] == scales["topk"] == 1.0
+
+
 def test_scales_of_block_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configs = study(LINES[0], monkeypatch, tmp_path).configs
     scales = {
@@ -49,7 +66,7 @@ def test_scales_of_block_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_the_readme_promises_nothing_that_is_not_there() -> None:
     text = (ROOT / "results/README.md").read_text(encoding="utf-8")
-    for block in ("A1", "A1b", "A1c", "A2", "A3", "A4", "A5"):
+    for block in ("A1", "A1b", "A1c", "A1d", "A2", "A3", "A4", "A5"):
         assert f"\n{block}() {{" in SCRIPT and f"| {block} |" in text
     told = (ROOT / "results/plan_a/claims.md").read_text(encoding="utf-8").splitlines()
     assert len(told) > 8 and all(line in text.splitlines() for line in told)  # what claims.py printed
