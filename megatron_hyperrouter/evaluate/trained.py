@@ -130,16 +130,16 @@ class TrainedRun:
         self, *, split: str | None = None, data_path: Sequence[str] | None = None, whole: bool = True
     ) -> DataConfig:
         """The run's data where they are now, or those of ``data_path``: all of them, or the ``split`` that is
-        named.  ``whole``: without the weights of a blend, for which a whole split has no use.
+        named.  The run's own files, at another place, are divided as in the run.  ``whole``: without the
+        weights of a blend, for which a whole split has no use.
         """
-        from megatron_hyperrouter.evaluate.whereabouts import data_of, other_data, without_weights
+        from megatron_hyperrouter.evaluate.whereabouts import are_own, data_of, other_data, without_weights
 
-        own = self.settings.data
-        data = (
-            data_of(own, self.manifest["meta"], self.run_dir)
-            if data_path is None
-            else other_data(own, data_path, split=split)
-        )
+        own, meta = self.settings.data, self.manifest["meta"]
+        if data_path is None:
+            data = data_of(own, meta, self.run_dir)
+        else:
+            data = other_data(own, data_path, divided=bool(split) or are_own(data_path, own, meta))
         return without_weights(data) if whole else data
 
     def dataset(
@@ -249,5 +249,6 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="prefixes of the token files, if they are not the run's or have moved",
+            help="prefixes of the token files, if they have moved; files that are not the run's are used "
+            "whole, unless a split is named",
         )

@@ -49,9 +49,22 @@ def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataCon
     return _named(data, {name: tuple(map(located, getattr(data, name))) for name in _PATHS})
 
 
-def other_data(data: DataConfig, words: Sequence[str], *, split: str | None) -> DataConfig:
-    """Other data: all of them for every split, or divided by the run's ``--split`` where one is named."""
-    given = ("data_path",) if split else ("train_data_path", "valid_data_path", "test_data_path")
+def are_own(words: Sequence[str], data: DataConfig, meta: Mapping[str, Any]) -> bool:
+    """Whether these are the files of the run's ``--data-path``, at another place or not."""
+    known = meta.get("files", {})
+    own = [known.get(word) for word in _prefixes("data_path", data.data_path)]
+    given = [Path(prefix) for prefix in _prefixes("data_path", words)]
+    if not own or None in own or not all(Path(f"{prefix}.idx").is_file() for prefix in given):
+        return False  # whoever reads them says what is missing
+    found = [identity(IndexedDataset(str(prefix), whole=False)) for prefix in given]
+    return all(any(same(one, other) for other in found) for one in own) and all(
+        any(same(one, other) for one in own) for other in found
+    )
+
+
+def other_data(data: DataConfig, words: Sequence[str], *, divided: bool) -> DataConfig:
+    """Other data: ``divided`` by the run's ``--split``, or all of them for every split."""
+    given = ("data_path",) if divided else ("train_data_path", "valid_data_path", "test_data_path")
     paths = {name: tuple(words) if name in given else () for name in _PATHS}
     return _named(data, paths | {"mock_data": False})
 
@@ -59,11 +72,7 @@ def other_data(data: DataConfig, words: Sequence[str], *, split: str | None) -> 
 def without_weights(data: DataConfig) -> DataConfig:
     """The same files: a whole split has no use for the weights of a blend."""
     paths = {name: getattr(data, name) for name in _PATHS}
-    whole = {
-        name: tuple(parse_blend(words, flag=f"--{name.replace('_', '-')}").prefixes) if words else ()
-        for name, words in paths.items()
-    }
-    return _named(data, whole)
+    return _named(data, {name: _prefixes(name, words) for name, words in paths.items()})
 
 
 def with_tokenizer(
@@ -82,6 +91,11 @@ def with_tokenizer(
     if given is not None:
         paths["tokenizer_model"] = given
     return replace(settings, data=replace(settings.data, **paths))
+
+
+def _prefixes(name: str, words: Sequence[str]) -> tuple[str, ...]:
+    """The files of a setting, without the weights of a blend."""
+    return tuple(parse_blend(words, flag=f"--{name.replace('_', '-')}").prefixes) if words else ()
 
 
 def _named(data: DataConfig, paths: Mapping[str, Any]) -> DataConfig:

@@ -67,6 +67,21 @@ def test_a_moved_run_finds_its_data(home: Path, tmp_path: Path, monkeypatch: pyt
     assert len(run.dataset(run.tokenizer())) > 5
 
 
+def test_the_runs_own_files_at_another_place_are_divided_as_in_the_run(home: Path, tmp_path: Path) -> None:
+    run = TrainedRun.open(home / "run")
+    before = len(run.dataset(run.tokenizer()))
+    for ending in ("bin", "idx"):
+        (home / f"text.{ending}").rename(tmp_path / f"moved.{ending}")
+    token_file(home / "other", first=97)
+    moved, other = str(tmp_path / "moved"), str(home / "other")
+    assert len(run.dataset(run.tokenizer(), data_path=[moved])) == before
+    assert len(run.dataset(run.tokenizer(), data_path=["1.0", moved])) == before
+    with IndexedWriter(other, np.uint16) as writer:
+        writer.add_document(np.arange(40 * 30, dtype=np.uint16) % 90 + 97)
+    assert len(run.dataset(run.tokenizer(), data_path=[other])) > 3 * before  # used whole
+    assert len(run.dataset(run.tokenizer(), data_path=[moved, other])) > 6 * before
+
+
 def test_a_file_that_has_changed_is_reported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     token_file(home / "text", first=98)
     TrainedRun.open(home / "run").data()
