@@ -84,7 +84,7 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
 
 
 def left_alone(error: Exception) -> bool:
-    """Whether the error says no more than that another rank has ended."""
+    """Whether the error only means that another rank has ended."""
     return any(words in str(error) for words in _LOST_A_RANK)
 
 
@@ -105,7 +105,7 @@ def waiting_for_ranks(world_size: int) -> Iterator[None]:
 
 
 def report(error: HyperRouterError) -> None:
-    """Tell an error of the user's, with its remedy, on stderr."""
+    """Print a user's error, with its remedy, to stderr."""
     _say(sys.stderr, "error", str(error), "bold red")
 
 
@@ -125,23 +125,23 @@ def note(text: str) -> None:
 
 
 def warn_from_here(text: str) -> None:
-    """A warning of this rank, whichever it is."""
+    """Print a warning on this rank, even if it is not rank 0."""
     _say(sys.stderr, "warning", text, "bold yellow")
 
 
 def error_from_here(text: str) -> None:
-    """An error of this rank, whichever it is."""
+    """Print an error on this rank, even if it is not rank 0."""
     _say(sys.stderr, "error", text, "bold red")
 
 
 def warn(text: str) -> None:
-    """Tell something that is probably not meant so, once: on rank 0, on stderr."""
+    """Print a warning once: on rank 0, to stderr."""
     if speaks():
         _say(sys.stderr, "warning", text, "bold yellow")
 
 
 def table(rows: Sequence[tuple[str, str]]) -> None:
-    """Tell several things at once: on rank 0, on stdout, a line each, the labels in a column."""
+    """Print several labelled lines on rank 0, to stdout, with the labels in a column."""
     if speaks():
         width = max(len(label) for label, _ in rows)
         for label, text in rows:
@@ -182,7 +182,7 @@ def _print(stream: TextIO, head: str, text: str, style: str) -> None:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Write what is left; where that is not possible, Python must not try it again at its end."""
+    """Flush the output; if that fails, keep Python from trying again when it exits."""
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -42,7 +42,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def _unfinished(path: Path) -> Path:
-    """A name beside ``path`` that nobody can foresee."""
+    """An unpredictable temporary name next to ``path``."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
 
 
@@ -69,13 +69,13 @@ def open_again(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Make ``content`` all that ``path`` holds."""
+    """Replace the content of ``path``."""
     with replacing(path, durable=durable) as stream:
         stream.write(content)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Make ``text`` all that ``path`` holds, in UTF-8."""
+    """Replace the content of ``path`` by ``text`` in UTF-8."""
     write_bytes(path, text.encode(), durable=durable)
 
 

@@ -93,12 +93,12 @@ def different(values: Sequence[float]) -> list[int]:
 
 
 def varying(sizes: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
-    """The sizes that are not the same in all runs: those that a curve can have a term for."""
+    """The sizes that differ between runs; only for these can a curve have a term."""
     return {name: values for name, values in sizes.items() if max(different(values)) > 0}
 
 
 def different_points(sizes: Mapping[str, Sequence[float]]) -> int:
-    """How many places of the plane of N and D have runs."""
+    """Number of different pairs (N, D) among the runs."""
     return len(set(zip(*map(different, sizes.values()), strict=True)))
 
 
@@ -174,7 +174,7 @@ def fit(
 
 
 def objective(curve: ScalingFit, sizes: Mapping[str, Sequence[float]], losses: Sequence[float]) -> float:
-    """What the fit makes small: the sum of Huber's losses of the differences of log losses."""
+    """What the fit minimises: the sum of the Huber losses of the differences between log losses."""
     rows = (dict(zip(sizes, row, strict=True)) for row in zip(*sizes.values(), strict=True))
     return float(
         _huber(
@@ -224,8 +224,8 @@ def _huber(residual: Array) -> Array:
 
 
 def _minimise(theta_Rp: Array, logs_tn: Array, y_Rn: Array) -> tuple[Array, Array]:
-    """Where the Huber loss is smallest from each start, and how small; each step solves least squares
-    with Huber's weights.
+    """The minimum of the Huber loss that is reached from each start, and its value; each step solves least
+    squares with Huber's weights.
     """
     low_p, high_p = _bounds(y_Rn, theta_Rp.shape[1])
     done_Rp = np.clip(theta_Rp, low_p, high_p)

@@ -21,7 +21,7 @@ OUTPUT = "output_layer.weight"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Trained parameters; what is frozen (hypernetworks, random routers) is not among them."""
+    """Trainable parameters; frozen parts (hypernetworks, random routers) do not count."""
 
     lookup: int  # an untied input embedding: a token reads one row of it
     experts: int  # all experts of all layers

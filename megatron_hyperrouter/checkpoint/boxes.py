@@ -59,7 +59,7 @@ class Box(NamedTuple):
         return prod(self.size)
 
     def common(self, other: Box) -> Box | None:
-        """What both cover; None if they do not meet."""
+        """The intersection of both boxes; None if it is empty."""
         low = tuple(map(max, self.offset, other.offset))
         high = tuple(map(min, self.end, other.end))
         if any(begin >= end for begin, end in zip(low, high, strict=True)):
@@ -110,7 +110,7 @@ def boxes(shape: Shape, begin: int, end: int, cut: Cut | None) -> list[FilledBox
 
 
 def _moved(offset: Shape, shape: Shape, cut: Cut, part: int) -> Shape:
-    """From a place in one part of the piece to the place in the whole."""
+    """The position in the whole tensor of a position in one part of the piece."""
     if cut.dim == 0:
         step = shape[0] // cut.parts
         return offset[0] + (part * cut.size + cut.rank) * step, *offset[1:]
@@ -150,7 +150,7 @@ def _inside(shape: Shape, row: int, begin: int, end: int) -> Iterator[tuple[Shap
 
 
 def gap(shape: Shape, covering: Sequence[Box]) -> str:
-    """What keeps the boxes from covering a tensor of ``shape`` exactly once; empty if nothing does."""
+    """Why the boxes do not cover a tensor of ``shape`` exactly once; empty if they do."""
     whole = Box((0,) * len(shape), shape)
     if any(box.common(whole) != box for box in covering):
         return "a part lies outside the tensor"

@@ -56,6 +56,6 @@ def _positions(begin: int, end: int, box: Box, whole: Shape, device: torch.devic
 
 
 def signed(value: int) -> int:
-    """As an int64 has it."""
+    """The number as a signed 64-bit integer."""
     value &= MASK
     return value - (1 << 64) if value >> 63 else value

@@ -76,7 +76,7 @@ class Ranks(Protocol):
         ...
 
     def first_word(self, word: str) -> str:
-        """On all ranks, the word of the first rank that has one; waits for every rank."""
+        """On all ranks, the text of the first rank that has one; waits for every rank."""
         ...
 
 
@@ -127,7 +127,7 @@ class CheckpointFolders:
         return writing
 
     def _together(self, step: int, phase: Callable[[], object]) -> None:
-        """One phase of a save, on all ranks (collective): where it fails on one, it fails on all."""
+        """One phase of a save, on all ranks (collective); if it fails on one rank, it fails on all."""
         error = _attempt(phase)
         if self.ranks.any_rank(error is not None):
             reason = reason_of(self.ranks, error)
@@ -206,7 +206,7 @@ class CheckpointFolders:
                 stream.write(content)
 
     def _seal_in_turn(self, writing: Path) -> None:
-        """Seal this rank's share of all files."""
+        """Seal this rank's part of all files."""
         place = self.ranks.place
         self.seal(writing, files_of(writing)[place.rank :: place.world_size])
 
@@ -399,8 +399,8 @@ def _verify_share(folder: Path, rank: int, world_size: int) -> None:
 
 
 def _attempt(work: Callable[[], object]) -> Exception | None:
-    """The exception that ``work`` raised. Any kind: a rank that left here alone would hang the others in a
-    collective.
+    """The exception that ``work`` raised. Any kind is caught, because a rank that left alone would block the
+    others in a collective.
     """
     try:
         work()

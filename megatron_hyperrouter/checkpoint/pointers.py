@@ -156,7 +156,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _read(pointer: Path) -> Pointer:
-    """No step and no problem where the file is not there."""
+    """If the file does not exist, there is neither a step nor a problem."""
     try:
         with open(pointer, "rb", opener=_without_waiting) as stream:
             content = stream.read(_LONGEST + 1)

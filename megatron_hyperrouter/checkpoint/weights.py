@@ -61,7 +61,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, no two in the same memory, which safetensors refuses; what has its own memory is not
+    """Tensors on the CPU, of which no two share memory, because safetensors refuses that; others are not
     copied.
     """
     found: dict[str, Tensor] = {}

@@ -105,7 +105,7 @@ class CheckpointWriter:
         return Failure(reason, hopeless)
 
     def close(self) -> None:
-        """The run breaks: give the running save a last chance, but do not wait for ranks that are gone."""
+        """The run is failing: let the save finish if it can, but do not wait for ranks that are gone."""
         if self._job is not None:
             self._job.thread.join(_LAST_WAIT)
             self._job.abandoned.set()

@@ -57,12 +57,12 @@ def import_without_compiler() -> None:
 
 
 def _as_it_is(function: Any = None, **_: object) -> Any:
-    """In place of ``torch.compile``, called or as a decorator with arguments."""
+    """Replaces ``torch.compile``, called directly or used as a decorator with arguments."""
     return _as_it_is if function is None else function
 
 
 def version() -> tuple[int, ...]:
-    """Of the installed megatron-core; a checkout without metadata counts as older than all."""
+    """The version of the installed megatron-core; a checkout without metadata counts as the oldest."""
     try:
         found = metadata.version("megatron-core")
     except metadata.PackageNotFoundError:

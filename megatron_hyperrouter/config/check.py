@@ -62,7 +62,7 @@ def problems(config: RunConfig, *, world_size: int | None, unsure: Collection[st
 
 
 def warnings(config: RunConfig, *, has_gpu: bool | None = None) -> list[str]:
-    """What can run but was probably not meant so; ``has_gpu`` None if that is not known."""
+    """Warnings about settings that can run but are probably mistakes; ``has_gpu``: None if unknown."""
     return [
         *_about_router(config),
         *_about_training(config),
@@ -129,7 +129,7 @@ def _about_noise(config: RunConfig) -> Iterator[str]:
 
 
 def _about_ignored(config: RunConfig) -> Iterator[str]:
-    """Settings that nothing reads, given the others."""
+    """Warnings about settings that have no effect because of other settings."""
     kind = config.data.tokenizer_type
     if config.data.tokenizer_model is not None and kind in ("ByteTokenizer", "NullTokenizer"):
         yield f"--tokenizer-model is ignored: {kind} needs no file"

@@ -81,7 +81,7 @@ class Draft:
         return config
 
     def notes(self) -> list[str]:
-        """What the user should know about how the settings were understood."""
+        """Notes for the user on how the settings were interpreted."""
         return [*self.carried.notes(), *self._notes]
 
     def _carry_over(self) -> None:
@@ -169,7 +169,7 @@ class Draft:
         return leaf.default
 
     def _attempt(self, leaf: Leaf, place: str, shown: object, read: Callable[[], Any]) -> Any:
-        """What ``read`` gives; the default, and a problem, where the value is bad."""
+        """The result of ``read``; for a bad value the default, and a problem."""
         try:
             return read()
         except BadValue as bad:

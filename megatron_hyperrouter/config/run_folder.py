@@ -39,7 +39,7 @@ def make_folders(config: RunConfig) -> None:
 
 
 def _try_files(run_dir: Path) -> None:
-    """OSError if something of a run could not be written later: it would lose the steps until then."""
+    """OSError if a file of the run could not be written later, which would lose the steps until then."""
     checkpoints = run_dir / "checkpoints"
     if checkpoints.exists() or checkpoints.is_symlink():
         tempfile.TemporaryFile(dir=checkpoints).close()

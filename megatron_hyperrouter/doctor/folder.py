@@ -234,7 +234,7 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
 
 
 def _reason(act: Callable[[], object]) -> str:
-    """Why it cannot be done; empty once it is done."""
+    """Try the action; returns why it failed, or an empty text."""
     try:
         act()
     except OSError as error:

@@ -27,7 +27,7 @@ EXTRAS = {
 
 
 def judge(facts: Sequence[Facts], names: Sequence[str]) -> list[Finding]:
-    """All findings; ``facts``: of each rank; ``names``: what each rank is called."""
+    """All findings; ``facts``: the facts of each rank; ``names``: the ranks' names for messages."""
     first = facts[0]
     return [
         *_versions(facts, names),

@@ -180,7 +180,7 @@ def _judge(
 
 
 def _connect(host: str, port: int) -> str:
-    """Why the place is not reached; empty if it is."""
+    """Why the address cannot be reached; empty if it can."""
     try:
         socket.create_connection((host, port), timeout=_ANSWER).close()
     except OSError as error:

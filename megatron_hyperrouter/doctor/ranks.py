@@ -75,7 +75,7 @@ class Ranks:
         return told
 
     def meet(self, topic: str) -> None:
-        """Until all are here."""
+        """Wait until all ranks have joined."""
         self.gather(f"{topic}/here", True)
         self.tell(f"{topic}/all", True)
 

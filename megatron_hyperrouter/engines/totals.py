@@ -177,7 +177,9 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def first_word(word: str) -> str:
-    """On all ranks, the word of the first rank that has one (collective, of any length: for what is rare)."""
+    """On all ranks, the text of the first rank that has one (collective; of any length, so only for rare
+    events).
+    """
     words = [""] * dist.get_world_size()
     dist.all_gather_object(words, word)
     return next((each for each in words if each), "")

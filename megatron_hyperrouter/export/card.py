@@ -93,7 +93,7 @@ def _limits(job: Export) -> str:
 
 
 def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[str]:
-    """What the user of the folder should know of the run that it comes from, and of the class."""
+    """Notes for the user of the folder about the run and about the class in transformers."""
     if (lacking := without_text(tokenizer)) is not None:
         yield lacking
     if run.model.mtp_num_layers is not None:

@@ -94,7 +94,7 @@ def certificate(
 
 
 def write_certificate(folder: Path, content: dict[str, Any]) -> None:
-    """The last file: a folder without one is unfinished."""
+    """Write the certificate, which is the last file: a folder without it is incomplete."""
     write_json(folder / CERTIFICATE, content)
 
 

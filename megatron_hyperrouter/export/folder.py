@@ -37,7 +37,7 @@ MODELING = Path(__file__).resolve().parent.parent / "huggingface" / MODELING_FIL
 
 @dataclass(frozen=True)
 class Export:
-    """All that decides the bytes of a folder."""
+    """Everything that determines the content of a folder."""
 
     run: RunConfig
     checkpoint: Path

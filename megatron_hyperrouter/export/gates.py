@@ -34,7 +34,7 @@ MODELING_FILE = "modeling_hyperrouter.py"
 
 
 class Gates(NamedTuple):
-    """What the routers of a run become."""
+    """The routers of a run in exported form."""
 
     target: Target
     # our global name of the router's tensor (``decoder.layers.0.mlp.router.weight``) -> tensor

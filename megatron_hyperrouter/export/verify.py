@@ -40,7 +40,7 @@ def read_certificate(folder: Path) -> dict[str, Any]:
 
 
 def differences(folder: Path, certificate: dict[str, Any]) -> list[str]:
-    """What of the folder is not as certified: files and tensors that are missing, altered or too many."""
+    """How the folder differs from its certificate: files and tensors that are missing, altered or extra."""
     found: list[str] = []
     seen: set[str] = set()
     for name, wanted in certificate["files"].items():

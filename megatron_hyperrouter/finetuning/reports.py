@@ -160,7 +160,7 @@ def compare(first: Path, second: Path) -> list[ResultRow]:
 
 
 def comparison_table(found: Sequence[ResultRow]) -> list[str]:
-    """Two questions, each with its own words: do these checkpoints differ, and do the methods?"""
+    """The answers to two questions: do these checkpoints differ, and do the methods differ?"""
     lines = ["Do these two checkpoints differ? (bootstrap over test texts)"]
     head = ("k", "seed", "first", "second", "difference", "95 % bootstrap", "McNemar p")
     lines.append(

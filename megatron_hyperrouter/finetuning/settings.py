@@ -95,7 +95,7 @@ class Settings:
 
 
 def check(settings: Settings, run: RunConfig) -> None:
-    """ConfigError that lists everything that cannot be: of the flags alone, and of every k."""
+    """ConfigError that lists all problems of the flags and of every k."""
     problems = list(settings.problems())
     most = (
         run.router.options.largest_topk(run.model.num_experts)

@@ -13,7 +13,7 @@ from megatron_hyperrouter.generation.folder import load_folder
 
 
 def load(path: Path, *, tokenizer_model: str | None = None) -> Loaded:
-    """What ``path`` holds: a run folder, one of its checkpoints, or a Hugging Face folder."""
+    """The model in ``path``: a run folder, one of its checkpoints, or a Hugging Face folder."""
     if (path / "config.json").is_file():
         return load_folder(path, tokenizer_model)
     trained = TrainedRun.open(path, tokenizer_model=tokenizer_model)

@@ -369,7 +369,7 @@ class Alarms:
         )
 
     def _tell_late(self, step: int, rank: int, share: float, tell: Callable[..., None]) -> None:
-        """A note, whatever --alarm says: nothing of the model is wrong."""
+        """Print a note, independently of --alarm, because the model itself is fine."""
         facts = {"alarm": "late_data", "layer": None, "value": share, "threshold": _LATE_SHARE}
         tell("alarm", step, **facts, since=step - _LATE_STEPS + 1, action="note", rank=rank)
         if self._engine.place.is_main:

@@ -99,7 +99,7 @@ def steps_of(ranges: Iterable[str]) -> Iterable[int]:
 
 
 def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart]) -> str:
-    """What a second run of a bad step has shown: the fault is in the computation, or in the machine."""
+    """Where the fault is, by a repetition of the bad step: in the computation, or in the machine."""
     repeats = all(_alike(getattr(first, name), getattr(second, name)) for name in ("lm_loss", "grad_norm"))
     told = f"lm_loss {second.lm_loss:.4g}, grad_norm {second.grad_norm:.4g}"
     places = [_place(part) for part in parts if not _alike(*part.losses) or _is_lost(part)]

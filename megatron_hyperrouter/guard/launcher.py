@@ -114,7 +114,7 @@ def _command(process: int) -> list[str]:
 
 
 def _is_shell(words: list[str]) -> bool:
-    """But for the one in which ``deepspeed`` starts its part of another node."""
+    """Whether it is a shell, except the one in which ``deepspeed`` starts its process on another node."""
     name = Path(words[0]).name.lstrip("-") if words else ""
     return name in _SHELLS and "deepspeed.launcher.launch" not in " ".join(words)
 

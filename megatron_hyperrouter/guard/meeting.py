@@ -49,7 +49,7 @@ class Meeting:
         return cls(rank, world_size, dist.PrefixStore("start", store))
 
     def decided(self, topic: str, word: str) -> str:
-        """What rank 0 says; the words of the others do not count."""
+        """The value of rank 0, on all ranks; the values of the others are ignored."""
         if self._store is None:
             return word
         if self.rank == 0:

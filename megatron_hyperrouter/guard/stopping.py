@@ -84,7 +84,7 @@ def stop_signals(request: StopRequest, *, enabled: bool) -> Iterator[StopRequest
 
 
 def ignore_signals() -> None:
-    """From now on the process ends by itself alone: it has saved, and is about to leave."""
+    """From now on signals are ignored, because the process has saved and is about to exit."""
     for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -133,7 +133,7 @@ class Watchdog:
         return [rank for rank in beats if rank != self._rank and self._silent(rank) > 0.4 * self._limit]
 
     def _speaks(self, beats: Mapping[int, Beat]) -> bool:
-        """Whether this is the first of the ranks that live."""
+        """Whether this is the first rank that is alive, which reports for all."""
         return self._rank == min({self._rank, *beats} - set(self._lost(beats)))
 
     def _suspects(self, beats: Mapping[int, Beat]) -> list[str]:

@@ -44,7 +44,7 @@ def fitting_folder(path: Path) -> HfFolder:
 
 
 def problems(folder: HfFolder) -> Iterator[str]:
-    """What of its settings our model does not have."""
+    """Settings of the folder that our model does not support."""
     config = folder.config
     needed = (*_NEEDED, *_NEEDED_BY.get(folder.architecture, ()), *(_DEEPSEEK if folder.latent else ()))
     missing = [name for name in needed if name not in config]

@@ -69,7 +69,9 @@ class StudyRun:
 
 
 def digest_of(config: RunConfig, scored: Mapping[str, Any]) -> str:
-    """What results are filed under: settings, wherever the folder of the run is, and how it is scored."""
+    """The key under which results are stored: a digest of the settings (without the run's folder) and the
+    scoring.
+    """
     from megatron_hyperrouter.config.cli import dump
 
     return hashlib.sha256((dump(config) + json.dumps(scored)).encode()).hexdigest()

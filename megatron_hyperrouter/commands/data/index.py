@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the flags, build, say what was built."""
+    """Read the flags, build, and report what was built."""
     flags = parser(__doc__ or "", epilog="All other flags: mhr train --help")
     flags.add_argument("--config", metavar="FILE", help="YAML file with the settings of the run")
     flags.add_argument(

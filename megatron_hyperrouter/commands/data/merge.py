@@ -14,7 +14,7 @@ compares the files with the checksums in the manifests.  It writes P_KEY_documen
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the flags, merge, say what was written."""
+    """Read the flags, merge, and report what was written."""
     from megatron_hyperrouter.data.tokenize.merge import merge
 
     flags = parser(__doc__ or "", EPILOG)

@@ -30,7 +30,7 @@ prefix, then mhr merge P.  Token ids are stored as uint16 for a vocabulary below
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the flags, preprocess, say what was written."""
+    """Read the flags, preprocess, and report what was written."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
     from megatron_hyperrouter.data.text.inputs import expand, parse_part
     from megatron_hyperrouter.data.tokenize.preprocess import EncodeSettings, preprocess
@@ -140,12 +140,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
 
 
 def tell(message: str) -> None:
-    """A line on stderr."""
+    """Print a line to stderr."""
     print(f"mhr preprocess: {message}", file=sys.stderr)
 
 
 class PreprocessBar(Bar):
-    """Megabytes and documents, and how fast they pass."""
+    """A bar with megabytes and documents, and the speed of both."""
 
     def __init__(self) -> None:
         super().__init__("mhr preprocess")

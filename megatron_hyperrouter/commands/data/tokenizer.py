@@ -13,7 +13,7 @@ Words are split as in GPT-2; <|endoftext|> has id 0. The same input gives the sa
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the flags, train, say what was written."""
+    """Read the flags, train, and report what was written."""
     from megatron_hyperrouter.data.text.corpus import texts
     from megatron_hyperrouter.data.text.inputs import expand, total_bytes
     from megatron_hyperrouter.data.tokenize.bpe import train_bpe

@@ -72,7 +72,7 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
 
 
 def check_libraries(args: Namespace) -> None:
-    """HostError where what comes after the folder could not be done."""
+    """HostError if a library for the proof or for the GGUF file is missing."""
     from megatron_hyperrouter.proof.child import COMPARE, GGUF, require
 
     if not args.no_proof:

@@ -122,7 +122,7 @@ def texts(
 
 
 def prompts_of(args: Namespace) -> list[str]:
-    """The prompts, from wherever they come."""
+    """The prompts, from the flags, a file or stdin."""
     if args.prompt is not None:
         return list(args.prompt)
     try:

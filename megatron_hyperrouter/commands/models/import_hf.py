@@ -86,7 +86,7 @@ def given_folder(args: Namespace) -> Iterator[Path]:
 
 
 def copies(args: Namespace, folder: HfFolder) -> bool:
-    """All experts are equal: whatever router there is computes the dense model, if its weights sum to 1."""
+    """Whether all experts are equal; any router whose weights sum to 1 then computes the dense model."""
     return folder.dense and args.granularity == 1
 
 

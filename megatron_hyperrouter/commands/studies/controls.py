@@ -41,7 +41,7 @@ def control_for(configs: Mapping[str, RunConfig]) -> dict[str, Any] | None:
 
 
 def control_among(configs: Mapping[str, RunConfig]) -> str | None:
-    """The label of the router that plays the control of the first HyperRouter."""
+    """The label of the router that is the control of the first HyperRouter."""
     first = next((config for config in configs.values() if config.router.name == _SHOWS), None)
     wanted = None if first is None else scale_of(first)
     for label, config in configs.items():

@@ -71,7 +71,7 @@ def _fitted(config: RunConfig, given: int | None, world_size: int) -> tuple[int,
 
 
 def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem:
-    """What number of ranks would do."""
+    """The problem to report; its remedy names numbers of ranks that work."""
     usable = [count for count in range(1, 2 * world_size + 1) if _fitted(config, batch, count)]
     fewer = [count for count in usable if count < world_size]
     more = [count for count in usable if count > world_size]

@@ -38,7 +38,7 @@ REFINES = ("ckpt-step",)  # they say more about a setting that is given
 
 @dataclass
 class Carried:
-    """What became of the flags of Megatron-LM."""
+    """How the flags of Megatron-LM were treated."""
 
     always: list[str] = field(default_factory=list)
     no_effect: list[str] = field(default_factory=list)

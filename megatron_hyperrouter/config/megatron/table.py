@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 
 class Always(NamedTuple):
-    """A flag that asks for what is always so here: accepted with these values alone, or with none."""
+    """A flag for something that is fixed here: accepted only with these values, or without a value."""
 
     accepted: tuple[str, ...]
     fact: str
 
 
 class Absent(NamedTuple):
-    """A flag of something that is not here: what it does, and what leaving it out would change."""
+    """A flag of a missing feature: what the flag does, and what leaving it out would change."""
 
     does: str
     without: str

@@ -79,7 +79,7 @@ def data_args(words: list[str], read: ReadWord) -> Settings:
 
 
 def per_split_data_args(words: list[str], read: ReadWord) -> Settings:
-    """A JSON file with the words of --train-data-path and its two siblings."""
+    """A JSON file with the values of --train-data-path, --valid-data-path and --test-data-path."""
     try:
         parts = json.loads(_text(_one(words)))
         blends = {split: parts[split] for split in ("train", "valid", "test") if parts.get(split)}

@@ -106,7 +106,7 @@ def expanded(path: str) -> str:
 
 
 def _as_meant(leaf: Leaf, value: Any) -> Any:
-    """Paths as a shell would have expanded them, and a blend that was written as one text in its words."""
+    """Paths expanded as by a shell, and a blend that was written as one text split into words."""
     if not leaf.is_path or value is None:
         return value
     return tuple(map(expanded, _blend_words(value))) if leaf.is_tuple else expanded(value)

@@ -55,7 +55,7 @@ MISSING: tuple[Missing, ...] = (
 
 
 def in_this_version(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """What is planned and not built yet is refused, rather than ignored."""
+    """Features that are not built yet are refused instead of ignored."""
     for row in MISSING:
         if row.asked_for(config):
             yield broken(config, row.name, f"the deepspeed engine does not support {row.what}", row.remedy)

@@ -159,7 +159,7 @@ def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
 
 
 def recomputed_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """How layers are recomputed says something only where whole layers are."""
+    """The method of recomputing layers needs the recomputation of whole layers."""
     for name in ("recompute_method", "recompute_num_layers"):
         if getattr(config.train, name) is not None and config.train.recompute_granularity != "full":
             yield needs(config, name, "--recompute-granularity full")
@@ -206,7 +206,7 @@ def finetune_needs_load(config: RunConfig, world_size: int | None) -> Iterator[P
 
 
 def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Texts along the way need prompts, a tokenizer that has text, and whole sequences on a rank."""
+    """Sample texts need prompts, a tokenizer that encodes text, and whole sequences on each rank."""
     settings = config.logging
     if not settings.sample_interval:
         if settings.sample_prompt:

@@ -26,7 +26,7 @@ _AGAIN = "copy the files again, or rebuild them with mhr preprocess"
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a pair; written and read as JSON."""
+    """The description of a pair of token files; written and read as JSON."""
 
     documents: int
     sequences: int

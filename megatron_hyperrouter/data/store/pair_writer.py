@@ -185,9 +185,7 @@ def changed_since(path: str) -> DataError:
 
 
 def remove_partial(prefix: str) -> None:
-    """Remove the growing files, where there are any that can be removed: no reason to hide why a run has
-    ended.
-    """
+    """Remove the growing files if possible; a failure here must not hide why the run has ended."""
     for ending in ("bin", "idx", "sizes", "counts"):
         with suppress(OSError):
             Path(f"{prefix}.{ending}.partial").unlink()

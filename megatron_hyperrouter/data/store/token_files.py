@@ -111,7 +111,7 @@ class IndexedDataset:
         self.tokens: TokenArray = self._bin.content.view(self.dtype)
 
     def check(self) -> None:
-        """Look at every number of the index."""
+        """Check every number of the index."""
         self._check_marks()
         self._check_pointers(len(self._bin.content))
 

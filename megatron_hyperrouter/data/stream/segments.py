@@ -204,7 +204,7 @@ def build_training_samples(
 
 
 def _identities(builder: Builder, mixes: Sequence[Sequence[str]]) -> dict[str, Identity]:
-    """Each file of these mixes, and what it is known by."""
+    """The identity of each file of these mixes."""
     prefixes = dict.fromkeys(
         prefix for words in mixes for prefix in parse_blend(words, flag="--data-path").prefixes
     )
@@ -411,7 +411,7 @@ def _entry(builder: Builder, prefix: str, asked: int | None) -> dict[str, Any]:
 
 
 def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set]) -> None:
-    """Bring ``sets`` to where they are after a segment."""
+    """Advance ``sets`` by one segment."""
     length, seen = int(segment["seq_length"]), set()
     for entry in segment["sets"]:
         prefix, read = entry["path"], int(entry["samples"])

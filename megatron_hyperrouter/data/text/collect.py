@@ -104,7 +104,7 @@ def find_text_files(root: str) -> list[str]:
 
 
 def _refuse(error: OSError) -> None:
-    """Refuse a folder that cannot be read: otherwise a part of the corpus would be missing without a word."""
+    """Refuse a folder that cannot be read; otherwise a part of the corpus would be missing silently."""
     if not isinstance(error, FileNotFoundError):  # removed meanwhile
         message = f"{error.filename}: cannot be read: {error.strerror}"
         raise DataError(message, remedy="make the folder readable, or give another --root") from error

@@ -174,7 +174,7 @@ def _encode(settings: EncodeSettings, batch: TextBatch) -> EncodedBatch:
 
 
 def _start_worker() -> None:
-    """Leave parallelism to the parent, and end when it has died (kill -9), for no one else would end this
+    """Use one thread, and exit when the parent has died (kill -9), because nothing else would end this
     process.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

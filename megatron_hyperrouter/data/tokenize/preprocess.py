@@ -58,7 +58,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Job:
-    """What to read, what of it, and where to write."""
+    """The input files, the part of them to read, and the output."""
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -134,7 +134,7 @@ def preprocess(
 
 @dataclass(frozen=True)
 class Saved:
-    """What the journal's last record says is done."""
+    """The progress in the last record of the journal."""
 
     place: ReadPosition = field(default_factory=ReadPosition)
     position: int = 0

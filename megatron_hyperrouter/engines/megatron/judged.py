@@ -8,7 +8,7 @@ from megatron_hyperrouter.engines.totals import Judgement
 
 
 class JudgedOptimizer(ChainedOptimizer):
-    """Leaves weights and moments as they are where the judgement of the step says so."""
+    """Keeps weights and moments unchanged if the judgement of the step rejects it."""
 
     def __init__(self, made: ChainedOptimizer, judgement: Judgement) -> None:
         """``made``: what ``get_megatron_optimizer`` gives."""

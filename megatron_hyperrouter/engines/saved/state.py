@@ -168,7 +168,7 @@ def _states(held: StatePiece, holding: Holding, memory: Memory) -> Iterator[Stat
 
 
 def _parts(piece: StatePiece, holding: Holding, memory: Memory) -> list[_BoxToWrite]:
-    """What this rank writes of a piece; asked of the layout once, since training waits for each save."""
+    """The boxes that this rank writes of a piece; computed once, because training waits for each save."""
     known = memory.parts.get((piece.name, piece.start, piece.end))
     if known is None:
         shard, shape = shard_of(piece.name), tuple(piece.parameter.shape)

@@ -55,7 +55,7 @@ def in_fork(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(task: dict[str, Any], pipe: int) -> NoReturn:
-    """The child's whole life; whatever a host raises in a dry run is an answer."""
+    """Run the task in the child and write the answer; an error of a host is an answer, too."""
     told: dict[str, Any] = {"rank": task["rank"]}
     try:
         told = run(task)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def take_step(engine: Any, config: RunConfig) -> None:
-    """A step on tokens that are not there."""
+    """A step on fake tokens."""
     from megatron_hyperrouter.config.derived import accumulation_steps
     from megatron_hyperrouter.engines import shared
     from megatron_hyperrouter.engines.base import StepResult

@@ -48,7 +48,7 @@ class Use(NamedTuple):
 
 
 class Estimator:
-    """Memory of layouts of one model; what they share is worked out once."""
+    """Memory of the layouts of one model; what they have in common is computed once."""
 
     def __init__(self, model: Model, frozen: FrozenBytes, rows: int, machine: Machine) -> None:
         """``rows``: of the embedding."""

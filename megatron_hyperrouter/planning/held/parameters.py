@@ -53,7 +53,7 @@ class _ParameterCount(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """The parameters of a model by the pieces that stages hold; the same for every layout."""
+    """The parameters of a model, divided into the pieces of pipeline stages; the same for every layout."""
 
     size: ModelSize
     layers: tuple[_ParameterCount, ...]
