@@ -67,7 +67,7 @@ class HostError(HyperRouterError):
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file could not be read, in words for a message, without error numbers or Python's exception text."""
+    """Why a file could not be read, in words for a message, without error numbers or exception text."""
     if isinstance(error, OSError):
         return error.strerror or "it cannot be opened"
     if isinstance(error, UnicodeError):
