@@ -86,6 +86,15 @@ def test_a_dry_run_shows_the_run_and_starts_nothing(zygote: Zygote, tmp_path: Pa
     assert "--expert-model-parallel-size = 2" in refused.stderr
 
 
+def test_a_dry_run_where_neither_tokenizer_nor_data_is(zygote: Zygote, tmp_path: Path) -> None:
+    """As on a login node: the embedding is counted where --vocab-size gives its size."""
+    flags = [*TINY, "--data-path", "no/such/data", "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    flags += ["--tokenizer-model", "no/such/tokenizer.json", "--tokenizer-type", "HuggingFaceTokenizer"]
+    done = zygote.run(flags, ranks=1)
+    assert "embedding and epochs are not counted" in done.stdout + done.stderr
+    assert "on the fullest rank" in done.stdout and "the settings are valid" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def stopped(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with dropout that --exit-interval has stopped after two of four steps."""

@@ -20,9 +20,10 @@ def show_run(config: RunConfig, world_size: int) -> None:
         vocab_size = tokenizer_of(config.data).vocab_size
         epoch = _epoch(config, vocab_size)
     except (DataError, HostError) as error:
-        what = "embedding and epochs are not counted" if vocab_size is None else "epochs are not counted"
+        known = vocab_size or config.data.vocab_size
+        what = "epochs are not counted" if known else "embedding and epochs are not counted"
         console.note(f"{what}: {error.message}")
-    model, held = holdings(config, vocab_size or 0, world_size)
+    model, held = holdings(config, vocab_size or config.data.vocab_size or 0, world_size)
     block = start_block(config, model.size, world_size=world_size, epoch=epoch)
     lines = [(label, text) for label, text in block if label not in ("device", "run folder")]
     console.table([*lines, *held])

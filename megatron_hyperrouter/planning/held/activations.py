@@ -126,7 +126,11 @@ def _in_flight(candidate: Candidate, stages: int, number: int) -> float:
 
 
 def logits_of(candidate: Candidate, rows: int) -> float:
-    """Of the chunk of tokens that the loss has in hand, and the gradient of the output matrix."""
+    """Of the chunk of tokens that the loss has in hand, and the gradient of the output matrix; ``rows``: 0 if
+    the size of the vocabulary is not known.
+    """
+    if not rows:
+        return 0.0
     config = candidate.config
     size = 2 if config.train.bf16 else 4
     T = config.train.micro_batch_size * config.model.seq_length // config.parallel.context_parallel_size
