@@ -24,6 +24,9 @@ class TestFile:
     def test_a_folder(self, routers, tmp_path):
         assert "cannot be read" in self.problem_with(routers, str(tmp_path)).rule
 
+    def test_a_device_without_an_end(self, routers):
+        assert "more than 16 MB" in self.problem_with(routers, "/dev/zero").rule
+
     def test_not_text(self, routers, tmp_path):
         (tmp_path / "x.yaml").write_bytes(b"a: \xff\xfe")
         assert "UTF-8" in self.problem_with(routers, str(tmp_path / "x.yaml")).rule

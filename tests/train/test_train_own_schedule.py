@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_hyperrouter.checkpoint.description import SETTINGS
+from megatron_hyperrouter.checkpoint.manifest import fingerprint
 from megatron_hyperrouter.config.cli import dump, parse
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
@@ -28,7 +30,12 @@ def settings(words: str) -> RunConfig:
 
 def start_of(folder: Path, before: str, step: int = 10) -> Start:
     (folder / SETTINGS).write_text(dump(settings(before)), encoding="utf-8")
-    return Start(folder, {"step": step, "meta": {}})
+    return Start(folder, manifest(folder, step))
+
+
+def manifest(folder: Path, step: int = 10) -> dict[str, Any]:
+    files = {path.name: fingerprint(path) for path in [folder / SETTINGS] if path.exists()}
+    return {"step": step, "meta": {}, "files": files}
 
 
 @pytest.mark.parametrize("more", ["", GROWING])
@@ -62,7 +69,7 @@ def test_a_checkpoint_that_does_not_say(tmp_path: Path, text: str | None, rule: 
     if text is not None:
         (tmp_path / SETTINGS).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=rule) as caught:
-        with_own_schedule(settings(f"{NOW} {TAKEN}"), Start(tmp_path, {"step": 10, "meta": {}}))
+        with_own_schedule(settings(f"{NOW} {TAKEN}"), Start(tmp_path, manifest(tmp_path)))
     assert "--lr-decay-style" in str(caught.value)
 
 

@@ -10,7 +10,9 @@ import pytest
 from tiny_run import settings
 from train.loop_runs import KillAt, Killed, change, lines, run
 
+from megatron_hyperrouter.checkpoint.description import SETTINGS
 from megatron_hyperrouter.checkpoint.folder import find, folder_name, read_meta
+from megatron_hyperrouter.checkpoint.manifest import fingerprint
 from megatron_hyperrouter.config.cli import load_file, parse
 from megatron_hyperrouter.config.run_folder import write_settings
 from megatron_hyperrouter.config.tree import RunConfig
@@ -18,6 +20,7 @@ from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.lr import learning_rate_at
 from megatron_hyperrouter.train.resuming.changes import changes_of_course, changes_of_function
+from megatron_hyperrouter.train.resuming.saved_settings import saved_settings
 from megatron_hyperrouter.train.resuming.start import decide, settings_again
 
 
@@ -164,6 +167,31 @@ class TestChanges:
         large = (*hyper, "--num-experts", "64", "--hidden-size", "8192")
         (line,) = changes_of_function(saved(*large, "--router.shared", "layer"), now(*large))
         assert line == "--router.shared was layer and is now model"
+
+    @pytest.mark.parametrize(
+        ("content", "sealed", "rule"),
+        [
+            (b"lr: \x80\n", False, "has 6 bytes, but"),
+            (b"lr: \x80\n", True, "is not UTF-8 text"),
+            (b"lr: [1\n", True, "is not valid YAML in line 2"),
+            (b"!!python/object/apply:os.getpid []\n", True, "unsupported tag"),
+        ],
+    )
+    def test_settings_that_cannot_be_read(
+        self, tmp_path: Path, content: bytes, sealed: bool, rule: str
+    ) -> None:
+        """They are needed before all files are compared with the manifest."""
+        path = tmp_path / SETTINGS
+        path.write_bytes(content if sealed else content * 7)
+        files = {SETTINGS: fingerprint(path)}
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rule) as caught:
+            saved_settings(tmp_path, files)
+        assert str(path) in caught.value.message and caught.value.exit_status == 4
+
+    def test_settings_whose_router_is_no_mapping(self) -> None:
+        (line,) = changes_of_function("rotary_base: 7.0\nrouter: [hyper]\n", now())
+        assert line == "--rotary-base was 7.0 and is now 10000.0"
 
     def test_a_checkpoint_without_settings(self) -> None:
         assert not changes_of_function("", now("--rotary-base", "7"))

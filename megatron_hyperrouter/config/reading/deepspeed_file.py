@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from megatron_hyperrouter.config.reading.yaml_text import text_of
 
 AUTO = "auto"
 # The keys that DeepSpeed 0.19.8 reads; at the top it ignores others without a word.
@@ -48,7 +49,7 @@ KNOWN: Mapping[str, frozenset[str]] = MappingProxyType(
 def load_document(path: str) -> dict[str, Any]:
     """The JSON object in ``path`` without what is "auto"; raises ValueError with the rule that is broken."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_of(path)
         document = json.loads(text, object_pairs_hook=_once_each)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error

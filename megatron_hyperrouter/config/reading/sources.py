@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter.config.leaves import ROUTER_PREFIX, tree_leaves
-from megatron_hyperrouter.config.reading.yaml_text import compose, duplicates, value_of_node
+from megatron_hyperrouter.config.reading.yaml_text import compose, duplicates, text_of, value_of_node
 from megatron_hyperrouter.errors import Problem
 
 LAUNCHER_FLAGS = ("--local-rank",)  # put in front of ours by the deepspeed launcher
@@ -69,7 +68,7 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
 def read_yaml(path: str) -> YamlFile:
     """Read flat settings and the mapping ``router`` from a YAML file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_of(path)
     except OSError as error:
         return _unreadable(path, f"cannot be read ({error.strerror})", "give an existing YAML file")
     except UnicodeDecodeError as error:

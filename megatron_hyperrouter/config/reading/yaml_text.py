@@ -6,6 +6,7 @@ date.  Here values are read literally, and the type of the setting decides.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 MOST_VALUES = 100_000  # with aliases written out: 400 bytes of them can stand for 10**9 values
+MOST_BYTES = 1 << 24  # of a file of settings: a device such as /dev/zero has no end
 PLAIN = "tag:yaml.org,2002:"
 _EXPONENT = "[eE][-+]?[0-9]+"
 _NOT_FINITE = r"[-+]?\.inf|\.nan"
@@ -36,7 +38,16 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(path: str) -> Any:
     """What a YAML file holds.  OSError if it cannot be read, ValueError if it is not YAML."""
-    return parse_yaml(Path(path).read_text(encoding="utf-8"))
+    return parse_yaml(text_of(path))
+
+
+def text_of(path: str) -> str:
+    """The UTF-8 text of a file of settings.  OSError if it cannot be read or is too large."""
+    with Path(path).open("rb") as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES >> 20} MB")
+    return content.decode("utf-8")
 
 
 def parse_yaml(text: str) -> Any:

@@ -85,8 +85,12 @@ def _flat(text: str) -> dict[str, Any]:
     found = parse_yaml(text)
     if not isinstance(found, dict):
         return {}
-    router = found.pop("router", None) or {}
-    options = {f"{ROUTER_PREFIX}{name}": value for name, value in router.items()}
+    router = found.pop("router", None)
+    options = (
+        {f"{ROUTER_PREFIX}{name}": value for name, value in router.items()}
+        if isinstance(router, dict)
+        else {}
+    )
     return {str(name): value for name, value in found.items()} | options
 
 

@@ -11,6 +11,7 @@ from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, verify
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.train.resuming.changes import changes_of_course, changes_of_function
 from megatron_hyperrouter.train.resuming.run_meta import differences, run_meta
+from megatron_hyperrouter.train.resuming.saved_settings import saved_settings
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -121,7 +122,5 @@ def _other_tokenizer(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Itera
 
 
 def _saved_settings(start: Start) -> str:
-    """The settings in the checkpoint; empty in one of an older version."""
     assert start.folder is not None
-    path = start.folder / SETTINGS
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return saved_settings(start.folder, start.manifest["files"])

@@ -13,6 +13,7 @@ from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.errors import CheckpointError
+from megatron_hyperrouter.train.resuming.saved_settings import saved_settings
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -29,9 +30,10 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
     if not config.checkpoint.use_checkpoint_opt_param_scheduler or not start.step or start.folder is None:
         return config
     path = start.folder / SETTINGS
-    saved = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
+    text = saved_settings(start.folder, start.manifest["files"])
+    saved = parse_yaml(text)
     if not isinstance(saved, dict):
-        rule = "has no settings" if path.is_file() else "is missing"
+        rule = "has no settings" if text else "is missing"
         raise CheckpointError(
             f"{path} {rule}, so the checkpoint's learning-rate schedule is unknown",
             remedy="instead of --use-checkpoint-opt_param-scheduler, give the schedule with --lr, --min-lr, "
