@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 STYLE = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto;
-  max-width: 62rem; padding: 1rem 1.25rem 4rem }
+  max-width: 70rem; padding: 1rem 1.25rem 4rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .25rem; overflow-wrap: anywhere }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid #d5d5d5 }
 h3 { font-size: 1.05rem; margin: 1.5rem 0 .25rem }
 nav { font-size: .9rem; margin: .75rem 0 }
 nav a { margin-right: 1rem; white-space: nowrap }
 p, figcaption { max-width: 46rem }
-figure { margin: 1rem 0 1.5rem; overflow-x: auto }
+figure { margin: 1rem 0 1.5rem; max-width: 60rem; overflow-x: auto }
 figure svg { width: 100%; min-width: 36rem; height: auto; display: block }
 figcaption, .note { font-size: .88rem; color: #555 }
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #e3e3e3; white-space: nowrap }
+th, td { padding: .25rem .65rem; text-align: right; border-bottom: 1px solid #e3e3e3; white-space: nowrap }
 th { border-bottom: 2px solid #999 }
 th:first-child, td:first-child { text-align: left }
 td.text { text-align: left; white-space: normal; min-width: 14rem }
