@@ -114,7 +114,7 @@ def missing_library(error: ModuleNotFoundError) -> HostError:
     library = (error.name or "").split(".")[0]
     return HostError(
         f"the library {library} is not installed ({error})",
-        remedy="run bash tools/setup_env.sh, which installs all libraries",
+        remedy="in the repository, run bash tools/setup_env.sh or pip install . to install all libraries",
     )
 
 
