@@ -83,7 +83,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             remedy=older(folder),
         )
     if manifest["format"] >= 2 and manifest.get("sha256") != _digest(manifest):
-        raise CheckpointError(f"{path} has changed: its checksum does not match", remedy=older(folder))
+        raise CheckpointError(
+            f"{path} has changed: the checksum in it does not match its content", remedy=older(folder)
+        )
     return dict(manifest)
 
 

@@ -122,7 +122,10 @@ class ModelConfig:
         NonNegative,
         Role.COURSE,
         Only("megatron"),
-        "Weight of the multi-token prediction loss, which is the mean over its layers",
+        (
+            "Weight of the multi-token prediction loss, which is averaged over the multi-token "
+            "prediction layers"
+        ),
     ] = 0.1
     mlp_type: Annotated[
         Literal["standard", "residual"],

@@ -118,7 +118,9 @@ def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     if crowded:
         host, cores = next(iter(crowded.items()))
         text = f"{ranks_of[host]} ranks on {host} share {cores} core(s)"
-        remedy = "with Slurm, set --cpus-per-task to the cores of the node / its tasks"
+        remedy = (
+            "with Slurm, set --cpus-per-task to the number of cores divided by the number of tasks of a node"
+        )
         yield fault("cores", text, remedy) if facts[0]["gpus"] else note("cores", text, remedy)
 
 

@@ -265,7 +265,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         promised, self._promised = self._promised, None
         if promised is not None and self._left not in (0, promised):
             missing = f"{self._left} of {promised} backward passes"
-            raise RuntimeError(f"router of layer {self.layer_number}: {missing} are missing in this step")
+            raise RuntimeError(
+                f"router of layer {self.layer_number}: {missing} of this step did not take place"
+            )
 
     def _embedding(self) -> Tensor:
         """``_S``, or ``_ES`` with one for each expert."""

@@ -292,8 +292,8 @@ class SimSMoERouter(Router, name="simsmoe"):
             return now.tokens.places_T
         if self.gather_shards is not None:
             raise ValueError(
-                "router simsmoe needs the positions of the tokens if several ranks "
-                "share a micro-batch; call it with tokens"
+                "router simsmoe needs the positions of the tokens if several ranks share a "
+                "micro-batch; call it with tokens=Tokens(...)"
             )
         return torch.arange(experts_TK.size(0), device=experts_TK.device)
 

@@ -63,7 +63,7 @@ def all_flags(description: str) -> Parser:
         "--config",
         type=Path,
         metavar="FILE.yaml",
-        help="YAML file with these flags by name; flags on the command line override it",
+        help="YAML file of flags for this command; the command line overrides it",
     )
     add_run_flags(flags, data=False)
     _optional(flags, "--load")
@@ -80,7 +80,7 @@ def all_flags(description: str) -> Parser:
         nargs=2,
         metavar=("A", "B"),
         help="instead of training, compare two --output folders by McNemar's test and a paired "
-        "bootstrap; --output is then a JSON file to write, too",
+        "bootstrap; --output FILE.json also writes the comparison",
     )
     _method(flags)
     _course(flags)

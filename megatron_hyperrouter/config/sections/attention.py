@@ -70,8 +70,8 @@ class AttentionConfig:
         NonNegative,
         Role.FUNCTION,
         (
-            "With --rope-type yarn and --multi-latent-attention: coefficient m of the temperature of "
-            "the attention scores"
+            "With --rope-type yarn and --multi-latent-attention: scale attention scores with the "
+            "temperature of coefficient m; 0: do not scale them"
         ),
     ] = 0.0
     multi_latent_attention: Annotated[

@@ -54,8 +54,8 @@ class GuardConfig:
         Natural,
         Role.UPKEEP,
         Quiet(0),
-        "Steps between measurements of the similarity of neighbouring experts (CKA), which the "
-        "alarm collapse needs; 0: never",
+        "Steps between measurements of the similarity of neighbouring experts (CKA) for the "
+        "collapse alarm; 0: never",
     ] = 200
     alarm: Annotated[
         tuple[str, ...],
