@@ -217,8 +217,12 @@ def serve_unequal_shards() -> None:
 
 
 def run_helpers_eagerly() -> None:
-    """The host compiles small helpers (jit.py:21): correct on CPU, but 15 s of compiler at the first step."""
-    torch.compiler.set_stance("force_eager")
+    """The host compiles small helpers (jit.py:21): correct on CPU, but 15 s of compiler at the first step.
+
+    Where the compiler was not imported, nothing is compiled, and importing it would take a second.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("force_eager")
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -47,7 +48,6 @@ class ExpertBank(Protocol):
         Collective over the ranks that share the experts.  Outputs stay on the ranks that compute them;
         only scores are sent.
         """
-        ...
 
 
 class DataRanks(Protocol):
@@ -60,11 +60,9 @@ class DataRanks(Protocol):
 
     def gather(self, part: Tensor) -> Tensor:
         """The tensors of all ranks, stacked rank by rank (collective)."""
-        ...
 
     def sum_of_own(self, parts: Tensor) -> Tensor:
         """``parts[r]`` is for rank r: the sum of what all ranks have for this one (collective)."""
-        ...
 
 
 class Tokens(NamedTuple):
@@ -461,6 +459,17 @@ class Router(nn.Module):
 
     def end_backward(self) -> None:
         """The step's backward passes are done.  Raises RuntimeError if some of those promised are missing."""
+
+
+def uncompiled(method: Any) -> Any:
+    """``torch.compiler.disable``, which imports the compiler (a second), but only in compiled code."""
+
+    @wraps(method)
+    def call(*given: Any, **named: Any) -> Any:
+        disable: Any = torch.compiler.disable
+        return (disable(method) if torch.compiler.is_compiling() else method)(*given, **named)
+
+    return call
 
 
 def reaching(value: Tensor, *parameters: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ from megatron_hyperrouter.ops import competition
 from megatron_hyperrouter.ops.balance import switch_loss, token_mean
 from megatron_hyperrouter.ops.coin import shared_coin
 from megatron_hyperrouter.ops.linear import float32_linear, float32_maths
-from megatron_hyperrouter.routers.base import Pass, Router, Routing, RunFacts
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, RunFacts, uncompiled
 
 Coefficient = Annotated[float, Ge(0.0)]
 
@@ -232,7 +232,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         """The trained weights themselves: what evaluation routes by."""
         return self.weight_ED.float(), None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled  # type: ignore[untyped-decorator]
     def competes(self, step: int) -> bool:
         """Whether this layer competes in the training step after ``step`` completed ones; the same on
         every rank.

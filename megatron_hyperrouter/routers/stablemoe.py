@@ -47,7 +47,7 @@ from megatron_hyperrouter.config.kinds import Count, Natural
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.errors import Problem
 from megatron_hyperrouter.ops.balance import overload_loss, token_mean
-from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching
+from megatron_hyperrouter.routers.base import Pass, Router, Routing, reaching, uncompiled
 from megatron_hyperrouter.routers.choice import without_tokens
 
 
@@ -210,7 +210,7 @@ class StableMoERouter(Router, name="stablemoe"):
                 F.linear(F.embedding(now.tokens.ids_T, self.frozen_word_VW), self.frozen_centroid_EW), now.k
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled  # type: ignore[untyped-decorator]
     def _freeze(self, step: int) -> None:
         """Copy D and E' unless that is done."""
         if self.frozen_at.device.type == "cpu" and int(self.frozen_at) >= 0:
