@@ -228,7 +228,7 @@ def install(*, apex: bool = False) -> None:
         "pytorch.ops": [type("Sequential", (), {}), type("FusibleOperation", (), {})],
         "pytorch.tensor": [type("QuantizedTensor", (), {})],
         "pytorch.distributed": [type("CudaRNGStatesTracker", (Tracker,), {}), activation_recompute_forward],
-        "pytorch.fp8": [type("FP8GlobalStateManager", (), {}), fp8_autocast],
+        "pytorch.fp8": [type("FP8GlobalStateManager", (), {}), fp8_autocast, fp8_model_init],
         "pytorch.cpp_extensions": [cast_to_fp8],
         "pytorch.tensor.float8_tensor": [type("Float8Tensor", (), {})],
     }
@@ -239,6 +239,10 @@ def install(*, apex: bool = False) -> None:
 
 
 def cast_to_fp8(*args: Any) -> None:
+    raise NotImplementedError
+
+
+def fp8_model_init(*args: Any, **kwargs: Any) -> None:
     raise NotImplementedError
 
 
