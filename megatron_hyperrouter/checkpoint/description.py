@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_hyperrouter.checkpoint.manifest import damage, older
 from megatron_hyperrouter.config.by_role import leaves_with
 from megatron_hyperrouter.config.cli import dump
 from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.roles import Role
 from megatron_hyperrouter.config.tree import RunConfig
-from megatron_hyperrouter.errors import DataError
+from megatron_hyperrouter.errors import CheckpointError, DataError
 
 SETTINGS = "settings.yaml"
 TOKENIZER = "tokenizer"
@@ -59,6 +60,19 @@ def describe(
         "host": socket.gethostname(),
     }
     return Description(texts, {"tokenizer": known, "origin": origin})
+
+
+def settings_file(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Path | None:
+    """The settings in a checkpoint, which are needed before all its files are verified.
+
+    ``files``: those that its manifest lists.  None in a checkpoint of an older version, which has no
+    settings; CheckpointError if the file is damaged.
+    """
+    if SETTINGS not in files:
+        return None
+    if wrong := damage(folder, {SETTINGS: files[SETTINGS]}):
+        raise CheckpointError(wrong, remedy=older(folder))
+    return folder / SETTINGS
 
 
 def tokenizer_paths(config: RunConfig) -> dict[str, str]:

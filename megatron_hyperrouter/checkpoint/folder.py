@@ -46,7 +46,6 @@ __all__ = [
     "MANIFEST",
     "CheckpointFolders",
     "Ranks",
-    "damage",
     "find",
     "folder_name",
     "older",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.checkpoint.description import SETTINGS
+from megatron_hyperrouter.checkpoint.description import SETTINGS, settings_file
 from megatron_hyperrouter.config.by_role import quiet
 from megatron_hyperrouter.config.cli import load_file
 from megatron_hyperrouter.config.roles import Role
@@ -15,10 +16,15 @@ from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.routers import ROUTERS
 
 
-def settings_of(folder: Path, world_size: int, overrides: Mapping[str, object]) -> RunConfig:
-    """The settings of a checkpoint: its layout where it fits these ranks, else data-parallel ranks alone."""
-    path = folder / SETTINGS
-    if not path.is_file():
+def settings_of(
+    folder: Path, files: Mapping[str, Any], world_size: int, overrides: Mapping[str, object]
+) -> RunConfig:
+    """The settings of a checkpoint: its layout where it fits these ranks, else data-parallel ranks alone.
+
+    ``files``: those that its manifest lists.
+    """
+    path = settings_file(folder, files)
+    if path is None:
         path = folder.parent.parent / "config.yaml"
         if not path.is_file():
             raise CheckpointError(

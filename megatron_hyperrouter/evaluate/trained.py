@@ -96,7 +96,7 @@ class TrainedRun:
                 f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
                 remedy="give the run that was fine-tuned, or test the classifier with mhr finetune --test",
             )
-        settings = settings_of(folder, world_size, overrides or {})
+        settings = settings_of(folder, manifest["files"], world_size, overrides or {})
         return cls(folder, manifest, with_tokenizer(settings, folder, manifest, tokenizer_model))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedW
 from megatron_hyperrouter.data.stream.file_identity import identity
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
-from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
@@ -80,6 +81,24 @@ def test_the_runs_own_files_at_another_place_are_divided_as_in_the_run(home: Pat
         writer.add_document(np.arange(40 * 30, dtype=np.uint16) % 90 + 97)
     assert len(run.dataset(run.tokenizer(), data_path=[other])) > 3 * before  # used whole
     assert len(run.dataset(run.tokenizer(), data_path=[moved, other])) > 6 * before
+
+
+@pytest.mark.parametrize(
+    ("damage", "rule"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\x80"), "were saved"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"8", b"9")), "has changed"),
+    ],
+)
+def test_damaged_settings_are_refused(home: Path, damage: Callable[[Path], object], rule: str) -> None:
+    """The ``config.yaml`` of the run folder, which may be that of another run, is not read instead."""
+    path = home / "run/checkpoints/step_0000005/settings.yaml"
+    shutil.copy(path, home / "run/config.yaml")
+    damage(path)
+    with pytest.raises(CheckpointError, match=rule) as caught:
+        TrainedRun.open(home / "run")
+    assert str(path.relative_to(home)) in caught.value.message
 
 
 def test_a_file_that_has_changed_is_reported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
