@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ def test_transformers_computes_the_same(made: Made, answer: Any, case: str) -> N
         assert result["equal_argmax"] == 1.0 and min(result["equal_experts"]) == 1.0
         assert result["loss_hf"] == pytest.approx(result["loss"], abs=2e-6)
         assert result["logits_std"] > 0.3  # a model that says something
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize("case", [name for name, each in CASES.items() if "--custom-code" not in each.flags])
+def test_another_transformers_computes_the_same(made: Made, case: str) -> None:
+    """In the environment of the Python that ``MHR_OTHER_PYTHON`` names: ``pytest -m by_hand``."""
+    told = made.told[case]
+    found = child.ask(made.task(case), python=os.environ["MHR_OTHER_PYTHON"])
+    differs, version = faults(found, "float32", greedy=told["greedy"]), found["versions"]["transformers"]
+    worst = [f"{result['max_difference_all']:.1e}" for result in found["results"]]
+    print(f"{case}, transformers {version}: {', '.join(worst)}")
+    warned = "Transformers 4 computes another model" in (made.home(case) / "folder/README.md").read_text()
+    assert bool(differs) == (warned and version.startswith("4.")), differs
 
 
 @pytest.mark.parametrize("reason", REFUSED)
