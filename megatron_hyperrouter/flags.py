@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             value = getattr(args, name)
             if value is not None and not min(value if isinstance(value, list) else [value]) >= least:
                 flag = f"--{name.replace('_', '-')}"
-                self.refuse(flag, value, f"must be at least {least}", f"use {flag} {max(least, 1)} or more")
+                self.refuse(flag, value, f"must be at least {least}", f"use {flag} {least} or more")
 
     def _lists_flags(self) -> str:
         return f"run {self.prog} --help, which lists all flags"

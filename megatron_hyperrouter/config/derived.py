@@ -13,6 +13,7 @@ from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
 from megatron_hyperrouter.config.tree import RunConfig
 
+NO_DATA = "no-data-yet"  # in place of --data-path, in a run that was imported without data
 MOST_LAYERS = 10_000  # of a pattern: more is a slip of the pen, which must not fill the memory
 
 

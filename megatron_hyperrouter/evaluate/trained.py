@@ -50,10 +50,10 @@ def run_path(text: str) -> Path:
 
 
 def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
-    return CheckpointError(
-        f"--load = {load}: the folder has no finished checkpoint{why}",
-        remedy="give the folder of a run that has saved a checkpoint",
-    )
+    remedy = "give the folder of a run that has saved a checkpoint"
+    if (Path(load) / "config.json").is_file():
+        remedy = f"import this Hugging Face folder first: mhr import-hf --input {load} --output RUN"
+    return CheckpointError(f"--load = {load}: the folder has no finished checkpoint{why}", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,14 @@ class TrainedRun:
         """A split of the data (the test split by default): its first ``samples``, or all of it; see
         :meth:`data`.
         """
+        from megatron_hyperrouter.config.derived import NO_DATA
         from megatron_hyperrouter.data.stream.dataset import build_splits
 
         name = split or "test"
+        if data_path is None and self.settings.data.data_path == (NO_DATA,):
+            raise DataError(
+                "this run was imported and has no data", remedy="name token files with --data-path P"
+            )
         splits = build_splits(
             self.data(split=split, data_path=data_path, whole=samples is None),
             seq_length=self.settings.model.seq_length,

@@ -18,6 +18,8 @@ FORMAT = 1
 
 def read_certificate(folder: Path) -> dict[str, Any]:
     """The certificate; CheckpointError if there is none, or none that this version reads."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}", remedy="give a folder that mhr export-hf wrote")
     path = folder / CERTIFICATE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

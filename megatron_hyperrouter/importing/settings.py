@@ -12,25 +12,24 @@ import yaml
 
 from megatron_hyperrouter.checkpoint.description import Description, describe
 from megatron_hyperrouter.config.cli import dump, load_file
+from megatron_hyperrouter.config.derived import NO_DATA
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.data.tokenize.transformers_files import is_byte_tokenizer
 from megatron_hyperrouter.routers import ROUTERS
-
-_NO_DATA = "no-data-yet"  # instead of --data-path, which is not needed without training
 
 
 def run_of(settings: Mapping[str, Any]) -> RunConfig:
     """The run that these settings describe; ConfigError with every problem at once."""
     with tempfile.TemporaryDirectory(prefix="mhr-settings-") as folder:
         path = Path(folder) / "settings.yaml"
-        path.write_text(yaml.safe_dump({"data_path": [_NO_DATA], **settings}), encoding="utf-8")
+        path.write_text(yaml.safe_dump({"data_path": [NO_DATA], **settings}), encoding="utf-8")
         return load_file(path, routers=ROUTERS, world_size=1)
 
 
 def has_data(run: RunConfig) -> bool:
     """Whether the run names data, which an import need not."""
-    return run.data.data_path != (_NO_DATA,)
+    return run.data.data_path != (NO_DATA,)
 
 
 def tokenizer_settings(file: Path, rows: int) -> dict[str, Any]:

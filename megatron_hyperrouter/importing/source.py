@@ -24,6 +24,7 @@ DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 UNLIKE = {
     "OlmoeForCausalLM": "its q/k norms are not supported, because they span all heads",
     "GptOssForCausalLM": "its biases and attention sinks are not supported",
+    "HyperRouterForCausalLM": "it was exported with --custom-code, and only transformers can load it",
 }
 
 
@@ -129,7 +130,8 @@ def open_folder(path: Path) -> HfFolder:
         ) from error
     if architecture not in MOE and architecture not in DENSE:
         reason = UNLIKE.get(architecture, f"supported are {', '.join((*MOE, *DENSE))}")
-        raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy="choose another model")
+        remedy = "give the run that it was exported from" if "auto_map" in config else "choose another model"
+        raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy=remedy)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(

@@ -52,7 +52,10 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
             found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
             return found
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        if any(word in last[0] for word in ("ModuleNotFoundError", "ImportError", "does not have the class")):
+        if any(
+            word in last[0]
+            for word in ("ModuleNotFoundError", "ImportError", "does not support this model class")
+        ):
             raise HostError(f"{program}: {last[0]}", remedy=_INSTALL[script])
         raise HyperRouterError(
             f"{script.name} failed: {last[0]}",

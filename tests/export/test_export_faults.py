@@ -45,6 +45,20 @@ def test_more_active_experts_than_there_are(run: Path, tmp_path: Path) -> None:
     assert status == 2 and "--proof-topk = 6: must be from 1 to the 4 experts of the model" in message
 
 
+def test_flags_that_cannot_be_followed(run: Path, tmp_path: Path) -> None:
+    status, message = refused(run, tmp_path / "out", "--topk", "0")
+    assert status == 2 and "--topk = 0: must be at least 1" in message
+    status, message = refused(run, tmp_path / "out", "--gguf", str(run))
+    assert status == 2 and f"--gguf = {run}: is not a file" in message
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(HyperRouterError, match="mhr import-hf --input") as error:
+        main(["--load", str(tmp_path / "hf"), "--output", str(tmp_path / "out")])
+    assert error.value.exit_status == 4
+    with pytest.raises(HyperRouterError, match="there is no folder"):
+        main(["--verify", str(tmp_path / "nowhere")])
+
+
 def test_a_disk_that_fills_up(run: Path, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
@@ -89,6 +103,26 @@ def test_a_python_without_transformers(tmp_path: Path, monkeypatch: pytest.Monke
     assert error.value.exit_status == 5
     assert "ModuleNotFoundError: No module named" in str(error.value)
     assert "pip install 'megatron-hyperrouter[hf]'" in str(error.value)
+
+
+def test_a_transformers_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message of the other side is what this side knows it by."""
+    from megatron_hyperrouter.huggingface import compare
+
+    def load(*_: object) -> None:
+        raise ValueError(
+            "The checkpoint has model type `new` but Transformers does not recognize this architecture"
+        )
+
+    monkeypatch.setattr(compare, "load", load)
+    with pytest.raises(SystemExit) as told:
+        compare.answer({"topks": [1]})
+    old = tmp_path / "python"
+    old.write_text(f"#!/bin/sh\necho '{told.value.code}' >&2; exit 1\n")
+    old.chmod(0o755)
+    with pytest.raises(HyperRouterError, match="does not support this model class") as error:
+        ask({}, python=str(old))
+    assert error.value.exit_status == 5
 
 
 def test_another_tokenizer_than_the_run_had(tmp_path: Path) -> None:

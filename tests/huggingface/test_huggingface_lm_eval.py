@@ -15,7 +15,7 @@ from export.made_up import TINY, make_up
 from megatron_hyperrouter.commands.models import export_hf, generate, import_hf
 from megatron_hyperrouter.commands.models.lm_eval import main, read_flags, texts_in, texts_of
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
-from megatron_hyperrouter.errors import ConfigError, DataError, HostError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError, HostError
 from megatron_hyperrouter.proof import child
 
 GROUPS = {
@@ -161,6 +161,19 @@ def test_text_at_a_k_that_the_class_does_not_serve(tmp_path: Path) -> None:
     generate.main(["--load", str(tmp_path / "out"), *words, "2"])
     with pytest.raises(ConfigError, match="--topk = 1: must be a k at which Glm4MoeForCausalLM chooses"):
         generate.main(["--load", str(tmp_path / "out"), *words, "1", "2"])
+
+
+def test_what_no_folder_or_run_has(tmp_path: Path) -> None:
+    make_up(tmp_path / "bias", TINY | {"router": {"name": "hyper", "bias": True}})
+    words = ["--load", str(tmp_path / "bias"), "--output", str(tmp_path / "own"), "--no-proof"]
+    export_hf.main([*words, "--custom-code"])
+    with pytest.raises(CheckpointError, match="give the run that it was exported from"):
+        generate.main(["--load", str(tmp_path / "own"), "--prompt", "a"])
+    words = ["--load", str(tmp_path / "bias"), "--tasks", "held_out", "--output", str(tmp_path / "s.json")]
+    with pytest.raises(DataError, match="this run was imported and has no data"):
+        texts_of(read_flags(words))
+    with pytest.raises(ConfigError, match="--limit = 0: must be at least 1"):
+        read_flags([*words, "--limit", "0"])
 
 
 @pytest.mark.parametrize("line", ["{", '{"words": 1}', "[1]", '"text"'])

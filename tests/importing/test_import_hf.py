@@ -85,6 +85,9 @@ REFUSED: dict[str, Any] = {
     "--topk = 3: must be a multiple of --granularity = 2": case(
         "llama", *UP, "--granularity", "2", "--topk", "3", topks=[]
     ),
+    "--granularity = 0: must be at least 1": case("llama", *UP, "--granularity", "0", topks=[]),
+    "--upcycle = 0: must be at least 1": case("llama", "--upcycle", "0", topks=[]),
+    "--router = nonsense: must be one of": case("qwen3_moe", "--router", "nonsense", topks=[]),
     "--tokenizer-model = nowhere.json: must be an existing file": case(
         "qwen3_moe", "--tokenizer-model", "nowhere.json", topks=[]
     ),

@@ -46,6 +46,13 @@ def test_the_mixture_computes_the_dense_run(tmp_path: Path, qk_norm: bool, flags
         torch.testing.assert_close(logits(tmp_path / "run", k), expected, rtol=0, atol=1e-5)
 
 
+def test_a_router_that_learns_nothing_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_up(tmp_path / "dense", SETTINGS, small)
+    words = ["--input", str(tmp_path / "dense"), "--output", str(tmp_path / "run"), "--upcycle", "4"]
+    main([*words, "--no-proof", "--topk", "1"])
+    assert "k = 1: the weight of the only chosen expert is always 1" in capsys.readouterr().err
+
+
 def test_what_is_no_dense_run_is_refused(tmp_path: Path) -> None:
     words = ["--output", str(tmp_path / "run"), "--upcycle", "4", "--no-proof", "--input"]
     make_up(tmp_path / "mixture", SETTINGS | {"num_experts": 4}, small)

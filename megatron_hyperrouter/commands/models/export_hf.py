@@ -72,12 +72,16 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
 
 
 def check_libraries(args: Namespace) -> None:
-    """HostError if a library for the proof or for the GGUF file is missing."""
+    """HostError if a library for the proof or for the GGUF file is missing; ConfigError if the GGUF file cannot
+    be written.
+    """
+    from megatron_hyperrouter.files import check_output
     from megatron_hyperrouter.proof.child import COMPARE, GGUF, require
 
     if not args.no_proof:
         require(COMPARE, python=args.python)
     if args.gguf is not None:
+        check_output(args.gguf, "--gguf")
         require(GGUF, python=args.python)
 
 
@@ -103,7 +107,7 @@ def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
     checkpoint = trained.checkpoint
     check_files(checkpoint)
     run = plain_run(trained.settings)
-    topk = args.topk or run.model.moe_router_topk
+    topk = run.model.moe_router_topk if args.topk is None else args.topk
     tokenizer = trained.tokenizer()
     check_topks([topk], run.model.num_experts, router=run.router)
     check_topks(args.proof_topk or [], run.model.num_experts, router=run.router, flag="--proof-topk")
@@ -282,7 +286,7 @@ def _check_together(flags: Parser, args: Namespace) -> None:
     elif args.load is not None or args.output is not None:
         rule = "cannot be combined with --load or --output"
         flags.refuse("--verify", args.verify, rule, "leave out --load and --output")
-    flags.check_at_least(args, 1, "proof_samples")
+    flags.check_at_least(args, 1, "proof_samples", "topk")
 
 
 def size(word: str) -> int:

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> None:
                 "model computes the same without them"
             )
         run = run_of(args, folder, weights)
+        for line in run.router.options.warnings(topk=run.model.moe_router_topk):
+            note(f"note: {line}")
         write(draft, run, weights, reset=args.reset_router or copies(args, folder))
         certificate, faults = prove_import(draft, folder, topks_of(args, folder, run), asked_of(args))
         tolerated = args.reset_router or args.noise or args.redraw or args.scale_pre_softmax
@@ -184,7 +186,12 @@ def asked_of(args: Namespace) -> Any:
 
 def check_flags(args: Namespace, folder: HfFolder) -> None:
     """ConfigError that lists all flags that cannot be used with this folder."""
+    from megatron_hyperrouter.routers import ROUTERS
+
     found: list[Problem] = []
+    if args.router not in ROUTERS:
+        rule = f"must be one of {', '.join(sorted(ROUTERS))}"
+        raise ConfigError([Problem("--router", args.router, rule, "choose one of these routers")])
     if folder.dense and args.upcycle is None:
         rule = f"must be given for a dense model ({folder.architecture})"
         found.append(Problem("--upcycle", "", rule, "add --upcycle E, the number of experts"))
@@ -299,7 +306,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
     )
     args = flags.parse_args(arguments)
-    flags.check_at_least(args, 1, "proof_samples")
+    flags.check_at_least(args, 1, "proof_samples", "seq_length", "upcycle", "granularity", "topk")
     return args
 
 

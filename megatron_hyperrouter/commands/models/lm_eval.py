@@ -256,6 +256,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="Python interpreter that has lm-eval and transformers (default: the current one)",
     )
     args = flags.parse_args(arguments)
+    flags.check_at_least(args, 1, "limit", "batch_size")
     if args.text is not None and args.data_path is not None:
         flags.error("give --text or --data-path, not both")
     if args.data_path is not None and is_folder(args.load):
