@@ -72,8 +72,8 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
 
 
 def check_libraries(args: Namespace) -> None:
-    """HostError if a library for the proof or for the GGUF file is missing; ConfigError if the GGUF file cannot
-    be written.
+    """HostError if a library for the proof or the GGUF file is missing; ConfigError if that file cannot be
+    written.
     """
     from megatron_hyperrouter.files import check_output
     from megatron_hyperrouter.proof.child import COMPARE, GGUF, require
