@@ -27,6 +27,11 @@ def run_of(settings: Mapping[str, Any]) -> RunConfig:
         return load_file(path, routers=ROUTERS, world_size=1)
 
 
+def router_names() -> list[str]:
+    """The names of all routers."""
+    return sorted(ROUTERS)
+
+
 def has_data(run: RunConfig) -> bool:
     """Whether the run names data, which an import need not."""
     return run.data.data_path != (NO_DATA,)

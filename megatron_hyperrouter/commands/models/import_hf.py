@@ -186,11 +186,11 @@ def asked_of(args: Namespace) -> Any:
 
 def check_flags(args: Namespace, folder: HfFolder) -> None:
     """ConfigError that lists all flags that cannot be used with this folder."""
-    from megatron_hyperrouter.routers import ROUTERS
+    from megatron_hyperrouter.importing.settings import router_names
 
     found: list[Problem] = []
-    if args.router not in ROUTERS:
-        rule = f"must be one of {', '.join(sorted(ROUTERS))}"
+    if args.router not in router_names():
+        rule = f"must be one of {', '.join(router_names())}"
         raise ConfigError([Problem("--router", args.router, rule, "choose one of these routers")])
     if folder.dense and args.upcycle is None:
         rule = f"must be given for a dense model ({folder.architecture})"
