@@ -81,8 +81,8 @@ def check_libraries(args: Namespace) -> None:
     if not args.no_proof:
         require(COMPARE, python=args.python)
     if args.gguf is not None:
-        check_output(args.gguf, "--gguf")
         require(GGUF, python=args.python)
+        check_output(args.gguf, "--gguf")
 
 
 def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
