@@ -24,7 +24,7 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
     """Dry runs of the ``best`` layouts; one that needs more than a GPU has is refused after all."""
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
-    note(f"dry run of {len(tasks)} ranks: building the engine and running {_STEPS} steps without memory")
+    note(f"dry run of {len(tasks)} ranks: each builds its engine and runs {_STEPS} steps in fake memory")
     for (each, rank), told in zip(asked, answers(tasks), strict=True):
         if "error" in told:
             note(f"rank {rank} of a layout could not be verified: {told['error']}")

@@ -152,7 +152,7 @@ def test_a_file_that_stands_twice_can_go_on_but_not_change(two: tuple[str, str])
     words = (two[0], two[0])
     told = course_of(builder(words), ((0, words),), [], step=0, train_iters=5, batch=2).ledger(3)
     resumed(words, told)
-    with pytest.raises(CheckpointError, match="names this file twice"):
+    with pytest.raises(CheckpointError, match="lists this file twice"):
         resumed(words, told, length=5)
 
 

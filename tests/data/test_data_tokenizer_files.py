@@ -305,7 +305,7 @@ class TestBounds:
         backend = byte_level(["</s>"])
         backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "b" * 200_000)])
         backend.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(DataError, match="its normalizer inserts 200000 characters at a time"):
+        with pytest.raises(DataError, match="its normalizer inserts a string of 200000 characters"):
             of_file(tmp_path)
 
     def test_a_pattern_that_panics_is_a_message(self, tmp_path: Path) -> None:

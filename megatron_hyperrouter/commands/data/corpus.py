@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from megatron_hyperrouter.terminal import Bar, counted, parser
 
 EPILOG = """\
-Each line is {"text": ..., "source": path below the folder}.  The command skips hidden files and
-folders, links, __pycache__, site-packages, dist-packages, and files that are binary, blank or not UTF-8.
+Each line is {"text": ..., "source": path relative to --root}.  The command skips hidden files and folders,
+links, __pycache__, site-packages, dist-packages, and files that are binary, blank or not UTF-8.
 
-Documents are sorted by the SHA-256 of their paths.  This order is the same on every machine and mixes all
-folders, so the last documents, from which --split takes the test data, represent the whole corpus."""
+Documents are sorted by the SHA-256 of their paths.  The order is therefore the same on every machine, and
+it mixes the files of all folders.  Training takes its test data from the end of the corpus (mhr train
+--split), so the test data represent the whole corpus."""
 
 
 def main(arguments: Sequence[str]) -> None:

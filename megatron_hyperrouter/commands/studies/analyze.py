@@ -101,7 +101,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         default=BATCHES,
         metavar="N",
-        help=f"number of the run's global batches to use, at most the whole split (default: {BATCHES})",
+        help=f"number of global batches to use, at most all of the split (default: {BATCHES})",
     )
     flags.add_argument(
         "--no-checkpoints", action="store_true", help="do not analyze the run's earlier checkpoints"

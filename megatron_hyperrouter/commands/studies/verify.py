@@ -153,7 +153,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--timeout",
         type=float,
         default=1800,
-        help="seconds allowed for all runs with the same number of ranks (default: 1800)",
+        help="time limit in seconds; the layouts with one number of ranks share it (default: 1800)",
     )
     flags.add_argument(
         "--folder",

@@ -78,8 +78,8 @@ class Mapped:
                 f"{len(self.content)} bytes when it was opened"
             ),
             remedy=(
-                "copy both token files again and continue with --load; do not "
-                "change files while a run reads them"
+                "copy the .bin and the .idx file again and continue with --load; do not "
+                "change them while a run reads them"
             ),
         )
 

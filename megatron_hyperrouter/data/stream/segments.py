@@ -417,7 +417,7 @@ def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set])
         prefix, read = entry["path"], int(entry["samples"])
         if prefix in seen:
             raise CheckpointError(
-                f"{prefix}: the mix of the checkpoint names this file twice, so the unread part is not known",
+                f"{prefix}: the checkpoint's data mix lists this file twice, so its unread part is unknown",
                 remedy="use the settings of that run, or start a new epoch with --finetune",
             )
         seen.add(prefix)

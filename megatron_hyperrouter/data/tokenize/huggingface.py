@@ -222,7 +222,7 @@ def _backend_of(files: TokenizerFiles) -> Backend:
         raise DataError(message, remedy="download or train the tokenizer again; its file is damaged")
     for content in _replacements(json.loads(backend.to_str())["normalizer"]):
         if len(content) > _LONGEST_REPLACEMENT:
-            message = f"{files.model[0]}: its normalizer inserts {len(content)} characters at a time"
+            message = f"{files.model[0]}: its normalizer inserts a string of {len(content)} characters"
             raise DataError(
                 message, remedy=(f"use at most {_LONGEST_REPLACEMENT} characters; more would fill the memory")
             )

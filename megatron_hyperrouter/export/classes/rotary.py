@@ -54,8 +54,10 @@ def rotary_settings(rope: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
         if any(rope.get(name) != value for name, value in _LLAMA3.items()):
             raise ValueError("rope_type llama3 has other constants than Llama 3.1")
         return {"rope_type": "rope", "use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
-    if kind != "yarn" or rope.get("truncate", True) is not True:
+    if kind != "yarn":
         raise ValueError(f"rope_type {kind} is not supported; only default, linear, llama3 and yarn are")
+    if rope.get("truncate", True) is not True:
+        raise ValueError("rope_type yarn with truncate = false is not supported")
     # What DeepSeek's own code has by default; without either, transformers takes 0.1 ln(factor) + 1.
     mscale, all_dim = (float(rope.get(name) or 0.0) for name in ("mscale", "mscale_all_dim"))
     if not (mscale and all_dim):
