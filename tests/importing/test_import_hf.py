@@ -16,6 +16,7 @@ from importing.given import MODELS, edit_config, make_model
 from program.launched import Zygote
 from safetensors.torch import load_file, save_file
 
+from megatron_hyperrouter.export.classes.rotary import rotary_settings
 from megatron_hyperrouter.importing.fitting import fitting_folder
 from megatron_hyperrouter.importing.upcycle import UpcycledWeights, UpcycleOptions
 from megatron_hyperrouter.proof.bounds import faults
@@ -100,6 +101,11 @@ REFUSED: dict[str, Any] = {
     ),
     "its q/k norms are not supported, because they span all heads": case("olmoe", topks=[]),
 }
+
+
+def test_a_yarn_without_truncation_is_refused_as_such():
+    with pytest.raises(ValueError, match=r"^rope_type yarn with truncate = false is not supported$"):
+        rotary_settings({"rope_type": "yarn", "factor": 4.0, "truncate": False}, latent=False)
 
 
 def write_folders(home: Path) -> None:
