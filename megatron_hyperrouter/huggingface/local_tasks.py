@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TASKS = ("held_out", "next_line")
-_CHOICES, _CONTEXT_LINES, _QUESTIONS, _SEED = 4, 6, 200, 1234
+_CHOICES, _CONTEXT_LINES, _QUESTIONS, _SEED = 4, 6, 100, 1234
 
 _HELD_OUT = """task: held_out
 dataset_path: json

@@ -21,7 +21,7 @@ from megatron_hyperrouter.evaluate.trained import TrainedRun, add_model_flags
 from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import parser, show
 
-_SAMPLES = 64
+_SAMPLES = 48
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
