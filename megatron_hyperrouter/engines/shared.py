@@ -142,7 +142,11 @@ class SharedEngine(SavedEngine):
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         assert self._last is not None, "call step() before again()"
         first = self._own_loss
-        with first_bad_gradient(self.holding().named) as bad:
+        # the ranks that divide a hypernetwork add up the gradients of its embedding in the backward pass
+        divided = [router for router in self.routers.values() if router.facts.data_ranks is not None]
+        summed = {id(weight) for router in divided for weight in router.parameters()}
+        own = [(name, weight) for name, weight in self.holding().named if id(weight) not in summed]
+        with first_bad_gradient(own) as bad:
             result = self._run(self._last, lambda: False, lambda result: False)
         set_random_states(self._last.random)
         losses = (first, self._own_loss)

@@ -39,5 +39,5 @@ def settings_of(
             return load_file(path, routers=ROUTERS, overrides=neutral, world_size=world_size)
         except ConfigError:  # another number of ranks
             pass
-    alone = {**neutral, **quiet(Role.LAYOUT), **overrides}
+    alone = {**neutral, **quiet(Role.LAYOUT), "shard_hypernetwork": None, **overrides}
     return load_file(path, routers=ROUTERS, overrides=alone, world_size=world_size)

@@ -50,7 +50,9 @@ def run_path(text: str) -> Path:
 
 
 def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
-    remedy = "give the folder of a run that has saved a checkpoint"
+    remedy = (
+        "give the folder of a run that has saved a checkpoint: its model, tokenizer and settings are used"
+    )
     if (Path(load) / "config.json").is_file():
         remedy = f"import this Hugging Face folder first: mhr import-hf --input {load} --output RUN"
     return CheckpointError(f"--load = {load}: the folder has no finished checkpoint{why}", remedy=remedy)
@@ -85,17 +87,15 @@ class TrainedRun:
         knows only its digest.  ``overrides``: other settings, by flat name.  ``headed``: the model may have a
         classification head.  CheckpointError if there is no whole checkpoint.
         """
+        from megatron_hyperrouter.checkpoint.description import check_language_model
         from megatron_hyperrouter.checkpoint.folder import read_manifest
         from megatron_hyperrouter.evaluate.saved_settings import settings_of
         from megatron_hyperrouter.evaluate.whereabouts import with_tokenizer
 
         folder = checkpoint_of(load)
         manifest = read_manifest(folder)
-        if "classifier" in manifest["meta"] and not headed:
-            raise CheckpointError(
-                f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
-                remedy="give the run that was fine-tuned, or test the classifier with mhr finetune --test",
-            )
+        if not headed:
+            check_language_model(folder, manifest)
         settings = settings_of(folder, manifest["files"], world_size, overrides or {})
         return cls(folder, manifest, with_tokenizer(settings, folder, manifest, tokenizer_model))
 

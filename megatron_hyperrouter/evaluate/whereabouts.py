@@ -50,16 +50,14 @@ def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataCon
 
 
 def are_own(words: Sequence[str], data: DataConfig, meta: Mapping[str, Any]) -> bool:
-    """Whether these are the files of the run's ``--data-path``, at another place or not."""
+    """Whether these are files of the run's ``--data-path``, all or some, at another place or not."""
     known = meta.get("files", {})
     own = [known.get(word) for word in _prefixes("data_path", data.data_path)]
     given = [Path(prefix) for prefix in _prefixes("data_path", words)]
     if not own or None in own or not all(Path(f"{prefix}.idx").is_file() for prefix in given):
         return False  # whoever reads them says what is missing
     found = [identity(IndexedDataset(str(prefix), whole=False)) for prefix in given]
-    return all(any(same(one, other) for other in found) for one in own) and all(
-        any(same(one, other) for one in own) for other in found
-    )
+    return all(any(same(one, other) for one in own) for other in found)
 
 
 def other_data(data: DataConfig, words: Sequence[str], *, divided: bool) -> DataConfig:

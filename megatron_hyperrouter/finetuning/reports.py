@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_hyperrouter.analysis.intervals import mean_and_half
-from megatron_hyperrouter.errors import DataError, HyperRouterError
+from megatron_hyperrouter.errors import DataError, HyperRouterError, reason_of
 from megatron_hyperrouter.files import write_json, write_text
 from megatron_hyperrouter.finetuning.measures import log_softmax, mcnemar, paired_bootstrap, scores
 
@@ -68,6 +68,14 @@ def write_facts(output: Path, facts: ResultRow) -> None:
         write_json(output / FACTS, facts)
 
 
+def read_facts(output: Path) -> ResultRow:
+    """``finetuning.json``; DataError if it cannot be read."""
+    found = _read(output / FACTS, "move this folder away, or give another --output")
+    if not isinstance(found, dict):
+        raise DataError(f"{output / FACTS} must contain a JSON object", remedy="move this folder away")
+    return found
+
+
 def write_seed(folder: Path, outcome: Outcome, parts: dict[str, TextsOfSplit]) -> None:
     """Write the files of one seed, or of one test, each atomically, the results last."""
     results: ResultRow = {"results": rows_of(outcome, parts)}
@@ -83,16 +91,33 @@ def write_seed(folder: Path, outcome: Outcome, parts: dict[str, TextsOfSplit]) -
 def join(output: Path, seeds: Sequence[int], facts: ResultRow) -> list[ResultRow]:
     """Write the files of a fine-tuning from those of its seeds, the results last; returns the results."""
     folders = [folder_of(output, seed) for seed in seeds]
+    again = "remove the folder of this seed and run the same command again"
+    found = [_read(folder / RESULTS, again) for folder in folders]
+    texts = {
+        name: "".join(_text(folder / name, again) for folder in folders) for name in (PREDICTIONS, TRAINING)
+    }
     with _reported(output):
-        found = [json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in folders]
-        for name in (PREDICTIONS, TRAINING):
-            texts = [(folder / name).read_text(encoding="utf-8") for folder in folders]
-            write_text(output / name, "".join(texts))
+        for name, text in texts.items():
+            write_text(output / name, text)
         chosen = {str(seed): each["chosen_step"] for seed, each in zip(seeds, found, strict=True)}
         write_json(output / FACTS, facts | {"chosen_steps": chosen})
         rows = [row for each in found for row in each["results"]]
         write_json(output / RESULTS, {"results": rows})
     return rows
+
+
+def _read(path: Path, remedy: str) -> Any:
+    try:
+        return json.loads(_text(path, remedy))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}", remedy=remedy) from error
+
+
+def _text(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path} cannot be read: {reason_of(error)}", remedy=remedy) from error
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hyperrouter.checkpoint.description import describe
+from megatron_hyperrouter.checkpoint.description import CLASSIFIER, describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_manifest, verify
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.engines.shared import SharedEngine
     from megatron_hyperrouter.evaluate.trained import TrainedRun
 
-CLASSIFIER, COURSE = "classifier", "finetuning"  # entries of a manifest
+COURSE = "finetuning"  # an entry of a manifest
 _LINES = "training.jsonl"  # in a checkpoint that a fine-tuning continues from
 
 
@@ -52,13 +53,14 @@ class SeedFolder:
         """The state after a step, so that :meth:`load` continues; where dev has just chosen the step, its
         weights, too.
         """
-        folders = self._folders("unfinished")
-        if self.begun + course.step not in folders.steps():
-            told = {"step": course.step, "chosen": course.chosen, "best": course.best}
-            meta = dict(self.meta) | {COURSE: told}
-            texts = dict(self.texts) | {_LINES: "".join(course.lines).encode()}
-            folders.save(self.begun + course.step, self.engine.save, meta, texts=texts)
-        self._keep_chosen(course)
+        with self._own_remedy("free space on that disk and run the same command again; it continues"):
+            folders = self._folders("unfinished")
+            if self.begun + course.step not in folders.steps():
+                told = {"step": course.step, "chosen": course.chosen, "best": course.best}
+                meta = dict(self.meta) | {COURSE: told}
+                texts = dict(self.texts) | {_LINES: "".join(course.lines).encode()}
+                folders.save(self.begun + course.step, self.engine.save, meta, texts=texts)
+            self._keep_chosen(course)
 
     def _keep_chosen(self, course: Course) -> None:
         folders, write = self._folders("checkpoints"), partial(self.engine.save, weights_only=True)
@@ -67,12 +69,17 @@ class SeedFolder:
 
     def load(self) -> Course:
         """Continue where an earlier attempt has stopped; a new course if there was none."""
-        folder = find(self.path / "unfinished")
-        if folder is None:
-            return Course()
-        told = read_manifest(folder)["meta"][COURSE]
-        verify(folder, self.engine)
-        self.engine.load(folder)
+        with self._own_remedy(f"remove {self.path} and run the same command again to start this seed again"):
+            folder = find(self.path / "unfinished")
+            if folder is None:
+                if (
+                    self.engine.place.is_main
+                ):  # weights that an earlier course chose are not those of this one
+                    shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+                return Course()
+            told = read_manifest(folder)["meta"][COURSE]
+            verify(folder, self.engine)
+            self.engine.load(folder)
         lines = (folder / _LINES).read_text(encoding="utf-8").splitlines(keepends=True)
         accuracy, loss = told["best"]
         course = Course(told["step"], told["chosen"], (accuracy, loss), lines)
@@ -92,6 +99,15 @@ class SeedFolder:
     def finish(self) -> None:
         """The seed is done: what would continue it is removed (main rank)."""
         shutil.rmtree(self.path / "unfinished", ignore_errors=True)
+
+    @staticmethod
+    @contextmanager
+    def _own_remedy(remedy: str) -> Iterator[None]:
+        """The remedies of training name flags that ``mhr finetune`` does not have."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(error.message, remedy=remedy) from error
 
     def _folders(self, name: str) -> CheckpointFolders:
         return CheckpointFolders(self.path / name, self.engine, keep=1)

@@ -96,6 +96,7 @@ def test_transformers_computes_the_same(made: Made, answer: Any, case: str) -> N
 
 
 @pytest.mark.by_hand
+@pytest.mark.skipif("MHR_OTHER_PYTHON" not in os.environ, reason="MHR_OTHER_PYTHON names no Python")
 @pytest.mark.parametrize("case", [name for name, each in CASES.items() if "--custom-code" not in each.flags])
 def test_another_transformers_computes_the_same(made: Made, case: str) -> None:
     """In the environment of the Python that ``MHR_OTHER_PYTHON`` names: ``pytest -m by_hand``."""

@@ -16,8 +16,11 @@ from distributed import run_ranks
 from program.launched import Zygote
 
 from megatron_hyperrouter.commands.models import finetune
+from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
 from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.routers import ROUTERS
+from megatron_hyperrouter.train.resuming.start import decide
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
 FLAGS = "--topk 1 2 4 --epochs 1 --lr 3e-3 --batch-size 8 --micro-batch-size 2 --evaluations 2".split()
@@ -136,6 +139,10 @@ def test_saved_weights_give_the_same_results_on_another_layout(home: Home, name:
     ]
     with pytest.raises(CheckpointError, match="is a fine-tuned classifier"):
         TrainedRun.open(home.folder / name / "seed-1")
+    load = ["--mock-data", "--vocab-size", "300", "--load", str(home.folder / name / "seed-1")]
+    for more in ([], ["--finetune"]):
+        with pytest.raises(CheckpointError, match="is a fine-tuned classifier"):
+            decide(parse([*load, *more, "--run-dir", str(home.folder / "new")], routers=ROUTERS))
 
 
 def test_what_was_stopped_continues_to_the_same_bytes(home: Home) -> None:

@@ -167,5 +167,7 @@ def test_a_broken_promise_raises(promised: int | None) -> None:
             run(whole, 0)
     else:
         run(whole, 0)
-        with pytest.raises(RuntimeError, match="layer 1: 1 of 3 backward passes are missing"):
+        with pytest.raises(
+            RuntimeError, match="layer 1: 1 of 3 backward passes of this step did not take place"
+        ):
             whole.end_backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
+from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.kept_tokenizer import with_kept_tokenizer
 from megatron_hyperrouter.train.resuming.start import Start
@@ -30,12 +32,17 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def start(file: Path, tmp_path: Path) -> Start:
     """From a checkpoint that keeps the tokenizer."""
-    description = describe(settings(file), tokenizer=tokenizer_of(settings(file).data).identity())
+    return started(settings(file), tmp_path / "step_0000001")
+
+
+def started(config: RunConfig, folder: Path) -> Start:
+    """From a checkpoint of a run with these settings."""
+    description = describe(config, tokenizer=tokenizer_of(config.data).identity())
     for name, content in description.texts.items():
-        path = tmp_path / "step_0000001" / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return Start(tmp_path / "step_0000001", {"step": 1, "meta": description.meta})
+    return Start(folder, {"step": 1, "meta": description.meta, "files": {}})
 
 
 def test_the_checkpoint_has_the_tokenizer(file: Path, start: Start) -> None:
@@ -43,6 +50,25 @@ def test_the_checkpoint_has_the_tokenizer(file: Path, start: Start) -> None:
     file.unlink()
     found = with_kept_tokenizer(settings(file), start)
     assert tokenizer_of(found.data).identity() == before
+
+
+def test_the_same_command_continues_a_second_time(file: Path, start: Start, tmp_path: Path) -> None:
+    """The first continuation's checkpoint names the copy in the earlier one, which may be gone."""
+    file.unlink()
+    first = with_kept_tokenizer(settings(file), start)
+    again = started(first, tmp_path / "step_0000002")
+    before = tokenizer_of(first.data).identity()
+    shutil.rmtree(tmp_path / "step_0000001")
+    assert tokenizer_of(with_kept_tokenizer(settings(file), again).data).identity() == before
+    other = settings(file.with_name("misspelt.json"))
+    assert with_kept_tokenizer(other, again) == other
+
+
+def test_damaged_settings_are_a_message(file: Path, start: Start) -> None:
+    file.unlink()
+    (start.folder or file).joinpath("settings.yaml").write_bytes(b"\xff: [")
+    with pytest.raises(CheckpointError, match=r"settings\.yaml"):
+        with_kept_tokenizer(settings(file), start)
 
 
 def test_a_file_that_is_there_counts(file: Path, start: Start) -> None:

@@ -200,13 +200,14 @@ class Work:
 
     def test(self) -> None:
         """Test the saved weights of ``--load`` on this task."""
-        from megatron_hyperrouter.finetuning import reports, saved
+        from megatron_hyperrouter.checkpoint.description import CLASSIFIER
+        from megatron_hyperrouter.finetuning import reports
         from megatron_hyperrouter.finetuning.session import Outcome
 
         session = self.open(bool, for_training=False)
         engine: Any = session.engine
         try:
-            seed = self.run.manifest["meta"][saved.CLASSIFIER]["seed"]
+            seed = self.run.manifest["meta"][CLASSIFIER]["seed"]
             outcome = Outcome(seed, 0, session.tested(self.topks))
             if engine.place.is_main:
                 reports.write_facts(self.output, self.facts)
@@ -244,7 +245,7 @@ def check_output(output: Path, facts: Mapping[str, Any] | None) -> None:
 
     rule = "already has results" if (output / reports.RESULTS).exists() else ""
     if not rule and (output / reports.FACTS).exists():
-        rule = other_than(json.loads((output / reports.FACTS).read_text(encoding="utf-8")), facts)
+        rule = other_than(reports.read_facts(output), facts)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,6 +18,8 @@ import warnings
 from importlib import import_module
 from typing import Any, NoReturn
 
+import torch
+
 from megatron_hyperrouter.compat.host_logs import silence_hosts
 from megatron_hyperrouter.planning.dry.one_rank import run
 
@@ -29,6 +31,7 @@ def main() -> None:
     silence_hosts()
     warnings.filterwarnings("ignore")  # hosts see fake tensors, and say so at each look
     _import_hosts()
+    torch.compiler.set_stance("force_eager")  # a compiled kernel cannot take fake tensors
     for line in sys.stdin:
         answers.write(json.dumps(in_fork(json.loads(line))) + "\n")
         answers.flush()

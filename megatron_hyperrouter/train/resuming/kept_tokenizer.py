@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.checkpoint.description import SETTINGS, tokenizer_paths
+from megatron_hyperrouter.checkpoint.description import TOKENIZER, tokenizer_paths
 from megatron_hyperrouter.config.reading.yaml_text import parse_yaml
+from megatron_hyperrouter.train.resuming.saved_settings import saved_settings
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -23,11 +24,12 @@ def with_kept_tokenizer(config: RunConfig, start: Start) -> RunConfig:
         return config
     kept = start.manifest["meta"].get("tokenizer", {}).get("kept", {})
     gone = {name: path for name, path in tokenizer_paths(config).items() if not Path(path).exists()}
-    saved = _saved_settings(start.folder) if gone and kept else {}
+    text = saved_settings(start.folder, start.manifest["files"]) if gone and kept else ""
+    saved = parse_yaml(text) or {}
     paths: dict[str, Any] = {
         name: str(start.folder / kept[name])
         for name, path in gone.items()
-        if name in kept and path == saved.get(name)
+        if name in kept and _is_same(path, str(saved.get(name, "")))
     }
     if not paths:
         return config
@@ -37,8 +39,7 @@ def with_kept_tokenizer(config: RunConfig, start: Start) -> RunConfig:
     return replace(config, data=replace(config.data, **paths))
 
 
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings in the checkpoint; empty in one of an older version."""
-    path = folder / SETTINGS
-    saved = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return saved if isinstance(saved, dict) else {}
+def _is_same(path: str, saved: str) -> bool:
+    """Also if the run of the checkpoint already used the copy in an earlier checkpoint."""
+    copy = Path(saved)
+    return path == saved or (copy.parent.name == TOKENIZER and copy.name == Path(path).name)

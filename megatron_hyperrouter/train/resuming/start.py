@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.checkpoint.description import Description, describe
+from megatron_hyperrouter.checkpoint.description import Description, check_language_model, describe
 from megatron_hyperrouter.checkpoint.folder import find, read_manifest
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
@@ -60,6 +60,7 @@ def decide(config: RunConfig) -> Start:
         console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
         return Start()
     manifest = read_manifest(folder)
+    check_language_model(folder, manifest)
     if config.checkpoint.finetune:
         return Start(folder, manifest, weights_only=True, finetuned_from=load)
     return Start(folder, manifest, finetuned_from=manifest["meta"].get("finetuned_from"))
