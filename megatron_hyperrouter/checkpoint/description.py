@@ -23,7 +23,6 @@ from megatron_hyperrouter.errors import CheckpointError, DataError
 
 SETTINGS = "settings.yaml"
 TOKENIZER = "tokenizer"
-CLASSIFIER = "classifier"  # an entry of the manifest of a fine-tuned run
 LARGEST_TOKENIZER = 32 << 20  # bytes; a larger one is known by its digest alone
 _TOGETHER = (  # files that belong to one tokenizer; any of them may be named
     "tokenizer.json",
@@ -106,12 +105,3 @@ def _tokenizer_files(config: RunConfig, fetched: Sequence[Path]) -> tuple[dict[s
 
 def _with_siblings(path: Path) -> list[Path]:
     return [path.with_name(name) for name in _TOGETHER] if path.name in _TOGETHER else [path]
-
-
-def check_language_model(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """CheckpointError if this is the checkpoint of a classifier."""
-    if CLASSIFIER in manifest["meta"]:
-        raise CheckpointError(
-            f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
-            remedy="give the run that was fine-tuned, or test the classifier with mhr finetune --test",
-        )

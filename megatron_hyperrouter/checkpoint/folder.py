@@ -22,8 +22,10 @@ from typing import Any, Protocol
 from megatron_hyperrouter import files
 from megatron_hyperrouter.checkpoint import pointers
 from megatron_hyperrouter.checkpoint.manifest import (
+    CLASSIFIER,
     FORMAT,
     MANIFEST,
+    check_language_model,
     damage,
     files_of,
     fingerprint,
@@ -41,11 +43,13 @@ from megatron_hyperrouter.checkpoint.pointers import LATEST, NEW_LATEST, find
 from megatron_hyperrouter.errors import CheckpointError, HyperRouterError
 
 __all__ = [
+    "CLASSIFIER",
     "FORMAT",
     "LATEST",
     "MANIFEST",
     "CheckpointFolders",
     "Ranks",
+    "check_language_model",
     "find",
     "folder_name",
     "older",

@@ -19,6 +19,7 @@ from megatron_hyperrouter.errors import CheckpointError
 FORMAT = 2
 MANIFEST = "manifest.json"
 PART = ".part-"  # sizes and checksums of one rank's files, until the manifest joins them
+CLASSIFIER = "classifier"  # an entry of "meta": the model has a classification head
 # what a reader may open
 _READ = (
     "weights-*",
@@ -177,3 +178,12 @@ def _wrong(manifest: Any) -> str:
 def _short(error: Exception) -> str:
     text = str(error) or repr(error)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_language_model(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """CheckpointError if this is the checkpoint of a classifier."""
+    if CLASSIFIER in manifest["meta"]:
+        raise CheckpointError(
+            f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
+            remedy="give the run that was fine-tuned, or test the classifier with mhr finetune --test",
+        )

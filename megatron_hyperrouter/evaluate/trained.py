@@ -87,8 +87,7 @@ class TrainedRun:
         knows only its digest.  ``overrides``: other settings, by flat name.  ``headed``: the model may have a
         classification head.  CheckpointError if there is no whole checkpoint.
         """
-        from megatron_hyperrouter.checkpoint.description import check_language_model
-        from megatron_hyperrouter.checkpoint.folder import read_manifest
+        from megatron_hyperrouter.checkpoint.folder import check_language_model, read_manifest
         from megatron_hyperrouter.evaluate.saved_settings import settings_of
         from megatron_hyperrouter.evaluate.whereabouts import with_tokenizer
 

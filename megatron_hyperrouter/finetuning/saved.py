@@ -15,8 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hyperrouter.checkpoint.description import CLASSIFIER, describe
-from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find, read_manifest, verify
+from megatron_hyperrouter.checkpoint.description import describe
+from megatron_hyperrouter.checkpoint.folder import (
+    CLASSIFIER,
+    CheckpointFolders,
+    find,
+    read_manifest,
+    verify,
+)
 from megatron_hyperrouter.errors import CheckpointError
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
@@ -126,3 +132,8 @@ def seed_folder(
 def labels_of(meta: Mapping[str, Any]) -> list[str] | None:
     """The labels of a fine-tuned run, from its manifest; None of any other run."""
     return meta[CLASSIFIER]["labels"] if CLASSIFIER in meta else None
+
+
+def seed_of(meta: Mapping[str, Any]) -> int:
+    """The seed that a classifier was trained with, from its manifest."""
+    return int(meta[CLASSIFIER]["seed"])

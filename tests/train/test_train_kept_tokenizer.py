@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hyperrouter.checkpoint.description import describe
+from megatron_hyperrouter.checkpoint.manifest import fingerprint
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
@@ -42,7 +43,8 @@ def started(config: RunConfig, folder: Path) -> Start:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return Start(folder, {"step": 1, "meta": description.meta, "files": {}})
+    files = {"settings.yaml": fingerprint(folder / "settings.yaml")}
+    return Start(folder, {"step": 1, "meta": description.meta, "files": files})
 
 
 def test_the_checkpoint_has_the_tokenizer(file: Path, start: Start) -> None:

@@ -200,14 +200,13 @@ class Work:
 
     def test(self) -> None:
         """Test the saved weights of ``--load`` on this task."""
-        from megatron_hyperrouter.checkpoint.description import CLASSIFIER
-        from megatron_hyperrouter.finetuning import reports
+        from megatron_hyperrouter.finetuning import reports, saved
         from megatron_hyperrouter.finetuning.session import Outcome
 
         session = self.open(bool, for_training=False)
         engine: Any = session.engine
         try:
-            seed = self.run.manifest["meta"][CLASSIFIER]["seed"]
+            seed = saved.seed_of(self.run.manifest["meta"])
             outcome = Outcome(seed, 0, session.tested(self.topks))
             if engine.place.is_main:
                 reports.write_facts(self.output, self.facts)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.checkpoint.description import Description, check_language_model, describe
-from megatron_hyperrouter.checkpoint.folder import find, read_manifest
+from megatron_hyperrouter.checkpoint.description import Description, describe
+from megatron_hyperrouter.checkpoint.folder import check_language_model, find, read_manifest
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import CheckpointError
 
