@@ -13,12 +13,15 @@ from fakes import Alone, FakeEngine
 from megatron_hyperrouter.checkpoint.description import describe
 from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, read_manifest
 from megatron_hyperrouter.config.cli import parse
+from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream.file_identity import identity
 from megatron_hyperrouter.data.tokenize.bpe import train_bpe
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.evaluate.saved_settings import settings_of
 from megatron_hyperrouter.evaluate.trained import TrainedRun
+from megatron_hyperrouter.evaluate.whereabouts import are_own
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
 
@@ -81,6 +84,25 @@ def test_the_runs_own_files_at_another_place_are_divided_as_in_the_run(home: Pat
         writer.add_document(np.arange(40 * 30, dtype=np.uint16) % 90 + 97)
     assert len(run.dataset(run.tokenizer(), data_path=[other])) > 3 * before  # used whole
     assert len(run.dataset(run.tokenizer(), data_path=[moved, other])) > 6 * before
+
+
+def test_some_of_the_runs_own_files_are_divided_too(home: Path) -> None:
+    token_file(home / "more", first=120)
+    known = {name: identity(IndexedDataset(name, whole=False)) for name in ("text", "more")}
+    own, meta = DataConfig(data_path=("0.3", "text", "0.7", "more")), {"files": known}
+    assert are_own(["text"], own, meta) and are_own(["more", "text"], own, meta)
+    token_file(home / "other", first=140)
+    assert not are_own(["other"], own, meta) and not are_own(["text", "other"], own, meta)
+
+
+def test_a_layout_that_does_not_fit_is_left_out_with_its_hypernetwork(tmp_path: Path) -> None:
+    """64 columns of the hypernetwork cannot be divided by three ranks."""
+    folder = tmp_path / "run/checkpoints/step_0000001"
+    folder.mkdir(parents=True)
+    settings = "mock_data: true\nvocab_size: 300\nhidden_size: 64\nshard_hypernetwork: true\n"
+    (tmp_path / "run/config.yaml").write_text(settings)
+    assert settings_of(folder, {}, 2, {}).engine.shard_hypernetwork is True
+    assert settings_of(folder, {}, 3, {}).engine.shard_hypernetwork is None
 
 
 @pytest.mark.parametrize(

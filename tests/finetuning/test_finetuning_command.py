@@ -14,7 +14,8 @@ from megatron_hyperrouter.commands.models import finetune
 from megatron_hyperrouter.commands.models.finetune_flags import read_flags, settings_of
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
-from megatron_hyperrouter.errors import ConfigError, HyperRouterError
+from megatron_hyperrouter.errors import CheckpointError, ConfigError, DataError, HyperRouterError
+from megatron_hyperrouter.finetuning.saved import Course, SeedFolder
 from megatron_hyperrouter.finetuning.settings import Settings, overrides
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.train.resuming.run_meta import run_meta
@@ -157,3 +158,25 @@ def test_comparisons_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(HyperRouterError, match=words) as refused:
             finetune.main(["--compare", str(first), str(second)])
         assert refused.value.exit_status == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_description_is_a_message(home: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "finetuning.json").write_text(content)
+    with pytest.raises(DataError, match=r"finetuning\.json"):
+        finetune.check_output(tmp_path, {})
+
+
+def test_weights_that_an_earlier_attempt_chose_do_not_stay(tmp_path: Path) -> None:
+    """A seed that starts again keeps nothing of its earlier weights."""
+    folder = SeedFolder(tmp_path, Alone(), 5, {}, {})  # type: ignore[arg-type]
+    (tmp_path / "checkpoints/step_0000007").mkdir(parents=True)
+    assert folder.load() == Course() and not (tmp_path / "checkpoints").exists()
+
+
+def test_remedies_name_no_flags_that_finetune_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "unfinished/step_0000007").mkdir(parents=True)
+    (tmp_path / "unfinished/step_0000007/manifest.json").write_text("{")
+    with pytest.raises(CheckpointError) as refused:
+        SeedFolder(tmp_path, Alone(), 5, {}, {}).load()  # type: ignore[arg-type]
+    assert refused.value.remedy.startswith(f"remove {tmp_path}")
