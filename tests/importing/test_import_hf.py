@@ -180,6 +180,25 @@ def test_the_run_computes_the_given_model(told: dict[str, Any], name: str) -> No
         assert all(result["logits_std"] > 0.3 and result["equal_argmax"] == 1 for result in found["results"])
 
 
+def test_two_ranks_compute_the_given_models_too(told: dict[str, Any], zygote: Zygote, tmp_path: Path) -> None:
+    """Expert parallelism on both engines; one process's logits are compared with transformers' above."""
+    names = ["qwen3_moe", "mixtral", "glm4_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "hyper, anchored"]
+    cases = [
+        {
+            "home": told[name]["home"],
+            "engine": engine,
+            "rows": 100 if Path(told[name]["given"]).name == "qwen3_moe" else 96,
+            "topk": EXACT[name]["topks"][-1],
+        }
+        for name in names
+        for engine in BOTH
+    ]
+    worker = Path(__file__).with_name("two_ranks_worker.py")
+    found = run_ranks(zygote, worker, {"cases": cases}, ranks=2, folder=tmp_path)
+    for case, (difference, std) in zip(cases, found, strict=True):
+        assert std > 0.3 and difference <= 1e-5 * max(1.0, std), case
+
+
 def test_the_command_proves_what_it_writes(told: dict[str, Any]) -> None:
     run = Path(told["proved"]["home"]) / "run"
     certificate = json.loads((run / "import_certificate.json").read_text())
