@@ -84,7 +84,11 @@ def read_trace(run_dir: Path) -> Trace:
     now = _now(run_dir)
     beats, silent = _beats(run_dir / heartbeat.FOLDER, openings[-1] if openings else {}, now)
     steps = read_steps(run_dir / "metrics.jsonl", after=int(openings[-1]["step"]) if openings else 0)
-    repeated = read_steps(run_dir / "metrics-earlier.jsonl", after=0).trained
+    try:
+        repeated = read_steps(run_dir / "metrics-earlier.jsonl", after=0).trained
+    except DataError as error:  # it may contain what made an attempt set the file aside
+        notes.append(error.message)
+        repeated = 0.0
     holder = run_lock.holder_of(run_dir)
     return Trace(
         run_dir,

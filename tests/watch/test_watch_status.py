@@ -313,3 +313,12 @@ def test_words(run_dir: Path) -> None:
     assert lines["step"] == "10 of 40 (25.0%)" and lines["speed"] == "50 tokens/s, 2 s per step"
     assert lines["last save"] == "none yet" and lines["goodput"].startswith("20.0% (0:00:20 of 0:01:40")
     assert duration(93784) == "1 d 2:03:04"
+
+
+def test_damaged_metrics_of_an_earlier_attempt_are_a_note(tmp_path: Path) -> None:
+    write_events(tmp_path / "run", {"event": "start", "time": time.time(), "world_size": 1})
+    write_steps(tmp_path / "run", 3)
+    (tmp_path / "run/metrics-earlier.jsonl").write_bytes(b"\x80 no record")
+    trace = read_trace(tmp_path / "run")
+    assert trace.steps.last == 3 and trace.repeated == 0
+    assert any("metrics-earlier.jsonl" in note for note in trace.notes)
