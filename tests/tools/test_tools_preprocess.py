@@ -259,10 +259,10 @@ def test_progress_tells_speeds_and_the_time_left(tmp_path: Path) -> None:
     """Lines elsewhere than on a terminal: speed, documents, and the time left; a few, ever further apart."""
     script = """
 import sys, time
-from megatron_hyperrouter.commands.data.preprocess import Progress
+from megatron_hyperrouter.commands.data.preprocess import PreprocessBar
 clock = [100.0]
 time.monotonic = lambda: clock[0]
-with Progress() as progress:
+with PreprocessBar() as progress:
     for second in range(1001):
         clock[0] = 100.0 + second
         progress.show(50_000_000 + second * 1_000_000, 1_050_000_000, 10 + 7 * second)
