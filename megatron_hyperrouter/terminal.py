@@ -49,6 +49,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except HyperRouterError as error:
         if os.environ.get("RANK", "0") != "0":
             # if rank 0 met the same error, its launcher ends this process before it repeats it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_PATIENCE)
         console.report(error)
         sys.exit(error.exit_status)

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -250,3 +252,34 @@ def test_too_little_memory_is_one_message(make: str, says: str) -> None:
     assert re.fullmatch(
         rf"error: not enough memory{says}\n  remedy: end other programs, or use smaller sizes\n", done.stderr
     ), done.stderr
+
+
+def test_a_rank_that_its_launcher_ends_repeats_no_error() -> None:
+    """Rank 0 has met the same error; the launcher then sends SIGTERM to the others."""
+    script = (
+        "from megatron_hyperrouter import terminal\n"
+        "def main(arguments):\n"
+        "    print('ready', flush=True)\n"
+        "    raise terminal.HyperRouterError('wrong')\n"
+        "terminal._PATIENCE = 60\n"
+        "terminal.run_tool(main)\n"
+    )
+    rank = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {"RANK": "1"},
+    )
+    assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+    latest = time.monotonic() + 5  # where the system does not say what a process waits for
+    while not _sleeps(rank.pid) and time.monotonic() < latest:
+        time.sleep(0.05)
+    rank.terminate()
+    _, said = rank.communicate(timeout=30)
+    assert (rank.returncode, said) == (-signal.SIGTERM, "")
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether the process waits for a clock."""
+    return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
