@@ -70,7 +70,7 @@ def test_the_life_of_a_run(zygote: Zygote, text: Path, tmp_path: Path) -> None:
     zygote.run(flags)
     finished = now(run_dir)
     assert (finished.state, finished.exit_status, finished.step) == ("finished", 0, STEPS)
-    assert finished.restarts == 2 and [cause.split()[3] for cause in finished.causes] == ["was", "left"]
+    assert finished.restarts == 2 and [cause.split()[3] for cause in finished.causes] == ["was", "did"]
     # an oracle of its own: the sums over the lines of the file, and the times of the first and last event
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     trained = sum(line["step_time"] for line in metrics(run_dir, times=True))
