@@ -103,7 +103,7 @@ def test_system_exit_passes():
 
 
 def test_a_rank_that_its_launcher_ends_leaves_no_status_of_its_own():
-    """A launcher reports the status of the rank that failed, whichever of the two it looks at first."""
+    """It dies by the signal, so the launcher can report only the status of the rank that failed first."""
     child = os.fork()
     if child == 0:
         os._exit(console.run(failing(console.EndedByLauncher(1))))

@@ -435,7 +435,7 @@ class EngineConfig:
         bool | None,
         Role.SHARDING,
         "Divide the hypernetwork of the hyper router among the data-parallel ranks to save memory; "
-        "default: only if experts x hidden size exceeds 2^18",
+        "default: divided only if experts x hidden size exceeds 2^18",
     ] = None
     deepspeed_config: Annotated[
         str | None,

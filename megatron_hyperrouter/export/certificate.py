@@ -106,7 +106,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The model of the CPU, as Linux names it: sums differ between processors in their last digits."""
+    """The name of the CPU.  Other processors may round sums differently."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

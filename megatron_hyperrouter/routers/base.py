@@ -193,7 +193,7 @@ class Router(nn.Module):
             return iter(())
 
         def stage(self, step: int, train_iters: int) -> int:
-            """The stage, from 1, of the step after ``step`` completed ones: loads may change with it."""
+            """The stage of training (1, 2, ...) after ``step`` steps.  A new stage may change the loads."""
             return 1
 
         def variant(self, step: int, layers: Sequence[int], **run: int) -> str:

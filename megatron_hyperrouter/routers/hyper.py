@@ -264,10 +264,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         """See :meth:`Router.end_backward`; an embedding that is not trained takes part in no pass."""
         promised, self._promised = self._promised, None
         if promised is not None and self._left not in (0, promised):
-            missing = f"{self._left} of {promised} backward passes"
-            raise RuntimeError(
-                f"router of layer {self.layer_number}: {missing} of this step did not take place"
-            )
+            passes = f"{promised - self._left} backward passes instead of {promised}"
+            raise RuntimeError(f"the router of layer {self.layer_number} took part in {passes} in this step")
 
     def _embedding(self) -> Tensor:
         """``_S``, or ``_ES`` with one for each expert."""

@@ -1,5 +1,5 @@
-"""Parquet against the rows that were written: every row once, bounded batches, parts, and messages that name
-file and row.
+"""Parquet files are read back as they were written: each row once, in batches of limited size, whole or in
+parts.  Error messages name the file and the row.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_a_rate_comes_from_many_tries_on_a_busy_machine(monkeypatch: pytest.Monk
 
 
 def test_a_clock_is_compared_by_the_quickest_answer() -> None:
-    """Rank 0 answers the first question of each rank late; rank 1's clock is right."""
+    """The first answer comes late, which looks like a wrong clock; later answers show that it is right."""
     store = dist.HashStore()
 
     class Slow(dist.Store):

@@ -15,7 +15,7 @@ from megatron_hyperrouter.export.sources import plain_run
 
 
 def difference(home: str, engine: str, rows: int, topk: int) -> list[float]:
-    """The largest difference of logits, and the standard deviation of one process's logits."""
+    """How far the logits of two ranks are from those of one process, and how widely the latter spread."""
     trained = TrainedRun.open(Path(home) / "run")
     run = plain_run(trained.settings)
     run = replace(
