@@ -22,7 +22,7 @@ from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.engines import open_engine
 from megatron_hyperrouter.engines.base import Batch, RankPlace
-from megatron_hyperrouter.guard.alarms import Alarms
+from megatron_hyperrouter.guard.health.alarms import Alarms
 from megatron_hyperrouter.model.names import is_expert, matrices
 from megatron_hyperrouter.model.sharding import shard_of
 from megatron_hyperrouter.ops import keyed

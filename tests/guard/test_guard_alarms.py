@@ -14,16 +14,16 @@ import pytest
 from megatron_hyperrouter.config.cli import parse
 from megatron_hyperrouter.config.derived import ALARMS
 from megatron_hyperrouter.engines.base import StepResult
-from megatron_hyperrouter.guard.alarms import (
+from megatron_hyperrouter.guard.health.alarms import Alarms
+from megatron_hyperrouter.guard.health.charts import (
     MEASURES,
     NAMES,
-    Alarms,
     Conditions,
     HealthCharts,
-    LateData,
     Rise,
     Watch,
 )
+from megatron_hyperrouter.guard.health.late_ranks import LateData
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.routers.base import RunFacts
 

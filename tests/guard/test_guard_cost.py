@@ -11,7 +11,7 @@ from guard.test_guard_alarms import healthy
 
 from megatron_hyperrouter import build_router
 from megatron_hyperrouter.engines.statistics import RouterStatistics
-from megatron_hyperrouter.guard.alarms import HealthCharts
+from megatron_hyperrouter.guard.health.charts import HealthCharts
 from megatron_hyperrouter.ops.grouped import collect, experts, sort_by_expert, spread
 
 TOKENS, HIDDEN, EXPERTS, WIDTH, K = 4096, 256, 16, 512, 2

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter import console
 from megatron_hyperrouter.errors import HyperRouterError
-from megatron_hyperrouter.guard.alarms import Alarms
 from megatron_hyperrouter.guard.bad_steps import BadSteps, attribution
+from megatron_hyperrouter.guard.health.alarms import Alarms
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig

@@ -1,29 +1,14 @@
-"""``--alarm NAME=ACTION``: measures of a run's health, the control chart that detects when one of them
-leaves its usual range, and the action that follows.
-
-Everything is computed from numbers that are the same on every rank, so every rank decides the same, on
-every layout.
-"""
+"""Measures of a run's health, and the control chart that detects when one of them leaves its usual range."""
 
 from __future__ import annotations
 
 import math
-import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median_low
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_hyperrouter import console
-from megatron_hyperrouter.config.derived import alarm_actions, moe_layers
-from megatron_hyperrouter.config.schedules.mixes import scheduled
 from megatron_hyperrouter.engines.base import StepResult
-
-if TYPE_CHECKING:
-    from megatron_hyperrouter.config.tree import RunConfig
-    from megatron_hyperrouter.engines.base import Engine
 
 _WINDOW, _LAG, _LEAST = (
     60,
@@ -31,11 +16,7 @@ _WINDOW, _LAG, _LEAST = (
     30,
 )  # steps that a level is made of; the newest that it leaves out; fewest of them
 _QUIET = 50  # steps without alarm after which a measure may give one again
-_RAISE, _MOST = 2.0, 10.0  # factors of the auxiliary loss's coefficient: of one alarm, and of all together
-_SETTLE = 500  # quiet steps after which the coefficient is as set again
 _RISE, _ALIKE, _FIRST_VALUES = 0.2, 0.9, 3  # of the similarity of experts; how many values make a level
-_PAUSE = 500  # steps between two checkpoints that alarms ask for
-_LATE_STEPS, _LATE_SHARE = 20, 0.1  # steps, and the share of their time that a rank may cost the others
 _COUNTERS = ("above", "beyond", "above_since", "beyond_since", "quiet")  # of a chart
 _MAD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 
@@ -259,170 +240,3 @@ def _worst(measure: Measure, result: StepResult) -> tuple[float | None, int | No
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-@dataclass
-class LateData:
-    """Names the rank whose data are so late that all ranks wait for it in every step."""
-
-    clock: Callable[[], float] = time.monotonic
-    _waits: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=_LATE_STEPS))
-    _times: deque[float] = field(default_factory=lambda: deque(maxlen=_LATE_STEPS + 1))
-    _quiet_until: int = 0
-
-    def see(self, step: int, waits: tuple[float, ...]) -> tuple[int, float] | None:
-        """The rank, and the share of the last steps that it costs; None if none costs much."""
-        self._times.append(self.clock())
-        if len(waits) < 2 or (self._waits and len(self._waits[-1]) != len(waits)):
-            return None
-        self._waits.append(waits)
-        if len(self._times) <= _LATE_STEPS or step < self._quiet_until:
-            return None
-        sums = [sum(each) for each in zip(*self._waits, strict=True)]
-        rank = max(range(len(sums)), key=sums.__getitem__)
-        share = (sums[rank] - median_low(sums)) / max(self._times[-1] - self._times[0], 1e-9)
-        if share <= _LATE_SHARE:
-            return None
-        self._quiet_until = step + _PAUSE
-        return rank, share
-
-
-class Alarms:
-    """Makes the same decisions on every rank, and changes nothing of a run without ``raise-aux`` and
-    ``stop``.
-    """
-
-    def __init__(self, engine: Engine, config: RunConfig) -> None:
-        self._engine, self._config = engine, config
-        self._actions = alarm_actions(config.guard.alarm)
-        self._health = HealthCharts(config.model.num_experts, 2 * config.optimizer.lr_warmup_iters)
-        self._rise = Rise()
-        self._factor, self._raised_at = 1.0, 0
-        self._snapshot_at, self._kept_at = -_PAUSE, -_PAUSE
-        self.good_until: int | None = (
-            None  # steps before the first alarm of a while, where this step gave one
-        )
-        self._late = LateData()
-        schedule = () if config.data.data_schedule is None else scheduled(config.data)
-        routed = [number for number, each in enumerate(moe_layers(config), 1) if each]
-        layers = config.model.num_layers
-        self._layers = [*routed, *range(layers + 1, layers + 1 + (config.model.mtp_num_layers or 0))]
-        self._mixes_from = [first for first, _ in schedule]  # steps, from 0
-
-    def after(
-        self,
-        step: int,
-        result: StepResult,
-        tell: Callable[..., None],
-        similarity: Mapping[int, float] | None = None,
-    ) -> str:
-        """Watch step ``step``, counted from 1; returns what the loop has to do: "", "snapshot" or "stop".
-
-        ``similarity``: of the experts of each layer, in steps that measure it.
-        """
-        topk = self._engine.topk_at(step - 1)
-        regime, variant = self._regime(step, topk), self._variant(step)
-        found = self._health.see(step, result, topk=topk, regime=regime, variant=variant)
-        # Step n shows the weights that step n - 1 left.
-        good = [each.since - 2 for each in found]
-        if similarity is not None and (alike := self._compare(step, similarity)) is not None:
-            found.append(alike)
-            good.append(step - self._config.guard.expert_similarity_interval)
-        self.good_until = None
-        if found and step - self._kept_at >= _PAUSE:
-            self._kept_at, self.good_until = step, min(good)
-        asked = {self._follow(step, each, tell) for each in found}
-        if late := self._late.see(step, result.data_waits):
-            self._tell_late(step, *late, tell)
-        if self._factor > 1.0 and step - self._raised_at >= _SETTLE:
-            self._set_factor(1.0, step)
-        return "stop" if "stop" in asked else "snapshot" if "snapshot" in asked else ""
-
-    def _regime(self, step: int, topk: int) -> str:
-        """What changes the level of the measures by design, in step ``step``, counted from 1."""
-        mix = bisect_right(self._mixes_from, step - 1)
-        options = self._config.router.options  # None in settings that no parser has read
-        stage = 1 if options is None else options.stage(step - 1, self._config.train.train_iters)
-        counted = {"mix": mix, "stage": stage}
-        return ", ".join([f"k {topk}", *(f"{name} {count}" for name, count in counted.items() if count > 1)])
-
-    def _variant(self, step: int) -> str:
-        """What makes step ``step``, counted from 1, unlike most others by design."""
-        options, train = self._config.router.options, self._config.train
-        if options is None:
-            return ""
-        num_layers = self._config.model.num_layers
-        name: str = options.variant(
-            step - 1, self._layers, seed=train.seed, num_layers=num_layers, train_iters=train.train_iters
-        )
-        return name
-
-    def _compare(self, step: int, similarity: Mapping[int, float]) -> MeasureOutOfRange | None:
-        if not similarity or step <= self._health.first:
-            return None
-        layer = max(similarity, key=similarity.__getitem__)
-        threshold = self._rise.see(similarity[layer])
-        return (
-            None
-            if threshold is None
-            else MeasureOutOfRange("collapse", layer, similarity[layer], threshold, step)
-        )
-
-    def _tell_late(self, step: int, rank: int, share: float, tell: Callable[..., None]) -> None:
-        """Print a note, independently of --alarm, because the model itself is fine."""
-        facts = {"alarm": "late_data", "layer": None, "value": share, "threshold": _LATE_SHARE}
-        tell("alarm", step, **facts, since=step - _LATE_STEPS + 1, action="note", rank=rank)
-        if self._engine.place.is_main:
-            console.warn(
-                f"step {step}: all ranks wait for the data of rank {rank}, for {share:.0%} of the last "
-                f"{_LATE_STEPS} steps; use more --num-workers, or check the disk of its machine"
-            )
-
-    def _follow(self, step: int, finding: MeasureOutOfRange, tell: Callable[..., None]) -> str:
-        action = self._actions[finding.measure]
-        tell(
-            "alarm",
-            step,
-            alarm=finding.measure,
-            layer=finding.layer,
-            value=finding.value,
-            threshold=finding.threshold,
-            since=finding.since,
-            action=action,
-        )
-        if self._engine.place.is_main:
-            console.warn(f"step {step}: alarm {finding}; action: {action}")
-        if action == "raise-aux":
-            self._set_factor(min(_RAISE * self._factor, _MOST), step)
-        if action == "snapshot":
-            if step - self._snapshot_at < _PAUSE:
-                return ""
-            self._snapshot_at = step
-        return action
-
-    def _set_factor(self, factor: float, step: int) -> None:
-        self._factor, self._raised_at = factor, step
-        self._engine.set_aux_loss_coeff(factor * self._config.model.moe_aux_loss_coeff)
-
-    def state(self) -> dict[str, Any]:
-        """For the checkpoint, as JSON."""
-        return {
-            "health": self._health.state(),
-            "aux_factor": self._factor,
-            "raised_at": self._raised_at,
-            "snapshot_at": self._snapshot_at,
-            "kept_at": self._kept_at,
-            "similarity": {"values": self._rise.values, "high": self._rise.high},
-        }
-
-    def restore(self, meta: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's ``meta``."""
-        state = meta.get("alarms")
-        if state is None:
-            return
-        self._health.restore(state["health"])
-        self._snapshot_at = int(state["snapshot_at"])
-        self._kept_at = int(state.get("kept_at", -_PAUSE))
-        alike = state.get("similarity", {"values": [], "high": False})
-        self._rise = Rise([float(value) for value in alike["values"]], bool(alike["high"]))
-        self._set_factor(float(state["aux_factor"]), int(state["raised_at"]))
