@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -75,7 +76,7 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
         # A rank that was left alone does not know why; the one that left does, and may be waiting for its own
         # turn.
         _take_turn(patience, left_alone=left_alone(error))
-        _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
+        _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red", fold=False)
         return 1
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -121,7 +122,8 @@ def missing_library(error: ModuleNotFoundError) -> HostError:
 def note(text: str) -> None:
     """Print a note once: on rank 0, to stdout."""
     if speaks():
-        _say(sys.stdout, "note", text, "bold")
+        # A note may end with a command to copy, which must stay on one line.
+        _say(sys.stdout, "note", text, "bold", fold=False)
 
 
 def warn_from_here(text: str) -> None:
@@ -145,7 +147,7 @@ def table(rows: Sequence[tuple[str, str]]) -> None:
     if speaks():
         width = max(len(label) for label, _ in rows)
         for label, text in rows:
-            _print(sys.stdout, f"{label:<{width}}  ", text, "bold")
+            _print(sys.stdout, f"{label:<{width}}  ", text, "bold", indent=width + 2)
 
 
 def say_at_once(text: str) -> None:
@@ -160,12 +162,14 @@ def speaks() -> bool:
     return _rank() == "0"
 
 
-def _say(stream: TextIO, kind: str, text: str, style: str) -> None:
+def _say(stream: TextIO, kind: str, text: str, style: str, *, fold: bool = True) -> None:
     who = kind if speaks() else f"{kind} (rank {_rank()})"
-    _print(stream, f"{who}: ", text, style)
+    _print(stream, f"{who}: ", text, style, indent=2 if fold else None)
 
 
-def _print(stream: TextIO, head: str, text: str, style: str) -> None:
+def _print(stream: TextIO, head: str, text: str, style: str, *, indent: int | None = None) -> None:
+    if indent is not None and (width := _width(stream)):
+        text = folded(head, text, width, indent)
     if hasattr(stream, "rich_proxied_file"):  # a bar is on the screen, and stays below what passes here
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.write(f"{head}{text}\n")
@@ -179,6 +183,34 @@ def _print(stream: TextIO, head: str, text: str, style: str) -> None:
         # Whoever reads this may have gone, or its disk be full; rich answers the first with SystemExit.
         with contextlib.suppress(OSError, ValueError, SystemExit):
             Console(file=stream).print(Text.assemble((head, style), text), soft_wrap=True, highlight=False)
+
+
+def folded(head: str, text: str, width: int, indent: int) -> str:
+    """``text``, to be printed after ``head``, in lines of at most ``width`` columns that end between words.
+    A line that continues another is indented by ``indent`` more columns.  A longer word stays whole.
+    """
+    lines, first = [], " " * len(head)
+    for line in text.split("\n"):
+        start = line[: len(line) - len(line.lstrip())]
+        folds = textwrap.wrap(
+            line.strip(),
+            width,
+            initial_indent=first + start,
+            subsequent_indent=start + " " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += folds or [""]
+        first = ""
+    return "\n".join(lines)[len(head) :]
+
+
+def _width(stream: TextIO) -> int:
+    """Columns of the terminal behind ``stream``; 0: there is none, or it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _let_go(stream: TextIO) -> None:
@@ -203,7 +235,7 @@ def _take_turn(patience: float, *, left_alone: bool = False) -> None:
 
 def _missing_module(error: ModuleNotFoundError) -> int:
     if (error.name or "").split(".")[0] in ("", "megatron_hyperrouter"):  # our own mistake
-        _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red")
+        _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red", fold=False)
         return 1
     missing = missing_library(error)
     report(missing)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -180,3 +184,54 @@ def test_a_waiting_rank_dies_by_the_launchers_sigterm_even_where_the_run_handles
         _, err = process.communicate()
     assert process.returncode == -signal.SIGTERM
     assert err == ""
+
+
+ON_A_TERMINAL = """
+from megatron_hyperrouter import console
+console.table([("router", "hyper, 8 experts in each of 2 layers"), ("run folder", "runs/a")])
+console.warn("the options --moe-aux-loss-coeff and --moe-z-loss-coeff alone train the router")
+console.note("to continue, run: mhr train --config examples/quickstart.yaml --load runs/a")
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_lines_end_between_words_on_a_terminal_only(terminal):
+    theirs, ours = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    read, write = os.pipe()
+    stream = ours if terminal else write
+    command, environment = [sys.executable, "-c", ON_A_TERMINAL], {**os.environ, "TERM": "dumb"}
+    subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=True)
+    os.close(ours)
+    os.close(write)
+    lines = os.read(theirs if terminal else read, 10_000).decode().replace("\r\n", "\n").splitlines()
+    os.close(theirs)
+    os.close(read)
+    note = lines.pop()
+    assert note == "note: to continue, run: mhr train --config examples/quickstart.yaml --load runs/a"
+    assert lines == (
+        [
+            "router      hyper, 8 experts in each of",
+            "            2 layers",
+            "run folder  runs/a",
+            "warning: the options",
+            "  --moe-aux-loss-coeff and",
+            "  --moe-z-loss-coeff alone train the",
+            "  router",
+        ]
+        if terminal
+        else [
+            "router      hyper, 8 experts in each of 2 layers",
+            "run folder  runs/a",
+            "warning: the options --moe-aux-loss-coeff and --moe-z-loss-coeff alone train the router",
+        ]
+    )
+
+
+@pytest.mark.parametrize("width", [10, 30, 80])
+def test_folding_keeps_the_words_and_the_lines(width):
+    text = "2 problems:\n  - --lr = -1: must be positive\n    remedy: use 3e-4\n\nand another"
+    folded = console.folded("error: ", text, width, 2)
+    assert folded.split() == text.split()
+    assert all(len(line) <= width for line in ("error: " + folded).splitlines() if " " in line.strip())
+    assert console.folded("error: ", text, 200, 2) == text
