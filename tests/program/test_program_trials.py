@@ -77,7 +77,7 @@ def test_a_trace_of_the_steps_asked_for(trials: dict[str, Path]) -> None:
 def test_a_dry_run_shows_the_run_and_starts_nothing(zygote: Zygote, tmp_path: Path) -> None:
     flags = [*TINY, *TRIAL, "--run-dir", str(tmp_path / "run"), "--dry-run"]
     done = zygote.run([*flags, "--world-size", "4", "--expert-model-parallel-size", "4"], ranks=1)
-    assert "4 ranks: data 4 x expert 4 parallel" in done.stdout
+    assert "4 ranks; parallel sizes: data 4, expert 4" in done.stdout
     assert "on the fullest rank" in done.stdout and "parameters" in done.stdout
     assert not (tmp_path / "run").exists()
     refused = zygote.run(

@@ -12,6 +12,7 @@ from megatron_hyperrouter.config.derived import (
     batch_sizes,
     data_parallel_size,
     global_batch_size,
+    moe_layers,
 )
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
@@ -68,7 +69,9 @@ def _router(config: RunConfig) -> str:
     if schedule.topk_schedule != "constant" and schedule.topk_start is not None:
         steps = schedule.topk_schedule_steps or config.train.train_iters
         k = f"{schedule.topk_start} to {k} over {steps:,} steps ({schedule.topk_schedule})"
-    return f"{config.router.name}, {model.num_experts} experts in each of {model.num_layers} layers, k = {k}"
+    routed, layers = sum(moe_layers(config)), model.num_layers
+    where = f"{layers}" if routed == layers else f"{routed} of the {layers}"
+    return f"{config.router.name}, {model.num_experts} experts in each of {where} layers, k = {k}"
 
 
 def _device(world_size: int) -> str:
@@ -92,17 +95,22 @@ def _layout(config: RunConfig, world_size: int) -> str:
     )
     cuts = [f"{name} {size}" for name, size in sizes if size > 1]
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    return f"{ranks}: {' x '.join(cuts)} parallel" if cuts else ranks
+    # Not a product: expert parallelism divides the data-parallel ranks once more.
+    return f"{ranks}; parallel sizes: {', '.join(cuts)}" if cuts else ranks
 
 
 def _step(config: RunConfig, world_size: int) -> str:
     samples, length = global_batch_size(config, world_size), config.model.seq_length
-    micro = f"micro-batch {config.train.micro_batch_size}, {accumulation_steps(config, world_size)} a rank"
-    text = f"{samples * length:,} tokens: {samples:,} samples of {length:,} ({micro})"
+    micro_batches = accumulation_steps(config, world_size)
+    plural = "es" if micro_batches > 1 else ""
+    text = (
+        f"{samples * length:,} tokens: {samples:,} samples of {length:,} tokens; "
+        f"{micro_batches:,} micro-batch{plural} of {config.train.micro_batch_size:,} per rank"
+    )
     if config.train.rampup_batch_size is None:
         return text
     start, increment, until = config.train.rampup_batch_size
-    return f"{text}, growing from {start:,} by {increment:,} over the first {until:,} samples"
+    return f"{text}; batch size rises from {start:,} by {increment:,} each time, over the first {until:,} samples"
 
 
 def _data(config: RunConfig, world_size: int, epoch: int | None) -> str:
