@@ -110,7 +110,7 @@ def _step(config: RunConfig, world_size: int) -> str:
     if config.train.rampup_batch_size is None:
         return text
     start, increment, until = config.train.rampup_batch_size
-    return f"{text}; batch size rises from {start:,} in steps of {increment:,} over the first {until:,} samples"
+    return f"{text}; batch size from {start:,} in steps of {increment:,} over the first {until:,} samples"
 
 
 def _data(config: RunConfig, world_size: int, epoch: int | None) -> str:
