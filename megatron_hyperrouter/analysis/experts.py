@@ -86,7 +86,7 @@ def every_output_ETD(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
     """Every expert's output for some of the tokens, computed by the engine."""
     if now.experts is None:
         raise RuntimeError(
-            "the engine does not give access to its experts; build it inside open_to_routers()"
+            "this engine gives no access to its experts; build the engine inside open_to_routers()"
         )
     outputs: list[Tensor] = []
 
@@ -98,6 +98,6 @@ def every_output_ETD(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
     now.experts.scores_TE(x_TD[::step], keep)
     if len(outputs) != router.num_experts:
         raise RuntimeError(
-            f"{len(outputs)} of {router.num_experts} experts are on this rank; run in one process"
+            f"this rank has only {len(outputs)} of the {router.num_experts} experts; run in a single process"
         )
     return torch.stack(outputs)

@@ -141,12 +141,12 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
             )
     for name in ("no_load_optim", "no_load_rng"):
         if getattr(config.checkpoint, name) and config.checkpoint.load is None:
-            yield f"{tree_leaves()[name].flag} is ignored: there is no --load"
+            yield f"{tree_leaves()[name].flag} is ignored: --load is not given"
     for part in dict.fromkeys(config.train.recompute_modules):
         if part in NOT_RECOMPUTED:
             yield f"--recompute-modules {part} is ignored and saves no memory: {NOT_RECOMPUTED[part]}"
     if config.data.vocab_size is not None and kind not in ("NullTokenizer", "TikTokenizer"):
-        yield f"--vocab-size is ignored: {kind} sets it"
+        yield f"--vocab-size is ignored: {kind} has a fixed vocabulary size"
     if config.data.eod_token is not None and kind in ("ByteTokenizer", "NullTokenizer"):
         yield f"--eod-token is ignored: {kind} has a fixed end-of-document token"
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":

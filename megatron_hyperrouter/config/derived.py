@@ -223,14 +223,14 @@ def pattern(text: str) -> int | tuple[int, ...]:
         value = _evaluated(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
-            "must be a number, or a list of 0 and 1 such as [0,1,1] or ([0]*1+[1]*26)"
+            "must be an integer, or a list of zeros and ones such as [0,1,1] or ([0]*1+[1]*26)"
         ) from error
     if isinstance(value, int):
         if value < 1:
             raise ValueError("must be at least 1")
         return value
     if not set(value) <= {0, 1}:
-        raise ValueError("must be a list of only 0 and 1")
+        raise ValueError("must contain only zeros and ones")
     return tuple(value)
 
 
@@ -260,7 +260,7 @@ def moe_layers(config: RunConfig) -> tuple[bool, ...]:
     if isinstance(found, int):
         return tuple(layer % found == 0 for layer in range(layers))
     if len(found) != layers:
-        raise ValueError(f"must have one entry for each of --num-layers = {layers}, not {len(found)}")
+        raise ValueError(f"must have --num-layers = {layers} entries, not {len(found)}")
     return tuple(map(bool, found))
 
 

@@ -196,18 +196,18 @@ class Draft:
             place = self.carried.origin.get(name, place)
             if any(problem.field == place for problem in self.problems):
                 return  # one flag of Megatron-LM may become several options
-            rule = f"is not an option of router {router} (but of {', '.join(owners)})"
+            rule = f"is not an option of router {router}; it is an option of {', '.join(owners)}"
             remedy = f"leave it out, or use --router.name {owners[0]}"
         elif name in foreign.REMEDIES:
             remedy = foreign.REMEDIES[name]
         elif ours := foreign.OURS.get(name):
             self.unsure.add(ours)
-            remedy = f"use {written(ours)}, which is the name in this program"
+            remedy = f"use {written(ours)}, its name in this program"
         elif close := nearest(name, known):
             self.unsure.add(off.get(close, close))
             remedy = f"did you mean {written(close)}?"
         else:
-            remedy = "look it up in mhr train --help; leaving it out may change the run"
+            remedy = "find the right name in mhr train --help; removing it may change the run"
         self.problems.append(Problem(place, value, rule, remedy))
 
 

@@ -133,7 +133,8 @@ def router_leaves(config_type: type) -> Mapping[str, Leaf]:
     found = {leaf.name: leaf for leaf in _leaves_of(config_type, "router", ROUTER_PREFIX)}
     if f"{ROUTER_PREFIX}name" in found:
         raise TypeError(
-            f"{config_type.__qualname__}.name: an option cannot be called name, which chooses the router"
+            f"{config_type.__qualname__}.name: an option must not be called name, because "
+            "--router.name chooses the router"
         )
     return types.MappingProxyType(found)
 
@@ -180,7 +181,7 @@ def _only(kind: type[T], metadata: Iterable[object], where: str) -> T | None:
     """The one item of this kind; None if there is none."""
     found = [item for item in metadata if isinstance(item, kind)]
     if len(found) > 1:
-        raise TypeError(f"{where} has {len(found)} times a {kind.__name__}; keep one")
+        raise TypeError(f"{where} has {len(found)} annotations of type {kind.__name__}; keep one")
     return found[0] if found else None
 
 
@@ -202,7 +203,7 @@ def _unwrap(hint: Any) -> tuple[Any, tuple[object, ...], bool]:
     if origin in (Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not type(None)]
         if len(members) != 1 or len(get_args(hint)) != 2:
-            raise TypeError(f"a setting is of one type, or of one type and None; got {hint}")
+            raise TypeError(f"the type of a setting must be X or X | None, not {hint}")
         base, rules, _ = _unwrap(members[0])
         return base, rules, True
     return hint, (), False

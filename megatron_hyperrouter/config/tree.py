@@ -407,13 +407,13 @@ class EngineConfig:
     moe_token_dispatcher_type: Annotated[
         Literal["alltoall", "allgather", "flex"],
         Role.SPEED,
-        Only("megatron", harmless="the layers of DeepSpeed always dispatch by all-to-all"),
+        Only("megatron", harmless="DeepSpeed always dispatches tokens by all-to-all"),
         "How tokens are sent to their experts",
     ] = "alltoall"
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
         Role.SPEED,
-        Only("megatron", harmless="its layers are always those of PyTorch"),
+        Only("megatron", harmless="it always uses PyTorch layers"),
         "Layer implementation. auto: Transformer Engine in bfloat16 on GPUs when installed, otherwise"
         " PyTorch",
     ] = "auto"

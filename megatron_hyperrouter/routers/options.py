@@ -36,7 +36,10 @@ def make_options(
     if problems := list(config.problems(hidden_size=hidden_size, num_experts=num_experts)):
         raise ConfigError(problems)
     if isinstance(topk, int) and topk > (most := config.largest_topk(num_experts)):
-        rule = f"must be at most {most}, the experts of --router.group-topk = {config.group_topk}"
+        rule = (
+            f"must be at most {most}, the number of experts in --router.group-topk = {config.group_topk} "
+            "groups"
+        )
         raise ConfigError(
             [Problem("--moe-router-topk", topk, rule, ("use a smaller k, or increase --router.group-topk"))]
         )

@@ -80,9 +80,9 @@ def test_many_tokens_are_thinned_out():
 
 def test_experts_that_are_elsewhere_are_told():
     router = build_router("topk", hidden_size=D, num_experts=E, topk=2)
-    with pytest.raises(RuntimeError, match="does not give access to its experts"):
+    with pytest.raises(RuntimeError, match="gives no access to its experts"):
         expert_similarity([router], lambda: router(torch.zeros(T, D)))
-    with pytest.raises(RuntimeError, match="2 of 4 experts are on this rank"):
+    with pytest.raises(RuntimeError, match="this rank has only 2 of the 4 experts"):
         expert_similarity([router], lambda: router(torch.zeros(T, D), experts=Bank(2)))
     assert "refine" not in vars(router)
 

@@ -15,14 +15,14 @@ CASES = [
         "layers_have_a_pattern",
         {"moe_layer_freq": "([0]*1+[1]*2)"},
         "--moe-layer-freq",
-        "one entry for each of --num-layers = 4, not 3",
+        "must have --num-layers = 4 entries, not 3",
         {"moe_layer_freq": "([0]*1+[1]*3)"},
     ),
     case(
         "layers_have_a_pattern",
         {"moe_layer_freq": "__import__('os')"},
         "--moe-layer-freq",
-        "a list of 0 and 1",
+        "a list of zeros and ones",
         {"moe_layer_freq": "1"},
     ),
     case(
@@ -238,7 +238,7 @@ CASES = [
             "decoder_last_pipeline_num_layers": 1,
         },
         "--decoder-last-pipeline-num-layers",
-        "gives the pipeline stages 3, 1 layers; each number must be divisible by 2 interleaved chunks",
+        "gives the pipeline stages 3, 1 layers; 2 interleaved chunks must divide each number",
         {"decoder_last_pipeline_num_layers": 2},
     ),
     case(
@@ -259,7 +259,7 @@ CASES = [
         "rampup_reaches_the_full_batch",
         {"global_batch_size": 16, "rampup_batch_size": (4, 8, 100)},
         "--rampup-batch-size",
-        "must grow from its start to --global-batch-size = 16 in equal increments",
+        "must reach --global-batch-size = 16 from its start in whole increments",
         {"rampup_batch_size": (8, 8, 100)},
     ),
     case(

@@ -105,7 +105,7 @@ CASES = [
             "vocab_size": 64,
         },
         "--sample-interval",
-        "can encode text, and NullTokenizer cannot",
+        "can encode text; NullTokenizer cannot",
         {"tokenizer_type": "ByteTokenizer", "vocab_size": None},
     ),
     case(
@@ -311,7 +311,7 @@ CASES = [
         "packing_knows_all_documents",
         {**PACKED, "data_index": "on-demand"},
         "--data-index",
-        "sorts all documents",
+        "needs the lengths of all documents at the start",
         {"data_index": "auto"},
     ),
     case(

@@ -119,7 +119,7 @@ class TestRouter:
     def test_an_option_of_another_router(self, routers):
         (problem,) = problems_of(routers, *DATA, "--router.name", "plain", "--router.hypernet-width", "3")
         assert problem.field == "--router.hypernet-width"
-        assert "is not an option of router plain (but of hyper)" in problem.rule
+        assert "is not an option of router plain; it is an option of hyper" in problem.rule
 
     def test_the_routers_own_rules(self, routers):
         (problem,) = problems_of(routers, *DATA, "--router.hypernet-width", "999999")

@@ -42,17 +42,17 @@ class TestFile:
     @pytest.mark.parametrize(
         ("text", "rule"),
         [
-            ("seed: " + "9" * 5000, "a number in line 1 that cannot be read"),
+            ("seed: " + "9" * 5000, "an unreadable number in line 1"),
             ("seed: " + "[" * 5000, "nested too deeply"),
             ("num_layers: &a {b: *a}", "refers to itself in line 1"),
             (
                 "lr: 1\nseed: !!timestamp 2001-99X99",
-                "has the value 2001-99X99 in line 2, which does not fit the tag",
+                "has the value 2001-99X99 in line 2 with the wrong tag",
             ),
             ("seed: !!python/object/apply:os.getpid []", "unsupported tag in line 1"),
-            ("seed: !!int many", "has the value many in line 1, which does not fit the tag"),
-            ('run_dir: "a\\0b"', "has a character in line 1 that is not valid text"),
-            ('run_dir: "\\ud800"', "has a character in line 1 that is not valid text"),
+            ("seed: !!int many", "has the value many in line 1 with the wrong tag"),
+            ('run_dir: "a\\0b"', "has an invalid character in line 1"),
+            ('run_dir: "\\ud800"', "has an invalid character in line 1"),
             ("[a, b]: 1", "has a key in line 1 that is not a plain name"),
             ("a: 1\n---\nb: 2", "another document"),
         ],
@@ -97,7 +97,7 @@ class TestFile:
     def test_sections_are_reported_and_read(self, routers, write):
         problem = self.problem_with(routers, write("data_path: a\nmodel:\n  num_layers: 2\n"))
         assert problem.field.startswith("model in")
-        assert problem.remedy == "remove model: and write num_layers: ... at the left margin"
+        assert problem.remedy == "remove model: and write its settings without indentation (num_layers: ...)"
         found = problems_of(routers, "--config", write("model: {num_layers: 0}\ndata_path: a\n"))
         assert [each.field.split()[0] for each in found] == ["model", "--num-layers"]
 
@@ -145,7 +145,7 @@ class TestFile:
         ("n_embd", "use --hidden-size, which is the name in this program"),
         ("dtype", "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default"),
         # too unlike anything for a guess
-        ("depth_of_it", "look it up in mhr train --help; leaving it out may change the run"),
+        ("depth_of_it", "find the right name in mhr train --help; removing it may change the run"),
     ],
 )
 def test_names_of_other_programs(routers, write, name, remedy):

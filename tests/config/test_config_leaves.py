@@ -91,7 +91,7 @@ class CalledName:
     [
         (NoHelp, "help text"),
         (NoDefault, "default"),
-        (TwoTypes, "one type"),
+        (TwoTypes, "X or X \\| None"),
         (CalledName, "chooses the router"),
     ],
 )

@@ -166,7 +166,7 @@ class TestDefaults:
         (model,) = (note for note in notes if "builds a different model than in Megatron-LM" in note)
         for name in ("num-experts", "swiglu", "normalization", "disable-bias-linear", "ffn-hidden-size"):
             assert f"without --{name}, Megatron-LM uses " in model
-        (training,) = (note for note in notes if "trains in a different way than in Megatron-LM" in note)
+        (training,) = (note for note in notes if "trains differently than in Megatron-LM" in note)
         assert "without --hidden-dropout, Megatron-LM uses dropout 0.1, this program 0" in training
         assert "--lr-decay-style" not in training
 

@@ -86,7 +86,10 @@ def test_every_router_can_scale_its_weights(name):
         ({"group_topk": 4}, "needs --router.num-groups"),
         ({"num_groups": 3, "group_topk": 1}, "must divide --num-experts = 8"),
         ({"num_groups": 4, "group_topk": 5}, "must be at most --router.num-groups = 4"),
-        ({"num_groups": 8, "group_topk": 1}, "must be at most 1, the experts of --router.group-topk = 1"),
+        (
+            {"num_groups": 8, "group_topk": 1},
+            "must be at most 1, the number of experts in --router.group-topk = 1",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", sorted(ROUTERS))
@@ -128,7 +131,9 @@ def test_groups_leave_room_for_a_schedule():
 
 def test_a_run_with_more_experts_than_its_groups_have_is_refused():
     flags = "--data-path x --num-experts 8 --moe-router-topk 5 --router.num-groups 4 --router.group-topk 2"
-    with pytest.raises(ConfigError, match=r"must be at most 4, the experts of --router\.group-topk = 2"):
+    with pytest.raises(
+        ConfigError, match=r"must be at most 4, the number of experts in --router\.group-topk = 2 g"
+    ):
         parse(flags.split(), routers=ROUTERS)
 
 

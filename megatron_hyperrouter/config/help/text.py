@@ -106,16 +106,18 @@ def _head(page: _Page, prog: str, routers: Mapping[str, Any]) -> Iterator[str]:
     yield from page.wrapped(
         "Flags override the YAML file, which overrides the defaults. A YAML key is the flag's name "
         "with underscores; the router's settings form a mapping: router: {name: hyper, "
-        "hypernet_width: 256}. If --router.name differs from the name in the file, the mapping in "
-        "the file is ignored."
+        "hypernet_width: 256}. If --router.name differs from the name in the file, the router "
+        "settings in the file are ignored."
     )
     yield ""
     yield from page.wrapped(f"Show one section with --help SECTION: {_names()}.")
     yield ""
-    yield from page.row("--config FILE", "YAML file of settings; a run's config.yaml starts that run again")
+    yield from page.row(
+        "--config FILE", "YAML file with settings; the config.yaml of a run starts the same run again"
+    )
     yield from page.row(
         "--dry-run [--world-size N]",
-        "Check all rules, show layout, parameters, memory, tokens and epochs, and end without training",
+        "Check the settings and show layout, parameters, memory, tokens and epochs, without training",
     )
     yield from page.row("--help, -h [SECTION]", "Show this text, or one section of it")
 

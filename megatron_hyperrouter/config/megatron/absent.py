@@ -8,7 +8,7 @@ from types import MappingProxyType
 # (what the flags belong to, what leaving them out would change) -> the flags
 FEATURES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
-        ("optimizers other than AdamW", "the optimizer would be AdamW"): """
+        ("optimizers other than AdamW", "the optimizer is AdamW"): """
 apply-wd-to-qk-layernorm lion-beta1 lion-beta2 muon-coefficient-type muon-extra-scale-factor
 muon-fp32-matmul-prec muon-momentum muon-nesterov muon-no-split-qkv muon-num-ns-steps
 muon-scalar-optimizer muon-scale-mode muon-tp-mode muon-use-nesterov muon-use-syrk
@@ -16,7 +16,7 @@ no-weight-decay-cond-type qk-clip qk-clip-alpha qk-clip-threshold sgd-momentum w
 """,
         (
             "BERT, retrieval and encoder-decoder models",
-            "the model would be a decoder-only language model",
+            "the model is a decoder-only language model",
         ): """
 bert-load bert-no-binary-head biencoder-projection-dim biencoder-shared-query-context-model
 block-data-path decoder-num-layers decoder-seq-length embedding-path encoder-num-layers
@@ -30,11 +30,11 @@ retro-project-dir sample-rate short-seq-prob titles-data-path use-one-sent-docs 
 """,
         (
             "YaRN without rounding to whole channels",
-            "the correction range of YaRN would be rounded to whole channels",
+            "YaRN rounds its correction range to whole channels",
         ): """
 no-yarn-correction-range-round-to-int
 """,
-        ("vision models", "the model would be a language model"): """
+        ("vision models", "the model is a language model"): """
 allow-missing-vision-projection-checkpoint dataloader-save disable-vision-class-token freeze-LM freeze-ViT
 img-embedding-idx language-model-type prompt-path valid-path
 classes-fraction data-per-class-fraction dino-bottleneck-size dino-freeze-last-layer
@@ -45,7 +45,7 @@ vision-backbone-type vision-pretraining vision-pretraining-type
 """,
         (
             "fully sharded data parallelism",
-            "weights would not be sharded",
+            "weights are not sharded",
         ): """
 data-parallel-sharding-strategy enable-full-sharding-in-hsdp expert-tensor-parallel-num-weight-shards
 fsdp-db-use-persist-buf-on-alloc-fail fsdp-double-buffer fsdp-manual-registration
@@ -58,7 +58,7 @@ use-torch-fsdp2
 """,
         (
             "state-space, linear and sparse attention layers",
-            "all attention would be full, a different model",
+            "the model is different: all layers have full attention",
         ): """
 csa-compress-ratio-for-c csa-compress-ratio-for-h csa-compress-rotary-base csa-window-size
 disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu disable-mamba-mem-eff-path
@@ -72,21 +72,21 @@ linear-key-head-dim linear-num-key-heads linear-num-value-heads linear-value-hea
 mamba-num-groups mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype
 no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups o-lora-rank
 """,
-        ("8-bit and 4-bit number formats", "the run would compute in --bf16 or float32"): """
+        ("8-bit and 4-bit number formats", "the run computes in bfloat16 (--bf16) or float32"): """
 fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 kitchen-attention-backend
 """,
-        ("alternative residual streams", "the model would have one residual stream, a different model"): """
+        ("alternative residual streams", "the model is different: it has one residual stream"): """
 enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
 mhc-sinkhorn-iterations
 """,
-        ("fill-in-the-middle data", "samples would be plain text"): """
+        ("fill-in-the-middle data", "samples are plain text"): """
 fim-data fim-eod-token fim-fragment-rate fim-middle-token fim-no-prefix fim-pad-token fim-prefix-token
 fim-rate fim-split-sample fim-spm-rate fim-suffix-token
 """,
-        ("float16", "the run would compute in --bf16 or float32"): """
+        ("float16", "the run computes in bfloat16 (--bf16) or float32"): """
 fp16-lm-cross-entropy output-logit-dtype
 """,
-        ("reinforcement learning", "the run would pretrain"): """
+        ("reinforcement learning", "the run pretrains a model"): """
 grpo-clamp-eps-lower grpo-clamp-eps-upper grpo-entropy-term-weight grpo-filter-groups-with-same-reward
 grpo-group-size grpo-iterations grpo-kl-beta grpo-prompts-per-step langrl-env-config
 langrl-external-server perform-rl-step refit-method rl-consumption-granularity rl-default-temperature
@@ -97,56 +97,62 @@ rl-profile-dir rl-prompts-per-eval rl-remove-kv-cache-during-training rl-rollout
 rl-rollout-bank-max-bytes rl-sequence-packing-algo rl-sequence-packing-max-sequences-per-bin
 rl-skip-bos-token rl-submission-granularity rl-use-sequence-packing rl-verify-model-weights-swap
 """,
-        ("distillation", "the run would learn only from the tokens"): """
+        ("distillation", "the model learns only from the tokens"): """
 logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load-kd-loss-alpha
 logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
 logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 """,
         (
             "scaling of initial weights and learning rates by width (muP)",
-            "initial weights and learning rates would not be scaled",
+            "initial weights and learning rates are not scaled",
         ): """
 mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
 mup-width-mult use-mup
 """,
-        ("tokenizer options", "the tokenizer file would decide this"): """
+        ("options of single tokenizers", "the tokenizer file decides this"): """
 disable-tokenizer-sentencepiece-ignore-extra-whitespaces
 no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
 special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy
 """,
-        ("activation functions other than SwiGLU", "the activation would be SwiGLU, a different model"): """
+        ("activation functions other than SwiGLU", "the model is different: its activation is SwiGLU"): """
 openai-gelu quick-geglu squared-relu
 """,
-        ("several validation sets", "there would be one validation set"): """
+        ("several validation sets", "the run has one validation set"): """
 multiple-validation-sets validation-set-names
 """,
-        ("other 8-bit number formats", "--fp8-format and --fp8-recipe would set the number format"): """
+        ("other 8-bit number formats", "--fp8-format and --fp8-recipe set the number format"): """
 fp8-output-proj fp8-quantizer-factory kitchen-config-file kitchen-recipe-number te-precision-config-file
 """,
-        ("layers of different shapes", "all layers would have the same shape, a different model"): """
+        ("layers of different shapes", "the model is different: all its layers have the same shape"): """
 heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
 """,
         (
-            "context parallelism whose size follows the length of a sample",
-            "it would always be --context-parallel-size",
+            "context parallelism that adapts its size to the length of each sample",
+            "the size is always --context-parallel-size",
         ): """
 hybrid-context-parallel max-seqlen-per-dp-cp-rank
 """,
-        ("the conversion of a checkpoint", "the run would train; Megatron-LM converts and ends"): """
+        (
+            "the conversion of a checkpoint",
+            "the run trains; Megatron-LM would only convert the checkpoint",
+        ): """
 ckpt-convert-format ckpt-convert-save ckpt-convert-update-legacy-dist-opt-format
 """,
         (
             "quantization and distillation with ModelOpt",
-            "the model would be trained on the tokens alone, without quantization",
+            "the model learns only from the tokens, without quantization",
         ): """
 export-kd-cfg export-kd-teacher-ckpt-format export-kd-teacher-load export-kd-teacher-model-config
 export-kv-cache-quant export-offline-model export-quant-cfg export-real-quant-cfg finetune-data-files
 finetune-data-split finetune-hf-dataset freeze-base-for-mtp modelopt-enabled qad-train-target
 """,
-        ("fine-tuning on conversations", "the run would pretrain; --finetune starts from weights"): """
+        (
+            "fine-tuning on conversations",
+            "the run pretrains a model; --finetune starts from existing weights",
+        ): """
 phase-transition-iterations sft sft-tokenizer-prompt-format
 """,
-        ("changes to the blend weights of the data", "blend weights would be used unchanged"): """
+        ("changes to the blend weights of the data", "blend weights are used unchanged"): """
 renormalize-blend-weights
 """,
     }

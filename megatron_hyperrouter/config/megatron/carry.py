@@ -25,7 +25,7 @@ from megatron_hyperrouter.errors import Problem
 
 ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
     {
-        name: Absent(f"belongs to {feature}", without)
+        name: Absent(f"is for {feature}", without)
         for (feature, without), names in FEATURES.items()
         for name in names.split()
     }
@@ -131,7 +131,7 @@ def settled(values: dict[str, Any], written: Container[str]) -> Iterator[str]:
     if values["use_rope_scaling"] and values["multi_latent_attention"]:
         values["use_rope_scaling"] = False
         values["rope_scaling_factor"] = tree_leaves()["rope_scaling_factor"].default
-        yield "--use-rope-scaling is off, because latent attention has --rope-type yarn instead"
+        yield "--use-rope-scaling is off, because latent attention uses --rope-type yarn instead"
 
 
 def words_of(raw: object) -> list[str] | None:

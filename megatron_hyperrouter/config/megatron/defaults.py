@@ -24,7 +24,11 @@ MODEL = (
     Other(
         ("position-embedding-type", "use-rotary-position-embeddings"), "learned positions", "rotary positions"
     ),
-    Other(("ffn-hidden-size",), "a feed-forward width of 8/3 hidden sizes with --swiglu", "4 hidden sizes"),
+    Other(
+        ("ffn-hidden-size",),
+        "a feed-forward width of 8/3 x --hidden-size (with --swiglu)",
+        "4 x --hidden-size",
+    ),
 )
 TRAINING = (
     Other(("hidden-dropout",), "dropout 0.1", "0"),
@@ -40,11 +44,11 @@ def defaults_that_differ(given: Collection[str], foreign: int) -> Iterator[str]:
     """
     if foreign < ENOUGH:
         return
-    for rows, what in ((MODEL, "builds a different model"), (TRAINING, "trains in a different way")):
+    for rows, what in ((MODEL, "builds a different model"), (TRAINING, "trains differently")):
         missing = [row for row in rows if not any(name in given for name in row.flags)]
         if missing:
             shown = "; ".join(
-                f"without --{row.flags[0]}, Megatron-LM uses {row.there}, this program {row.here}"
+                f"without --{row.flags[0]}, Megatron-LM uses {row.there} and this program uses {row.here}"
                 for row in missing
             )
             yield f"this command {what} than in Megatron-LM: {shown}"

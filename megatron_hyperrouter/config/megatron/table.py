@@ -59,9 +59,9 @@ exp-avg-dtype | fp32 | the optimizer's states are float32
 exp-avg-sq-dtype | fp32 | the optimizer's states are float32
 main-grads-dtype | fp32 | the optimizer's gradients are float32
 main-params-dtype | fp32 | the optimizer's weights are float32
-moe-dispatch-fwd-dtype | bf16 | tokens travel to experts in the format of the model
-moe-combine-bwd-dtype | bf16 | tokens travel to experts in the format of the model
-softmax-type | vanilla | the attention softmax is always the plain one, without attention sinks
+moe-dispatch-fwd-dtype | bf16 | expert inputs and outputs are sent in the number format of the model
+moe-combine-bwd-dtype | bf16 | expert inputs and outputs are sent in the number format of the model
+softmax-type | vanilla | the attention softmax never has attention sinks
 distributed-backend | nccl gloo | the backend depends on the device
 exit-on-missing-checkpoint |  | --load without a checkpoint always ends the run
 moe-per-layer-logging |  | metrics.jsonl always has values for each layer
@@ -144,82 +144,86 @@ ABSENT: Mapping[str, Absent] = MappingProxyType(
         name: Absent(*cells)
         for name, cells in _rows(
             """
-no-save-rng | saves checkpoints without the random state | checkpoints would contain the random state
-disable-save-rng | saves checkpoints without the random state | checkpoints would contain the random state
-spec | builds the layers from a module of your own
-  | the layers would be those of this program, a different model
+no-save-rng | saves checkpoints without the random state | checkpoints contain the random state
+disable-save-rng | saves checkpoints without the random state | checkpoints contain the random state
+spec | builds the layers from a Python module that you give
+  | the model is different: it has the layers of this program
 export-qk-l2-norm | applies an L2 norm to queries and keys
-  | there would be no norm, or RMSNorm with --qk-layernorm, a different model
+  | the model is different: it has no such norm, or RMSNorm with --qk-layernorm
 export-moe-apply-probs-on-input | multiplies expert inputs by the expert weights
-  | expert outputs would be multiplied, a different model
-enable-gpt-oss | scales positions as gpt-oss does | use --rope-type yarn with its scaling factor
+  | the model is different: expert outputs are multiplied
+enable-gpt-oss | scales positions as gpt-oss does | use --rope-type yarn and --rotary-scaling-factor
 mtp-detach-heads | keeps the loss of the extra predictions from training the rest of the model
-  | that loss would train the whole model
+  | that loss trains the whole model
 mtp-hsm | mixes the hidden states of several depths of multi-token prediction
-  | each depth would read the one before it, a different model
+  | the model is different: each depth reads the one before it
 mtp-hybrid-override-pattern | lists the layers of multi-token prediction
-  | they would be attention layers with experts, a different model
+  | the model is different: they are attention layers with experts
 mtp-use-repeated-layer | uses one layer for all depths of multi-token prediction
-  | each depth would have a layer of its own, a different model
+  | the model is different: each depth has a separate layer
 moe-router-topk-limited-devices | limits each token to the experts of some ranks
   | use --moe-router-num-groups and --moe-router-group-topk, which do not depend on the layout
 moe-latent-size | projects tokens to a smaller width before the experts
-  | experts would see the full width, a different model
-rotary-interleaved | rotates neighboring channels | channels of the two halves would rotate, a different model
-no-rope-freq | leaves rotary positions out of some layers | all layers would have them, a different model
+  | the model is different: experts receive the full width
+rotary-interleaved | rotates pairs of neighboring channels
+  | the model is different: each pair has one channel from each half
+no-rope-freq | leaves rotary positions out of some layers | the model is different: all layers have them
 embedding-init-method-std | sets the standard deviation of the initial embedding
-  | the embedding would use --init-method-std
+  | the embedding uses --init-method-std
 init-method-xavier-uniform | draws initial weights from Xavier's distribution
-  | weights would be normal with --init-method-std
+  | weights are drawn from a normal distribution with --init-method-std
 fp16 | computes in float16 | use --bf16
 fp32-residual-connection | keeps the residual stream in float32
-  | the residual stream would be bfloat16 with --bf16
+  | the residual stream is bfloat16 with --bf16
 apply-residual-connection-post-layernorm | takes the residual after the norm
-  | the residual would be taken before the norm, a different model
+  | the model is different: the residual is taken before the norm
 qk-l2-norm | applies an L2 norm to queries and keys
-  | there would be no norm, or RMSNorm with --qk-layernorm, a different model
-attention-output-gate | gates the output of attention | attention output would not be gated, a different model
+  | the model is different: it has no such norm, or RMSNorm with --qk-layernorm
+attention-output-gate | gates the output of attention
+  | the model is different: attention output is not gated
 glu-linear-offset | shifts the linear half of the activation
-  | the linear half would not be shifted, a different model
-activation-func-clamp-value | clamps the activation | the activation would not be clamped, a different model
-start-weight-decay | increases the weight decay during training | the weight decay would be constant
-end-weight-decay | increases the weight decay during training | the weight decay would be constant
-decoupled-lr | gives embedding and output a separate learning rate | both would use --lr
-decoupled-min-lr | gives embedding and output a separate minimum learning rate | both would use --min-lr
-skip-train | evaluates without training | the run would train; use mhr evaluate
+  | the model is different: the linear half is not shifted
+activation-func-clamp-value | clamps the activation
+  | the model is different: the activation is not clamped
+start-weight-decay | increases the weight decay during training | the weight decay is constant
+end-weight-decay | increases the weight decay during training | the weight decay is constant
+decoupled-lr | gives embedding and output a separate learning rate | both use --lr
+decoupled-min-lr | gives embedding and output a separate minimum learning rate | both use --min-lr
+skip-train | evaluates without training | use mhr evaluate to evaluate a checkpoint
 use-checkpoint-args | takes the model sizes from the checkpoint | the settings must give all sizes
 pretrained-checkpoint | starts from other weights | use --load DIR --finetune
-freeze-all-layers | trains no layer | all layers would be trained
-step-batch-size-schedule | changes the global batch at given steps | the global batch would stay constant
+freeze-all-layers | trains no layer | all layers are trained
+step-batch-size-schedule | changes the global batch at given steps | the global batch stays constant
 decrease-batch-size-if-needed | reduces the global batch if it is not divisible
   | use a divisible --global-batch-size
 padded-vocab-size | sets the number of rows of the embedding
-  | the number would follow from the tokenizer and --make-vocab-size-divisible-by
+  | the tokenizer and --make-vocab-size-divisible-by determine the number
 no-pad-vocab-size | leaves the vocabulary unpadded | use --make-vocab-size-divisible-by 1
 disable-pad-vocab-size | leaves the vocabulary unpadded | use --make-vocab-size-divisible-by 1
-eval-global-batch-size | sets the global batch of evaluations | evaluations would use --global-batch-size
-eval-micro-batch-size | sets the micro-batch of evaluations | evaluations would use --micro-batch-size
-full-validation | scores the whole validation split | --eval-iters batches would be scored
+eval-global-batch-size | sets the global batch of evaluations | evaluations use --global-batch-size
+eval-micro-batch-size | sets the micro-batch of evaluations | evaluations use --micro-batch-size
+full-validation | evaluates on the whole validation split
+  | each evaluation reads only --eval-iters batches
 start-eval-at-iter | starts evaluations at a given step
-  | evaluations would start after the first --eval-interval
+  | evaluations start after the first --eval-interval steps
 pipeline-model-parallel-layout | lists the layers of each pipeline stage
-  | stages would have equal numbers of layers
+  | all stages have the same number of layers
 encoder-seq-length | sets the sample length of an encoder-decoder
-  | the model would be a decoder-only language model
+  | the model is a decoder-only language model
 yaml-cfg | reads a YAML file of Megatron-LM | use --config with a YAML file of this program
 data-parallel-random-init | draws different initial weights on each data-parallel rank
-  | all ranks would start with the same weights
+  | all ranks start with the same weights
 dataloader-inter-document-masking | keeps attention within documents | use --reset-attention-mask
 moe-apply-probs-on-input | multiplies expert inputs by the expert weights
-  | expert outputs would be multiplied, a different model
-no-initialization | leaves the weights uninitialized | weights would be drawn from --seed
+  | the model is different: expert outputs are multiplied
+no-initialization | leaves the weights uninitialized | weights are drawn from --seed
 use-mp-args-from-checkpoint-args | takes the layout from the checkpoint | the settings must give the layout
 moe-use-upcycling | starts from a dense model
   | use mhr import-hf --upcycle with a Hugging Face model, or train from random weights
 moe-upcycling-granularity | starts from a dense model | use mhr import-hf --upcycle with --granularity
-moe-router-force-biased | adds a random bias to the routing | routing would have no random bias
-moe-router-quantile-balancing-ema | balances by quantiles
-  | routing would be balanced by --moe-aux-loss-coeff
+moe-router-force-biased | adds a random bias to the routing | routing has no random bias
+moe-router-quantile-balancing-ema | balances the load by quantiles
+  | --moe-aux-loss-coeff balances the load
 moe-expert-rank-capacity-factor | limits the tokens of each rank
   | use --moe-expert-capacity-factor for each expert
 warmup | is the old name of --lr-warmup-fraction | use --lr-warmup-fraction

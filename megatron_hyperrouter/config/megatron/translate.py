@@ -84,7 +84,7 @@ def per_split_data_args(words: list[str], read: ReadWord) -> Settings:
         parts = json.loads(_text(_one(words)))
         blends = {split: parts[split] for split in ("train", "valid", "test") if parts.get(split)}
     except (ValueError, AttributeError) as error:
-        rule = f"must be a JSON object with train, valid and test ({error})"
+        rule = f"must be a JSON object with the keys train, valid and test ({error})"
         raise BadValue(rule, 'write {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}') from error
     return {
         f"{split}_data_path": blend.split() if isinstance(blend, str) else [str(word) for word in blend]
@@ -155,7 +155,7 @@ def lr_warmup_samples(count: float, values: Mapping[str, Any], batch: int) -> tu
 def lr_warmup_fraction(share: float, values: Mapping[str, Any], batch: int) -> tuple[str, int]:
     """A share of the steps until the decay ends."""
     if not share <= 1:
-        raise BadValue("must be at most 1", "give a fraction of the steps of the decay, from 0 to 1")
+        raise BadValue("must be at most 1", "give a fraction of the decay steps, from 0 to 1")
     run = _sizes(values, int(values["global_batch_size"] or 1)).progress(values["train_iters"])
     return "lr_warmup_iters", round(share * (values["lr_decay_iters"] or run))
 

@@ -85,7 +85,7 @@ use_flash_attn_builder use_flash_attn_triton use_flash_attn_v1 use_flash_attn_v2
 zero_allgather_bucket_size
 zero_contigious_gradients zero_reduce_bucket_size zero_reduce_scatter
 """.split()
-_TOKENS = "in samples: the number of tokens divided by --seq-length"
+_TOKENS = "and divide the number of tokens by --seq-length"
 # Names whose values differ as well: what to write instead.
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
@@ -94,14 +94,14 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "torch_dtype": "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default",
         "fp32": "leave it out; float32 is the default",
         "fp16": "use --bf16; float16 is not supported",
-        "gradient_accumulation_steps": "set --global-batch-size; the number of micro-batches follows from it",
+        "gradient_accumulation_steps": "set --global-batch-size; it determines the number of micro-batches",
         "epochs": "set --train-iters; the start of a run shows the number of epochs",
         "num_train_epochs": "set --train-iters; the start of a run shows the number of epochs",
         "num_epochs": "set --train-iters; the start of a run shows the number of epochs",
         "warmup_ratio": "use --lr-warmup-fraction",
         "gpus": "start the program with deepspeed or torchrun, and set the number of GPUs there",
         "num_gpus": "start the program with deepspeed or torchrun, and set the number of GPUs there",
-        "device": "leave it out; GPUs are used if there are any",
+        "device": "leave it out; the program uses GPUs if it finds any",
         "optimizer": "leave it out; the optimizer is AdamW",
         "betas": "use --adam-beta1 and --adam-beta2",
         "vocab": "use --vocab-size with --tokenizer-type NullTokenizer, or --tokenizer-model",
@@ -115,16 +115,16 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "lr_decay_tokens": f"use --lr-decay-samples, {_TOKENS}",
         "lr_warmup_tokens": f"use --lr-warmup-samples, {_TOKENS}",
         "moe_eval_capacity_factor": "leave it out; --moe-expert-capacity-factor applies to evaluation too",
-        "disable_moe_token_dropping": "leave out --moe-expert-capacity-factor instead; then none is dropped",
+        "disable_moe_token_dropping": "leave out --moe-expert-capacity-factor, so that no token is dropped",
         "deepspeed_activation_checkpointing": "use --recompute-granularity full",
-        "expert_interval": "use --moe-layer-freq; every second of 12 layers is '([0,1]*6)'",
+        "expert_interval": "use --moe-layer-freq; '([0,1]*6)' puts experts in every second of 12 layers",
         "ds_sequence_parallel_size": "use --context-parallel-size with --engine megatron",
         "universal_checkpoint": "leave it out; any layout can load a checkpoint",
         "dataset": "use --data-path with the prefix of a .bin/.idx pair",
         "patch_tokenizer_type": "use --tokenizer-type HuggingFaceTokenizer and --tokenizer-model",
         "extra_vocab_size": "use --make-vocab-size-divisible-by, which pads the tokenizer's vocabulary",
         "max_padding_length": "leave it out; every sample has --seq-length tokens, without padding",
-        "train_mode": "leave it out; the program pretrains, and --finetune starts from other weights",
+        "train_mode": "leave it out; the program pretrains, or starts from existing weights with --finetune",
         "sliding_window": "use --window-size; a sliding window of 4096 tokens is --window-size 4095,0",
     }
     | dict.fromkeys(_NOT_NEEDED, "leave it out; it would not change the result")

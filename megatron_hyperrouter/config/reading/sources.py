@@ -111,8 +111,8 @@ def _flatten(path: str, document: dict[str, Any], problems: list[Problem]) -> Ya
             )
         elif isinstance(value, dict) and name not in tree_leaves():
             example = next(iter(value), "num_layers")
-            rule = "is a section, but settings must not be in sections"
-            remedy = f"remove {key}: and write {example}: ... at the left margin"
+            rule = "groups settings in a section, which is not supported"
+            remedy = f"remove {key}: and write its settings without indentation ({example}: ...)"
             problems.append(Problem(f"{key} in {path}", "", rule, remedy))
             _add(file, ((_name(inner), each) for inner, each in value.items()), "outside of the section")
         else:

@@ -154,12 +154,15 @@ def _prepared(leaf: Leaf, raw: object) -> object:
 
 def _remedy(leaf: Leaf, raw: object) -> str:
     if leaf.name == "tokenizer_type" and str(raw).endswith("Tokenizer"):  # another library's, not a slip
-        return "use HuggingFaceTokenizer with --tokenizer-model, a folder or a name on the hub"
+        return (
+            "use HuggingFaceTokenizer and set --tokenizer-model to a folder or to a model name on the "
+            "Hugging Face hub"
+        )
     if close := nearest(str(raw), map(str, leaf.choices)):
         return f"did you mean {close}?"
     # Omitting a setting that defines the model is not a remedy: the default is another model.
     has_default = leaf.default is not None and not leaf.is_tuple and leaf.role not in MODEL
-    default = f", or leave it out for {leaf.default}" if has_default else ""
+    default = f", or leave it out to use {leaf.default}" if has_default else ""
     if leaf.base is str:
         return "put the value in quotes"
     if leaf.choices:

@@ -140,16 +140,16 @@ class _Reader:
 def _scalar(node: yaml.ScalarNode) -> Any:
     text, line = str(node.value), node.start_mark.line + 1
     if "\0" in text or (not text.isascii() and text != text.encode("utf-8", "replace").decode()):
-        raise ValueError(f"has a character in line {line} that is not valid text")
+        raise ValueError(f"has an invalid character in line {line}")
     kind = node.tag.removeprefix(PLAIN)
     if kind == "str" and node.style is None:  # a plain word without a tag
         kind = next((name for name, pattern in CORE if pattern.fullmatch(text)), "str")
     elif kind != "str" and not any(name == kind and pattern.fullmatch(text) for name, pattern in CORE):
-        raise ValueError(f"has the value {text} in line {line}, which does not fit the tag {node.tag}")
+        raise ValueError(f"has the value {text} in line {line} with the wrong tag {node.tag}")
     try:
         return _CONVERTERS[kind](text)
     except ValueError as error:  # thousands of digits
-        raise ValueError(f"has a number in line {line} that cannot be read: {error}") from error
+        raise ValueError(f"has an unreadable number in line {line}: {error}") from error
 
 
 _CONVERTERS: Mapping[str, Any] = {

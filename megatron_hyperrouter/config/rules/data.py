@@ -19,8 +19,8 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     data = config.data
     if not (data.mock_data or data.data_path or data.train_data_path or data.data_schedule is not None):
         remedy = (
-            "add --data-path PREFIX (mhr preprocess writes such data), --train-data-path, --data-schedule "
-            "or --mock-data"
+            "add --data-path PREFIX (mhr preprocess writes such files), --train-data-path, "
+            "--data-schedule or --mock-data"
         )
         yield broken(config, "data_path", "there is no training data", remedy)
 
@@ -43,7 +43,10 @@ def one_source_of_data(config: RunConfig, world_size: int | None) -> Iterator[Pr
             yield broken(
                 config,
                 name,
-                "cannot be combined with --data-path, which --split divides into all three parts",
+                (
+                    "cannot be combined with --data-path, which --split divides into training, "
+                    "validation and test data"
+                ),
                 "leave out either --data-path or FLAG",
             )
 
@@ -131,7 +134,9 @@ def packing_knows_all_documents(config: RunConfig, world_size: int | None) -> It
     if not config.data.pack_documents:
         return
     if config.data.data_index == "on-demand":
-        rule = "cannot be combined with --pack-documents, which sorts all documents"
+        rule = (
+            "cannot be combined with --pack-documents, which needs the lengths of all documents at the start"
+        )
         yield broken(config, "data_index", rule, "use --data-index auto, or leave out --pack-documents")
     if config.data.data_schedule is not None:
         rule = "cannot be combined with --pack-documents"

@@ -104,7 +104,7 @@ UNFIT: tuple[tuple[str, object, str, str], ...] = (  # key, the value that chang
     (
         "tensor_parallel.autotp_size",
         1,
-        "would split layers a second time",
+        "would split the layers a second time",
         "remove this key, and use --tensor-model-parallel-size",
     ),
     (

@@ -136,7 +136,8 @@ def hypernetwork_over_ranks(config: RunConfig, world_size: int | None) -> Iterat
     size, ranks = config.model.hidden_size, 1 if world_size is None else replicas(config, world_size)
     if ranks and size % ranks:
         rule = (
-            f"needs a --hidden-size divisible by data-parallel x context-parallel ranks = {ranks}, not {size}"
+            f"needs --hidden-size = {size} to be divisible by data-parallel x context-parallel ranks "
+            f"= {ranks}"
         )
         remedy = f"leave out FLAG, or use --hidden-size {multiples(size, ranks)}"
         yield broken(config, "shard_hypernetwork", rule, remedy)

@@ -61,7 +61,10 @@ def topk_within_experts(config: RunConfig, world_size: int | None) -> Iterator[P
             few = "1" if experts == 1 else f"1 to {experts}"
             yield broken(config, name, rule, f"use {few}, or increase --num-experts")
         elif topk is not None and topk > most:
-            rule = f"must be at most {most}, the experts of --router.group-topk = {options.group_topk}"
+            rule = (
+                f"must be at most {most}, the number of experts in --router.group-topk = "
+                f"{options.group_topk} groups"
+            )
             yield broken(config, name, rule, f"use 1 to {most}, or increase --router.group-topk")
 
 

@@ -45,7 +45,7 @@ def rampup_reaches_the_full_batch(config: RunConfig, world_size: int | None) -> 
         yield needs(config, "rampup_batch_size", "--global-batch-size")
         return
     if not grows_to(full, config.train.rampup_batch_size):
-        rule = f"must grow from its start to --global-batch-size = {full} in equal increments"
+        rule = f"must reach --global-batch-size = {full} from its start in whole increments"
         remedy = f"use a start below {full} and an increment that divides the difference"
         yield broken(config, "rampup_batch_size", rule, remedy)
     ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1
@@ -215,7 +215,7 @@ def texts_need_prompts(config: RunConfig, world_size: int | None) -> Iterator[Pr
     if not settings.sample_prompt:
         yield needs(config, "sample_interval", "--sample-prompt")
     if config.data.tokenizer_type == "NullTokenizer":
-        rule = "needs a tokenizer that can encode text, and NullTokenizer cannot"
+        rule = "needs a tokenizer that can encode text; NullTokenizer cannot"
         yield broken(config, "sample_interval", rule, "use another --tokenizer-type, or leave out FLAG")
     if config.parallel.context_parallel_size > 1:
         rule = "cannot be combined with --context-parallel-size greater than 1"
