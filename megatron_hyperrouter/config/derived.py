@@ -113,7 +113,8 @@ def stage_layers(config: RunConfig) -> tuple[int, ...]:
     rest = config.model.num_layers - (first or 0) - (last or 0)
     others = stages - (first is not None) - (last is not None)
     if others < 0 or rest < others or (rest and not others):
-        raise ValueError(f"{rest} layers remain for {max(others, 0)} other stages")
+        too_few = "the pipeline stages need more layers than the model has"
+        raise ValueError(too_few if rest < others else f"{rest} layers are in no pipeline stage")
     shared = [rest // others + (stage < rest % others) for stage in range(others)]
     return (*([first] if first else []), *shared, *([last] if last else []))
 

@@ -131,8 +131,8 @@ class ModelConfig:
         Literal["standard", "residual"],
         Role.SHAPE,
         Only("deepspeed", "leave out FLAG, or use --engine deepspeed"),
-        "standard: each MoE layer has its experts only; residual: it also has a dense MLP, and "
-        "trained coefficients mix both outputs (PR-MoE)",
+        "What an MoE layer consists of. standard: only experts; residual (PR-MoE): experts and a "
+        "dense MLP, with trained coefficients that mix their outputs",
     ] = "standard"
 
 
@@ -182,7 +182,9 @@ class ParallelConfig:
         "Tensor-parallel size inside experts (ETP); default: --tensor-model-parallel-size",
     ] = None
     sequence_parallel: Annotated[
-        bool, Role.LAYOUT, "Split norms and residuals along the sequence over the tensor-parallel ranks"
+        bool,
+        Role.LAYOUT,
+        "Split the inputs of norms and residuals along the sequence over the tensor-parallel ranks",
     ] = False
 
 
@@ -234,8 +236,10 @@ class TrainConfig:
         "With --recompute-granularity selective: parts to recompute, from core_attn (attention "
         "without its projections), mlp (of dense layers), moe, shared_experts; default: core_attn",
     ] = ()
-    eval_interval: Annotated[Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: none"] = 1000
-    eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: none"] = 10
+    eval_interval: Annotated[
+        Natural, Role.UPKEEP, Quiet(0), "Steps between evaluations; 0: no evaluation"
+    ] = 1000
+    eval_iters: Annotated[Natural, Role.PORTION, "Global batches in one evaluation; 0: no evaluation"] = 10
     exit_on_signal: Annotated[
         bool, Role.UPKEEP, "Save and stop on SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP"
     ] = True
@@ -261,7 +265,7 @@ class DataConfig:
     mock_data: Annotated[
         bool,
         Role.DATA,
-        "Train, validate and test on made-up tokens; no data files are needed",
+        "Train, validate and test on random tokens, without data files",
     ] = False
     data_schedule: Annotated[
         str | None,
@@ -293,13 +297,13 @@ class DataConfig:
         "File of the tokenizer. For HuggingFaceTokenizer: tokenizer.json, its folder, or the name of "
         "a model on the Hugging Face hub",
     ] = None
-    vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "Path of vocab.json, for GPT2BPETokenizer"] = None
-    merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "Path of merges.txt, for GPT2BPETokenizer"] = None
+    vocab_file: Annotated[str | None, Role.TOKENIZER, PATH, "For GPT2BPETokenizer: path of vocab.json"] = None
+    merge_file: Annotated[str | None, Role.TOKENIZER, PATH, "For GPT2BPETokenizer: path of merges.txt"] = None
     vocab_size: Annotated[
         Count | None,
         Role.TOKENIZER,
-        "Number of token ids, for TikTokenizer and NullTokenizer; for NullTokenizer without the "
-        "end-of-document token, whose id is N",
+        "For TikTokenizer and NullTokenizer: number of token ids. NullTokenizer adds an "
+        "end-of-document token with the id N",
     ] = None
     eod_token: Annotated[
         str | None,
@@ -307,36 +311,39 @@ class DataConfig:
         "Token that ends a document; default: the one named in the tokenizer's files",
     ] = None
     tiktoken_pattern: Annotated[
-        Literal["v1", "v2"], Role.TOKENIZER, "Version of the pre-tokenization pattern, for TikTokenizer"
+        Literal["v1", "v2"], Role.TOKENIZER, "For TikTokenizer: version of the pre-tokenization pattern"
     ] = "v2"
     tiktoken_num_special_tokens: Annotated[
         Count,
         Role.TOKENIZER,
-        "Number of special tokens, for TikTokenizer; their ids come before those in the file",
+        "For TikTokenizer: number of special tokens; they have the first ids",
     ] = 1000
     tokenizer_special_tokens: Annotated[
         tuple[str, ...],
         Role.TOKENIZER,
-        "Names of the first special tokens, for TikTokenizer; default: the names in Megatron-LM",
+        "For TikTokenizer: names of the first special tokens; default: the names in Megatron-LM",
     ] = ()
     data_index: Annotated[
         Literal["auto", "materialised", "on-demand"],
         Role.ORDER,
         "When the order of samples is computed. materialised: at the start, as in megatron-core; "
-        "on-demand: during training, for huge files; auto: on-demand from 2**25 documents on. The two"
-        " orders differ",
+        "on-demand: during training, for huge files; auto: on-demand for 2**25 documents or more. "
+        "The two give different orders",
     ] = "auto"
     data_cache_path: Annotated[
         str | None,
         Role.PLACE,
         PATH,
-        "Folder for index files, which one process per node builds for all; default: "
-        "cache/hyperrouter next to the data, or index-cache in the run folder",
+        "Folder for index files; one process on each node builds them; default: cache/hyperrouter "
+        "next to the data, or index-cache in the run folder",
     ] = None
     num_workers: Annotated[
         Natural,
         Role.PORTION,
-        "Data-loading threads; each prefetches 4 micro-batches; 0: load each batch when it is needed",
+        (
+            "Number of data-loading threads; each prefetches 4 micro-batches; 0: load each batch when "
+            "it is needed"
+        ),
     ] = 2
     reset_attention_mask: Annotated[
         bool, Role.COURSE, "Stop attention at document boundaries (end-of-document tokens)"
@@ -365,7 +372,7 @@ class LoggingConfig:
     run_dir: Annotated[
         str, Role.PLACE, PATH, "Folder of this run: config.yaml, metrics.jsonl, checkpoints/"
     ] = "runs/default"
-    log_interval: Annotated[Count, Role.DISPLAY, "Steps between lines on the console"] = 10
+    log_interval: Annotated[Count, Role.DISPLAY, "Steps between log lines on the console"] = 10
     log_params_norm: Annotated[
         bool, Role.DISPLAY, "Record the norm of all trainable parameters at each step, as params_norm"
     ] = False
@@ -373,13 +380,13 @@ class LoggingConfig:
         bool,
         Role.DISPLAY,
         Only("megatron", harmless="DeepSpeed frees the gradients before they can be counted"),
-        "Record the number of zeros in the gradient at each step, as num_zeros",
+        "Record the number of zero gradients at each step, as num_zeros",
     ] = False
     profile: Annotated[
         bool,
         Role.DISPLAY,
-        "Write a trace of the steps between --profile-step-start and --profile-step-end to profile/ "
-        "in the run folder (torch.profiler)",
+        "Trace the steps from --profile-step-start to --profile-step-end with torch.profiler; write "
+        "the trace to profile/ in the run folder",
     ] = False
     profile_step_start: Annotated[Natural, Role.DISPLAY, "Begin the trace after this step"] = 10
     profile_step_end: Annotated[Count, Role.DISPLAY, "End the trace after this step"] = 12
@@ -392,10 +399,12 @@ class LoggingConfig:
         "Name of the run in --wandb-project; default: the run folder's name",
     ] = None
     sample_interval: Annotated[
-        Natural, Role.DISPLAY, "Steps between samples of text that continue --sample-prompt; 0: none"
+        Natural,
+        Role.DISPLAY,
+        "Every N steps, let the model continue each --sample-prompt, and show the text; 0: never",
     ] = 0
     sample_prompt: Annotated[
-        tuple[str, ...], Role.DISPLAY, "Prompts that --sample-interval continues, by greedy decoding"
+        tuple[str, ...], Role.DISPLAY, "Prompts for --sample-interval, continued by greedy decoding"
     ] = ()
 
 
@@ -420,7 +429,7 @@ class EngineConfig:
     moe_grouped_gemm: Annotated[
         bool,
         Role.SPEED,
-        "Compute all experts of a rank in grouped matrix products; off: one expert after another",
+        "Compute all experts of a rank together, in grouped matrix products; off: one expert after another",
     ] = True
     zero_stage: Annotated[
         int,
@@ -428,14 +437,14 @@ class EngineConfig:
         Le(3),
         Role.SHARDING,
         Only("deepspeed", "leave out FLAG; --use-distributed-optimizer does the same as stage 1"),
-        "ZeRO stage 0, 1 or 2; stage 3 is refused, because DeepSpeed does not support it with mixture"
-        " of experts",
+        "ZeRO stage 0, 1 or 2; stage 3 is refused because DeepSpeed does not support it for "
+        "mixture-of-experts models",
     ] = 1
     shard_hypernetwork: Annotated[
         bool | None,
         Role.SHARDING,
         "Divide the hypernetwork of the hyper router among the data-parallel ranks to save memory; "
-        "default: divided only if experts x hidden size exceeds 2^18",
+        "default: divide it only if experts x hidden size exceeds 2^18",
     ] = None
     deepspeed_config: Annotated[
         str | None,

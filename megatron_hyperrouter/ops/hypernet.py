@@ -33,7 +33,7 @@ def generate(
     """
     if w2_PH.size(0) % num_experts or w2_PH.size(0) <= num_experts * bias:
         raise ValueError(
-            f"P = {w2_PH.size(0)} rows in w2_PH: must be {num_experts} experts x (hidden size + 1)"
+            f"w2_PH has P = {w2_PH.size(0)} rows: P must be {num_experts} experts x (hidden size + 1)"
         )
     if embedding_D.dim() == 1:
         hidden_H = torch.addmv(b1_H, w1_HD, embedding_D).relu()

@@ -130,8 +130,8 @@ class Router(nn.Module):
 
         num_groups: Annotated[
             Count | None,
-            "Split the experts into this many equal groups; a token chooses experts from "
-            "--router.group-topk of them; default: no groups",
+            "Split the experts into this many equal groups; each token chooses its experts from "
+            "--router.group-topk of the groups; default: no groups",
         ] = None
         group_topk: Annotated[
             Count | None, "With --router.num-groups: number of groups from which a token chooses experts"
@@ -343,7 +343,7 @@ class Router(nn.Module):
         k = self.topk_at(step) if topk is None else topk
         most = self.config.largest_topk(self.num_experts)
         if not 1 <= k <= most:
-            name = "num_experts" if most == self.num_experts else "the experts of group_topk groups"
+            name = "num_experts" if most == self.num_experts else "the number of experts in group_topk groups"
             raise ValueError(f"topk = {k}: must be from 1 to {name} = {most}")
         return Pass(step, k, self.training, tokens, experts)
 

@@ -74,18 +74,21 @@ class ChoosingRouter(Router):
         ] = 0.0
         aux_loss: Annotated[
             Literal["micro_batch", "global_batch", "sequence", "off"],
-            "Tokens over which the load-balancing loss is computed. global_batch: with the load of "
-            "the previous step; off: no load-balancing loss",
+            "Set of tokens over which the load is balanced. global_batch: uses the load of the "
+            "previous step; off: no load-balancing loss",
         ] = "micro_batch"
         expert_bias: Annotated[
             bool,
-            "Balance the load without a loss: a bias on the scores affects which experts are chosen, but "
-            "not their weights (DeepSeek-V3)",
+            "Balance the load without a loss: add a bias to the scores that affects which experts "
+            "are chosen, but not their weights (DeepSeek-V3)",
         ] = False
         bias_update_rate: Annotated[
             float | None,
             Ge(0.0),
-            "With --router.expert-bias: change of the bias per step; 0: fixed; default: 0.001",
+            (
+                "With --router.expert-bias: change of the bias in each step; 0: the bias stays fixed; "
+                "default: 0.001"
+            ),
         ] = None
         logit_std: Annotated[
             float | None,

@@ -102,7 +102,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
             float,
             Ge(0.0),
             Lt(1.0),
-            "With --router.schedule capped: share of --train-iters without competition at the start",
+            "With --router.schedule capped: fraction of --train-iters at the start without competition",
         ] = 0.05
         max_competing: Annotated[
             Count, "With --router.schedule capped: largest number of layers that compete in one step"
@@ -117,12 +117,12 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = None
         loss: Annotated[
             Literal["mse", "kl"],
-            "With --router.version v1: kind of distance between the router's probabilities and the "
-            "target, which is a softmax over the winners",
+            "With --router.version v1: distance that the router loss measures between the router's "
+            "probabilities and a softmax over the winners",
         ] = "mse"
         theta: Annotated[
             Coefficient,
-            "With --router.version v2: weight of the additional router loss over the winners alone",
+            "With --router.version v2: weight of the additional router loss that covers only the winners",
         ] = 0.1
         diversity_coeff: Annotated[
             Coefficient | None,
@@ -154,7 +154,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                     continue
                 rule, remedy = (
                     f"has no effect with --router.{option} {present[option]}",
-                    f"leave it out, or use {' or '.join(values)}",
+                    f"leave it out, or use --router.{option} {' or '.join(values)}",
                 )
                 yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)
 

@@ -151,7 +151,10 @@ class FrozenRouter(Router):
                 f"{other} (hash {saved_hash[:16]}...), but this run has those "
                 f"of seed {seed} (hash {drawn[:16]}...)"
             ),
-            remedy="use the seed, sizes and router options of the run that wrote it, from its config.yaml"
+            remedy=(
+                "use the seed, sizes and router options in the config.yaml of the run that wrote the "
+                "checkpoint"
+            )
             if saved_seed is None or int(saved_seed) == seed
             else f"set --router.seed {int(saved_seed)}",
         )

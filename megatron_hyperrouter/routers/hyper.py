@@ -135,8 +135,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
             bool,
             bool,
             (
-                "Train one embedding for each expert instead of one for each layer; it generates the "
-                "router weights of that expert"
+                "Train one embedding for each expert instead of one for each layer; an expert's "
+                "embedding generates its router weights"
             ),
         ] = False
         bias: Annotated[bool, "Generate a bias vector as well as the weights"] = False
@@ -151,9 +151,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         ] = False
         shared: Annotated[
             Literal["layer", "model"] | None,
-            "Hypernetworks of the model. layer: one for each layer; model: one for all layers, with "
-            "one embedding for each layer; default: model if experts x hidden size exceeds 2^18, "
-            "else layer",
+            "How many hypernetworks the model has. layer: one for each layer; model: one for all "
+            "layers (each layer has its own embedding); default: model if experts x hidden size "
+            "exceeds 2^18, else layer",
         ] = None
 
         def chosen_by_size(self, *, hidden_size: int, num_experts: int) -> dict[str, str]:
@@ -277,7 +277,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         W_ED, b_E = generate(embedding, w1_HS, b1_H, w2_HP.t(), b2_P, self.num_experts, bias=self.config.bias)
         if self._ranks is not None:
             if torch.is_grad_enabled():
-                raise RuntimeError("call hold() first: what other ranks generate has no gradient")
+                raise RuntimeError("call hold() first: weights that other ranks generate have no gradient")
             W_ED = _joined(self._ranks.gather(W_ED))
         return (W_ED + self.anchor_ED if self.config.anchor else W_ED), b_E
 
@@ -320,7 +320,8 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         columns.  The engine sums the embedding's gradient over the ranks: the sum is the same.
         """
         if self._promised is None or self._left == 0:
-            raise RuntimeError(f"a backward pass beyond the {self._promised or 0} of begin_backward()")
+            promised = self._promised or 0
+            raise RuntimeError(f"more backward passes than the {promised} announced by begin_backward()")
         if self._left < self._promised and self._sum is not None:
             total_W_ED, total_b_E = self._sum
             total_W_ED.add_(grad_W_ED)

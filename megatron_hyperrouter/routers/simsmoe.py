@@ -74,7 +74,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         frequency: Annotated[
             float,
             Gt(0.0),
-            "Compare two experts once the tokens that chose both add up to this many global batches",
+            "Compare two experts once the tokens routed to both add up to this many global batches",
         ] = 16.0
         threshold: Annotated[
             float, Ge(0.0), Le(1.0), "Ignore pairs of experts whose similarity is below this"
@@ -82,25 +82,31 @@ class SimSMoERouter(Router, name="simsmoe"):
         kernel: Annotated[Literal["rbf", "linear"], "Kernel of the CKA similarity"] = "rbf"
         bandwidth: Annotated[
             Literal["median", "absolute"],
-            "Unit of --router.sigma. median: the median distance between features; absolute: 1",
+            "Unit of --router.sigma. median: the median distance between tokens; absolute: 1",
         ] = "median"
         sigma: Annotated[float, Gt(0.0), "Bandwidth of the rbf kernel"] = 0.8
         head: Annotated[
             Literal["mlp", "linear"],
-            "Trained projection of expert outputs before they are compared; all experts of a layer share it",
+            (
+                "Trained projection that expert outputs pass through before they are compared; all "
+                "experts of a layer share it"
+            ),
         ] = "mlp"
         head_width: Annotated[Count, "With --router.head mlp: number of hidden units"] = 64
         head_features: Annotated[
             Count | None, "Number of features that --router.head computes; default: the number of experts"
         ] = None
         min_tokens: Annotated[
-            int, Ge(3), "Do not compare a pair of experts that shares fewer tokens than this in a micro-batch"
+            int,
+            Ge(3),
+            "Compare two experts only if they share at least this many tokens in a micro-batch",
         ] = 8
         max_tokens: Annotated[
-            int, Ge(3), "Largest number of tokens of a micro-batch on which a pair of experts is compared"
+            int, Ge(3), "Largest number of tokens of a micro-batch that are used to compare a pair of experts"
         ] = 512
         max_pairs: Annotated[
-            Count, "Largest number of expert pairs that are compared in one step; the others wait"
+            Count,
+            ("Largest number of expert pairs to compare in one step; the other pairs wait for a later step"),
         ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:

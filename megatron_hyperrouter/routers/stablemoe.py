@@ -69,19 +69,19 @@ class StableMoERouter(Router, name="stablemoe"):
             float,
             Gt(0.0),
             Le(1.0),
-            "Share of --train-iters in stage 1; after it, routing is frozen; 1: never frozen",
+            (
+                "Fraction of --train-iters in stage 1; after stage 1, routing is frozen; 1: routing is "
+                "never frozen"
+            ),
         ] = 0.1
         stage1_steps: Annotated[
             Natural | None,
-            "Steps in stage 1; 0: start in stage 2 with the distilled router of the loaded "
-            "checkpoint, for fine-tuning; default: follows from --router.stage1-share",
+            "Number of steps in stage 1; 0: start in stage 2 with the distilled router of the "
+            "loaded checkpoint, for fine-tuning; default: computed from --router.stage1-share",
         ] = None
         word_size: Annotated[
             Count,
-            (
-                "Size of the embedding of a token id in the distilled router, which chooses the experts "
-                "after stage 1"
-            ),
+            ("Size of a token's embedding in the distilled router, which chooses the experts after stage 1"),
         ] = 50
         balance_coeff: Annotated[float, Ge(0.0), "Weight of the balance loss in stage 1"] = 0.3
         distillation_coeff: Annotated[float, Ge(0.0), "Weight of the distillation loss in stage 1"] = 1.0

@@ -54,7 +54,7 @@ class XMoERouter(Router, name="xmoe"):
 
         projection_size: Annotated[
             Count | None,
-            "Dimensions of the hypersphere that tokens are projected to; default: half the number of experts",
+            "Number of dimensions that tokens are projected to; default: half the number of experts",
         ] = None
         score_function: Annotated[
             Literal["softmax", "sigmoid"],
@@ -63,8 +63,8 @@ class XMoERouter(Router, name="xmoe"):
         renormalise: Annotated[bool, "Divide the weights by their sum over the chosen experts"] = False
         normalize_input: Annotated[
             bool,
-            "Normalise projected tokens to unit length, as in the paper; off: do not, as in the published"
-            " code",
+            "Normalise projected tokens to unit length, as in the paper; off: no normalisation, as "
+            "in the published code",
         ] = True
         init_temperature: Annotated[
             float | None, Gt(0.0), "Initial temperature tau; default: 0.3 with softmax, 0.07 with sigmoid"

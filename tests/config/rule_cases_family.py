@@ -218,7 +218,7 @@ CASES = [
         "named_stages_fit",
         {**STAGES, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 1},
         "--decoder-first-pipeline-num-layers",
-        "does not fit --num-layers = 4: 2 layers remain for 0 other stages",
+        "does not fit --num-layers = 4: 2 layers are in no pipeline stage",
         {"decoder_last_pipeline_num_layers": 3},
     ),
     case(

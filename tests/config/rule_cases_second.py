@@ -431,7 +431,7 @@ CASES = [
         "hypernetwork_over_ranks",
         {"shard_hypernetwork": True, "hidden_size": 252, "num_attention_heads": 4},
         "--shard-hypernetwork",
-        "divisible by data-parallel x context-parallel ranks = 8, not 252",
+        "needs --hidden-size = 252 to be divisible by data-parallel x context-parallel ranks = 8",
         {"hidden_size": 256},
         8,
     ),

@@ -139,10 +139,10 @@ class TestFile:
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("top_k", "use --moe-router-topk, which is the name in this program"),
-        ("learning_rate", "use --lr, which is the name in this program"),
-        ("max_steps", "use --train-iters, which is the name in this program"),
-        ("n_embd", "use --hidden-size, which is the name in this program"),
+        ("top_k", "use --moe-router-topk, its name in this program"),
+        ("learning_rate", "use --lr, its name in this program"),
+        ("max_steps", "use --train-iters, its name in this program"),
+        ("n_embd", "use --hidden-size, its name in this program"),
         ("dtype", "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default"),
         # too unlike anything for a guess
         ("depth_of_it", "find the right name in mhr train --help; removing it may change the run"),

@@ -153,7 +153,7 @@ class TestKinds:
 
     def test_what_is_absent_says_what_it_is_and_what_would_change(self, all_routers):
         (problem,) = problems_of(all_routers, *DATA, "--fp4-format", "e2m1")
-        assert problem.rule == "is not supported; it belongs to 8-bit and 4-bit number formats"
+        assert problem.rule == "is not supported; it is for 8-bit and 4-bit number formats"
         assert problem.remedy.startswith("if you leave it out, the run computes in")
 
     @pytest.mark.parametrize("name", ["logging-level", "lr-warmup-init", "vocab-file", "cp-comm-type", "sft"])

@@ -136,7 +136,7 @@ def test_names_of_a_fork_lead_to_those_of_the_same_meaning(all_routers):
     assert "--qk-head-dim," in remedies["--qk-nope-head-dim"]
     assert "--qk-pos-emb-head-dim," in remedies["--qk-rope-head-dim"]
     assert "--moe-shared-expert-intermediate-size" in remedies["--enable-shared-expert"]
-    assert "--finetune starts from other weights" in remedies["--train-mode"]
+    assert "starts from existing weights with --finetune" in remedies["--train-mode"]
 
 
 def test_names_of_megatron_deepspeed_lead_to_those_of_the_same_meaning(all_routers):
@@ -167,7 +167,10 @@ class TestDefaults:
         for name in ("num-experts", "swiglu", "normalization", "disable-bias-linear", "ffn-hidden-size"):
             assert f"without --{name}, Megatron-LM uses " in model
         (training,) = (note for note in notes if "trains differently than in Megatron-LM" in note)
-        assert "without --hidden-dropout, Megatron-LM uses dropout 0.1, this program 0" in training
+        assert (
+            "without --hidden-dropout, Megatron-LM uses dropout 0.1 and this program uses no dropout"
+            in training
+        )
         assert "--lr-decay-style" not in training
 
     @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)

@@ -84,7 +84,9 @@ class TwoRoles:
     width: Annotated[int, Role.SHAPE, Role.DATA, "help"] = 1
 
 
-@pytest.mark.parametrize(("section", "words"), [(NoRole, "needs a role"), (TwoRoles, "2 times a Role")])
+@pytest.mark.parametrize(
+    ("section", "words"), [(NoRole, "needs a role"), (TwoRoles, "2 annotations of type Role")]
+)
 def test_a_setting_without_one_role_is_refused(section, words):
     with pytest.raises(TypeError, match=words):
         list(leaves._leaves_of(section, "model", ""))

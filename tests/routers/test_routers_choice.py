@@ -34,7 +34,9 @@ def test_every_router_can_be_limited_to_groups(name):
         assert max(map(len, used)) <= 2
         assert torch.equal(routing.logits_TE, before.logits_TE)
     assert any(len(set(row)) > 2 for row in (free(tokens(), topk=4).experts_TK // 2).tolist())
-    with pytest.raises(ValueError, match="topk = 5: must be from 1 to the experts of group_topk groups = 4"):
+    with pytest.raises(
+        ValueError, match="topk = 5: must be from 1 to the number of experts in group_topk groups = 4"
+    ):
         limited(tokens(), topk=5)
 
 

@@ -31,10 +31,10 @@ MODEL = (
     ),
 )
 TRAINING = (
-    Other(("hidden-dropout",), "dropout 0.1", "0"),
-    Other(("attention-dropout",), "dropout 0.1", "0"),
+    Other(("hidden-dropout",), "dropout 0.1", "no dropout"),
+    Other(("attention-dropout",), "dropout 0.1", "no dropout"),
     Other(("lr-decay-style",), "a linear decay", "a cosine decay"),
-    Other(("eval-iters",), "100 batches in an evaluation", "10"),
+    Other(("eval-iters",), "100 batches in an evaluation", "10 batches"),
 )
 
 

@@ -41,41 +41,41 @@ class AttentionConfig:
         float,
         Ge(1.0),
         Role.FUNCTION,
-        "With --rope-type yarn: extended context length divided by the original one",
+        "With --rope-type yarn: extended context length divided by the original context length",
     ] = 1.0
     original_max_position_embeddings: Annotated[
-        Count, Role.FUNCTION, "With --rope-type yarn: context length before it was extended"
+        Count, Role.FUNCTION, "With --rope-type yarn: original context length, before the extension"
     ] = 4096
     beta_fast: Annotated[
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: do not scale channels that make more rotations than this within the "
-        "original context",
+        "With --rope-type yarn: channels that make more rotations than this in the original context "
+        "are not scaled",
     ] = 32.0
     beta_slow: Annotated[
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: fully scale channels that rotate less often than this within the "
-        "original context",
+        "With --rope-type yarn: channels that make fewer rotations than this in the original "
+        "context are fully scaled",
     ] = 1.0
     mscale: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "With --rope-type yarn: coefficient m of the attention temperature, 0.1 x m x "
+        "With --rope-type yarn: coefficient m of the attention temperature, which is 0.1 x m x "
         "ln(--rotary-scaling-factor) + 1",
     ] = 1.0
     mscale_all_dim: Annotated[
         NonNegative,
         Role.FUNCTION,
         (
-            "With --rope-type yarn and --multi-latent-attention: scale attention scores with the "
-            "temperature of coefficient m; 0: do not scale them"
+            "With --rope-type yarn and --multi-latent-attention: coefficient m of the temperature "
+            "that scales attention scores; 0: no scaling"
         ),
     ] = 0.0
     multi_latent_attention: Annotated[
-        bool, Role.SHAPE, "Use multi-latent attention (DeepSeek-V2): queries, keys and values have a low rank"
+        bool, Role.SHAPE, "Use multi-latent attention (DeepSeek-V2), with low-rank queries, keys and values"
     ] = False
     q_lora_rank: Annotated[
         Count | None, Role.SHAPE, "With --multi-latent-attention: rank of queries; default: full rank"
@@ -84,14 +84,16 @@ class AttentionConfig:
     qk_head_dim: Annotated[
         Count,
         Role.SHAPE,
-        "With --multi-latent-attention: channels of a query or key head without rotary positions",
+        "With --multi-latent-attention: number of channels without rotary positions in a query or key head",
     ] = 128
     qk_pos_emb_head_dim: Annotated[
         Count,
         Role.SHAPE,
-        "With --multi-latent-attention: channels of a query or key head with rotary positions",
+        "With --multi-latent-attention: number of channels with rotary positions in a query or key head",
     ] = 64
-    v_head_dim: Annotated[Count, Role.SHAPE, "With --multi-latent-attention: channels of a value head"] = 128
+    v_head_dim: Annotated[
+        Count, Role.SHAPE, "With --multi-latent-attention: number of channels in a value head"
+    ] = 128
     window_size: Annotated[
         YamlWord | None,
         Role.FUNCTION,

@@ -18,12 +18,12 @@ class CheckpointConfig:
     save_interval: Annotated[
         Natural,
         Role.UPKEEP,
-        "Steps between checkpoints; 0: save only at the end, and every --save-interval-minutes",
+        "Steps between checkpoints; 0: save only at the end and every --save-interval-minutes",
     ] = 0
     save_interval_minutes: Annotated[
         NonNegative | None,
         Role.UPKEEP,
-        "Minutes between checkpoints; 0: none; default: 30 without --save-interval, else 0",
+        "Minutes between checkpoints; 0: off; default: 30 without --save-interval, else 0",
     ] = None
     async_save: Annotated[
         bool, Role.UPKEEP, "Write checkpoints in the background, from a copy in CPU memory"
@@ -32,7 +32,10 @@ class CheckpointConfig:
         Natural, Role.UPKEEP, Quiet(1), "Keep this many of the newest checkpoints; 0: all"
     ] = 0
     keep_every: Annotated[
-        Natural, Role.UPKEEP, Quiet(0), "Also keep every checkpoint whose step is a multiple of this; 0: none"
+        Natural,
+        Role.UPKEEP,
+        Quiet(0),
+        "Also keep the checkpoints of steps that are multiples of this; 0: off",
     ] = 0
     exit_duration_in_mins: Annotated[
         float | None, Gt(0.0), Role.UPKEEP, "Save and stop once the program has run for this many minutes"
@@ -40,8 +43,7 @@ class CheckpointConfig:
     trust_checkpoint: Annotated[
         bool,
         Role.START,
-        "Accept a checkpoint of the old format 1, whose state-*.pt files can run any code when they "
-        "are loaded",
+        "Accept a checkpoint of the old format 1; loading its state-*.pt files can run arbitrary code",
     ] = False
     no_save_optim: Annotated[
         bool,
@@ -60,14 +62,15 @@ class CheckpointConfig:
         "Resume with the checkpoint's learning-rate schedule and weight decay instead of the given ones",
     ] = False
     exit_interval: Annotated[
-        Count | None, Role.UPKEEP, "Save and stop at the next step that is a multiple of this"
+        Count | None, Role.UPKEEP, "Save and stop after the next step that is a multiple of this"
     ] = None
     load: Annotated[str | None, Role.START, PATH, "Run folder or checkpoint folder to resume from"] = None
     elastic: Annotated[
         bool,
         Role.START,
-        "Allow another number of ranks when resuming: choose the data-parallel size and the "
-        "micro-batch size, and keep the global batch size and all other parallel sizes",
+        "When resuming on another number of ranks, adjust the data-parallel size and the "
+        "micro-batch size automatically; the global batch size and all other parallel sizes stay "
+        "the same",
     ] = False
     finetune: Annotated[
         bool,

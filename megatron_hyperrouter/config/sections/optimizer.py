@@ -41,7 +41,7 @@ class OptimizerConfig:
     weight_decay: Annotated[
         NonNegative,
         Role.COURSE,
-        "Decoupled weight decay, not applied to vectors (norms, router embeddings)",
+        "Decoupled weight decay; vectors (norms, router embeddings) do not decay",
     ] = 0.01
     clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to this global norm; 0: no clipping"] = 1.0
     adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's first moment"] = 0.9
@@ -57,8 +57,8 @@ class OptimizerConfig:
         bool,
         Role.PRECISION,
         Only("megatron"),
-        "With --bf16: accumulate and reduce gradients in bfloat16 instead of float32, which saves "
-        "memory and is less exact",
+        "With --bf16: accumulate and reduce gradients in bfloat16 instead of float32; saves memory, "
+        "but is less exact",
     ] = False
     overlap_grad_reduce: Annotated[
         bool,

@@ -20,7 +20,7 @@ class PrecisionConfig:
         Role.PRECISION,
         TE_ALONE,
         "Compute matrix products of attention and experts in fp8 (needs --bf16 and Transformer "
-        "Engine). e4m3: all of them; hybrid: gradients in e5m2, the others in e4m3",
+        "Engine). e4m3: all tensors in e4m3; hybrid: gradients in e5m2, all other tensors in e4m3",
     ] = None
     fp8_recipe: Annotated[
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
@@ -34,13 +34,19 @@ class PrecisionConfig:
         Natural, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: divide scaling factors by 2^N"
     ] = 0
     fp8_amax_history_len: Annotated[
-        Count, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: number of steps whose maxima are kept"
+        Count,
+        Role.PRECISION,
+        TE_ALONE,
+        "With --fp8-recipe delayed: length of the history of maxima, in steps",
     ] = 1
     fp8_amax_compute_algo: Annotated[
         Literal["most_recent", "max"],
         Role.PRECISION,
         TE_ALONE,
-        "With --fp8-recipe delayed: scale by the most recent or by the largest of the kept maxima",
+        (
+            "With --fp8-recipe delayed: choose the scaling factor by the most recent or by the "
+            "largest maximum in the history"
+        ),
     ] = "most_recent"
     no_fp8_wgrad: Annotated[
         bool, Role.PRECISION, TE_ALONE, "With --fp8-recipe delayed: compute weight gradients in bfloat16"
