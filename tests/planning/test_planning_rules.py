@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from config import rule_cases_family, rule_cases_first, rule_cases_second
 from config.rule_case import Case, case
 
 from megatron_hyperrouter.commands.cluster.plan import settings_of
-from megatron_hyperrouter.config import check
+from megatron_hyperrouter.config import check, rules
 from megatron_hyperrouter.config.cli import dump, parse, replace_leaves
 from megatron_hyperrouter.config.rules import megatron
 from megatron_hyperrouter.config.rules.base import Rule
@@ -94,6 +97,22 @@ def test_sequence_parallelism_of_one_rank_is_switched_off(tmp_path: Path) -> Non
     assert not parse(["--config", file], routers=ROUTERS, world_size=1).parallel.sequence_parallel
 
 
+def written_rules() -> set[str]:
+    """The functions of all files in the room that look like a rule, whether or not they are in force."""
+    found = set()
+    for file in pkgutil.iter_modules(rules.__path__):
+        module = import_module(f"{rules.__name__}.{file.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            signature = inspect.signature(function)
+            is_rule = list(signature.parameters) == ["config", "world_size"]
+            is_rule &= signature.return_annotation == "Iterator[Problem]" and not name.startswith("_")
+            if is_rule and function.__module__ == module.__name__:
+                found.add(name)
+    return found
+
+
 def test_no_rule_is_left_out_silently() -> None:
+    """A new rule is in force, and one of the tests above is about it."""
+    assert written_rules() == RULES.keys()
     assert UNTRIED.keys() <= RULES.keys()
     assert all(cases_of(name) for name in RULES)
