@@ -159,6 +159,13 @@ CASES = [
     ),
     case(
         "blends",
+        {"data_path": ("a", "0.3", "b", "0.7")},
+        "--data-path",
+        "must have each weight before its prefix",
+        {"data_path": ("0.3", "a", "0.7", "b")},
+    ),
+    case(
+        "blends",
         {"data_path": ("0.0", "a", "1", "b")},
         "--data-path",
         "greater than 0",

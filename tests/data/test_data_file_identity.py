@@ -19,12 +19,14 @@ from data.test_data_segments import builder, course_of
 from encode_settings import settings
 
 from megatron_hyperrouter import console
+from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
+from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.order.index_files import IndexCache
 from megatron_hyperrouter.data.store import manifest
 from megatron_hyperrouter.data.store.token_files import IndexedDataset, IndexedWriter
 from megatron_hyperrouter.data.stream import file_identity
 from megatron_hyperrouter.data.stream.file_identity import identity, same
-from megatron_hyperrouter.data.stream.segments import Ledger, TrainingSamples
+from megatron_hyperrouter.data.stream.segments import Ledger, TrainingSamples, splits_of_run
 from megatron_hyperrouter.data.tokenize import bpe
 from megatron_hyperrouter.data.tokenize.preprocess import preprocess
 from megatron_hyperrouter.data.tokenize.tokenizer import build_tokenizer
@@ -53,6 +55,30 @@ def ledger(two: tuple[str, str]) -> Ledger:
 
 def samples(course: TrainingSamples) -> list[list[int]]:
     return [course[i].tolist() for i in range(6, 10)]
+
+
+@pytest.mark.parametrize("other", ["same", "respelled", "link", "copy", "other text"])
+def test_text_of_training_is_reported_in_validation_and_test_by_any_name(
+    tmp_path: Path, two: tuple[str, str], other: str, capsys: Any
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    held_out = {"same": two[0], "respelled": f"{tmp_path}/elsewhere/../a", "other text": two[1]}.get(
+        other, str(tmp_path / "elsewhere" / "c")
+    )
+    for ending in ("bin", "idx"):
+        if other == "link":
+            os.symlink(f"{two[0]}.{ending}", f"{held_out}.{ending}")
+        if other == "copy":
+            shutil.copy(f"{two[0]}.{ending}", f"{held_out}.{ending}")
+    data = DataConfig(train_data_path=(two[0],), valid_data_path=(held_out,), test_data_path=(held_out,))
+    first = replace(builder(two), data=data)
+    counts = {"step": 0, "train_iters": 2, "valid_samples": 2, "test_samples": 2}
+    splits_of_run(first, ((0, (two[0],)),), [], sizes=BatchSizes(2), **counts)
+    told = capsys.readouterr()
+    lines = [line for line in (told.out + told.err).splitlines() if held_out in line and "warning" in line]
+    assert len(lines) == (0 if other == "other text" else 2)
+    for line, name in zip(lines, ("validation", "test"), strict=False):
+        assert f"for {name}" in line and two[0] in line
 
 
 HAD = "it had 24 documents with 300 tokens"

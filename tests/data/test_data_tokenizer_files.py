@@ -69,9 +69,11 @@ class TestEndOfDocument:
         (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
         assert of_file(folder).eod == 1
 
-    def test_a_name_that_the_vocabulary_lacks_is_passed_over(self, folder: Path) -> None:
+    def test_a_name_that_the_vocabulary_lacks_is_refused(self, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<other>"}')
-        assert of_file(folder).eod == 0
+        with pytest.raises(DataError, match="eos_token of its settings, <other>, is not in its vocabulary"):
+            _ = of_file(folder).eod
+        assert of_file(folder, eod_token="</s>").eod == 1
 
     def test_the_flag_comes_first(self, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')

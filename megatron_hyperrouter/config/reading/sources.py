@@ -116,14 +116,15 @@ def _flatten(path: str, document: dict[str, Any], problems: list[Problem]) -> Ya
             problems.append(Problem(f"{key} in {path}", "", rule, remedy))
             _add(file, ((_name(inner), each) for inner, each in value.items()), "outside of the section")
         else:
-            _add(file, ((name, value),), "of them")
+            _add(file, ((name, value),), "")
     return file
 
 
 def _add(file: YamlFile, settings: Iterable[tuple[str, Any]], where: str) -> None:
     for name, value in settings:
         if name in file.values:
-            file.problems.append(_twice(file.path, name, file.values[name], f"keep the one {where}"))
+            remedy = f"keep the one {where}" if where else "keep one of them"
+            file.problems.append(_twice(file.path, name, file.values[name], remedy))
         file.values[name] = value
 
 

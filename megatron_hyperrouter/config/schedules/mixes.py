@@ -24,6 +24,8 @@ def prefixes_and_weights(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[f
     """
     weights = [_number(word) for word in words[0::2]]
     odd = len(words) % 2 == 1
+    if words and not odd and all(_number(word) is not None for word in words[1::2]) and weights[0] is None:
+        raise ValueError("must have each weight before its prefix, not after it")
     if len(words) < 2 or (weights[0] is None and (odd or not any(weight is not None for weight in weights))):
         return tuple(word.strip() for word in words), None
     numbers = tuple(weight for weight in weights if weight is not None)

@@ -86,11 +86,16 @@ def _sum_of(path: Path, cache: IndexCache) -> str:
     return found["sha256"].tobytes().hex()
 
 
+def same_text(found: Identity, files: Mapping[str, Identity | None]) -> str | None:
+    """The first of the files with the same text."""
+    return next((path for path, known in files.items() if known and same(known, found)), None)
+
+
 def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
     """Each file that contains the same text as one before it, and which."""
     names, found = list(files), []
     for number, name in enumerate(names):
-        earlier = next((each for each in names[:number] if same(files[each], files[name])), None)
+        earlier = same_text(files[name], {each: files[each] for each in names[:number]})
         if earlier is not None:
             found.append((name, earlier))
     return found

@@ -34,6 +34,7 @@ from megatron_hyperrouter.data.stream.file_identity import (
     check_unchanged,
     identity,
     repeated,
+    same_text,
     under_present_names,
 )
 from megatron_hyperrouter.data.stream.remaining import BuiltStream, Remaining, RemainingOrder
@@ -112,6 +113,11 @@ class TrainingSamples:
         parts.append((self._sizes.samples(step) - self._sizes.samples(first_step), now))
         samples = sum(count for count, _ in parts)
         return samples, sum(count * entry["seq_length"] for count, entry in parts)
+
+    def files(self) -> dict[str, Identity | None]:
+        """Each file that the run has read or will read, and its identity where the ledger has it."""
+        parts = [*self._past, *(settings for _, _, settings in self._segments)]
+        return {entry["path"]: entry.get("file") for part in parts for entry in part["sets"]}
 
     def ledger(self, step: int) -> Ledger:
         """A record of what has been read after ``step`` steps."""
@@ -302,22 +308,29 @@ def splits_of_run(
 ) -> Splits:
     """As ``build_splits``, with the course of a run for training."""
     course = build_training_samples(builder, mixes, ledger, step=step, train_iters=train_iters, sizes=sizes)
-    _warn_of_shared(builder, mixes)
+    _warn_of_shared(builder, course.files(), valid_samples, test_samples)
     return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
 
 
-def _warn_of_shared(builder: Builder, mixes: Mixes) -> None:
-    """Report validation or test files that training also reads, if each split has separate files."""
-    if builder.data.data_path:
+def _warn_of_shared(
+    builder: Builder, trained: Mapping[str, Identity | None], valid_samples: int, test_samples: int
+) -> None:
+    """Report text for validation or the test that training also reads, by whatever name, if each split has
+    separate files.
+    """
+    data = builder.data
+    if data.data_path:
         return
-    trained = {
-        prefix for _, words in mixes for prefix in parse_blend(words, flag="--train-data-path").prefixes
-    }
-    for name, words in (("validation", builder.data.valid_data_path), ("test", builder.data.test_data_path)):
-        if words:
-            prefixes = parse_blend(words, flag=f"--{name}-data-path").prefixes
-            for prefix in sorted(trained.intersection(prefixes)):
+    for name, words, samples in (
+        ("validation", data.valid_data_path, valid_samples),
+        ("test", data.test_data_path, test_samples),
+    ):
+        prefixes = parse_blend(words, flag=f"--{name}-data-path").prefixes if words else ()
+        for prefix in sorted(set(prefixes)):
+            if prefix in trained:
                 console.warn(f"{prefix} is used for training and also for {name}")
+            elif samples and (twin := same_text(identity(builder.open(prefix)), trained)):
+                console.warn(f"{prefix}, used for {name}, has the same text as {twin}, used for training")
 
 
 def _settings(builder: Builder, words: Sequence[str], sizes: BatchSizes) -> dict[str, Any]:
