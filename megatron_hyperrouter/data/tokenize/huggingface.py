@@ -111,12 +111,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._vocab[self._eod_token]
         named = self.files.special_tokens().get("eos_token")
         if named and named not in self._vocab:
-            message = (
-                f"{self.path}: its settings name {named} as eos_token, but its vocabulary has no such token"
-            )
-            raise DataError(
-                message, remedy="correct tokenizer_config.json, or give the token with --eod-token"
-            )
+            message = f"{self.path}: the eos_token of its settings, {named}, is not in its vocabulary"
+            remedy = "correct tokenizer_config.json, or give the token with --eod-token"
+            raise DataError(message, remedy=remedy)
         for name in [named] if named else END_TOKENS:
             if name in self._vocab:
                 return self._vocab[name]
