@@ -41,6 +41,9 @@ class StepResult:
     stop: bool  # some rank was asked to stop
     peak_memory: int  # bytes, the largest of the ranks
     data_waits: tuple[float, ...] = ()  # seconds in which each rank waited for its batches
+    # seconds that each rank took for a piece of work that is the same on all ranks; 0: not known
+    compute_times: tuple[float, ...] = ()
+    seconds: float = 0.0  # since the step before, by the clock of rank 0; 0 in the first one
     moe_layers: tuple[int, ...] | None = None  # their numbers in the model, from 1; None: all layers
     params_norm: float | None = None  # of all trained parameters; None: not asked for
     num_zeros: int | None = None  # of the gradient; None: not asked for, or not known

@@ -42,6 +42,7 @@ from megatron_hyperrouter.engines.world import (
     set_random_states,
     wait_at_most,
 )
+from megatron_hyperrouter.model.attention.stopwatch import Stopwatch, stopwatch_of
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
     ClassLoss,
@@ -106,6 +107,7 @@ class SharedEngine(SavedEngine):
         self.judgement = Judgement()
         self._last: _Step | None = None
         self._waited = 0.0  # seconds for the batches of the last step
+        self._totals_at: float | None = None  # when the ranks added up the last step
         self._own_loss = 0.0  # of this rank's micro-batches in the last step
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
@@ -160,6 +162,7 @@ class SharedEngine(SavedEngine):
     def _run(self, now: _Step, stop: Callable[[], int], accept: Callable[[StepResult], bool]) -> StepResult:
         """Run one step; all ranks know its loss and norm before the optimizer changes anything."""
         self.clock.begin(step=now.step)
+        self.stopwatch.start()
         self.statistics.enabled = True
         batches = now.batches
         if self.config.data.eod_mask_loss:
@@ -179,6 +182,8 @@ class SharedEngine(SavedEngine):
                     stop=stop(),
                     memory=peak_memory(self.device),
                     waited=self._waited,
+                    computed=self.stopwatch.take(),
+                    seconds=self._since_last(),
                 )
             )
             return accept(found[0][0])
@@ -200,6 +205,16 @@ class SharedEngine(SavedEngine):
             result = replace(result, num_zeros=int(self.num_zeros))
         self.clock.step = now.step + 1  # an evaluation may follow
         return replace(result, applied=applied)
+
+    def _since_last(self) -> float:
+        """Seconds since the last call; 0 at the first."""
+        last, self._totals_at = self._totals_at, time.perf_counter()
+        return 0.0 if last is None else self._totals_at - last
+
+    @cached_property
+    def stopwatch(self) -> Stopwatch:
+        """Of this rank's first attention, in training steps."""
+        return stopwatch_of(self.modules(), self.config, self.device)
 
     def _end_step(self, step: int, sums: Tensor) -> None:
         parallel = self.config.parallel

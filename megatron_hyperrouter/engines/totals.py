@@ -48,27 +48,32 @@ def step_result(
     stop: int,
     memory: int,
     waited: float = 0.0,
+    computed: float = 0.0,
+    seconds: float = 0.0,
 ) -> tuple[StepResult, Tensor]:
     """Add up the loss, the routers' choices, and the requests to stop (collective); also returns the sums
     of the statistics.
 
     ``memory``: largest number of bytes that this rank has needed; ``waited``: seconds that it waited for
-    its batches. Each rank fills its own elements, so the sum over ranks contains all of them and needs no
-    separate reduction.
+    its batches; ``computed``: seconds that it took for a piece of work that is the same on all ranks;
+    ``seconds``: since the step before.  Each rank fills its own elements, so the sum over ranks contains
+    all of them and needs no separate reduction.
 
     Ratios are computed from the sums, so ranks that processed the same tokens (tensor parallelism) may all
     be counted.
     """
     rows = statistics.take()
     ranks = place.world_size
-    told = torch.zeros(1 + 2 * ranks, dtype=loss_sums.dtype, device=loss_sums.device)
-    told[0], told[1 + place.rank], told[1 + ranks + place.rank] = stop, memory, waited
-    parts = (loss_sums, told, rows.to(loss_sums.device).flatten())
+    told = torch.zeros(2 + 3 * ranks, dtype=loss_sums.dtype)
+    told[0], told[1] = stop, seconds * place.is_main
+    told[2 + place.rank :: ranks] = told.new_tensor((memory, waited, computed))
+    parts = (loss_sums, told.to(loss_sums.device, non_blocking=True), rows.to(loss_sums.device).flatten())
     total = torch.cat(parts)
     dist.all_reduce(total)
     loss_part, told, rest = total.cpu().split([len(part) for part in parts])
     loss, tokens, _ = loss_part.tolist()
-    stopped, *numbers = told.tolist()
+    stopped, seconds, *numbers = told.tolist()
+    memory_R, waits_R, computed_R = (numbers[start : start + ranks] for start in range(0, 3 * ranks, ranks))
     sums = rest.view(rows.shape)
     layers, routed = statistics.summary(sums), statistics.routed(sums).tolist()
     result = StepResult(
@@ -79,8 +84,10 @@ def step_result(
         layers={name: tuple(values_L) for name, values_L in layers.items()},
         stop=bool(stopped),
         give_up=stopped >= GIVE_UP,
-        peak_memory=round(max(numbers[:ranks])),
-        data_waits=tuple(numbers[ranks:]),
+        peak_memory=round(max(memory_R)),
+        seconds=seconds,
+        data_waits=tuple(waits_R),
+        compute_times=tuple(computed_R),
         moe_layers=tuple(layer + 1 for layer in routed),
     )
     return result, sums

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_hyperrouter.guard.events import OPENING
+from megatron_hyperrouter.guard.health.late_ranks import RULES
 from megatron_hyperrouter.guard.run_lock import STALE
 from megatron_hyperrouter.guard.watchdog import apart, describe
 from megatron_hyperrouter.watch.trace import Event, Trace, is_here
@@ -71,7 +72,7 @@ def status_of(trace: Trace, *, ended: bool = False) -> Status:
         step_time=step_time,
         eta=_eta(trace, step, total, step_time) if state == "running" else None,
         last_save=_last_save(trace),
-        late=(late or _late_data(trace)) if alive else [],
+        late=(late or _late_in_steps(trace)) if alive else [],
         restarts=max(0, sum(each["event"] in OPENING for each in trace.events) - 1),
         causes=[str(each["cause"]) for each in trace.events if each.get("cause")],
         goodput=trace.steps.trained / wall if wall else None,
@@ -137,17 +138,19 @@ def _late(trace: Trace, opening: Event) -> list[str]:
     return [f"{describe(beats[rank])}; no progress for {still:.0f} s" for rank in names]
 
 
-def _late_data(trace: Trace) -> list[str]:
-    """The rank that waited longest for its data in the newest alarm about it, of this attempt."""
+def _late_in_steps(trace: Trace) -> list[str]:
+    """The rank in the newest alarm of each kind about a late rank, of this attempt."""
+    found: dict[str, str] = {}
     for each in reversed(trace.events):
         if each["event"] in OPENING:
             break
-        if each.get("alarm") == "late_data":
+        rule = next((rule for rule in RULES if rule.alarm == each.get("alarm")), None)
+        if rule is not None and rule.alarm not in found:
             rank = each["rank"]
-            host = f" ({trace.beats[rank].host})" if rank in trace.beats else ""
-            share = f"{each['value']:.0%} of the steps {each['since']} to {each['step']}"
-            return [f"rank {rank}{host}: all ranks wait for its data, {share}"]
-    return []
+            host = each.get("host") or (trace.beats[rank].host if rank in trace.beats else "")
+            words = rule.words.format(value=each["value"], since=each["since"], step=each["step"])
+            found[rule.alarm] = f"rank {rank}{f' ({host})' if host else ''}: {words}"
+    return list(found.values())
 
 
 def _until(trace: Trace, *, alive: bool) -> float:

@@ -23,7 +23,6 @@ from megatron_hyperrouter.guard.health.charts import (
     Rise,
     Watch,
 )
-from megatron_hyperrouter.guard.health.late_ranks import LateData
 from megatron_hyperrouter.routers import ROUTERS
 from megatron_hyperrouter.routers.base import RunFacts
 
@@ -262,24 +261,3 @@ def test_similarity_that_rises(values: list[float], found: dict[int, float]) -> 
     chart = Rise()
     told = {at: level for at, value in enumerate(values) if (level := chart.see(value)) is not None}
     assert told == pytest.approx(found)
-
-
-class TestLateData:
-    """One rank of four waits for its data; a step takes one second."""
-
-    def found(self, wait: float, steps: int = 60) -> list[tuple[int, int, float]]:
-        ticks = iter(range(steps))
-        late = LateData(clock=lambda: float(next(ticks)))
-        seen = [(step, late.see(step, (0.01, 0.02, wait, 0.01))) for step in range(1, steps + 1)]
-        return [(step, *each) for step, each in seen if each is not None]
-
-    def test_is_named_once(self) -> None:
-        assert self.found(0.51) == [(21, 2, pytest.approx(0.5))]
-
-    def test_what_costs_little_is_not(self) -> None:
-        assert self.found(0.1) == []
-
-    def test_data_that_are_late_everywhere_single_nobody_out(self) -> None:
-        ticks = iter(range(60))
-        late = LateData(clock=lambda: float(next(ticks)))
-        assert [late.see(step, (0.5, 0.5, 0.5)) for step in range(60)] == [None] * 60

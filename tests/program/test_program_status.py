@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 from program.launched import Job, Zygote, metrics
 from program.settings import STEPS, flags_of
+from program.slow_rank import HEALTHY
 
 from megatron_hyperrouter.data.store.token_files import IndexedWriter
 from megatron_hyperrouter.watch.status import Status, status_of
-from megatron_hyperrouter.watch.trace import read_trace
+from megatron_hyperrouter.watch.trace import Event, read_trace
 
 pytestmark = pytest.mark.processes
 ONE_RANK = ["--moe-router-topk", "2", "--eval-interval", "0"]
+NO_PAUSE = ["--eval-interval", "0", "--save-interval", "0"]
 PACE = 0.3  # seconds more for each step
 
 
@@ -119,8 +122,42 @@ def test_the_failure_of_one_rank_is_recorded_by_that_rank(zygote: Zygote, tmp_pa
 
 def test_a_rank_whose_data_are_late_is_named(zygote: Zygote, text: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    flags = flags_of(text, run_dir, "--train-iters", 24, "--eval-interval", 0, "--save-interval", 0)
+    flags = flags_of(text, run_dir, "--train-iters", 24, *NO_PAUSE)
     job = zygote.run(flags, ranks=2, program=Path(__file__).with_name("late_data.py"))
     (alarm,) = [each for each in read_trace(run_dir).events if each.get("alarm") == "late_data"]
     assert (alarm["rank"], alarm["step"], alarm["since"]) == (1, 21, 2) and 0.1 < alarm["value"] < 1
-    assert "all ranks wait for the data of rank 1" in job.stderr
+    assert alarm["host"] == socket.gethostname()
+    assert f"rank 1 ({alarm['host']}): all ranks wait for its data" in job.stderr
+
+
+STAGES = "--pipeline-model-parallel-size 2 --micro-batch-size 4"
+
+
+@pytest.mark.parametrize(
+    "layout", ["--engine deepspeed --expert-model-parallel-size 2", f"--engine megatron {STAGES}"]
+)
+def test_a_rank_that_becomes_slow_is_named_while_the_run_continues(
+    zygote: Zygote, text: Path, tmp_path: Path, layout: str
+) -> None:
+    """Nobody is named as long as both ranks are healthy."""
+    run_dir = tmp_path / "run"
+    flags = flags_of(
+        text, run_dir, "--train-iters", 500, *NO_PAUSE, layout=[*layout.split(), "--moe-router-topk", "2"]
+    )
+    job = zygote.start(flags, ranks=2, program=Path(__file__).with_name("slow_rank.py"))
+
+    def alarms() -> list[Event]:
+        return [each for each in read_trace(run_dir).events if each.get("alarm") == "slow_rank"]
+
+    until(job, lambda: (run_dir / "events.jsonl").exists() and alarms())
+    late = now(run_dir).late
+    job.kill()
+    job.wait()
+    (alarm,) = alarms()
+    # A healthy rank may happen to be the slower one in a few steps before it becomes slow.
+    assert alarm["rank"] == 1 and HEALTHY + 10 < alarm["step"] <= HEALTHY + 20
+    assert alarm["since"] == alarm["step"] - 19 and alarm["value"] > alarm["threshold"] == 1.1
+    assert (alarm["action"], alarm["host"]) == ("note", socket.gethostname())
+    named = f"rank 1 ({alarm['host']}): all ranks wait for it, because it takes {alarm['value']:.2f} times"
+    assert len(late) == 1 and late[0].startswith(named), late
+    assert f"step {alarm['step']}: {named}" in job.stderr and "mhr doctor" in job.stderr

@@ -132,6 +132,23 @@ class TestState:
         assert status.state == "running"
         assert status.late == ["rank 1 (node1): all ranks wait for its data, 40% of the steps 3 to 22"]
 
+    def test_a_rank_that_computes_slowly(self, run_dir: Path) -> None:
+        """The newest alarm counts, of this attempt; the rank needs no heartbeat file."""
+        alarm = {"event": "alarm", "alarm": "slow_rank", "value": 1.5, "since": 3, "step": 22, "rank": 100}
+        opening = {"event": "resume", "time": time.time() - 100, "total": 40, "world_size": 128}
+        newest = alarm | {"value": 1.31, "since": 523, "step": 542, "host": "node7"}
+        write_events(run_dir, opening, alarm | {"time": time.time()}, newest | {"time": time.time()})
+        write_beats(run_dir, time.time(), {}, {})
+        with held(run_dir):
+            status = now(run_dir)
+            write_events(run_dir, alarm | {"time": time.time() - 200}, opening)
+            assert now(run_dir).late == []
+        assert status.state == "running"
+        assert status.late == [
+            "rank 100 (node7): all ranks wait for it, because it takes 1.31 times as long as the median rank "
+            "for the same work, in each of the steps 523 to 542"
+        ]
+
     def test_a_new_attempt_that_is_starting(self, run_dir: Path) -> None:
         begun = time.time() - 100
         write_events(run_dir, {"event": "start", "time": begun}, {"event": "stop", "time": begun + 50})

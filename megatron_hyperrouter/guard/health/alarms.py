@@ -6,6 +6,7 @@ every layout.
 
 from __future__ import annotations
 
+import socket
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from megatron_hyperrouter.config.derived import alarm_actions, moe_layers
 from megatron_hyperrouter.config.schedules.mixes import scheduled
 from megatron_hyperrouter.engines.base import StepResult
 from megatron_hyperrouter.guard.health.charts import HealthCharts, MeasureOutOfRange, Rise
-from megatron_hyperrouter.guard.health.late_ranks import LATE_SHARE, LATE_STEPS, LateData
+from megatron_hyperrouter.guard.health.late_ranks import LateRank, LateRanks
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -41,7 +42,7 @@ class Alarms:
         self.good_until: int | None = (
             None  # steps before the first alarm of a while, where this step gave one
         )
-        self._late = LateData()
+        self._late = LateRanks()
         schedule = () if config.data.data_schedule is None else scheduled(config.data)
         routed = [number for number, each in enumerate(moe_layers(config), 1) if each]
         layers = config.model.num_layers
@@ -71,8 +72,8 @@ class Alarms:
         if found and step - self._kept_at >= _PAUSE:
             self._kept_at, self.good_until = step, min(good)
         asked = {self._follow(step, each, tell) for each in found}
-        if late := self._late.see(step, result.data_waits):
-            self._tell_late(step, *late, tell)
+        for late in self._late.see(step, result):
+            self._tell_late(step, late, tell)
         if self._factor > 1.0 and step - self._raised_at >= _SETTLE:
             self._set_factor(1.0, step)
         return "stop" if "stop" in asked else "snapshot" if "snapshot" in asked else ""
@@ -107,15 +108,25 @@ class Alarms:
             else MeasureOutOfRange("collapse", layer, similarity[layer], threshold, step)
         )
 
-    def _tell_late(self, step: int, rank: int, share: float, tell: Callable[..., None]) -> None:
-        """Print a note, independently of --alarm, because the model itself is fine."""
-        facts = {"alarm": "late_data", "layer": None, "value": share, "threshold": LATE_SHARE}
-        tell("alarm", step, **facts, since=step - LATE_STEPS + 1, action="note", rank=rank)
+    def _tell_late(self, step: int, late: LateRank, tell: Callable[..., None]) -> None:
+        """Print a note (collective), independently of --alarm, because the model itself is fine."""
+        own = self._engine.place.rank == late.rank
+        host = self._engine.first_word(socket.gethostname() if own else "")
+        rule, facts = late.rule, {"value": late.value, "since": late.since}
+        tell(
+            "alarm",
+            step,
+            alarm=rule.alarm,
+            layer=None,
+            threshold=rule.threshold,
+            action="note",
+            rank=late.rank,
+            host=host,
+            **facts,
+        )
         if self._engine.place.is_main:
-            console.warn(
-                f"step {step}: all ranks wait for the data of rank {rank}, for {share:.0%} of the last "
-                f"{LATE_STEPS} steps; use more --num-workers, or check the disk of its machine"
-            )
+            words = rule.words.format(step=step, **facts)
+            console.warn(f"step {step}: rank {late.rank} ({host}): {words}; {rule.remedy}")
 
     def _follow(self, step: int, finding: MeasureOutOfRange, tell: Callable[..., None]) -> str:
         action = self._actions[finding.measure]

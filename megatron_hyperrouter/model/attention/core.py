@@ -7,6 +7,7 @@ of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,7 @@ class ScaledDotProductAttention(MegatronModule):
         self.cp_group = getattr(pg_collection, "cp", None)
         self.next_starts = None if starts is None else starts()
         self.rates_R, self.window, self.softmax_scale = rates_R, window, softmax_scale
+        self.stopwatch: AbstractContextManager[None] = nullcontext()  # around what contains no communication
 
     def forward(
         self,
@@ -116,16 +118,17 @@ class ScaledDotProductAttention(MegatronModule):
             # torch's flash kernel takes no mask and no float32, its memory-efficient one no groups of heads:
             # what neither takes goes to one that writes all scores.
             key, value = (one_for_each_head(x, query.size(1)) for x in (key, value))
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=key.size(1) != query.size(1),
-        )
+        with self.stopwatch:
+            out = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=self.config.attention_dropout if self.training else 0.0,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=key.size(1) != query.size(1),
+            )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
