@@ -23,7 +23,7 @@ def take_step(engine: Any, config: RunConfig) -> None:
 
     def result(own: Any, statistics: Any, *args: Any, **kwargs: Any) -> tuple[StepResult, Any]:
         sums = statistics.take()
-        total = torch.cat((own, torch.zeros(1 + place.world_size, dtype=own.dtype), sums.flatten()))
+        total = torch.cat((own, torch.zeros(2 + 3 * place.world_size, dtype=own.dtype), sums.flatten()))
         dist.all_reduce(total)
         return StepResult(1.0, 1.0, 1.0, 1.0, {}, False, 0, ()), sums
 
