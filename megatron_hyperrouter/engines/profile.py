@@ -1,16 +1,60 @@
-"""``--profile``: a trace of some steps, for chrome://tracing or Perfetto."""
+"""Where the time of a step goes: what each rank measures in all steps, and ``--profile``, a trace of some of
+them for chrome://tracing or Perfetto.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from megatron_hyperrouter import console
-from megatron_hyperrouter.config.tree import LoggingConfig
+from megatron_hyperrouter.config.tree import LoggingConfig, RunConfig
+from megatron_hyperrouter.model.attention.stopwatch import Stopwatch, stopwatch_of
+
+Item = TypeVar("Item")
+
+
+class OwnTimes(NamedTuple):
+    """Seconds that a rank has measured in a step."""
+
+    waited: float = 0.0  # for its batches
+    computed: float = 0.0  # for a piece of work that is the same on every rank; 0: not known
+    total: float = 0.0  # since the step before; 0 in the first one
+
+
+class StepTimes:
+    """Measures the times of this rank."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._stopwatch: Stopwatch | None = None
+        self._waited = 0.0
+        self._taken_at: float | None = None
+
+    def fetched(self, items: Iterable[Item]) -> list[Item]:
+        """All items, which this rank waits for."""
+        begin = time.perf_counter()
+        held = list(items)
+        self._waited = time.perf_counter() - begin
+        return held
+
+    def begin(self, modules: Iterable[nn.Module]) -> None:
+        """A step begins; ``modules``: the model of this rank, the same in every step."""
+        if self._stopwatch is None:
+            self._stopwatch = stopwatch_of(modules, self._config, self._device)
+        self._stopwatch.start()
+
+    def take(self) -> OwnTimes:
+        """The times of this step, when its work is done."""
+        before, self._taken_at = self._taken_at, time.perf_counter()
+        computed = 0.0 if self._stopwatch is None else self._stopwatch.take()
+        return OwnTimes(self._waited, computed, 0.0 if before is None else self._taken_at - before)
 
 
 class Profiler:

@@ -4,7 +4,6 @@ the host.
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.clock import Clock
-from megatron_hyperrouter.engines.profile import Profiler
+from megatron_hyperrouter.engines.profile import Profiler, StepTimes
 from megatron_hyperrouter.engines.routing import topk_schedule
 from megatron_hyperrouter.engines.saved.engine import SavedEngine
 from megatron_hyperrouter.engines.statistics import Likeness, RouterStatistics
@@ -42,7 +41,6 @@ from megatron_hyperrouter.engines.world import (
     set_random_states,
     wait_at_most,
 )
-from megatron_hyperrouter.model.attention.stopwatch import Stopwatch, stopwatch_of
 from megatron_hyperrouter.model.loss import (
     UNCOUNTED,
     ClassLoss,
@@ -106,8 +104,7 @@ class SharedEngine(SavedEngine):
         self.profiler = Profiler(config.logging, place.rank)
         self.judgement = Judgement()
         self._last: _Step | None = None
-        self._waited = 0.0  # seconds for the batches of the last step
-        self._totals_at: float | None = None  # when the ranks added up the last step
+        self._times = StepTimes(config, self.device)
         self._own_loss = 0.0  # of this rank's micro-batches in the last step
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
@@ -131,9 +128,7 @@ class SharedEngine(SavedEngine):
         accept: Callable[[StepResult], bool] = lambda result: True,
     ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
-        begun = time.perf_counter()
-        held = list(batches)
-        self._waited = time.perf_counter() - begun
+        held = self._times.fetched(batches)
         self._last = _Step(held, step, learning_rate, random_states())
         result = self._run(self._last, stop, accept)
         if not result.applied:
@@ -162,7 +157,7 @@ class SharedEngine(SavedEngine):
     def _run(self, now: _Step, stop: Callable[[], int], accept: Callable[[StepResult], bool]) -> StepResult:
         """Run one step; all ranks know its loss and norm before the optimizer changes anything."""
         self.clock.begin(step=now.step)
-        self.stopwatch.start()
+        self._times.begin(self.modules())
         self.statistics.enabled = True
         batches = now.batches
         if self.config.data.eod_mask_loss:
@@ -181,9 +176,7 @@ class SharedEngine(SavedEngine):
                     grad_norm=norm,
                     stop=stop(),
                     memory=peak_memory(self.device),
-                    waited=self._waited,
-                    computed=self.stopwatch.take(),
-                    seconds=self._since_last(),
+                    times=self._times.take(),
                 )
             )
             return accept(found[0][0])
@@ -205,16 +198,6 @@ class SharedEngine(SavedEngine):
             result = replace(result, num_zeros=int(self.num_zeros))
         self.clock.step = now.step + 1  # an evaluation may follow
         return replace(result, applied=applied)
-
-    def _since_last(self) -> float:
-        """Seconds since the last call; 0 at the first."""
-        last, self._totals_at = self._totals_at, time.perf_counter()
-        return 0.0 if last is None else self._totals_at - last
-
-    @cached_property
-    def stopwatch(self) -> Stopwatch:
-        """Of this rank's first attention, in training steps."""
-        return stopwatch_of(self.modules(), self.config, self.device)
 
     def _end_step(self, step: int, sums: Tensor) -> None:
         parallel = self.config.parallel

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import GIVE_UP, EvalResult, OwnPart, RankPlace, StepResult
+from megatron_hyperrouter.engines.profile import OwnTimes
 from megatron_hyperrouter.engines.statistics import RouterStatistics
 from megatron_hyperrouter.model.names import matrices
 from megatron_hyperrouter.model.sharding import (
@@ -19,6 +20,8 @@ from megatron_hyperrouter.model.sharding import (
     shard_of,
     tensor_parallel_place,
 )
+
+_NOT_MEASURED = OwnTimes()
 
 
 class Judgement:
@@ -47,26 +50,22 @@ def step_result(
     grad_norm: float,
     stop: int,
     memory: int,
-    waited: float = 0.0,
-    computed: float = 0.0,
-    seconds: float = 0.0,
+    times: OwnTimes = _NOT_MEASURED,
 ) -> tuple[StepResult, Tensor]:
     """Add up the loss, the routers' choices, and the requests to stop (collective); also returns the sums
     of the statistics.
 
-    ``memory``: largest number of bytes that this rank has needed; ``waited``: seconds that it waited for
-    its batches; ``computed``: seconds that it took for a piece of work that is the same on all ranks;
-    ``seconds``: since the step before.  Each rank fills its own elements, so the sum over ranks contains
-    all of them and needs no separate reduction.
+    ``memory``: largest number of bytes that this rank has needed.  Each rank fills its own elements, so
+    the sum over ranks contains all of them and needs no separate reduction.
 
     Ratios are computed from the sums, so ranks that processed the same tokens (tensor parallelism) may all
     be counted.
     """
     rows = statistics.take()
     ranks = place.world_size
-    told = torch.zeros(2 + 3 * ranks, dtype=loss_sums.dtype)
-    told[0], told[1] = stop, seconds * place.is_main
-    told[2 + place.rank :: ranks] = told.new_tensor((memory, waited, computed))
+    told = torch.zeros(2 + 3 * ranks, dtype=loss_sums.dtype, device="cpu")  # one copy, when it is complete
+    told[0], told[1] = stop, times.total * place.is_main
+    told[2 + place.rank :: ranks] = told.new_tensor((memory, times.waited, times.computed))
     parts = (loss_sums, told.to(loss_sums.device, non_blocking=True), rows.to(loss_sums.device).flatten())
     total = torch.cat(parts)
     dist.all_reduce(total)
