@@ -120,7 +120,7 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(
             f"{output} cannot be written: {error.strerror or error}",
-            remedy="free space on that disk, or give another --output",
+            remedy="free up space on that disk, or give another --output",
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

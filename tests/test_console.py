@@ -42,7 +42,7 @@ def test_success_is_silent(capsys):
     [
         (ConfigError([Problem("--lr", -1, "must be a number >= 0", "use 3e-4")]), 2),
         (DataError("a.idx: byte 7", remedy="write it again"), 3),
-        (CheckpointError("disk full", remedy="free space on that disk"), 4),
+        (CheckpointError("disk full", remedy="free up space on that disk"), 4),
         (HostError("deepspeed 0.1"), 5),
         (HyperRouterError("other"), 1),
     ],

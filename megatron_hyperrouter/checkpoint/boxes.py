@@ -115,7 +115,9 @@ def _moved(offset: Shape, shape: Shape, cut: Cut, part: int) -> Shape:
         step = shape[0] // cut.parts
         return offset[0] + (part * cut.size + cut.rank) * step, *offset[1:]
     if cut.parts != 1:
-        raise ValueError("only parts along the first dimension can be stacked")
+        raise ValueError(
+            f"a tensor that is cut along dimension {cut.dim} must have one part, not {cut.parts}"
+        )
     moved = list(offset)
     moved[cut.dim] += cut.rank * shape[cut.dim]
     return tuple(moved)
@@ -161,4 +163,4 @@ def gap(shape: Shape, covering: Sequence[Box]) -> str:
             return "a part is present twice"
         active.append(box)
     missing = prod(shape) - sum(box.numel for box in covering)
-    return f"{missing} of {prod(shape)} numbers are missing" if missing else ""
+    return f"{missing} of {prod(shape)} values are missing" if missing else ""

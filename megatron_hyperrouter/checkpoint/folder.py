@@ -253,9 +253,7 @@ class CheckpointFolders:
             part.unlink()
         if missed := {path.relative_to(writing).as_posix() for path in files_of(writing)} ^ listed.keys():
             # An OSError, since a slow network file system may show the files a moment later.
-            raise OSError(
-                f"the ranks do not see the same files in {writing}: {', '.join(sorted(missed)[:3])}"
-            )
+            raise OSError(f"not all ranks see these files in {writing}: {', '.join(sorted(missed)[:3])}")
         _write_synced(writing / MANIFEST, manifest_text(step, meta, listed))
         for folder, _, _ in os.walk(writing):
             files.sync(Path(folder))
@@ -278,12 +276,12 @@ class CheckpointFolders:
             return error
         free = ""
         with contextlib.suppress(OSError):
-            free = f" ({shutil.disk_usage(self.root).free / 1e6:.0f} MB are free)"
+            free = f" ({shutil.disk_usage(self.root).free / 1e6:.0f} MB are free now)"
         last = pointers.latest_step(self.root)
         name = "" if last is None else folder_name(last)
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved in {self.root}: {reason}",
-            remedy=f"free space on that disk{free}, or give another --run-dir; "
+            remedy=f"free up space on that disk{free}, or give another --run-dir; "
             + (
                 f"then continue from {name} with --load {self.root / name}"
                 if name

@@ -169,9 +169,9 @@ def _wrong(manifest: Any) -> str:
     for name, entry in manifest["files"].items():
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or "\0" in name:
-            return f"it lists {name}, which is not in the folder"
+            return f"it lists {name}, a path outside the folder"
         if not isinstance(entry, dict) or not {"bytes", "crc32"} <= entry.keys():
-            return f"the entry of {name} is not a size and a checksum"
+            return f"the entry of {name} has no size or no checksum"
     return ""
 
 
@@ -185,5 +185,6 @@ def check_language_model(folder: Path, manifest: Mapping[str, Any]) -> None:
     if CLASSIFIER in manifest["meta"]:
         raise CheckpointError(
             f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
-            remedy="give the run that was fine-tuned, or test the classifier with mhr finetune --test",
+            remedy="give the language model from which it was fine-tuned, or test the classifier with "
+            "mhr finetune --test",
         )

@@ -194,7 +194,8 @@ def read_box(reader: Reader, entry: IndexEntry, name: str, box: Box, row: Tensor
             part = reader.part(stored.file, f"{stored.key}#{name}", common.within(stored.box))
             if tuple(part.shape) != common.size or part.dtype != row.dtype:
                 raise CheckpointError(
-                    f"{reader.folder / stored.file}: {stored.key}#{name} does not match {INDEX}",
+                    f"{reader.folder / stored.file}: the shape or type of {stored.key}#{name} is not "
+                    f"the one in {INDEX}",
                     remedy="load an older checkpoint of this run",
                 )
             target[common.within(box)].copy_(part) if box.size else target.copy_(part)
@@ -205,8 +206,7 @@ def _digest(name: str, what: str, values: Tensor, box: Box, shape: Shape) -> int
         raise NotFiniteError(
             f"{name}: its {what} contains NaN or infinity; nothing was saved",
             remedy=(
-                "continue from the last checkpoint with a lower --lr, or "
-                "leave out bad steps with --skip-steps"
+                "continue from the last checkpoint with a lower --lr, or skip the bad steps with --skip-steps"
             ),
         )
     return digest(values, box, shape)

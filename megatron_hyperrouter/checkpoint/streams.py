@@ -127,7 +127,8 @@ def write_shard(path: Path, planned: Sequence[TensorToWrite], tensors: Iterator[
         for each, tensor in zip(planned, tensors, strict=False):
             if tensor.dtype != each.dtype or tuple(tensor.shape) != each.shape:
                 raise ValueError(
-                    f"{each.name}: {tensor.dtype} {list(tensor.shape)} is not as planned: {each}"
+                    f"{each.name}: planned {each.dtype} {list(each.shape)}, got {tensor.dtype} "
+                    f"{list(tensor.shape)}"
                 )
             bytes_ = as_bytes(tensor)
             file.write(bytes_)

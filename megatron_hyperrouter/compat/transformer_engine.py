@@ -39,12 +39,12 @@ def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
         raise HostError(
             f"{needs}: Transformer Engine {reason}",
             remedy=(
-                "with GPUs, run: pip install --no-build-isolation "
+                "on a machine with GPUs, run: pip install --no-build-isolation "
                 f"'transformer_engine[pytorch]'; otherwise {without}"
             ),
         )
     if present() and torch.cuda.is_available():
-        warn(f"Transformer Engine {reason}, so the layers of PyTorch are used")
+        warn(f"Transformer Engine {reason}; using the layers of PyTorch instead")
     return "local"
 
 

@@ -63,6 +63,6 @@ def write_settings(config: RunConfig) -> Path:
         files.write_text(path, dump(config), durable=True)
     except OSError as error:
         rule = f"{path} cannot be written ({error.strerror})"
-        remedy = "free space on that disk, or give another folder"
+        remedy = "free up space on that disk, or give another folder"
         raise ConfigError([Problem("--run-dir", folder, rule, remedy)]) from error
     return path

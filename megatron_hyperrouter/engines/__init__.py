@@ -34,7 +34,7 @@ def open_engine(
     """
     if eod is None and separates_documents(config):
         raise ValueError(
-            "these settings need the ends of documents; give eod, the token id that ends a document"
+            "with these settings the engine must know where documents end; pass eod, the end-of-document id"
         )
     silence_hosts()
     check(config.engine.engine)

@@ -168,8 +168,9 @@ class RouterSite:
         index, arrived = self._passes.next(), self.clock.arrived
         if arrived and index >= len(arrived):
             raise ValueError(
-                f"layer {self.router.layer_number}: forward pass {index + 1}, but arrive() was called only "
-                f"{len(arrived)} times since the last begin() or begin_evaluation(); call it before each pass"
+                f"layer {self.router.layer_number} begins forward pass {index + 1}, but arrive() was "
+                f"called only {len(arrived)} times since the last begin() or begin_evaluation(); "
+                "call it before each pass"
             )
         return arrived[index] if arrived else None
 

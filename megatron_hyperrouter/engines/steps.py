@@ -137,7 +137,8 @@ class RouterSteps:
         numbers = [router.layer_number for router in self.routers]
         if len(set(numbers)) < len(numbers):
             raise ValueError(
-                f"layers have the numbers {sorted(numbers)}; give each router its own layer_number"
+                f"several routers have the same layer_number: {sorted(numbers)}; give each router a "
+                "different one"
             )
         experts = {router.num_experts for router in self.routers}
         most = self._largest(max(experts, default=0))

@@ -63,7 +63,9 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
             ) from error
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
-        remedy = "read the messages of the other ranks; build a large index before the run with mhr index"
+        remedy = (
+            "read the messages of the other ranks; if one still builds an index, run mhr index beforehand"
+        )
         raise HyperRouterError(
             f"some ranks have not connected within {_PATIENCE}: {error}", remedy=remedy
         ) from error

@@ -159,7 +159,7 @@ def _checked(tokens: NDArray[np.integer], vocab_size: int) -> Ints:
     if lowest < 0 or highest >= vocab_size:
         bad = lowest if lowest < 0 else highest
         raise DataError(
-            f"token id {bad} is outside the vocabulary of {vocab_size}",
+            f"token id {bad} is outside the vocabulary of {vocab_size} ids",
             remedy="use the tokenizer that made the data",
         )
     return ids

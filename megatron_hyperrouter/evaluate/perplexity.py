@@ -20,8 +20,8 @@ def check_topks(
     ``flag``: where the values come from.
     """
     most = num_experts if router is None else int(router.options.largest_topk(num_experts))
-    whose = "of the model" if most == num_experts else "in the groups of --router.group-topk"
-    rule = f"must be from 1 to the {most} experts {whose}"
+    whose = "in a layer" if most == num_experts else "in the groups that --router.group-topk allows"
+    rule = f"must be from 1 to {most}, the number of experts {whose}"
     wrong = [topk for topk in topks if not 1 <= topk <= most]
     problems = [Problem(flag, topk, rule, f"use 1 to {most}") for topk in wrong]
     if problems:

@@ -29,7 +29,7 @@ def settings_of(
         if not path.is_file():
             raise CheckpointError(
                 f"{folder} has no {SETTINGS} and {path} is missing, so the model is not known",
-                remedy="copy the config.yaml of the run to that place",
+                remedy="copy the config.yaml of the run there",
             )
         console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")
     # Settings that only training needs must not prevent an evaluation; faster implementations may need GPUs.

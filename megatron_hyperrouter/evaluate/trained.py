@@ -158,7 +158,7 @@ class TrainedRun:
         name = split or "test"
         if data_path is None and self.settings.data.data_path == (NO_DATA,):
             raise DataError(
-                "this run was imported and has no data", remedy="name token files with --data-path P"
+                "this run was imported and has no data", remedy="give token files with --data-path PREFIX"
             )
         splits = build_splits(
             self.data(split=split, data_path=data_path, whole=samples is None),
@@ -225,7 +225,11 @@ def add_model_flags(flags: ArgumentParser) -> None:
         help="run folder or Hugging Face folder",
     )
     flags.add_argument(
-        "--topk", type=int, nargs="+", metavar="K", help="numbers of active experts (default: the model's)"
+        "--topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="numbers of active experts per token to use (default: the model's number)",
     )
     flags.add_argument(
         "--tokenizer-model",
@@ -253,6 +257,6 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="prefixes of the token files, if they have moved; files that are not the run's are used "
-            "whole, unless a split is named",
+            help="prefixes of the token files, if they have moved or others are to be used; of other files, "
+            "all documents are used unless --split is given",
         )

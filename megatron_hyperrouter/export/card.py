@@ -79,14 +79,14 @@ def _topks(job: Export, proof: dict[str, Any] | None) -> str:
 
 def _limits(job: Export) -> str:
     lines = [
-        f"`certificate.json` holds digests of all files and tensors and the proof that transformers computes "
-        f"what the training program computed (weights in {job.dtype}).  "
-        f"`mhr export-hf --verify FOLDER` checks a copy."
+        "`certificate.json` has the digests of all files and tensors.  It also has the proof that "
+        f"transformers computes the same as the training program (weights in {job.dtype}).  "
+        f"`mhr export-hf --verify FOLDER` checks a copy of this folder."
     ]
     padded = job.run.model.make_vocab_size_divisible_by
     lines.append(
-        f"The embedding has rows for ids up to the next multiple of {padded}; ids that the tokenizer does "
-        f"not have were never trained."
+        f"The embedding has more rows than the tokenizer has ids, because their number is rounded up to a "
+        f"multiple of {padded}; the additional rows were not trained."
     )
     lines += [f"{line[0].upper()}{line[1:]}." for line in job.notes]
     return "## Limits\n\n" + "\n\n".join(lines)
@@ -97,12 +97,12 @@ def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[s
     if (lacking := without_text(tokenizer)) is not None:
         yield lacking
     if run.model.mtp_num_layers is not None:
-        yield "the multi-token prediction layers are left out; the model computes the same without them"
+        yield "the layers for multi-token prediction are not exported; predicting the next token needs none"
     if run.model.moe_expert_capacity_factor is not None:
         yield "training dropped tokens above the capacity of an expert, but the exported model drops none"
     if target.model_type == "deepseek_v2" and rope_type(run) == "yarn" and run.attention.mscale_all_dim:
         # transformers 4 leaves the temperature out of this class's attention; 5 has it.
         yield (
-            "transformers 4 computes another model from this folder: it ignores --mscale-all-dim here; "
+            "transformers 4 gives wrong results for this model, because it ignores --mscale-all-dim; "
             "use transformers 5"
         )

@@ -81,8 +81,8 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
         if name not in reader
     ]:
         raise CheckpointError(
-            f"{job.checkpoint} has no {missing[0]}"
-            + (f" and lacks {len(missing) - 1} more" if missing[1:] else ""),
+            f"{job.checkpoint} has no tensor {missing[0]}"
+            + (f"; {len(missing) - 1} more are missing too" if missing[1:] else ""),
             remedy="export from the original run folder, because this checkpoint does not match its settings",
         )
     source = _TensorReader(job, reader, sizes)

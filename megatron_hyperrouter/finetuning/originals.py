@@ -37,7 +37,7 @@ def is_sst2(folder: Path) -> bool:
 def sst2(folder: Path) -> Original:
     """``test.tsv`` has no labels, so GLUE's dev part is the test here, and dev is held out of train."""
     train, dev = _held_out(_table(folder / "train.tsv"), lambda row: row[0])
-    note = "the test part of SST-2 has no labels, so dev.tsv is used as test and a tenth of train.tsv as dev"
+    note = "the test split of SST-2 has no labels, so dev.tsv is used as test and a tenth of train.tsv as dev"
     names = {"0": "negative", "1": "positive"}
     test = list(_table(folder / "dev.tsv"))
     parts = {
@@ -76,7 +76,7 @@ def _trees(path: Path, names: tuple[str, ...]) -> Iterator[LabelledText]:
         words = re.findall(r"\(\d ([^()]+)\)", tree)
         if root is None or int(root[1]) >= len(names) or not words:
             raise DataError(
-                f"{path}, line {number}: the line must be a tree of the treebank",
+                f"{path}, line {number}: the line must be a tree of the Stanford Sentiment Treebank",
                 remedy="correct the line; a tree looks like (3 (2 The) (4 film))",
             )
         text = " ".join(words).replace("-LRB-", "(").replace("-RRB-", ")").replace("\\/", "/")
@@ -95,7 +95,7 @@ def imdb(folder: Path) -> Original:
     reviews = list(_reviews(place / "train"))
     train, dev = _held_out(reviews, lambda row: row[2])
     test = [(text, label) for text, label, _ in _reviews(place / "test")]
-    note = "IMDB has no dev part, so a tenth of the films in train is used as dev"
+    note = "IMDB has no dev split, so the reviews of a tenth of the films in train are used as dev"
     parts = {"train": [row[:2] for row in train], "dev": [row[:2] for row in dev], "test": test}
     return Original(("neg", "pos"), parts, (note,))
 
@@ -130,7 +130,7 @@ def imdb_table(folder: Path) -> Original:
     for row in rows:
         share = _share(row[0])
         parts["test" if share < 0.1 else "dev" if share < 0.2 else "train"].append(row)
-    note = "this form of IMDB has no parts, so a tenth of the texts is used as test and another tenth as dev"
+    note = "this file of IMDB has no splits, so a tenth of the texts is used as test and another tenth as dev"
     return Original(("negative", "positive"), parts, (note,))
 
 
@@ -147,7 +147,7 @@ def is_banking77(folder: Path) -> bool:
 def banking77(folder: Path) -> Original:
     """``text,category``, some texts with line ends; the labels are the categories, sorted."""
     train, dev = _held_out(_questions(folder / "train.csv"), lambda row: row[0])
-    note = "BANKING77 has no dev part, so a tenth of train.csv is used as dev"
+    note = "BANKING77 has no dev split, so a tenth of train.csv is used as dev"
     labels = tuple(sorted({label for _, label in (*train, *dev)}))
     return Original(
         labels, {"train": train, "dev": dev, "test": list(_questions(folder / "test.csv"))}, (note,)
@@ -197,7 +197,9 @@ def _text(path: Path, line: int, text: str) -> str:
 
 def _there(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"{path} is missing", remedy="copy that file of the original data set to the folder")
+        raise DataError(
+            f"{path} is missing", remedy="copy that file from the original data set into the folder"
+        )
     return path
 
 

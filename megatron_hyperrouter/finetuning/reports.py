@@ -127,14 +127,14 @@ def _reported(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise HyperRouterError(
-            f"{output} cannot be written: {error.strerror or error}", remedy="free space on that disk"
+            f"{output} cannot be written: {error.strerror or error}", remedy="free up space on that disk"
         ) from error
 
 
 def table(rows: Sequence[ResultRow]) -> list[str]:
     """The test at each k: the mean over seeds, and half of its 95 % interval."""
     seeds = len({row["seed"] for row in rows})
-    over = "" if seeds == 1 else f" (mean of {seeds} seeds +- half of the 95 % interval)"
+    over = "" if seeds == 1 else f" (mean of {seeds} seeds +- half the width of the 95 % confidence interval)"
     lines = [f"test{over}", f"{'k':>4}" + "".join(f" {name:>18}" for name in _NUMBERS)]
     for topk in dict.fromkeys(row["topk"] for row in rows):
         test = [row for row in rows if row["topk"] == topk and row["split"] == "test"]
@@ -178,7 +178,7 @@ def compare(first: Path, second: Path) -> list[ResultRow]:
         )
     if not found:
         raise DataError(
-            (f"{first} and {second} have no seed and k in common"),
+            (f"{first} and {second} have no pair of seed and k in common"),
             remedy="fine-tune both with the same --seeds and --topk",
         )
     return found
@@ -198,7 +198,10 @@ def comparison_table(found: Sequence[ResultRow]) -> list[str]:
             f"{row['topk']:>4} {row['seed']:>5} {row['first']:>8.4f} {row['second']:>8.4f} "
             f"{row['difference']:>+11.4f} {interval:>20} {row['mcnemar_p']:>10.4g}"
         )
-    lines.append("Do the two methods differ? (mean difference over seeds +- half of the 95 % t-interval)")
+    lines.append(
+        "Do the two methods differ? (mean difference over seeds +- half the width of its 95 % "
+        "confidence interval)"
+    )
     for topk in dict.fromkeys(sorted(row["topk"] for row in found)):
         mean, half = mean_and_half([row["difference"] for row in found if row["topk"] == topk])
         spread = "not known from one seed" if half is None else f"+- {half:.4f}"

@@ -59,7 +59,7 @@ class SeedFolder:
         """The state after a step, so that :meth:`load` continues; where dev has just chosen the step, its
         weights, too.
         """
-        with self._own_remedy("free space on that disk and run the same command again; it continues"):
+        with self._own_remedy("free up space on that disk, and run the same command again to continue"):
             folders = self._folders("unfinished")
             if self.begun + course.step not in folders.steps():
                 told = {"step": course.step, "chosen": course.chosen, "best": course.best}
@@ -75,7 +75,7 @@ class SeedFolder:
 
     def load(self) -> Course:
         """Continue where an earlier attempt has stopped; a new course if there was none."""
-        with self._own_remedy(f"remove {self.path} and run the same command again to start this seed again"):
+        with self._own_remedy(f"remove {self.path} and run the same command again to restart this seed"):
             folder = find(self.path / "unfinished")
             if folder is None:
                 if (

@@ -90,7 +90,7 @@ class Settings:
                     "use a number from 0 to 0.99",
                 )
         if unknown := [part for part in self.freeze if part not in FREEZABLE]:
-            rule = f"has the unknown part {unknown[0]!r}"
+            rule = f"{unknown[0]!r} cannot be frozen"
             yield Problem("--freeze", ",".join(self.freeze), rule, "use none, router, or router,experts")
 
 
@@ -106,7 +106,9 @@ def check(settings: Settings, run: RunConfig) -> None:
     asked += [("--finetune-k", settings.finetune_k)] if settings.finetune_k is not None else []
     for flag, k in asked:
         if not 1 <= k <= most:
-            rule = f"must be from 1 to the {most} experts that this model allows for each token"
+            rule = (
+                f"must be from 1 to {most}, the largest number of experts that this model can use for a token"
+            )
             problems.append(Problem(flag, k, rule, f"use 1 to {most}"))
     if problems:
         raise ConfigError(problems)

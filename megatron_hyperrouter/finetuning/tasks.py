@@ -48,8 +48,8 @@ def read_task(folder: Path) -> Task:
     for part in PARTS:
         if not task.parts[part]:
             raise DataError(
-                f"--task {folder}: the {part} part has no texts",
-                remedy="add texts to that part; training, dev and test each need texts",
+                f"--task {folder}: the {part} split has no texts",
+                remedy="add texts to that split; train, dev and test each need texts",
             )
     if len(task.labels) < 2:
         remedy = "add labels; classification needs two or more"
@@ -101,10 +101,10 @@ def _examples(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
             raise DataError(f"{path}, line {number}: there is no text", remedy=remedy)
         place = numbers.get(label) if isinstance(label, str) else label
         if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(labels):
-            known = f"its numbers are 0 to {len(labels) - 1}"
+            known = f"by name, or by number from 0 to {len(labels) - 1}"
             raise DataError(
                 f"{path}, line {number}: {json.dumps(label)} is not a label of labels.json",
-                remedy=f"use a label of that file ({known}), or add this label to it",
+                remedy=f"give a label of that file ({known}), or add this label to it",
             )
         yield Example(text, place)
 
@@ -128,7 +128,7 @@ def _numbered(original: originals.Original) -> Task:
         for _, label in rows:
             if label not in places:
                 raise DataError(
-                    f"the {part} part has the unknown label {label!r}",
+                    f"the {part} split has the unknown label {label!r}",
                     remedy=f"use one of the labels {', '.join(known)}",
                 )
         parts[part] = tuple(Example(text, places[label]) for text, label in rows)
@@ -144,7 +144,7 @@ def _notes(task: Task) -> Iterator[str]:
             yield f"{count} of {second} are also in {first}, so scores on {second} may be too high"
     trained = {label for _, label in task.parts["train"]}
     if missing := [name for place, name in enumerate(task.labels) if place not in trained]:
-        yield f"no text of train has the label {', '.join(missing)}"
+        yield f"no text in train has the label {', '.join(missing)}"
 
 
 def _plain(text: str) -> str:

@@ -106,10 +106,10 @@ def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart])
     where = f"; seen on {', '.join(places)}" if places else ""
     if repeats:
         return (
-            f"a repetition of the step gave the same result ({told}), so the cause is in the data, "
-            f"settings or weights{where}"
+            f"repeating the step gave the same result ({told}), so the cause is in the data, "
+            f"the settings or the weights{where}"
         )
-    return f"a repetition of the step gave {told}, so a temporary hardware fault is likely{where}"
+    return f"repeating the step gave {told}, so a temporary hardware fault is likely{where}"
 
 
 def _place(part: OwnPart) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_hyperrouter.errors import ConfigError, Problem
 
-_LAUNCH = "start the program with torchrun or deepspeed, which set all variables, or set the missing ones"
+_LAUNCH = "start the program with torchrun or deepspeed, which set these variables, or set them correctly"
 _PORTS = range(15000, 35000)  # from which tasks of a scheduler choose one by the number of their job
 
 
@@ -51,8 +51,8 @@ def _serve(tasks: _Tasks, environ: MutableMapping[str, str]) -> None:
     address = environ.get("MASTER_ADDR") or tasks.address
     if not address:
         rule = (
-            f"is not set: this is task {tasks.rank} of {tasks.size} of {tasks.starter}, "
-            "and nothing says on which host task 0 runs"
+            f"must be set, because {tasks.starter} does not tell this task ({tasks.rank} of {tasks.size}) "
+            "on which host task 0 runs"
         )
         remedy = "set MASTER_ADDR to that host, or start the program with torchrun or deepspeed"
         raise ConfigError([Problem("MASTER_ADDR", "", rule, remedy)])

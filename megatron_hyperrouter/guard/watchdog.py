@@ -143,7 +143,7 @@ class Watchdog:
             return [f"{describe(beats[rank])}; {silent} {self._silent(rank):.0f} s" for rank in lost]
         now = {**beats, self._rank: self._own_beat()}
         return [describe(now[rank]) for rank in apart(now)] or [
-            f"all ranks are in the same place: {describe(now[self._rank])}"
+            f"all ranks have stopped at the same point: {describe(now[self._rank])}"
         ]
 
     def _record(self, still: float, suspects: list[str]) -> None:
@@ -164,7 +164,8 @@ class Watchdog:
             self._record(still, suspects)
             console.error_from_here(
                 f"no progress for {still:.0f} s (--distributed-timeout-minutes):\n  {lines}\n"
-                "  remedy: check the machine of that rank and the stacks below, then continue with --load"
+                "  remedy: check the machine of that rank and the stack traces below, then continue "
+                "with --load"
             )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         time.sleep(_LAST_WORDS if speaks else 3 * _LAST_WORDS)

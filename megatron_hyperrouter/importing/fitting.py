@@ -103,8 +103,8 @@ def _expert_problems(folder: HfFolder) -> Iterator[str]:
     topk = int(config["num_experts_per_tok"])
     if min(max(topk // chosen, 1), size) != best:
         yield (
-            f"n_group {groups} is not supported: the model scores a group by its {best} best "
-            f"experts, this program by {topk} / {chosen} (num_experts_per_tok / topk_group)"
+            f"n_group {groups} is not supported: the model scores a group by its {best} best experts, but "
+            f"this program by its best {topk} / {chosen} (num_experts_per_tok / topk_group)"
         )
 
 

@@ -115,7 +115,7 @@ class HfFolder:
 def _reason(error: Exception) -> str:
     if isinstance(error, (OSError, ValueError)):
         return reason_of(error)
-    return 'it is not an object with a list "architectures"'
+    return 'it must be an object with a list "architectures"'
 
 
 def open_folder(path: Path) -> HfFolder:
@@ -129,7 +129,7 @@ def open_folder(path: Path) -> HfFolder:
             remedy="give a folder of a Hugging Face model",
         ) from error
     if architecture not in MOE and architecture not in DENSE:
-        reason = UNLIKE.get(architecture, f"supported are {', '.join((*MOE, *DENSE))}")
+        reason = UNLIKE.get(architecture, f"the supported models are {', '.join((*MOE, *DENSE))}")
         remedy = "give the run that it was exported from" if "auto_map" in config else "choose another model"
         raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy=remedy)
     files = sorted(path.glob("*.safetensors"))

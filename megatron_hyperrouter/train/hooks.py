@@ -98,10 +98,10 @@ class GuardedHook(Hook):
             self._dropped = True
             name = type(self._hook).__name__
             if not self._hook.essential:
-                console.warn(f"{name} failed and is now off: {error or type(error).__name__}")
+                console.warn(f"{name} failed and is now switched off: {error or type(error).__name__}")
             elif self.error is None and isinstance(error, Exception):
                 self.error = error
-                self._request.ask(f"an error of {name}")
+                self._request.ask(f"an error in {name}")
 
 
 class SettingsHook(Hook):
@@ -120,7 +120,7 @@ class SettingsHook(Hook):
             write_settings(self._config)
         except OSError as error:
             rule = f"config.yaml cannot be written ({error.strerror})"
-            remedy = "free space on that disk, or give another folder"
+            remedy = "free up space on that disk, or give another folder"
             raise ConfigError([Problem("--run-dir", self._config.logging.run_dir, rule, remedy)]) from error
 
 

@@ -327,7 +327,7 @@ class MetricsFile:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> HyperRouterError:
-        remedy = "free space on that disk, then continue with --load RUN_DIR"
+        remedy = "free up space on that disk, then continue with --load RUN_DIR"
         return HyperRouterError(f"{self.path} cannot be written: {error}", remedy=remedy)
 
     def sync(self) -> None:

@@ -219,7 +219,7 @@ class Run:
                 f"{self.config.logging.run_dir}"
             )
             raise HyperRouterError(
-                (f"step {step}: an alarm stopped the run after a checkpoint was saved"), remedy=remedy
+                (f"step {step}: an alarm stopped the run; a checkpoint of this step was saved"), remedy=remedy
             )
 
     def restore(self, meta: dict[str, Any], folder: Path | None) -> None:
@@ -356,6 +356,6 @@ class Run:
         if proved is not None and proved < steps[-1]:
             back += f" (the checkpoint of step {steps[-1]} may have bad weights)"
         return (
-            f"{back}, and use a lower --lr, more --lr-warmup-iters, a --clip-grad greater than 0, or "
+            f"{back}, and try a lower --lr, more --lr-warmup-iters, a --clip-grad greater than 0, or "
             "--on-bad-step skip"
         )

@@ -116,7 +116,7 @@ class TestGap:
     @pytest.mark.parametrize("lost", range(4))
     def test_a_hole(self, lost: int) -> None:
         left = [box for number, box in enumerate(self.WHOLE) if number != lost]
-        assert f"{self.WHOLE[lost].numel} of 16 numbers are missing" in gap((4, 4), left)
+        assert f"{self.WHOLE[lost].numel} of 16 values are missing" in gap((4, 4), left)
 
     @pytest.mark.parametrize("again", [*WHOLE, Box((1, 1), (2, 1))])
     def test_twice(self, again: Box) -> None:

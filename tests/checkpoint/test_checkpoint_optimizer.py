@@ -127,7 +127,7 @@ class TestNotWhole:
     def test_an_expert_that_a_rank_left_out(self, tmp_path: Path) -> None:
         parts = [staged(whole(), rank) for rank in range(RANKS)]
         parts[1].states = [state for state in parts[1].states if state.name != "b.expert"]
-        with pytest.raises(CheckpointError, match=r"b\.expert: 8 of 24 numbers are missing"):
+        with pytest.raises(CheckpointError, match=r"b\.expert: 8 of 24 values are missing"):
             save(tmp_path, parts)
 
     def test_an_expert_that_no_rank_has_state_of(self, tmp_path: Path) -> None:

@@ -139,7 +139,11 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(
     monkeypatch.setattr(GigatokenTokenizer, "encode_batch", wrong)
     monkeypatch.setattr(backends, "PROBES", PROBES[:2])
     with pytest.raises(
-        DataError, match=rf"a\.jsonl, document 2: id 1 is 7 from gigatoken and {expected[1]} from tokenizers"
+        DataError,
+        match=(
+            rf"a\.jsonl, document 2: at position 1, gigatoken gives id 7 and tokenizers gives id "
+            rf"{expected[1]}",
+        ),
     ) as caught:
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
     assert "--tokenizer-backend tokenizers" in caught.value.remedy
@@ -154,7 +158,7 @@ def test_a_text_that_ends_early_or_late_differs(model: str, monkeypatch: pytest.
         GigatokenTokenizer, "encode_batch", lambda self, texts: [ids[:-1] for ids in true(self, texts)]
     )
     with pytest.raises(
-        DataError, match=r"the text ' ': id 0 is the end from gigatoken and \d+ from tokenizers"
+        DataError, match=r"the text ' ': at position 0, gigatoken gives no id and tokenizers gives id \d+"
     ):
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
 

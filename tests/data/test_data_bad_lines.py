@@ -57,7 +57,7 @@ def test_a_bad_line_keeps_what_was_saved_and_skip_continues(
     monkeypatch.setattr(corpus, "BATCH_BYTES", 4000)
     bad, prefix = lines(tmp_path / "bad.jsonl", bad=True), str(tmp_path / "p")
     with pytest.raises(
-        DataError, match=r"(?s)line 9: .*--on-bad-line skip, which continues from what was saved"
+        DataError, match=r"(?s)line 9: .*--on-bad-line skip, which continues from the saved progress"
     ):
         preprocess([bad], prefix, settings("ByteTokenizer"), save_seconds=0)
     done: list[int] = []

@@ -63,7 +63,7 @@ def test_text(prefix: str) -> None:
 
 def test_a_tokenizer_of_other_data(prefix: str) -> None:
     with pytest.raises(
-        DataError, match=r"p\.bin: token id 256 is outside the vocabulary of 100 ids of the tokenizer"
+        DataError, match=r"p\.bin: token id 256 is outside the tokenizer's vocabulary of 100 ids"
     ):
         describe(prefix, tokenizer=build_tokenizer("NullTokenizer", vocab_size=99))
 

@@ -294,7 +294,7 @@ def test_documents_that_do_not_lie_one_after_another_are_refused(tmp_path, place
         stream.seek(place)
         stream.write(number)
     found = splits_of(prefix, data_index="on-demand").train
-    with pytest.raises(DataError, match="should fill 640 tokens") as caught:
+    with pytest.raises(DataError, match="have 640 tokens in all") as caught:
         found[0]
     assert "--data-index materialised" in caught.value.remedy
     assert len(splits_of(prefix, data_index="materialised").train) >= 5
@@ -307,7 +307,9 @@ def test_a_start_that_cannot_be_is_refused_by_its_byte(tmp_path, start):
     with open(f"{prefix}.idx", "r+b") as stream:
         stream.seek(place)
         stream.write(struct.pack("<q", start))
-    with pytest.raises(DataError, match=f"corpus.idx, byte {place}: expected the start of sequence 16"):
+    with pytest.raises(
+        DataError, match=f"corpus.idx, byte {place}: expected sequence 16 to start at a multiple"
+    ):
         splits_of(prefix, data_index="on-demand")
 
 

@@ -166,7 +166,7 @@ def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
         Path(recipe.tokenizer.tokenizer_model or "").read_text() + "\n"
     )
     with pytest.raises(
-        ConfigError, match=r"--tokenizer-model = a file of SHA-256 \w+\.\.\.: was a file of SHA-256"
+        ConfigError, match=r"--tokenizer-model = a file with SHA-256 \w+\.\.\.: was a file with SHA-256"
     ):
         preprocess(inputs, prefix, recipe)
     bpe.train_bpe(iter([inspect.getsource(json.decoder)]), 400, recipe.tokenizer.tokenizer_model or "")

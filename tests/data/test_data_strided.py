@@ -57,7 +57,7 @@ def test_refusals(tmp_path: Path) -> None:
     path = written(tmp_path / "a", [20], 0)
     data = DataConfig(test_data_path=(path,))
     for stride in (0, S + 1):
-        with pytest.raises(ConfigError, match="must be from 1 to the 8 tokens"):
+        with pytest.raises(ConfigError, match="must be from 1 to 8, the number of tokens"):
             windows(data, stride)
     with pytest.raises(ConfigError, match="pack-documents"):
         windows(DataConfig(test_data_path=(path,), pack_documents=True), 4)

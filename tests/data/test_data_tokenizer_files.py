@@ -275,7 +275,7 @@ class TestTikToken:
     )
     def test_foreign_file(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "a.json").write_text(content)
-        with pytest.raises(DataError, match=r"a\.json: these are not the ranks of a TikTokenizer"):
+        with pytest.raises(DataError, match=r"a\.json: this is not a rank file for TikTokenizer"):
             of_file(tmp_path / "a.json", "TikTokenizer")
 
     def test_too_many_ids_are_asked_for(self, ranks: str) -> None:

@@ -97,7 +97,9 @@ class TestFormat1:
         with pytest.raises(CheckpointError, match="lists the experts separately") as caught:
             read_state(tmp_path, 0, ranks=1, trusted=True, stacked=True)
         assert "--no-moe-grouped-gemm" in caught.value.remedy and not Code.mark.exists()
-        with pytest.raises(CheckpointError, match=r"contains code that no optimizer state needs: .*mkdir"):
+        with pytest.raises(
+            CheckpointError, match=r"contains code that does not belong in an optimizer state: .*mkdir"
+        ):
             read_state(tmp_path, 0, ranks=1, trusted=True)
         assert not Code.mark.exists()
         torch.load(tmp_path / "state-00000.pt", weights_only=False)

@@ -230,7 +230,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         exchange_moments,
         rf"{EXPERT}: its exp_avg(_sq)? has changed since it was saved",
     ),
-    "an expert left out": (leave_out_an_expert, rf"{EXPERT}: \d+ of \d+ numbers are missing"),
+    "an expert left out": (leave_out_an_expert, rf"{EXPERT}: \d+ of \d+ values are missing"),
     "a file left out": (leave_out_a_file, r"optimizer-00001\.safetensors cannot be read"),
 }
 

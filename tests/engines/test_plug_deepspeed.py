@@ -340,7 +340,8 @@ def test_what_router_steps_refuses() -> None:
     for moe in twice:
         plug_into_deepspeed(moe, "topk")
     with pytest.raises(
-        ValueError, match=r"layers have the numbers \[1, 1\]; give each router its own layer_number"
+        ValueError,
+        match=r"several routers have the same layer_number: \[1, 1\]; give each router a different",
     ):
         RouterSteps(twice, batch_first=True)
     wide = MoE(D, nn.Linear(D, D), num_experts=2 * E)

@@ -59,7 +59,10 @@ def test_every_k_out_of_range_is_named() -> None:
     assert [problem.value for problem in caught.value.problems] == [0, 9] and caught.value.exit_status == 2
     grouped = RouterChoice(name="topk", options=ROUTERS["topk"].Config(num_groups=4, group_topk=2))
     check_topks([1, 4], 8, router=grouped)
-    with pytest.raises(ConfigError, match=r"from 1 to the 4 experts in the groups of --router\.group-topk"):
+    with pytest.raises(
+        ConfigError,
+        match=r"from 1 to 4, the number of experts in the groups that --router\.group-topk allows",
+    ):
         check_topks([8], 8, router=grouped)
 
 

@@ -40,9 +40,11 @@ def refused(run: Path, output: Path, *flags: str) -> tuple[int, str]:
 
 def test_more_active_experts_than_there_are(run: Path, tmp_path: Path) -> None:
     status, message = refused(run, tmp_path / "out", "--topk", "5")
-    assert status == 2 and "--topk = 5: must be from 1 to the 4 experts of the model" in message
+    assert status == 2 and "--topk = 5: must be from 1 to 4, the number of experts in a layer" in message
     status, message = refused(run, tmp_path / "out", "--proof-topk", "2", "6")
-    assert status == 2 and "--proof-topk = 6: must be from 1 to the 4 experts of the model" in message
+    assert (
+        status == 2 and "--proof-topk = 6: must be from 1 to 4, the number of experts in a layer" in message
+    )
 
 
 def test_flags_that_cannot_be_followed(run: Path, tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_disk_that_fills_up(run: Path, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 4 and f"{tmp_path / 'out'} cannot be written: File too large" in message
-    assert "free space on that disk" in message
+    assert "free up space on that disk" in message
 
 
 @pytest.mark.parametrize("harm", ["flipped bit", "missing file"])

@@ -48,10 +48,10 @@ def command(home: Path, more: str, *, load: str = "run", task: str = "task") -> 
 @pytest.mark.parametrize(
     "more, status, words",
     [
-        ("--topk 1 9", 2, "--topk = 9: must be from 1 to the 8 experts"),
+        ("--topk 1 9", 2, "--topk = 9: must be from 1 to 8, the largest number of experts"),
         ("--topk 0", 2, "--topk = 0"),
         ("--finetune-k 9", 2, "--finetune-k = 9"),
-        ("--freeze router,head", 2, "has the unknown part 'head'"),
+        ("--freeze router,head", 2, "'head' cannot be frozen"),
         ("--seeds 0 --epochs 0 --warmup 1", 2, "3 problems"),
         ("--batch-size 6 --micro-batch-size 4", 2, "--global-batch-size"),
         ("--config missing.yaml", 2, "cannot be read"),
@@ -152,7 +152,7 @@ def test_comparisons_that_cannot_be(tmp_path: Path) -> None:
     first = outcome(tmp_path / "first", [1, 0, 1])
     for second, words in (
         (outcome(tmp_path / "labels", [1, 0, 1], label=2), "not tested on the same texts"),
-        (outcome(tmp_path / "seed", [1, 0, 1], seed=9), "have no seed and k in common"),
+        (outcome(tmp_path / "seed", [1, 0, 1], seed=9), "have no pair of seed and k in common"),
         (tmp_path / "nothing", "is missing"),
     ):
         with pytest.raises(HyperRouterError, match=words) as refused:

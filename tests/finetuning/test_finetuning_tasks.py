@@ -41,7 +41,7 @@ def test_the_project_s_own_form(tmp_path: Path) -> None:
     [
         ({"dev_jsonl": None}, "dev.jsonl is missing"),
         ({"labels_json": None}, "labels.json is missing"),
-        ({"test_jsonl": ""}, "the test part has no texts"),
+        ({"test_jsonl": ""}, "the test split has no texts"),
         ({"train_jsonl": '{"text": "a", "label": 2}'}, "line 1: 2 is not a label"),
         ({"train_jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": "maybe"}'}, 'line 2: "maybe"'),
         ({"train_jsonl": '{"text": "a", "label": true}'}, "true is not a label"),
@@ -74,7 +74,7 @@ def test_duplicates_and_labels_without_texts_are_reported(tmp_path: Path) -> Non
     task = read_task(own_form(tmp_path / "task", test_jsonl=same, labels_json='["no", "yes", "never"]'))
     assert task.notes == (
         "1 text of test are also in train, so scores on test may be too high",
-        "no text of train has the label never",
+        "no text in train has the label never",
     )
 
 

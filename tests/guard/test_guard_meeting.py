@@ -112,7 +112,7 @@ def test_what_rank_0_refuses_no_other_rank_waits_for(tmp_path: Path) -> None:
 def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_NAME", 0.0)
     meeting.wait_for_name("127.0.0.1")
-    with pytest.raises(ConfigError, match=r"MASTER_ADDR = node7\.invalid: is not known on "):
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR = node7\.invalid: cannot be resolved on "):
         meeting.wait_for_name("node7.invalid")
 
 

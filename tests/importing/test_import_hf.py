@@ -96,11 +96,11 @@ REFUSED: dict[str, Any] = {
     "--tokenizer-model = nowhere.json: must be an existing file": case(
         "qwen3_moe", "--tokenizer-model", "nowhere.json", topks=[]
     ),
-    "--proof-topk = 9: must be from 1 to the 8 experts of the model": case(
+    "--proof-topk = 9: must be from 1 to 8, the number of experts in a layer": case(
         "llama", *UP, "--proof-topk", "9", topks=[]
     )
     | {"proof": True},
-    "--proof-topk = 2: must be a k at which DeepseekV3ForCausalLM chooses the same experts: 4": case(
+    "--proof-topk = 2: must be 4: for any other k, DeepseekV3ForCausalLM chooses different experts": case(
         "deepseek_v3", "--proof-topk", "2", topks=[]
     ),
     "its q/k norms are not supported, because they span all heads": case("olmoe", topks=[]),

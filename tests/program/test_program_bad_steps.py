@@ -52,7 +52,7 @@ def test_a_step_that_is_skipped_leaves_nothing(
     ours, theirs = weights_of(found), weights_of(named)
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     (event,) = (event for event in read_events(found / "events.jsonl") if event["event"] == "bad_step")
-    assert "so the cause is in the data, settings or weights" in str(event["attribution"])
+    assert "so the cause is in the data, the settings or the weights" in str(event["attribution"])
     assert "rank 1 (" in str(event["attribution"]) and "linear_qkv.weight" in str(event["attribution"])
     assert "step 4: grad_norm is" in job.stderr
 

@@ -176,7 +176,7 @@ class TestFullDisk:
         message = one_message(job.stderr)
         assert (
             "could not be saved" in message
-            and "free space on that disk" in message
+            and "free up space on that disk" in message
             and f"--load {before}" in message
         )
         after = {path.name for path in before.parent.iterdir()}

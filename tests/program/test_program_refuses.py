@@ -168,7 +168,7 @@ class TestData:
         job = zygote.run([*flags, "--train-iters", "2"], expect=3)
         message = one_message(job.stderr)
         assert f"has read another file of the same name:\n  - {prefix}: " in message
-        assert "remedy: restore what the run has read" in message
+        assert "remedy: restore the files that the run has read" in message
         assert [line["step"] for line in metrics(run_dir)] == [1]
         Path(f"{prefix}.bin").write_bytes(before)
         zygote.run([*flags, "--train-iters", "2"])

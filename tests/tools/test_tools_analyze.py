@@ -103,7 +103,7 @@ def test_refusals(zygote: Zygote, runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.json"
     common = ["--load", runs / "hyper", "--output", output]
     job = zygote.run([*common, "--topk", 0, 5], program=TOOL, expect=2)
-    assert "must be from 1 to the 4 experts" in job.stderr and job.stderr.count("--topk = ") == 2
+    assert "must be from 1 to 4, the number of experts" in job.stderr and job.stderr.count("--topk = ") == 2
     job = zygote.run(["--load", tmp_path, "--output", output], program=TOOL, expect=4)
     assert "no finished checkpoint" in job.stderr
     job = zygote.run(common, program=TOOL, ranks=2, expect=2)
@@ -182,7 +182,7 @@ def test_overlapping_windows_score_every_token_once(zygote: Zygote, runs: Path) 
         program=REPOSITORY / "tools" / "evaluate.py",
         expect=2,
     )
-    assert "must be from 1 to the 16 tokens of a sample" in job.stderr
+    assert "must be from 1 to 16, the number of tokens in a sample" in job.stderr
 
 
 def test_a_run_that_began_with_other_weights_drifts_from_its_first_checkpoint(

@@ -82,17 +82,18 @@ CASES = {
     ),
     "negative tokens": case("inspect_data p --tokens -5", 2, "--tokens = -5: must be at least 0"),
     # data: status 3
-    "another p.journal": case(
-        PREPROCESS, 3, "p.journal: this file already exists", p__journal=b"Dear diary\n"
-    ),
+    "another p.journal": case(PREPROCESS, 3, "name, but the file exists already", p__journal=b"Dear diary\n"),
     "another p.journal, overwrite": case(
         PREPROCESS + " --overwrite",
         3,
-        ("p.journal: this file already exists"),
+        ("name, but the file exists already"),
         p__journal=b'{"dear": "diary"}\n',
     ),
     "a journal of another version": case(
-        PREPROCESS, 3, "p.journal: written by another version", p__journal=HEAD.replace(b"1", b"9", 1)
+        PREPROCESS,
+        3,
+        "p.journal: another version of this program wrote",
+        p__journal=HEAD.replace(b"1", b"9", 1),
     ),
     "a folder in the way": case(
         PREPROCESS, 3, "p_text_document.bin.partial: cannot be written", p_text_document__bin__partial=None
@@ -113,10 +114,10 @@ CASES = {
         "inspect_data p --verify", 3, "p.manifest.json: cannot be read", p__manifest__json=b"[" * 100_000
     ),
     "a corpus without a name": case(
-        "make_corpus --root . --output=", 3, "'': cannot be written, because it is not a file name"
+        "make_corpus --root . --output=", 3, "'': cannot be written, because it is not a file"
     ),
     "a corpus in a folder's place": case(
-        "make_corpus --root . --output c", 3, "c: cannot be written, because it is not a file name", c=None
+        "make_corpus --root . --output c", 3, "c: cannot be written, because it is not a file", c=None
     ),
 }
 
@@ -163,7 +164,7 @@ def test_a_disk_too_full_for_the_first_line_of_the_journal(tmp_path: Path, size:
         tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
-    assert status == 3 and "p.journal: cannot be written: File too large\n  remedy: free space" in err, err
+    assert status == 3 and "p.journal: cannot be written: File too large\n  remedy: free up space" in err, err
     assert tree(tmp_path) == before
 
 
@@ -224,7 +225,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, make: Callable[[Path
     (tmp_path / "root" / "one.txt").write_text("one")
     make(tmp_path)
     status, _, err = run(["make_corpus", "--root", "root", "--output", "c.jsonl"], tmp_path)
-    assert status == 3 and "c.jsonl: cannot be written, because it is not a file name" in err
+    assert status == 3 and "c.jsonl: cannot be written, because it is not a file" in err
     assert (tmp_path / "c.jsonl").is_fifo()
     status, _, err = run(f"preprocess_data --input c.jsonl {PREPROCESS.split(' ', 3)[3]}".split(), tmp_path)
     assert status == 3 and "remedy: write it to a file first" in err, err

@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "too many experts": (
         ["--routers", "topk", "--topk-eval", "2", "5"],
         "",
-        "must be from 1 to the 4 experts",
+        "must be from 1 to 4, the number of experts",
     ),
     "an unknown flag": (["--routers", "topk", "--no-such-flag", "1"], "", "unknown flag"),
 }

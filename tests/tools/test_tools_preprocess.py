@@ -152,7 +152,7 @@ def test_a_full_disk_and_a_signal_keep_what_was_saved(tmp_path: Path) -> None:
 
     status, _, err = run("preprocess_data", *arguments, cwd=tmp_path, preexec_fn=small_files)
     assert status == 3
-    assert "p_text_document: cannot be written: File too large\n  remedy: free space" in err
+    assert "p_text_document: cannot be written: File too large\n  remedy: free up space" in err
     assert not [path for path in tmp_path.iterdir() if path.name.endswith((".bin", ".idx", ".json"))]
     begun = when_written(tmp_path / "p_text_document.bin.partial")  # of the full disk
     process = start("preprocess_data", *arguments, cwd=tmp_path)

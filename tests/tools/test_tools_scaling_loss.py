@@ -345,7 +345,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         "",
         "is not a setting of any --axis",
     ),
-    "too many experts": ([*AXIS, "--topk-eval", "5"], "", "must be from 1 to the 4 experts"),
+    "too many experts": ([*AXIS, "--topk-eval", "5"], "", "must be from 1 to 4, the number of experts"),
     "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds = 0: must be at least 1"),
     "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval = 1 0: must be at least 1"),
     "both": ([*AXIS, "--dry-run", "--collect"], "", "cannot be combined with --dry-run"),

@@ -54,7 +54,7 @@ def test_a_hook_that_fails_is_dropped_with_one_warning(
     hook = Failing()
     assert train(engine(), settings(tmp_path / "run"), splits(), [hook]) == 12
     assert hook.steps == [1, 2, 3] and hook.ended
-    assert capsys.readouterr().err.count("Failing failed and is now off: the service has gone") == 1
+    assert capsys.readouterr().err.count("Failing failed and is now switched off: the service has gone") == 1
 
 
 @pytest.mark.parametrize("stream", [Gone(), open("/dev/full", "w")])  # noqa: SIM115

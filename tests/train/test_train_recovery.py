@@ -80,7 +80,7 @@ def test_rolling_back_leaves_out_all_steps_since_the_checkpoint(config: RunConfi
 @pytest.mark.parametrize(
     ("once", "said"),
     [
-        (False, "a repetition of the step gave the same result (lm_loss nan, grad_norm"),
+        (False, "repeating the step gave the same result (lm_loss nan, grad_norm"),
         (True, "a temporary hardware fault is likely; seen on rank 0 (here, cpu)"),
     ],
 )

@@ -216,7 +216,7 @@ class TestFailures:
         run = self.failed(tmp_path, FULL, FULL)
         with pytest.raises(CheckpointError, match=r"step 5 could not be saved.*No space left") as caught:
             run.saving.answer(5, StopRequest())
-        assert "free space on that disk" in caught.value.remedy and find(tmp_path) is None
+        assert "free up space on that disk" in caught.value.remedy and find(tmp_path) is None
 
     def test_what_would_fail_again_is_not_tried_again(self, tmp_path: Path) -> None:
         run = self.failed(tmp_path, CheckpointError("w: its exp_avg contains NaN or infinity"))

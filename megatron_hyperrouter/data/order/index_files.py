@@ -169,7 +169,7 @@ def _write(path: Path, key: CacheKey, arrays: NamedArrays) -> None:
         stream.truncate(base + offset)
         header = json.dumps({"key": key, "arrays": entries, "size": offset}).encode().ljust(length)
         if len(header) > length:
-            raise ValueError(f"{len(entries)} arrays: their description is longer than {_ROOM} bytes")
+            raise ValueError(f"the header of {len(entries)} arrays needs more than {_ROOM} bytes")
         stream.seek(0)
         stream.write(_START.pack(_MAGIC, length, zlib.crc32(header)) + header)
 
@@ -230,7 +230,7 @@ def _read_header(stream: Any, key: CacheKey, names: Names) -> list[_Entry]:
         raise ValueError("the header is damaged")
     header = json.loads(content)
     if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
-        raise ValueError("made for another key, or truncated")
+        raise ValueError("the file has another key, or it is truncated")
     entries = [
         _Entry(
             each["name"], np.dtype(each["dtype"]), tuple(each["shape"]), base + each["offset"], each["crc32"]
@@ -244,7 +244,7 @@ def _read_header(stream: Any, key: CacheKey, names: Names) -> list[_Entry]:
         if entry.start + entry.count * entry.dtype.itemsize > size:
             raise ValueError(f"{entry.name} is outside the file")
     if tuple(entry.name for entry in entries) != tuple(names):
-        raise ValueError("the arrays are not the expected ones")
+        raise ValueError("the file does not have the expected arrays")
     return entries
 
 

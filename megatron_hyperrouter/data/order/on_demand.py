@@ -231,7 +231,7 @@ class OnDemandOrder:
         ):
             place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
             raise DataError(
-                f"{place} are not contiguous in the .bin file: they should fill {end - begin:,} tokens",
+                f"{place} must follow one another in the .bin file and have {end - begin:,} tokens in all",
                 remedy="use --data-index materialised, or preprocess the text again",
             )
         return sizes

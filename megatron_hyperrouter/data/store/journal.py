@@ -88,7 +88,7 @@ class Journal:
         start = self._stream.read(len(_START))
         if start.strip(b"\0") and not _START.startswith(start):
             message = (
-                f"{self.path}: this file already exists, and the run needs its name to save its progress"
+                f"{self.path}: preprocessing saves its progress under this name, but the file exists already"
             )
             raise DataError(message, remedy="move this file away, or choose another --output-prefix")
 
@@ -112,7 +112,7 @@ class Journal:
 
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get("version") != new["version"]:
-            message = f"{self.path}: written by another version of this program"
+            message = f"{self.path}: another version of this program wrote this file"
             raise DataError(message, remedy="add --overwrite to start from the beginning")
         if not _is_head(old):
             message = f"{self.path}: its first line is damaged"
@@ -129,23 +129,18 @@ class Journal:
             raise ConfigError(problems)
         for was, found in zip(old["inputs"], new["inputs"], strict=False):
             if was != found:
-                what = (
-                    f"{found[0]}: the input has changed"
-                    if was[0] == found[0]
-                    else f"{found[0]}: the input was {was[0]}"
-                )
-                sizes = (
-                    f" (it had {was[1]} bytes, and has {found[1]})"
-                    if was[0] == found[0] and was[1] != found[1]
-                    else ""
-                )
+                if was[0] != found[0]:
+                    message = f"{found[0]}: the unfinished run that left {self.path} read {was[0]} instead"
+                    raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")
+                sizes = f" (it had {was[1]} bytes and now has {found[1]})" if was[1] != found[1] else ""
                 raise DataError(
-                    f"{what} since the unfinished run that left {self.path}{sizes}",
+                    f"{found[0]}: the input has changed since the unfinished run that left "
+                    f"{self.path}{sizes}",
                     remedy=f"restore the input, {_AFRESH}",
                 )
         if len(old["inputs"]) != len(new["inputs"]):
             message = (
-                f"there are {len(new['inputs'])} inputs, but {len(old['inputs'])} in "
+                f"the number of input files is {len(new['inputs'])}, but was {len(old['inputs'])} in "
                 f"the unfinished run that left {self.path}"
             )
             raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")

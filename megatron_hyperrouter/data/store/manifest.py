@@ -97,9 +97,9 @@ def check_tokenizer(prefix: str, tokenizer: Mapping[str, Any]) -> None:
     manifest = manifest_of(prefix)
     if manifest is None or same_tokenizer(manifest.tokenizer, tokenizer):
         return
-    theirs, ours = _described(manifest.tokenizer), _described(tokenizer)
+    theirs, ours = described(manifest.tokenizer), described(tokenizer)
     raise DataError(
-        f"{prefix}: the data were made with the tokenizer {theirs}, but this run has {ours}",
+        f"{prefix}: the data were made with the tokenizer {theirs}, but this run uses {ours}",
         remedy=(
             "use the tokenizer that made the data (--tokenizer-type, --tokenizer-model), "
             "or preprocess the text with this tokenizer"
@@ -107,7 +107,8 @@ def check_tokenizer(prefix: str, tokenizer: Mapping[str, Any]) -> None:
     )
 
 
-def _described(tokenizer: Mapping[str, Any]) -> str:
+def described(tokenizer: Mapping[str, Any]) -> str:
+    """A tokenizer's identity in words for a message: type, digest of its file, size of its vocabulary."""
     digest = tokenizer.get("sha256")
     file = f" with SHA-256 {str(digest)[:16]}..." if digest else ""
     return f"{str(tokenizer.get('type'))[:40]}{file} and {str(tokenizer.get('vocab_size'))[:20]} ids"

@@ -180,7 +180,7 @@ def changed_since(path: str) -> DataError:
     message = f"{path}: the file has changed since an unfinished run saved it"
     return DataError(
         message,
-        remedy=("type the same command again; it discards the saved progress and starts from the beginning"),
+        remedy=("run the same command again; it discards the saved progress and starts from the beginning"),
     )
 
 

@@ -158,8 +158,8 @@ class IndexedDataset:
         if len(wrong):
             bad = wanted[int(wrong[0])]
             expected = (
-                f"the start of sequence {bad} to be a multiple of {item}, not less than the start "
-                f"before it, and at most {last}"
+                f"sequence {bad} to start at a multiple of {item} bytes, not before sequence {bad - 1} "
+                f"and not after byte {last}"
             )
             raise self._bad_index(place + 8 * bad, expected, f"{starts[wrong[0]]}")
         return starts // item
@@ -294,7 +294,7 @@ class IndexedDataset:
                 bad = begin + int(odd[0])
                 place = _HEADER.size + 4 * len(self) + 8 * bad
                 raise self._bad_index(
-                    place, f"the start of sequence {bad} to be a multiple of {item}", f"{self.pointers[bad]}"
+                    place, f"sequence {bad} to start at a multiple of {item} bytes", f"{self.pointers[bad]}"
                 )
             # A start beyond the file is caught before it can overflow the sum with the size.
             beyond = np.flatnonzero(
@@ -417,8 +417,8 @@ class IndexedWriter:
                 if not limits.min <= extreme <= limits.max:
                     place = f"{self.prefix}.bin, document {self.num_documents}"
                     remedy = (
-                        "use the integer type for the vocabulary of the tokenizer, "
-                        f"which is larger than {self.dtype.name}"
+                        f"use a larger integer type than {self.dtype.name}, "
+                        "which the vocabulary of the tokenizer needs"
                     )
                     raise DataError(
                         f"{place}: token id {extreme} does not fit {self.dtype.name}", remedy=remedy
@@ -430,7 +430,7 @@ class IndexedWriter:
         counts = np.asarray(lengths, np.int64)
         if counts.ndim != 1 or (len(counts) and counts.min() < 0) or int(counts.sum()) != num_tokens:
             raise ValueError(
-                f"lengths must be numbers >= 0 that add up to the {num_tokens} tokens, got "
+                f"lengths must be at least 0 and add up to {num_tokens}, the number of tokens, got "
                 f"{counts.tolist()[:8]} ..."
             )
         return int(counts.max(initial=0)), counts.astype("<i4").tobytes(), len(counts)

@@ -223,7 +223,7 @@ class Builder:
                 return BlendedDataset(parts, *self.mix(blend, weights, num_samples))
             # More than one epoch: megatron-core stops here; we continue with the same shares.
         elif num_samples is None:
-            raise ValueError("a blend with weights needs a number of samples")
+            raise ValueError("num_samples must be given for a blend with weights")
         sets, samples, needed = self.weighted(blend, weights, num_samples)
         parts = [
             self.one(prefix, number, count) for prefix, count in zip(blend.prefixes, needed, strict=True)

@@ -125,7 +125,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
                 ]
             ),
             remedy=(
-                "restore what the run has read, and give new text another prefix; "
+                "restore the files that the run has read, and store new text under another prefix; "
                 "or start a new epoch with --finetune"
             ),
         )
@@ -140,7 +140,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
         renamed = {}
     for old, new in renamed.items():
         console.note(
-            f"{new} has the same content as {old} in the checkpoint; continuing where {old} was left"
+            f"{new} has the same content as {old} in the checkpoint; continuing after the part already read"
         )
     return [
         {

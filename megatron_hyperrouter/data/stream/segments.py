@@ -285,7 +285,7 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
     if longer and parse_blend(now["mix"], flag="--data-path").weights is None and len(now["mix"]) > 1:
         changed.append(
             f"the run was planned for {last['planned']} samples and is now longer, "
-            "which changes the mixture of files without weights"
+            "which changes how files without weights are blended"
         )
     if changed:
         raise CheckpointError(

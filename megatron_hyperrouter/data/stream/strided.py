@@ -63,7 +63,7 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
     documents.
     """
     if not 1 <= stride <= builder.seq_length:
-        rule = f"must be from 1 to the {builder.seq_length} tokens of a sample"
+        rule = f"must be from 1 to {builder.seq_length}, the number of tokens in a sample"
         raise ConfigError([Problem("--eval-stride", stride, rule, f"use {-(-builder.seq_length // 8)}")])
     if builder.data.pack_documents:
         rule = "cannot be combined with --pack-documents"
@@ -79,7 +79,7 @@ def strided(builder: Builder, split: str, stride: int) -> StridedDataset:
     found = StridedDataset(parts, seq_length=builder.seq_length, stride=stride, vocab_size=builder.vocab_size)
     if not len(found):
         raise DataError(
-            f"the {split} split has no text of {builder.seq_length + 1} tokens",
+            f"the {split} split has no text of at least {builder.seq_length + 1} tokens",
             remedy="choose another split with --split, or other data with --data-path",
         )
     return found

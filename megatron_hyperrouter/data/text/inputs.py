@@ -77,7 +77,9 @@ def parse_part(text: str | None, partitions: int | None) -> InputRange:
     if text is None:
         if partitions in (None, 1):
             return WHOLE
-        remedy = "add --shard I on each machine, then run mhr merge; on one machine use --workers"
+        remedy = (
+            "add --shard I on each machine, then run mhr merge; on a single machine, use --workers instead"
+        )
         raise ConfigError(
             [
                 Problem(
@@ -201,7 +203,8 @@ def _status_of(path: str) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror}", remedy="give a readable file, and do not move it"
+            f"{path}: cannot be read: {error.strerror}",
+            remedy="give a readable file, and do not move it while this command runs",
         ) from error
 
 

@@ -31,7 +31,7 @@ _ZSTD_INPUT = 1 << 14  # fed at a time, so that a highly compressed file cannot 
 
 def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
     """Message and remedy where ``path`` cannot be written; ``instead``: what else the user can do."""
-    mend = "free space on that disk" if error.errno in _NO_ROOM else "make that folder writable"
+    mend = "free up space on that disk" if error.errno in _NO_ROOM else "make that folder writable"
     return f"{error.filename or path}: cannot be written: {error.strerror or error}", f"{mend}, or {instead}"
 
 
@@ -44,7 +44,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(
-            (f"{path or repr(path)}: cannot be written, because it is not a file name"),
+            (f"{path or repr(path)}: cannot be written, because it is not a file"),
             remedy="choose another output",
         )
     partial = Path(f"{path}.partial")
@@ -151,7 +151,7 @@ class _ZstdFile(io.RawIOBase):
         data = data or self._raw.read(_ZSTD_INPUT)
         if not data:
             if self._inside:
-                raise EOFError("the file ended before its last frame")
+                raise EOFError("the file ends inside a compressed frame")
             return False
         self._inside = True
         try:

@@ -139,7 +139,7 @@ def choose_encoder(
         raise ConfigError([Problem(_FLAG, wanted, "is not a backend", f"use {', '.join(BACKENDS)}")])
     if kind != "HuggingFaceTokenizer" and wanted != "auto":
         rule = f"applies only to HuggingFaceTokenizer, not to {kind}"
-        raise ConfigError([Problem(_FLAG, wanted, rule, "omit it")])
+        raise ConfigError([Problem(_FLAG, wanted, rule, "leave it out")])
     if report and options.tokenizer_model and kind == "ByteTokenizer":
         report(f"--tokenizer-model is ignored: {kind} needs no file")
     if kind != "HuggingFaceTokenizer" or wanted == "tokenizers" or not options.tokenizer_model:
@@ -151,7 +151,7 @@ def choose_encoder(
             raise
         plain = tokenizer_from(options)
         if report and isinstance(error, ConfigError):  # a library that is not installed needs no report
-            report(f"using the library tokenizers instead of gigatoken: {error.problems[0].rule}")
+            report(f"using the library tokenizers, because gigatoken {error.problems[0].rule}")
         return plain, "tokenizers"
     found = difference(fast, first)
     if found is None:
@@ -161,7 +161,7 @@ def choose_encoder(
             found, remedy=(f"use {_FLAG} tokenizers, because both libraries must give the same ids")
         )
     if report:
-        report(f"using the library tokenizers instead of gigatoken: {found}")
+        report(f"using the library tokenizers, because gigatoken gives other ids: {found}")
     return tokenizer_from(options), "tokenizers"
 
 
@@ -177,8 +177,8 @@ def difference(fast: GigatokenTokenizer, first: Iterable[tuple[str, str]]) -> st
         shared = min(found.size, expected.size)
         differs = np.flatnonzero(found[:shared] != expected[:shared])
         place = int(differs[0]) if differs.size else shared
-        ids = [str(side[place]) if place < side.size else "the end" for side in (found, expected)]
-        return f"{name}: id {place} is {ids[0]} from gigatoken and {ids[1]} from tokenizers"
+        ids = [f"id {side[place]}" if place < side.size else "no id" for side in (found, expected)]
+        return f"{name}: at position {place}, gigatoken gives {ids[0]} and tokenizers gives {ids[1]}"
     return None
 
 

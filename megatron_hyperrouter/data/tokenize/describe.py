@@ -7,7 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_hyperrouter.data.store.manifest import compare, file_sum, read_manifest, same_tokenizer
+from megatron_hyperrouter.data.store.manifest import (
+    compare,
+    described,
+    file_sum,
+    read_manifest,
+    same_tokenizer,
+)
 from megatron_hyperrouter.data.store.pair_writer import FileSum
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 from megatron_hyperrouter.data.tokenize.tokenizer import Tokenizer
@@ -67,16 +73,16 @@ def describe(
         found["manifest"] = "verified: counts, sizes and checksums match the files"
         if tokenizer is not None and not same_tokenizer(manifest.tokenizer, tokenizer.identity()):
             message = (
-                f"{prefix}: the data were made with the tokenizer {manifest.tokenizer}, "
-                f"not with {tokenizer.identity()}"
+                f"{prefix}: the data were made with the tokenizer {described(manifest.tokenizer)}, "
+                f"not with {described(tokenizer.identity())}"
             )
             raise DataError(message, remedy="give the tokenizer that made the data")
     if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:
             message = (
-                f"{data.bin_path}: token id {highest} is outside the vocabulary of "
-                f"{tokenizer.vocab_size} ids of the tokenizer"
+                f"{data.bin_path}: token id {highest} is outside the tokenizer's vocabulary of "
+                f"{tokenizer.vocab_size} ids"
             )
             raise DataError(message, remedy="give the tokenizer that made the data")
         found["first text"] = repr(tokenizer.decode(first.tolist()))

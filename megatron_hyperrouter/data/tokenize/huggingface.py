@@ -36,8 +36,8 @@ END_TOKENS = (
     "[SEP]",
 )
 REMEDY = (
-    "give a tokenizer.json, its folder, or the name of a model on the Hugging Face hub "
-    "to --tokenizer-model (mhr tokenizer trains a tokenizer)"
+    "set --tokenizer-model to a tokenizer.json, its folder, or the name of a model on the "
+    "Hugging Face hub (mhr tokenizer trains a tokenizer)"
 )
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -210,7 +210,7 @@ def _backend_of(files: TokenizerFiles) -> Backend:
     except ImportError as error:
         message = "HuggingFaceTokenizer needs the library tokenizers"
         raise HostError(message, remedy="run bash tools/setup_env.sh") from error
-    with _library_errors(f"{files.model[0]}: this is not a tokenizer of the library tokenizers"):
+    with _library_errors(f"{files.model[0]}: the library tokenizers cannot read this file"):
         backend = (
             Library.from_file(str(files.model[0])) if len(files.model) == 1 else _of_vocab_and_merges(files)
         )
@@ -228,7 +228,7 @@ def _backend_of(files: TokenizerFiles) -> Backend:
         if len(content) > _LONGEST_REPLACEMENT:
             message = f"{files.model[0]}: its normalizer inserts a string of {len(content)} characters"
             raise DataError(
-                message, remedy=(f"use at most {_LONGEST_REPLACEMENT} characters; more would fill the memory")
+                message, remedy=f"use a normalizer that inserts at most {_LONGEST_REPLACEMENT} characters"
             )
     backend.no_truncation()
     backend.no_padding()

@@ -117,12 +117,12 @@ def _checked(output_prefix: str, key: str, shards: dict[tuple[int, int], str]) -
                 f"{output_prefix}: the shards of the key {key!r} do not belong together: they were "
                 f"made with --shard I/N for N = {cuts}"
             ),
-            remedy="delete the shards with the N that you do not want",
+            remedy="delete the shards of all but one N",
         )
     of = numbers[0]
     missing = [str(InputRange(number, of)) for number in range(1, of + 1) if (number, of) not in shards]
     if missing:
-        remedy = "create them with mhr preprocess --shard I/N, and copy each manifest with its files"
+        remedy = "create the missing shards with mhr preprocess --shard I/N, and copy their manifests too"
         raise DataError(
             f"{output_prefix}: shard {', '.join(missing)} of the key {key!r} is missing", remedy=remedy
         )

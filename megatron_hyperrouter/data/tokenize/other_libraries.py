@@ -18,7 +18,7 @@ from megatron_hyperrouter.data.tokenize.base import MOST_IDS, Tokenizer, no_end_
 from megatron_hyperrouter.errors import ConfigError, DataError, HostError, Problem
 
 _SPACE = "▁"  # how a piece writes a space
-_MODEL_REMEDY = "give the tokenizer.model of a SentencePiece tokenizer to --tokenizer-model"
+_MODEL_REMEDY = "set --tokenizer-model to the tokenizer.model of a SentencePiece tokenizer"
 
 # How words are cut; the two patterns that --tiktoken-pattern of Megatron-LM chooses between.
 PATTERNS = MappingProxyType(
@@ -32,7 +32,7 @@ PATTERNS = MappingProxyType(
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 NUM_SPECIAL_TOKENS = 1000
 _DEFAULT_VOCAB = 1 << 17
-_RANKS_REMEDY = "give a JSON list of objects with rank, token_bytes and token_str to --tokenizer-model"
+_RANKS_REMEDY = "set --tokenizer-model to a JSON list of objects with rank, token_bytes and token_str"
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
@@ -135,8 +135,10 @@ class TikTokenizer(Tokenizer):
         """
         names = tuple(special_tokens) or SPECIAL_TOKENS
         if len(set(names)) < len(names) or len(names) > num_special_tokens or "</s>" not in names:
-            most = f"--tiktoken-num-special-tokens = {num_special_tokens}"
-            rule = f"must contain </s>, no duplicates, and at most {most} names"
+            rule = (
+                "must contain </s>, name each token once, and have at most "
+                f"{num_special_tokens} names (--tiktoken-num-special-tokens)"
+            )
             raise ConfigError(
                 [Problem("--tokenizer-special-tokens", " ".join(names), rule, "correct the list")]
             )
@@ -148,9 +150,11 @@ class TikTokenizer(Tokenizer):
         if not 0 < wanted <= len(ranks):
             message = (
                 f"{path} has {len(ranks)} byte strings, but --vocab-size {self.vocab_size} "
-                f"needs {wanted} and {num_special_tokens} special tokens"
+                f"needs {wanted} (and {num_special_tokens} special tokens)"
             )
-            raise DataError(message, remedy=f"use --vocab-size of at most {num_special_tokens + len(ranks)}")
+            raise DataError(
+                message, remedy=f"use a --vocab-size of at most {num_special_tokens + len(ranks)}"
+            )
         self._bytes = ranks[:wanted]
         self._special = {name: number for number, name in enumerate(names)}
         self._first = num_special_tokens
@@ -217,6 +221,6 @@ def _read(path: str) -> list[bytes]:
             raise ValueError("must contain the 256 single bytes, and each byte string only once")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise DataError(
-            (f"{path}: these are not the ranks of a TikTokenizer: {error}"), remedy=_RANKS_REMEDY
+            (f"{path}: this is not a rank file for TikTokenizer: {error}"), remedy=_RANKS_REMEDY
         ) from error
     return found

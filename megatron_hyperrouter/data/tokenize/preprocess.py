@@ -122,12 +122,12 @@ def preprocess(
         run.close(forget=not kept or not run.saved.pairs)
         if isinstance(error, BadLine):
             skip = "or skip such lines with --on-bad-line skip"
-            goes_on = ", which continues from what was saved" if run.saved.pairs else ""
+            goes_on = ", which continues from the saved progress" if run.saved.pairs else ""
             raise BadLine(error.message, remedy=f"{error.remedy}; {skip}{goes_on}") from error
         raise
     if run.saved.left_out and report:
         lines = "line" if run.saved.left_out == 1 else "lines"
-        report(f"left out {run.saved.left_out:,} unusable {lines}; the first: {run.saved.first_left_out}")
+        report(f"left out {run.saved.left_out:,} unusable {lines}; the first was {run.saved.first_left_out}")
     run.close(forget=True)
     return written
 
@@ -277,8 +277,10 @@ class _Preprocessing:
         for was in self._files:
             now = facts_of(was[0])
             if now != was:
-                sizes = f" (it had {was[1]} bytes, and has {now[1]})" if was[1] != now[1] else ""
-                remedy = "start from the beginning with --overwrite, and do not change the input meanwhile"
+                sizes = f" (it had {was[1]} bytes and now has {now[1]})" if was[1] != now[1] else ""
+                remedy = (
+                    "start from the beginning with --overwrite, and do not change the input while it is read"
+                )
                 raise InputChanged(f"{was[0]}: the input changed while it was read{sizes}", remedy=remedy)
 
     def _save(self, writers: list[PairWriter], saved: Saved) -> None:
@@ -301,7 +303,7 @@ class _Preprocessing:
         settings = self._job.settings
         return {
             "--tokenizer-type": settings.tokenizer.tokenizer_type,
-            "--tokenizer-model": f"a file of SHA-256 {self._tokenizer['sha256'][:16]}..."
+            "--tokenizer-model": f"a file with SHA-256 {self._tokenizer['sha256'][:16]}..."
             if self._tokenizer["sha256"]
             else None,
             "--json-keys": " ".join(settings.keys),

@@ -142,6 +142,6 @@ def missing_option(options: TokenizerOptions) -> Problem | None:
             "--tokenizer-model",
             options.tokenizer_model,
             rule,
-            (f"add --tokenizer-model with the file of the {kind}"),
+            "add --tokenizer-model FILE, the file of the tokenizer",
         )
     return None

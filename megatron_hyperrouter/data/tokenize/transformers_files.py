@@ -76,8 +76,8 @@ def without_text(tokenizer: Tokenizer) -> str | None:
     if own is None:
         return f"the folder has no tokenizer, because {tokenizer.type} knows only token ids"
     return (
-        f"the folder has the file {own.name} instead of a tokenizer.json, and "
-        f"AutoTokenizer may read it differently ({tokenizer.type})"
+        f"the folder has {own.name} instead of a tokenizer.json, and "
+        f"AutoTokenizer may read it differently from {tokenizer.type}"
     )
 
 

@@ -90,7 +90,7 @@ class MegatronRouter(MegatronModule):
     def forward(self, hidden_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (weights, dense and zero off the chosen experts, ``_TE``; chosen, boolean ``_TE``)."""
         if padding_mask is not None:
-            raise NotImplementedError("padding masks are not supported; give full samples")
+            raise NotImplementedError("padding masks are not supported; pass full samples")
         x_TD = hidden_SBD.flatten(0, -2)
         if self.router.needs_experts and not self.site.decided:
             raise HostError(

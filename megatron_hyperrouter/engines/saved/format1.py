@@ -42,7 +42,7 @@ def read_state(
         raise CheckpointError(
             f"{folder} has format 1, whose optimizer state has no checksums",
             remedy=(
-                "add --trust-checkpoint if you know who wrote it, or load only the weights with --finetune"
+                "add --trust-checkpoint if you trust its author, or load only the weights with --finetune"
             ),
         )
     if stacked:  # DeepSpeed's rows would be taken in another order, without a word
@@ -64,7 +64,8 @@ def read_state(
         with torch.serialization.safe_globals(_known()):
             if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
                 raise CheckpointError(
-                    f"{path} contains code that no optimizer state needs: {', '.join(sorted(foreign))}",
+                    f"{path} contains code that does not belong in an optimizer state: "
+                    f"{', '.join(sorted(foreign))}",
                     remedy="do not use this file; load only the weights with --finetune",
                 )
             state: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -248,9 +248,8 @@ def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holdin
             )
         if counted.setdefault(piece.counter, entry.steps) != entry.steps:
             raise CheckpointError(
-                f"the optimizer state of {piece.name} has {entry.steps} steps and that of other "
-                f"parameters has {counted[piece.counter]}, but this layout needs the same number for "
-                "all of them",
+                f"the optimizer state of {piece.name} has {entry.steps} steps, but other parameters have "
+                f"{counted[piece.counter]}; on this layout the numbers must be equal",
                 remedy="resume with the layout of the run that wrote it",
             )
         piece.set_steps(entry.steps)

@@ -101,7 +101,7 @@ def whole_shared_experts(run: RunConfig) -> Iterator[str]:
     """For a class with several shared experts of an expert's width and without a gate."""
     shared, width = run.model.moe_shared_expert_intermediate_size or 0, expert_width(run)
     if shared % width:
-        yield f"needs a shared expert width that is a multiple of the expert width {width}, not {shared}"
+        yield f"needs shared experts whose width is a multiple of the expert width {width}, not {shared}"
     if run.model.moe_shared_expert_gate:
         yield "does not support a shared-expert gate"
 

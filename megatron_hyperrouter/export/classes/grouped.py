@@ -52,7 +52,7 @@ def _qwen2_lacks(run: RunConfig, options: Any) -> Iterator[str]:
     if model.moe_shared_expert_intermediate_size is None:
         yield "needs a shared expert (--moe-shared-expert-intermediate-size)"
     if head_width(run) * model.num_attention_heads != model.hidden_size:
-        yield "needs a head width of hidden size / heads (--kv-channels)"
+        yield "needs a head width equal to hidden size / number of heads (--kv-channels)"
 
 
 def _qwen2_fields(run: RunConfig, options: Any) -> dict[str, Any]:

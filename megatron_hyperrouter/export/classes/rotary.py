@@ -52,7 +52,7 @@ def rotary_settings(rope: Mapping[str, Any], *, latent: bool) -> dict[str, Any]:
         return {"rope_type": "rope", "rotary_seq_len_interpolation_factor": float(rope["factor"])}
     if kind == "llama3":
         if any(rope.get(name) != value for name, value in _LLAMA3.items()):
-            raise ValueError("rope_type llama3 has other constants than Llama 3.1")
+            raise ValueError("rope_type llama3 is supported only with the constants of Llama 3.1")
         return {"rope_type": "rope", "use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
     if kind != "yarn":
         raise ValueError(f"rope_type {kind} is not supported; only default, linear, llama3 and yarn are")

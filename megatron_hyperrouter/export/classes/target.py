@@ -68,7 +68,8 @@ def check_served(architecture: str, served: Sequence[int], topks: Iterable[int],
     """ConfigError for values of k, given by ``flag``, that are not ``served``: the class would choose other
     experts.
     """
-    rule = f"must be a k at which {architecture} chooses the same experts: {served[0]} to {served[-1]}"
+    allowed = f"from {served[0]} to {served[-1]}" if served[1:] else f"{served[0]}"
+    rule = f"must be {allowed}: for any other k, {architecture} chooses different experts"
     found = [Problem(flag, k, rule, "use one of these values") for k in topks if k not in served]
     if found:
         raise ConfigError(found)

@@ -77,9 +77,9 @@ class Recovery:
                 remedy=self._remedy(step),
             )
         if policy == "rollback":
-            console.warn(f"{words}; returning to step {checkpoint} and leaving out steps {first} to {step}")
+            console.warn(f"{words}; returning to step {checkpoint} and skipping steps {first} to {step}")
             raise RollBack
-        console.warn(f"{words}; the step is left out")
+        console.warn(f"{words}; the step is skipped")
 
     def meta(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -101,9 +101,8 @@ def settings_for_state(config: RunConfig, start: Start) -> RunConfig:
     if not (start.step and listed and config.engine.moe_grouped_gemm):
         return config
     console.note(
-        f"{start.folder} has format 1, which stores experts separately, so "
-        "this run also computes them separately; "
-        "--moe-grouped-gemm takes effect when the run resumes from its own checkpoint"
+        f"{start.folder} has format 1, which stores each expert separately, so this run also computes each "
+        "expert separately; --moe-grouped-gemm takes effect once the run resumes from its own checkpoint"
     )
     return replace(config, engine=replace(config.engine, moe_grouped_gemm=False))
 

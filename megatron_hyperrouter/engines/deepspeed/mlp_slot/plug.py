@@ -130,10 +130,8 @@ def _refuse_too_late(old: TopKGate, router: Router) -> None:
     in_zero = getattr(old.wg.weight, "_hp_mapping", None) is not None or hasattr(old.wg.weight, "ds_id")
     if in_zero and any(parameter.requires_grad for parameter in router.parameters()):
         raise ValueError(
-            "deepspeed.initialize has handed this layer's parameters to ZeRO, which would never train "
-            "those "
-            "of a new router; "
-            "call plug_into_deepspeed before deepspeed.initialize"
+            "deepspeed.initialize has already passed this layer's parameters to ZeRO, so a new router "
+            "would never be trained; call plug_into_deepspeed before deepspeed.initialize"
         )
 
 
