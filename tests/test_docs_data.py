@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
         "blocks",
         f"less than {order._SEPARATE_BELOW:.0%} of it is".replace("%", " %"),
         f"a file of 2**{dataset.ON_DEMAND_FROM.bit_length() - 1} documents",
-        f"An index smaller than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
+        f"An index of fewer than 2**{cache.CACHED_FROM.bit_length() - 1} numbers",
         f"(default: {DataConfig().num_workers}) read ahead; each prefetches {loader._AHEAD} micro-batches",
         f"After {console.SILENCE:.0f} seconds of waiting",
         f"after {launch._PATIENCE // timedelta(hours=1)} hours",
