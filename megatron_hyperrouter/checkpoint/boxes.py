@@ -1,10 +1,10 @@
-"""Where a rank's numbers are in the whole tensor: flat ranges of a tensor-parallel part, as rectangles
+"""Where a rank's values are in the whole tensor: flat ranges of a tensor-parallel part, as rectangles
 (boxes).
 
 Every host's optimizer keeps a contiguous range of the row-major numbers of a parameter.  In an
 n-dimensional part, such a range is at most ``2 n - 1`` rectangles, and a rectangle of the part is a
-rectangle of the whole tensor.  So every rank can write what it has and find what it needs, without asking
-another rank.
+rectangle of the whole tensor.  So every rank can write what it has and find what it needs without
+communication.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class Box(NamedTuple):
 
     @property
     def end(self) -> Shape:
-        """The first place after it, along each dimension."""
+        """The first position after it, along each dimension."""
         return tuple(begin + length for begin, length in zip(self.offset, self.size, strict=True))
 
 
 class FilledBox(NamedTuple):
-    """A box, and from where to where the piece's flat numbers fill it."""
+    """A box, and the flat range of the piece that fills it."""
 
     box: Box
     begin: int

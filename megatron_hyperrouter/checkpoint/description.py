@@ -44,7 +44,7 @@ class Description:
 def describe(
     config: RunConfig, *, tokenizer: Mapping[str, Any] | None = None, fetched: Sequence[Path] = ()
 ) -> Description:
-    """The description of a run, made when it starts: what changes on disk meanwhile changes nothing.
+    """The description of a run, made when it starts. Later changes on disk do not affect it.
 
     ``tokenizer``: its identity.  ``fetched``: its files, where ``--tokenizer-model`` names a model on a hub.
     """

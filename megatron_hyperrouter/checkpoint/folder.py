@@ -172,7 +172,9 @@ class CheckpointFolders:
         return sealed_steps(self.root)
 
     def prove(self, step: int) -> None:
-        """A healthy step has followed the checkpoint of ``step``, if there is one: its weights were fine."""
+        """Record that a healthy step has followed the checkpoint of ``step``, if there is one, so its weights
+        were good.
+        """
         if self._is_main:
             with contextlib.suppress(OSError):  # without the note, one more checkpoint is kept
                 pointers.prove(self.root, step)
@@ -189,7 +191,7 @@ class CheckpointFolders:
         """
         step = pointers.proved_step(self.root)
         if step is not None and self._is_main:
-            with contextlib.suppress(OSError):  # the remedy names the checkpoint all the same
+            with contextlib.suppress(OSError):  # the remedy still names the checkpoint
                 pointers.publish(self.root, step)
         return step
 
@@ -233,7 +235,7 @@ class CheckpointFolders:
             files.sync(path)
         unfinished.write_text(json.dumps(found))
         files.sync(unfinished)
-        os.replace(unfinished, part)  # whoever sees it sees all of it
+        os.replace(unfinished, part)  # a reader sees the complete file or none
 
     def seal_rest(self, writing: Path) -> None:
         """Seal all files that no other rank has sealed (main rank, after the others)."""
@@ -290,8 +292,8 @@ class CheckpointFolders:
         )
 
     def _rewind(self, step: int) -> list[Path]:
-        """Each call leaves a folder from which the same rewind, or a resume, begins again: it may be killed
-        anywhere.
+        """It may be killed at any point: the folder always allows the same rewind, or a resume, to start
+        again.
         """
         if not self._is_main or not self.root.is_dir():
             return []
@@ -304,7 +306,7 @@ class CheckpointFolders:
         if (pointers.proved_step(self.root) or 0) > step:
             (self.root / pointers.PROVED).unlink()  # another checkpoint of that step will have to be proved
         if step in self.steps():
-            # or the next start would take up a later save
+            # otherwise the next start would continue from a later save
             for unfinished in self.root.glob(f"{NEW_LATEST}*"):
                 if unfinished.name != f"{NEW_LATEST}{folder_name(step)}":
                     unfinished.unlink()
@@ -317,8 +319,8 @@ class CheckpointFolders:
         return aside
 
     def _set_aside(self, checkpoints: list[Path]) -> Path:
-        """A copy of what an earlier rewind has set aside, as each retry of a run that fails at one step
-        leaves, is removed instead.
+        """A folder that an earlier rewind has already set aside is removed instead: each retry of a run that
+        fails at the same step makes such a copy.
         """
         twins = [twin for folder in checkpoints if (twin := self._twin(folder)) is not None]
         if len(twins) == len(checkpoints):

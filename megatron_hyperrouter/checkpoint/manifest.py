@@ -96,9 +96,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
-    """CheckpointError that names a file which a reader could take for a part of the checkpoint, and which is
-    none.
-    """
+    """CheckpointError for a file that looks like a part of the checkpoint, but is not listed."""
     found = (path for pattern in _READ for path in folder.glob(pattern) if not path.is_dir())
     if unlisted := sorted({path.relative_to(folder).as_posix() for path in found} - set(files)):
         raise CheckpointError(
@@ -108,7 +106,7 @@ def refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What is wrong with the first of these files that is not as the manifest says; empty if all are."""
+    """What is wrong with the first file that does not match the manifest; empty if all match."""
     for name in sorted(files):
         path = folder / name
         if not path.is_file():
@@ -155,7 +153,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _wrong(manifest: Any) -> str:
-    """What a manifest lacks; empty if every part of it is of the right kind."""
+    """What is wrong with a manifest; empty if every part of it has the right type."""
     if not isinstance(manifest, dict):
         return "it is not a JSON object"
     kinds = {"format": int, "step": int, "meta": dict, "files": dict}

@@ -64,7 +64,7 @@ class IndexEntry:
 
     @property
     def full(self) -> str:
-        """The field that has the weight as exactly as it is known."""
+        """The field that has the weight with the highest precision."""
         return MASTER if MASTER in self.digests else WEIGHT
 
     def add(self, name: str, value: int) -> None:
@@ -213,7 +213,7 @@ def _digest(name: str, what: str, values: Tensor, box: Box, shape: Shape) -> int
 
 
 class NotFiniteError(CheckpointError):
-    """A weight or a moment is lost: to save again would not help."""
+    """A weight or a moment is not finite, so saving again would not help."""
 
 
 def _write_index(path: Path, index: Mapping[str, IndexEntry]) -> None:

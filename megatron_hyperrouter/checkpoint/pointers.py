@@ -70,8 +70,8 @@ def publish(root: Path, step: int) -> None:
 
 
 def prove(root: Path, step: int) -> None:
-    """Note that a healthy step has followed a checkpoint; a power failure may lose the note, which does no
-    harm.
+    """Record that a healthy step has followed a checkpoint. A power failure may lose the record, which does
+    no harm.
     """
     if _is_sealed(root, step):
         files.write_text(root / PROVED, folder_name(step) + "\n")
@@ -151,7 +151,7 @@ def _is_sealed(root: Path, step: int) -> bool:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open the file without blocking: a pipe with its name must not delay the start."""
+    """Open the file without blocking, because a pipe with this name must not delay the start."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

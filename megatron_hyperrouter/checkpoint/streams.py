@@ -137,7 +137,7 @@ def write_shard(path: Path, planned: Sequence[TensorToWrite], tensors: Iterator[
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, not copied where it is contiguous."""
+    """The tensor's bytes, without a copy if it is contiguous."""
     if not tensor.numel():
         return memoryview(bytearray())
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

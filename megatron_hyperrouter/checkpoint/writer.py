@@ -22,7 +22,7 @@ from megatron_hyperrouter.errors import HyperRouterError
 
 _FAILED = ".part-failed-"
 _POLLS = (0.02, 0.5)  # seconds between looks at the folder: the first, and the longest
-_LAST_WAIT = 60.0  # seconds, at the end of a run that broke
+_LAST_WAIT = 60.0  # seconds, at the end of a run that failed
 
 
 class Staged(Protocol):
@@ -41,7 +41,7 @@ class Failure(NamedTuple):
     """Why a save failed, the same on all ranks."""
 
     reason: str
-    hopeless: bool  # to write the same again would fail again
+    hopeless: bool  # writing the same again would fail again
 
 
 class CheckpointWriter:
@@ -60,9 +60,7 @@ class CheckpointWriter:
         *,
         texts: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Begin to write (collective); the save before must be settled, since it shares its memory with this
-        one.
-        """
+        """Begin to write (collective). The previous save must be settled: both use the same memory."""
         if self._job is not None:
             raise RuntimeError("the previous save has not finished")
         writing = self._folders.begin(step, texts)
@@ -75,7 +73,7 @@ class CheckpointWriter:
         return self._job is not None and self._job.error is not None
 
     def published(self) -> list[tuple[int, Path]]:
-        """Steps and folders that were published since this was asked last; the main rank's to know."""
+        """Steps and folders that were published since the last call; only the main rank knows them."""
         if self._job is not None and self._job.folder is not None:
             self._published.append((self._job.step, self._job.folder))
             self._job.folder = None

@@ -43,8 +43,8 @@ def install() -> None:
 def import_without_compiler() -> None:
     """Import megatron-core, on a CPU without torch's compiler.
 
-    The host asks for the compiler at import (jit.py:21), which takes more time than all the rest, and
-    :func:`run_helpers_eagerly` would turn it off again.
+    The host imports the compiler (jit.py:21), which takes more time than everything else, although
+    :func:`run_helpers_eagerly` then turns it off.
     """
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
         return
@@ -123,7 +123,7 @@ class InOrder:
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        """Whatever a stream is made with."""
+        """Accept the arguments of a stream, and ignore them."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, InOrder)
@@ -131,16 +131,16 @@ class InOrder:
     __hash__ = object.__hash__
 
     def nothing(self, *args: object) -> None:
-        """All orders between streams hold already."""
+        """Do nothing: the work of every stream is already done."""
 
     wait_stream = wait_event = record = wait = synchronize = nothing
 
     def record_event(self, event: object = None) -> InOrder:
-        """An event that has happened."""
+        """An event that has already happened."""
         return InOrder()
 
     def query(self) -> bool:
-        """Done."""
+        """True: the work is done."""
         return True
 
 
@@ -321,8 +321,8 @@ def keep_adam_step() -> None:
 
 
 def keep_norms_on_device() -> None:
-    """Without apex and TE the host reads the norm of each gradient by itself (utils.py:1206), and a GPU waits
-    for each; torch's own function reads none.
+    """Without apex and TE, the host reads the norm of each gradient separately (utils.py:1206), and a GPU
+    waits for each read; torch's own function reads none.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
@@ -332,7 +332,7 @@ def keep_norms_on_device() -> None:
 
 
 def scale_all_at_once() -> None:
-    """Without apex and TE the host clips gradients one by one, each by way of a copy (utils.py:1212)."""
+    """Without apex and TE, the host clips gradients one by one, and copies each (utils.py:1212)."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -349,8 +349,8 @@ def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Tensor]], fa
 
 
 def turn_in_few_operators() -> None:
-    """Without TE the host takes ten operators each way for rotary positions, and computes cosines and sines
-    again in each layer (rope_utils.py:122).
+    """Without TE, the host uses ten operators in each pass for rotary positions, and computes cosines and
+    sines again in each layer (rope_utils.py:122).
     """
     from megatron.core.models.common.embeddings import rope_utils
 

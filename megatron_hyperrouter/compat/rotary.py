@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 
 def turned_by_table(x_SBNC: Tensor, angles_S11C: Tensor, scale: float = 1.0) -> Tensor:
-    """Channel i turned with channel i + C/2, in three operators each way; the table of angles keeps its
-    cosines and sines.
+    """Rotate the pairs of channels (i, i + C/2), in three operators in each pass; the table of angles keeps
+    its cosines and sines.
     """
     found: dict[Any, tuple[Tensor, Tensor]] = getattr(angles_S11C, "_hyperrouter_turns", {})
     key = (scale, x_SBNC.dtype)

@@ -19,9 +19,9 @@ OLDEST_FOR = {"tensorwise": (2, 2), "blockwise": (2, 3)}  # fp8 recipes that are
 
 
 def implementation(wanted: str, *, bf16: bool, fp8: str | None = None) -> str:
-    """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError if that cannot be had.
+    """``local`` or ``transformer_engine``, given ``--transformer-impl``; HostError if it is not available.
 
-    ``auto`` leaves float32 to torch: Transformer Engine's fast attention is for 16 bits, and float32 is there
+    ``auto`` leaves float32 to torch: Transformer Engine's fast attention needs 16 bits, and float32 is mainly
     for comparisons. ``fp8``: the recipe, where products are computed in fp8.
     """
     if wanted == "local" or (wanted == "auto" and not bf16):

@@ -1,5 +1,4 @@
-"""What a layer's router gets from outside: the step, k during evaluation, and the tokens that the vectors
-belong to.
+"""What a layer's router needs from outside: the step, k during evaluation, and the tokens of the vectors.
 
 Legend: ``B`` batch, ``S`` sequence, ``T = S * B`` tokens of a micro-batch on this rank, ``D`` hidden size.
 """
@@ -30,7 +29,7 @@ class Clock:
     # of this rank's micro-batches, in order; empty if they are not known
     arrived: list[Tokens] = field(default_factory=list)
     eod: int | None = None  # id that ends a document; None if no setting needs documents
-    balanced: bool = False  # tokens go to all experts in turn, whatever the router says
+    balanced: bool = False  # send tokens to all experts in turn, and ignore the router's choice
     padded: bool = False  # negative ids are padding, which no router sees
     # of these micro-batches, where they are padded: the rows of the real tokens among the layers' vectors
     real: list[Tensor] = field(default_factory=list)
@@ -176,7 +175,7 @@ class RouterSite:
 
 
 def evenly(routing: Routing) -> Routing:
-    """The same routing, but with experts in turn, so that all get the same number of tokens."""
+    """The same routing, but with the experts in turn, so that each gets the same number of tokens."""
     count, k = routing.experts_TK.shape
     routes_R = torch.arange(count * k, device=routing.experts_TK.device)
     return routing._replace(experts_TK=(routes_R % routing.logits_TE.size(1)).view(count, k))

@@ -79,7 +79,7 @@ class GroupedExperts(nn.Module):
         return collect(y_RD, rows.order_R, rows.row_R, experts_TK.size(1) * self.sharing.parts)
 
     def outputs_TKD(self, x_TD: Tensor, experts_TK: Tensor) -> Tensor:
-        """The chosen experts' outputs as they are, with their gradients; collective like :meth:`weighted`."""
+        """The unweighted outputs of the chosen experts, with gradients; collective like :meth:`weighted`."""
         y_RD, rows = self._through(x_TD, experts_TK, None, None)
         return collect(y_RD, rows.order_R, rows.row_R, self.sharing.parts).view(*experts_TK.shape, -1)
 
@@ -98,7 +98,8 @@ class GroupedExperts(nn.Module):
         """A row for each route, in the order of the plan that is returned."""
         parts, topk = self.sharing.parts, experts_TK.size(1)
         homes_TKP = self._homes(experts_TK)
-        cut = kept_TK is not None and self.sharing.ranks > 1  # alone, a weight of 0 does it without a count
+        # with one rank, a weight of 0 drops the route, and no count is needed
+        cut = kept_TK is not None and self.sharing.ranks > 1
         if cut:
             homes_TKP = torch.where(kept_TK.unsqueeze(-1), homes_TKP, self.sharing.ranks * self.num_local)  # type: ignore[union-attr]
         rows = sort_by_expert(homes_TKP.flatten(), self.sharing.ranks * self.num_local)
@@ -126,7 +127,9 @@ class GroupedExperts(nn.Module):
     def _on_other_ranks(
         self, x_RD: Tensor, weights_R1: Tensor | None, ends_V: Tensor, group: dist.ProcessGroup
     ) -> Tensor:
-        """Rows go to their experts and come back; rows behind the last expert's stay, and are 0."""
+        """Send rows to their experts and get the results; rows after those of the last expert stay here, and
+        are 0.
+        """
         counts_NL = ends_V.diff(prepend=ends_V.new_zeros(1)).view(-1, self.num_local)
         coming_NL = torch.empty_like(counts_NL)
         dist.all_to_all_single(coming_NL, counts_NL, group=group)
@@ -144,13 +147,15 @@ class GroupedExperts(nn.Module):
 
 
 def row_counts(counts_NL: Tensor, coming_NL: Tensor) -> tuple[list[int], list[int]]:
-    """How many rows go to each rank and come from it: the one wait of the host in a layer."""
+    """How many rows go to each rank and come from it. The host waits for the GPU here, and nowhere else in a
+    layer.
+    """
     go, come = torch.stack((counts_NL, coming_NL)).sum(2).tolist()
     return go, come
 
 
 def exchanged(rows: Tensor, come: list[int], go: list[int], group: dist.ProcessGroup) -> Tensor:
-    """``go[i]`` rows to rank i, ``come[i]`` rows from it (collective); gradients take the way back."""
+    """``go[i]`` rows to rank i, ``come[i]`` rows from it (collective); gradients go the opposite way."""
     received: Tensor = _Exchange.apply(rows, come, go, group)  # type: ignore[no-untyped-call]
     return received
 

@@ -41,9 +41,9 @@ class RankGroup:
         return rows_of_all(part.unsqueeze(0), self._group)
 
     def sum_of_own(self, parts: Tensor) -> Tensor:
-        """``parts[r]`` is for rank r: the sum of what all ranks have for this one (collective).
-
-        It is added up here, rank by rank: the order, and so the last bit, does not depend on the library.
+        """``parts[r]`` is for rank r; returns the sum of what all ranks have for this one (collective). The
+        parts are added here, rank by rank, so the order of the sum, and its last bit, do not depend on the
+        library.
         """
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, parts.contiguous(), group=self._group)

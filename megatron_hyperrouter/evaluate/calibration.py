@@ -28,7 +28,7 @@ Factor = Callable[[Router, Routing, Tensor], float]  # of a router, its decision
 
 
 def scales_of_run(run: TrainedRun, tokenizer: Tokenizer, topks: Sequence[int]) -> dict[int, Scales]:
-    """The scales at each k, computed by the run's own engine, which is opened for it and closed again."""
+    """The scales at each k, computed by the run's engine, which this opens and closes."""
     engine = run.open_engine(tokenizer)
     try:
         run.load_into(engine)

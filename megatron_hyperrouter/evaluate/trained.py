@@ -129,8 +129,8 @@ class TrainedRun:
         self, *, split: str | None = None, data_path: Sequence[str] | None = None, whole: bool = True
     ) -> DataConfig:
         """The run's data where they are now, or those of ``data_path``: all of them, or the ``split`` that is
-        named.  The run's own files, at another place, are divided as in the run.  ``whole``: without the
-        weights of a blend, for which a whole split has no use.
+        named.  The run's own files are divided as in the run, even at another path. ``whole``: leave out the
+        weights of a blend, which a whole split does not need.
         """
         from megatron_hyperrouter.evaluate.whereabouts import are_own, data_of, other_data, without_weights
 

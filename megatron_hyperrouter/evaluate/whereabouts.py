@@ -50,12 +50,12 @@ def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataCon
 
 
 def are_own(words: Sequence[str], data: DataConfig, meta: Mapping[str, Any]) -> bool:
-    """Whether these are files of the run's ``--data-path``, all or some, at another place or not."""
+    """Whether all of these are files of the run's ``--data-path``, wherever they are now."""
     known = meta.get("files", {})
     own = [known.get(word) for word in _prefixes("data_path", data.data_path)]
     given = [Path(prefix) for prefix in _prefixes("data_path", words)]
     if not own or None in own or not all(Path(f"{prefix}.idx").is_file() for prefix in given):
-        return False  # whoever reads them says what is missing
+        return False  # the reader reports what is missing
     found = [identity(IndexedDataset(str(prefix), whole=False)) for prefix in given]
     return all(any(same(one, other) for one in own) for other in found)
 
@@ -68,7 +68,7 @@ def other_data(data: DataConfig, words: Sequence[str], *, divided: bool) -> Data
 
 
 def without_weights(data: DataConfig) -> DataConfig:
-    """The same files: a whole split has no use for the weights of a blend."""
+    """The same files without the weights of a blend, which a whole split does not need."""
     paths = {name: getattr(data, name) for name in _PATHS}
     return _named(data, {name: _prefixes(name, words) for name, words in paths.items()})
 

@@ -108,8 +108,8 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
 
 
 class _TensorReader:
-    """Tensors of the folder, made of the checkpoint's; the last one read is kept, for its other parts come
-    next.
+    """Tensors of the folder, made from those of the checkpoint. The last tensor read is kept, because its
+    other parts come next.
     """
 
     def __init__(self, job: Export, reader: Tensors, sizes: ModelShape) -> None:
@@ -121,7 +121,7 @@ class _TensorReader:
         self._last: tuple[str, Tensor] | None = None
 
     def dtype(self, name: str) -> torch.dtype:
-        """The router's own numbers stay float32 where the class computes with them so."""
+        """The router's weights stay in float32 if the class uses them in float32."""
         routed = ".gate." in name
         kept = name.endswith(CHOICE_BIAS) or (self.custom and routed)
         return torch.float32 if kept else self.target_dtype

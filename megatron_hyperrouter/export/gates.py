@@ -78,7 +78,7 @@ def standard_gates(run: RunConfig, routers: Mapping[int, Router], topk: int) -> 
 
 
 def _open_gates(run: RunConfig, layers: Iterable[int]) -> dict[str, Tensor]:
-    """Gates of zeros, for a class that always has one, where the run's shared expert has none."""
+    """Gates of zeros, for a class that always has a gate, if the run's shared expert has none."""
     if run.model.moe_shared_expert_intermediate_size is None or run.model.moe_shared_expert_gate:
         return {}
     zeros_1D = torch.zeros(1, run.model.hidden_size)
@@ -133,7 +133,7 @@ def custom_gates(run: RunConfig, routers: Mapping[int, Router], *, rows: int) ->
         topks=tuple(range(1, most + 1)),
         architecture="HyperRouterForCausalLM",
         model_type="hyperrouter_moe",
-        # transformers joins single experts for the model types that it knows, and for no other
+        # transformers joins single experts only for the model types that it knows
         naming=PACKED,
         fields=fields,
         router_leaves=leaves,

@@ -1,5 +1,5 @@
-"""A checkpoint's weights for users who go on in plain megatron-core: its ``dist_checkpointing`` format, its
-own router.
+"""A checkpoint's weights for use in plain megatron-core: its ``dist_checkpointing`` format and its own
+router.
 
 The names of the sharded tensors are those that megatron-core 0.16.1 gives a ``GPTModel`` of Transformer
 Engine's layers, which are Megatron-LM's default (models/gpt/gpt_layer_specs.py).  Its local layers give the

@@ -51,7 +51,7 @@ def routing_matrices(run: RunConfig, folder: Path, *, vocab_size: int) -> Mappin
 
 
 def chooses_by_softmax(router: Router) -> bool:
-    """Whether it weighs experts as megatron-core's router does, asked on made-up logits."""
+    """Whether it weights experts like megatron-core's router, tested on made-up logits."""
     logits_TE = torch.linspace(-3, 3, 64 * router.num_experts).sin().view(64, router.num_experts) * 4
     k = router.topk_at(0)
     weights_TK, experts_TK = router.choose(logits_TE, k)

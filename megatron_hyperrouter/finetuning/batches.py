@@ -1,6 +1,6 @@
 """Texts as micro-batches: padded at the right, labelled at their last token.
 
-Legend: ``B`` texts of a micro-batch, ``S`` positions, ``N`` texts of a part.
+Legend: ``B`` texts of a micro-batch, ``S`` positions, ``N`` texts of a split.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.finetuning.tasks import Example
 
 Numbers = NDArray[np.int64]
-_ALONE = -1  # fills up a round of an evaluation: no text
+_ALONE = -1  # stands for no text, to fill up a round of an evaluation
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class TextsOfSplit:
 
 
 def encoded(examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) -> TextsOfSplit:
-    """Each text and the token that ends a document; of a longer text than ``seq_length`` its end."""
+    """Each text, followed by the token that ends a document; a text that is too long keeps its last
+    ``seq_length`` tokens.
+    """
     texts = tokenizer.encode_batch([example.text for example in examples])
     rows = [np.append(ids, tokenizer.eod)[-seq_length:].astype(np.int64) for ids in texts]
     return TextsOfSplit(rows, np.array([example.label for example in examples], dtype=np.int64))
@@ -72,7 +74,9 @@ class Feed:
             yield self._batch(part, [_drawn(start + row, len(part), seed) for row in range(self._micro)])
 
     def all(self, part: TextsOfSplit) -> Iterator[Batch]:
-        """Those of an evaluation of the whole part, every rank as many: see :func:`order`."""
+        """The micro-batches of an evaluation of the whole split, equally many on every rank: see
+        :func:`order`.
+        """
         rows = self.order(part)
         for start in range(self._place.data_rank * self._micro, len(rows), self._together):
             yield self._batch(part, rows[start : start + self._micro])
@@ -102,7 +106,7 @@ class Feed:
 
 
 def _drawn(number: int, size: int, seed: int) -> int:
-    """The text that is trained on as the ``number``-th, from 0."""
+    """The text that training reads at position ``number``, from 0."""
     epoch, place = divmod(number, size)
     return int(_order_of(size, seed, epoch)[place])
 

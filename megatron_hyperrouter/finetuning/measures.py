@@ -50,7 +50,7 @@ def log_softmax(logits_NC: Floats) -> Floats:
 
 
 def macro_f1(predicted_N: Numbers, classes_N: Numbers) -> float:
-    """Mean over the classes that are predicted or true of ``2 TP / (2 TP + FP + FN)``."""
+    """The mean of ``2 TP / (2 TP + FP + FN)`` over the classes that occur among labels or predictions."""
     found = []
     for one in np.union1d(predicted_N, classes_N):
         hits = int(((predicted_N == one) & (classes_N == one)).sum())
@@ -82,9 +82,8 @@ def mcnemar(first_right_N: NDArray[np.bool_], second_right_N: NDArray[np.bool_])
 def paired_bootstrap(
     first_right_N: NDArray[np.bool_], second_right_N: NDArray[np.bool_], *, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % interval of the difference of accuracies, first less second, when the texts are drawn again.
-
-    A text counts 1, 0 or -1, so a resample is a draw of three counts.
+    """The 95 % interval of the difference of accuracies, first less second, when the texts are resampled. A
+    text counts 1, 0 or -1, so a resample is a draw of three counts.
     """
     n = len(first_right_N)
     plus = int((first_right_N & ~second_right_N).sum())

@@ -1,7 +1,7 @@
 """Readers of four well-known sets, from the files that their authors publish.
 
-Parts that a set does not have are held out of its training part.  A hash of what belongs together decides,
-so the same texts are held out everywhere; a note says so.
+Splits that a set does not have are held out of its training split. A hash decides, so the same texts are held
+out on every machine; a note says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def is_sst2(folder: Path) -> bool:
 
 
 def sst2(folder: Path) -> Original:
-    """``test.tsv`` has no labels, so GLUE's dev part is the test here, and dev is held out of train."""
+    """``test.tsv`` has no labels, so GLUE's dev split is the test split here, and dev is held out of
+    train.
+    """
     train, dev = _held_out(_table(folder / "train.tsv"), lambda row: row[0])
     note = "the test split of SST-2 has no labels, so dev.tsv is used as test and a tenth of train.tsv as dev"
     names = {"0": "negative", "1": "positive"}
@@ -204,7 +206,7 @@ def _there(path: Path) -> Path:
 
 
 def _held_out(rows: Iterable[Kind], group: Callable[[Kind], str]) -> tuple[list[Kind], list[Kind]]:
-    """(the rest, a tenth) of the rows; what has one group stays together."""
+    """(the rest, a tenth) of the rows; rows of one group stay together."""
     known = list(rows)
     return (
         [row for row in known if _share(group(row)) >= 0.1],

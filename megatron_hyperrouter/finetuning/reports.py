@@ -53,7 +53,7 @@ def predictions_of(outcome: Outcome, parts: dict[str, TextsOfSplit]) -> Iterator
 
 
 def folder_of(output: Path, seed: int) -> Path:
-    """What belongs to one seed."""
+    """The folder of one seed."""
     return output / f"seed-{seed}"
 
 
@@ -122,7 +122,7 @@ def _text(path: Path, remedy: str) -> str:
 
 @contextmanager
 def _reported(output: Path) -> Iterator[None]:
-    """A full disk is a message."""
+    """Turn an OSError, such as a full disk, into a message."""
     try:
         yield
     except OSError as error:

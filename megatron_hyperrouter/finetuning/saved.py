@@ -80,7 +80,7 @@ class SeedFolder:
             if folder is None:
                 if (
                     self.engine.place.is_main
-                ):  # weights that an earlier course chose are not those of this one
+                ):  # weights that an earlier attempt chose do not belong to this one
                     shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
                 return Course()
             told = read_manifest(folder)["meta"][COURSE]
@@ -109,7 +109,7 @@ class SeedFolder:
     @staticmethod
     @contextmanager
     def _own_remedy(remedy: str) -> Iterator[None]:
-        """The remedies of training name flags that ``mhr finetune`` does not have."""
+        """Replaces remedies of training, because they name flags that ``mhr finetune`` does not have."""
         try:
             yield
         except CheckpointError as error:

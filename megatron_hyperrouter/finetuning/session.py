@@ -1,6 +1,6 @@
 """Fine-tuning with one seed: training, selection on dev, and the test.
 
-Legend: ``N`` texts of a part, ``C`` classes.
+Legend: ``N`` texts of a split, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one seed: the logits ``_NC`` of dev and test at each k, from the weights that dev chose."""
+    """The result of one seed: the logits ``_NC`` of dev and test at each k, from the weights that dev
+    chose.
+    """
 
     seed: int
     chosen_step: int
-    logits: dict[tuple[str, int], Floats] = field(default_factory=dict)  # (part, k)
+    logits: dict[tuple[str, int], Floats] = field(default_factory=dict)  # (split, k)
     lines: list[str] = field(default_factory=list)  # of training.jsonl
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model with a head, and the parts of a task; every method is called by all ranks together."""
+    """A model with a head, and the splits of a task; every method is called by all ranks together."""
 
     engine: SharedEngine
     parts: dict[str, TextsOfSplit]
@@ -91,7 +93,7 @@ class Session:
         return {(part, k): self.predictions(part, k) for part in ("dev", "test") for k in topks}
 
     def predictions(self, part: str, topk: int) -> Floats:
-        """Of one part at one k."""
+        """The predictions for one split at one k."""
         return predictions(self.engine, self.parts[part], topk)
 
     def _step(self, step: int, seed: int) -> StepResult:
@@ -136,7 +138,7 @@ def opened(
 
 
 def predictions(engine: SharedEngine, part: TextsOfSplit, topk: int, *, feed: Feed | None = None) -> Floats:
-    """Logits ``_NC`` of all texts of a part, on every rank (collective)."""
+    """Logits ``_NC`` of all texts of a split, on every rank (collective)."""
     loss, feed = engine.loss, feed or Feed(engine.config, engine.place)
     assert isinstance(loss, ClassLoss), "the engine has no classifier"
     loss.kept = []

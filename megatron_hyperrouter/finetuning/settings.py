@@ -65,10 +65,10 @@ class Settings:
     dropout: float = 0.0  # in the head and on residual branches
     aux_loss_coeff: float | None = None  # None: the run's own
     seq_length: int | None = None  # longest text in tokens; None: the run's own
-    evaluations: int = 3  # on dev, during training, the last one at its end
+    evaluations: int = 3  # number of evaluations on dev during training; the last one is at its end
 
     def steps_for(self, texts: int) -> int:
-        """Number of optimizer steps for a training part with this number of texts."""
+        """Number of optimizer steps for a training split with this number of texts."""
         return self.steps or max(1, math.ceil(self.epochs * texts / self.batch_size))
 
     def problems(self) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
-"""A classification task: texts with labels in three parts, from a folder of JSON lines or of an original set.
+"""A classification task: texts with labels in three splits, from a folder of JSON lines or of an original
+set.
 
 The project's own form is ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` with lines
-``{"text": ..., "label": ...}``, and ``labels.json`` with the names of the labels.  A label is its place in
+``{"text": ..., "label": ...}``, and ``labels.json`` with the names of the labels.  A label is its position in
 that list or its name.
 """
 
@@ -39,7 +40,7 @@ class Task:
 def read_task(folder: Path) -> Task:
     """The task in ``folder``: the project's own form, or the files of SST-2, SST-5, IMDB or BANKING77.
 
-    DataError if a file is missing or wrong, where a part is empty, and for an unknown label.
+    DataError if a file is missing or wrong, a split is empty, or a label is unknown.
     """
     if not folder.is_dir():
         raise DataError(f"--task {folder}: there is no such folder", remedy=_FORMS)
@@ -136,7 +137,7 @@ def _numbered(original: originals.Original) -> Task:
 
 
 def _notes(task: Task) -> Iterator[str]:
-    """Texts that are in two parts, and labels that are not in the training part."""
+    """Texts that are in two splits, and labels that no training text has."""
     seen = {part: {_plain(text) for text, _ in task.parts[part]} for part in PARTS}
     for first, second in (("train", "dev"), ("train", "test"), ("dev", "test")):
         if shared := len(seen[first] & seen[second]):

@@ -39,7 +39,7 @@ def keep(engine: SharedEngine) -> Kept:
 
 @torch.no_grad()
 def put_back(engine: SharedEngine, kept: Kept) -> None:
-    """Make the model what it was when it was kept; the optimizer's copies follow."""
+    """Restore the kept weights in the model and in the optimizer's copies."""
     for name, parameter in engine.holding().named:
         if name in kept.weights:
             parameter.copy_(kept.weights[name])

@@ -32,7 +32,7 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Positions so far."""
+        """Number of positions so far."""
         return self.length_of(0)
 
     def length_of(self, layer: int) -> int:
@@ -40,7 +40,7 @@ class KeyValueCache:
         return self.keys[layer].size(2) if layer in self.keys else 0
 
     def extend(self, layer: int, key_BGQC: Tensor, value_BGQC: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new positions; returns all."""
+        """Add keys and values of new positions; returns all."""
         if layer in self.keys:
             key_BGQC = torch.cat((self.keys[layer], key_BGQC), 2)
             value_BGQC = torch.cat((self.values[layer], value_BGQC), 2)
@@ -85,7 +85,7 @@ class _Attention:
         return x if weight is None else F.rms_norm(x, weight.shape, weight, self.run.model.norm_epsilon)
 
     def _turned(self, x_BQHC: Tensor, places_BQ: Tensor) -> Tensor:
-        """Rotary positions: channel i turns with channel i + R; channels from 2 R on have none."""
+        """Rotary positions: channel i is rotated with channel i + R; channels from 2 R on are not rotated."""
         angles = places_BQ.clamp(min=0).float()[:, :, None, None] * self.rates_R
         cos, sin = angles.cos() * self.stretch, angles.sin() * self.stretch
         pairs = len(self.rates_R)
@@ -134,7 +134,7 @@ class GroupedAttention(_Attention):
 
 
 class LatentAttention(_Attention):
-    """Queries, keys and values out of low-rank vectors (DeepSeek-V2, 2405.04434, section 2.1).
+    """Queries, keys and values from low-rank vectors (DeepSeek-V2, 2405.04434, section 2.1).
 
     The cache contains the keys and values of all heads, not the latent vectors.
     """

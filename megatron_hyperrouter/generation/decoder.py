@@ -62,7 +62,7 @@ class MLP(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Experts behind a router, and one that sees every token where there is one."""
+    """Routed experts, and a shared expert if there is one."""
 
     router: Router
     experts: list[MLP]

@@ -17,7 +17,7 @@ from megatron_hyperrouter.config.sections.guard import GuardConfig
 from megatron_hyperrouter.engines.base import OwnPart, StepResult
 
 _MOST_IN_A_ROW = 10
-_LEAST_STD = 1e-4  # of the mean: numbers that hardly vary must not make every change look large
+_LEAST_STD = 1e-4  # of the mean: if values hardly vary, small changes must not look large
 
 
 @dataclass
@@ -27,13 +27,14 @@ class BadSteps:
     policy: str  # --on-bad-step
     sigma: float | None  # --max-loss-sigma
     window: int  # --loss-window
-    skipped: set[int] = field(default_factory=set)  # steps that take no part: of --skip-steps, or found bad
+    # skipped steps: those of --skip-steps, and those found bad
+    skipped: set[int] = field(default_factory=set)
     in_a_row: int = 0
     _good: deque[tuple[float, float]] = field(default_factory=deque)
 
     @classmethod
     def of(cls, settings: GuardConfig) -> BadSteps:
-        """As the settings ask."""
+        """The judge that the settings ask for."""
         skipped = set(steps_of(settings.skip_steps))
         return cls(settings.on_bad_step, settings.max_loss_sigma, settings.loss_window, skipped)
 
@@ -80,7 +81,7 @@ class BadSteps:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state` gave; steps that were found bad since then stay left out."""
+        """Continue from what :meth:`state` gave; steps that were found bad since then are still skipped."""
         self._good = deque((float(loss), float(norm)) for loss, norm in state["good"])
         self.skipped |= {int(step) for step in state["skipped"]}
         self.in_a_row = max(self.in_a_row, int(state["in_a_row"]))  # more after a return to a checkpoint
@@ -99,7 +100,7 @@ def steps_of(ranges: Iterable[str]) -> Iterable[int]:
 
 
 def attribution(first: StepResult, second: StepResult, parts: Sequence[OwnPart]) -> str:
-    """Where the fault is, by a repetition of the bad step: in the computation, or in the machine."""
+    """Whether the fault is in the computation or in the machine, judged by repeating the bad step."""
     repeats = all(_alike(getattr(first, name), getattr(second, name)) for name in ("lm_loss", "grad_norm"))
     told = f"lm_loss {second.lm_loss:.4g}, grad_norm {second.grad_norm:.4g}"
     places = [_place(part) for part in parts if not _alike(*part.losses) or _is_lost(part)]

@@ -15,7 +15,7 @@ from megatron_hyperrouter.errors import HyperRouterError
 FILE = "events.jsonl"
 # A start or a continuation opens an attempt; whatever follows belongs to it.
 OPENING = ("start", "resume")
-# What an attempt ends with, where it can still write.
+# The last event of an attempt, if it can still write one.
 CLOSING = ("stop", "end", "failure")
 EVENTS = (*OPENING, "save", "alarm", "bad_step", *CLOSING)
 

@@ -60,7 +60,9 @@ class Progress:
         self.step, self.phase, self.since = step, phase, time.time()
 
     def through(self, items: Iterable[Item], getting: str, working: str, step: int) -> Iterator[Item]:
-        """The same items; the phase is ``getting`` while one is fetched, and ``working`` afterwards."""
+        """Yields the same items; the phase is ``getting`` while one is fetched, and ``working``
+        afterwards.
+        """
         self.enter(getting, step)
         for item in items:
             self.enter(working, step)
@@ -88,7 +90,7 @@ class _Read:
 
 
 def beat_of(progress: Progress, rank: int, where: str, waits: bool, every: float = SECONDS) -> Beat:
-    """The beat of this process, now."""
+    """The beat of this process at this moment."""
     host, pid = socket.gethostname(), os.getpid()
     now = progress.step, progress.phase, progress.since
     return Beat(rank, host, pid, *now, time.time(), where, waits, every)
@@ -113,8 +115,8 @@ def write_beat(folder: Path, beat: Beat) -> None:
 
 
 def read_beats(folder: Path, world_size: int | None = None) -> dict[int, Beat]:
-    """The newest beat of each rank that has one; ``world_size``: not of ranks that only an earlier attempt,
-    on more of them, had.
+    """The newest beat of each rank that has one; ``world_size``: leaves out ranks that only an earlier
+    attempt had.
     """
     found: dict[int, Beat] = {}
     for path in sorted(folder.glob("rank-*.json")):

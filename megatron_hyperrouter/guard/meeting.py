@@ -83,7 +83,7 @@ class Meeting:
 
 
 def wait_for_name(host: str) -> None:
-    """Until this machine knows the name of rank 0's; ConfigError if it does not come to know it.
+    """Wait until this machine can resolve the host name of rank 0; ConfigError if it never can.
 
     A cluster may publish the name of a machine some seconds after it has started it.
     """

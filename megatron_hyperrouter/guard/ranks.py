@@ -32,10 +32,10 @@ class _Tasks:
 
 
 def adopt_ranks(environ: MutableMapping[str, str] | None = None) -> None:
-    """Make sure that the environment says which rank this is, or that it is the only one.
+    """Make the environment say which rank this is, or that it is the only one.
 
     Tasks of ``srun`` and ``mpirun`` get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-    ConfigError if the environment says half of it, or contradicts itself.
+    ConfigError if the environment has only some of these variables, or contradicts itself.
     """
     environ = os.environ if environ is None else environ
     if environ.get("RANK") is None and environ.get("WORLD_SIZE") is None:

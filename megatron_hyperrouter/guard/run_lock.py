@@ -103,7 +103,7 @@ class RunLock:
 
     @staticmethod
     def _lock_now(file: int) -> None:
-        """Try for a moment: a caller of :func:`is_held` has the lock for an instant."""
+        """Try for a short time, because :func:`is_held` takes the lock for an instant."""
         for _ in range(_TRIES - 1):
             with contextlib.suppress(BlockingIOError):
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +119,7 @@ class RunLock:
 
     def _renew(self) -> None:
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(OSError):  # a file server that is away for a while
+            with contextlib.suppress(OSError):  # the file server may be unreachable for a while
                 os.utime(self._folder / HOLDER)
 
     def _age(self) -> float | None:

@@ -17,7 +17,7 @@ from types import FrameType
 from megatron_hyperrouter import console
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
-# Launchers pass a Ctrl-C on that the terminal has sent to every rank already: no second wish of a person.
+# Launchers pass on a Ctrl-C that the terminal has already sent to every rank: this is not a second Ctrl-C.
 _ECHO = 2.0  # seconds
 
 
@@ -29,7 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""  # "SIGTERM"; empty until somebody asks
-        self.at_once = False  # the step that is under way does not count
+        self.at_once = False  # the current step does not count
         self._when = 0.0
 
     @property

@@ -34,7 +34,7 @@ from megatron_hyperrouter.guard.stopping import StopRequest
 _NOTE_AFTER = 60.0  # seconds without progress before the user is notified
 _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 _LAST_WORDS = 2.0  # seconds in which every rank writes its stacks before a launcher ends them all
-_SLICE = 0.5  # seconds: so soon the thread notices that training has ended
+_SLICE = 0.5  # seconds within which the thread notices that training has ended
 _SHARE = 0.9  # of the limit: the name of the rank comes before the first collective fails
 
 
@@ -120,13 +120,13 @@ class Watchdog:
         return beat_of(self._progress, self._rank, where_is(frame), waits_for_others(frame), self._pause)
 
     def _listen(self, beats: Mapping[int, Beat]) -> None:
-        """Note when each beat was new, by this rank's clock: the clocks of nodes differ."""
+        """Record when each beat was new, by this rank's clock, because the clocks of nodes differ."""
         for rank, beat in beats.items():
             if rank not in self._heard or self._heard[rank][0] != beat.time:
                 self._heard[rank] = (beat.time, time.monotonic())
 
     def _silent(self, rank: int) -> float:
-        """Seconds since this rank was heard of."""
+        """Seconds since the last beat of this rank."""
         return time.monotonic() - self._heard[rank][1]
 
     def _lost(self, beats: Mapping[int, Beat]) -> list[int]:

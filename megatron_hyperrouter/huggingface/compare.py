@@ -147,8 +147,8 @@ class Sums:
         self.finite = True
 
     def choices(self, layer: int, same_S: Tensor, alike_S: Tensor, gap_S: Tensor) -> None:
-        """``alike_S``: the same experts in all layers before; ``gap_S``: the k-th less the next logit of the
-        reference's router.
+        """``alike_S``: the same experts in all earlier layers; ``gap_S``: the k-th logit of the reference's
+        router minus the next one.
         """
         self.same[layer] = self.same.get(layer, 0) + int(same_S.sum())
         parted_S = alike_S & ~same_S

@@ -162,7 +162,8 @@ def settings_of_folder(folder: HfFolder) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not sizes.tied,
         "norm_epsilon": float(config["rms_norm_eps"]),
         "rotary_base": folder.theta,
-        "make_vocab_size_divisible_by": folder.rows,  # as many rows, whatever the tokenizer has
+        # as many rows as the model has, whatever the tokenizer's size
+        "make_vocab_size_divisible_by": folder.rows,
         "num_experts": sizes.num_experts,
         "moe_router_topk": int(config.get("num_experts_per_tok", 1)),
         "router": {"name": "topk", **_router(folder)},
@@ -191,7 +192,7 @@ def _attention(folder: HfFolder) -> dict[str, Any]:
     found: dict[str, Any] = {"kv_channels": sizes.heads.channels, "add_qkv_bias": sizes.qkv_bias}
     if (share := _turning_share(folder)) != 1.0:
         found["rotary_percent"] = share
-    if _windowed(folder):  # theirs counts the token itself
+    if _windowed(folder):  # their window includes the token itself
         found["window_size"] = f"{config['sliding_window'] - 1},0"
     return found
 

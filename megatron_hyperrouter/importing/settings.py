@@ -33,12 +33,14 @@ def router_names() -> list[str]:
 
 
 def has_data(run: RunConfig) -> bool:
-    """Whether the run names data, which an import need not."""
+    """Whether the run names data; an imported run may have none."""
     return run.data.data_path != (NO_DATA,)
 
 
 def tokenizer_settings(file: Path, rows: int) -> dict[str, Any]:
-    """The settings of the tokenizer in ``file``; if there is no such file, of as many ids as rows."""
+    """The settings of the tokenizer in ``file``; if there is no such file, those of a tokenizer with one id
+    per row.
+    """
     if not file.is_file():
         return {"tokenizer_type": "NullTokenizer", "vocab_size": rows - 1}  # the last row ends a document
     if is_byte_tokenizer(file):
@@ -52,5 +54,5 @@ def described_run(run: RunConfig) -> Description:
 
 
 def text_of(run: RunConfig) -> str:
-    """``config.yaml``; whoever trains a run without data says --data-path or --mock-data."""
+    """``config.yaml``; training a run without data needs --data-path or --mock-data."""
     return dump(run if has_data(run) else replace(run, data=replace(run.data, data_path=())))

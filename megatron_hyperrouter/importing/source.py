@@ -78,7 +78,7 @@ class HfFolder:
 
     @property
     def predicting_layers(self) -> tuple[str, ...]:
-        """Prefixes of the layers of multi-token prediction; the model computes the same without them."""
+        """Prefixes of the layers for multi-token prediction, which the main model does not need."""
         first, count = len(self.routed), int(self.config.get("num_nextn_predict_layers") or 0)
         return tuple(f"model.layers.{first + number}." for number in range(count))
 
@@ -147,5 +147,5 @@ def shared_width(config: dict[str, Any]) -> int:
 
 
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """How positions turn, in either spelling."""
+    """The settings of rotary positions, in either spelling."""
     return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})

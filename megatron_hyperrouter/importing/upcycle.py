@@ -1,9 +1,9 @@
-"""A dense model as a mixture of experts: copies of its MLP, or of slices of it, that together compute the
+"""A dense model as a mixture of experts: copies of its MLP, or of slices of it, which together compute the
 same.
 
 The weights of a group of G slices add up to the group's share, so each slice needs a factor G: its square
-root in ``up`` and in ``down``, which keeps both at the same scale.  silu is not linear, so ``gate`` keeps
-its numbers.  The router's rows are drawn once for each group and repeated, so that top-k chooses whole
+root in ``up`` and in ``down``, which keeps both at the same scale.  silu is not linear, so ``gate`` keeps its
+values.  The router's rows are drawn once for each group and repeated, so that top-k chooses whole
 groups if k is a multiple of G.
 
 Legend: ``E`` experts, ``G`` slices of the MLP (granularity), ``D`` hidden size, ``F`` width of an expert.

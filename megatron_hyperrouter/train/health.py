@@ -16,7 +16,7 @@ _RUINED = 2.0  # times the last sound loss
 
 
 class CheckpointHealth:
-    """What the steps of one run say about its checkpoints."""
+    """Follows the steps of one run to tell which of its checkpoints are good."""
 
     def __init__(self, folders: CheckpointFolders, *, step: int) -> None:
         """``step``: completed steps of the checkpoint that the run begins with."""

@@ -46,7 +46,8 @@ class Hook:
 
 
 class GuardedHook(Hook):
-    """A hook that cannot end the run: a full disk, a closed terminal or a service that is away is a warning.
+    """A hook that cannot end the run: a full disk, a closed terminal or an unreachable service only gives a
+    warning.
 
     An essential hook that fails asks for a stop, so that the run saves; ``error`` is what to raise then.
     """
@@ -57,7 +58,7 @@ class GuardedHook(Hook):
         self.error: Exception | None = None
 
     def on_start(self, step: int) -> None:
-        """Nothing is lost yet, so an essential hook may fail here."""
+        """Nothing can be lost yet, so an essential hook may fail here."""
         if self._hook.essential:
             self._hook.on_start(step)
         else:
@@ -84,7 +85,7 @@ class GuardedHook(Hook):
         self._call(lambda: self._hook.on_event(event, step, **facts))
 
     def on_end(self) -> None:
-        """Pass it on, to a hook that has failed, too: it may have something to close."""
+        """Pass it on, even to a hook that has failed, which may have something to close."""
         self._dropped = False
         self._call(self._hook.on_end)
 
@@ -93,7 +94,7 @@ class GuardedHook(Hook):
             return
         try:
             tell()
-        # rich raises SystemExit where the reader of its output has gone
+        # rich raises SystemExit if the reader of its output is gone
         except (Exception, SystemExit) as error:  # noqa: BLE001 - reported here, or raised after a save
             self._dropped = True
             name = type(self._hook).__name__
@@ -105,8 +106,8 @@ class GuardedHook(Hook):
 
 
 class SettingsHook(Hook):
-    """Writes ``config.yaml`` once the run has begun: a ``--load`` that was refused leaves the settings of
-    the run as they were.
+    """Writes ``config.yaml`` once the run has begun, so that a refused ``--load`` does not change the
+    settings of the run.
     """
 
     essential = True

@@ -100,7 +100,7 @@ def _steps(run: Run, first: int, request: StopRequest) -> int:
             wish = run.saving.answer(step, request) if called else NOTHING
             if end := run.saving.stops_at(step):
                 wish = Wish(end, save=False)
-            if wish.stop:  # whoever asked for it may not wait long: save before anything else
+            if wish.stop:  # the sender of the request may not wait long: save before anything else
                 run.save(step, wait=True)
             try:
                 for split in run.evaluations(step):

@@ -33,7 +33,7 @@ _UNCOUNTED = -1  # as in model.loss: a label below 0 counts nowhere
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What is known of a step once it has been taken."""
+    """What is known about a step once it is complete."""
 
     step: int  # counted from 1
     result: StepResult
@@ -45,7 +45,7 @@ class StepFacts:
     data_time: float  # the part of it in which this rank waited for its batches
     devices: int  # ranks, each with a separate device
     flops: float = 0.0  # of the model, forward and backward; 0: not known
-    peak_flops: float | None = None  # a second, of one device; None: not known
+    peak_flops: float | None = None  # FLOP per second of one device; None: not known
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ def score(
     """Evaluate the first ``num_samples`` samples (None: all) with ``topk`` experts (collective).
 
     The same samples are scored each time, each once, with any micro-batch size and number of ranks, so
-    that the losses of two evaluations can be compared.  If the last micro-batches are not full, the
-    padding is not counted.  Neither are the first ``unscored(i)`` labels of sample ``i``.
+    that the losses of two evaluations can be compared.  If the last micro-batches are not full, the padding
+    is not counted, and nor are the first ``unscored(i)`` labels of sample ``i``.
 
     ``stop`` is called from time to time; if it returns True (on all ranks), the rest is skipped.
     """
@@ -268,7 +268,7 @@ def _counted(
     place: RankPlace,
     unscored: Callable[[int], int] | None,
 ) -> Iterator[Batch]:
-    """The same micro-batches, without the labels of what only fills them up, or is not to be scored."""
+    """The same micro-batches, without the labels of padding and of tokens that are not to be scored."""
     for number, (tokens_BS, labels_BS) in enumerate(batches):
         first = (number * place.data_size + place.data_rank) * micro_batch_size
         labels_BS[max(scored - first, 0) :] = _UNCOUNTED
@@ -279,8 +279,8 @@ def _counted(
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-    """One JSON object on one line, floats so that they read back equal; what JSON has no number for (nan,
-    inf) is null.
+    """One JSON object on one line. Floats can be read back exactly; nan and inf, which JSON does not have,
+    become null.
     """
     plain = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -306,9 +306,8 @@ class MetricsFile:
             raise self._unwritable(error) from error
 
     def cut_after(self, step: int) -> None:
-        """Take out the lines of later steps, and a last line that a kill left half-written; atomic.
-
-        What is taken out is kept in ``metrics-earlier.jsonl``, where what was taken out before stays.
+        """Atomically remove the lines of later steps, and a last line that a kill left half-written. Removed
+        lines are added to ``metrics-earlier.jsonl``.
         """
         self._file.close()
         try:
@@ -321,7 +320,7 @@ class MetricsFile:
                     earlier.writelines(line for line in whole if not _is_kept(line, step))
                     earlier.flush()
                     os.fsync(earlier.fileno())
-            files.write_bytes(self.path.resolve(), b"".join(kept), durable=True)  # a link stays one
+            files.write_bytes(self.path.resolve(), b"".join(kept), durable=True)  # a link stays a link
             self._file = self.path.open("a")
         except OSError as error:
             raise self._unwritable(error) from error

@@ -223,7 +223,7 @@ class Run:
             )
 
     def restore(self, meta: dict[str, Any], folder: Path | None) -> None:
-        """Judge steps as the run did that wrote the checkpoint in ``folder``."""
+        """Continue to judge steps like the run that wrote the checkpoint in ``folder``."""
         try:
             self.recovery.restore(meta)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -278,7 +278,7 @@ class Run:
     def evaluate(self, split: str, step: int) -> None:
         """Score a split, if there is one, after ``step`` steps with the k that the next step would have.
 
-        Raises GivenUp where the launcher has died meanwhile.
+        Raises GivenUp if the launcher has died meanwhile.
         """
         dataset = self.splits.valid if split == "valid" else self.splits.test
         if dataset is None:
@@ -334,7 +334,7 @@ class Run:
         self.tell("save", step, folder=str(folder), seconds=round(taken, 3), waited=round(waited, 3))
 
     def tell(self, event: str, step: int, **facts: Fact) -> None:
-        """Tell all hooks of an event."""
+        """Report an event to all hooks."""
         for hook in self.hooks:
             hook.on_event(event, step, **facts)
 
@@ -347,9 +347,7 @@ class Run:
         return self.remedy()
 
     def remedy(self) -> str:
-        """What to do when the weights are lost: the newest checkpoint that is known to be good is the way
-        back.
-        """
+        """What to do when the weights are lost: continue from the newest checkpoint known to be good."""
         run_dir, steps = self.config.logging.run_dir, self.folders.steps()
         proved = self.folders.back_to_proved()
         back = f"continue after step {proved or steps[-1]} with --load {run_dir}" if steps else "start again"

@@ -48,7 +48,8 @@ def open_samples(
     """
     needed = samples_needed(config, world_size)
     mixes = mixes_of(config.data, step=step)
-    config = replace(config, data=settled(config.data, mixes))  # the run's config.yaml says it all
+    # the run's config.yaml then needs no other file
+    config = replace(config, data=settled(config.data, mixes))
     builder = Builder(
         config.data,
         seq_length=config.model.seq_length,

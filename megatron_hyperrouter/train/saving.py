@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.engines.base import Engine
     from megatron_hyperrouter.guard.stopping import StopRequest
 
-_STARTED = time.monotonic()  # of the program, near enough: it imports this before it reads any data
-_EVERY = 30.0  # minutes between saves of a run that says nothing of them
+_STARTED = time.monotonic()  # start of the program, nearly: this is imported before any data are read
+_EVERY = 30.0  # minutes between saves, if the settings do not say
 _NONE = -1  # no step
 
 
@@ -119,13 +119,13 @@ class Saving:
             self.settle(step)
 
     def keep(self, step: int) -> None:
-        """The checkpoint of this step, which was just begun or saved, is not to be removed."""
+        """Never remove the checkpoint of this step, which was just begun or saved."""
         self._to_keep.add(step)
         if step in self.folders.steps():
             self.folders.keep_newest_until(step)
 
     def poll(self) -> None:
-        """Tell of what was published meanwhile."""
+        """Report the checkpoints that were published meanwhile."""
         for step, folder in self._writer.published():
             if step in self._to_keep:
                 self.folders.keep_newest_until(step)
@@ -151,7 +151,7 @@ class Saving:
         self._save_now(step)
 
     def close(self) -> None:
-        """The run ends, in whatever way."""
+        """Close the saving, however the run ends."""
         self._writer.close()
 
     def _save_now(self, step: int) -> None:

@@ -49,7 +49,7 @@ class SampleWriter:
             going = [number for number, end in enumerate(ends) if end < self.length]
             if not going:
                 break
-            # what is behind a position does not reach it, so the rest of a row may hold anything
+            # a position does not see later ones, so the rest of a row may contain anything
             logits_PSV = engine.logits(ids_PS, topk=topk)
             for number in going:
                 last_V = logits_PSV[number, ends[number] - 1, : self.vocab_size]

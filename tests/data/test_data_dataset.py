@@ -280,7 +280,7 @@ def test_no_training_data_is_refused():
 
 
 def test_a_blend_with_weights_needs_a_number_of_samples(three):
-    with pytest.raises(ValueError, match="needs a number of samples"):
+    with pytest.raises(ValueError, match="num_samples must be given"):
         ours(DataConfig(train_data_path=("1", three[0], "2", three[1])), (None, 0, 0))
 
 

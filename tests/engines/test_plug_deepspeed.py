@@ -328,7 +328,7 @@ def test_a_pass_whose_tokens_have_not_arrived_is_refused() -> None:
     moe(torch.randn(T, D))
     with pytest.raises(
         ValueError,
-        match=r"layer 4: forward pass 2, but arrive\(\) was called only 1 times since .*call it before",
+        match=r"layer 4 begins forward pass 2, but arrive\(\) was called only 1 times since .*call it before",
     ):
         moe(torch.randn(T, D))
 

@@ -55,10 +55,10 @@ def sample_index(
     rows[1 : inside + 1, 1] = boundaries[:inside] - (ends - lengths)[documents[:inside]]
     if inside < num_samples:
         before = int(ends[-1]) if len(ends) else 0
-        # only a last sample that is shorter than the others can be left
+        # only the last sample can be left, and only if it is shorter than the others
         if inside < num_samples - 1 or before < num_tokens:
             raise ValueError(f"the documents in document_index hold {before} tokens, not {num_tokens}")
-        # As megatron-core, in the last document even if it is empty; but not at token -1 of it.
+        # As in megatron-core: the last document, even if it is empty, but never token -1 of it.
         last = len(lengths) - 1 if lengths[-1] >= extra else int(np.flatnonzero(lengths)[-1])
         rows[-1] = last, lengths[last] - extra
     return rows
@@ -152,7 +152,7 @@ def _check_size(size: int) -> None:
 
 
 def _permute(values: Words, size: int, key: int) -> Words:
-    """A Feistel network over the bits that ``size`` needs; what falls outside goes through it again."""
+    """A Feistel network over the bits that ``size`` needs; values that fall outside pass through it again."""
     _check_size(size)
     bits = max(1, (size - 1).bit_length())
     low_bits = np.uint64(bits - bits // 2)

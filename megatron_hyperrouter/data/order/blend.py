@@ -19,7 +19,7 @@ from megatron_hyperrouter.config.derived import split_shares
 from megatron_hyperrouter.config.schedules.mixes import prefixes_and_weights
 from megatron_hyperrouter.errors import ConfigError, Problem
 
-# samples that megatron-core builds over those that a set's weight asks for; they change the number of epochs
+# samples that megatron-core adds to a set's share; they may change the number of epochs
 _SURPLUS = 0.005
 _PIECE = 2**20  # samples
 
@@ -79,16 +79,16 @@ def split_documents(split: str, num_documents: int) -> tuple[range, range, range
 
 
 def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[int, tuple[int, ...]]:
-    """Samples in a blend of at least ``num_samples``, and how many each set is built with (a little over its
-    part).
+    """Samples in a blend of at least ``num_samples``, and the number for which each set is built (slightly
+    more than its share).
     """
     parts = [math.ceil(num_samples * weight) for weight in weights]
     return sum(parts), tuple(math.ceil(part * (1 + _SURPLUS)) for part in parts)
 
 
 def set_counts(sets: npt.NDArray[np.int16], count: int) -> list[int]:
-    """How many samples of a blend each of its ``count`` sets gives; in pieces, because NumPy counts in a copy
-    four times as large.
+    """How many samples of a blend each of its ``count`` sets gives; counted in pieces, because NumPy makes a
+    copy that is four times as large.
     """
     total = np.zeros(count, np.int64)
     for begin in range(0, len(sets), _PIECE):

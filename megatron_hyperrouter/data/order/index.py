@@ -76,7 +76,7 @@ class Implementation(Protocol):
 
 
 def _available() -> Mapping[str, Implementation]:
-    """The best one first."""
+    """The fastest one comes first."""
     found: dict[str, Implementation] = {}
     try:
         from megatron_hyperrouter.data import _index

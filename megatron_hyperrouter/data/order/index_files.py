@@ -111,7 +111,7 @@ class IndexCache:
 
 
 def file_identity(path: Path) -> CacheKey:
-    """What changes when a file does: its name, size, time of change, and a digest of its first and last
+    """What identifies a version of a file: name, size, time of change, and a digest of its first and last
     bytes.
     """
     try:
@@ -131,7 +131,7 @@ def file_identity(path: Path) -> CacheKey:
 def _build(path: Path, key: CacheKey, names: Names, build: Callable[[], NamedArrays]) -> Arrays:
     """Make the arrays and put them in place; only the holder of the lock comes here."""
     mine = f".{path.stem}.{socket.gethostname()}-"
-    for dead in path.parent.glob(f"{mine}*.partial"):  # a machine's other builders would hold the lock
+    for dead in path.parent.glob(f"{mine}*.partial"):  # any other builder on this machine would hold the lock
         dead.unlink(missing_ok=True)
     partial = path.with_name(f"{mine}{os.getpid()}.partial")
     try:
@@ -143,8 +143,8 @@ def _build(path: Path, key: CacheKey, names: Names, build: Callable[[], NamedArr
 
 
 def _write(path: Path, key: CacheKey, arrays: NamedArrays) -> None:
-    """Not forced to the disk: what a crash of the machine leaves shows in the checksums,
-    and is built again.
+    """Not synced to disk: after a crash of the machine, the checksums reveal a damaged file, which is then
+    built again.
     """
     entries: list[dict[str, Any]] = []
     # of the header, which is known last
@@ -256,7 +256,8 @@ def _is_sound(stream: Any, entry: _Entry) -> bool:
     stream.seek(entry.start)
     while left:
         wanted = min(left, _CHUNK)
-        if stream.readinto(buffer[:wanted]) != wanted:  # regular files are never read in part
+        # one read of a regular file returns all requested bytes
+        if stream.readinto(buffer[:wanted]) != wanted:
             return False
         crc, left = zlib.crc32(buffer[:wanted], crc), left - wanted
     return crc == entry.crc32

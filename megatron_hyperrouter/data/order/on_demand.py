@@ -32,7 +32,7 @@ from megatron_hyperrouter.errors import DataError
 
 Made = TypeVar("Made")
 
-BLOCK = 2048  # documents; part of what the order is, as is the next number
+BLOCK = 2048  # documents; this number and the next one are part of the order's definition
 REGION = 64  # blocks
 _BLOCKS, _DOCUMENTS, _SAMPLES = range(3)  # what a key is for
 _EPOCHS_KEPT, _REGIONS_KEPT = 2, 3  # a sample may end in the next region, and threads read ahead
@@ -109,7 +109,8 @@ class OnDemandOrder:
         self._num_samples = whole if num_samples is None else num_samples
         self._epochs: _Recent[Epoch] = _Recent(_EPOCHS_KEPT)
         self._regions: _Recent[Region] = _Recent(_REGIONS_KEPT)
-        self._window: SampleWindow | None = None  # of the last sample; most of the next ones are of the same
+        # that of the last sample; most of the next samples have the same one
+        self._window: SampleWindow | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -119,7 +120,7 @@ class OnDemandOrder:
         """The position of sample ``i``.  IndexError outside 0 .. len - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} is out of range: there are {len(self)} samples")
-        window = self._window  # once: another thread may put its own in place
+        window = self._window  # read once: another thread may replace it
         if window is None or not window.first <= i < window.until:
             window = self._window = self._make_window(i)
         sample = window.first + self._impl.permuted(i - window.first, window.until - window.first, window.key)
@@ -241,14 +242,14 @@ class OnDemandOrder:
 
 
 class _Recent(Generic[Made]):
-    """The last few things that were made; several threads that need the same one make it once."""
+    """The most recent values; if several threads need the same one, it is computed only once."""
 
     def __init__(self, kept: int) -> None:
         self._kept, self._lock = kept, threading.Lock()
         self._made: OrderedDict[Hashable, Made] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """The one of that key."""
+        """The value for that key."""
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()

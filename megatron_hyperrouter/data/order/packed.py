@@ -77,12 +77,11 @@ def pack(
 def best_fit(counts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
     """The sample of each item, longest first, given how many have each size; samples contain ``length``.
 
-    Items of one size are placed together: samples of equal room take as many of them as they hold, one sample
-    after another.
+    Items of one size are placed together: samples with the same remaining space are filled one after another.
     """
     samples = np.empty(int(counts.sum()), np.int64)
-    rooms: list[int] = []  # that some sample has, rising
-    having: dict[int, list[npt.NDArray[np.int64]]] = {}  # room -> samples
+    rooms: list[int] = []  # remaining spaces that some sample has, ascending
+    having: dict[int, list[npt.NDArray[np.int64]]] = {}  # remaining space -> samples
     opened = placed = 0
 
     def keep(numbers: npt.NDArray[np.int64], room: int) -> None:

@@ -128,10 +128,10 @@ def order_of(
     seed: int,
     impl: Implementation | None = None,
 ) -> Iterator[tuple[str, Integers]]:
-    """The arrays of the order that was planned, by the names of :class:`SampleOrder`; each is forgotten as
-    soon as it can be.
+    """The arrays of the order that was planned, by the names of :class:`SampleOrder`; each is released as
+    soon as possible.
     """
-    random_state = np.random.RandomState(seed)  # drawn from by documents first, samples second
+    random_state = np.random.RandomState(seed)  # draws the order of documents first, then that of samples
     kind = np.int32 if documents.stop < 2**31 else np.int64
     order = index.document_index(
         np.arange(documents.start, documents.stop, dtype=kind),

@@ -75,7 +75,7 @@ class Journal:
     def close(self, *, remove: bool) -> None:
         """Release the lock; ``remove``: nothing is left to continue with."""
         if remove:
-            with suppress(OSError):  # one that stays is understood by the next run
+            with suppress(OSError):  # if it stays, the next run can handle it
                 Path(self.path).unlink()
         with suppress(OSError):  # a full disk refuses the last line once more
             self._stream.close()

@@ -48,7 +48,7 @@ class Manifest:
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:
     """Write it next to the pair, atomically; raises DiskRefused."""
-    # a path that is not UTF-8 has characters which JSON knows by that very escape alone
+    # JSON can write characters of a path that is not UTF-8 only with this escape
     escaped = "backslashreplace"
     try:
         with replacing(prefix + ENDING) as stream:
@@ -88,7 +88,7 @@ def read_manifest(prefix: str) -> Manifest:
 
 
 def manifest_of(prefix: str) -> Manifest | None:
-    """The manifest of a pair, or None if it has none, as pairs of other programs."""
+    """The manifest of a pair, or None if it has none, like pairs that other programs wrote."""
     return read_manifest(prefix) if os.path.exists(prefix + ENDING) else None
 
 

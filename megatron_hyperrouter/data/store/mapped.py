@@ -41,8 +41,8 @@ class Mapped:
         self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
 
     def read(self, parts: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Parts of the file: from which byte on, and how many.  Of the map where the file under this name is
-        no longer this one.
+        """Parts of the file: from which byte on, and how many.  They come from the map if the file under this
+        name has been replaced.
         """
         try:
             with open(self.path, "rb", buffering=0) as stream:
@@ -62,9 +62,7 @@ class Mapped:
         return found
 
     def let_go(self, begin: int, length: int) -> None:
-        """Count these bytes as this process's memory no longer; they are mapped again when they are next
-        read.
-        """
+        """Stop counting these bytes as memory of this process; the next read maps them again."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             before = max(begin - _AROUND, 0)  # reading a page brings in those around it, too
             start = before // mmap.PAGESIZE * mmap.PAGESIZE
@@ -84,7 +82,7 @@ class Mapped:
         )
 
     def size_now(self) -> int:
-        """Bytes that the file has by now."""
+        """The current size of the file, in bytes."""
         return self._map.size() if self._map is not None else 0
 
 
@@ -100,7 +98,7 @@ class InMemory(Mapped):
         return [self.content[begin : begin + length].tobytes() for begin, length in parts]
 
     def size_now(self) -> int:
-        """All of them, always."""
+        """The number of bytes; it never changes."""
         return len(self.content)
 
 

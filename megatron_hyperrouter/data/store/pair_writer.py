@@ -44,7 +44,7 @@ class Counts:
     words: int = 0  # of the text that the tokens were made from
 
     def as_dict(self) -> dict[str, int]:
-        """For the journal; back with ``Counts(**it)``."""
+        """As a dictionary for the journal; ``Counts(**dictionary)`` restores it."""
         return asdict(self)
 
 
@@ -114,7 +114,7 @@ class PairWriter:
         )
 
     def save(self) -> Counts:
-        """Make durable what is written so far, and say how much that is."""
+        """Sync to disk what is written so far, and return how much that is."""
         with refusing(self.prefix):
             for stream in self._streams.values():
                 stream.flush()
@@ -122,7 +122,7 @@ class PairWriter:
         return self.counts
 
     def close(self) -> None:
-        """Close the files, which stay."""
+        """Close the files without removing them."""
         for stream in self._streams.values():
             try:
                 stream.close()
@@ -197,7 +197,7 @@ def sync_folder(path: str) -> None:
     try:
         os.fsync(folder)
     except OSError:
-        return  # some network file systems know no such thing
+        return  # some network file systems do not support this
     finally:
         os.close(folder)
 

@@ -53,7 +53,7 @@ _DTYPES = {
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 20  # sequences handled at a time: memory stays a few MB whatever the corpus
-_CHECKED = 1 << 16  # sequences checked at a time: what is computed of them stays in a core's cache
+_CHECKED = 1 << 16  # sequences checked at a time: all results stay in a core's cache
 _AGAIN = "rebuild both files with mhr preprocess"
 
 
@@ -142,8 +142,8 @@ class IndexedDataset:
         """Position in ``tokens`` at which each of these sequences begins; for number N, where the last one
         ends.
 
-        Read from the file and not from its map, which would bring in the neighbourhood of each place, and
-        count it as memory. DataError if the numbers fall back or leave ``.bin``.
+        Read from the file, because its map would also load the pages around each position, and count them as
+        memory. DataError if the numbers fall back or leave ``.bin``.
         """
         place, last = _HEADER.size + 4 * len(self), len(self._bin.content)
         wanted = list(sequences)
@@ -274,7 +274,8 @@ class IndexedDataset:
         item, end = self.dtype.itemsize, 0
         for begin in range(0, len(self), _CHECKED):
             few, pointers = self.sizes[begin : begin + _CHECKED], self.pointers[begin : begin + _CHECKED]
-            # Nearly always each begins where the one before it ends, which takes a third of the time to see.
+            # Nearly always each begins where the one before it ends; checking this first takes a third of
+            # the time.
             ends = np.cumsum(few, dtype=np.int64) * item + end
             in_line = pointers[0] == end and np.array_equal(pointers[1:], ends[:-1])
             self._idx.let_go(_HEADER.size + 4 * len(self) + 8 * begin, pointers.nbytes)
@@ -341,7 +342,7 @@ class IndexedWriter:
                 f"dtype = {self.dtype}: must be an integer type of 1 to 8 bytes, but not uint32 or uint64"
             )
         self.num_sequences = self.num_documents = self.num_tokens = 0
-        self._marks: array[int] | None = None  # only once a document holds other than one sequence
+        self._marks: array[int] | None = None  # only once a document does not have exactly one sequence
         self._partial = {ending: Path(f"{self.prefix}.{ending}.partial") for ending in ("bin", "idx")}
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)

@@ -178,8 +178,8 @@ class Builder:
     vocab_size: int
     cache: IndexCache
     impl: Implementation | None = None
-    eod: int | None = None  # the id that ends a document; what packs them needs it
-    tokenizer: Mapping[str, Any] | None = None  # its identity, which that of the data must be; None: any
+    eod: int | None = None  # the id that ends a document; needed for packing
+    tokenizer: Mapping[str, Any] | None = None  # identity of the tokenizer that the data must have; None: any
     stores: dict[str, IndexedDataset] = field(default_factory=dict)
     # file -> the number of samples that its last index was made for
     asked: dict[str, int | None] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from megatron_hyperrouter.config.tree import DataConfig
 from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
 MINDING = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss", "pack_documents")
-_LOOKED_AT, _AMONG = 8, 256  # documents that hold something, and documents among which they are looked for
+_LOOKED_AT, _AMONG = 8, 256  # non-empty documents to examine, and documents to search for them
 _NAMED = 3  # files
 
 

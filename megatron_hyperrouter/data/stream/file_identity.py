@@ -1,8 +1,8 @@
 """Whether the files that a run reads are those of its ledger.
 
 A file is identified by its numbers of documents and tokens, by a digest of some of its bytes, and by the
-checksums in its manifest; not by its name or its times.  Data that was copied, moved or touched continues
-where it was left.  Data that was changed in place is refused.
+checksums in its manifest; not by its name or its times.  If data were copied, moved or touched, the run
+continues after the part already read. Data that were changed in place are refused.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def same_text(found: Identity, files: Mapping[str, Identity | None]) -> str | No
 
 
 def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
-    """Each file that contains the same text as one before it, and which."""
+    """Each file that contains the same text as an earlier one, with that one."""
     names, found = list(files), []
     for number, name in enumerate(names):
         earlier = same_text(files[name], {each: files[each] for each in names[:number]})
@@ -104,8 +104,8 @@ def repeated(files: Mapping[str, Identity]) -> list[tuple[str, str]]:
 def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger:
     """The ledger of a run that continues with ``files`` (prefix -> identity).
 
-    A file that it knows by another prefix, which the run no longer reads, gets its present one.  DataError
-    if a file has the prefix of one in the ledger and is another.
+    If the ledger has a file under a prefix that the run no longer reads, the file gets its present prefix.
+    DataError if a file has a prefix of the ledger but other content.
     """
     recorded = {entry["path"]: entry.get("file") for segment in ledger for entry in segment["sets"]}
     changed = [

@@ -25,7 +25,7 @@ from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
 from megatron_hyperrouter.data.stream.dataset import Dataset
 from megatron_hyperrouter.errors import DataError
 
-_AHEAD = 4  # micro-batches in hand for each worker
+_AHEAD = 4  # micro-batches that each worker reads ahead
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):

@@ -46,9 +46,9 @@ def mixes_of(data: DataConfig, *, step: int = 0) -> tuple[Mix, ...]:
 
 
 def settled(data: DataConfig, mixes: Sequence[Mix]) -> DataConfig:
-    """The settings without need of the schedule's file: its content in place of its name, and its first mix
-    as what is divided by ``--split``, or as what is trained on where validation or test have files of their
-    own, unless the settings name that themselves.
+    """The settings with the content of the schedule in place of the file's name, so that the file is no
+    longer needed. Without ``data_path`` and ``train_data_path``, the first mix becomes ``train_data_path`` if
+    validation or test have separate files, else ``data_path``, which ``--split`` divides.
     """
     if data.data_schedule is None:
         return data

@@ -156,7 +156,7 @@ class RemainingOrder:
 
     def _window(self, i: int) -> tuple[int, int, int, int]:
         """Epoch and region in which sample ``i`` begins, and the samples from and to which begin there."""
-        # from a token of the stream to its place in what is unread
+        # maps a token of the stream to its position among the unread tokens
         shift = self._left - self.unread.following
         epoch, region = self._stream.region_at(i * self._seq_length - shift)
         begin, end = (border + shift for border in self._stream.borders(epoch, region))
@@ -183,13 +183,13 @@ class RemainingOrder:
 
 
 def _runs(unread: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[tuple[int, int]]:
-    """Neighbouring True values, from and to."""
+    """The start and end of each run of neighbouring True values."""
     borders = np.flatnonzero(np.diff(np.concatenate([[False], unread, [False]]).astype(np.int8)))
     return [(int(begin), int(end)) for begin, end in borders.reshape(-1, 2)]
 
 
 def _joined(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Without empty ones, neighbours in one."""
+    """The ranges without empty ones, with neighbouring ones joined."""
     joined: list[tuple[int, int]] = []
     for begin, end in pieces:
         if joined and joined[-1][1] == begin:

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes
     from megatron_hyperrouter.data.store.token_files import IndexedDataset
 
-Mixes = Sequence[tuple[int, tuple[str, ...]]]  # (completed steps from which on, words of --data-path)
+# (completed steps after which the mix begins, words of --data-path)
+Mixes = Sequence[tuple[int, tuple[str, ...]]]
 
 
 class RemainingDataset:
@@ -185,7 +186,7 @@ def build_training_samples(
             )
     else:
         last = None
-    for segment in past:  # but for files that are not read any more, which may be gone
+    for segment in past:  # except for files that are no longer read, which may be gone
         _replay(
             {**segment, "sets": [entry for entry in segment["sets"] if entry["path"] in files]}, builder, sets
         )
@@ -306,7 +307,7 @@ def splits_of_run(
     valid_samples: int,
     test_samples: int,
 ) -> Splits:
-    """As ``build_splits``, with the course of a run for training."""
+    """Like ``build_splits``, but with the training samples of the whole run."""
     course = build_training_samples(builder, mixes, ledger, step=step, train_iters=train_iters, sizes=sizes)
     _warn_of_shared(builder, course.files(), valid_samples, test_samples)
     return Splits(course, builder.build(1, valid_samples), builder.build(2, test_samples))
@@ -334,7 +335,7 @@ def _warn_of_shared(
 
 
 def _settings(builder: Builder, words: Sequence[str], sizes: BatchSizes) -> dict[str, Any]:
-    """What orders the samples of a segment."""
+    """The settings that determine the order of samples in a segment."""
     return {
         "mix": list(words),
         "split": builder.data.split if builder.data.data_path else None,

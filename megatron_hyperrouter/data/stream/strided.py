@@ -54,7 +54,9 @@ class StridedDataset:
         return sample
 
     def unscored(self, i: int) -> int:
-        """How many of the first labels of window ``i`` count nowhere: another window has scored them."""
+        """How many of the first labels of window ``i`` are not scored, because another window has scored
+        them.
+        """
         return 0 if self._windows[i][2] else self.seq_length - self.stride
 
 

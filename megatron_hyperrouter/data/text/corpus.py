@@ -45,7 +45,7 @@ class BadLine(DataError):
 
 @dataclass(frozen=True, slots=True)
 class ReadPosition:
-    """A place between two batches."""
+    """A position between two batches."""
 
     source: int = 0  # number of the input, from 0
     offset: int = 0  # bytes of the decompressed file before it, or rows of a Parquet file
@@ -210,7 +210,8 @@ def _json_batches(source: _InputStretch, place: ReadPosition) -> Iterator[TextBa
     in it.
     """
     offset, number = place.offset, place.line
-    inside = source.low > offset  # of the file: the line that holds the byte before is of the part before
+    # of the file: the line that contains the byte before this one belongs to the previous part
+    inside = source.low > offset
     if inside:
         offset, number = source.low - 1, 0
     high = None if is_compressed(source.path) or source.high >= source.size else source.high

@@ -217,7 +217,7 @@ def kind_of(path: str) -> Kind:
     """JSON lines, plain text or Parquet, as its name says; a file with another name is JSON where the text
     starts with ``{``.
 
-    DataError for a file that begins as something else.
+    DataError if its first bytes show another kind.
     """
     raw = _raw_head(path)
     name = Path(path)

@@ -37,10 +37,10 @@ def refusal(error: OSError, path: str, instead: str) -> tuple[str, str]:
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A binary file to write, that takes the name ``path`` when the block ends well and vanishes when it does
-    not.
+    """A binary file to write. If the block succeeds, the file gets the name ``path``; otherwise it is
+    removed.
 
-    DataError if the disk refuses, or where the name is that of something else than a file.
+    DataError if the disk refuses, or if ``path`` exists and is not a file.
     """
     if not Path(path).name or (os.path.exists(path) and not os.path.isfile(path)):
         raise DataError(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 
 END_OF_TEXT = "<|endoftext|>"
-MOST_IDS = 1 << 24  # a larger id is a damaged file: tables with one entry for each id would fill the memory
+# a larger id means a damaged file: tables with one entry for each id would fill the memory
+MOST_IDS = 1 << 24
 
 
 class Tokenizer(ABC):

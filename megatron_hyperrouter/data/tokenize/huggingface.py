@@ -210,7 +210,7 @@ def _backend_of(files: TokenizerFiles) -> Backend:
     except ImportError as error:
         message = "HuggingFaceTokenizer needs the library tokenizers"
         raise HostError(message, remedy="run bash tools/setup_env.sh") from error
-    with _library_errors(f"{files.model[0]}: the library tokenizers cannot read this file"):
+    with _library_errors(f"{files.model[0]}: this is not a tokenizer file"):
         backend = (
             Library.from_file(str(files.model[0])) if len(files.model) == 1 else _of_vocab_and_merges(files)
         )
@@ -248,8 +248,8 @@ def _of_vocab_and_merges(files: TokenizerFiles) -> Backend:
 
 
 def is_library_error(error: BaseException) -> bool:
-    """Whether a library written in Rust may have raised it: any Exception, or
-    PanicException, which is none.
+    """Whether a library written in Rust may have raised it: any Exception, or PanicException, which is not an
+    Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 

@@ -139,7 +139,7 @@ class Saved:
     place: ReadPosition = field(default_factory=ReadPosition)
     position: int = 0
     pairs: tuple[tuple[Counts, FileSum], ...] = ()
-    complete: bool = False  # all is encoded; only names are to be given
+    complete: bool = False  # everything is encoded; only the final names are missing
     left_out: int = 0
     first_left_out: str = ""
 
@@ -273,7 +273,7 @@ class _Preprocessing:
             remove_partial(prefix)
 
     def _check_inputs(self) -> None:
-        """InputChanged where another program has written to an input since: what was read is not known."""
+        """InputChanged if another program has written to an input since then: it is unknown what was read."""
         for was in self._files:
             now = facts_of(was[0])
             if now != was:
@@ -289,8 +289,8 @@ class _Preprocessing:
         self.saved = saved
 
     def _usable(self, record: dict[str, Any]) -> Saved | None:
-        """What a record says, where the files contain it; a complete run's tokens may have
-        their name already.
+        """The content of a record, if the files contain all of it; the tokens of a complete run may already
+        have their final name.
         """
         saved = saved_of(self._journal.path, record, len(self._job.settings.keys))
         pairs = zip(self._job.prefixes(), saved.pairs, strict=True)

@@ -91,7 +91,7 @@ class DeepSpeedEngine(SharedEngine):
         mpu = tensor.ModelParallelUnit() if spread and self.stages == 1 else None
         host, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings, mpu=mpu)
         if self._zero_stage == 0 and self.place.world_size == 1:
-            host.enable_backward_allreduce = False  # it would copy each gradient twice, to add up nothing
+            host.enable_backward_allreduce = False  # it would copy each gradient twice and sum nothing
         return host
 
     def _place_without_optimizer(self) -> None:
@@ -164,8 +164,8 @@ class DeepSpeedEngine(SharedEngine):
                 self.model(self.arrive(tokens_BS), labels_BS)
 
     def _with_known_tokens(self, held: list[Batch]) -> list[Batch]:
-        """The same tokens, which the layers of every stage now know; DeepSpeed gives them only to the
-        first and the last stage.
+        """The same tokens; the layers of every stage then know them. DeepSpeed gives them only to the first
+        and the last stage.
         """
         return [
             (self.arrive(tokens_BS.to(self.device, non_blocking=True)), labels_BS)

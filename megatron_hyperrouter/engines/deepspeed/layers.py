@@ -68,7 +68,7 @@ class Block(TransformerLayer):
 
     def __init__(self, run: RunConfig, config: TransformerConfig, submodules: Any, layer_number: int) -> None:
         super().__init__(config, submodules, layer_number=layer_number)
-        # megatron-core takes every layer that is not its own MoE layer for a dense one.
+        # megatron-core treats every layer other than its own MoE layer as dense.
         if not isinstance(self.mlp, MLP):
             self.recompute_mlp = False
         self.recompute = run.train.recompute_granularity == "full"
@@ -92,7 +92,7 @@ class Block(TransformerLayer):
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors; where the output matrix is tied to the embedding, also the output."""
+    """Token ids to vectors; also the output layer, if the output matrix is tied to the embedding."""
 
     def __init__(self, run: RunConfig, config: TransformerConfig, vocab_size: int, tied: bool) -> None:
         super().__init__()
@@ -134,9 +134,7 @@ class Output(nn.Module):
 
 
 class Sequence(nn.Module):
-    """The layers one after the other, for what PipelineModule refuses (ZeRO-2) or does not need (one
-    stage).
-    """
+    """The layers one after the other: where PipelineModule is refused (ZeRO-2) or not needed (one stage)."""
 
     def __init__(self, layers: list[LayerSpec], loss: LanguageModelLoss) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ _BUCKET_OF_A_RANK = 1 << 20
 
 
 def zero_stage(config: RunConfig, *, world_size: int) -> int:
-    """The stage that DeepSpeed runs.  One process has nothing to share out: in float32, ZeRO would only copy
+    """The stage that DeepSpeed runs.  With one process there is nothing to divide: in float32, ZeRO would
+    only copy
     each gradient three times and keep a second copy of each weight.
 
     Runs with a DeepSpeed file of their own, or with separate experts, keep the stage of the settings.
@@ -27,7 +28,7 @@ def zero_stage(config: RunConfig, *, world_size: int) -> int:
 def bucket_numbers(largest_group: int, data_parallel_size: int) -> int:
     """Numbers in ZeRO's buffer for gradients.  DeepSpeed reduces a larger gradient in its own memory.
 
-    As in Megatron-LM, more ranks get larger buckets, since a message then takes more hops.
+    As in Megatron-LM, more ranks get larger buckets, because a message then takes more hops.
     """
     return min(largest_group, LARGEST_BUCKET, _BUCKET_OF_A_RANK * data_parallel_size)
 
@@ -54,7 +55,7 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": global_batch // (train.micro_batch_size * data_parallel_size),
         "gradient_clipping": config.optimizer.clip_grad if stage else 0.0,  # without ZeRO: optimizer.Clipper
-        "steps_per_print": 10**9,  # the console is ours
+        "steps_per_print": 10**9,  # this project writes to the console itself
         "bf16": {"enabled": train.bf16},
         "zero_optimization": _zero(stage, bucket),
         # torch's AdamW, not one of the optimizers that DeepSpeed compiles.

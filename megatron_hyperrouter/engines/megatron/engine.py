@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class MegatronEngine(SharedEngine):
-    """Serves ``engines.base.Engine``."""
+    """Implements ``engines.base.Engine``."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class MegatronEngine(SharedEngine):
         for_training: bool = True,
         classifier: Classifier | None = None,
     ) -> None:
-        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the one that ends a document;
-        ``classifier``: what takes the place of the output matrix.
+        """``vocab_size``: ids of the tokenizer, before padding; ``eod``: the id that ends a document;
+        ``classifier``: replaces the output matrix.
         """
         self._found_world = dist.is_initialized()
         super().__init__(config, _join(config), eod=eod, classifier=classifier)
@@ -136,7 +136,7 @@ class MegatronEngine(SharedEngine):
 
     def _schedule(self, batches: list[Batch], *, forward_only: bool) -> None:
         held = [self._on_this_rank(batch) for batch in batches]
-        iterators = [iter(held) for _ in self.wrapped]  # each chunk reads its own
+        iterators = [iter(held) for _ in self.wrapped]  # each chunk reads from a separate iterator
         several = len(self.wrapped) > 1
         self._forward_backward(
             forward_step_func=self._forward_step,
@@ -221,7 +221,7 @@ class MegatronEngine(SharedEngine):
         host_state.load_format_1(self.optimizer, state, layers=self.config.engine.transformer_impl)
 
     def close(self) -> None:
-        """Leave the process groups; those that stood before this engine stay."""
+        """Leave the process groups, except those that existed before this engine."""
         forget_groups()
         if not self._found_world and dist.is_initialized():
             dist.destroy_process_group()

@@ -95,13 +95,13 @@ class LossGPT(GPTModel):
             self.output_layer.__class__ = OutputLayer
 
     def forward(self, *arguments: Any, **more: Any) -> Tensor:
-        """As the host's, which asks for the losses of multi-token prediction first."""
+        """Like the host's method, but asks for the losses of multi-token prediction first."""
         self._ahead = self.config.mtp_num_layers or 0
         result: Tensor = super().forward(*arguments, **more)
         return result
 
     def compute_language_model_loss(self, labels_BS: Tensor, output: Projection | Tensor) -> Tensor:
-        """In place of the host's loss of each token; one that multi-token prediction adds is a mean."""
+        """Replaces the host's loss of each token; a loss that multi-token prediction adds is a mean."""
         if self._ahead == 0:
             return self._loss(output, labels_BS)
         self._ahead -= 1

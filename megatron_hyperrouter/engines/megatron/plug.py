@@ -19,8 +19,7 @@ from megatron_hyperrouter.routers.options import router_class
 
 RouterBuilder = Callable[..., MegatronRouter]
 
-# Fields that describe how the stock router chooses; ours would not do what they ask. The values are the
-# defaults.
+# Fields that describe how the stock router chooses, which our routers do not support; with their defaults.
 _STOCK_ONLY: tuple[tuple[str, object], ...] = (
     ("moe_router_score_function", "softmax"),
     ("moe_router_num_groups", None),

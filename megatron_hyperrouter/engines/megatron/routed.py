@@ -64,7 +64,7 @@ class RoutedMoELayer(MoELayer):
         return output if shared is None else output + shared, None
 
     def _routed(self, hidden_states: Tensor, *more: Any, **kwargs: Any) -> Any:
-        """All of these vectors are tokens."""
+        """Without padding: every vector is a token."""
         router = self.router
         if isinstance(self.experts, GroupedExperts) and self.config.moe_token_dispatcher_type == "alltoall":
             if self.moe_layer_recompute and self.training:
@@ -131,8 +131,8 @@ class RoutedMoELayer(MoELayer):
         return all_GTL[:, first : first + x_TD.size(0)].transpose(0, 1).flatten(1)
 
     def _refuse(self) -> None:
-        """ValueError for settings of your own model with which a given decision would be lost, or an
-        output be more than an expert's.
+        """HostError for settings of your own model that would ignore a given decision, or add something to an
+        expert's output.
         """
         found = {
             "moe_shared_expert_overlap": self.shared_expert_overlap,

@@ -1,4 +1,4 @@
-"""Saving and loading for both engines; each engine only adds the numbers of its optimizer."""
+"""Saving and loading for both engines; each engine only adds the state of its optimizer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class SavedEngine(ABC):
         step = 0
         if (folder / MANIFEST).is_file():
             step = int(read_manifest(folder)["step"])
-            self.go_to(step)  # an evaluation may follow, of a router that goes by the step
+            self.go_to(step)  # an evaluation may follow, and a router may depend on the step
         self.take_weights_over()
         if not weights_only and index is None:
             self._load_format_1(folder)

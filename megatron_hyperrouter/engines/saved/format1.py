@@ -45,7 +45,7 @@ def read_state(
                 "add --trust-checkpoint if you trust its author, or load only the weights with --finetune"
             ),
         )
-    if stacked:  # DeepSpeed's rows would be taken in another order, without a word
+    if stacked:  # DeepSpeed's rows would silently be read in another order
         raise CheckpointError(
             f"{folder} has format 1, whose optimizer state lists the experts separately",
             remedy="add --no-moe-grouped-gemm until this run has saved its first checkpoint",
@@ -71,7 +71,7 @@ def read_state(
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # torch's reader raises whatever a damaged pickle provokes
+    except Exception as error:  # for a damaged pickle, torch's reader may raise anything
         raise CheckpointError(
             f"{path} cannot be read: {error!r}", remedy="load an older checkpoint of this run"
         ) from error

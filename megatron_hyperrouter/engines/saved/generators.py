@@ -71,13 +71,13 @@ def _layout(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _seed_at(seed: int, step: int) -> int:
-    """Far from the seeds of other steps: those of places differ by small numbers."""
+    """A seed that is far from those of other steps, because the seeds of ranks differ by small numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "big") >> 2
 
 
 def _set(states: dict[str, Any]) -> None:
     torch.set_rng_state(_tensor_of(states["torch"]))
-    if tracker := states["tracker"]:  # none in a run that seeded no tracker
+    if tracker := states["tracker"]:  # missing if the run seeded no tracker
         set_dropout_states({name: _tensor_of(text) for name, text in tracker.items()})
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(_tensor_of(states["cuda"]))

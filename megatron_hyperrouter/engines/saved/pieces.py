@@ -39,7 +39,9 @@ class StatePiece:
         return self.start + len(self.fields[MASTER])
 
     def by_matrix(self) -> Iterator[StatePiece]:
-        """Itself; of a parameter that stacks the matrices of several experts, the part of each matrix."""
+        """The piece itself; for a parameter that stacks the matrices of several experts, one piece for each
+        matrix.
+        """
         names = matrix_names(self.name)
         if not names:
             yield self
@@ -132,8 +134,8 @@ def weights(holding: Holding) -> Iterator[tuple[str, Tensor]]:
 
 
 def share(name: str, count: int, *, spread: bool = False) -> tuple[int, int]:
-    """Which of its ``count`` numbers of a tensor this rank writes: every number of the whole has one such
-    rank.
+    """Which of its ``count`` values of a tensor this rank writes: each value of the whole tensor is written
+    by exactly one rank.
 
     Numbers that all data-parallel ranks have are written by all of them in equal parts; ``spread``: no two of
     them have the same numbers.

@@ -43,7 +43,7 @@ class Family:
     group_best: int | None = None  # experts by which it judges a group; None: it has no groups
 
     def reasons(self, run: RunConfig, options: Any, topk: int) -> list[str]:
-        """Why it does not compute this run's model; empty if it does."""
+        """Why this class does not compute the run's model; empty if it does."""
         flags = unfollowed(run, self.settings)
         found = [f"does not support {', '.join(flags)}"] if flags else []
         if options.groups is not None and self.group_best is None:
@@ -107,7 +107,7 @@ def whole_shared_experts(run: RunConfig) -> Iterator[str]:
 
 
 def deepseek_fields(run: RunConfig, options: Any) -> dict[str, Any]:
-    """What the classes after DeepSeek's have."""
+    """The fields of DeepSeek's classes and of those derived from them."""
     groups, width = options.groups, expert_width(run)
     return {
         "n_routed_experts": run.model.num_experts,

@@ -53,7 +53,7 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides which tensors a model has."""
+    """The sizes and settings that determine which tensors a model has."""
 
     num_experts: int
     heads: Heads

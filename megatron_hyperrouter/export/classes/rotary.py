@@ -1,4 +1,4 @@
-"""Rotary positions in the words of ``config.json``, both ways."""
+"""Converts settings of rotary positions to ``config.json`` and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROTARY_SETTINGS = (  # that every class follows through ``rope_parameters``
     "rope_type rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale "
     "mscale_all_dim use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor"
 ).split()
-# Llama 3.1's constants, which are fixed here and on the other side settings.
+# Llama 3.1's constants: fixed in this program, settings in transformers.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -33,7 +33,7 @@ def rope_parameters(run: RunConfig) -> dict[str, Any]:
             "beta_fast": attention.beta_fast,
             "beta_slow": attention.beta_slow,
             **strengths,
-            # follows from both strengths; classes of transformers disagree on how where one of them is 0
+            # follows from both strengths; if one of them is 0, classes of transformers disagree on it
             "attention_factor": concentration(run),
         }
     if attention.rotary_seq_len_interpolation_factor:

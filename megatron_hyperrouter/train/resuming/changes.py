@@ -26,7 +26,7 @@ _COURSE = (Role.DATA, Role.COURSE, Role.SCHEDULE, Role.NOISE)
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that was one thing and is another."""
+    """A setting whose value has changed."""
 
     leaf: Leaf
     before: Any
@@ -55,7 +55,9 @@ def changes_of_course(saved: str, config: RunConfig, *, step: int) -> list[str]:
 
 
 def _changes(saved: str, config: RunConfig) -> Iterator[Change]:
-    """Every setting that differs, except for paths; what an older version did not know had its default."""
+    """Every setting that differs, except for paths. A setting that an older version did not have counts as
+    its default.
+    """
     before, now = _flat(saved), _flat(dump(config))
     if not before:  # a checkpoint of an older version
         return
@@ -72,7 +74,9 @@ def _changes(saved: str, config: RunConfig) -> Iterator[Change]:
 
 
 def _chosen_by_size(config: RunConfig) -> dict[str, Any]:
-    """Of options that may be left open, by flat name, what that means in a model of this size."""
+    """For options that may be left open, by flat name: the value that this implies for a model of this
+    size.
+    """
     chosen = getattr(config.router.options, "chosen_by_size", None)
     if chosen is None or config.model.num_experts is None:
         return {}

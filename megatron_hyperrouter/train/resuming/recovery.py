@@ -35,7 +35,7 @@ class Recovery:
         self.good_until: int | None = None  # see Alarms
 
     def takes_part(self, step: int) -> bool:
-        """False for a step that is only read."""
+        """False for a step whose data are read but not trained on."""
         return step not in self._bad.skipped
 
     def accept(self, result: StepResult) -> bool:
@@ -82,7 +82,7 @@ class Recovery:
         console.warn(f"{words}; the step is skipped")
 
     def meta(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """The state for the checkpoint."""
         return {"bad_steps": self._bad.state(), "alarms": self._alarms.state()}
 
     def restore(self, meta: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: M
 
 
 def _refuse_other_growth(start: Start, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """The size of a batch that grows, and its learning rate, follow from all steps before."""
+    """A growing batch size and its learning rate depend on all earlier steps."""
     lines = list(differences("order", saved, ours))
     growing = saved.get("order", {}).get("rampup_batch_size") or ours["order"]["rampup_batch_size"]
     if growing and (lines := [line for line in lines if "batch-size" in line]):

@@ -41,7 +41,7 @@ def with_own_schedule(config: RunConfig, start: Start) -> RunConfig:
         )
     scheduled = {*names_with(Role.SCHEDULE), *_MORE} & {field.name for field in fields(config.optimizer)}
     taken: dict[str, Any] = {name: saved[name] for name in sorted(scheduled & saved.keys())}
-    if taken.get("lr_decay_iters") is None:  # it went to the end of that run, not of this one
+    if taken.get("lr_decay_iters") is None:  # it led to the end of that run, not of this one
         sizes = BatchSizes(int(saved.get("global_batch_size") or 1), saved.get("rampup_batch_size"))
         taken["lr_decay_iters"] = math.ceil(sizes.progress(int(saved["train_iters"])))
     made = replace(config.optimizer, **taken)

@@ -57,7 +57,7 @@ def _followed(told: Mapping[str, Any], meeting: Meeting, start: Start | None = N
 
 
 def _seen(folder: Path, digest: str) -> Mapping[str, Any]:
-    """The manifest, once this machine sees what rank 0 has seen; else what it sees in the end."""
+    """The manifest, once this machine sees what rank 0 sees; after a time limit, whatever it sees then."""
     end = time.monotonic() + _PATIENCE
     while True:
         manifest: Mapping[str, Any] = {}

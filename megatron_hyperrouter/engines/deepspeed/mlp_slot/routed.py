@@ -134,7 +134,7 @@ class GroupedMOELayer(RoutedMOELayer):
             weights_TK = tokens.own(routing.weights_TK)
             output_TD = tokens.all(self.experts.weighted(x_TD, weights_TK, experts_TK, own_kept_TK))
         self.l_aux = total_loss(routing, hidden.device)
-        self.exp_counts = None  # nobody asks
+        self.exp_counts = None  # not used
         return output_TD.view(hidden.shape)
 
     def each_expert(self) -> list[Callable[[Tensor], Any]]:
@@ -161,7 +161,9 @@ class TensorRanksTokens:
         return part
 
     def all(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks; their gradients are those of the whole, so each rank takes its part back."""
+        """The rows of all ranks; each rank takes its own part of the gradient, because every rank has the
+        whole gradient.
+        """
         if self.ranks == 1:
             return rows
         whole: Tensor = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)

@@ -130,7 +130,7 @@ class MoESlot(MegatronModule):
         return call(hidden_SBD)
 
     def _routed(self, hidden_SBD: Tensor) -> Tensor:
-        # every TP rank routes the whole sequence, so nothing is to be summed up on the way back
+        # every TP rank routes the whole sequence, so the backward pass needs no sum over ranks
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
         output_SBD, loss, _ = self._of_real_tokens(hidden_SBD)
