@@ -112,10 +112,11 @@ def _refuse_misfits(
             list(whole_shape(tuple(targets[name].shape), cuts.get(name))),
         )
         if found != needed:
-            problems.append(f"{name}: {found} in the checkpoint, {needed} in this model")
+            problems.append(f"{name}: shape {found} in the checkpoint, but {needed} in this model")
         elif ("F" in stored.get_dtype()) != targets[name].is_floating_point():
             problems.append(
-                f"{name}: {stored.get_dtype()} in the checkpoint, {targets[name].dtype} in this model"
+                f"{name}: dtype {stored.get_dtype()} in the checkpoint, but {targets[name].dtype} in "
+                "this model"
             )
     if problems:
         shown = "\n".join(f"  {line}" for line in problems[:8]) + (

@@ -257,6 +257,6 @@ def add_run_flags(flags: ArgumentParser, *, data: bool = True) -> None:
             "--data-path",
             nargs="+",
             metavar="P",
-            help="prefixes of the token files, if they have moved or others are to be used; of other files, "
-            "all documents are used unless --split is given",
+            help="prefixes of token files (default: the files of the run). Files that the run did not use "
+            "are used as a whole, unless --split is given",
         )

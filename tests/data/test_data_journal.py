@@ -83,10 +83,10 @@ def test_other_settings_are_named(path: str) -> None:
         ([INPUTS[0], ("b.jsonl", 20, 223)], r"b\.jsonl: the input has changed since"),
         (
             [INPUTS[0], ("c.jsonl", 20, 222)],
-            r"c\.jsonl: the unfinished run that left .* read b\.jsonl instead",
+            r"c\.jsonl: the unfinished run that wrote .* read b\.jsonl instead",
         ),
-        (INPUTS[:1], "the number of input files is 1, but was 2 in the unfinished run that left"),
-        ([*INPUTS, INPUTS[0]], "the number of input files is 3, but was 2 in the unfinished run that left"),
+        (INPUTS[:1], "the number of input files is 1, but was 2 in the unfinished run that wrote"),
+        ([*INPUTS, INPUTS[0]], "the number of input files is 3, but was 2 in the unfinished run that wrote"),
     ],
 )
 def test_changed_inputs_are_named(path: str, inputs: list[tuple[str, int, int]], message: str) -> None:

@@ -159,7 +159,7 @@ def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
     left = outputs(tmp_path / "out")
     other = replace(recipe, append_eod=False)
     with pytest.raises(
-        ConfigError, match=r"--append-eod = False: was True in the unfinished run that left .*p\.journal"
+        ConfigError, match=r"--append-eod = False: was True in the unfinished run that wrote .*p\.journal"
     ):
         preprocess(inputs, prefix, other)
     Path(recipe.tokenizer.tokenizer_model or "").write_text(

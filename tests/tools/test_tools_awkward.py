@@ -62,13 +62,13 @@ CASES = {
     "input and output": case(
         PREPROCESS + " --input p_text_document.bin",
         2,
-        "would write over the input .*p_text_document.bin",
+        "would overwrite the input .*p_text_document.bin",
         p_text_document__bin=b"a text",
     ),
     "input and journal": case(
         PREPROCESS + " --input p.journal",
         2,
-        "would write over the input .*p.journal",
+        "would overwrite the input .*p.journal",
         p__journal=b"Dear diary\n",
     ),
     "vocabulary 2**40": case(f"{TRAIN} {2**40}", 2, f"--vocab-size = {2**40}: must be at most 16777216"),

@@ -48,7 +48,7 @@ def test_a_rank_that_differs_is_named_and_nothing_is_saved(tmp_path: Path) -> No
         run(config, hook, engine=FlippedAt(VOCAB_SIZE))
     assert caught.value.message == (
         f"step 6: {NORM} (and 1 more) on rank 1 (node-b) differs from that on rank 0 (node-a), "
-        "rank 2 (node-c); all replicas agreed after step 4"
+        "rank 2 (node-c); up to step 4, all replicas agreed"
     )
     assert caught.value.exit_status == 1
     assert find(tmp_path / "run") == tmp_path / "run" / "checkpoints" / folder_name(3)

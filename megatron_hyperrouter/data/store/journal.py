@@ -121,7 +121,7 @@ class Journal:
         problems = []
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
-                rule = f"was {before.get(name)} in the unfinished run that left {self.path}"
+                rule = f"was {before.get(name)} in the unfinished run that wrote {self.path}"
                 problems.append(
                     Problem(name, now.get(name), rule, f"use the same value to continue, {_AFRESH}")
                 )
@@ -130,18 +130,18 @@ class Journal:
         for was, found in zip(old["inputs"], new["inputs"], strict=False):
             if was != found:
                 if was[0] != found[0]:
-                    message = f"{found[0]}: the unfinished run that left {self.path} read {was[0]} instead"
+                    message = f"{found[0]}: the unfinished run that wrote {self.path} read {was[0]} instead"
                     raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")
                 sizes = f" (it had {was[1]} bytes and now has {found[1]})" if was[1] != found[1] else ""
                 raise DataError(
-                    f"{found[0]}: the input has changed since the unfinished run that left "
+                    f"{found[0]}: the input has changed since the unfinished run that wrote "
                     f"{self.path}{sizes}",
                     remedy=f"restore the input, {_AFRESH}",
                 )
         if len(old["inputs"]) != len(new["inputs"]):
             message = (
                 f"the number of input files is {len(new['inputs'])}, but was {len(old['inputs'])} in "
-                f"the unfinished run that left {self.path}"
+                f"the unfinished run that wrote {self.path}"
             )
             raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")
 

@@ -137,7 +137,7 @@ def _stretches(
     begin = passed = 0
     for end, until in enumerate(accumulate(sizes), start=1):
         if sizes[end - 1] > MOST_VALUE_BYTES:
-            message = f"{path}, row {row + end}: the text has {sizes[end - 1]} bytes"
+            message = f"{path}, row {row + end}: the text has {sizes[end - 1]} bytes, which is too long"
             raise DataError(message, remedy=f"split the text into parts of at most {MOST_VALUE_BYTES} bytes")
         if until - passed >= batch_bytes:
             yield begin, end

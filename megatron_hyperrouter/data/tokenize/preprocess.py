@@ -380,7 +380,7 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
             Problem(
                 "--output-prefix",
                 job.output_prefix,
-                f"would write over the input {path}",
+                f"would overwrite the input {path}",
                 "choose another prefix",
             )
         )

@@ -109,7 +109,7 @@ class ReplicaCheck:
             facts["hosts"] = ", ".join(host for _, host in found[0].ranks)
             tell("alarm", step, alarm="replicas", tensors=len(found), action="stop", **facts)
             raise HyperRouterError(
-                f"step {step}: {_deviation(found)}; all replicas agreed after step {self._alike}",
+                f"step {step}: {_deviation(found)}; up to step {self._alike}, all replicas agreed",
                 remedy=(
                     "check that machine for memory errors, and continue without it from a "
                     f"checkpoint of step {self._alike} or earlier"
