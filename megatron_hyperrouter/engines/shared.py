@@ -108,11 +108,11 @@ class SharedEngine(SavedEngine):
         self._own_loss = 0.0  # of this rank's micro-batches in the last step
 
     def hold_routers(self, routers: dict[str, Router]) -> None:
-        """Keep the routers of this rank, and promise to tell them when their weights change."""
+        """Keep the routers of this rank, and promise to notify them when their weights change."""
         self.routers = routers
         for router in routers.values():
             router.hold(True)
-        # A pipeline stage of dense layers alone has no router; its sums are of the same size all the same.
+        # A pipeline stage that has only dense layers has no router, but its sums have the same size.
         extra = max((router.num_extra_counts for router in routers.values()), default=0)
         self.statistics.make_room(largest(extra, self.device))
 
@@ -188,7 +188,8 @@ class SharedEngine(SavedEngine):
             norm = self.optimize(batches, now.learning_rate)
         for router in self.routers.values():
             router.end_backward()
-        applied = self.judgement.allows(norm)  # some hosts leave out a step by themselves, and have not asked
+        # some hosts skip a step on their own, without calling the judgement
+        applied = self.judgement.allows(norm)
         result, sums = found[0]
         if applied:
             self._end_step(now.step, sums)
@@ -276,8 +277,8 @@ class SharedEngine(SavedEngine):
         """Only forward passes; the loss counts its tokens."""
 
     def arrive(self, tokens_BS: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Tell the layers of the next micro-batch; returns the ids for the embedding, which has none for
-        padding.
+        """Announce the next micro-batch to the layers; returns the ids for the embedding, which has no row
+        for padding.
         """
         self.clock.arrive(tokens_BS, self.place, part)
         return tokens_BS.clamp(min=0) if self.clock.padded else tokens_BS

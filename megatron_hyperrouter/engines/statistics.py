@@ -67,8 +67,8 @@ def _z(seen: Seen) -> Tensor:
 
 
 def _logit_variance(seen: Seen) -> Tensor:
-    """Over experts, summed over tokens.  Layer norm finds it on the way, four times as fast as ``var`` where
-    rows are short and there is no GPU.
+    """Over experts, summed over tokens.  Layer norm computes it four times as fast as ``var``, if rows are
+    short and there is no GPU.
     """
     size = seen.logits_TE.shape[-1:]
     _, _, inverse_std_T1 = torch.native_layer_norm(seen.logits_TE, size, None, None, 0.0)
@@ -109,7 +109,7 @@ LAYER_METRICS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = MappingP
         ),
         # standard deviation over experts of a token's logits, root mean square over tokens
         "logit_std": lambda sums: (sums["logit_variance"] / sums["tokens"]).sqrt(),
-        # between token and expert, in nats: 0 when the router says the same of every token
+        # between token and expert, in nats: 0 if the router gives every token the same scores
         "mutual_information": lambda sums: (
             torch.special.entr(sums["probability"] / sums["tokens"].unsqueeze(1)).sum(1)
             - sums["entropy"] / sums["tokens"]
@@ -137,13 +137,13 @@ class RouterStatistics:
     def make_room(self, num_extra: int) -> None:
         """Add ``num_extra`` numbers per layer for what the router itself counts."""
         width = sum(self._widths) + num_extra
-        # They move to where the routers compute with the first micro-batch.
+        # They move to the device of the routers with the first micro-batch.
         self.sums: Tensor = torch.zeros(self.num_layers, width, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def record(self, router: Router, routing: Routing, *, own: bool = True) -> None:
-        """Add one micro-batch; the second forward pass of activation checkpointing is left out.  ``own``:
-        the choices are those that the router's losses are about.
+        """Add one micro-batch; the second forward pass of activation checkpointing is left out.  ``own``: the
+        router's losses refer to these choices.
 
         Ranks that share the micro-batch (``router.over_shards``) each add their part of the means.
         """
@@ -167,7 +167,8 @@ class RouterStatistics:
             row[sum(self._widths) :].add_(router.extra_counts(routing))
 
     def _number(self, value: int) -> Tensor:
-        """A float64 scalar where the sums are, made once: each layer of a micro-batch asks for the same.
+        """A float64 scalar on the device of the sums, made once, because each layer of a micro-batch needs
+        the same.
 
         It is filled there: copying a number to a GPU would make the host wait.
         """
@@ -274,7 +275,7 @@ class Likeness:
             return output.select(-1, 0)
 
         now.experts.scores_TE(_sample_ND(router, x_TD, now), keep)
-        # Each expert computes the sample once for each rank that shares the experts, and all bring the same.
+        # Each expert computes the sample once for each rank that shares the experts; the results are equal.
         each = outputs[:: len(outputs) // self._local]
         for number in range(0, 2 * MOST_PAIRS, 2):
             here = number - self._first
@@ -284,7 +285,7 @@ class Likeness:
 
 
 def _sample_ND(router: Router, x_TD: Tensor, now: Pass) -> Tensor:
-    """Evenly spaced tokens of the micro-batch, in the order of their places."""
+    """Evenly spaced tokens of the micro-batch, in the order of their positions."""
     assert now.tokens is not None, "the engine must give the positions of the tokens"
     places_T = now.tokens.places_T
     if router.gather_shards is not None:

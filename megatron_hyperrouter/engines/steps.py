@@ -1,4 +1,4 @@
-"""Optimizer steps of the routers in your own model: gives them what our engines give their routers."""
+"""Optimizer steps for routers in your own model: gives them what our engines give to their routers."""
 
 from __future__ import annotations
 

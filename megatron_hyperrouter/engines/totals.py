@@ -101,8 +101,8 @@ def eval_result(loss_sums: Tensor, *, replicas: int) -> EvalResult:
 
 
 def mean_scale(labels: list[Tensor], place: RankPlace, device: torch.device) -> Tensor:
-    """Positions of the global batch / labels of it that count, from this rank's ``_BS`` of a step
-    (collective): a float32 scalar.
+    """Number of positions in the global batch divided by its number of scored labels, from this rank's
+    ``_BS`` of a step (collective): a float32 scalar.
     """
     counted = torch.stack([(part_BS >= 0).sum() for part_BS in labels]).sum().to(device, torch.float64)
     positions = sum(part_BS.numel() for part_BS in labels) * place.data_size

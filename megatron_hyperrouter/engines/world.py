@@ -20,11 +20,11 @@ from megatron_hyperrouter.errors import HyperRouterError
 from megatron_hyperrouter.model.parallel import dropout_states, expert_rank, set_dropout_states
 from megatron_hyperrouter.processes import ROUND
 
-_PATIENCE = timedelta(hours=2)  # with the slowest rank; what takes longer to build is built ahead
+_PATIENCE = timedelta(hours=2)  # with the slowest rank; an index that takes longer must be built in advance
 
 
 def single_rank_without_launcher() -> None:
-    """Plain ``python program.py`` is one rank of one."""
+    """Makes plain ``python program.py`` a job with one rank."""
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

@@ -49,8 +49,8 @@ def check_alike(terms: Sequence[Term]) -> None:
 
 
 def average(name: str, terms: Sequence[Term]) -> Tensor:
-    """The average of one tensor in float64, in the dtype of the checkpoints; integers are the last
-    checkpoint's.
+    """The average of one tensor, computed in float64 and converted to the dtype of the checkpoints; integers
+    are taken from the last checkpoint.
     """
     last = terms[-1].reader.read(name)
     if not last.is_floating_point():

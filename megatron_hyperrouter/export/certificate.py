@@ -51,7 +51,7 @@ def certificate(
     proof: dict[str, Any] | None,
     bounds: dict[str, float],
 ) -> dict[str, Any]:
-    """The certificate of a folder that lacks nothing else."""
+    """The certificate of a folder that is otherwise complete."""
     model, sizes = job.run.model, ModelShape.of(job.run)
     text = tokenizer_json(job.tokenizer)
     return {
@@ -115,7 +115,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this is; None if it was installed without one."""
+    """The commit of this checkout; None if the program was installed without one."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

@@ -43,7 +43,7 @@ class Replicas:
         mine = torch.tensor([places[key] for key in own], dtype=torch.int64, device=holding.device)
         digests = torch.stack(list(own.values())) if own else found[0, :0]
         found[0, mine] = digests
-        found[1, mine] = ~digests  # the complement turns the order round: its maximum is that of the minimum
+        found[1, mine] = ~digests  # the complement reverses the order: its maximum belongs to the minimum
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         differ = (found[0] != ~found[1]).cpu().tolist()
         names = [key for key, place in places.items() if differ[place]]

@@ -86,8 +86,8 @@ class Memory:
     def start(self) -> None:
         """Begin all copies that are due, one right after the other.
 
-        Whatever ran between two copies would be slow: a large copy leaves nothing else in the caches of the
-        processor.
+        Other work between two copies would be slow, because a large copy evicts everything else from the
+        processor's caches.
         """
         due, self.due = self.due, []
         with torch.no_grad():
@@ -200,7 +200,7 @@ def load_weights(reader: Reader, holding: Holding) -> None:
     targets = {name: tensor for name, tensor in weights(holding) if tensor.is_floating_point()}
     cuts = {name: shard for name in targets if (shard := shard_of(name)) is not None}
     read_weights(reader.folder, targets, cuts, reader=reader)
-    for prefix, router in holding.routers.items():  # compares frozen hashes, and forgets what it has derived
+    for prefix, router in holding.routers.items():  # compares frozen hashes, and drops derived values
         whole = {
             name: targets[name] for name in (prefix + own for own in router.state_dict()) if name in targets
         }
@@ -228,7 +228,7 @@ def without_new_head(holding: Holding, folder: Path) -> Holding:
 
 
 def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holding) -> None:
-    """Fill this rank's optimizer; the model's weights must be there already."""
+    """Fill this rank's optimizer; the model's weights must already be loaded."""
     files = weight_files(reader.folder)
     counted: dict[int, int] = {}
     for piece in _pieces(holding):
@@ -304,7 +304,7 @@ def verify(reader: Reader, index: dict[str, IndexEntry], holding: Holding, *, we
         expected = index[name].digests[index[name].full if field == MASTER else field]
         if value & MASK != expected and (
             value or field != WEIGHT
-        ):  # 0: no rank holds such a weight, or could compare it
+        ):  # 0: no rank has such a weight, or none could compare it
             raise CheckpointError(
                 f"{reader.folder}: {name}: its {field} has changed since it was saved (the digests differ)",
                 remedy="load an older checkpoint of this run",

@@ -1,7 +1,5 @@
-"""What a class of transformers is to us, and the rules that several of them share.
-
-The questions go to the options of the *folded* router, so that a new router that folds has its class for
-nothing.
+"""The description of a class of transformers, and the rules that several classes share. The rules only look
+at the options of the *folded* router, so a new router that can be folded needs no changes here.
 """
 
 from __future__ import annotations
@@ -37,7 +35,8 @@ class Family:
     model_type: str
     naming: Naming
     settings: tuple[str, ...]  # that it has beyond those of plain layers
-    lacks: Callable[[RunConfig, Any], Iterator[str]]  # what of a run and its router's options it lacks
+    # which settings of a run and options of its router it does not support
+    lacks: Callable[[RunConfig, Any], Iterator[str]]
     fields: Callable[[RunConfig, Any], dict[str, Any]]  # of ``config.json``, beyond those of all classes
     choice_bias: bool = False
     group_best: int | None = None  # experts by which it judges a group; None: it has no groups
