@@ -41,7 +41,7 @@ class ConsoleHook(Hook):
         """Update the bar; at the log interval, print a line about the steps since the last line."""
         step = int(record["step"] or 0)
         if record["lm_loss"] is None:
-            self._say(f"step {step}  left out")
+            self._say(f"step {step}  skipped")
             return
         self._recent.append(record)
         place, pieces = f"{step}/{self._train_iters}", summary(self._recent)

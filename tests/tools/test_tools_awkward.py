@@ -51,7 +51,7 @@ CASES = {
     "an empty key": case(
         PREPROCESS + " --json-keys=", 2, ("--json-keys = '': must not be empty or contain a slash")
     ),
-    "100000 workers": case(PREPROCESS + " --workers 100000", 2, "--workers = 100000: must be 1 to 1024"),
+    "100000 workers": case(PREPROCESS + " --workers 100000", 2, "--workers = 100000: must be from 1 to 1024"),
     "a negative time": case(
         PREPROCESS + " --save-seconds -1", 2, "--save-seconds = -1.0: must be at least 0"
     ),

@@ -225,7 +225,7 @@ def _warn_of_repeated(mixes: Sequence[Sequence[str]], files: Mapping[str, Identi
     for words in mixes:
         prefixes = parse_blend(words, flag="--data-path").prefixes
         for prefix in sorted({each for each in prefixes if prefixes.count(each) > 1}):
-            console.warn(f"the blend names {prefix} twice")
+            console.warn(f"the blend contains {prefix} twice")
         for prefix, earlier in repeated({prefix: files[prefix] for prefix in prefixes}):
             console.warn(f"{prefix} has the same text as {earlier}, so the blend reads it twice")
 

@@ -340,7 +340,7 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
             Problem(
                 "--workers",
                 workers,
-                f"must be 1 to {_MOST_WORKERS}",
+                f"must be from 1 to {_MOST_WORKERS}",
                 "use the number of processor cores",
             )
         )
