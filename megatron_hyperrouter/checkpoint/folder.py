@@ -163,7 +163,7 @@ class CheckpointFolders:
                 raise error
             message = f"the checkpoint folder {self.root} cannot be prepared for this run: {reason}"
             raise CheckpointError(
-                message, remedy="check its permissions, or give another --run-dir"
+                message, remedy="check its permissions, or choose another --run-dir"
             ) from error
         return aside[0] if aside else None
 
@@ -204,7 +204,7 @@ class CheckpointFolders:
         self._sweep()
         if final.exists():
             raise CheckpointError(
-                f"{final} already exists", remedy="give another --run-dir, or move that folder away"
+                f"{final} already exists", remedy="choose another --run-dir, or move that folder away"
             )
         writing.mkdir()
         for name, content in texts.items():
@@ -283,7 +283,7 @@ class CheckpointFolders:
         name = "" if last is None else folder_name(last)
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved in {self.root}: {reason}",
-            remedy=f"free up space on that disk{free}, or give another --run-dir; "
+            remedy=f"free up space on that disk{free}, or choose another --run-dir; "
             + (
                 f"then continue from {name} with --load {self.root / name}"
                 if name

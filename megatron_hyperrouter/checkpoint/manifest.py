@@ -183,6 +183,6 @@ def check_language_model(folder: Path, manifest: Mapping[str, Any]) -> None:
     if CLASSIFIER in manifest["meta"]:
         raise CheckpointError(
             f"{folder} is a fine-tuned classifier, which predicts classes and not tokens",
-            remedy="give the language model from which it was fine-tuned, or test the classifier with "
+            remedy="use the language model from which it was fine-tuned, or test the classifier with "
             "mhr finetune --test",
         )

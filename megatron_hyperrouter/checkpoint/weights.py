@@ -124,7 +124,9 @@ def _refuse_misfits(
         )
         raise CheckpointError(
             f"{folder} has a model with different shapes or another router:\n{shown}",
-            remedy="use the settings of the run that wrote it, which are in config.yaml of its run folder",
+            remedy=(
+                "use the settings of the run that wrote the checkpoint, from config.yaml in its run folder",
+            ),
         )
 
 
@@ -167,7 +169,7 @@ def weight_files(folder: Path) -> dict[str, str]:
             raise _unreadable(path, error) from error
     if not files:
         raise CheckpointError(
-            f"{folder} has no {_PATTERN} files", remedy="give a run folder or one of its checkpoints"
+            f"{folder} has no {_PATTERN} files", remedy="use a run folder or one of its checkpoints"
         )
     return files
 

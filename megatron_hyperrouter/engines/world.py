@@ -64,7 +64,8 @@ def join_world(host_backend: str, *, timeout: timedelta | None = None) -> None:
         if time.monotonic() - begin < _PATIENCE.total_seconds():
             raise
         remedy = (
-            "read the messages of the other ranks; if one still builds an index, run mhr index beforehand"
+            "read the messages of the other ranks; if one is still building an index, run mhr "
+            "index beforehand"
         )
         raise HyperRouterError(
             f"some ranks have not connected within {_PATIENCE}: {error}", remedy=remedy

@@ -42,7 +42,8 @@ class NgramBaselines:
         self.num_tokens = int(counts_V.sum())
         if not self.num_tokens:
             raise DataError(
-                "there are no tokens to fit the unigram and bigram baselines", remedy="give training data"
+                "there are no tokens to fit the unigram and bigram baselines",
+                remedy="choose training data that contain text",
             )
         self.unigram_V: Floats = np.asarray(counts_V + 0.5, dtype=np.float64) / (
             self.num_tokens + 0.5 * vocab_size

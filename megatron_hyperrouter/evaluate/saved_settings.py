@@ -28,7 +28,7 @@ def settings_of(
         path = folder.parent.parent / "config.yaml"
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no {SETTINGS} and {path} is missing, so the model is not known",
+                f"{folder} has no {SETTINGS} and {path} is missing, so the model cannot be built",
                 remedy="copy the config.yaml of the run there",
             )
         console.warn(f"{folder} was written by an older version and has no {SETTINGS}; using {path}")

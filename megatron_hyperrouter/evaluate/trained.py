@@ -51,7 +51,7 @@ def run_path(text: str) -> Path:
 
 def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
     remedy = (
-        "give the folder of a run that has saved a checkpoint: its model, tokenizer and settings are used"
+        "use the folder of a run that has saved a checkpoint, which has the model, tokenizer and settings"
     )
     if (Path(load) / "config.json").is_file():
         remedy = f"import this Hugging Face folder first: mhr import-hf --input {load} --output RUN"
@@ -121,7 +121,7 @@ class TrainedRun:
         known = self.manifest["meta"].get("tokenizer", {}).get("sha256")
         if known is not None and tokenizer.sha256() != known:
             model, rule = self.settings.data.tokenizer_model, "is not the tokenizer of the run"
-            remedy = "leave out --tokenizer-model, or give the tokenizer of the run"
+            remedy = "leave out --tokenizer-model, or set it to the tokenizer of the run"
             raise ConfigError([Problem("--tokenizer-model", model, rule, remedy)])
         return tokenizer
 
@@ -158,7 +158,7 @@ class TrainedRun:
         name = split or "test"
         if data_path is None and self.settings.data.data_path == (NO_DATA,):
             raise DataError(
-                "this run was imported and has no data", remedy="give token files with --data-path PREFIX"
+                "this run was imported and has no data", remedy="name token files with --data-path PREFIX"
             )
         splits = build_splits(
             self.data(split=split, data_path=data_path, whole=samples is None),

@@ -59,7 +59,7 @@ def export_weights(run: RunConfig, folder: Path, output: Path, *, step: int) -> 
     target = output / f"iter_{step:07d}"
     if target.exists():
         raise CheckpointError(
-            f"{target} already exists", remedy="give another --output, or move that folder away"
+            f"{target} already exists", remedy="choose another --output, or move that folder away"
         )
     target.mkdir(parents=True)
     state = {"model": model.sharded_state_dict(), "iteration": step, "checkpoint_version": 3.0}
@@ -128,6 +128,6 @@ def model_flags(run: RunConfig) -> list[str]:
 def _rows(folder: Path) -> int:
     if WORD_EMBEDDINGS not in weight_names(folder):
         raise CheckpointError(
-            f"{folder} has no {WORD_EMBEDDINGS}", remedy="give a checkpoint that this program wrote"
+            f"{folder} has no {WORD_EMBEDDINGS}", remedy="use a checkpoint that this program wrote"
         )
     return read_tensors(folder, [WORD_EMBEDDINGS])[WORD_EMBEDDINGS].size(0)

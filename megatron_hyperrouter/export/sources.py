@@ -26,7 +26,7 @@ def weight_reader(checkpoint: Path) -> TensorReader:
     names = sorted(name for name in files if name.startswith("weights-") and name.endswith(".safetensors"))
     if not names:
         raise CheckpointError(
-            f"{checkpoint} has no weights", remedy="give a run folder or one of its checkpoints"
+            f"{checkpoint} has no weights", remedy="use a run folder or one of its checkpoints"
         )
     return TensorReader(checkpoint / name for name in names)
 
@@ -35,7 +35,7 @@ def vocabulary_rows(reader: Tensors) -> int:
     """Rows of the embedding."""
     if WORD_EMBEDDINGS not in reader:
         raise CheckpointError(
-            f"the checkpoint has no {WORD_EMBEDDINGS}", remedy="give a checkpoint that this program wrote"
+            f"the checkpoint has no {WORD_EMBEDDINGS}", remedy="use a checkpoint that this program wrote"
         )
     return reader.meta(WORD_EMBEDDINGS).size(0)
 
@@ -68,7 +68,7 @@ def routers_of(run: RunConfig, reader: TensorReader, *, vocab_size: int) -> dict
         if missing := [name for name in names if name not in reader]:
             raise CheckpointError(
                 f"the checkpoint has no {missing[0]}: the settings name the wrong router, {run.router.name}",
-                remedy="use the settings of the run that wrote it",
+                remedy="use the settings of the run that wrote the checkpoint",
             )
         router.load_state_dict({name.removeprefix(prefix): reader.read(name) for name in names})
         router.eval()

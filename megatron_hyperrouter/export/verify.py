@@ -19,7 +19,7 @@ FORMAT = 1
 def read_certificate(folder: Path) -> dict[str, Any]:
     """The certificate; CheckpointError if there is none, or none that this version reads."""
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}", remedy="give a folder that mhr export-hf wrote")
+        raise CheckpointError(f"there is no folder {folder}", remedy="use a folder that mhr export-hf wrote")
     path = folder / CERTIFICATE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ def read_certificate(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {CERTIFICATE}, so it is not a finished export",
-            remedy="give a folder that mhr export-hf wrote",
+            remedy="use a folder that mhr export-hf wrote",
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

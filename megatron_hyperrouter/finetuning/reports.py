@@ -70,7 +70,7 @@ def write_facts(output: Path, facts: ResultRow) -> None:
 
 def read_facts(output: Path) -> ResultRow:
     """``finetuning.json``; DataError if it cannot be read."""
-    found = _read(output / FACTS, "move this folder away, or give another --output")
+    found = _read(output / FACTS, "move this folder away, or choose another --output")
     if not isinstance(found, dict):
         raise DataError(f"{output / FACTS} must contain a JSON object", remedy="move this folder away")
     return found
@@ -213,7 +213,7 @@ def _predictions(folder: Path) -> dict[tuple[int, int], tuple[Any, Any]]:
     """(seed, k) -> labels and predictions of the test."""
     path = folder / PREDICTIONS
     if not path.is_file():
-        raise DataError(f"{path} is missing", remedy="give the --output folder of a fine-tuning")
+        raise DataError(f"{path} is missing", remedy="use the --output folder of a fine-tuning")
     lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -98,7 +98,7 @@ class SeedFolder:
         if folder is None:
             raise CheckpointError(
                 f"{self.path} no longer has the checkpoint that was best on dev",
-                remedy="give another --output, or remove this folder to start again",
+                remedy="choose another --output, or remove this folder to start again",
             )
         self.engine.load(folder, weights_only=True)
 

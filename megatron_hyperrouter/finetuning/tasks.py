@@ -59,7 +59,7 @@ def read_task(folder: Path) -> Task:
 
 
 _FORMS = (
-    "give a folder with train.jsonl, dev.jsonl, test.jsonl and labels.json, or with "
+    "use a folder with train.jsonl, dev.jsonl, test.jsonl and labels.json, or with "
     "the original files of SST-2, SST-5, IMDB or BANKING77"
 )
 _ORIGINALS: tuple[tuple[Callable[[Path], bool], Callable[[Path], originals.Original]], ...] = (
@@ -105,7 +105,7 @@ def _examples(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
             known = f"by name, or by number from 0 to {len(labels) - 1}"
             raise DataError(
                 f"{path}, line {number}: {json.dumps(label)} is not a label of labels.json",
-                remedy=f"give a label of that file ({known}), or add this label to it",
+                remedy=f"use a label of that file ({known}), or add this label to it",
             )
         yield Example(text, place)
 

@@ -20,7 +20,7 @@ def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
     folder = fitting_folder(path)
     if folder.dense:
         raise CheckpointError(
-            f"{path} has a dense model, which has no experts",
+            f"{path} contains a dense model, without experts",
             remedy=("import the model first: mhr import-hf --upcycle E --input FOLDER"),
         )
     weights = ImportedWeights(folder)

@@ -50,7 +50,7 @@ class RunLock:
                             "--run-dir",
                             self._folder,
                             f"cannot be written ({error.strerror})",
-                            "give another folder",
+                            "choose another folder",
                         )
                     ]
                 ) from error
@@ -151,7 +151,10 @@ class RunLock:
         return ConfigError(
             [
                 Problem(
-                    "--run-dir", self._folder, rule, ("wait for that run, stop it, or give another --run-dir")
+                    "--run-dir",
+                    self._folder,
+                    rule,
+                    ("wait for that run, stop it, or choose another --run-dir"),
                 )
             ]
         )

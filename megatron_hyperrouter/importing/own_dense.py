@@ -68,7 +68,7 @@ def _check(run: RunConfig, vocab_size: int) -> None:
                 f"the run has {model.num_experts} experts in each layer, but --upcycle "
                 "needs a dense model (--num-experts 1)"
             ),
-            remedy="give a dense run, or continue the training of this run",
+            remedy="use a dense run, or continue the training of this run",
         )
     refuse_unknown(run, (), "upcycling")
     router = make_router(run, 1, vocab_size=vocab_size)
@@ -76,5 +76,5 @@ def _check(run: RunConfig, vocab_size: int) -> None:
     if not torch.equal(router.scaled(weights_TK), torch.ones(8, 1)):
         raise CheckpointError(
             f"router {run.router.name} gives a single expert a routing weight other than 1",
-            remedy="give a run whose routing weights sum to 1",
+            remedy="use a run whose routing weights sum to 1",
         )

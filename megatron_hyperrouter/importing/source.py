@@ -126,11 +126,11 @@ def open_folder(path: Path) -> HfFolder:
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(
             f"{path / 'config.json'} cannot be read as the settings of a model: {_reason(error)}",
-            remedy="give a folder of a Hugging Face model",
+            remedy="use the folder of a Hugging Face model",
         ) from error
     if architecture not in MOE and architecture not in DENSE:
         reason = UNLIKE.get(architecture, f"the supported models are {', '.join((*MOE, *DENSE))}")
-        remedy = "give the run that it was exported from" if "auto_map" in config else "choose another model"
+        remedy = "use the run from which it was exported" if "auto_map" in config else "choose another model"
         raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy=remedy)
     files = sorted(path.glob("*.safetensors"))
     if not files:

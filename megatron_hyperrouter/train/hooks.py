@@ -121,7 +121,7 @@ class SettingsHook(Hook):
             write_settings(self._config)
         except OSError as error:
             rule = f"config.yaml cannot be written ({error.strerror})"
-            remedy = "free up space on that disk, or give another folder"
+            remedy = "free up space on that disk, or choose another folder"
             raise ConfigError([Problem("--run-dir", self._config.logging.run_dir, rule, remedy)]) from error
 
 

@@ -141,8 +141,8 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(
     with pytest.raises(
         DataError,
         match=(
-            rf"a\.jsonl, document 2: at position 1, gigatoken gives id 7 and tokenizers gives id "
-            rf"{expected[1]}",
+            r"a\.jsonl, document 2: at position 1, gigatoken gives id 7 and tokenizers gives id "
+            rf"{expected[1]}$"
         ),
     ) as caught:
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)

@@ -272,7 +272,7 @@ def test_shuffle_index_is_megatron_cores(impl, num_samples, rest, seed):
 
 
 def test_shuffle_index_refuses_a_part_larger_than_the_whole():
-    with pytest.raises(ValueError, match="num_samples = 4"):
+    with pytest.raises(ValueError, match="num_samples must be from 0 to 3, the total, got 4"):
         index.shuffle_index(4, 3, np.random.RandomState(0))
 
 

@@ -78,7 +78,7 @@ def test_other_settings_are_named(path: str) -> None:
     [
         (
             [INPUTS[0], ("b.jsonl", 21, 222)],
-            r"b\.jsonl: the input has changed since .*had 20 bytes, and has 21",
+            r"b\.jsonl: the input has changed since .*had 20 bytes and now has 21",
         ),
         ([INPUTS[0], ("b.jsonl", 20, 223)], r"b\.jsonl: the input has changed since"),
         (

@@ -249,7 +249,7 @@ def test_an_input_that_another_program_writes_to_is_not_trusted(
             stream.write(next(more, ""))
 
     with pytest.raises(
-        DataError, match=r"a\.jsonl: the input changed while it was read \(it had \d+ bytes, and has"
+        DataError, match=r"a\.jsonl: the input changed while it was read \(it had \d+ bytes and now has"
     ) as caught:
         preprocess(inputs, prefix, recipe, progress=write)
     assert "--overwrite" in caught.value.remedy

@@ -63,5 +63,5 @@ def test_refusals(tmp_path: Path) -> None:
         windows(DataConfig(test_data_path=(path,), pack_documents=True), 4)
     with pytest.raises(DataError, match="outside the vocabulary of 9"):
         windows(data, 4, vocab_size=9)[1]
-    with pytest.raises(DataError, match="no text of 9 tokens"):
+    with pytest.raises(DataError, match="no text of at least 9 tokens"):
         windows(DataConfig(test_data_path=(written(tmp_path / "b", [5], 0),)), 4)

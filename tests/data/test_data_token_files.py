@@ -368,9 +368,9 @@ def test_a_token_that_does_not_fit_is_refused(tmp_path, tokens):
 @pytest.mark.parametrize("lengths", [[1, 1], [4], [5, -2], [[3]]])
 def test_lengths_that_do_not_add_up_are_refused(tmp_path, lengths):
     writer = IndexedWriter(tmp_path / "corpus", np.uint16)
-    with pytest.raises(ValueError, match="add up to the 3 tokens"):
+    with pytest.raises(ValueError, match="add up to 3, the number of tokens"):
         writer.add_document([1, 2, 3], lengths)
-    with pytest.raises(ValueError, match="add up to the 3 tokens"):
+    with pytest.raises(ValueError, match="add up to 3, the number of tokens"):
         writer.add_documents([1, 2, 3], lengths)
     writer.abort()
 
@@ -484,4 +484,4 @@ def test_a_prefix_without_its_ending_is_suggested(tmp_path: Path, given: str, me
     assert caught.value.remedy == f"did you mean {tmp_path / meant}?"
     with pytest.raises(DataError) as caught:
         IndexedDataset(tmp_path / "other")
-    assert caught.value.remedy.startswith("give the path without .bin or .idx")
+    assert caught.value.remedy.startswith("use the path without .bin or .idx")

@@ -131,7 +131,7 @@ class Journal:
             if was != found:
                 if was[0] != found[0]:
                     message = f"{found[0]}: the unfinished run that wrote {self.path} read {was[0]} instead"
-                    raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")
+                    raise DataError(message, remedy=f"use the same --input files, {_AFRESH}")
                 sizes = f" (it had {was[1]} bytes and now has {found[1]})" if was[1] != found[1] else ""
                 raise DataError(
                     f"{found[0]}: the input has changed since the unfinished run that wrote "
@@ -143,7 +143,7 @@ class Journal:
                 f"the number of input files is {len(new['inputs'])}, but was {len(old['inputs'])} in "
                 f"the unfinished run that wrote {self.path}"
             )
-            raise DataError(message, remedy=f"give the same files to --input, {_AFRESH}")
+            raise DataError(message, remedy=f"use the same --input files, {_AFRESH}")
 
 
 def _is_head(line: dict[str, Any]) -> bool:

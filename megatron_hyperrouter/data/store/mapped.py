@@ -109,7 +109,7 @@ def missing_pair(prefix: str) -> str:
     names = [path.removesuffix(".idx") for path in found if os.path.exists(path.removesuffix("idx") + "bin")]
     if names:
         return f"did you mean {' or '.join(names[:_NAMED])}?"
-    return "give the path without .bin or .idx, as printed by mhr preprocess"
+    return "use the path without .bin or .idx, as mhr preprocess prints it"
 
 
 def _identity(state: os.stat_result) -> tuple[int, int]:

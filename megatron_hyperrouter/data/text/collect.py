@@ -77,7 +77,7 @@ def write_corpus(
             larger = "" if max_bytes is None else ", or a larger --max-bytes"
             raise DataError(
                 f"{root}: none of the {len(sources)} files is a text file{within}",
-                remedy=f"give another --root{larger}",
+                remedy=f"choose another --root{larger}",
             )
     return Gathered(documents, size, left_out)
 
@@ -90,7 +90,7 @@ def find_text_files(root: str) -> list[str]:
     text shows when it is read.
     """
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder", remedy="give an existing folder to --root")
+        raise DataError(f"{root}: no such folder", remedy="set --root to an existing folder")
     found = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse):
         subfolders[:] = [
@@ -107,7 +107,7 @@ def _refuse(error: OSError) -> None:
     """Refuse a folder that cannot be read; otherwise a part of the corpus would be missing silently."""
     if not isinstance(error, FileNotFoundError):  # removed meanwhile
         message = f"{error.filename}: cannot be read: {error.strerror}"
-        raise DataError(message, remedy="make the folder readable, or give another --root") from error
+        raise DataError(message, remedy="make the folder readable, or choose another --root") from error
 
 
 def read_text_file(path: str) -> str | None:

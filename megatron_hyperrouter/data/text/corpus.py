@@ -403,6 +403,6 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
         except UnicodeEncodeError as error:
             lone = f"\\u{ord(text[error.start]):04x}"
             message = f"{where}: the value of {key!r} has half of a surrogate pair ({lone})"
-            raise BadLine(message, remedy="remove it, or add the other half") from error
+            raise BadLine(message, remedy="remove the surrogate, or add its other half") from error
         sequences.append(text)
     return sequences

@@ -37,13 +37,13 @@ _SIGNATURES = (
         "is compressed with xz, which is not supported",
         "decompress the file, or compress it as .gz or .zst",
     ),
-    (b"PK\x03\x04", "is a zip archive", "unpack the archive, and give the files in it"),
+    (b"PK\x03\x04", "is a zip archive", "unpack the archive, and use the files in it"),
     (b"\xff\xfe", "is UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "is UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8"),
     (
         b"MMIDIDX",
         "is the index of existing token files",
-        "give the text from which the tokens were made",
+        "use the text from which the tokens were made",
     ),
 )
 
@@ -138,9 +138,9 @@ def total_bytes(paths: Sequence[str]) -> int:
     if bad:
         folders = [path for path in bad if os.path.isdir(path)]
         remedy = (
-            f"give files, for example '{folders[0]}/**/*.jsonl'"
+            f"name files, for example '{folders[0]}/**/*.jsonl'"
             if folders
-            else "give existing files to --input"
+            else "set --input to existing files"
         )
         if not folders and any(os.path.exists(path) and not os.path.isfile(path) for path in bad):
             remedy = "write it to a file first, because a pipe or a device cannot be read twice"
@@ -204,7 +204,7 @@ def _status_of(path: str) -> os.stat_result:
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}",
-            remedy="give a readable file, and do not move it while this command runs",
+            remedy="make the file readable, and do not move it while this command runs",
         ) from error
 
 
@@ -235,7 +235,7 @@ def kind_of(path: str) -> Kind:
         return "json"
     if b"\0" in head:
         message = f"{path}, byte {head.index(0)}: the file has a NUL byte, so it is not text"
-        raise DataError(message, remedy="give JSON lines or plain text (also as .gz or .zst), or Parquet")
+        raise DataError(message, remedy="use JSON lines or plain text (also as .gz or .zst), or Parquet")
     return "text"
 
 
@@ -245,5 +245,6 @@ def _raw_head(path: str) -> bytes:
             return stream.read(16)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file"
+            f"{path}: cannot be opened: {error.strerror}",
+            remedy="make the file readable, or choose another one",
         ) from error

@@ -83,7 +83,8 @@ class _DecompressedFile(io.RawIOBase):
             self.on_disk = io.FileIO(path)
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be opened: {error.strerror}", remedy="give a readable file"
+                f"{path}: cannot be opened: {error.strerror}",
+                remedy="make the file readable, or choose another one",
             ) from error
         self._inner: gzip.GzipFile | io.RawIOBase = self.on_disk
         if path.endswith(".gz"):

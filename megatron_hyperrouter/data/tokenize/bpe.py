@@ -43,7 +43,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
     first = next((text for text in texts if text), None)
     if first is None:
         raise DataError(
-            ("there is no text to train a tokenizer on"), remedy="give a corpus with text to --input"
+            ("there is no text to train a tokenizer on"), remedy="set --input to files that contain text"
         )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -76,7 +76,7 @@ def describe(
                 f"{prefix}: the data were made with the tokenizer {described(manifest.tokenizer)}, "
                 f"not with {described(tokenizer.identity())}"
             )
-            raise DataError(message, remedy="give the tokenizer that made the data")
+            raise DataError(message, remedy="use the tokenizer that made the data")
     if tokenizer is not None:
         highest = int(first.max()) if first.size else 0
         if highest >= tokenizer.vocab_size:
@@ -84,7 +84,7 @@ def describe(
                 f"{data.bin_path}: token id {highest} is outside the tokenizer's vocabulary of "
                 f"{tokenizer.vocab_size} ids"
             )
-            raise DataError(message, remedy="give the tokenizer that made the data")
+            raise DataError(message, remedy="use the tokenizer that made the data")
         found["first text"] = repr(tokenizer.decode(first.tolist()))
     return found
 

@@ -357,7 +357,7 @@ def vocab_and_merges(vocab: str | None, merges: str | None) -> TokenizerFiles:
         if not path.is_file():
             raise DataError(
                 f"{path}: there is no such tokenizer file",
-                remedy=("give two existing files to --vocab-file and --merge-file"),
+                remedy=("set --vocab-file and --merge-file to existing files"),
             )
     return TokenizerFiles(paths, _settings_in(paths[0].parent))
 
@@ -377,7 +377,7 @@ def _of_folder(folder: Path, *, merged_only: bool = False) -> TokenizerFiles:
             message = (
                 f"{path}: vocab.json and merges.txt are supported only for GPT-2, not for the class {kind}"
             )
-            raise DataError(message, remedy="convert the tokenizer to a tokenizer.json, and give that file")
+            raise DataError(message, remedy="convert the tokenizer to a tokenizer.json, and use that file")
     return TokenizerFiles(pair, settings)
 
 

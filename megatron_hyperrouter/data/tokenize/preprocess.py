@@ -324,12 +324,12 @@ def check_not_empty(counts: Counts, key: str, inputs: Sequence[str]) -> None:
     if not counts.documents:
         raise DataError(
             f"{names}: the input has no documents",
-            remedy='give JSON lines {"text": "..."}, or plain text that is not empty',
+            remedy='use JSON lines {"text": "..."}, or plain text that is not empty',
         )
     if not counts.tokens:
         raise DataError(
             f"{names}: all {counts.documents} documents are empty under the key {key!r}",
-            remedy="give another key with --json-keys KEY",
+            remedy="choose another key with --json-keys KEY",
         )
 
 
@@ -362,7 +362,7 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
                 "--output-prefix",
                 "''",
                 "must not be empty",
-                ("give the start of the output name, such as data/corpus"),
+                ("set it to the start of the output name, such as data/corpus"),
             )
         )
     elif job.output_prefix.endswith("/"):

@@ -72,7 +72,10 @@ def load_format_1(optimizer: Any, state: dict[str, Any], *, layers: str) -> None
     if len(saved) != len(parts):
         raise CheckpointError(
             f"the checkpoint has {len(saved)} optimizers but this run has {len(parts)}",
-            remedy="resume on the layout of the run that wrote it, or load only the weights with --finetune",
+            remedy=(
+                "resume on the layout of the run that wrote the checkpoint, or load only the weights "
+                "with --finetune",
+            ),
         )
     for part, state in zip(parts, saved, strict=True):
         _restore(part, state)
@@ -85,7 +88,10 @@ def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
     if shapes != [tuple(parameter.shape) for parameter in parameters]:
         raise CheckpointError(
             "the optimizer parameters in the checkpoint and in this run have different shapes",
-            remedy="resume on the layout of the run that wrote it, or load only the weights with --finetune",
+            remedy=(
+                "resume on the layout of the run that wrote the checkpoint, or load only the weights "
+                "with --finetune",
+            ),
         )
     for group, step in zip(adam.param_groups, state_of_part["steps"], strict=True):
         if step is not None:

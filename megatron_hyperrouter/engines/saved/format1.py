@@ -16,7 +16,9 @@ import torch
 
 from megatron_hyperrouter.errors import CheckpointError
 
-_LAYOUT = "resume on the layout of the run that wrote it, or load only the weights with --finetune"
+_LAYOUT = (
+    "resume on the layout of the run that wrote the checkpoint, or load only the weights with --finetune"
+)
 
 _KNOWN = (  # what the optimizers and generators of both hosts put into such a file in addition to tensors
     "numpy.ndarray",

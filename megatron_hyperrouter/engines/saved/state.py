@@ -250,7 +250,7 @@ def load_optimizer(reader: Reader, index: dict[str, IndexEntry], holding: Holdin
             raise CheckpointError(
                 f"the optimizer state of {piece.name} has {entry.steps} steps, but other parameters have "
                 f"{counted[piece.counter]}; on this layout the numbers must be equal",
-                remedy="resume with the layout of the run that wrote it",
+                remedy="resume on the layout of the run that wrote the checkpoint",
             )
         piece.set_steps(entry.steps)
         _fill(reader, entry, piece, files)

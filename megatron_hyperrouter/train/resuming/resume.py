@@ -65,7 +65,7 @@ def _report(start: Start, config: RunConfig, engine: Engine) -> None:
 
 def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: Mapping[str, Any]) -> None:
     saved, ours = start.manifest["meta"], run_meta(config, engine)
-    theirs = f"use the settings of the run that wrote it, from {start.folder}/{SETTINGS}"
+    theirs = f"use the settings of the run that wrote the checkpoint, from {start.folder}/{SETTINGS}"
     if lines := list(differences("sizes", saved, ours)):
         raise CheckpointError(
             "\n  - ".join([f"{start.folder} has a model with different shapes:", *lines]), remedy=theirs
@@ -110,7 +110,8 @@ def _refuse_layout(start: Start, saved: Mapping[str, Any], ours: Mapping[str, An
         raise CheckpointError(
             "\n  - ".join([head, *lines]),
             remedy=(
-                "resume with the layout of the run that wrote it, or load only the weights with --finetune"
+                "resume on the layout of the run that wrote the checkpoint, or load only the weights "
+                "with --finetune"
             ),
         )
 

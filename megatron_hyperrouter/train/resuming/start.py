@@ -55,7 +55,7 @@ def decide(config: RunConfig) -> Start:
         if not _is_own(load, own):
             raise CheckpointError(
                 f"--load = {load}: the folder has no finished checkpoint",
-                remedy="give a run folder, its checkpoints/ or one checkpoint, or leave out --load",
+                remedy="use a run folder, its checkpoints/ or one checkpoint, or leave out --load",
             )
         console.note(f"{load} has no finished checkpoint yet: the run starts from scratch")
         return Start()
