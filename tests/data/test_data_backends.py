@@ -142,7 +142,7 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(
         DataError,
         match=(
             r"a\.jsonl, document 2: at position 1, gigatoken gives id 7 and tokenizers gives id "
-            rf"{expected[1]}$"
+            rf"{expected[1]}\n"
         ),
     ) as caught:
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
