@@ -51,8 +51,8 @@ def _serve(tasks: _Tasks, environ: MutableMapping[str, str]) -> None:
     address = environ.get("MASTER_ADDR") or tasks.address
     if not address:
         rule = (
-            f"must be set, because {tasks.starter} does not tell this task ({tasks.rank} of {tasks.size}) "
-            "on which host task 0 runs"
+            f"must be set, because this is task {tasks.rank} of {tasks.size} of {tasks.starter}, "
+            "and the host of task 0 is unknown"
         )
         remedy = "set MASTER_ADDR to that host, or start the program with torchrun or deepspeed"
         raise ConfigError([Problem("MASTER_ADDR", "", rule, remedy)])

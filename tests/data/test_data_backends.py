@@ -149,7 +149,7 @@ def test_a_back_end_that_differs_is_refused_by_document_and_id(
     assert "--tokenizer-backend tokenizers" in caught.value.remedy
     told: list[str] = []
     assert chosen("HuggingFaceTokenizer", model, "auto", FIRST, told.append) == "tokenizers"
-    assert "a.jsonl, document 2: id 1" in told[0]
+    assert "a.jsonl, document 2: at position 1" in told[0]
 
 
 def test_a_text_that_ends_early_or_late_differs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,7 +257,7 @@ def test_three_machines_and_a_merge(tmp_path: Path) -> None:
     assert "p_text_document.bin: the file has changed" in err and "remedy: copy the files again" in err
     assert run("inspect_data", "p_text_document", cwd=tmp_path)[0] == 0
     status, _, err = run("merge_data", "p", cwd=tmp_path)
-    assert status == 3 and "p: no shards" in err
+    assert status == 3 and "p: there are no shards (p.shard-" in err
     status, _, err = run("preprocess_data", *common, "--output-prefix", "p", "--partitions", 3, cwd=tmp_path)
     assert status == 2 and "--partitions = 3: needs --shard I" in err
 

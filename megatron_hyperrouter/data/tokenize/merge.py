@@ -103,7 +103,8 @@ def find_shards(output_prefix: str) -> dict[str, list[tuple[str, Manifest]]]:
     if not found:
         remedy = "create them with mhr preprocess --shard I/N and the same --output-prefix"
         raise DataError(
-            f"there are no shards {output_prefix}.shard-I-of-N_KEY_document{ENDING}", remedy=remedy
+            f"{output_prefix}: there are no shards ({output_prefix}.shard-I-of-N_KEY_document{ENDING})",
+            remedy=remedy,
         )
     return {key: _checked(output_prefix, key, shards) for key, shards in found.items()}
 
