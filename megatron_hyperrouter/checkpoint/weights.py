@@ -125,7 +125,7 @@ def _refuse_misfits(
         raise CheckpointError(
             f"{folder} has a model with different shapes or another router:\n{shown}",
             remedy=(
-                "use the settings of the run that wrote the checkpoint, from config.yaml in its run folder",
+                "use the settings of the run that wrote the checkpoint, from config.yaml in its run folder"
             ),
         )
 

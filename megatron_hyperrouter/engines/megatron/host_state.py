@@ -74,7 +74,7 @@ def load_format_1(optimizer: Any, state: dict[str, Any], *, layers: str) -> None
             f"the checkpoint has {len(saved)} optimizers but this run has {len(parts)}",
             remedy=(
                 "resume on the layout of the run that wrote the checkpoint, or load only the weights "
-                "with --finetune",
+                "with --finetune"
             ),
         )
     for part, state in zip(parts, saved, strict=True):
@@ -90,7 +90,7 @@ def _restore(part: Any, state_of_part: dict[str, Any]) -> None:
             "the optimizer parameters in the checkpoint and in this run have different shapes",
             remedy=(
                 "resume on the layout of the run that wrote the checkpoint, or load only the weights "
-                "with --finetune",
+                "with --finetune"
             ),
         )
     for group, step in zip(adam.param_groups, state_of_part["steps"], strict=True):
