@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_told_at_once_and_nothing_is_changed(tmp_path: Path
     with pytest.raises(CheckpointError, match="different shapes or another router") as caught:
         read_weights(tmp_path, targets)
     for line in (
-        "b.weight: [4, 6] in the checkpoint, [4, 7] in this model",
+        "b.weight: shape [4, 6] in the checkpoint, but [4, 7] in this model",
         "x.weight is not in the checkpoint",
         "y.weight is not in",
     ):
