@@ -117,6 +117,7 @@ class FakeEngine:
         learning_rate: float,
         stop: Callable[[], int] = bool,
         accept: Callable[[StepResult], bool] = lambda result: True,
+        detailed: bool = True,
     ) -> StepResult:
         self.steps_taken.append(step)
         self._last = (list(batches), step, torch.get_rng_state())

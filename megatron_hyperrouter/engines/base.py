@@ -111,13 +111,15 @@ class Engine(Protocol):
         learning_rate: float,
         stop: Callable[[], int] = lambda: False,
         accept: Callable[[StepResult], bool] = lambda result: True,
+        detailed: bool = True,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of the global batch.
 
         ``stop`` is called when the rank has done its work.  It returns whether the run should stop after
         this step, or, with ``GIVE_UP``, before the weights change; ``accept`` then decides.  ``accept`` is
         called before the optimizer.  If it returns False (on all ranks), weights, optimizer and random
-        state stay as they were before the step.
+        state stay as they were before the step.  ``detailed`` (the same on all ranks): whether the result
+        has the layer metrics of ``engines.statistics.DETAILS``.
         """
         ...
 

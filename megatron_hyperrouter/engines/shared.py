@@ -66,6 +66,7 @@ class _Step(NamedTuple):
     step: int
     learning_rate: float
     random: dict[str, Any]
+    detailed: bool = True
 
 
 class SharedEngine(SavedEngine):
@@ -126,10 +127,11 @@ class SharedEngine(SavedEngine):
         learning_rate: float,
         stop: Callable[[], int] = lambda: False,
         accept: Callable[[StepResult], bool] = lambda result: True,
+        detailed: bool = True,
     ) -> StepResult:
         """See :class:`megatron_hyperrouter.engines.base.Engine`."""
         held = self._times.fetched(batches)
-        self._last = _Step(held, step, learning_rate, random_states())
+        self._last = _Step(held, step, learning_rate, random_states(), detailed)
         result = self._run(self._last, stop, accept)
         if not result.applied:
             set_random_states(self._last.random)
@@ -158,7 +160,7 @@ class SharedEngine(SavedEngine):
         """Run one step; all ranks know its loss and norm before the optimizer changes anything."""
         self.clock.begin(step=now.step)
         self._times.begin(self.modules())
-        self.statistics.enabled = True
+        self.statistics.enabled, self.statistics.detailed = True, now.detailed
         batches = now.batches
         if self.config.data.eod_mask_loss:
             batches = [self._counted(batch) for batch in batches]
@@ -194,7 +196,7 @@ class SharedEngine(SavedEngine):
         if applied:
             self._end_step(now.step, sums)
         if self.config.logging.log_params_norm:
-            result = replace(result, params_norm=params_norm(self.named_parameters(), self.device))
+            result = replace(result, params_norm=params_norm(self.holding().named, self.device))
         if self.num_zeros is not None:
             result = replace(result, num_zeros=int(self.num_zeros))
         self.clock.step = now.step + 1  # an evaluation may follow

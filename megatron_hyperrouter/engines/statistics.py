@@ -45,10 +45,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sum:
-    """A number that adds up over tokens, micro-batches and ranks; ``per_expert``: one for each expert."""
+    """A number that adds up over tokens, micro-batches and ranks.
+
+    ``per_expert``: one for each expert; ``detail``: left out of steps that show no details.
+    """
 
     of: Callable[[Seen], Tensor]
     per_expert: bool = False
+    detail: bool = False
 
 
 def _aux(seen: Seen) -> Tensor:
@@ -78,13 +82,16 @@ def _logit_variance(seen: Seen) -> Tensor:
 SUMS: Mapping[str, Sum] = MappingProxyType(
     {
         "load": Sum(lambda seen: seen.load_E, per_expert=True),
-        "probability": Sum(lambda seen: seen.probs_TE.sum(0, dtype=torch.float64), per_expert=True),
         "entropy": Sum(lambda seen: torch.special.entr(seen.probs_TE).sum(dtype=torch.float64)),
-        "logit_variance": Sum(_logit_variance),
         "tokens": Sum(lambda seen: seen.tokens),
         "aux": Sum(_aux),
         "z": Sum(_z),
         "micro_batches": Sum(lambda seen: seen.part),
+        # the details are last: the others are the first numbers of a row
+        "probability": Sum(
+            lambda seen: seen.probs_TE.sum(0, dtype=torch.float64), per_expert=True, detail=True
+        ),
+        "logit_variance": Sum(_logit_variance, detail=True),
     }
 )
 
@@ -119,6 +126,7 @@ LAYER_METRICS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = MappingP
         "z": lambda sums: sums["z"] / sums["micro_batches"],
     }
 )
+DETAILS = ("logit_std", "mutual_information")  # what the sums of the details are for
 
 
 class RouterStatistics:
@@ -131,6 +139,7 @@ class RouterStatistics:
         self.num_layers, self.num_experts = num_layers, num_experts
         self._widths = [num_experts if each.per_expert else 1 for each in SUMS.values()]
         self.enabled = True
+        self.detailed = True  # whether the current step needs DETAILS
         self._numbers: dict[int, Tensor] = {}
         self.make_room(0)
 
@@ -162,7 +171,9 @@ class RouterStatistics:
         losses = {name: routing.losses[name].detach() / by for name, by in plain if name in routing.losses}
         probs_TE = logits_TE.softmax(-1)
         seen = Seen(logits_TE, probs_TE, experts_TK, load_E, whole_E, part, tokens, losses)
-        row[: sum(self._widths)].add_(torch.cat([each.of(seen).view(-1) for each in SUMS.values()]))
+        wanted = [each for each in SUMS.values() if self.detailed or not each.detail]
+        values = torch.cat([each.of(seen).view(-1) for each in wanted])
+        row[: len(values)].add_(values)
         if router.num_extra_counts:
             row[sum(self._widths) :].add_(router.extra_counts(routing))
 
@@ -184,9 +195,15 @@ class RouterStatistics:
         return sums
 
     def summary(self, sums: Tensor) -> dict[str, list[float]]:
-        """Each of ``LAYER_METRICS``, one number per MoE layer, from sums over all ranks."""
+        """Each of ``LAYER_METRICS``, one number per MoE layer, from sums over all ranks; without details,
+        not ``DETAILS``.
+        """
         named = self._named(sums[self.routed(sums)])
-        return {name: value(named).tolist() for name, value in LAYER_METRICS.items()}
+        return {
+            name: value(named).tolist()
+            for name, value in LAYER_METRICS.items()
+            if self.detailed or name not in DETAILS
+        }
 
     def counts(self, sums: Tensor, layer_number: int, *, step: int, tokens: int, replicas: int) -> StepCounts:
         """The counts of one layer, from sums over all ranks; ``tokens``: tokens of the global batch, each

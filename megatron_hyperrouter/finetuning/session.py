@@ -105,6 +105,7 @@ class Session:
             learning_rate=learning_rate_at(step, config.optimizer, config.train.train_iters),
             stop=self.stop,
             accept=lambda result: math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm),
+            detailed=False,
         )
         if not result.applied:
             raise HyperRouterError(

@@ -128,12 +128,14 @@ class Run:
         started, waited = time.perf_counter(), batches.waited
         if not self.recovery.takes_part(step):
             return self._leave_out(step, batches, request)
+        on_the_screen = step % self.config.logging.log_interval == 0 or step == self.config.train.train_iters
         result = self.engine.train_step(
             self.supervision.progress.through(self._of_step(step, batches), "data", "step", step - 1),
             step=step - 1,
             learning_rate=learning_rate,
             stop=lambda: self._asks(request),
             accept=lambda result: not result.give_up and self.recovery.accept(result),
+            detailed=on_the_screen,
         )
         if result.give_up and not result.applied:
             raise recovery.GivenUp
@@ -152,7 +154,6 @@ class Run:
             flops=tokens * self.speed.flops_per_token(topk),
             peak_flops=self.speed.peak_flops,
         )
-        on_the_screen = step % self.config.logging.log_interval == 0 or step == self.config.train.train_iters
         record = training_record(facts, with_all_layers=on_the_screen)
         similarity = self.similarity(step) if result.applied else None
         record |= {f"router/similarity/{layer}": value for layer, value in (similarity or {}).items()}

@@ -1,6 +1,7 @@
 """One rank that counts what a training step asks of a device: operators started, numbers read by the host.
 
-A case is flags of the program; the answer has ``launches``, ``reads`` (where each was asked for), and
+A case is flags of the program, with the word DETAILS among them for a step that shows all layer metrics; the
+answer has ``launches``, ``reads`` (where each was asked for), and
 ``of_a_norm``: launches that an RMSNorm has here, where it is taken apart, and not on a GPU.
 """
 
@@ -35,6 +36,7 @@ VIEWS = set(
 DATA_DEPENDENT = set(
     "nonzero masked_select _local_scalar_dense _unique2 unique_dim unique_consecutive bincount equal".split()
 )
+DETAILS = "DETAILS"
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy")
 
 
@@ -92,14 +94,15 @@ def methods_counted(counter: Counter) -> Iterator[None]:
 
 def audit(flags: list[str], world_size: int) -> dict[str, Any]:
     """The second step of the case."""
-    config = tiny_config(flags, world_size)
+    detailed = DETAILS in flags
+    config = tiny_config([flag for flag in flags if flag != DETAILS], world_size)
     engine = open_engine(config, vocab_size=VOCABULARY)
     try:
         for step in range(2):
             counter = Counter()
             batches = list(micro_batches(config, engine.place, step))
             with methods_counted(counter), counter:
-                engine.train_step(iter(batches), step=step, learning_rate=1e-4)
+                engine.train_step(iter(batches), step=step, learning_rate=1e-4, detailed=detailed)
     finally:
         engine.close()
     return {"launches": counter.launches, "reads": dict(counter.reads), "of_a_norm": launches_of_a_norm()}

@@ -97,6 +97,25 @@ def test_a_forced_choice_has_a_loss_of_its_own() -> None:
     assert summary["aux"] == pytest.approx([1.0], rel=1e-2)
 
 
+@pytest.mark.parametrize(("name", "options"), [*PLAIN, ("simsmoe", {})])
+def test_without_details_the_others_stay(name: str, options: dict[str, Any]) -> None:
+    """Of a step with several micro-batches, and with what the router itself counts."""
+    rows, summaries = [], []
+    for detailed in (True, False):
+        one, counted = router(name, **options), RouterStatistics(1, E)
+        counted.make_room(one.num_extra_counts)
+        counted.detailed = detailed
+        for count in (T, 7):
+            counted.record(one, one(tokens()[:count]))
+        rows.append(counted.take())
+        summaries.append(counted.summary(rows[-1]))
+    whole, brief = summaries
+    assert set(whole) - set(brief) == {"logit_std", "mutual_information"} == set(statistics.DETAILS)
+    assert brief == {key: whole[key] for key in brief}
+    first, second = (counted.counts(row, 1, step=1, tokens=T + 7, replicas=1) for row in rows)
+    assert torch.equal(first.load_E, second.load_E) and torch.equal(first.extra, second.extra)
+
+
 def test_numbers_of_tokens_add_up() -> None:
     counted, one = RouterStatistics(1, E), router("topk")
     for count in (T, 3, T, 7):

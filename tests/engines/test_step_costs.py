@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 from distributed import run_ranks
+from engines.audit_worker import DETAILS
 from program.launched import Zygote
 
 WORKER = Path(__file__).with_name("audit_worker.py")
 BASE = "--router.name topk --moe-router-topk 2 --global-batch-size 2 --moe-grouped-gemm"
 ENGINES = {"deepspeed": "", "megatron": "--engine megatron"}
-VARIANTS = {"": "", "more experts": "--num-experts 16", "more layers": "--num-layers 3"}
+VARIANTS = {
+    "": "",
+    "more experts": "--num-experts 16",
+    "more layers": "--num-layers 3",
+    "details": DETAILS,
+}
 EP2 = "--expert-model-parallel-size 2 --global-batch-size 4"
 # For a layer and micro-batch: attention, experts, norms, router and statistics, forward and backward, Adam.
 # Megatron-Core adds the gradient of each of nine parameters to its buffer.
-LAUNCHES_OF_A_LAYER = {"deepspeed": 111, "megatron": 120}
+LAUNCHES_OF_A_LAYER = {"deepspeed": 105, "megatron": 114}
 NORMS = 4  # of a layer
+LAYERS = 2  # of the cases without more
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,7 @@ def told(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
         (engine, f"EP2 {variant}"): f"{BASE} {flags} {more} {EP2}".replace("--global-batch-size 2 ", "")
         for engine, flags in ENGINES.items()
         for variant, more in VARIANTS.items()
-        if variant != "more experts"
+        if variant in ("", "more layers")
     }
     found: dict[tuple[str, str], Any] = {}
     for ranks, table in ((1, cases), (2, on_two)):
@@ -56,6 +63,15 @@ def test_launches_of_a_layer(told: dict[tuple[str, str], Any], engine: str) -> N
     one = told[engine, "more layers"]["launches"] - told[engine, ""]["launches"]
     one -= NORMS * told[engine, ""]["of_a_norm"]
     assert 0 < one <= LAUNCHES_OF_A_LAYER[engine], one
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_without_a_line_computes_no_details(told: dict[tuple[str, str], Any], engine: str) -> None:
+    """Of each layer the sum of the probabilities, and in three operators that of the logits' variances; once
+    a step two metrics from these sums.
+    """
+    saved = told[engine, "details"]["launches"] - told[engine, ""]["launches"]
+    assert saved == 4 * LAYERS + 7
 
 
 @pytest.mark.parametrize("engine", ENGINES)

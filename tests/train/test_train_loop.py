@@ -75,6 +75,17 @@ class TestRecords:
             assert record["tokens_per_second"] == pytest.approx(32 / record["step_time"])
             assert 0 < record["data_time"] < record["step_time"]
 
+    def test_only_steps_with_a_line_compute_the_details_of_layers(self, config: RunConfig) -> None:
+        asked = []
+
+        class Asked(FakeEngine):
+            def train_step(self, batches: Iterator[Batch], *, detailed: bool, **more: Any) -> StepResult:
+                asked.append(detailed)
+                return super().train_step(batches, detailed=detailed, **more)
+
+        train(Asked(VOCAB_SIZE), change(config, "logging", log_interval=5), splits(), [])
+        assert [step for step, detailed in enumerate(asked, 1) if detailed] == [5, 10, 12]
+
     def test_what_was_consumed_before_batch_and_length_changed(
         self, config: RunConfig, again: RunConfig, tmp_path: Path
     ) -> None:
