@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_hyperrouter.config.leaves import value_of
 from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_to
@@ -147,6 +147,27 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 def replicas(config: RunConfig, world_size: int) -> int:
     """Ranks that have the same dense parameters: DP x CP."""
     return data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+
+
+class Overlap(NamedTuple):
+    """The communication of megatron-core's data parallelism that runs beside the computation."""
+
+    gradients: bool  # their reduction, beside the backward pass
+    weights: bool  # their gathering, beside the forward pass
+
+
+def overlap(config: RunConfig, world_size: int) -> Overlap:
+    """What overlaps on the megatron engine: what was asked for, and by default all that the distributed
+    optimizer communicates.  Weights do not overlap without gradients.
+    """
+    settings = config.optimizer
+    gradients, weights = settings.overlap_grad_reduce, settings.overlap_param_gather
+    if gradients is None:
+        several = replicas(config, world_size) > 1
+        gradients = bool(weights) or (settings.use_distributed_optimizer and several)
+    if weights is None:
+        weights = gradients and settings.use_distributed_optimizer
+    return Overlap(gradients, weights)
 
 
 def has_hypernetwork(config: RunConfig) -> bool:

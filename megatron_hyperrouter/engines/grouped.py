@@ -64,7 +64,7 @@ class GroupedExperts(nn.Module):
     def forward(self, x_RD: Tensor, rows_L: Tensor, weights_R: Tensor) -> tuple[Tensor, None]:
         """Rows that a host has put in the order of the experts, as megatron-core calls its experts."""
         ends_L = rows_L.to(x_RD.device).cumsum(0, dtype=torch.int32)
-        return experts(x_RD, self.linear_fc1_LGD, self.linear_fc2_LDF, ends_L, weights_R), None
+        return experts(x_RD, *self._matrices(), ends_L, weights_R), None
 
     def weighted(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, kept_TK: Tensor | None
@@ -89,8 +89,19 @@ class GroupedExperts(nn.Module):
         return [partial(self._one, number) for number in range(self.num_local)]
 
     def _one(self, number: int, x: Tensor) -> tuple[Tensor, None]:
-        gate, up = F.linear(x, self.linear_fc1_LGD[number]).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.linear_fc2_LDF[number]), None
+        fc1_LGD, fc2_LDF = self._matrices()
+        gate, up = F.linear(x, fc1_LGD[number]).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, fc2_LDF[number]), None
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """Both parameters, once the host has gathered them.
+
+        megatron-core's overlap waits for them in the hooks before a module's own forward pass, which our
+        layers do not call.
+        """
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
+        return self.linear_fc1_LGD, self.linear_fc2_LDF
 
     def _through(
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None, kept_TK: Tensor | None
@@ -122,7 +133,7 @@ class GroupedExperts(nn.Module):
 
     def _experts(self, x_RD: Tensor, weights_R1: Tensor | None, ends_L: Tensor) -> Tensor:
         weights_R = None if weights_R1 is None else weights_R1.squeeze(1)
-        return experts(x_RD, self.linear_fc1_LGD, self.linear_fc2_LDF, ends_L, weights_R)
+        return experts(x_RD, *self._matrices(), ends_L, weights_R)
 
     def _on_other_ranks(
         self, x_RD: Tensor, weights_R1: Tensor | None, ends_V: Tensor, group: dist.ProcessGroup

@@ -164,7 +164,7 @@ def variants(candidate: Candidate) -> Iterator[Candidate]:
             optimizer = replace(
                 config.optimizer,
                 use_distributed_optimizer=bool(shard),
-                overlap_param_gather=config.optimizer.overlap_param_gather and bool(shard),
+                overlap_param_gather=_overlaps(config, sharded=bool(shard)),
             )
         made = replace(
             config,
@@ -210,7 +210,11 @@ def _laid_out(
     )
     if engine == "deepspeed":
         host = replace(base.engine, engine="deepspeed", zero_stage=max(base.engine.zero_stage, 1))
-        optimizer = replace(base.optimizer, use_distributed_optimizer=False, overlap_param_gather=False)
+        optimizer = replace(
+            base.optimizer,
+            use_distributed_optimizer=False,
+            overlap_param_gather=_overlaps(base, sharded=False),
+        )
         if stage > 1:
             host = replace(host, zero_stage=1)
     else:
@@ -238,6 +242,12 @@ def _recomputations(config: RunConfig) -> tuple[_Recompute, ...]:
     if train.recompute_method is not None or train.recompute_num_layers is not None:
         return ("full",)
     return ("selective" if train.recompute_granularity == "selective" else None, "full")
+
+
+def _overlaps(config: RunConfig, *, sharded: bool) -> bool | None:
+    """What is asked for the gathering of weights, of which there is none if all ranks have them whole."""
+    asked = config.optimizer.overlap_param_gather
+    return False if asked and not sharded else asked
 
 
 def _zero_stages(candidate: Candidate) -> tuple[int, ...]:

@@ -351,17 +351,17 @@ CASES = [
     ),
     case(
         "param_gather_has_parts_to_gather",
-        {**MEGATRON, "overlap_param_gather": True},
+        {**MEGATRON, "overlap_param_gather": True, "overlap_grad_reduce": False},
         "--overlap-param-gather",
         "needs --use-distributed-optimizer and --overlap-grad-reduce",
         {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
     ),
     case(
         "param_gather_has_parts_to_gather",
-        {**MEGATRON, "overlap_param_gather": True, "use_distributed_optimizer": True},
+        {**MEGATRON, "overlap_param_gather": True},
         "--overlap-param-gather",
-        "needs --overlap-grad-reduce",
-        {"overlap_param_gather": False},
+        "needs --use-distributed-optimizer",
+        {"overlap_param_gather": None},
     ),
     case(
         "capacity_of_whole_samples",

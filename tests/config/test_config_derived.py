@@ -120,3 +120,21 @@ def test_layers_with_a_window(skip, expected):
 def test_layers_without_experts_in_a_row():
     assert derived.longest_dense_run(config()) == 0
     assert derived.longest_dense_run(config(moe_layer_freq="[0,0,1,0]")) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "expected"),
+    [
+        ({}, 2, (False, False)),  # without the distributed optimizer
+        ({"use_distributed_optimizer": True}, 1, (False, False)),
+        ({"use_distributed_optimizer": True}, 2, (True, True)),
+        ({"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}, 2, (False, False)),
+        ({"use_distributed_optimizer": True, "context_parallel_size": 2}, 2, (True, True)),
+        ({"use_distributed_optimizer": True, "overlap_grad_reduce": False}, 2, (False, False)),
+        ({"use_distributed_optimizer": True, "overlap_param_gather": False}, 2, (True, False)),
+        ({"use_distributed_optimizer": True, "overlap_param_gather": True}, 1, (True, True)),
+        ({"overlap_grad_reduce": True}, 2, (True, False)),
+    ],
+)
+def test_what_overlaps(asked, world, expected):
+    assert derived.overlap(config(engine="megatron", **asked), world) == expected

@@ -19,7 +19,8 @@ MEGATRON = {"engine": "megatron", "use_distributed_optimizer": True}
         ({}, 2, "deepspeed, ZeRO stage 1, float32"),
         ({"bf16": True}, 1, "deepspeed, ZeRO stage 1, bfloat16"),  # its float32 copies are ZeRO's
         ({"engine": "megatron"}, 2, "megatron, float32"),
-        (MEGATRON, 2, "megatron, distributed optimizer, float32"),
+        (MEGATRON, 1, "megatron, distributed optimizer, float32"),
+        (MEGATRON, 2, "megatron, distributed optimizer, overlapped communication, float32"),
     ],
 )
 def test_the_engine_as_it_runs(settings: dict[str, object], world_size: int, line: str) -> None:

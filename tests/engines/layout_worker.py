@@ -208,6 +208,7 @@ def step_numbers(engine: Engine, config: RunConfig, step: int) -> dict[str, Any]
         "grad_norm": result.grad_norm,
         "entropy": result.layers["entropy"],
         "load": result.layers["load_max_over_mean"],
+        "params_norm": result.params_norm,
     }
 
 

@@ -59,7 +59,6 @@ ON_DEEPSPEED = {
 }
 ON_MEGATRON = {
     "1 rank": Layout(1),
-    "DP2, distributed optimizer": Layout(2, "--use-distributed-optimizer"),
     "CP2": Layout(2, CP2),
     "PP2, a stage without experts": Layout(2, PP2),
     "PP2 x VPP2": Layout(2, f"{PP2} --virtual-pipeline-model-parallel-size 2", DEEPER),
@@ -81,11 +80,12 @@ def on_megatron(layouts: dict[str, Layout]) -> dict[str, Layout]:
     }
 
 
-FEW = {**BOTH, **on_megatron({**BOTH, "CP2": ON_MEGATRON["CP2"]})}
-LONG = {**BOTH, **ON_DEEPSPEED, **on_megatron({**BOTH, **ON_MEGATRON})}
+OVERLAP = {"DP2, overlap": Layout(2, "--use-distributed-optimizer --ddp-bucket-size 500")}
+FEW = {**BOTH, **on_megatron({**BOTH, **OVERLAP, "CP2": ON_MEGATRON["CP2"]})}
+LONG = {**BOTH, **ON_DEEPSPEED, **on_megatron({**BOTH, **OVERLAP, **ON_MEGATRON})}
 # Multi-token prediction has no other engine to be compared with: one process of its own is the reference.
 MTP = f"hyper {MEGATRON} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.3 {SHARED}"
-MTP_LAYOUTS = {"EP2": BOTH["EP2"], "TP2, SP": BOTH["TP2, SP"], "PP2": BOTH["PP2"], "DP2": Layout(2)}
+MTP_LAYOUTS = {"EP2": BOTH["EP2"], "TP2, SP": BOTH["TP2, SP"], "PP2": BOTH["PP2"], **OVERLAP}
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,7 @@ LAYOUTS = {
     "deepspeed, ZeRO-0": Layout(2, "--zero-stage 0 --shard-hypernetwork"),
     "megatron, distributed optimizer, overlap": Layout(
         2,
-        "--engine megatron --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
-        "--shard-hypernetwork",
+        "--engine megatron --use-distributed-optimizer --ddp-bucket-size 500 --shard-hypernetwork",
     ),
     "megatron, CP2": Layout(2, "--engine megatron --context-parallel-size 2 --shard-hypernetwork"),
 }

@@ -23,14 +23,20 @@ PLAIN = {
     "TP2 x PP2": Layout(4, f"{TP2} {PP2}"),
     "PP2 x EP2": Layout(4, f"{PP2} {EP2}"),
 }
-SPLIT = "--use-distributed-optimizer"
+SPLIT = "--use-distributed-optimizer"  # communication overlaps wherever there are two data-parallel ranks
+BUCKETS = "--ddp-bucket-size 500"  # nearly one for each parameter, instead of one for all
 ON_MEGATRON = {
     **PLAIN,
     **{
         f"{name}, distributed optimizer": layout._replace(flags=f"{layout.flags} {SPLIT}")
         for name, layout in PLAIN.items()
     },
-    "DP2, overlap": Layout(2, f"{SPLIT} --overlap-grad-reduce --overlap-param-gather"),
+    "DP2, nothing overlaps": Layout(2, f"{SPLIT} --no-overlap-grad-reduce"),
+    "DP2, gradients overlap": Layout(2, f"--overlap-grad-reduce {BUCKETS}"),
+    "DP2 x EP2, buckets": Layout(4, f"{EP2} {SPLIT} {BUCKETS}"),
+    "DP2 x PP2 x VPP2, buckets": Layout(
+        4, f"{PP2} --virtual-pipeline-model-parallel-size 2 {SPLIT} {BUCKETS}", FOUR_LAYERS
+    ),
     "EP2, allgather, recompute": Layout(
         2, f"{EP2} --moe-token-dispatcher-type allgather --recompute-granularity full"
     ),

@@ -18,7 +18,7 @@ TP2 = "--tensor-model-parallel-size 2"
 LAYOUTS = {
     1: ["--engine megatron --bf16", PREDICTING],
     2: [
-        "--engine megatron --expert-model-parallel-size 2 --use-distributed-optimizer",
+        "--engine megatron --expert-model-parallel-size 2 --use-distributed-optimizer --ddp-bucket-size 500",
         "--engine megatron --pipeline-model-parallel-size 2",
         "--engine megatron --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2 "
         "--num-layers 4",

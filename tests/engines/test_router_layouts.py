@@ -41,9 +41,7 @@ LAYOUTS = {
     "megatron, TP2": Layout(2, f"{MEGATRON} {TP2} --sequence-parallel"),
     "megatron, PP2": Layout(2, f"{MEGATRON} {PP2}"),
     "megatron, CP2": Layout(2, f"{MEGATRON} --context-parallel-size 2"),
-    "megatron, DP2, overlap": Layout(
-        2, f"{MEGATRON} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-    ),
+    "megatron, DP2, overlap": Layout(2, f"{MEGATRON} --use-distributed-optimizer --ddp-bucket-size 500"),
     **{
         f"{name}, capacity": layout._replace(settings="--moe-expert-capacity-factor 0.7")
         for name, layout in {

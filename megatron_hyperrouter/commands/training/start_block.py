@@ -13,6 +13,7 @@ from megatron_hyperrouter.config.derived import (
     data_parallel_size,
     global_batch_size,
     moe_layers,
+    overlap,
 )
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.data.order.blend import parse_blend
@@ -83,8 +84,9 @@ def _engine(config: RunConfig, world_size: int) -> str:
     details: list[str] = [config.engine.engine]
     if config.engine.engine == "deepspeed":
         details.append(f"ZeRO stage {zero_stage(config, world_size=world_size)}")
-    elif config.optimizer.use_distributed_optimizer:
-        details.append("distributed optimizer")
+    else:
+        details += ["distributed optimizer"] * config.optimizer.use_distributed_optimizer
+        details += ["overlapped communication"] * overlap(config, world_size).gradients
     return ", ".join([*details, "bfloat16" if config.train.bf16 else "float32"])
 
 

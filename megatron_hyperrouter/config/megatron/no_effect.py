@@ -10,7 +10,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "Communication": """
 account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split cp-comm-type
 create-all-gather-group mtp-standalone
-ddp-average-in-collective ddp-bucket-size ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
+ddp-average-in-collective ddp-num-buckets ddp-pad-buckets-for-high-nccl-busbw
 ddp-param-name-patterns-for-fp32-local-accumulation ddp-reduce-scatter-with-fp32-accumulation
 defer-embedding-wgrad-compute delay-param-gather delay-wgrad-compute disable-align-grad-reduce
 disable-gloo-process-groups disable-symmetric-registration disable-tp-comm-bulk-dgrad

@@ -14,14 +14,15 @@ from megatron_hyperrouter.errors import Problem
 
 def param_gather_has_parts_to_gather(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """Only the distributed optimizer leaves weights to gather; megatron-core ties the overlap to that of
-    gradients (arguments.py).
+    gradients (arguments.py), which is on unless it was switched off.
     """
-    if config.engine.engine != "megatron" or not config.optimizer.overlap_param_gather:
+    asked = config.optimizer
+    if config.engine.engine != "megatron" or not asked.overlap_param_gather:
         return
-    needed = ("use_distributed_optimizer", "overlap_grad_reduce")
-    missing = " and ".join(flag(name) for name in needed if not getattr(config.optimizer, name))
+    missing = ("use_distributed_optimizer",) * (not asked.use_distributed_optimizer)
+    missing += ("overlap_grad_reduce",) * (asked.overlap_grad_reduce is False)
     if missing:
-        yield needs(config, "overlap_param_gather", missing)
+        yield needs(config, "overlap_param_gather", " and ".join(map(flag, missing)))
 
 
 def tensor_parallel_experts_need_sequence_parallel(

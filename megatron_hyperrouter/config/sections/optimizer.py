@@ -61,14 +61,23 @@ class OptimizerConfig:
         "but is less exact",
     ] = False
     overlap_grad_reduce: Annotated[
-        bool,
+        bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides this itself"),
-        "Overlap the reduction of gradients with the backward pass",
-    ] = False
+        "Overlap the reduction of gradients with the backward pass; default: on with "
+        "--use-distributed-optimizer on more than one data-parallel rank",
+    ] = None
     overlap_param_gather: Annotated[
-        bool,
+        bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides this itself"),
-        "Overlap the gathering of weights with the forward pass",
-    ] = False
+        "Overlap the gathering of weights with the forward pass; default: on where gradients overlap "
+        "and --use-distributed-optimizer is on",
+    ] = None
+    ddp_bucket_size: Annotated[
+        Count | None,
+        Role.SPEED,
+        Only("megatron", harmless="DeepSpeed's buckets follow the size of the model"),
+        "Gradients of this many elements are reduced together where communication overlaps; "
+        "default: 10^6 per data-parallel rank, at least 4 x 10^7",
+    ] = None

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_hyperrouter.engines.base import RankPlace
-from megatron_hyperrouter.engines.megatron import host_state, judged, model
+from megatron_hyperrouter.engines.megatron import data_parallel, host_state, model
 from megatron_hyperrouter.engines.routing import draw_by_name
 from megatron_hyperrouter.engines.saved.pieces import Holding
 from megatron_hyperrouter.engines.shared import SharedEngine
@@ -73,36 +66,14 @@ class MegatronEngine(SharedEngine):
         self._forward_backward = get_forward_backward_func()
 
     def _for_training(self, chunks: list[nn.Module]) -> list[nn.Module]:
-        run = self.config
-        distributed = run.optimizer.use_distributed_optimizer
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed,
-            grad_reduce_in_fp32=not self.config.optimizer.grad_reduce_in_bf16,
-            overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
-            overlap_param_gather=run.optimizer.overlap_param_gather,
-        )
-        wrapped: list[nn.Module] = [
-            DistributedDataParallel(self.core, ddp, chunk, disable_bucketing=number > 0)
-            for number, chunk in enumerate(chunks)
-        ]
-        made = get_megatron_optimizer(
-            (settings := _optimizer_config(run, self.core)),
-            wrapped,
-            _overrides(settings, run.router.options.lr_mult),
-            use_gloo_process_groups=False,
-        )
-        self.optimizer = judged.JudgedOptimizer(made, self.judgement)
-        # wd_mult is a note to megatron's scheduler; without one, norms would decay
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]
-            if "fused" in group:  # torch's own AdamW, where apex and Transformer Engine are missing
-                group["fused"], group["foreach"] = True, False
+        wrapped = data_parallel.wrapped(self.config, self.core, chunks, world_size=self.place.world_size)
+        self.optimizer = data_parallel.optimizer(self.config, self.core, wrapped, self.judgement)
         self.core.finalize_model_grads_func = finalize_model_grads
         self.core.grad_scale_func = self.optimizer.scale_loss
-        if run.optimizer.overlap_grad_reduce:
+        if wrapped[0].ddp_config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in wrapped]
             self.core.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        return wrapped
+        return list(wrapped)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of each parameter on this rank."""
@@ -197,11 +168,8 @@ class MegatronEngine(SharedEngine):
     # checkpoints
     def holding(self) -> Holding:
         """See :class:`SharedEngine`."""
-        if self.optimizer is not None and self.config.optimizer.overlap_param_gather:
-            for (
-                chunk
-            ) in self.wrapped:  # until the next forward pass, the weights of the last step are sharded
-                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+        if self.optimizer is not None:
+            data_parallel.gather_weights(self.wrapped)
         named, optimizer = self.named, self.optimizer
         return Holding(
             named=named,
@@ -240,34 +208,6 @@ def _join(config: RunConfig) -> RankPlace:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
-
-
-def _optimizer_config(run: RunConfig, core: TransformerConfig) -> OptimizerConfig:
-    settings = run.optimizer
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        clip_grad=settings.clip_grad or math.inf,  # 0 would leave out the norm as well
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        bf16=run.train.bf16,
-        params_dtype=core.params_dtype,
-        use_distributed_optimizer=settings.use_distributed_optimizer,
-        log_num_zeros_in_grad=run.logging.log_num_zeros_in_grad,
-        overlap_param_gather=settings.overlap_param_gather,
-    )
-
-
-def _overrides(settings: OptimizerConfig, router_lr_mult: float) -> dict[ParamKey, Any] | None:
-    """Settings of single parameters: with a learning-rate factor for routers, parameter groups with that
-    ``lr_mult``.
-    """
-    if router_lr_mult == 1.0:
-        return None
-    own = {ParamKey(name="*.mlp.router.*"): {"lr_mult": router_lr_mult}}
-    return {**get_standard_config_overrides(settings), **own}
 
 
 def _two_slices(whole_BS: Tensor, rank: int, size: int) -> Tensor:
