@@ -169,7 +169,7 @@ def _wrong(manifest: Any) -> str:
         if place.is_absolute() or ".." in place.parts or "\0" in name:
             return f"it lists {name}, a path outside the folder"
         if not isinstance(entry, dict) or not {"bytes", "crc32"} <= entry.keys():
-            return f"the entry of {name} has no size or no checksum"
+            return f"the entry of {name} lacks a size or a checksum"
     return ""
 
 

@@ -99,7 +99,7 @@ def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[s
     if run.model.mtp_num_layers is not None:
         yield "the layers for multi-token prediction are not exported; predicting the next token needs none"
     if run.model.moe_expert_capacity_factor is not None:
-        yield "training dropped tokens above the capacity of an expert, but the exported model drops none"
+        yield "training dropped tokens that exceeded the capacity of an expert; the exported model drops none"
     if target.model_type == "deepseek_v2" and rope_type(run) == "yarn" and run.attention.mscale_all_dim:
         # transformers 4 leaves the temperature out of this class's attention; 5 has it.
         yield (

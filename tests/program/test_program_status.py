@@ -127,7 +127,7 @@ def test_a_rank_whose_data_are_late_is_named(zygote: Zygote, text: Path, tmp_pat
     (alarm,) = [each for each in read_trace(run_dir).events if each.get("alarm") == "late_data"]
     assert (alarm["rank"], alarm["step"], alarm["since"]) == (1, 21, 2) and 0.1 < alarm["value"] < 1
     assert alarm["host"] == socket.gethostname()
-    assert f"rank 1 ({alarm['host']}): all ranks wait for its data" in job.stderr
+    assert f"rank 1 ({alarm['host']}): all ranks waited for its data" in job.stderr
 
 
 STAGES = "--pipeline-model-parallel-size 2 --micro-batch-size 4"

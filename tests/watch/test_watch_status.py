@@ -130,7 +130,9 @@ class TestState:
         with held(run_dir):
             status = now(run_dir)
         assert status.state == "running"
-        assert status.late == ["rank 1 (node1): all ranks wait for its data, 40% of the steps 3 to 22"]
+        assert status.late == [
+            "rank 1 (node1): all ranks waited for its data, for 40% of the time of steps 3 to 22"
+        ]
 
     def test_a_rank_that_computes_slowly(self, run_dir: Path) -> None:
         """The newest alarm counts, of this attempt; the rank needs no heartbeat file."""
@@ -145,8 +147,9 @@ class TestState:
             assert now(run_dir).late == []
         assert status.state == "running"
         assert status.late == [
-            "rank 100 (node7): all ranks wait for it, because it takes 1.31 times as long as the median rank "
-            "for the same work, in each of the steps 523 to 542"
+            "rank 100 (node7): all ranks waited for it: in steps 523 to 542, it took 1.31 times as long "
+            "as the "
+            "median rank for the same work"
         ]
 
     def test_a_new_attempt_that_is_starting(self, run_dir: Path) -> None:

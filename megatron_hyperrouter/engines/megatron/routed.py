@@ -80,7 +80,9 @@ class RoutedMoELayer(MoELayer):
             with router.site.given(routing):
                 return super().forward(hidden_states, *more, **kwargs)
         if any(value is not None for value in (*more, *kwargs.values())):
-            raise NotImplementedError("padding masks and partial passes are not supported; pass full samples")
+            raise NotImplementedError(
+                "padding masks and other optional arguments are not supported; pass full samples"
+            )
         routes_R1D = x_TD.repeat_interleave(routing.experts_TK.size(1), 0).unsqueeze(1)
         shared = self.shared_experts_compute(hidden_states)
         with router.site.given(single_routes(routing)), self._one_expert_each():

@@ -60,7 +60,7 @@ RULES = (
         _WAIT,
         lambda result: result.data_waits,
         late_data,
-        "all ranks wait for its data, {value:.0%} of the steps {since} to {step}",
+        "all ranks waited for its data, for {value:.0%} of the time of steps {since} to {step}",
         "use more --num-workers, or check the disk of its machine",
     ),
     Rule(
@@ -68,8 +68,8 @@ RULES = (
         _SLOW,
         lambda result: over_median(result.compute_times),
         slow_rank,
-        "all ranks wait for it, because it takes {value:.2f} times as long as the median rank for the same "
-        "work, in each of the steps {since} to {step}",
+        "all ranks waited for it: in steps {since} to {step}, it took {value:.2f} times as long as the "
+        "median rank for the same work",
         "look for slow clocks, heat and other processes on its machine, for example with mhr doctor",
     ),
 )
