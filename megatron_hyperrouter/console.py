@@ -93,8 +93,8 @@ def left_alone(error: Exception) -> bool:
 def waiting_for_ranks(world_size: int) -> Iterator[None]:
     """Within this context, a wait of more than ``SILENCE`` is reported."""
     words = (
-        f"waiting for all {world_size} ranks; one of them may be building an index file "
-        "(build it beforehand with mhr index), or may have exited"
+        f"waiting for all {world_size} ranks to join; one of them may have exited, or may be "
+        "building an index file (mhr index builds index files in advance)"
     )
     timer = threading.Timer(SILENCE, note, [words])
     timer.daemon = True

@@ -77,5 +77,5 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         return f"it has no field {error.args[0]}"
     if isinstance(error, (KeyError, TypeError, AttributeError, RecursionError)):
-        return "it has an unexpected form"
-    return str(error) or "it has an unexpected form"
+        return "its content has an unexpected structure"
+    return str(error) or "its content has an unexpected structure"

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         word = found[1].split()[0]
         near = difflib.get_close_matches(word.partition("=")[0], self._flags(), n=1, cutoff=_LIKENESS)
         if not word.startswith("-"):
-            return Problem("command line", word, "is not the value of a flag", self._lists_flags())
+            return Problem("command line", word, "does not belong to a flag", self._lists_flags())
         return Problem(word, "", "unknown flag", f"did you mean {near[0]}?" if near else self._lists_flags())
 
 
@@ -75,7 +75,7 @@ def _flag(found: re.Match[str]) -> str:
 
 def _choice(parser: Parser, found: re.Match[str]) -> Problem:
     choices = found["choices"].replace("'", "")
-    return Problem(_flag(found), found["value"], f"must be one of {choices}", "choose one of these values")
+    return Problem(_flag(found), found["value"], f"must be one of {choices}", "use one of these values")
 
 
 def _value(parser: Parser, found: re.Match[str]) -> Problem:

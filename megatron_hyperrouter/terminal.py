@@ -27,7 +27,7 @@ Shown = TypeVar("Shown", bound="Bar")
 class Stopped(BaseException):
     """A signal asks the tool to stop; no ``except Exception`` catches it, every ``finally`` runs."""
 
-    left = "unfinished files were removed"
+    left = "incomplete files were removed"
 
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -58,7 +58,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.exit(HostError.exit_status)
     except MemoryError as error:
         reason = f": {error}" if str(error) else ""
-        remedy = "end other programs, or use smaller sizes"
+        remedy = "close other programs, or use smaller sizes"
         console.report(HyperRouterError(f"not enough memory{reason}", remedy=remedy))
         sys.exit(1)
     except Stopped as reason:

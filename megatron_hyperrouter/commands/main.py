@@ -1,4 +1,4 @@
-"""``mhr NAME ...``: finds the command and starts it; also the way in of ``tools/*.py``."""
+"""``mhr NAME ...``: finds the command and starts it.  ``tools/*.py`` start their commands here, too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMMANDS: dict[str, Command] = {
 _NEXT = """megatron_hyperrouter pretrains mixture-of-experts models with better routers.
 
 Start with one of these:
-  bash examples/quickstart.sh   train a small model on this machine, in a checkout (5 minutes)
+  bash examples/quickstart.sh   train a small model in 5 minutes (needs a checkout of the repository)
   mhr train --help              every setting of a training run
   mhr evaluate --help           score a trained run at several k
   mhr --help                    all commands
@@ -65,7 +65,7 @@ def start(name: str) -> NoReturn:
 
 def overview() -> str:
     """All commands in groups, one line each."""
-    lines = ["usage: mhr COMMAND [arguments]       (mhr COMMAND --help explains one)", ""]
+    lines = ["usage: mhr COMMAND [arguments]       (mhr COMMAND --help explains the command)", ""]
     for group, commands in GROUPS.items():
         lines += [f"{group}:", *(f"  {name:<16} {command.summary}" for name, command in commands.items()), ""]
     return "\n".join([*lines, "k: number of experts that process each token (active experts)", ""])

@@ -26,7 +26,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "status": Command("cluster.status", "show the state of a run: step, speed, ETA, late ranks"),
     },
     "Data": {
-        "corpus": Command("data.corpus", "turn the text files below a folder into JSON lines"),
+        "corpus": Command("data.corpus", "turn the text files in a folder into JSON lines"),
         "tokenizer": Command("data.tokenizer", "train a byte-level BPE tokenizer"),
         "preprocess": Command("data.preprocess", "turn text into token files (.bin and .idx)"),
         "merge": Command("data.merge", "merge the token files of several machines"),

@@ -1,4 +1,4 @@
-"""The whole examination; each step uses only what the steps before it have shown."""
+"""The whole examination; each check uses only what the checks before it have shown to work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_hyperrouter.doctor.ranks import Ranks
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; whole on rank 0 alone."""
+    """What was found; complete only on rank 0."""
 
     hosts: list[str]
     ranks: int

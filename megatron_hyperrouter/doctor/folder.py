@@ -28,7 +28,7 @@ _MOUNT = "mount the same file system on all machines, and use a folder on it for
 def examine_folder(
     ranks: Ranks, names: Sequence[str], run_dir: Path, *, checkpoint: int | None, first_ranks: Sequence[int]
 ) -> list[Finding]:
-    """All questions about the folder (collective); the answers are rank 0's.
+    """All checks of the folder (collective); rank 0 returns the findings.
 
     ``names``: what each rank is called; ``checkpoint``: bytes of one; ``first_ranks``: one of each machine.
     """
@@ -129,7 +129,7 @@ def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
         return [fault("rename", f"a file cannot be replaced by a rename: {error}", remedy)]
     if torn[0]:
         return [fault("rename", f"a rename is not atomic: {torn[0]} reads found an incomplete file", remedy)]
-    return [ok("rename", f"{_RENAMES} renames, each atomic")]
+    return [ok("rename", f"all {_RENAMES} renames were atomic")]
 
 
 def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
@@ -146,11 +146,11 @@ def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
     wrong = [f"{names[rank]}: {word}" for rank, word in enumerate(got) if word]
     if wrong:
         remedy = (
-            "mount the folder with locks (Lustre: -o flock; NFS: without nolock), "
-            "or never start two runs in one folder"
+            "mount the file system with locks (Lustre: -o flock; NFS: without nolock), or take care "
+            "never to start two runs in one folder"
         )
         return [fault("lock", f"locks do not work in the run folder: {wrong[0]}", remedy)]
-    return [ok("lock", "a second lock is refused")] if ranks.rank == 0 else []
+    return [ok("lock", "a locked file cannot be locked again")] if ranks.rank == 0 else []
 
 
 @contextlib.contextmanager
@@ -186,15 +186,16 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     writes = {rank: each["write"] for rank, each in told.items()}
     slowest = min(writes, key=lambda rank: writes[rank])
     text = (
-        f"write {sum(writes.values()) / 1e6:,.0f} MB/s, read "
-        f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s (partly from the page "
-        f"cache), in all, on {len(told)} machine(s)"
+        f"{len(told)} machine(s) together write {sum(writes.values()) / 1e6:,.0f} MB/s and read "
+        f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s (partly from the page cache)"
     )
     if writes[slowest] < min(_SLOW, statistics.median(writes.values())):
         slow = f"; {names[slowest]} writes {writes[slowest] / 1e6:,.1f} MB/s"
         return [
             note(
-                "disk", text + slow, ("use --async-save or another disk, because checkpoints take long there")
+                "disk",
+                text + slow,
+                ("use --async-save, or another disk: saving a checkpoint takes long on this one"),
             )
         ]
     return [ok("disk", text)]
@@ -220,7 +221,7 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
             fault(
                 "room",
                 (f"{run_dir}: only {inodes:,} more files can be created"),
-                "remove files in that folder",
+                "remove files from that file system",
             )
         ]
     if checkpoint is None:

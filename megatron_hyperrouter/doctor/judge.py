@@ -20,9 +20,7 @@ _SHM_A_RANK = 64 << 20  # bytes: NCCL's and the data loader's
 EXTRAS = {
     "transformer_engine": "Transformer Engine: fused attention, norms and experts on the Megatron engine",
     "apex": "apex: fused Adam and gradient norms on the Megatron engine",
-    "flash_attn": (
-        "flash-attn: attention inside Transformer Engine; without it, the kernel of PyTorch is used"
-    ),
+    "flash_attn": ("flash-attn: attention inside Transformer Engine, which otherwise uses another kernel"),
 }
 
 
@@ -96,7 +94,7 @@ def _extras(first: Facts) -> Finding:
     missing = [EXTRAS[name] for name, version in first["extras"].items() if not version]
     text = f"found: {', '.join(found) or 'none'}"
     if not first["gpus"]:
-        return ok("extras", f"{text}; they speed up only GPUs, and this machine has none")
+        return ok("extras", f"{text}; these libraries are useful only on GPUs, and this machine has none")
     return note("extras", f"{text}; not installed: {'; '.join(missing)}") if missing else ok("extras", text)
 
 
@@ -105,7 +103,7 @@ def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if facts[0]["gpus"] and any(not each["gpu"] for each in facts):
         bare = [name for name, each in zip(names, facts, strict=True) if not each["gpu"]]
-        yield fault("devices", f"no GPU for {first_of(bare)}", "start one rank for each GPU of a machine")
+        yield fault("devices", f"no GPU for {first_of(bare)}", "start at most one rank per GPU")
     elif len(kinds) > 1:
         yield note("devices", f"the devices differ ({text}); the slowest limits the speed")
     else:
@@ -119,7 +117,7 @@ def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         host, cores = next(iter(crowded.items()))
         text = f"{ranks_of[host]} ranks on {host} share {cores} core(s)"
         remedy = (
-            "with Slurm, set --cpus-per-task to the number of cores divided by the number of tasks of a node"
+            "with Slurm, set --cpus-per-task to the number of cores divided by the number of tasks per node"
         )
         yield fault("cores", text, remedy) if facts[0]["gpus"] else note("cores", text, remedy)
 
@@ -128,7 +126,7 @@ def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
     rates = [each["rate"] for each in facts]
     usual = statistics.median(rates)
     gpu = bool(facts[0]["gpus"])
-    text = f"matrix product {usual / 1e12:,.3g} TFLOP/s on each rank"
+    text = f"each rank multiplies matrices at {usual / 1e12:,.3g} TFLOP/s"
     slow = [
         f"{names[rank]}: {rate / usual:.0%} of the median"
         for rank, rate in sorted(enumerate(rates), key=lambda pair: pair[1])
@@ -153,7 +151,7 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         yield fault(
             "open files",
             (f"ulimit -n is less than {needed}: {first_of(low)}"),
-            "run ulimit -n 65536 before the program",
+            "run ulimit -n 65536 before you start the job",
         )
     else:
         yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")

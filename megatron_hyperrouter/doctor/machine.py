@@ -47,8 +47,8 @@ def facts_of_this_process() -> Facts:
 
 
 def matmul_rate() -> float:
-    """Floating-point operations a second of this rank's device: the best of many short tries, so that what
-    else runs on the machine does not count.
+    """Floating-point operations per second of this rank's device: the best of many short tries, so that other
+    work on the machine does not distort it.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -85,7 +85,7 @@ def _versions() -> dict[str, str]:
 
 
 def _sources() -> str:
-    """A digest of the program's files: a checkout that was not updated has the same version."""
+    """A digest of the program's files: an outdated checkout can have the same version number."""
     folder = Path(megatron_hyperrouter.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -103,7 +103,7 @@ def _extension() -> str:
 
 
 def _extra(module: str) -> str | None:
-    """Version of a library that makes things faster; None if it is missing."""
+    """Version of an optional library; None if it is not installed."""
     if importlib.util.find_spec(module) is None:
         return None
     for name in (module, module.replace("_", "-")):
@@ -154,5 +154,5 @@ def _gpu_faults() -> list[str]:
         if errors.isdecimal() and int(errors):
             found.append(f"GPU {index}: {errors} uncorrected memory errors")
         if slowdown == "Active":
-            found.append(f"GPU {index}: the hardware slows it down (heat or power)")
+            found.append(f"GPU {index}: the hardware throttles the clock (heat or power)")
     return found

@@ -50,7 +50,7 @@ def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
             "NCCL_SOCKET_IFNAME"
         )
         return [fault("ports", first_of(closed), remedy)]
-    return [ok("ports", f"each of {ranks.size} ranks reaches the next one")] if ranks.rank == 0 else []
+    return [ok("ports", f"each of the {ranks.size} ranks can reach the next one")] if ranks.rank == 0 else []
 
 
 def examine_collectives(ranks: Ranks, names: Sequence[str]) -> tuple[list[Finding], dict[str, Any]]:
@@ -134,7 +134,7 @@ def _named(rates: Tensor) -> dict[tuple[int, int], float]:
 
 
 def _slow_pairs(rates: Mapping[tuple[int, int], float], kind: str) -> list[tuple[int, int]]:
-    """The slowest first; where there are few, none is unusual."""
+    """The slow pairs, slowest first; none if there are too few pairs to tell what is usual."""
     if len(rates) < _FEW_PAIRS:
         return []
     limit = _SLOW[kind] * statistics.median(rates.values())
@@ -169,12 +169,13 @@ def _judge(
 ) -> Finding:
     numbers["pair"] = statistics.median(rates.values())
     text = (
-        f"all-reduce {numbers['all_reduce'] / 1e9:,.2f} GB/s, all-to-all {numbers['all_to_all'] / 1e9:,.2f} "
-        f"GB/s, a pair {numbers['pair'] / 1e9:,.2f} GB/s"
+        f"all-reduce {numbers['all_reduce'] / 1e9:,.2f} GB/s, all-to-all "
+        f"{numbers['all_to_all'] / 1e9:,.2f} GB/s, median pair of ranks {numbers['pair'] / 1e9:,.2f} "
+        "GB/s"
     )
     slow = [f"{names[a]} with {names[b]}: {rates[a, b] / 1e9:,.2f} GB/s" for a, b in _slow_pairs(rates, kind)]
     if slow:
-        remedy = "check cable, switch port and network card of these machines"
+        remedy = "check the cable, switch port and network card of these machines"
         return fault("collectives", f"{text}; slow: {first_of(slow)}", remedy)
     return ok("collectives", text)
 
@@ -202,5 +203,11 @@ def _loopback() -> list[Finding]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         why = _connect("127.0.0.1", server.getsockname()[1])
     if why:
-        return [fault("ports", f"this machine cannot reach itself: {why}", "allow 127.0.0.1 in the firewall")]
-    return [ok("ports", "this machine reaches itself")]
+        return [
+            fault(
+                "ports",
+                f"this machine cannot reach itself: {why}",
+                "allow connections to 127.0.0.1 in the firewall",
+            )
+        ]
+    return [ok("ports", "this machine can reach itself")]

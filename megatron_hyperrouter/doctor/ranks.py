@@ -51,7 +51,7 @@ class Ranks:
 
     @classmethod
     def at_store(cls, store: Any, rank: int, size: int) -> Ranks:
-        """The ranks that meet at a launcher's store, with nothing that an earlier attempt has left there."""
+        """The ranks that meet at a launcher's store; keys of an earlier attempt are ignored."""
         store.set_timeout(PATIENCE)
         return cls(rank, size, dist.PrefixStore("doctor", of_this_attempt(store, rank, size, PATIENCE)))
 
@@ -85,7 +85,7 @@ class Ranks:
         self.gather("left", True)
 
     def clock_offset(self) -> tuple[float, float]:
-        """Seconds by which this rank's clock is ahead of rank 0's, and by how much that may be wrong: half
+        """Seconds by which this rank's clock is ahead of rank 0's, and the largest error of that number: half
         the time of the quickest answer.
         """
         found = [(0.0, 0.0)] if self.rank == 0 else []
@@ -107,7 +107,7 @@ class Ranks:
             found: bytes = self.store.get(topic)
         except (dist.DistStoreError, RuntimeError) as error:
             raise HostError(
-                f"rank {rank} has sent nothing for {PATIENCE.seconds} s ({topic})",
+                f"rank {rank} did not answer within {PATIENCE.seconds} s (step: {topic})",
                 remedy="read the messages of that rank, and check its machine",
             ) from error
         return found

@@ -30,13 +30,13 @@ class Machine:
     def assumptions(self) -> list[str]:
         """What a prediction rests on, a line each."""
         return [
-            f"a GPU computes {self.flops / 1e12:,.0f} TFLOP/s and exchanges "
-            f"{self.inside / 1e9:,.0f} GB/s inside a node, {self.outside / 1e9:,.0f} GB/s between nodes, "
-            f"{self.latency * 1e6:.0f} us per message ({self.source})",
-            f"the busiest expert-parallel rank has {self.skew:g} times the mean load (--skew)",
+            f"a GPU sustains {self.flops / 1e12:,.0f} TFLOP/s; its bandwidth is "
+            f"{self.inside / 1e9:,.0f} GB/s inside a node and {self.outside / 1e9:,.0f} GB/s between "
+            f"nodes; the latency is {self.latency * 1e6:.0f} us per message ({self.source})",
+            f"the busiest expert-parallel rank has {self.skew:g} times the mean load of all ranks (--skew)",
             (
-                f"{self.reserve / 1e9:g} GB per GPU are reserved for CUDA, NCCL and "
-                "kernels (--reserve); fragmentation is not counted"
+                f"{self.reserve / 1e9:g} GB per GPU are reserved for CUDA, NCCL and kernels "
+                "(--reserve); memory fragmentation is not included"
             ),
             "communication and computation do not overlap; tensor parallelism stays inside a node",
         ]

@@ -159,10 +159,10 @@ class Planner:
         """Why a layout does not fit, and what to do about the largest part."""
         use, part = made.use, made.use.largest()
         reason = (
-            f"needs {use.total / GIB:.1f} GiB, but a GPU has {self.machine.memory / GIB:.1f}: "
-            f"{part} take {getattr(use, part) / GIB:.1f} GiB; {_REMEDIES[part]}"
+            f"needs {use.total / GIB:.1f} GiB, but a GPU has {self.machine.memory / GIB:.1f}; the "
+            f"largest part is {part} ({getattr(use, part) / GIB:.1f} GiB): {_REMEDIES[part]}"
         )
-        cause = f"does not fit; {part} take most: {_REMEDIES[part]}"
+        cause = f"does not fit; the largest part is {part}: {_REMEDIES[part]}"
         return Refusal(made.candidate.layout(), reason, (cause,))
 
 
@@ -171,6 +171,6 @@ def _nothing_runs(gpus: int, refusals: Sequence[Refusal]) -> Problem:
     return Problem(
         "--gpus",
         gpus,
-        (f"no layout is allowed by the rules; the first reason is: {reason}"),
+        (f"the rules do not allow any layout; the first reason is: {reason}"),
         "use another number of GPUs, or other settings",
     )

@@ -24,7 +24,7 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
     """Dry runs of the ``best`` layouts; one that needs more than a GPU has is refused after all."""
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
-    note(f"dry run of {len(tasks)} ranks: each builds its engine and runs {_STEPS} steps in fake memory")
+    note(f"dry run of {len(tasks)} ranks: each builds its engine and runs {_STEPS} steps with fake tensors")
     for (each, rank), told in zip(asked, answers(tasks), strict=True):
         if "error" in told:
             note(f"rank {rank} of a layout could not be verified: {told['error']}")
@@ -89,7 +89,9 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             except BrokenPipeError:
                 line = ""
             if not line:
-                raise HostError("a dry run ended without a result", remedy="run bash tools/setup_env.sh")
+                raise HostError(
+                    "the process of the dry run ended without a result", remedy="run bash tools/setup_env.sh"
+                )
             yield json.loads(line)
         process.stdin.close()
 
@@ -98,6 +100,6 @@ def _compared(each: PlannedLayout, told: dict[str, Any]) -> str:
     rank = told["rank"]
     same = "as predicted" if told["parameters"] == each.parameters[rank] else "NOT as predicted"
     return (
-        f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / GIB:.2f} GiB built, "
-        f"{told['peak_bytes'] / GIB:.2f} GiB at the peak"
+        f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / GIB:.2f} "
+        f"GiB after the engine is built, {told['peak_bytes'] / GIB:.2f} GiB at the peak"
     )

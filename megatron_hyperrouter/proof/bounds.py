@@ -31,7 +31,9 @@ def faults(
         found += [f"k = {result['topk']}: {line}" for line in _faults(result, dtype)]
     for k, ids in (greedy or {}).items():
         if dtype == "float32" and answer["generated"].get(k) != ids:
-            found.append(f"k = {k}: the greedy text is {answer['generated'].get(k)} instead of {ids}")
+            found.append(
+                f"k = {k}: greedy decoding gives the tokens {answer['generated'].get(k)} instead of {ids}"
+            )
     return found
 
 
@@ -46,14 +48,14 @@ def _faults(result: Mapping[str, Any], dtype: str) -> Iterator[str]:
             yield f"logits differ by up to {result['max_difference']:.2e}, but at most {bound:.2e} is allowed"
         if (gap := max(result["largest_gap"], default=0.0)) > NEAR:
             yield (
-                f"{100 * (1 - same):.2f} % of tokens chose other experts, although "
-                f"their router logits differ by {gap:.1e}"
+                f"{100 * (1 - same):.2f} % of tokens have other experts, some with a gap of "
+                f"{gap:.1e} between the router logits (allowed: {NEAR:.0e})"
             )
         return
     if same < SAME_EXPERTS:
         yield (
-            f"{100 * same:.2f} % of tokens chose the same experts, but at "
-            f"least {100 * SAME_EXPERTS} % are required"
+            f"only {100 * same:.2f} % of tokens have the same experts; at least {100 * SAME_EXPERTS} "
+            "% are required"
         )
     ratio = result["perplexity_hf"] / result["perplexity"]
     if not abs(ratio - 1) <= PERPLEXITY:

@@ -59,16 +59,16 @@ def verdict_chapter(study: Comparison) -> Section:
     rows = [each.cells() for each in verdicts.verdicts(study.runs, named, effect=effect)]
     if not rows:
         section.text(
-            "No comparison was named before the runs (mhr compare --comparisons), "
-            "so the tables below show no tests."
+            "No comparison was planned before the runs (mhr compare --comparisons), so the tables "
+            "below have no significance tests."
         )
         return section
     section.table(verdicts.HEADS, rows, name="verdicts", note=verdicts.about(effect))
     if control := study.study.get("control"):
         section.text(
-            f"{control} is the control: a random router that is never trained. Its logits have the "
-            "standard deviation that those of the compared router have at the start, so a gain over "
-            "the control does not come from the scale of the logits."
+            f"{control} is the control: a random router that is never trained. At the start of "
+            "training, its logits have the same standard deviation as those of the compared router. "
+            "A gain over the control is therefore not due to the scale of the logits."
         )
     return section
 
@@ -181,18 +181,18 @@ def work_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         for label, found in points.items():
             x, y, halves = zip(*found, strict=True)
             series[label] = Line(x, y, halves, style=":", marker="o")
-        lines(axes, series, xlabel="FLOPs of a token's forward pass", ylabel=unit)
+        lines(axes, series, xlabel="forward FLOPs per token", ylabel=unit)
         axes.plot(*zip(*front, strict=True), color="#7F7F7F", linewidth=5, alpha=0.25, zorder=0)
         axes.set_xscale("log")
 
     section.figure(
         drawing.draw(fill),
         (
-            "One point for each router and k. The grey band joins the points "
-            "for which no other point is better in both."
+            "One point for each router and k. The grey band is the Pareto front: no other point has "
+            "both fewer FLOPs and a better score."
         ),
     )
-    heads = ["router", "training, in all", *(f"forward, k = {k}" for k in ks)]
+    heads = ["router", "training, total", *(f"forward, k = {k}" for k in ks)]
     note = "FLOPs: 2 per active parameter, plus attention. Frozen networks of routers are not counted."
     section.table(heads, rows, name="flops", note=note)
     return section
@@ -325,11 +325,12 @@ def _of(seeds: Mapping[int, Record], topk: int, layer: int, name: str) -> list[A
 
 
 def _band(study: Comparison) -> str:
-    return "With one seed there is no band." if max(map(len, study.runs.values())) < 2 else ""
+    return "With a single seed there is no interval." if max(map(len, study.runs.values())) < 2 else ""
 
 
 _MEANING = "Mean ± half of the 95 % t-interval over seeds."
 _LAYERS = (
-    "By layer, at the final k of training: mean and 95 % interval over seeds. Entropy depends on the "
-    "scale of the logits; lower entropy without higher mutual information does not mean a better router."
+    "By layer, at the final k of training: mean and 95 % interval over seeds. Entropy depends on "
+    "the scale of the logits. A lower entropy does not mean a better router unless mutual "
+    "information is higher, too."
 )

@@ -53,7 +53,7 @@ def quality_chapter(found: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
             series[name] = Line([r["topk"] for r in ordered], [r["lm_loss"] for r in ordered], marker="o")
         lines(axes, series, xlabel="active experts k", ylabel="loss, nats per token", log_x=True)
 
-    section.figure(drawing.draw(fill), "The same weights, evaluated with k experts for each token.")
+    section.figure(drawing.draw(fill), "The same weights, evaluated with k experts per token.")
     return section
 
 
@@ -152,9 +152,10 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 
 
 JACOBIAN_NOTE = (
-    "J_R is the part of a layer's Jacobian that comes from the router; its rows are in the span of "
-    "the router matrix. Drift: the share of this span that is outside the span at the start of "
-    "training (0 for a fixed router). At k = 1 the softmax over one logit is constant, so J_R is 0."
+    "J_R is the part of a layer's Jacobian that comes from the router. Its rows are in the span of "
+    "the router matrix. Drift is the share of this span that lies outside the span at the start of "
+    "training; it is 0 for a fixed router. At k = 1, J_R is 0, because the softmax over one logit "
+    "is constant."
 )
 
 
@@ -182,9 +183,10 @@ def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
     over = next(iter(models.values()))
     section.figure(
         drawing.draw(fill, size=(8.0, 3.0), grid=(1, 2)),
-        f"{over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: share of "
-        "choices that the last checkpoint also makes. Fluctuation: share of tokens whose "
-        "first expert differs from the one at the previous checkpoint. Dotted: the value expected by chance.",
+        f"The routing of {over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: the "
+        "share of expert choices that are the same at the last checkpoint. Fluctuation: the share "
+        "of tokens that have a different first expert than at the previous checkpoint. Dotted "
+        "lines: values expected by chance.",
     )
     return section
 

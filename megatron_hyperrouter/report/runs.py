@@ -101,8 +101,8 @@ def loss_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section:
                 series[f"{name}, validation"] = Line(*points, style="--", marker="o")
         lines(axes, series, xlabel="step", ylabel="loss, nats per token")
 
-    mean = "" if window == 1 else f" Training loss: the mean of the last {window} steps."
-    section.figure(drawing.draw(fill), f"Loss over the steps.{mean}")
+    mean = "" if window == 1 else f" The training loss is averaged over the last {window} steps."
+    section.figure(drawing.draw(fill), f"Loss against steps.{mean}")
     panels = [("grad_norm", "gradient norm"), ("learning_rate", "learning rate"), ("topk", "k")]
     section.figure(
         _panels(named, panels, drawing), "Gradient norm before clipping, learning rate, and active experts k."
@@ -138,11 +138,11 @@ def router_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Sectio
             section.figure(_layers(run, part, drawing, legend=first == 0))
     if section.parts:
         section.text(
-            "For each layer, measured on training batches. Entropy: of the softmax over all "
-            "experts; it depends on the scale of the logits, so read it together with their "
+            "For each layer, measured on training batches. Entropy is that of the softmax over all "
+            "experts. It depends on the scale of the logits, so read it together with their "
             "standard deviation. Mutual information is 0 if the router scores are the same for "
-            "every token; low entropy with low mutual information is collapse. An expert with less "
-            "than 5 % of the mean load is dead."
+            "every token. Low entropy with low mutual information means that the router has "
+            "collapsed. An expert is dead if it has less than 5 % of the mean load."
         )
     return section
 

@@ -108,7 +108,7 @@ def read(path: Path) -> Source:
         content = _json(path)
         if _kind(content):
             return Findings(path, content)
-        raise _unknown(path, "is not a file of mhr evaluate or mhr analyze")
+        raise _unknown(path, "was not written by mhr evaluate or mhr analyze")
     if not path.is_dir():
         raise _unknown(path, "does not exist")
     if finished := sorted(path.glob("runs/*/results.json")):
@@ -124,7 +124,7 @@ def read(path: Path) -> Source:
             return Finetuning(path, rows)
     if (path / "metrics.jsonl").is_file():
         return read_run(path)
-    raise _unknown(path, "has no run and no finished study")
+    raise _unknown(path, "contains neither a run nor a finished study")
 
 
 def read_run(folder: Path) -> TrainingRun:
@@ -193,6 +193,7 @@ def _lines(path: Path) -> list[Record]:
 
 def _unknown(path: Path, rule: str) -> ConfigError:
     remedy = (
-        "give run folders, folders of mhr compare, finetune or scaling, or files of mhr evaluate or analyze"
+        "give a run folder, an output folder of mhr compare, finetune or scaling, or an output file "
+        "of mhr evaluate or analyze"
     )
     return ConfigError([Problem("RUN_OR_STUDY", path, rule, remedy)])

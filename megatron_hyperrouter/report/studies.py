@@ -35,8 +35,8 @@ def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list
     heads = ["task and model", "split", "k", "seeds", *(measure.replace("_", " ") for measure, _ in SCORES)]
     note = (
         "Mean ± half of the 95 % t-interval over seeds. ECE: expected calibration error. The "
-        "interval covers the seeds of fine-tuning, not the choice of the test texts: with n other "
-        "texts, an accuracy can change by up to 1 / sqrt(n)."
+        "interval covers the seeds of fine-tuning, but not the choice of the test texts: on n other "
+        "texts, the accuracy can differ by up to 1 / sqrt(n)."
     )
     section.table(heads, rows, name="transfer", note=note)
 
@@ -44,7 +44,7 @@ def finetuning_chapters(tunings: Sequence[Finetuning], drawing: Drawing) -> list
         lines(axes, series, xlabel="active experts k at test", ylabel="accuracy", log_x=True)
 
     if series:
-        section.figure(drawing.draw(fill), "Accuracy of the test part against k.")
+        section.figure(drawing.draw(fill), "Accuracy on the test set against k.")
     return [section]
 
 
@@ -65,7 +65,8 @@ def scaling_chapters(study: ScalingStudy, drawing: Drawing) -> list[Section]:
         _fits(found, study.curves)
     elif "tokens_per_second" in heads:
         found.figure(
-            _speed_figure(study.rows, drawing), "Tokens per second against ranks, one line for each layout."
+            _speed_figure(study.rows, drawing),
+            "Tokens per second against the number of ranks, one line per layout.",
         )
     return [found, runs]
 
@@ -101,7 +102,7 @@ def _fits(section: Section, curves: Sequence[Mapping[str, Any]]) -> None:
             low, high = curve["intervals"].get(parameter, (None, None))
             interval = "-" if low is None else f"{low:.4g} to {high:.4g}"
             bound = (
-                ("not determined by these runs (ended at a bound)")
+                ("not determined by these runs (the fit ended at a bound)")
                 if parameter in curve.get("at_bounds", [])
                 else ""
             )

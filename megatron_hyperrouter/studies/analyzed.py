@@ -89,7 +89,7 @@ class Analysis:
         routes_of: list[dict[int, Tensor]] = []
         probes = max(min(-(-PROBE_TOKENS // self.run.settings.model.seq_length), self.samples), 1)
         for folder in folders:
-            note(f"reading the routes at step {read_manifest(folder)['step']}")
+            note(f"comparing checkpoints: reading the routing at step {read_manifest(folder)['step']}")
             self.engine.load(folder, weights_only=True)
             seen = self._watch(self.trained_k, probes, every=1)
             routes_of.append({layer: sample.experts_NK for layer, sample in seen.samples.items()})

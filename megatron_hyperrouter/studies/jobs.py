@@ -1,5 +1,5 @@
-"""What both studies of mhr scaling share: common flags, runs on a cluster, and the runs that a table can
-include.
+"""What both studies of mhr scaling share: common flags, runs on a cluster, and the choice of finished runs
+for the tables.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
 
 P = TypeVar("P", bound=StudyRun)
-EPILOG = """Any other flag is a setting of mhr train and applies to every run.
+EPILOG = """All other flags are settings of mhr train and apply to every run.
 
-On a Slurm cluster, from the folder that contains examples/, add one of these flags to the command:
-  --dry-run | bash    writes the settings of each unfinished run, and submits one job for each
-  --collect           later: makes the tables from the runs that are finished by then"""
+On a Slurm cluster, run the command in the folder that contains examples/, with one of these endings:
+  --dry-run | bash    writes the settings of all unfinished runs, and submits a job for each of them
+  --collect           makes the tables, later, from the runs that are finished by then"""
 
 
 def common_parser(study: str, description: str, epilog: str) -> Parser:
@@ -46,12 +46,12 @@ def common_parser(study: str, description: str, epilog: str) -> Parser:
     instead.add_argument(
         "--dry-run",
         action="store_true",
-        help="start nothing; print a Slurm command for each run that is not finished",
+        help="do not train; print a Slurm command for each unfinished run",
     )
     instead.add_argument(
         "--collect",
         action="store_true",
-        help="train nothing; make the tables from the runs that are finished",
+        help="do not train; make the tables from the finished runs",
     )
     flags.add_argument(
         "--gpus-per-node",
@@ -93,7 +93,7 @@ def gather(makers: Iterable[Callable[[], RunConfig]]) -> list[RunConfig]:
 
 
 def submit(plans: Sequence[tuple[StudyRun, int]], gpus_per_node: int) -> None:
-    """Write the settings of runs, and print what starts each on its number of ranks; raises ConfigError."""
+    """Write the settings of all runs, and print the command that submits each; raises ConfigError."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     uneven = sorted({ranks for _, ranks in plans if ranks > gpus_per_node and ranks % gpus_per_node})
@@ -119,25 +119,25 @@ def submit(plans: Sequence[tuple[StudyRun, int]], gpus_per_node: int) -> None:
 
 
 def without_strangers(plans: Sequence[P]) -> list[P]:
-    """Those that are not finished, after a look at what the folder has of other settings (ConfigError)."""
+    """The unfinished runs; raises ConfigError if the folder contains runs with other settings."""
     check_finished(plans)
     return [plan for plan in plans if not plan.finished]
 
 
 def check_collected(plans: Sequence[P]) -> list[P]:
-    """The finished jobs; prints which are missing, and raises ConfigError if all are."""
+    """The finished runs; prints the unfinished ones, and raises ConfigError if no run is finished."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     missing = [plan for plan in plans if not plan.finished]
     if len(missing) == len(plans):
-        rule = f"has none of the {len(plans)} runs of this study finished"
+        rule = f"none of the {len(plans)} runs of this study is finished"
         raise ConfigError(
             [
                 Problem(
                     "--output",
                     plans[0].folder.parent.parent,
                     rule,
-                    ("submit the runs with --dry-run, or wait until they finish"),
+                    ("submit the runs with --dry-run, or wait until one is finished"),
                 )
             ]
         )

@@ -1,9 +1,9 @@
 """Train a grid of models with several seeds, score them, and fit L = E + A / N^alpha + B / D^beta.
 
---output gets a folder for each run, runs.csv (one row per run), table.csv and table.md (mean over seeds, and
-half of the 95 % t-interval), fit.json and scaling.png.  After an interruption, run the same command again:
-finished runs are kept, the others continue from their last checkpoint (--save-interval), and the fit is
-repeated.
+--output gets a folder for each run, runs.csv (one row per run), table.csv and table.md (mean over seeds ±
+half the width of the 95 % t-interval), fit.json and scaling.png.  After an interruption, run the same command
+again: finished runs are kept, the others continue from their last checkpoint (--save-interval), and the fit
+is repeated.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ The YAML file of --axes defines the same: a list of values, or of mappings of se
     - {hidden_size: 128, moe_ffn_hidden_size: 192}
   num_experts: [4, 8, 16]
 
-N is the number of trainable parameters.  --size active counts only those that a token uses with k experts,
-without an input embedding that is not tied to the output.  D is the number of training tokens.
+N is the number of trainable parameters.  --size active counts only those that a token uses with k experts;
+an input embedding counts only if it is also the output matrix.  D is the number of training tokens.
 
-FLOPs are estimated: 6 per active parameter and token, at the k of each step, plus 12 per attention channel
-and visible position, of which there are (S + 1) / 2 on average.  Recomputed activations, the optimizer and
-the work of a method beyond routing are not counted.
+FLOPs are an estimate: 6 per active parameter and token, at the k of each step, plus 12 per attention channel
+and visible position ((S + 1) / 2 positions on average).  They do not include recomputed activations, the
+optimizer, or what a method computes besides its routing.
 
-One curve is fitted to all runs with the same values of the --curve-for axes.  It has a term for N if N
-varies, and a term for D if D varies.  It needs more different sizes than it has parameters.  Intervals
-contain 95 % of the curves that are fitted to resampled residuals.
+A curve is fitted to each group of runs with the same values of the --curve-for axes.  It has a term for N
+if N varies, and a term for D if D varies.  A fit needs more distinct sizes than it has parameters.  The
+intervals contain 95 % of the curves that are fitted to resampled residuals.
 """
 SIZES = ("active", "total")
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     plans = list(plans_of(args, line))
     left = without_strangers(plans)
     for reason in obstacles(plans, args):
-        note(f"note: no curve will be fitted, because {reason}")
+        note(f"note: there will be no fitted curve, because {reason}")
     if args.dry_run:
         submit([(plan, plan.ranks) for plan in left if not is_trained(plan)], args.gpus_per_node)
         return
@@ -119,7 +119,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         action="append",
         default=[],
         metavar="WORD",
-        help="name of a setting, then its values; see below",
+        help="a setting and its values; see below",
     )
     flags.add_argument("--axes", metavar="FILE", help="YAML file of axes, see below")
     flags.add_argument(
@@ -127,14 +127,14 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         type=int,
         default=3,
         metavar="N",
-        help="number of runs of each model, with the seeds --seed, --seed + 1, ... (default: 3)",
+        help="number of seeds: each model is trained with --seed, --seed + 1, ... (default: 3)",
     )
     flags.add_argument(
         "--topk-eval",
         type=int,
         nargs="+",
         metavar="K",
-        help="numbers of active experts to score with (default: the final k of training)",
+        help="values of k to score at (default: the final k of training)",
     )
     flags.add_argument(
         "--score", choices=("test", "valid"), default="test", help="split to score (default: test)"
@@ -143,32 +143,35 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--score-iters",
         type=int,
         metavar="N",
-        help="number of global batches to score, in a different order for each seed (default: the whole "
-        "split)",
+        help="number of global batches to score; each seed scores different ones (default: the whole split)",
     )
     flags.add_argument(
         "--size",
         choices=SIZES,
         default="active",
-        help="parameters to count as N: those that a token uses (active), or all (total) (default: active)",
+        help="parameters that N counts: active (those that a token uses) or total (default: active)",
     )
     flags.add_argument(
         "--curve-for",
         nargs="+",
         default=[],
         metavar="SETTING",
-        help="fit a separate curve for each value of these axes (always for axes whose values are not "
-        "numbers)",
+        help="fit a separate curve for each value of these axes (always done for axes with values that "
+        "are not numbers)",
     )
     flags.add_argument(
         "--resamples",
         type=int,
         default=1000,
         metavar="N",
-        help="number of resampled curves for the intervals (default: 1000)",
+        help="number of curves fitted to resampled residuals, for the intervals (default: 1000)",
     )
     flags.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="number of runs at the same time (default: 1)"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of runs to train at the same time (default: 1)",
     )
     flags.add_argument(
         "--ranks",
@@ -241,7 +244,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                     _bad(
                         "--axis",
                         ",".join(odd),
-                        f"must be {len(names)} values, for {name}",
+                        f"must have {len(names)} values, one for each setting of {name}",
                         "separate them with commas",
                     )
                 ]
@@ -258,7 +261,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                 _bad(
                     "--axis",
                     name,
-                    ("must have at least two values of the same settings"),
+                    ("must have at least two values, each for the same settings"),
                     "write, for example, --axis hidden_size 64 128",
                 )
             )
@@ -273,7 +276,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                     "--axis",
                     name,
                     "is set by this command",
-                    "leave it out, and set the number of seeds with --seeds",
+                    "remove this axis; --seeds sets the number of seeds",
                 )
             )
     problems += [

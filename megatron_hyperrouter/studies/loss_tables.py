@@ -40,8 +40,8 @@ class FittedCurve:
 
 
 def obstacles(plans: Sequence[Trained], args: Namespace) -> Iterator[str]:
-    """What can be said against a fit before anything runs: models that differ count as of different N,
-    unless in experts that rest.
+    """Reasons why no curve can be fitted, known before anything runs.  Different models count as different N,
+    unless they differ only in experts that are not active.
     """
     from dataclasses import replace
 
@@ -227,14 +227,14 @@ def markdown(
         body.append([*map(str, key), *cells])
     seeds = " or ".join(map(str, sorted({seeds for seeds, _ in points.values()})))
     about = (
-        f"Scores of the {args.score} split; mean ± half of the 95 % t-interval over {seeds} seed(s). "
-        "FLOPs: an estimate, see --help."
+        f"Scores on the {args.score} split: mean ± half of the 95 % t-interval over {seeds} seed(s). "
+        "FLOPs are an estimate, explained in --help."
     )
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"
 
 
 def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
-    """The fitted curves, and which there are not."""
+    """The fitted curves, and the reasons for missing ones."""
     fitted = [(curve, curve.fit) for curve in curves if curve.fit is not None]
     text = ""
     if fitted:
@@ -245,14 +245,14 @@ def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
             shown = [_shown(fit, name) if name in fit.parameters else "" for name in names]
             body.append([curve.name, *shown, f"{fit.rms:.1e}", str(fit.runs)])
         text = (
-            f"{markdown_table(heads, body)}\nLoss in nats per token, N: {size} parameters, D: tokens; in "
-            "brackets the 95 % intervals.\n"
+            f"{markdown_table(heads, body)}\nThe loss is in nats per token. N: {size} parameters. D: "
+            "tokens. Brackets: 95 % intervals.\n"
         )
         for curve, fit in fitted:
             if best := fit.optimal_exponents():
                 low, high = fit.intervals["optimal_N"]
                 text += (
-                    f"{curve.name}: if N D is proportional to the compute C, the best N grows as "
+                    f"{curve.name}: if the compute C is proportional to N D, the best N grows as "
                     f"C^{best['N']:.2f} [{low:.2f}, {high:.2f}], and the best D as "
                     f"C^{1 - best['N']:.2f}.\n"
                 )

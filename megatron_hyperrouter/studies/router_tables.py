@@ -164,11 +164,12 @@ def markdown(
     seeds = sorted({len(each) for each in runs.values()})
     steps = sorted({results["steps"] for each in runs.values() for results in each.values()})
     about = (
-        f"{unit.capitalize()} of the test split with k experts. Router entropy (nats) and load: "
-        "means over the last steps of training. The other measures use test data at the final k of "
-        "training: logit std; mutual information (MI, nats); similarity (mean linear CKA of two "
-        "experts' outputs); effective rank of the router's part of the Jacobian; drift, the share "
-        "of the router's span that is outside its span at the start. Mean ± half of the 95 % "
+        f"{unit.capitalize()} on the test split with k experts. Router entropy (nats) and load are "
+        "averaged over the last steps of training. The other measures use test data at the final k "
+        "of training. Logit std: standard deviation of the logits. MI: mutual information between "
+        "token and expert, in nats. Similarity: mean linear CKA between the outputs of two experts. "
+        "Effective rank: of the router's part of the Jacobian. Drift: share of the router's span "
+        "that lies outside its span at the start of training. All values: mean ± half of the 95 % "
         f"t-interval over {_listed(seeds)} seed(s); {_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"

@@ -92,8 +92,8 @@ def check_finished(plans: Sequence[StudyRun]) -> None:
                 Problem(
                     "--output",
                     plan.folder,
-                    "has a run with other settings",
-                    "give another folder, or remove this folder",
+                    "contains a run with other settings",
+                    "give another --output, or remove this folder",
                 )
             )
     if problems:
@@ -185,7 +185,7 @@ def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
                 while waiting and len(running) < jobs:
                     running.append(_start(waiting.pop(0)))
                     name = running[-1].plan.folder.name
-                    note(f"{name}: started ({ended} of {len(plans)} runs are finished)")
+                    note(f"{name}: started; {ended} of {len(plans)} runs are finished")
                 for run in list(running):
                     if run.process is not None and run.process.poll() is None:
                         continue
@@ -201,7 +201,7 @@ def run_all(plans: Sequence[StudyRun], jobs: int, *, ranks: int = 1) -> None:
                     bar.update(done, steps, f"{ended} of {len(plans)} runs finished")
                 time.sleep(0.1)
     except Stopped as reason:
-        reason.left = "type the same command again to continue"
+        reason.left = "run the same command again to continue"
         raise
     finally:
         _stop(running)

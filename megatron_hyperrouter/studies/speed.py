@@ -2,8 +2,8 @@
 fewest ranks.
 
 Each row of the table is a number of ranks and a layout, and runs --repeats times.  The rows take turns, so
-that a slow spell of the machine affects all of them.  --output gets a folder for each run, runs.csv,
-table.csv and table.md (medians over the steps of a run; mean over repetitions and half of the 95 %
+that a slow period of the machine affects all of them.  --output gets a folder for each run, runs.csv,
+table.csv and table.md (median over the steps of a run; mean over repetitions ± half the width of the 95 %
 t-interval), and speed.png.  After an interruption, run the same command again to continue.
 """
 
@@ -43,17 +43,18 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp, dp and zero with their
-sizes, and settings by name ("" is plain data parallelism).  Each layout runs on each number of --ranks;
-ranks that it does not need become data-parallel.  A layout that the settings rule out is shown with the
-reason.  Without --layouts, the layout in --config is used; without --ranks, each layout runs on as few ranks
-as it needs.
+sizes, and settings by name ("" is plain data parallelism).  Each layout runs on each number of --ranks; ranks
+that it does not need become data-parallel ranks.  If the settings do not allow a layout, the table shows the
+reason.  Without --layouts, the layout in --config is used.  Without --ranks, each layout runs on the smallest
+number of ranks that it needs.
 
---scaling weak: the global batch size grows with the ranks, from --global-batch-size (default: one micro-batch
-per data-parallel rank) on the fewest ranks.  --scaling strong: it is the same for all numbers of ranks.
-Efficiency is the number of tokens per second and rank, relative to the first row with the fewest ranks, for
-each repetition.  Data is the fraction of the step time in which rank 0 waited for its batch.
+--scaling weak: the global batch size grows with the number of ranks.  On the fewest ranks it is
+--global-batch-size (default: one micro-batch per data-parallel rank).  --scaling strong: the global batch
+size is the same for all numbers of ranks.
 
-In these runs k is constant, the learning rate is constant, nothing is evaluated, and the final checkpoint is
+Columns of the table: efficiency is the number of tokens per second and rank, relative to the first row with
+the fewest ranks in the same repetition.  data is the fraction of the step time in which rank 0 waited for its
+batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the final checkpoint is
 removed.
 """
 QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}
@@ -119,17 +120,21 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--scaling",
         choices=("weak", "strong"),
         default="weak",
-        help="whether the global batch size grows with the ranks (weak) or is the same for all (strong) "
+        help="weak: the global batch size grows with the number of ranks; strong: it stays the same "
         "(default: weak)",
     )
     flags.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="steps to time in each run (default: 20)"
+        "--steps", type=int, default=20, metavar="N", help="number of steps to time in each run (default: 20)"
     )
     flags.add_argument(
-        "--warmup", type=int, default=5, metavar="N", help="steps to run before the timed ones (default: 5)"
+        "--warmup",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of steps to run before the timed steps (default: 5)",
     )
     flags.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="number of runs of each row (default: 3)"
+        "--repeats", type=int, default=3, metavar="N", help="number of repetitions of each row (default: 3)"
     )
     args, line = read_common(flags, arguments, ("ranks", "steps", "warmup", "repeats"), OURS)
     if taken := [
@@ -152,7 +157,14 @@ def check_start(most: int) -> None:
     if "RANK" in os.environ:
         remedy = "start this command without a launcher, or use --dry-run on a cluster"
         raise ConfigError(
-            [Problem("a launcher", "", "must not start this command, which starts its own ranks", remedy)]
+            [
+                Problem(
+                    "a launcher",
+                    "",
+                    "must not start this command: the command starts its ranks itself",
+                    remedy,
+                )
+            ]
         )
     if 0 < (gpus := gpus_here()) < most:
         remedy = "use fewer ranks, hide the GPUs (CUDA_VISIBLE_DEVICES=), or use --dry-run on a cluster"

@@ -119,21 +119,21 @@ def markdown(
             cells.append(with_half(mean * factor, None if half is None else half * factor, digits))
         body.append([str(ranks), layout, f"{row['tokens_per_step'][0]:,.0f}", *cells])
     (ranks, layout), *others = table
-    text = markdown_table(["ranks", "layout", "tokens a step", *(SHOWN[name][0] for name in names)], body)
+    text = markdown_table(["ranks", "layout", "tokens per step", *(SHOWN[name][0] for name in names)], body)
     first = f"{ranks} rank{'s' * (ranks > 1)}, {layout}"
     text += (
         f"\n{args.scaling.capitalize()} scaling, {' and '.join(sorted(started))}: medians of "
-        f"{args.steps} "
-        f"steps after {args.warmup}; mean "
-        f"± half of the 95 % t-interval over {repeats} run{'s' * (repeats > 1)}. Efficiency: tokens per "
-        f"second and rank against {first}.\n"
+        f"{args.steps} steps after {args.warmup} warm-up steps; mean ± half of the 95 % t-interval "
+        f"over {repeats} run{'s' * (repeats > 1)}. Efficiency: tokens per second and rank, relative "
+        f"to {first}.\n"
     )
     if any(word.endswith("cores") for word in started) and any(
         number > 1 for number, _ in [(ranks, layout), *others]
     ):
         text += "All ranks shared one machine, so these numbers do not apply to a cluster.\n"
     return text + "".join(
-        f"Refused by the settings: {row.ranks} x {row.layout}: {row.refused}.\n" for row in refused
+        f"{row.layout} on {row.ranks} rank(s) is not allowed by the settings: {row.refused}.\n"
+        for row in refused
     )
 
 

@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> list[Named]:
         match = re.fullmatch(r"(\w[\w.-]*):(\w[\w.-]*)@(\d+)", word)
         if match is None or match[1] == match[2]:
             raise ValueError(
-                f"{word} must have the form LEFT:RIGHT@K with two labels and a number of experts"
+                f"{word} must have the form LEFT:RIGHT@K, with two different labels and a value of k"
             )
         found.append(Named(match[1], match[2], int(match[3])))
     return found
@@ -134,8 +134,9 @@ def about(effect: float) -> str:
     return (
         "Difference: mean ± half of the 95 % t-interval over seeds; negative is better. Runs with "
         "the same seed share data and initial weights. p: two-sided paired t-test, adjusted by "
-        "Holm's method over all comparisons of the table, which were named before the runs. "
-        "Detectable effect: the difference that this number of seeds detects with a power of 80 %. "
-        f"Seeds needed: the number that detects a difference of {effect:g} with that power, if the "
-        "spread is at its 80 % upper bound."
+        "Holm's method for all comparisons in the table. The comparisons were planned before the "
+        "runs. Detectable effect: the difference that this number of seeds detects with a power of "
+        f"80 %. Seeds needed: the number of seeds that detects a difference of {effect:g} with the "
+        "same power. It is a cautious estimate: it uses the 80 % upper confidence bound of the "
+        "standard deviation."
     )

@@ -1,8 +1,8 @@
 """Likely causes of a difference between two runs: the most common faults of a distributed trainer, and how
 they look.
 
-A guess from numbers: the table of ``verify.differences`` says that something is wrong, this says where to
-look first.
+These are guesses: the table of ``verify.differences`` shows that something is wrong, this module suggests
+where to look first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RatioFit(NamedTuple):
 
 
 def causes(found: Evidence, reference: Evidence, *, sizes: Mapping[str, int], tolerance: float) -> list[str]:
-    """Sentences for what the differences look like, none where they look like nothing known.
+    """One sentence for each known fault that the differences resemble.
 
     ``sizes``: name of a parallel size (``EP``) -> ranks.  ``tolerance``: relative, of gradients that are the
     same.
@@ -60,8 +60,8 @@ def _frozen(found: Evidence, reference: Evidence) -> Iterator[str]:
             else f"on rank {', '.join(map(str, guilty))}"
         )
         yield (
-            f"{who}, a frozen part (the hypernetwork) differs from that of one process: its seed "
-            "differs, or its weights were not loaded"
+            f"{who}, a frozen part (the hypernetwork) differs from that of one process; its seed may "
+            "be different, or its weights were not loaded"
         )
 
 

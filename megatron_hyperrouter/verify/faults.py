@@ -20,7 +20,7 @@ FAULTS = {
     "embedding-reduce": "the first and last pipeline stage do not add up the gradients of the embedding "
     "that they share",
     "aux-loss": "the auxiliary loss multiplied by TP",
-    "hypernetwork": "the last rank draws another hypernetwork",
+    "hypernetwork": "the last rank draws a different hypernetwork",
 }
 
 
@@ -35,7 +35,7 @@ def settings_with(fault: str, config: RunConfig, *, rank: int, world_size: int) 
 
 @contextlib.contextmanager
 def around(fault: str, config: RunConfig) -> Iterator[None]:
-    """To be held while the engine is built and works."""
+    """A context in which the engine is built and used."""
     with contextlib.ExitStack() as stack:
         if fault == "embedding-reduce" and config.engine.engine == "megatron":
             # A name that is both a function of the package and a module

@@ -2,7 +2,7 @@
 
 The tool starts it with RANK, LOCAL_RANK and WORLD_SIZE and two arguments, the task and the answer (JSON);
 under a launcher, the tool calls ``run_cases`` itself.  A case: ``settings`` (YAML file), ``steps``,
-``folder`` for weights, ``fault``, and ``own_data``: the data of the settings instead of made-up tokens.
+``folder`` for weights, ``fault``, and ``own_data``: the data of the settings instead of random tokens.
 Each case runs twice, for gradients (see ``verify.differences``) and for losses.
 """
 
@@ -153,7 +153,7 @@ def join(world: World, name: str) -> None:
 
 def read_data(config: RunConfig, steps: int, *, own: bool) -> tuple[int, int | None, Dataset | None]:
     """Vocabulary size, the id that ends a document if the settings separate documents, and the training
-    data (None: made-up tokens).
+    data (None: random tokens).
 
     Raises the same errors as the program.
     """

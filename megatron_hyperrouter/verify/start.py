@@ -182,7 +182,7 @@ def _not_shared(folder: Path) -> Exception:
             Problem(
                 "--folder",
                 folder,
-                f"cannot be seen from {socket.gethostname()}",
+                f"is not visible on {socket.gethostname()}",
                 "give a folder that all nodes share",
             )
         ]

@@ -11,7 +11,7 @@ from megatron_hyperrouter.watch.status import status_of
 from megatron_hyperrouter.watch.trace import Event, read_trace
 
 MOST_ATTEMPTS = 3  # in a row that begin at the same step: more would fail in the same way
-_NEVER = {2: "settings", 3: "data", 5: "the installation"}  # exit statuses that a restart cannot mend
+_NEVER = {2: "the settings", 3: "the data", 5: "the installation"}  # exit statuses that a restart cannot mend
 
 
 def worth_restarting(
@@ -19,16 +19,16 @@ def worth_restarting(
 ) -> tuple[bool, str]:
     """The answer, and why.
 
-    ``exit_status``: what the launcher ended with.  A launcher may turn the status of a rank into its own, so
-    what the run has recorded counts first; a killed run has recorded nothing.  ``environ``: the variables of
-    the job, where Slurm counts its attempts.
+    ``exit_status``: that of the launcher.  A launcher may replace the exit status of a rank, so the status
+    that the run has recorded has priority; a killed run has recorded none.  ``environ``: the environment of
+    the job, in which Slurm counts the attempts.
     """
     if exit_status in _NEVER:
         return False, _no_use(exit_status)
     trace = read_trace(run_dir)
     status = status_of(trace, ended=True)
     if exit_status == 0 or status.state == "finished":
-        return False, "it has finished"
+        return False, "the run is finished"
     unseen = _unseen(trace.opening or {}, {} if environ is None else environ)
     if unseen >= MOST_ATTEMPTS:
         return False, f"{unseen} attempts in a row ended before their first event (exit status {exit_status})"
@@ -36,14 +36,20 @@ def worth_restarting(
     if recorded in _NEVER:
         return False, _no_use(recorded)
     if recorded == STOPPED:
-        return True, "it was stopped on request, after a checkpoint"
+        return True, "the run was stopped on request and has saved a checkpoint"
     begun = [each["step"] for each in trace.events if each["event"] in OPENING]
     same = next((number for number, step in enumerate(reversed(begun)) if step != begun[-1]), len(begun))
     if not begun:
-        return False, f"exit status {recorded} before the first step"
+        return False, f"the run ended with exit status {recorded} before its first step"
     if same >= MOST_ATTEMPTS:
-        return False, f"{same} attempts in a row started after step {begun[-1]}, and none saved a later step"
-    return True, f"exit status {recorded} ({status.reason.splitlines()[0] if status.reason else 'unknown'})"
+        return (
+            False,
+            f"{same} attempts in a row started after step {begun[-1]}, and none of them saved a later step",
+        )
+    return True, (
+        f"the run ended with exit status {recorded} "
+        f"({status.reason.splitlines()[0] if status.reason else 'cause unknown'})"
+    )
 
 
 def _unseen(opening: Event, environ: Mapping[str, str]) -> int:
@@ -57,4 +63,4 @@ def _unseen(opening: Event, environ: Mapping[str, str]) -> int:
 
 
 def _no_use(exit_status: int) -> str:
-    return f"exit status {exit_status}: a restart does not solve problems of {_NEVER[exit_status]}"
+    return f"exit status {exit_status}: a restart does not solve a problem with {_NEVER[exit_status]}"

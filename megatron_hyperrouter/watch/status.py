@@ -51,7 +51,7 @@ class Status:
 
 
 def status_of(trace: Trace, *, ended: bool = False) -> Status:
-    """Judge what was read; ``ended``: its launcher has ended, so nothing can be alive any more."""
+    """The state that the files show; ``ended``: the launcher has ended, so no process is alive any more."""
     opening = trace.opening or {}
     late = _late(trace, opening)
     state, reason, exit_status = _state(trace, late, alive=not ended and _is_alive(trace))
@@ -91,8 +91,8 @@ def _state(trace: Trace, late: list[str], *, alive: bool) -> tuple[str, str, int
     begins_again = alive and (trace.held_since or 0.0) > newest
     if not trace.events or (closing is not None and begins_again):
         if alive:
-            return "running", "the run is starting and has no event yet", None
-        return "failed", "the run ended before its first event; read its output", None
+            return "running", "the run is starting and has not recorded an event yet", None
+        return "failed", "the run ended before its first event; its log shows why", None
     if closing is not None:
         status = closing.get("status")
         return STATES[closing["event"]], _why(closing), int(status) if isinstance(status, int) else None

@@ -143,7 +143,7 @@ def _step_times(path: Path) -> Iterator[tuple[int, float]]:
                 found = True
                 yield int(match[1]), float(match[2])
             if not found and b'"split"' not in content[:_TAIL] and b'"skipped"' not in content[:_TAIL]:
-                raise _damaged(path, "no line is a record of a step")
+                raise _damaged(path, "it contains no training step")
 
 
 def _events(path: Path) -> tuple[list[Event], list[str]]:
@@ -162,14 +162,14 @@ def _events(path: Path) -> tuple[list[Event], list[str]]:
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             bad += [number] if line.strip() else []
     if bad and not found:
-        raise _damaged(path, f"line {bad[0]} is not an event, and no other line is one")
+        raise _damaged(path, f"it contains no valid event; the first invalid line is line {bad[0]}")
     if not bad:
         return found, []
     shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
     which = (
         f"line {shown} cannot be read and is" if len(bad) == 1 else f"lines {shown} cannot be read and are"
     )
-    return found, [f"{path.name}: {which} left out"]
+    return found, [f"{path.name}: {which} ignored"]
 
 
 def _beats(folder: Path, opening: Event, now: float) -> tuple[dict[int, Beat], dict[int, float]]:

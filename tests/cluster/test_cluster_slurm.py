@@ -159,8 +159,8 @@ def openings(run_dir: Path) -> list[int]:
 
 NO_MOCK = [word for word in TINY if word != "--mock-data"]
 NEVER_AGAIN = {
-    2: ([*TINY, "--moe-router-topk", 9], "settings"),
-    3: ([*NO_MOCK, "--data-path", "/no/such/prefix"], "data"),
+    2: ([*TINY, "--moe-router-topk", 9], "the settings"),
+    3: ([*NO_MOCK, "--data-path", "/no/such/prefix"], "the data"),
     5: ([*TINY, "--transformer-impl", "transformer_engine"], "the installation"),
 }
 
@@ -175,7 +175,7 @@ def test_no_restart_where_it_cannot_help(slurm: Slurm) -> None:
         found = slurm.job(job)
         ended = ("FAILED", f"{status}:0", "0")
         assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ended, said(slurm, job)
-        assert f"a restart does not solve problems of {NEVER_AGAIN[status][1]}" in said(slurm, job)
+        assert f"a restart does not solve a problem with {NEVER_AGAIN[status][1]}" in said(slurm, job)
 
 
 def test_a_trial_without_data_trains_without_editing_a_file(slurm: Slurm) -> None:

@@ -71,7 +71,7 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
     out = ["--output", str(tmp_path / "out")]
     with pytest.raises(CheckpointError, match="frozen_hash, which cannot be averaged"):
         main(["--load", str(run), *out, "--last", "2"])
-    with pytest.raises(CheckpointError, match="no checkpoint of step 11"):
+    with pytest.raises(CheckpointError, match="no checkpoint for step 11"):
         main(["--load", str(run), *out, "--steps", "10", "11"])
     with pytest.raises(
         ConfigError, match=r"must be at most 3, the number of checkpoints in .*\n.*use --last 3 or less"

@@ -198,7 +198,7 @@ def test_a_calibrated_folder_says_so(made: Made) -> None:
     certificate = json.loads((folder / "certificate.json").read_text())
     assert list(scales) == [2] and 0.0 < scales[2] < 1.0  # the first layer is dense
     assert certificate["model"]["scales"] == list(scales.values()) and certificate["model"]["topk"] == 1
-    assert "scaled for k = 1" in (folder / "README.md").read_text()
+    assert "rescaled for k = 1" in (folder / "README.md").read_text()
     assert json.loads((made.home("hyper") / "folder/certificate.json").read_text())["model"]["scales"] is None
 
 

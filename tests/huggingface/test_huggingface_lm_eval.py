@@ -104,7 +104,7 @@ def test_the_harness_needs_a_tokenizer_of_text(tmp_path: Path, tasks: list[dict[
     make_up(tmp_path / "run", TINY)
     export_hf.main(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "text"), "--no-proof"])
     given = str(tmp_path / "text" / "tokenizer.json")
-    with pytest.raises(ConfigError, match="has 257 ids, and the model's vocab_size is 128"):
+    with pytest.raises(ConfigError, match="has 257 token ids, but the model's vocab_size is only 128"):
         run_on(folder, tmp_path, "--tokenizer-model", given)
     run_on(tmp_path / "text", tmp_path, "--tokenizer-model", given)
     assert len(tasks) == 1 and tasks[0]["tokenizer"].endswith("/tokenizer")

@@ -46,9 +46,11 @@ def test_the_run_is_the_one_that_stayed(runs: tuple[Path, Path, list[Job]]) -> N
 def test_it_says_what_it_chose(runs: tuple[Path, Path, list[Job]]) -> None:
     _, _, (first, second, third) = runs
     size = "micro-batch size 2, micro-batches per rank and step:"
-    assert f"--elastic: 4 ranks: 4 data-parallel ranks, {size} 1" in first.stdout
-    assert f"--elastic: 2 ranks instead of 4: 2 data-parallel ranks, {size} 2" in second.stdout
-    assert "--elastic: 4 ranks instead of 2" in third.stdout and "the global batch stays 8" in third.stdout
+    assert f"--elastic: 4 ranks: data-parallel size 4, {size} 1" in first.stdout
+    assert f"--elastic: 2 ranks instead of 4: data-parallel size 2, {size} 2" in second.stdout
+    assert (
+        "--elastic: 4 ranks instead of 2" in third.stdout and "the global batch size stays 8" in third.stdout
+    )
 
 
 def test_ranks_that_cannot_do(zygote: Zygote, text: Path, tmp_path: Path) -> None:
@@ -62,5 +64,5 @@ def test_a_micro_batch_that_does_not_divide_is_made_smaller(
 ) -> None:
     flags = flags_of(text, tmp_path / "run", "--dry-run", "--world-size", 8, layout=LAYOUT)
     told = zygote.run(flags, ranks=1)
-    assert "8 data-parallel ranks, micro-batch size 1, micro-batches per rank and step: 1" in told.stdout
-    assert "the micro-batch is 1 instead of 2" in told.stdout
+    assert "data-parallel size 8, micro-batch size 1, micro-batches per rank and step: 1" in told.stdout
+    assert "the micro-batch size is 1 instead of 2" in told.stdout

@@ -184,9 +184,9 @@ def test_refusals_name_every_folder(tmp_path: Path) -> None:
         write_report([tmp_path / "empty", tmp_path / "gone", tmp_path / "odd.json"], tmp_path / "r.html")
     rules = [problem.rule for problem in raised.value.problems]
     assert rules == [
-        "has no run and no finished study",
+        "contains neither a run nor a finished study",
         "does not exist",
-        "is not a file of mhr evaluate or mhr analyze",
+        "was not written by mhr evaluate or mhr analyze",
     ]
     assert not (tmp_path / "r.html").exists()
 

@@ -63,7 +63,7 @@ def test_questions_stand_once_runs_are_finished(tmp_path: Path) -> None:
     content = {"comparisons": ["a:b@1"], "jobs": 2}
     write_study(tmp_path / "out", content, started=False)
     write_study(tmp_path / "out", {**content, "comparisons": ["a:b@2"]}, started=False)
-    with pytest.raises(ConfigError, match="cannot change after the runs started; they were a:b@2"):
+    with pytest.raises(ConfigError, match="cannot be changed once a run is finished; this study has a:b@2"):
         write_study(tmp_path / "out", content, started=True)
 
 

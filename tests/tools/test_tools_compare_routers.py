@@ -301,9 +301,9 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(co
     assert "started" not in err
     later = ["--comparisons", "twins:topk@4"]
     _, err = finish(start(compared.folder, *words, *later, "--seeds", 2, "--train-iters", STEPS), expect=2)
-    assert "cannot change after the runs started; they were twins:topk@1, topk:twins@2" in err
+    assert "cannot be changed once a run is finished; this study has twins:topk@1, topk:twins@2" in err
     _, err = finish(start(compared.folder, *words, "--seeds", 1, "--train-iters", STEPS + 1), expect=2)
-    assert err.count("has a run with other settings") == 2
+    assert err.count("contains a run with other settings") == 2
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "options of nobody": (
         ["--routers", "topk", "--options", "options.yaml"],
         "hyper: {bias: true}",
-        "which --routers does not name",
+        "but --routers does not contain this name",
     ),
     "options that are no mapping": (
         ["--routers", "topk", "--options", "options.yaml"],
@@ -351,15 +351,15 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a comparison that cannot be read": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk@1"],
         "",
-        "must have the form LEFT:RIGHT@K with two labels and a number of experts",
+        "must have the form LEFT:RIGHT@K, with two different labels and a value of k",
     ),
     "a comparison with nobody": (
         ["--routers", "topk", "xmoe", "--comparisons", "topk:hyper@1", "topk:xmoe@3"],
         "",
-        "hyper is not among the routers",
+        "hyper is not one of the compared routers",
     ),
     "twice": (["--routers", "topk", "topk"], "", "names topk twice"),
-    "a label that is a path": (["--routers", "../x"], "", "must be labels of letters"),
+    "a label that is a path": (["--routers", "../x"], "", "must contain only letters"),
     "no seed": (["--routers", "topk", "--seeds", "0"], "", "--seeds = 0: must be at least 1"),
     "too many experts": (
         ["--routers", "topk", "--topk-eval", "2", "5"],

@@ -211,7 +211,7 @@ def test_a_signal_leaves_nothing_behind(
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"stopped by {number.name}; the same command continues" in err
+    assert f"stopped by {number.name}; run the same command again to continue" in err
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl", "tokenizer.json"]
 

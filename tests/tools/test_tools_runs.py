@@ -112,7 +112,7 @@ def test_runs_of_other_settings_are_strangers(runs: Any, tmp_path: Path) -> None
     for plan in plans:
         runs.write_plan(plan)
     runs.check_finished(plans)
-    with pytest.raises(ConfigError, match="b: has a run with other settings") as caught:
+    with pytest.raises(ConfigError, match="b: contains a run with other settings") as caught:
         runs.check_finished([plans[0], replace(plans[1], task={"settings": "another"})])
     assert len(caught.value.problems) == 1
 

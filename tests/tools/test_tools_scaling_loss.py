@@ -130,7 +130,7 @@ def test_a_row_for_each_run(study: Study) -> None:
 @pytest.mark.slow
 def test_two_by_two_have_no_fit_and_it_is_said_before_and_after(study: Study) -> None:
     reason = "E + A/N^alpha needs runs of at least 4 different sizes, but there are 2"
-    assert study.err.startswith(f"note: no curve will be fitted, because {reason}\n")
+    assert study.err.startswith(f"note: there will be no fitted curve, because {reason}\n")
     assert f"No curve was fitted for k = 2: {reason}." in study.out
     assert [found["refused"] for found in json.loads((study.folder / "out" / "fit.json").read_text())] == [
         reason
@@ -171,7 +171,7 @@ def test_finished_runs_stay_and_a_cluster_gets_the_others(
             rows(tmp_path / "out" / "runs.csv")[3][name] == rows(study.folder / "out" / "runs.csv")[3][name]
         )
     _, other = study.arguments, zygote.run([*study.arguments, "--lr", "0.5"], program=TOOL, expect=2)
-    assert other.stderr.count("has a run with other settings") == 4
+    assert other.stderr.count("contains a run with other settings") == 4
 
 
 def test_settings_of_the_grid(zygote: Zygote, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_curve_for_each_router(
     assert (
         "N grows as C^0.46 [0.46, 0.46]" in out
         and "do not determine" not in out
-        and "Scores of the valid split" in out
+        and "Scores on the valid split" in out
         and "nats/token" in out
     )
     write_results(made_up, arguments(tmp_path / "b", size="total", topk_eval=[2]))
@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "values that lack one": (
         ["--axis", "hidden_size,num_layers", "16,2", "32"],
         "",
-        "must be 2 values, for hidden_size,num_layers",
+        "must have 2 values, one for each setting of hidden_size,num_layers",
     ),
     "an axis twice": (
         [*AXIS, "--axis", "hidden_size,num_layers", "16,2", "32,2"],
@@ -349,7 +349,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "no seed": ([*AXIS, "--seeds", "0"], "", "--seeds = 0: must be at least 1"),
     "k = 0": ([*AXIS, "--topk-eval", "1", "0"], "", "--topk-eval = 1 0: must be at least 1"),
     "both": ([*AXIS, "--dry-run", "--collect"], "", "cannot be combined with --dry-run"),
-    "nothing to collect": ([*AXIS, "--collect"], "", "has none of the 6 runs of this study finished"),
+    "nothing to collect": ([*AXIS, "--collect"], "", "none of the 6 runs of this study is finished"),
     "half a node": (
         [*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"],
         "",
@@ -360,7 +360,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a file of other settings": (
         ["--axes", "axes.yaml"],
         "a: [{num_layers: 2}, {hidden_size: 32}]",
-        "of the same settings",
+        "each for the same settings",
     ),
     "an unknown flag": ([*AXIS, "--no-such-flag", "1"], "", "unknown flag"),
 }

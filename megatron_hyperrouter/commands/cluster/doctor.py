@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 tools/doctor.py               all GPUs of a machine
     srun -N 8 --ntasks-per-node 8 python tools/doctor.py      the first step of a job
 
-Each line is ok, a note, or a fault with its remedy. Exit status: 0, or 5 if there is a fault.
+Each line is ok, a note, or a fault with its remedy. Exit status: 0 if there is no fault, else 5.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     """Examine, show the findings, and end with the exit status."""
     flags = parser(__doc__ or "")
     add = flags.add_argument
-    add("--json", type=Path, metavar="FILE", help="also write the findings to FILE")
+    add("--json", type=Path, metavar="FILE", help="also write the findings to FILE as JSON")
     add(
         "--run-dir",
         type=Path,
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
         "--checkpoint-gb",
         type=float,
         metavar="X",
-        help="size of one checkpoint in GB; the disk must have space for three (default: size of the "
-        "newest checkpoint in the run folder)",
+        help="size of one checkpoint in GB; the command checks that the disk has space for three "
+        "(default: size of the newest checkpoint in the run folder)",
     )
     args = flags.parse_args(arguments)
     if args.checkpoint_gb is not None and not args.checkpoint_gb > 0:

@@ -1,11 +1,11 @@
-"""Find the parallel layouts with which a model fits on a number of GPUs, fastest first. No GPU is needed.
+"""Find the parallel layouts in which a model fits on N GPUs, fastest first. The command itself needs no GPU.
 
   mhr plan --config FILE.yaml --gpus 64
   mhr plan --config FILE.yaml --gpus 1024 --per-node 8 --gpu-memory 80 --dry-run 3 --json plan.json
 
 The command predicts parameters, memory and step time of every layout that the program accepts, on both
-engines, and ranks them. --dry-run K then builds the real engine for the best K layouts, in one process and
-without allocating tensors, and takes two steps.
+engines, and ranks them. --dry-run K then verifies the best K layouts: it builds the real engine in one
+process, without allocating tensors, and runs two steps.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.planning.machine import Machine
 
 EPILOG = """\
-Any other flag is a setting of mhr train. Layout settings in --config are ignored, because the command
-tries all layouts. --engine limits it to one engine.
+All other flags are settings of mhr train. Layout settings in --config are ignored, because the command
+tries all layouts. --engine limits the plan to one engine.
 
 All layouts have the same global batch size (default: --micro-batch-size x --gpus). For each layout the
 command also tries full recomputation, ZeRO stages, the distributed optimizer, interleaved pipeline stages
 and smaller micro-batches, and shows the fastest choice that fits.
 
-Exit status: 0 some layout fits, 1 no layout fits, 2 settings that cannot run."""
+Exit status: 0 if a layout fits, 1 if none fits, 2 if the settings cannot run."""
 _ASSUMED_IDS = 65_536
 
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """The flags of this command, and those of the program."""
+    """The flags of this command, and the flags of mhr train."""
     flags = parser(str(__doc__), EPILOG)
     flags.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file with the settings of the run"
@@ -79,10 +79,13 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         type=int,
         default=0,
         metavar="K",
-        help="build the best K layouts with the real engine (default: 0)",
+        help="verify the best K layouts by building the real engine (default: 0)",
     )
     flags.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all layouts to FILE, including the refused ones"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write all layouts, even refused ones, to FILE as JSON",
     )
     flags.add_argument(
         "--top", type=int, default=10, metavar="N", help="number of layouts to show (default: 10)"
@@ -182,7 +185,7 @@ def settings_of(path: str, words: Sequence[str]) -> tuple[RunConfig, Sequence[st
 
 
 def vocabulary_of(config: RunConfig) -> int:
-    """Ids of the tokenizer; --vocab-size, or a guess, where its files are not on this machine."""
+    """The number of token ids; --vocab-size or a guess if the tokenizer is not on this machine."""
     from megatron_hyperrouter.data.tokenize.tokenizer import tokenizer_of
     from megatron_hyperrouter.errors import DataError, HostError
 
@@ -190,6 +193,6 @@ def vocabulary_of(config: RunConfig) -> int:
         return tokenizer_of(config.data).vocab_size
     except (DataError, HostError) as error:
         ids = config.data.vocab_size or _ASSUMED_IDS
-        reason = "as --vocab-size sets it" if config.data.vocab_size else "assumed; --vocab-size N sets it"
-        note(f"the tokenizer cannot be read ({error.message}): {ids:,} token ids, {reason}")
+        reason = "from --vocab-size" if config.data.vocab_size else "a guess; --vocab-size N changes it"
+        note(f"the tokenizer cannot be read ({error.message}); the plan uses {ids:,} token ids ({reason})")
         return ids

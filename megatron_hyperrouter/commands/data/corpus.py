@@ -1,4 +1,4 @@
-"""Turn the text files below a folder into JSON lines, one document a file."""
+"""Turn the text files in a folder and its subfolders into JSON lines, one document per file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ EPILOG = """\
 Each line is {"text": ..., "source": path relative to --root}.  The command skips hidden files and folders,
 links, __pycache__, site-packages, dist-packages, and files that are binary, blank or not UTF-8.
 
-Documents are sorted by the SHA-256 of their paths.  The order is therefore the same on every machine, and
-it mixes the files of all folders.  Training takes its test data from the end of the corpus (mhr train
---split), so the test data represent the whole corpus."""
+Documents are sorted by the SHA-256 of their paths, so the order is the same on every machine and mixes the
+files of all folders.  Training takes its test data from the end of the corpus (mhr train --split); thanks to
+this order, the test data represent the whole corpus."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,6 +41,6 @@ def main(arguments: Sequence[str]) -> None:
         made = write_corpus(
             args.root or default_root(), args.output, max_bytes=args.max_bytes, progress=bar.update
         )
-    left_out = f"{counted(made.left_out, 'file')} left out"
+    left_out = f"{counted(made.left_out, 'file')} skipped"
     summary = f"{counted(made.documents, 'document')}, {made.size / 1e6:,.1f} MB, {left_out}"
     print(f"{args.output}: {summary}; {bar.seconds():.1f} s", file=sys.stderr)

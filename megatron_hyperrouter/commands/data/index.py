@@ -1,9 +1,9 @@
-"""Build the index files of a run in advance, on any machine that can read the data, so that it starts fast.
+"""Build the index files of a run in advance, so that it starts faster; works wherever the data are readable.
 
-Takes the flags of mhr train.  Only those for data, seed, sequence length, batch size and steps matter, and
---load for a run that resumes.  The files go where the run looks for them: to --data-cache-path; without it to
-cache/hyperrouter next to the data, or to index-cache in --run-dir if that folder is not writable.  An index
-is rebuilt when the modification time of a token file changes.
+The command accepts all flags of mhr train.  It uses those for data, seed, sequence length, batch size and
+steps, and --load if the run resumes.  The files go where the run looks for them: to --data-cache-path;
+without that flag to cache/hyperrouter next to the data, or to index-cache in --run-dir if that folder is not
+writable.  An index is rebuilt when the modification time of a token file changes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, build, and report what was built."""
-    flags = parser(__doc__ or "", epilog="All other flags: mhr train --help")
+    flags = parser(__doc__ or "", epilog="mhr train --help explains all other flags.")
     flags.add_argument("--config", metavar="FILE", help="YAML file with the settings of the run")
     flags.add_argument(
         "--world-size",
         type=int,
         default=1,
         metavar="N",
-        help="number of ranks of the run, needed only without --global-batch-size (default: 1)",
+        help="number of ranks of the run; only needed if --global-batch-size is not set (default: 1)",
     )
     args, others = flags.parse_known_args(arguments)
     flags.check_at_least(args, 1, "world_size")
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.routers import ROUTERS
 
     class Counting(IndexCache):
-        """Counts the files that were requested: a file that cannot be written is only made in memory,
-        which does not help the run.
+        """Counts the requested files.  If a file cannot be written, its index exists only in this process and
+        does not help the run.
         """
 
         asked = 0
@@ -62,10 +62,15 @@ def main(arguments: Sequence[str]) -> None:
     if len(cache.used) < cache.asked:
         raise DataError(
             f"{cache.asked - len(cache.used)} of {cache.asked} index files could not be written",
-            remedy="give a writable folder with --data-cache-path, here and in the run",
+            remedy="give a writable folder with --data-cache-path, both here and in mhr train",
         )
     if not cache.used:
-        print("no index file is needed: each process builds these small indexes by itself")
+        print(
+            (
+                "no index file is needed: these indexes are small, so each process of the run builds them "
+                "itself"
+            )
+        )
     print(f"{time.monotonic() - begin:.1f} s")
 
 

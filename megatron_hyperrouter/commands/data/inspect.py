@@ -21,12 +21,14 @@ def main(arguments: Sequence[str]) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="number of tokens to show, from the first one on (default: 64)",
+        help="number of tokens to show, from the beginning (default: 64)",
     )
     flags.add_argument(
         "--verify",
         action="store_true",
-        help="compare counts, sizes and checksums with P.manifest.json; exit status 3 if they differ",
+        help=(
+            "compare counts, sizes and checksums with P.manifest.json; if they differ, the exit status is 3"
+        ),
     )
     args = flags.parse_args(arguments)
     tokenizer = tokenizer_from(tokenizer_options(args)) if args.tokenizer_type else None

@@ -1,4 +1,4 @@
-"""Join the shards that mhr preprocess --shard I/N wrote on several machines."""
+"""Merge the shards that mhr preprocess --shard I/N wrote on several machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_hyperrouter.terminal import Bar, counted, parser
 EPILOG = """\
 The command reads P.shard-I-of-N_KEY_document.bin, .idx and .manifest.json for I = 1 to N and each KEY, and
 compares the files with the checksums in the manifests.  It writes P_KEY_document.bin, .idx and
-.manifest.json, which are byte for byte those of a single run over all inputs."""
+.manifest.json.  A single run over all inputs would write the same files, byte for byte."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,9 +21,9 @@ def main(arguments: Sequence[str]) -> None:
     flags.add_argument(
         "prefix",
         metavar="P",
-        help="the --output-prefix of mhr preprocess, which was the same on each machine",
+        help="the --output-prefix that mhr preprocess was given on every machine",
     )
-    flags.add_argument("--remove-shards", action="store_true", help="delete the shards after joining them")
+    flags.add_argument("--remove-shards", action="store_true", help="delete the shards after they are merged")
     args = flags.parse_args(arguments)
     with Bar("mhr merge") as bar:
         written = merge(args.prefix, remove_shards=args.remove_shards, progress=bar.update)

@@ -24,9 +24,10 @@ The name of an input file, without .gz or .zst, decides how it is read:
   any other                JSON lines if the file begins with "{", else plain text.
 
 Output files have temporary names (.partial) until they are complete.  Progress is saved to P.journal every
---save-seconds.  After a kill, a signal, a full disk or an unusable line, the same command continues from the
-last save; the output is the same.  On N machines, run --shard 1/N to --shard N/N with the same inputs and
-prefix, then mhr merge P.  Token ids are stored as uint16 for a vocabulary below 65500, else as int32."""
+--save-seconds.  If the command is interrupted by a signal, a full disk or an unusable line, run it again: it
+continues from the last save, and the output is the same.  To use N machines, run --shard 1/N to --shard N/N
+with the same inputs and prefix, then mhr merge P.  Token ids are stored as uint16 if the vocabulary has fewer
+than 65500 ids, else as int32."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
                 report=tell,
             )
         except Stopped as reason:
-            reason.left = "the same command continues from what was saved, or from the start"
+            reason.left = "run the same command again to continue from the last save, if there is one"
             raise
     for pair in written:
         sizes = f"{counted(pair.documents, 'document')}, {counted(pair.tokens, 'token')}"
@@ -82,7 +83,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--output-prefix",
         required=True,
         metavar="P",
-        help="start of the path of the output files, P_KEY_document.bin and .idx",
+        help="prefix of the output files P_KEY_document.bin and .idx, with their folder",
     )
     flags.add_argument(
         "--json-keys",
@@ -99,8 +100,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--tokenizer-backend",
         default="auto",
         choices=BACKENDS,
-        help="library that tokenizes; the output is the same with each (default: auto, the fastest "
-        "installed one that gives the same ids)",
+        help="tokenizer library; it does not change the output (default: auto, the fastest installed "
+        "library that gives the same ids)",
     )
     flags.add_argument(
         "--workers",
@@ -112,7 +113,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags.add_argument(
         "--shard",
         metavar="I/N",
-        help="process only part I of N (counting from 1) into P.shard-I-of-N_KEY_document.*",
+        help="process only part I of N, with I from 1 to N, and write P.shard-I-of-N_KEY_document.*",
     )
     flags.add_argument(
         "--partitions", type=int, metavar="N", help="number of parts N, if --shard gives only I"
@@ -121,13 +122,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
-        help="at a line that cannot be used: stop, keeping what was saved; or skip the line and report "
-        "how many were skipped (default: stop)",
+        help="what to do at an unusable line: stop (the progress stays saved), or skip the line and "
+        "report how many were skipped (default: stop)",
     )
     flags.add_argument(
         "--overwrite",
         action="store_true",
-        help="discard the progress of an unfinished run instead of continuing it",
+        help="start again from the beginning, even if an unfinished run has saved progress",
     )
     flags.add_argument(
         "--save-seconds",
@@ -145,7 +146,7 @@ def tell(message: str) -> None:
 
 
 class PreprocessBar(Bar):
-    """A bar with megabytes and documents, and the speed of both."""
+    """A progress bar with megabytes and documents, and the speed of both."""
 
     def __init__(self) -> None:
         super().__init__("mhr preprocess")

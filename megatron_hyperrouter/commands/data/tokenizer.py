@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         type=int,
         required=True,
         metavar="N",
-        help="number of token ids, at least 257: 256 bytes, <|endoftext|>, and the merges",
+        help="number of token ids: 256 bytes, <|endoftext|>, and the merges; at least 257",
     )
     flags.add_argument(
         "--output",
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
                 "--max-bytes",
                 args.max_bytes,
                 "must be at least 1",
-                ("leave it out to train on all of the text"),
+                ("leave out --max-bytes to train on all of the text"),
             )
         )
     if any(os.path.realpath(path) == os.path.realpath(args.output) for path in inputs):
@@ -78,6 +78,6 @@ def main(arguments: Sequence[str]) -> None:
     fewer = (
         ""
         if size == args.vocab_size
-        else f" of {args.vocab_size:,}, because the text has no more pairs to merge"
+        else f" instead of {args.vocab_size:,}, because the text has no more pairs to merge"
     )
     print(f"{args.output}: {size:,} tokens{fewer}; {bar.seconds():.1f} s", file=sys.stderr)

@@ -19,7 +19,10 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         "--tokenizer-type",
         required=required,
         choices=TEXT_TOKENIZER_TYPES,
-        help="type of the tokenizer; ByteTokenizer makes each byte a token, the others read a file",
+        help=(
+            "type of the tokenizer; ByteTokenizer uses each byte as a token, the other types need a "
+            "tokenizer file"
+        ),
     )
     group.add_argument(
         "--tokenizer-model",
@@ -49,8 +52,8 @@ def add_tokenizer_flags(flags: ArgumentParser, *, required: bool) -> None:
         type=int,
         default=number,
         metavar="N",
-        help="number of special tokens, for TikTokenizer; their ids come before those in the file "
-        f"(default: {number})",
+        help="number of special tokens, for TikTokenizer; their ids come before the ids of the tokens in "
+        f"the file (default: {number})",
     )
     group.add_argument(
         "--tokenizer-special-tokens",

@@ -55,8 +55,8 @@ def folders_of(args: Namespace) -> list[Path]:
     if args.steps is not None:
         if missing := sorted(set(args.steps) - set(there)):
             raise CheckpointError(
-                f"{root} has no checkpoint of step {missing[0]}",
-                remedy=f"choose from {', '.join(map(str, there))}",
+                f"{root} has no checkpoint for step {missing[0]}",
+                remedy=f"use steps from this list: {', '.join(map(str, there))}",
             )
         return [root / folder_name(step) for step in sorted(set(args.steps))]
     if args.last > len(there):
@@ -118,7 +118,7 @@ def write(draft: Path, output: Path, runs: Sequence[TrainedRun], terms: Sequence
 
 
 def _ignore(_value: object) -> None:
-    """The result of a phase of a save is not needed here."""
+    """Do nothing: the result of this phase of a save is not needed."""
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:
@@ -146,7 +146,10 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--ema",
         type=float,
         metavar="DECAY",
-        help="exponential moving average: each checkpoint counts DECAY times as much as the next newer one",
+        help=(
+            "exponential moving average: the weight of each checkpoint is DECAY times the weight of the "
+            "next newer one"
+        ),
     )
     args = flags.parse_args(arguments)
     if (args.steps is None) == (args.last is None):

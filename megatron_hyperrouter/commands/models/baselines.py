@@ -1,8 +1,8 @@
 """Compare a run's scores with unigram and bigram baselines on the same tokens.
 
-Fits both baselines to the training split of the run's data, scores them on the tokens that mhr evaluate
-scored in one process, and prints a table in bits per byte.  With --eod-mask-loss neither the model nor the
-baselines are scored on the first token of a document.
+The command fits both baselines to the training split of the run's data, scores them on the tokens that
+mhr evaluate scored in one process, and prints a table in bits per byte.  If the run was trained with
+--eod-mask-loss, neither the model nor the baselines are scored on the first token of a document.
 """
 
 from __future__ import annotations
@@ -50,8 +50,11 @@ def main(arguments: Sequence[str]) -> None:
     bytes_V = tokenizer.token_bytes_V()
     if bytes_V is None:
         raise DataError(
-            f"{config.data.tokenizer_type}: the bytes of a token are not known",
-            remedy="use a byte-level tokenizer",
+            (
+                f"bits per byte need the bytes of each token, which a {config.data.tokenizer_type} does "
+                "not provide"
+            ),
+            remedy="evaluate a run that was trained with a byte-level tokenizer",
         )
     splits = build_splits(
         run.data(split="test", data_path=args.data_path),
@@ -119,8 +122,8 @@ def baseline_bits(
 
     if splits.train is None or splits.test is None:
         raise DataError(
-            "the run has no training or no test data",
-            remedy="give all three shares of --split a number greater than 0",
+            "the run has no training data or no test data",
+            remedy="use a run with a --split of three numbers greater than 0",
         )
     fitted = NgramBaselines(stretches(splits.train, eod, progress), vocab_size)
     parts, left = [np.zeros((0, 2), np.int64)], tokens
@@ -132,7 +135,7 @@ def baseline_bits(
         left -= len(parts[-1])
     if left:
         raise DataError(
-            f"the results count {tokens:,} targets, which is not a multiple of the sample length",
+            f"the results cover {tokens:,} tokens, which is not a whole number of samples of the test split",
             remedy="run mhr evaluate again in one process, with the data of the run",
         )
     contexts_N, targets_N = np.concatenate(parts).T
@@ -144,7 +147,7 @@ def baseline_bits(
 
 
 def samples_of(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Iterator[np.ndarray]:
-    """One after another; ``progress(samples, all samples)``."""
+    """The samples, one after another; ``progress(samples, all samples)`` is called after each."""
     for i in range(len(dataset)):
         yield dataset[i]
         if progress:
@@ -154,7 +157,7 @@ def samples_of(dataset: Dataset, progress: Callable[[int, int], None] | None = N
 def stretches(
     dataset: Dataset, eod: int | None, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[np.ndarray]:
-    """Samples, split after each ``eod``; padding of a packed sample has no pair and is left out."""
+    """Samples, split after each ``eod``.  Parts of one token, such as padding, contain no bigram."""
     import numpy as np
 
     for sample in samples_of(dataset, progress):

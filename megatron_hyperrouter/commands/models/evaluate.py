@@ -1,8 +1,9 @@
 """Score a trained run at several k: how does the loss change if each token uses fewer or more experts?
 
-Writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to --output and a
-table to stdout.  Perplexity is per token.  If the manifests of the data count words, "word_perplexity" gives
-the perplexity per word for each k.  Runs in one process, or on several ranks under torchrun or deepspeed.
+The command writes {"results": [{"topk", "lm_loss", "perplexity", "bits_per_byte", "tokens"}, ...]} to
+--output and a table to stdout.  Perplexity is per token.  If the manifests of the data count words,
+"word_perplexity" gives the perplexity per word for each k.  The command runs in one process, or on several
+ranks under torchrun or deepspeed.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
             show(results)
             if calibrated is not None:
                 head["calibrated"] = calibrated
-                print("with one scale for each layer (--calibrate-k):")
+                print("with rescaled MoE outputs (--calibrate-k):")
                 show(calibrated)
             write_json(args.output, json.loads(f'{{"results": [{rows}]}}') | head)
     finally:
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def found(args: Namespace) -> Start:
-    """The checkpoint that ``--load`` means, as this rank sees it; ConfigError where the results could not be
+    """The checkpoint that ``--load`` refers to, as this rank sees it; ConfigError if the results cannot be
     written.
     """
     from megatron_hyperrouter.checkpoint.folder import read_manifest
@@ -111,7 +112,7 @@ def found(args: Namespace) -> Start:
 
 
 class Counted:
-    """A dataset that shows how many of its samples were read, of ``total``."""
+    """A dataset that shows on a progress bar how many of ``total`` samples were read."""
 
     def __init__(self, dataset: Dataset, bar: Bar, total: int) -> None:
         self._dataset, self._bar, self._total, self._read = dataset, bar, total, 0
@@ -137,7 +138,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="K",
-        help="numbers of active experts to score with",
+        help="values of k to score at: numbers of active experts per token",
     )
     flags.add_argument(
         "--split", choices=("train", "valid", "test"), help="split of the data to score (default: test)"
@@ -146,20 +147,21 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--eval-iters",
         type=int,
         metavar="N",
-        help="number of the run's global batches to score (default: the whole split)",
+        help="number of global batches to score, with the batch size of the run (default: the whole split)",
     )
     flags.add_argument(
         "--eval-stride",
         type=int,
         metavar="S",
-        help="score overlapping windows: each starts S tokens after the one before and counts only its "
-        "last S tokens, so that every token has a long context (default: no overlap)",
+        help="score overlapping windows: each window starts S tokens after the previous one, and only "
+        "its last S tokens are scored, so every token has a long context (default: no overlap)",
     )
     flags.add_argument(
         "--calibrate-k",
         action="store_true",
-        help="also score after rescaling the output of each MoE layer to its size at the final k of "
-        "training, measured on one batch of training data; the results call these scores calibrated",
+        help="also score the model with rescaled MoE outputs: each layer's output gets the size that it "
+        "has at the final k of training, measured on one batch of training data; the results list "
+        "these scores under calibrated",
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results"

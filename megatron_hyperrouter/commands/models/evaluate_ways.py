@@ -1,4 +1,4 @@
-"""Other ways to score than ``mhr evaluate`` has by default: overlapping windows, and scales for small k."""
+"""The optional ways to score of ``mhr evaluate``: overlapping windows, and rescaled outputs for small k."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def windows_of(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> Stride
 
 
 def refuse_several_ranks(world_size: int) -> None:
-    """Raises ConfigError: the scales are computed from the outputs of all experts."""
+    """Raises ConfigError for several ranks: the scales are computed from the outputs of all experts."""
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     if world_size > 1:

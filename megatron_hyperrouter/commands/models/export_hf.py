@@ -1,9 +1,9 @@
-"""Write a trained run as a Hugging Face folder, with a certificate that transformers computes the same model.
+"""Export a trained run to a Hugging Face folder, and certify that transformers computes the same model.
 
-The router becomes a plain matrix, and the run's settings decide which model class of transformers is used.
-The proof runs transformers in a separate process and compares logits, chosen experts and losses at several k.
-If they differ too much, the folder is named FOLDER.failed and the exit status is 4.  --verify FOLDER checks
-an existing folder with the Python standard library alone; --numbers also runs transformers again.
+The router is exported as a plain matrix.  The run's settings determine the model class of transformers.  The
+command then runs transformers in a separate process and compares logits, chosen experts and losses at several
+k.  If they differ too much, the folder is named FOLDER.failed and the exit status is 4.  --verify FOLDER
+checks an existing folder and needs only the Python standard library; --numbers also runs transformers again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] = ()) -> None:
-    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name; ``served``: further values
-    of --topk for which a caller needs the folder.
+    """Checkpoint -> draft folder -> proof -> certificate -> the folder's name; ``served``: other values of k
+    that a caller will use the folder with.
     """
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.export.card import write_card
@@ -63,7 +63,7 @@ def write_folder(args: Namespace, *, quiet: bool = False, served: Sequence[int] 
     if faults:
         raise CheckpointError(
             "\n  - ".join(["the exported folder differs too much from the run:", *faults]),
-            remedy=f"look at all differences in certificate.json of {folder}",
+            remedy=f"read certificate.json in {folder}, which lists all differences",
         )
     if args.gguf is not None:
         write_gguf(args, folder)
@@ -86,7 +86,7 @@ def check_libraries(args: Namespace) -> None:
 
 
 def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
-    """What will be written, and where it comes from, for the certificate."""
+    """What will be written, and its origin for the certificate."""
     from megatron_hyperrouter.evaluate.calibration import scales_of_run
     from megatron_hyperrouter.evaluate.perplexity import check_topks
     from megatron_hyperrouter.evaluate.trained import TrainedRun
@@ -122,7 +122,10 @@ def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
     if args.calibrate_k:
         scales = scales_of_run(trained, tokenizer, [topk])[topk]
         notes.append(
-            f"the output of each MoE layer is scaled for k = {topk}, and for no other k (--calibrate-k)"
+            (
+                f"the output of each MoE layer is rescaled for k = {topk} (--calibrate-k); the scales do "
+                "not fit any other k"
+            )
         )
     for line in notes:
         note(f"note: {line}")
@@ -141,7 +144,7 @@ def write_gguf(args: Namespace, folder: Path) -> None:
         task = {"folder": str(folder.resolve()), "file": str(file), "name": folder.name}
         ask(task, python=args.python, script=GGUF)
         file.replace(args.gguf)
-    show(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes in the GGUF format of llama.cpp")
+    show(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes, in GGUF format for llama.cpp")
 
 
 def asked_of(args: Namespace) -> Asked:
@@ -176,7 +179,7 @@ def verify_folder(args: Namespace) -> None:
     if found:
         raise CheckpointError(
             "\n  - ".join([f"{args.verify} differs from its certificate:", *found]),
-            remedy="copy the folder again from where it was written",
+            remedy="copy the folder again from the original",
         )
     what = f"{len(content['tensors'])} tensors and {len(content['files'])} files"
     show(f"{args.verify}: {what} match the certificate" + (", and so do the losses" if args.numbers else ""))
@@ -230,18 +233,18 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=size,
         default=size("5GB"),
         metavar="SIZE",
-        help="largest size of one file of weights (default: 5GB)",
+        help="maximum size of each weights file (default: 5GB)",
     )
     add(
         "--custom-code",
         action="store_true",
-        help="add modeling code for a router that transformers does not have",
+        help="add modeling code to the folder, for a router that transformers does not have",
     )
     add(
         "--calibrate-k",
         action="store_true",
         help="rescale the output of each MoE layer for --topk, like mhr evaluate --calibrate-k; the "
-        "scales are multiplied into the experts' second matrices",
+        "second matrix of each expert is multiplied by the scale of its layer",
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
@@ -267,9 +270,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--verify",
         type=Path,
         metavar="FOLDER",
-        help="check FOLDER against its certificate, instead of writing a folder",
+        help="export nothing; check that FOLDER matches its certificate",
     )
-    add("--numbers", action="store_true", help="with --verify: also run transformers and compare losses")
+    add(
+        "--numbers",
+        action="store_true",
+        help="with --verify: also run transformers, and compare its losses with those in the certificate",
+    )
     args = flags.parse_args(arguments)
     _check_together(flags, args)
     return args

@@ -1,8 +1,8 @@
 """Train a classification head on a trained run, and test it at several k.
 
 The task folder contains train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
-original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested, once,
-and saved below seed-N. Writes results.json, predictions.jsonl, training.jsonl and finetuning.json to
+original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested once
+and saved in seed-N. Writes results.json, predictions.jsonl, training.jsonl and finetuning.json to
 --output. After an interruption, run the same command again to continue. --test tests saved weights again,
 and --compare compares two output folders. Runs in one process, or on several ranks under torchrun or
 deepspeed.
@@ -166,7 +166,7 @@ class Work:
                     show(line)
             elif engine.place.is_main:
                 again = "run the same command again to continue"
-                console.note(f"stopped by {reason}; the fine-tuning was saved to {self.output}; {again}")
+                console.note(f"stopped by {reason}; the state was saved to {self.output}; {again}")
         finally:
             engine.close()
         return ended
@@ -226,7 +226,7 @@ def check_labels(args: Namespace, run: TrainedRun, task: Task) -> None:
     if labels is None:
         rule, remedy = (
             "has no classification head",
-            "give a folder seed-N of a fine-tuning, or leave out --test",
+            "give a seed-N folder that mhr finetune has written, or leave out --test",
         )
         raise ConfigError([Problem("--load", args.load, rule, remedy)])
     if labels != list(task.labels):

@@ -45,7 +45,7 @@ def words_of(path: Path) -> list[str]:
         ) from error
     if not isinstance(found, dict):
         remedy = "write one flag on each line, such as lr: 1.0e-4"
-        raise ConfigError([Problem("--config", path, "must be a mapping of flags", remedy)])
+        raise ConfigError([Problem("--config", path, "must map flags to values", remedy)])
     words = list[str]()
     for name, value in found.items():
         flag = f"--{str(name).replace('_', '-')}"
@@ -72,7 +72,10 @@ def all_flags(description: str) -> Parser:
     flags.add_argument(
         "--test",
         action="store_true",
-        help="instead of training, test the weights that a fine-tuning has saved: --load OUTPUT/seed-N",
+        help=(
+            "instead of training, test the weights in --load OUTPUT/seed-N, which an earlier "
+            "fine-tuning has saved"
+        ),
     )
     flags.add_argument(
         "--compare",
@@ -85,7 +88,7 @@ def all_flags(description: str) -> Parser:
     _method(flags)
     _course(flags)
     layout = flags.add_argument_group(
-        "engine and layout (default: those of the run, if its layout fits the ranks)"
+        "engine and layout (default: as in the run, if its layout fits the number of ranks)"
     )
     layout.add_argument("--engine", choices=("deepspeed", "megatron"), help="training engine")
     for name in _LAYOUT:
@@ -95,7 +98,9 @@ def all_flags(description: str) -> Parser:
         "--sequence-parallel",
         action="store_true",
         default=None,
-        help="split norms and residuals along the sequence over the tensor-parallel ranks",
+        help=(
+            "sequence parallelism: tensor-parallel ranks divide the sequence in norms and residual branches"
+        ),
     )
     return flags
 
@@ -107,7 +112,7 @@ def _method(flags: ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help="numbers of active experts to test with (default: k of the fine-tuning)",
+        help="values of k to test at (default: the k of the fine-tuning)",
     )
     add(
         "--finetune-k",
@@ -125,7 +130,7 @@ def _method(flags: ArgumentParser) -> None:
         "--aux-loss-coeff",
         type=float,
         metavar="X",
-        help="weight of the load-balancing loss (default: the run's)",
+        help="weight of the load-balancing loss (default: as in the run)",
     )
     add(
         "--dropout",
@@ -138,7 +143,10 @@ def _method(flags: ArgumentParser) -> None:
         "--seq-length",
         type=int,
         metavar="N",
-        help="longest text in tokens; longer texts keep their last N tokens (default: the run's)",
+        help=(
+            "maximum length of a text in tokens; of a longer text, the last N tokens are used (default: "
+            "the sequence length of the run)"
+        ),
     )
 
 
@@ -149,7 +157,7 @@ def _course(flags: ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of seeds; fine-tune once with each of the seeds 1 to N (default: 1)",
+        help="number of fine-tunings, with the seeds 1 to N (default: 1)",
     )
     add(
         "--epochs",
@@ -192,12 +200,15 @@ def _course(flags: ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="number of evaluations on dev during training; the best weights are tested (default: 3)",
+        help=(
+            "number of evaluations on dev during training; the weights with the best score are tested "
+            "(default: 3)"
+        ),
     )
 
 
 def _optional(flags: ArgumentParser, name: str) -> None:
-    """--compare needs no run, and a file may name another one: the run is looked for later."""
+    """Make the flag optional: --compare needs no run, and --config may name it.  The run is opened later."""
     action = next(action for action in flags._actions if name in action.option_strings)
     action.required, action.type = False, Path
 

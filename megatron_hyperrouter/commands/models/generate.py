@@ -1,8 +1,9 @@
 """Continue prompts with a trained run or an exported Hugging Face folder, at several k side by side.
 
 Decoding is greedy by default.  With --temperature above 0, tokens are sampled; --top-p limits them to the
-most likely ones.  Prompts come from --prompt, from --prompt-file (one per line), or from stdin.  Runs in one
-process on the CPU, without a training engine; --calibrate-k opens the run's engine once, for its scales.
+most likely ones.  Prompts come from --prompt, from --prompt-file (one per line), or from stdin.  The command
+runs in one process on the CPU, without a training engine, except that --calibrate-k opens the run's engine
+once to measure the scales.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def scales_at(args: Namespace, loaded: Loaded, topks: Sequence[int]) -> dict[int
     from megatron_hyperrouter.evaluate.trained import TrainedRun
 
     if (args.load / "config.json").is_file():
-        rule = f"needs the training data of a run, and {args.load} is an exported folder"
-        remedy = "name the run folder, or export it with mhr export-hf --calibrate-k"
+        rule = f"needs the training data of a run, but {args.load} is an exported folder"
+        remedy = (
+            "give the run folder with --load, or use a folder that mhr export-hf --calibrate-k has written"
+        )
         raise ConfigError([Problem("--calibrate-k", True, rule, remedy)])
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     return scales_of_run(run, loaded.tokenizer, topks)
@@ -131,12 +134,12 @@ def prompts_of(args: Namespace) -> list[str]:
         where = args.prompt_file or "stdin"
         raise DataError(
             f"{where} cannot be read: {reason_of(error)}",
-            remedy=("give a UTF-8 text file with one prompt on each line"),
+            remedy=("give a UTF-8 text file with one prompt per line"),
         ) from error
     if found := [line for line in text.splitlines() if line]:
         return found
     raise DataError(
-        "there are no prompts", remedy=("add --prompt TEXT, or write prompts to stdin, one on each line")
+        "there are no prompts", remedy=("add --prompt TEXT, or write prompts to stdin, one per line")
     )
 
 
@@ -146,13 +149,18 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add_model_flags(flags)
     add = flags.add_argument
     add("--prompt", nargs="+", action="extend", metavar="TEXT", help="prompts to continue")
-    add("--prompt-file", type=Path, metavar="FILE", help="file with one prompt per line (default: stdin)")
+    add(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="file with one prompt per line (default: read prompts from stdin)",
+    )
     add(
         "--max-new-tokens",
         type=int,
         default=64,
         metavar="N",
-        help="largest number of tokens to generate for each prompt (default: 64)",
+        help="maximum number of tokens to generate for each prompt (default: 64)",
     )
     add(
         "--temperature",
@@ -166,14 +174,14 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=float,
         default=1.0,
         metavar="P",
-        help="sample only from the most likely tokens, whose probabilities add up to P (default: 1, all "
-        "tokens)",
+        help="nucleus sampling: sample only from the most likely tokens that together have probability P "
+        "(default: 1, all tokens)",
     )
-    add("--seed", type=int, default=1234, help="random seed of the sampling (default: 1234)")
+    add("--seed", type=int, default=1234, help="random seed for sampling (default: 1234)")
     add(
         "--calibrate-k",
         action="store_true",
-        help="also print texts with rescaled MoE outputs, like mhr evaluate --calibrate-k",
+        help="also generate texts with rescaled MoE outputs, as in mhr evaluate --calibrate-k",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = flags.parse_args(arguments)

@@ -1,10 +1,11 @@
 """Turn a Hugging Face model into a run folder for training, evaluation and export.
 
-A mixture-of-experts model keeps its router (--router topk), or gets a HyperRouter that is anchored to it
-(--router hyper).  Both compute the same function as the given model.  --reset-router initializes a
-new router at random, so the run's outputs differ from the model's.  A dense model (Llama, Mistral, Qwen3,
-or a run of this program with one expert) becomes a mixture of experts with --upcycle E.  The proof compares
-the run with transformers, and is written to import_certificate.json in the run folder.
+A mixture-of-experts model keeps its router (--router topk), or a HyperRouter is added to that router
+(--router hyper).  In both cases the run computes the same function as the given model.  --reset-router
+initializes a new router at random, so the run's outputs differ from the model's.  --upcycle E turns a dense
+model (Llama, Mistral, Qwen3, or a run of this program with one expert) into a mixture of E experts.  The
+command compares the run with transformers, and writes the result to import_certificate.json in the run
+folder.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str]) -> None:
         weights = weights_of(args, folder)
         if isinstance(weights, ImportedWeights) and weights.left_out:
             note(
-                "note: the multi-token prediction layers are left out; the "
-                "model computes the same without them"
+                "note: the multi-token prediction layers are not imported; the model's logits do "
+                "not depend on them"
             )
         run = run_of(args, folder, weights)
         for line in run.router.options.warnings(topk=run.model.moe_router_topk):
@@ -61,14 +62,14 @@ def main(arguments: Sequence[str]) -> None:
     if faults and not tolerated:
         raise CheckpointError(
             "\n  - ".join(["the run and the given model compute different results:", *faults]),
-            remedy=f"look at all differences in {CERTIFICATE} of {target}",
+            remedy=f"read {CERTIFICATE} in {target}, which lists all differences",
         )
     report(target, run, folder, certificate)
 
 
 @contextmanager
 def given_folder(args: Namespace) -> Iterator[Path]:
-    """The Hugging Face folder; a dense run of our own is written as one."""
+    """The Hugging Face folder; a dense run of this program is first written as one."""
     given: Path = args.input
     if (given / "config.json").is_file() or not (given / "checkpoints").is_dir():
         yield given
@@ -93,8 +94,8 @@ def copies(args: Namespace, folder: HfFolder) -> bool:
 
 
 def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
-    """Values of k to prove: whole groups of slices, or those at which both programs choose the same groups
-    of experts.
+    """Values of k to compare at: for a dense model, whole copies of its MLP; else those at which both
+    programs choose the same groups of experts.
     """
     from megatron_hyperrouter.importing.fitting import check_equal, equal_topks
 
@@ -108,7 +109,7 @@ def topks_of(args: Namespace, folder: HfFolder, run: RunConfig) -> list[int]:
 
 
 def weights_of(args: Namespace, folder: HfFolder) -> ImportedWeights | UpcycledWeights:
-    """What reads the folder's tensors by our names."""
+    """A reader of the folder's tensors under this program's names."""
     from megatron_hyperrouter.importing.upcycle import UpcycledWeights, UpcycleOptions
     from megatron_hyperrouter.importing.weights import ImportedWeights
 
@@ -212,12 +213,14 @@ def check_flags(args: Namespace, folder: HfFolder) -> None:
         if args.granularity != 1:
             found.append(Problem("--granularity", args.granularity, rule, "leave it out"))
     if args.router not in _KEEP and not args.reset_router and not copies(args, folder):
-        rule = f"cannot keep the router of the model; {' and '.join(_KEEP)} can"
-        found.append(Problem("--router", args.router, rule, "add --reset-router, which changes the model"))
+        rule = f"cannot keep the model's own router; only {' and '.join(_KEEP)} can"
+        found.append(
+            Problem("--router", args.router, rule, "add --reset-router to start with a new random router")
+        )
     if copies(args, folder) and args.router in _NOT_SUMMED and not args.reset_router:
         rule = (
-            "gives the chosen experts weights that do not sum to 1, so the mixture would not compute "
-            "the same as the dense model"
+            "gives the chosen experts weights that do not sum to 1, so the run's outputs would "
+            "differ from the dense model's"
         )
         found.append(Problem("--router", args.router, rule, "choose another router, such as topk or hyper"))
     if args.scale_pre_softmax and args.router not in _SCALED:
@@ -279,19 +282,19 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--engine",
         choices=("deepspeed", "megatron"),
         default="deepspeed",
-        help="engine in the settings of the run (default: deepspeed)",
+        help="training engine of the run (default: deepspeed)",
     )
     add(
         "--data-path",
         nargs="+",
         metavar="P",
-        help="prefixes of the token files to train on, for the settings of the run",
+        help="prefixes of the token files that the run will be trained on",
     )
     add(
         "--seq-length",
         type=int,
         metavar="S",
-        help="tokens in one sample (default: max_position_embeddings of config.json)",
+        help="sequence length of the run, in tokens (default: max_position_embeddings in config.json)",
     )
     add(
         "--tokenizer-model",
@@ -299,7 +302,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         help="tokenizer file (default: tokenizer.json in the input folder)",
     )
     _upcycling_flags(flags)
-    add("--no-proof", action="store_true", help="do not compare the run with the model")
+    add("--no-proof", action="store_true", help="do not compare the run with the given model")
     add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare at (default: 1 2 4 8)")
     add("--proof-samples", type=int, default=2, metavar="N", help="number of samples to compare (default: 2)")
     add(
@@ -331,25 +334,31 @@ def _upcycling_flags(flags: ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="with --upcycle: add noise of X standard deviations to every copy of the MLP but the first",
+        help=(
+            "with --upcycle: add noise to every copy of the MLP but the first; its standard deviation "
+            "is X times that of the weights"
+        ),
     )
     add(
         "--redraw",
         type=float,
         default=0.0,
         metavar="R",
-        help="with --upcycle: fraction of hidden units to draw anew in every copy of the MLP but the first",
+        help=(
+            "with --upcycle: fraction of hidden units to initialize at random in every copy of the MLP "
+            "but the first"
+        ),
     )
     add(
         "--scale-pre-softmax",
         action="store_true",
-        help="with --upcycle: weigh experts by the softmax over all E of them (--router.pre-softmax), "
-        "and multiply their output by E/K, which is exact only while the router gives all experts "
-        "the same weight",
+        help="with --upcycle: weight the experts by the softmax over all E experts "
+        "(--router.pre-softmax), and multiply their output by E/K; this is exact only while the "
+        "router gives all experts the same weight",
     )
     add(
         "--seed",
         type=int,
         default=1234,
-        help="random seed of the new router, the noise and the redrawn units (default: 1234)",
+        help="random seed for the new router, --noise and --redraw (default: 1234)",
     )

@@ -2,8 +2,8 @@
 
 Two tasks need no download: held_out (bits per byte of texts that the model was not trained on) and next_line
 (which of four lines comes next).  Their texts come from the run's test split, from the token files of
---data-path, or from --text FILE.jsonl.  The harness's other tasks load their data from the Hugging Face hub,
-or as their files in --include-path specify.
+--data-path, or from --text FILE.jsonl.  All other tasks of the harness load their data from the Hugging Face
+hub, or as the task files in --include-path specify.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def tokenizer_of(args: Namespace, home: Path, config: dict[str, Any]) -> Path | 
     tokenizer = build_tokenizer("HuggingFaceTokenizer", args.tokenizer_model, None)
     rows = int(config["vocab_size"])
     if tokenizer.vocab_size > rows:
-        rule = f"has {tokenizer.vocab_size:,} ids, and the model's vocab_size is {rows:,}"
+        rule = f"has {tokenizer.vocab_size:,} token ids, but the model's vocab_size is only {rows:,}"
         raise ConfigError(
             [Problem("--tokenizer-model", args.tokenizer_model, rule, "give the model's own tokenizer")]
         )
@@ -130,7 +130,7 @@ def topks_of(args: Namespace, config: dict[str, Any]) -> list[int]:
 
     experts = next((int(config[name]) for name in EXPERTS if name in config), None)
     if experts is None or "num_experts_per_tok" not in config:
-        rule = "has no experts: config.json names none"
+        rule = "is not a mixture-of-experts model: config.json does not give a number of experts"
         raise ConfigError([Problem("--load", args.load, rule, "give a run or a mixture-of-experts model")])
     topks = args.topk or [int(config["num_experts_per_tok"])]
     check_topks(topks, experts)
@@ -138,7 +138,7 @@ def topks_of(args: Namespace, config: dict[str, Any]) -> list[int]:
 
 
 def make_tasks(args: Namespace, folder: Path) -> None:
-    """Write the two tasks of our own."""
+    """Write the files of held_out and next_line."""
     from megatron_hyperrouter.huggingface.local_tasks import write_tasks
 
     folder.mkdir()
@@ -146,7 +146,7 @@ def make_tasks(args: Namespace, folder: Path) -> None:
     if wrong := sorted(set(args.tasks) & set(empty)):
         raise DataError(
             f"{' and '.join(wrong)}: the texts are too short",
-            remedy="give longer texts with --text FILE.jsonl; next_line needs several lines",
+            remedy="give longer texts with --text FILE.jsonl; for next_line, each text needs several lines",
         )
 
 
@@ -157,7 +157,7 @@ def texts_of(args: Namespace) -> list[str]:
     if is_folder(args.load):
         raise DataError(
             "the tasks held_out and next_line need texts, but a Hugging Face folder has none",
-            remedy="add --text FILE.jsonl, or give the run folder to --load",
+            remedy="add --text FILE.jsonl, or give a run folder with --load",
         )
     from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text
 
@@ -239,7 +239,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--data-path",
         nargs="+",
         metavar="P",
-        help="token files with the texts for held_out and next_line, in place of the test split",
+        help="token files with the texts for held_out and next_line, instead of the run's test split",
     )
     add(
         "--dtype",
@@ -258,7 +258,12 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     args = flags.parse_args(arguments)
     flags.check_at_least(args, 1, "limit", "batch_size")
     if args.text is not None and args.data_path is not None:
-        flags.error("give --text or --data-path, not both")
+        flags.error("--text cannot be combined with --data-path")
     if args.data_path is not None and is_folder(args.load):
-        flags.error("--data-path needs a run in --load; give --text FILE.jsonl for a Hugging Face folder")
+        flags.error(
+            (
+                "--data-path works only if --load is a run folder; for a Hugging Face folder, use --text "
+                "FILE.jsonl"
+            )
+        )
     return args

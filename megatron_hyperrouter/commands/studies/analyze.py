@@ -1,10 +1,10 @@
 """Analyze the routers and experts of a trained run, layer by layer, on evaluation data.
 
 For each k the command writes to --output: entropy, logit standard deviation and mutual information of the
-router; loads and dead experts; the similarity (linear CKA) of each pair of experts; and what the router adds
-to the layer's Jacobian.  Over the run's checkpoints, it measures how the routes of a fixed set of tokens
-change (saturation and fluctuation).  It prints a table to stdout.  It runs in one process, for a run of any
-layout and engine.
+router; loads and dead experts; the similarity (linear CKA) of each pair of experts; and the router's part of
+the layer's Jacobian.  It also compares the run's checkpoints: how much does the routing of a fixed set of
+tokens change (saturation and fluctuation)?  A table goes to stdout.  The command runs in one process; the run
+may have any layout and engine.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from megatron_hyperrouter.terminal import note, parser
 
 EPILOG = """\
 Entropy is computed from the softmax over all experts, in nats, and averaged over tokens.  It depends on the
-scale of the logits: read it together with their standard deviation.  Mutual information between token and
-expert is 0 if the router's scores are the same for every token.  docs/evidence.md
-explains every number."""
+scale of the logits, so read it together with their standard deviation.  Mutual information between token and
+expert is 0 if the router's scores are the same for every token.  docs/evidence.md explains every number."""
 BATCHES = 16  # of the run
 
 
@@ -78,7 +77,7 @@ def refuse_several_ranks() -> None:
 
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
-        rule = "must be 1, because one rank compares all experts"
+        rule = "must be 1, because one process compares all experts"
         raise ConfigError([Problem("ranks", ranks, rule, "start this command without a launcher")])
 
 
@@ -91,7 +90,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         nargs="+",
         metavar="K",
-        help="numbers of active experts (default: the final k of training)",
+        help="values of k to analyze at (default: the final k of training)",
     )
     flags.add_argument(
         "--split", choices=("train", "valid", "test"), help="split of the data to use (default: test)"
@@ -101,10 +100,10 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         default=BATCHES,
         metavar="N",
-        help=f"number of global batches to use, at most all of the split (default: {BATCHES})",
+        help=f"number of global batches to use; a smaller split is used completely (default: {BATCHES})",
     )
     flags.add_argument(
-        "--no-checkpoints", action="store_true", help="do not analyze the run's earlier checkpoints"
+        "--no-checkpoints", action="store_true", help="do not compare the run's earlier checkpoints"
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the numbers"

@@ -6,7 +6,7 @@ HyperRouter is among them, the study adds a control: a random router that is nev
 have the same standard deviation at the start.  --output gets one folder per run and these files:
   study.json                 the planned comparisons, fixed before the runs
   runs.csv                   one row per run
-  table.csv, table.md        mean over seeds, and half of the 95 % t-interval
+  table.csv, table.md        mean over seeds ± half the width of the 95 % t-interval
   differences.csv            each router minus the first one, paired by seed
   verdicts.csv               the planned comparisons: differences, p-values (Holm), power
   bits_per_byte.png, differences.png, learning_curves.png
@@ -52,20 +52,25 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.studies.verdicts import Named
 
 EPILOG = """\
-Any other flag applies to every training run.  Each run has one process; layout settings in --config are
-ignored.  --routers takes names of routers, or labels that the YAML file of --options defines.  The file
-maps each label to options; the option "name" chooses the router:
+All other flags are settings of mhr train and apply to every run.  Each run has one process; layout settings
+in --config are ignored.  --routers takes names of routers, or labels that the YAML file of --options defines.
+The file maps each label to options; the option "name" selects the router:
   hyper: {hypernet_width: 128}
   switch: {name: topk, pre_softmax: true}
-A router that is not in the file has the options in --config, or its defaults.
+A router that is not in the file has the options in --config, or its default options.
 
-Columns of the table: router entropy (nats) and load (largest over mean) are averages over layers and the last
-tenth of the steps.  Logit standard deviation, mutual information (nats) and similarity (mean linear CKA
-between the outputs of two experts) are averages over layers, on test data at the final k of training.  So are
-effective rank (of the router's part of the Jacobian) and drift (the share of the span of the router's matrix
-that is outside the span at the start of training); a router that is not a linear map has no drift.  Each
-run's results.json has these measures for each layer.  Step time is the median; --jobs above 1 distorts it.
-mhr report turns the folder into a page."""
+Columns of the table, averaged over layers:
+  router entropy   in nats, over the last tenth of the training steps
+  load max/mean    largest load of an expert divided by the mean, over the same steps
+On test data at the final k of training, also averaged over layers:
+  logit std        standard deviation of the logits
+  MI               mutual information between token and expert, in nats
+  similarity       mean linear CKA between the outputs of two experts
+  effective rank   of the router's part of the Jacobian
+  drift            share of the span of the router's matrix that lies outside its span at the start of
+                   training; "-" for a router that is not a linear map
+The step time is a median; it is not reliable if --jobs is more than 1.  results.json of each run has the
+measures of each layer.  mhr report makes a page of plots from the folder."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,14 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         type=int,
         default=3,
         metavar="N",
-        help="number of runs of each router, with the seeds --seed, --seed + 1, ... (default: 3)",
+        help="number of seeds: each router is trained with --seed, --seed + 1, ... (default: 3)",
     )
     flags.add_argument(
         "--topk-eval",
         type=int,
         nargs="+",
         metavar="K",
-        help="numbers of active experts to score with (default: powers of 2)",
+        help="values of k to score at (default: powers of 2)",
     )
     flags.add_argument(
         "--comparisons",
@@ -142,11 +147,11 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         type=float,
         default=0.02,
         metavar="X",
-        help="difference in bits per byte that the study should be able to detect; the table says how "
-        "many seeds this needs (default: 0.02)",
+        help="difference in bits per byte that you want to detect; the table shows how many seeds that "
+        "needs (default: 0.02)",
     )
     flags.add_argument(
-        "--no-matched-control", action="store_true", help="do not add the random router as a control"
+        "--no-matched-control", action="store_true", help="do not add a random router as a control"
     )
     flags.add_argument(
         "--options", metavar="FILE", help="YAML file with the options of each router, see below"
@@ -155,11 +160,15 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--test-iters",
         type=int,
         metavar="N",
-        help="number of global batches of the test split to score, in a different order for each seed "
+        help="number of global batches of the test split to score; each seed scores different ones "
         "(default: the whole split)",
     )
     flags.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="number of runs at the same time (default: 1)"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of runs to train at the same time (default: 1)",
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots"
@@ -170,11 +179,11 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     flags.check_at_least(args, 1, "seeds", "jobs", "test_iters")
     line = read_program_flags(rest)
     for name in (name for name in line.flags if name.startswith("--router.")):
-        rule = "cannot be given to all routers of a comparison"
+        rule = "applies to one router, but this command trains several"
         flags.refuse(name, "", rule, "write the options of each router to a file, and name it with --options")
     refuse_flags(flags, line)
     if odd := [name for name in args.routers if not re.fullmatch(r"\w[\w.-]*", name)]:
-        rule = "must be labels of letters, digits, '.', '_' and '-', because they name folders"
+        rule = "must contain only letters, digits, '.', '_' and '-', because folders are named after them"
         flags.refuse("--routers", odd, rule, "use other labels")
     if twice := sorted({name for name in args.routers if args.routers.count(name) > 1}):
         flags.refuse("--routers", args.routers, f"names {twice[0]} twice", f"name {twice[0]} once")
@@ -204,7 +213,10 @@ class Study:
         if not args.no_matched_control and (control := control_for(configs)) is not None:
             configs[CONTROL] = settings_of(args.config, control, CONTROL, line)
             note(
-                f"added {CONTROL}: smoe_dropout with logits of standard deviation {control['logit_std']:.3g}"
+                (
+                    f"added {CONTROL}: a random router that is never trained (smoe_dropout), with logit "
+                    f"standard deviation {control['logit_std']:.3g}"
+                )
             )
         num_experts = next(iter(configs.values())).model.num_experts
         topks = args.topk_eval or [
@@ -286,9 +298,9 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
             ]
         )
     if unused := sorted(str(label) for label in set(found) - set(labels)):
-        rule = f"has options of {', '.join(unused)}, which --routers does not name"
+        rule = f"has options for {', '.join(unused)}, but --routers does not contain this name"
         raise ConfigError(
-            [Problem("--options", path, rule, ("add these labels to --routers, or remove their options"))]
+            [Problem("--options", path, rule, ("add the name to --routers, or remove its options"))]
         )
     return found
 

@@ -80,13 +80,15 @@ def comparisons_of(
             [Problem("--comparisons", " ".join(args.comparisons), str(error), remedy)]
         ) from error
     problems = [
-        Problem("--comparisons", each, f"{word} is not among the routers", f"use {', '.join(configs)}")
+        Problem(
+            "--comparisons", each, f"{word} is not one of the compared routers", f"use {', '.join(configs)}"
+        )
         for each in named
         for word in (each.left, each.right)
         if word not in configs
     ]
     problems += [
-        Problem("--comparisons", each, "has a k that is not evaluated", "add that k to --topk-eval")
+        Problem("--comparisons", each, "uses a k that is not evaluated", "add that k to --topk-eval")
         for each in named
         if each.topk not in topks
     ]
@@ -96,7 +98,7 @@ def comparisons_of(
 
 
 def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> None:
-    """Write the questions before the runs; ``started``: some run is finished, so the questions must not
+    """Record the planned comparisons before the runs; ``started``: a run is finished, so they must not
     change.
     """
     path = output / STUDY
@@ -104,10 +106,10 @@ def write_study(output: Path, content: Mapping[str, Any], *, started: bool) -> N
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["comparisons"] != content["comparisons"]:
             rule = (
-                "cannot change after the runs started; they were "
+                "cannot be changed once a run is finished; this study has "
                 f"{', '.join(before['comparisons']) or 'none'}"
             )
-            remedy = "leave it out, or give another --output folder"
+            remedy = "give the same comparisons, or another --output folder"
             raise ConfigError([Problem("--comparisons", " ".join(content["comparisons"]), rule, remedy)])
         content = {**content, "jobs": max(content["jobs"], before["jobs"])}
     output.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 process.
 
 The model, router, optimizer and precision come from --config.  The command sets the layout and the global
-batch size, switches dropout off, and trains on made-up tokens unless you give --own-data.  A k schedule is
-shortened to the number of steps.  Adam's epsilon is at least 1e-4, because with a smaller one, rounding
-errors in a gradient near zero grow to a whole step.
+batch size, switches dropout off, and trains on random tokens unless you give --own-data.  A k schedule is
+shortened to the number of steps.  Adam's epsilon is raised to at least 1e-4: with a smaller epsilon, the
+rounding errors of a gradient near zero would become a full step.
 
   mhr verify --config FILE.yaml                                                       one machine
   torchrun --nnodes 2 --nproc_per_node 8 tools/verify_layouts.py --config FILE.yaml   a cluster
@@ -49,24 +49,24 @@ LAYOUTS = (
 )
 EPILOG = """\
 A layout is a list of sizes and settings, joined by commas: tp, pp, vpp, cp, ep, etp (expert tensor
-parallelism), dp and zero with their sizes, and any setting by its name.  The command runs each layout on as
-few ranks as its sizes need.  tp also switches sequence parallelism on:
+parallelism), dp and zero (ZeRO stage), and any setting by its name.  The command runs each layout on the
+smallest number of ranks that its sizes allow.  tp also switches sequence parallelism on:
   --layouts tp=2,ep=2 pp=2,vpp=2 tp=2,pp=2,ep=2 "dp=2,use_distributed_optimizer=true"
-A layout that the settings rule out is listed with the reason.  If no layout that you named can run, this is
-an error (exit status 2).
+If the settings do not allow a layout, the table shows the reason.  If they allow none of the layouts that you
+named, the exit status is 2.
 To test this command itself, a layout can contain a deliberate fault: fault=expert-gradient,
 fault=embedding-reduce, fault=aux-loss or fault=hypernetwork.
 
-All differences are relative.  A gradient's is divided by the largest gradient of the parameter, a weight's by
-the largest change that Adam can have made plus a hundredth of the weight.  In float32 the tolerance is 1e-5,
-for weights 1e-4.
+All differences are relative.  The difference of a gradient is divided by the largest gradient of the
+parameter.  The difference of a weight is divided by the largest change that Adam can have made, plus 1 % of
+the weight.  In float32 the tolerance is 1e-5, but 1e-4 for weights.
 
-For bfloat16, the command also trains one process in float32 to measure what bfloat16 changes.  The tolerance
-is then twice that change; for gradients it is the change itself (at most 0.25), and for weights 1.5 (a step
-in the opposite direction would give 2).
+For a run in bfloat16, the command also trains one process in float32, to measure how much bfloat16 changes
+each number.  The tolerance is twice this change, with two exceptions.  For gradients it is the change itself
+(at most 0.25).  For weights it is 1.5, because a step in the opposite direction would give 2.
 
-Exit status: 0 all agree, 1 a difference exceeds its tolerance, 2 settings that cannot run, 3 unusable
-data."""
+Exit status: 0 if all layouts agree, 1 if a difference exceeds its tolerance, 2 if the settings cannot run,
+3 if the data cannot be used."""
 
 
 @dataclass
@@ -142,18 +142,20 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         default=ENGINES,
         help="engines to check; the first one is the reference (default: both)",
     )
-    flags.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
     flags.add_argument(
-        "--own-data", action="store_true", help="train on the data of --config instead of made-up tokens"
+        "--steps", type=int, default=3, help="number of optimizer steps of each run (default: 3)"
     )
     flags.add_argument(
-        "--vocab-size", type=int, default=256, help="number of different made-up tokens (default: 256)"
+        "--own-data", action="store_true", help="train on the data in --config instead of random tokens"
+    )
+    flags.add_argument(
+        "--vocab-size", type=int, default=256, help="vocabulary size of the random tokens (default: 256)"
     )
     flags.add_argument(
         "--timeout",
         type=float,
         default=1800,
-        help="time limit in seconds; the layouts with one number of ranks share it (default: 1800)",
+        help="time limit in seconds for all layouts with the same number of ranks together (default: 1800)",
     )
     flags.add_argument(
         "--folder",
@@ -382,7 +384,10 @@ def show(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
         for cause in row.causes:
             console.print(f"  [bold]probable cause:[/] {cause}", highlight=False, soft_wrap=True)
     console.print(
-        f"{len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} refused by the settings",
+        (
+            f"layouts: {len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} "
+            "refused by the settings"
+        ),
         highlight=False,
     )
 

@@ -21,8 +21,8 @@ def show_run(config: RunConfig, world_size: int) -> None:
         epoch = _epoch(config, vocab_size)
     except (DataError, HostError) as error:
         known = vocab_size or config.data.vocab_size
-        what = "epochs are not counted" if known else "embedding and epochs are not counted"
-        console.note(f"{what}: {error.message}")
+        what = "the number of epochs" if known else "the number of epochs and the size of the embedding"
+        console.note(f"the dry run does not know {what}: {error.message}")
     model, held = holdings(config, vocab_size or config.data.vocab_size or 0, world_size)
     block = start_block(config, model.size, world_size=world_size, epoch=epoch)
     lines = [(label, text) for label, text in block if label not in ("device", "run folder")]

@@ -33,5 +33,7 @@ def asked_for(argv: Sequence[str]) -> DryRun:
             rest.append(name + equals + value)
     if world_size is not None and not asked:
         rule = "works only with --dry-run: the launcher sets the number of ranks of a run"
-        raise ConfigError([Problem("--world-size", world_size, rule, "add --dry-run, or leave it out")])
+        raise ConfigError(
+            [Problem("--world-size", world_size, rule, "add --dry-run, or leave out --world-size")]
+        )
     return DryRun(asked, world_size, rest)

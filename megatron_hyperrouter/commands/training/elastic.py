@@ -77,9 +77,9 @@ def _no_layout(config: RunConfig, batch: int | None, world_size: int) -> Problem
     more = [count for count in usable if count > world_size]
     near = [*fewer[-1:], *more[:1]]
     rule = (
-        f"does not fit --elastic: ranks must be a multiple of the {model_parallel_size(config)} "
-        "model-parallel ranks and of the expert-parallel size, and the "
-        "data-parallel ranks must divide the global batch"
+        "cannot be used with --elastic: the number of ranks must be a multiple of the "
+        f"model-parallel size = {model_parallel_size(config)} and of the expert-parallel size, and "
+        "the data-parallel size must divide the global batch"
     ) + (f" of {batch} samples" if batch else "")
     remedy = f"start {' or '.join(map(str, near))} ranks" if near else "change the layout"
     return Problem("ranks started", world_size, rule, remedy)
@@ -90,12 +90,12 @@ def _said(config: RunConfig, before: dict[str, Any], now: tuple[int, int, int, i
     was = before.get("world_size")
     head = f"--elastic: {world_size} ranks" + (f" instead of {was}" if was not in (None, world_size) else "")
     lines = [
-        f"{head}: {ranks} data-parallel ranks, micro-batch size {micro}, micro-batches per rank and "
-        f"step: {batch // (ranks * micro)}; the global batch stays {batch}"
+        f"{head}: data-parallel size {ranks}, micro-batch size {micro}, micro-batches per rank and "
+        f"step: {batch // (ranks * micro)}; the global batch size stays {batch}"
     ]
     if micro != config.train.micro_batch_size:
         lines.append(
-            f"--elastic: the micro-batch is {micro} instead of {config.train.micro_batch_size}; "
-            "router losses, which are means over micro-batches, change slightly"
+            f"--elastic: the micro-batch size is {micro} instead of {config.train.micro_batch_size}; "
+            "router losses change slightly, because they are averaged over micro-batches"
         )
     return lines

@@ -70,7 +70,9 @@ def run(
         engine.barrier()
     elif engine.place.is_main:
         folder = shlex.quote(config.logging.run_dir)
-        console.note(f"finished; to see the run, type: mhr report {folder} --output {folder}/report.html")
+        console.note(
+            f"finished; to make a page of plots, run: mhr report {folder} --output {folder}/report.html"
+        )
     # Not reached after an error: it is reported first, since leaving the groups may wait for other ranks.
     engine.close()
     return STOPPED if stopped else 0

@@ -53,7 +53,7 @@ def in_fork(task: dict[str, Any]) -> dict[str, Any]:
         return answer
     return {
         "rank": task["rank"],
-        "error": (f"its process ended with status {os.waitstatus_to_exitcode(status)}"),
+        "error": (f"its process ended with exit status {os.waitstatus_to_exitcode(status)}"),
     }
 
 

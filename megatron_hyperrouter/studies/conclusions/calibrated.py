@@ -1,4 +1,4 @@
-"""The constants of a machine, from a speed study; ``mhr plan`` predicts step times with them."""
+"""The constants of a machine, fitted to a speed study; ``mhr plan`` uses them to predict step times."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 NAME = "calibration.json"
 _UNITS = {
-    "flops": (1e-12, "TFLOP/s a rank"),
+    "flops": (1e-12, "TFLOP/s per rank"),
     "inside": (1e-9, "GB/s inside a node"),
     "outside": (1e-9, "GB/s between nodes"),
-    "latency": (1e6, "us a message"),
+    "latency": (1e6, "us per message"),
 }
 
 
@@ -57,11 +57,14 @@ def write_calibration_of(plans: Sequence[Timed], seconds: Sequence[float], per_n
     )
     left = [name for name in _UNITS if name not in found.fitted]
     others = (
-        (f" These runs do not determine {', '.join(left)}, so mhr plan assumes default values.")
+        (
+            f" These runs do not determine {', '.join(left)}; for these constants, mhr plan uses its "
+            "default values."
+        )
         if left
         else ""
     )
     return (
-        f"\n{table}\nFitted to these {len(rows)} rows: {constants}.{others} "
-        f"mhr plan --calibration {path} predicts with them.\n"
+        f"\n{table}\nFitted to these {len(rows)} rows: {constants}.{others} mhr plan --calibration "
+        f"{path} uses these constants.\n"
     )

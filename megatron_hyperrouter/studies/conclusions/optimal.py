@@ -40,8 +40,9 @@ def optimal_text(curves: Curves, flops: float, size: str) -> str:
         return ""
     table = markdown_table(["fit", "FLOPs", "best N", "best D", "loss"], body)
     return (
-        f"\n{table}\nThe {size} parameters N and tokens D with the lowest fitted loss for 6 N D FLOPs; "
-        "in brackets the 95 % interval of N. Beyond the largest run, these values are extrapolated.\n"
+        f"\n{table}\nFor each budget of 6 N D FLOPs: the number of {size} parameters N and of tokens "
+        "D with the lowest fitted loss, and in brackets the 95 % interval of N. Budgets above the "
+        "largest run are extrapolations.\n"
     )
 
 
