@@ -167,11 +167,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="number of curves fitted to resampled residuals, for the intervals (default: 1000)",
     )
     flags.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of runs to train at the same time (default: 1)",
+        "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)"
     )
     flags.add_argument(
         "--ranks",

@@ -139,7 +139,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "--comparisons",
         nargs="+",
         metavar="LEFT:RIGHT@K",
-        help="comparisons to test, fixed before the runs (default: HyperRouter against the control, at "
+        help="comparisons to test, planned before the runs (default: HyperRouter against the control, at "
         "the smallest k and at the final k of training)",
     )
     flags.add_argument(
@@ -150,9 +150,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         help="difference in bits per byte that you want to detect; the table shows how many seeds that "
         "needs (default: 0.02)",
     )
-    flags.add_argument(
-        "--no-matched-control", action="store_true", help="do not add a random router as a control"
-    )
+    flags.add_argument("--no-matched-control", action="store_true", help="do not add a random control router")
     flags.add_argument(
         "--options", metavar="FILE", help="YAML file with the options of each router, see below"
     )
@@ -164,11 +162,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         "(default: the whole split)",
     )
     flags.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of runs to train at the same time (default: 1)",
+        "--jobs", type=int, default=1, metavar="N", help="number of simultaneous runs (default: 1)"
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots"
