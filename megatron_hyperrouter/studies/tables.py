@@ -40,9 +40,7 @@ def if_matplotlib(plot: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise
-        note(
-            ("no plots were made, because matplotlib is not installed\n  remedy: run bash tools/setup_env.sh")
-        )
+        note("no plots were made, because matplotlib is not installed\n  remedy: run bash tools/setup_env.sh")
 
 
 def finish(figure: Any, path: Path) -> None:

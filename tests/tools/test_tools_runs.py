@@ -54,8 +54,8 @@ def test_stages_come_in_order_and_runs_one_at_a_time(
     words = [f"{name}{part} {what}" for name in "ab" for part in "xy" for what in ("begins", "ends")]
     assert log.read_text().splitlines() == words
     assert capfd.readouterr().err.splitlines() == [
-        "a: started (0 of 2 runs are finished)",
-        "b: started (1 of 2 runs are finished)",
+        "a: started; 0 of 2 runs are finished",
+        "b: started; 1 of 2 runs are finished",
     ]
     assert json.loads((tmp_path / "a" / "task.json").read_text()) == plans[0].task
 

@@ -290,7 +290,7 @@ class TestBadInput:
             file.write('{"event": "sa\n{"event": "stop", "time": 5, "step": 10, "attempt": 1}\n{"ev')
         status = now(run_dir)
         assert status.state == "stopped" and status.notes == [
-            "events.jsonl: lines 2, 4 cannot be read and are left out"
+            "events.jsonl: lines 2, 4 cannot be read and are ignored"
         ]
 
     def test_messages_and_statuses_of_the_command(self, run_dir: Path, tmp_path: Path) -> None:

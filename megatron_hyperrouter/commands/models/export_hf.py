@@ -122,10 +122,8 @@ def export_of(args: Namespace) -> tuple[Export, dict[str, Any]]:
     if args.calibrate_k:
         scales = scales_of_run(trained, tokenizer, [topk])[topk]
         notes.append(
-            (
-                f"the output of each MoE layer is rescaled for k = {topk} (--calibrate-k); the scales do "
-                "not fit any other k"
-            )
+            f"the output of each MoE layer is rescaled for k = {topk} (--calibrate-k); the scales do "
+            "not fit any other k"
         )
     for line in notes:
         note(f"note: {line}")

@@ -261,9 +261,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         flags.error("--text cannot be combined with --data-path")
     if args.data_path is not None and is_folder(args.load):
         flags.error(
-            (
-                "--data-path works only if --load is a run folder; for a Hugging Face folder, use --text "
-                "FILE.jsonl"
-            )
+            "--data-path works only if --load is a run folder; for a Hugging Face folder, use --text "
+            "FILE.jsonl"
         )
     return args

@@ -207,10 +207,8 @@ class Study:
         if not args.no_matched_control and (control := control_for(configs)) is not None:
             configs[CONTROL] = settings_of(args.config, control, CONTROL, line)
             note(
-                (
-                    f"added {CONTROL}: a random router that is never trained (smoe_dropout), with logit "
-                    f"standard deviation {control['logit_std']:.3g}"
-                )
+                f"added {CONTROL}: a random router that is never trained (smoe_dropout), with logit "
+                f"standard deviation {control['logit_std']:.3g}"
             )
         num_experts = next(iter(configs.values())).model.num_experts
         topks = args.topk_eval or [
