@@ -130,7 +130,10 @@ def test_texts_come_from_token_files(tmp_path: Path) -> None:
     assert sum(map(len, seen[1])) > 9 * len("north 0 ") * 8 and set("".join(seen[1])) == set(
         "north 0123456789"
     )
-    for more, message in ((["--text", "a.jsonl"], "not both"), (["--load", str(tmp_path / "hf")], "a run")):
+    for more, message in (
+        (["--text", "a.jsonl"], "--text cannot be combined with --data-path"),
+        (["--load", str(tmp_path / "hf")], "a run"),
+    ):
         (tmp_path / "hf").mkdir(exist_ok=True)
         (tmp_path / "hf" / "config.json").write_text("{}")
         with pytest.raises(ConfigError, match=message):
@@ -151,7 +154,7 @@ def test_a_k_that_the_model_does_not_have(tmp_path: Path, tasks: list[dict[str, 
     dense = tmp_path / "dense"
     dense.mkdir()
     (dense / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(ConfigError, match=r"--load = .*: has no experts"):
+    with pytest.raises(ConfigError, match=r"--load = .*: is not a mixture-of-experts model"):
         run_on(dense, tmp_path)
     assert tasks == []
 
