@@ -73,7 +73,7 @@ def told(text: str, heading: str) -> dict[str, str]:
     return {option.strip("`"): default.split(" (")[0] for option, default, _ in rows(text, heading)}
 
 
-SHARED = {whose: told(PAGE, f"option of {whose}") for whose in ("every router", "those")}
+SHARED = {whose: told(PAGE, f"option of {whose}") for whose in ("every router", "these three")}
 
 
 def small(name: str, **options: Any) -> Router:
@@ -95,7 +95,7 @@ def test_every_router_has_a_section_and_a_line_of_costs():
 @pytest.mark.parametrize("name", NAMES)
 def test_options_and_their_defaults(name):
     real = defaults_of(ROUTERS[name].Config)
-    for family, told_once in ((Router, SHARED["every router"]), (ChoosingRouter, SHARED["those"])):
+    for family, told_once in ((Router, SHARED["every router"]), (ChoosingRouter, SHARED["these three"])):
         if issubclass(ROUTERS[name], family):
             assert told_once.items() <= real.items()
             real = {option: default for option, default in real.items() if option not in told_once}
@@ -104,7 +104,7 @@ def test_options_and_their_defaults(name):
 
 def test_what_routers_share_is_told_once():
     assert SHARED["every router"] == defaults_of(Router.Config)
-    assert SHARED["every router"] | SHARED["those"] == defaults_of(ChoosingRouter.Config)
+    assert SHARED["every router"] | SHARED["these three"] == defaults_of(ChoosingRouter.Config)
 
 
 @pytest.mark.parametrize("name", NAMES)
