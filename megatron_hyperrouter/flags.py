@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -12,6 +13,8 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 
 _KINDS = {"int": "an integer", "float": "a number", "size": "a size such as 500MB or 5GB"}
 _LIKENESS = 0.7
+# what --help calls a value that is a path, or a list of them
+PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|JSON|tokenizer\.json")
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +32,21 @@ class Parser(argparse.ArgumentParser):
 
     def _flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Called by argparse for each value; a shell leaves the home folder in ``--load=~/run`` as it is."""
+        is_path = isinstance(action.metavar, str) and PATHS.fullmatch(action.metavar)
+        if is_path and arg_string.startswith("~"):
+            arg_string = self._at_home(action, arg_string)
+        return super()._get_value(action, arg_string)
+
+    def _at_home(self, action: argparse.Action, path: str) -> str:
+        full = os.path.expanduser(path)
+        if full.startswith("~"):
+            name = "/".join(action.option_strings) or str(action.metavar)
+            remedy = "write ./~ if the name really starts with ~"
+            self.refuse(name, path, "starts with the home folder of an unknown user", remedy)
+        return full
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse with its own words; raises ConfigError with ours."""

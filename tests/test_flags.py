@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
+import megatron_hyperrouter
 from megatron_hyperrouter.errors import ConfigError
+from megatron_hyperrouter.flags import PATHS
 from megatron_hyperrouter.terminal import parser
 
 
@@ -28,3 +34,38 @@ def test_underscores_count_as_dashes_in_the_name_alone() -> None:
 def test_a_misspelt_name_is_reported_as_it_was_written() -> None:
     with pytest.raises(ConfigError, match=r"--max_bites: unknown flag\n +remedy: did you mean --max-bytes\?"):
         read("--max_bites", "5")
+
+
+@pytest.mark.parametrize(
+    "metavar", ["FILE", "FILE.json", "DIR", "P", "RUN_DIR", "RUN_OR_FOLDER", "tokenizer.json"]
+)
+def test_the_home_folder_in_paths_alone(monkeypatch: pytest.MonkeyPatch, metavar: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = parser("")
+    flags.add_argument("--load", metavar=metavar)
+    flags.add_argument("--output", metavar=metavar, type=Path)
+    flags.add_argument("--prompt", metavar="TEXT")
+    flags.add_argument("rest", metavar=metavar, nargs="*")
+    args = flags.parse_args(["~/a", "./~", "b~", "--load=~/run", "--output", "~", "--prompt", "~/x"])
+    assert args.rest == ["/home/me/a", "./~", "b~"]
+    assert (args.load, args.output, args.prompt) == ("/home/me/run", Path("/home/me"), "~/x")
+    with pytest.raises(
+        ConfigError, match=r"--load = ~nobody-here/run: starts with the home folder of an unknown"
+    ):
+        flags.parse_args(["--load=~nobody-here/run"])
+
+
+def test_each_command_reads_the_home_folder_in_its_paths() -> None:
+    """A flag for a path has one of the metavars that mark a path: found by the words of its help."""
+    for file in (Path(megatron_hyperrouter.__file__).parent / "commands").rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(call, ast.Call) or getattr(call.func, "attr", "") != "add_argument":
+                continue
+            options = {word.arg: word.value for word in call.keywords}
+            about = ast.unparse(options.get("help", ast.Constant(""))).lower()
+            metavar = getattr(options.get("metavar"), "value", None)
+            takes_value = "action" not in options and "choices" not in options
+            if takes_value and re.match(
+                r"f?['\"](also write .* to this|folder|\w+ file|file|prefix|run folder)", about
+            ):
+                assert metavar and PATHS.fullmatch(metavar), (file.name, ast.unparse(call)[:80])

@@ -4,7 +4,9 @@ out and counts them.
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,78 @@ def test_a_bad_line_keeps_what_was_saved_and_skip_continues(
         sorted(path.name for path in tmp_path.iterdir() if ".partial" in path.name or "journal" in path.name)
         == []
     )
+
+
+def pack(name: str, text: str) -> bytes:
+    data = text.encode()
+    return (
+        zstandard.compress(data)
+        if name.endswith(".zst")
+        else gzip.compress(data)
+        if name.endswith(".gz")
+        else data
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_once_the_line_is_mended_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bom: str
+) -> None:
+    """With the bytes of a run over the mended files; another file, not yet read, may change as well."""
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 4000)
+    recipe, inputs = (
+        settings("ByteTokenizer", append_eod=True),
+        [str(tmp_path / name), str(tmp_path / "b.jsonl")],
+    )
+    Path(inputs[1]).write_text(GOOD[0] + "\n")
+    mended = bom + "".join(line + "\n" for line in GOOD)
+    for cut in (40, 50):  # mended, and then another bad line
+        wrong = mended.replace(GOOD[cut], '{"text": nul}')
+        Path(inputs[0]).write_bytes(pack(name, wrong))
+        with pytest.raises(DataError, match=f"line {cut + 1}: invalid JSON"):
+            preprocess(inputs, str(tmp_path / "p"), recipe, save_seconds=0)
+    Path(inputs[0]).write_bytes(pack(name, mended))
+    Path(inputs[1]).write_text(GOOD[0] + "\n" + GOOD[1] + "\n")
+    done: list[int] = []
+    said: list[str] = []
+    (pair,) = preprocess(
+        inputs,
+        str(tmp_path / "p"),
+        recipe,
+        progress=lambda at, _, count: done.append(count),
+        report=said.append,
+    )
+    assert done[0] >= 40 and f"{inputs[0]}, {inputs[1]} has changed" in said[0]
+    (whole,) = preprocess(inputs, str(tmp_path / "q"), recipe)
+    for ending in ("bin", "idx"):
+        assert Path(f"{pair.prefix}.{ending}").read_bytes() == Path(f"{whole.prefix}.{ending}").read_bytes()
+    assert read_manifest(pair.prefix).inputs == read_manifest(whole.prefix).inputs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("document 3 ", "document 5 "),  # in what was read, of the same length
+        lambda text: text.replace("lorem", "Lorem", 1),
+        lambda text: "\n" + text,
+        lambda text: text[:3000],
+        lambda text: "",
+    ],
+)
+def test_a_change_of_what_was_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]
+) -> None:
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 4000)
+    path, text = tmp_path / "a.jsonl", "".join(line + "\n" for line in GOOD)
+    path.write_text(text + BAD[0] + "\n")
+    with pytest.raises(DataError, match="line 61"):
+        preprocess([str(path)], str(tmp_path / "p"), settings("ByteTokenizer"), save_seconds=0)
+    before = (tmp_path / "p.journal").read_bytes()
+    path.write_text(change(text))
+    with pytest.raises(DataError, match=r"the input has changed since the unfinished run"):
+        preprocess([str(path)], str(tmp_path / "p"), settings("ByteTokenizer"))
+    assert (tmp_path / "p.journal").read_bytes() == before
 
 
 def test_nothing_is_left_where_nothing_was_saved(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_other_settings_and_changed_inputs_are_refused_until_overwritten(
         preprocess(inputs, prefix, recipe)
     bpe.train_bpe(iter([inspect.getsource(json.decoder)]), 400, recipe.tokenizer.tokenizer_model or "")
     text = Path(inputs[0]).read_text()
-    Path(inputs[0]).write_text(text + '{"text": "more", "note": ""}\n')
+    Path(inputs[0]).write_text(text.replace("{", "{ ", 1))
     with pytest.raises(
         DataError, match=r"a\.jsonl: the input has changed since the unfinished run"
     ) as caught:

@@ -1,5 +1,5 @@
 """The progress of an unfinished run, on disk, so that another run can continue: one line of JSON at the
-start, and one at each save.
+start, one at each save, and one wherever a run continued with inputs that were changed after what was read.
 
 A line counts once all of it is there; the files that it describes are synced to disk before it is written.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,14 +21,18 @@ _VERSION = 2
 _START = b'{"version": '
 _AFRESH = "or add --overwrite to start from the beginning"
 
+# (number of an input, the records) -> whether what was read of the input is unchanged
+Unchanged = Callable[[int, list[dict[str, Any]]], bool]
+
 
 class Journal:
     """The journal at ``path``, locked against a second process.
 
     ``settings``: flags and values that decide the bytes of the output.  ``inputs``: path, size and time of
     change of each file. ``records`` contains what an earlier run saved, oldest first.  ``overwrite``: forget
-    that. Raises ConfigError if that run had other settings, DataError if an input has changed since, or
-    another process is at work.
+    that. Raises ConfigError if that run had other settings, DataError if another process is at work, or if an
+    input has changed since; but ``unchanged`` can accept changes after the part that was read, whose paths
+    are then in ``mended``.
     """
 
     def __init__(
@@ -38,9 +42,11 @@ class Journal:
         inputs: list[tuple[str, int, int]],
         *,
         overwrite: bool = False,
+        unchanged: Unchanged = lambda number, records: False,
     ) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
+        self.mended: list[str] = []
         with refusing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._stream = _locked(path)
@@ -54,8 +60,7 @@ class Journal:
             self._check_start()
             lines = [] if overwrite else self._read()
             if lines:
-                self._check(lines[0], json.loads(json.dumps(head)))
-                self.records = lines[1:]
+                self._continue(lines, json.loads(json.dumps(head)), unchanged)
             else:
                 with refusing(path):
                     self._stream.truncate(0)
@@ -110,6 +115,19 @@ class Journal:
             self._stream.truncate(whole)
         return lines
 
+    def _continue(self, lines: list[dict[str, Any]], head: dict[str, Any], unchanged: Unchanged) -> None:
+        """Take over the records of an earlier run."""
+        old = lines[0] | next((line for line in reversed(lines[1:]) if "inputs" in line), {})
+        self._check(old, head)
+        self.records = [line for line in lines[1:] if "inputs" not in line]
+        for number, (was, found) in enumerate(zip(old["inputs"], head["inputs"], strict=True)):
+            if was != found:
+                if was[0] != found[0] or not unchanged(number, self.records):
+                    raise self._changed(was, found)
+                self.mended.append(found[0])
+        if self.mended:
+            self.append({"inputs": head["inputs"]})
+
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old.get("version") != new["version"]:
             message = f"{self.path}: another version of this program wrote this file"
@@ -127,23 +145,22 @@ class Journal:
                 )
         if problems:
             raise ConfigError(problems)
-        for was, found in zip(old["inputs"], new["inputs"], strict=False):
-            if was != found:
-                if was[0] != found[0]:
-                    message = f"{found[0]}: the unfinished run that wrote {self.path} read {was[0]} instead"
-                    raise DataError(message, remedy=f"use the same --input files, {_AFRESH}")
-                sizes = f" (it had {was[1]} bytes and now has {found[1]})" if was[1] != found[1] else ""
-                raise DataError(
-                    f"{found[0]}: the input has changed since the unfinished run that wrote "
-                    f"{self.path}{sizes}",
-                    remedy=f"restore the input, {_AFRESH}",
-                )
         if len(old["inputs"]) != len(new["inputs"]):
             message = (
                 f"the number of input files is {len(new['inputs'])}, but was {len(old['inputs'])} in "
                 f"the unfinished run that wrote {self.path}"
             )
             raise DataError(message, remedy=f"use the same --input files, {_AFRESH}")
+
+    def _changed(self, was: list[Any], found: list[Any]) -> DataError:
+        if was[0] != found[0]:
+            message = f"{found[0]}: the unfinished run that wrote {self.path} read {was[0]} instead"
+            return DataError(message, remedy=f"use the same --input files, {_AFRESH}")
+        sizes = f" (it had {was[1]} bytes and now has {found[1]})" if was[1] != found[1] else ""
+        return DataError(
+            f"{found[0]}: the input has changed since the unfinished run that wrote {self.path}{sizes}",
+            remedy=f"restore the input, {_AFRESH}",
+        )
 
 
 def _is_head(line: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -117,6 +118,23 @@ def read_batches(
             yield from _json_batches(source, place)
         elif source.owns(0):  # can only be read from its start
             yield from (_json_batches if kind == "json" else _text_batches)(source, place)
+
+
+def checksum_of(batch: TextBatch, before: int) -> int:
+    """CRC-32 of what was read of a file up to the end of a batch; ``before``: up to its start."""
+    return zlib.crc32(b"".join(batch.pieces), before)
+
+
+def begins_with(path: str, offset: int, checksum: int) -> bool:
+    """Whether a JSON file still begins with ``offset`` bytes of whole lines with this ``checksum_of``."""
+    if kind_of(path) != "json":
+        return not offset
+    with ByteStream(path) as stream:
+        left, found, last = offset, 0, b"\n"
+        left -= _skip_bom(stream) if left else 0
+        while left > 0 and (block := stream.read(min(left, _SKIP_BYTES))):
+            left, found, last = left - len(block), zlib.crc32(block, found), block[-1:]
+    return left == 0 and found == checksum and last == b"\n"
 
 
 def documents(

@@ -29,7 +29,14 @@ from megatron_hyperrouter.data.store.pair_writer import (
     put_in_place,
     remove_partial,
 )
-from megatron_hyperrouter.data.text.corpus import BadLine, ReadPosition, documents, read_batches
+from megatron_hyperrouter.data.text.corpus import (
+    BadLine,
+    ReadPosition,
+    begins_with,
+    checksum_of,
+    documents,
+    read_batches,
+)
 from megatron_hyperrouter.data.text.inputs import WHOLE, InputRange, facts_of, repeated, total_bytes
 from megatron_hyperrouter.data.tokenize.backends import choose_encoder
 from megatron_hyperrouter.data.tokenize.encode import Encoder, EncodeSettings, encode_all
@@ -73,6 +80,10 @@ class Job:
             else f"{self.output_prefix}.shard-{self.part.number:05}-of-{self.part.of:05}"
         )
 
+    def journal(self) -> str:
+        """The file that contains the progress."""
+        return f"{self.stem()}.journal"
+
     def prefixes(self) -> list[str]:
         """Of each key's pair."""
         return [f"{self.stem()}_{key}_document" for key in self.settings.keys]
@@ -113,6 +124,9 @@ def preprocess(
     tokenizer, backend = choose_encoder(settings.tokenizer, settings.backend, first, report)
     encoder = Encoder(replace(settings, backend=backend), tokenizer)
     run = _Preprocessing(job, encoder, overwrite, save_seconds, progress)
+    if run.mended and report:
+        changed = ", ".join(run.mended)
+        report(f"{changed} has changed, but what was read of it has not; continuing from there")
     try:
         if not run.saved.complete:
             run.encode(workers)
@@ -138,6 +152,7 @@ class Saved:
 
     place: ReadPosition = field(default_factory=ReadPosition)
     position: int = 0
+    checksum: int = 0  # of the present input up to ``place``
     pairs: tuple[tuple[Counts, FileSum], ...] = ()
     complete: bool = False  # everything is encoded; only the final names are missing
     left_out: int = 0
@@ -156,7 +171,7 @@ def saved_of(path: str, record: Mapping[str, Any], keys: int) -> Saved:
         saved = Saved(**dict(record) | {"place": ReadPosition(*record["place"]), "pairs": pairs})
     except (KeyError, TypeError) as error:
         raise _unknown_record(path) from error
-    numbers = [saved.position, saved.left_out, *asdict(saved.place).values()]
+    numbers = [saved.position, saved.left_out, saved.checksum, *asdict(saved.place).values()]
     for counts, total in pairs:
         numbers += [*counts.as_dict().values(), total.bytes]
     texts = [saved.first_left_out, *(total.sha256 for _, total in pairs)]
@@ -192,9 +207,12 @@ class _Preprocessing:
         self._files = [facts_of(path) for path in job.inputs]
         self._tokenizer = encoder.tokenizer.identity()
         self.dtype = encoder.dtype
-        self._journal = Journal(f"{job.stem()}.journal", self._settings(), self._files, overwrite=overwrite)
+        self._journal = Journal(
+            job.journal(), self._settings(), self._files, overwrite=overwrite, unchanged=self._unchanged
+        )
+        self.mended = self._journal.mended
         try:
-            self.saved = next(filter(None, map(self._usable, reversed(self._journal.records))), Saved())
+            self.saved = self._newest(self._journal.records)
         except BaseException:
             self._journal.close(remove=False)
             raise
@@ -223,9 +241,11 @@ class _Preprocessing:
                         words=encoded.words,
                         closes=batch.closes,
                     )
+                before = saved.checksum if batch.end.source == saved.place.source else 0
                 saved = replace(
                     saved,
                     place=batch.end,
+                    checksum=checksum_of(batch, before),
                     position=batch.position,
                     left_out=saved.left_out + results.left_out,
                     first_left_out=saved.first_left_out or results.first_left_out,
@@ -288,11 +308,23 @@ class _Preprocessing:
         self._journal.append(saved.record())
         self.saved = saved
 
+    def _unchanged(self, number: int, records: list[dict[str, Any]]) -> bool:
+        """Whether an input that was changed since an earlier run still has all that was read of it."""
+        saved = self._newest(records)
+        if saved.complete or self._job.part != WHOLE:
+            return False
+        if number != saved.place.source:
+            return number > saved.place.source
+        return begins_with(self._job.inputs[number], saved.place.offset, saved.checksum)
+
+    def _newest(self, records: list[dict[str, Any]]) -> Saved:
+        return next(filter(None, map(self._usable, reversed(records))), Saved())
+
     def _usable(self, record: dict[str, Any]) -> Saved | None:
         """The content of a record, if the files contain all of it; the tokens of a complete run may already
         have their final name.
         """
-        saved = saved_of(self._journal.path, record, len(self._job.settings.keys))
+        saved = saved_of(self._job.journal(), record, len(self._job.settings.keys))
         pairs = zip(self._job.prefixes(), saved.pairs, strict=True)
         whole = all(
             holds(prefix, self.dtype, counts, complete=saved.complete) for prefix, (counts, _) in pairs
@@ -370,7 +402,7 @@ def _check(job: Job, workers: int, save_seconds: float) -> None:
         problems.append(Problem("--output-prefix", job.output_prefix, "must not end with a slash", remedy))
     endings = ("bin", "idx", "manifest.json", "bin.partial", "idx.partial", "sizes.partial", "counts.partial")
     written = [
-        f"{job.stem()}.journal",
+        job.journal(),
         *(f"{prefix}.{ending}" for prefix in job.prefixes() for ending in endings),
     ]
     for path in sorted(
