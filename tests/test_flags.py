@@ -40,15 +40,15 @@ def test_a_misspelt_name_is_reported_as_it_was_written() -> None:
     "metavar", ["FILE", "FILE.json", "DIR", "P", "RUN_DIR", "RUN_OR_FOLDER", "tokenizer.json"]
 )
 def test_the_home_folder_in_paths_alone(monkeypatch: pytest.MonkeyPatch, metavar: str) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/elsewhere/me")
     flags = parser("")
     flags.add_argument("--load", metavar=metavar)
     flags.add_argument("--output", metavar=metavar, type=Path)
     flags.add_argument("--prompt", metavar="TEXT")
     flags.add_argument("rest", metavar=metavar, nargs="*")
     args = flags.parse_args(["~/a", "./~", "b~", "--load=~/run", "--output", "~", "--prompt", "~/x"])
-    assert args.rest == ["/home/me/a", "./~", "b~"]
-    assert (args.load, args.output, args.prompt) == ("/home/me/run", Path("/home/me"), "~/x")
+    assert args.rest == ["/elsewhere/me/a", "./~", "b~"]
+    assert (args.load, args.output, args.prompt) == ("/elsewhere/me/run", Path("/elsewhere/me"), "~/x")
     with pytest.raises(
         ConfigError, match=r"--load = ~nobody-here/run: starts with the home folder of an unknown"
     ):
