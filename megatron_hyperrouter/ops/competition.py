@@ -109,7 +109,7 @@ class Capped(NamedTuple):
     maxsize=256
 )  # shared by the layers of a process, unless each counts its own; 60 layers: 40 ms in 256 steps
 def planned(schedule: Capped, window: int) -> tuple[frozenset[int], ...]:
-    """The layers that compete in each of the steps from ``window * WINDOW`` on; a pure function, the same
+    """The layers that compete in each of steps from ``window * WINDOW`` on; a pure function, the same
     on every rank.
 
     Draws are placed by step, and within a step in random order, so that no layer is favoured.  If a step

@@ -67,24 +67,27 @@ class Stopwatch:
 
 
 def stopwatch_of(modules: Iterable[nn.Module], config: RunConfig, device: torch.device) -> Stopwatch:
-    """A stopwatch for the scores and sums of the first attention on this rank, so that ranks with different
-    numbers of layers compare.
+    """A stopwatch for the scores and weighted sums of this rank's attention: of its first layer on a GPU; of
+    all on a CPU, where reading the clock costs nothing, and a busy core disturbs only some of them.
 
-    Where layers differ in their window, it is the first with the most common one.  Transformer Engine's
+    Where layers differ in their window, only those with the most common one count.  Transformer Engine's
     attention is timed unless its layers differ, or it communicates with context-parallel ranks.
     """
     found = Stopwatch(device)
     kinds = Counter(windows(config)).most_common()
     alike = len(kinds) == 1 and config.parallel.context_parallel_size == 1
-    for each in modules:
-        for name, module in each.named_modules():
-            if isinstance(module, ScaledDotProductAttention) and module.window == kinds[0][0]:
-                module.stopwatch = found
-                return found
-            if alike and name.endswith("core_attention"):
-                module.register_forward_pre_hook(lambda *_: found.__enter__())
-                module.register_forward_hook(lambda *_: found.__exit__())
-                return found
+    for name, module in (pair for each in modules for pair in each.named_modules()):
+        if isinstance(module, ScaledDotProductAttention):
+            if module.window != kinds[0][0]:
+                continue
+            module.stopwatch = found
+        elif alike and name.endswith("core_attention"):
+            module.register_forward_pre_hook(lambda *_: found.__enter__())
+            module.register_forward_hook(lambda *_: found.__exit__())
+        else:
+            continue
+        if device.type == "cuda":
+            break
     return found
 
 
