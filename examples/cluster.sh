@@ -14,7 +14,7 @@ fail() { # message, remedy
 }
 
 [ $# -gt 0 ] || fail "no HOSTFILE given" "bash examples/cluster.sh HOSTFILE [flags]"
-[ -f "$1" ] || fail "HOSTFILE $1 does not exist" "write a line such as: node1 slots=8"
+[ -f "$1" ] || fail "HOSTFILE $1 $([ -e "$1" ] && echo "is not a file" || echo "does not exist")" "write a line such as: node1 slots=8"
 hostfile=$(realpath "$1")
 shift
 program=() launcher=()
@@ -35,28 +35,60 @@ while IFS= read -r line || [ -n "$line" ]; do
   number=$((number + 1))
   line=${line%%#*}
   line=${line%"${line##*[![:space:]]}"}
+  line=${line#"${line%%[![:space:]]*}"}
   [ -n "$line" ] || continue
   [[ $line =~ ^([^[:space:]]+)[[:space:]]+slots=[1-9][0-9]*([[:space:]].*)?$ ]] \
-    || fail "$hostfile, line $number: '$line' must be a name and its GPUs" "write it as: node1 slots=8"
+    || fail "$hostfile, line $number: '$line' must be the name of a machine and its number of GPUs" "write it as: node1 slots=8"
   host=${BASH_REMATCH[1]}
-  [[ " ${hosts[*]} " != *" $host "* ]] || fail "$hostfile, line $number: $host stands there twice" "give it one line"
+  [[ " ${hosts[*]} " != *" $host "* ]] || fail "$hostfile, line $number: $host is listed twice" "keep one line for each machine"
   hosts+=("$host")
 done <"$hostfile"
-[ ${#hosts[@]} -gt 0 ] || fail "$hostfile names no machine" "write a line such as: node1 slots=8"
+[ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no machine" "write a line such as: node1 slots=8"
 
+# the machines that --include and --exclude of the launcher leave
+chosen=("${hosts[@]}")
+for ((i = 0; i < ${#launcher[@]}; i++)); do
+  case ${launcher[i]} in
+    --include=* | --exclude=*) flag=${launcher[i]%%=*} list=${launcher[i]#*=} ;;
+    --include | --exclude | -i | -e) flag=${launcher[i]} list=${launcher[i + 1]:-} ;;
+    *) continue ;;
+  esac
+  names=" ${list//@/ } "
+  for name in $names; do
+    [[ " ${hosts[*]} " == *" ${name%%:*} "* ]] \
+      || fail "$flag $list: ${name%%:*} is not in $hostfile" "use the machines that it lists: ${hosts[*]}"
+  done
+  kept=()
+  for host in "${chosen[@]}"; do
+    case $flag in
+      --include | -i) [[ $names != *" $host "* && $names != *" $host:"* ]] || kept+=("$host") ;;
+      *) [[ $names == *" $host "* ]] || kept+=("$host") ;;
+    esac
+  done
+  [ ${#kept[@]} -gt 0 ] || fail "$flag $list leaves no machine of $hostfile" "leave out fewer machines"
+  chosen=("${kept[@]}")
+done
+
+# It reaches all machines with pdsh and ssh. With another launcher, or one machine, it only asks the first for its address.
 asked=" ${launcher[*]:-} "
-if [ ${#hosts[@]} -gt 1 ] && [[ $asked != *" --launcher"* && $asked != *" --no_ssh "* ]]; then
+reached=("${chosen[@]}")
+if [[ $asked == *" --launcher"* ]]; then
+  reached=("${chosen[0]}")
+elif [ ${#chosen[@]} -gt 1 ] && [[ $asked != *" --no_ssh "* ]]; then
   command -v pdsh >/dev/null \
     || fail "pdsh is not installed, which the deepspeed launcher starts machines with" "install pdsh, or give another launcher: -- --launcher openmpi"
+fi
+if [[ $asked != *" --no_ssh "* && ($asked != *" --no_ssh_check "* || ${#reached[@]} -gt 1) ]]; then
   # the options that pdsh hands to ssh, and a port for the launcher
   read -ra options <<<"${PDSH_SSH_ARGS_APPEND:-}"
-  lost=$(for host in "${hosts[@]}"; do
-    # what the launcher leaves out need not answer
-    [[ $asked != *--exclude* || ${asked//[=@]/ } != *" $host "* ]] || continue
-    [[ $asked != *--include* || ${asked//[=@:]/ } == *" $host "* ]] || continue
+  lost=$(for host in "${reached[@]}"; do
     (ssh -o BatchMode=yes -o ConnectTimeout=10 "${options[@]}" "$host" true </dev/null >/dev/null 2>&1 || echo "$host") &
   done; wait)
-  [ -z "$lost" ] || fail "ssh does not reach ${lost//$'\n'/, } without a password" "try: ssh ${lost%%$'\n'*} true; or take the machine out with -- --exclude ${lost%%$'\n'*}"
+  if [ -n "$lost" ]; then
+    first=${lost%%$'\n'*} remedy="take the machine out with -- --exclude ${lost%%$'\n'*}"
+    [ ${#hosts[@]} -gt 1 ] || remedy="start on this machine without a HOSTFILE: deepspeed pretrain_gpt_hyperrouter.py --config FILE"
+    fail "ssh does not reach ${lost//$'\n'/, } without a password" "try: ssh $first true; or $remedy"
+  fi
 fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from megatron_hyperrouter.errors import ConfigError, Problem
 
-_KINDS = {"int": "an integer", "float": "a number", "size": "a size such as 500MB or 5GB"}
+_KINDS = {"int": "an integer", "float": "a finite number", "size": "a size such as 500MB or 5GB"}
 _LIKENESS = 0.7
 # what --help calls a value that is a path, or a list of them
 PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)|JSON|tokenizer\.json")
@@ -19,6 +20,11 @@ PATHS = re.compile(r"FILE(\.\w+)?|DIR|FOLDER|P|RUN|RUN_DIR|RUN_OR_(FOLDER|STUDY)
 
 class Parser(argparse.ArgumentParser):
     """Refuses what it cannot read with a :class:`ConfigError`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As argparse; no flag of type float takes nan or inf."""
+        super().__init__(*args, **kwargs)
+        self.register("type", float, _finite)
 
     def _parse_optional(self, arg_string: str) -> Any:
         """Called by argparse for each word; underscores in a flag's name count as dashes, as in a run's."""
@@ -85,6 +91,13 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return Problem("command line", word, "does not belong to a flag", self._lists_flags())
         return Problem(word, "", "unknown flag", f"did you mean {near[0]}?" if near else self._lists_flags())
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _flag(found: re.Match[str]) -> str:

@@ -17,6 +17,7 @@ from megatron_hyperrouter.terminal import parser
 def read(*words: str) -> dict[str, object]:
     flags = parser("")
     flags.add_argument("--max-bytes", type=int)
+    flags.add_argument("--factor", type=float)
     flags.add_argument("--own_name")
     flags.add_argument("--texts", nargs="+")
     flags.add_argument("rest", nargs="*")
@@ -69,3 +70,10 @@ def test_each_command_reads_the_home_folder_in_its_paths() -> None:
                 r"f?['\"](also write .* to this|folder|\w+ file|file|prefix|run folder)", about
             ):
                 assert metavar and PATHS.fullmatch(metavar), (file.name, ast.unparse(call)[:80])
+
+
+@pytest.mark.parametrize("word", ["inf", "nan", "-Infinity", "much"])
+def test_a_number_is_finite(word: str) -> None:
+    assert read("--factor", "1e-3")["factor"] == 1e-3
+    with pytest.raises(ConfigError, match=f"--factor = {word}: must be a finite number"):
+        read(f"--factor={word}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,24 +44,42 @@ class Machine:
 
 
 MEASURED = ("flops", "inside", "outside", "latency")
+_NAMES = dict(
+    zip(MEASURED, ("TFLOP/s", "GB/s inside a node", "GB/s between nodes", "us per message"), strict=True)
+)
 
 
 def calibrated(machine: Machine, path: Path) -> Machine:
     """The same machine with the constants of a calibration file; raises ConfigError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        values = {name: float(found[name]) for name in MEASURED if found.get(name) is not None}
-        if found["format"] != FORMAT or not values or min(values.values()) <= 0:
-            raise ValueError
     except OSError as error:
         raise ConfigError([_bad(path, f"cannot be read ({error.strerror})")]) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError([_bad(path, "must be a calibration file")]) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([_bad(path, "must be a calibration file, but is not JSON")]) from error
+    if not isinstance(found, dict) or "format" not in found:
+        raise ConfigError([_bad(path, "must be a calibration file, but has no format number")])
+    if found["format"] != FORMAT:
+        rule = f"has format {found['format']}, but this version reads format {FORMAT}"
+        raise ConfigError([_bad(path, rule)])
+    values = {name: found[name] for name in MEASURED if found.get(name) is not None}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError([_bad(path, f"has {name} = {value}, which must be a number greater than 0")])
+    if not values:
+        raise ConfigError([_bad(path, f"has none of {', '.join(MEASURED)}")])
+    measured = found.get("measured")
+    fitted = measured.get("fitted", values) if isinstance(measured, dict) else values
     return replace(
         machine,
-        **values,  # type: ignore[arg-type]
-        source=f"measured: {path}",
+        **{name: float(value) for name, value in values.items()},  # type: ignore[arg-type]
+        source=f"measured: {path}" + _not_measured([name for name in MEASURED if name not in fitted]),
     )
+
+
+def _not_measured(names: list[str]) -> str:
+    """The study keeps assumed constants where its layouts do not determine them."""
+    return f"; assumed, not measured: {', '.join(_NAMES[name] for name in names)}" if names else ""
 
 
 def write_calibration(path: Path, machine: Machine, measured: object) -> None:

@@ -45,10 +45,10 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 @pytest.mark.parametrize(
     ("hostfile", "said"),
     [
-        ("node1 slots=8\nnode2 slot=8\n", "line 2: 'node2 slot=8' must be a name and its GPUs"),
-        ("node1 slots=8\n\n# one more\nnode1 slots=8\n", "line 4: node1 stands there twice"),
+        ("node1 slots=8\nnode2 slot=8\n", "line 2: 'node2 slot=8' must be the name of a machine"),
+        ("node1 slots=8\n\n# one more\nnode1 slots=8\n", "line 4: node1 is listed twice"),
         ("node1 slots=0\n", "line 1: 'node1 slots=0' must be"),
-        ("# nothing\n", "names no machine"),
+        ("# nothing\n", "lists no machine"),
     ],
 )
 def test_a_wrong_hostfile(tmp_path: Path, hostfile: str, said: str) -> None:
@@ -74,6 +74,34 @@ def test_machines_that_ssh_does_not_reach(tmp_path: Path) -> None:
     status, output = start(tmp_path, TWO)
     assert status == 2 and "started" not in output
     assert "node2" in output and "node3" in output and "node1" not in output
+
+
+@pytest.mark.parametrize(
+    ("hostfile", "asked", "said"),
+    [
+        (TWO, "--exclude node7", "--exclude node7: node7 is not in"),
+        (TWO, "--include=node1@node8:0", "--include node1@node8:0: node8 is not in"),
+        (TWO, "-e node1@node2@node3", "leaves no machine"),
+        ("node2 slots=1", "", "without a HOSTFILE"),
+        (TWO, "--exclude node1 --launcher openmpi", "ssh does not reach node2 without a password"),
+    ],
+)
+def test_what_the_launcher_would_answer_with_a_traceback(
+    tmp_path: Path, hostfile: str, asked: str, said: str
+) -> None:
+    stand_in(tmp_path, "pdsh", "exit 0")
+    stand_in(tmp_path, "ssh", 'case "$*" in *node1*) exit 0;; *) exit 255;; esac')
+    stand_in(tmp_path, "deepspeed", "echo started")
+    status, output = start(tmp_path, hostfile, "--", *asked.split())
+    assert status == 2 and said in output and output.count("error:") == 1, output
+    assert "remedy:" in output and "started" not in output
+
+
+def test_a_hostfile_may_have_blanks_and_comments(tmp_path: Path) -> None:
+    stand_in(tmp_path, "ssh", "exit 0")
+    stand_in(tmp_path, "deepspeed", 'echo "started $*"')
+    status, output = start(tmp_path, "# all\n\n  \tnode1  slots=2 # the only one\r\n")
+    assert status == 0 and "started" in output, output
 
 
 @pytest.mark.parametrize("asked", ["--exclude node2@node3", "--include node1:0", "--launcher openmpi"])

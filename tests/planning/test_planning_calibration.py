@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +56,30 @@ def test_one_row_tells_the_rate_alone() -> None:
     assert found.predicted == pytest.approx([rows(TRUE)[0].seconds])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"format": 1, "flops": -1.0}), '{"format": 9}'])
-def test_a_wrong_file_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "has no format number"),
+        ("{}", "has no format number"),
+        ('{"format": 9}', "has format 9, but this version reads format 1"),
+        ('{"format": 1}', "has none of flops, inside"),
+        ('{"format": 1, "flops": -1.0}', "has flops = -1.0, which must be a number greater than 0"),
+        ('{"format": 1, "latency": NaN}', "has latency = nan"),
+        ('{"format": 1, "outside": Infinity}', "has outside = inf"),
+        ('{"format": 1, "inside": true}', "has inside = True"),
+        ('{"format": 1, "inside": "fast"}', "has inside = fast"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "c.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match="must be a calibration file"):
+    with pytest.raises(ConfigError, match=re.escape(why)):
         calibrated(TRUE, tmp_path / "c.json")
+
+
+def test_a_plan_says_which_constants_a_file_did_not_measure(tmp_path: Path) -> None:
+    found = calibrate(rows(TRUE)[:1], 1000, 8)
+    write_calibration(tmp_path / "c.json", found.machine, {"fitted": list(found.fitted)})
+    first = calibrated(TRUE, tmp_path / "c.json").assumptions()[0]
+    assert first.endswith("assumed, not measured: GB/s inside a node, GB/s between nodes, us per message)")

@@ -196,6 +196,8 @@ def test_ways_to_save_memory_keep_the_rules_too(folder: Path) -> None:
     [
         (["--gpus", "0"], "--gpus = 0: must be at least 1"),
         (["--gpus", "12"], "--gpus = 12: must be divisible by --per-node = 8"),
+        (["--gpus", "8", "--gpu-memory", "nan"], "--gpu-memory = nan: must be a finite number"),
+        (["--gpus", "8", "--skew", "inf"], "--skew = inf: must be a finite number"),
         (["--gpus", "8", "--gpu-memory", "2"], "--reserve = 2.5: must be at least 0"),
         (["--gpus", "8", "--expert-model-parallel-size", "2"], "is set by this command"),
         (["--gpus", "8", "--hidden-sise", "2"], "--hidden-size"),
@@ -210,16 +212,27 @@ def test_bad_input(folder: Path, flags: list[str], words: str) -> None:
     assert caught.value.exit_status == 2 and words in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("command", "flags"), [(main, ["--config", "model.yaml", "--gpus", "8"]), (doctor.main, [])]
-)
+@pytest.mark.parametrize("command", [main, doctor.main])
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(
-    folder: Path, command: Callable[[list[str]], None], flags: list[str]
+    folder: Path, command: Callable[[list[str]], None]
 ) -> None:
+    flags = ["--config", str(folder / "model.yaml"), "--gpus", "8"] if command is main else []
     with pytest.raises(ConfigError, match="is not a file"):
         command([*flags, "--json", str(folder)])
     with pytest.raises(ConfigError, match="cannot be written"):
         command([*flags, "--json", str(folder / "model.yaml" / "plan.json")])
+
+
+@pytest.mark.parametrize("flags", [["--hidden-size", "7"], ["--calibration", "nowhere.json"]])
+def test_a_refused_plan_leaves_no_folder(folder: Path, tmp_path: Path, flags: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        main(
+            [
+                *["--config", str(folder / "model.yaml"), "--gpus", "8"],
+                *["--json", str(tmp_path / "new" / "plan.json"), *flags],
+            ]
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

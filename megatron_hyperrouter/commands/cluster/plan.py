@@ -44,11 +44,11 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_hyperrouter.planning.start_command import start_command
     from megatron_hyperrouter.planning.table import text_of
 
-    if args.json is not None:
-        check_output(args.json, "--json")
     config, engines, named = settings_of(args.config, rest)
     planner = Planner(config, vocabulary_of(config), machine_of(args), engines)
     plan = planner.plan(args.gpus)
+    if args.json is not None:  # before the dry runs, which take long
+        check_output(args.json, "--json")
     if args.dry_run:
         from megatron_hyperrouter.planning.verified import verify
 
