@@ -17,7 +17,7 @@ from megatron_hyperrouter.ops.similarity import linear_cka
 from megatron_hyperrouter.routers.base import Pass, Router, Routing
 
 _LARGEST = 1 << 27  # numbers in a temporary tensor
-MOST_TOKENS = 1024  # compared of a micro-batch: beyond, CKA hardly moves
+MOST_TOKENS = 1024  # tokens of a micro-batch to compare: more of them hardly change CKA
 
 
 @contextmanager
@@ -34,11 +34,11 @@ def open_to_routers(kind: type[Router]) -> Iterator[None]:
 
 
 def expert_similarity(routers: Iterable[Router], evaluate: Callable[[], object]) -> dict[int, float]:
-    """Layer number -> :func:`mean_similarity` of its experts on the tokens that ``evaluate()`` brings, mean
-    over its micro-batches.
+    """Layer number -> :func:`mean_similarity` of its experts, averaged over the micro-batches of
+    ``evaluate()``.
 
-    All experts have to be on this one rank, and the engine built inside :func:`open_to_routers`.  The routing
-    stays as it is.
+    All experts must be on this rank, and the engine must have been built inside :func:`open_to_routers`.
+    The routing does not change.
     """
     routers = list(routers)
     found: dict[int, list[float]] = {router.layer_number: [] for router in routers}

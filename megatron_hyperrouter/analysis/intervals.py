@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 
 def mean_and_half(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
-    """The mean, and half the width of Student's interval around it; None for a single value, which says
-    nothing of its spread.
+    """The mean, and half the width of Student's interval around it; None for a single value, which shows no
+    spread.
 
     The interval contains the mean of all possible runs in ``level`` of the cases, if runs are independent and
     normally distributed.
@@ -22,8 +22,8 @@ def mean_and_half(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The number that Student's t with ``degrees`` of freedom stays below with ``probability``, which is
-    above 1/2 and below 1.
+    """The quantile of Student's t distribution with ``degrees`` degrees of freedom; ``probability`` must be
+    at least 1/2 and below 1.
     """
     if not (0.5 <= probability < 1.0 and degrees >= 1):
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXACT_UP_TO = 128  # hidden size; beyond, the size of J is estimated with as many random probes
+EXACT_UP_TO = 128  # hidden size; above it, the size of J is estimated with this many random probes
 _TOLERANCE = 1e-5  # of a singular value relative to the largest: routers compute in float32
 
 

@@ -17,7 +17,7 @@ MOST_RUNS = 1000
 
 @dataclass(frozen=True)
 class PairedTest:
-    """The two-sided paired t-test of some differences; with a single one only its mean is known."""
+    """The two-sided paired t-test of some differences; a single difference has only a mean."""
 
     runs: int
     mean: float
@@ -27,7 +27,7 @@ class PairedTest:
 
 
 def paired_test(differences: Sequence[float]) -> PairedTest:
-    """The test that the mean difference is 0."""
+    """Test whether the mean difference is 0."""
     runs = len(differences)
     mean, half = mean_and_half(differences)
     if runs < 2:
@@ -67,8 +67,9 @@ def runs_needed(sd: float, effect: float, *, alpha: float = ALPHA, power: float 
 
 
 def sd_upper(sd: float, runs: int) -> float:
-    """The one-sided 80 % upper bound of a standard deviation that ``runs`` differences have shown: a few
-    runs know it badly, so plan with this (Wilson and Hilferty's approximation of chi-square).
+    """The one-sided 80 % upper bound of a standard deviation that was estimated from ``runs`` differences.
+    A few runs estimate it badly, so plan with this bound (Wilson and Hilferty's approximation of
+    chi-square).
     """
     degrees = runs - 1
     chi_square = degrees * (1 - 2 / (9 * degrees) - 0.8416212 * math.sqrt(2 / (9 * degrees))) ** 3

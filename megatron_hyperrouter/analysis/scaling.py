@@ -23,14 +23,15 @@ Array = NDArray[np.float64]
 TERMS = {"N": ("A", "alpha"), "D": ("B", "beta")}  # size -> names of its coefficient and exponent
 # differences of log losses beyond this count by their amount, as in the paper, and not by their square
 HUBER = 1e-3
-ALIKE = 1.05  # sizes within this ratio count as the same: a router's own weights must not make a curve
+# sizes within this ratio count as equal, so that the few weights of a router are not a different size
+ALIKE = 1.05
 LEAST_SIZES = 3  # with two values of a size, any exponent passes through both
 EXPONENTS = (math.log(1e-3), math.log(10.0))  # bounds of log alpha
 DEEPEST = 20.0  # log E and log of a term stay this close to the log of the losses
-NOTHING = 1e-3  # an E below this share of the smallest loss is none
+NOTHING = 1e-3  # an E below this share of the smallest loss counts as 0
 STEPS = 400
-KEPT_STARTS = 4  # of all starts, that resampled sets begin from
-_PATIENCE = 5  # steps without a gain that end a problem
+KEPT_STARTS = 4  # best starting points, which the fits to resampled sets use
+_PATIENCE = 5  # steps without a gain after which a problem is finished
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class ScalingFit:
 
 
 def different(values: Sequence[float]) -> list[int]:
-    """The number of the class of each value: a class contains what is within a ratio of :data:`ALIKE` of its
-    smallest.
+    """The class of each value, as a number. A class contains the values within a ratio of :data:`ALIKE` of
+    its smallest one.
     """
     order = sorted(set(values))
     classes: dict[float, int] = {}
@@ -103,7 +104,7 @@ def different_points(sizes: Mapping[str, Sequence[float]]) -> int:
 
 
 def obstacle(sizes: Mapping[str, Sequence[float]]) -> str:
-    """Why no curve can be fitted over ``sizes`` (N and D of each run); "" where one can."""
+    """Why no curve can be fitted over ``sizes`` (N and D of each run); empty if one can be fitted."""
     terms = varying(sizes)
     if not terms:
         return f"{' and '.join(sizes)} are the same in all runs"
@@ -128,9 +129,9 @@ def fit(
     """The curve through the losses of runs with ``sizes`` (N, D or both); raises ValueError with the
     :func:`obstacle`.
 
-    ``resamples``: how many sets of residuals are drawn, with replacement, for the intervals that contain the
-    middle ``level`` of the parameters fitted to them.  Residuals are inflated by sqrt(n / (n - p)), what
-    the fit itself took away from them.
+    ``resamples``: number of sets of residuals that are drawn with replacement.  A curve is fitted to each
+    set, and the intervals contain the middle ``level`` of the fitted parameters.  Residuals are multiplied
+    by sqrt(n / (n - p)), because the fit itself makes them smaller.
     """
     if reason := obstacle(sizes):
         raise ValueError(reason)

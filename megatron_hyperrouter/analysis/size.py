@@ -25,7 +25,7 @@ class ModelSize:
 
     lookup: int  # an untied input embedding: a token reads one row of it
     experts: int  # all experts of all layers
-    others: int  # attention, norms, routers, output matrix: every token meets them
+    others: int  # attention, norms, routers, output matrix: every token uses them
     num_experts: int
     attention: int  # FLOPs of a token in scores and sums of attention, forward and backward
 
@@ -92,7 +92,8 @@ def router_on_meta(config: RunConfig, vocab_size: int = 1) -> Router:
         num_layers=config.model.num_layers, train_iters=config.train.train_iters, vocab_size=vocab_size
     )
     options = config.router.options
-    if hasattr(options, "hypernet_width"):  # frozen, of any width: a large model's would be drawn for minutes
+    # frozen, so its width does not matter here; drawing a large one takes minutes
+    if hasattr(options, "hypernet_width"):
         options = replace(options, hypernet_width=1)
     with torch.device("meta"):
         return ROUTERS[config.router.name](

@@ -86,7 +86,7 @@ class Sample:
         return torch.cat(self.weights)
 
     def first(self, count: int) -> Sample:
-        """The same with evenly spaced ``count`` of its tokens at most."""
+        """A sample of at most ``count`` of these tokens, evenly spaced."""
         every = max(-(-sum(map(len, self.inputs)) // count), 1)
         thin = Sample(self.router, step=self.step, k=self.k)
         thin.inputs, thin.weights = [self.x_ND[::every]], [self.weights_NK[::every]]

@@ -31,8 +31,8 @@ def values_with(config: RunConfig, *roles: Role) -> dict[str, Any]:
 
 
 def beyond_plain_layers(config: RunConfig) -> list[str]:
-    """Flags of the settings in force that make layers of another kind than grouped-query attention and a
-    mixture of experts: for what does not know these.
+    """Flags of the settings that create layers other than grouped-query attention and a mixture of experts,
+    for code that does not support such layers.
     """
     names = ("moe_layer_freq", "moe_shared_expert_intermediate_size", "mtp_num_layers")
     return [

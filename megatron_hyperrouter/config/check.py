@@ -81,7 +81,7 @@ def _about_router(config: RunConfig) -> Iterator[str]:
     yield from options.warnings(topk=smallest_topk(config))
     std = options.initial_logit_std(model.hidden_size)
     if std is not None and std > _SATURATED:
-        # Not both: one of the two may set the scale.
+        # Only one of the two options may set the scale.
         own = hasattr(options, "init_std") and getattr(options, "logit_std", None) is None
         flag = f"--router.init-std {model.hidden_size**-0.5:.2g}" if own else "--router.logit-std 1"
         yield (
@@ -158,7 +158,7 @@ def _about_ignored(config: RunConfig) -> Iterator[str]:
 
 
 def _about_the_other_engine(config: RunConfig) -> Iterator[str]:
-    """Settings of the other engine that change no number."""
+    """Warnings about settings of the other engine that do not change results."""
     engine = config.engine.engine
     for leaf in tree_leaves().values():
         owner = leaf.only

@@ -14,7 +14,7 @@ from megatron_hyperrouter.config.schedules.batch_sizes import BatchSizes, grows_
 from megatron_hyperrouter.config.tree import RunConfig
 
 NO_DATA = "no-data-yet"  # in place of --data-path, in a run that was imported without data
-MOST_LAYERS = 10_000  # of a pattern: more is a slip of the pen, which must not fill the memory
+MOST_LAYERS = 10_000  # in a pattern: more is a typing error, which must not fill the memory
 
 
 def query_groups(config: RunConfig) -> int:
@@ -38,7 +38,7 @@ def expert_width(config: RunConfig) -> int:
 
 
 def in_effect(config: RunConfig, name: str) -> Any:
-    """The value of a setting; where its default follows from other settings, what follows."""
+    """The value of a setting, or the default that other settings determine."""
     follow = FOLLOWS.get(name)
     return value_of(config, name) if follow is None else follow(config)
 
@@ -105,8 +105,8 @@ def has_uneven_stages(config: RunConfig) -> bool:
 
 
 def stage_layers(config: RunConfig) -> tuple[int, ...]:
-    """Layers of each pipeline stage; those that are not named share the rest, the earlier ones having more
-    where it does not divide.  Raises ValueError if too few or too many layers are named.
+    """Layers of each pipeline stage.  Stages without a given number share the rest; earlier stages get one
+    more if it does not divide evenly.  Raises ValueError if too few or too many layers are named.
     """
     parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
@@ -179,7 +179,7 @@ def hypernetwork_parts(config: RunConfig, world_size: int) -> int:
     """Number of equal parts of the hypernetwork, one on each of the ranks with the same dense parameters;
     1: each of them has all of it.
 
-    The columns of the hidden size are divided.  By default, only a large hypernetwork is.
+    The columns of the hidden size are divided.  By default, only a large hypernetwork is divided.
     """
     asked, sizes = config.engine.shard_hypernetwork, config.model
     if asked is False or not has_hypernetwork(config):
@@ -202,9 +202,9 @@ def separates_documents(config: RunConfig) -> bool:
 
 
 def run_length(config: RunConfig) -> int:
-    """Steps of the run as the learning rate counts them: of the full batch."""
+    """Steps of the run as the learning rate counts them: in steps with the full batch."""
     rampup, full = config.train.rampup_batch_size, config.train.global_batch_size
-    if rampup is None or full is None or not grows_to(full, rampup):  # which is reported by itself
+    if rampup is None or full is None or not grows_to(full, rampup):  # a rule reports it
         return config.train.train_iters
     return math.ceil(batch_sizes(config, 1).progress(config.train.train_iters))
 
@@ -287,7 +287,7 @@ def moe_layers(config: RunConfig) -> tuple[bool, ...]:
 
 
 def has_dense_layers(config: RunConfig) -> bool:
-    """Whether some layer has no experts; False for a pattern that is broken, which is reported by itself."""
+    """Whether some layer has no experts; False for an invalid pattern, which a rule reports."""
     try:
         return not all(moe_layers(config))
     except ValueError:
@@ -295,7 +295,7 @@ def has_dense_layers(config: RunConfig) -> bool:
 
 
 def longest_dense_run(config: RunConfig) -> int:
-    """Layers without experts that follow one another."""
+    """The largest number of consecutive layers without experts."""
     layers = "".join("x" if routed else "." for routed in moe_layers(config))
     return max(map(len, layers.split("x")))
 
@@ -332,7 +332,7 @@ def rope_type(config: RunConfig) -> str:
 
 
 def rotary_channels(config: RunConfig) -> int:
-    """Channels of a query or key that positions turn."""
+    """Channels of a query or key that rotary positions rotate."""
     if config.attention.multi_latent_attention:
         return config.attention.qk_pos_emb_head_dim
     return int(head_width(config) * config.attention.rotary_percent)

@@ -178,7 +178,7 @@ class Draft:
             return leaf.default
 
     def _report_unknown(self, router: str) -> None:
-        """A problem for everything that no setting took."""
+        """Report everything that is not a known setting."""
         for name, words in self.flags.items():
             self._unknown(name, _plain(name), " ".join(words), "unknown flag", router)
         for name, value in self.overrides.items():
@@ -207,7 +207,7 @@ class Draft:
             self.unsure.add(off.get(close, close))
             remedy = f"did you mean {written(close)}?"
         else:
-            remedy = "find the right name in mhr train --help; removing it may change the run"
+            remedy = "find the right name in mhr train --help; removing this setting may change the run"
         self.problems.append(Problem(place, value, rule, remedy))
 
 

@@ -31,7 +31,7 @@ class Role(Enum):
     SHARDING = "how optimizer state and frozen weights are spread over the ranks"
     SPEED = "how the same numbers are computed"
     PORTION = "how much is read or computed at a time"
-    UPKEEP = "evaluations and checkpoints along the way"
+    UPKEEP = "evaluations and checkpoints during training"
     START = "where the run starts from"
     PLACE = "where files are"
     DISPLAY = "what is shown"

@@ -39,7 +39,9 @@ def make_folders(config: RunConfig) -> None:
 
 
 def _try_files(run_dir: Path) -> None:
-    """OSError if a file of the run could not be written later, which would lose the steps until then."""
+    """Raise OSError now if a file of the run could not be written later; the steps until then would be
+    lost.
+    """
     checkpoints = run_dir / "checkpoints"
     if checkpoints.exists() or checkpoints.is_symlink():
         tempfile.TemporaryFile(dir=checkpoints).close()

@@ -201,8 +201,8 @@ class TrainConfig:
     rampup_batch_size: Annotated[
         tuple[Count, Count, Count] | None,
         Role.BATCH,
-        "START INCREMENT SAMPLES: begin with START samples per step and add INCREMENT at equal "
-        "intervals, so that --global-batch-size is reached after SAMPLES samples. The learning-rate "
+        "START INCREMENT SAMPLES: begin with START samples per step, and add INCREMENT at equal "
+        "intervals until --global-batch-size is reached after SAMPLES samples. The learning-rate "
         "schedule then follows samples instead of steps",
     ] = None
     train_iters: Annotated[Count, Role.COURSE, "Number of optimizer steps in the run"] = 100
@@ -253,7 +253,7 @@ class DataConfig:
         tuple[str, ...],
         Role.DATA,
         PATH,
-        "Prefixes of .bin/.idx files, optionally each with a weight in front: 0.3 a 0.7 b",
+        "Prefixes of .bin/.idx files; a weight may come before each prefix: 0.3 a 0.7 b",
     ] = ()
     train_data_path: Annotated[
         tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for training only"
@@ -265,7 +265,7 @@ class DataConfig:
     mock_data: Annotated[
         bool,
         Role.DATA,
-        "Train, validate and test on random tokens, without data files",
+        "Train, validate and test on synthetic tokens, without data files",
     ] = False
     data_schedule: Annotated[
         str | None,
@@ -451,7 +451,7 @@ class EngineConfig:
         Role.SPEED,
         Only("deepspeed"),
         PATH,
-        "JSON file of DeepSpeed settings to add; a key that contradicts a flag is an error",
+        "JSON file with additional DeepSpeed settings; a key that contradicts a flag is an error",
     ] = None
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-PADDING = -1  # the id of a token that is none
+PADDING = -1  # the id in padding
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Head(nn.Module):
 
 
 class Headed(NamedTuple):
-    """What ``loss.ClassLoss`` makes the scores of: the labels say at which positions."""
+    """The input of ``loss.ClassLoss``, which computes the scores at the positions that the labels mark."""
 
     hidden_SBD: Tensor  # of all positions, on every tensor-parallel rank
     head: Head

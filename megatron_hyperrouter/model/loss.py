@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_hyperrouter.model.output import Projection, token_losses
 
-UNCOUNTED = -1  # a label that no loss is asked for
+UNCOUNTED = -1  # a label that the loss ignores
 
 
 class LanguageModelLoss:
@@ -47,8 +47,9 @@ class LanguageModelLoss:
         return mean if self.scale is None else mean * self.scale
 
     def ahead(self, output: Projection | Tensor, labels_BS: Tensor, places: int) -> Tensor:
-        """Mean over the labels that count, of a prediction of tokens that are ``places`` further on than the
-        next: the labels were shifted already, and the last of them are none.  Not among the sums.
+        """Mean loss of the predictions of the tokens ``places`` after the next one, over the labels that
+        count.  The labels were already shifted, so the last ``places`` of them are ignored.  The sums do
+        not include this loss.
         """
         labels_SB = labels_BS.t().contiguous()
         labels_SB[-places:] = UNCOUNTED
@@ -66,7 +67,7 @@ class LanguageModelLoss:
         self.sums = self.sums + torch.stack([value.double() for value in row])
 
     def take(self) -> Tensor:
-        """The sums so far; starts afresh."""
+        """Return the sums so far, and reset them."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
 
@@ -74,13 +75,13 @@ class LanguageModelLoss:
 class ClassLoss(LanguageModelLoss):
     """Cross-entropy in float32, mean over the texts of the micro-batch.
 
-    ``kept``: where it is a list, the scores ``_BC`` and classes ``_B`` of every micro-batch are added to it.
+    ``kept``: if it is a list, the scores ``_BC`` and classes ``_B`` of every micro-batch are added to it.
     """
 
     kept: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, output: Any, labels_BS: Tensor) -> Tensor:
-        """The micro-batch's mean; texts without a class count nowhere."""
+        """The micro-batch's mean; texts without a class are ignored."""
         classes_B = labels_BS.amax(1)
         last_B = labels_BS.argmax(1)
         rows_B = torch.arange(len(last_B), device=last_B.device)
@@ -103,8 +104,8 @@ def _losses(output: Projection | Tensor, labels_SB: Tensor) -> tuple[Tensor, Ten
 
 @contextmanager
 def captured_logits(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within this context, what the output layer computes: ``_SBV``.  Copies, as the loss writes into its
-    input.
+    """Within this context, collects the logits of the output layer, ``_SBV``.  They are copies, because the
+    loss overwrites its input.
     """
     seen: list[Tensor] = []
 

@@ -59,8 +59,8 @@ def router_parameter(name: str) -> tuple[int, str] | None:
 
 
 def router_prefix(layer_number: int, num_layers: int) -> str:
-    """Of the names of the router of a layer, which counts from 1; those of multi-token prediction follow the
-    others.
+    """Prefix of the names in a layer's router. Layers count from 1; layers of multi-token prediction follow
+    the others.
     """
     if layer_number <= num_layers:
         return f"decoder.layers.{layer_number - 1}.mlp.router."
@@ -85,16 +85,16 @@ def plain_name(name: str) -> str:
 
 
 def stacked_name(name: str, *, first: int, count: int) -> str:
-    """Of a parameter that contains the matrices of experts ``first`` to before ``first + count``:
+    """The name of a parameter that contains the matrices of experts ``first`` to ``first + count - 1``:
     ``...local_experts.4:8.linear_fc1.weight``; any other name as it is.
     """
     return _STACKED.sub(rf".mlp.experts.local_experts.{first}:{first + count}.\1.weight", name)
 
 
 def matrices(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(global name, tensor) of all that the parameters hold: a stacked one is a matrix for each expert.
+    """(global name, tensor) of each matrix in the parameters; a stacked parameter has one for each expert.
 
-    The matrices are parts of the parameter: what is copied into them is in it.
+    The matrices are views of the parameter, so copying into them changes it.
     """
     for name, parameter in named:
         names = matrix_names(name)
@@ -103,7 +103,7 @@ def matrices(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 @lru_cache(maxsize=1 << 14)
 def matrix_names(name: str) -> tuple[str, ...]:
-    """The global names of the matrices that a stacked parameter holds, in order; none for any other one."""
+    """The global names of the matrices in a stacked parameter, in order; empty for other parameters."""
     match = _SEVERAL.search(name)
     if match is None:
         return ()

@@ -35,12 +35,14 @@ class Projection(NamedTuple):
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Hands its factors to the loss.  Where a hook looks at its output, it makes the logits."""
+    """Passes the factors of the logits to the loss.  If its output has a forward hook, it computes the
+    logits instead.
+    """
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor | Projection, Tensor | None]:
-        """As the host's, except for its result."""
+        """Like the host's layer, except for the result."""
         if self._forward_hooks:
             made: tuple[Tensor, Tensor | None] = super().forward(input_, weight, runtime_gather_output)
             return made
@@ -52,7 +54,7 @@ class OutputLayer(ColumnParallelLinear):
 
 
 class ClassOutput(nn.Module):
-    """Serves both hosts' output slot; hands its factors to the loss, as :class:`OutputLayer` does."""
+    """Fills the output slot of both hosts; passes its factors to the loss, as :class:`OutputLayer` does."""
 
     sequence_parallel = False  # to the host: nothing is left to gather
 
@@ -63,7 +65,7 @@ class ClassOutput(nn.Module):
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Headed, None]:
         """``input_``: ``_SBD``, or this tensor-parallel rank's part of the positions."""
-        # Every rank computes the whole loss, so each takes its own part of the gradient back.
+        # Every rank computes the whole loss, so each keeps its own part of the gradient.
         hidden_SBD = (
             gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=False)
             if self._cut

@@ -92,20 +92,18 @@ def transformer_config(config: RunConfig, **engine_fields: Any) -> TransformerCo
         fields |= {"recompute_granularity": "selective", "recompute_modules": parts}
     if uses_transformer_engine(config):
         fields |= {"moe_grouped_gemm": True, **fusions(config), **fp8_fields(config)}
-        if (width := next(filter(None, windows(config)), None)) is not None:  # so does it windows
+        if (width := next(filter(None, windows(config)), None)) is not None:  # it has windows of its own
             limited = [int(window is not None) for window in windows(config)]
             fields |= {"window_size": (width, 0), "window_attn_skip_freq": limited}
     core = TransformerConfig(**(fields | engine_fields))
-    if (
-        rope_type(config) == "yarn"
-    ):  # what megatron-core's attention asks for by these names (attention.py:1102)
+    if rope_type(config) == "yarn":  # megatron-core's attention reads these names (attention.py:1102)
         core.yarn_rotary_scaling_factor = config.attention.rotary_scaling_factor
         core.yarn_mscale, core.yarn_mscale_all_dim = config.attention.mscale, config.attention.mscale_all_dim
     return core
 
 
 def fp8_fields(config: RunConfig) -> dict[str, Any]:
-    """What megatron-core asks for by the settings' own names, except for the format."""
+    """megatron-core's fields for fp8; they have the names of our settings, except for the format."""
     if config.precision.fp8_format is None:
         return {}
     given = asdict(config.precision)

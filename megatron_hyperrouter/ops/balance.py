@@ -118,7 +118,7 @@ def z_loss(logits_TE: Tensor, over_shards: OverShards | None = None, *, coeffici
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """Of each row's log-sum-exp, times a factor; what autograd would make of it takes twice as many
+    """The sum of the squares of each row's log-sum-exp, times a factor.  Autograd would need twice as many
     operators.
     """
 

@@ -64,7 +64,7 @@ def experts(
 
 
 class _Spread(torch.autograd.Function):
-    """Back: a token's rows are gathered and added."""
+    """Backward: a token's rows are gathered and added."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, row_R: Tensor, choices: int) -> Tensor:
@@ -80,7 +80,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Back: one gather."""
+    """Backward: one gather."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, row_R: Tensor, choices: int) -> Tensor:
@@ -111,8 +111,8 @@ def _summed(y_RD: Tensor, row_R: Tensor, choices: int) -> Tensor:
 
 
 class _Experts(torch.autograd.Function):
-    """Keeps the input rows and what both input matrices made of them; computes the hidden units again on the
-    way back.
+    """Keeps the input rows and their products with both input matrices; computes the hidden units again in
+    the backward pass.
     """
 
     @staticmethod
@@ -155,14 +155,15 @@ class _Experts(torch.autograd.Function):
 
 
 def _dense(grad_RD: Tensor) -> Tensor:
-    """Without strides of 0, which a gradient has that was expanded, and which the product refuses."""
+    """A copy without strides of 0: an expanded gradient has them, and the product refuses them."""
     return grad_RD.contiguous() if grad_RD.numel() else grad_RD.new_empty(grad_RD.shape)
 
 
 def _by_expert(left_RA: Tensor, right_RB: Tensor, ends_E: Tensor) -> Tensor:
     """``left^T right`` over the rows of each expert, ``[E, A, B]``; 0 for an expert without rows."""
     product_EAB = F.grouped_mm(left_RA.mT, right_RB, offs=ends_E)
-    if product_EAB.is_cuda:  # on Blackwell an expert without rows gets what lay there (pytorch issue 172439)
+    # on Blackwell an expert without rows gets uninitialised memory (pytorch issue 172439)
+    if product_EAB.is_cuda:
         load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         product_EAB = torch.where(load_E.view(-1, 1, 1) > 0, product_EAB, 0.0)
     return product_EAB

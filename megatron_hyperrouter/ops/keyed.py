@@ -98,7 +98,7 @@ def normal(
     """Float32 N(0, 1) numbers; element i (row-major) is number ``start + i`` of the stream (seed, name),
     whatever the shape.
 
-    None is beyond 8.3 in size.  About 25 ns each on one CPU core.
+    No absolute value exceeds 8.3.  A number takes about 25 ns on one CPU core.
     """
     return _fill(shape, _standard_normal, seed=seed, name=name, device=device, start=start)
 
@@ -185,7 +185,7 @@ def _standard_normal(bits: Tensor) -> Tensor:
     # probability less 1/2, exact
     q = _shift(bits, 12).to(torch.float64).sub_(2.0**51 - 0.5).mul_(2.0**-52)
     z = _ratio(_CENTRE, torch.mul(q, q).neg_().add_(0.180625)).mul_(q)
-    # 15 % of the numbers; above, they got something finite or not, to be replaced
+    # 15 % of the numbers; their values from above are replaced
     tails = (q.abs() > 0.425).nonzero(as_tuple=True)
     q = q[tails]
     r = _log(0.5 - q.abs()).neg_().sqrt_()

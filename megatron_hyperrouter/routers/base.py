@@ -189,7 +189,7 @@ class Router(nn.Module):
             return iter(())
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
-            """Options without effect in a run with these settings; they give warnings, too."""
+            """Warnings about options that have no effect in a run with these settings."""
             return iter(())
 
         def stage(self, step: int, train_iters: int) -> int:
@@ -248,8 +248,7 @@ class Router(nn.Module):
         self.gather_shards: Callable[[Tensor], Tensor] | None = None
         self._held = False
 
-    # ------------------------------------------------------------------------------- what a method is:
-    # override these
+    # ------------------------------------------------------------------ the method itself: override these
     def view(self, x_TD: Tensor, now: Pass) -> Tensor:
         """The input as the router sees it; a method adds noise here."""
         return x_TD
@@ -288,8 +287,8 @@ class Router(nn.Module):
 
     @property
     def plain_losses(self) -> dict[str, float]:
-        """The coefficients of those losses of a routing that are ``switch_loss`` of the softmax (``aux``) and
-        ``z_loss`` (``z``) of its micro-batch, and nothing else: what an engine need not compute again.
+        """Coefficients of the losses that are exactly ``switch_loss`` of the softmax (``aux``) or
+        ``z_loss`` (``z``) of the micro-batch.  An engine does not have to compute these again.
         """
         return {}
 
@@ -309,8 +308,7 @@ class Router(nn.Module):
         """
         return routing
 
-    # ------------------------------------------------------------------------------------ what it counts
-    # over a step
+    # --------------------------------------------------------------------------------- counts over a step
     @property
     def num_extra_counts(self) -> int:
         """How many numbers :meth:`extra_counts` returns; 0: none."""
@@ -325,8 +323,7 @@ class Router(nn.Module):
         only here.
         """
 
-    # ------------------------------------------------------------------------------------------------
-    # what all share
+    # ----------------------------------------------------------------------------- what all routers share
     def topk_at(self, step: int) -> int:
         """k after ``step`` completed optimizer steps."""
         return self.topk(step) if callable(self.topk) else self.topk

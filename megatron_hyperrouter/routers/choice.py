@@ -99,7 +99,7 @@ class ChoosingRouter(Router):
         ] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Options that contradict each other, or that have no meaning because of another option."""
+            """Options that contradict each other, or that have no effect because of another option."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.pre_softmax and self.score_function == "sigmoid":
                 yield Problem(
@@ -124,11 +124,11 @@ class ChoosingRouter(Router):
                 yield Problem("--router.logit-std", self.logit_std, rule, "keep one of the two options")
 
         def initial_logit_std(self, hidden_size: int) -> float | None:
-            """As set, or as it follows from the other options."""
+            """The value that is set, or the one that follows from the other options."""
             return super().initial_logit_std(hidden_size) if self.logit_std is None else self.logit_std
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
-            """A kind of balance loss whose coefficient is 0."""
+            """Warns of a balance loss with the coefficient 0."""
             if self.aux_loss not in (type(self).aux_loss, "off") and not aux_loss_coeff:
                 yield f"--router.aux-loss {self.aux_loss} has no effect, because --moe-aux-loss-coeff is 0"
 

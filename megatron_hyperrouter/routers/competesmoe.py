@@ -59,9 +59,7 @@ Coefficient = Annotated[float, Ge(0.0)]
 
 
 class Competition(Routing):
-    """A decision, and the scores of all experts that it was made by: what ``refine`` leaves for
-    ``combine``.
-    """
+    """A decision with the scores of all experts, which ``refine`` passes on to ``combine``."""
 
     scores_TE: Tensor
 
@@ -77,9 +75,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Router.Config):
-        """Options that say ``default: by version`` have the published values of version 1 and of version
-        2.
-        """
+        """Options with the default None take the published value of the chosen version."""
 
         version: Annotated[
             Literal["v1", "v2"],
@@ -137,7 +133,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         ] = 0.02
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Options of another version or schedule: they would do nothing."""
+            """Options of another version or schedule, which would have no effect."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             used = {
                 "warm_up": ("schedule", ("capped",)),
@@ -159,7 +155,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 yield Problem(f"--router.{name.replace('_', '-')}", value, rule, remedy)
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """A router without competitions; mixing weights that teach nothing."""
+            """Warns if no layer ever competes, and if the weights give the router no gradient."""
             if self.chosen("rate") == 0.0 and self.chosen("schedule") != "function":
                 yield (
                     "with --router.rate 0, no layer competes, and router competesmoe routes like router topk"
@@ -172,7 +168,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
                 )
 
         def lost(self, *, num_layers: int, aux_loss_coeff: float) -> Iterator[str]:
-            """Draws for which no step has room."""
+            """Warns if ``max_competing`` limits the rate."""
             rate, most = self.chosen("rate"), self.max_competing
             if self.chosen("schedule") == "capped" and rate * num_layers > most:
                 yield (
@@ -229,7 +225,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         return float32_linear(x_TD, self.weight_ED.float())
 
     def linear(self) -> tuple[Tensor, Tensor | None]:
-        """The trained weights themselves: what evaluation routes by."""
+        """The trained weights themselves, which evaluation uses."""
         return self.weight_ED.float(), None
 
     @uncompiled  # type: ignore[untyped-decorator]
@@ -240,11 +236,11 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         return self.config.competes(step, self.layer_number, seed=self.seed, facts=self.facts)
 
     def wants_outputs(self, now: Pass) -> bool:
-        """In the passes that compete: training, with a bank, as planned."""
+        """True in competing passes: in training, with an expert bank, when this layer competes."""
         return now.training and now.experts is not None and self.competes(now.step)
 
     def balance_losses(self, logits_TE: Tensor, experts_TK: Tensor, now: Pass) -> dict[str, Tensor]:
-        """Those of the router's own choice, where it is followed."""
+        """The losses of an ordinary pass; none in a competing pass."""
         return {} if self.wants_outputs(now) else super().balance_losses(logits_TE, experts_TK, now)
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
@@ -264,7 +260,7 @@ class CompeteSMoERouter(Router, name="competesmoe"):
         return routing
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Weights and losses again from the winners' outputs, which they train."""
+        """Compute weights and losses from the winners' outputs, so that they train the winners."""
         assert isinstance(routing, Competition), "call combine() only after a competing pass"
         losses, experts_TK = dict(routing.losses), routing.experts_TK
         with float32_maths(x_TD.device):

@@ -70,11 +70,11 @@ class FrozenTensors:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return frozen, (self.recipe, self.device)  # a pickle holds the recipe alone
+        return frozen, (self.recipe, self.device)  # a pickle contains only the recipe
 
 
-# A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; entries die
-# with their last user.
+# A memo of a pure function: with one hypernetwork for all layers, the layers share its memory; an entry is
+# removed with its last user.
 _ALIVE: WeakValueDictionary[tuple[Recipe, torch.device], FrozenTensors] = WeakValueDictionary()
 
 

@@ -1,7 +1,7 @@
 """HyperRouter: a frozen hypernetwork generates the router from a trained embedding (arXiv 2312.07035).
 
 Legend: ``T`` tokens, ``D`` hidden size, ``E`` experts, ``S`` size of the embedding, ``H`` hypernetwork
-width, ``P`` generated numbers: E*(D+1) with a bias, else E*D.  Where ``G`` ranks divide the hypernetwork,
+width, ``P`` generated numbers: E*(D+1) with a bias, else E*D.  If ``G`` ranks divide the hypernetwork,
 each generates ``C`` = D/G columns of W, and P is its part of them.
 """
 
@@ -120,7 +120,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     _stale: bool
     _generated: Generated | None
     _promised: int | None  # backward passes of this step
-    _left: int  # of them
+    _left: int  # backward passes still to come in this step
     _sum: tuple[Tensor, Tensor | None] | None  # the gradients of (W, b) in earlier passes
 
     @dataclass(frozen=True, kw_only=True)
@@ -282,8 +282,9 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         return (W_ED + self.anchor_ED if self.config.anchor else W_ED), b_E
 
     def anchor_at(self, given_ED: Tensor) -> None:
-        """Make the generated router ``given_ED`` at the present embedding: the second layer's bias b2 is then
-        ``vec(given) - W2 relu(W1 e)``, frozen as the layers are, and the embedding alone still learns.
+        """Make the generated router equal ``given_ED`` for the current embedding.  In effect, this sets the
+        second layer's bias b2 to ``vec(given) - W2 relu(W1 e)``.  The bias is frozen like the layers, so
+        only the embedding still learns.
         """
         with torch.no_grad(), float32_maths(given_ED.device):
             self.anchor_ED.zero_()
@@ -312,12 +313,13 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
                 new = old
         return new
 
-    def _way_back(self, grad_W_ED: Tensor, grad_b_E: Tensor | None, active: Tensor) -> Tensor:
-        """The embedding's gradient in one backward pass: zero, and in the last pass of the step that of all
-        passes.
+    def _embedding_gradient(self, grad_W_ED: Tensor, grad_b_E: Tensor | None, active: Tensor) -> Tensor:
+        """The embedding's gradient in one backward pass: zero, except in the last pass of the step, which
+        returns the gradient of all passes.
 
-        Where ranks divide the hypernetwork, a rank takes the gradients of all ranks back through its own
-        columns.  The engine sums the embedding's gradient over the ranks: the sum is the same.
+        If ranks divide the hypernetwork, each rank runs the backward pass of its columns for the gradients
+        of all ranks.  The engine then sums the embedding's gradient over the ranks, which gives the same
+        sum.
         """
         if self._promised is None or self._left == 0:
             promised = self._promised or 0
@@ -422,7 +424,7 @@ class _Reuse(torch.autograd.Function):
 
 
 class _ReuseInStep(torch.autograd.Function):
-    """Returns the generated router; its backward is :meth:`HyperRouter._way_back`."""
+    """Returns the generated router; its backward is :meth:`HyperRouter._embedding_gradient`."""
 
     @staticmethod
     def forward(
@@ -436,4 +438,4 @@ class _ReuseInStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_W_ED: Tensor, grad_b_E: Tensor | None) -> tuple[Tensor | None, ...]:
         (active,) = ctx.saved_tensors
-        return ctx.router._way_back(grad_W_ED, grad_b_E, active), None, None, None, None
+        return ctx.router._embedding_gradient(grad_W_ED, grad_b_E, active), None, None, None, None

@@ -75,7 +75,7 @@ def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[
             TypeAdapter(kinds[name]).validate_python(value, strict=True)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            default = "" if defaults[name] is None else f" to use {defaults[name]}"
+            default = "" if defaults[name] is None else f" (default: {defaults[name]})"
             rule, remedy = reason[:1].lower() + reason[1:], f"leave it out{default}"
             yield Problem(f"--router.{name}", value, rule, remedy)
 

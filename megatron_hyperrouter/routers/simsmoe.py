@@ -1,5 +1,5 @@
-"""SimSMoE: a loss on the similarity (CKA) of their outputs pushes two experts apart after they have shared
-many tokens (arXiv 2406.15883).
+"""SimSMoE: once two experts have shared many tokens, a loss on the similarity (CKA) of their outputs pushes
+them apart (arXiv 2406.15883).
 
     logits  = W x (+ b);  S = the k largest;  weights = softmax over S
     c_ij   += share of the tokens of the step with both i and j in S, for all pairs i < j, after each step
@@ -110,7 +110,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         ] = 8
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """The bounds on tokens must leave room for some."""
+            """``max_tokens`` must be at least ``min_tokens``."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.max_tokens < self.min_tokens:
                 rule = f"must be at least --router.min-tokens = {self.min_tokens}"
@@ -131,7 +131,7 @@ class SimSMoERouter(Router, name="simsmoe"):
                 )
 
         def unserved(self) -> Iterator[str]:
-            """The counts of pairs."""
+            """The similarity loss, which needs the counts of pairs."""
             if self.similarity_coeff:
                 yield without_counts("the similarity loss of router simsmoe")
 
@@ -162,15 +162,14 @@ class SimSMoERouter(Router, name="simsmoe"):
                         draw(name, tuple(parameter.shape)) * stds.get(name, parameter.size(1) ** -0.5)
                     )
 
-    # ------------------------------------------------------------------------------------------------------
-    # routing
+    # -------------------------------------------------------------------------------------------- routing
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x + b``."""
         return float32_linear(x_TD, *self.linear())
 
     def refine(self, first: Routing, x_TD: Tensor, now: Pass) -> Routing:
-        """The same; the head takes part with a gradient of zero, which hosts wait for in passes that compare
-        nothing too.
+        """The same decision.  The head gets a zero gradient, because hosts wait for one even in passes
+        without a comparison.
         """
         return first._replace(weights_TK=reaching(first.weights_TK, *self._head_parameters()))
 
@@ -178,8 +177,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         """The trained weights themselves."""
         return self.weight_ED.float(), None if self.bias_E is None else self.bias_E.float()
 
-    # ----------------------------------------------------------------------------------------------------
-    # comparing
+    # ------------------------------------------------------------------------------------------ comparing
     def wants_outputs(self, now: Pass) -> bool:
         """In training, where pairs are due and tokens have two experts."""
         return now.training and now.k >= 2 and self.config.similarity_coeff > 0 and bool(self.due_pairs())
@@ -192,7 +190,7 @@ class SimSMoERouter(Router, name="simsmoe"):
             cka_R, enough_R = self.compare(routing.experts_TK, outputs_TKD, now)
         counts_R = enough_R & (cka_R.detach() >= self.config.threshold)
         loss = self.config.similarity_coeff * torch.where(counts_R, cka_R, 0.0).sum()
-        # the value is shared out, as parts that add up; the gradient is of this rank's rows already
+        # the loss value is divided among the ranks; the gradient already covers only this rank's rows
         if self.over_shards is not None:
             loss = loss - loss.detach() + loss.detach() / self.over_shards(torch.ones_like(loss))
         return routing._replace(losses={**routing.losses, "similarity": loss})
@@ -210,7 +208,7 @@ class SimSMoERouter(Router, name="simsmoe"):
             as_tuple=True
         )
         features_TKF = outputs_TKD.new_zeros(*experts_TK.shape, self.head_out_FW.size(0), dtype=torch.float32)
-        # of these alone: the head costs little whatever T and K
+        # only of these rows, so that the head stays cheap for any T and K
         features_TKF[wanted] = self.project(outputs_TKD[wanted])
         features_GKF = self._of_all(features_TKF)
         slots_RN2 = slots_RG2.gather(1, rows_RN.unsqueeze(-1).expand(-1, -1, 2))
@@ -232,8 +230,7 @@ class SimSMoERouter(Router, name="simsmoe"):
             x_RNF, y_RNF = (side / median_distance(side, valid_RN)[:, None, None] for side in (x_RNF, y_RNF))
         return rbf_cka(x_RNF, y_RNF, self.config.sigma, valid_RN)
 
-    # -----------------------------------------------------------------------------------------------------
-    # counting
+    # ------------------------------------------------------------------------------------------- counting
     @property
     def num_pairs(self) -> int:
         """Pairs i < j of experts."""
@@ -254,7 +251,9 @@ class SimSMoERouter(Router, name="simsmoe"):
         return shared_EE[tuple(torch.triu_indices(E, E, 1, device=shared_EE.device))]
 
     def end_step(self, counts: StepCounts) -> None:
-        """Adds this step's share of each pair; pairs that were compared, or could have been, start again."""
+        """Add this step's counts, as shares of its tokens; the counts of pairs that were due start again at
+        0.
+        """
         compared = self.due_pairs()
         with torch.no_grad():
             self.pair_counts_P += counts.extra.to(self.pair_counts_P) / counts.tokens
@@ -285,8 +284,7 @@ class SimSMoERouter(Router, name="simsmoe"):
         super()._load_from_state_dict(*arguments)
         self._due = None
 
-    # ------------------------------------------------------------------------------------------------------
-    # helpers
+    # -------------------------------------------------------------------------------------------- helpers
     def _index(self, i: int, j: int) -> int:
         return i * (2 * self.num_experts - i - 1) // 2 + j - i - 1
 

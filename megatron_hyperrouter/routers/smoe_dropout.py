@@ -57,7 +57,7 @@ class SMoEDropoutRouter(ChoosingRouter, FrozenRouter, name="smoe_dropout"):
         seed: Annotated[Natural | None, "Random seed of the frozen weights; default: --seed"] = None
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Nothing is trained."""
+            """A learning rate has no effect, because nothing is trained."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.lr_mult != 1.0:
                 rule = "has no effect: router smoe_dropout has no trainable parameters"

@@ -90,14 +90,14 @@ class StableMoERouter(Router, name="stablemoe"):
         )
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Two lengths of the first stage."""
+            """Only one option may set the length of the first stage."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.stage1_steps is not None and self.stage1_share != type(self).stage1_share:
                 rule = f"has no effect with --router.stage1-steps {self.stage1_steps}"
                 yield Problem("--router.stage1-share", self.stage1_share, rule, "keep one of the two options")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """A second stage that follows what was never taught."""
+            """Warns if the second stage would use a router that was never distilled."""
             if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
                 yield (
                     "with --router.distillation-coeff 0, the second stage routes "
@@ -114,7 +114,7 @@ class StableMoERouter(Router, name="stablemoe"):
             return 2 if step >= first else 1
 
         def unserved(self) -> Iterator[str]:
-            """The word embeddings."""
+            """Routing by token ids."""
             yield without_tokens(
                 "router stablemoe", "nothing is distilled, and the second stage raises ValueError"
             )
@@ -152,8 +152,8 @@ class StableMoERouter(Router, name="stablemoe"):
         return self.config.stage(step, self.facts.train_iters) == 2
 
     def _by_words(self, now: Pass) -> bool:
-        """The second stage; evaluation knows it by the copy too, as a reader of a checkpoint may not know the
-        step.
+        """Whether the second stage's router decides.  In evaluation, the frozen copy shows this as well,
+        because a reader of a checkpoint may not know the step.
         """
         return self.is_frozen(now.step) or (not now.training and int(self.frozen_at) >= 0)
 
@@ -212,7 +212,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
     @uncompiled  # type: ignore[untyped-decorator]
     def _freeze(self, step: int) -> None:
-        """Copy D and E' unless that is done."""
+        """Copy D and E', unless they have been copied already."""
         if self.frozen_at.device.type == "cpu" and int(self.frozen_at) >= 0:
             return
         done = self.frozen_at >= 0  # decided on the device: the host of a GPU need not wait for the number

@@ -41,7 +41,7 @@ class TopKRouter(ChoosingRouter, name="topk"):
         freeze: Annotated[bool, "Keep the router's weights at their initial values"] = False
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """What is frozen must not change."""
+            """A frozen router must not change its routes."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.freeze and self.expert_bias and self.update_rate:
                 rule = "keeps routes fixed, but --router.expert-bias changes them in each step"

@@ -37,7 +37,8 @@ from megatron_hyperrouter.ops.topk import scored_topk
 from megatron_hyperrouter.routers.base import Pass, Router
 from megatron_hyperrouter.routers.choice import no_gradient_at_k1
 
-_EPS = 1e-6  # of a length that divides: a token of zeros, as padding is, has cosine 0 and a finite gradient
+# smallest length to divide by: a token of zeros, such as padding, has cosine 0 and a finite gradient
+_EPS = 1e-6
 _BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}  # tau0, the paper's section 4.1
 
 
@@ -71,7 +72,7 @@ class XMoERouter(Router, name="xmoe"):
         ] = None
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """Weights that sum to 1 teach the router nothing at k = 1."""
+            """Weights that sum to 1 give the router no gradient at k = 1."""
             return no_gradient_at_k1("xmoe", topk) if self.renormalise else iter(())
 
         @property
@@ -86,7 +87,7 @@ class XMoERouter(Router, name="xmoe"):
         self.first_temperature = config.init_temperature or config.balance_temperature
         self.projection_PD = nn.Parameter(torch.empty(size, self.hidden_size))
         self.embedding_EP = nn.Parameter(torch.empty(self.num_experts, size))
-        # less that of the start: near 0 bfloat16 is fine enough
+        # relative to its initial value: near 0, bfloat16 is precise enough
         self.log_temperature = nn.Parameter(torch.empty(1))
         self.reset()
 

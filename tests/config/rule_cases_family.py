@@ -238,7 +238,7 @@ CASES = [
             "decoder_last_pipeline_num_layers": 1,
         },
         "--decoder-last-pipeline-num-layers",
-        "gives the pipeline stages 3, 1 layers; 2 interleaved chunks must divide each number",
+        "gives the pipeline stages 3, 1 layers; 2 interleaved chunks need multiples of 2",
         {"decoder_last_pipeline_num_layers": 2},
     ),
     case(

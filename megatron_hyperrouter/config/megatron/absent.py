@@ -109,7 +109,7 @@ logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
 mup-width-mult use-mup
 """,
-        ("options of single tokenizers", "the tokenizer file decides this"): """
+        ("special options of a tokenizer", "the tokenizer file determines these options"): """
 disable-tokenizer-sentencepiece-ignore-extra-whitespaces
 no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
 special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy
@@ -127,8 +127,8 @@ fp8-output-proj fp8-quantizer-factory kitchen-config-file kitchen-recipe-number 
 heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
 """,
         (
-            "context parallelism that adapts its size to the length of each sample",
-            "the size is always --context-parallel-size",
+            "context parallelism with a size that depends on the length of the sample",
+            "all samples use --context-parallel-size",
         ): """
 hybrid-context-parallel max-seqlen-per-dp-cp-rank
 """,

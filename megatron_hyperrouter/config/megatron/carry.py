@@ -33,7 +33,7 @@ ALL_ABSENT: Mapping[str, Absent] = MappingProxyType(
 )
 
 
-REFINES = ("ckpt-step",)  # they say more about a setting that is given
+REFINES = ("ckpt-step",)  # they refine a setting that may be given as well
 
 
 @dataclass
@@ -120,7 +120,7 @@ def work_out(
 
 
 def settled(values: dict[str, Any], written: Container[str]) -> Iterator[str]:
-    """Switch on or off what the other settings decide, as Megatron-LM does, and say so."""
+    """Switch on or off what the other settings determine, as Megatron-LM does, and report it."""
     tensor_parallel = values["tensor_model_parallel_size"] > 1
     if values["sequence_parallel"] and not tensor_parallel:
         values["sequence_parallel"] = False

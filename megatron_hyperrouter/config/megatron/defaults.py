@@ -9,7 +9,7 @@ ENOUGH = 3  # a command with at least this many flags that only Megatron-LM has 
 
 
 class Other(NamedTuple):
-    """A default that differs: the flags that settle it, what Megatron-LM has without them, what is here."""
+    """A default that differs: the flags that set it, Megatron-LM's default, and ours."""
 
     flags: tuple[str, ...]
     there: str

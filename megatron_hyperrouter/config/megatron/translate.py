@@ -200,7 +200,7 @@ WITHOUT_BATCH = ("lr-warmup-fraction", "num-layers-per-virtual-pipeline-stage", 
 
 
 def in_order(pending: Mapping[str, tuple[str, list[str]]]) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, place and words of what is to be worked out."""
+    """Name, place and words of each flag to convert, in the order of conversion."""
     return ((name, *pending[name]) for name in LATE if name in pending)
 
 
@@ -213,7 +213,7 @@ def worked_out(
 
 
 def _sizes(values: Mapping[str, Any], batch: int) -> BatchSizes:
-    """The samples of each step; without a ramp-up that cannot be, which is reported by itself."""
+    """The samples of each step; an invalid ramp-up is ignored here, because a rule reports it."""
     rampup = values["rampup_batch_size"]
     return BatchSizes(batch, rampup if rampup and grows_to(batch, rampup) else None)
 

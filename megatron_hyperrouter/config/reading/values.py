@@ -162,7 +162,7 @@ def _remedy(leaf: Leaf, raw: object) -> str:
         return f"did you mean {close}?"
     # Omitting a setting that defines the model is not a remedy: the default is another model.
     has_default = leaf.default is not None and not leaf.is_tuple and leaf.role not in MODEL
-    default = f", or leave it out to use {leaf.default}" if has_default else ""
+    default = f", or leave it out (default: {leaf.default})" if has_default else ""
     if leaf.base is str:
         return "put the value in quotes"
     if leaf.choices:

@@ -51,7 +51,7 @@ def text_of(path: str) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML text says.  Raises ValueError with the reason."""
+    """The value of YAML text. Raises ValueError with the reason."""
     return value_of_node(compose(text))
 
 

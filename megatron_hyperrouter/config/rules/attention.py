@@ -69,7 +69,7 @@ def one_scaling_of_positions(config: RunConfig, world_size: int | None) -> Itera
 
 
 def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Rotary positions turn channels in pairs; YaRN as megatron-core has it turns all of them."""
+    """Rotary positions rotate channels in pairs; megatron-core's YaRN rotates all channels."""
     name = "qk_pos_emb_head_dim" if config.attention.multi_latent_attention else "rotary_percent"
     if config.attention.rotary_percent < 1.0 and rope_type(config) == "yarn":
         yield broken(config, "rotary_percent", "must be 1 with --rope-type yarn", "leave out FLAG")
@@ -81,7 +81,7 @@ def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iter
 
 
 def windows_fit_the_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A window is readable, and so is the pattern of the layers that have it."""
+    """The window and the pattern of layers that have one must be readable."""
     attention = config.attention
     if attention.window_size is None and attention.window_attn_skip_freq is not None:
         yield needs(config, "window_attn_skip_freq", "--window-size")

@@ -26,7 +26,7 @@ def some_data(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 def mock_data_stands_alone(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Made-up tokens take the place of all data files."""
+    """Synthetic tokens replace all data files."""
     if not config.data.mock_data:
         return
     for name in (*PATHS, "data_schedule"):

@@ -17,7 +17,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
 ABSENT = object()
-REMOVED = (  # DeepSpeed 0.19.8 stops at them, whatever they hold (runtime/config.py:81, 119)
+REMOVED = (  # DeepSpeed 0.19.8 stops at them, whatever their values (runtime/config.py:81, 119)
     "nebula",
     "compression_training",
     "amp",
@@ -36,7 +36,7 @@ REMOVED = (  # DeepSpeed 0.19.8 stops at them, whatever they hold (runtime/confi
 
 
 def deepspeed_json(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The file is there, and sets nothing that a flag sets otherwise."""
+    """The file must exist, and must not contradict a flag."""
     path = config.engine.deepspeed_config
     if path is None or config.engine.engine != "deepspeed":
         return

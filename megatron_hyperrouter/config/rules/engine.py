@@ -163,7 +163,7 @@ def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[P
 def _named_stages_have_experts(config: RunConfig) -> Iterator[Problem]:
     try:
         sizes, routed = stage_layers(config), moe_layers(config)
-    except ValueError:  # which is reported by itself
+    except ValueError:  # another rule reports it
         return
     ends = list(accumulate(sizes))
     for stage, (size, end) in enumerate(zip(sizes, ends, strict=True), start=1):

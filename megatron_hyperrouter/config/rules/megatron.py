@@ -44,7 +44,7 @@ def tensor_parallel_experts_need_sequence_parallel(
 
 
 def capacity_of_whole_samples(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A capacity of each rank's own tokens drops others than a capacity of all: the loss is off by 1.2e-2
+    """A capacity per rank drops different tokens than a capacity for all tokens: the loss is off by 1.2e-2
     with TP 2.
     """
     parallel = config.parallel
@@ -77,7 +77,7 @@ def flex_has_its_kernels(config: RunConfig, world_size: int | None) -> Iterator[
 
 def flex_has_ranks_to_dispatch_to(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The flex dispatcher asserts that there are other ranks to send tokens to (token_dispatcher.py:1346)."""
-    if world_size is None:  # nor is the layout: a plan looks for one
+    if world_size is None:  # a plan has no layout yet
         return
     ranks = expert_tensor_size(config) * config.parallel.expert_model_parallel_size
     if (
@@ -94,7 +94,7 @@ def flex_has_ranks_to_dispatch_to(config: RunConfig, world_size: int | None) -> 
 
 
 def documents_need_attention_of_ours(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Transformer Engine's attention is given no borders of documents."""
+    """Transformer Engine's attention does not receive document boundaries."""
     if (
         config.engine.engine == "megatron"
         and config.engine.transformer_impl == "transformer_engine"

@@ -69,7 +69,7 @@ def topk_within_experts(config: RunConfig, world_size: int | None) -> Iterator[P
 
 
 def topk_fields_need_a_schedule(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Without a schedule, its start and its length would say nothing."""
+    """Without a schedule, its start and its length have no meaning."""
     if config.topk.topk_schedule != "constant":
         return
     for name, value in (
@@ -93,14 +93,14 @@ def schedule_needs_a_start(config: RunConfig, world_size: int | None) -> Iterato
 
 
 def router_options(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """What the router itself has to say about its options."""
+    """Problems that the router's own rules find in its options."""
     own_rules = getattr(config.router.options, "problems", None)
     if own_rules is not None:
         yield from own_rules(hidden_size=config.model.hidden_size, num_experts=config.model.num_experts)
 
 
 def layers_have_a_pattern(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """A pattern of layers is readable, fits the layers, and leaves a layer that routes."""
+    """The pattern of layers must be readable, fit the number of layers, and leave at least one MoE layer."""
     try:
         routed = any(moe_layers(config))
     except ValueError as error:

@@ -32,7 +32,9 @@ def fp8_settings_need_fp8(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def fp8_needs_bf16_and_its_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Transformer Engine's fp8 products take and give bfloat16; torch's layers have none."""
+    """Transformer Engine's fp8 products have bfloat16 inputs and outputs; PyTorch's layers do not support
+    fp8.
+    """
     if config.precision.fp8_format is None:
         return
     if not config.train.bf16:
@@ -40,7 +42,7 @@ def fp8_needs_bf16_and_its_layers(config: RunConfig, world_size: int | None) -> 
     if config.engine.transformer_impl == "local":
         remedy = "use --transformer-impl transformer_engine, or leave out --fp8-format"
         yield broken(config, "fp8_format", "cannot be combined with --transformer-impl local", remedy)
-    if resets_documents(config):  # which PyTorch's layers compute
+    if resets_documents(config):  # only PyTorch's layers support this
         rule = "cannot be combined with --reset-attention-mask or --reset-position-ids"
         yield broken(config, "fp8_format", rule, "leave out those two flags, or --fp8-format")
 

@@ -64,7 +64,7 @@ def rampup_reaches_the_full_batch(config: RunConfig, world_size: int | None) -> 
 
 
 def micro_batches_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """The interleaved schedule goes round the stages in whole turns."""
+    """The interleaved schedule needs a multiple of the number of stages."""
     stages, chunks = (
         config.parallel.pipeline_model_parallel_size,
         config.parallel.virtual_pipeline_model_parallel_size or 1,
@@ -103,7 +103,7 @@ def skip_steps_are_ranges(config: RunConfig, world_size: int | None) -> Iterator
 
 
 def alarms_are_known(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Names, actions, and a loss that can be raised."""
+    """Alarm names and actions must be known; ``raise-aux`` needs a balance loss."""
     try:
         actions = alarm_actions(config.guard.alarm)
     except ValueError as error:

@@ -11,7 +11,7 @@ from megatron_hyperrouter.config.reading.values import expanded
 from megatron_hyperrouter.config.reading.yaml_text import load_yaml, parse_yaml
 from megatron_hyperrouter.config.tree import DataConfig
 
-Mix = tuple[int, tuple[str, ...]]  # completed steps from which on, words of --data-path
+Mix = tuple[int, tuple[str, ...]]  # completed steps at which it begins, words of --data-path
 
 SCHEDULE_REMEDY = (
     "write a list of entries with from_step and data_path; start at step 0 and increase from_step"

@@ -48,7 +48,10 @@ class CheckpointConfig:
     no_save_optim: Annotated[
         bool,
         Role.UPKEEP,
-        "Save checkpoints without the optimizer state: enough to use the weights, not to resume exactly",
+        (
+            "Save checkpoints without the optimizer state; the weights can be used, but a run cannot "
+            "resume exactly"
+        ),
     ] = False
     no_load_optim: Annotated[
         bool, Role.START, "Resume at the checkpoint's step, with a new optimizer state and random state"

@@ -71,13 +71,13 @@ class OptimizerConfig:
         bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides this itself"),
-        "Overlap the gathering of weights with the forward pass; default: on where gradients overlap "
-        "and --use-distributed-optimizer is on",
+        "Overlap the gathering of weights with the forward pass; default: on if "
+        "--overlap-grad-reduce and --use-distributed-optimizer are on",
     ] = None
     ddp_bucket_size: Annotated[
         Count | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed's buckets follow the size of the model"),
-        "Gradients of this many elements are reduced together where communication overlaps; "
-        "default: 10^6 per data-parallel rank, at least 4 x 10^7",
+        "With overlapping communication: number of gradient elements to reduce together; default: "
+        "10^6 per data-parallel rank, but at least 4 x 10^7",
     ] = None

@@ -26,7 +26,7 @@ NextStarts = Callable[[], Tensor]
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """megatron-core's core-attention slot: causal, grouped-query, never materialises the score matrix where
+    """megatron-core's core-attention slot: causal, grouped-query, without storing the score matrix where
     torch can avoid it.
     """
 
@@ -82,7 +82,7 @@ class ScaledDotProductAttention(MegatronModule):
         """Returns ``[S, B, N * C]``."""
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError("attention masks, biases and packed sequences are not supported")
-        # Asked here, for a recomputation of attention alone is of the same micro-batch.
+        # Called here, because recomputing the attention must use the same micro-batch.
         inputs = (query_SBNC, key_SBGC, value_SBGC, None if self.next_starts is None else self.next_starts())
         if self.recompute and self.training and torch.is_grad_enabled():
             result: Tensor = checkpoint(self._attend, *inputs, use_reentrant=False)
@@ -115,8 +115,8 @@ class ScaledDotProductAttention(MegatronModule):
         # [B, heads, S, C]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBNC, key_SBGC, value_SBGC))
         if query.is_cuda and (mask is not None or query.dtype == torch.float32):
-            # torch's flash kernel takes no mask and no float32, its memory-efficient one no groups of heads:
-            # what neither takes goes to one that writes all scores.
+            # torch's flash kernel supports neither masks nor float32, and its memory-efficient kernel
+            # supports no groups of heads. Without either, torch uses a kernel that stores all scores.
             key, value = (one_for_each_head(x, query.size(1)) for x in (key, value))
         with self.stopwatch:
             out = F.scaled_dot_product_attention(
