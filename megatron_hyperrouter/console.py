@@ -21,11 +21,9 @@ from typing import TextIO
 
 from megatron_hyperrouter.errors import ConfigError, HostError, HyperRouterError
 
-PATIENCE = (
-    3.0  # seconds; a launcher kills the other ranks well within them once rank 0 has left with an error
-)
-SILENCE = 60.0  # seconds of waiting for other ranks before a person is told
-# What gloo, NCCL and the store at which ranks meet say where another rank has ended.
+PATIENCE = 3.0  # seconds; after rank 0 has ended with an error, a launcher kills the other ranks much sooner
+SILENCE = 60.0  # seconds of waiting for other ranks before a note is printed
+# Words in the errors of gloo, NCCL and the rendezvous store if another rank has ended.
 _LOST_A_RANK = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -37,25 +35,25 @@ _LOST_A_RANK = (
 
 
 class EndedByLauncher(SystemExit):
-    """The launcher has asked this rank to end, because another one has failed; that one says why."""
+    """The launcher has asked this rank to end, because another rank has failed and reports the reason."""
 
 
 def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
-    """Call ``main`` and return the exit status of the public contract: what ``main`` returns where that is
-    an integer, else 0; errors are reported once, by rank 0.
+    """Call ``main`` and return the exit status of the public contract: the integer that ``main`` returns, or
+    0 if it returns anything else.  Rank 0 reports an error at once.
 
-    Another rank waits ``patience`` seconds before it speaks: if rank 0 met the same error, the launcher ends
-    this process first; if the error is this rank's own, it is told after all.
+    Another rank waits ``patience`` seconds before it reports an error.  If rank 0 has the same error, the
+    launcher ends this process first; otherwise this rank reports it.
     """
     status: object = 0
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that does not know a letter
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except HyperRouterError as error:
-        # Settings are the same on all ranks: if rank 0 has said nothing yet, it is still importing, as on a
-        # slow disk.
+        # Settings are the same on all ranks.  If rank 0 has not reported the error yet, it is still
+        # importing, for example from a slow disk.
         _take_turn(10 * patience if isinstance(error, ConfigError) else patience)
         report(error)
         return error.exit_status
@@ -63,7 +61,7 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
         _take_turn(patience)
         return _missing_module(error)
     except EndedByLauncher:
-        # By the launcher's own signal: an exit status of this rank would hide that of the one that failed.
+        # End by the launcher's signal: an exit status would hide that of the rank that failed.
         for stream in (sys.stdout, sys.stderr):
             _let_go(stream)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -72,9 +70,9 @@ def run(main: Callable[[], object], *, patience: float = PATIENCE) -> int:
     except KeyboardInterrupt:
         warn("interrupted")
         return 1
-    except Exception as error:  # noqa: BLE001 - the last stop of every error; nothing is swallowed
-        # A rank that was left alone does not know why; the one that left does, and may be waiting for its own
-        # turn.
+    except Exception as error:  # noqa: BLE001 - every remaining error is reported here; none is hidden
+        # A rank that lost its connection does not know why.  The rank that has ended does, and may still be
+        # waiting for its turn to report.
         _take_turn(patience, left_alone=left_alone(error))
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red", fold=False)
         return 1
@@ -111,7 +109,7 @@ def report(error: HyperRouterError) -> None:
 
 
 def missing_library(error: ModuleNotFoundError) -> HostError:
-    """What to report where an import fails."""
+    """The error to report if an import fails."""
     library = (error.name or "").split(".")[0]
     return HostError(
         f"the library {library} is not installed ({error})",
@@ -151,7 +149,7 @@ def table(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def say_at_once(text: str) -> None:
-    """A note from inside a signal handler, on rank 0: written without buffers, which may be in use."""
+    """Print a note from inside a signal handler, on rank 0; unbuffered, because the buffers may be in use."""
     if speaks():
         with contextlib.suppress(OSError):
             os.write(2, f"\nnote: {text}\n".encode())
@@ -170,17 +168,17 @@ def _say(stream: TextIO, kind: str, text: str, style: str, *, fold: bool = True)
 def _print(stream: TextIO, head: str, text: str, style: str, *, indent: int | None = None) -> None:
     if indent is not None and (width := _width(stream)):
         text = folded(head, text, width, indent)
-    if hasattr(stream, "rich_proxied_file"):  # a bar is on the screen, and stays below what passes here
+    if hasattr(stream, "rich_proxied_file"):  # a progress bar is on the screen; it stays below this text
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.write(f"{head}{text}\n")
         return
     try:
         from rich.console import Console
         from rich.text import Text
-    except ModuleNotFoundError:  # that it is missing has to be told as well
+    except ModuleNotFoundError:  # rich may be the missing library to report
         stream.write(f"{head}{text}\n")
     else:
-        # Whoever reads this may have gone, or its disk be full; rich answers the first with SystemExit.
+        # The reader may have closed the pipe (rich then raises SystemExit), or the disk may be full.
         with contextlib.suppress(OSError, ValueError, SystemExit):
             Console(file=stream).print(Text.assemble((head, style), text), soft_wrap=True, highlight=False)
 
@@ -228,13 +226,13 @@ def _rank() -> str:
 
 def _take_turn(patience: float, *, left_alone: bool = False) -> None:
     if left_alone or not speaks():
-        # the run's own handler would outlive the launcher's request
+        # with the run's own handler, this process would not end when the launcher asks it to
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(8 * patience if left_alone else patience)
 
 
 def _missing_module(error: ModuleNotFoundError) -> int:
-    if (error.name or "").split(".")[0] in ("", "megatron_hyperrouter"):  # our own mistake
+    if (error.name or "").split(".")[0] in ("", "megatron_hyperrouter"):  # a bug in this package
         _say(sys.stderr, "error", traceback.format_exc().rstrip(), "bold red", fold=False)
         return 1
     missing = missing_library(error)

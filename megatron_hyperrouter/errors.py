@@ -31,7 +31,7 @@ class Problem:
     remedy: str  # what to do: "use 2, 4 or 8 experts"
 
     def __str__(self) -> str:
-        # a flag without a word, a setting without a value
+        # a flag without a value
         given = "" if self.value in ("", None) else f" = {self.value}"
         return f"{self.field}{given}: {self.rule}\n    remedy: {self.remedy}"
 
@@ -49,7 +49,7 @@ class ConfigError(HyperRouterError):
 
 
 class DataError(HyperRouterError):
-    """Unusable data: names the file, the place in it and the remedy (exit status 3)."""
+    """Unusable data: names the file, the position in it and the remedy (exit status 3)."""
 
     exit_status = 3
 

@@ -20,10 +20,10 @@ from megatron_hyperrouter.errors import CheckpointError, ConfigError, Problem
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """A stream whose content takes the place of ``path`` at the end of the block; after an error, nothing
-    changes.
+    """A stream whose content replaces that of ``path`` at the end of the block; after an error, ``path`` is
+    unchanged.
 
-    ``durable``: also after a power failure. OSError if the file system refuses.
+    ``durable``: the content survives a power failure. Raises OSError if the file system refuses.
     """
     unfinished = _unfinished(path)
     try:
@@ -47,23 +47,23 @@ def _unfinished(path: Path) -> Path:
 
 
 def open_new(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """Open a file that is not there yet, to write and read; FileExistsError if something has its name, be
-    it a link.
+    """Create a file and open it for writing and reading; FileExistsError if the name exists, even as a
+    link.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     return os.fdopen(descriptor, "w+b" if buffering else "wb", buffering)
 
 
 def open_afresh(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """The same under a predictable name: what a killed run or another user has left there is removed, and
-    never followed if it is a link.
+    """Like :func:`open_new` for a predictable name: a file that a killed run or another user left there is
+    removed; a link is not followed.
     """
     path.unlink(missing_ok=True)
     return open_new(path, buffering=buffering)
 
 
 def open_again(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """Open a file that an earlier process has begun, to write and read; OSError if it is a link."""
+    """Open a file of an earlier process for writing and reading; OSError if it is a link."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     return os.fdopen(descriptor, "r+b", buffering)
 
@@ -86,8 +86,8 @@ def write_json(path: Path, content: object) -> None:
 
 
 def check_output(path: Path, flag: str = "--output") -> None:
-    """Make the folders above ``path``, which will be written when the work is done; ConfigError now if it
-    cannot be.
+    """Create the folders above ``path``; ConfigError if the file, which is written after the work, cannot be
+    created.
     """
     try:
         reason = "is not a file" if path.exists() and not path.is_file() else ""
@@ -127,7 +127,7 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, output: Path, *, failed: bool = False) -> Path:
-    """Give the folder its name, or ``FOLDER.failed`` where it is not fit for use; returns that name."""
+    """Rename the folder to its final name, or to ``FOLDER.failed`` if ``failed``; returns that name."""
     target, number = output.with_name(f"{output.name}.failed") if failed else output, 1
     while failed and target.exists():
         number += 1
@@ -137,7 +137,7 @@ def publish(draft: Path, output: Path, *, failed: bool = False) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

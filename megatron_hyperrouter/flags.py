@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, _finite)
 
     def _parse_optional(self, arg_string: str) -> Any:
-        """Called by argparse for each word; underscores in a flag's name count as dashes, as in a run's."""
+        """Called by argparse for each word; underscores in a flag's name count as dashes, as in mhr train."""
         return super()._parse_optional(self._with_dashes(arg_string))
 
     def _with_dashes(self, word: str) -> str:
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return full
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse with its own words; raises ConfigError with ours."""
+        """Called by argparse with its message; raises ConfigError with a message in this program's style."""
         for pattern, make in _MEANINGS:
             if found := re.fullmatch(pattern, message, re.DOTALL):
                 raise ConfigError([make(self, found)])

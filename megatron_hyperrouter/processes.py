@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# In the environment of a rank that has met the others: under which prefix their keys stand in the store.
+# Set in the environment of ranks that have met: the prefix of their keys in the rendezvous store.
 ROUND = "HYPERROUTER_ROUND"
 _PARENT = str(Path(__file__).resolve().parent.parent)
 

@@ -31,8 +31,8 @@ class Stopped(BaseException):
 
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run ``main(arguments)`` and end the process with the status of the public contract, telling errors on
-    stderr.
+    """Run ``main(arguments)`` and end the process with the status of the public contract, reporting
+    errors on stderr.
 
     0 done, 2 settings, 3 data, 4 checkpoint, 5 missing library, 1 anything else.
     """
@@ -41,14 +41,14 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a terminal that knows no such letter, a name that is not UTF-8
+        # characters that the terminal cannot show, file names that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except HyperRouterError as error:
         if os.environ.get("RANK", "0") != "0":
-            # if rank 0 met the same error, its launcher ends this process before it repeats it
+            # if rank 0 has the same error, the launcher ends this process before it reports it again
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_PATIENCE)
         console.report(error)
@@ -64,7 +64,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Stopped as reason:
         console.error_from_here(f"stopped by {reason}; {reason.left}")
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output has gone, as in "mhr inspect P | head -1"
+    except BrokenPipeError:  # the reader has closed the pipe, as in "mhr inspect P | head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
@@ -72,7 +72,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(again, signal.SIG_IGN)  # a second signal must not cut the cleaning up short
+        signal.signal(again, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
     raise Stopped(signal.Signals(number).name)
 
 
@@ -84,7 +84,7 @@ def parser(description: str, epilog: str = "") -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # the deepspeed launcher puts it in front
+    # the deepspeed launcher adds this flag
     flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return flags
 
@@ -95,12 +95,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def show(text: str) -> None:
-    """A result, on stdout."""
+    """Print a result on stdout."""
     print(text)
 
 
 def note(text: str) -> None:
-    """What a person may want to know meanwhile, on stderr."""
+    """Print information for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -114,9 +114,7 @@ class Bar:
         self._name, self._unit = name, unit
         self._scale = 1e6 if unit == "MB" else 1
         self._start = self._told = self._asked = time.monotonic()
-        self._pause = (
-            _SECONDS_BETWEEN_LINES  # grows: a run of days tells hundreds of lines, not tens of thousands
-        )
+        self._pause = _SECONDS_BETWEEN_LINES  # grows: a run of days prints hundreds of lines
         self._before = 0.0
         self._stack = ExitStack()
 
@@ -126,7 +124,7 @@ class Bar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            # the numbers first: 80 characters are enough for them
+            # the numbers come first: they fit into 80 characters
             columns = (
                 TextColumn("{task.fields[status]}"),
                 BarColumn(),
@@ -144,7 +142,7 @@ class Bar:
         self._stack.close()
 
     def is_due(self) -> bool:
-        """Whether an update now would be seen: for callers whose numbers cost something."""
+        """Whether an update would be shown now; for callers that need time to compute it."""
         pause = _SECONDS_BETWEEN_UPDATES if self._show is not None else self._pause
         due = time.monotonic() - self._asked >= pause
         if due:
@@ -152,11 +150,11 @@ class Bar:
         return due
 
     def begin_at(self, done: float) -> None:
-        """So much was done before the start: it counts for what is left, and not for the speed."""
+        """``done`` was finished before this process started: it is progress, but does not count as speed."""
         self._before = done
 
     def update(self, done: float, total: float, note: str = "") -> None:
-        """Show that ``done`` of ``total`` are finished; ``note``: what else to say."""
+        """Show that ``done`` of ``total`` are finished; ``note``: text to add."""
         if self._show is not None:
             self._show(done, total, note)
         elif time.monotonic() - self._told >= self._pause:

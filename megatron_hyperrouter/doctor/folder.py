@@ -17,8 +17,8 @@ from typing import Any
 from megatron_hyperrouter.doctor.finding import Finding, fault, first_of, note, ok
 from megatron_hyperrouter.doctor.ranks import Ranks
 
-WAIT = 10.0  # seconds until a file of one machine has to be seen on another
-CHECKPOINTS = 3  # for which there has to be room: one being written, the newest, and the one before
+WAIT = 10.0  # seconds until a file of one machine must be visible on another
+CHECKPOINTS = 3  # that must fit on the disk: one being written, the newest, and the one before
 _BLOCK, _BLOCKS, _SECONDS = 4 << 20, 16, 2.0  # bytes; limits of the amount and of the time
 _SLOW = 20e6  # bytes a second
 _RENAMES = 100
@@ -98,7 +98,7 @@ def _appears(path: Path, content: str) -> bool:
 
 
 def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
-    """A file that is replaced again and again is always there, and always whole."""
+    """A file that is replaced repeatedly must always exist and always be complete."""
     if ranks.rank:
         return []
     target, torn, over = folder / "renamed", [0], threading.Event()
@@ -133,7 +133,7 @@ def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
 
 
 def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
-    """While rank 0 has a lock, no other rank must get it."""
+    """While rank 0 holds a lock, no other rank must get it."""
     path, told = folder / "lock", ""
     with contextlib.ExitStack() as stack:
         if ranks.rank == 0:

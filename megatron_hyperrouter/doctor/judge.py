@@ -15,7 +15,7 @@ from megatron_hyperrouter.doctor.machine import Facts
 _INSTALL = "run on that machine: bash tools/setup_env.sh"
 _SLOW_GPU, _USUAL_GPU, _SLOW_CPU = 0.9, 0.95, 0.5  # of the median rate
 _MOST_SKEW = 1.0  # seconds
-_OPEN_FILES, _OPEN_FILES_A_RANK = 1024, 4  # a rank of gloo has a connection to each of the others
+_OPEN_FILES, _OPEN_FILES_A_RANK = 1024, 4  # with gloo, each rank has a connection to every other rank
 _SHM_A_RANK = 64 << 20  # bytes: NCCL's and the data loader's
 EXTRAS = {
     "transformer_engine": "Transformer Engine: fused attention, norms and experts on the Megatron engine",
@@ -166,7 +166,9 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
             "give the container more shared memory (docker --shm-size 8g; "
             "Kubernetes: an emptyDir with medium Memory)"
         )
-        yield fault("/dev/shm", f"too small: {first_of(list(dict.fromkeys(small)))}", remedy)
+        yield fault(
+            "/dev/shm", f"the shared memory is too small: {first_of(list(dict.fromkeys(small)))}", remedy
+        )
     elif facts[0]["shm"] is not None:
         yield ok("/dev/shm", f"{facts[0]['shm'] / 1e9:,.1f} GB free")
     if len(ranks_of) > 1:
@@ -189,4 +191,4 @@ def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
         way = "ahead of" if offset > 0 else "behind"
         text = f"the clock of {names[worst]} is {abs(offset):.1f} s {way} that of {names[0]}"
         return fault("clock", text, "start chrony or ntpd on that machine")
-    return ok("clock", f"within {max(abs(each['offset']) for each in facts):.3f} s of each other")
+    return ok("clock", f"the clocks of all ranks agree to {max(abs(each['offset']) for each in facts):.3f} s")

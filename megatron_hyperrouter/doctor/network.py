@@ -23,9 +23,9 @@ from megatron_hyperrouter.doctor.ranks import Ranks
 _ANSWER = 5.0  # seconds
 _LIMIT = timedelta(seconds=60)
 _TRIES = 3
-_MORE_ROUNDS = 3  # until a pair is called slow: other work on a machine may have disturbed it
+_MORE_ROUNDS = 3  # before a pair is called slow: other work on its machines may have disturbed it
 _BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-_FEW_PAIRS = 4  # fewer have no usual speed
+_FEW_PAIRS = 4  # fewer pairs than this have no typical speed
 _SLOW = {"cpu": 0.1, "cuda": 0.5}  # of the median; processes of one CPU machine disturb each other
 
 
@@ -149,7 +149,7 @@ def _exchange(x: Tensor, y: Tensor, partner: int | None) -> None:
 
 
 def _time(act: Callable[[], object], device: torch.device, *, alone: bool = False) -> float:
-    """Seconds: the best of a few; of the slowest rank, unless ``alone``."""
+    """Seconds of the best of a few tries: of the slowest rank, or of this rank if ``alone``."""
     best = float("inf")
     for number in range(1 + _TRIES):
         dist.barrier()

@@ -17,8 +17,8 @@ from torch import distributed as dist
 from megatron_hyperrouter.errors import HostError
 from megatron_hyperrouter.guard.meeting import of_this_attempt, wait_for_name
 
-PATIENCE = timedelta(seconds=120)  # with the slowest rank
-_ASKED = 4  # times that each rank asks for the time; the first answer waits for the ranks before
+PATIENCE = timedelta(seconds=120)  # for the slowest rank
+_ASKED = 4  # requests for the time by each rank; the first answer is late if the ranks before it are not done
 Value = TypeVar("Value")
 
 

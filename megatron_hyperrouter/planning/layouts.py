@@ -23,7 +23,7 @@ from megatron_hyperrouter.config.tree import RunConfig
 
 ENGINES = ("deepspeed", "megatron")
 _Recompute = Literal["full", "selective"] | None
-# Settings that a layout has a say in, and that its file may have set otherwise
+# Settings that a layout decides, and that the file may have set differently
 _UNSET = (
     "virtual_pipeline_model_parallel_size",
     "decoder_first_pipeline_num_layers",
@@ -235,7 +235,7 @@ def with_micro_batch(candidate: Candidate) -> Candidate:
 
 
 def _recomputations(config: RunConfig) -> tuple[_Recompute, ...]:
-    """What the settings say of a way to recompute goes with that way alone."""
+    """Settings for one kind of recomputation apply only to that kind."""
     train = config.train
     if train.recompute_modules:
         return ("selective",)

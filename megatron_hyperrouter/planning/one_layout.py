@@ -33,4 +33,4 @@ def holdings(config: RunConfig, vocab_size: int, world_size: int) -> tuple[Model
     ]
     held = f"{counts[0]:,} parameters" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} parameters"
     needed = f"about {use.total / _GIB:.3g} GiB on the fullest rank: {', '.join(parts)}"
-    return model, [("a rank", held), ("memory", needed)]
+    return model, [("per rank", held), ("memory", needed)]

@@ -117,8 +117,8 @@ class Planner:
         return self._models[rows]
 
     def planned(self, candidate: Candidate) -> PlannedLayout | Refusal:
-        """The fastest way to save memory that fits, or the one that needs least; of those that the rules
-        allow.
+        """The variant of the layout to show: the fastest allowed one that fits, or the allowed one that
+        needs least memory.
         """
         model, estimator = self.of_rows(candidate.config)
         found = []

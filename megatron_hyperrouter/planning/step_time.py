@@ -22,7 +22,7 @@ from megatron_hyperrouter.planning.machine import Machine
 
 
 class Work(NamedTuple):
-    """What one rank has to do in a step; bubbles of the pipeline are in it."""
+    """The work of one rank in a step, including the bubbles of the pipeline."""
 
     flops: float
     inside: float  # bytes to other GPUs of its node

@@ -48,7 +48,7 @@ def _head(plan: Plan) -> str:
 
 
 def _table(rows: Sequence[PlannedLayout]) -> str:
-    heads = ["", "engine", *(name for name, _ in _SIZES), "state", "recompute", "micro", "GiB", "s a step"]
+    heads = ["", "engine", *(name for name, _ in _SIZES), "state", "recompute", "micro", "GiB", "s / step"]
     body = [[*heads, "tokens/s", "dry run, GiB"]]
     for number, row in enumerate(rows, start=1):
         layout = row.candidate.layout()
@@ -94,13 +94,13 @@ def _first(row: PlannedLayout) -> str:
     counts = sorted(set(row.parameters))
     ranks = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return (
-        f"First layout, GiB of its fullest rank: {', '.join(memory)}. Parameters per rank: {ranks}.\n"
-        f"Seconds per step: {times_of(row)}."
+        f"Memory of the first layout in GiB, on the fullest rank: {', '.join(memory)}. Parameters "
+        f"per rank: {ranks}.\nSeconds per step: {times_of(row)}."
     )
 
 
 def times_of(row: PlannedLayout) -> str:
-    """What a step's time goes to."""
+    """The parts of the step time."""
     names = {
         "compute": "computing",
         "inside": "communication inside nodes",

@@ -1,4 +1,4 @@
-"""Verifies planned layouts with the real engine: first, middle and last rank of each, without memory."""
+"""Verifies planned layouts with the real engine: the first, middle and last rank of each, on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_hyperrouter.planning.plan import GIB, Plan, PlannedLayout
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
 
-_STEPS = 2  # AdamW's state is there from the second on
+_STEPS = 2  # AdamW's state exists from the second step on
 
 
 def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) -> None:
-    """Dry runs of the ``best`` layouts; one that needs more than a GPU has is refused after all."""
+    """Dry runs of the ``best`` layouts; a layout that needs more memory than a GPU has becomes refused."""
     asked = [(each, rank) for each in plan.fitting[:best] for rank in ranks_of(plan.gpus)]
     tasks = [task_of(each.candidate, rank, vocab_size, plan.machine.skew) for each, rank in asked]
     note(f"dry run of {len(tasks)} ranks: each builds its engine and runs {_STEPS} steps with fake tensors")
@@ -75,7 +75,7 @@ def shortened(config: RunConfig, micro_batches: int, data_size: int) -> RunConfi
 
 
 def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each task in turn; raises HostError if no dry run starts."""
+    """The answer to each task in turn; raises HostError if no dry run starts."""
     command = [sys.executable, "-m", "megatron_hyperrouter.planning.dry.rank"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -64,7 +64,7 @@ def ask(task: Mapping[str, Any], *, python: str | None = None, script: Path = CO
 
 
 def _program(python: str | None) -> str:
-    """The Python to start; a path is from here, as the process may run in another folder."""
+    """The Python to start; relative paths start here, because the process may run in another folder."""
     program = python or sys.executable
     return os.path.abspath(program) if os.sep in program else program
 
@@ -82,6 +82,6 @@ def _run(command: list[str], *, cwd: str, env: Mapping[str, str]) -> subprocess.
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what makes it a rank of a launcher, and without a way to the network."""
+    """This process's environment, without the variables of a launcher, and with the network switched off."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     return {name: value for name, value in os.environ.items() if name not in ours} | _QUIET

@@ -76,7 +76,7 @@ def greedy(
     start = len(prompt)
     ids_1S[0, :start] = torch.tensor(prompt)
     end = min(start + new_tokens, length)
-    for at in range(start, end):  # what is behind a position does not reach it
+    for at in range(start, end):  # a position does not depend on later ones
         logits_V = engine.logits(ids_1S, topk=topk)[0, at - 1, :vocab_size]
         ids_1S[0, at] = logits_V.argmax().cpu()
     return [int(token) for token in ids_1S[0, start:end]]

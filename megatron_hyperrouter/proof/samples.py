@@ -21,7 +21,7 @@ def proof_rows(
     """Samples of S + 1 ids, ``_BS``, and where they come from: the run's test split, or random ids if the
     data are missing.
 
-    Random ids show equal functions as well as text does; only their perplexity means nothing.
+    Random ids show whether two functions are equal as well as text does; only their perplexity is useless.
     """
     try:
         dataset = run.dataset(

@@ -84,7 +84,7 @@ def quality_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
         for label, row in table.items()
     ]
     heads = ["router", "seeds", *(f"k = {k}" for k in ks)]
-    section.table(heads, rows, name="quality", note=f"{unit.capitalize()} of the test split. {_MEANING}")
+    section.table(heads, rows, name="quality", note=f"{unit.capitalize()} on the test split. {_MEANING}")
 
     def against_k(table: Mapping[str, Mapping[str, Interval]], ylabel: str, skip: int = 0) -> Any:
         def fill(axes: Any) -> None:
@@ -188,8 +188,8 @@ def work_chapter(study: Comparison, drawing: Drawing, unit: str) -> Section:
     section.figure(
         drawing.draw(fill),
         (
-            "One point for each router and k. The grey band is the Pareto front: no other point has "
-            "both fewer FLOPs and a better score."
+            "One point for each router and k. The grey band is the Pareto front: it joins the "
+            "points that no other point beats in both FLOPs and score."
         ),
     )
     heads = ["router", "training, total", *(f"forward, k = {k}" for k in ks)]

@@ -58,7 +58,7 @@ class Section:
         self.parts.append(f"<h3>{html.escape(words, quote=False)}</h3>")
 
     def figure(self, svg: str, caption: str = "") -> None:
-        """A plot and what is to be seen in it."""
+        """A plot and its caption."""
         below = f"<figcaption>{html.escape(caption, quote=False)}</figcaption>" if caption else ""
         self.parts.append(f"<figure>{svg}{below}</figure>")
 

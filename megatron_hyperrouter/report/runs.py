@@ -182,7 +182,7 @@ def speed_chapter(named: Mapping[str, TrainingRun], drawing: Drawing) -> Section
                     f"{sum(times) / 60:,.1f}",
                 ]
             )
-    heads = ["run", "step, ms", "tokens/s", "TFLOP/s a device", "peak memory, GiB", "minutes in steps"]
+    heads = ["run", "step, ms", "tokens/s", "TFLOP/s per device", "peak memory, GiB", "minutes in steps"]
     section.table(heads, rows, name="speed", note="Medians over all steps.")
     if rows:
         panels = [("tokens_per_second", "tokens/s"), ("step_time", "step, s")]

@@ -48,7 +48,7 @@ EPILOG = """\
 An axis is a setting with its values.  Several settings, joined by commas, change together:
   --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000
   --axis router.name topk hyper
-The YAML file of --axes defines the same: a list of values, or of mappings of settings, for each axis:
+The same axes in a YAML file for --axes; each axis is a list of values, or of settings that change together:
   width:
     - {hidden_size: 64, moe_ffn_hidden_size: 96}
     - {hidden_size: 128, moe_ffn_hidden_size: 192}
@@ -205,8 +205,11 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                 _bad(
                     "--axis",
                     ", ".join(twice),
-                    "is named twice",
-                    "give different values to the first setting of the axis",
+                    "appears twice",
+                    (
+                        "give the first setting of this axis different values, because the run folders "
+                        "are named after it"
+                    ),
                 )
             ]
         )
@@ -263,9 +266,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
             )
     for name in dict.fromkeys(settings):
         if settings.count(name) > 1 or name in known:
-            problems.append(
-                _bad("--axis", name, "is set twice", ("keep only one axis or flag that sets this setting"))
-            )
+            problems.append(_bad("--axis", name, "is set twice", ("set it with one axis or one flag only")))
         if name == "seed" or f"--{name.replace('_', '-')}" in OURS:
             problems.append(
                 _bad(

@@ -39,7 +39,7 @@ _TAIL_BYTES = 1 << 16  # of a metrics file: more than its last line
 
 @dataclass(frozen=True)
 class RunProcess:
-    """A process of a run; ``command`` starts with the file or the ``-m`` of what Python is to run."""
+    """A process of a run; ``command``: what follows ``python`` on the command line."""
 
     what: str  # for messages: "training"
     command: Sequence[str]
@@ -58,7 +58,7 @@ class StudyRun:
 
     @property
     def finished(self) -> bool:
-        """Nothing is left to do; a study says when."""
+        """Whether nothing is left to do; a subclass can define this."""
         return (self.folder / "results.json").exists()
 
     def stages(self) -> list[RunProcess]:
@@ -124,7 +124,7 @@ def write_plan(plan: StudyRun) -> Path:
 
 
 def is_trained(plan: StudyRun) -> bool:
-    """Its last checkpoint is that of its last step."""
+    """Whether its newest checkpoint is that of the last step."""
     from megatron_hyperrouter.checkpoint.folder import find, read_manifest
 
     newest = find(plan.folder)
@@ -132,7 +132,7 @@ def is_trained(plan: StudyRun) -> bool:
 
 
 def training(plan: StudyRun, ranks: int = 1) -> RunProcess:
-    """Train, from the last checkpoint where there is one."""
+    """Train, from the last checkpoint if there is one."""
     load = str(plan.folder) if plan.resumes else "none"
     return RunProcess(
         "training",
@@ -141,7 +141,7 @@ def training(plan: StudyRun, ranks: int = 1) -> RunProcess:
 
 
 def on_ranks(command: Sequence[str], ranks: int) -> list[str]:
-    """``command`` on as many ranks of this machine; torchrun gives them less time to save than a study
+    """``command`` on ``ranks`` ranks of this machine; torchrun gives them less time to save than a study
     gives torchrun.
     """
     if ranks == 1:

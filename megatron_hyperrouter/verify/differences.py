@@ -50,8 +50,8 @@ ROUNDED_SHARE = 1e-2  # of a weight, that is added to the path of its steps: flo
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Largest relative differences; of weights, relative to the longest path that Adam can have gone and a
-    hundredth of the weight.
+    """Largest allowed relative differences. Those of weights are relative to the largest change that Adam can
+    have made plus a hundredth of the weight.
     """
 
     numbers: float = 1e-5
@@ -60,7 +60,7 @@ class Tolerances:
 
 
 BFLOAT16_UNIT = 2.0**-7  # the step from 1 to the next number
-# least and most that is allowed: a part of a gradient that is missing is more
+# smallest and largest tolerance: if a part of a gradient is missing, the difference exceeds both
 BFLOAT16_GRADIENTS = (
     2.0**-4,
     2.0**-2,
@@ -109,7 +109,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Within the tolerance; not a number is not."""
+        """Within the tolerance; NaN is not."""
         return self.value <= self.tolerance
 
 

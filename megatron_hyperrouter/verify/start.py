@@ -109,7 +109,7 @@ class Launched:
     def __init__(
         self, folder: Path | None, *, timeout: float, environ: Mapping[str, str] = os.environ
     ) -> None:
-        """``folder``: has to be seen by all nodes."""
+        """``folder``: must be visible on all nodes."""
         from torch.distributed.rendezvous import rendezvous
 
         self.rank, self.size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
@@ -166,7 +166,7 @@ def _gpus() -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], end: float) -> None:
-    """Until all have ended, one has failed, or the time is over."""
+    """Wait until all have ended, one has failed, or the time is over."""
     while time.monotonic() < end:
         codes = [process.poll() for process in processes]
         if all(code is not None for code in codes) or any(codes):

@@ -13,8 +13,8 @@ from megatron_hyperrouter.guard.watchdog import apart, describe
 from megatron_hyperrouter.watch.trace import Event, Trace, is_here
 
 STATES = {"end": "finished", "stop": "stopped", "failure": "failed"}
-_MISSED = 3  # beats that a rank may leave out
-_STILL = 60.0  # seconds without progress that are not worth a word
+_MISSED = 3  # heartbeats that a rank may miss
+_STILL = 60.0  # seconds without progress that are normal
 _STEPS = 10  # ... or this many usual steps
 _FIRST_STEP = 1800.0  # seconds: kernels are compiled and caches filled in it
 
@@ -46,7 +46,7 @@ class Status:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All fields."""
         return asdict(self)
 
 
@@ -113,7 +113,7 @@ def _why(closing: Event) -> str:
 def _is_alive(trace: Trace) -> bool:
     if trace.held is not None and (trace.held or is_here(trace.holder) or not trace.holder):
         return trace.held
-    # Locks of another machine may not be seen here, or there are none: whoever writes is alive.
+    # Locks of another machine may not be seen here, or there are none: a run that writes is alive.
     renewed = trace.held is None and trace.held_since is not None and trace.now - trace.held_since < STALE
     return renewed or any(
         seconds <= _MISSED * trace.beats[rank].every for rank, seconds in trace.silent.items()

@@ -197,7 +197,7 @@ def _now(run_dir: Path) -> float:
     try:
         with tempfile.TemporaryFile(dir=run_dir) as file:
             return os.fstat(file.fileno()).st_mtime
-    except OSError:  # not ours to write
+    except OSError:  # this user cannot write there
         return time.time()
 
 

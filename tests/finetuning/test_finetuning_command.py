@@ -75,7 +75,7 @@ def test_no_run_no_task_and_an_output_that_is_there(home: Path) -> None:
         assert refused.value.exit_status == status
     (home / "earlier").mkdir()
     (home / "earlier/results.json").touch()
-    for place, words in (("earlier", "already has results"), ("task/labels.json", "cannot be created")):
+    for place, words in (("earlier", "already contains results"), ("task/labels.json", "cannot be created")):
         with pytest.raises(HyperRouterError, match=words) as refused:
             command(home, f"--output {home / place}")
         assert refused.value.exit_status == 2

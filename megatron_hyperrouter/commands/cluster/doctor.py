@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     status = ranks.tell("status", HostError.exit_status if report.faults else 0)
     if ranks.rank == 0:
         _show(report, args.json, status)
-    if status:  # a launcher ends all ranks once one of them has left with a status that is not 0
+    if status:  # a launcher ends all ranks as soon as one of them ends with a nonzero status
         ignore_signals()
     ranks.leave()
     if status:

@@ -49,7 +49,7 @@ def _answer(run_dir: Path, exit_status: int) -> None:
 
     try:
         yes, why = worth_restarting(run_dir, exit_status, environ=os.environ)
-    except HyperRouterError as error:  # it ended before it made its folder
+    except HyperRouterError as error:  # the run ended before it created its folder
         yes, why = False, error.message
     show(f"restart: {'yes' if yes else 'no'}; {why}")
     sys.exit(0 if yes else 1)

@@ -24,7 +24,7 @@ The name of an input file, without .gz or .zst, decides how it is read:
   any other                JSON lines if the file begins with "{", else plain text.
 
 Output files have temporary names (.partial) until they are complete.  Progress is saved to P.journal every
---save-seconds.  If the command is interrupted by a signal, a full disk or an unusable line, run it again: it
+--save-seconds.  If a signal, a full disk or an unusable line ends the command early, run it again: it
 continues from the last save, and the output is the same.  To use N machines, run --shard 1/N to --shard N/N
 with the same inputs and prefix, then mhr merge P.  Token ids are stored as uint16 if the vocabulary has fewer
 than 65500 ids, else as int32."""
@@ -32,7 +32,7 @@ than 65500 ids, else as int32."""
 
 def main(arguments: Sequence[str]) -> None:
     """Read the flags, preprocess, and report what was written."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # only --workers determines how many cores are used
     from megatron_hyperrouter.data.text.inputs import expand, parse_part
     from megatron_hyperrouter.data.tokenize.preprocess import EncodeSettings, preprocess
 
@@ -77,13 +77,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files of JSON lines or plain text (also as .gz and .zst) or Parquet, or glob patterns",
+        help="input files or glob patterns: JSON lines or plain text (also as .gz or .zst), or Parquet",
     )
     flags.add_argument(
         "--output-prefix",
         required=True,
         metavar="P",
-        help="prefix of the output files P_KEY_document.bin and .idx, with their folder",
+        help="path and prefix P of the output files P_KEY_document.bin and P_KEY_document.idx",
     )
     flags.add_argument(
         "--json-keys",
@@ -94,7 +94,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     add_tokenizer_flags(flags, required=True)
     flags.add_argument(
-        "--append-eod", action="store_true", help="add the end-of-document token to each document"
+        "--append-eod", action="store_true", help="append the end-of-document token to each document"
     )
     flags.add_argument(
         "--tokenizer-backend",
@@ -108,7 +108,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="number of tokenizing processes; does not change the output (default: 1)",
+        help="number of processes that tokenize; the output does not depend on it (default: 1)",
     )
     flags.add_argument(
         "--shard",
@@ -150,11 +150,11 @@ class PreprocessBar(Bar):
 
     def __init__(self) -> None:
         super().__init__("mhr preprocess")
-        self._first: tuple[int, int] | None = None  # bytes and documents of the runs before this one
+        self._first: tuple[int, int] | None = None  # bytes and documents that earlier attempts have processed
         self._done = self._documents = 0
 
     def show(self, done: int, total: int, documents: int) -> None:
-        """As ``preprocess`` calls it."""
+        """Called by ``preprocess`` with its progress."""
         if self._first is None:
             self._first = (done, documents)
             self.begin_at(done)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files of JSON lines or plain text (also as .gz and .zst) or Parquet, or glob patterns",
+        help="input files or glob patterns: JSON lines or plain text (also as .gz or .zst), or Parquet",
     )
     flags.add_argument(
         "--vocab-size",
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         "--output",
         required=True,
         metavar="tokenizer.json",
-        help="tokenizer file to write; it gets this name once it is complete",
+        help="tokenizer file to write; it has a temporary name until it is complete",
     )
     flags.add_argument(
         "--json-key",

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         type=Path,
         required=True,
         metavar="FILE.json",
-        help="results of mhr evaluate for the test split",
+        help="output file of mhr evaluate for the test split",
     )
     flags.add_argument(
         "--output", type=Path, metavar="FILE.json", help="also write the table's numbers to this JSON file"

@@ -37,7 +37,7 @@ def refuse_several_ranks(world_size: int) -> None:
 
     if world_size > 1:
         rule = f"needs exactly one process, but {world_size} were started"
-        raise ConfigError([Problem("--calibrate-k", True, rule, "start the command without a launcher")])
+        raise ConfigError([Problem("--calibrate-k", "", rule, "start the command without a launcher")])
 
 
 def calibrated_results(

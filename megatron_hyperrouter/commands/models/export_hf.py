@@ -218,13 +218,16 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="type of the weights (default: float32)",
+        help="data type of the exported weights (default: float32)",
     )
     add(
         "--topk",
         type=int,
         metavar="K",
-        help="number of active experts that the folder uses by default (default: the final k of training)",
+        help=(
+            "number of active experts in the configuration of the exported model (default: the final k "
+            "of training)"
+        ),
     )
     add(
         "--max-shard-size",

@@ -172,7 +172,7 @@ class Work:
         return ended
 
     def all_seeds(self, session: Session) -> bool:
-        """Each seed that an earlier attempt has not finished; False if the fine-tuning was asked to stop."""
+        """Fine-tune with each seed that is not finished yet; False if the fine-tuning was asked to stop."""
         from megatron_hyperrouter.finetuning import reports, saved
 
         total = self.settings.seeds * self.run.settings.train.train_iters
@@ -242,7 +242,7 @@ def check_output(output: Path, facts: Mapping[str, Any] | None) -> None:
     """
     from megatron_hyperrouter.finetuning import reports
 
-    rule = "already has results" if (output / reports.RESULTS).exists() else ""
+    rule = "already contains results" if (output / reports.RESULTS).exists() else ""
     if not rule and (output / reports.FACTS).exists():
         rule = other_than(reports.read_facts(output), facts)
     try:
@@ -256,19 +256,19 @@ def check_output(output: Path, facts: Mapping[str, Any] | None) -> None:
 
 
 def other_than(earlier: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """Why the fine-tuning that ``earlier`` describes cannot continue, if so; it may have more seeds."""
+    """Why the fine-tuning that ``earlier`` describes cannot continue, or ""; more seeds are allowed."""
     if facts is None:
         return "has an unfinished fine-tuning"
     before, now = map(_comparable, (earlier, facts))
     for name, value in now.items():
         if before.get(name) != value:
             differs = f"{name} was {before.get(name)} and is now {value}"
-            return f"has an unfinished fine-tuning with other settings ({differs})"
+            return f"contains an unfinished fine-tuning with other settings ({differs})"
     return ""
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal, as JSON gives it back."""
+    """The facts that must be equal, in the form in which JSON returns them."""
     flat = {**facts, **facts.get("settings", {})}
     left_out = ("settings", "seeds", "notes", "chosen_steps")
     return {name: json.loads(json.dumps(value)) for name, value in flat.items() if name not in left_out}

@@ -61,7 +61,7 @@ def scales_at(args: Namespace, loaded: Loaded, topks: Sequence[int]) -> dict[int
         remedy = (
             "give the run folder with --load, or use a folder that mhr export-hf --calibrate-k has written"
         )
-        raise ConfigError([Problem("--calibrate-k", True, rule, remedy)])
+        raise ConfigError([Problem("--calibrate-k", "", rule, remedy)])
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     return scales_of_run(run, loaded.tokenizer, topks)
 

@@ -79,8 +79,8 @@ def folder_of(args: Namespace, home: Path) -> Path:
 
     tokenizer = open_run(args).tokenizer()
     if tokenizer_json(tokenizer) is None:
-        rule = f"has a {tokenizer.type}, which the harness cannot read"
-        remedy = "evaluate a run that was trained with a HuggingFaceTokenizer or a ByteTokenizer"
+        rule = f"was trained with a {tokenizer.type}, which the harness cannot read"
+        remedy = "give a run that was trained with a HuggingFaceTokenizer or a ByteTokenizer"
         raise ConfigError([Problem("--load", load, rule, remedy)])
     folder = home / "folder"
     words = ["--load", str(load), "--output", str(folder), "--no-proof"]

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
-    """The flags of this tool, and those of the program."""
+    """The flags of this command, and those of mhr train."""
     from megatron_hyperrouter.config.reading.sources import read_flags as read_program_flags
 
     flags = parser(str(__doc__), EPILOG)
@@ -119,7 +119,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="names of routers, or labels in the file of --options",
+        help="routers to compare: names, or labels that the file of --options defines",
     )
     flags.add_argument(
         "--seeds",
@@ -187,7 +187,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
 # -------------------------------------------------------------------------------------------- plans
 @dataclass(frozen=True)
 class Study:
-    """What is compared: the settings by label, and the questions."""
+    """What is compared: the settings by label, and the planned comparisons."""
 
     configs: Mapping[str, RunConfig]
     topks: Sequence[int]
@@ -196,7 +196,7 @@ class Study:
 
     @classmethod
     def of(cls, args: Namespace, line: CommandLine) -> Study:
-        """Of the flags; raises ConfigError."""
+        """From the flags; raises ConfigError."""
         from megatron_hyperrouter.evaluate.perplexity import check_topks
 
         options = read_options(args.options, args.routers)
@@ -219,7 +219,7 @@ class Study:
         return cls(configs, topks, control_label, comparisons_of(args, configs, topks, control_label))
 
     def content(self, args: Namespace) -> dict[str, Any]:
-        """What ``study.json`` holds."""
+        """The content of ``study.json``."""
         return {
             "labels": list(self.configs),
             "control": self.control,

@@ -26,7 +26,7 @@ _SHOWS = "hyper"  # the router that needs a control: its scale is part of its me
 
 
 def control_for(configs: Mapping[str, RunConfig]) -> dict[str, Any] | None:
-    """Options of the control for the first HyperRouter among these; None if there is none, or where a
+    """Options of the control for the first HyperRouter among these; None if there is none, or if a
     fixed router of its scale is among them.
     """
     scales = {label: scale_of(config) for label, config in configs.items()}

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
     check_ranks(layouts)
     engine = args.engines[0]
     samples = samples_for(layouts, settings_of(args, layouts[0], engine, samples=None).train.micro_batch_size)
-    # its ConfigError is the user's
+    # raises ConfigError for the user's settings
     reference = CheckedLayout(layouts[0], engine, settings_of(args, layouts[0], engine, samples))
     check_data(reference, args)
     rows = [row_of(args, layout, engine, samples) for layout in layouts for engine in args.engines]
@@ -215,7 +215,7 @@ def under_launcher() -> bool:
 
 
 def starter_for(args: Namespace, most_ranks: int) -> Starter:
-    """What runs cases: this machine, or the launcher's ranks."""
+    """What starts the ranks: this command, or a launcher."""
     from megatron_hyperrouter.verify.start import Here, Launched
 
     if under_launcher():
@@ -253,7 +253,7 @@ def settings_of(args: Namespace, layout: Layout, engine: str, samples: int | Non
 
 
 def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> CheckedLayout:
-    """A row to run, or one that is refused."""
+    """A row to run, or a refused one with the reason."""
     from megatron_hyperrouter.errors import ConfigError
 
     try:
@@ -267,7 +267,7 @@ def row_of(args: Namespace, layout: Layout, engine: str, samples: int) -> Checke
 
 
 def in_float32(reference: CheckedLayout) -> CheckedLayout | None:
-    """The reference without the rounding of bfloat16, where it has that."""
+    """The reference in float32; None if it does not use bfloat16."""
     from dataclasses import replace
 
     from megatron_hyperrouter.config.cli import replace_leaves
@@ -281,7 +281,7 @@ def in_float32(reference: CheckedLayout) -> CheckedLayout | None:
 
 
 def run_all(rows: Sequence[CheckedLayout], args: Namespace, starter: Starter) -> None:
-    """All rows with as many ranks run in one start of those ranks."""
+    """Run all rows; those with the same number of ranks share one start."""
     runnable = [row for row in rows if row.config is not None]
     for number, row in enumerate(runnable):
         row.folder = starter.folder / f"run-{number}"
@@ -300,7 +300,7 @@ def run_all(rows: Sequence[CheckedLayout], args: Namespace, starter: Starter) ->
 
 
 def judge(rows: Sequence[CheckedLayout], reference: CheckedLayout, exact: CheckedLayout | None) -> None:
-    """Differences of each row, and what they look like."""
+    """The differences of each row, and their probable causes."""
     from megatron_hyperrouter.verify.causes import causes
     from megatron_hyperrouter.verify.differences import Tolerances, compare, evidence, in_bfloat16
 

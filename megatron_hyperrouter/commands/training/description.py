@@ -1,4 +1,4 @@
-"""What every checkpoint of a run carries."""
+"""The description that every checkpoint of a run contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would be, without starting it."""
+"""Describes a run without starting it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hyperrouter.planning.one_layout import holdings
 
 
 def show_run(config: RunConfig, world_size: int) -> None:
-    """Print what the run would be; a tokenizer or data that is not on this machine is reported."""
+    """Print the description of the run; a tokenizer or data that is not on this machine is reported."""
     vocab_size = epoch = None
     try:
         vocab_size = tokenizer_of(config.data).vocab_size

@@ -1,4 +1,4 @@
-"""Trains: opens the engine, says what will happen, runs the loop."""
+"""Trains: opens the engine, prints the start block, runs the loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(
     """Train; returns the exit status.
 
     ``eod``: the id that ends a document, where the settings need it; ``epoch``: tokens of the training data;
-    ``opening``: what the first event of this attempt says.
+    ``opening``: the fields of this attempt's first event.
     """
     config = samples.config
     again = settings_again(config, start)
@@ -65,7 +65,7 @@ def run(
         writer=writer_of(config, tokenizer),
     )
     stopped = steps < config.train.train_iters
-    if stopped:  # a launcher ends all ranks once one of them has left with a status that is not 0
+    if stopped:  # a launcher ends all ranks as soon as one of them ends with a nonzero status
         ignore_signals()
         engine.barrier()
     elif engine.place.is_main:
@@ -73,6 +73,6 @@ def run(
         console.note(
             f"finished; to make a page of plots, run: mhr report {folder} --output {folder}/report.html"
         )
-    # Not reached after an error: it is reported first, since leaving the groups may wait for other ranks.
+    # Not reached after an error, which is reported first: leaving the groups may wait for other ranks.
     engine.close()
     return STOPPED if stopped else 0

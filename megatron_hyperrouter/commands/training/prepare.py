@@ -1,4 +1,4 @@
-"""From settings to a run: the folder is taken, the ranks agree, the data are opened."""
+"""From settings to a run: lock the folder, agree with the other ranks, open the data."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def prepare_and_run(
 ) -> int:
     """Train as the settings say; returns the exit status.  While it runs, no other run may use its folder.
 
-    ``remark`` prints notes and warnings about the settings.  It is called once nothing has been refused, so
-    that an error comes without them.
+    ``remark`` prints notes and warnings about the settings.  It is called after all checks, so that an
+    error is printed without them.
     """
     with RunLock(Path(config.logging.run_dir), held=console.speaks()):
         return _prepare_and_run(config, world_size, launcher, remark)

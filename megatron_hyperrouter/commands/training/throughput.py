@@ -1,4 +1,4 @@
-"""The largest speed of known devices, for model FLOPs utilisation."""
+"""The peak speed of known devices, for model FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PEAK_BF16: Mapping[str, float] = MappingProxyType(
 def peak_flops(*, bf16: bool) -> float | None:
     """FLOP/s of this rank's device in the precision of the run; None if they are not known.
 
-    In float32 None: how fast a GPU is then depends on settings of its libraries.
+    None in float32, where the speed of a GPU depends on settings of its libraries.
     """
     if not bf16 or not torch.cuda.is_available():
         return None

@@ -16,7 +16,7 @@ from megatron_hyperrouter.train.resuming.schedule import with_own_schedule
 from megatron_hyperrouter.train.resuming.start import Start, decide
 from megatron_hyperrouter.train.resuming.together import follow_rank_0
 
-_PATIENCE = 60.0  # seconds until a file system has shown to all machines what one of them has written
+_PATIENCE = 60.0  # seconds until a file of one machine must be visible on all machines
 _REMEDY = "start all ranks with the same command and the same files"
 
 
@@ -42,7 +42,7 @@ def decide_together(config: RunConfig, meeting: Meeting) -> Start:
 
 
 def with_checkpoints_settings(config: RunConfig, start: Start) -> RunConfig:
-    """The settings, with the schedule and the tokenizer of the checkpoint where they call for them."""
+    """The settings, with the schedule and the tokenizer of the checkpoint if they ask for them."""
     return with_kept_tokenizer(with_own_schedule(config, start), start)
 
 

@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from megatron_hyperrouter.guard.launcher import Launcher
 
-    launcher = Launcher.of_this_process()  # before the imports, which take seconds in which it may die
+    launcher = (
+        Launcher.of_this_process()
+    )  # before the imports: they take seconds, and the launcher may die meanwhile
     # Imported here, where console.run() turns a library that is missing into a message and an exit status.
     from megatron_hyperrouter.config.help.show import show_help_first
 

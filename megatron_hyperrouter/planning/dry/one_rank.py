@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
-    """What this rank holds; the process is not fit for anything else afterwards."""
+    """Measure the memory of this rank; the process cannot be used for anything else afterwards."""
     from megatron_hyperrouter.compat.deepspeed import skip_shm_build
     from megatron_hyperrouter.config.cli import load_file
     from megatron_hyperrouter.planning.dry.stand_ins import install
@@ -54,7 +54,7 @@ def _built_and_stepped(config: RunConfig, task: dict[str, Any], storages: Storag
         "built_bytes": storages.now,
     }
     steps = task["steps"]
-    for step in range(steps):  # Adam's state is there from the second on
+    for step in range(steps):  # Adam's state exists from the second step on
         storages.begin(f"step {step + 1}")
         take_step(engine, config)
     return told | {"peaks": storages.peaks, "peak_bytes": max(storages.peaks.values())}

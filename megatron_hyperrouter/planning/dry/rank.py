@@ -29,7 +29,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of the hosts is not part of the answer
     silence_hosts()
-    warnings.filterwarnings("ignore")  # hosts see fake tensors, and say so at each look
+    warnings.filterwarnings("ignore")  # hosts warn about fake tensors at every access
     _import_hosts()
     torch.compiler.set_stance("force_eager")  # a compiled kernel cannot take fake tensors
     for line in sys.stdin:

@@ -50,7 +50,7 @@ def _draw_nothing() -> None:
 
 
 def _gather_own() -> None:
-    """Every other rank is as this one."""
+    """Assume that every other rank has the same values as this one."""
 
     def gathered(found: list[Any], own: Any, group: Any = None) -> None:
         found[:] = [own] * len(found)

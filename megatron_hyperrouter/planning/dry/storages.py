@@ -36,7 +36,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks[phase] = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and look at what it made."""
+        """Run the operator, and count the storages of its results."""
         if self._answers and func is _SCALAR:
             return self._answer(args[0])
         if self._answers and func is _GROUPED:

@@ -115,7 +115,7 @@ def _state(candidate: Candidate, held: Held) -> tuple[float, float, float]:
 
 
 def _buckets(candidate: Candidate, held: Held) -> tuple[float, float]:
-    """What gradients pass through: all the time, and while a layer is computed."""
+    """Buffers for gradients: those that always exist, and those that exist while a layer is computed."""
     config = candidate.config
     stage = zero_stage(config, world_size=candidate.world_size)
     size = 2 if config.train.bf16 else 4
