@@ -224,10 +224,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--topk",
         type=int,
         metavar="K",
-        help=(
-            "number of active experts in the configuration of the exported model (default: the final k "
-            "of training)"
-        ),
+        help="number of active experts (default: the final k of training)",
     )
     add(
         "--max-shard-size",
@@ -239,7 +236,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--custom-code",
         action="store_true",
-        help="add modeling code to the folder, for a router that transformers does not have",
+        help="add modeling code for a router that transformers does not have",
     )
     add(
         "--calibrate-k",
@@ -276,7 +273,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     add(
         "--numbers",
         action="store_true",
-        help="with --verify: also run transformers, and compare its losses with those in the certificate",
+        help="with --verify: also compute the losses with transformers again",
     )
     args = flags.parse_args(arguments)
     _check_together(flags, args)
