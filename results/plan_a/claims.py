@@ -185,7 +185,7 @@ def alarms(folders: list[Path]) -> tuple[int, dict[str, int]]:
         steps += max(int(told["steps"]) - WATCHED_FROM, 0)
         for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
-            if event["event"] == "alarm" and event["alarm"] != "late_data":
+            if event["event"] == "alarm" and event["alarm"] not in ("late_data", "slow_rank"):
                 found[event["alarm"]] = found.get(event["alarm"], 0) + 1
     return steps, found
 
