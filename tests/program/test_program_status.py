@@ -158,6 +158,7 @@ def test_a_rank_that_becomes_slow_is_named_while_the_run_continues(
     assert alarm["rank"] == 1 and HEALTHY + 10 < alarm["step"] <= HEALTHY + 20
     assert alarm["since"] == alarm["step"] - 19 and alarm["value"] > alarm["threshold"] == 1.1
     assert (alarm["action"], alarm["host"]) == ("note", socket.gethostname())
-    named = f"rank 1 ({alarm['host']}): all ranks wait for it, because it takes {alarm['value']:.2f} times"
+    steps = f"in steps {alarm['since']} to {alarm['step']}, it took {alarm['value']:.2f} times"
+    named = f"rank 1 ({alarm['host']}): all ranks waited for it: {steps}"
     assert len(late) == 1 and late[0].startswith(named), late
     assert f"step {alarm['step']}: {named}" in job.stderr and "mhr doctor" in job.stderr
