@@ -1,8 +1,8 @@
 """A stand-in for Transformer Engine on machines without a GPU: its classes, arguments and parameter
 names, computed by torch.
 
-Written after the calls that megatron-core 0.16.1 makes (extensions/transformer_engine.py).  It claims to
-be version 2.1. ``partition_dim`` is wrong on the second matrix of experts that are cut, as in the
+Written after the calls that megatron-core 0.16.1 and 0.19.2 make (extensions/transformer_engine.py).  It
+claims to be version 2.1. ``partition_dim`` is wrong on the second matrix of experts that are cut, as in the
 original, which knows nothing of their parallelism.
 """
 
@@ -120,10 +120,20 @@ class LayerNormLinear(Linear):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, *, hidden_size: int, eps: float, zero_centered_gamma: bool, **made: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | None = None,
+        *,
+        hidden_size: int | None = None,  # its name in megatron-core 0.16.1
+        eps: float,
+        zero_centered_gamma: bool,
+        **made: Any,
+    ) -> None:
         super().__init__()
+        length = hidden_size if normalized_shape is None else normalized_shape
+        assert length is not None and not zero_centered_gamma
         self.eps = eps
-        self.weight = scale(hidden_size, **made)
+        self.weight = scale(length, **made)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
