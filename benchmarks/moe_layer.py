@@ -4,6 +4,9 @@ Ours is the MLP slot of the DeepSpeed engine with its statistics and balance los
 ``deepspeed.moe.layer.MoE`` as DeepSpeed makes it, with its own gate and its own balance loss.  Experts,
 weights, tokens, k and the tokens' routes are the same (no dropping, no sampling), which is checked.  Router
 hyper generates and goes back once in each run, as with one micro-batch a step.
+
+``--imbalance`` measures the grouped experts of both engines instead: one expert with 3.7 times the mean load,
+against an even load; goal <= 1.05, too.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 GOAL = 1.05
 BALANCE = 0.01  # coefficient of the balance loss
+SKEW = 3.7  # largest load / mean load
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,26 @@ class DifferentWork(RuntimeError):
 
 def main() -> None:
     """Read the flags, measure each case, print the table."""
-    args = flags(__doc__ or "", pairs=60).parse_args()
+    parser = flags(__doc__ or "", pairs=60)
+    parser.add_argument(
+        "--imbalance", action="store_true", help="experts at an uneven load against an even one"
+    )
+    args = parser.parse_args()
     sizes = Sizes(64, 32, 8, 16) if args.quick else Sizes(1024, 256, 16, 512)
     pairs, warm_up = (2, 1) if args.quick else (args.pairs, args.warm_up)
+    if args.imbalance:
+        wide = sizes if args.quick else Sizes(2048, 256, 16, 512)
+        small = sizes if args.quick else Sizes(1024, 256, 64, 128)
+        with world(sizes, args.threads):
+            print_table(
+                (
+                    measure_imbalance(each, k, pairs=pairs, warm_up=warm_up)
+                    for each, k in ((wide, 2), (small, 8))
+                ),
+                base="even",
+                ours="uneven",
+            )
+        return
     with world(sizes, args.threads):
         cases = [(router, k) for router in ("topk", "hyper") for k in (1, 2, 4)]
         print_table(
@@ -118,6 +139,42 @@ def measure(sizes: Sizes, router: str, k: int, *, pairs: int, warm_up: int) -> P
     base, ours = in_turn(lambda: once(bare, run_bare), lambda: once(slot, run_ours), pairs=pairs)
     check_same_work(slot, bare, statistics, runs=pairs + warm_up)
     return PairedTimes(f"{router} k={k}, {sizes}", GOAL, base, ours)
+
+
+def measure_imbalance(sizes: Sizes, k: int, *, pairs: int, warm_up: int) -> PairedTimes:
+    """Run the same experts in turn at both loads."""
+    import torch
+
+    from megatron_hyperrouter.engines.grouped import GroupedExperts, Sharing
+
+    torch.manual_seed(0)
+    experts = GroupedExperts(sizes.config("topk", k), Sharing()).to(device())
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=sizes.hidden_size**-0.5)
+    hidden_TD = torch.randn(sizes.tokens, sizes.hidden_size, device=device())
+    weights_TK, probe_TD = torch.rand(sizes.tokens, k, device=device()), torch.randn_like(hidden_TD)
+
+    def once(experts_TK: Tensor) -> Seconds:
+        experts.zero_grad(set_to_none=True)
+        x_TD = hidden_TD.clone().requires_grad_()
+        return stopwatch(lambda: experts.weighted(x_TD, weights_TK, experts_TK, None).backward(probe_TD))
+
+    even_TK, uneven_TK = (routes(sizes, k, skew).to(device()) for skew in (1.0, SKEW))
+    for _ in range(warm_up):
+        once(even_TK), once(uneven_TK)
+    base, ours = in_turn(lambda: once(even_TK), lambda: once(uneven_TK), pairs=pairs)
+    return PairedTimes(f"k={k}, {sizes}", GOAL, base, ours)
+
+
+def routes(sizes: Sizes, k: int, skew: float) -> Tensor:
+    """``_TK``: expert 0 has ``skew`` times the mean load, and the others take turns at the rest."""
+    import torch
+
+    experts_TK = torch.zeros(sizes.tokens, k, dtype=torch.int64)
+    free_TK = torch.ones(sizes.tokens, k, dtype=torch.bool)
+    free_TK[: round(skew * sizes.tokens * k / sizes.experts), 0] = False
+    experts_TK[free_TK] = torch.arange(int(free_TK.sum())) % (sizes.experts - 1) + 1
+    return experts_TK
 
 
 def layers(config: RunConfig) -> tuple[Any, Any, RouterStatistics]:

@@ -101,10 +101,10 @@ class _Losses(torch.autograd.Function):
         for rows_CD, labels_C in zip(hidden_TD.split(size), labels_T.split(size), strict=True):
             losses_C, slope_CV = _chunk(rows_CD, weight_VD, labels_C, wanted)
             losses.append(losses_C)
-            if slope_CV is None:
-                continue
-            slopes_TD.append(slope_CV @ weight_VD)  # under tensor parallelism a summand, as of any linear
-            grad_VD = _added(grad_VD, slope_CV.t() @ rows_CD, last=len(hidden_TD) <= size)
+            if slope_CV is not None:
+                slopes_TD.append(slope_CV @ weight_VD)  # under tensor parallelism a summand, as of any linear
+                grad_VD = _added(grad_VD, slope_CV.t() @ rows_CD, last=len(hidden_TD) <= size)
+            del slope_CV  # before the logits of the next chunk are made
         losses_T = torch.cat(losses)
         if grad_VD is not None:
             ctx.save_for_backward(torch.cat(slopes_TD), grad_VD.to(weight_VD.dtype))

@@ -54,6 +54,7 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
             ],
         ),
         ("moe_layer.py", [f"{router} k={k}," for router in ("topk", "hyper") for k in (1, 2, 4)]),
+        ("moe_layer.py --imbalance", ["k=2,", "k=8,"]),
     ],
 )
 def test_quick_run_prints_a_row_for_each_case(name: str, cases: list[str]) -> None:
@@ -64,6 +65,14 @@ def test_quick_run_prints_a_row_for_each_case(name: str, cases: list[str]) -> No
     for row, case in zip(rows, cases, strict=True):
         assert row["case"].startswith(case)
         assert row["pairs"] == "2"
+
+
+def test_memory_of_the_loss_is_that_of_chunks() -> None:
+    told = run("memory/loss.py", "--quick")
+    assert told.returncode == 0, told.stderr
+    rows = [line.split() for line in told.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["float32", "bfloat16"]
+    assert all(row[-1] == "met" for row in rows)
 
 
 @pytest.mark.parametrize("name", ["router_step.py", "router_methods.py", "moe_layer.py", "preprocess.py"])

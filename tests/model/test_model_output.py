@@ -5,6 +5,7 @@ Legend: ``S`` sequence, ``B`` batch, ``T = S * B`` tokens, ``D`` hidden size, ``
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +75,27 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
         total, _ = token_losses(Projection(hidden_SBD, weight_VD), labels_T)
         total.backward()
     assert largest == V * D < T * V
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """When those of a chunk are made, nothing of the chunk before it is left."""
+    monkeypatch.setattr(output, "_CHUNK_NUMBERS", 8 * V)
+    monkeypatch.setattr(output, "_LEAST_TOKENS", 1)
+    slopes: list[weakref.ref[Tensor]] = []
+    left, host = [], output._chunk
+
+    def chunk(*given: Any) -> tuple[Tensor, Tensor | None]:
+        left.append([slope() for slope in slopes if slope() is not None])
+        losses_C, slope_CV = host(*given)
+        assert slope_CV is not None
+        slopes.append(weakref.ref(slope_CV))
+        return losses_C, slope_CV
+
+    monkeypatch.setattr(output, "_chunk", chunk)
+    hidden_SBD, weight_VD, labels_T = made(dtype)
+    token_losses(Projection(hidden_SBD, weight_VD), labels_T)
+    assert len(left) > 2 and left == [[]] * len(left)
 
 
 def test_without_gradients_none_are_made() -> None:

@@ -136,8 +136,12 @@ def logits_of(candidate: Candidate, rows: int) -> float:
     T = config.train.micro_batch_size * config.model.seq_length // config.parallel.context_parallel_size
     V, D = rows // config.parallel.tensor_model_parallel_size, config.model.hidden_size
     chunk = min(chunk_tokens(V), T)
-    if chunk < T:  # the gradient is added up in float32, a chunk at a time
-        return float(chunk * V * max(_FLOAT32 + size, size) + 2 * V * D * _FLOAT32 + 2 * T * D * size)
+    if chunk < T and config.train.bf16:  # the gradient is added up in float32, a chunk at a time
+        logits = chunk * V * (_FLOAT32 + size) + V * D * _FLOAT32
+        added = chunk * V * size + V * D * (_FLOAT32 + size)
+        return float(max(logits, added) + 2 * T * D * size)
+    if chunk < T:
+        return float(chunk * V * _FLOAT32 + 2 * V * D * _FLOAT32 + 2 * T * D * size)
     if config.train.bf16:
         return float(chunk * V * (_FLOAT32 + size) + 2 * T * D * size)
     return float(chunk * V * _FLOAT32 + V * D * size + 2 * T * D * size)
