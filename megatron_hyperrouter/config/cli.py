@@ -49,6 +49,7 @@ def parse(
     if "--help" in line.flags:
         show_help(routers, prog=prog, topic=line.flags["--help"])
         raise SystemExit(0)
+    repeated = line.notes()
     words = line.pop("--config")
     if words is None:
         file = YamlFile("")
@@ -60,7 +61,7 @@ def parse(
     draft = Draft(routers, file, flags=line.flags, problems=line.problems)
     config = draft.finish(world_size=world_size)
     if notes is not None:
-        notes += draft.notes()
+        notes += [*repeated, *draft.notes()]
     return config
 
 

@@ -50,6 +50,14 @@ class TestPrecedence:
     def test_the_last_of_equal_flags_wins(self, routers):
         assert parse([*DATA, "--num-layers", "1", "--num-layers=2"], routers=routers).model.num_layers == 2
 
+    def test_a_flag_that_is_given_again_with_another_value_is_noted(self, routers):
+        notes: list[str] = []
+        words = [*DATA, "--lr", "1e-3", "--num-layers", "3", "--num_layers=3", "--skip-steps", "1-2"]
+        words += ["--skip-steps", "5-6", "--local_rank=0", "--local_rank=1", "--lr=2e-3"]
+        config = parse(words, routers=routers, notes=notes)
+        assert config.optimizer.lr == 2e-3 and len(config.guard.skip_steps) == 2
+        assert notes == ["--lr is given more than once; the last one counts: 2e-3"]
+
     def test_what_repeated_flags_name_adds_up(self, routers):
         argv = [
             "--alarm",

@@ -25,6 +25,16 @@ class CommandLine:
 
     flags: dict[str, list[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    earlier: list[tuple[str, list[str]]] = field(default_factory=list)  # words that a later flag replaced
+
+    def notes(self) -> list[str]:
+        """For the user: flags that were given again with other words."""
+        return [
+            f"{name} is given more than once; the last one counts: {' '.join(self.flags[name])}"
+            for name in dict.fromkeys(
+                name for name, words in self.earlier if self.flags.get(name, words) != words
+            )
+        ]
 
     def pop(self, name: str) -> list[str] | None:
         """The words of one flag, which then counts as understood; None if it was not given."""
@@ -50,6 +60,8 @@ def read_flags(argv: Sequence[str]) -> CommandLine:
             spelling, equals, value = word.partition("=")
             name = spelling.replace("_", "-")
             before = line.flags.get(name, []) if name in REPEATED_FLAGS else []
+            if name in line.flags and not before:
+                line.earlier.append((name, line.flags[name]))
             words = line.flags[name] = [*before, value] if equals else before
         elif word == "-h":
             words = line.flags["--help"] = []
