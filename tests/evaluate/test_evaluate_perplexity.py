@@ -174,6 +174,17 @@ class TestTool:
     def test_as_many_batches_as_in_training(self, tool: ModuleType, run_dir: Path) -> None:
         assert self.results(tool, run_dir, "--topk", "2", "--eval-iters", "3")[0]["tokens"] == 3 * 8 * 8
 
+    def test_more_batches_than_the_split_has_score_each_sample_once(
+        self, tool: ModuleType, run_dir: Path, capsys: Any
+    ) -> None:
+        _, tokens = score_by_hand(run_dir, "test", topk=2)
+        flags = ("--topk", "2", "--eval-iters", str(tokens))
+        found = self.results(tool, run_dir, *flags)[0]
+        assert f"selects {8 * tokens:,} samples, but there are {tokens // 8:,}" in capsys.readouterr().out
+        assert found == self.results(tool, run_dir, "--topk", "2")[0] and found["tokens"] == tokens
+        (strided,) = self.results(tool, run_dir, *flags, "--eval-stride", "4")
+        assert strided == self.results(tool, run_dir, "--topk", "2", "--eval-stride", "4")[0]
+
     def test_other_data_whole_or_in_part(self, tool: ModuleType, run_dir: Path, tmp_path: Path) -> None:
         other = token_file(tmp_path / "other", documents=30, seed=2)
         whole, part = (

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.commands.models.evaluate_ways import (
+    batches_of,
     calibrated_results,
     refuse_several_ranks,
+    selected,
     windows_of,
 )
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags, checkpoint_of
@@ -51,14 +53,13 @@ def main(arguments: Sequence[str]) -> None:
     if args.calibrate_k:
         refuse_several_ranks(launched_world_size())
     tokenizer = run.tokenizer()
-    samples = args.eval_iters and args.eval_iters * run.global_batch_size
     dataset: Any
     unscored = None
     if args.eval_stride is None:
-        dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=samples)
+        dataset, samples = selected(run, tokenizer, args)
     else:
         dataset = windows_of(run, tokenizer, args)
-        unscored = dataset.unscored
+        samples, unscored = batches_of(run, args, most=len(dataset)), dataset.unscored
     bytes_V = tokenizer.token_bytes_V()
     engine = run.open_engine(tokenizer)
     try:
@@ -75,7 +76,9 @@ def main(arguments: Sequence[str]) -> None:
                 unscored=unscored,
             )
         ratio = words_per_token(run.data(split=args.split, data_path=args.data_path), args.split or "test")
-        calibrated = calibrated_results(run, engine, tokenizer, dataset, args) if args.calibrate_k else None
+        calibrated = (
+            calibrated_results(run, engine, tokenizer, dataset, args, samples) if args.calibrate_k else None
+        )
         if engine.place.is_main:
             rows = ", ".join(to_json(result) for result in results)
             head: dict[str, Any] = {
