@@ -229,7 +229,7 @@ def split_shares(split: str) -> tuple[float, float, float]:
     if not all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) for word in words) or len(words) > 3:
         raise ValueError("must be one to three numbers >= 0, separated by commas")
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))
-    # sum() compensates for rounding from Python 3.12 on, and could move a split's border
+    # sum() compensates for rounding from Python 3.12 on, and could move the boundary of a split
     total = shares[0] + shares[1] + shares[2]
     if not total > 0:
         raise ValueError("must have at least one number greater than 0")

@@ -123,7 +123,8 @@ def parameter_dtype(config: RunConfig) -> torch.dtype:
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     """Rows of the embedding.
 
-    They depend on the layout only where --pad-vocab-size-to-tp asks for it, so that the loss does not either.
+    They depend on the layout only with --pad-vocab-size-to-tp; otherwise the loss is the same on every
+    layout.
     """
     multiple = config.model.make_vocab_size_divisible_by
     if config.model.pad_vocab_size_to_tp:

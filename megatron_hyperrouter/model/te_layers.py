@@ -20,7 +20,7 @@ from megatron_hyperrouter.model.attention.rotary import concentration
 def fused_layer_spec(config: RunConfig, moe: ModuleSpec | None) -> ModuleSpec:
     """Spec of one transformer layer with ``moe`` in its MLP slot, or with one dense MLP for None.
 
-    A norm is a part of the matrix that follows it: the input norm, and in a dense layer that before the MLP.
+    The input norm and, in a dense layer, the norm before the MLP are part of the matrix that follows them.
     """
     model = config.model
     spec = get_gpt_layer_with_transformer_engine_spec(
@@ -34,8 +34,8 @@ def fused_layer_spec(config: RunConfig, moe: ModuleSpec | None) -> ModuleSpec:
 
 
 def fused_expert_spec(config: RunConfig, *, grouped: bool) -> ModuleSpec:
-    """Spec of the experts of a rank; ``grouped``: each of their two matrices in one multiplication for all of
-    them.
+    """Spec of the experts of a rank; ``grouped``: all experts are computed in one grouped product for each
+    of their two matrices.
     """
     moe = get_moe_module_spec(use_te=True, num_experts=config.model.num_experts, moe_grouped_gemm=grouped)
     experts: ModuleSpec = submodules_of(moe).experts
@@ -45,7 +45,7 @@ def fused_expert_spec(config: RunConfig, *, grouped: bool) -> ModuleSpec:
 def fusions(config: RunConfig) -> dict[str, bool]:
     """Fields of megatron-core's configuration: what Megatron-LM fuses by default with Transformer Engine.
 
-    Without ``cross_entropy_loss_fusion``: the loss is ours, in chunks.
+    ``cross_entropy_loss_fusion`` is off, because our loss is computed in chunks.
     """
     plain_turns = not config.attention.multi_latent_attention and concentration(config) == 1.0
     return {
@@ -59,7 +59,7 @@ def fusions(config: RunConfig) -> dict[str, bool]:
 
 def fused_norm() -> type:
     """Class of the norm after the last layer."""
-    # Not at the top: where Transformer Engine is missing, nothing of this is a class.
+    # Imported here, because these classes exist only if Transformer Engine is installed.
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm

@@ -123,7 +123,7 @@ class _Experts(torch.autograd.Function):
         gate_RF, up_RF = both_RG.chunk(2, -1)
         hidden_RF = F.silu(gate_RF).mul_(up_RF)
         if weights_R is not None:
-            hidden_RF.mul_(weights_R.unsqueeze(1))  # a product in float32, whatever the rows' dtype
+            hidden_RF.mul_(weights_R.unsqueeze(1))  # a product in float32 for any dtype of the rows
         ctx.save_for_backward(x_RD, w1_EGD, w2_EDF, weights_R, ends_E, both_RG)
         return F.grouped_mm(hidden_RF, w2_EDF.mT, offs=ends_E)
 

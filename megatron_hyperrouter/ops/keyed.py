@@ -96,7 +96,7 @@ def normal(
     shape: Sequence[int], *, seed: int, name: str, device: torch.device | str = "cpu", start: int = 0
 ) -> Tensor:
     """Float32 N(0, 1) numbers; element i (row-major) is number ``start + i`` of the stream (seed, name),
-    whatever the shape.
+    for any shape.
 
     No absolute value exceeds 8.3.  A number takes about 25 ns on one CPU core.
     """

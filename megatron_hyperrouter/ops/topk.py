@@ -141,7 +141,7 @@ def _by_keys(scores_TE: Tensor, k: int) -> Tensor:
     """The k largest of integers that rise with the score and, for equal scores, fall with the id: none are
     equal, so ``torch.topk`` is defined.
     """
-    # no number is above them all, as in a sort, whatever its sign; -0 becomes 0, which it is equal to
+    # NaN, of either sign, counts as the largest number, as in a sort; -0 becomes 0, because both are equal
     clean_TE = scores_TE.nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0
     bits_TE = clean_TE.view(torch.int32)
     rising_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)  # the bits of negative numbers fall

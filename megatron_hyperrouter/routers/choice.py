@@ -48,8 +48,8 @@ class ChoosingRouter(Router):
     """Base of the routers that decide by their logits; a method only computes the logits."""
 
     config: Config
-    share_E: Tensor  # float32, of the routes of the last global batch; there with aux_loss global_batch
-    choice_bias_E: Tensor  # float32; there with expert_bias
+    share_E: Tensor  # float32 shares of routes in the last global batch; only with aux_loss global_batch
+    choice_bias_E: Tensor  # float32; only with expert_bias
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Router.Config):

@@ -116,7 +116,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
     """
 
     config: Config
-    anchor_ED: Tensor  # float32; there with anchor
+    anchor_ED: Tensor  # float32; only with the option anchor
     _stale: bool
     _generated: Generated | None
     _promised: int | None  # backward passes of this step
@@ -261,7 +261,7 @@ class HyperRouter(ChoosingRouter, FrozenRouter, name="hyper"):
         self._promised = self._left = passes
 
     def end_backward(self) -> None:
-        """See :meth:`Router.end_backward`; an embedding that is not trained takes part in no pass."""
+        """See :meth:`Router.end_backward`; an embedding that is not trained has no backward pass."""
         promised, self._promised = self._promised, None
         if promised is not None and self._left not in (0, promised):
             passes = f"{promised - self._left} backward passes instead of {promised}"

@@ -72,7 +72,7 @@ class TopKRouter(ChoosingRouter, name="topk"):
         self.reset()
 
     def reset_parameters(self, draw: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """W ~ N(0, init_std^2), or as ``logit_std`` asks for; b = 0."""
+        """W ~ N(0, init_std^2), or with the scale that gives ``logit_std``; b = 0."""
         with torch.no_grad():
             self.weight_ED.copy_(draw("weight_ED", tuple(self.weight_ED.shape)) * self.matrix_std())
             if self.bias_E is not None:

@@ -74,7 +74,9 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _without_auto(document: dict[str, Any]) -> dict[str, Any]:
-    """Without the values that the flags decide, and optimizers and schedulers of such values alone."""
+    """The document without values that flags decide, and without optimizers and schedulers that have only
+    such values.
+    """
     kept = {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in document.items()

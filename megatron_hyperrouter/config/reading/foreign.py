@@ -117,7 +117,7 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "moe_eval_capacity_factor": "leave it out; --moe-expert-capacity-factor applies to evaluation too",
         "disable_moe_token_dropping": "leave out --moe-expert-capacity-factor to drop no tokens",
         "deepspeed_activation_checkpointing": "use --recompute-granularity full",
-        "expert_interval": "use --moe-layer-freq; with 12 layers, '([0,1]*6)' is every second layer",
+        "expert_interval": "use --moe-layer-freq; '([0,1]*6)' selects every second of 12 layers",
         "ds_sequence_parallel_size": "use --context-parallel-size with --engine megatron",
         "universal_checkpoint": "leave it out; any layout can load a checkpoint",
         "dataset": "use --data-path with the prefix of a .bin/.idx pair",

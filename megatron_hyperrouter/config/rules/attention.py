@@ -92,8 +92,8 @@ def windows_fit_the_layers(config: RunConfig, world_size: int | None) -> Iterato
 
 
 def mtp_within_its_engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Multi-token prediction reads shifted tokens, which would shift document borders and parts of
-    samples.
+    """Multi-token prediction reads shifted tokens; document boundaries and parts of samples would shift
+    too.
     """
     if config.model.mtp_num_layers is None:
         return

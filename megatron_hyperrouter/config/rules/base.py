@@ -12,7 +12,7 @@ Rule = Callable[[RunConfig, "int | None"], Iterator[Problem]]
 
 
 def broken(config: RunConfig, name: str, rule: str, remedy: str) -> Problem:
-    """The problem of one setting, named as its flag; FLAG in ``remedy`` stands for that flag."""
+    """The problem of one setting, named by its flag; FLAG in ``remedy`` is replaced by that flag."""
     value = value_of(config, name)
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
     return Problem(flag(name), shown, rule, remedy.replace("FLAG", flag(name)))

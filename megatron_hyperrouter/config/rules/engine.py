@@ -24,8 +24,8 @@ _NEED_EXPERTS = "the deepspeed engine needs experts in every stage"
 
 
 class Missing(NamedTuple):
-    """Something that this version does not do: the setting that asks for it, on which engine, and what to do
-    instead.
+    """A feature that an engine does not have: the setting that asks for it, when it does, its name, and the
+    remedy.
     """
 
     name: str
@@ -55,7 +55,7 @@ MISSING: tuple[Missing, ...] = (
 
 
 def in_this_version(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Features that are not built yet are refused instead of ignored."""
+    """Missing features are refused, not ignored."""
     for row in MISSING:
         if row.asked_for(config):
             yield broken(config, row.name, f"the deepspeed engine does not support {row.what}", row.remedy)

@@ -22,7 +22,7 @@ def global_batch_by_micro_batches(config: RunConfig, world_size: int | None) -> 
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     if total is None:
         return
-    # a layout that does not fit is reported by itself
+    # another rule reports a layout that does not fit
     ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1
     if total % (micro * ranks):
         among = "" if world_size is None else f" x data-parallel ranks = {micro} x {ranks}"

@@ -1,1 +1,1 @@
-"""Attention and what it needs: positions, latent vectors, borders of documents."""
+"""Attention: the core, positions, latent vectors and document boundaries."""

@@ -1,7 +1,7 @@
 """Where documents begin in a sample, and the consequences for attention and positions.
 
 The tokenizer's end-of-document id is the last token of a document; Megatron-LM's
-``_get_ltor_masks_and_position_ids`` (megatron-core 0.16, datasets/gpt_dataset.py) has the same borders.
+``_get_ltor_masks_and_position_ids`` (megatron-core 0.16, datasets/gpt_dataset.py) has the same boundaries.
 
 Legend: ``B`` batch, ``S`` sequence, ``Q`` queries on this rank, ``N`` heads, ``C`` channels of a head,
 ``R`` rates.

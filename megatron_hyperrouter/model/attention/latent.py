@@ -134,7 +134,7 @@ class LatentAttention(MegatronModule):
 
 
 class WholeLinear(nn.Module):
-    """A matrix that every tensor-parallel rank has whole, and multiplies its tokens with."""
+    """A linear map whose matrix is whole on every tensor-parallel rank; each rank maps its tokens."""
 
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
