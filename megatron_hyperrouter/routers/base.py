@@ -178,11 +178,14 @@ class Router(nn.Module):
                 )
             elif self.num_groups is not None and self.group_topk is not None:
                 if num_experts % self.num_groups:
-                    rule, remedy = f"must divide --num-experts = {num_experts}", "use a divisor of it"
+                    rule = f"must divide --num-experts = {num_experts}"
+                    remedy = f"use a divisor of {num_experts}"
                     yield Problem("--router.num-groups", self.num_groups, rule, remedy)
                 if self.group_topk > self.num_groups:
                     rule = f"must be at most --router.num-groups = {self.num_groups}"
-                    yield Problem("--router.group-topk", self.group_topk, rule, "use a smaller number")
+                    yield Problem(
+                        "--router.group-topk", self.group_topk, rule, f"use at most {self.num_groups}"
+                    )
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warnings about these options for a run whose smallest k is ``topk``."""

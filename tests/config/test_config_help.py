@@ -74,7 +74,7 @@ class TestHelp:
         for flag in ("--router.lr-mult", "--router.jitter-eps"):
             assert len(re.findall(rf"^  {flag} ", text, flags=re.M)) == 1
         also = flat.split("router topk: ")[1].split("router xmoe: ")[0]
-        assert "Also, as in router hyper: " in also and "--router.jitter-eps" in also
+        assert "Also these options of router hyper: " in also and "--router.jitter-eps" in also
         one = help_text(listed_routers(), prog="train", topic=["router", "topk"])
         assert "--router.lr-mult X" in one and "--router.jitter-eps X" in one
 

@@ -72,7 +72,7 @@ def _all_routers(page: _Page, routers: Mapping[str, Any]) -> Iterator[str]:
         for other, group in named.items():
             if other != "router":
                 flags = ", ".join(leaf.flag for leaf in group)
-                yield from page.wrapped(f"Also, as in {other}: {flags}", indent=2)
+                yield from page.wrapped(f"Also these options of {other}: {flags}", indent=2)
         if not leaves:
             yield "  (no options)"
         explained = dict.fromkeys(leaves, title) | explained

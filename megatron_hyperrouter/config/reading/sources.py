@@ -126,7 +126,7 @@ def _flatten(path: str, document: dict[str, Any], problems: list[Problem]) -> Ya
             rule = "groups settings in a section, which is not supported"
             remedy = f"remove {key}: and write its settings without indentation ({example}: ...)"
             problems.append(Problem(f"{key} in {path}", "", rule, remedy))
-            _add(file, ((_name(inner), each) for inner, each in value.items()), "outside of the section")
+            _add(file, ((_name(inner), each) for inner, each in value.items()), "outside the section")
         else:
             _add(file, ((name, value),), "")
     return file
