@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_hyperrouter.guard.events import OPENING
-from megatron_hyperrouter.guard.health.late_ranks import RULES
+from megatron_hyperrouter.guard.health.late_ranks import RULES, sentence
 from megatron_hyperrouter.guard.run_lock import STALE
 from megatron_hyperrouter.guard.watchdog import apart, describe
 from megatron_hyperrouter.watch.trace import Event, Trace, is_here
@@ -146,10 +146,8 @@ def _late_in_steps(trace: Trace) -> list[str]:
             break
         rule = next((rule for rule in RULES if rule.alarm == each.get("alarm")), None)
         if rule is not None and rule.alarm not in found:
-            rank = each["rank"]
-            host = each.get("host") or (trace.beats[rank].host if rank in trace.beats else "")
-            words = rule.words.format(value=each["value"], since=each["since"], step=each["step"])
-            found[rule.alarm] = f"rank {rank}{f' ({host})' if host else ''}: {words}"
+            beat = trace.beats.get(each["rank"])
+            found[rule.alarm] = sentence(rule, each.get("host") or (beat.host if beat else ""), each)
     return list(found.values())
 
 

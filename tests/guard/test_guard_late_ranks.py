@@ -13,8 +13,10 @@ from megatron_hyperrouter.guard.health.late_ranks import LateRanks
 Found = tuple[str, int, int, float]  # alarm, step, rank, value
 
 
-def found(numbers: Iterable[tuple[Sequence[float], Sequence[float]]], seconds: float = 1.0) -> list[Found]:
-    """What the ranks' waits and compute times of one step after the other show; the first has no length."""
+def found(numbers: Iterable[tuple[Sequence[float], Sequence[float]]], *, more: int = 0) -> list[Found]:
+    """What the ranks' waits and compute times of one step after the other show, each step of one second;
+    ``more``: number of ranks beside each that is named.
+    """
     late, seen = LateRanks(), []
     for step, (waits_R, times_R) in enumerate(numbers, 1):
         result = StepResult(
@@ -24,10 +26,10 @@ def found(numbers: Iterable[tuple[Sequence[float], Sequence[float]]], seconds: f
             peak_memory=0,
             data_waits=tuple(waits_R),
             compute_times=tuple(times_R),
-            seconds=seconds if step > 1 else 0.0,
+            seconds=float(step > 1),
         )
         for each in late.see(step, result):
-            assert each.since == step - 19
+            assert (each.since, each.more) == (step - 19, more)
             seen.append((each.rule.alarm, step, each.rank, each.value))
     return seen
 
@@ -55,8 +57,8 @@ class TestSlowRank:
     """Ranks that take long for the same work."""
 
     @staticmethod
-    def found(times: Iterable[Sequence[float]]) -> list[Found]:
-        return found(((0.0,) * len(times_R), times_R) for times_R in times)
+    def found(times: Iterable[Sequence[float]], *, more: int = 0) -> list[Found]:
+        return found((((0.0,) * len(times_R), times_R) for times_R in times), more=more)
 
     @staticmethod
     def by_loops(times: Sequence[Sequence[float]]) -> tuple[int, int, float] | None:
@@ -102,7 +104,7 @@ class TestSlowRank:
     def test_all_ranks_of_a_hot_machine_are_slow(self) -> None:
         """None of them is the slowest in each step, but each is slow in all of them."""
         times = [[1.0] * 8 + [1.5 + 0.3 * (rank == step % 8) for rank in range(8)] for step in range(1, 22)]
-        ((alarm, step, rank, value),) = self.found(times)
+        ((alarm, step, rank, value),) = self.found(times, more=7)
         assert (alarm, step) == ("slow_rank", 21) and rank >= 8 and 1.5 < value < 1.6
 
     def test_unknown_times_say_nothing(self) -> None:

@@ -138,7 +138,7 @@ class TestState:
         """The newest alarm counts, of this attempt; the rank needs no heartbeat file."""
         alarm = {"event": "alarm", "alarm": "slow_rank", "value": 1.5, "since": 3, "step": 22, "rank": 100}
         opening = {"event": "resume", "time": time.time() - 100, "total": 40, "world_size": 128}
-        newest = alarm | {"value": 1.31, "since": 523, "step": 542, "host": "node7"}
+        newest = alarm | {"value": 1.31, "since": 523, "step": 542, "host": "node7", "more": 3}
         write_events(run_dir, opening, alarm | {"time": time.time()}, newest | {"time": time.time()})
         write_beats(run_dir, time.time(), {}, {})
         with held(run_dir):
@@ -148,8 +148,7 @@ class TestState:
         assert status.state == "running"
         assert status.late == [
             "rank 100 (node7): all ranks waited for it: in steps 523 to 542, it took 1.31 times as long "
-            "as the "
-            "median rank for the same work"
+            "as the median rank for the same work; 3 more ranks are late as well"
         ]
 
     def test_a_new_attempt_that_is_starting(self, run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_hyperrouter.config.derived import alarm_actions, moe_layers
 from megatron_hyperrouter.config.schedules.mixes import scheduled
 from megatron_hyperrouter.engines.base import StepResult
 from megatron_hyperrouter.guard.health.charts import HealthCharts, MeasureOutOfRange, Rise
-from megatron_hyperrouter.guard.health.late_ranks import LateRank, LateRanks
+from megatron_hyperrouter.guard.health.late_ranks import LateRank, LateRanks, sentence
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.config.tree import RunConfig
@@ -112,7 +112,8 @@ class Alarms:
         """Print a note (collective), independently of --alarm, because the model itself is fine."""
         own = self._engine.place.rank == late.rank
         host = self._engine.first_word(socket.gethostname() if own else "")
-        rule, facts = late.rule, {"value": late.value, "since": late.since}
+        rule = late.rule
+        facts = {"value": late.value, "since": late.since, "rank": late.rank, "more": late.more}
         tell(
             "alarm",
             step,
@@ -120,13 +121,11 @@ class Alarms:
             layer=None,
             threshold=rule.threshold,
             action="note",
-            rank=late.rank,
             host=host,
             **facts,
         )
         if self._engine.place.is_main:
-            words = rule.words.format(step=step, **facts)
-            console.warn(f"step {step}: rank {late.rank} ({host}): {words}; {rule.remedy}")
+            console.warn(f"step {step}: {sentence(rule, host, facts | {'step': step})}; {rule.remedy}")
 
     def _follow(self, step: int, finding: MeasureOutOfRange, tell: Callable[..., None]) -> str:
         action = self._actions[finding.measure]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median_low
-from typing import TYPE_CHECKING
+from statistics import fmean, median_low
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.engines.base import StepResult
@@ -24,18 +24,18 @@ class Rule:
     alarm: str
     threshold: float
     of: Callable[[StepResult], Sequence[float]]  # what a step shows of each rank
-    # From these of several steps, and the seconds of all of them: the rank, and a value above the threshold.
-    judge: Callable[[Sequence[Sequence[float]], float], tuple[int, float] | None]
+    # From these of several steps, and the seconds of all of them: what is above the threshold, and its rank.
+    judge: Callable[[Sequence[Sequence[float]], float], list[tuple[float, int]]]
     words: str  # about a rank, with its value and the steps
     remedy: str
 
 
-def late_data(waits_SR: Sequence[Sequence[float]], seconds: float) -> tuple[int, float] | None:
-    """The rank that waited longest for its data, and the share of the time that this cost the others."""
+def late_data(waits_SR: Sequence[Sequence[float]], seconds: float) -> list[tuple[float, int]]:
+    """The ranks that waited long for their data, each with the share of the time that it cost the others."""
     waits_R = [sum(waits_S) for waits_S in zip(*waits_SR, strict=True)]
-    rank = max(range(len(waits_R)), key=waits_R.__getitem__)
-    share = (waits_R[rank] - median_low(waits_R)) / max(seconds, 1e-9)
-    return (rank, share) if share > _WAIT else None
+    usual = median_low(waits_R)
+    shares_R = [(waited - usual) / max(seconds, 1e-9) for waited in waits_R]
+    return [(share, rank) for rank, share in enumerate(shares_R) if share > _WAIT]
 
 
 def over_median(times_R: Sequence[float]) -> list[float]:
@@ -44,14 +44,13 @@ def over_median(times_R: Sequence[float]) -> list[float]:
     return [time / middle for time in times_R]
 
 
-def slow_rank(ratios_SR: Sequence[Sequence[float]], _seconds: float) -> tuple[int, float] | None:
-    """The slowest of the ranks that took more than ``_SLOW`` times the median in each step, and its mean
-    ratio.  A rank that is only disturbed now and then is not slower in each of so many steps.
+def slow_rank(ratios_SR: Sequence[Sequence[float]], _seconds: float) -> list[tuple[float, int]]:
+    """The ranks that took more than ``_SLOW`` times the median in each step, each with its mean ratio.
+
+    A rank that is only disturbed now and then is not slower in each of so many steps.
     """
     by_rank = enumerate(zip(*ratios_SR, strict=True))
-    found = [(sum(ratios_S), rank) for rank, ratios_S in by_rank if min(ratios_S) > _SLOW]
-    total, rank = max(found, default=(0.0, 0))
-    return (rank, total / len(ratios_SR)) if found else None
+    return [(fmean(ratios_S), rank) for rank, ratios_S in by_rank if min(ratios_S) > _SLOW]
 
 
 RULES = (
@@ -77,12 +76,20 @@ RULES = (
 
 @dataclass(frozen=True)
 class LateRank:
-    """A rank that delays all others."""
+    """The rank that delays the others most."""
 
     rule: Rule
     rank: int
     value: float
     since: int  # the first step of those that were judged
+    more: int = 0  # number of other ranks that are late by the same rule
+
+
+def sentence(rule: Rule, host: str, event: Mapping[str, Any]) -> str:
+    """A late rank in words, from the fields of its event."""
+    more = int(event.get("more", 0))
+    others = f"; {more} more rank{'s are' if more > 1 else ' is'} late as well" if more else ""
+    return f"rank {event['rank']}{f' ({host})' if host else ''}: {rule.words.format(**event)}{others}"
 
 
 @dataclass
@@ -108,5 +115,6 @@ class LateRanks:
                 continue
             if late := rule.judge(told, sum(self._seconds)):
                 self._quiet_until[rule.alarm] = step + _PAUSE
-                found.append(LateRank(rule, *late, step - _STEPS + 1))
+                value, rank = max(late)
+                found.append(LateRank(rule, rank, value, step - _STEPS + 1, more=len(late) - 1))
         return found
