@@ -160,7 +160,7 @@ int64_t bind_gather(const Array<Token>& tokens, const Array<int64_t>& pointers, 
 
 KeyedPermutation keyed_permutation(int64_t size, uint64_t key) {
   if (size < 1 || size > int64_t{1} << 62) {
-    throw std::invalid_argument("size must be 1 to 2**62, got " + std::to_string(size));
+    throw std::invalid_argument("size must be from 1 to 2**62, got " + std::to_string(size));
   }
   return KeyedPermutation(size, key);
 }

@@ -22,8 +22,8 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
                int64_t limit, int64_t* out, int64_t length) {
   const auto refuse = [](const std::string& what) { throw std::out_of_range(what); };
   if (span.first < 0 || span.first > span.last || span.last >= order.size()) {
-    refuse("document_index has " + std::to_string(order.size()) + " entries, not " + std::to_string(span.first) +
-           " to " + std::to_string(span.last));
+    refuse("document_index has " + std::to_string(order.size()) + " entries, but entries " +
+           std::to_string(span.first) + " to " + std::to_string(span.last) + " are requested");
   }
   int64_t filled = 0;
   Token lowest = 0, highest = 0;
@@ -35,8 +35,8 @@ int64_t gather(View<Token> tokens, View<int64_t> pointers, View<int32_t> sizes, 
     const int64_t size = sizes[id], pointer = pointers[id], start = pointer / static_cast<int64_t>(sizeof(Token));
     const int64_t begin = i == span.first ? span.begin : 0, end = i == span.last ? span.end : size;
     if (begin < 0 || begin > end || end > size || pointer < 0 || start > tokens.size() - size) {
-      refuse("document " + std::to_string(id) + " has " + std::to_string(size) + " tokens, not " +
-             std::to_string(begin) + " to " + std::to_string(end));
+      refuse("document " + std::to_string(id) + " has " + std::to_string(size) + " tokens, but tokens " +
+             std::to_string(begin) + " to " + std::to_string(end) + " are requested");
     }
     if (end - begin > length - filled) refuse("the sample has more than " + std::to_string(length) + " tokens");
     for (int64_t token = start + begin; token < start + end; ++token) {

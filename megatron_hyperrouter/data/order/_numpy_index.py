@@ -125,7 +125,9 @@ def gather(
 ) -> int:
     """Copy one sample into ``out``; returns the first position of an id outside 0 .. limit - 1, or -1."""
     if not 0 <= first <= last < len(document_index):
-        raise IndexError(f"document_index has {len(document_index)} entries, not {first} to {last}")
+        raise IndexError(
+            f"document_index has {len(document_index)} entries, but entries {first} to {last} are requested"
+        )
     filled = 0
     for i in range(first, last + 1):
         document = int(document_index[i])
@@ -134,7 +136,9 @@ def gather(
         size, start = int(sizes[document]), int(pointers[document]) // tokens.itemsize
         low, high = begin if i == first else 0, end if i == last else size
         if not 0 <= low <= high <= size or not 0 <= start <= len(tokens) - size:
-            raise IndexError(f"document {document} has {size} tokens, not {low} to {high}")
+            raise IndexError(
+                f"document {document} has {size} tokens, but tokens {low} to {high} are requested"
+            )
         if high - low > len(out) - filled:
             raise IndexError(f"the sample has more than {len(out)} tokens")
         out[filled : filled + high - low] = tokens[start + low : start + high]
@@ -148,7 +152,7 @@ def gather(
 
 def _check_size(size: int) -> None:
     if not 1 <= size <= 2**62:
-        raise ValueError(f"size must be 1 to 2**62, got {size}")
+        raise ValueError(f"size must be from 1 to 2**62, got {size}")
 
 
 def _permute(values: Words, size: int, key: int) -> Words:
