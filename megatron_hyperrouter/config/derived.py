@@ -300,29 +300,37 @@ def longest_dense_run(config: RunConfig) -> int:
     return max(map(len, layers.split("x")))
 
 
+def window_width(config: RunConfig) -> int | None:
+    """How many tokens before its own a token attends to in a layer with a window; None without windows.
+
+    Raises ValueError with the rule that is broken.
+    """
+    if config.attention.window_size is None:
+        return None
+    found = re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(-?\d+)\s*[)\]]?", config.attention.window_size.strip())
+    if found is None or int(found[2]) != 0:
+        raise ValueError("must be LEFT,0, where LEFT is the number of earlier tokens that a token attends to")
+    return int(found[1])
+
+
 def windows(config: RunConfig) -> tuple[int | None, ...]:
     """For each layer how many tokens before its own a token attends to; None: all.
 
     Raises ValueError with the rule that is broken.
     """
-    size, skip, layers = (
-        config.attention.window_size,
+    width, skip, layers = (
+        window_width(config),
         config.attention.window_attn_skip_freq,
         config.model.num_layers,
     )
-    if size is None:
-        return (None,) * layers
-    found = re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(-?\d+)\s*[)\]]?", size.strip())
-    if found is None or int(found[2]) != 0:
-        raise ValueError("must be LEFT,0, where LEFT is the number of earlier tokens that a token attends to")
-    if skip is None:
-        return (int(found[1]),) * layers
+    if width is None or skip is None:
+        return (width,) * layers
     limited = pattern(skip)
     if isinstance(limited, int):
         limited = tuple(int(number % limited != 0) for number in range(1, layers + 1))
     if len(limited) != layers:
-        raise ValueError(f"needs {layers} entries in --window-attn-skip-freq, one for each layer")
-    return tuple(int(found[1]) if each else None for each in limited)
+        raise ValueError(f"must have --num-layers = {layers} entries, not {len(limited)}")
+    return tuple(width if each else None for each in limited)
 
 
 def rope_type(config: RunConfig) -> str:

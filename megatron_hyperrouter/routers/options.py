@@ -76,7 +76,7 @@ def _option_problems(cls: type[Router], options: Mapping[str, Any]) -> Iterator[
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             default = "" if defaults[name] is None else f" (default: {defaults[name]})"
-            rule, remedy = reason[:1].lower() + reason[1:], f"leave it out{default}"
+            rule, remedy = reason.replace("Input should", "must"), f"leave it out{default}"
             yield Problem(f"--router.{name}", value, rule, remedy)
 
 

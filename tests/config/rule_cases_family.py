@@ -161,8 +161,8 @@ CASES = [
     case(
         "windows_fit_the_layers",
         {"window_size": "4,0", "window_attn_skip_freq": "[1,0]"},
-        "--window-size",
-        "4 entries in --window-attn-skip-freq",
+        "--window-attn-skip-freq",
+        "must have --num-layers = 4 entries, not 2",
         {"window_attn_skip_freq": "[1,0]*2"},
     ),
     case(
@@ -245,7 +245,7 @@ CASES = [
         "stages_have_experts",
         {**STAGES, "moe_layer_freq": "[0,1,1,1]", "decoder_first_pipeline_num_layers": 1},
         "--moe-layer-freq",
-        "has no experts in pipeline stage 1 (layers 1 to 1); the deepspeed engine",
+        "has no experts in pipeline stage 1 (layer 1); the deepspeed engine",
         {"decoder_first_pipeline_num_layers": 2},
     ),
     case(

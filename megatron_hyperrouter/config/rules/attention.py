@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_hyperrouter.config.derived import resets_documents, rope_type, rotary_channels, windows
+from megatron_hyperrouter.config.derived import (
+    resets_documents,
+    rope_type,
+    rotary_channels,
+    window_width,
+    windows,
+)
 from megatron_hyperrouter.config.rules.base import Rule, broken, needs
 from megatron_hyperrouter.config.sections.attention import AttentionConfig
 from megatron_hyperrouter.config.tree import RunConfig
@@ -82,13 +88,18 @@ def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iter
 
 def windows_fit_the_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     """The window and the pattern of layers that have one must be readable."""
-    attention = config.attention
+    attention, pattern = config.attention, "window_attn_skip_freq"
     if attention.window_size is None and attention.window_attn_skip_freq is not None:
-        yield needs(config, "window_attn_skip_freq", "--window-size")
+        yield needs(config, pattern, "--window-size")
+    try:
+        window_width(config)
+    except ValueError as error:
+        yield broken(config, "window_size", str(error), "write, for example, --window-size 128,0")
+        return
     try:
         windows(config)
     except ValueError as error:
-        yield broken(config, "window_size", str(error), "write, for example, --window-size 128,0")
+        yield broken(config, pattern, str(error), "write a 1 or a 0 for each layer, or leave out FLAG")
 
 
 def mtp_within_its_engine(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

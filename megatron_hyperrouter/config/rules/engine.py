@@ -168,7 +168,8 @@ def _named_stages_have_experts(config: RunConfig) -> Iterator[Problem]:
     ends = list(accumulate(sizes))
     for stage, (size, end) in enumerate(zip(sizes, ends, strict=True), start=1):
         if not any(routed[end - size : end]):
-            rule = f"has no experts in pipeline stage {stage} (layers {end - size + 1} to {end})"
+            layers = f"layers {end - size + 1} to {end}" if size > 1 else f"layer {end}"
+            rule = f"has no experts in pipeline stage {stage} ({layers})"
             remedy = "change the number of layers in the stages, or use --engine megatron"
             yield broken(config, "moe_layer_freq", f"{rule}; {_NEED_EXPERTS}", remedy)
 

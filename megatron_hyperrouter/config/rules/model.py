@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_hyperrouter.config.derived import head_width, moe_layers, query_groups
-from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible, needs
+from megatron_hyperrouter.config.rules.base import Rule, broken, indivisible, multiples, needs
 from megatron_hyperrouter.config.tree import RunConfig
 from megatron_hyperrouter.errors import Problem
 
@@ -31,7 +31,7 @@ def head_width_is_even(config: RunConfig, world_size: int | None) -> Iterator[Pr
             config,
             "kv_channels",
             "must be even for rotary embeddings",
-            f"use {width - 1 or 2} or {width + 1}",
+            f"use {multiples(width, 2)}",
         )
     elif (
         config.model.hidden_size % config.model.num_attention_heads == 0
@@ -104,9 +104,8 @@ def layers_have_a_pattern(config: RunConfig, world_size: int | None) -> Iterator
     try:
         routed = any(moe_layers(config))
     except ValueError as error:
-        yield broken(
-            config, "moe_layer_freq", str(error), "use --moe-layer-freq 1 for experts in every layer"
-        )
+        remedy = "write a 1 or a 0 for each layer, or use --moe-layer-freq 1 for experts in every layer"
+        yield broken(config, "moe_layer_freq", str(error), remedy)
         return
     if not routed:
         yield broken(
