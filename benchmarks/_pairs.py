@@ -139,18 +139,20 @@ def flags(description: str, *, pairs: int) -> argparse.ArgumentParser:
         type=_at_least_two,
         default=pairs,
         metavar="N",
-        help=f"measured pairs of a case (default: {pairs})",
+        help=f"number of measured pairs per case (default: {pairs})",
     )
     parser.add_argument(
         "--warm-up",
         type=int,
         default=3,
         metavar="N",
-        help="pairs before that, which do not count (default: 3)",
+        help="number of warm-up pairs (default: 3)",
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and few pairs: shows that it runs, measures nothing"
+        "--threads", type=int, default=1, metavar="N", help="number of torch threads (default: 1)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and few pairs, to test that the benchmark runs"
     )
     return parser
 

@@ -33,7 +33,7 @@ def main() -> None:
     """Read the flags, measure each case, print the table."""
     parser = flags(__doc__ or "", pairs=5)
     parser.add_argument(
-        "--part", choices=PARTS, action="append", help="this part alone; may be given several times"
+        "--part", choices=PARTS, action="append", help="measure only this part; may be repeated"
     )
     args = parser.parse_args()
     parts = args.part or PARTS

@@ -181,11 +181,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", required=True, help="folder for results.jsonl and table.md")
-    parser.add_argument("--seconds", type=float, default=450.0, help="of all cases (default: 450)")
-    parser.add_argument("--limit", type=float, default=75.0, help="seconds of one case (default: 75)")
+    parser.add_argument("--seconds", type=float, default=450.0, help="time limit in seconds (default: 450)")
+    parser.add_argument(
+        "--limit", type=float, default=75.0, help="time limit of one case in seconds (default: 75)"
+    )
     parser.add_argument("--least", type=float, default=15.0, help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="cases whose name has this word")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--only", default="", help="measure only cases that have this word in their name")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to test that the benchmark runs")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:

@@ -1,12 +1,12 @@
 """Our MoE layer against a bare DeepSpeed MoE layer, forward and backward; goal <= 1.05.
 
-Ours is the MLP slot of the DeepSpeed engine with its statistics and balance loss; the bare one is
-``deepspeed.moe.layer.MoE`` as DeepSpeed makes it, with its own gate and its own balance loss.  Experts,
-weights, tokens, k and the tokens' routes are the same (no dropping, no sampling), which is checked.  Router
-hyper generates and goes back once in each run, as with one micro-batch a step.
+Ours is the MLP slot of the DeepSpeed engine with its statistics and balance loss.  The bare layer is
+``deepspeed.moe.layer.MoE`` as DeepSpeed builds it, with its own gate and balance loss.  The benchmark checks
+that experts, weights, tokens, k and routing are the same (no dropping, no sampling).  Router hyper runs its
+hypernetwork forward and backward once in each run, as with one micro-batch per step.
 
 ``--imbalance`` measures the grouped experts of both engines instead: one expert with 3.7 times the mean load,
-against an even load; goal <= 1.05, too.
+compared with an even load; goal <= 1.05, too.
 """
 
 from __future__ import annotations

@@ -39,10 +39,18 @@ def main() -> None:
     """Read the flags, make the text and the tokenizer, print a row for each peer."""
     parser = flags(__doc__ or "", pairs=5)
     parser.add_argument(
-        "--megabytes", type=float, default=33.0, metavar="MB", help="size of the JSON lines (default: 33)"
+        "--megabytes",
+        type=float,
+        default=33.0,
+        metavar="MB",
+        help="size of the JSON lines in MB (default: 33)",
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=32_000, metavar="N", help="ids of the tokenizer (default: 32000)"
+        "--vocab-size",
+        type=int,
+        default=32_000,
+        metavar="N",
+        help="vocabulary size of the tokenizer (default: 32000)",
     )
     args = parser.parse_args()
     size, vocabulary, pairs = (0.3, 1000, 2) if args.quick else (args.megabytes, args.vocab_size, args.pairs)

@@ -1,17 +1,17 @@
 """What each method costs: training steps against those of router topk, and a competing layer against an
 ordinary one.
 
-The goals: the experts of a competing pass cost at most E/k times those of an ordinary one; averaged over a
-run with rate 0.07, a step of competesmoe at most 1.15 of topk's; a step of simsmoe at its published frequency
-at most 1.05.
+Goals: the experts of a competing pass take at most E/k times as long as those of an ordinary pass.  A step of
+competesmoe, averaged over a run with rate 0.07, takes at most 1.15 times as long as a step of topk.  A step
+of simsmoe at its published frequency takes at most 1.05 times as long.
 
-One process has two DeepSpeed engines at a time, topk's and the method's, which step in turn on the same
-tokens.  The learning rate is 0 and topk has the weights by which the method chooses, so both send the same
-tokens to the same experts, which is checked (but for competitions, jitter and StableMoE's second stage, where
-other experts are the point).  A run's average is reckoned, pair by pair, from steps of both kinds: a share
-``rate`` of competing ones; of simsmoe's a share ``C(k, 2) / frequency`` with one pair to compare, since each
-token adds one to as many of a layer's pairs and a pair is compared when it has ``frequency`` batches' worth
-of them.
+One process has two DeepSpeed engines at a time, one with topk and one with the method.  They step in turn on
+the same tokens.  The learning rate is 0, and topk gets weights with which it chooses the same experts.  This
+is checked, except for competitions, jitter and StableMoE's second stage, which choose other experts on purpose.
+The average of a run is computed for each pair of measurements from steps of both kinds.  For competesmoe, a
+share ``rate`` of the steps is competing.  For simsmoe, a share ``C(k, 2) / frequency`` of the steps compares
+one pair of experts: each token counts for ``C(k, 2)`` pairs of a layer, and a pair is compared when its count
+reaches ``frequency`` batches of tokens.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
     """Read the flags, measure each method, print the table."""
     parser = flags(__doc__ or "", pairs=15)
     parser.add_argument(
-        "--method", choices=METHODS, action="append", help="this one alone; may be given several times"
+        "--method", choices=METHODS, action="append", help="measure only this method; may be repeated"
     )
     args = parser.parse_args()
     sizes = Sizes(32, 8, 32, 16, 2) if args.quick else Sizes(256, 16, 512, 256, 4)

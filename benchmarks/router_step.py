@@ -92,7 +92,7 @@ def main() -> None:
     """Read the flags, measure each case, print the table."""
     parser = flags(__doc__ or "", pairs=15)
     parser.add_argument(
-        "--hidden-size", type=int, choices=[case.hidden_size for case in CASES], help="this case alone"
+        "--hidden-size", type=int, choices=[case.hidden_size for case in CASES], help="measure only this case"
     )
     args = parser.parse_args()
     cases = QUICK if args.quick else [case for case in CASES if args.hidden_size in (None, case.hidden_size)]

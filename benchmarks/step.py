@@ -3,9 +3,9 @@
     python benchmarks/step.py                         both cases, about 10 minutes of one core
     python benchmarks/step.py --side deepspeed --side "megatron:hyper" --case "few wide experts"
 
-Each side is a separate process; they work in turns, so that other work on the machine affects all of
-them.  A ratio is taken within a round, relative to the floor: torch with grouped_mm and fused AdamW, and
-nothing else.  Sides: floor, transformers (:grouped_mm, :eager), deepspeed and megatron (:ROUTER).  All are
+Each side is a separate process; they take turns, so that other work on the machine affects all of
+them.  A ratio compares times of the same round with the floor: a minimal model in torch, with grouped_mm and
+fused AdamW.  Sides: floor, transformers (:grouped_mm, :eager), deepspeed and megatron (:ROUTER).  All are
 in float32 with tied embeddings, norms on queries and keys, softmax over the chosen logits, clipping at 1.
 """
 
@@ -152,10 +152,19 @@ def profiles(sides: list[Worker]) -> list[str]:
 def main() -> None:
     """Measure, and print Markdown."""
     parser = flags(__doc__ or "", pairs=6)
-    parser.add_argument("--side", action="append", help=f"default: all of {', '.join(SIDES)}")
-    parser.add_argument("--case", action="append", choices=list(CASES), help="default: all")
-    parser.add_argument("--flag", action="append", default=[], help="one more word of our flags")
-    parser.add_argument("--profile", action="store_true", help="say where the time goes")
+    parser.add_argument(
+        "--side", action="append", help=f"side to measure; may be repeated (default: {', '.join(SIDES)})"
+    )
+    parser.add_argument(
+        "--case", action="append", choices=list(CASES), help="case to measure; may be repeated"
+    )
+    parser.add_argument(
+        "--flag",
+        action="append",
+        default=[],
+        help="further word for the command line of deepspeed and megatron; may be repeated",
+    )
+    parser.add_argument("--profile", action="store_true", help="show which operators take the time")
     args = parser.parse_args()
     cases = TINY if args.quick else {name: CASES[name] for name in args.case or CASES}
     rounds, warm_up = (2, 0) if args.quick else (args.pairs, args.warm_up)

@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# The launcher answers a wrong line with a traceback, and a machine that it does not reach with nothing for a long time.
+# For a wrong line, the launcher prints a traceback; for a machine that it cannot reach, it prints nothing for a long time.
 hosts=()
 number=0
 while IFS= read -r line || [ -n "$line" ]; do
@@ -45,7 +45,7 @@ while IFS= read -r line || [ -n "$line" ]; do
 done <"$hostfile"
 [ ${#hosts[@]} -gt 0 ] || fail "$hostfile lists no machine" "write a line such as: node1 slots=8"
 
-# the machines that --include and --exclude of the launcher leave
+# the machines that remain after --include and --exclude of the launcher
 chosen=("${hosts[@]}")
 for ((i = 0; i < ${#launcher[@]}; i++)); do
   case ${launcher[i]} in
@@ -65,18 +65,18 @@ for ((i = 0; i < ${#launcher[@]}; i++)); do
       *) [[ $names == *" $host "* ]] || kept+=("$host") ;;
     esac
   done
-  [ ${#kept[@]} -gt 0 ] || fail "$flag $list leaves no machine of $hostfile" "leave out fewer machines"
+  [ ${#kept[@]} -gt 0 ] || fail "$flag $list leaves no machine of $hostfile" "exclude fewer machines"
   chosen=("${kept[@]}")
 done
 
-# It reaches all machines with pdsh and ssh. With another launcher, or one machine, it only asks the first for its address.
+# The launcher reaches all machines with pdsh and ssh. With --launcher, or on one machine, it only asks the first for its address.
 asked=" ${launcher[*]:-} "
 reached=("${chosen[@]}")
 if [[ $asked == *" --launcher"* ]]; then
   reached=("${chosen[0]}")
 elif [ ${#chosen[@]} -gt 1 ] && [[ $asked != *" --no_ssh "* ]]; then
   command -v pdsh >/dev/null \
-    || fail "pdsh is not installed, which the deepspeed launcher starts machines with" "install pdsh, or give another launcher: -- --launcher openmpi"
+    || fail "pdsh is not installed; the deepspeed launcher needs it to reach the other machines" "install pdsh, or give another launcher: -- --launcher openmpi"
 fi
 if [[ $asked != *" --no_ssh "* && ($asked != *" --no_ssh_check "* || ${#reached[@]} -gt 1) ]]; then
   # the options that pdsh hands to ssh, and a port for the launcher
@@ -85,9 +85,9 @@ if [[ $asked != *" --no_ssh "* && ($asked != *" --no_ssh_check "* || ${#reached[
     (ssh -o BatchMode=yes -o ConnectTimeout=10 "${options[@]}" "$host" true </dev/null >/dev/null 2>&1 || echo "$host") &
   done; wait)
   if [ -n "$lost" ]; then
-    first=${lost%%$'\n'*} remedy="take the machine out with -- --exclude ${lost%%$'\n'*}"
+    first=${lost%%$'\n'*} remedy="exclude the machine with -- --exclude ${lost%%$'\n'*}"
     [ ${#hosts[@]} -gt 1 ] || remedy="start on this machine without a HOSTFILE: deepspeed pretrain_gpt_hyperrouter.py --config FILE"
-    fail "ssh does not reach ${lost//$'\n'/, } without a password" "try: ssh $first true; or $remedy"
+    fail "ssh cannot reach ${lost//$'\n'/, } without a password" "try: ssh $first true; or $remedy"
   fi
 fi
 
@@ -97,8 +97,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   source "$(bash tools/setup_env.sh)/bin/activate"
 fi
 
-# The launcher hands the variables of this file to the workers, and no others: yours from ~/.deepspeed_env, and two of ours.
-# Each rank keeps to its cores; NCCL fails rather than hangs when a peer is lost.
+# The launcher passes only the variables in this file to the workers: those in ~/.deepspeed_env, and two more. They limit the threads of
+# each rank, and let NCCL fail instead of hang if a rank is lost.
 mkdir -p runs/cluster
 {
   cat ~/.deepspeed_env 2>/dev/null || true

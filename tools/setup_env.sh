@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv beside the README - or uses the virtual environment that is active -, installs the pinned requirements and builds
-# the C++ extension. Run it as often as you like: it returns at once when nothing changed, and mends what an interrupted run left.
+# the C++ extension. Run it as often as you like: it returns at once if nothing has changed, and repairs an interrupted installation.
 # Prints the environment's folder on stdout, everything else on stderr:
 #
 #     source "$(bash tools/setup_env.sh)/bin/activate"
@@ -91,7 +91,7 @@ up_to_date() {
 
 install() {
   local pip=("$env/bin/python" -m pip --disable-pip-version-check -qq --no-input) built
-  if ! "${pip[@]}" --version >/dev/null 2>&1; then # as in an environment that uv made
+  if ! "${pip[@]}" --version >/dev/null 2>&1; then # for example in an environment that uv created
     say "adding pip to $env"
     "$env/bin/python" -m ensurepip >/dev/null 2>&1 || die "$env has no pip and could not get one; on Debian and Ubuntu install the package python3-venv, then run this again"
   fi
@@ -108,7 +108,7 @@ install() {
   printf '%s\n%s\n' "$want" "$built" >"$env/$mark"
 }
 
-# Two set-ups of one checkout at the same time would trip over each other.
+# Two set-ups of one checkout at the same time would disturb each other.
 if command -v flock >/dev/null; then
   exec 9<"$root"
   flock 9

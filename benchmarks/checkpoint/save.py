@@ -45,8 +45,10 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--engine", choices=("deepspeed", "megatron"))
     flags.add_argument("--saves", type=int, default=15, metavar="N")
-    flags.add_argument("--wall", action="store_true", help="wall time, not CPU time of the main thread")
-    flags.add_argument("more", nargs="*", help="flags of mhr train, after --")
+    flags.add_argument(
+        "--wall", action="store_true", help="measure wall time instead of the CPU time of the main thread"
+    )
+    flags.add_argument("more", nargs="*", help="flags of mhr train, written after --")
     args = flags.parse_args()
     if args.engine is None:
         for engine in ("deepspeed", "megatron"):

@@ -3,15 +3,15 @@
 #
 #   bash examples/cluster/node.sh [flags of pretrain_gpt_hyperrouter.py]
 #
-# torchrun reads where it is from PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT. Exit status: that
-# of torchrun, but 42 where a restart cannot help (settings, data, installation; `mhr status` decides), which the manifests do not retry.
+# torchrun reads PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT. The exit status is that of torchrun,
+# or 42 if a restart cannot help (settings, data, installation; `mhr status` decides). The manifests do not restart after 42.
 # A SIGTERM reaches the ranks, which save and stop.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=examples/cluster/run_folder.sh
 source examples/cluster/run_folder.sh "$@"
 
-# torchrun makes 1 of every exit status, so what cannot run is refused before it starts.
+# torchrun turns every exit status into 1, so settings that cannot run are refused before it starts.
 ranks=${PET_NPROC_PER_NODE:-1}
 [[ $ranks =~ ^[0-9]+$ ]] || ranks=$(nvidia-smi -L | wc -l)
 flags=(--run-dir "$run_dir" --load "$run_dir" "$@")

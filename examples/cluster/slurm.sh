@@ -79,7 +79,7 @@ if [ "${DOCTOR:-0}" = 1 ]; then
   "${by_rank[@]}" python tools/doctor.py --run-dir "$run_dir" --json "$run_dir/doctor.json" || exit $?
 fi
 if [ "${LAUNCHER:-srun}" = torchrun ]; then
-  # every attempt meets under a name of its own; torchrun gives ranks 30 s to stop unless it is told otherwise
+  # each attempt has a different rendezvous id; without --shutdown-timeout, torchrun gives ranks only 30 s to stop
   head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   start=("${step[@]}" --ntasks "$nodes" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}"
     torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --shutdown-timeout 280 --rdzv-backend c10d
@@ -90,13 +90,13 @@ fi
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 { "${start[@]}" pretrain_gpt_hyperrouter.py "${settings[@]}" "$@" 2>&1 >&3 | tee "$errors" >&2; } 3>&1 || status=$?
-# The launcher ends the other ranks, and then has their status (143), or 1. If the first rank to end refused the start, its status counts.
+# The launcher ends the other ranks and returns their status (143), or 1. If the first rank to end has refused to start, use its status.
 first=$(sed -n -E '/.*(Exited with exit code|exitcode *:) ([0-9]+).*/{s//\2/p;q}' "$errors")
 case $first in 2 | 3 | 5) status=$first ;; esac
 
 if [ "$status" != 0 ] && "${ask[@]}" python tools/status.py "$run_dir" --after-exit "$status"; then
   case $(scontrol show job "$SLURM_JOB_ID") in
-    *JobState=CANCELLED*) echo "the job was cancelled: it stays so" ;;
+    *JobState=CANCELLED*) echo "the job was cancelled, so it is not requeued" ;;
     *) scontrol requeue "$SLURM_JOB_ID" && exit 0 ;;
   esac
 fi

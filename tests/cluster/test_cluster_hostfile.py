@@ -83,7 +83,7 @@ def test_machines_that_ssh_does_not_reach(tmp_path: Path) -> None:
         (TWO, "--include=node1@node8:0", "--include node1@node8:0: node8 is not in"),
         (TWO, "-e node1@node2@node3", "leaves no machine"),
         ("node2 slots=1", "", "without a HOSTFILE"),
-        (TWO, "--exclude node1 --launcher openmpi", "ssh does not reach node2 without a password"),
+        (TWO, "--exclude node1 --launcher openmpi", "ssh cannot reach node2 without a password"),
     ],
 )
 def test_what_the_launcher_would_answer_with_a_traceback(
