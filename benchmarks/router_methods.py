@@ -7,7 +7,7 @@ of simsmoe at its published frequency takes at most 1.05 times as long.
 
 One process has two DeepSpeed engines at a time, one with topk and one with the method.  They step in turn on
 the same tokens.  The learning rate is 0, and topk gets weights with which it chooses the same experts.  This
-is checked, except for competitions, jitter and StableMoE's second stage, which choose other experts by design.
+is checked, except for competitions, jitter and StableMoE's second stage, which use other experts by design.
 The average of a run is computed for each pair of measurements from steps of both kinds.  For competesmoe, a
 share ``rate`` of the steps is competing.  For simsmoe, a share ``C(k, 2) / frequency`` of the steps compares
 one pair of experts: each token counts for ``C(k, 2)`` pairs of a layer, and a pair is compared when its count
