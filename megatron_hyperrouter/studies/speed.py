@@ -161,7 +161,7 @@ def check_start(most: int) -> None:
                 Problem(
                     "a launcher",
                     "",
-                    "must not start this command: the command starts its ranks itself",
+                    "must not start this command, because the command starts its ranks itself",
                     remedy,
                 )
             ]

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         "--after-exit",
         type=int,
         metavar="STATUS",
-        help="tell whether to start the run again, after its launcher has ended with exit status STATUS",
+        help="tell whether to start the run again, given the exit status of its launcher",
     )
     args = flags.parse_args(arguments)
     if args.after_exit is not None:

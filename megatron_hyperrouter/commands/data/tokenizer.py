@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         type=int,
         required=True,
         metavar="N",
-        help="number of token ids: 256 bytes, <|endoftext|>, and the merges; at least 257",
+        help="vocabulary size, at least 257: 256 bytes, <|endoftext|>, and the merges of the BPE",
     )
     flags.add_argument(
         "--output",

@@ -51,8 +51,8 @@ def main(arguments: Sequence[str]) -> None:
     if bytes_V is None:
         raise DataError(
             (
-                f"bits per byte need the bytes of each token, which a {config.data.tokenizer_type} does "
-                "not provide"
+                f"bits per byte cannot be computed, because a {config.data.tokenizer_type} does not "
+                "provide the bytes of its tokens"
             ),
             remedy="evaluate a run that was trained with a byte-level tokenizer",
         )

@@ -82,8 +82,8 @@ def all_flags(description: str) -> Parser:
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="instead of training, compare two --output folders by McNemar's test and a paired "
-        "bootstrap; --output FILE.json also writes the comparison",
+        help="instead of training, compare the results in two --output folders with McNemar's test and a "
+        "paired bootstrap; --output FILE.json also writes the comparison",
     )
     _method(flags)
     _course(flags)

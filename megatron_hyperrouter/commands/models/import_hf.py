@@ -249,9 +249,9 @@ def report(target: Path, run: RunConfig, folder: HfFolder, certificate: dict[str
     if proof is None:
         show("The run was not compared with the given model (--no-proof).")
         return
-    show(f"{'k':>4} {'max difference':>15} {'same top token':>13}")
+    show(f"{'k':>4} {'max difference':>15} {'same top token':>15}")
     for row in proof["results"]:
-        show(f"{row['topk']:>4} {row['max_difference_all']:>15.2e} {100 * row['equal_argmax']:>12.2f}%")
+        show(f"{row['topk']:>4} {row['max_difference_all']:>15.2e} {100 * row['equal_argmax']:>14.2f}%")
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:

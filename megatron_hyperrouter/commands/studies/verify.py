@@ -155,7 +155,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--timeout",
         type=float,
         default=1800,
-        help="time limit in seconds for all layouts with the same number of ranks together (default: 1800)",
+        help="time limit in seconds for each group of layouts with the same number of ranks (default: 1800)",
     )
     flags.add_argument(
         "--folder",
