@@ -112,9 +112,9 @@ def main(arguments: Sequence[str]) -> None:
 def read_flags(arguments: Sequence[str]) -> tuple[Namespace, CommandLine]:
     """The flags of this study, and those of the program."""
     flags = common_parser("speed", str(__doc__), EPILOG)
-    flags.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks to time")
+    flags.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks to measure")
     flags.add_argument(
-        "--layouts", nargs="+", default=[], metavar="LAYOUT", help="layouts to time, see below"
+        "--layouts", nargs="+", default=[], metavar="LAYOUT", help="layouts to measure, see below"
     )
     flags.add_argument(
         "--scaling",

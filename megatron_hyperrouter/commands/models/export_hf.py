@@ -246,14 +246,20 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
-    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare at (default: 1 2 4 8)")
+    add(
+        "--proof-topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="values of k for the comparison (default: 1 2 4 8)",
+    )
     add("--proof-samples", type=int, default=4, metavar="N", help="number of samples to compare (default: 4)")
     add(
         "--proof-data",
         "--data-path",
         nargs="+",
         metavar="P",
-        help="token files to take the samples from (default: the run's test split)",
+        help="token files to take samples from (default: the run's test split)",
     )
     add(
         "--gguf",
