@@ -246,13 +246,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     add("--license", metavar="NAME", help="license to name in the model card, such as apache-2.0")
     add("--no-proof", action="store_true", help="write the folder without comparing it with transformers")
-    add(
-        "--proof-topk",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="values of k for the comparison (default: 1 2 4 8)",
-    )
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare (default: 1 2 4 8)")
     add("--proof-samples", type=int, default=4, metavar="N", help="number of samples to compare (default: 4)")
     add(
         "--proof-data",

@@ -303,13 +303,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     )
     _upcycling_flags(flags)
     add("--no-proof", action="store_true", help="do not compare the run with the given model")
-    add(
-        "--proof-topk",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="values of k for the comparison (default: 1 2 4 8)",
-    )
+    add("--proof-topk", type=int, nargs="+", metavar="K", help="values of k to compare (default: 1 2 4 8)")
     add("--proof-samples", type=int, default=2, metavar="N", help="number of samples to compare (default: 2)")
     add(
         "--python", metavar="FILE", help="Python interpreter that has transformers (default: the current one)"
