@@ -32,6 +32,21 @@ def places(path: str, origin: Mapping[str, str], run_dir: Path) -> Iterator[str]
         yield os.path.normpath(os.path.join(run_dir, os.path.relpath(then, origin["run_dir"])))
 
 
+def start_folder(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> str:
+    """The folder from which the relative paths of a run's data lead to the files: where the run was started,
+    or where that folder is now, if it was moved together with the run.
+    """
+    origin = meta.get("origin", {})
+    then = str(origin.get("folder", Path.cwd()))
+    words = [word for name in _PATHS for word in _prefixes(name, getattr(data, name))]
+    folders = [then]
+    if "run_dir" in origin:
+        folders.append(os.path.normpath(os.path.join(run_dir, os.path.relpath(then, origin["run_dir"]))))
+    return next(
+        (each for each in folders if all(Path(each, f"{word}.idx").is_file() for word in words)), then
+    )
+
+
 def data_of(data: DataConfig, meta: Mapping[str, Any], run_dir: Path) -> DataConfig:
     """The data of a run at their present place; ``meta``: the description in its checkpoint."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import write_corpus
 from fakes import Alone
 
 from megatron_hyperrouter.checkpoint.description import describe
@@ -16,6 +17,7 @@ from megatron_hyperrouter.checkpoint.folder import CheckpointFolders, find
 from megatron_hyperrouter.checkpoint.weights import read_tensors, weight_names, write_weights
 from megatron_hyperrouter.commands.models.average import main
 from megatron_hyperrouter.errors import CheckpointError, ConfigError
+from megatron_hyperrouter.evaluate.trained import TrainedRun
 from megatron_hyperrouter.importing.settings import run_of
 
 STEPS = (10, 20, 30)
@@ -30,8 +32,8 @@ def tensors(step: int, *, seed: int = 7) -> dict[str, torch.Tensor]:
     }
 
 
-def make_run(home: Path, **seeds: int) -> Path:
-    run = run_of({"run_dir": str(home), "num_layers": 1})
+def make_run(home: Path, settings: dict[str, Any] | None = None, **seeds: int) -> Path:
+    run = run_of({"run_dir": str(home), "num_layers": 1, **(settings or {})})
     described = describe(run)
     folders = CheckpointFolders(home / "checkpoints", Alone())
     meta: dict[str, Any] = {"order": {"global_batch_size": 4}, **described.meta}
@@ -80,3 +82,20 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one weight for each of the 2"):
         main(["--load", str(run), *out, "--steps", "10", "30", "--weights", "1"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_data_with_relative_paths_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_corpus(Path("corpus"), [30] * 10)
+    make_run(Path("run"), {"data_path": ("corpus",)})
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "here"
+    if moved:
+        home = home.rename(tmp_path / "there")
+    main(["--load", str(home / "run"), "--output", "out", "--last", "2"])
+    run = TrainedRun.open("out", world_size=1)
+    assert run.data().data_path == (str(home / "corpus"),)

@@ -90,6 +90,7 @@ def write(draft: Path, output: Path, runs: Sequence[TrainedRun], terms: Sequence
     from megatron_hyperrouter.checkpoint.description import describe
     from megatron_hyperrouter.checkpoint.folder import CheckpointFolders
     from megatron_hyperrouter.config.cli import dump, replace_leaves
+    from megatron_hyperrouter.evaluate.whereabouts import start_folder
     from megatron_hyperrouter.export.averaging import write_average
     from megatron_hyperrouter.export.sources import OneProcess, weight_reader
 
@@ -97,6 +98,7 @@ def write(draft: Path, output: Path, runs: Sequence[TrainedRun], terms: Sequence
     settings = replace_leaves(last.settings, run_dir=str(output))
     described = describe(settings)
     meta = {**last.manifest["meta"], **described.meta, "averaged": [term.step for term in terms]}
+    meta["origin"] |= {"folder": start_folder(settings.data, last.manifest["meta"], last.run_dir)}
     folders = CheckpointFolders(draft / "checkpoints", OneProcess())
     folder = folders.save(
         last.step, lambda folder: _ignore(write_average(folder, terms)), meta, texts=described.texts
