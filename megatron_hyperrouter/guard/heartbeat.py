@@ -16,6 +16,7 @@ Item = TypeVar("Item")
 
 FOLDER = "heartbeat"
 SECONDS = 10.0  # between two beats
+_MOST = 1e15  # a larger number in a beat is damage
 MOST_FILES = 64  # with more ranks, one file of each node
 
 
@@ -128,5 +129,6 @@ def read_beats(folder: Path, world_size: int | None = None) -> dict[int, Beat]:
 
 
 def _is_sound(beat: Beat) -> bool:
-    numbers = (beat.rank, beat.step, beat.since, beat.time)
-    return all(isinstance(number, int | float) for number in numbers) and isinstance(beat.phase, str)
+    numbers = (beat.rank, beat.step, beat.since, beat.time, beat.every)
+    sound = all(isinstance(number, int | float) and abs(number) < _MOST for number in numbers)
+    return sound and isinstance(beat.rank, int) and isinstance(beat.phase, str)

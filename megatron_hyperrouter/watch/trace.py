@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import re
@@ -18,11 +19,12 @@ from megatron_hyperrouter.errors import ConfigError, DataError, Problem
 from megatron_hyperrouter.guard import heartbeat, run_lock
 from megatron_hyperrouter.guard.events import CLOSING, FILE, OPENING
 from megatron_hyperrouter.guard.heartbeat import Beat
+from megatron_hyperrouter.watch.checked import checked
 
 _RECENT = 100  # steps that the present speed is taken from
 _TAIL = 4 << 20  # bytes in which the last lines of metrics.jsonl are looked for
-_STEP = re.compile(rb'^\{"step": (\d+), .*?"step_time": ([\d.e+-]+)', re.MULTILINE)
-_LINE = re.compile(rb'^\{"step": (\d+)', re.MULTILINE)
+_STEP = re.compile(rb'^\{"step": (\d{1,15}), .*?"step_time": ([\d.e+-]+)', re.MULTILINE)
+_LINE = re.compile(rb'^\{"step": (\d{1,15}),', re.MULTILINE)
 _TOKENS = re.compile(rb'"tokens_per_second": ([\d.e+-]+)')
 Event = dict[str, Any]
 
@@ -141,7 +143,8 @@ def _step_times(path: Path) -> Iterator[tuple[int, float]]:
             found = False
             for match in _STEP.finditer(content):
                 found = True
-                yield int(match[1]), float(match[2])
+                if math.isfinite(seconds := float(match[2])):
+                    yield int(match[1]), seconds
             if not found and b'"split"' not in content[:_TAIL] and b'"skipped"' not in content[:_TAIL]:
                 raise _damaged(path, "it contains no training step")
 
@@ -156,10 +159,8 @@ def _events(path: Path) -> tuple[list[Event], list[str]]:
     bad: list[int] = []
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
-            found.append(event | {"step": int(event["step"]), "time": float(event["time"])})
-            str(event["event"]) + str(event["attempt"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            found.append(checked(json.loads(line)))
+        except (ValueError, RecursionError):
             bad += [number] if line.strip() else []
     if bad and not found:
         raise _damaged(path, f"it contains no valid event; the first invalid line is line {bad[0]}")

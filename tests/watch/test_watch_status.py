@@ -341,3 +341,32 @@ def test_damaged_metrics_of_an_earlier_attempt_are_a_note(tmp_path: Path) -> Non
     trace = read_trace(tmp_path / "run")
     assert trace.steps.last == 3 and trace.repeated == 0
     assert any("metrics-earlier.jsonl" in note for note in trace.notes)
+
+
+DAMAGE = (None, True, -1, 10**400, float("inf"), float("nan"), "x", "", [], {}, [1])
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_no_damaged_value_ends_the_command(run_dir: Path, number: int) -> None:
+    """Any value of any event takes any other type, or is missing: the event counts, or is ignored."""
+    begun = time.time() - 100
+    found = [
+        {"event": "start", "time": begun, "total": 40, "world_size": 2, "hosts": ["a"], "job": "A=1"},
+        {"event": "save", "time": begun + 5, "step": 5, "folder": "step_5", "seconds": 0.1, "waited": 0.01},
+        {"event": "alarm", "time": begun + 6, "alarm": "late_data", "rank": 1, "value": 0.5, "since": 1},
+        {"event": "failure", "time": begun + 7, "error": "Hang", "message": "no", "status": 1, "rank": 1},
+    ]
+    found[0]["launcher_restarts"] = "SLURM_RESTART_COUNT=0"
+    environ = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"}
+    for name in ["step", "attempt", *found[number]]:
+        for value in DAMAGE:
+            event = {"step": 0, "attempt": 1, **found[number], name: value}
+            if value == []:
+                del event[name]
+            lines = [{"step": 0, "attempt": 1, **each} for each in found]
+            lines[number] = event
+            (run_dir / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            assert lines_of(now(run_dir)) and json.dumps(now(run_dir).as_json())
+            worth_restarting(run_dir, 1, environ=environ)
+    write_events(run_dir, *found, {"time": begun, "what": "an event without a name"})
+    assert now(run_dir).notes == ["events.jsonl: line 5 cannot be read and is ignored"]

@@ -1,0 +1,27 @@
+"""An event of ``events.jsonl`` has the kinds of values that a run writes, or counts as damaged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NUMBERS = ("total", "world_size", "seconds", "waited", "rank")
+_MOST = 1e15  # larger numbers are damage, and would not fit into a float
+
+
+def checked(event: Any) -> dict[str, Any]:
+    """The event; ValueError if it is not one."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise ValueError("not an event")
+    event = {name: value for name, value in event.items() if value is not None}
+    known = [name for name in _NUMBERS if name in event]
+    if "alarm" in event and "rank" in event:  # about a late rank: the share of the time
+        known += ["value", "since"]
+    for name in ("step", "time", "attempt", *known):
+        number = event.get(name)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < _MOST:
+            raise ValueError(f"{name} is not a number")
+    if not isinstance(event.get("hosts", []), list):
+        raise ValueError("hosts is not a list")
+    if not all("=" in word for word in str(event.get("launcher_restarts", "")).split()):
+        raise ValueError("launcher_restarts is not NAME=NUMBER")
+    return event | {"step": int(event["step"]), "time": float(event["time"])}
