@@ -22,12 +22,19 @@ def asked_for(argv: Sequence[str]) -> DryRun:
     while words:
         name, equals, value = words.pop(0).partition("=")
         if name.replace("_", "-") == "--dry-run":
-            asked = True
+            given = value if equals else words.pop(0) if _is_value(words) else "true"
+            if given not in ("true", "false"):
+                remedy = "write --dry-run alone, and the number of ranks after --world-size"
+                raise ConfigError([Problem("--dry-run", given, "takes no value", remedy)])
+            asked = given == "true"
         elif name.replace("_", "-") == "--world-size":
             given = value if equals else words.pop(0) if words else ""
             if not given.isdecimal() or int(given) < 1:
                 remedy = "give the number of ranks"
                 raise ConfigError([Problem("--world-size", given, "must be an integer >= 1", remedy)])
+            if _is_value(words):  # it would count as a value of the flag before
+                both, remedy = f"{given} {words[0]}", "give the number of ranks"
+                raise ConfigError([Problem("--world-size", both, "takes one value", remedy)])
             world_size = int(given)
         else:
             rest.append(name + equals + value)
@@ -37,3 +44,8 @@ def asked_for(argv: Sequence[str]) -> DryRun:
             [Problem("--world-size", world_size, rule, "add --dry-run, or leave out --world-size")]
         )
     return DryRun(asked, world_size, rest)
+
+
+def _is_value(words: list[str]) -> bool:
+    """Whether the next word is not a flag."""
+    return bool(words) and not words[0].startswith("--")
