@@ -12,16 +12,16 @@ def checked(event: Any) -> dict[str, Any]:
     """The event; ValueError if it is not one."""
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         raise ValueError("not an event")
-    event = {name: value for name, value in event.items() if value is not None}
-    known = [name for name in _NUMBERS if name in event]
-    if "alarm" in event and "rank" in event:  # about a late rank: the share of the time
+    found: dict[str, Any] = {name: value for name, value in event.items() if value is not None}
+    known = [name for name in _NUMBERS if name in found]
+    if "alarm" in found and "rank" in found:  # about a late rank: the share of the time
         known += ["value", "since"]
     for name in ("step", "time", "attempt", *known):
-        number = event.get(name)
+        number = found.get(name)
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < _MOST:
             raise ValueError(f"{name} is not a number")
-    if not isinstance(event.get("hosts", []), list):
+    if not isinstance(found.get("hosts", []), list):
         raise ValueError("hosts is not a list")
-    if not all("=" in word for word in str(event.get("launcher_restarts", "")).split()):
+    if not all("=" in word for word in str(found.get("launcher_restarts", "")).split()):
         raise ValueError("launcher_restarts is not NAME=NUMBER")
-    return event | {"step": int(event["step"]), "time": float(event["time"])}
+    return found | {"step": int(found["step"]), "time": float(found["time"])}
