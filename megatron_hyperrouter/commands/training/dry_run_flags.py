@@ -28,7 +28,7 @@ def asked_for(argv: Sequence[str]) -> DryRun:
                 raise ConfigError([Problem("--dry-run", given, "takes no value", remedy)])
             asked = given == "true"
         elif name.replace("_", "-") == "--world-size":
-            given = value if equals else words.pop(0) if words else ""
+            given = value if equals else words.pop(0) if _is_value(words) else ""
             if not given.isdecimal() or int(given) < 1:
                 remedy = "give the number of ranks"
                 raise ConfigError([Problem("--world-size", given, "must be an integer >= 1", remedy)])
