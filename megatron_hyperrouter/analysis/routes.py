@@ -22,8 +22,8 @@ def fluctuation(experts_NK: Tensor, later_NK: Tensor) -> float:
 
 
 def chance(experts_NK: Tensor, num_experts: int) -> tuple[float, float]:
-    """What :func:`saturation` and :func:`fluctuation` would be if each token drew its experts by chance, with
-    the loads that ``experts_NK`` has.
+    """The values of :func:`saturation` and :func:`fluctuation` if each token drew its experts at random,
+    with the loads in ``experts_NK``.
     """
     count, k = experts_NK.shape
     chosen_E = torch.bincount(experts_NK.flatten(), minlength=num_experts).double() / count

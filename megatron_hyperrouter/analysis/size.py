@@ -1,6 +1,4 @@
-"""How large a trained model is, and how much work its training was, counted from the weights of its
-checkpoint.
-"""
+"""The size of a trained model and the FLOPs of its training, computed from the weights in its checkpoint."""
 
 from __future__ import annotations
 
@@ -67,7 +65,7 @@ def size_of(config: RunConfig, shapes: Mapping[str, Sequence[int]]) -> ModelSize
 
 
 def _attention_flops(config: RunConfig) -> int:
-    """Of a token: scores and sums over the positions that it sees, forward and backward."""
+    """FLOPs of a token for scores and sums over the positions that it attends to, forward and backward."""
     model, length, latent = config.model, config.model.seq_length, config.attention
     channels = 2 * head_width(config)
     if latent.multi_latent_attention:
@@ -80,7 +78,7 @@ def _attention_flops(config: RunConfig) -> int:
 
 
 def trained_in_router(config: RunConfig) -> set[str]:
-    """Names, inside a router, of what is trained."""
+    """The names of the trainable parameters in a router."""
     return {name for name, each in router_on_meta(config).named_parameters() if each.requires_grad}
 
 

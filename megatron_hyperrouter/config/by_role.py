@@ -48,7 +48,9 @@ def quiet(*roles: Role) -> dict[str, Any]:
 
 
 def quiet_on(engine: str) -> dict[str, Any]:
-    """Overrides that leave out what ``engine`` does not have, except what changes the model."""
+    """Overrides that switch off settings that ``engine`` does not have, except settings that change the
+    model.
+    """
     return {
         leaf.name: leaf.quiet
         for leaf in tree_leaves().values()

@@ -100,7 +100,7 @@ def dump(config: RunConfig) -> str:
 
 
 def _to_write(leaf: Leaf, value: Any) -> Any:
-    """A path's dollar signs are doubled: reading fills in variables."""
+    """The value, with the dollar signs of paths doubled, because reading expands variables."""
     if not leaf.is_path or value is None:
         return value
     return tuple(word.replace("$", "$$") for word in value) if leaf.is_tuple else value.replace("$", "$$")
@@ -109,7 +109,8 @@ def _to_write(leaf: Leaf, value: Any) -> Any:
 def replace_leaves(config: RunConfig, **leaves: object) -> RunConfig:
     """A copy with other values, by flat name: ``replace_leaves(config, num_layers=2, **{"router.seed": 7})``.
 
-    Each value is checked by itself (ConfigError); rules that join fields are not, see ``check.problems``.
+    Checks each value on its own (ConfigError), but not the rules that join several settings; see
+    ``check.problems``.
     """
     known = {**tree_leaves(), **_option_leaves(config)}
     changes: dict[str, dict[str, object]] = {}

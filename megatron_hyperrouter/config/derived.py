@@ -157,8 +157,8 @@ class Overlap(NamedTuple):
 
 
 def overlap(config: RunConfig, world_size: int) -> Overlap:
-    """What overlaps on the megatron engine: what was asked for, and by default all that the distributed
-    optimizer communicates.  Weights do not overlap without gradients.
+    """Which communication overlaps on the megatron engine: the settings, or by default everything that the
+    distributed optimizer communicates.  Weights overlap only if gradients do.
     """
     settings = config.optimizer
     gradients, weights = settings.overlap_grad_reduce, settings.overlap_param_gather
@@ -257,7 +257,7 @@ def pattern(text: str) -> int | tuple[int, ...]:
 
 
 def _evaluated(node: ast.expr) -> int | list[int]:
-    """What an expression of integers, lists, + and * means; raises ValueError for any other."""
+    """The value of an expression of integers, lists, + and *; raises ValueError for any other expression."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):

@@ -100,7 +100,7 @@ class Draft:
         self.problems += self.carried.problems
 
     def _work_out(self, values: dict[str, Any], world_size: int | None) -> None:
-        """What follows from settings that are written in other units, and what cannot be on."""
+        """Compute settings that are given in other units, and switch off settings that cannot be on."""
         self.problems += contradictions(self.carried, values)
         found = work_out(self.carried, values, self.written, world_size)
         if found:
@@ -146,8 +146,8 @@ class Draft:
         return router_leaves(self.routers[router].Config) if router in self.routers else {}
 
     def _take(self, leaf: Leaf) -> Any:
-        """The value of one setting from the strongest source that gives it, which then counts as
-        understood.
+        """The value of one setting, from the strongest source that gives it.  The setting is removed from
+        all sources.
         """
         in_file = self.values.pop(leaf.name, ABSENT)
         override = self.overrides.pop(leaf.name, ABSENT)

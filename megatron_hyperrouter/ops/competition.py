@@ -83,8 +83,8 @@ def similarity_of_winners(outputs_TKD: Tensor) -> Tensor:
 
 
 def decaying_rate(block: int) -> float:
-    """Version 1's ``function`` schedule: the probability to compete in block i of steps, ``2 / (2 + sqrt(i
-    + 1))``, which falls from 2/3.
+    """Version 1's ``function`` schedule: the probability that a layer competes in block i, ``2 / (2 +
+    sqrt(i + 1))``. It falls from 2/3.
     """
     return 2.0 / (2.0 + math.sqrt(block + 1))
 

@@ -54,7 +54,8 @@ def collect(y_RD: Tensor, order_R: Tensor, row_R: Tensor, choices: int) -> Tenso
 def experts(
     x_RD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, ends_E: Tensor, weights_R: Tensor | None = None
 ) -> Tensor:
-    """Apply its expert to each row, ``W2 (weight * silu(gate) * up)``; rows of one expert are contiguous.
+    """Apply to each row its expert, ``W2 (weight * silu(gate) * up)``.  The rows of an expert are
+    contiguous.
 
     Weights scale the hidden units, which scales the output, so outputs need not be kept for the gradient
     of the weights.

@@ -62,7 +62,9 @@ class DataRanks(Protocol):
         """The tensors of all ranks, stacked rank by rank (collective)."""
 
     def sum_of_own(self, parts: Tensor) -> Tensor:
-        """``parts[r]`` is for rank r: the sum of what all ranks have for this one (collective)."""
+        """``parts[r]`` is for rank r.  Returns the sum of the parts that all ranks have for this rank
+        (collective).
+        """
 
 
 class Tokens(NamedTuple):
@@ -200,7 +202,9 @@ class Router(nn.Module):
             return 1
 
         def variant(self, step: int, layers: Sequence[int], **run: int) -> str:
-            """What makes the step after ``step`` completed ones unlike most others by design, if anything."""
+            """Why the step after ``step`` completed ones differs from most others by design; empty if it
+            does not.
+            """
             return ""
 
         def unserved(self) -> Iterator[str]:
@@ -306,8 +310,8 @@ class Router(nn.Module):
         return False
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
-        """Weights and further losses from the chosen experts' unweighted outputs, which have gradients;
-        the ids must not change.
+        """Compute weights and further losses from the unweighted outputs of the chosen experts, which have
+        gradients. The chosen experts must not change.
         """
         return routing
 
@@ -462,7 +466,7 @@ class Router(nn.Module):
 
 
 def uncompiled(method: Any) -> Any:
-    """``torch.compiler.disable``, which imports the compiler (a second), but only in compiled code."""
+    """``torch.compiler.disable``, but only in compiled code, because it imports the compiler (1 s)."""
 
     @wraps(method)
     def call(*given: Any, **named: Any) -> Any:

@@ -179,7 +179,7 @@ class SimSMoERouter(Router, name="simsmoe"):
 
     # ------------------------------------------------------------------------------------------ comparing
     def wants_outputs(self, now: Pass) -> bool:
-        """In training, where pairs are due and tokens have two experts."""
+        """True in training, if pairs are due and each token has at least two experts."""
         return now.training and now.k >= 2 and self.config.similarity_coeff > 0 and bool(self.due_pairs())
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:

@@ -238,7 +238,10 @@ CASES = [
             "decoder_last_pipeline_num_layers": 1,
         },
         "--decoder-last-pipeline-num-layers",
-        "gives the pipeline stages 3, 1 layers; 2 interleaved chunks need multiples of 2",
+        (
+            "gives the pipeline stages 3, 1 layers; each number must be divisible by the number of "
+            "interleaved chunks (2)"
+        ),
         {"decoder_last_pipeline_num_layers": 2},
     ),
     case(

@@ -41,7 +41,7 @@ def listed_routers(folder: Path = FOLDER) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Class:
-    """A class at the top of a file, and what its annotations may refer to."""
+    """A top-level class of a file, and the names that its annotations may use."""
 
     path: Path
     node: ast.ClassDef

@@ -152,7 +152,7 @@ finetune-data-split finetune-hf-dataset freeze-base-for-mtp modelopt-enabled qad
         ): """
 phase-transition-iterations sft sft-tokenizer-prompt-format
 """,
-        ("changes to the blend weights of the data", "blend weights are used unchanged"): """
+        ("renormalizing blend weights", "blend weights are used unchanged"): """
 renormalize-blend-weights
 """,
     }

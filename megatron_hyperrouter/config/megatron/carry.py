@@ -100,7 +100,9 @@ def contradictions(carried: Carried, values: Mapping[str, Any]) -> Iterator[Prob
 def work_out(
     carried: Carried, values: dict[str, Any], written: Container[str], world_size: int | None
 ) -> list[Problem]:
-    """Put what follows from settings in other units into ``values``; ``written``: what a user gives."""
+    """Convert settings in other units, and put the results into ``values``; ``written``: settings that the
+    user gives.
+    """
     problems = []
     by_setting: dict[str, str] = {}
     for name, place, words in in_order(carried.pending):

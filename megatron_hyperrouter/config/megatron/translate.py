@@ -37,7 +37,7 @@ def pre_softmax(words: list[str], read: ReadWord) -> Settings:
 
 
 def load_balancing_type(words: list[str], read: ReadWord) -> Settings:
-    """What the balancing loss looks at; "aux_loss" is the micro-batch, as here."""
+    """The set of tokens that the balancing loss covers; "aux_loss" is the micro-batch, as here."""
     if len(words) > 1:
         raise BadValue("names several balancing methods; only one can be used at a time", "use one of them")
     kind = _one(words)

@@ -134,8 +134,8 @@ def _adapter(leaf: Leaf) -> TypeAdapter[Any]:
 
 
 def _prepared(leaf: Leaf, raw: object) -> object:
-    """Undo what YAML's own typing does to words, and what Python lets pass: True is an int, 0.3 in a blend is
-    a word.
+    """Undo YAML's typing where words are meant (0.3 in a blend), and refuse what Python would accept (True
+    as an int).
     """
     if leaf.is_tuple:
         items = [raw] if isinstance(raw, str) else raw

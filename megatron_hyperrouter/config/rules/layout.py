@@ -222,7 +222,11 @@ def named_stages_fit(config: RunConfig, world_size: int | None) -> Iterator[Prob
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     if len(between) > 1 or any(size % chunks for size in sizes):
         rule = f"gives the pipeline stages {', '.join(map(str, sizes))} layers"
-        whole = f"; {chunks} interleaved chunks need multiples of {chunks}" if chunks > 1 else ""
+        whole = (
+            f"; each number must be divisible by the number of interleaved chunks ({chunks})"
+            if chunks > 1
+            else ""
+        )
         equal = (
             "; all stages between the first and the last must have the same number of layers"
             if len(between) > 1

@@ -1,4 +1,4 @@
-"""Rules about the megatron engine alone: what megatron-core computes wrongly, refuses, or cannot load."""
+"""Rules for the megatron engine only: what megatron-core computes wrongly, refuses, or cannot load."""
 
 from __future__ import annotations
 

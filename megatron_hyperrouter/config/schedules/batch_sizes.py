@@ -58,7 +58,9 @@ class BatchSizes:
         return stage.step + (samples - stage.samples) // stage.size
 
     def progress(self, step: int) -> float:
-        """Samples of the first ``step`` steps in full batches, which is what the learning rate follows."""
+        """Samples of the first ``step`` steps, counted in full batches; the learning rate follows this
+        number.
+        """
         return step if len(self._stages) == 1 else self.samples(step) / self.full
 
     def _size(self, samples: int) -> int:

@@ -58,7 +58,7 @@ def scheduled(data: DataConfig) -> tuple[Mix, ...]:
 
 
 def is_inline(schedule: str) -> bool:
-    """Whether it is the list itself, which is how ``config.yaml`` of a run keeps it."""
+    """Whether it is the list itself and not a file name; a run's ``config.yaml`` contains the list."""
     return schedule.lstrip().startswith("[")
 
 

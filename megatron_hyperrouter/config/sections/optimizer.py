@@ -44,8 +44,8 @@ class OptimizerConfig:
         "Decoupled weight decay; vectors (norms, router embeddings) do not decay",
     ] = 0.01
     clip_grad: Annotated[NonNegative, Role.COURSE, "Clip gradients to this global norm; 0: no clipping"] = 1.0
-    adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's first moment"] = 0.9
-    adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay of Adam's second moment"] = 0.999
+    adam_beta1: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay rate of Adam's first moment"] = 0.9
+    adam_beta2: Annotated[float, Ge(0.0), Lt(1.0), Role.COURSE, "Decay rate of Adam's second moment"] = 0.999
     adam_eps: Annotated[float, Gt(0.0), Role.COURSE, "Adam's epsilon"] = 1e-8
     use_distributed_optimizer: Annotated[
         bool,

@@ -138,8 +138,8 @@ def one_for_each_head(x_BGSC: Tensor, heads: int) -> Tensor:
 
 
 def visible(length: int, rank: int, size: int, device: torch.device, window: int | None = None) -> Tensor:
-    """True if a query of context-parallel rank ``rank`` may look at a gathered key: ``[length, size *
-    length]``; ``window``: how many tokens before its own, None: all.
+    """True if a query of context-parallel rank ``rank`` may attend to a gathered key: ``[length, size *
+    length]``. ``window``: number of earlier tokens that a token attends to; None: all.
     """
     keys = gathered_positions(length, size, device)
     before = keys[rank * length : (rank + 1) * length, None] - keys[None, :]
