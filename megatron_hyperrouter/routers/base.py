@@ -62,9 +62,7 @@ class DataRanks(Protocol):
         """The tensors of all ranks, stacked rank by rank (collective)."""
 
     def sum_of_own(self, parts: Tensor) -> Tensor:
-        """``parts[r]`` is for rank r.  Returns the sum of the parts that all ranks have for this rank
-        (collective).
-        """
+        """The sum of what all ranks have for this one; ``parts[r]`` is for rank r (collective)."""
 
 
 class Tokens(NamedTuple):
@@ -185,9 +183,8 @@ class Router(nn.Module):
                     yield Problem("--router.num-groups", self.num_groups, rule, remedy)
                 if self.group_topk > self.num_groups:
                     rule = f"must be at most --router.num-groups = {self.num_groups}"
-                    yield Problem(
-                        "--router.group-topk", self.group_topk, rule, f"use at most {self.num_groups}"
-                    )
+                    remedy = f"use at most {self.num_groups}"
+                    yield Problem("--router.group-topk", self.group_topk, rule, remedy)
 
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warnings about these options for a run whose smallest k is ``topk``."""
@@ -311,7 +308,7 @@ class Router(nn.Module):
 
     def combine(self, routing: Routing, x_TD: Tensor, outputs_TKD: Tensor, now: Pass) -> Routing:
         """Compute weights and further losses from the unweighted outputs of the chosen experts, which have
-        gradients. The chosen experts must not change.
+        gradients.  The choice must not change.
         """
         return routing
 
@@ -439,9 +436,7 @@ class Router(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy (deepcopy, pickle) shares nothing with other ranks, because process groups cannot be
-        copied.
-        """
+        """A copy (deepcopy, pickle) shares nothing with other ranks: process groups cannot be copied."""
         alone = self.facts._replace(data_ranks=None)
         return {**self.__dict__, "over_shards": None, "gather_shards": None, "facts": alone, "_held": False}
 
