@@ -117,7 +117,7 @@ def test_another_file_of_that_name_is_refused(
     make, message = CHANGES[change]
     make(Path(two[1]))
     with pytest.raises(
-        DataError, match=rf"another file of the same name:\n  - {two[1]}: {message}"
+        DataError, match=rf"a different file under this name:\n  - {two[1]}: {message}"
     ) as caught:
         resumed(two, ledger, **how)
     assert "--finetune" in caught.value.remedy

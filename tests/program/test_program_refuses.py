@@ -167,7 +167,7 @@ class TestData:
         Path(f"{prefix}.bin").write_bytes(bytes([before[0] ^ 1]) + before[1:])
         job = zygote.run([*flags, "--train-iters", "2"], expect=3)
         message = one_message(job.stderr)
-        assert f"has read another file of the same name:\n  - {prefix}: " in message
+        assert f"has read a different file under this name:\n  - {prefix}: " in message
         assert "remedy: restore the files that the run has read" in message
         assert [line["step"] for line in metrics(run_dir)] == [1]
         Path(f"{prefix}.bin").write_bytes(before)

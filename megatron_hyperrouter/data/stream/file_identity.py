@@ -118,8 +118,9 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
             "\n  - ".join(
                 [
                     (
-                        f"the run has read {'another file' if len(changed) == 1 else 'other files'} "
-                        "of the same name:"
+                        "the run has read a different file under this name:"
+                        if len(changed) == 1
+                        else "the run has read different files under these names:"
                     ),
                     *changed,
                 ]

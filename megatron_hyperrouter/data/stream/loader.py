@@ -63,8 +63,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             raise ValueError(f"{global_batch_size=} must be a multiple of {micro_batch_size=} x {data_size=}")
         if not 0 <= data_rank < data_size or start_step < 0 or num_steps < 0 or num_workers < 0:
             raise ValueError(
-                f"{data_rank=} must be below {data_size=}, and {start_step=}, {num_steps=}, {num_workers=} "
-                "at least 0"
+                f"{data_rank=} must be less than {data_size=}; {start_step=}, {num_steps=} and "
+                f"{num_workers=} must be at least 0"
             )
         sizes = BatchSizes(global_batch_size, rampup)
         begin, needed = sizes.samples(start_step), sizes.samples(start_step + num_steps)
