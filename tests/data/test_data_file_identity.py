@@ -128,7 +128,8 @@ def test_each_file_is_named(two: tuple[str, str], ledger: Ledger) -> None:
     for prefix in two:
         write_corpus(Path(prefix), [300])
     with pytest.raises(
-        DataError, match=rf"(?s)other files .*{two[0]}: it had 24 .*{two[1]}: it had 24 .* has 1 documents"
+        DataError,
+        match=rf"(?s)different files under these names:.*{two[0]}: it had 24 .*{two[1]}: it had 24 .* has 1 documents",
     ):
         resumed(two, ledger)
 
