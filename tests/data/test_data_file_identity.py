@@ -129,7 +129,8 @@ def test_each_file_is_named(two: tuple[str, str], ledger: Ledger) -> None:
         write_corpus(Path(prefix), [300])
     with pytest.raises(
         DataError,
-        match=rf"(?s)different files under these names:.*{two[0]}: it had 24 .*{two[1]}: it had 24 .* has 1 documents",
+        match=rf"(?s)different files under these names:.*{two[0]}: it had 24 .*{two[1]}: it had 24 "
+        r".* has 1 documents",
     ):
         resumed(two, ledger)
 
