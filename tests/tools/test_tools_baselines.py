@@ -99,5 +99,5 @@ def documents_in(row: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("wrong", [LENGTH * 3 + 1, 10**6])
 def test_other_results_are_refused(tool: ModuleType, tmp_path: Path, wrong: int) -> None:
     data, _ = splits(tmp_path, pack=False)
-    with pytest.raises(DataError, match=f"count {wrong:,} targets"):
+    with pytest.raises(DataError, match=f"cover {wrong:,} tokens"):
         tool.baseline_bits(data, wrong, BYTES_V, VOCABULARY)
