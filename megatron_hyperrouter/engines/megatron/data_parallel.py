@@ -58,10 +58,15 @@ def optimizer(
 def gather_weights(chunks: Iterable[Any]) -> None:
     """Make the weights of the last step whole on each rank (collective): where their gathering overlaps,
     they are sharded until the next forward pass.
+
+    Weights that are whole stay as they are: what a rank has may be compared with the other ranks.
     """
     for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+        if not chunk.ddp_config.overlap_param_gather:
+            continue
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            if not group.param_gather_dispatched or group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
 
 
 def _optimizer_config(run: RunConfig, core: TransformerConfig, *, gathers: bool) -> OptimizerConfig:
