@@ -145,9 +145,11 @@ class TopKScheduleConfig:
         Role.SCHEDULE,
         "How k changes from --topk-start to --moe-router-topk",
     ] = "constant"
-    topk_start: Annotated[Count | None, Role.SCHEDULE, "k at the first step; default: --moe-router-topk"] = (
-        None
-    )
+    topk_start: Annotated[
+        Count | None,
+        Role.SCHEDULE,
+        "Number of active experts k at the first step; default: --moe-router-topk",
+    ] = None
     topk_schedule_steps: Annotated[
         Count | None, Role.SCHEDULE, "Steps until k reaches --moe-router-topk; default: --train-iters"
     ] = None
@@ -256,12 +258,14 @@ class DataConfig:
         "Prefixes of .bin/.idx files; a weight may come before each prefix: 0.3 a 0.7 b",
     ] = ()
     train_data_path: Annotated[
-        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for training only"
+        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, but only for training data"
     ] = ()
     valid_data_path: Annotated[
-        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for validation only"
+        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, but only for validation data"
     ] = ()
-    test_data_path: Annotated[tuple[str, ...], Role.DATA, PATH, "Same as --data-path, for the test only"] = ()
+    test_data_path: Annotated[
+        tuple[str, ...], Role.DATA, PATH, "Same as --data-path, but only for test data"
+    ] = ()
     mock_data: Annotated[
         bool,
         Role.DATA,

@@ -115,7 +115,7 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "lr_decay_tokens": f"use --lr-decay-samples, {_TOKENS}",
         "lr_warmup_tokens": f"use --lr-warmup-samples, {_TOKENS}",
         "moe_eval_capacity_factor": "leave it out; --moe-expert-capacity-factor applies to evaluation too",
-        "disable_moe_token_dropping": "leave out --moe-expert-capacity-factor to drop no tokens",
+        "disable_moe_token_dropping": "leave out --moe-expert-capacity-factor; then no tokens are dropped",
         "deepspeed_activation_checkpointing": "use --recompute-granularity full",
         "expert_interval": "use --moe-layer-freq; '([0,1]*6)' selects every second of 12 layers",
         "ds_sequence_parallel_size": "use --context-parallel-size with --engine megatron",

@@ -38,7 +38,7 @@ def tensor_parallel_experts_need_sequence_parallel(
         yield broken(
             config,
             "sequence_parallel",
-            "must be on with tensor parallelism on the megatron engine",
+            "must be on if the megatron engine uses tensor parallelism",
             "add --sequence-parallel",
         )
 
