@@ -53,8 +53,8 @@ number of ranks that it needs.
 size is the same for all numbers of ranks.
 
 Columns of the table: efficiency is the number of tokens per second and rank, relative to the first row with
-the fewest ranks in the same repetition.  data is the fraction of the step time in which rank 0 waited for its
-batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the final checkpoint is
+the fewest ranks in the same repetition.  The column data is the fraction of the step time in which rank 0
+waited for its batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the final checkpoint is
 removed.
 """
 QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}

@@ -1,9 +1,10 @@
-"""Build the index files of a run in advance, so that it starts faster; works wherever the data are readable.
+"""Build the index files of a run in advance, on any machine that can read the data.
 
-The command accepts all flags of mhr train.  It uses those for data, seed, sequence length, batch size and
-steps, and --load if the run resumes.  The files go where the run looks for them: to --data-cache-path;
-without that flag to cache/hyperrouter next to the data, or to index-cache in --run-dir if that folder is not
-writable.  An index is rebuilt when the modification time of a token file changes.
+The run then starts faster.  The command accepts all flags of mhr train.  It uses those for data, seed,
+sequence length, batch size and steps, and --load if the run resumes.  The files go where the run looks for
+them: to --data-cache-path; without that flag to cache/hyperrouter next to the data, or to index-cache in
+--run-dir if that folder is not writable.  An index is rebuilt when the modification time of a token file
+changes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 weights, same number of steps, several seeds.
 
 Each router is trained with each seed in a separate process, and then scored at each k on the test split.  If
-HyperRouter is among them, the study adds a control: a random router that is never trained, and whose logits
-have the same standard deviation at the start.  --output gets one folder per run and these files:
+HyperRouter is among them, the study adds a control: a random router that is never trained, with logits that
+have the same standard deviation as HyperRouter's at the start.  --output gets one folder per run and these
+files:
   study.json                 the planned comparisons, fixed before the runs
   runs.csv                   one row per run
   table.csv, table.md        mean over seeds ± half the width of the 95 % t-interval
