@@ -48,7 +48,7 @@ EPILOG = """\
 An axis is a setting with its values.  Several settings, joined by commas, change together:
   --axis hidden_size,moe_ffn_hidden_size 64,96 128,192 --axis train_iters 500 1000 2000
   --axis router.name topk hyper
-With --axes, a YAML file defines the axes.  Each axis is a list of values, or of settings that change together:
+With --axes, a YAML file defines the axes.  Each is a list of values, or of settings that change together:
   width:
     - {hidden_size: 64, moe_ffn_hidden_size: 96}
     - {hidden_size: 128, moe_ffn_hidden_size: 192}

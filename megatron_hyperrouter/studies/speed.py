@@ -54,8 +54,8 @@ size is the same for all numbers of ranks.
 
 Columns of the table: efficiency is the number of tokens per second and rank, relative to the first row with
 the fewest ranks in the same repetition.  The column data is the fraction of the step time in which rank 0
-waited for its batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the final checkpoint is
-removed.
+waited for its batch.  In these runs, k and the learning rate are constant, nothing is evaluated, and the
+final checkpoint is removed.
 """
 QUIET = quiet(Role.SCHEDULE, Role.UPKEEP) | {"rampup_batch_size": None}
 OURS = ("--train-iters", *map(flag, QUIET))

@@ -2,10 +2,10 @@
 
 The task folder contains train.jsonl, dev.jsonl and test.jsonl ({"text", "label"}) and labels.json, or the
 original files of SST-2, SST-5, IMDB or BANKING77. The weights with the best score on dev are tested once
-and saved in seed-N. Writes results.json, predictions.jsonl, training.jsonl and finetuning.json to
---output. After an interruption, run the same command again to continue. --test tests saved weights again,
-and --compare compares two output folders. Runs in one process, or on several ranks under torchrun or
-deepspeed.
+and saved in seed-N. The command writes results.json, predictions.jsonl, training.jsonl and finetuning.json
+to --output. After an interruption, run the same command again to continue. --test tests saved weights again,
+and --compare compares two output folders. The command runs in one process, or on several ranks under
+torchrun or deepspeed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Two tasks need no download: held_out (bits per byte of texts that the model was not trained on) and next_line
 (which of four lines comes next).  Their texts come from the run's test split, from the token files of
 --data-path, or from --text FILE.jsonl.  All other tasks of the harness load their data from the Hugging Face
-hub, or as the task files in --include-path specify.
+hub, unless the task files in --include-path specify another source.
 """
 
 from __future__ import annotations
