@@ -128,7 +128,7 @@ CASES = [
         "expert_tensor_parallel_is_all_or_none",
         {"expert_tensor_parallel_size": 2},
         "--expert-tensor-parallel-size",
-        "must be 1 or --tensor-model-parallel-size = 1",
+        "must be 1 or equal to --tensor-model-parallel-size = 1",
         TP2,
     ),
     case(

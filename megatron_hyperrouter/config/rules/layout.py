@@ -50,7 +50,7 @@ def expert_tensor_parallel_is_all_or_none(config: RunConfig, world_size: int | N
     tensor, expert = config.parallel.tensor_model_parallel_size, expert_tensor_size(config)
     if config.engine.engine == "deepspeed" and expert not in (1, tensor):
         allowed = "1" if tensor == 1 else f"1 or {tensor}"
-        rule = f"must be 1 or --tensor-model-parallel-size = {tensor} on the deepspeed engine"
+        rule = f"must be 1 or equal to --tensor-model-parallel-size = {tensor} on the deepspeed engine"
         yield broken(config, "expert_tensor_parallel_size", rule, f"use {allowed}, or --engine megatron")
 
 

@@ -64,8 +64,8 @@ class OptimizerConfig:
         bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides this itself"),
-        "Overlap the reduction of gradients with the backward pass; default: on with "
-        "--use-distributed-optimizer on more than one data-parallel rank",
+        "Overlap the reduction of gradients with the backward pass; default: on if "
+        "--use-distributed-optimizer is on and there are several data-parallel ranks",
     ] = None
     overlap_param_gather: Annotated[
         bool | None,
@@ -77,7 +77,7 @@ class OptimizerConfig:
     ddp_bucket_size: Annotated[
         Count | None,
         Role.SPEED,
-        Only("megatron", harmless="DeepSpeed's buckets follow the size of the model"),
+        Only("megatron", harmless="DeepSpeed chooses bucket sizes by the model size"),
         "With overlapping communication: number of gradient elements to reduce together; default: "
         "10^6 per data-parallel rank, but at least 4 x 10^7",
     ] = None
