@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_NUMBERS = ("total", "world_size", "seconds", "waited", "rank")
+_NUMBERS = ("total", "world_size", "seconds", "waited", "rank", "more")
 _MOST = 1e15  # larger numbers are damage, and would not fit into a float
 
 
@@ -14,7 +14,7 @@ def checked(event: Any) -> dict[str, Any]:
         raise ValueError("not an event")
     found: dict[str, Any] = {name: value for name, value in event.items() if value is not None}
     known = [name for name in _NUMBERS if name in found]
-    if "alarm" in found and "rank" in found:  # about a late rank: the share of the time
+    if "alarm" in found and "rank" in found:  # about a late rank
         known += ["value", "since"]
     for name in ("step", "time", "attempt", *known):
         number = found.get(name)

@@ -145,7 +145,7 @@ def _late_in_steps(trace: Trace) -> list[str]:
         if each["event"] in OPENING:
             break
         rule = next((rule for rule in RULES if rule.alarm == each.get("alarm")), None)
-        if rule is not None and rule.alarm not in found:
+        if rule is not None and rule.alarm not in found and "rank" in each:
             beat = trace.beats.get(each["rank"])
             found[rule.alarm] = sentence(rule, each.get("host") or (beat.host if beat else ""), each)
     return list(found.values())

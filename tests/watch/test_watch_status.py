@@ -370,3 +370,27 @@ def test_no_damaged_value_ends_the_command(run_dir: Path, number: int) -> None:
             worth_restarting(run_dir, 1, environ=environ)
     write_events(run_dir, *found, {"time": begun, "what": "an event without a name"})
     assert now(run_dir).notes == ["events.jsonl: line 5 cannot be read and is ignored"]
+
+
+@pytest.mark.parametrize("name", ["alarm", "rank", "value", "since", "more", "host", "step"])
+def test_a_late_rank_with_a_damaged_value(run_dir: Path, name: str) -> None:
+    """The event of a run that is alive counts, or is ignored."""
+    opening = {"event": "start", "time": time.time() - 100, "total": 40, "world_size": 2}
+    facts = {
+        "alarm": "slow_rank",
+        "rank": 1,
+        "value": 1.5,
+        "since": 3,
+        "step": 22,
+        "more": 2,
+        "host": "node1",
+    }
+    write_beats(run_dir, time.time(), {}, {})
+    with held(run_dir):
+        for value in DAMAGE:
+            event = {"event": "alarm", "time": time.time(), **facts, name: value}
+            if value == []:
+                del event[name]
+            lines = [{"step": 0, "attempt": 1, **each} for each in (opening, event)]
+            (run_dir / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            assert now(run_dir).state == "running" and lines_of(now(run_dir)), value
