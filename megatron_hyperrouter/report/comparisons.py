@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from megatron_hyperrouter.analysis.intervals import mean_and_half
 from megatron_hyperrouter.report.figures import COLORS, MARKERS, Drawing, Line, lines
 from megatron_hyperrouter.report.findings import (
@@ -18,7 +16,7 @@ from megatron_hyperrouter.report.findings import (
     similarity_figure,
 )
 from megatron_hyperrouter.report.page import Section
-from megatron_hyperrouter.report.sources import Comparison, Record
+from megatron_hyperrouter.report.sources import Comparison, Record, settings_in
 from megatron_hyperrouter.studies import verdicts
 from megatron_hyperrouter.studies.router_tables import (
     POINTS,
@@ -283,10 +281,8 @@ def facts_chapter(study: Comparison) -> Section:
     for label, seeds in study.runs.items():
         times = [told["step_time"] for told in seeds.values()]
         settings = study.folder / "runs" / f"{label}-seed{next(iter(seeds))}" / "settings.yaml"
-        router = ""
-        if settings.is_file():
-            found = yaml.safe_load(settings.read_text(encoding="utf-8")).get("router", {})
-            router = ", ".join(f"{key} {value}" for key, value in found.items() if value not in (None, False))
+        found = settings_in(settings).get("router", {})
+        router = ", ".join(f"{key} {value}" for key, value in found.items() if value not in (None, False))
         steps = sorted({told["steps"] for told in seeds.values()})
         time = f"{1e3 * sum(times) / len(times):.1f}" if alone else "-"
         rows.append([label, " ".join(map(str, seeds)), " or ".join(map(str, steps)), time, router])

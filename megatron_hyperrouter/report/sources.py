@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_hyperrouter.config.reading.yaml_text import load_yaml
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.guard.events import read_events
 
@@ -138,7 +137,7 @@ def read_run(folder: Path) -> TrainingRun:
             extra[kind] = content
     return TrainingRun(
         folder=folder,
-        settings=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
+        settings=settings_in(settings),
         steps=[record for record in records if "split" not in record],
         evaluations=[record for record in records if "split" in record],
         events=read_events(folder / "events.jsonl"),
@@ -169,6 +168,20 @@ def _kind(content: Any) -> str:
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict) or "topk" not in rows[0]:
         return ""
     return "analysis" if "layers" in rows[0] else "evaluation" if "lm_loss" in rows[0] else ""
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The settings of a run in its YAML file; none without the file. ConfigError for a damaged one."""
+    if not path.is_file():
+        return {}
+    remedy = "restore the file from settings.yaml in a checkpoint, or remove it"
+    try:
+        found = load_yaml(str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem("settings", path, f"cannot be read: {error}", remedy)]) from error
+    if not isinstance(found, dict):
+        raise ConfigError([Problem("settings", path, "must map names to values", remedy)])
+    return found
 
 
 def _json(path: Path) -> Any:

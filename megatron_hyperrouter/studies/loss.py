@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.studies.jobs import (
@@ -293,15 +292,14 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
 
 def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
     """``--axes``; raises ConfigError."""
-    import yaml
-
+    from megatron_hyperrouter.config.reading.yaml_text import load_yaml
     from megatron_hyperrouter.errors import ConfigError
 
     if path is None:
         return {}
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = load_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError([_bad("--axes", path, f"cannot be read ({error})", "give a YAML file")]) from error
     if not isinstance(found, dict) or not all(isinstance(values, list) for values in found.values()):
         raise ConfigError(

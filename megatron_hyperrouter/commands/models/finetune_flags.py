@@ -35,11 +35,11 @@ def _config_flag() -> Parser:
 
 def words_of(path: Path) -> list[str]:
     """The settings of a YAML file as flags."""
-    import yaml
+    from megatron_hyperrouter.config.reading.yaml_text import load_yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = load_yaml(str(path)) or {}
+    except (OSError, ValueError) as error:
         raise ConfigError(
             [Problem("--config", path, f"cannot be read: {error}", "give a YAML file of flags")]
         ) from error

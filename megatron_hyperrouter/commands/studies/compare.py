@@ -267,15 +267,14 @@ def check_routers(labels: Sequence[str], options: Mapping[str, Mapping[str, Any]
 
 def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     """``--options``: label to options; raises ConfigError."""
-    import yaml
-
+    from megatron_hyperrouter.config.reading.yaml_text import load_yaml
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     if path is None:
         return {}
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = load_yaml(path) or {}
+    except (OSError, ValueError) as error:
         raise ConfigError(
             [Problem("--options", path, f"cannot be read ({error})", "give a YAML file")]
         ) from error
