@@ -126,7 +126,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib", "yaml"}),
     "report": (
-        {"analysis", "guard.events", "studies.verdicts", "studies.router_tables", "studies.tables"},
+        {
+            "analysis",
+            "config.reading.yaml_text",
+            "guard.events",
+            "studies.verdicts",
+            "studies.router_tables",
+            "studies.tables",
+        },
         {"matplotlib", "yaml"},
     ),
     "commands": ({"compat"}, set()),

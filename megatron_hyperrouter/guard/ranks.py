@@ -18,6 +18,18 @@ from megatron_hyperrouter.errors import ConfigError, Problem
 _LAUNCH = "start the program with torchrun or deepspeed, which set these variables, or set them correctly"
 _PORTS = range(15000, 35000)  # from which tasks of a scheduler choose one by the number of their job
 
+_OTHERS = (  # the launcher, and its variables for rank, size, local rank and local size
+    (
+        "mpirun_rsh",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", ""),
+    ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+)
+
 
 @dataclass(frozen=True)
 class _Tasks:
@@ -39,7 +51,7 @@ def adopt_ranks(environ: MutableMapping[str, str] | None = None) -> None:
     """
     environ = os.environ if environ is None else environ
     if environ.get("RANK") is None and environ.get("WORLD_SIZE") is None:
-        tasks = _slurm(environ) or _open_mpi(environ) or _pmi(environ)
+        tasks = _slurm(environ) or _open_mpi(environ) or _other(environ)
         if tasks is None or tasks.size == "1":
             return
         _serve(tasks, environ)
@@ -101,21 +113,20 @@ def _open_mpi(environ: MutableMapping[str, str]) -> _Tasks | None:
     )
 
 
-def _pmi(environ: MutableMapping[str, str]) -> _Tasks | None:
-    """MPICH and Intel MPI."""
-    rank, size = environ.get("PMI_RANK"), environ.get("PMI_SIZE")
-    _refuse_half(("PMI_RANK", rank), ("PMI_SIZE", size))
-    if rank is None or size is None:
-        return None
-    local_size = environ.get("MPI_LOCALNRANKS")
-    return _Tasks(
-        starter="mpiexec (PMI_RANK, PMI_SIZE)",
-        rank=rank,
-        size=size,
-        local_rank=environ.get("MPI_LOCALRANKID", ""),
-        address="127.0.0.1" if local_size == size else "",
-        job="",
-    )
+def _other(environ: MutableMapping[str, str]) -> _Tasks | None:
+    """A task of a launcher that says no more than these numbers."""
+    for starter, rank, size, local_rank, local_size in _OTHERS:
+        _refuse_half((rank, environ.get(rank)), (size, environ.get(size)))
+        if rank in environ and size in environ:
+            return _Tasks(
+                starter=f"{starter} ({rank}, {size})",
+                rank=environ[rank],
+                size=environ[size],
+                local_rank=environ.get(local_rank, ""),
+                address="127.0.0.1" if environ.get(local_size) == environ[size] else "",
+                job="",
+            )
+    return None
 
 
 def _refuse_half(rank: tuple[str, str | None], size: tuple[str, str | None]) -> None:

@@ -74,6 +74,19 @@ def test_tasks_of_mpirun() -> None:
     assert found["MASTER_ADDR"] == "127.0.0.1"
 
 
+@pytest.mark.parametrize("prefix", ["MV2_COMM_WORLD", "JSM_NAMESPACE"])
+def test_tasks_of_other_launchers(prefix: str) -> None:
+    numbers = {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    environ = {f"{prefix}_{name}": value for name, value in numbers.items()}
+    if prefix == "JSM_NAMESPACE":
+        with pytest.raises(ConfigError, match="MASTER_ADDR: must be set.*task 1 of 2 of jsrun"):
+            adopted(environ)
+        environ["MASTER_ADDR"] = "127.0.0.1"
+    found = adopted(environ)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("1", "2", "1")
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+
+
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
@@ -85,6 +98,7 @@ def test_tasks_of_mpirun() -> None:
         ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE: must be set"),
         ({"PMI_SIZE": "2"}, "PMI_RANK: must be set"),
         ({"PMI_RANK": "1"}, "PMI_SIZE: must be set"),
+        ({"MV2_COMM_WORLD_RANK": "1"}, "MV2_COMM_WORLD_SIZE: must be set"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "RANK"}, "RANK: must be set"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "WORLD_SIZE"}, "WORLD_SIZE: must be set"),
         ({name: TORCHRUN[name] for name in TORCHRUN if name != "MASTER_ADDR"}, "MASTER_ADDR: must be set"),
