@@ -79,7 +79,7 @@ def test_tasks_of_other_launchers(prefix: str) -> None:
     numbers = {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
     environ = {f"{prefix}_{name}": value for name, value in numbers.items()}
     if prefix == "JSM_NAMESPACE":
-        with pytest.raises(ConfigError, match="MASTER_ADDR: must be set.*task 1 of 2 of jsrun"):
+        with pytest.raises(ConfigError, match=r"MASTER_ADDR: must be set.*task 1 of 2 of jsrun"):
             adopted(environ)
         environ["MASTER_ADDR"] = "127.0.0.1"
     found = adopted(environ)
