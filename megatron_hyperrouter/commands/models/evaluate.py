@@ -167,7 +167,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "these scores under calibrated",
     )
     flags.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results"
+        "--output", type=Path, required=True, metavar="FILE.json", help="JSON file to write the results to"
     )
     args = flags.parse_args(arguments)
     flags.check_at_least(args, 1, "eval_iters")

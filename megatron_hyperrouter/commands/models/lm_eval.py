@@ -227,7 +227,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         metavar="NAME",
         help="tasks to run: held_out, next_line, or tasks of the harness",
     )
-    add("--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the results")
+    add("--output", type=Path, required=True, metavar="FILE.json", help="JSON file to write the results to")
     add("--include-path", type=Path, metavar="DIR", help="folder with additional task files")
     add(
         "--text",

@@ -106,7 +106,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--no-checkpoints", action="store_true", help="do not compare the run's earlier checkpoints"
     )
     flags.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.json", help="JSON file for the numbers"
+        "--output", type=Path, required=True, metavar="FILE.json", help="JSON file to write the results to"
     )
     args = flags.parse_args(arguments)
     flags.check_at_least(args, 1, "eval_iters")

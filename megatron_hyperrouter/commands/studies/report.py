@@ -31,7 +31,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         nargs="+",
         type=Path,
         metavar="RUN_OR_STUDY",
-        help="folders of runs and studies, or files of evaluations and analyses",
+        help="run folders, study folders, or output files of mhr evaluate and mhr analyze",
     )
     flags.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="HTML file to write")
     return flags.parse_args(arguments)
