@@ -56,7 +56,7 @@ CASES = {
         PREPROCESS + " --save-seconds -1", 2, "--save-seconds = -1.0: must be at least 0"
     ),
     "no number of a time": case(
-        PREPROCESS + " --save-seconds nan", 2, "--save-seconds = nan: must be at least 0"
+        PREPROCESS + " --save-seconds nan", 2, "--save-seconds = nan: must be a finite number"
     ),
     "a shard of 20 digits": case(PREPROCESS + " --shard 1/" + "9" * 20, 2, r"--shard = 1/9+: must be I/N"),
     "input and output": case(
