@@ -67,7 +67,7 @@ def calibrated(machine: Machine, path: Path) -> Machine:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ConfigError([_bad(path, f"has {name} = {value}, which must be a number greater than 0")])
     if not values:
-        raise ConfigError([_bad(path, f"has none of {', '.join(MEASURED)}")])
+        raise ConfigError([_bad(path, f"must contain at least one of {', '.join(MEASURED)}")])
     measured = found.get("measured")
     fitted = measured.get("fitted", values) if isinstance(measured, dict) else values
     return replace(
