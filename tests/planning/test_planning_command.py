@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -240,3 +241,29 @@ def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["--config", str(folder / "model.yaml"), "--gpus", "1", "--gpu-memory", "2.5001"])
     told = capsys.readouterr().out
     assert caught.value.code == 1 and "does not fit" in told and "the largest part is" in told
+
+
+PLANS_OF_DOCS = re.findall(
+    r"```bash\nmhr plan (--config examples[^\n]*)\n```\n+```text\n(.*?)```",
+    (ROOT / "docs" / "planning.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("flags", "shown"), PLANS_OF_DOCS)
+def test_plans_of_the_docs(
+    flags: str,
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every line of ``docs/planning.md`` is what the command prints."""
+    monkeypatch.chdir(tmp_path)  # where no tokenizer file is
+    main(shlex.split(flags.replace("examples/", f"{ROOT}/examples/")))
+    printed = capsys.readouterr().out.splitlines()
+    assert not [line for line in shown.splitlines() if line not in printed]
+
+
+def test_the_docs_have_three_plans() -> None:
+    assert len(PLANS_OF_DOCS) == 3
