@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if manifest["format"] >= 2 and manifest.get("sha256") != _digest(manifest):
         raise CheckpointError(
-            f"{path} has changed: the checksum in it does not match its content", remedy=older(folder)
+            f"{path} has changed: its own checksum does not match its content", remedy=older(folder)
         )
     return dict(manifest)
 

@@ -102,8 +102,8 @@ class OnDemandOrder:
         whole = (self.tokens_per_epoch - 1) // seq_length  # the samples that need no token of a second epoch
         if whole < 1:
             raise ValueError(
-                f"{self.tokens_per_epoch} tokens are too few for a sample of "
-                f"{seq_length} tokens and the last label"
+                f"one sample needs {seq_length} tokens and the last label, but there are only "
+                f"{self.tokens_per_epoch} tokens"
             )
         self._end = whole if num_samples is None else None
         self._num_samples = whole if num_samples is None else num_samples
