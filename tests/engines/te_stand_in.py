@@ -262,13 +262,14 @@ def activation_recompute_forward(*args: Any, **kwargs: Any) -> Any:
 
 
 class Fp8Padding(nn.Module):
-    """Rows of zeros after those of each expert, up to a multiple of 16."""
+    """Rows of zeros after those of each expert, up to a multiple of ``align_size``, which only 0.19.2 gives."""
 
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
+        self.align_size = align_size or 16
 
     def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
-        sizes = [-(-size // 16) * 16 for size in m_splits]
+        sizes = [-(-size // self.align_size) * self.align_size for size in m_splits]
         parts = [
             F.pad(part, (0, 0, 0, size - len(part)))
             for part, size in zip(x.split(m_splits), sizes, strict=True)
@@ -279,11 +280,12 @@ class Fp8Padding(nn.Module):
 class Fp8Unpadding(nn.Module):
     """Takes them away again."""
 
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
+        self.align_size = align_size or 16
 
     def forward(self, x: Tensor, m_splits: list[int]) -> Tensor:
-        parts = x.split([-(-size // 16) * 16 for size in m_splits])
+        parts = x.split([-(-size // self.align_size) * self.align_size for size in m_splits])
         return torch.cat([part[:size] for part, size in zip(parts, m_splits, strict=True)])
 
 
