@@ -262,7 +262,7 @@ def activation_recompute_forward(*args: Any, **kwargs: Any) -> Any:
 
 
 class Fp8Padding(nn.Module):
-    """Rows of zeros after those of each expert, up to a multiple of ``align_size``, which only 0.19.2 gives."""
+    """Rows of zeros after those of each expert, up to a multiple of ``align_size``, given by 0.19.2 alone."""
 
     def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
