@@ -112,7 +112,7 @@ def missing_library(error: ModuleNotFoundError) -> HostError:
     """The error to report if an import fails."""
     library = (error.name or "").split(".")[0]
     return HostError(
-        f"the library {library} is not installed ({error})",
+        f"the {library} library is not installed ({error})",
         remedy="in the repository, run bash tools/setup_env.sh or pip install . to install all libraries",
     )
 

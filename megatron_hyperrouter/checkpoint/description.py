@@ -98,7 +98,7 @@ def _tokenizer_files(config: RunConfig, fetched: Sequence[Path]) -> tuple[dict[s
         try:
             files |= {each.name: each.read_bytes() for each in found if each.is_file()}
         except OSError as error:
-            remedy = "check its permissions and the disk"
+            remedy = "check its permissions, and check the disk for errors"
             raise DataError(f"{path} cannot be read: {error.strerror or error}", remedy=remedy) from error
     return files, kept if files else {}
 

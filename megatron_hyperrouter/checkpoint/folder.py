@@ -299,7 +299,7 @@ class CheckpointFolders:
             return []
         if (latest := self.root / LATEST).is_dir() and not latest.is_symlink():
             raise CheckpointError(
-                f"{latest} is a folder; it must be a file with the name of a checkpoint",
+                f"{latest} is a folder, but it must be a file that contains the name of a checkpoint",
                 remedy="rename that folder",
             )
         later = [folder for folder in sorted(self.root.glob("step_*")) if (step_of(folder) or 0) > step]

@@ -95,7 +95,7 @@ class IndexEntry:
             return ""
         needed = {WEIGHT, *MOMENTS} | (set() if self.dtype == "float32" else {MASTER})
         if missing := needed - self.digests.keys():
-            return f"no rank writes {', '.join(sorted(missing))}"
+            return f"no rank has written its {', '.join(sorted(missing))}"
         return gap(self.shape, [stored.box for stored in self.boxes])
 
 

@@ -98,7 +98,9 @@ def _that_counts(root: Path) -> Path | None:
         sealed = sealed_steps(root) if root.is_dir() else []
     except OSError as error:
         message = f"{root} cannot be read: {error}"
-        raise CheckpointError(message, remedy="check its permissions and the disk") from error
+        raise CheckpointError(
+            message, remedy="check its permissions, and check the disk for errors"
+        ) from error
     step, problem = _read(root / LATEST)
     if step in sealed and step is not None:
         return root / folder_name(_finished(root, step, sealed))

@@ -19,7 +19,7 @@ _NEXT = """megatron_hyperrouter pretrains mixture-of-experts models with better 
 Start with one of these:
   bash examples/quickstart.sh   train a small model in 5 minutes (needs a checkout of the repository)
   mhr train --help              every setting of a training run
-  mhr evaluate --help           score a trained run at several k
+  mhr evaluate --help           evaluate a trained model at several values of k
   mhr --help                    all commands
 """
 

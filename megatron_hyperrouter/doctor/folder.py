@@ -150,7 +150,7 @@ def _lock(ranks: Ranks, names: Sequence[str], folder: Path) -> list[Finding]:
             "never to start two runs in one folder"
         )
         return [fault("lock", f"locks do not work in the run folder: {wrong[0]}", remedy)]
-    return [ok("lock", "a locked file cannot be locked again")] if ranks.rank == 0 else []
+    return [ok("lock", "locks work: a second process cannot lock a locked file")] if ranks.rank == 0 else []
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     writes = {rank: each["write"] for rank, each in told.items()}
     slowest = min(writes, key=lambda rank: writes[rank])
     text = (
-        f"{len(told)} machine(s) together write {sum(writes.values()) / 1e6:,.0f} MB/s and read "
+        f"{len(told)} machine{'' if len(told) == 1 else 's'} together: write {sum(writes.values()) / 1e6:,.0f} MB/s, read "
         f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s (partly from the page cache)"
     )
     if writes[slowest] < min(_SLOW, statistics.median(writes.values())):

@@ -115,7 +115,7 @@ def _devices(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
     crowded = {each["host"]: each["cores"] for each in facts if ranks_of[each["host"]] > (each["cores"] or 1)}
     if crowded:
         host, cores = next(iter(crowded.items()))
-        text = f"{ranks_of[host]} ranks on {host} share {cores} core(s)"
+        text = f"{ranks_of[host]} ranks on {host} share {cores} core{'' if cores == 1 else 's'}"
         remedy = (
             "with Slurm, set --cpus-per-task to the number of cores divided by the number of tasks per node"
         )
@@ -126,7 +126,7 @@ def _rates(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
     rates = [each["rate"] for each in facts]
     usual = statistics.median(rates)
     gpu = bool(facts[0]["gpus"])
-    text = f"each rank multiplies matrices at {usual / 1e12:,.3g} TFLOP/s"
+    text = f"each rank reaches {usual / 1e12:,.3g} TFLOP/s in matrix products"
     slow = [
         f"{names[rank]}: {rate / usual:.0%} of the median"
         for rank, rate in sorted(enumerate(rates), key=lambda pair: pair[1])
@@ -157,7 +157,7 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")
     ranks_of = Counter(each["host"] for each in facts)
     small = [
-        f"{each['host']}: {each['shm'] / 1e6:,.0f} MB for {ranks_of[each['host']]} rank(s)"
+        f"{each['host']}: {each['shm'] / 1e6:,.0f} MB for {ranks_of[each['host']]} rank{'' if ranks_of[each['host']] == 1 else 's'}"
         for each in facts
         if each["shm"] is not None and each["shm"] < _SHM_A_RANK * ranks_of[each["host"]]
     ]

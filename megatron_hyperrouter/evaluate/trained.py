@@ -50,9 +50,7 @@ def run_path(text: str) -> Path:
 
 
 def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
-    remedy = (
-        "use the folder of a run that has saved a checkpoint, which has the model, tokenizer and settings"
-    )
+    remedy = "use the folder of a run that has saved a checkpoint"
     if (Path(load) / "config.json").is_file():
         remedy = f"import this Hugging Face folder first: mhr import-hf --input {load} --output RUN"
     return CheckpointError(f"--load = {load}: the folder has no finished checkpoint{why}", remedy=remedy)
@@ -158,7 +156,8 @@ class TrainedRun:
         name = split or "test"
         if data_path is None and self.settings.data.data_path == (NO_DATA,):
             raise DataError(
-                "this run was imported and has no data", remedy="name token files with --data-path PREFIX"
+                "this run was imported and has no data",
+                remedy="give the prefix of token files with --data-path PREFIX",
             )
         splits = build_splits(
             self.data(split=split, data_path=data_path, whole=samples is None),

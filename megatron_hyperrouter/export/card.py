@@ -79,8 +79,8 @@ def _topks(job: Export, proof: dict[str, Any] | None) -> str:
 
 def _limits(job: Export) -> str:
     lines = [
-        "`certificate.json` has the digests of all files and tensors.  It also has the proof that "
-        f"transformers computes the same as the training program (weights in {job.dtype}).  "
+        "`certificate.json` has the digests of all files and tensors.  It also has the results of the "
+        f"test that transformers computes the same logits as the training program (weights in {job.dtype}).  "
         f"`mhr export-hf --verify FOLDER` checks a copy of this folder."
     ]
     padded = job.run.model.make_vocab_size_divisible_by

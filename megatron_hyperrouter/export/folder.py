@@ -82,7 +82,7 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
     ]:
         raise CheckpointError(
             f"{job.checkpoint} has no tensor {missing[0]}"
-            + (f"; {len(missing) - 1} more are missing too" if missing[1:] else ""),
+            + (f" and lacks {len(missing) - 1} more" if missing[1:] else ""),
             remedy="export from the original run folder, because this checkpoint does not match its settings",
         )
     source = _TensorReader(job, reader, sizes)

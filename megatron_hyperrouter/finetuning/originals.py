@@ -132,7 +132,9 @@ def imdb_table(folder: Path) -> Original:
     for row in rows:
         share = _share(row[0])
         parts["test" if share < 0.1 else "dev" if share < 0.2 else "train"].append(row)
-    note = "this file of IMDB has no splits, so a tenth of the texts is used as test and another tenth as dev"
+    note = (
+        "this IMDB file has no splits, so a tenth of the texts is used for testing and another tenth for dev"
+    )
     return Original(("negative", "positive"), parts, (note,))
 
 

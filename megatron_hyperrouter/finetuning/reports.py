@@ -1,4 +1,4 @@
-"""The rows and tables of a fine-tuning's results, and the comparison of two fine-tunings."""
+"""The rows and tables of a fine-tuning run's results, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def compare(first: Path, second: Path) -> list[ResultRow]:
         if not np.array_equal(labels, other_labels):
             raise DataError(
                 f"{first} and {second} were not tested on the same texts",
-                remedy="compare fine-tunings on the same task folder",
+                remedy="compare fine-tuning runs on the same task folder",
             )
         own_right, other_right = own == labels, other == labels
         low, high = paired_bootstrap(own_right, other_right)
@@ -213,7 +213,7 @@ def _predictions(folder: Path) -> dict[tuple[int, int], tuple[Any, Any]]:
     """(seed, k) -> labels and predictions of the test."""
     path = folder / PREDICTIONS
     if not path.is_file():
-        raise DataError(f"{path} is missing", remedy="use the --output folder of a fine-tuning")
+        raise DataError(f"{path} is missing", remedy="use the --output folder of a fine-tuning run")
     lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

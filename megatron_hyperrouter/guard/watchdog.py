@@ -143,7 +143,7 @@ class Watchdog:
             return [f"{describe(beats[rank])}; {silent} {self._silent(rank):.0f} s" for rank in lost]
         now = {**beats, self._rank: self._own_beat()}
         return [describe(now[rank]) for rank in apart(now)] or [
-            f"all ranks have stopped at the same point: {describe(now[self._rank])}"
+            f"all ranks are stuck at the same point: {describe(now[self._rank])}"
         ]
 
     def _record(self, still: float, suspects: list[str]) -> None:

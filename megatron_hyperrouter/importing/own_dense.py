@@ -68,7 +68,7 @@ def _check(run: RunConfig, vocab_size: int) -> None:
                 f"the run has {model.num_experts} experts in each layer, but --upcycle "
                 "needs a dense model (--num-experts 1)"
             ),
-            remedy="use a dense run, or continue the training of this run",
+            remedy="use the run of a dense model, or continue the training of this run",
         )
     refuse_unknown(run, (), "upcycling")
     router = make_router(run, 1, vocab_size=vocab_size)

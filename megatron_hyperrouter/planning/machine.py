@@ -36,7 +36,7 @@ class Machine:
             f"nodes; the latency is {self.latency * 1e6:.0f} us per message ({self.source})",
             f"the busiest expert-parallel rank has {self.skew:g} times the mean load of all ranks (--skew)",
             (
-                f"{self.reserve / 1e9:g} GB per GPU are reserved for CUDA, NCCL and kernels "
+                f"{self.reserve / 1e9:g} GB per GPU is reserved for CUDA, NCCL and kernels "
                 "(--reserve); memory fragmentation is not included"
             ),
             "communication and computation do not overlap; tensor parallelism stays inside a node",

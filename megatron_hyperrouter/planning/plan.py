@@ -162,7 +162,7 @@ class Planner:
             f"needs {use.total / GIB:.1f} GiB, but a GPU has {self.machine.memory / GIB:.1f}; the "
             f"largest part is {part} ({getattr(use, part) / GIB:.1f} GiB): {_REMEDIES[part]}"
         )
-        cause = f"does not fit; the largest part is {part}: {_REMEDIES[part]}"
+        cause = f"too large for a GPU; the largest part is {part}: {_REMEDIES[part]}"
         return Refusal(made.candidate.layout(), reason, (cause,))
 
 
@@ -171,6 +171,6 @@ def _nothing_runs(gpus: int, refusals: Sequence[Refusal]) -> Problem:
     return Problem(
         "--gpus",
         gpus,
-        (f"the rules do not allow any layout; the first reason is: {reason}"),
-        "use another number of GPUs, or other settings",
+        (f"no layout on this many GPUs is valid; the first reason: {reason}"),
+        "change the setting in this reason, or use another number of GPUs",
     )

@@ -39,11 +39,11 @@ def _head(plan: Plan) -> str:
     first = plan.layouts[0].candidate.config
     k = first.model.moe_router_topk
     return (
-        f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; {plan.gpus} GPUs of "
-        f"{plan.machine.memory / GIB:.1f} GiB; each step has {first.train.global_batch_size:,} samples of "
+        f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; {plan.gpus} "
+        f"GPU{'s' if plan.gpus > 1 else ''} of {plan.machine.memory / GIB:.1f} GiB; each step has {first.train.global_batch_size:,} samples of "
         f"{first.model.seq_length:,} tokens.\n"
         f"{len(plan.layouts)} {'layout is' if len(plan.layouts) == 1 else 'layouts are'} "
-        f"allowed, and {len(plan.fitting)} of them {'fits' if len(plan.fitting) == 1 else 'fit'} in memory."
+        f"valid; {len(plan.fitting) or 'none'} of them {'fits' if len(plan.fitting) < 2 else 'fit'} in memory."
     )
 
 
@@ -114,11 +114,17 @@ def _refusals(plan: Plan) -> str:
     if not plan.refused:
         return ""
     reasons = Counter(cause for each in plan.refused for cause in each.causes)
-    shown = [f"{count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS)]
+    shown = [
+        f"{count} layout{'s' if count > 1 else ''}: {reason}"
+        for reason, count in reasons.most_common(_MOST_REASONS)
+    ]
     left = len(reasons) - len(shown)
-    more = [f"and {left} other reasons (use --json FILE to see all)"] if left > 0 else []
+    more = (
+        [f"and {left} other reason{'s' if left > 1 else ''} (use --json FILE to see all)"] if left > 0 else []
+    )
     count = len(plan.refused)
-    head = "1 layout is refused" if count == 1 else f"{count} layouts are refused, some for several reasons"
+    several = ", some for several reasons" if any(len(each.causes) > 1 for each in plan.refused) else ""
+    head = f"{'1 layout is' if count == 1 else f'{count} layouts are'} ruled out{several}"
     return f"{head}:\n" + _lines([*shown, *more])
 
 

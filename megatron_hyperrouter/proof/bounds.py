@@ -48,13 +48,13 @@ def _faults(result: Mapping[str, Any], dtype: str) -> Iterator[str]:
             yield f"logits differ by up to {result['max_difference']:.2e}, but at most {bound:.2e} is allowed"
         if (gap := max(result["largest_gap"], default=0.0)) > NEAR:
             yield (
-                f"{100 * (1 - same):.2f} % of tokens have other experts, some with a gap of "
-                f"{gap:.1e} between the router logits (allowed: {NEAR:.0e})"
+                f"{100 * (1 - same):.2f} % of tokens are routed to other experts, although the router logits "
+                f"of these experts differ by up to {gap:.1e} (only differences up to {NEAR:.0e} are ties)"
             )
         return
     if same < SAME_EXPERTS:
         yield (
-            f"only {100 * same:.2f} % of tokens have the same experts; at least {100 * SAME_EXPERTS} "
+            f"only {100 * same:.2f} % of tokens are routed to the same experts; at least {100 * SAME_EXPERTS} "
             "% are required"
         )
     ratio = result["perplexity_hf"] / result["perplexity"]

@@ -185,7 +185,7 @@ def routes_chapter(models: Mapping[str, Mapping[str, Any]], drawing: Drawing, ti
         drawing.draw(fill, size=(8.0, 3.0), grid=(1, 2)),
         f"The routing of {over['tokens']:,} fixed tokens with k = {over['topk']}. Saturation: the "
         "share of expert choices that are the same at the last checkpoint. Fluctuation: the share "
-        "of tokens that have a different first expert than at the previous checkpoint. Dotted "
+        "of tokens whose top-1 expert differs from that at the previous checkpoint. Dotted "
         "lines: values expected by chance.",
     )
     return section

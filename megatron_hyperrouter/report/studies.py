@@ -1,4 +1,4 @@
-"""Chapters about fine-tunings and scaling studies."""
+"""Chapters about fine-tuning runs and scaling studies."""
 
 from __future__ import annotations
 

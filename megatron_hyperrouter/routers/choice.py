@@ -59,7 +59,7 @@ class ChoosingRouter(Router):
             Literal["softmax", "sigmoid"], "Function that turns logits into scores (DeepSeek-V3 uses sigmoid)"
         ] = "softmax"
         pre_softmax: Annotated[
-            bool, "Weight the chosen experts by a softmax over all experts, without renormalising (Switch)"
+            bool, "Weight the chosen experts by a softmax over all experts, without renormalizing (Switch)"
         ] = False
         renormalise: Annotated[
             bool,
@@ -268,7 +268,7 @@ def no_gradient_at_k1(name: str, topk: int) -> Iterator[str]:
 def without_counts(what: str) -> str:
     """The warning that ``what`` needs :meth:`Router.end_step`."""
     return (
-        f"{what} needs the choices of all ranks in each optimizer step; create "
+        f"{what} needs the expert loads of all ranks in each optimizer step; create "
         "megatron_hyperrouter.RouterSteps for the model, and call its begin() and end() around each step"
     )
 
@@ -276,7 +276,7 @@ def without_counts(what: str) -> str:
 def without_tokens(what: str, instead: str) -> str:
     """The warning that ``what`` needs ``Tokens``; ``instead``: what happens without them."""
     return (
-        f"{what} needs the ids or positions of tokens; without them, {instead}. Create "
+        f"{what} needs the ids or positions of the tokens; without them, {instead}. Create "
         "megatron_hyperrouter.RouterSteps for the model, call its begin() and end() around "
         "each step, and its arrive() before each micro-batch"
     )

@@ -99,10 +99,7 @@ class StableMoERouter(Router, name="stablemoe"):
         def warnings(self, *, topk: int) -> Iterator[str]:
             """Warns if the second stage would use a router that was never distilled."""
             if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
-                yield (
-                    "with --router.distillation-coeff 0, the second stage routes "
-                    "each token id to random experts"
-                )
+                yield ("with --router.distillation-coeff 0, stage 2 routes each token id to random experts")
 
         def stage(self, step: int, train_iters: int) -> int:
             """1 while the routes are learned, 2 when they are frozen."""
@@ -200,9 +197,9 @@ class StableMoERouter(Router, name="stablemoe"):
     def _frozen_experts(self, now: Pass) -> Tensor:
         if now.tokens is None:
             raise ValueError(
-                f"router stablemoe at step {now.step} is in its second stage and routes by token "
+                f"router stablemoe at step {now.step} is in stage 2 and routes by token "
                 "ids; call it with tokens=Tokens(...), or build it with "
-                "stage1_share=1.0 to stay in the first stage"
+                "stage1_share=1.0 to stay in stage 1"
             )
         with torch.no_grad():
             self._freeze(now.step)
@@ -226,6 +223,5 @@ class StableMoERouter(Router, name="stablemoe"):
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """Refused."""
         raise NotImplementedError(
-            "router stablemoe cannot be folded: its weights are sigmoids, "
-            "and its second stage routes by token ids"
+            "router stablemoe cannot be folded: its weights are sigmoids, and stage 2 routes by token ids"
         )

@@ -44,7 +44,7 @@ class TopKRouter(ChoosingRouter, name="topk"):
             """A frozen router must not change its routes."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.freeze and self.expert_bias and self.update_rate:
-                rule = "keeps routes fixed, but --router.expert-bias changes them in each step"
+                rule = "freezes the router, but --router.expert-bias changes its choices at each step"
                 yield Problem(
                     "--router.freeze",
                     True,

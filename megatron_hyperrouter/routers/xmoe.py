@@ -64,7 +64,7 @@ class XMoERouter(Router, name="xmoe"):
         renormalise: Annotated[bool, "Divide the weights by their sum over the chosen experts"] = False
         normalize_input: Annotated[
             bool,
-            "Normalise projected tokens to unit length, as in the paper; off: no normalisation, as "
+            "Normalize projected tokens to unit length, as in the paper; off: no normalization, as "
             "in the published code",
         ] = True
         init_temperature: Annotated[

@@ -259,7 +259,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
                 _bad(
                     "--axis",
                     name,
-                    ("must have at least two values, each for the same settings"),
+                    "must have at least two values, and each value must set the same settings",
                     "write, for example, --axis hidden_size 64 128",
                 )
             )

@@ -227,7 +227,7 @@ def markdown(
         body.append([*map(str, key), *cells])
     seeds = " or ".join(map(str, sorted({seeds for seeds, _ in points.values()})))
     about = (
-        f"Scores on the {args.score} split: mean ± half of the 95 % t-interval over {seeds} seed(s). "
+        f"Scores on the {args.score} split: mean ± half of the 95 % t-interval over {seeds} seeds. "
         "FLOPs are an estimate, explained in --help."
     )
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"
@@ -252,8 +252,8 @@ def fits_text(curves: Sequence[FittedCurve], size: str) -> str:
             if best := fit.optimal_exponents():
                 low, high = fit.intervals["optimal_N"]
                 text += (
-                    f"{curve.name}: if the compute C is proportional to N D, the best N grows as "
-                    f"C^{best['N']:.2f} [{low:.2f}, {high:.2f}], and the best D as "
+                    f"{curve.name}: if the compute C is proportional to N D, the compute-optimal N grows as "
+                    f"C^{best['N']:.2f} [{low:.2f}, {high:.2f}], and the compute-optimal D as "
                     f"C^{1 - best['N']:.2f}.\n"
                 )
             if fit.at_bounds:

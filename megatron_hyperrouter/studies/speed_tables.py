@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hyperrouter.studies.conclusions.calibrated import NAME as CALIBRATION
 from megatron_hyperrouter.studies.conclusions.calibrated import write_calibration_of
 from megatron_hyperrouter.studies.tables import finish, if_matplotlib, markdown_table, with_half, write_csv
-from megatron_hyperrouter.terminal import show
+from megatron_hyperrouter.terminal import counted, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.studies.speed import Timed, TimedLayout
@@ -132,7 +132,7 @@ def markdown(
     ):
         text += "All ranks shared one machine, so these numbers do not apply to a cluster.\n"
     return text + "".join(
-        f"{row.layout} on {row.ranks} rank(s) is not allowed by the settings: {row.refused}.\n"
+        f"{row.layout} on {counted(row.ranks, 'rank')} is not allowed by the settings: {row.refused}.\n"
         for row in refused
     )
 

@@ -351,7 +351,11 @@ class Run:
         """What to do when the weights are lost: continue from the newest checkpoint known to be good."""
         run_dir, steps = self.config.logging.run_dir, self.folders.steps()
         proved = self.folders.back_to_proved()
-        back = f"continue after step {proved or steps[-1]} with --load {run_dir}" if steps else "start again"
+        back = (
+            f"continue from the checkpoint of step {proved or steps[-1]} with --load {run_dir}"
+            if steps
+            else "start again"
+        )
         if proved is not None and proved < steps[-1]:
             back += f" (the checkpoint of step {steps[-1]} may have bad weights)"
         return (

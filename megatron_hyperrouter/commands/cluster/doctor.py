@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hyperrouter.errors import HostError
-from megatron_hyperrouter.terminal import parser, show
+from megatron_hyperrouter.terminal import counted, parser, show
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.doctor.examine import Report
@@ -71,7 +71,7 @@ def _show(report: Report, file: Path | None, status: int) -> None:
     from megatron_hyperrouter.files import write_json
 
     more = f" and {len(report.hosts) - 4} more" if len(report.hosts) > 4 else ""
-    show(f"{report.ranks} rank(s) on {', '.join(report.hosts[:4])}{more}")
+    show(f"{counted(report.ranks, 'rank')} on {', '.join(report.hosts[:4])}{more}")
     for found in report.findings:
         level = found.level.upper() if found.level == "fault" else found.level
         show(f"{level:<6} {found.check:<12} {found.text}")

@@ -24,7 +24,7 @@ The name of an input file, without .gz or .zst, decides how it is read:
   any other                JSON lines if the file begins with "{", else plain text.
 
 Output files have temporary names (.partial) until they are complete.  Progress is saved to P.journal every
---save-seconds.  If a signal, a full disk or an unusable line ends the command early, run it again: it
+--save-seconds.  If a signal, a full disk or a bad line ends the command early, run it again: it
 continues from the last save, and the output is the same.  To use N machines, run --shard 1/N to --shard N/N
 with the same inputs and prefix, then mhr merge P.  Token ids are stored as uint16 if the vocabulary has fewer
 than 65500 ids, else as int32."""
@@ -122,7 +122,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do at an unusable line: stop (the progress stays saved), or skip the line and "
+        help="what to do with a bad line: stop (the progress is kept), or skip the line and "
         "report how many were skipped (default: stop)",
     )
     flags.add_argument(

@@ -162,8 +162,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     flags.add_argument(
         "--calibrate-k",
         action="store_true",
-        help="also score the model with rescaled MoE outputs: each layer's output gets the size that it "
-        "has at the final k of training, measured on one batch of training data; the results list "
+        help="also score the model with rescaled MoE outputs: each layer's output gets the root mean square "
+        "that it has at the final k of training, measured on one batch of training data; the results list "
         "these scores under calibrated",
     )
     flags.add_argument(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """A fine-tuning, a test of saved weights, or a comparison of two fine-tunings."""
+    """A fine-tuning run, a test of saved weights, or a comparison of two runs."""
     args = read_flags(arguments, __doc__ or "")
     if args.compare:
         compare(*args.compare, output=args.output)
@@ -263,7 +263,7 @@ def other_than(earlier: Mapping[str, Any], facts: Mapping[str, Any] | None) -> s
     for name, value in now.items():
         if before.get(name) != value:
             differs = f"{name} was {before.get(name)} and is now {value}"
-            return f"contains an unfinished fine-tuning with other settings ({differs})"
+            return f"contains an unfinished fine-tuning run with other settings ({differs})"
     return ""
 
 
@@ -282,7 +282,7 @@ def trained_topk(run: TrainedRun) -> int:
 
 
 def compare(first: Path, second: Path, *, output: Path | None) -> None:
-    """Two fine-tunings on one task; a table, and JSON where a file is named."""
+    """Two fine-tuning runs on one task; a table, and JSON where a file is named."""
     from megatron_hyperrouter.finetuning import reports
 
     found = reports.compare(first, second)

@@ -74,7 +74,7 @@ def all_flags(description: str) -> Parser:
         action="store_true",
         help=(
             "instead of training, test the weights in --load OUTPUT/seed-N, which an earlier "
-            "fine-tuning has saved"
+            "fine-tuning run has saved"
         ),
     )
     flags.add_argument(
@@ -144,7 +144,7 @@ def _method(flags: ArgumentParser) -> None:
         type=int,
         metavar="N",
         help=(
-            "maximum length of a text in tokens; of a longer text, the last N tokens are used (default: "
+            "maximum length of a text in tokens; longer texts are truncated to their last N tokens (default: "
             "the sequence length of the run)"
         ),
     )
@@ -157,7 +157,7 @@ def _course(flags: ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of fine-tunings, with the seeds 1 to N (default: 1)",
+        help="number of fine-tuning runs, with the seeds 1 to N (default: 1)",
     )
     add(
         "--epochs",

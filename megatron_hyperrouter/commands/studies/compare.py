@@ -290,9 +290,16 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
             ]
         )
     if unused := sorted(str(label) for label in set(found) - set(labels)):
-        rule = f"has options for {', '.join(unused)}, but --routers does not contain this name"
+        rule = f"has options for {', '.join(unused)}, which --routers does not contain"
         raise ConfigError(
-            [Problem("--options", path, rule, ("add the name to --routers, or remove its options"))]
+            [
+                Problem(
+                    "--options",
+                    path,
+                    rule,
+                    ("add these names to --routers, or remove their options from the file"),
+                )
+            ]
         )
     return found
 

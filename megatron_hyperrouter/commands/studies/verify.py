@@ -386,7 +386,7 @@ def show(rows: Sequence[CheckedLayout], reference: CheckedLayout) -> None:
     console.print(
         (
             f"layouts: {len(rows) - refused - len(failed)} agree, {len(failed)} differ, {refused} "
-            "refused by the settings"
+            "not allowed by the settings"
         ),
         highlight=False,
     )

@@ -29,8 +29,8 @@ retro-encoder-layers retro-no-verify-neighbor-count retro-num-neighbors retro-nu
 retro-project-dir sample-rate short-seq-prob titles-data-path use-one-sent-docs vocab-extra-ids
 """,
         (
-            "YaRN without rounding to whole channels",
-            "YaRN rounds its correction range to whole channels",
+            "YaRN without rounding to integers",
+            "YaRN rounds its correction range to integers",
         ): """
 no-yarn-correction-range-round-to-int
 """,
@@ -75,7 +75,10 @@ no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu o-groups o-lora-ran
         ("8-bit and 4-bit number formats", "the run computes in bfloat16 (--bf16) or float32"): """
 fp4 fp4-format fp4-param-gather fp4-quantizer-factory fp4-recipe fp8 kitchen-attention-backend
 """,
-        ("alternative residual streams", "the model is different: it has one residual stream"): """
+        (
+            "hyper-connections (several residual streams)",
+            "the model is different: it has one residual stream",
+        ): """
 enable-mhc-connections mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
 mhc-sinkhorn-iterations
 """,
@@ -97,7 +100,7 @@ rl-profile-dir rl-prompts-per-eval rl-remove-kv-cache-during-training rl-rollout
 rl-rollout-bank-max-bytes rl-sequence-packing-algo rl-sequence-packing-max-sequences-per-bin
 rl-skip-bos-token rl-submission-granularity rl-use-sequence-packing rl-verify-model-weights-swap
 """,
-        ("distillation", "the model learns only from the tokens"): """
+        ("distillation", "the model is trained without a teacher"): """
 logits-load-decode-threads logits-load-dir logits-load-ignore-errors logits-load-kd-loss-alpha
 logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
 logits-save-top-k logits-save-top-p logits-save-top-p-min-k
@@ -140,14 +143,14 @@ ckpt-convert-format ckpt-convert-save ckpt-convert-update-legacy-dist-opt-format
 """,
         (
             "quantization and distillation with ModelOpt",
-            "the model learns only from the tokens, without quantization",
+            "the model is trained without a teacher and without quantization",
         ): """
 export-kd-cfg export-kd-teacher-ckpt-format export-kd-teacher-load export-kd-teacher-model-config
 export-kv-cache-quant export-offline-model export-quant-cfg export-real-quant-cfg finetune-data-files
 finetune-data-split finetune-hf-dataset freeze-base-for-mtp modelopt-enabled qad-train-target
 """,
         (
-            "fine-tuning on conversations",
+            "supervised fine-tuning (SFT)",
             "the run pretrains a model; --finetune starts from existing weights",
         ): """
 phase-transition-iterations sft sft-tokenizer-prompt-format

@@ -172,7 +172,7 @@ def _carry(name: str, place: str, words: list[str] | None, source: Source, carri
     else:
         row = ALL_ABSENT[name]
         instead = row.without.startswith("use ")
-        remedy = row.without if instead else f"if you leave it out, {row.without}"
+        remedy = row.without if instead else f"leave it out; then {row.without}"
         carried.problems.append(Problem(place, " ".join(words), f"is not supported; it {row.does}", remedy))
 
 

@@ -44,7 +44,7 @@ ALWAYS: Mapping[str, Always] = MappingProxyType(
 swiglu |  | the activation is SwiGLU
 normalization | RMSNorm rmsnorm | the norm is RMSNorm
 disable-bias-linear |  | linear layers have no biases
-yarn-correction-range-round-to-int |  | YaRN rounds to whole channels
+yarn-correction-range-round-to-int |  | YaRN rounds to integers
 use-pytorch-profiler |  | --profile always uses the PyTorch profiler
 use-rotary-position-embeddings |  | positions are rotary
 no-position-embedding |  | there are no learned positions
@@ -153,8 +153,8 @@ export-qk-l2-norm | applies an L2 norm to queries and keys
 export-moe-apply-probs-on-input | multiplies expert inputs by the expert weights
   | the model is different: expert outputs are multiplied
 enable-gpt-oss | scales positions as gpt-oss does | use --rope-type yarn and --rotary-scaling-factor
-mtp-detach-heads | keeps the loss of the extra predictions from training the rest of the model
-  | that loss trains the whole model
+mtp-detach-heads | stops the gradient of the multi-token prediction loss before the rest of the model
+  | that gradient reaches the whole model
 mtp-hsm | mixes the hidden states of several depths of multi-token prediction
   | the model is different: each depth reads the one before it
 mtp-hybrid-override-pattern | lists the layers of multi-token prediction
@@ -165,7 +165,7 @@ moe-router-topk-limited-devices | limits each token to the experts of some ranks
   | use --moe-router-num-groups and --moe-router-group-topk, which do not depend on the layout
 moe-latent-size | projects tokens to a smaller width before the experts
   | the model is different: experts receive the full width
-rotary-interleaved | rotates pairs of neighboring channels
+rotary-interleaved | rotates pairs of neighboring dimensions
   | the model is different: each pair has one channel from each half
 no-rope-freq | leaves rotary positions out of some layers | the model is different: all layers have them
 embedding-init-method-std | sets the standard deviation of the initial embedding

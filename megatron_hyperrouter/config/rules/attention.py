@@ -82,8 +82,8 @@ def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iter
     elif name == "qk_pos_emb_head_dim" or config.attention.rotary_percent < 1.0:
         channels = rotary_channels(config)
         if channels % 2 or channels == 0:
-            rule = f"gives {channels} rotary channels; their number must be even and greater than 0"
-            yield broken(config, name, rule, "choose a value that gives an even number of rotary channels")
+            rule = f"gives {channels} rotary dimensions; their number must be even and greater than 0"
+            yield broken(config, name, rule, "choose a value that gives an even number of rotary dimensions")
 
 
 def windows_fit_the_layers(config: RunConfig, world_size: int | None) -> Iterator[Problem]:

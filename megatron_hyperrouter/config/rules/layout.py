@@ -62,10 +62,7 @@ def data_ranks_by_experts(config: RunConfig, world_size: int | None) -> Iterator
         return
     ranks = data_parallel_size(config, world_size)
     if ranks % config.parallel.expert_model_parallel_size:
-        rule = (
-            f"must divide the {ranks} data-parallel rank{'s' if ranks > 1 else ''} "
-            f"(ranks started: {world_size})"
-        )
+        rule = f"must divide the number of data-parallel ranks, {ranks} (ranks started: {world_size})"
         yield broken(
             config, "expert_model_parallel_size", rule, f"use {divisors(ranks)}, or start more ranks"
         )

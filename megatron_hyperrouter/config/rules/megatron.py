@@ -71,7 +71,7 @@ def flex_has_its_kernels(config: RunConfig, world_size: int | None) -> Iterator[
     ):
         remedy = "install DeepEP (github.com/deepseek-ai/DeepEP), or use FLAG alltoall"
         yield broken(
-            config, "moe_token_dispatcher_type", "needs the library deep_ep, which is not installed", remedy
+            config, "moe_token_dispatcher_type", "needs the deep_ep library, which is not installed", remedy
         )
 
 

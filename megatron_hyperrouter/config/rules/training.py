@@ -45,7 +45,7 @@ def rampup_reaches_the_full_batch(config: RunConfig, world_size: int | None) -> 
         yield needs(config, "rampup_batch_size", "--global-batch-size")
         return
     if not grows_to(full, config.train.rampup_batch_size):
-        rule = f"must reach --global-batch-size = {full} from its start in whole increments"
+        rule = f"must reach --global-batch-size = {full} in a whole number of increments"
         remedy = f"use a start below {full} and an increment that divides the difference"
         yield broken(config, "rampup_batch_size", rule, remedy)
     ranks = 1 if world_size is None else data_parallel_size(config, world_size) or 1
@@ -97,7 +97,7 @@ def skip_steps_are_ranges(config: RunConfig, world_size: int | None) -> Iterator
             yield broken(
                 config,
                 "skip_steps",
-                f"{word} must be a step or a range of steps",
+                f"{word} must be a step (1 or later) or an increasing range of steps",
                 "write 105-107 for steps 105, 106 and 107",
             )
 

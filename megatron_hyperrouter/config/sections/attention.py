@@ -19,7 +19,11 @@ class AttentionConfig:
 
     add_qkv_bias: Annotated[bool, Role.SHAPE, "Add a bias to queries, keys and values"] = False
     rotary_percent: Annotated[
-        float, Gt(0.0), Le(1.0), Role.FUNCTION, "Fraction of each head's channels that get rotary embeddings"
+        float,
+        Gt(0.0),
+        Le(1.0),
+        Role.FUNCTION,
+        "Fraction of each head's dimensions that get rotary embeddings",
     ] = 1.0
     rotary_seq_len_interpolation_factor: Annotated[
         float | None,
@@ -50,14 +54,14 @@ class AttentionConfig:
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: channels that make more rotations than this in the original context "
+        "With --rope-type yarn: dimensions that make more rotations than this in the original context "
         "are not scaled",
     ] = 32.0
     beta_slow: Annotated[
         float,
         Gt(0.0),
         Role.FUNCTION,
-        "With --rope-type yarn: channels that make fewer rotations than this in the original "
+        "With --rope-type yarn: dimensions that make fewer rotations than this in the original "
         "context are fully scaled",
     ] = 1.0
     mscale: Annotated[
@@ -84,15 +88,15 @@ class AttentionConfig:
     qk_head_dim: Annotated[
         Count,
         Role.SHAPE,
-        "With --multi-latent-attention: number of channels without rotary positions in a query or key head",
+        "With --multi-latent-attention: number of dimensions without rotary positions in a query or key head",
     ] = 128
     qk_pos_emb_head_dim: Annotated[
         Count,
         Role.SHAPE,
-        "With --multi-latent-attention: number of channels with rotary positions in a query or key head",
+        "With --multi-latent-attention: number of dimensions with rotary positions in a query or key head",
     ] = 64
     v_head_dim: Annotated[
-        Count, Role.SHAPE, "With --multi-latent-attention: number of channels in a value head"
+        Count, Role.SHAPE, "With --multi-latent-attention: number of dimensions in a value head"
     ] = 128
     window_size: Annotated[
         YamlWord | None,

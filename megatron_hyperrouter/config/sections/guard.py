@@ -20,7 +20,7 @@ class GuardConfig:
         Role.COURSE,
         "What to do at a bad step. A step is bad if its loss or gradient norm is not finite, or "
         "exceeds --max-loss-sigma. stop: end the run; skip: do not update the weights; rollback: "
-        "return to the last checkpoint and skip the steps after it",
+        "return to the last checkpoint, and skip the steps from there to the bad step",
     ] = "stop"
     max_loss_sigma: Annotated[
         float | None,
@@ -54,8 +54,7 @@ class GuardConfig:
         Natural,
         Role.UPKEEP,
         Quiet(0),
-        "For the collapse alarm: measure the similarity (CKA) of neighbouring experts every N "
-        "steps; 0: never",
+        "For the collapse alarm: measure the similarity (CKA) of neighboring experts every N steps; 0: never",
     ] = 200
     alarm: Annotated[
         tuple[str, ...],

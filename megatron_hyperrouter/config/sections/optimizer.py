@@ -71,7 +71,7 @@ class OptimizerConfig:
         bool | None,
         Role.SPEED,
         Only("megatron", harmless="DeepSpeed decides this itself"),
-        "Overlap the gathering of weights with the forward pass; default: on if "
+        "Overlap the all-gather of weights with the forward pass; default: on if "
         "--overlap-grad-reduce and --use-distributed-optimizer are on",
     ] = None
     ddp_bucket_size: Annotated[

@@ -26,7 +26,7 @@ class PrecisionConfig:
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
         Role.PRECISION,
         TE_ALONE,
-        "How fp8 scaling factors are chosen. delayed: from the maxima of earlier steps; tensorwise: "
+        "How fp8 scaling factors are chosen. delayed: from the absolute maxima (amax) of earlier steps; tensorwise: "
         "from current values, one factor per tensor; blockwise, mxfp8: from current values, one "
         "factor per block",
     ] = "delayed"
@@ -37,7 +37,7 @@ class PrecisionConfig:
         Count,
         Role.PRECISION,
         TE_ALONE,
-        "With --fp8-recipe delayed: length of the history of maxima, in steps",
+        "With --fp8-recipe delayed: length of the amax history, in steps",
     ] = 1
     fp8_amax_compute_algo: Annotated[
         Literal["most_recent", "max"],
@@ -45,7 +45,7 @@ class PrecisionConfig:
         TE_ALONE,
         (
             "With --fp8-recipe delayed: choose the scaling factor by the most recent or by the "
-            "largest maximum in the history"
+            "largest amax in the history"
         ),
     ] = "most_recent"
     no_fp8_wgrad: Annotated[

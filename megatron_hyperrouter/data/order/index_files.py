@@ -122,7 +122,8 @@ def file_identity(path: Path) -> CacheKey:
             ends += stream.read(4096)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}", remedy="check its permissions and the disk"
+            f"{path}: cannot be read: {error.strerror or error}",
+            remedy="check its permissions, and check the disk for errors",
         ) from error
     digest = hashlib.blake2b(ends, digest_size=16).hexdigest()
     return {"name": path.name, "size": state.st_size, "changed": state.st_mtime_ns, "digest": digest}
@@ -230,7 +231,7 @@ def _read_header(stream: Any, key: CacheKey, names: Names) -> list[_Entry]:
         raise ValueError("the header is damaged")
     header = json.loads(content)
     if header["key"] != json.loads(json.dumps(key)) or base + header["size"] != size:
-        raise ValueError("the file has another key, or it is truncated")
+        raise ValueError("the file was built for other data or settings, or it is truncated")
     entries = [
         _Entry(
             each["name"], np.dtype(each["dtype"]), tuple(each["shape"]), base + each["offset"], each["crc32"]

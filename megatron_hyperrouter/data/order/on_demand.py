@@ -102,8 +102,8 @@ class OnDemandOrder:
         whole = (self.tokens_per_epoch - 1) // seq_length  # the samples that need no token of a second epoch
         if whole < 1:
             raise ValueError(
-                f"one sample needs {seq_length} tokens and the last label, but there are only "
-                f"{self.tokens_per_epoch} tokens"
+                f"one sample needs {seq_length + 1} tokens (--seq-length {seq_length}, plus 1 for the last "
+                f"label), but there are only {self.tokens_per_epoch}"
             )
         self._end = whole if num_samples is None else None
         self._num_samples = whole if num_samples is None else num_samples
@@ -232,7 +232,7 @@ class OnDemandOrder:
         ):
             place = f"{self._store.idx_path}: sequences {documents.start} to {documents.stop - 1}"
             raise DataError(
-                f"{place} must follow one another in the .bin file and have {end - begin:,} tokens in all",
+                f"{place} must be contiguous in the .bin file and have {end - begin:,} tokens in total",
                 remedy="use --data-index materialised, or preprocess the text again",
             )
         return sizes

@@ -88,8 +88,8 @@ def plan_order(tokens_per_epoch: int, *, seq_length: int, num_samples: int | Non
     per_epoch = (tokens_per_epoch - 1) // seq_length
     if per_epoch < 1:
         raise ValueError(
-            f"one sample needs {seq_length} tokens and the last label, but there are only "
-            f"{tokens_per_epoch} tokens"
+            f"one sample needs {seq_length + 1} tokens (--seq-length {seq_length}, plus 1 for the last "
+            f"label), but there are only {tokens_per_epoch}"
         )
     if num_samples is None:
         return OrderPlan(1, tokens_per_epoch, None)

@@ -36,7 +36,8 @@ class Mapped:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{path}: cannot be read: {reason}", remedy="check its permissions and the disk"
+                f"{path}: cannot be read: {reason}",
+                remedy="check its permissions, and check the disk for errors",
             ) from error
         self.content: npt.NDArray[np.uint8] = np.frombuffer(self._map or b"", np.uint8)
 
@@ -109,7 +110,7 @@ def missing_pair(prefix: str) -> str:
     names = [path.removesuffix(".idx") for path in found if os.path.exists(path.removesuffix("idx") + "bin")]
     if names:
         return f"did you mean {' or '.join(names[:_NAMED])}?"
-    return "use the path without .bin or .idx, as mhr preprocess prints it"
+    return "give the prefix of an existing .bin and .idx file, as mhr preprocess prints it"
 
 
 def _identity(state: os.stat_result) -> tuple[int, int]:

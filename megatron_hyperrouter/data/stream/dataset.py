@@ -309,13 +309,13 @@ class Builder:
         tokens = self.tokens(store, documents)
         if tokens < self.seq_length + 1:
             part = (
-                f"the {SPLITS[number]} split has {len(documents)} of its {len(store)} documents, with "
+                f"the {SPLITS[number]} split has {len(documents)} of the {len(store)} documents, with "
                 f"{tokens} tokens"
             )
             raise DataError(
                 (
                     f"{store.bin_path}: {part}, but one sample needs {self.seq_length + 1} "
-                    f"(--seq-length {self.seq_length} and the last label)"
+                    f"tokens (--seq-length {self.seq_length}, plus 1 for the last label)"
                 ),
                 remedy="use more text, a smaller --seq-length, or another --split",
             )

@@ -24,7 +24,8 @@ def warning_about_ends(data: DataConfig, stores: Iterable[IndexedDataset], eod: 
     found = [] if eod is None or not flags else [store.prefix for store in stores if not _ends(store, eod)]
     if not found:
         return None
-    more = f" and {len(found) - _NAMED} more files" if len(found) > _NAMED else ""
+    left = len(found) - _NAMED
+    more = f" and {left} more file{'s' if left > 1 else ''}" if left > 0 else ""
     return (
         f"{', '.join(found[:_NAMED])}{more}: none of the first documents ends with id {eod}, but "
         f"{', '.join(flags)} {'need' if len(flags) > 1 else 'needs'} this id to separate documents; "

@@ -68,7 +68,7 @@ def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: 
                     f"{path}: the file has changed since the run read it: its SHA-256 is "
                     f"{found[:16]}..., but its manifest says {expected[:16]}..."
                 ),
-                remedy="restore the file that the run has read, or start a new epoch with --finetune",
+                remedy="restore the file that the run has read, or start a new run from its weights with --finetune",
             )
 
 
@@ -127,7 +127,7 @@ def under_present_names(ledger: Ledger, files: Mapping[str, Identity]) -> Ledger
             ),
             remedy=(
                 "restore the files that the run has read, and store new text under another prefix; "
-                "or start a new epoch with --finetune"
+                "or start a new run from its weights with --finetune"
             ),
         )
     gone = {path: was for path, was in recorded.items() if was and path not in files}

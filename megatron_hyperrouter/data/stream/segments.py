@@ -270,7 +270,7 @@ def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
                 f"tokens, but these settings select documents {found['documents']} "
                 f"with {found['tokens']} tokens"
             ),
-            remedy="use the files and the --split of that run, or start a new epoch with --finetune",
+            remedy="use the files and the --split of that run, or start a new run from its weights with --finetune",
         )
 
 
@@ -292,7 +292,7 @@ def _check_packed(now: Mapping[str, Any], last: Mapping[str, Any], *, longer: bo
         raise CheckpointError(
             "with --pack-documents, settings that affect the order of samples cannot change: "
             + "; ".join(changed),
-            remedy="use the settings of that run, or start a new epoch with --finetune",
+            remedy="use the settings of that run, or start a new run from its weights with --finetune",
         )
 
 
@@ -432,7 +432,7 @@ def _replay(segment: Mapping[str, Any], builder: Builder, sets: dict[str, _Set])
         if prefix in seen:
             raise CheckpointError(
                 f"{prefix}: the checkpoint's data mix lists this file twice, so its unread part is unknown",
-                remedy="use the settings of that run, or start a new epoch with --finetune",
+                remedy="use the settings of that run, or start a new run from its weights with --finetune",
             )
         seen.add(prefix)
         if not read:

@@ -400,7 +400,7 @@ def _parse(line: str, where: _Where, keys: Sequence[str]) -> tuple[list[str], ..
         if key not in record:
             present = ", ".join(map(repr, record)) or "none"
             message = f"{where}: there is no key {key!r} (keys present: {present})"
-            raise BadLine(message, remedy="name the key that has the text with --json-keys KEY")
+            raise BadLine(message, remedy="give the key of the text with --json-keys KEY")
     return tuple(_sequences(record[key], key, where) for key in keys)
 
 

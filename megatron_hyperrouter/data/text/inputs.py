@@ -138,7 +138,7 @@ def total_bytes(paths: Sequence[str]) -> int:
     if bad:
         folders = [path for path in bad if os.path.isdir(path)]
         remedy = (
-            f"name files, for example '{folders[0]}/**/*.jsonl'"
+            f"give files, for example '{folders[0]}/**/*.jsonl'"
             if folders
             else "set --input to existing files"
         )

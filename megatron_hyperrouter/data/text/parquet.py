@@ -178,7 +178,7 @@ def _open(path: str, **how: Any) -> Any:
         import pyarrow.parquet  # type: ignore[import]
     except ImportError as error:
         raise HostError(
-            f"{path}: reading Parquet files needs the library pyarrow", remedy="run: pip install pyarrow"
+            f"{path}: reading Parquet files needs the pyarrow library", remedy="run: pip install pyarrow"
         ) from error
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, **how)
@@ -191,7 +191,7 @@ def _check_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None
         if key not in names:
             present = ", ".join(map(repr, names)) or "none"
             message = f"{path}: there is no column {key!r} (columns present: {present})"
-            raise DataError(message, remedy="name the column that has the text with --json-keys KEY")
+            raise DataError(message, remedy="give the column of the text with --json-keys KEY")
 
 
 def _damaged(path: str, place: str, error: Exception) -> DataError:

@@ -119,7 +119,7 @@ class _ZstdFile(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise HostError(
-                "reading .zst files needs the library zstandard", remedy="run: pip install zstandard"
+                "reading .zst files needs the zstandard library", remedy="run: pip install zstandard"
             ) from error
         self._raw = raw
         self._library = zstandard

@@ -97,7 +97,7 @@ class GigatokenTokenizer(HuggingFaceTokenizer):
             import gigatoken  # type: ignore[import]
         except ImportError as error:
             raise HostError(
-                f"{_FLAG} gigatoken needs the library gigatoken", remedy="run: pip install gigatoken"
+                f"{_FLAG} gigatoken needs the gigatoken library", remedy="run: pip install gigatoken"
             ) from error
         try:
             return gigatoken.Tokenizer.from_json(self.json())
@@ -151,7 +151,7 @@ def choose_encoder(
             raise
         plain = tokenizer_from(options)
         if report and isinstance(error, ConfigError):  # a library that is not installed needs no report
-            report(f"using the library tokenizers, because gigatoken {error.problems[0].rule}")
+            report(f"using the tokenizers library, because gigatoken {error.problems[0].rule}")
         return plain, "tokenizers"
     found = difference(fast, first)
     if found is None:
@@ -161,7 +161,7 @@ def choose_encoder(
             found, remedy=(f"use {_FLAG} tokenizers, because both libraries must give the same ids")
         )
     if report:
-        report(f"using the library tokenizers, because gigatoken gives other ids: {found}")
+        report(f"using the tokenizers library, because gigatoken gives other ids: {found}")
     return tokenizer_from(options), "tokenizers"
 
 

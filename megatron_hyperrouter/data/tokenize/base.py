@@ -131,7 +131,7 @@ def no_end_token(path: str, name: str | None, known: Iterable[str] = ()) -> Data
     if name is None:
         looked_for = f" (looked for {', '.join(known)})" if known else ""
         message = f"{path}: this tokenizer has no known end-of-document token{looked_for}"
-        return DataError(message, remedy="name the token with --eod-token TOKEN, or leave out --append-eod")
+        return DataError(message, remedy="give the token with --eod-token TOKEN, or leave out --append-eod")
     listed = ", ".join(known)
     suggestion = (
         (f"choose one of its special tokens: {listed}") if listed else "choose a token of the vocabulary"

@@ -38,7 +38,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, output: str) -> int:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise HostError(
-            "training a tokenizer needs the library tokenizers", remedy="run bash tools/setup_env.sh"
+            "training a tokenizer needs the tokenizers library", remedy="run bash tools/setup_env.sh"
         ) from error
     first = next((text for text in texts if text), None)
     if first is None:

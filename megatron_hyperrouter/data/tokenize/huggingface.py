@@ -208,7 +208,7 @@ def _backend_of(files: TokenizerFiles) -> Backend:
     try:
         from tokenizers import Tokenizer as Library
     except ImportError as error:
-        message = "HuggingFaceTokenizer needs the library tokenizers"
+        message = "HuggingFaceTokenizer needs the tokenizers library"
         raise HostError(message, remedy="run bash tools/setup_env.sh") from error
     with _library_errors(f"{files.model[0]}: this is not a tokenizer file"):
         backend = (

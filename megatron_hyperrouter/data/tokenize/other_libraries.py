@@ -102,7 +102,7 @@ def _load(path: str) -> Any:
     try:
         import sentencepiece  # type: ignore[import]
     except ImportError as error:
-        message = "SentencePiece models need the library sentencepiece"
+        message = "SentencePiece models need the sentencepiece library"
         raise HostError(message, remedy="run: pip install sentencepiece") from error
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such tokenizer file", remedy=_MODEL_REMEDY)
@@ -166,7 +166,7 @@ class TikTokenizer(Tokenizer):
             import tiktoken
         except ImportError as error:
             raise HostError(
-                "TikTokenizer needs the library tiktoken", remedy="run: pip install tiktoken"
+                "TikTokenizer needs the tiktoken library", remedy="run: pip install tiktoken"
             ) from error
         return tiktoken.Encoding(
             name=Path(self.path).stem,

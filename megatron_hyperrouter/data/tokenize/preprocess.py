@@ -126,7 +126,7 @@ def preprocess(
     run = _Preprocessing(job, encoder, overwrite, save_seconds, progress)
     if run.mended and report:
         changed = ", ".join(run.mended)
-        report(f"{changed} has changed, but what was read of it has not; continuing from there")
+        report(f"{changed} has changed, but not in the part already read; continuing after that part")
     try:
         if not run.saved.complete:
             run.encode(workers)
@@ -141,7 +141,7 @@ def preprocess(
         raise
     if run.saved.left_out and report:
         lines = "line" if run.saved.left_out == 1 else "lines"
-        report(f"left out {run.saved.left_out:,} unusable {lines}; the first was {run.saved.first_left_out}")
+        report(f"skipped {run.saved.left_out:,} bad {lines}; the first: {run.saved.first_left_out}")
     run.close(forget=True)
     return written
 

@@ -112,7 +112,7 @@ def no_class(reasons: Iterable[str], *, custom_code: bool = True) -> CheckpointE
     lines = list(reasons)
     told = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
     return CheckpointError(
-        f"no class of transformers computes this model:{told}",
+        f"no transformers class implements this model:{told}",
         remedy="add --custom-code to export with modeling code (needs transformers 5 and trust_remote_code)"
         if custom_code
         else "use mhr evaluate instead; docs/interop.md lists the models that can be exported",

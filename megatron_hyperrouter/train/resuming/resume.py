@@ -68,7 +68,7 @@ def _refuse_misfit(start: Start, config: RunConfig, engine: Engine, tokenizer: M
     theirs = f"use the settings of the run that wrote the checkpoint, from {start.folder}/{SETTINGS}"
     if lines := list(differences("sizes", saved, ours)):
         raise CheckpointError(
-            "\n  - ".join([f"{start.folder} has a model with different shapes:", *lines]), remedy=theirs
+            "\n  - ".join([f"the model in {start.folder} has other sizes:", *lines]), remedy=theirs
         )
     if start.weights_only:
         return
