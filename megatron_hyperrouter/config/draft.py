@@ -207,7 +207,10 @@ class Draft:
             self.unsure.add(off.get(close, close))
             remedy = f"did you mean {written(close)}?"
         else:
-            remedy = "look for the right name in mhr train --help; the run may change if you only remove the setting"
+            remedy = (
+                "look for the right name in mhr train --help; the run may change if you only remove the "
+                "setting"
+            )
         self.problems.append(Problem(place, value, rule, remedy))
 
 

@@ -186,7 +186,8 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
     writes = {rank: each["write"] for rank, each in told.items()}
     slowest = min(writes, key=lambda rank: writes[rank])
     text = (
-        f"{len(told)} machine{'' if len(told) == 1 else 's'} together: write {sum(writes.values()) / 1e6:,.0f} MB/s, read "
+        f"{len(told)} machine{'' if len(told) == 1 else 's'} together: "
+        f"write {sum(writes.values()) / 1e6:,.0f} MB/s, read "
         f"{sum(each['read'] for each in told.values()) / 1e6:,.0f} MB/s (partly from the page cache)"
     )
     if writes[slowest] < min(_SLOW, statistics.median(writes.values())):

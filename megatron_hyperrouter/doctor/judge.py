@@ -157,7 +157,7 @@ def _limits(facts: Sequence[Facts], names: Sequence[str]) -> Iterator[Finding]:
         yield ok("open files", f"ulimit -n is {facts[0]['open_files']}")
     ranks_of = Counter(each["host"] for each in facts)
     small = [
-        f"{each['host']}: {each['shm'] / 1e6:,.0f} MB for {ranks_of[each['host']]} rank{'' if ranks_of[each['host']] == 1 else 's'}"
+        f"{each['host']}: {each['shm'] / 1e6:,.0f} MB; number of ranks there: {ranks_of[each['host']]}"
         for each in facts
         if each["shm"] is not None and each["shm"] < _SHM_A_RANK * ranks_of[each["host"]]
     ]

@@ -39,11 +39,13 @@ def _head(plan: Plan) -> str:
     first = plan.layouts[0].candidate.config
     k = first.model.moe_router_topk
     return (
-        f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; {plan.gpus} "
-        f"GPU{'s' if plan.gpus > 1 else ''} of {plan.machine.memory / GIB:.1f} GiB; each step has {first.train.global_batch_size:,} samples of "
+        f"{size.total:,} parameters, {size.active(k):,} active at k = {k}; "
+        f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} of {plan.machine.memory / GIB:.1f} GiB; "
+        f"each step has {first.train.global_batch_size:,} samples of "
         f"{first.model.seq_length:,} tokens.\n"
         f"{len(plan.layouts)} {'layout is' if len(plan.layouts) == 1 else 'layouts are'} "
-        f"valid; {len(plan.fitting) or 'none'} of them {'fits' if len(plan.fitting) < 2 else 'fit'} in memory."
+        f"valid; {len(plan.fitting) or 'none'} of them "
+        f"{'fits' if len(plan.fitting) < 2 else 'fit'} in memory."
     )
 
 

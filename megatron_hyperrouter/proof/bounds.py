@@ -54,8 +54,8 @@ def _faults(result: Mapping[str, Any], dtype: str) -> Iterator[str]:
         return
     if same < SAME_EXPERTS:
         yield (
-            f"only {100 * same:.2f} % of tokens are routed to the same experts; at least {100 * SAME_EXPERTS} "
-            "% are required"
+            f"only {100 * same:.2f} % of tokens are routed to the same experts; at least "
+            f"{100 * SAME_EXPERTS} % are required"
         )
     ratio = result["perplexity_hf"] / result["perplexity"]
     if not abs(ratio - 1) <= PERPLEXITY:

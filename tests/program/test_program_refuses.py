@@ -61,7 +61,10 @@ class TestSettings:
                     "use --zero-stage 2",
                 ],
             ),
-            ("--expert-model-parallel-size 2", ["--expert-model-parallel-size = 2", "1 data-parallel rank"]),
+            (
+                "--expert-model-parallel-size 2",
+                ["--expert-model-parallel-size = 2", "data-parallel ranks, 1"],
+            ),
             ("--load nowhere --finetune --engine quick", ["--engine = quick", "deepspeed"]),
         ],
     )

@@ -26,7 +26,8 @@ class PrecisionConfig:
         Literal["tensorwise", "delayed", "mxfp8", "blockwise"],
         Role.PRECISION,
         TE_ALONE,
-        "How fp8 scaling factors are chosen. delayed: from the absolute maxima (amax) of earlier steps; tensorwise: "
+        "How fp8 scaling factors are chosen. delayed: from the absolute maxima (amax) of earlier "
+        "steps; tensorwise: "
         "from current values, one factor per tensor; blockwise, mxfp8: from current values, one "
         "factor per block",
     ] = "delayed"

@@ -68,7 +68,8 @@ def check_unchanged(store: IndexedDataset, was: Identity, now: Identity, cache: 
                     f"{path}: the file has changed since the run read it: its SHA-256 is "
                     f"{found[:16]}..., but its manifest says {expected[:16]}..."
                 ),
-                remedy="restore the file that the run has read, or start a new run from its weights with --finetune",
+                remedy="restore the file that the run has read, or start a new run from its weights with "
+                "--finetune",
             )
 
 

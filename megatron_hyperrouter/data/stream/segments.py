@@ -270,7 +270,8 @@ def _check_part(entry: Mapping[str, Any], builder: Builder) -> None:
                 f"tokens, but these settings select documents {found['documents']} "
                 f"with {found['tokens']} tokens"
             ),
-            remedy="use the files and the --split of that run, or start a new run from its weights with --finetune",
+            remedy="use the files and the --split of that run, or start a new run from its weights with "
+            "--finetune",
         )
 
 

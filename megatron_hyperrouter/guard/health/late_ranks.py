@@ -69,7 +69,7 @@ RULES = (
         slow_rank,
         "all ranks waited for it: in steps {since} to {step}, it took {value:.2f} times as long as the "
         "median rank for the same work",
-        "check its machine for throttled clocks, overheating and other processes, for example with mhr doctor",
+        "check its machine for throttled clocks, heat and other processes, for example with mhr doctor",
     ),
 )
 
