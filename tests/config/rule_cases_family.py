@@ -127,14 +127,14 @@ CASES = [
         "rotary_channels_are_pairs",
         {"rotary_percent": 0.3},
         "--rotary-percent",
-        "gives 19 rotary channels; their number must be even and greater than 0",
+        "gives 19 rotary dimensions; their number must be even and greater than 0",
         {"rotary_percent": 0.25},
     ),
     case(
         "rotary_channels_are_pairs",
         {**LATENT, "qk_pos_emb_head_dim": 7},
         "--qk-pos-emb-head-dim",
-        "gives 7 rotary channels; their number must be even and greater than 0",
+        "gives 7 rotary dimensions; their number must be even and greater than 0",
         {"qk_pos_emb_head_dim": 8},
     ),
     case(
@@ -262,7 +262,7 @@ CASES = [
         "rampup_reaches_the_full_batch",
         {"global_batch_size": 16, "rampup_batch_size": (4, 8, 100)},
         "--rampup-batch-size",
-        "must reach --global-batch-size = 16 from its start in whole increments",
+        "must reach --global-batch-size = 16 in a whole number of increments",
         {"rampup_batch_size": (8, 8, 100)},
     ),
     case(

@@ -381,7 +381,7 @@ CASES = [
         "flex_has_its_kernels",
         {**MEGATRON, "moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2},
         "--moe-token-dispatcher-type",
-        "deep_ep, which is not installed",
+        "deep_ep library, which is not installed",
         {"moe_token_dispatcher_type": "alltoall"},
     ),
     case(

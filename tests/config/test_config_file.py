@@ -145,7 +145,10 @@ class TestFile:
         ("n_embd", "use --hidden-size, its name in this program"),
         ("dtype", "use --bf16 (bf16: true in a file) for bfloat16; float32 is the default"),
         # too unlike anything for a guess
-        ("depth_of_it", "find the right name in mhr train --help; removing this setting may change the run"),
+        (
+            "depth_of_it",
+            "look for the right name in mhr train --help; the run may change if you only remove the setting",
+        ),
     ],
 )
 def test_names_of_other_programs(routers, write, name, remedy):

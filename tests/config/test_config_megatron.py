@@ -154,7 +154,7 @@ class TestKinds:
     def test_what_is_absent_says_what_it_is_and_what_would_change(self, all_routers):
         (problem,) = problems_of(all_routers, *DATA, "--fp4-format", "e2m1")
         assert problem.rule == "is not supported; it is for 8-bit and 4-bit number formats"
-        assert problem.remedy.startswith("if you leave it out, the run computes in")
+        assert problem.remedy.startswith("leave it out; then the run computes in")
 
     @pytest.mark.parametrize("name", ["logging-level", "lr-warmup-init", "vocab-file", "cp-comm-type", "sft"])
     def test_no_name_of_megatron_lm_is_taken_for_a_slip(self, all_routers, name):

@@ -126,7 +126,7 @@ def test_a_command_of_another_family_is_told_what_is_missing(path, all_routers):
             assert "did you mean" not in problem.remedy
         assert problem.remedy != "leave it out"
         if "not supported" in problem.rule:
-            assert problem.remedy.startswith(("if you leave it out, ", "use "))
+            assert problem.remedy.startswith(("leave it out; then ", "use "))
 
 
 def test_names_of_a_fork_lead_to_those_of_the_same_meaning(all_routers):

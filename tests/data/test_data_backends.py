@@ -182,7 +182,7 @@ def test_not_installed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     assert chosen("HuggingFaceTokenizer", model, "auto", FIRST, told.append) == "tokenizers"
     assert not told
-    with pytest.raises(HostError, match="needs the library gigatoken") as caught:
+    with pytest.raises(HostError, match="needs the gigatoken library") as caught:
         chosen("HuggingFaceTokenizer", model, "gigatoken", FIRST)
     assert caught.value.remedy == "run: pip install gigatoken"
 

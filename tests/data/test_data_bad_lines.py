@@ -47,7 +47,7 @@ def test_skipped_lines_are_counted_and_the_rest_is_whole(
     (whole,) = preprocess([str(kept)], str(tmp_path / "q"), settings("ByteTokenizer", append_eod=True))
     assert Path(f"{pair.prefix}.bin").read_bytes() == Path(f"{whole.prefix}.bin").read_bytes()
     assert Path(f"{pair.prefix}.idx").read_bytes() == Path(f"{whole.prefix}.idx").read_bytes()
-    assert said[-1].startswith(f"left out 6 unusable lines; the first was {bad}, line 9: ")
+    assert said[-1].startswith(f"skipped 6 bad lines; the first: {bad}, line 9: ")
     assert read_manifest(pair.prefix).left_out == 6
     words = sum(len(json.loads(line)["text"].split()) for n, line in enumerate(GOOD) if n != 31)
     assert read_manifest(pair.prefix).words == words

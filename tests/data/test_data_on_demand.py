@@ -294,7 +294,7 @@ def test_documents_that_do_not_lie_one_after_another_are_refused(tmp_path, place
         stream.seek(place)
         stream.write(number)
     found = splits_of(prefix, data_index="on-demand").train
-    with pytest.raises(DataError, match="have 640 tokens in all") as caught:
+    with pytest.raises(DataError, match="have 640 tokens in total") as caught:
         found[0]
     assert "--data-index materialised" in caught.value.remedy
     assert len(splits_of(prefix, data_index="materialised").train) >= 5

@@ -139,7 +139,7 @@ def test_missing_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytes
     path = table(tmp_path / "a.parquet", TEXTS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        HostError, match=r"a\.parquet: reading Parquet files needs the library pyarrow"
+        HostError, match=r"a\.parquet: reading Parquet files needs the pyarrow library"
     ) as caught:
         found(path)
     assert caught.value.remedy == "run: pip install pyarrow"

@@ -484,4 +484,4 @@ def test_a_prefix_without_its_ending_is_suggested(tmp_path: Path, given: str, me
     assert caught.value.remedy == f"did you mean {tmp_path / meant}?"
     with pytest.raises(DataError) as caught:
         IndexedDataset(tmp_path / "other")
-    assert caught.value.remedy.startswith("use the path without .bin or .idx")
+    assert caught.value.remedy.startswith("give the prefix of an existing .bin and .idx file")

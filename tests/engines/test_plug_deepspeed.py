@@ -239,7 +239,9 @@ def test_refusals(make: Any, arguments: dict[str, Any], error: type[Exception], 
 
 def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> None:
     moe = layer(drop_tokens=False)
-    with pytest.warns(UserWarning, match=r"similarity loss of router simsmoe needs the choices of all ranks"):
+    with pytest.warns(
+        UserWarning, match=r"similarity loss of router simsmoe needs the expert loads of all ranks"
+    ):
         router = plug_into_deepspeed(
             moe, "simsmoe", frequency=0.1, threshold=0.0, min_tokens=3, aux_loss_coeff=0.0
         )
@@ -295,7 +297,7 @@ def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() ->
 def test_a_layer_that_a_model_leaves_out_learns_of_its_own_tokens_alone() -> None:
     layers, told = [layer(drop_tokens=False) for _ in range(3)], {}
     for number, moe in enumerate(layers, start=1):
-        with pytest.warns(UserWarning, match="needs the choices of all ranks"):
+        with pytest.warns(UserWarning, match="needs the expert loads of all ranks"):
             router = plug_into_deepspeed(moe, "topk", layer_number=number, expert_bias=True)
         router.end_step = lambda counts, number=number, end_step=router.end_step: (
             told.update({number: counts}),

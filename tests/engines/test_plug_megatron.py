@@ -145,7 +145,7 @@ class TestTheBuilder:
 
     def test_a_method_that_follows_the_step_warns(self) -> None:
         slot = megatron_router_builder("topk", expert_bias=True)(config=config(), pg_collection=None)
-        with pytest.warns(UserWarning, match=r"--router.expert-bias needs the choices of all ranks"):
+        with pytest.warns(UserWarning, match=r"--router.expert-bias needs the expert loads of all ranks"):
             slot.set_layer_number(1)
 
     @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_what_was_stopped_continues_to_the_same_bytes(home: Home) -> None:
     assert status == 6
     parts = home.folder / "parts"
     assert not (parts / "results.json").exists()
-    with pytest.raises(ConfigError, match=r"unfinished fine-tuning with other settings \(lr was 0.003"):
+    with pytest.raises(ConfigError, match=r"unfinished fine-tuning run with other settings \(lr was 0.003"):
         finetune.main([*home.command("parts", flags)["flags"], "--lr", "1e-3"])
     shutil.rmtree(parts / "seed-1/checkpoints")
     asked = home.command("parts", flags)

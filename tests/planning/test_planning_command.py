@@ -113,7 +113,7 @@ def test_text(done: tuple[Any, Any]) -> None:
         "8 GPUs",
         "Assumptions:",
         "Start the first layout:",
-        "layouts are refused",
+        "layouts are ruled out",
         "pretrain_gpt_hyperrouter.py",
     ):
         assert words in text

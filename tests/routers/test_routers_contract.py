@@ -337,5 +337,7 @@ def test_what_needs_tokens_or_counts_says_so(name, options):
     needs_counts = any(not torch.equal(tensor, changed[key]) for key, tensor in router.state_dict().items())
     warned = " ".join(router.config.unserved())
     # Without a loss that they belong to, simsmoe's counts serve nothing.
-    assert ("the choices of all ranks" in warned) == (needs_counts and options != {"similarity_coeff": 0.0})
+    assert ("the expert loads of all ranks" in warned) == (
+        needs_counts and options != {"similarity_coeff": 0.0}
+    )
     assert ("its arrive() before" in warned) == needs_tokens

@@ -172,7 +172,7 @@ def test_without_token_ids_stage_one_works_and_stage_two_says_what_it_needs():
     router = small()
     assert router(numbers(), step=SWITCH - 1).losses.keys() == {"balance"}
     for router.training in (True, False):
-        with pytest.raises(ValueError, match="second stage and routes by token ids"):
+        with pytest.raises(ValueError, match="stage 2 and routes by token ids"):
             router(numbers(), step=SWITCH)
 
 

@@ -334,7 +334,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "options of nobody": (
         ["--routers", "topk", "--options", "options.yaml"],
         "hyper: {bias: true}",
-        "but --routers does not contain this name",
+        "which --routers does not contain",
     ),
     "options that are no mapping": (
         ["--routers", "topk", "--options", "options.yaml"],

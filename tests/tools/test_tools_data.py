@@ -190,7 +190,7 @@ def test_a_missing_library_has_status_5(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
     arguments = ("--input", "good.jsonl", "--vocab-size", 300, "--output", "o")
     status, _, err = run("train_tokenizer", *arguments, cwd=tmp_path, env=environment)
-    assert (status, "the library tokenizers" in err, "setup_env.sh" in err) == (5, True, True)
+    assert (status, "the tokenizers library" in err, "setup_env.sh" in err) == (5, True, True)
 
 
 @pytest.mark.processes

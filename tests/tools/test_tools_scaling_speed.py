@@ -114,8 +114,8 @@ def test_the_table_against_the_metrics_of_the_runs(study: Study) -> None:
     assert study.out == (study.folder / "out" / "table.md").read_text(encoding="utf-8")
     assert "do not apply to a cluster" in study.out
     assert (
-        "ep=2 on 1 rank(s) is not allowed by the settings: --expert-model-parallel-size: must divide the 1 "
-        "data-parallel rank" in study.out
+        "ep=2 on 1 rank is not allowed by the settings: --expert-model-parallel-size: must divide the "
+        "number of data-parallel ranks, 1 " in study.out
     )
     pytest.importorskip("matplotlib")
     assert (study.folder / "out" / "speed.png").read_bytes().startswith(b"\x89PNG")
@@ -239,7 +239,7 @@ def test_efficiency_is_taken_in_each_repetition(tmp_path: Path, capsys: pytest.C
     )
     out = capsys.readouterr().out
     assert "| 2 | dp | 200 |" in out and "0.800 ± 0.000" in out and "| 2.00 ± 0.00 |" in out
-    assert "ep=4 on 2 rank(s) is not allowed by the settings: no." in out
+    assert "ep=4 on 2 ranks is not allowed by the settings: no." in out
     assert "do not apply to a cluster" not in out
 
 

@@ -92,7 +92,7 @@ def test_right_layouts_agree(proof: Proof, layout: str, engine: str) -> None:
 def test_a_layout_that_the_settings_rule_out_is_no_failure(proof: Proof) -> None:
     row = proof.rows["cp=2", "deepspeed"]
     assert "--context-parallel-size" in row["refused"] and row["ok"] and row["differences"] == []
-    assert "refused" in proof.out and "1 refused by the settings" in proof.out
+    assert "refused" in proof.out and "1 not allowed by the settings" in proof.out
 
 
 def test_faults_fail_the_call(proof: Proof) -> None:
@@ -257,5 +257,5 @@ def test_under_a_launcher_on_the_runs_own_data(tmp_path: Path) -> None:
         == {("1 process", "megatron"), *((layout, engine) for layout in layouts for engine in ENGINES)}
         - refused
     )
-    assert ended.stdout.count("9 agree, 0 differ, 2 refused by the settings") == 1
+    assert ended.stdout.count("9 agree, 0 differ, 2 not allowed by the settings") == 1
     assert [path.name for path in tmp_path.glob("runs/*")] == []

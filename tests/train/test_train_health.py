@@ -41,7 +41,7 @@ def test_the_remedy_leads_out(config: RunConfig, asynchronous: bool) -> None:
     config = change(config, "checkpoint", async_save=asynchronous)
     with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan") as caught:
         run(config, engine=RuinedBy(5))
-    assert "continue after step 4 with --load" in caught.value.remedy
+    assert "continue from the checkpoint of step 4 with --load" in caught.value.remedy
     assert "step 5 may have bad weights" in caught.value.remedy
     root = Path(config.logging.run_dir) / "checkpoints"
     assert find(root) == root / folder_name(4)

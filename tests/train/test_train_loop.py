@@ -244,7 +244,10 @@ class TestLostLoss:
 
         with pytest.raises(HyperRouterError, match="step 6: lm_loss is nan") as caught:
             run(config, engine=Diverging(VOCAB_SIZE, topk_at=lambda step: 1 + step // 5))
-        assert f"continue after step 3 with --load {config.logging.run_dir}" in caught.value.remedy
+        assert (
+            f"continue from the checkpoint of step 3 with --load {config.logging.run_dir}"
+            in caught.value.remedy
+        )
         assert lines(config)[-1]["step"] == 6 and lines(config)[-1]["lm_loss"] is None
         assert find(Path(config.logging.run_dir)) == Path(
             config.logging.run_dir

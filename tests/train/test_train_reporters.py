@@ -125,7 +125,7 @@ class TestWandb:
     ) -> None:
         # what Python itself notes for a module that must not be imported
         monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(HostError, match="--wandb-project needs the library wandb") as caught:
+        with pytest.raises(HostError, match="--wandb-project needs the wandb library") as caught:
             hooks_for(config_with(tmp_path, wandb_project="routers"), place)
         assert caught.value.exit_status == 5 and "pip install wandb" in caught.value.remedy
 
@@ -133,7 +133,7 @@ class TestWandb:
 def test_missing_tensorboard_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(HostError, match="--tensorboard-dir needs the library tensorboard"):
+    with pytest.raises(HostError, match="--tensorboard-dir needs the tensorboard library"):
         hooks_for(config_with(tmp_path, tensorboard_dir=str(tmp_path)), MAIN)
     monkeypatch.undo()
     importlib.import_module("torch.utils.tensorboard")
