@@ -251,7 +251,8 @@ def test_too_little_memory_is_one_message(make: str, says: str) -> None:
     )
     assert done.returncode == 1
     assert re.fullmatch(
-        rf"error: not enough memory{says}\n  remedy: free some memory, or use a smaller --micro-batch-size or fewer --workers\n",
+        rf"error: not enough memory{says}\n  remedy: free some memory, "
+        r"or use a smaller --micro-batch-size or fewer --workers\n",
         done.stderr,
     ), done.stderr
 
