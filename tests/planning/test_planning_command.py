@@ -240,7 +240,7 @@ def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--config", str(folder / "model.yaml"), "--gpus", "1", "--gpu-memory", "2.5001"])
     told = capsys.readouterr().out
-    assert caught.value.code == 1 and "does not fit" in told and "the largest part is" in told
+    assert caught.value.code == 1 and "too large for a GPU" in told and "the largest part is" in told
 
 
 PLANS_OF_DOCS = re.findall(
