@@ -321,7 +321,7 @@ def test_the_shortest_data_that_will_do(tmp_path):
 def test_a_split_shorter_than_a_sequence_is_named(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [40] * 9 + [10])
     with pytest.raises(
-        DataError, match=r"the valid split has 1 of its 10 documents, with 10 tokens.*needs 17"
+        DataError, match=r"the valid split has 1 of the 10 documents, with 10 tokens.*needs 17"
     ) as caught:
         ours(DataConfig(data_path=(prefix,), split="90,10,0"), (5, 5, 0))
     assert "--split" in caught.value.remedy
@@ -329,7 +329,7 @@ def test_a_split_shorter_than_a_sequence_is_named(tmp_path):
 
 def test_a_file_of_a_blend_without_documents_in_a_split_is_named(tmp_path):
     small, large = write_corpus(tmp_path / "small", [40] * 2), write_corpus(tmp_path / "large", [40] * 100)
-    with pytest.raises(DataError, match=re.escape(f"{small}.bin: the valid split has 0 of its 2 documents")):
+    with pytest.raises(DataError, match=re.escape(f"{small}.bin: the valid split has 0 of the 2 documents")):
         ours(DataConfig(data_path=(small, large), split="90,10,0"), (5, 5, 0))
 
 

@@ -279,7 +279,7 @@ def test_auto_decides_by_the_number_of_documents(tmp_path, monkeypatch):
 def test_a_split_too_short_is_named(tmp_path):
     prefix = write_corpus(tmp_path / "corpus", [40] * 9 + [5, 5])
     with pytest.raises(
-        DataError, match=r"the valid split has 2 of its 11 documents, with 10 tokens.*needs 17"
+        DataError, match=r"the valid split has 2 of the 11 documents, with 10 tokens.*needs 17"
     ):
         splits_of(prefix, data_index="on-demand")
 

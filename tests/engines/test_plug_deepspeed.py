@@ -273,7 +273,7 @@ def test_a_method_that_follows_the_step_warns_and_works_when_it_is_told() -> Non
 def test_a_method_that_goes_by_tokens_gets_them_in_the_order_of_the_vectors() -> None:
     """StableMoE's second stage routes by the id alone."""
     moe = layer(k=1, drop_tokens=False)
-    with pytest.warns(UserWarning, match="needs the ids or positions of tokens"):
+    with pytest.warns(UserWarning, match="needs the ids or positions of the tokens"):
         router = plug_into_deepspeed(moe, "stablemoe", facts=RunFacts(train_iters=10, vocab_size=50))
     steps, ids_BS = RouterSteps(moe, batch_first=True), torch.arange(2 * 5).view(2, 5) * 3
     steps.begin(9)
