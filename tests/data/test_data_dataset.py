@@ -302,7 +302,7 @@ def test_an_empty_corpus_is_refused(tmp_path):
 def test_a_sequence_longer_than_the_data_is_refused(tmp_path, sizes):
     prefix = write_corpus(tmp_path / "corpus", sizes)
     expected = (
-        rf"{prefix}.bin: the train split has {len(sizes)} of its {len(sizes)} documents, with "
+        rf"{prefix}.bin: the train split has {len(sizes)} of the {len(sizes)} documents, with "
         rf"{sum(sizes)} tokens"
     )
     with pytest.raises(DataError, match=re.escape(expected)) as caught:
