@@ -298,7 +298,8 @@ class Format:
 class MXFP8BlockScaling:
     """Scales by blocks of 32 values."""
 
-    def __init__(self, *, fp8_format: str) -> None:
+    def __init__(self, *, fp8_format: str, fp8_dpa: bool = False) -> None:  # attention in fp8: 0.19.2 alone
+        assert not fp8_dpa
         self.format = fp8_format
 
 
