@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from megatron_hyperrouter.model.classifier import Classifier, Head, Headed
 
 _CHUNK_NUMBERS = 1 << 26  # float32 logits at a time, 256 MiB; but see below
-_LEAST_TOKENS = 512  # of a chunk: each adds to the gradient of the whole matrix
+_LEAST_TOKENS = 256  # of a chunk: each adds to the gradient of the whole matrix
 
 
 class Projection(NamedTuple):
