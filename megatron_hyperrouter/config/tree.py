@@ -186,7 +186,8 @@ class ParallelConfig:
     sequence_parallel: Annotated[
         bool,
         Role.LAYOUT,
-        "Split the inputs of norms and residuals along the sequence over the tensor-parallel ranks",
+        "Sequence parallelism: in norms, dropout and the residual stream, each tensor-parallel rank holds a "
+        "part of the sequence",
     ] = False
 
 

@@ -226,7 +226,7 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
             )
         ]
     if checkpoint is None:
-        text = f"{free / 1e9:,.1f} GB free; three checkpoints take 42 bytes per parameter in bfloat16"
+        text = f"{free / 1e9:,.1f} GB free; three checkpoints of a bfloat16 run take 42 bytes per parameter"
         return [ok("room", text)]
     needed = CHECKPOINTS * checkpoint
     text = f"{free / 1e9:,.1f} GB free; {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"

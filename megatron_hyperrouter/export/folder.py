@@ -81,9 +81,9 @@ def _write_weights(job: Export, reader: Tensors, folder: Path) -> dict[str, str]
         if name not in reader
     ]:
         raise CheckpointError(
-            f"{job.checkpoint} has no tensor {missing[0]}"
-            + (f" and lacks {len(missing) - 1} more" if missing[1:] else ""),
-            remedy="export from the original run folder, because this checkpoint does not match its settings",
+            f"{job.checkpoint} does not match the settings of its run: it has no tensor {missing[0]}"
+            + (f" (nor {len(missing) - 1} more)" if missing[1:] else ""),
+            remedy="export from the run folder in which this checkpoint was written",
         )
     source = _TensorReader(job, reader, sizes)
     planned = [

@@ -37,7 +37,7 @@ def common_parser(study: str, description: str, epilog: str) -> Parser:
     flags = parser(description, f"{epilog}\n{EPILOG}")
     flags.prog = f"{flags.prog} {study}"
     flags.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file with the settings of every run"
+        "--config", required=True, metavar="FILE", help="YAML file with the settings that all runs share"
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for runs, tables and plots"

@@ -154,7 +154,7 @@ def parse_layout(text: str) -> Layout:
             overrides[key.replace("-", "_").lstrip("_")] = _typed(value)
         else:
             raise _bad_layout(
-                text, f"{word} is not a size; use dp, {', '.join(SHORT)}, or a setting in the form name=value"
+                text, f"{word} is not known; use dp, {', '.join(SHORT)}, or a setting in the form name=value"
             )
     tensor, stages, context = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
     if tensor > 1:

@@ -79,7 +79,7 @@ CASES = [
         "skip_steps_are_ranges",
         {"skip_steps": ["105-107", "9-4"]},
         "--skip-steps",
-        "9-4 must be a step or a range of steps",
+        "9-4 must be a step (1 or later) or an increasing range of steps",
         {"skip_steps": ["105-107", "4-9", "300"]},
     ),
     case(

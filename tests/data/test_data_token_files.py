@@ -182,7 +182,7 @@ def test_a_missing_file_is_named(prefix, ending):
     Path(str(prefix) + ending).unlink()
     with pytest.raises(DataError, match=re.escape(f"{prefix}{ending}: no such file")) as caught:
         IndexedDataset(prefix)
-    assert "without .bin or .idx" in caught.value.remedy
+    assert "an existing .bin and .idx file" in caught.value.remedy
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):

@@ -82,8 +82,8 @@ def all_flags(description: str) -> Parser:
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="instead of training, compare the results in two --output folders with McNemar's test and a "
-        "paired bootstrap; --output FILE.json also writes the comparison",
+        help="instead of training, compare the results in A and B, the output folders of two earlier runs, "
+        "with McNemar's test and a paired bootstrap; --output FILE.json also saves the comparison",
     )
     _method(flags)
     _course(flags)
@@ -99,7 +99,8 @@ def all_flags(description: str) -> Parser:
         action="store_true",
         default=None,
         help=(
-            "sequence parallelism: tensor-parallel ranks divide the sequence in norms and residual branches"
+            "sequence parallelism: in norms, dropout and the residual stream, each tensor-parallel rank "
+            "holds a part of the sequence"
         ),
     )
     return flags
@@ -137,7 +138,7 @@ def _method(flags: ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="dropout rate in the head and on residual branches (default: 0)",
+        help="dropout rate in the classification head and on residual branches (default: 0)",
     )
     add(
         "--seq-length",

@@ -59,7 +59,8 @@ def scales_at(args: Namespace, loaded: Loaded, topks: Sequence[int]) -> dict[int
     if (args.load / "config.json").is_file():
         rule = f"needs the training data of a run, but {args.load} is an exported folder"
         remedy = (
-            "give the run folder with --load, or use a folder that mhr export-hf --calibrate-k has written"
+            "give the run folder with --load; or leave out --calibrate-k, and load a folder written by mhr "
+            "export-hf --calibrate-k, in which the weights are rescaled already"
         )
         raise ConfigError([Problem("--calibrate-k", "", rule, remedy)])
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
