@@ -198,7 +198,7 @@ def folded(head: str, text: str, width: int, indent: int) -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        lines += folds or [""]
+        lines += folds or [first]
         first = ""
     return "\n".join(lines)[len(head) :]
 
@@ -207,7 +207,7 @@ def _width(stream: TextIO) -> int:
     """Columns of the terminal behind ``stream``; 0: there is none, or it does not say."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # no file, or no terminal
         return 0
 
 

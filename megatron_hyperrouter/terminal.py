@@ -58,7 +58,7 @@ def run_tool(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.exit(HostError.exit_status)
     except MemoryError as error:
         reason = f": {error}" if str(error) else ""
-        remedy = "free some memory, or use a smaller --micro-batch-size or fewer --workers"
+        remedy = "free some memory, or use smaller sizes (such as --micro-batch-size or --workers)"
         console.report(HyperRouterError(f"not enough memory{reason}", remedy=remedy))
         sys.exit(1)
     except Stopped as reason:

@@ -235,3 +235,22 @@ def test_folding_keeps_the_words_and_the_lines(width):
     assert folded.split() == text.split()
     assert all(len(line) <= width for line in ("error: " + folded).splitlines() if " " in line.strip())
     assert console.folded("error: ", text, 200, 2) == text
+
+
+def test_a_text_that_begins_with_an_empty_line_keeps_its_words():
+    assert console.folded("error: ", "\nabc", 80, 2) == "\nabc"
+
+
+def test_an_error_reaches_a_stream_that_is_no_file(monkeypatch):
+    class Kept:
+        text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None: ...
+
+    kept = Kept()
+    monkeypatch.setattr(sys, "stderr", kept)
+    console.report(DataError("a.idx: byte 7", remedy="write it again"))
+    assert "a.idx: byte 7" in kept.text and "write it again" in kept.text

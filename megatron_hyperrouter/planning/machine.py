@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,12 +63,13 @@ def calibrated(machine: Machine, path: Path) -> Machine:
         raise ConfigError([_bad(path, rule)])
     values = {name: found[name] for name in MEASURED if found.get(name) is not None}
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             raise ConfigError([_bad(path, f"has {name} = {value}, which must be a number greater than 0")])
     if not values:
         raise ConfigError([_bad(path, f"must contain at least one of {', '.join(MEASURED)}")])
     measured = found.get("measured")
-    fitted = measured.get("fitted", values) if isinstance(measured, dict) else values
+    named = measured.get("fitted") if isinstance(measured, dict) else None
+    fitted = named if isinstance(named, list) else list(values)
     return replace(
         machine,
         **{name: float(value) for name, value in values.items()},  # type: ignore[arg-type]

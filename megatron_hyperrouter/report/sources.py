@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hyperrouter.config.reading.yaml_text import load_yaml
+from megatron_hyperrouter.config.reading.yaml_text import load_yaml, why_not
 from megatron_hyperrouter.errors import ConfigError, Problem
 from megatron_hyperrouter.guard.events import read_events
 
@@ -178,7 +178,7 @@ def settings_in(path: Path) -> dict[str, Any]:
     try:
         found = load_yaml(str(path))
     except (OSError, ValueError) as error:
-        raise ConfigError([Problem("settings", path, f"cannot be read: {error}", remedy)]) from error
+        raise ConfigError([Problem("settings", path, why_not(error), remedy)]) from error
     if not isinstance(found, dict):
         raise ConfigError([Problem("settings", path, "must map names to values", remedy)])
     return found

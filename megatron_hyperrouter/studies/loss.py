@@ -292,7 +292,7 @@ def axes_of(args: Namespace, line: CommandLine) -> dict[str, list[dict[str, Any]
 
 def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
     """``--axes``; raises ConfigError."""
-    from megatron_hyperrouter.config.reading.yaml_text import load_yaml
+    from megatron_hyperrouter.config.reading.yaml_text import load_yaml, why_not
     from megatron_hyperrouter.errors import ConfigError
 
     if path is None:
@@ -300,7 +300,7 @@ def read_axes(path: str | None) -> dict[str, list[dict[str, Any]]]:
     try:
         found = load_yaml(path)
     except (OSError, ValueError) as error:
-        raise ConfigError([_bad("--axes", path, f"cannot be read ({error})", "give a YAML file")]) from error
+        raise ConfigError([_bad("--axes", path, why_not(error), "correct the YAML file")]) from error
     if not isinstance(found, dict) or not all(isinstance(values, list) for values in found.values()):
         raise ConfigError(
             [_bad("--axes", path, "must map axes to lists", "write lines such as num_experts: [4, 8]")]

@@ -227,7 +227,7 @@ def markdown(
         body.append([*map(str, key), *cells])
     seeds = " or ".join(map(str, sorted({seeds for seeds, _ in points.values()})))
     about = (
-        f"Scores on the {args.score} split: mean ± half of the 95 % t-interval over {seeds} seeds. "
+        f"Scores on the {args.score} split: mean ± half of the 95 % t-interval; number of seeds: {seeds}. "
         "FLOPs are an estimate, explained in --help."
     )
     return f"{markdown_table(heads, body)}\n{about}\n\n{fits_text(curves, args.size)}"

@@ -170,7 +170,7 @@ def markdown(
         "token and expert, in nats. Similarity: mean linear CKA between the outputs of two experts. "
         "Effective rank: of the router's part of the Jacobian. Drift: share of the router's span "
         "that lies outside its span at the start of training. All values: mean ± half of the 95 % "
-        f"t-interval over {_listed(seeds)} seeds; {_listed(steps)} steps."
+        f"t-interval; number of seeds: {_listed(seeds)}; {_listed(steps)} steps."
     )
     text = f"{lines('router', table, '')}\n{about}\n"
     return text if not apart else f"{text}\n{lines(f'minus {first}, paired by seed', apart, '+')}"

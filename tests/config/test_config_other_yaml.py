@@ -32,6 +32,8 @@ WRONG = {
     "not UTF-8": b"a: caf\xe9\n",
     "a list": b"- 1\n",
     "cut": b"a: {b: ",
+    "a key twice": b"a: 1\nb: 2\na: 3\n",
+    "a key twice inside": b"a: [{b: 1, b: 2}]\n",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_one_row_tells_the_rate_alone() -> None:
         ('{"format": 1, "outside": Infinity}', "has outside = inf"),
         ('{"format": 1, "inside": true}', "has inside = True"),
         ('{"format": 1, "inside": "fast"}', "has inside = fast"),
+        (f'{{"format": 1, "inside": 1{"0" * 400}}}', "must be a number greater than 0"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, why: str) -> None:
@@ -83,3 +85,10 @@ def test_a_plan_says_which_constants_a_file_did_not_measure(tmp_path: Path) -> N
     write_calibration(tmp_path / "c.json", found.machine, {"fitted": list(found.fitted)})
     first = calibrated(TRUE, tmp_path / "c.json").assumptions()[0]
     assert first.endswith("assumed, not measured: GB/s inside a node, GB/s between nodes, us per message)")
+
+
+@pytest.mark.parametrize("measured", [None, 3, {"fitted": None}, {"fitted": 3}])
+def test_a_note_of_another_kind_on_what_was_measured_is_no_error(tmp_path: Path, measured: object) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"format": 1, "flops": 1e12, "measured": measured}), encoding="utf-8")
+    assert calibrated(TRUE, path).flops == 1e12

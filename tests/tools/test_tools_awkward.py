@@ -252,7 +252,7 @@ def test_too_little_memory_is_one_message(make: str, says: str) -> None:
     assert done.returncode == 1
     assert re.fullmatch(
         rf"error: not enough memory{says}\n  remedy: free some memory, "
-        r"or use a smaller --micro-batch-size or fewer --workers\n",
+        r"or use smaller sizes \(such as --micro-batch-size or --workers\)\n",
         done.stderr,
     ), done.stderr
 

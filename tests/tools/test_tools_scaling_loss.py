@@ -360,7 +360,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a file of other settings": (
         ["--axes", "axes.yaml"],
         "a: [{num_layers: 2}, {hidden_size: 32}]",
-        "each for the same settings",
+        "each value must set the same settings",
     ),
     "an unknown flag": ([*AXIS, "--no-such-flag", "1"], "", "unknown flag"),
 }

@@ -35,14 +35,12 @@ def _config_flag() -> Parser:
 
 def words_of(path: Path) -> list[str]:
     """The settings of a YAML file as flags."""
-    from megatron_hyperrouter.config.reading.yaml_text import load_yaml
+    from megatron_hyperrouter.config.reading.yaml_text import load_yaml, why_not
 
     try:
         found = load_yaml(str(path)) or {}
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            [Problem("--config", path, f"cannot be read: {error}", "give a YAML file of flags")]
-        ) from error
+        raise ConfigError([Problem("--config", path, why_not(error), "give a YAML file of flags")]) from error
     if not isinstance(found, dict):
         remedy = "write one flag on each line, such as lr: 1.0e-4"
         raise ConfigError([Problem("--config", path, "must map flags to values", remedy)])

@@ -267,7 +267,7 @@ def check_routers(labels: Sequence[str], options: Mapping[str, Mapping[str, Any]
 
 def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     """``--options``: label to options; raises ConfigError."""
-    from megatron_hyperrouter.config.reading.yaml_text import load_yaml
+    from megatron_hyperrouter.config.reading.yaml_text import load_yaml, why_not
     from megatron_hyperrouter.errors import ConfigError, Problem
 
     if path is None:
@@ -275,9 +275,7 @@ def read_options(path: str | None, labels: Sequence[str]) -> Mapping[str, Mappin
     try:
         found = load_yaml(path) or {}
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            [Problem("--options", path, f"cannot be read ({error})", "give a YAML file")]
-        ) from error
+        raise ConfigError([Problem("--options", path, why_not(error), "correct the YAML file")]) from error
     if not isinstance(found, dict) or not all(isinstance(options, dict) for options in found.values()):
         raise ConfigError(
             [

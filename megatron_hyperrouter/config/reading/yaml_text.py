@@ -37,8 +37,20 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(path: str) -> Any:
-    """What a YAML file holds.  OSError if it cannot be read, ValueError if it is not YAML."""
-    return parse_yaml(text_of(path))
+    """What a YAML file contains.  OSError if it cannot be read; ValueError if it is not YAML, or has a key
+    twice.
+    """
+    root = compose(text_of(path))
+    found = value_of_node(root)
+    for name, first, line in duplicates(root):
+        raise ValueError(f"has {name} twice, in lines {first} and {line}")
+    return found
+
+
+def why_not(error: OSError | ValueError) -> str:
+    """What is wrong with a file for which :func:`load_yaml` raised this."""
+    about_content = isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError)
+    return str(error) if about_content else f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def text_of(path: str) -> str:
@@ -93,6 +105,9 @@ def value_of_node(root: yaml.Node | None) -> Any:
 
 def duplicates(root: yaml.Node | None) -> Iterator[tuple[str, int, int]]:
     """Keys that occur twice in one mapping, with both lines: YAML would silently use the last one."""
+    if isinstance(root, yaml.SequenceNode):
+        for each in root.value:
+            yield from duplicates(each)
     if not isinstance(root, yaml.MappingNode):
         return
     first_line: dict[str, int] = {}

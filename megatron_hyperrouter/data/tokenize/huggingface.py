@@ -112,7 +112,7 @@ class HuggingFaceTokenizer(Tokenizer):
         named = self.files.special_tokens().get("eos_token")
         if named and named not in self._vocab:
             message = f"{self.path}: the eos_token of its settings, {named}, is not in its vocabulary"
-            remedy = "correct tokenizer_config.json, or give the token with --eod-token"
+            remedy = "correct eos_token in tokenizer_config.json, or give the token with --eod-token"
             raise DataError(message, remedy=remedy)
         for name in [named] if named else END_TOKENS:
             if name in self._vocab:

@@ -125,8 +125,10 @@ def preprocess(
     encoder = Encoder(replace(settings, backend=backend), tokenizer)
     run = _Preprocessing(job, encoder, overwrite, save_seconds, progress)
     if run.mended and report:
-        changed = ", ".join(run.mended)
-        report(f"{changed} has changed, but not in the part already read; continuing after that part")
+        report(
+            f"changed since the unfinished run, but not in a part already read: {', '.join(run.mended)}; "
+            "continuing from the saved progress"
+        )
     try:
         if not run.saved.complete:
             run.encode(workers)
