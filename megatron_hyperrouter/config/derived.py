@@ -156,15 +156,26 @@ class Overlap(NamedTuple):
     weights: bool  # their gathering, beside the forward pass
 
 
+def has_idle_output(config: RunConfig) -> bool:
+    """Whether a tied output matrix of megatron-core's last pipeline stage gets no gradient: with multi-token
+    prediction, that stage uses its copy of the embedding instead (gpt_model.py:249, 718).
+    """
+    model = config.model
+    several = config.parallel.pipeline_model_parallel_size > 1
+    return several and model.mtp_num_layers is not None and not model.untie_embeddings_and_output_weights
+
+
 def overlap(config: RunConfig, world_size: int) -> Overlap:
     """Which communication overlaps on the megatron engine: the settings, or by default everything that the
-    distributed optimizer communicates.  Weights overlap only if gradients do.
+    distributed optimizer communicates, if each parameter gets a gradient.  Weights overlap only if gradients
+    do.
     """
     settings = config.optimizer
     gradients, weights = settings.overlap_grad_reduce, settings.overlap_param_gather
     if gradients is None:
         several = replicas(config, world_size) > 1
-        gradients = bool(weights) or (settings.use_distributed_optimizer and several)
+        by_default = settings.use_distributed_optimizer and several and not has_idle_output(config)
+        gradients = bool(weights) or by_default
     if weights is None:
         weights = gradients and settings.use_distributed_optimizer
     return Overlap(gradients, weights)

@@ -94,13 +94,7 @@ class GroupedExperts(nn.Module):
         return F.linear(F.silu(gate) * up, fc2_LDF[number]), None
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        """Both parameters, once the host has gathered them.
-
-        megatron-core's overlap waits for them in the hooks before a module's own forward pass, which our
-        layers do not call.
-        """
-        for hook in self._forward_pre_hooks.values():
-            hook(self, ())
+        """Both parameters."""
         return self.linear_fc1_LGD, self.linear_fc2_LDF
 
     def _through(

@@ -364,6 +364,13 @@ CASES = [
         {"overlap_param_gather": None},
     ),
     case(
+        "overlap_needs_a_gradient_of_each_parameter",
+        {**MEGATRON, "pipeline_model_parallel_size": 2, "mtp_num_layers": 1, "overlap_grad_reduce": True},
+        "--overlap-grad-reduce",
+        "does not work with --mtp-num-layers on several pipeline stages",
+        {"untie_embeddings_and_output_weights": True},
+    ),
+    case(
         "capacity_of_whole_samples",
         {**MEGATRON, **TP2, "sequence_parallel": True, "moe_expert_capacity_factor": 1.0},
         "--moe-expert-capacity-factor",

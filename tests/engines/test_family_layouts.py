@@ -85,7 +85,12 @@ FEW = {**BOTH, **on_megatron({**BOTH, **OVERLAP, "CP2": ON_MEGATRON["CP2"]})}
 LONG = {**BOTH, **ON_DEEPSPEED, **on_megatron({**BOTH, **OVERLAP, **ON_MEGATRON})}
 # Multi-token prediction has no other engine to be compared with: one process of its own is the reference.
 MTP = f"hyper {MEGATRON} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.3 {SHARED}"
-MTP_LAYOUTS = {"EP2": BOTH["EP2"], "TP2, SP": BOTH["TP2, SP"], "PP2": BOTH["PP2"], **OVERLAP}
+MTP_LAYOUTS = {
+    **{name: BOTH[name] for name in ("EP2", "TP2, SP", "PP2")},
+    **OVERLAP,
+    # without overlap: the tied output matrix of the last stage gets no gradient
+    "DP2 x PP2, distributed optimizer": Layout(4, f"{PP2} --use-distributed-optimizer", DEEPER),
+}
 
 
 @pytest.fixture(scope="module")

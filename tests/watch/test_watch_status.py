@@ -343,6 +343,15 @@ def test_damaged_metrics_of_an_earlier_attempt_are_a_note(tmp_path: Path) -> Non
     assert any("metrics-earlier.jsonl" in note for note in trace.notes)
 
 
+def test_an_alarm_about_replicas_is_an_event(run_dir: Path) -> None:
+    """Its hosts are a text, as ``train/resuming/recovery.py`` writes it."""
+    alarm = {"event": "alarm", "time": time.time(), "step": 9, "attempt": 1, "alarm": "replicas"}
+    alarm |= {"ranks": [1], "hosts": "node-b", "tensor": "embedding", "tensors": 1, "action": "stop"}
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(alarm) + "\n")
+    assert read_trace(run_dir).events[-1]["hosts"] == "node-b" and now(run_dir).notes == []
+
+
 DAMAGE = (None, True, -1, 10**400, float("inf"), float("nan"), "x", "", [], {}, [1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_hyperrouter.config.derived import expert_tensor_size, resets_documents
+from megatron_hyperrouter.config.derived import expert_tensor_size, has_idle_output, resets_documents
 from megatron_hyperrouter.config.leaves import flag
 from megatron_hyperrouter.config.rules.base import Rule, broken, needs
 from megatron_hyperrouter.config.tree import RunConfig
@@ -23,6 +23,23 @@ def param_gather_has_parts_to_gather(config: RunConfig, world_size: int | None) 
     missing += ("overlap_grad_reduce",) * (asked.overlap_grad_reduce is False)
     if missing:
         yield needs(config, "overlap_param_gather", " and ".join(map(flag, missing)))
+
+
+def overlap_needs_a_gradient_of_each_parameter(
+    config: RunConfig, world_size: int | None
+) -> Iterator[Problem]:
+    """megatron-core waits for each gradient, and stops in the second step if one never comes
+    (param_and_grad_buffer.py:206).
+    """
+    if config.engine.engine != "megatron" or not has_idle_output(config):
+        return
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(config.optimizer, name):
+            rule = (
+                "does not work with --mtp-num-layers on several pipeline stages, because the tied output "
+                "matrix of the last stage has no gradient"
+            )
+            yield broken(config, name, rule, "leave out FLAG, or add --untie-embeddings-and-output-weights")
 
 
 def tensor_parallel_experts_need_sequence_parallel(
@@ -113,6 +130,7 @@ def installed(library: str) -> bool:
 
 RULES: tuple[Rule, ...] = (
     param_gather_has_parts_to_gather,
+    overlap_needs_a_gradient_of_each_parameter,
     tensor_parallel_experts_need_sequence_parallel,
     capacity_of_whole_samples,
     flex_has_its_kernels,

@@ -39,6 +39,14 @@ class StackedExperts(GroupedExperts):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=cut, stride=1)
             parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
 
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """Both parameters, once the host has gathered them: its overlap waits for them in the hooks before
+        the forward pass of a module, which our layers do not call.
+        """
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
+        return super()._matrices()
+
 
 class RoutedMoELayer(MoELayer):
     """Implements ``ExpertBank``, and gives the router the outputs of the experts that it chose."""
