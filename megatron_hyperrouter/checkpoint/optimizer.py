@@ -90,7 +90,7 @@ class IndexEntry:
     def problem(self) -> str:
         """Why this is not one whole tensor; empty if it is."""
         if not self.dtype:
-            return "no rank writes its weight"
+            return "no rank has written its weight"
         if not self.trained:
             return ""
         needed = {WEIGHT, *MOMENTS} | (set() if self.dtype == "float32" else {MASTER})
