@@ -95,7 +95,7 @@ def test_a_missing_library_is_named_before_any_work(tmp_path: Path, tasks: list[
 
 def test_the_harness_needs_a_tokenizer_of_text(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     make_up(tmp_path / "ids", TINY | {"tokenizer_type": "NullTokenizer", "vocab_size": 60})
-    with pytest.raises(ConfigError, match=r"--load = .*: has a NullTokenizer, which the harness cannot read"):
+    with pytest.raises(ConfigError, match=r"--load = .*: was trained with a NullTokenizer, which the harness cannot read"):
         run_on(tmp_path / "ids", tmp_path)
     folder = tmp_path / "folder"
     export_hf.main(["--load", str(tmp_path / "ids"), "--output", str(folder), "--no-proof"])
