@@ -123,7 +123,7 @@ def _refuse_misfits(
             f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         )
         raise CheckpointError(
-            f"the model in {folder} has other tensors or shapes than the model of this run:\n{shown}",
+            f"the model in {folder} has different tensors or shapes from the model of this run:\n{shown}",
             remedy=(
                 "use the settings of the run that wrote the checkpoint, from config.yaml in its run folder"
             ),

@@ -390,8 +390,8 @@ class LoggingConfig:
     profile: Annotated[
         bool,
         Role.DISPLAY,
-        "Trace the steps from --profile-step-start to --profile-step-end with torch.profiler; write "
-        "the trace to profile/ in the run folder",
+        "Trace the steps after --profile-step-start, up to --profile-step-end, with torch.profiler; "
+        "write the trace to profile/ in the run folder",
     ] = False
     profile_step_start: Annotated[Natural, Role.DISPLAY, "Begin the trace after this step"] = 10
     profile_step_end: Annotated[Count, Role.DISPLAY, "End the trace after this step"] = 12

@@ -128,7 +128,7 @@ def _rename(ranks: Ranks, folder: Path) -> list[Finding]:
     if error:
         return [fault("rename", f"a file cannot be replaced by a rename: {error}", remedy)]
     if torn[0]:
-        return [fault("rename", f"a rename is not atomic: {torn[0]} reads found an incomplete file", remedy)]
+        return [fault("rename", f"a rename is not atomic: {torn[0]} reads found no complete file", remedy)]
     return [ok("rename", f"all {_RENAMES} renames were atomic")]
 
 
@@ -196,7 +196,7 @@ def _speed(ranks: Ranks, names: Sequence[str], folder: Path, first_ranks: Sequen
             note(
                 "disk",
                 text + slow,
-                ("use --async-save, or another disk: saving a checkpoint takes long on this one"),
+                ("use --async-save, or another disk: saving a checkpoint is slow on this one"),
             )
         ]
     return [ok("disk", text)]
@@ -231,7 +231,7 @@ def _room(run_dir: Path, checkpoint: int | None) -> list[Finding]:
     needed = CHECKPOINTS * checkpoint
     text = f"{free / 1e9:,.1f} GB free; {CHECKPOINTS} checkpoints take {needed / 1e9:,.1f} GB"
     if free < needed:
-        return [fault("room", f"{run_dir}: {text}", "free space, or give another --run-dir")]
+        return [fault("room", f"{run_dir}: {text}", "free up space, or give another --run-dir")]
     return [ok("room", text)]
 
 

@@ -191,4 +191,4 @@ def _clock(facts: Sequence[Facts], names: Sequence[str]) -> Finding:
         way = "ahead of" if offset > 0 else "behind"
         text = f"the clock of {names[worst]} is {abs(offset):.1f} s {way} that of {names[0]}"
         return fault("clock", text, "start chrony or ntpd on that machine")
-    return ok("clock", f"the clocks of all ranks agree to {max(abs(each['offset']) for each in facts):.3f} s")
+    return ok("clock", f"all clocks agree to within {max(abs(each['offset']) for each in facts):.3f} s")

@@ -46,8 +46,8 @@ def examine_ports(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
     ]
     if closed:
         remedy = (
-            "open all TCP ports between the machines of a job, or set GLOO_SOCKET_IFNAME and "
-            "NCCL_SOCKET_IFNAME"
+            "open all TCP ports between the machines of a job, or set MASTER_ADDR to an address on a "
+            "network that connects them"
         )
         return [fault("ports", first_of(closed), remedy)]
     return [ok("ports", f"each of the {ranks.size} ranks can reach the next one")] if ranks.rank == 0 else []

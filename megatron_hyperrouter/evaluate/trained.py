@@ -174,7 +174,7 @@ class TrainedRun:
         if dataset is None:
             raise DataError(
                 f"the {name} split has no documents",
-                remedy="choose another split with --split, or other data with --data-path",
+                remedy="give other data with --data-path, or choose another split if the command has --split",
             )
         return dataset
 

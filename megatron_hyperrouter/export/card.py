@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_hyperrouter.data.tokenize.base import Tokenizer
     from megatron_hyperrouter.export.classes.target import Target
 
-_SCHEDULE = "k grew from {start} to {end} during training ({kind})"
+_SCHEDULE = "k changed from {start} to {end} during training ({kind})"
 
 
 def write_card(
@@ -47,9 +47,9 @@ def _about(job: Export, step: int) -> str:
     )
     return (
         f"# {Path(run.logging.run_dir).name}\n\n"
-        f"A mixture-of-experts language model: {model.num_layers} layers of {model.num_experts} experts, "
-        f"hidden size {model.hidden_size}, context of {model.seq_length} tokens, trained for {step} steps "
-        f"with the router `{run.router.name}`; {grown}.  {router}"
+        f"A mixture-of-experts language model: {model.num_layers} layers, {model.num_experts} experts in "
+        f"each MoE layer, hidden size {model.hidden_size}, context of {model.seq_length} tokens, trained for "
+        f"{step} steps with the router `{run.router.name}`; {grown}.  {router}"
     )
 
 
@@ -85,8 +85,8 @@ def _limits(job: Export) -> str:
     ]
     padded = job.run.model.make_vocab_size_divisible_by
     lines.append(
-        f"The embedding has more rows than the tokenizer has ids, because their number is rounded up to a "
-        f"multiple of {padded}; the additional rows were not trained."
+        f"The embedding may have more rows than the tokenizer has ids: their number is rounded up to a "
+        f"multiple of {padded}.  Additional rows were not trained."
     )
     lines += [f"{line[0].upper()}{line[1:]}." for line in job.notes]
     return "## Limits\n\n" + "\n\n".join(lines)

@@ -91,7 +91,9 @@ class Settings:
                 )
         if unknown := [part for part in self.freeze if part not in FREEZABLE]:
             rule = f"{unknown[0]!r} cannot be frozen"
-            yield Problem("--freeze", ",".join(self.freeze), rule, "use none, router, or router,experts")
+            yield Problem(
+                "--freeze", ",".join(self.freeze), rule, "use none, router, experts, or router,experts"
+            )
 
 
 def check(settings: Settings, run: RunConfig) -> None:

@@ -21,7 +21,7 @@ def load_folder(path: Path, tokenizer_model: str | None = None) -> Loaded:
     if folder.dense:
         raise CheckpointError(
             f"{path} contains a dense model, without experts",
-            remedy=("import the model first: mhr import-hf --upcycle E --input FOLDER"),
+            remedy=("import the model first: mhr import-hf --upcycle E --input FOLDER --output RUN"),
         )
     weights = ImportedWeights(folder)
     name = tokenizer_model or str(path / "tokenizer.json")

@@ -164,7 +164,7 @@ class Watchdog:
             self._record(still, suspects)
             console.error_from_here(
                 f"no progress for {still:.0f} s (--distributed-timeout-minutes):\n  {lines}\n"
-                "  remedy: check the machine of that rank and the stack traces below, then continue "
+                "  remedy: check the machines of these ranks and the stack traces below, then continue "
                 "with --load"
             )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

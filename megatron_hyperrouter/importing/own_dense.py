@@ -65,8 +65,8 @@ def _check(run: RunConfig, vocab_size: int) -> None:
     if model.num_experts != 1 or model.mlp_type != "standard":
         raise CheckpointError(
             (
-                f"the run has {model.num_experts} experts in each layer, but --upcycle "
-                "needs a dense model (--num-experts 1)"
+                f"the run has --num-experts {model.num_experts} --mlp-type {model.mlp_type}, but --upcycle "
+                "needs --num-experts 1 --mlp-type standard"
             ),
             remedy="use the run of a dense model, or continue the training of this run",
         )

@@ -130,7 +130,8 @@ def open_folder(path: Path) -> HfFolder:
         ) from error
     if architecture not in MOE and architecture not in DENSE:
         reason = UNLIKE.get(architecture, f"the supported models are {', '.join((*MOE, *DENSE))}")
-        remedy = "use the run from which it was exported" if "auto_map" in config else "choose another model"
+        export = " or, if it is an export of this program, use its run" if "auto_map" in config else ""
+        remedy = f"choose another model{export}"
         raise CheckpointError(f"{path} has the model {architecture}: {reason}", remedy=remedy)
     files = sorted(path.glob("*.safetensors"))
     if not files:

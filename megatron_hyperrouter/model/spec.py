@@ -188,7 +188,7 @@ def _core_params(
     if not resets_documents(config):
         return params
     if starts is None:
-        raise ValueError("--reset-attention-mask and --reset-position-ids need the argument starts")
+        raise ValueError("--reset-attention-mask and --reset-position-ids need the argument starts=...")
     crosses = not config.data.reset_attention_mask
     return params | {"starts": starts, "rates_R": rates(config) if crosses else None}
 

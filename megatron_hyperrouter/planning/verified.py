@@ -27,10 +27,12 @@ def verify(plan: Plan, best: int, vocab_size: int, note: Callable[[str], None]) 
     note(f"dry run of {len(tasks)} ranks: each builds its engine and runs {_STEPS} steps with fake tensors")
     for (each, rank), told in zip(asked, answers(tasks), strict=True):
         if "error" in told:
-            note(f"rank {rank} of a layout could not be verified: {told['error']}")
+            note(
+                f"rank {rank} of layout {plan.layouts.index(each) + 1} could not be verified: {told['error']}"
+            )
             continue
         each.verified.append(told | {"peak_bytes": told["peak_bytes"] + round(plan.machine.reserve)})
-        note(_compared(each, told))
+        note(_compared(plan.layouts.index(each) + 1, each, told))
     for each in plan.layouts:
         peak = max((run["peak_bytes"] for run in each.verified), default=0)
         if peak > plan.machine.memory:
@@ -96,10 +98,10 @@ def answers(tasks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         process.stdin.close()
 
 
-def _compared(each: PlannedLayout, told: dict[str, Any]) -> str:
+def _compared(number: int, each: PlannedLayout, told: dict[str, Any]) -> str:
     rank = told["rank"]
     same = "as predicted" if told["parameters"] == each.parameters[rank] else "NOT as predicted"
     return (
-        f"rank {rank}: {told['parameters']:,} parameters, {same}; {told['built_bytes'] / GIB:.2f} "
-        f"GiB after the engine is built, {told['peak_bytes'] / GIB:.2f} GiB at the peak"
+        f"layout {number}, rank {rank}: {told['parameters']:,} parameters, {same}; "
+        f"{told['built_bytes'] / GIB:.2f} GiB after the engine is built, {told['peak_bytes'] / GIB:.2f} GiB at the peak"
     )

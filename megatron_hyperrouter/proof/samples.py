@@ -33,7 +33,7 @@ def proof_rows(
             raise
         shape = (samples, run.settings.model.seq_length + 1)
         return random_rows(shape, tokenizer.vocab_size), (
-            "random token ids, because the data files of the run are missing"
+            "random token ids, because the run has no readable test data"
         )
     return torch.from_numpy(rows), " ".join(data_path) if data_path else "the test split of the run"
 

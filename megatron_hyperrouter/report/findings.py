@@ -154,8 +154,8 @@ def jacobian_chapter(results: Sequence[Mapping[str, Any]], title: str = "") -> S
 JACOBIAN_NOTE = (
     "J_R is the part of a layer's Jacobian that comes from the router. Its rows are in the span of "
     "the router matrix. Drift is the share of this span that lies outside the span at the start of "
-    "training; it is 0 for a fixed router. At k = 1, J_R is 0, because the softmax over one logit "
-    "is constant."
+    "training; it is 0 for a fixed router. At k = 1, J_R is 0 if the weights sum to 1, because "
+    "the only weight is then constant."
 )
 
 

@@ -99,7 +99,7 @@ def submit(plans: Sequence[tuple[StudyRun, int]], gpus_per_node: int) -> None:
     uneven = sorted({ranks for _, ranks in plans if ranks > gpus_per_node and ranks % gpus_per_node})
     if uneven:
         rule, remedy = (
-            f"must be divisible by --gpus-per-node = {gpus_per_node}",
+            f"must be at most --gpus-per-node = {gpus_per_node}, or divisible by it",
             ("use a multiple of --gpus-per-node, because a run uses whole nodes"),
         )
         raise ConfigError([Problem("--ranks", ranks, rule, remedy) for ranks in uneven])
@@ -137,7 +137,7 @@ def check_collected(plans: Sequence[P]) -> list[P]:
                     "--output",
                     plans[0].folder.parent.parent,
                     rule,
-                    ("submit the runs with --dry-run, or wait until one is finished"),
+                    ("start the commands that --dry-run prints, or wait until one run is finished"),
                 )
             ]
         )

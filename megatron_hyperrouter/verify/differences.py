@@ -146,7 +146,7 @@ def parse_layout(text: str) -> Layout:
             fault = value
         elif key in SHORT or key == "dp":
             if not value.isdigit() or (key != "zero" and int(value) < 1):
-                raise _bad_layout(text, f"{word}: must have an integer >= 1, as in {key}=2")
+                raise _bad_layout(text, f"{word}: must have an integer value, as in {key}=2")
             sizes[key] = int(value)
             if key != "dp":
                 overrides[SHORT[key]] = int(value)

@@ -134,7 +134,9 @@ class TestNotWhole:
         parts = [staged(whole(), rank) for rank in range(RANKS)]
         for part in parts:
             part.states = [state for state in part.states if state.name != "b.expert"]
-        with pytest.raises(CheckpointError, match=r"b\.expert: no rank has written its exp_avg, exp_avg_sq, master"):
+        with pytest.raises(
+            CheckpointError, match=r"b\.expert: no rank has written its exp_avg, exp_avg_sq, master"
+        ):
             save(tmp_path, parts)
 
     def test_an_expert_that_two_ranks_write(self, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_told_at_once_and_nothing_is_changed(tmp_path: Path
         "x.weight": torch.zeros(2),
         "y.weight": torch.zeros(2),
     }
-    with pytest.raises(CheckpointError, match=r"the model in .* has other tensors or shapes") as caught:
+    with pytest.raises(CheckpointError, match=r"the model in .* has different tensors or shapes") as caught:
         read_weights(tmp_path, targets)
     for line in (
         "b.weight: shape [4, 6] in the checkpoint, but [4, 7] in this model",

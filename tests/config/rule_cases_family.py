@@ -64,7 +64,7 @@ CASES = [
         "stages_have_experts",
         {"moe_layer_freq": "[0,0,1,1]", "pipeline_model_parallel_size": 2},
         "--moe-layer-freq",
-        "2 dense layers in a row, so a pipeline stage of 2",
+        "2 dense layers in a row, so a stage of 2",
         MEGATRON,
     ),
     case(

@@ -234,7 +234,7 @@ CASES = [
         "layers_by_pipeline",
         {"pipeline_model_parallel_size": 5},
         "--num-layers",
-        "must be at least 5: one layer for each pipeline stage",
+        "must be at least 5: one layer for each (virtual) pipeline stage",
         {"num_layers": 5},
     ),
     case(

@@ -132,7 +132,7 @@ def test_the_command_proves_what_it_writes(made: Made) -> None:
     assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 3
     assert {file.dtype for file in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     card = (folder / "README.md").read_text()
-    assert "license: mit" in card and "| 3 | " in card and "k grew from 2 to 4" in card
+    assert "license: mit" in card and "| 3 | " in card and "k changed from 2 to 4" in card
     assert "match the certificate" in told["stdout"]
 
 

@@ -95,7 +95,9 @@ def test_a_missing_library_is_named_before_any_work(tmp_path: Path, tasks: list[
 
 def test_the_harness_needs_a_tokenizer_of_text(tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
     make_up(tmp_path / "ids", TINY | {"tokenizer_type": "NullTokenizer", "vocab_size": 60})
-    with pytest.raises(ConfigError, match=r"--load = .*: was trained with a NullTokenizer, which the harness cannot read"):
+    with pytest.raises(
+        ConfigError, match=r"--load = .*: was trained with a NullTokenizer, which the harness cannot read"
+    ):
         run_on(tmp_path / "ids", tmp_path)
     folder = tmp_path / "folder"
     export_hf.main(["--load", str(tmp_path / "ids"), "--output", str(folder), "--no-proof"])
@@ -176,7 +178,7 @@ def test_what_no_folder_or_run_has(tmp_path: Path) -> None:
     make_up(tmp_path / "bias", TINY | {"router": {"name": "hyper", "bias": True}})
     words = ["--load", str(tmp_path / "bias"), "--output", str(tmp_path / "own"), "--no-proof"]
     export_hf.main([*words, "--custom-code"])
-    with pytest.raises(CheckpointError, match="use the run from which it was exported"):
+    with pytest.raises(CheckpointError, match="if it is an export of this program, use its run"):
         generate.main(["--load", str(tmp_path / "own"), "--prompt", "a"])
     words = ["--load", str(tmp_path / "bias"), "--tasks", "held_out", "--output", str(tmp_path / "s.json")]
     with pytest.raises(DataError, match="this run was imported and has no data"):

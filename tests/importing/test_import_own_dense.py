@@ -56,7 +56,7 @@ def test_a_router_that_learns_nothing_is_noted(tmp_path: Path, capsys: pytest.Ca
 def test_what_is_no_dense_run_is_refused(tmp_path: Path) -> None:
     words = ["--output", str(tmp_path / "run"), "--upcycle", "4", "--no-proof", "--input"]
     make_up(tmp_path / "mixture", SETTINGS | {"num_experts": 4}, small)
-    with pytest.raises(HyperRouterError, match="the run has 4 experts in each layer") as error:
+    with pytest.raises(HyperRouterError, match="the run has --num-experts 4") as error:
         main([*words, str(tmp_path / "mixture")])
     assert error.value.exit_status == 4
     make_up(tmp_path / "scaled", SETTINGS | {"router": {"name": "topk", "scaling_factor": 2.0}}, small)

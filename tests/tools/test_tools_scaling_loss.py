@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "half a node": (
         [*AXIS, "--dry-run", "--ranks", "12", "--global-batch-size", "24"],
         "",
-        "must be divisible by --gpus-per-node = 8",
+        "must be at most --gpus-per-node = 8, or divisible by it",
     ),
     "no such file": (["--axes", "none.yaml"], "", "cannot be read"),
     "a file of no axes": (["--axes", "axes.yaml"], "[1, 2]", "must map axes to lists"),

@@ -294,7 +294,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "an unknown flag": (["--ranks", "1", "--no-such-flag", "1"], "unknown flag"),
     "nothing to collect": (["--ranks", "1", "--collect"], "none of the 3 runs of this study is finished"),
-    "half a node": (["--ranks", "12", "--dry-run"], "must be divisible by --gpus-per-node = 8"),
+    "half a node": (
+        ["--ranks", "12", "--dry-run"],
+        "must be at most --gpus-per-node = 8, or divisible by it",
+    ),
 }
 
 

@@ -21,7 +21,7 @@ def show_run(config: RunConfig, world_size: int) -> None:
         epoch = _epoch(config, vocab_size)
     except (DataError, HostError) as error:
         known = vocab_size or config.data.vocab_size
-        what = "the number of epochs" if known else "the number of epochs and the size of the embedding"
+        what = "the number of epochs" if known else "the number of epochs or the size of the embedding"
         console.note(f"the dry run does not know {what}: {error.message}")
     model, held = holdings(config, vocab_size or config.data.vocab_size or 0, world_size)
     block = start_block(config, model.size, world_size=world_size, epoch=epoch)

@@ -112,7 +112,7 @@ logits-save-top-k logits-save-top-p logits-save-top-p-min-k
 mup-attn-scale-power mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult
 mup-width-mult use-mup
 """,
-        ("special options of a tokenizer", "the tokenizer file determines these options"): """
+        ("special options of a tokenizer", "the tokenizer itself determines these options"): """
 disable-tokenizer-sentencepiece-ignore-extra-whitespaces
 no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
 special-tokens tiktoken-special-tokens tokenizer-sentencepiece-legacy

@@ -155,7 +155,7 @@ def stages_have_experts(config: RunConfig, world_size: int | None) -> Iterator[P
         return
     dense, smallest = longest_dense_run(config), config.model.num_layers // stages
     if dense >= smallest:
-        rule = f"has {dense} dense layers in a row, so a pipeline stage of {smallest} layers has no experts"
+        rule = f"has {dense} dense layers in a row, so a stage of {smallest} layers may have no experts"
         remedy = "use fewer pipeline stages, or --engine megatron"
         yield broken(config, "moe_layer_freq", f"{rule}; {_NEED_EXPERTS}", remedy)
 

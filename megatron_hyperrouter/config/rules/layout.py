@@ -188,7 +188,7 @@ def layers_by_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Pr
         yield broken(
             config,
             "num_layers",
-            f"must be at least {chunks}: one layer for each pipeline stage",
+            f"must be at least {chunks}: one layer for each (virtual) pipeline stage",
             f"use {chunks} or more layers",
         )
     elif layers % chunks and (config.engine.engine == "megatron" or chunks > stages):

@@ -153,7 +153,7 @@ def wsd_decay_fits(config: RunConfig, world_size: int | None) -> Iterator[Proble
         yield broken(
             config,
             "lr_wsd_decay_iters",
-            f"must be at most {room}, the number of steps after the warm-up",
+            f"must be at most {room}, the steps from the warm-up to the end of the decay",
             f"use at most {room}",
         )
 

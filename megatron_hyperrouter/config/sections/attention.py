@@ -67,14 +67,14 @@ class AttentionConfig:
     mscale: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "With --rope-type yarn: coefficient m of the attention temperature, which is 0.1 x m x "
+        "With --rope-type yarn: coefficient m of the factor on rotated queries and keys, 0.1 x m x "
         "ln(--rotary-scaling-factor) + 1",
     ] = 1.0
     mscale_all_dim: Annotated[
         NonNegative,
         Role.FUNCTION,
         (
-            "With --rope-type yarn and --multi-latent-attention: coefficient m of the temperature "
+            "With --rope-type yarn and --multi-latent-attention: coefficient m of the factor "
             "that scales attention scores; 0: no scaling"
         ),
     ] = 0.0

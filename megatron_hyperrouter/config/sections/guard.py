@@ -19,8 +19,8 @@ class GuardConfig:
         Literal["stop", "skip", "rollback"],
         Role.COURSE,
         "What to do at a bad step. A step is bad if its loss or gradient norm is not finite, or "
-        "exceeds --max-loss-sigma. stop: end the run; skip: do not update the weights; rollback: "
-        "return to the last checkpoint, and skip the steps from there to the bad step",
+        "exceeds the limit of --max-loss-sigma. stop: end the run; skip: do not update the weights; "
+        "rollback: return to the last checkpoint, and skip the steps from there to the bad step",
     ] = "stop"
     max_loss_sigma: Annotated[
         float | None,

@@ -181,7 +181,7 @@ def build_training_samples(
             past.pop()
         else:
             console.note(
-                "--train-iters changes the order of samples; continuing with "
+                "the new --train-iters changes the order of samples; continuing with "
                 "data that the run has not read yet"
             )
     else:

@@ -414,7 +414,7 @@ def _sequences(value: object, key: str, where: _Where) -> list[str]:
             kind = type(text).__name__
             raise BadLine(
                 f"{where}: the value of {key!r} must be a string, not a {kind}",
-                remedy="name a key that has text with --json-keys KEY",
+                remedy="give a key that has text with --json-keys KEY",
             )
         try:
             text.encode()

@@ -146,7 +146,8 @@ def encode_all(
             yield done, future.result()
     except BrokenProcessPool as error:
         raise HyperRouterError(
-            "a worker process was killed or ran out of memory", remedy="use fewer --workers, or free memory"
+            "a worker process was killed or ran out of memory",
+            remedy="use fewer --workers, or free up memory",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -73,7 +73,7 @@ class Recovery:
         first = step if policy == "skip" else (checkpoint or 0) + 1
         if not self._bad.leave_out(range(first, step + 1)):
             raise HyperRouterError(
-                f"{words}; this is bad step {self._bad.in_a_row} in a row, so the run stops",
+                f"{words}; bad steps in a row: {self._bad.in_a_row}, so the run stops",
                 remedy=self._remedy(step),
             )
         if policy == "rollback":
@@ -111,7 +111,7 @@ class ReplicaCheck:
             raise HyperRouterError(
                 f"step {step}: {_deviation(found)}; up to step {self._alike}, all replicas agreed",
                 remedy=(
-                    "check that machine for memory errors, and continue without it from a "
+                    "check these machines for memory errors, and continue without the faulty one from a "
                     f"checkpoint of step {self._alike} or earlier"
                 ),
             )
