@@ -1,7 +1,7 @@
 """What each method costs: training steps against those of router topk, and a competing layer against an
 ordinary one.
 
-Goals: the experts of a competing pass take at most E/k times as long as those of an ordinary pass.  A step of
+The goals: the experts of a competing pass take at most E/k times as long as those of an ordinary pass.  A step of
 competesmoe, averaged over a run with rate 0.07, takes at most 1.15 times as long as a step of topk.  A step
 of simsmoe at its published frequency takes at most 1.05 times as long.
 

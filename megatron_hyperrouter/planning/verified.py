@@ -103,5 +103,6 @@ def _compared(number: int, each: PlannedLayout, told: dict[str, Any]) -> str:
     same = "as predicted" if told["parameters"] == each.parameters[rank] else "NOT as predicted"
     return (
         f"layout {number}, rank {rank}: {told['parameters']:,} parameters, {same}; "
-        f"{told['built_bytes'] / GIB:.2f} GiB after the engine is built, {told['peak_bytes'] / GIB:.2f} GiB at the peak"
+        f"{told['built_bytes'] / GIB:.2f} GiB after the engine is built, "
+        f"{told['peak_bytes'] / GIB:.2f} GiB at the peak"
     )

@@ -325,6 +325,6 @@ def test_samples_longer_than_a_file_are_refused_after_a_change_too(tmp_path: Pat
     assert len(whole[1]) == len(whole[2]) == 9
     with pytest.raises(
         DataError,
-        match=r"a\.bin: the train split .*, with 9 tokens, but one sample needs 10 \(--seq-length 9",
+        match=r"a\.bin: the train split .*, with 9 tokens, but one sample needs 10 tokens \(--seq-length 9",
     ):
         course_of(builder(words, length=9, kind=kind), ((0, words),), ledger, step=1, train_iters=3, batch=1)
