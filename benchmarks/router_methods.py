@@ -1,9 +1,9 @@
 """What each method costs: training steps against those of router topk, and a competing layer against an
 ordinary one.
 
-The goals: the experts of a competing pass take at most E/k times as long as those of an ordinary pass.  A step of
-competesmoe, averaged over a run with rate 0.07, takes at most 1.15 times as long as a step of topk.  A step
-of simsmoe at its published frequency takes at most 1.05 times as long.
+The goals: the experts of a competing pass take at most E/k times as long as those of an ordinary pass.  A
+step of competesmoe, averaged over a run with rate 0.07, takes at most 1.15 times as long as a step of topk.
+A step of simsmoe at its published frequency takes at most 1.05 times as long.
 
 One process has two DeepSpeed engines at a time, one with topk and one with the method.  They step in turn on
 the same tokens.  The learning rate is 0, and topk gets weights with which it chooses the same experts.  This
