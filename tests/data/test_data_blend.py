@@ -27,7 +27,15 @@ def test_weights_and_prefixes_alternate(weights):
     assert parse_blend(words, flag="--data-path") == Blend(tuple(prefixes), tuple(utils.normalize(numbers)))
 
 
-@pytest.mark.parametrize("words", [["a"], ["a", "b"], ["a", "b", "c"], ["7"], ["a", "1", "b", "2"]])
+def test_weights_after_the_prefixes_are_refused():
+    """megatron-core takes the weights for prefixes, and finds no such files."""
+    words = ["a", "1", "b", "2"]
+    assert utils.get_blend_from_list(words) == (words, None)
+    with pytest.raises(ConfigError, match="must have each weight before its prefix"):
+        parse_blend(words, flag="--data-path")
+
+
+@pytest.mark.parametrize("words", [["a"], ["a", "b"], ["a", "b", "c"], ["7"]])
 def test_prefixes_alone_have_no_weights(words):
     prefixes, numbers = utils.get_blend_from_list(words)
     assert (

@@ -204,7 +204,7 @@ class TestLibraries:
     def test_an_interpreter_without_any(self) -> None:
         message = self.message(["-E", "-S", str(PROGRAM), "--help"])
         assert (
-            message.startswith("error: the library ")
+            message.startswith("error: the ")
             and "is not installed" in message
             and "bash tools/setup_env.sh" in message
         )
@@ -215,7 +215,7 @@ class TestLibraries:
             f"import runpy, sys; sys.modules[{library!r}] = None; runpy.run_path({str(PROGRAM)!r}, "
             "run_name='__main__')"
         )
-        assert f"the library {library} is not installed" in self.message(["-c", program])
+        assert f"the {library} library is not installed" in self.message(["-c", program])
 
 
 def numbers(prefix: Path, *, wrong: int | None = None) -> Path:

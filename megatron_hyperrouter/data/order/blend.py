@@ -2,7 +2,7 @@
 each split reads.
 
 Equal to megatron-core 0.16's ``get_blend_from_list``, ``BlendedMegatronDatasetConfig`` and
-``BlendedMegatronDatasetBuilder``.
+``BlendedMegatronDatasetBuilder``, except that weights after their prefixes are refused.
 """
 
 from __future__ import annotations
