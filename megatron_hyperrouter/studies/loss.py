@@ -204,10 +204,10 @@ def plans_of(args: Namespace, line: CommandLine) -> Iterator[Trained]:
                 _bad(
                     "--axis",
                     ", ".join(twice),
-                    "appears twice",
+                    "would be the name of two run folders",
                     (
-                        "give the first setting of this axis different values, because the run folders "
-                        "are named after it"
+                        "do not repeat a value of the first setting of an axis (hidden_size in --axis "
+                        "hidden_size,moe_ffn_hidden_size), because it names the run folder"
                     ),
                 )
             ]

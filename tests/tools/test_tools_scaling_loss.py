@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "an axis that is a flag": ([*AXIS, "--hidden-size", "64"], "", "hidden_size: is set twice"),
     "seeds": (["--axis", "seed", "1", "2"], "", "seed: is set by this command"),
     "a flag of ours": ([*AXIS, "--run-dir", "x"], "", "set by this command"),
-    "the same twice": (["--axis", "hidden_size", "16", "16"], "", "appears twice"),
+    "the same twice": (["--axis", "hidden_size", "16", "16"], "", "would be the name of two run folders"),
     "a curve for nothing": (
         [*AXIS, "--curve-for", "num-layers"],
         "",

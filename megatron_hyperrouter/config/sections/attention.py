@@ -67,15 +67,16 @@ class AttentionConfig:
     mscale: Annotated[
         NonNegative,
         Role.FUNCTION,
-        "With --rope-type yarn: coefficient m of the factor on rotated queries and keys, 0.1 x m x "
-        "ln(--rotary-scaling-factor) + 1",
+        "With --rope-type yarn: rotated queries and keys are multiplied by 0.1 x m x "
+        "ln(--rotary-scaling-factor) + 1, where m is this value, and divided by the same expression "
+        "with --mscale-all-dim",
     ] = 1.0
     mscale_all_dim: Annotated[
         NonNegative,
         Role.FUNCTION,
         (
-            "With --rope-type yarn and --multi-latent-attention: coefficient m of the factor "
-            "that scales attention scores; 0: no scaling"
+            "With --rope-type yarn and --multi-latent-attention: attention scores are multiplied by "
+            "(0.1 x m x ln(--rotary-scaling-factor) + 1)^2, where m is this value; 0: no scaling"
         ),
     ] = 0.0
     multi_latent_attention: Annotated[
