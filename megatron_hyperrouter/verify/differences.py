@@ -145,8 +145,9 @@ def parse_layout(text: str) -> Layout:
         if key == "fault":
             fault = value
         elif key in SHORT or key == "dp":
-            if not value.isdigit() or (key != "zero" and int(value) < 1):
-                raise _bad_layout(text, f"{word}: must have an integer value, as in {key}=2")
+            least = 0 if key == "zero" else 1
+            if not value.isdigit() or int(value) < least:
+                raise _bad_layout(text, f"{word}: must have an integer >= {least}, as in {key}=2")
             sizes[key] = int(value)
             if key != "dp":
                 overrides[SHORT[key]] = int(value)
