@@ -50,7 +50,7 @@ def run_path(text: str) -> Path:
 
 
 def _nothing_in(load: str | os.PathLike[str], why: str = "") -> CheckpointError:
-    remedy = "use the folder of a run that has saved a checkpoint"
+    remedy = "use the folder of a run that has saved a checkpoint with its settings and tokenizer"
     if (Path(load) / "config.json").is_file():
         remedy = f"import this Hugging Face folder first: mhr import-hf --input {load} --output RUN"
     return CheckpointError(f"--load = {load}: the folder has no finished checkpoint{why}", remedy=remedy)
