@@ -103,7 +103,7 @@ def matrices(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 @lru_cache(maxsize=1 << 14)
 def matrix_names(name: str) -> tuple[str, ...]:
-    """The global names of the matrices in a stacked parameter, in order; empty for other parameters."""
+    """For a stacked parameter, the global names of its matrices in order; otherwise empty."""
     match = _SEVERAL.search(name)
     if match is None:
         return ()

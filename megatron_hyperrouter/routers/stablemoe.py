@@ -90,14 +90,14 @@ class StableMoERouter(Router, name="stablemoe"):
         )
 
         def problems(self, *, hidden_size: int, num_experts: int) -> Iterator[Problem]:
-            """Only one option may set the length of the first stage."""
+            """Only one option may set the length of stage 1."""
             yield from super().problems(hidden_size=hidden_size, num_experts=num_experts)
             if self.stage1_steps is not None and self.stage1_share != type(self).stage1_share:
                 rule = f"has no effect with --router.stage1-steps {self.stage1_steps}"
                 yield Problem("--router.stage1-share", self.stage1_share, rule, "keep one of the two options")
 
         def warnings(self, *, topk: int) -> Iterator[str]:
-            """Warns if the second stage would use a router that was never distilled."""
+            """A warning if stage 2 would use a router that was never distilled."""
             if self.distillation_coeff == 0.0 and (self.stage1_steps is not None or self.stage1_share < 1.0):
                 yield ("with --router.distillation-coeff 0, stage 2 routes each token id to random experts")
 
@@ -112,9 +112,7 @@ class StableMoERouter(Router, name="stablemoe"):
 
         def unserved(self) -> Iterator[str]:
             """Routing by token ids."""
-            yield without_tokens(
-                "router stablemoe", "nothing is distilled, and the second stage raises ValueError"
-            )
+            yield without_tokens("router stablemoe", "nothing is distilled, and stage 2 raises ValueError")
 
     def __init__(self, config: Config, **common: Any) -> None:
         """``common``: the keywords of :class:`Router`; ``facts`` has the size of the vocabulary and the steps

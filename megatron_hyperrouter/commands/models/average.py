@@ -120,7 +120,7 @@ def write(draft: Path, output: Path, runs: Sequence[TrainedRun], terms: Sequence
 
 
 def _ignore(_value: object) -> None:
-    """Do nothing: the result of this phase of a save is not needed."""
+    """Ignore what a save reports: averaging needs none of it."""
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:

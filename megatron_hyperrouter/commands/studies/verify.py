@@ -142,9 +142,7 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         default=ENGINES,
         help="engines to check; the first one is the reference (default: both)",
     )
-    flags.add_argument(
-        "--steps", type=int, default=3, help="number of optimizer steps of each run (default: 3)"
-    )
+    flags.add_argument("--steps", type=int, default=3, help="number of optimizer steps per run (default: 3)")
     flags.add_argument(
         "--own-data", action="store_true", help="train on the data in --config instead of random tokens"
     )

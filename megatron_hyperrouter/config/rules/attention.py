@@ -75,7 +75,9 @@ def one_scaling_of_positions(config: RunConfig, world_size: int | None) -> Itera
 
 
 def rotary_channels_are_pairs(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    """Rotary positions rotate channels in pairs; megatron-core's YaRN rotates all channels."""
+    """Rotary positions rotate pairs of dimensions, so their number must be even.  megatron-core's YaRN
+    rotates all dimensions.
+    """
     name = "qk_pos_emb_head_dim" if config.attention.multi_latent_attention else "rotary_percent"
     if config.attention.rotary_percent < 1.0 and rope_type(config) == "yarn":
         yield broken(config, "rotary_percent", "must be 1 with --rope-type yarn", "leave out FLAG")

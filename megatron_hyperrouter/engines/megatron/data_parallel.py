@@ -47,7 +47,8 @@ def optimizer(
         config, chunks, _overrides(config, run.router.options.lr_mult), use_gloo_process_groups=False
     )
     judged = JudgedOptimizer(made, judgement)
-    # wd_mult is a note to megatron's scheduler; without one, norms would decay
+    # megatron-core's scheduler would multiply by wd_mult; this program has its own schedule, and without
+    # this line norms would decay
     for group in judged.param_groups:
         group["weight_decay"] = run.optimizer.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's own AdamW, where apex and Transformer Engine are missing

@@ -109,7 +109,9 @@ class Alarms:
         )
 
     def _tell_late(self, step: int, late: LateRank, tell: Callable[..., None]) -> None:
-        """Print a note (collective), independently of --alarm, because the model itself is fine."""
+        """Report a late rank on the console and in events.jsonl.  Collective.  --alarm does not apply,
+        because the model itself is fine.
+        """
         own = self._engine.place.rank == late.rank
         host = self._engine.first_word(socket.gethostname() if own else "")
         rule = late.rule
