@@ -190,6 +190,10 @@ def folded(head: str, text: str, width: int, indent: int) -> str:
     lines, first = [], " " * len(head)
     for line in text.split("\n"):
         start = line[: len(line) - len(line.lstrip())]
+        if line.lstrip().startswith("remedy: "):  # it may contain a command to copy
+            lines.append(first + line)
+            first = ""
+            continue
         folds = textwrap.wrap(
             line.strip(),
             width,

@@ -230,10 +230,13 @@ def test_long_lines_end_between_words_on_a_terminal_only(terminal):
 
 @pytest.mark.parametrize("width", [10, 30, 80])
 def test_folding_keeps_the_words_and_the_lines(width):
-    text = "2 problems:\n  - --lr = -1: must be positive\n    remedy: use 3e-4\n\nand another"
+    remedy = "    remedy: import it first: mhr import-hf --input a --output b"
+    text = f"2 problems:\n  - --lr = -1: must be positive\n{remedy}\n\nand another"
     folded = console.folded("error: ", text, width, 2)
     assert folded.split() == text.split()
-    assert all(len(line) <= width for line in ("error: " + folded).splitlines() if " " in line.strip())
+    lines = ("error: " + folded).splitlines()
+    assert remedy in lines  # with its command on one line
+    assert all(len(line) <= width for line in lines if line != remedy and " " in line.strip())
     assert console.folded("error: ", text, 200, 2) == text
 
 

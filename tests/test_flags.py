@@ -58,9 +58,12 @@ def test_the_home_folder_in_paths_alone(monkeypatch: pytest.MonkeyPatch, metavar
 
 def test_each_command_reads_the_home_folder_in_its_paths() -> None:
     """A flag for a path has one of the metavars that mark a path: found by the words of its help."""
-    for file in (Path(megatron_hyperrouter.__file__).parent / "commands").rglob("*.py"):
+    for file in Path(megatron_hyperrouter.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(call, ast.Call) or getattr(call.func, "attr", "") != "add_argument":
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+            if name not in ("add_argument", "add"):  # some commands write add = flags.add_argument
                 continue
             options = {word.arg: word.value for word in call.keywords}
             about = ast.unparse(options.get("help", ast.Constant(""))).lower()

@@ -124,7 +124,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {*LATE_ROOM, "analysis", "engines/deepspeed", "engines/megatron", "compat"},
         {"torch", "numpy", "deepspeed", "megatron"},
     ),
-    "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib", "yaml"}),
+    "studies": ({*COMMAND, "studies", "verify", "planning"}, {"torch", "numpy", "matplotlib"}),
     "report": (
         {
             "analysis",
@@ -140,8 +140,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "commands/training": ({*COMMAND, "planning"}, {"torch"}),
     "commands/cluster": ({*COMMAND, "doctor", "watch", "planning"}, set()),
     "commands/data": (COMMAND, {"torch", "numpy"}),
-    "commands/models": ({*COMMAND, *MODEL_TOOLS}, {"torch", "numpy", "rich", "yaml"}),
-    "commands/studies": ({*COMMAND, "studies", "verify", "report"}, {"torch", "numpy", "rich", "yaml"}),
+    "commands/models": ({*COMMAND, *MODEL_TOOLS}, {"torch", "numpy", "rich"}),
+    "commands/studies": ({*COMMAND, "studies", "verify", "report"}, {"torch", "numpy", "rich"}),
     # the package's own __init__, which hands out names, and __main__
     "": ({"routers", "engines", "engines/deepspeed", "engines/megatron", "commands"}, set()),
 }

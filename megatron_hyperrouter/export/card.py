@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.config.derived import rope_type
-from megatron_hyperrouter.data.tokenize.transformers_files import without_text
+from megatron_hyperrouter.data.tokenize.transformers_files import end_of_text, without_text
 from megatron_hyperrouter.export.folder import Export
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def notes_of(run: RunConfig, tokenizer: Tokenizer, target: Target) -> Iterator[s
     """Notes for the user of the folder about the run and about the class in transformers."""
     if (lacking := without_text(tokenizer)) is not None:
         yield lacking
+    elif end_of_text(tokenizer) is None:
+        yield "the tokenizer has no usable end-of-document token, so the exported model has no eos_token"
     if run.model.mtp_num_layers is not None:
         yield "the layers for multi-token prediction are not exported; predicting the next token needs none"
     if run.model.moe_expert_capacity_factor is not None:

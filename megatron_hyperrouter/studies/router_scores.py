@@ -55,11 +55,11 @@ def scores(
     import torch
 
     from megatron_hyperrouter.evaluate.perplexity import loss_by_topk
+    from megatron_hyperrouter.evaluate.selection import first_batches
     from megatron_hyperrouter.studies.analyzed import Analysis
 
     tokenizer = run.tokenizer()
-    samples = test_iters and test_iters * run.global_batch_size
-    dataset = run.dataset(tokenizer, samples=samples)
+    dataset, samples = first_batches(run, tokenizer, test_iters, flag="--test-iters")
     bytes_V = tokenizer.token_bytes_V()
     engine: Any = run.open_engine(tokenizer)
     try:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hyperrouter.commands.models.evaluate_ways import (
-    batches_of,
     calibrated_results,
     refuse_several_ranks,
-    selected,
     windows_of,
 )
+from megatron_hyperrouter.evaluate.selection import at_most, first_batches
 from megatron_hyperrouter.evaluate.trained import TrainedRun, add_run_flags, checkpoint_of
 from megatron_hyperrouter.files import check_output, write_json
 from megatron_hyperrouter.terminal import Bar, parser
@@ -56,10 +55,13 @@ def main(arguments: Sequence[str]) -> None:
     dataset: Any
     unscored = None
     if args.eval_stride is None:
-        dataset, samples = selected(run, tokenizer, args)
+        dataset, samples = first_batches(
+            run, tokenizer, args.eval_iters, split=args.split, data_path=args.data_path, flag="--eval-iters"
+        )
     else:
         dataset = windows_of(run, tokenizer, args)
-        samples, unscored = batches_of(run, args, most=len(dataset)), dataset.unscored
+        samples = at_most(run, args.eval_iters, most=len(dataset), flag="--eval-iters")
+        unscored = dataset.unscored
     bytes_V = tokenizer.token_bytes_V()
     engine = run.open_engine(tokenizer)
     try:

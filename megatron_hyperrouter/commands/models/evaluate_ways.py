@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from megatron_hyperrouter.console import note
 
 if TYPE_CHECKING:
     from megatron_hyperrouter.data.stream.dataset import Dataset
@@ -32,31 +29,6 @@ def windows_of(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> Stride
         tokenizer=tokenizer.identity(),
     )
     return strided(builder, args.split or "test", args.eval_stride)
-
-
-def batches_of(run: TrainedRun, args: Namespace, *, most: int) -> int | None:
-    """The samples of ``--eval-iters`` global batches; None if those are all ``most`` samples or more."""
-    wanted = args.eval_iters and args.eval_iters * run.global_batch_size
-    if wanted and wanted > most:
-        note(
-            f"--eval-iters {args.eval_iters} selects {wanted:,} samples, but there are {most:,}; "
-            "scoring each of them once"
-        )
-    return wanted if wanted and wanted < most else None
-
-
-def selected(run: TrainedRun, tokenizer: Tokenizer, args: Namespace) -> tuple[Dataset, int | None]:
-    """The split, and how many of its samples to score; None: all.
-
-    For training data, which are read for many epochs, the number of different samples is not computed.
-    """
-    each_once = partial(run.dataset, tokenizer, split=args.split, data_path=args.data_path)
-    if args.eval_iters and args.split == "train":
-        wanted = args.eval_iters * run.global_batch_size
-        return each_once(samples=wanted), wanted
-    whole = each_once(samples=None)
-    samples = batches_of(run, args, most=len(whole))
-    return (whole, None) if samples is None else (each_once(samples=samples), samples)
 
 
 def refuse_several_ranks(world_size: int) -> None:

@@ -174,8 +174,8 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
         "--top-p",
         type=float,
         default=1.0,
-        metavar="P",
-        help="nucleus sampling: sample only from the most likely tokens that together have probability P "
+        metavar="X",
+        help="nucleus sampling: sample only from the most likely tokens that together have probability X "
         "(default: 1, all tokens)",
     )
     add("--seed", type=int, default=1234, help="random seed for sampling (default: 1234)")

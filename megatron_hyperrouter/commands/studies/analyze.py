@@ -34,15 +34,17 @@ def main(arguments: Sequence[str]) -> None:
     check_output(args.output)
     silence_hosts()
     from megatron_hyperrouter.evaluate.perplexity import check_topks
+    from megatron_hyperrouter.evaluate.selection import first_batches
     from megatron_hyperrouter.studies.analyzed import Analysis
 
     run = TrainedRun.open(args.load, tokenizer_model=args.tokenizer_model)
     topks = list(dict.fromkeys(args.topk or [run.settings.model.moe_router_topk]))
     check_topks(topks, run.settings.model.num_experts, router=run.settings.router)
     tokenizer = run.tokenizer()
-    wanted = args.eval_iters * run.global_batch_size
-    dataset = run.dataset(tokenizer, split=args.split, data_path=args.data_path, samples=wanted)
-    samples = min(wanted, len(dataset))
+    dataset, selected = first_batches(
+        run, tokenizer, args.eval_iters, split=args.split, data_path=args.data_path
+    )
+    samples = selected or len(dataset)
     engine = run.open_engine(tokenizer)
     try:
         run.load_into(engine)
